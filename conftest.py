@@ -1,0 +1,29 @@
+"""Which tests run: ``pytest`` runs the tests, ``pytest --benchmark-only`` the benchmarks, and neither the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.is_dir() or collection_path.suffix != ".py":
+        return None
+    if str(collection_path) in {str(Path(a.split("::")[0]).resolve()) for a in config.args}:
+        return None  # named on the command line: run it whatever it is
+    is_benchmark = BENCHMARKS in collection_path.parents
+    return True if is_benchmark != bool(config.getoption("benchmark_only", False)) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -1,0 +1,61 @@
+"""fastkd: fast, exact knowledge distillation of dense vision-language models.
+
+The public names are those of ``__all__``; each is imported on first use, so ``import fastkd`` is instant and needs
+neither a GPU nor Triton nor the ``[ris]`` extra.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkd import data, evaluate, losses, models, report, train
+    from fastkd._info import info
+    from fastkd.errors import BackendUnavailable, FastKDWarning
+    from fastkd.train.distiller import Distiller, Term
+    from fastkd.train.taps import Taps
+
+try:
+    __version__ = version("fastkd")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+_MODULES = {"data", "evaluate", "losses", "models", "report", "train"}
+_NAMES = {
+    "BackendUnavailable": "fastkd.errors",
+    "Distiller": "fastkd.train.distiller",
+    "FastKDWarning": "fastkd.errors",
+    "Taps": "fastkd.train.taps",
+    "Term": "fastkd.train.distiller",
+    "info": "fastkd._info",
+}
+
+__all__ = [
+    "BackendUnavailable",
+    "Distiller",
+    "FastKDWarning",
+    "Taps",
+    "Term",
+    "__version__",
+    "data",
+    "evaluate",
+    "info",
+    "losses",
+    "models",
+    "report",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fastkd.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
