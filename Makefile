@@ -1,0 +1,60 @@
+# Two commands matter: `make demo` and `make test`. Each makes .venv, installs what it needs, and runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find fastkd kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null)
+
+.PHONY: help demo test check format bench teacher wheelhouse clean
+
+help:
+	@echo "make demo        install into $(VENV), then distil a small student and write runs/demo/report.html"
+	@echo "make test        install into $(VENV), then run the tests on the installed package"
+	@echo "make check       format, lint and types, without changing anything"
+	@echo "make bench       the speed comparisons (pytest --benchmark-only)"
+	@echo "make teacher     train the demo's teacher anew (about an hour on 2 cores)"
+	@echo "make wheelhouse  the wheels scripts/gpu_check.sh needs on a machine without a network"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.ris: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --upgrade-strategy only-if-needed '.[ris]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --upgrade-strategy only-if-needed '.[ris,test]'
+	@touch $@ $(VENV)/.ris
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet 'ruff>=0.9' 'mypy>=1.13' 'clang-format>=18'
+	@touch $@
+
+demo: $(VENV)/.ris
+	$(BIN)/fastkd demo $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	FASTKD_TEST_INSTALLED=1 $(BIN)/pytest $(TEST_ARGS)
+
+check: $(VENV)/.test $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --python-executable $(BIN)/python
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: $(VENV)/.test
+	$(BIN)/pytest --benchmark-only
+
+teacher: $(VENV)/.ris
+	$(BIN)/python scripts/train_demo_teacher.py --out runs/teacher
+
+wheelhouse: $(BIN)/python
+	$(BIN)/python -m pip download --dest wheelhouse --only-binary=:all: scikit-build-core pybind11 cmake ninja setuptools wheel pytest pytest-benchmark pytest-timeout hypothesis tyro
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

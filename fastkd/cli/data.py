@@ -1,0 +1,29 @@
+"""``fastkd data make-shapes``: a procedural referring-expression set in RefCOCO's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def make_shapes(
+    root: Annotated[Path, tyro.conf.Positional],
+    images: int = 5000,
+    image_size: int = 128,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Write a procedural referring-expression set in exact RefCOCO layout.
+
+    Args:
+        root: folder to write; must not exist or be empty unless --overwrite.
+        images: number of scenes over all splits.
+        image_size: side of the square JPEG images, in pixels.
+        seed: the same seed gives the same files.
+        overwrite: replace what is in the folder.
+    """
+    from fastkd.data import shapes
+
+    shapes.make_shapes(root, images=images, image_size=image_size, seed=seed, overwrite=overwrite)
