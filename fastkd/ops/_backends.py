@@ -1,0 +1,228 @@
+"""Which backend computes a call: the table of what exists, what works here, and what ``"auto"`` prefers.
+
+Every operator in this package starts with :func:`choose`. Nothing is imported or compiled before a call needs it. A
+backend is tried once per device with a tiny self-test against the reference; a failure is remembered, warned of once
+and shown by ``fastkd.info()``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import warnings
+
+import torch
+from torch import Tensor
+
+from fastkd.errors import BackendUnavailable, FastKDWarning
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+"""Every backend's name: plain torch, C++, Triton, CUDA C++."""
+
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "softmax_kl": ("reference", "cpu", "triton", "cuda"),
+    "relation": ("reference",),
+    "pixel_word": ("reference",),
+}
+"""The backends each family has. A family gains one by a row here and the files of the same name on the lower floors."""
+
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
+}
+"""What ``"auto"`` tries on each device type, the fastest measured first; other devices use the reference."""
+
+MIN_ELEMENTS: dict[tuple[str, str], int] = {}
+"""(family, device type) -> number of elements of ``student`` below which the reference was measured faster."""
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What the compiled kernels accept; under ``"auto"`` any other floating dtype goes to the reference."""
+
+_lock = threading.RLock()
+_reasons: dict[tuple[str, str | None, str | None], str | None] = {}  # (backend, family, device) -> reason, None = works
+_testing: set[tuple[str, str | None, str | None]] = set()
+_warned: set[str] = set()
+
+
+def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
+    """Return the backend that computes this call: "reference", "cpu", "triton" or "cuda".
+
+    Args:
+        family: "softmax_kl", "relation" or "pixel_word".
+        backend: what the caller asked for. "auto" takes ``FASTKD_BACKEND`` if it is set (and the family has it), else the
+            fastest one for the device, dtype and size of ``student``; any other name is used or refused, never replaced.
+        student: the tensor whose device, dtype and size decide.
+        others: further inputs; a dtype no kernel knows sends "auto" to the reference.
+
+    Raises:
+        ValueError: ``backend`` (or ``FASTKD_BACKEND``) is not a backend's name.
+        BackendUnavailable: the backend asked for by name cannot compute this call here; says why, and what would.
+    """
+    small = False
+    if backend == "auto":
+        limit = MIN_ELEMENTS.get((family, student.device.type), 0)
+        # The comparison, not the size, is what torch.compile guards on: no recompilation per batch size.
+        small = limit > 0 and bool(student.numel() < limit)
+    kernel_dtypes = all(x.dtype in KERNEL_DTYPES for x in (student, *others))
+    return _resolve(family, backend, student.device.type, student.device.index, kernel_dtypes, small)
+
+
+def why_not(backend: str, family: str | None = None, device: str | torch.device | None = None) -> str | None:
+    """Return why ``backend`` is not in use here, or None if it is.
+
+    With ``family`` and ``device`` (for example "softmax_kl", "cuda:0") the family's kernels are also run once there on
+    a tiny input and compared with the reference. The answer is remembered for the life of the process.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        return None
+    key = (backend, family, None if device is None else str(device))
+    if key in _reasons:
+        return _reasons[key]
+    with _lock:
+        if key in _reasons or key in _testing:  # a self-test asks about the backend it is testing
+            return _reasons.get(key)
+        _testing.add(key)
+        try:
+            reason = _probe(backend, family, None if device is None else torch.device(device))
+        finally:
+            _testing.discard(key)
+        # While a CUDA graph is recorded nothing may be launched and read back, so that answer is not remembered.
+        if not _capturing(device):
+            _reasons[key] = reason
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def _resolve(
+    family: str, backend: str, device_type: str, device_index: int | None, kernel_dtypes: bool, small: bool
+) -> str:
+    """:func:`choose` on plain values: under torch.compile its answer is a constant of the compiled graph."""
+    exist = IMPLEMENTED[family]
+    device = device_type if device_index is None else f"{device_type}:{device_index}"
+    asked = backend
+    said = f"backend={backend!r}"
+    if backend == "auto":
+        wish = os.environ.get("FASTKD_BACKEND", "auto") or "auto"
+        if wish not in ("auto", *BACKENDS):
+            raise ValueError(f"FASTKD_BACKEND: expected one of auto, {', '.join(BACKENDS)}, got {wish!r}")
+        if wish in exist:  # a family without that backend goes on as usual
+            asked, said = wish, f"FASTKD_BACKEND={wish}"
+    if asked == "auto":
+        return _prefer(family, device_type, device, kernel_dtypes, small)
+    if asked not in BACKENDS:
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if asked not in exist:
+        raise BackendUnavailable(
+            f"{said}: {family} has no {asked} backend yet; it has {', '.join(exist)}. Use backend='auto'."
+        )
+    if asked == "reference":
+        return asked
+    if not kernel_dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
+        raise BackendUnavailable(f"{said}: the kernels take {names}; convert the inputs or use backend='reference'")
+    reason = _misplaced(asked, device_type) or why_not(asked, family, device)
+    if reason is not None:
+        raise BackendUnavailable(f"{said} cannot run {family} on {device}: {reason}. backend='reference' always works.")
+    return asked
+
+
+def _prefer(family: str, device_type: str, device: str, kernel_dtypes: bool, small: bool) -> str:
+    """What "auto" means: the first preferred backend that works, with one warning for each that ought to and doesn't."""
+    if small or not kernel_dtypes:
+        return "reference"
+    for name in PREFERENCE.get(device_type, ()):
+        if name not in IMPLEMENTED[family]:
+            continue
+        reason = why_not(name, family, device)
+        if reason is None:
+            return name
+        if name not in _warned:
+            _warned.add(name)
+            warnings.warn(
+                f"fastkd: the {name} backend is left out, slower ones are used on {device}: {reason}. "
+                "Said once; fastkd.info() shows it again, backend=... or FASTKD_BACKEND=... picks another.",
+                FastKDWarning,
+                stacklevel=4,
+            )
+    return "reference"
+
+
+def _misplaced(backend: str, device_type: str) -> str | None:
+    """Why ``backend`` has no business on tensors of this device type, or None."""
+    if backend == "cpu" and device_type != "cpu":
+        return "it takes CPU tensors; use backend='auto', or move the inputs with .cpu()"
+    if backend == "cuda" and device_type != "cuda":
+        return "it takes CUDA tensors; use backend='auto', or move the inputs with .cuda()"
+    if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return (
+            "Triton takes CUDA tensors; use backend='auto', or move the inputs with .cuda() "
+            "(for tests, TRITON_INTERPRET=1 set before Triton is imported interprets the kernels on CPU tensors)"
+        )
+    if backend == "triton" and device_type not in ("cpu", "cuda"):
+        return f"Triton kernels were not tried on {device_type}; use backend='auto'"
+    return None
+
+
+def _capturing(device: str | torch.device | None) -> bool:
+    return device is not None and torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _probe(backend: str, family: str | None, device: torch.device | None) -> str | None:
+    """Import ``backend``, look for a device it can use and, given a family and a device, run its self-test there."""
+    reason = _absent(backend)
+    if reason is not None or family is None or device is None or _capturing(device):
+        return reason
+    if backend == "triton" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return (
+                f"the Triton kernels need compute capability 8.0 or newer, {device} "
+                f"({torch.cuda.get_device_name(device)}) has {capability[0]}.{capability[1]}"
+            )
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    # The caller may be under fake tensors, a default device, functional transforms, ...: the self-test is real.
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            return importlib.import_module(f"fastkd.ops.{family}").self_test(backend, device)
+    except Exception as error:  # whatever a broken installation raises is a reason, and the program goes on
+        return f"its self-test failed on {device}: {type(error).__name__}: {_first_line(error)}"
+
+
+def _absent(backend: str) -> str | None:
+    """Why ``backend`` cannot be used on any device of this machine, or None."""
+    if backend == "triton":
+        try:
+            importlib.import_module("triton")
+        except Exception as error:
+            return f"Triton cannot be imported ({_first_line(error)}); pip install triton"
+        try:
+            kernels = importlib.import_module("fastkd.kernels._common")
+        except Exception as error:
+            return f"fastkd.kernels cannot be imported: {type(error).__name__}: {_first_line(error)}"
+        if kernels.INTERPRETED:
+            return None
+        return None if torch.cuda.is_available() else _no_gpu()
+    try:
+        module = importlib.import_module("fastkd._native").load(backend)
+    except ImportError as error:
+        return _first_line(error)
+    if backend == "cuda":
+        if not torch.cuda.is_available():
+            return _no_gpu()
+        if module.device_count() == 0:
+            return "the CUDA runtime in fastkd._cuda sees no device: the driver is older than it needs, update the driver"
+    return None
+
+
+def _no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA; install a CUDA build of torch"
+    return "no NVIDIA GPU is visible (torch.cuda.is_available() is False)"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
