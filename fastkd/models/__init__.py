@@ -1,0 +1,40 @@
+"""Teachers and students for referring image segmentation: a timm backbone, a text encoder, fusion at every stage.
+
+Needs the extra ``pip install fastkd[ris]``. Names are imported on first use; the presets and the configuration need
+neither torch nor timm::
+
+    import fastkd.models as models
+
+    print(models.list_presets())
+    model = models.RISModel(models.preset("shapes-student"))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkd.models.config import RISConfig
+    from fastkd.models.presets import list_presets, preset
+    from fastkd.models.ris import RISModel, RISOutput
+
+_NAMES = {
+    "RISConfig": "fastkd.models.config",
+    "RISModel": "fastkd.models.ris",
+    "RISOutput": "fastkd.models.ris",
+    "list_presets": "fastkd.models.presets",
+    "preset": "fastkd.models.presets",
+}
+
+__all__ = ["RISConfig", "RISModel", "RISOutput", "list_presets", "preset"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'fastkd.models' has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,146 @@
+"""A timm backbone walked stage by stage, so that something can sit between its stages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Fuse = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+class StagedBackbone(nn.Module):
+    """Any timm network whose features come from a chain of modules, with a hook between its stages.
+
+    timm's ``FeatureListNet`` holds a network as an ordered chain and returns what some of its modules put out. The same
+    chain is walked here, but each returned map is first handed to ``fuse`` and the *fused* map goes on to the next module.
+
+    Args:
+        name: A timm model name.
+        args: Arguments for ``timm.create_model``.
+        out_indices: Which stages to return.
+        weights: None (random), ``"timm"`` (timm's published weights, needs a network or a filled cache), or the path of a
+            state dict (``.safetensors``, or a pickle of tensors) with timm's names for that model.
+
+    Attributes:
+        channels: Width of each returned stage.
+        strides: Input pixels per map pixel of each returned stage.
+
+    Raises:
+        ValueError: An unknown name (close matches are offered), arguments timm refuses, a network that is not such a
+            chain, or weights that do not fit.
+    """
+
+    def __init__(
+        self, name: str, args: dict[str, Any], out_indices: Sequence[int], weights: str | Path | None = None
+    ) -> None:
+        super().__init__()
+        from timm.models import FeatureListNet
+        from timm.models._features import FeatureInfo
+
+        network = _create(name, args, pretrained=weights == "timm")
+        if weights not in (None, "timm"):
+            unused = _load_weights(network, Path(str(weights)))
+        else:
+            unused = set()
+        info = getattr(network, "feature_info", None)
+        if not info:
+            raise ValueError(f"backbone {name!r} has no feature stages in timm; choose a hierarchical network")
+        stages = len(info.info if isinstance(info, FeatureInfo) else info)
+        if min(out_indices) < 0 or max(out_indices) >= stages:
+            raise ValueError(f"out_indices={tuple(out_indices)}: backbone {name!r} has stages 0 to {stages - 1}")
+        chain = None
+        for flatten in (True, False):  # which of the two a family needs is known only to its own builder
+            try:
+                chain = FeatureListNet(
+                    network,
+                    out_indices=tuple(out_indices),
+                    output_fmt=getattr(network, "output_fmt", "NCHW"),
+                    flatten_sequential=flatten,
+                )
+                break
+            except AssertionError:
+                continue
+        if chain is None:
+            raise ValueError(
+                f"backbone {name!r} cannot be walked as a chain of modules, so fusion cannot sit between its stages; "
+                "Swin, ConvNeXt, ResNet, EfficientNet, MobileNet and bring-your-own-blocks families can"
+            )
+        self.blocks = nn.ModuleDict(dict(chain.items()))
+        self.channels_last = str(chain.output_fmt) in ("NHWC", "Format.NHWC")
+        self.channels: list[int] = list(chain.feature_info.channels())
+        self.strides: list[int] = list(chain.feature_info.reduction())
+        self._ends = [key for key, _ in chain.items() if key in chain.return_layers]
+        kept = {id(p) for p in self.parameters()}
+        lost = sorted(n for n, p in network.named_parameters() if id(p) in kept and n in unused)
+        if lost:
+            raise ValueError(f"{weights}: no weights for {_some(lost)} of backbone {name!r}; nothing was loaded")
+
+    def forward(self, image: Tensor, fuse: Fuse) -> list[Tensor]:
+        """The stage maps (B, C_i, H_i, W_i) as ``fuse`` hands them out.
+
+        Args:
+            image: (B, 3, H, W).
+            fuse: Called with the stage's number and its map (B, C_i, H_i, W_i); returns ``(for_output, for_next)``, both of
+                that shape.
+        """
+        maps: list[Tensor] = []
+        x = image
+        for name, block in self.blocks.items():
+            x = block(x)
+            if name in self._ends:
+                x = x.permute(0, 3, 1, 2) if self.channels_last else x
+                out, x = fuse(len(maps), x)
+                maps.append(out)
+                x = x.permute(0, 2, 3, 1) if self.channels_last else x
+        return maps
+
+
+def _create(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
+    import timm
+
+    if not isinstance(name, str) or not timm.is_model(name):
+        close = difflib.get_close_matches(str(name), timm.list_models(), n=4, cutoff=0.4)
+        hint = f"; close matches: {', '.join(close)}" if close else ""
+        raise ValueError(f"timm {timm.__version__} has no backbone {name!r}{hint}")
+    args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+    if args.get("blocks") and isinstance(args["blocks"][0], dict):
+        from timm.models.byobnet import ByoBlockCfg
+
+        args["blocks"] = tuple(ByoBlockCfg(**block) for block in args["blocks"])
+    args.setdefault("num_classes", 0)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **args)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {name!r} with backbone_args={args}: {error}") from error
+
+
+def _load_weights(network: nn.Module, path: Path) -> set[str]:
+    """Load a timm state dict; returns the names it had nothing for (a head that is dropped anyway may be among them)."""
+    import sys
+
+    from fastkd.models.checkpoint import read_state_dict
+
+    state = read_state_dict(path)
+    translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if translate is not None:
+        state = translate(state, network)
+    own = network.state_dict()
+    wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if wrong:
+        k = wrong[0]
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not fit, e.g. {k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+        )
+    foreign = sorted(k for k in state.keys() - own.keys() if not k.startswith(("head", "fc.", "classifier", "norm.")))
+    if foreign:
+        raise ValueError(f"{path}: keys this backbone does not have: {_some(foreign)}")
+    return set(network.load_state_dict(state, strict=False).missing_keys)
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

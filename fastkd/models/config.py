@@ -1,0 +1,95 @@
+"""What a model is made of, as plain data that goes to JSON and back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class RISConfig:
+    """The architecture of a :class:`~fastkd.models.RISModel`; every field is JSON, no field names weights.
+
+    Args:
+        backbone: A timm model name, e.g. ``"swin_tiny_patch4_window7_224"``.
+        backbone_args: Arguments for ``timm.create_model``, e.g. ``{"depths": [1, 1, 1, 1]}``. Block lists of timm's
+            bring-your-own-blocks networks are given as dicts: ``{"blocks": [{"type": "basic", "d": 1, "c": 32}]}``.
+        out_indices: The stages that are fused with the sentence, as in timm's ``features_only``; finest first.
+        text_model: A transformers model type, e.g. ``"bert"``.
+        text: Arguments of that type's configuration, e.g. ``{"hidden_size": 64, "num_hidden_layers": 2}``.
+        fusion_heads: Heads of the pixel–word attention, one number or one per stage; each divides its stage's width.
+        coordinates: Adds eight normalised coordinates of each pixel's cell to the pixel side of the fusion, which
+            words of place ("left", "top") need in small networks.
+        decoder_width: Width of the decoder's last map, ``RISOutput.decoder_features``.
+        decoder_hidden: Width of the decoder's maps before it; None: the same.
+        image_size: The size the model is meant for; any size the backbone allows works.
+        max_words: How many word ids the tokenizer should keep.
+        tokenizer: Name or path of the tokenizer that goes with the word ids, for
+            :func:`fastkd.data.load_tokenizer`; not used by the model itself.
+
+    Raises:
+        ValueError: A field is out of range; the message names it.
+        TypeError: A field that JSON cannot hold.
+    """
+
+    backbone: str = "resnet18"
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    out_indices: tuple[int, ...] = (1, 2, 3, 4)
+    text_model: str = "bert"
+    text: dict[str, Any] = field(default_factory=dict)
+    fusion_heads: int | tuple[int, ...] = 1
+    coordinates: bool = True
+    decoder_width: int = 128
+    decoder_hidden: int | None = None
+    image_size: int = 480
+    max_words: int = 20
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        self.out_indices = tuple(self.out_indices)
+        if not isinstance(self.fusion_heads, int):
+            self.fusion_heads = tuple(self.fusion_heads)
+        if not self.out_indices or any(b <= a for a, b in zip(self.out_indices, self.out_indices[1:], strict=False)):
+            raise ValueError(f"out_indices must be increasing stage numbers, got {self.out_indices}")
+        if len(self.heads) != len(self.out_indices):
+            raise ValueError(
+                f"fusion_heads has {len(self.heads)} numbers for {len(self.out_indices)} stages "
+                f"(out_indices={self.out_indices}); give one number or one per stage"
+            )
+        for name in ("decoder_width", "image_size", "max_words"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.decoder_hidden is not None and self.decoder_hidden < 1:
+            raise ValueError(f"decoder_hidden must be None or at least 1, got {self.decoder_hidden}")
+        if min(self.heads) < 1:
+            raise ValueError(f"fusion_heads must be at least 1, got {self.fusion_heads}")
+        try:
+            json.dumps(asdict(self))
+        except TypeError as error:
+            raise TypeError(f"backbone_args and text must hold plain JSON values only: {error}") from None
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Fusion heads, one number per stage."""
+        return (self.fusion_heads,) * len(self.out_indices) if isinstance(self.fusion_heads, int) else self.fusion_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a new dict of JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RISConfig:
+        """The inverse of :meth:`to_dict`; an unknown field is an error that offers close matches.
+
+        Raises:
+            ValueError: An unknown field, or a field out of range.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], known, n=3)
+            hint = f"did you mean {', '.join(close)}?" if close else f"known fields: {', '.join(known)}"
+            raise ValueError(f"RISConfig has no field {', '.join(map(repr, unknown))}; {hint}")
+        return cls(**values)

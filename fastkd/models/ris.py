@@ -1,0 +1,255 @@
+"""The model for referring image segmentation: image and sentence in, mask and every tap for distillation out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from fastkd.models import checkpoint
+from fastkd.models.backbone import StagedBackbone
+from fastkd.models.config import RISConfig
+from fastkd.models.decoder import TopDownDecoder
+from fastkd.models.fusion import Fusion
+from fastkd.models.text import TextEncoder
+
+
+@dataclass
+class RISOutput:
+    """What a model returns; all of it can be distilled.
+
+    Attributes:
+        logits: (B, 2, H, W) at the image's size; channel 1 is the referred object, the prediction is the argmax.
+        decoder: (B, 2, h, w), the same before the last upsampling.
+        decoder_features: (B, C_dec, h, w), the map the two classes are read from.
+        stages: (B, C_i, H_i, W_i) after fusion, finest first.
+        words: (B, T, D), the text encoder's output.
+        pixel_word_logits: (B, heads_i, H_i·W_i, T) of each stage's fusion, scaled as in its softmax, before masking.
+        word_mask: (B, T) bool, True where a word is.
+    """
+
+    logits: Tensor
+    decoder: Tensor
+    decoder_features: Tensor
+    stages: list[Tensor]
+    words: Tensor
+    pixel_word_logits: list[Tensor]
+    word_mask: Tensor
+
+
+class RISModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="fastkd",
+    license="apache-2.0",
+    tags=["referring-image-segmentation"],
+):
+    """A timm backbone, a transformers text encoder, pixel–word fusion after every stage and a top-down decoder.
+
+    The fused map of a stage is what the next stage sees, after Yang et al., "LAVT", CVPR 2022, arXiv 2112.02244.
+
+    Args:
+        config: The architecture, e.g. ``preset("shapes-student")``.
+        backbone_weights: None, ``"timm"`` for timm's published weights, or the path of a timm state dict.
+        text_weights: None, or a transformers folder or hub name. Neither is kept in the configuration: a saved model is
+            complete in itself.
+
+    Example::
+
+        model = RISModel(preset("shapes-student"))
+        out = model(torch.randn(2, 3, 64, 64), torch.randint(1, 100, (2, 8)))
+        mask = out.logits.argmax(1)              # (2, 64, 64)
+        model.save_pretrained("student")
+        again = RISModel.from_pretrained("student")
+    """
+
+    def __init__(
+        self,
+        config: RISConfig,
+        *,
+        backbone_weights: str | Path | None = None,
+        text_weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, RISConfig):
+            raise TypeError(f"config must be a RISConfig (see fastkd.models.preset), got {type(config).__name__}")
+        self.config = config
+        self.backbone = StagedBackbone(config.backbone, config.backbone_args, config.out_indices, backbone_weights)
+        self.text_encoder = TextEncoder(config.text_model, config.text, text_weights)
+        channels = self.backbone.channels
+        self.fusions = nn.ModuleList(
+            Fusion(c, self.text_encoder.width, heads, config.coordinates, feed_next=i + 1 < len(channels))
+            for i, (c, heads) in enumerate(zip(channels, config.heads, strict=True))
+        )
+        self.decoder = TopDownDecoder(channels, config.decoder_width, config.decoder_hidden or config.decoder_width)
+
+    def forward(
+        self,
+        image: Tensor,
+        input_ids: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        words: Tensor | None = None,
+    ) -> RISOutput:
+        """Segment what the sentence refers to.
+
+        Args:
+            image: (B, 3, H, W), ImageNet-normalised.
+            input_ids: (B, T) integer word ids; or
+            words: (B, T, D) word vectors, in place of ``input_ids``: the text encoder is then not run.
+            word_mask: (B, T) bool, True where a word is. None: every id that is not the padding id, or every vector.
+
+        Raises:
+            ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, a sentence longer than the
+                position table, an id outside the vocabulary, or a sentence with no valid word (the last two are looked at
+                on the CPU only, where looking costs nothing).
+            TypeError: A wrong dtype.
+        """
+        word_mask = self._check(image, input_ids, word_mask, words)
+        if words is None:
+            words = self.text_encoder(input_ids, word_mask)
+        logits: list[Tensor] = []
+
+        def fuse(index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            out, onward, stage_logits = self.fusions[index](x, words, word_mask)
+            logits.append(stage_logits)
+            return out, onward
+
+        stages = self.backbone(image, fuse)
+        features, decoder = self.decoder(stages)
+        full = F.interpolate(decoder, size=image.shape[-2:], mode="bilinear", align_corners=False)
+        return RISOutput(full, decoder, features, stages, words, logits, word_mask)
+
+    def _check(self, image: Tensor, input_ids: Tensor | None, word_mask: Tensor | None, words: Tensor | None) -> Tensor:
+        """Refuse what does not fit; returns the mask."""
+        if image.dim() != 4 or image.shape[1] != 3 or image.shape[0] == 0:
+            raise ValueError(f"image must be (B, 3, H, W) with B at least 1, got {tuple(image.shape)}")
+        if not image.is_floating_point():
+            raise TypeError(f"image must be floating point and ImageNet-normalised, got {image.dtype}")
+        if (input_ids is None) == (words is None):
+            raise ValueError(f"give either input_ids or words, got {'neither' if words is None else 'both'}")
+        text = self.text_encoder
+        if input_ids is not None:
+            if input_ids.dim() != 2 or input_ids.shape[0] != image.shape[0] or input_ids.shape[1] == 0:
+                raise ValueError(f"input_ids must be (B, T) with B={image.shape[0]}, got {tuple(input_ids.shape)}")
+            if input_ids.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+            if text.max_words is not None and input_ids.shape[1] > text.max_words:
+                raise ValueError(
+                    f"input_ids has {input_ids.shape[1]} words, the text encoder at most {text.max_words}: cut the sentence"
+                )
+            if input_ids.device.type == "cpu" and not (
+                0 <= int(input_ids.min()) <= int(input_ids.max()) < text.vocab_size
+            ):
+                raise ValueError(
+                    f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}, the vocabulary has "
+                    f"{text.vocab_size} words: is the tokenizer the one this model was made for ({self.config.tokenizer!r})?"
+                )
+        elif words is not None and (
+            words.dim() != 3 or words.shape[0] != image.shape[0] or words.shape[1] == 0 or words.shape[2] != text.width
+        ):
+            raise ValueError(
+                f"words must be (B, T, D) with B={image.shape[0]}, D={text.width}, got {tuple(words.shape)}"
+            )
+        source = input_ids if input_ids is not None else words
+        assert source is not None
+        if word_mask is None:
+            return (
+                input_ids.ne(text.pad_id)
+                if input_ids is not None
+                else torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+            )
+        if word_mask.dtype != torch.bool:
+            raise TypeError(f"word_mask must be bool (True where a word is), got {word_mask.dtype}: use mask.bool()")
+        if word_mask.shape != source.shape[:2]:
+            raise ValueError(
+                f"word_mask must be {tuple(source.shape[:2])} like the words, got {tuple(word_mask.shape)}"
+            )
+        if word_mask.device.type == "cpu" and not bool(word_mask.any(dim=1).all()):
+            row = int((~word_mask.any(dim=1)).nonzero()[0, 0])
+            raise ValueError(f"word_mask has no valid word in sample {row}: a sentence needs at least one word")
+        return word_mask
+
+    def parameter_count(self) -> dict[str, int]:
+        """Parameters in all and of each part: ``{"total": ..., "backbone": ..., "text_encoder": ..., ...}``."""
+        parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        return {"total": sum(parts.values()), **parts}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        # Clones, because safetensors refuses tensors that share or only partly fill their storage.
+        state = {
+            k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in self.state_dict().items()
+        }
+        save_file(state, save_directory / checkpoint.WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
+        (save_directory / checkpoint.CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> RISModel:
+        """Load a model saved by ``save_pretrained``, in eval mode: from a folder, or by hub name where a network is.
+
+        Args:
+            pretrained_model_name_or_path: A folder with ``config.json`` and ``model.safetensors``, or a hub name
+                ("owner/name").
+            **kwargs: ``map_location`` and, for a hub name, the download options of
+                :class:`huggingface_hub.PyTorchModelHubMixin`.
+
+        Raises:
+            FileNotFoundError: No such folder, or a file missing in it.
+            ValueError: A configuration or weights that do not fit; all names are told and nothing is loaded.
+        """
+        folder = Path(pretrained_model_name_or_path).expanduser()
+        if not folder.is_dir() and not _is_hub_name(str(pretrained_model_name_or_path)):
+            checkpoint.read_config(folder)  # raises: tells what was looked for
+        if folder.is_dir():
+            return cls._from_folder(folder, kwargs.get("map_location", "cpu"))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> RISModel:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE],
+        )
+        return cls._from_folder(Path(folder), map_location)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, map_location: str | torch.device) -> RISModel:
+        values = checkpoint.read_config(folder)
+        try:
+            config = RISConfig.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / checkpoint.CONFIG_FILE}: {error}") from error
+        state = checkpoint.read_state_dict(folder / checkpoint.WEIGHTS_FILE)
+        model = cls(config)
+        checkpoint.load_strictly(model, state, str(folder / checkpoint.WEIGHTS_FILE))
+        return model.to(map_location).eval()
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()

@@ -1,0 +1,63 @@
+"""The text encoder: word ids to one vector per word."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class TextEncoder(nn.Module):
+    """A transformers encoder without pooler, built from a configuration alone, so without a network.
+
+    Args:
+        model_type: A transformers model type with word ids in and ``last_hidden_state`` out: "bert", "distilbert", ...
+        args: Arguments of that type's configuration.
+        weights: None (random), a folder written by ``save_pretrained``, or a hub name (needs a network or a filled cache).
+
+    Attributes:
+        width: D, the width of a word's vector.
+        max_words: The longest sentence the position table allows, or None.
+
+    Raises:
+        ValueError: An unknown model type, or weights that leave a parameter without a value.
+    """
+
+    def __init__(self, model_type: str, args: dict[str, Any], weights: str | Path | None = None) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+
+        try:
+            config = AutoConfig.for_model(model_type, **args)
+            model_class = AutoModel._model_mapping[type(config)]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"text_model={model_type!r}: transformers has no such encoder ({error})") from error
+        options = {"add_pooling_layer": False} if "add_pooling_layer" in _arguments(model_class) else {}
+        if weights is None:
+            self.model = model_class(config, **options)
+        else:
+            try:
+                self.model, loaded = model_class.from_pretrained(
+                    str(weights), config=config, output_loading_info=True, **options
+                )
+            except (RuntimeError, OSError) as error:
+                raise ValueError(
+                    f"text weights {str(weights)!r} cannot be loaded into this text encoder: {error}"
+                ) from error
+            if loaded["missing_keys"]:
+                missing = ", ".join(sorted(loaded["missing_keys"])[:6])
+                raise ValueError(f"text weights {str(weights)!r} have no value for {missing}; nothing was loaded")
+        self.width: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.pad_id: int = config.pad_token_id or 0
+        self.max_words: int | None = getattr(config, "max_position_embeddings", None)
+
+    def forward(self, input_ids: Tensor, word_mask: Tensor) -> Tensor:
+        """Word vectors (B, T, D) from ids (B, T) and a bool mask (B, T), True where a word is."""
+        return self.model(input_ids=input_ids, attention_mask=word_mask.long()).last_hidden_state
+
+
+def _arguments(model_class: type) -> set[str]:
+    return set(inspect.signature(model_class.__init__).parameters)
