@@ -1,0 +1,46 @@
+"""What every operator needs to launch a kernel: its operands made fit, its device and stream, the native modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import _native
+
+
+def operands(*tensors: Tensor) -> list[Tensor]:
+    """One dtype and inner stride 1, which is all the kernels ask of their inputs; copies only what differs."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    same = (x.to(dtype) for x in tensors)
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in same]
+
+
+def statistics_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of losses and row statistics: fp32, or fp64 if an input is fp64."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def native(backend: str) -> Any:
+    """The extension module of the "cpu" or the "cuda" backend, loaded at the first call."""
+    return _native.load(backend)
+
+
+@contextmanager
+def launch_on(x: Tensor) -> Iterator[int]:
+    """Make the device of ``x`` current; give a native kernel's last argument: the stream's handle, or the threads to use."""
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            yield torch.cuda.current_stream(x.device).cuda_stream
+    else:
+        yield torch.get_num_threads()
+
+
+def dtype_name(x: Tensor) -> str:
+    """The dtype as the native kernels name it: "float32", "float16", "bfloat16" or "float64"."""
+    return str(x.dtype).removeprefix("torch.")

@@ -1,0 +1,257 @@
+r"""``softmax_kl``: the KL divergence between the softmaxes of matching rows of two arrays.
+
+For student and teacher logits :math:`s, t \in \mathbb{R}^{B \times R \times N}` and a temperature τ, per row
+
+.. math:: \mathrm{KL}(\operatorname{softmax}(t/\tau) \,\|\, \operatorname{softmax}(s/\tau)), \qquad
+          \partial / \partial s = (p_s - p_t) / \tau .
+
+The file reads downwards: the function, its autograd, its two operators, and what each backend is called with. Every
+other family follows it. One operator carries the backend as a string rather than one operator per backend: its schema,
+fake and autograd then exist once, and a graph captured by torch.compile still says which backend it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.ops._backends import choose
+from fastkd.ops._launch import dtype_name, launch_on, native, operands, statistics_dtype
+from fastkd.reference.softmax_kl import softmax_kl as reference
+
+
+def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float, backend: str = "auto") -> Tensor:
+    """Per-row KL(softmax(teacher/τ) ‖ softmax(student/τ)), without the factor τ².
+
+    Args:
+        student: (B, R, N) logits, floating, any strides. Gradients flow to it alone.
+        teacher: (B, R, N) logits on the same device; another floating dtype is promoted.
+        temperature: τ > 0.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". All but the reference are differentiable once.
+
+    Returns:
+        (B, R) in fp32 (fp64 if an input is fp64). 0·log 0 counts as 0, also for logits of −inf; NaN and Inf propagate.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that don't fit, an empty row, τ ≤ 0, a teacher that requires grad.
+        fastkd.BackendUnavailable: the backend asked for by name cannot compute this here.
+    """
+    _check(student, teacher, temperature)
+    chosen = choose("softmax_kl", backend, student, teacher)
+    if chosen == "reference":
+        return reference(student, teacher, temperature)
+    if torch.is_grad_enabled() and student.requires_grad:
+        return _SoftmaxKL.apply(student, teacher, temperature, chosen)
+    return torch.ops.fastkd.softmax_kl_forward(student, teacher, temperature, chosen)[0]
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    if student.dim() != 3 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher: expected the same shape (B, R, N), got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}; reshape both to (batch, rows, columns)"
+        )
+    if student.shape[2] == 0:
+        raise ValueError(f"student: a softmax over an empty row is undefined, got shape {tuple(student.shape)}")
+    if not (student.is_floating_point() and teacher.is_floating_point()):
+        raise TypeError(f"student and teacher: expected floating dtypes, got {student.dtype} and {teacher.dtype}")
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher: expected on the student's device {student.device}, got {teacher.device}; use teacher.to(...)"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
+    if torch.is_grad_enabled() and teacher.requires_grad:
+        raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
+
+
+class _SoftmaxKL(torch.autograd.Function):
+    """Saves the inputs and two numbers per row; the gradient is recomputed from them."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, backend: str) -> Tensor:
+        loss, lse_student, lse_teacher = torch.ops.fastkd.softmax_kl_forward(student, teacher, temperature, backend)
+        ctx.save_for_backward(student, teacher, lse_student, lse_teacher)
+        ctx.temperature, ctx.backend = temperature, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        return _SoftmaxKLGradient.apply(grad_loss, *ctx.saved_tensors, ctx.temperature, ctx.backend), None, None, None
+
+
+class _SoftmaxKLGradient(torch.autograd.Function):
+    """The gradient as a function of its own, so that differentiating it again ends in a clear error, not in zeros."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_loss: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        lse_student: Tensor,
+        lse_teacher: Tensor,
+        temperature: float,
+        backend: str,
+    ) -> Tensor:
+        ctx.backend = backend
+        return torch.ops.fastkd.softmax_kl_backward(
+            grad_loss, student, teacher, lse_student, lse_teacher, temperature, backend
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"softmax_kl: the {ctx.backend} backend is differentiable once; for double backward use "
+            'backend="reference"'
+        )
+
+
+# --- the operators -----------------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "fastkd::softmax_kl_forward",
+    "(Tensor student, Tensor teacher, float temperature, str backend) -> (Tensor loss, Tensor lse_student, Tensor lse_teacher)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastkd::softmax_kl_backward",
+    "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor lse_student, Tensor lse_teacher, float temperature, "
+    "str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _forward(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    loss, lse_student, lse_teacher = _forward_fake(student, teacher, temperature, backend)
+    if loss.numel():
+        student, teacher = operands(student, teacher)
+        _kernels(backend).forward(student, teacher, loss, lse_student, lse_teacher, temperature)
+    return loss, lse_student, lse_teacher
+
+
+def _backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    lse_student: Tensor,
+    lse_teacher: Tensor,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    dtype = student.dtype
+    student, teacher = operands(student, teacher)
+    grad_student = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    if grad_student.numel():
+        _kernels(backend).backward(
+            grad_loss.to(lse_student.dtype), student, teacher, lse_student, lse_teacher, grad_student, temperature
+        )
+    return grad_student.to(dtype)
+
+
+def _forward_fake(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(student, teacher)
+    loss, lse_student, lse_teacher = (
+        torch.empty(student.shape[:2], dtype=dtype, device=student.device) for _ in range(3)
+    )
+    return loss, lse_student, lse_teacher
+
+
+def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+for _name, _real, _fake in (
+    ("fastkd::softmax_kl_forward", _forward, _forward_fake),
+    ("fastkd::softmax_kl_backward", _backward, _backward_fake),
+):
+    torch.library.impl(_name, ("cpu", "cuda"), _real)
+    torch.library.register_fake(_name, _fake)
+
+
+# --- the backends ------------------------------------------------------------------------------------------------------
+
+
+def _kernels(backend: str) -> Any:
+    """What computes: an object with ``forward`` and ``backward``, filling the outputs that it is given."""
+    return importlib.import_module("fastkd.kernels.softmax_kl") if backend == "triton" else _Native(backend)
+
+
+@dataclass(frozen=True)
+class _Native:
+    """``csrc/cpu`` or ``csrc/cuda``: raw pointers and element strides, so that one build serves every torch."""
+
+    backend: str
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        loss: Tensor,
+        lse_student: Tensor,
+        lse_teacher: Tensor,
+        temperature: float,
+    ) -> None:
+        with launch_on(student) as extra:
+            native(self.backend).softmax_kl_forward(
+                student.data_ptr(),
+                teacher.data_ptr(),
+                loss.data_ptr(),
+                lse_student.data_ptr(),
+                lse_teacher.data_ptr(),
+                *student.shape,
+                student.stride()[:2],
+                teacher.stride()[:2],
+                dtype_name(student),
+                temperature,
+                extra,
+            )
+
+    def backward(
+        self,
+        grad_loss: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        lse_student: Tensor,
+        lse_teacher: Tensor,
+        grad_student: Tensor,
+        temperature: float,
+    ) -> None:
+        with launch_on(student) as extra:
+            native(self.backend).softmax_kl_backward(
+                grad_loss.data_ptr(),
+                grad_loss.stride(),
+                student.data_ptr(),
+                teacher.data_ptr(),
+                lse_student.data_ptr(),
+                lse_teacher.data_ptr(),
+                grad_student.data_ptr(),
+                *student.shape,
+                student.stride()[:2],
+                teacher.stride()[:2],
+                dtype_name(student),
+                temperature,
+                extra,
+            )
+
+
+def self_test(backend: str, device: torch.device) -> str | None:
+    """Run ``backend`` once on a few short rows on ``device``; return what is wrong with it, or None."""
+    wave = torch.arange(2 * 3 * 37, dtype=torch.float64).reshape(2, 3, 37)
+    exact_student, exact_teacher = wave.sin() * 3, wave.cos() * 2
+    student, teacher = (x.to(device, torch.float32) for x in (exact_student, exact_teacher))
+    loss, lse_student, lse_teacher = _forward(student, teacher, 2.0, backend)
+    grad = _backward(torch.ones_like(loss), student, teacher, lse_student, lse_teacher, 2.0, backend)
+    exact_grad = ((exact_student / 2).softmax(-1) - (exact_teacher / 2).softmax(-1)) / 2
+    for name, got, exact in (
+        ("loss", loss, reference(exact_student, exact_teacher, 2.0)),
+        ("gradient", grad, exact_grad),
+    ):
+        error = (got.cpu().double() - exact).abs().max().item()
+        if not error < 1e-5:
+            return f"its self-test on {device} got a wrong {name} (off by {error:.1e})"
+    return None

@@ -1,0 +1,60 @@
+"""What every Triton kernel here shares: constants, launch guards and shape helpers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+"""log2(e): the hardware's exponential is 2^x."""
+
+
+@triton.jit
+def _interpreted() -> None:
+    """Nothing; its type tells whether Triton interprets (TRITON_INTERPRET=1) or compiles."""
+
+
+INTERPRETED: bool = not isinstance(_interpreted, triton.runtime.JITFunction)
+"""True when kernels are interpreted on CPU tensors; Triton fixes this when a kernel is defined, once per process."""
+
+
+@triton.jit
+def reciprocal(x, dtype: tl.constexpr):
+    """1/x in ``dtype`` for a scalar argument ``x: tl.float64`` (the interpreter hands it over as a Python float)."""
+    return (tl.full((), 1.0, tl.float64) / x).to(dtype)
+
+
+_TRUNCATES = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """``x`` in ``dtype``, rounded to nearest even. (Hardware does; the interpreter's cast from fp32 to bf16 truncates.)"""
+    if _TRUNCATES and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a NaN keeps its bits
+    return x.to(dtype)
+
+
+def launching_on(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of ``x`` current, so that Triton launches there, on that device's current stream."""
+    if INTERPRETED:
+        import numpy  # which would warn of every −inf − (−inf) that a kernel computes and masks
+
+        return numpy.errstate(all="ignore")
+    return torch.cuda.device(x.device)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below ``n`` ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉ for positive integers."""
+    return -(-a // b)

@@ -1,0 +1,248 @@
+r"""``softmax_kl`` in Triton: the KL divergence between the softmaxes of matching rows, one read of each input per pass.
+
+With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}` for x = s (student), t (teacher),
+
+.. math:: \mathrm{KL}(p_t \| p_s) = \sum_j p_{t,j} \frac{t_j - s_j}{\tau} - \ell_t + \ell_s .
+
+The forward kernel writes one loss and the two ℓ per row; the backward kernel needs the inputs and ℓ only. Arithmetic is
+fp32 (fp64 for fp64 inputs). On a GPU 2^x is the hardware's approximation (about 2 ulp, subnormal results are 0).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.kernels._common import LOG2E, cdiv, launching_on, next_power_of_2, reciprocal, round_to
+
+class Blocks(NamedTuple):
+    """How one kernel instance is cut: ``rows`` × ``cols`` elements at a time, by ``warps`` warps."""
+
+    rows: int
+    cols: int
+    warps: int
+
+
+TABLE: tuple[tuple[int, Blocks], ...] = (
+    (64, Blocks(16, 64, 4)),
+    (128, Blocks(8, 128, 4)),
+    (256, Blocks(4, 256, 4)),
+    (512, Blocks(2, 512, 4)),
+)
+"""Rows up to this long fit one block, several rows to a program."""
+
+LONG = Blocks(1, 1024, 4)
+"""Longer rows: one row to a program, which loops. The block never widens, so no row length spills registers."""
+
+
+def blocks_for(cols: int) -> Blocks:
+    """The entry of the table for rows of ``cols`` elements."""
+    width = next_power_of_2(cols)
+    return next((blocks for limit, blocks in TABLE if width <= limit), LONG)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward. One pass keeps, for either input, a maximum m and z = Σ e^{(x−m)/τ}, and a = Σ e^{(t−m_t)/τ} (t − s); then
+#
+#     KL = a / (z_t τ) + (m_s − m_t)/τ + log z_s − log z_t,      ℓ_x = m_x/τ + log z_x.
+#
+# Each lane of the block keeps its own (m, z, a) over the columns it meets, and lanes are merged once, at the end, in a
+# fixed order. Meeting x, a lane rescales either its sums or the newcomer, whichever is not the larger: one exponential
+# of −|x − m|. Subtracting before scaling by 1/τ keeps (x − m)/τ accurate for large logits at small τ.
+#
+# Edge cases. −inf: weight 0, and 0·(t − s) counts as 0 although t − s may be ±inf or NaN; columns beyond the row are
+# loaded as −inf and vanish the same way. s = −inf where p_t > 0: a = +inf, so is the loss. A row of −inf throughout: z = 0,
+# 0/0 = NaN. NaN: tl.max drops it, but m, e^{...} or z of that lane is NaN and the final sums keep it. +inf: its lane's
+# e^{inf − inf} is NaN in the merge.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
+def forward_kernel(
+    student_ptr,  # (batch, rows, cols), strides below, inner stride 1
+    teacher_ptr,
+    loss_ptr,  # (batch · rows,) contiguous, as the two that follow
+    lse_student_ptr,
+    lse_teacher_ptr,
+    n_rows,  # batch · rows
+    rows_per_batch,
+    cols,
+    student_stride_b,
+    student_stride_r,
+    teacher_stride_b,
+    teacher_stride_r,
+    temperature: tl.float64,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    ACC: tl.constexpr = loss_ptr.dtype.element_ty
+    inv_tau = reciprocal(temperature, ACC)
+    scale = inv_tau * LOG2E
+
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < n_rows
+    b = row // rows_per_batch
+    r = row % rows_per_batch
+    student_row = student_ptr + (b * student_stride_b + r * student_stride_r)[:, None]
+    teacher_row = teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None]
+    lane = tl.arange(0, COLS)[None, :]
+    minus_inf = float("-inf")
+    # As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN.
+    LOWEST: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
+
+    mask = here[:, None] & (lane < cols)
+    s = tl.load(student_row + lane, mask=mask, other=minus_inf).to(ACC)
+    t = tl.load(teacher_row + lane, mask=mask, other=minus_inf).to(ACC)
+    m_s = tl.where(s == minus_inf, LOWEST, s)
+    m_t = tl.where(t == minus_inf, LOWEST, t)
+    z_s = tl.where(s == minus_inf, 0.0, 1.0).to(ACC)
+    z_t = tl.where(t == minus_inf, 0.0, 1.0).to(ACC)
+    a = tl.where(t == minus_inf, 0.0, t - s)
+
+    for start in range(COLS, cols, COLS):
+        j = start + lane
+        mask = here[:, None] & (j < cols)
+        s = tl.load(student_row + j, mask=mask, other=minus_inf).to(ACC)
+        t = tl.load(teacher_row + j, mask=mask, other=minus_inf).to(ACC)
+
+        e = tl.exp2(-tl.abs(s - m_s) * scale)
+        new = s > m_s
+        z_s = tl.where(new, z_s * e + 1.0, z_s + e)
+        m_s = tl.where(new, s, m_s)
+
+        e = tl.exp2(-tl.abs(t - m_t) * scale)
+        new = t > m_t
+        old_weight = tl.where(new, e, 1.0)
+        weight = tl.where(new, 1.0, e)
+        z_t = z_t * old_weight + weight
+        a = tl.where(old_weight == 0.0, 0.0, a * old_weight) + tl.where(weight == 0.0, 0.0, weight * (t - s))
+        m_t = tl.where(new, t, m_t)
+
+    top_s = tl.max(m_s, axis=1)
+    top_t = tl.max(m_t, axis=1)
+    z_s = tl.sum(z_s * tl.exp2((m_s - top_s[:, None]) * scale), axis=1)
+    weight = tl.exp2((m_t - top_t[:, None]) * scale)
+    z_t = tl.sum(z_t * weight, axis=1)
+    a = tl.sum(tl.where(weight == 0.0, 0.0, a * weight), axis=1)
+
+    log_z_s = tl.log(z_s)
+    log_z_t = tl.log(z_t)
+    loss = (a / z_t + (top_s - top_t)) * inv_tau + (log_z_s - log_z_t)
+    tl.store(loss_ptr + row, loss, mask=here)
+    tl.store(lse_student_ptr + row, top_s * inv_tau + log_z_s, mask=here)
+    tl.store(lse_teacher_ptr + row, top_t * inv_tau + log_z_t, mask=here)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward. ∂ℓ_s/∂s_j = p_{s,j}/τ and the sum in KL is linear in s, so for a row's incoming gradient g
+#
+#     ∂(g·KL)/∂s_j = (g/τ) (p_{s,j} − p_{t,j}),      p_{x,j} = e^{x_j/τ − ℓ_x}.
+#
+# Every element is written by one program, independently of all others: two runs give the same bits.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
+def backward_kernel(
+    grad_loss_ptr,  # (batch, rows), strides below, possibly 0
+    student_ptr,
+    teacher_ptr,
+    lse_student_ptr,  # (batch · rows,) contiguous
+    lse_teacher_ptr,
+    grad_student_ptr,  # (batch, rows, cols) contiguous
+    n_rows,
+    rows_per_batch,
+    cols,
+    grad_stride_b,
+    grad_stride_r,
+    student_stride_b,
+    student_stride_r,
+    teacher_stride_b,
+    teacher_stride_r,
+    temperature: tl.float64,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    ACC: tl.constexpr = lse_student_ptr.dtype.element_ty
+    inv_tau = reciprocal(temperature, ACC)
+
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < n_rows
+    b = row // rows_per_batch
+    r = row % rows_per_batch
+    j = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    mask = here[:, None] & (j < cols)
+
+    g = tl.load(grad_loss_ptr + b * grad_stride_b + r * grad_stride_r, mask=here, other=0.0).to(ACC)
+    lse_s = tl.load(lse_student_ptr + row, mask=here, other=0.0)
+    lse_t = tl.load(lse_teacher_ptr + row, mask=here, other=0.0)
+    s = tl.load(student_ptr + (b * student_stride_b + r * student_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
+    t = tl.load(teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
+
+    p_s = tl.exp2((s * inv_tau - lse_s[:, None]) * LOG2E)
+    p_t = tl.exp2((t * inv_tau - lse_t[:, None]) * LOG2E)
+    grad = (g * inv_tau)[:, None] * (p_s - p_t)
+    # Rows are contiguous in grad_student: row · cols is its offset, in 64 bits like row.
+    tl.store(grad_student_ptr + row[:, None] * cols + j, round_to(grad, grad_student_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(
+    student: Tensor, teacher: Tensor, loss: Tensor, lse_student: Tensor, lse_teacher: Tensor, temperature: float
+) -> None:
+    """Fill ``loss``, ``lse_student`` and ``lse_teacher`` (B, R) from inputs (B, R, N) of inner stride 1."""
+    batch, rows, cols = student.shape
+    blocks = blocks_for(cols)
+    with launching_on(student):
+        forward_kernel[(cdiv(batch * rows, blocks.rows),)](
+            student,
+            teacher,
+            loss,
+            lse_student,
+            lse_teacher,
+            batch * rows,
+            rows,
+            cols,
+            student.stride(0),
+            student.stride(1),
+            teacher.stride(0),
+            teacher.stride(1),
+            temperature,
+            ROWS=blocks.rows,
+            COLS=blocks.cols,
+            num_warps=blocks.warps,
+        )
+
+
+def backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    lse_student: Tensor,
+    lse_teacher: Tensor,
+    grad_student: Tensor,
+    temperature: float,
+) -> None:
+    """Fill ``grad_student`` (B, R, N), contiguous, from a per-row gradient (B, R) of any strides."""
+    batch, rows, cols = student.shape
+    blocks = blocks_for(cols)
+    with launching_on(student):
+        backward_kernel[(cdiv(batch * rows, blocks.rows), cdiv(cols, blocks.cols))](
+            grad_loss,
+            student,
+            teacher,
+            lse_student,
+            lse_teacher,
+            grad_student,
+            batch * rows,
+            rows,
+            cols,
+            grad_loss.stride(0),
+            grad_loss.stride(1),
+            student.stride(0),
+            student.stride(1),
+            teacher.stride(0),
+            teacher.stride(1),
+            temperature,
+            ROWS=blocks.rows,
+            COLS=blocks.cols,
+            num_warps=blocks.warps,
+        )
