@@ -1,0 +1,48 @@
+"""Referring-expression data: a RefCOCO reader, a torch dataset, a tokenizer and a procedural set.
+
+Needs the extra ``[ris]`` (``pip install 'fastkd[ris]'``); nothing is imported before its first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastkd.data._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastkd.data import shapes
+    from fastkd.data.dataset import ReferDataset, collate
+    from fastkd.data.refcoco import Ref, RefCOCO, Sentence
+    from fastkd.data.shapes import make_shapes
+    from fastkd.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Ref",
+    "RefCOCO",
+    "ReferDataset",
+    "Sentence",
+    "Tokenizer",
+    "collate",
+    "load_tokenizer",
+    "make_shapes",
+    "shapes",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Ref": "fastkd.data.refcoco",
+        "RefCOCO": "fastkd.data.refcoco",
+        "ReferDataset": "fastkd.data.dataset",
+        "Sentence": "fastkd.data.refcoco",
+        "Tokenizer": "fastkd.data.tokenizer",
+        "collate": "fastkd.data.dataset",
+        "load_tokenizer": "fastkd.data.tokenizer",
+        "make_shapes": "fastkd.data.shapes.write",
+        "shapes": "fastkd.data.shapes",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

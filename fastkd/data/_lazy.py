@@ -1,0 +1,31 @@
+"""Names that are imported on first use, with one clear error where the ``[ris]`` extra is missing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+EXTRA = {"numpy", "PIL", "pycocotools", "transformers", "tokenizers"}
+
+
+def lazy_names(package: str, names: dict[str, str]) -> Callable[[str], Any]:
+    """A module ``__getattr__`` for ``package``: ``names`` maps a public name to the module that holds it.
+
+    A value equal to the full name of the asked attribute (``"fastkd.data.shapes"``) means the module itself.
+    """
+
+    def load(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(names[name])
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in EXTRA:
+                raise
+            raise ImportError(
+                f"{package}.{name} needs the package {error.name!r}, which is not installed: pip install 'fastkd[ris]'"
+            ) from error
+        return module if names[name] == f"{package}.{name}" else getattr(module, name)
+
+    return load

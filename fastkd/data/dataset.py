@@ -1,0 +1,169 @@
+"""A torch dataset of image, sentence and mask, and how samples become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from fastkd.data.refcoco import Ref, RefCOCO, Sentence
+from fastkd.data.tokenizer import Tokenizer
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Sample = dict[str, Any]
+
+
+class ReferDataset(Dataset[Sample]):
+    """Samples of a :class:`RefCOCO` split, resized to a square whatever their aspect.
+
+    Images are resized bilinearly and normalised by ImageNet's mean and deviation; masks are resized by nearest
+    neighbour. A sample is a dict: ``image`` float32 (3, S, S), ``input_ids`` int64 (T,), ``word_mask`` bool (T,),
+    ``mask`` bool (S, S), ``ref_id``, ``sent_id``, ``image_id``, ``sentence``; S is ``image_size``, T ``max_words``.
+
+    Args:
+        refcoco: the split to serve.
+        tokenizer: from :func:`load_tokenizer`.
+        image_size: side of the square in pixels.
+        max_words: length of ``input_ids``, ``[CLS]`` and ``[SEP]`` included.
+        sentences: ``"random"``: one sample a ref, with a sentence drawn by (seed, epoch, index), the same in every
+            run and worker; ``"all"``: one sample a sentence, for evaluation.
+        seed: of the sentence draw.
+        cache: keep decoded and resized images and masks in memory, (S, S, 3) + (S, S) bytes each, as they are first
+            read; workers of a DataLoader each keep their own unless :meth:`fill_cache` ran before.
+
+    Example::
+
+        dataset = ReferDataset(RefCOCO("data/shapes"), load_tokenizer("shapes"), image_size=64)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True, collate_fn=collate)
+        for epoch in range(epochs):
+            dataset.set_epoch(epoch)
+            for batch in loader: ...
+    """
+
+    def __init__(
+        self,
+        refcoco: RefCOCO,
+        tokenizer: Tokenizer,
+        image_size: int = 480,
+        max_words: int = 20,
+        sentences: str = "random",
+        seed: int = 0,
+        cache: bool = False,
+    ) -> None:
+        if sentences not in ("random", "all"):
+            raise ValueError(f"sentences must be 'random' (one a ref and epoch) or 'all'; got {sentences!r}")
+        if not isinstance(image_size, int) or image_size < 1:
+            raise ValueError(f"image_size must be a positive integer; got {image_size!r}")
+        if not isinstance(max_words, int) or max_words < 3:
+            raise ValueError(f"max_words must be an integer of at least 3 ([CLS], a word, [SEP]); got {max_words!r}")
+        self.refcoco, self.tokenizer = refcoco, tokenizer
+        self.image_size, self.max_words, self.sentences, self.seed = image_size, max_words, sentences, seed
+        self._pairs = [(ref, sentence) for ref in refcoco for sentence in ref.sentences]
+        self._images: dict[int, np.ndarray] | None = {} if cache else None
+        self._masks: dict[int, np.ndarray] | None = {} if cache else None
+        self._ids: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        # in shared memory, so that workers which live on from epoch to epoch see set_epoch too
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._pairs) if self.sentences == "all" else len(self.refcoco)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that decides which sentence of a ref is drawn."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, before the loader is iterated."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range: the dataset has {len(self)} samples")
+        ref, sentence = self._pick(index % len(self))
+        input_ids, word_mask = self._tokens(sentence.text)
+        return {
+            "image": normalise(self._image(ref.image_id)),
+            "input_ids": input_ids,
+            "word_mask": word_mask,
+            "mask": torch.from_numpy(self._mask(ref.ref_id).copy()),  # never a view of the cache
+            "ref_id": ref.ref_id,
+            "sent_id": sentence.sent_id,
+            "image_id": ref.image_id,
+            "sentence": sentence.text,
+        }
+
+    def fill_cache(self) -> None:
+        """Read every image and mask now (with ``cache=True``), so that workers started later share them."""
+        if self._images is None:
+            raise ValueError("fill_cache needs a dataset made with cache=True")
+        for ref in self.refcoco:
+            self._image(ref.image_id)
+            self._mask(ref.ref_id)
+
+    def _pick(self, index: int) -> tuple[Ref, Sentence]:
+        if self.sentences == "all":
+            return self._pairs[index]
+        ref = self.refcoco.refs[index]
+        if len(ref.sentences) == 1:
+            return ref, ref.sentences[0]
+        return ref, Random(f"{self.seed}/{self.epoch}/{index}").choice(ref.sentences)
+
+    def _tokens(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if text not in self._ids:
+            input_ids, word_mask = self.tokenizer([text], self.max_words)
+            self._ids[text] = input_ids[0], word_mask[0]
+        return self._ids[text]
+
+    def _image(self, image_id: int) -> np.ndarray:
+        if self._images is not None and image_id in self._images:
+            return self._images[image_id]
+        pixels = self.refcoco.image(image_id)
+        if pixels.shape[:2] != (self.image_size, self.image_size):
+            resized = Image.fromarray(pixels).resize((self.image_size,) * 2, Image.Resampling.BILINEAR)
+            pixels = np.array(resized)
+        if self._images is not None:
+            self._images[image_id] = pixels
+        return pixels
+
+    def _mask(self, ref_id: int) -> np.ndarray:
+        if self._masks is not None and ref_id in self._masks:
+            return self._masks[ref_id]
+        mask = self.refcoco.mask(ref_id)
+        if mask.shape != (self.image_size, self.image_size):
+            picture = Image.fromarray(mask.astype(np.uint8))
+            mask = np.array(picture.resize((self.image_size,) * 2, Image.Resampling.NEAREST)).astype(bool)
+        if self._masks is not None:
+            self._masks[ref_id] = mask
+        return mask
+
+
+def normalise(pixels: np.ndarray) -> torch.Tensor:
+    """An RGB image (H, W, 3) uint8 as float32 (3, H, W), normalised by ImageNet's mean and deviation."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1).float()
+    mean = torch.tensor(IMAGENET_MEAN).mul_(255.0)[:, None, None]
+    std = torch.tensor(IMAGENET_STD).mul_(255.0)[:, None, None]
+    return image.sub_(mean).div_(std).contiguous()
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Samples to a batch: tensors are stacked, ids and sentences become lists.
+
+    Keys: ``image`` (B, 3, S, S), ``input_ids`` (B, T), ``word_mask`` (B, T), ``mask`` (B, S, S), and the lists
+    ``ref_id``, ``sent_id``, ``image_id``, ``sentence``.
+    """
+    if len(samples) == 0:
+        raise ValueError("collate got an empty batch: give at least one sample")
+    return {
+        key: torch.stack([sample[key] for sample in samples])
+        if isinstance(samples[0][key], torch.Tensor)
+        else [sample[key] for sample in samples]
+        for key in samples[0]
+    }

@@ -1,0 +1,254 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg as they lie on disk."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fastkd.data._files import find_images, read_instances, read_refs
+from fastkd.data.masks import RULES, check_segmentation, rasterise
+
+SPLITS = {
+    ("refcoco", "unc"): ("train", "val", "testA", "testB"),
+    ("refcoco", "google"): ("train", "val", "test"),
+    ("refcoco+", "unc"): ("train", "val", "testA", "testB"),
+    ("refcocog", "umd"): ("train", "val", "test"),
+    ("refcocog", "google"): ("train", "val"),
+}
+PUBLISHED_REFS = {
+    ("refcoco", "unc"): {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
+    ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
+    ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
+}
+SENTENCE_FIELDS = ("sent", "raw", "raw.lower")
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One referring expression."""
+
+    sent_id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """One referred object with its sentences; several refs may share an ``ann_id``, never a ``ref_id``."""
+
+    ref_id: int
+    ann_id: int
+    image_id: int
+    category_id: int
+    split: str
+    sentences: tuple[Sentence, ...]
+
+
+class RefCOCO:
+    """One split of RefCOCO, RefCOCO+ or RefCOCOg, read from the published files.
+
+    The refs pickle is read by an unpickler that refuses every class, as utf-8 and, with a warning, as latin1. Files,
+    segmentations and sentences are checked when the object is made; images and masks are read when asked for.
+    gRefCOCO (lists of annotations, no-target sentences) is not read.
+
+    Args:
+        root: the folder that holds ``refcoco/``, ``refcoco+/`` or ``refcocog/`` and the images.
+        name: ``"refcoco"``, ``"refcoco+"`` or ``"refcocog"``.
+        split_by: whose split: ``"unc"``, ``"google"`` or ``"umd"``.
+        split: ``"train"``, ``"val"``, and ``"testA"``, ``"testB"`` or ``"test"``. A ref counts for testA or testB if
+            the letter is in its split, so ``"testAB"`` counts for both.
+        image_root: the folder of the JPEG files. Left out, the usual four places under ``root`` are tried.
+        mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels that exactly one polygon covers.
+        sentence_field: ``"sent"`` (lower-case, no punctuation), ``"raw"``, or ``"raw.lower"``.
+        check_counts: raise unless the number of refs is the published one (for the real sets).
+
+    Raises:
+        FileNotFoundError: a file or image is missing; the message names what was tried and the layout.
+        pickle.UnpicklingError: the refs file names a class or is damaged.
+        ValueError: unknown option or split, damaged content, empty segmentation, wrong count.
+
+    Example::
+
+        val = RefCOCO("data", "refcoco", "unc", "val")
+        ref = val.refs[0]
+        image, mask = val.image(ref.image_id), val.mask(ref.ref_id)   # (H, W, 3) uint8, (H, W) bool
+
+    Reference: Yu et al., "Modeling Context in Referring Expressions", ECCV 2016 (RefCOCO, RefCOCO+); Mao et al.,
+    "Generation and Comprehension of Unambiguous Object Descriptions", CVPR 2016 (RefCOCOg).
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        name: str = "refcoco",
+        split_by: str = "unc",
+        split: str = "train",
+        *,
+        image_root: str | os.PathLike[str] | None = None,
+        mask_rule: str = "union",
+        sentence_field: str = "sent",
+        check_counts: bool = False,
+    ) -> None:
+        _check_options(name, split_by, split, mask_rule, sentence_field)
+        self.root = Path(root)
+        self.name, self.split_by, self.split = name, split_by, split
+        self.mask_rule, self.sentence_field = mask_rule, sentence_field
+        path = self.root / name / f"refs({split_by}).p"
+        every = read_refs(path)
+        chosen = [ref for ref in every if _in_split(ref["split"], split)]
+        if not chosen:
+            there = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in every).items()))
+            raise ValueError(f"{path} has no ref of split {split!r}; it has {there or 'no refs at all'}")
+        self.refs: list[Ref] = [_ref(ref, sentence_field, path) for ref in chosen]
+        self._by_id = {ref.ref_id: ref for ref in self.refs}
+        if len(self._by_id) != len(self.refs):
+            twice = Counter(ref.ref_id for ref in self.refs).most_common(1)[0][0]
+            raise ValueError(f"{path} has ref_id {twice} more than once")
+        if check_counts:
+            self._check_count(path)
+        self._load_instances(self.root / name / "instances.json")
+        needed = sorted({str(image["file_name"]) for image in self._images.values()})
+        self.image_root = find_images(self.root, image_root, needed)
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __iter__(self) -> Iterator[Ref]:
+        return iter(self.refs)
+
+    def __repr__(self) -> str:
+        return (
+            f"RefCOCO({str(self.root)!r}, {self.name!r}, {self.split_by!r}, {self.split!r}: {len(self.refs)} refs, "
+            f"{self.sentence_count} sentences, {len(self._images)} images)"
+        )
+
+    @property
+    def sentence_count(self) -> int:
+        """Sentences of all refs."""
+        return sum(len(ref.sentences) for ref in self.refs)
+
+    def ref(self, ref_id: int) -> Ref:
+        """The ref with this id."""
+        try:
+            return self._by_id[ref_id]
+        except KeyError:
+            raise KeyError(f"ref_id {ref_id!r} is not in split {self.split!r} of {self.name}") from None
+
+    def image_path(self, image_id: int) -> Path:
+        """The file of an image, by the name that instances.json gives it."""
+        return self.image_root / self._images[image_id]["file_name"]
+
+    def image_size(self, image_id: int) -> tuple[int, int]:
+        """Height and width that instances.json gives."""
+        return self._images[image_id]["height"], self._images[image_id]["width"]
+
+    def image(self, image_id: int) -> np.ndarray:
+        """The image, (H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: the file is damaged, or its size isn't the one in instances.json.
+        """
+        path = self.image_path(image_id)
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert("RGB"))
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise ValueError(f"image {path} can't be decoded ({error}): the file is damaged, fetch it again") from error
+        if pixels.shape[:2] != self.image_size(image_id):
+            raise ValueError(
+                f"image {path} is {pixels.shape[0]} x {pixels.shape[1]} but instances.json says "
+                f"{' x '.join(map(str, self.image_size(image_id)))} (height x width): these files don't belong together"
+            )
+        return pixels
+
+    def mask(self, ref_id: int) -> np.ndarray:
+        """The referred object at the image's original size, (H, W) bool, by ``mask_rule``."""
+        ref = self.ref(ref_id)
+        height, width = self.image_size(ref.image_id)
+        return rasterise(
+            self._segmentations[ref.ann_id],
+            height,
+            width,
+            rule=self.mask_rule,
+            what=f"annotation {ref.ann_id} (ref {ref_id})",
+        )
+
+    def _load_instances(self, path: Path) -> None:
+        content = read_instances(path)
+        images = {ref.image_id for ref in self.refs}
+        annotations = {ref.ann_id: ref for ref in self.refs}
+        self._images: dict[int, dict[str, Any]] = {
+            i["id"]: {key: i[key] for key in ("file_name", "height", "width")}
+            for i in content["images"]
+            if i["id"] in images
+        }
+        self._segmentations: dict[int, Any] = {
+            a["id"]: a["segmentation"] for a in content["annotations"] if a["id"] in annotations
+        }
+        self.categories: dict[int, str] = {c["id"]: c["name"] for c in content.get("categories", ())}
+        for ref in self.refs:
+            if ref.image_id not in self._images:
+                raise ValueError(f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to")
+            if ref.ann_id not in self._segmentations:
+                raise ValueError(f"{path} has no annotation {ref.ann_id}, which ref {ref.ref_id} refers to")
+        for ann_id, ref in annotations.items():
+            check_segmentation(self._segmentations[ann_id], f"{path}: annotation {ann_id} (ref {ref.ref_id})")
+
+    def _check_count(self, path: Path) -> None:
+        published = PUBLISHED_REFS.get((self.name, self.split_by), {}).get(self.split)
+        if published is None:
+            raise ValueError(
+                f"check_counts: no published count is known for {self.name} ({self.split_by}) {self.split}; "
+                "pass check_counts=False"
+            )
+        if published != len(self.refs):
+            raise ValueError(
+                f"{path} has {len(self.refs)} refs of split {self.split!r}, but the published set has {published}: "
+                "fetch the file again, or pass check_counts=False for another set in this layout"
+            )
+
+
+def _check_options(name: str, split_by: str, split: str, mask_rule: str, sentence_field: str) -> None:
+    if (name, split_by) not in SPLITS:
+        known = ", ".join(f"{n} ({by})" for n, by in SPLITS)
+        raise ValueError(f"name={name!r} with split_by={split_by!r} is not a known set; known: {known}")
+    if split not in SPLITS[name, split_by]:
+        raise ValueError(
+            f"unknown split {split!r}: {name} ({split_by}) has {', '.join(map(repr, SPLITS[name, split_by]))}"
+        )
+    if mask_rule not in RULES:
+        raise ValueError(f"mask_rule must be one of {', '.join(map(repr, RULES))}; got {mask_rule!r}")
+    if sentence_field not in SENTENCE_FIELDS:
+        raise ValueError(f"sentence_field must be one of {', '.join(map(repr, SENTENCE_FIELDS))}; got {sentence_field!r}")
+
+
+def _in_split(of_ref: str, split: str) -> bool:
+    if split in ("testA", "testB"):
+        return of_ref.startswith("test") and split[-1] in of_ref[4:]
+    return of_ref == split
+
+
+def _ref(ref: dict[str, Any], field: str, path: Path) -> Ref:
+    sentences = []
+    for sentence in ref["sentences"]:
+        key = field.partition(".")[0]
+        if not isinstance(sentence, dict) or not isinstance(sentence.get(key), str) or "sent_id" not in sentence:
+            raise ValueError(f"{path}: a sentence of ref {ref['ref_id']} has no {key!r} or no 'sent_id': {sentence!r}")
+        text = sentence[key].lower() if field == "raw.lower" else sentence[key]
+        if not text.strip():
+            raise ValueError(
+                f"{path}: sentence {sentence['sent_id']} of ref {ref['ref_id']} is empty in the field {key!r}; "
+                "try another sentence_field, or leave the sentence out of the file"
+            )
+        sentences.append(Sentence(int(sentence["sent_id"]), text))
+    if not sentences:
+        raise ValueError(f"{path}: ref {ref['ref_id']} has no sentence")
+    return Ref(ref["ref_id"], ref["ann_id"], ref["image_id"], ref["category_id"], ref["split"], tuple(sentences))

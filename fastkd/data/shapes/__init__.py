@@ -1,0 +1,28 @@
+"""A procedural referring-expression set, written in the layout of RefCOCO.
+
+Rooms: ``scene`` (which shapes, where, who hides whom), ``render`` (pixels and labels), ``contours`` (labels to
+polygons), ``meaning`` (what a sentence says about a scene), ``language`` (sentences that single out one shape),
+``write`` (the files), ``vocab`` (the word pieces that ship with the package).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastkd.data._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastkd.data.shapes.language import KIND_SHARES
+    from fastkd.data.shapes.vocab import vocabulary
+    from fastkd.data.shapes.write import make_shapes
+
+__all__ = ["KIND_SHARES", "make_shapes", "vocabulary"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "KIND_SHARES": "fastkd.data.shapes.language",
+        "make_shapes": "fastkd.data.shapes.write",
+        "vocabulary": "fastkd.data.shapes.vocab",
+    },
+)

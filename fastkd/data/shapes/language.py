@@ -1,0 +1,196 @@
+"""Sentences that single out one shape of a scene, in fixed proportions of five kinds.
+
+=============  =====  ==================================================================
+kind           share  example
+=============  =====  ==================================================================
+attribute      35 %   the small striped star
+place          20 %   leftmost circle; the red shape at the top left
+relation       20 %   the red square left of the star; the circle behind the blue cross
+superlative    15 %   the biggest green shape
+ordinal        10 %   the second circle from the left
+=============  =====  ==================================================================
+
+The kinds are drawn first, and a scene that has no unambiguous sentence of a drawn kind is drawn again, so the shares
+don't depend on how hard a kind is to find. Every sentence comes from a meaning that was evaluated over the scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+
+from fastkd.data.shapes import meaning as m
+from fastkd.data.shapes.scene import COLOURS, KINDS, TEXTURES, Scene, Shape
+
+KIND_SHARES = {"attribute": 0.35, "place": 0.20, "relation": 0.20, "superlative": 0.15, "ordinal": 0.10}
+SENTENCES_PER_SCENE = (3, 7)
+SENTENCES_PER_REF = 4
+MAX_WORDS = 14
+
+_THINGS = ("shape", "object", "thing")
+_SIZE_WORDS = {"small": ("small", "little"), "large": ("big", "large")}
+_EXTREME = {
+    "left": ("leftmost {}", "{} furthest to the left", "{} on the far left"),
+    "right": ("rightmost {}", "{} furthest to the right", "{} on the far right"),
+    "top": ("topmost {}", "highest {}", "{} at the very top"),
+    "bottom": ("bottommost {}", "lowest {}", "{} at the very bottom"),
+}
+_REGION = {
+    "left": ("{} on the left", "{} on the left side"),
+    "right": ("{} on the right", "{} on the right side"),
+    "top": ("{} at the top", "{} in the top half"),
+    "bottom": ("{} at the bottom", "{} in the bottom half"),
+    "top left": ("{} at the top left", "top left {}"),
+    "top right": ("{} at the top right", "top right {}"),
+    "bottom left": ("{} at the bottom left", "bottom left {}"),
+    "bottom right": ("{} at the bottom right", "bottom right {}"),
+    "middle": ("{} in the middle", "{} in the center"),
+}
+_RELATION = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above",),
+    "below": ("below", "under"),
+    "nearest to": ("closest to", "nearest to"),
+    "behind": ("behind",),
+    "in front of": ("in front of",),
+}
+_SUPERLATIVE = {True: ("biggest", "largest"), False: ("smallest",)}
+_RANKS = {2: "second", 3: "third", 4: "fourth"}
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A sentence, its kind, its meaning and the shape it singles out."""
+
+    text: str
+    kind: str
+    meaning: m.Meaning
+    target: int
+
+
+def words() -> set[str]:
+    """Every word that a sentence of the set can hold."""
+    said: list[str] = ["the from", *KINDS, *COLOURS, *TEXTURES, *_THINGS, *_RANKS.values(), *m.DIRECTIONS]
+    tables: list[Iterable[tuple[str, ...]]] = [
+        *[_SIZE_WORDS.values(), _EXTREME.values(), _REGION.values(), _RELATION.values(), _SUPERLATIVE.values()]
+    ]
+    said += [text for table in tables for forms in table for text in forms]
+    return set(" ".join(said).replace("{}", " ").split())
+
+
+def draw_kinds(rng: Random) -> list[str]:
+    """The kinds of the sentences that one scene is to have, drawn independently by ``KIND_SHARES``."""
+    return rng.choices(tuple(KIND_SHARES), tuple(KIND_SHARES.values()), k=rng.randint(*SENTENCES_PER_SCENE))
+
+
+def describe(scene: Scene, kinds: list[str], rng: Random) -> list[Said] | None:
+    """One sentence per entry of ``kinds``, or None where this scene has none of a wanted kind.
+
+    A shape gets at most four sentences, of distinct kinds; most go to shapes that already have one, so that a scene has
+    few refs with several sentences each.
+    """
+    said: list[Said] = []
+    have: dict[int, set[str]] = {}
+    # the rarest kinds first: they have the fewest shapes to choose from
+    for kind in sorted(kinds, key=lambda k: KIND_SHARES[k]):
+        open_to = [i for i in range(len(scene)) if kind not in have.get(i, ()) and len(have.get(i, ())) < 4]
+        rng.shuffle(open_to)
+        if rng.random() < 0.75:
+            open_to.sort(key=lambda i: i not in have)
+        for target in open_to:
+            meaning = _propose(kind, scene, target, rng)
+            if meaning is not None:
+                said.append(Said(say(meaning, rng), kind, meaning, target))
+                have.setdefault(target, set()).add(kind)
+                break
+        else:
+            return None
+    return said
+
+
+def say(meaning: m.Meaning, rng: Random) -> str:
+    """One wording of a meaning, lower-case without punctuation."""
+    match meaning:
+        case m.Noun():
+            text = _say_noun(meaning, rng)
+        case m.Extreme():
+            text = rng.choice(_EXTREME[meaning.direction]).format(_say_noun(meaning.noun, rng))
+        case m.Place():
+            text = rng.choice(_REGION[meaning.region]).format(_say_noun(meaning.noun, rng))
+        case m.Ordinal():
+            text = f"{_RANKS[meaning.rank]} {_say_noun(meaning.noun, rng)} from the {meaning.direction}"
+        case m.Superlative():
+            text = f"{rng.choice(_SUPERLATIVE[meaning.biggest])} {_say_noun(meaning.noun, rng)}"
+        case m.Relation():
+            how = rng.choice(_RELATION[meaning.relation])
+            text = f"{_say_noun(meaning.noun, rng)} {how} the {_say_noun(meaning.anchor, rng)}"
+        case _:
+            raise TypeError(f"no wording for a meaning of type {type(meaning).__name__}")
+    return f"the {text}" if rng.random() < 0.7 else text
+
+
+def _say_noun(noun: m.Noun, rng: Random) -> str:
+    size = rng.choice(_SIZE_WORDS[noun.size]) if noun.size else None
+    thing = noun.kind or rng.choice(_THINGS)
+    return " ".join(word for word in (size, noun.texture, noun.colour, thing) if word)
+
+
+def _draw_noun(shape: Shape, rng: Random, most: int) -> m.Noun:
+    """Some of the shape's attributes, at most ``most`` of them; a medium size has no word."""
+    attributes = {"kind": (shape.kind, 0.75), "colour": (shape.colour, 0.55), "texture": (shape.texture, 0.2)}
+    if shape.size != "medium":
+        attributes["size"] = (shape.size, 0.2)
+    chosen = {name: value for name, (value, share) in attributes.items() if rng.random() < share}
+    while len(chosen) > most:
+        chosen.pop(rng.choice(tuple(chosen)))
+    return m.Noun(**chosen)
+
+
+def _propose(kind: str, scene: Scene, target: int, rng: Random) -> m.Meaning | None:
+    """A meaning of this kind that singles out ``target``, or None after a few tries."""
+    shape = scene.shapes[target]
+    for _ in range(10):
+        noun = _draw_noun(shape, rng, 3 if kind == "attribute" else 2)
+        count = len(noun.members(scene))
+        # beside attributes, the noun alone must leave a choice, or the rest of the sentence would say nothing
+        if (count == 1) != (kind == "attribute") or noun == m.Noun() == (kind == "attribute"):
+            continue
+        meaning = _complete(kind, noun, count, scene, target, rng)
+        if meaning is not None and m.singled_out(meaning, scene) == target:
+            return meaning
+    return None
+
+
+def _complete(kind: str, noun: m.Noun, count: int, scene: Scene, target: int, rng: Random) -> m.Meaning | None:
+    """Draw the rest of a sentence about ``noun`` that may hold for ``target``."""
+    if kind == "attribute":
+        return noun
+    if kind == "place":
+        if rng.random() < 0.5:
+            return m.Extreme(noun, rng.choice(tuple(m.DIRECTIONS)))
+        return m.Place(noun, rng.choice(m.REGIONS))
+    if kind == "superlative":
+        return m.Superlative(noun, rng.random() < 0.5)
+    if kind == "ordinal":
+        direction = rng.choice(tuple(m.DIRECTIONS))
+        axis, sign = m.DIRECTIONS[direction]
+        order = sorted(noun.members(scene), key=lambda i: sign * scene.centre[i][axis])
+        rank = order.index(target) + 1
+        return m.Ordinal(noun, rank, direction) if count >= 3 and rank in _RANKS else None
+    anchor = rng.choice([i for i in range(len(scene)) if i != target])
+    named = _draw_noun(scene.shapes[anchor], rng, 2)
+    if named.members(scene) != [anchor]:
+        return None
+    if scene.behind[target][anchor]:
+        return m.Relation(noun, "behind", named)
+    if scene.behind[anchor][target]:
+        return m.Relation(noun, "in front of", named)
+    if rng.random() < 0.2:
+        return m.Relation(noun, "nearest to", named)
+    dx = scene.centre[target][0] - scene.centre[anchor][0]
+    dy = scene.centre[target][1] - scene.centre[anchor][1]
+    if abs(dx) > abs(dy):
+        return m.Relation(noun, "left of" if dx < 0 else "right of", named)
+    return m.Relation(noun, "above" if dy < 0 else "below", named)

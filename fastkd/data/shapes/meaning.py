@@ -1,0 +1,207 @@
+"""What a sentence says: small programs that are evaluated over a scene.
+
+Truth has three values (Kleene): a shape that satisfies the description by a clear margin (``YES``), one that clearly
+doesn't (``NO``), and one that a reader might count either way (``UNCLEAR``). A description singles out a shape when
+that shape is ``YES`` and every other one is ``NO``, so the answer is the same under a strict and a loose reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastkd.data.shapes.scene import Scene
+
+NO, UNCLEAR, YES = 0, 1, 2
+
+MARGIN = 0.06  # of the image side: 4 pixels of 64
+SIZE_RATIO = 1.18  # of the sides (square roots of areas), for "biggest" and "smallest"
+AREA_RATIO = 1.15  # the visible areas must agree with the order of the sides
+DISTANCE_RATIO = 1.3  # for "nearest to"
+CLEAR_OVERLAP = 0.08  # of the smaller shape, for "behind" and "in front of"
+
+DIRECTIONS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign towards smaller values
+SIDES = ("left of", "right of", "above", "below")
+RELATIONS = (*SIDES, "nearest to", "behind", "in front of")
+_OFFSET = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+REGIONS = ("left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right", "middle")
+
+
+class Meaning(Protocol):
+    """A description of shapes; ``truth`` gives one value (NO, UNCLEAR, YES) per shape of the scene."""
+
+    def truth(self, scene: Scene) -> list[int]:
+        """Truth of the description for each shape."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Noun:
+    """Shapes with the given attributes; ``None`` leaves an attribute open. Always clear."""
+
+    kind: str | None = None
+    colour: str | None = None
+    texture: str | None = None
+    size: str | None = None
+
+    def members(self, scene: Scene) -> list[int]:
+        """The shapes that have all the attributes."""
+        kind, colour, texture, size = self.kind, self.colour, self.texture, self.size
+        return [
+            i
+            for i, s in enumerate(scene.shapes)
+            if (kind is None or s.kind == kind)
+            and (colour is None or s.colour == colour)
+            and (texture is None or s.texture == texture)
+            and (size is None or s.size == size)
+        ]
+
+    def truth(self, scene: Scene) -> list[int]:
+        """YES for the members, NO for the rest."""
+        return _spread(scene, dict.fromkeys(self.members(scene), YES))
+
+
+@dataclass(frozen=True, slots=True)
+class Extreme:
+    """The member of ``noun`` furthest in a direction ("the leftmost circle")."""
+
+    noun: Noun
+    direction: str
+
+    def truth(self, scene: Scene) -> list[int]:
+        """YES where it leads by the margin."""
+        axis, sign = DIRECTIONS[self.direction]
+        return _spread(scene, _first(self.noun.members(scene), lambda i: sign * scene.centre[i][axis]))
+
+
+@dataclass(frozen=True, slots=True)
+class Ordinal:
+    """The member of ``noun`` that is the ``rank``-th (from 1) in a direction ("the second circle from the left")."""
+
+    noun: Noun
+    rank: int
+    direction: str
+
+    def truth(self, scene: Scene) -> list[int]:
+        """YES for the one at that rank if its neighbours in the order are clear of it."""
+        axis, sign = DIRECTIONS[self.direction]
+        at = sorted((sign * scene.centre[i][axis], i) for i in self.noun.members(scene))
+        if len(at) < self.rank:
+            return [NO] * len(scene)
+        before, after = at[: self.rank - 1], at[self.rank :]
+        place, i = at[self.rank - 1]
+        if all(place - p >= MARGIN for p, _ in before[-1:]) and all(p - place >= MARGIN for p, _ in after[:1]):
+            return _spread(scene, {i: YES})
+        return _spread(scene, {j: UNCLEAR for p, j in at if abs(p - place) < MARGIN})
+
+
+@dataclass(frozen=True, slots=True)
+class Superlative:
+    """The biggest or the smallest member of ``noun``."""
+
+    noun: Noun
+    biggest: bool
+
+    def truth(self, scene: Scene) -> list[int]:
+        """YES where both the whole and the visible part lead by a ratio."""
+        members = self.noun.members(scene)
+        if not members:
+            return [NO] * len(scene)
+        pick = max if self.biggest else min
+        best = pick(members, key=lambda i: scene.shapes[i].side)
+        result = {best: YES}
+        for i in members:
+            if i == best:
+                continue
+            big, small = (best, i) if self.biggest else (i, best)
+            if (
+                scene.shapes[big].side < SIZE_RATIO * scene.shapes[small].side
+                or scene.area[big] < AREA_RATIO * scene.area[small]
+            ):
+                result[i] = result[best] = UNCLEAR
+        return _spread(scene, result)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The members of ``noun`` in a region of the image ("the shape at the top left")."""
+
+    noun: Noun
+    region: str
+
+    def truth(self, scene: Scene) -> list[int]:
+        """YES well inside the region, NO well outside."""
+        return _spread(scene, {i: _in_region(self.region, scene.centre[i]) for i in self.noun.members(scene)})
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """The members of ``noun`` that stand in a relation to the one shape that ``anchor`` names."""
+
+    noun: Noun
+    relation: str
+    anchor: Noun
+
+    def truth(self, scene: Scene) -> list[int]:
+        """NO everywhere if ``anchor`` doesn't name exactly one shape."""
+        anchors = self.anchor.members(scene)
+        if len(anchors) != 1:
+            return [NO] * len(scene)
+        to = anchors[0]
+        members = [i for i in self.noun.members(scene) if i != to]
+        if self.relation == "nearest to":
+            return _spread(scene, _nearest(scene, members, to))
+        return _spread(scene, {i: _related(scene, i, self.relation, to) for i in members})
+
+
+def singled_out(meaning: Meaning, scene: Scene) -> int | None:
+    """The one shape that the description names beyond doubt, or None."""
+    truth = meaning.truth(scene)
+    if truth.count(YES) != 1 or UNCLEAR in truth:
+        return None
+    return truth.index(YES)
+
+
+def _spread(scene: Scene, values: dict[int, int]) -> list[int]:
+    return [values.get(i, NO) for i in range(len(scene))]
+
+
+def _first(members: list[int], place: Callable[[int], float]) -> dict[int, int]:
+    if not members:
+        return {}
+    at = sorted((place(i), i) for i in members)
+    close = [i for p, i in at if p - at[0][0] < MARGIN]
+    return {close[0]: YES} if len(close) == 1 else dict.fromkeys(close, UNCLEAR)
+
+
+def _in_region(region: str, centre: tuple[float, float]) -> int:
+    if region == "middle":
+        off = max(abs(centre[0] - 0.5), abs(centre[1] - 0.5))
+        return YES if off <= 0.13 else NO if off >= 0.13 + 1.5 * MARGIN else UNCLEAR
+    value = YES
+    for word in region.split():
+        axis, sign = DIRECTIONS[word]
+        inside = sign * (0.5 - centre[axis])
+        value = min(value, YES if inside >= MARGIN else NO if inside <= -MARGIN else UNCLEAR)
+    return value
+
+
+def _related(scene: Scene, i: int, relation: str, to: int) -> int:
+    if relation in ("behind", "in front of"):
+        hidden = scene.behind[i][to] if relation == "behind" else scene.behind[to][i]
+        return YES if hidden >= CLEAR_OVERLAP else NO if hidden == 0 else UNCLEAR
+    axis, sign = _OFFSET[relation]
+    along = sign * (scene.centre[i][axis] - scene.centre[to][axis])
+    across = abs(scene.centre[i][1 - axis] - scene.centre[to][1 - axis])
+    # strict reading: within 45 degrees of the direction; loose reading: anywhere on that side
+    return YES if along >= max(MARGIN, across) else NO if along <= 0 else UNCLEAR
+
+
+def _nearest(scene: Scene, members: list[int], to: int) -> dict[int, int]:
+    if not members:
+        return {}
+    x, y = scene.centre[to]
+    far = sorted((((scene.centre[i][0] - x) ** 2 + (scene.centre[i][1] - y) ** 2) ** 0.5, i) for i in members)
+    close = [i for d, i in far if d < DISTANCE_RATIO * far[0][0] + MARGIN / 2]
+    return {close[0]: YES} if len(close) == 1 else dict.fromkeys(close, UNCLEAR)

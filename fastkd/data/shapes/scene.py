@@ -1,0 +1,186 @@
+"""Scenes: which shapes there are, where, and how much of each is seen.
+
+All lengths are in units of the image side, so a scene is the same whatever size it is drawn at; x runs to the right and
+y down. Shapes are listed from back to front.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+KINDS = ("circle", "square", "triangle", "diamond", "star", "cross")
+COLOURS = {
+    "red": (208, 38, 38),
+    "green": (42, 160, 58),
+    "blue": (44, 76, 214),
+    "yellow": (232, 212, 48),
+    "purple": (138, 52, 168),
+    "orange": (240, 132, 28),
+    "cyan": (58, 196, 206),
+}
+TEXTURES = {"plain": 0.5, "striped": 0.25, "dotted": 0.25}
+# side = sqrt(area of the outline); the gaps between the classes make "small" and "big" unmistakable
+SIZES = {"small": (0.145, 0.17), "medium": (0.205, 0.235), "large": (0.28, 0.33)}
+SIZE_SHARES = {"small": 0.35, "medium": 0.4, "large": 0.25}
+
+MIN_VISIBLE_SHARE = 0.4
+MIN_VISIBLE_AREA = 0.009  # 36 pixels of a 64 x 64 image
+GRID = 128  # visibility, centroids and overlaps are counted on this grid, whatever the image size
+_BORDER = 0.015
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One shape: its attributes, and its place, side (square root of the area) and turn (radians)."""
+
+    kind: str
+    colour: str
+    texture: str
+    size: str
+    x: float
+    y: float
+    side: float
+    angle: float
+
+    def outline(self) -> np.ndarray:
+        """The corners, (n, 2) float64, in units of the image side."""
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        turn = np.array([[cos, sin], [-sin, cos]])
+        return unit_outline(self.kind) @ turn * self.side + (self.x, self.y)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Shapes from back to front, and what is seen of them, all measured on a fixed grid.
+
+    ``centre`` is the centroid of the visible part, ``area`` its area (the image is 1), ``visible`` the visible share of
+    the outline; ``behind[i][j]`` is the part of shape i that shape j covers directly, as a share of the smaller one.
+    """
+
+    shapes: tuple[Shape, ...]
+    centre: tuple[tuple[float, float], ...] = field(repr=False)
+    area: tuple[float, ...] = field(repr=False)
+    visible: tuple[float, ...] = field(repr=False)
+    behind: tuple[tuple[float, ...], ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _star(points: int, inner: float) -> list[tuple[float, float]]:
+    corners = []
+    for k in range(2 * points):
+        radius = inner if k % 2 else 1.0
+        corners.append((radius * math.sin(math.pi * k / points), -radius * math.cos(math.pi * k / points)))
+    return corners
+
+
+@cache
+def unit_outline(kind: str) -> np.ndarray:
+    """The outline of ``kind`` with area 1, its centroid at the origin."""
+    arm = 0.36
+    corners = {
+        "circle": [(math.cos(2 * math.pi * k / 40), math.sin(2 * math.pi * k / 40)) for k in range(40)],
+        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+        "triangle": [(0, -1.05), (1, 0.75), (-1, 0.75)],
+        "diamond": [(0, -1.3), (0.95, 0), (0, 1.3), (-0.95, 0)],
+        "star": _star(5, 0.45),
+        "cross": [
+            *[(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)],
+            *[(arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
+        ],
+    }[kind]
+    xy = np.array(corners, dtype=np.float64)
+    x, y = xy[:, 0], xy[:, 1]
+    cross = x * np.roll(y, -1) - np.roll(x, -1) * y
+    area = cross.sum() / 2
+    centroid = ((xy + np.roll(xy, -1, axis=0)) * cross[:, None]).sum(axis=0) / (6 * area)
+    return (xy - centroid) / math.sqrt(abs(area))
+
+
+def _raster(shape: Shape) -> np.ndarray:
+    image = Image.new("L", (GRID, GRID))
+    # a pixel of the grid is hit where its centre is inside; Pillow's integer coordinates are pixel centres
+    corners = (shape.outline() * GRID - 0.5).ravel().tolist()
+    ImageDraw.Draw(image).polygon(corners, fill=1)
+    return np.asarray(image, dtype=bool)
+
+
+def _pick(rng: Random, shares: dict[str, float]) -> str:
+    return rng.choices(tuple(shares), tuple(shares.values()))[0]
+
+
+def _draw_shape(rng: Random, kinds: list[str], colours: list[str], placed: list[Shape], crowded: bool) -> Shape:
+    kind, size = rng.choice(kinds), _pick(rng, SIZE_SHARES)
+    if crowded and size == "large" and rng.random() < 0.5:
+        size = "medium"
+    side = rng.uniform(*SIZES[size])
+    angle = rng.uniform(-0.2, 0.2)
+    corners = unit_outline(kind)
+    reach = float(np.hypot(corners[:, 0], corners[:, 1]).max()) * side * (1.0 if kind != "square" else 0.85) + _BORDER
+    if placed and rng.random() < 0.35:  # near another one, so that one often hides a part of the other
+        near = rng.choice(placed)
+        turn, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.35, 0.6) * (near.side + side)
+        x, y = near.x + far * math.cos(turn), near.y + far * math.sin(turn)
+        x, y = min(max(x, reach), 1 - reach), min(max(y, reach), 1 - reach)
+    else:
+        x, y = rng.uniform(reach, 1 - reach), rng.uniform(reach, 1 - reach)
+    return Shape(kind, rng.choice(colours), _pick(rng, TEXTURES), size, x, y, side, angle)
+
+
+def draw_scene(rng: Random, *, crowded: bool = False) -> Scene:
+    """A random scene of 3 to 8 shapes (6 to 8 when ``crowded``), every one sufficiently visible.
+
+    Kinds and colours come from a few of each, so that most scenes hold several shapes of one kind or colour.
+    """
+    fewest = 6 if crowded else 3
+    while True:
+        wanted = rng.randint(fewest, 8)
+        kinds = rng.sample(KINDS, rng.randint(2, 4))
+        colours = rng.sample(tuple(COLOURS), rng.randint(2, 4))
+        shapes: list[Shape] = []
+        seen: list[np.ndarray] = []  # the visible part of each shape so far
+        full: list[np.ndarray] = []
+        for _ in range(6 * wanted):
+            if len(shapes) == wanted:
+                break
+            shape = _draw_shape(rng, kinds, colours, shapes, crowded)
+            mask = _raster(shape)
+            left = [part & ~mask for part in seen]
+            needed = (max(MIN_VISIBLE_SHARE * np.count_nonzero(m), MIN_VISIBLE_AREA * GRID * GRID) for m in full)
+            if all(np.count_nonzero(part) >= least for part, least in zip(left, needed, strict=True)):
+                shapes.append(shape)
+                seen = [*left, mask]
+                full.append(mask)
+        if len(shapes) >= fewest:
+            return _measure(shapes, seen, full)
+
+
+def _measure(shapes: list[Shape], seen: list[np.ndarray], full: list[np.ndarray]) -> Scene:
+    at = (np.arange(GRID) + 0.5) / GRID
+    counts = [int(np.count_nonzero(part)) for part in seen]
+    totals = [int(np.count_nonzero(mask)) for mask in full]
+    centre = tuple(
+        (float(part.sum(axis=0) @ at) / n, float(part.sum(axis=1) @ at) / n)
+        for part, n in zip(seen, counts, strict=True)
+    )
+    count = len(shapes)
+    behind = [[0.0] * count for _ in range(count)]
+    for i in range(count):
+        for j in range(i + 1, count):
+            a, b = shapes[i], shapes[j]
+            if max(abs(a.x - b.x), abs(a.y - b.y)) < a.side + b.side:  # cannot touch otherwise
+                behind[i][j] = int(np.count_nonzero(full[i] & seen[j])) / min(totals[i], totals[j])
+    return Scene(
+        shapes=tuple(shapes),
+        centre=centre,
+        area=tuple(n / GRID**2 for n in counts),
+        visible=tuple(n / t for n, t in zip(counts, totals, strict=True)),
+        behind=tuple(map(tuple, behind)),
+    )

@@ -1,0 +1,118 @@
+"""Sentences to ids: BERT word pieces, from the shipped vocabulary or from files, never from a network."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.errors import FastKDWarning
+
+_SHAPES = Path(__file__).parent / "assets" / "shapes_vocab.txt"
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+class Tokenizer:
+    """Turns sentences into ids of fixed length: ``[CLS]``, the pieces, ``[SEP]``, then 0 (``[PAD]``).
+
+    A longer sentence keeps its first ``max_words`` ids (its ``[SEP]`` is cut off, as in LAVT) with one warning.
+
+    Example::
+
+        tokenizer = fastkd.data.load_tokenizer("shapes")
+        input_ids, word_mask = tokenizer(["the red circle"], max_words=20)   # (1, 20) int64, (1, 20) bool
+    """
+
+    def __init__(self, inner: Any, name: str) -> None:
+        if inner.pad_token_id != 0:
+            raise ValueError(f"tokenizer {name!r} has pad id {inner.pad_token_id}; [PAD] must be the first entry, id 0")
+        self.name = name
+        self._inner = inner
+        self._warned = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, which is the number of rows of a word-embedding table."""
+        return len(self._inner)
+
+    def __call__(self, sentences: Sequence[str], max_words: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (B, max_words) int64 and the mask (B, max_words) bool, True at real ids (special ones included).
+
+        Raises:
+            TypeError: ``sentences`` is one string, or holds something else than strings.
+            ValueError: no sentences, an empty sentence, or ``max_words`` below 3.
+        """
+        if isinstance(sentences, str) or not all(isinstance(sentence, str) for sentence in sentences):
+            raise TypeError(f"sentences must be a list of strings; got {sentences!r:.120}")
+        if len(sentences) == 0:
+            raise ValueError("sentences is empty: give at least one")
+        if not isinstance(max_words, int) or max_words < 3:
+            raise ValueError(f"max_words must be an integer of at least 3 ([CLS], a word, [SEP]); got {max_words!r}")
+        for number, sentence in enumerate(sentences):
+            if not sentence.strip():
+                raise ValueError(f"sentence {number} is empty: leave it out")
+        rows = self._inner(list(sentences), add_special_tokens=True, return_attention_mask=False)["input_ids"]
+        input_ids = torch.zeros(len(rows), max_words, dtype=torch.int64)
+        word_mask = torch.zeros(len(rows), max_words, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            if len(row) > max_words and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"a sentence of {len(row)} word pieces was cut to max_words={max_words}: {sentences[number]!r} "
+                    "(said once; raise max_words to keep long sentences whole)",
+                    FastKDWarning,
+                    stacklevel=2,
+                )
+            kept = row[:max_words]
+            input_ids[number, : len(kept)] = torch.tensor(kept)
+            word_mask[number, : len(kept)] = True
+        return input_ids, word_mask
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
+
+
+def load_tokenizer(source: str | os.PathLike[str] = "shapes") -> Tokenizer:
+    """A tokenizer from files on this machine.
+
+    Args:
+        source: ``"shapes"``, the vocabulary of the procedural set that ships with fastkd; or the path of a BERT
+            ``vocab.txt`` (uncased); or a folder saved by transformers' ``save_pretrained``, or with a ``vocab.txt``.
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder with neither ``tokenizer.json`` nor ``vocab.txt``.
+        ValueError: a vocabulary without the special pieces, with an entry twice, or with ``[PAD]`` not first.
+    """
+    if source == "shapes":
+        return _from_vocabulary(_SHAPES, "shapes")
+    path = Path(source)
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer
+
+            return Tokenizer(AutoTokenizer.from_pretrained(str(path), local_files_only=True), str(path))
+        if (path / "vocab.txt").is_file():
+            return _from_vocabulary(path / "vocab.txt", str(path))
+        raise FileNotFoundError(f"tokenizer folder {str(path)!r} holds neither tokenizer.json nor vocab.txt")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"tokenizer {str(path)!r} is no file or folder; give 'shapes', the path of a vocab.txt, or a folder"
+        )
+    return _from_vocabulary(path, str(path))
+
+
+def _from_vocabulary(path: Path, name: str) -> Tokenizer:
+    from transformers import BertTokenizer
+
+    pieces = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    if len(vocabulary) != len(pieces):
+        raise ValueError(f"{path} has an entry twice: it is not a BERT vocabulary, which has one piece a line")
+    missing = [piece for piece in _SPECIAL if piece not in vocabulary]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is not a BERT vocabulary, which has one piece a line")
+    return Tokenizer(BertTokenizer(vocab=vocabulary, do_lower_case=True), name)
