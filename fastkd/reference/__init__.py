@@ -1,12 +1,10 @@
 """The three kernel families in plain torch: any device, any floating dtype, differentiable twice.
 
-These are the formulas that every other backend is held against, one module per family: ``softmax_kl``, ``relation``
-and ``pixel_word``. Inputs below fp32 are computed in fp32, fp64 in fp64, and the results are per-row (or, for
-``pixel_word``, per-sample) losses without reduction.
+These are the formulas that every other backend is held against, one module per family, each with a function of the same
+name: ``softmax_kl``, ``relation`` and ``pixel_word``. Inputs below fp32 are computed in fp32, fp64 in fp64, and the
+results are per-row (or, for ``pixel_word``, per-sample) losses without reduction.
 """
 
-from fastkd.reference.pixel_word import pixel_word, pixel_word_from_logits
-from fastkd.reference.relation import relation
-from fastkd.reference.softmax_kl import softmax_kl
+from fastkd.reference import pixel_word, relation, softmax_kl
 
-__all__ = ["pixel_word", "pixel_word_from_logits", "relation", "softmax_kl"]
+__all__ = ["pixel_word", "relation", "softmax_kl"]

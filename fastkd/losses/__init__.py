@@ -1,0 +1,26 @@
+"""Distillation losses as plain functions and as nn.Module twins with the same argument names.
+
+The functions take any floating dtype on any device, compute in fp32 (fp64 for fp64) and choose a backend per call.
+Their definitions are in docs/maths.md. The teacher's tensors are constants and must not require grad.
+"""
+
+from fastkd.losses.channel import ChannelKD, channel_kd
+from fastkd.losses.channel_distribution import ChannelDistributionKD, channel_distribution_kd
+from fastkd.losses.cross_modal import DEFAULT_TERMS, CrossModalKD, cross_modal_kd, cross_modal_kd_from_logits
+from fastkd.losses.logit import LogitKD, logit_kd
+from fastkd.losses.pixel_relation import PixelRelationKD, pixel_relation_kd
+
+__all__ = [
+    "DEFAULT_TERMS",
+    "ChannelDistributionKD",
+    "ChannelKD",
+    "CrossModalKD",
+    "LogitKD",
+    "PixelRelationKD",
+    "channel_distribution_kd",
+    "channel_kd",
+    "cross_modal_kd",
+    "cross_modal_kd_from_logits",
+    "logit_kd",
+    "pixel_relation_kd",
+]

@@ -1,0 +1,138 @@
+"""Checks of the arguments of the losses: each raises one error that names the argument, what came, and the mend.
+
+Shapes, dtypes, devices and options are checked everywhere. What a tensor *holds* is looked at on the CPU only: on a GPU
+the look would stall the stream, and under ``torch.compile`` break the graph; there, bad values show as NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def values_visible(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` may be looked at without a device synchronisation or a graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def option(name: str, value: object, choices: Sequence[str | None]) -> None:
+    """``value`` must be one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def temperature(value: object, name: str = "temperature") -> None:
+    """``value`` must be a finite Python number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}; for a tensor pass its .item()")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+def floating(name: str, tensor: object, dims: Sequence[int], layout: str) -> None:
+    """``tensor`` must be a non-empty floating-point tensor with one of ``dims`` numbers of dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {layout}, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}; convert it with .float()")
+    if tensor.dim() not in dims:
+        raise ValueError(f"{name}: expected shape {layout}, got {tuple(tensor.shape)}")
+    if any(size == 0 for size in tensor.shape):
+        raise ValueError(f"{name}: is empty, shape {tuple(tensor.shape)}; every dimension must be at least 1")
+
+
+def teacher(name: str, tensor: Tensor) -> None:
+    """A teacher's tensor must not require grad where gradients are recorded."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(
+            f"{name}: requires grad, but the teacher is a constant target: detach it with {name}.detach(), or run the "
+            "teacher under torch.no_grad()"
+        )
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """All tensors given must be on the device of the first."""
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first = (name, tensor)
+        elif tensor.device != first[1].device:
+            raise ValueError(
+                f"{name}: is on {tensor.device}, but {first[0]} is on {first[1].device}; move one with .to(device)"
+            )
+
+
+def same_size(what: str, names: tuple[str, str], sizes: tuple[object, object], mend: str) -> None:
+    """Two sizes (or shapes) of student and teacher must agree."""
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{names[0]} and {names[1]}: {what} differ, {sizes[0]} and {sizes[1]}; {mend}")
+
+
+def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor, attention: bool) -> None:
+    """``value`` must be None, "attention" (where that exists), or a tensor ≥ 0 of the given shape that is not all 0."""
+    if value is None or (attention and isinstance(value, str) and value == "attention"):
+        return
+    wanted = ("None, 'attention'" if attention else "None") + f" or a tensor of shape {layout} = {shape}"
+    if isinstance(value, str):
+        raise ValueError(f"weight: expected {wanted}, got {value!r}")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"weight: expected {wanted}, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"weight: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"weight: expected {wanted}, got shape {tuple(value.shape)}")
+    same_device(student=like, weight=value)
+    if values_visible(value):
+        if bool((value < 0).any()):
+            raise ValueError(f"weight: expected values ≥ 0, got a minimum of {value.min().item():g}")
+        if bool((value == 0).all()):
+            raise ValueError(
+                "weight: is 0 everywhere, so the weighted mean is undefined; give some row a weight above 0"
+            )
+
+
+def bool_mask(name: str, mask: object, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    """``mask`` must be a boolean tensor of one of ``shapes`` on the device of ``like``."""
+    wanted = " or ".join(map(str, shapes))
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a bool tensor of shape {wanted}, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor (True = valid), got {mask.dtype}; convert it with .bool()")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"{name}: is on {mask.device}, but the inputs are on {like.device}; move it with .to(device)")
+    return mask
+
+
+def every_sample_valid(name: str, mask: Tensor, what: str) -> None:
+    """Every sample of a (B, n) mask must have a True."""
+    if values_visible(mask):
+        valid = mask.any(1)
+        if not bool(valid.all()):
+            empty = (~valid).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{name}: no valid {what} in sample(s) {', '.join(map(str, empty))}; drop such samples from the batch"
+            )
+
+
+def term_weights(terms: object, known: Sequence[str]) -> dict[str, float]:
+    """``terms`` as a checked dict of finite weights ≥ 0."""
+    if not isinstance(terms, Mapping):
+        raise TypeError(f"terms: expected None or a dict such as {{{known[0]!r}: 1.0}}, got {type(terms).__name__}")
+    if not terms:
+        raise ValueError(f"terms: is empty; name at least one of {', '.join(map(repr, known))}")
+    for term, weight in terms.items():
+        option("terms", term, known)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise TypeError(f"terms[{term!r}]: expected a Python number, got {type(weight).__name__}")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"terms[{term!r}]: expected a finite weight ≥ 0, got {weight!r}")
+    return dict(terms)

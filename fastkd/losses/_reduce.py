@@ -1,0 +1,29 @@
+"""Row weights and reductions, common to the losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.reference._numerics import compute_dtype
+
+ATTENTION_TEMPERATURE = 0.5
+"""The temperature of the channel-attention weights."""
+
+
+def channel_attention(teacher_rows: Tensor) -> Tensor:
+    """C · softmax over channels of ⟨|F_T|⟩_N / 0.5: (B, C, N) to weights (B, C) whose mean over channels is 1."""
+    strength = teacher_rows.to(compute_dtype(teacher_rows)).abs().mean(-1)
+    return strength.shape[-1] * torch.softmax(strength / ATTENTION_TEMPERATURE, -1)
+
+
+def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """ "none": w·row; "sum": Σ w·row; "mean": Σ w·row / Σ w."""
+    if weight is not None:
+        weight = weight.to(rows.dtype)
+        rows = rows * weight
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.mean() if weight is None else rows.sum() / weight.sum()

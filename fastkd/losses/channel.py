@@ -1,0 +1,192 @@
+"""Channel-relation distillation: how a network's channels resemble each other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastkd.losses import _checks
+from fastkd.losses._module import LossModule, make_aligner
+from fastkd.losses._reduce import channel_attention, reduce_rows
+from fastkd.ops.relation import relation
+from fastkd.reference._numerics import compute_dtype
+from fastkd.reference.relation import DISTANCES, SIMILARITIES
+
+LAYOUT = "(B, C, H, W) or (B, C, N)"
+
+
+def channel_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    similarity: str = "cosine",
+    distance: str = "kl",
+    temperature: float = 0.1,
+    negate: bool = False,
+    centered: bool = False,
+    weight: Tensor | str | None = None,
+    patches: int = 1,
+    across_batch: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Compare the channel–channel relation matrices of student and teacher, row by row.
+
+    A reconstruction of the channel-relation term of "Channel Attention-Guided Cross-Modal Knowledge Distillation for
+    Referring Image Segmentation" (arXiv 2604.16806); its switches also give the channel relations of DANet
+    ("Dual Attention Network for Scene Segmentation"), ICKD ("Exploring Inter-Channel Correlation for
+    Diversity-preserved Knowledge Distillation") and the channel term of CIRKD ("Cross-Image Relational Knowledge
+    Distillation for Semantic Segmentation"): see docs/maths.md.
+
+    Each sample's features are a C×N matrix X. With E = sim(X, X) of shape C×C, σ = −1 if ``negate`` else +1:
+
+    - ``similarity``: "cosine" E = X̂X̂ᵀ with rows of norm 1; "mean" E = XXᵀ/N; "dot" E = XXᵀ.
+    - ``distance``, per channel r: "kl" KL(softmax(σE_T[r]/τ) ‖ softmax(σE_S[r]/τ)), without a factor τ²;
+      "mse" mean_j (E_S[r, j] − E_T[r, j])²; "row_cosine" ‖E_S[r]/‖E_S[r]‖ − E_T[r]/‖E_T[r]‖‖².
+
+    A relation per sample does not change when all pixels are permuted alike, so alone it says nothing about *where*.
+
+    Args:
+        student: (B, C, H, W) or (B, C, N), any floating dtype.
+        teacher: the same B and C; its H, W may differ. Must not require grad.
+        temperature: τ > 0, used by "kl".
+        negate: compare by dissimilarity, as DANet's softmax(rowmax(E) − E) does; used by "kl".
+        centered: subtract each channel's mean over the pixels first (with "cosine": Pearson correlation).
+        weight: None, a (B, C) tensor ≥ 0, or "attention": C·softmax_C(⟨|F_T|⟩_N / 0.5).
+        patches: p > 1 splits H×W into p×p equal patches, each a sample of its own. Needs (B, C, H, W).
+        across_batch: one relation for the whole batch, its rows the channels over all B·N pixels; ``weight`` is (1, C)
+            then. Under data parallelism every rank has its own.
+        reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, C); (B·p², C) with patches, samples outermost and
+            patches in reading order; (1, C) with ``across_batch``.
+        backend: "auto", or the name of a backend.
+
+    Returns:
+        fp32 (fp64 if an input is fp64).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and the mend.
+        BackendUnavailable: ``backend`` cannot compute this here.
+
+    Example:
+        >>> loss = channel_kd(student_map, teacher_map.detach(), across_batch=True, centered=True)
+    """
+    _check_options(similarity, distance, temperature, patches, across_batch, reduction)
+    _checks.floating("student", student, (3, 4), LAYOUT)
+    _checks.floating("teacher", teacher, (3, 4), LAYOUT)
+    _checks.teacher("teacher", teacher)
+    _checks.same_device(student=student, teacher=teacher)
+    names = ("student", "teacher")
+    _checks.same_size("batch sizes", names, (student.shape[0], teacher.shape[0]), "give the same samples to both")
+    _checks.same_size(
+        "numbers of channels",
+        names,
+        (student.shape[1], teacher.shape[1]),
+        "align them, as ChannelKD's 1×1 aligner does",
+    )
+    channels = student.shape[1]
+    samples = 1 if across_batch else student.shape[0]
+    layout = "(1, C)" if across_batch else "(B, C)"
+    _checks.row_weight(weight, (samples, channels), layout, student, attention=True)
+
+    rows_s = _rows("student", student, centered, patches, across_batch)
+    rows_t = _rows("teacher", teacher, centered, patches, across_batch)
+    if isinstance(weight, str):
+        weight = channel_attention(_rows("teacher", teacher, False, patches, across_batch))
+    elif weight is not None and patches > 1:
+        weight = weight.repeat_interleave(patches * patches, 0)
+    rows = relation(
+        rows_s,
+        rows_t,
+        similarity=similarity,
+        distance=distance,
+        temperature=temperature,
+        negate=negate,
+        backend=backend,
+    )
+    return reduce_rows(rows, weight, reduction)
+
+
+def _check_options(
+    similarity: str, distance: str, temperature: float, patches: int, across_batch: bool, reduction: str
+) -> None:
+    _checks.option("similarity", similarity, SIMILARITIES)
+    _checks.option("distance", distance, DISTANCES)
+    _checks.temperature(temperature)
+    _checks.option("reduction", reduction, _checks.REDUCTIONS)
+    if isinstance(patches, bool) or not isinstance(patches, int):
+        raise TypeError(f"patches: expected a positive int, got {type(patches).__name__}")
+    if patches < 1:
+        raise ValueError(f"patches: expected a positive int, got {patches}")
+    if across_batch and patches > 1:
+        raise ValueError(
+            f"patches: across_batch=True makes one relation of the batch, so patches must be 1, not {patches}"
+        )
+
+
+def _rows(name: str, features: Tensor, centered: bool, patches: int, across_batch: bool) -> Tensor:
+    """Features to the (samples, C, pixels) whose rows are related."""
+    if centered:
+        features = features.to(compute_dtype(features))
+        dims = (0, *range(2, features.dim())) if across_batch else tuple(range(2, features.dim()))
+        features = features - features.mean(dims, keepdim=True)
+    if across_batch:
+        return features.flatten(2).transpose(0, 1).flatten(1).unsqueeze(0)
+    if patches == 1:
+        return features.flatten(2)
+    if features.dim() != 4:
+        raise ValueError(f"{name}: patches={patches} needs shape (B, C, H, W), got {tuple(features.shape)}")
+    b, c, h, w = features.shape
+    if h % patches or w % patches:
+        raise ValueError(
+            f"patches: {patches} does not divide the {name}'s map of {h}×{w}; choose a common divisor, or crop the map"
+        )
+    split = features.reshape(b, c, patches, h // patches, patches, w // patches)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(b * patches**2, c, -1)
+
+
+class ChannelKD(LossModule):
+    """:func:`channel_kd` as a module; see there for the arguments.
+
+    Given ``student_channels`` and ``teacher_channels`` that differ, it owns a train-only, bias-free 1×1 aligner
+    ``aligner`` (else None). Beware: an aligner that is trained by this loss can satisfy a relation by itself; prefer
+    student and teacher maps of one width.
+    """
+
+    def __init__(
+        self,
+        *,
+        similarity: str = "cosine",
+        distance: str = "kl",
+        temperature: float = 0.1,
+        negate: bool = False,
+        centered: bool = False,
+        weight: Tensor | str | None = None,
+        patches: int = 1,
+        across_batch: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+        student_channels: int | None = None,
+        teacher_channels: int | None = None,
+    ) -> None:
+        _check_options(similarity, distance, temperature, patches, across_batch, reduction)
+        super().__init__(
+            {
+                "similarity": similarity,
+                "distance": distance,
+                "temperature": temperature,
+                "negate": negate,
+                "centered": centered,
+                "weight": weight,
+                "patches": patches,
+                "across_batch": across_batch,
+                "reduction": reduction,
+                "backend": backend,
+            }
+        )
+        self.aligner = make_aligner(student_channels, teacher_channels)
+
+    def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | str | None = None) -> Tensor:
+        """The loss; ``weight`` given here goes before the module's own."""
+        options = self._options()
+        if weight is not None:
+            options["weight"] = weight
+        return channel_kd(student if self.aligner is None else self.aligner(student), teacher, **options)

@@ -1,0 +1,140 @@
+"""Channel-wise distribution distillation: where in the image each channel is active."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.losses import _checks
+from fastkd.losses._module import LossModule, make_aligner
+from fastkd.losses._reduce import channel_attention, reduce_rows
+from fastkd.ops.softmax_kl import softmax_kl
+from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
+
+LAYOUT = "(B, C, H, W) or (B, C, N)"
+GUIDES = (None, "own", "teacher")
+
+
+def channel_distribution_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 4.0,
+    guide: str | None = None,
+    guide_temperature: float = 0.1,
+    weight: Tensor | str | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Compare each channel's softmax over the pixels, optionally after mixing the channels by channel attention.
+
+    Without a guide, a reconstruction of CWD ("Channel-wise Knowledge Distillation for Dense Prediction"); the guides
+    are readings of the channel attention in "Channel Attention-Guided Cross-Modal Knowledge Distillation for Referring
+    Image Segmentation" (arXiv 2604.16806). Per channel: τ²·KL(softmax_N(F_T/τ) ‖ softmax_N(F_S/τ)).
+
+    With a guide, P_x = softmax over columns of X̂_xX̂_xᵀ/guide_temperature, X̂ the channels with norm 1, per sample, and
+
+    - "own": F_S is replaced by P_S F_S and F_T by P_T F_T (gradients flow through P_S);
+    - "teacher": both are mixed by P_T.
+
+    Args:
+        student: (B, C, H, W) or (B, C, N), any floating dtype.
+        teacher: the same shape. Must not require grad.
+        temperature: τ > 0.
+        guide: None, "own" or "teacher".
+        guide_temperature: the temperature of P, > 0.
+        weight: None, a (B, C) tensor ≥ 0, or "attention": C·softmax_C(⟨|F_T|⟩_N / 0.5).
+        reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, C).
+        backend: "auto", or the name of a backend.
+
+    Returns:
+        fp32 (fp64 if an input is fp64).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and the mend.
+        BackendUnavailable: ``backend`` cannot compute this here.
+
+    Example:
+        >>> loss = channel_distribution_kd(student_map, teacher_map.detach(), guide="teacher")
+    """
+    _check_options(temperature, guide, guide_temperature, reduction)
+    _checks.floating("student", student, (3, 4), LAYOUT)
+    _checks.floating("teacher", teacher, (3, 4), LAYOUT)
+    _checks.teacher("teacher", teacher)
+    _checks.same_device(student=student, teacher=teacher)
+    _checks.same_size(
+        "shapes",
+        ("student", "teacher"),
+        (tuple(student.shape), tuple(teacher.shape)),
+        "resize the maps to one size and align the channels, as ChannelDistributionKD's 1×1 aligner does",
+    )
+    _checks.row_weight(weight, (student.shape[0], student.shape[1]), "(B, C)", student, attention=True)
+
+    rows_s, rows_t = student.flatten(2), teacher.flatten(2)
+    if isinstance(weight, str):
+        weight = channel_attention(rows_t)
+    if guide is not None:
+        rows_s, rows_t = _mix(rows_s, rows_t, guide, guide_temperature)
+    rows = softmax_kl(rows_s, rows_t, temperature=temperature, backend=backend)
+    return reduce_rows(rows * temperature**2, weight, reduction)
+
+
+def _check_options(temperature: float, guide: str | None, guide_temperature: float, reduction: str) -> None:
+    _checks.temperature(temperature)
+    _checks.option("guide", guide, GUIDES)
+    _checks.temperature(guide_temperature, "guide_temperature")
+    _checks.option("reduction", reduction, _checks.REDUCTIONS)
+
+
+def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(student, teacher)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    with full_precision(student.device):
+        p_t = _attention(teacher, temperature)
+        p_s = _attention(student, temperature) if guide == "own" else p_t
+        return p_s @ student, p_t @ teacher
+
+
+def _attention(rows: Tensor, temperature: float) -> Tensor:
+    unit = normalise_rows(rows)
+    return torch.softmax(unit @ unit.mT / temperature, -1)
+
+
+class ChannelDistributionKD(LossModule):
+    """:func:`channel_distribution_kd` as a module; see there for the arguments.
+
+    Given ``student_channels`` and ``teacher_channels`` that differ, it owns a train-only, bias-free 1×1 aligner
+    ``aligner`` (else None).
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 4.0,
+        guide: str | None = None,
+        guide_temperature: float = 0.1,
+        weight: Tensor | str | None = None,
+        reduction: str = "mean",
+        backend: str = "auto",
+        student_channels: int | None = None,
+        teacher_channels: int | None = None,
+    ) -> None:
+        _check_options(temperature, guide, guide_temperature, reduction)
+        super().__init__(
+            {
+                "temperature": temperature,
+                "guide": guide,
+                "guide_temperature": guide_temperature,
+                "weight": weight,
+                "reduction": reduction,
+                "backend": backend,
+            }
+        )
+        self.aligner = make_aligner(student_channels, teacher_channels)
+
+    def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | str | None = None) -> Tensor:
+        """The loss; ``weight`` given here goes before the module's own."""
+        options = self._options()
+        if weight is not None:
+            options["weight"] = weight
+        return channel_distribution_kd(student if self.aligner is None else self.aligner(student), teacher, **options)

@@ -1,0 +1,333 @@
+"""Cross-modal distillation: how pixels attend to words, and what that makes of pixel pairs and word pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from torch import Tensor
+
+from fastkd.losses import _checks
+from fastkd.losses._module import LossModule
+from fastkd.losses._reduce import reduce_rows
+from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits
+from fastkd.reference.pixel_word import SIMILARITIES, TERMS
+
+DEFAULT_TERMS: Mapping[str, float] = MappingProxyType(
+    {"pixel_to_word": 1.0, "word_to_pixel": 1.0, "pixel_pixel": 3.0, "word_word": 3.0}
+)
+"""The weights that ``terms=None`` stands for, provisional: see docs/maths.md for their reasons."""
+
+FIRST_ORDER = ("pixel_to_word", "word_to_pixel")
+WordMask = Tensor | tuple[Tensor, Tensor]
+
+
+def cross_modal_kd(
+    student_pixels: Tensor,
+    student_words: Tensor,
+    teacher_pixels: Tensor,
+    teacher_words: Tensor,
+    *,
+    word_mask: WordMask | None = None,
+    pixel_mask: Tensor | None = None,
+    similarity: str = "scaled_dot",
+    temperature: float = 1.0,
+    terms: Mapping[str, float] | None = None,
+    reduction: str = "mean",
+    return_terms: bool = False,
+    backend: str = "auto",
+) -> Tensor | dict[str, Tensor]:
+    """Compare the pixel–word attention of student and teacher, to first and second order.
+
+    A reconstruction of the vision–language correlation term of "Channel Attention-Guided Cross-Modal Knowledge
+    Distillation for Referring Image Segmentation" (arXiv 2604.16806). From pixels V (N×D) and words L (T×D) of a
+    network, M = V Lᵀ/√D ("scaled_dot") or M = V̂ L̂ᵀ ("cosine"); A = softmax over valid words of M/τ, 0 for masked words
+    and in the rows of masked pixels; Q = softmax over valid pixels of M/τ. With n valid pixels, per sample:
+
+    - "pixel_to_word" = τ²·mean over valid pixels i of KL(A_T[i] ‖ A_S[i]);
+    - "word_to_pixel" = τ²·mean over valid words j of KL(Q_T[:, j] ‖ Q_S[:, j]);
+    - "pixel_pixel" = ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², pixels related through words;
+    - "word_word" = ‖A_Sᵀ A_S − A_Tᵀ A_T‖²_F / n², words related through pixels.
+
+    The loss is Σ weight·term. What masked pixels and words hold touches neither loss nor gradient.
+
+    Args:
+        student_pixels: (B, N, D_S) or (B, D_S, H, W), any floating dtype.
+        student_words: (B, T, D_S).
+        teacher_pixels: (B, N, D_T) or (B, D_T, H, W); D_T may differ from D_S. Must not require grad.
+        teacher_words: (B, T, D_T). Must not require grad. Its number of words may differ from the student's if
+            "pixel_pixel" is the only term: other tokens are not comparable one by one.
+        word_mask: None or bool (B, T), True = valid. For "pixel_pixel" alone also a pair (student's, teacher's).
+        pixel_mask: None or bool (B, N) or (B, H, W), True = valid.
+        similarity: "scaled_dot" or "cosine".
+        temperature: τ > 0.
+        terms: weights ≥ 0 by term, for example ``{"pixel_to_word": 1.0, "pixel_pixel": 0.5}``: what is not named is not
+            computed. None takes ``DEFAULT_TERMS``.
+        reduction: "mean" over the batch, "sum", or "none": (B,).
+        return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
+        backend: "auto", or the name of a backend.
+
+    Returns:
+        fp32 (fp64 if an input is fp64).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and the mend. A sample without a
+            valid word or pixel is refused on the CPU; on a GPU, where looking would stall the stream, its loss is NaN.
+        BackendUnavailable: ``backend`` cannot compute this here.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     v_t, l_t = teacher_taps(image, words)
+        >>> loss = cross_modal_kd(v_s, l_s, v_t, l_t, word_mask=word_mask)
+    """
+    weights = _check_options(temperature, terms, reduction, similarity)
+    tensors = {
+        "student_pixels": student_pixels,
+        "student_words": student_words,
+        "teacher_pixels": teacher_pixels,
+        "teacher_words": teacher_words,
+    }
+    for name, tensor in tensors.items():
+        if name.endswith("pixels"):
+            _checks.floating(name, tensor, (3, 4), "(B, N, D) or (B, D, H, W)")
+        else:
+            _checks.floating(name, tensor, (3,), "(B, T, D)")
+        if name.startswith("teacher"):
+            _checks.teacher(name, tensor)
+    _checks.same_device(**tensors)
+    maps = [tuple(p.shape[2:]) for p in (student_pixels, teacher_pixels) if p.dim() == 4]
+    student_pixels, teacher_pixels = _as_rows(student_pixels), _as_rows(teacher_pixels)
+    for side, v, w in (("student", student_pixels, student_words), ("teacher", teacher_pixels, teacher_words)):
+        names = (f"{side}_pixels", f"{side}_words")
+        _checks.same_size("widths D", names, (v.shape[2], w.shape[2]), "project the words or the pixels to one width")
+        _checks.same_size("batch sizes", names, (v.shape[0], w.shape[0]), "give the same samples to both")
+    _check_sizes(
+        ("student_pixels", "teacher_pixels"),
+        (student_pixels.shape[:2], teacher_pixels.shape[:2]),
+        ("student_words", "teacher_words"),
+        (student_words.shape[1], teacher_words.shape[1]),
+        weights,
+    )
+    batch, pixels = student_pixels.shape[:2]
+    words = (student_words.shape[1], teacher_words.shape[1])
+    mask_s, mask_t = _word_masks(word_mask, batch, words, weights, student_words)
+    results = pixel_word(
+        student_pixels,
+        student_words,
+        teacher_pixels,
+        teacher_words,
+        student_word_mask=mask_s,
+        teacher_word_mask=mask_t,
+        pixel_mask=_pixel_mask(pixel_mask, batch, pixels, maps, student_pixels),
+        similarity=similarity,
+        temperature=temperature,
+        terms=tuple(weights),
+        backend=backend,
+    )
+    return _combine(results, weights, temperature, reduction, return_terms)
+
+
+def cross_modal_kd_from_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    word_mask: WordMask | None = None,
+    pixel_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    terms: Mapping[str, float] | None = None,
+    reduction: str = "mean",
+    return_terms: bool = False,
+    backend: str = "auto",
+) -> Tensor | dict[str, Tensor]:
+    """:func:`cross_modal_kd` of pixel–word logits M that the networks have computed themselves.
+
+    Args:
+        student_logits: M_S, (B, N, T), before any softmax; or (B, heads, N, T), where every head is compared with the
+            teacher's head of the same index and a sample's term is the mean over its heads.
+        teacher_logits: M_T, the same shape; T may differ if "pixel_pixel" is the only term. Must not require grad.
+        word_mask: None or bool (B, T), True = valid. For "pixel_pixel" alone also a pair (student's, teacher's).
+        pixel_mask: None or bool (B, N), True = valid.
+        temperature: τ > 0.
+        terms: weights ≥ 0 by term; None takes ``DEFAULT_TERMS``.
+        reduction: "mean" over the batch, "sum", or "none": (B,).
+        return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
+        backend: "auto", or the name of a backend.
+
+    Returns:
+        fp32 (fp64 if an input is fp64).
+
+    Raises:
+        ValueError, TypeError: as :func:`cross_modal_kd`.
+        BackendUnavailable: ``backend`` cannot compute this here.
+
+    Example:
+        >>> loss = cross_modal_kd_from_logits(m_s, m_t.detach(), word_mask=word_mask, terms={"pixel_to_word": 1.0})
+    """
+    weights = _check_options(temperature, terms, reduction)
+    layout = "(B, N, T) or (B, heads, N, T)"
+    _checks.floating("student_logits", student_logits, (3, 4), layout)
+    _checks.floating("teacher_logits", teacher_logits, (3, 4), layout)
+    _checks.teacher("teacher_logits", teacher_logits)
+    _checks.same_device(student_logits=student_logits, teacher_logits=teacher_logits)
+    names = ("student_logits", "teacher_logits")
+    heads_s, heads_t = tuple(student_logits.shape[1:-2]), tuple(teacher_logits.shape[1:-2])
+    _checks.same_size("heads", names, (heads_s, heads_t), "average each network's heads, or compare (B, N, T) logits")
+    _check_sizes(
+        names,
+        ((student_logits.shape[0], student_logits.shape[-2]), (teacher_logits.shape[0], teacher_logits.shape[-2])),
+        names,
+        (student_logits.shape[-1], teacher_logits.shape[-1]),
+        weights,
+    )
+    batch, pixels = student_logits.shape[0], student_logits.shape[-2]
+    words = (student_logits.shape[-1], teacher_logits.shape[-1])
+    mask_s, mask_t = _word_masks(word_mask, batch, words, weights, student_logits)
+    mask_p = _pixel_mask(pixel_mask, batch, pixels, [], student_logits)
+    if heads_s:  # every head is a sample of its own
+        student_logits, teacher_logits = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
+        mask_s, mask_t, mask_p = (
+            None if m is None else m.repeat_interleave(heads_s[0], 0) for m in (mask_s, mask_t, mask_p)
+        )
+    results = pixel_word_from_logits(
+        student_logits,
+        teacher_logits,
+        student_word_mask=mask_s,
+        teacher_word_mask=mask_t,
+        pixel_mask=mask_p,
+        temperature=temperature,
+        terms=tuple(weights),
+        backend=backend,
+    )
+    if heads_s:
+        results = {term: value.reshape(-1, heads_s[0]).mean(1) for term, value in results.items()}
+    return _combine(results, weights, temperature, reduction, return_terms)
+
+
+def _check_options(
+    temperature: float, terms: Mapping[str, float] | None, reduction: str, similarity: str = "scaled_dot"
+) -> dict[str, float]:
+    _checks.option("similarity", similarity, SIMILARITIES)
+    _checks.temperature(temperature)
+    _checks.option("reduction", reduction, _checks.REDUCTIONS)
+    return dict(DEFAULT_TERMS) if terms is None else _checks.term_weights(terms, TERMS)
+
+
+def _check_sizes(
+    pixel_names: tuple[str, str],
+    pixels: tuple[Sequence[int], Sequence[int]],
+    word_names: tuple[str, str],
+    words: tuple[int, int],
+    weights: Mapping[str, float],
+) -> None:
+    _checks.same_size(
+        "(B, N)", pixel_names, (tuple(pixels[0]), tuple(pixels[1])), "resize or pool one to the other's map"
+    )
+    others = [term for term in weights if term != "pixel_pixel"]
+    if words[0] != words[1] and others:
+        raise ValueError(
+            f"{word_names[0]} and {word_names[1]}: numbers of words differ, {words[0]} and {words[1]}, which only "
+            f"'pixel_pixel' allows, but terms has {', '.join(map(repr, others))}; tokenise alike, or pass "
+            "terms={'pixel_pixel': 1.0}"
+        )
+
+
+def _as_rows(pixels: Tensor) -> Tensor:
+    return pixels.flatten(2).mT if pixels.dim() == 4 else pixels
+
+
+def _word_masks(
+    mask: WordMask | None, batch: int, words: tuple[int, int], weights: Mapping[str, float], like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The student's and the teacher's word masks, checked."""
+    if mask is None:
+        return None, None
+    pair = not isinstance(mask, Tensor) and isinstance(mask, Sequence)
+    if pair and (len(mask) != 2 or set(weights) != {"pixel_pixel"}):
+        raise ValueError(
+            f"word_mask: a pair of masks is for terms={{'pixel_pixel': ...}} alone, got {len(mask)} masks and terms "
+            f"{', '.join(map(repr, weights))}; pass one (B, T) mask"
+        )
+    if not pair and words[0] != words[1]:
+        raise ValueError(
+            f"word_mask: student and teacher have {words[0]} and {words[1]} words; pass a pair (student's, teacher's)"
+        )
+    student, teacher = (mask[0], mask[1]) if pair else (mask, mask)
+    return (
+        _word_mask("word_mask[0]" if pair else "word_mask", student, (batch, words[0]), like),
+        _word_mask("word_mask[1]" if pair else "word_mask", teacher, (batch, words[1]), like),
+    )
+
+
+def _word_mask(name: str, mask: object, shape: tuple[int, int], like: Tensor) -> Tensor:
+    checked = _checks.bool_mask(name, mask, [shape], like)
+    _checks.every_sample_valid(name, checked, "word")
+    return checked
+
+
+def _pixel_mask(
+    mask: Tensor | None, batch: int, pixels: int, maps: list[tuple[int, ...]], like: Tensor
+) -> Tensor | None:
+    if mask is None:
+        return None
+    _checks.bool_mask("pixel_mask", mask, [(batch, pixels), *((batch, *m) for m in dict.fromkeys(maps))], like)
+    flat = mask.reshape(batch, pixels)
+    _checks.every_sample_valid("pixel_mask", flat, "pixel")
+    return flat
+
+
+def _combine(
+    results: dict[str, Tensor], weights: dict[str, float], temperature: float, reduction: str, return_terms: bool
+) -> Tensor | dict[str, Tensor]:
+    terms = {term: value * temperature**2 if term in FIRST_ORDER else value for term, value in results.items()}
+    if return_terms:
+        return {term: reduce_rows(value, None, reduction) for term, value in terms.items()}
+    total = sum(weights[term] * value for term, value in terms.items())
+    assert isinstance(total, Tensor)
+    return reduce_rows(total, None, reduction)
+
+
+class CrossModalKD(LossModule):
+    """:func:`cross_modal_kd` as a module; see there for the arguments. The two widths may differ without an aligner."""
+
+    def __init__(
+        self,
+        *,
+        similarity: str = "scaled_dot",
+        temperature: float = 1.0,
+        terms: Mapping[str, float] | None = None,
+        reduction: str = "mean",
+        return_terms: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        weights = _check_options(temperature, terms, reduction, similarity)
+        super().__init__(
+            {
+                "similarity": similarity,
+                "temperature": temperature,
+                "terms": weights,
+                "reduction": reduction,
+                "return_terms": return_terms,
+                "backend": backend,
+            }
+        )
+
+    def forward(
+        self,
+        student_pixels: Tensor,
+        student_words: Tensor,
+        teacher_pixels: Tensor,
+        teacher_words: Tensor,
+        *,
+        word_mask: WordMask | None = None,
+        pixel_mask: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or its terms with ``return_terms``."""
+        return cross_modal_kd(
+            student_pixels,
+            student_words,
+            teacher_pixels,
+            teacher_words,
+            word_mask=word_mask,
+            pixel_mask=pixel_mask,
+            **self._options(),
+        )

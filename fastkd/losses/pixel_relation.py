@@ -1,0 +1,126 @@
+"""Pixel-relation distillation: how a network's pixels resemble each other, within an image or across the batch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastkd.losses import _checks
+from fastkd.losses._module import LossModule
+from fastkd.losses._reduce import reduce_rows
+from fastkd.ops.relation import relation
+from fastkd.reference.relation import DISTANCES, SIMILARITIES
+
+LAYOUT = "(B, C, H, W) or (B, C, N)"
+
+
+def pixel_relation_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    similarity: str = "cosine",
+    distance: str = "kl",
+    temperature: float = 0.1,
+    cross_image: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Compare the pixel–pixel relation matrices of student and teacher, row by row.
+
+    The traditional relational baseline: with ``cross_image`` a reconstruction of the mini-batch pixel term of CIRKD
+    ("Cross-Image Relational Knowledge Distillation for Semantic Segmentation"), with ``distance="mse"`` of the
+    pair-wise term of SKDS ("Structured Knowledge Distillation for Semantic Segmentation"): see docs/maths.md.
+
+    Each sample's features are an N×C matrix X, one row per pixel, and E = sim(X, X) of shape N×N:
+
+    - ``similarity``: "cosine" E = X̂X̂ᵀ with rows of norm 1; "mean" E = XXᵀ/C; "dot" E = XXᵀ.
+    - ``distance``, per pixel r: "kl" KL(softmax(E_T[r]/τ) ‖ softmax(E_S[r]/τ)), without a factor τ²;
+      "mse" mean_j (E_S[r, j] − E_T[r, j])²; "row_cosine" ‖E_S[r]/‖E_S[r]‖ − E_T[r]/‖E_T[r]‖‖².
+
+    Args:
+        student: (B, C_S, H, W) or (B, C_S, N), any floating dtype.
+        teacher: (B, C_T, H, W) or (B, C_T, N), the same B and pixels; C_T may differ. Must not require grad.
+        temperature: τ > 0, used by "kl".
+        cross_image: relate the pixels of image i to the pixels of image j for all B² ordered pairs, with a softmax per
+            pair; a row's loss is the mean over j.
+        weight: None or a (B, N) tensor ≥ 0.
+        reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, N), pixels in reading order.
+        backend: "auto", or the name of a backend.
+
+    Returns:
+        fp32 (fp64 if an input is fp64).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and the mend.
+        BackendUnavailable: ``backend`` cannot compute this here.
+
+    Example:
+        >>> loss = pixel_relation_kd(student_map, teacher_map.detach(), distance="mse")
+    """
+    _check_options(similarity, distance, temperature, reduction)
+    _checks.floating("student", student, (3, 4), LAYOUT)
+    _checks.floating("teacher", teacher, (3, 4), LAYOUT)
+    _checks.teacher("teacher", teacher)
+    _checks.same_device(student=student, teacher=teacher)
+    names = ("student", "teacher")
+    _checks.same_size("batch sizes", names, (student.shape[0], teacher.shape[0]), "give the same samples to both")
+    _checks.same_size(
+        "maps", names, (tuple(student.shape[2:]), tuple(teacher.shape[2:])), "resize or pool one to the other's size"
+    )
+    rows_s, rows_t = student.flatten(2).mT, teacher.flatten(2).mT
+    _checks.row_weight(weight, (rows_s.shape[0], rows_s.shape[1]), "(B, N)", student, attention=False)
+    rows = relation(
+        rows_s,
+        rows_t,
+        similarity=similarity,
+        distance=distance,
+        temperature=temperature,
+        cross=cross_image,
+        backend=backend,
+    )
+    return reduce_rows(rows, weight, reduction)
+
+
+def _check_options(similarity: str, distance: str, temperature: float, reduction: str) -> None:
+    _checks.option("similarity", similarity, SIMILARITIES)
+    _checks.option("distance", distance, DISTANCES)
+    _checks.temperature(temperature)
+    _checks.option("reduction", reduction, _checks.REDUCTIONS)
+
+
+class PixelRelationKD(LossModule):
+    """:func:`pixel_relation_kd` as a module; see there for the arguments.
+
+    The two widths may differ without an aligner.
+    """
+
+    def __init__(
+        self,
+        *,
+        similarity: str = "cosine",
+        distance: str = "kl",
+        temperature: float = 0.1,
+        cross_image: bool = False,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        _check_options(similarity, distance, temperature, reduction)
+        super().__init__(
+            {
+                "similarity": similarity,
+                "distance": distance,
+                "temperature": temperature,
+                "cross_image": cross_image,
+                "weight": weight,
+                "reduction": reduction,
+                "backend": backend,
+            }
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None) -> Tensor:
+        """The loss; ``weight`` given here goes before the module's own."""
+        options = self._options()
+        if weight is not None:
+            options["weight"] = weight
+        return pixel_relation_kd(student, teacher, **options)
