@@ -1,0 +1,223 @@
+"""Evaluate a model on a dataset under a named protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastkd.evaluate.metrics import RISMetrics
+from fastkd.evaluate.protocols import Protocol
+from fastkd.evaluate.protocols import protocol as named_protocol
+from fastkd.train.runtime import autocast, pick_device, pick_precision, to_device
+
+
+@dataclass
+class EvalResult:
+    """What a model scored, and under what conditions.
+
+    Attributes:
+        metrics: ``{"oIoU", "mIoU", "P@0.5", …, "P@0.9"}`` in percent.
+        protocol: name of the protocol.
+        dataset: name of the dataset, where it tells.
+        split: split of the dataset, where it tells.
+        sentences: sentences evaluated; each is one sample.
+        refs: distinct referred objects among them, or None where the batches do not tell.
+        resolution: (H, W) the masks were compared at.
+        decision: how logits became masks.
+        threshold: how P@X compares.
+        precision: arithmetic of the network.
+        seconds: wall-clock seconds, loading included.
+        sample_iou: (sentences,) float64 IoU in [0, 1], in dataset order.
+        ref_ids: ref of each sample, where the batches tell.
+        sent_ids: sentence of each sample, where the batches tell.
+    """
+
+    metrics: dict[str, float]
+    protocol: str
+    dataset: str | None
+    split: str | None
+    sentences: int
+    refs: int | None
+    resolution: tuple[int, int]
+    decision: str
+    threshold: str
+    precision: str
+    seconds: float
+    sample_iou: Tensor = field(repr=False)
+    ref_ids: list[Any] = field(default_factory=list, repr=False)
+    sent_ids: list[Any] = field(default_factory=list, repr=False)
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU in percent."""
+        return self.metrics["mIoU"]
+
+    @property
+    def oiou(self) -> float:
+        """Overall IoU in percent."""
+        return self.metrics["oIoU"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the per-sample lists, ready for JSON."""
+        return {
+            "metrics": self.metrics,
+            "protocol": self.protocol,
+            "dataset": self.dataset,
+            "split": self.split,
+            "sentences": self.sentences,
+            "refs": self.refs,
+            "resolution": list(self.resolution),
+            "decision": self.decision,
+            "threshold": self.threshold,
+            "precision": self.precision,
+            "eval_seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        scores = "  ".join(f"{name} {value:.2f}" for name, value in self.metrics.items())
+        refs = f" of {self.refs} refs" if self.refs is not None else ""
+        where = " ".join(filter(None, (self.dataset, self.split)))
+        h, w = self.resolution
+        return (
+            f"{scores}  [{self.protocol}: {where + ', ' if where else ''}{self.sentences} sentences{refs}, "
+            f"{h}×{w}, {self.decision}, {self.threshold}]"
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 32,
+    protocol: str = "lavt",
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+    workers: int = 0,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    channels_last: bool = False,
+) -> EvalResult:
+    """Score a model on every sentence of a dataset.
+
+    Under torch.distributed each process takes its own share of the samples and none is counted twice; all return the
+    same metrics, and `EvalResult.sample_iou` then holds this process's share.
+
+    Args:
+        model: takes the batch's ``image``, ``input_ids``, ``word_mask`` and returns ``logits`` (B, 2, H, W). Put back
+            into the mode it came in.
+        dataset: with ``sentences="all"``.
+        batch_size: samples per forward.
+        protocol: "lavt" (the dataset's own size) or "lavt480".
+        device: where to run; the model's own device where left out.
+        precision: "fp32", "bf16" or "auto".
+        workers: processes that load data.
+        collate: list of samples to batch; `fastkd.data.collate` where left out.
+        channels_last: hand images over channels-last.
+
+    Raises:
+        ValueError: an empty dataset, one that draws sentences at random, a size the protocol does not allow, logits
+            that do not fit the masks, an unknown protocol.
+        NotImplementedError: a known protocol that is not available yet.
+
+    Example:
+        >>> print(evaluate(student, ReferDataset(refcoco, tokenizer, image_size=64, sentences="all")))
+    """
+    rules = named_protocol(protocol)
+    _check_dataset(dataset, rules)
+    own = next((p.device for p in model.parameters()), torch.device("cpu"))
+    where = own if device is None else pick_device(device)
+    precision = pick_precision(precision, where)
+    if collate is None:
+        from fastkd.data import collate
+    shares = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shares else (0, 1)
+    indices = range(rank, len(dataset), ranks)  # type: ignore[arg-type]
+    loader = DataLoader(
+        torch.utils.data.Subset(dataset, indices),
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=where.type == "cuda",
+        generator=torch.Generator(),
+    )
+    metrics = RISMetrics().to(where)
+    ref_ids: list[Any] = []
+    sent_ids: list[Any] = []
+    resolution = (0, 0)
+    modes = {module: module.training for module in model.modules()}
+    start = time.perf_counter()
+    try:
+        model.eval().to(where)
+        with torch.inference_mode():
+            for batch in loader:
+                batch = to_device(batch, where, channels_last)
+                with autocast(precision, where):
+                    logits = _logits(model, batch)
+                metrics.update(logits[:, 1] > logits[:, 0], batch["mask"])
+                ref_ids.extend(batch.get("ref_id", ()))
+                sent_ids.extend(batch.get("sent_id", ()))
+                resolution = (logits.shape[2], logits.shape[3])
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64)
+    scores = {name: float(value) for name, value in metrics.compute().items()}
+    refs = set(ref_ids)
+    if shares and ranks > 1:
+        gathered: list[set[Any]] = [set()] * ranks
+        torch.distributed.all_gather_object(gathered, refs)
+        refs = set().union(*gathered)
+    return EvalResult(
+        metrics=scores,
+        protocol=rules.name,
+        dataset=_text(dataset, "name"),
+        split=_text(dataset, "split"),
+        sentences=len(dataset),  # type: ignore[arg-type]
+        refs=len(refs) or None,
+        resolution=resolution,
+        decision=rules.decision,
+        threshold=rules.threshold,
+        precision=precision,
+        seconds=time.perf_counter() - start,
+        sample_iou=sample_iou,
+        ref_ids=ref_ids,
+        sent_ids=sent_ids,
+    )
+
+
+def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    output = model(**{key: batch[key] for key in ("image", "input_ids", "word_mask") if key in batch})
+    logits = output if isinstance(output, Tensor) else output.logits
+    mask = batch["mask"]
+    if logits.ndim != 4 or logits.shape[1] != 2 or (logits.shape[0], *logits.shape[2:]) != tuple(mask.shape):
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit masks {tuple(mask.shape)}; expected (B, 2, H, W)")
+    return logits
+
+
+def _check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
+    if len(dataset) == 0:  # type: ignore[arg-type]
+        raise ValueError("dataset is empty: there is nothing to evaluate; look at its split")
+    sentences = getattr(dataset, "sentences", "all")
+    if sentences != "all":
+        raise ValueError(
+            f"dataset draws sentences={sentences!r}; protocol {rules.name!r} evaluates every one: use sentences='all'"
+        )
+    size = getattr(dataset, "image_size", None)
+    if rules.resolution is not None and size != rules.resolution:
+        raise ValueError(
+            f"protocol {rules.name!r} is defined at {rules.resolution}×{rules.resolution}, the dataset has "
+            f"image_size={size}; use image_size={rules.resolution} or protocol='lavt'"
+        )
+
+
+def _text(dataset: Dataset[Any], attribute: str) -> str | None:
+    for source in (dataset, getattr(dataset, "refcoco", None)):
+        value = getattr(source, attribute, None)
+        if isinstance(value, str):
+            return value
+    return None

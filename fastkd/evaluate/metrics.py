@@ -1,0 +1,93 @@
+"""Metrics of referring image segmentation: oIoU, mIoU and precision at IoU thresholds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as error:
+    raise ImportError(f"fastkd.evaluate needs the package {error.name!r}: pip install 'fastkd[ris]'") from error
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class RISMetrics(Metric):
+    """oIoU, mIoU and P@0.5 … P@0.9 of binary masks, in percent, as protocol "lavt" defines them.
+
+    With I and U the pixels in the intersection and union of prediction and truth of one sample (one sentence),
+
+        oIoU = ΣI / ΣU,    mIoU = mean of I/U,    P@X = share of samples with I/U ≥ X,
+
+    a sample with U = 0 having IoU 0. I and U are kept per sample as int64, so that sums are exact, processes merge by
+    concatenation, and `sample_iou` can be had afterwards. Feed every sample to exactly one process: padding is counted.
+
+    Example:
+        >>> metrics = RISMetrics()
+        >>> metrics.update(logits.argmax(1) == 1, batch["mask"])
+        >>> metrics.compute()["mIoU"]
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    intersections: list[Tensor]
+    unions: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("intersections", default=[], dist_reduce_fx="cat")
+        self.add_state("unions", default=[], dist_reduce_fx="cat")
+
+    def update(self, prediction: Tensor, truth: Tensor) -> None:
+        """Count a batch of masks.
+
+        Args:
+            prediction: (B, H, W) bool or 0/1 integers.
+            truth: (B, H, W) bool or 0/1 integers.
+
+        Raises:
+            ValueError: shapes that differ or are not (B, H, W); masks that are not bool or hold other values than 0, 1.
+        """
+        if prediction.shape != truth.shape or prediction.ndim != 3:
+            raise ValueError(
+                f"prediction and truth must both be (B, H, W), got {tuple(prediction.shape)} and {tuple(truth.shape)}"
+            )
+        ours, theirs = _binary(prediction, "prediction"), _binary(truth, "truth")
+        self.intersections.append((ours & theirs).flatten(1).sum(1, dtype=torch.int64))
+        self.unions.append((ours | theirs).flatten(1).sum(1, dtype=torch.int64))
+
+    def compute(self) -> dict[str, Tensor]:
+        """``{"oIoU": …, "mIoU": …, "P@0.5": …, …, "P@0.9": …}`` in percent, float64 scalars."""
+        intersection, union = self._counts()
+        iou = _iou(intersection, union)
+        result = {"oIoU": _iou(intersection.sum(), union.sum()), "mIoU": iou.mean()}
+        result |= {f"P@{x}": (iou >= x).double().mean() for x in THRESHOLDS}
+        return {name: 100 * value for name, value in result.items()}
+
+    def sample_iou(self) -> Tensor:
+        """(samples,) float64 IoU in [0, 1] of every sample that this process counted, in order."""
+        return _iou(*self._counts())
+
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        # After a synchronisation the lists have become tensors.
+        counts = [torch.cat(s) if isinstance(s, list) and s else s for s in (self.intersections, self.unions)]
+        if not isinstance(counts[0], Tensor) or counts[0].numel() == 0:
+            raise ValueError("RISMetrics has no samples: call update(prediction, truth) first; is the dataset empty?")
+        return counts[0], counts[1]
+
+
+def _binary(mask: Tensor, name: str) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or ((mask != 0) & (mask != 1)).any():
+        raise ValueError(f"{name} must be bool or hold only 0 and 1, got {mask.dtype}; use logits.argmax(1)")
+    return mask.bool()
+
+
+def _iou(intersection: Tensor, union: Tensor) -> Tensor:
+    return intersection.double() / union.clamp(min=1).double()  # U = 0 has I = 0

@@ -1,0 +1,114 @@
+"""What a run leaves behind while it goes: a JSONL log and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastkd
+
+
+class RunLog:
+    """A log of one JSON object per line, each written out at once; with no path it writes nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("w", encoding="utf-8") if path is not None else None
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append ``{"event": event, ...}``."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, **_finite(values)}, default=str) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run's figures depend on beside its settings."""
+    return {
+        "fastkd": fastkd.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+class Progress:
+    """A progress bar with the time left and the losses; plain lines now and then where there is no terminal."""
+
+    def __init__(self, steps: int, title: str, shown: bool) -> None:
+        self.steps, self.title, self.shown = steps, title, shown
+        self._bar: Any = None
+        self._line_at = time.monotonic()
+        if shown and sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=20),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[losses]}"),
+                console=Console(stderr=True),
+                refresh_per_second=2,
+            )
+            self._task = self._bar.add_task(title, total=steps, losses="")
+            self._bar.start()
+
+    def update(self, step: int, losses: Mapping[str, float], seconds: float, fraction: float) -> None:
+        """Show that so many steps are done, in so many seconds of training, a fraction of the whole."""
+        if not self.shown:
+            return
+        text = "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=max(step, round(fraction * self.steps)), losses=text)
+        elif time.monotonic() - self._line_at > 15:
+            self._line_at = time.monotonic()
+            left = seconds * (1 - fraction) / fraction if fraction else math.nan
+            self.say(f"step {step}/{self.steps}  {seconds:.0f} s, {left:.0f} s left  {text}")
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if not self.shown:
+            return
+        if self._bar is not None:
+            self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False)
+        else:
+            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or Infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,398 @@
+"""The training loop: short, deterministic by seed, and honest about time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastkd.train.checkpoint import save_student
+from fastkd.train.checks import gradient_report
+from fastkd.train.config import TrainConfig
+from fastkd.train.distiller import Distiller
+from fastkd.train.log import Progress, RunLog, environment
+from fastkd.train.optim import BatchOrder, adamw, lr_factor
+from fastkd.train.runtime import Clock, autocast, pick_device, pick_precision, to_device
+from fastkd.train.task import segmentation_loss
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast
+except ModuleNotFoundError as error:
+    raise ImportError(f"fastkd.train.train needs the package {error.name!r}: pip install 'fastkd[ris]'") from error
+
+if TYPE_CHECKING:
+    from fastkd.evaluate import EvalResult
+
+
+@dataclass
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        steps: optimiser steps taken.
+        seconds: wall-clock seconds of training, loading included; checks, evaluation and checkpoints excluded.
+        eval_seconds: wall-clock seconds of evaluation.
+        samples_per_second: batch_size · steps / seconds.
+        stopped: "steps" or "max_seconds".
+        history: the "train" lines of the log.
+        evaluations: step and result of every evaluation.
+        out_dir: where log and checkpoints are, or None.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    eval_seconds: float = 0.0
+    samples_per_second: float = 0.0
+    stopped: str = "steps"
+    history: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[tuple[int, EvalResult]] = field(default_factory=list)
+    out_dir: Path | None = None
+
+    @property
+    def best(self) -> EvalResult | None:
+        """The evaluation with the best mIoU."""
+        return max((result for _, result in self.evaluations), key=lambda r: r.miou, default=None)
+
+    @property
+    def last(self) -> EvalResult | None:
+        """The final evaluation."""
+        return self.evaluations[-1][1] if self.evaluations else None
+
+
+def train(
+    model: nn.Module,
+    train_dataset: Dataset[Any],
+    config: TrainConfig | None = None,
+    *,
+    val_dataset: Dataset[Any] | None = None,
+    out_dir: str | Path | None = None,
+    task_loss: Callable[[Any, Mapping[str, Any]], Tensor] = segmentation_loss,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    title: str = "train",
+    progress: bool = True,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train a student, alone or under a `Distiller`: AdamW, polynomial decay, one process or many.
+
+    Started by ``accelerate launch`` or ``torchrun`` it trains data-parallel; ``batch_size`` stays the size of the whole
+    step. The same seed, batch size and initial weights give the same run on one device. Distillation terms are divided
+    like the task loss when micro-batches are accumulated.
+
+    With ``out_dir``, ``log.jsonl`` holds one JSON object per line (event "start" with the settings and the environment,
+    then "train", "eval" and at last "end"), ``last/`` the student's latest checkpoint (at every evaluation, at the end,
+    and on Ctrl-C) and ``best/`` the one with the best validation mIoU. A checkpoint appears whole or not at all.
+
+    Args:
+        model: a `Distiller`, or a bare model to train on ``task_loss`` alone.
+        train_dataset: samples for ``collate``; its ``set_epoch(e)`` is called before each epoch if it has one.
+        config: the settings.
+        val_dataset: evaluated with protocol "lavt" every ``eval_every`` steps and at the end.
+        out_dir: folder for log and checkpoints; None keeps nothing.
+        task_loss: for a bare model; a Distiller has its own.
+        collate: list of samples to batch; `fastkd.data.collate` where left out.
+        title: the run's name in the progress bar and the log.
+        progress: show progress.
+        overwrite: let ``out_dir`` hold an earlier run, which is replaced.
+
+    Returns:
+        Steps, seconds, evaluations. The model is left trained, on the device it was trained on, in eval mode.
+
+    Raises:
+        ValueError: what `Distiller.check` refuses, or a batch that does not fit the data or the processes.
+        FileExistsError: ``out_dir`` holds an earlier run.
+        FloatingPointError: a loss or gradient that is not finite; the message names the term and the step.
+
+    Example:
+        >>> result = train(distiller, train_set, TrainConfig(steps=600), val_dataset=val_set, out_dir="runs/distilled")
+        >>> print(result.best)
+    """
+    distiller = model if isinstance(model, Distiller) else Distiller(model, None, task_loss)
+    if isinstance(model, Distiller) and task_loss is not segmentation_loss:
+        raise ValueError("task_loss is for a bare model; this Distiller has its own")
+    run = _Run(distiller, train_dataset, config or TrainConfig(), collate, title)
+    main = run.accelerator.is_main_process
+    folder = _prepare(Path(out_dir), overwrite) if out_dir is not None and main else None
+    run.result.out_dir = folder
+    run.log = RunLog(folder / "log.jsonl" if folder else None)
+    run.bar = Progress(run.config.steps, title, progress and main)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.config.threads or threads)
+    try:
+        run.go(val_dataset)
+    except BaseException as error:
+        run.clock.stop()
+        run.log.write("end", reason=type(error).__name__, message=str(error), step=run.step, seconds=run.clock.seconds)
+        if isinstance(error, KeyboardInterrupt) and folder and run.step:
+            run.flush()
+            save_student(distiller.student, folder / "last")
+            run.bar.say(f"interrupted at step {run.step}; the student is in {folder / 'last'}")
+        raise
+    finally:
+        run.bar.close()
+        run.log.close()
+        torch.set_num_threads(threads)
+    return run.result
+
+
+class _Run:
+    """One run of `train`: its parts, and the steps between them."""
+
+    log: RunLog
+    bar: Progress
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        dataset: Dataset[Any],
+        config: TrainConfig,
+        collate: Callable[[list[Any]], dict[str, Any]] | None,
+        title: str,
+    ) -> None:
+        self.accelerator = Accelerator()
+        self.distiller, self.dataset, self.config, self.title = distiller, dataset, config, title
+        processes = self.accelerator.num_processes
+        self.device = self.accelerator.device if processes > 1 else pick_device(config.device)
+        self.precision = pick_precision(config.precision, self.device)
+        self.order = BatchOrder(len(dataset), config, self.accelerator.process_index, processes)  # type: ignore[arg-type]
+        self.collate = collate or _default_collate()
+        self.names = ["loss", "task", *distiller.terms, "gradient"]
+        self.pending: list[Tensor] = []  # per-step values not yet looked at
+        self.window: list[list[float]] = []  # per-step values since the last line of the log
+        self.result = TrainResult()
+        self.clock = Clock(self.device)
+        self.step = 0
+        self.batch: dict[str, Any] = {}
+
+    def go(self, val_dataset: Dataset[Any] | None) -> None:
+        """Train from the first step to the last."""
+        config, distiller = self.config, self.distiller
+        torch.manual_seed(config.seed * 1009 + self.accelerator.process_index)  # dropout
+        distiller.to(self.device)
+        if config.channels_last:
+            distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        distiller.train()
+        batches = self._batches()
+        first = next(batches)
+        self._begin(first, val_dataset)
+        batches = itertools.chain([first], batches)
+
+        optimizer = adamw(distiller, config)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        module: nn.Module = distiller
+        if self.accelerator.num_processes > 1:
+            module = self.accelerator.prepare_model(distiller)
+        self.clock.start()
+        while self.step < config.steps:
+            fraction = self._fraction()
+            if fraction >= 1:
+                self.result.stopped = "max_seconds"
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * lr_factor(self.step, fraction, config)
+            values = self._forward_backward(module, batches)
+            norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+            self.pending.append(torch.cat([values, norm.detach().reshape(1).to(values)]))
+            if self.device.type == "cpu":
+                self.flush(self.step + 1)  # looking costs nothing here, and comes before the weights are touched
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                self._report(group["lr"], fraction)
+            if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
+                self._evaluate(val_dataset)
+        self.flush()
+        self.clock.stop()
+        self.clock.start()
+        self._evaluate(val_dataset)
+        self.clock.stop()
+        distiller.eval()
+        self._end()
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """Micro-batches on the device, epoch after epoch."""
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.order,  # type: ignore[arg-type]
+            collate_fn=self.collate,
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.config.seed),  # the global one stays the model's
+        )
+        for epoch in itertools.count():
+            self.order.epoch = epoch
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            for batch in loader:
+                yield to_device(batch, self.device, self.config.channels_last)
+
+    def _begin(self, first: dict[str, Any], val_dataset: Dataset[Any] | None) -> None:
+        """Check the first batch, and say in the log what is about to run."""
+        distiller, report = self.distiller, None
+        if self.config.check:
+            with autocast(self.precision, self.device):
+                report = distiller.check(first)
+        counts = {"student": distiller.student, "aligners": distiller.term_modules, "teacher": distiller.teacher}
+        self.log.write(
+            "start",
+            title=self.title,
+            config=asdict(self.config),
+            environment={
+                **environment(self.device),
+                "precision": self.precision,
+                "processes": self.accelerator.num_processes,
+            },
+            parameters={k: sum(p.numel() for p in m.parameters()) for k, m in counts.items() if m is not None},
+            samples={"train": len(self.dataset), "val": len(val_dataset) if val_dataset is not None else None},  # type: ignore[arg-type]
+            weights=distiller.weights,
+            gradients=report and {"values": report.values, "norms": report.norms, "shares": report.shares},
+        )
+
+    def _forward_backward(self, module: nn.Module, batches: Iterator[dict[str, Any]]) -> Tensor:
+        """Accumulate the gradient of one step; returns loss, task and terms, averaged over its micro-batches."""
+        parts = self.config.accumulate
+        total: Tensor | None = None
+        for micro in range(parts):
+            self.batch = next(batches)
+            hold = micro + 1 < parts and self.accelerator.num_processes > 1
+            with self.accelerator.no_sync(module) if hold else nullcontext():
+                with autocast(self.precision, self.device):
+                    output = module(self.batch)
+                self.accelerator.backward(output.loss / parts if parts > 1 else output.loss)
+            values = (
+                torch.stack([v.detach().float() for v in (output.loss, output.task, *output.terms.values())]) / parts
+            )
+            total = values if total is None else total + values
+        assert total is not None
+        return total
+
+    def flush(self, step: int | None = None) -> None:
+        """Look at the values of the steps since the last look; raises if one is not finite."""
+        if not self.pending:
+            return
+        rows = torch.stack(self.pending).tolist()
+        self.pending.clear()
+        last = step if step is not None else self.step
+        for number, row in enumerate(rows, last - len(rows) + 1):
+            if not all(map(math.isfinite, row)):
+                raise FloatingPointError(self._blame(number, dict(zip(self.names, row, strict=True))))
+        self.window.extend(rows)
+
+    def _blame(self, step: int, values: dict[str, float]) -> str:
+        bad = [name for name in values if name not in ("loss", "gradient") and not math.isfinite(values[name])]
+        if bad:
+            what = " and ".join("the task loss" if name == "task" else f"term {name!r}" for name in bad)
+            return f"{what} is {values[bad[0]]} at step {step}; the run stops with its last checkpoint kept"
+        norms = gradient_report(self.distiller, self.batch).norms
+        culprits = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        return (
+            f"the gradient is {values['gradient']} at step {step} while every loss is finite"
+            + (f"; it comes from {' and '.join(map(repr, culprits))}" if culprits else "")
+            + "; the run stops with its last checkpoint kept"
+        )
+
+    def _fraction(self) -> float:
+        """How much of the run is behind us: of its steps or of its time, whichever is more."""
+        fraction = self.step / self.config.steps
+        if self.config.max_seconds is None:
+            return fraction
+        fraction = max(fraction, self.clock.seconds / self.config.max_seconds)
+        if self.accelerator.num_processes > 1:  # all must stop at one step
+            fraction = float(broadcast(torch.tensor(fraction, device=self.device)))
+        return fraction
+
+    def _report(self, lr: float, fraction: float) -> None:
+        """One line of the log: means over the steps since the last one."""
+        self.flush()
+        seconds = self.clock.seconds
+        rows = torch.tensor(self.window, dtype=torch.float64, device=self.device).mean(0)
+        self.window.clear()
+        if self.accelerator.num_processes > 1:
+            rows = self.accelerator.reduce(rows, "mean")
+        means = dict(zip(self.names, rows.tolist(), strict=True))
+        line = {
+            "step": self.step,
+            "loss": means["loss"],
+            "task": means["task"],
+            "terms": {name: means[name] for name in self.distiller.terms},
+            "gradient_norm": means["gradient"],
+            "lr": lr,
+            "seconds": seconds,
+            "samples_per_second": self.step * self.config.batch_size / seconds,
+        }
+        self.result.history.append(line)
+        self.log.write("train", **line)
+        shown = {name: value for name, value in means.items() if name != "gradient"}
+        self.bar.update(self.step, shown, seconds, max(fraction, self.step / self.config.steps))
+
+    def _evaluate(self, val_dataset: Dataset[Any] | None) -> None:
+        """Evaluate the student and keep it, outside the training clock."""
+        self.flush()
+        self.clock.stop()
+        student, folder = self.distiller.student, self.result.out_dir
+        is_best = False
+        if val_dataset is not None:
+            from fastkd.evaluate import evaluate
+
+            start = time.perf_counter()
+            evaluation = evaluate(
+                student,
+                val_dataset,
+                batch_size=self.config.eval_batch_size,
+                device=self.device,
+                precision=self.precision,
+                workers=self.config.workers,
+                collate=self.collate,
+                channels_last=self.config.channels_last,
+            )
+            self.result.eval_seconds += time.perf_counter() - start
+            self.result.evaluations.append((self.step, evaluation))
+            is_best = evaluation is self.result.best
+            self.log.write("eval", step=self.step, seconds=self.clock.seconds, best=is_best, **evaluation.to_dict())
+            self.bar.say(f"step {self.step}: {evaluation}")
+        if folder:
+            save_student(student, folder / "last")
+            if is_best:
+                save_student(student, folder / "best")
+        self.distiller.train()
+        self.clock.start()
+
+    def _end(self) -> None:
+        result = self.result
+        result.steps, result.seconds = self.step, self.clock.seconds
+        result.samples_per_second = self.step * self.config.batch_size / max(result.seconds, 1e-9)
+        self.log.write(
+            "end",
+            reason=result.stopped,
+            step=result.steps,
+            seconds=result.seconds,
+            eval_seconds=result.eval_seconds,
+            samples_per_second=result.samples_per_second,
+            best=result.best.to_dict() if result.best else None,
+        )
+        self.bar.say(f"{result.steps} steps in {result.seconds:.0f} s, {result.samples_per_second:.0f} samples/s")
+
+
+def _default_collate() -> Callable[[list[Any]], dict[str, Any]]:
+    from fastkd.data import collate
+
+    return collate
+
+
+def _prepare(folder: Path, overwrite: bool) -> Path:
+    if (folder / "log.jsonl").exists() and not overwrite:
+        raise FileExistsError(
+            f"out_dir {str(folder)!r} holds an earlier run; choose another folder or pass overwrite=True"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

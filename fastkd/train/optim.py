@@ -1,0 +1,69 @@
+"""The optimiser's groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fastkd.train.config import TrainConfig
+
+_POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "position_embedding")
+
+
+def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; norms, biases and embedding or position tables are not decayed."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    decayed, others = [], []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_table = id(parameter) in tables or name.rpartition(".")[2] in _POSITION_TABLES
+        (others if parameter.ndim <= 1 or is_table else decayed).append(parameter)
+    if not decayed and not others:
+        raise ValueError("the model has no parameter that requires a gradient: nothing can train")
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = {p.device.type for p in (*decayed, *others)} <= {"cpu", "cuda"}
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused)
+
+
+def lr_factor(step: int, progress: float, config: TrainConfig) -> float:
+    """What the peak learning rate is multiplied by at a step: linear warm-up, then (1 − progress)^power."""
+    warm = min(1.0, (step + 1) / (config.warmup + 1))
+    return warm * max(0.0, 1.0 - progress) ** config.power
+
+
+class BatchOrder:
+    """Which samples make up each micro-batch of one process, epoch by epoch.
+
+    The order depends on the seed and the epoch alone: neither on the model, nor on the number of micro-batches,
+    processes or loading workers. What an epoch leaves short of a full batch is dropped.
+    """
+
+    def __init__(self, samples: int, config: TrainConfig, rank: int = 0, ranks: int = 1) -> None:
+        if config.batch_size % (config.accumulate * ranks):
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate times processes, got batch_size={config.batch_size}, "
+                f"accumulate={config.accumulate} and {ranks} processes"
+            )
+        if samples < config.batch_size:
+            raise ValueError(
+                f"the training set has {samples} samples, fewer than one batch of {config.batch_size}: "
+                "lower batch_size or give more data"
+            )
+        self.samples, self.config, self.rank, self.ranks = samples, config, rank, ranks
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.samples // self.config.batch_size * self.config.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.samples, generator=generator).tolist()
+        size, parts = self.config.batch_size, self.config.accumulate * self.ranks
+        part = size // parts
+        for start in range(0, len(order) - size + 1, size):
+            for micro in range(self.config.accumulate):
+                first = start + (micro * self.ranks + self.rank) * part
+                yield order[first : first + part]

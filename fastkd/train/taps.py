@@ -1,0 +1,162 @@
+"""Taps: features of a model by module path, caught by forward hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fastkd.train.select import follow, hint
+
+
+class Taps(Mapping[str, Any]):
+    """Catch what chosen modules of a model return, forward after forward.
+
+    A mapping from your names to the latest outputs. Every forward of the model starts afresh, so a tap never shows a
+    value of an earlier forward; a module called several times in one forward shows its last output. Paths are those
+    of ``model.named_modules()``, written without the ``module.`` of DistributedDataParallel and the ``_orig_mod.`` of
+    ``torch.compile``, and the same whether or not the model is wrapped. Make the taps before ``torch.compile``: a
+    compiled graph does not see hooks added after it.
+
+    Args:
+        model: the model to watch; it may be wrapped.
+        paths: name to module path, or to ``(path, index)`` where the module returns a tuple, list, dict or object and
+            the tap is one part of it (``("encoder", 0)``, ``("encoder", "last_hidden_state")``).
+
+    Raises:
+        ValueError: an empty or dotted name, or a path that is no module of the model (with the closest ones).
+        KeyError: reading a name that is not a tap.
+        RuntimeError: reading a tap whose module did not run in the latest forward, or a closed one.
+
+    Example:
+        >>> with fastkd.Taps(model, {"stage4": "backbone.layers.3.fusion"}) as taps:
+        ...     model(image)
+        ...     feature = taps["stage4"]
+    """
+
+    def __init__(self, model: nn.Module, paths: Mapping[str, str | tuple[str, int | str]]) -> None:
+        if not isinstance(paths, Mapping) or not paths:
+            raise ValueError(f"paths must be a non-empty dict of name to module path, got {paths!r}")
+        modules = dict(_modules(model))
+        self.paths: dict[str, str] = {}
+        self._outputs: dict[str, Any] = {}
+        self._handles: list[RemovableHandle] = []
+        self._forwards = 0
+        found: list[tuple[str, nn.Module, int | str | None]] = []
+        for name, target in paths.items():
+            path, index = target if isinstance(target, tuple) else (target, None)
+            if not name or "." in name:
+                raise ValueError(f"tap name {name!r} must be a non-empty string without dots")
+            path = _canonical(path, modules)
+            if path not in modules:
+                raise ValueError(f"tap {name!r}: the model has no module {path!r}.{hint(path, _nearby(path, modules))}")
+            self.paths[name] = path
+            found.append((name, modules[path], index))
+        self._handles.append(_unwrap(model).register_forward_pre_hook(self._begin))
+        for name, module, index in found:
+            self._handles.append(module.register_forward_hook(_Catch(self._outputs, name, index)))
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._outputs.clear()
+        self._forwards += 1
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.paths:
+            raise KeyError(f"no tap named {name!r}.{hint(name, self.paths)}")
+        if name not in self._outputs:
+            if not self._handles:
+                raise RuntimeError(f"tap {name!r} is closed")
+            if not self._forwards:
+                raise RuntimeError(f"tap {name!r} has nothing yet: the model has not run since the tap was made")
+            raise RuntimeError(
+                f"tap {name!r} never fired: module {self.paths[name]!r} did not run in the latest forward. It may be "
+                "skipped in this mode, replaced after the tap was made, or compiled before it (make the taps first)"
+            )
+        return self._outputs[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.paths  # whether or not it has fired: reading tells
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def clear(self) -> None:
+        """Let go of the latest outputs (and of the graph they hold)."""
+        self._outputs.clear()
+
+    def close(self) -> None:
+        """Remove the hooks; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._outputs.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Taps({self.paths})"
+
+
+class _Catch:
+    """The forward hook of one tap (a class, so that a hooked model can still be pickled and copied)."""
+
+    def __init__(self, outputs: dict[str, Any], name: str, index: int | str | None) -> None:
+        self.outputs, self.name, self.index = outputs, name, index
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.outputs[self.name] = output if self.index is None else follow(output, str(self.index))
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile and data-parallel wrappers."""
+    while True:
+        if "_orig_mod" in module._modules:
+            inner = module._modules["_orig_mod"]
+        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = module.module
+        else:
+            return module
+        assert isinstance(inner, nn.Module)
+        module = inner
+
+
+def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of the whole tree, wrappers left out of the paths."""
+    module = _unwrap(module)
+    if prefix:
+        yield prefix, module
+    for name, child in module.named_children():
+        yield from _modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _canonical(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The path without the names that wrappers add."""
+    path = ".".join(part for part in path.split(".") if part != "_orig_mod")
+    while path not in modules and path.startswith("module."):
+        path = path.removeprefix("module.")
+    return path
+
+
+def _nearby(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Where to look for what was meant: below the longest prefix that exists, same depth first."""
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        prefix = ".".join(parts[:depth])
+        if not prefix or prefix in modules:
+            below = [name for name in modules if not prefix or name.startswith(prefix + ".")]
+            level = [name for name in below if name.count(".") == depth]
+            same = [name for name in below if name.count(".") == len(parts) - 1]
+            return list(dict.fromkeys([*same, *level])) or list(modules)
+    return list(modules)
