@@ -1,0 +1,100 @@
+"""The results table in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fastkd.report import text
+from fastkd.report.records import ResultRow, baseline_of, check_rows, gain, summary
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+
+def console_table(rows: Sequence[ResultRow], *, title: str = "Results (%)", console: Console | None = None) -> None:
+    """Print result rows as a table; gains stand under the metric of a row that names a baseline.
+
+    One model per line where the terminal is wide enough, else one model per column.
+
+    Args:
+        rows: the lines of the table, in order.
+        title: shown above it.
+        console: a ``rich.console.Console``; the terminal where left out.
+
+    Raises:
+        ValueError: no rows, a repeated name, or a baseline that is not a row.
+
+    Example:
+        >>> console_table([ResultRow("alone", 315_000, {"mIoU": 34.1})])
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    grid = _grid(rows)
+    console = console or Console()
+    console.print()
+    console.print(Text(title, style="bold"))
+    table = _table(grid)
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width:
+        table = _table([list(column) for column in zip(*grid, strict=True)])
+    console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(Text(f"{row.name}: {row.note}", style="dim"))
+    for name in dict.fromkeys(row.baseline for row in rows if row.baseline):
+        gainers = ", ".join(row.name for row in rows if row.baseline == name)
+        console.print(Text(f"Second line of {gainers}: gain over {name}, in points.", style="dim"))
+
+
+def _grid(rows: Sequence[ResultRow]) -> list[list[Text]]:
+    """The cells, header first; `Text` throughout, so that a name with square brackets is not taken for markup."""
+    from rich.text import Text
+
+    metrics = check_rows(rows)
+    header = ["", "parameters", *metrics, "steps", "training"]
+    grid = [[Text(name, style="bold") for name in header]]
+    for row in rows:
+        steps = f"{row.steps:,}" if row.steps is not None else "–"
+        grid.append(
+            [
+                Text(row.name, style="bold"),
+                Text(text.count(row.parameters)),
+                *(_metric(row, metric, rows) for metric in metrics),
+                Text(steps),
+                Text(text.duration(row.train_seconds)),
+            ]
+        )
+    return grid
+
+
+def _metric(row: ResultRow, metric: str, rows: Sequence[ResultRow]) -> Text:
+    from rich.text import Text
+
+    if metric not in row.metrics:
+        return Text("–")
+    mean, spread = summary(row.metrics[metric])
+    cell = Text(text.number(mean))
+    if spread is not None:
+        cell.append(f" ± {text.number(spread)}", style="dim")
+    baseline = baseline_of(row, rows)
+    if baseline is not None and metric in baseline.metrics:
+        difference, _ = gain(row.metrics[metric], baseline.metrics[metric])
+        style = "green" if difference > 0 else "red" if difference < 0 else "dim"
+        cell.append(f"\n{text.signed(difference)}", style=style)
+    return cell
+
+
+def _table(grid: list[list[Text]]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for index, cell in enumerate(grid[0]):
+        table.add_column(cell, justify="right" if index else "left")
+    for line in grid[1:]:
+        table.add_row(*line)
+    return table

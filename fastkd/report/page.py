@@ -1,0 +1,225 @@
+"""`write_report`: the page, section by section."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from fastkd.report import curves as curves_room
+from fastkd.report import environment as environment_room
+from fastkd.report import overlays, text
+from fastkd.report.records import CurveSeries, Example, ResultRow, baseline_of, check_rows, gain, summary
+from fastkd.report.style import PAGE, STYLE
+
+HOW_TO_READ = (
+    (
+        "Table",
+        "All metrics are percentages, higher is better: oIoU is the summed intersection over the summed union of all "
+        "samples, mIoU the mean of the samples' IoU, P@X the share of samples with an IoU of at least X.",
+    ),
+    (
+        "Curves",
+        "A distilled step costs more than a plain one, so validation is drawn over steps and also over wall-clock "
+        "seconds, where every run pays for its own time.",
+    ),
+    (
+        "Pictures",
+        "Blue marks the true mask, orange a predicted one with its IoU against the truth beneath: a middling IoU is "
+        "mostly the right object with a rough outline, an IoU near 0 the wrong object.",
+    ),
+)
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    rows: Sequence[ResultRow],
+    curves: Sequence[CurveSeries] = (),
+    examples: Sequence[Example] = (),
+    notes: str | Sequence[str] | None = None,
+    environment: Mapping[str, object] | None = None,
+) -> Path:
+    """Write a run's results as one self-contained HTML page (no network, no script, light and dark, printable).
+
+    Args:
+        path: where to write; its folder is made where missing. The file appears whole or not at all.
+        title: the page's heading.
+        rows: the results table; a row with ``baseline`` shows its gains.
+        curves: training and validation curves, as from `curves_from_log`; the section is left out where empty.
+        examples: images with truth and predictions; the section is left out where empty.
+        notes: paragraphs under the heading, one string or several.
+        environment: facts to list (``{"CPU": "..."}``); versions, processor and threads of this process where None.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: no rows, repeated names, an unknown baseline, masks that do not fit their image.
+        IsADirectoryError: ``path`` is a folder.
+
+    Example:
+        >>> rows = [ResultRow("alone", 315_000, {"mIoU": 34.1}),
+        ...         ResultRow("distilled", 315_000, {"mIoU": 52.9}, baseline="alone")]
+        >>> write_report("report.html", title="Shapes", rows=rows)
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(
+            f"path: {path} is a folder: give the name of a file, such as {Path(path) / 'report.html'}"
+        )
+    facts = environment_room.describe() if environment is None else environment
+    body = "\n".join(
+        (
+            _heading(title, notes),
+            _results(rows),
+            _how_to_read(),
+            _curves(curves),
+            _examples(examples),
+            _environment(facts),
+        )
+    )
+    page = PAGE.substitute(title=escape(title), style=STYLE, body=body)
+    return overlays.write_atomic(path, page.encode())
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
+
+
+def _heading(title: str, notes: str | Sequence[str] | None) -> str:
+    paragraphs = [notes] if isinstance(notes, str) else list(notes or ())
+    moment = datetime.now().astimezone()
+    date = (
+        f'<p class="date"><time datetime="{moment.isoformat(timespec="seconds")}">{moment:%d %B %Y, %H:%M}</time></p>'
+    )
+    return "\n".join(
+        [f"<header>\n<h1>{escape(title)}</h1>", date, *(f"<p>{escape(p)}</p>" for p in paragraphs), "</header>"]
+    )
+
+
+def _results(rows: Sequence[ResultRow]) -> str:
+    metrics = check_rows(rows)
+    timed, stepped = any(r.train_seconds is not None for r in rows), any(r.steps is not None for r in rows)
+    header = ["Model", "Parameters", *metrics, *(["Steps"] if stepped else []), *(["Training"] if timed else [])]
+    lines = []
+    for row in rows:
+        note = f'<span class="note">{escape(row.note)}</span>' if row.note else ""
+        cells = [text.count(row.parameters), *(_metric(row, metric, rows) for metric in metrics)]
+        if stepped:
+            cells.append(f"{row.steps:,}" if row.steps is not None else "–")
+        if timed:
+            cells.append(text.duration(row.train_seconds))
+        lines.append(
+            f'<tr><th scope="row">{escape(row.name)}{note}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "</tr>"
+        )
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    table = (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Results table">\n<table>\n'
+        f"<thead><tr>{columns}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>\n</div>"
+    )
+    return _section("Results", table + _table_caption(rows))
+
+
+def _metric(row: ResultRow, metric: str, rows: Sequence[ResultRow]) -> str:
+    if metric not in row.metrics:
+        return "–"
+    mean, spread = summary(row.metrics[metric])
+    cell = text.number(mean) + (f'<span class="spread"> ± {text.number(spread)}</span>' if spread is not None else "")
+    baseline = baseline_of(row, rows)
+    if baseline is None or metric not in baseline.metrics:
+        return cell
+    difference, spread = gain(row.metrics[metric], baseline.metrics[metric])
+    way = "up" if difference > 0 else "down" if difference < 0 else ""
+    more = f" ± {text.number(spread)}" if spread is not None else ""
+    return f'{cell}<span class="gain {way}">{text.signed(difference)}{more}</span>'
+
+
+def _table_caption(rows: Sequence[ResultRow]) -> str:
+    said = []
+    for name in dict.fromkeys(row.baseline for row in rows if row.baseline):
+        gainers = " and ".join(row.name for row in rows if row.baseline == name)
+        said.append(f"Coloured: gain of {gainers} over {name}, in points.")
+    if any(summary(value)[1] is not None for row in rows for value in row.metrics.values()):
+        said.append("± is the standard deviation over seeds; that of a gain is over the seeds' paired differences.")
+    return f'\n<p class="caption">{escape(" ".join(said))}</p>' if said else ""
+
+
+def _how_to_read() -> str:
+    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>\n" for term, meaning in HOW_TO_READ)
+    return _section("How to read this", f"<dl>\n{terms}</dl>")
+
+
+def _curves(curves: Sequence[CurveSeries]) -> str:
+    if not curves:
+        return ""
+    swatches = []
+    for run, style in curves_room.styles(curves).items():
+        dashes = f' stroke-dasharray="{" ".join(str(d * 1.7) for d in style.dashes)}"' if style.dashes else ""
+        line = f'<line x1="0" y1="5" x2="32" y2="5" stroke="{style.css}" stroke-width="2.5"{dashes}/>'
+        swatches.append(f'<li><svg viewBox="0 0 32 10" aria-hidden="true">{line}</svg>{escape(run)}</li>')
+    parts = ['<ul class="legend" aria-label="Runs">' + "".join(swatches) + "</ul>"]
+    for phase, heading, wide in (("validation", "Validation", " wide"), ("train", "Training losses", "")):
+        charts = curves_room.charts(curves, phase)
+        if charts:
+            figures = "\n".join(
+                f'<figure class="chart"><figcaption>{escape(chart.heading)}</figcaption>{chart.svg}</figure>'
+                for chart in charts
+            )
+            parts.append(f'<h3>{heading}</h3>\n<div class="charts{wide}">\n{figures}\n</div>')
+    if any(series.phase == "train" and len(series.steps) >= curves_room.SMOOTH_FROM for series in curves):
+        parts.append(
+            '<p class="caption">Training: moving mean over a thirtieth of the run; pale, the values themselves.</p>'
+        )
+    return _section("Curves", "\n".join(parts))
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    return _section("Examples", "\n".join(_example(example, index) for index, example in enumerate(examples)))
+
+
+def _example(example: Example, index: int) -> str:
+    where = f"examples[{index}]"
+    image = overlays.as_image(example.image, f"{where}.image")
+    size = image.shape[:2]
+    truth = overlays.as_mask(example.truth, size, f"{where}.truth")
+    panels = [
+        _panel(overlays.overlay(image, longest=overlays.PANEL), "Image", "The image"),
+        _panel(overlays.overlay(image, truth, overlays.TRUTH, overlays.PANEL), "Truth", "The true mask", key="truth"),
+    ]
+    for name, prediction in example.predictions.items():
+        mask = overlays.as_mask(prediction, size, f"{where}.predictions[{name!r}]")
+        score = (example.ious or {}).get(name, overlays.iou(mask, truth))
+        drawn = overlays.overlay(image, mask, overlays.PREDICTION, overlays.PANEL)
+        alt = f"The mask predicted by {name}, IoU {text.number(score)} %" + ("" if mask.any() else ", empty")
+        panels.append(_panel(drawn, name, alt, key="prediction", score=score, empty=not mask.any()))
+    caption = f"<figcaption>{escape(example.sentence)}</figcaption>"
+    return f'<figure class="example">{caption}\n<div class="panels">\n' + "\n".join(panels) + "\n</div></figure>"
+
+
+def _panel(
+    picture: np.ndarray, name: str, alt: str, key: str = "", score: float | None = None, empty: bool = False
+) -> str:
+    height, width = picture.shape[:2]
+    swatch = f'<span class="key {key}"></span>' if key else ""
+    said = "" if score is None else f' <span class="iou">{"empty, " if empty else ""}IoU {text.number(score)}</span>'
+    return (
+        f'<div class="panel"><img src="{overlays.data_uri(picture)}" width="{width}" height="{height}" '
+        f'alt="{escape(alt)}">{swatch}{escape(name)}{said}</div>'
+    )
+
+
+def _environment(facts: Mapping[str, object]) -> str:
+    lines = "".join(
+        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>\n'
+        for name, value in facts.items()
+    )
+    return _section("Environment", f'<table class="facts">\n<tbody>\n{lines}</tbody>\n</table>') if facts else ""

@@ -1,0 +1,40 @@
+"""Numbers as a reader likes them; shared by the page and the terminal."""
+
+from __future__ import annotations
+
+import math
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """``52.9``; a dash where there is no number, ``NaN`` where there should have been one."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}".replace("-", "−") if math.isfinite(value) else "NaN"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """``+3.2`` or ``−0.4``, with a real minus sign."""
+    return f"{value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "NaN"
+
+
+def count(value: int | None) -> str:
+    """Parameters: ``3.06 M``, ``315 k``, ``118.9 M``."""
+    if value is None:
+        return "–"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            scaled = value / size
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 or unit != 'k' else 0}f} {unit}"
+    return str(value)
+
+
+def duration(seconds: float | None) -> str:
+    """``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
