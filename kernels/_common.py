@@ -50,11 +50,6 @@ def launching_on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below ``n`` ≥ 1."""
-    return 1 << (n - 1).bit_length()
-
-
 def cdiv(a: int, b: int) -> int:
     """⌈a / b⌉ for positive integers."""
     return -(-a // b)

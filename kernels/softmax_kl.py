@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels._common import LOG2E, cdiv, launching_on, next_power_of_2, reciprocal, round_to
+from fastkd.kernels._common import LOG2E, cdiv, launching_on, reciprocal, round_to
+
 
 class Blocks(NamedTuple):
     """How one kernel instance is cut: ``rows`` × ``cols`` elements at a time, by ``warps`` warps."""
@@ -26,22 +27,19 @@ class Blocks(NamedTuple):
     warps: int
 
 
-TABLE: tuple[tuple[int, Blocks], ...] = (
-    (64, Blocks(16, 64, 4)),
-    (128, Blocks(8, 128, 4)),
-    (256, Blocks(4, 256, 4)),
-    (512, Blocks(2, 512, 4)),
-)
-"""Rows up to this long fit one block, several rows to a program."""
+SHORT = tuple(Blocks(1024 // width, width, 4) for width in (16, 32, 64, 128, 256, 512))
+"""Rows that fit one of these blocks: several rows to a program."""
 
 LONG = Blocks(1, 1024, 4)
 """Longer rows: one row to a program, which loops. The block never widens, so no row length spills registers."""
 
 
-def blocks_for(cols: int) -> Blocks:
-    """The entry of the table for rows of ``cols`` elements."""
-    width = next_power_of_2(cols)
-    return next((blocks for limit, blocks in TABLE if width <= limit), LONG)
+def blocks_for(cols: int, itemsize: int) -> Blocks:
+    """The blocks for rows of ``cols`` elements; half as many elements where one takes 8 bytes, i.e. for fp64."""
+    blocks = next((blocks for blocks in SHORT if cols <= blocks.cols), LONG)
+    if itemsize < 8:
+        return blocks
+    return blocks._replace(rows=blocks.rows // 2) if blocks.rows > 1 else blocks._replace(cols=blocks.cols // 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def forward(
 ) -> None:
     """Fill ``loss``, ``lse_student`` and ``lse_teacher`` (B, R) from inputs (B, R, N) of inner stride 1."""
     batch, rows, cols = student.shape
-    blocks = blocks_for(cols)
+    blocks = blocks_for(cols, student.element_size())
     with launching_on(student):
         forward_kernel[(cdiv(batch * rows, blocks.rows),)](
             student,
@@ -209,6 +207,7 @@ def forward(
             ROWS=blocks.rows,
             COLS=blocks.cols,
             num_warps=blocks.warps,
+            enable_fp_fusion=True,  # x/τ − ℓ wants a fused multiply-add
         )
 
 
@@ -223,7 +222,7 @@ def backward(
 ) -> None:
     """Fill ``grad_student`` (B, R, N), contiguous, from a per-row gradient (B, R) of any strides."""
     batch, rows, cols = student.shape
-    blocks = blocks_for(cols)
+    blocks = blocks_for(cols, student.element_size())
     with launching_on(student):
         backward_kernel[(cdiv(batch * rows, blocks.rows), cdiv(cols, blocks.cols))](
             grad_loss,
@@ -245,4 +244,5 @@ def backward(
             ROWS=blocks.rows,
             COLS=blocks.cols,
             num_warps=blocks.warps,
+            enable_fp_fusion=True,  # x/τ − ℓ wants a fused multiply-add
         )

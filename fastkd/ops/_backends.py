@@ -214,7 +214,9 @@ def _absent(backend: str) -> str | None:
         if not torch.cuda.is_available():
             return _no_gpu()
         if module.device_count() == 0:
-            return "the CUDA runtime in fastkd._cuda sees no device: the driver is older than it needs, update the driver"
+            return (
+                "the CUDA runtime in fastkd._cuda sees no device: the driver is older than it needs, update the driver"
+            )
     return None
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from fastkd import _native
 
 
 def operands(*tensors: Tensor) -> list[Tensor]:
@@ -28,7 +27,7 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
 
 def native(backend: str) -> Any:
     """The extension module of the "cpu" or the "cuda" backend, loaded at the first call."""
-    return _native.load(backend)
+    return importlib.import_module("fastkd._native").load(backend)
 
 
 @contextmanager

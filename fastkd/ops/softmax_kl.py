@@ -106,8 +106,7 @@ class _SoftmaxKLGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
-            f"softmax_kl: the {ctx.backend} backend is differentiable once; for double backward use "
-            'backend="reference"'
+            f'softmax_kl: the {ctx.backend} backend is differentiable once; for double backward use backend="reference"'
         )
 
 
