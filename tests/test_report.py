@@ -214,6 +214,15 @@ def test_overlay_marks_the_mask_alone(tmp_path: Path) -> None:
     assert len(set(drawn[0, 0])) == 1  # no tint elsewhere
 
 
+def test_example_from_a_dataset_sample_undoes_the_normalisation() -> None:
+    from fastkd.data.dataset import normalise
+
+    sample = {"image": normalise(example().image), "mask": torch.from_numpy(square(4, 4)), "sentence": "red"}
+    made = Example.from_sample(sample, {"s": square(4, 4)})
+    assert np.abs(room.overlays.as_image(made.image).astype(int) - example().image).max() <= 1
+    assert (made.sentence, made.truth is sample["mask"]) == ("red", True)
+
+
 BAD_REPORTS = {
     "no rows": ({"rows": []}, "rows is empty"),
     "twice": ({"rows": [ResultRow("a"), ResultRow("a")]}, "more than once"),

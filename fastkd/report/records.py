@@ -117,6 +117,22 @@ class Example:
                 f"Example {self.sentence!r}: ious names {unknown}, but predictions has {sorted(self.predictions)}"
             )
 
+    @classmethod
+    def from_sample(
+        cls, sample: Mapping[str, Any], predictions: Mapping[str, Any], ious: Mapping[str, float] | None = None
+    ) -> Example:
+        """An example from a sample of `fastkd.data.ReferDataset`, whose image is normalised.
+
+        Example:
+            >>> mask = student(**batch).logits.argmax(1)[0]
+            >>> Example.from_sample(dataset[0], {"student": mask})
+        """
+        from fastkd.data.dataset import IMAGENET_MEAN, IMAGENET_STD
+
+        image = sample["image"].detach().cpu().float()
+        mean, deviation = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return cls((image * deviation + mean).clamp(0, 1), sample["mask"], predictions, sample["sentence"], ious)
+
 
 def is_percentage(metric: str) -> bool:
     """Whether a metric is one of those that are percentages by definition."""
