@@ -1,0 +1,62 @@
+"""What the training commands share: data sets and models from what was typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkd.data import ReferDataset
+    from fastkd.models import RISModel
+
+
+def build_model(what: str, seed: int) -> RISModel:
+    """A new model from a preset's name or a config.json, or a saved one from its folder."""
+    import torch
+
+    from fastkd.models import RISConfig, RISModel, list_presets, preset
+
+    path = Path(what)
+    if path.is_dir():
+        return RISModel.from_pretrained(path)
+    torch.manual_seed(seed)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise FileNotFoundError(f"no model configuration at {path}")
+        return RISModel(RISConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+    if what not in list_presets() and ("/" in what or "\\" in what):
+        raise FileNotFoundError(f"no model folder at {path}; give a folder, a .json or a preset: see `fastkd info`")
+    return RISModel(preset(what))
+
+
+def load_teacher(what: str) -> RISModel:
+    """A teacher with weights, in eval mode and frozen: from its folder, or "shapes" for the one that ships."""
+    from fastkd.models import RISModel
+
+    folder = shapes_teacher() if what == "shapes" else Path(what)
+    teacher = RISModel.from_pretrained(folder).eval().requires_grad_(False)
+    return teacher
+
+
+def shapes_teacher() -> Path:
+    """Folder of the shipped teacher for the procedural set."""
+    return Path(__file__).resolve().parent.parent / "models" / "assets" / "shapes-teacher"
+
+
+def dataset(root: Path, split: str, model: Any, *, sentences: str, seed: int = 0, **where: Any) -> ReferDataset:
+    """One split, at the size and with the tokenizer that the model was made for."""
+    from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
+
+    config = model.config
+    tokenizer = load_tokenizer(config.tokenizer or "shapes")
+    small = config.image_size <= 128  # decoded images of a small set fit in memory
+    return ReferDataset(
+        RefCOCO(root, split=split, **where),
+        tokenizer,
+        image_size=config.image_size,
+        max_words=config.max_words,
+        sentences=sentences,
+        seed=seed,
+        cache=small,
+    )

@@ -1,0 +1,249 @@
+"""``fastkd demo``: a small student distilled from the shipped teacher, against itself trained alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastkd.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from fastkd.data import ReferDataset
+    from fastkd.evaluate import EvalResult
+    from fastkd.models import RISModel
+    from fastkd.report import Example, ResultRow
+    from fastkd.train import TrainResult
+
+ALONE, DISTILLED, LONGER = "alone", "distilled", "alone, equal time"
+TERMS = {"first_order": 0.5, "guided_channel_distribution": 0.5}
+TRAINING = TrainConfig(steps=1000, batch_size=16, lr=2e-3, warmup=50, channels_last=True, log_every=10)
+
+
+@dataclass
+class Run:
+    """One trained student: what it took, and what it scored on the test split."""
+
+    training: TrainResult
+    test: EvalResult
+    model: RISModel
+
+
+def demo(
+    out: Path = Path("runs/demo"),
+    images: int = 2500,
+    seeds: tuple[int, ...] = (0,),
+    terms: dict[str, float] = field(default_factory=lambda: dict(TERMS)),
+    config: TrainConfig = field(default_factory=lambda: TRAINING),
+    test_split: str = "testA",
+    overwrite: bool = True,
+) -> None:
+    """Distil a small student from the shipped teacher, and show what that was worth.
+
+    Makes a procedural referring-expression set, then, from the same initial weights and in the same data order, trains
+    the student alone, distilled, and alone again for as long as distillation took. Prints teacher, alone and distilled
+    side by side and writes report.html.
+
+    Args:
+        out: folder for data, runs, results.json and report.html.
+        images: number of scenes in the set.
+        seeds: one comparison per seed; initial weights and data order follow the seed.
+        terms: term and share, as in ``fastkd distill``.
+        config: settings of every run; its seed is replaced by each of --seeds.
+        test_split: the split of the table; the curves are on val.
+        overwrite: replace an earlier demo in --out.
+    """
+    from fastkd.cli._common import dataset, load_teacher
+    from fastkd.evaluate import evaluate
+    from fastkd.report import console_table
+
+    teacher = load_teacher("shapes")
+    root = _data(out, images, teacher.config.image_size)
+    test = dataset(root, test_split, teacher, sentences="all")
+    teacher_score = evaluate(teacher, test, channels_last=config.channels_last)
+    print(f"teacher on {test_split}: {teacher_score}", flush=True)
+
+    runs: dict[str, list[Run]] = {ALONE: [], DISTILLED: [], LONGER: []}
+    for seed in seeds:
+        for name, run in _compare(root, test, teacher, terms, config, seed, out, overwrite).items():
+            runs[name].append(run)
+
+    rows = _rows(teacher, teacher_score, runs, seeds)
+    console_table(rows, title=f"Procedural referring segmentation, {test_split}: {len(test)} sentences (%)")
+    _write(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, terms, test_split)
+
+
+def _data(out: Path, images: int, size: int) -> Path:
+    from fastkd.data import shapes
+    from fastkd.train.log import Progress
+
+    root = out / "data"
+    settings = root / "shapes.json"
+    wanted = {"images": images, "image_size": size, "seed": 0}
+    if settings.is_file() and wanted.items() <= json.loads(settings.read_text(encoding="utf-8"))["settings"].items():
+        print(f"data: {root}, made earlier")
+        return root
+    counts = shapes.make_shapes(root, **wanted, overwrite=True)
+    print(
+        f"data: {counts['images']} images, {counts['refs']} refs, {counts['sentences']} sentences in {root}", flush=True
+    )
+    return root
+
+
+def _compare(
+    root: Path,
+    test: ReferDataset,
+    teacher: RISModel,
+    shares: Mapping[str, float],
+    config: TrainConfig,
+    seed: int,
+    out: Path,
+    overwrite: bool,
+) -> dict[str, Run]:
+    """The student alone, distilled, and alone for as long, from the same initial weights and data order."""
+    from dataclasses import replace
+
+    from fastkd import Distiller
+    from fastkd.cli._common import build_model, dataset
+    from fastkd.evaluate import evaluate
+    from fastkd.train import segmentation_loss, train
+    from fastkd.train.recipes import balance_on, recipe
+
+    config = replace(config, seed=seed, eval_every=config.eval_every or max(1, config.steps // 5))
+    train_set = dataset(root, "train", teacher, sentences="random", seed=seed)
+    val_set = dataset(root, "val", teacher, sentences="all")
+    train_set.fill_cache()
+
+    def run(name: str, config: TrainConfig, distil: bool) -> Run:
+        student = build_model("shapes-student", seed)
+        subject: Any = student
+        if distil:
+            subject = Distiller(student, teacher, segmentation_loss, recipe(list(shares)))
+            balance_on(subject, train_set, shares, config)
+        folder = out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "-")
+        title = f"{name}, seed {seed}"
+        result = train(
+            subject, train_set, config, val_dataset=val_set, out_dir=folder, title=title, overwrite=overwrite
+        )
+        score = evaluate(student, test, channels_last=config.channels_last)
+        print(f"{title}: {score}", flush=True)
+        return Run(result, score, student)
+
+    alone = run(ALONE, config, False)
+    distilled = run(DISTILLED, config, True)
+    # As many steps as fit into the time that distillation took; the schedule follows the clock.
+    seconds = distilled.training.seconds
+    steps = round(config.steps * seconds / alone.training.seconds * 1.5)
+    eval_every = max(1, round(config.eval_every * seconds / alone.training.seconds))
+    longer = run(LONGER, replace(config, steps=steps, max_seconds=seconds, eval_every=eval_every), False)
+    return {ALONE: alone, DISTILLED: distilled, LONGER: longer}
+
+
+def _rows(
+    teacher: RISModel, teacher_score: EvalResult, runs: Mapping[str, Sequence[Run]], seeds: Sequence[int]
+) -> list[ResultRow]:
+    from fastkd.report import ResultRow
+
+    rows = [ResultRow("teacher", _parameters(teacher), teacher_score.metrics, note="shipped, trained beforehand")]
+    for name, these in runs.items():
+        metrics = {key: [run.test.metrics[key] for run in these] for key in these[0].test.metrics}
+        rows.append(
+            ResultRow(
+                name,
+                _parameters(these[0].model),
+                {key: values if len(values) > 1 else values[0] for key, values in metrics.items()},
+                steps=round(sum(run.training.steps for run in these) / len(these)),
+                train_seconds=sum(run.training.seconds for run in these) / len(these),
+                baseline=None if name == ALONE else ALONE,
+            )
+        )
+    return rows
+
+
+def _parameters(model: RISModel) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _examples(
+    teacher: RISModel, runs: Mapping[str, Sequence[Run]], test: ReferDataset, count: int = 12
+) -> list[Example]:
+    """Sentences spread evenly over the test split, not picked by how well they went."""
+    import torch
+
+    from fastkd.data import collate
+    from fastkd.report import Example
+
+    models = {"teacher": teacher, **{name: these[0].model for name, these in runs.items() if name != LONGER}}
+    samples = [test[round(i * (len(test) - 1) / max(1, count - 1))] for i in range(min(count, len(test)))]
+    batch = collate(samples)
+    masks = {}
+    for name, model in models.items():
+        with torch.inference_mode():
+            logits = model.eval()(batch["image"], batch["input_ids"], batch["word_mask"]).logits
+        masks[name] = (logits[:, 1] > logits[:, 0]).numpy()
+    return [
+        Example(
+            test.refcoco.image(sample["image_id"]),
+            sample["mask"].numpy(),
+            {name: mask[i] for name, mask in masks.items()},
+            sample["sentence"],
+        )
+        for i, sample in enumerate(samples)
+    ]
+
+
+def _write(
+    out: Path,
+    rows: Sequence[ResultRow],
+    runs: Mapping[str, Sequence[Run]],
+    seeds: Sequence[int],
+    examples: Sequence[Example],
+    teacher_score: EvalResult,
+    terms: Mapping[str, float],
+    test_split: str,
+) -> None:
+    from fastkd.report import curves_from_log, write_report
+
+    curves = [
+        series
+        for name, these in runs.items()
+        if these[0].training.out_dir
+        for series in curves_from_log(these[0].training.out_dir, run=name)
+    ]
+    results = {
+        "teacher": teacher_score.to_dict(),
+        "terms": dict(terms),
+        "runs": [
+            {
+                "name": name,
+                "seed": seed,
+                "steps": run.training.steps,
+                "seconds": run.training.seconds,
+                "test": run.test.to_dict(),
+                "val": [{"step": step, "metrics": result.metrics} for step, result in run.training.evaluations],
+            }
+            for name, these in runs.items()
+            for seed, run in zip(seeds, these, strict=True)
+        ],
+        "rows": [asdict(row) for row in rows],
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    shown = ", ".join(f"{name} (gradient share {share:g})" for name, share in terms.items())
+    notes = [
+        f"A student trained alone, the same student distilled with {shown}, and the student alone for as long as "
+        "distillation took. Within a seed all three start from the same weights and see the data in the same order.",
+        f"Table and pictures: split {test_split}, {teacher_score.sentences} sentences, last checkpoint of every run, "
+        f"protocol {teacher_score.protocol} at {teacher_score.resolution[0]}×{teacher_score.resolution[1]}, seeds "
+        f"{', '.join(map(str, seeds))}. Curves: split val, seed {seeds[0]}.",
+    ]
+    path = write_report(
+        out / "report.html",
+        title="fastkd demo: referring segmentation of procedural scenes",
+        rows=rows,
+        curves=curves,
+        examples=examples,
+        notes=notes,
+    )
+    print(f"report: {path}")
