@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; bad input ends in one line on stderr and exit status 2 (``FASTKD_TRACEBACK=1`` shows more)."""
+    """Run the command line; bad input ends in one line on stderr and status 2 (``FASTKD_TRACEBACK=1`` shows more)."""
     from fastkd.cli._app import build_app
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def shapes_teacher() -> Path:
     return Path(__file__).resolve().parent.parent / "models" / "assets" / "shapes-teacher"
 
 
-def dataset(root: Path, split: str, model: Any, *, sentences: str, seed: int = 0, **where: Any) -> ReferDataset:
+def open_split(root: Path, split: str, model: Any, *, sentences: str, seed: int = 0, **where: Any) -> ReferDataset:
     """One split, at the size and with the tokenizer that the model was made for."""
     from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
 
@@ -60,3 +61,17 @@ def dataset(root: Path, split: str, model: Any, *, sentences: str, seed: int = 0
         seed=seed,
         cache=small,
     )
+
+
+def parse_terms(terms: Sequence[str]) -> dict[str, float]:
+    """``["first_order=0.5", "logit=0.2"]`` → name to share."""
+    shares: dict[str, float] = {}
+    for term in terms:
+        name, equals, share = term.partition("=")
+        try:
+            if not equals or name in shares:
+                raise ValueError
+            shares[name] = float(share)
+        except ValueError:
+            raise ValueError(f"terms: expected each term once, as name=share (first_order=0.5), got {term!r}") from None
+    return shares

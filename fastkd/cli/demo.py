@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkd.cli.train import Config
 from fastkd.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from fastkd.train import TrainResult
 
 ALONE, DISTILLED, LONGER = "alone", "distilled", "alone, equal time"
-TERMS = {"first_order": 0.5, "guided_channel_distribution": 0.5}
+TERMS = ("first_order=0.5", "guided_channel_distribution=0.5")
 TRAINING = TrainConfig(steps=1000, batch_size=16, lr=2e-3, warmup=50, channels_last=True, log_every=10)
 
 
@@ -35,8 +36,8 @@ def demo(
     out: Path = Path("runs/demo"),
     images: int = 2500,
     seeds: tuple[int, ...] = (0,),
-    terms: dict[str, float] = field(default_factory=lambda: dict(TERMS)),
-    config: TrainConfig = field(default_factory=lambda: TRAINING),
+    terms: tuple[str, ...] = TERMS,
+    config: Config = TRAINING,
     test_split: str = "testA",
     overwrite: bool = True,
 ) -> None:
@@ -50,34 +51,34 @@ def demo(
         out: folder for data, runs, results.json and report.html.
         images: number of scenes in the set.
         seeds: one comparison per seed; initial weights and data order follow the seed.
-        terms: term and share, as in ``fastkd distill``.
+        terms: name=share of each, as in ``fastkd distill``.
         config: settings of every run; its seed is replaced by each of --seeds.
         test_split: the split of the table; the curves are on val.
         overwrite: replace an earlier demo in --out.
     """
-    from fastkd.cli._common import dataset, load_teacher
+    from fastkd.cli._common import load_teacher, open_split, parse_terms
     from fastkd.evaluate import evaluate
     from fastkd.report import console_table
 
+    shares = parse_terms(terms)
     teacher = load_teacher("shapes")
     root = _data(out, images, teacher.config.image_size)
-    test = dataset(root, test_split, teacher, sentences="all")
+    test = open_split(root, test_split, teacher, sentences="all")
     teacher_score = evaluate(teacher, test, channels_last=config.channels_last)
     print(f"teacher on {test_split}: {teacher_score}", flush=True)
 
     runs: dict[str, list[Run]] = {ALONE: [], DISTILLED: [], LONGER: []}
     for seed in seeds:
-        for name, run in _compare(root, test, teacher, terms, config, seed, out, overwrite).items():
+        for name, run in _compare(root, test, teacher, shares, config, seed, out, overwrite).items():
             runs[name].append(run)
 
     rows = _rows(teacher, teacher_score, runs, seeds)
     console_table(rows, title=f"Procedural referring segmentation, {test_split}: {len(test)} sentences (%)")
-    _write(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, terms, test_split)
+    _write(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, shares, test_split)
 
 
 def _data(out: Path, images: int, size: int) -> Path:
     from fastkd.data import shapes
-    from fastkd.train.log import Progress
 
     root = out / "data"
     settings = root / "shapes.json"
@@ -106,14 +107,14 @@ def _compare(
     from dataclasses import replace
 
     from fastkd import Distiller
-    from fastkd.cli._common import build_model, dataset
+    from fastkd.cli._common import build_model, open_split
     from fastkd.evaluate import evaluate
     from fastkd.train import segmentation_loss, train
     from fastkd.train.recipes import balance_on, recipe
 
     config = replace(config, seed=seed, eval_every=config.eval_every or max(1, config.steps // 5))
-    train_set = dataset(root, "train", teacher, sentences="random", seed=seed)
-    val_set = dataset(root, "val", teacher, sentences="all")
+    train_set = open_split(root, "train", teacher, sentences="random", seed=seed)
+    val_set = open_split(root, "val", teacher, sentences="all")
     train_set.fill_cache()
 
     def run(name: str, config: TrainConfig, distil: bool) -> Run:

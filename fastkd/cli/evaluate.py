@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastkd.cli.train import DataArgs
+from fastkd.cli.train import Data
 
 
 def evaluate(
-    data: DataArgs,
+    data: Data,
     model: str,
     split: str = "val",
     protocol: str = "lavt",
@@ -28,11 +28,11 @@ def evaluate(
         device: "auto", "cpu", "cuda", ...
         out: also write the result as JSON to this file.
     """
-    from fastkd.cli._common import dataset, load_teacher
+    from fastkd.cli._common import load_teacher
     from fastkd.evaluate import evaluate as run
 
     loaded = load_teacher(model)
-    samples = dataset(data.root, split, loaded, sentences="all", name=data.name, split_by=data.split_by)
+    samples = data.open(split, loaded, sentences="all")
     result = run(loaded, samples, batch_size=batch_size, protocol=protocol, device=device)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

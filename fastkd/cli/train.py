@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import field, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from fastkd.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from fastkd.data import ReferDataset
+
+_CONFIG = TrainConfig()
+_TERMS = ("first_order=0.5",)
 
 
 @dataclass
@@ -13,21 +23,33 @@ class DataArgs:
     """Where the data are.
 
     Args:
-        root: folder that holds ``refcoco/`` and ``images/``.
-        name: dataset folder: refcoco, refcoco+ or refcocog.
+        data: folder that holds ``refcoco/`` and ``images/``.
+        dataset: which of the sets in it: refcoco, refcoco+ or refcocog.
         split_by: who split it: unc, google or umd.
     """
 
-    root: Path
-    name: str = "refcoco"
+    data: Path
+    dataset: str = "refcoco"
     split_by: str = "unc"
+
+    def open(self, split: str, model: Any, *, sentences: str, seed: int = 0) -> ReferDataset:
+        """One split, at the size and with the tokenizer that the model was made for."""
+        from fastkd.cli._common import open_split
+
+        return open_split(
+            self.data, split, model, sentences=sentences, seed=seed, name=self.dataset, split_by=self.split_by
+        )
+
+
+Data = Annotated[DataArgs, tyro.conf.arg(name="")]
+Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
 def train(
-    data: DataArgs,
+    data: Data,
     out: Path,
     model: str = "shapes-student",
-    config: TrainConfig = field(default_factory=TrainConfig),
+    config: Config = _CONFIG,
     overwrite: bool = False,
 ) -> None:
     """Train a model on its task alone.
@@ -43,12 +65,12 @@ def train(
 
 
 def distill(
-    data: DataArgs,
+    data: Data,
     out: Path,
     teacher: str = "shapes",
     student: str = "shapes-student",
-    terms: dict[str, float] = field(default_factory=lambda: {"first_order": 0.5}),
-    config: TrainConfig = field(default_factory=TrainConfig),
+    terms: tuple[str, ...] = _TERMS,
+    config: Config = _CONFIG,
     overwrite: bool = False,
 ) -> None:
     """Train a student with a teacher.
@@ -58,7 +80,7 @@ def distill(
         out: folder for log and checkpoints.
         teacher: a folder written by save_pretrained, or "shapes" for the shipped teacher of the procedural set.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
-        terms: term and share, such as ``first_order 0.5 logit 0.2``. A share is the norm of the term's gradient over
+        terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient over
             that of the task's, measured on the first batches; the terms are those of fastkd.train.recipes.TERMS.
         config: the settings.
         overwrite: replace an earlier run in --out.
@@ -67,28 +89,28 @@ def distill(
 
 
 def _run(
-    data: DataArgs,
+    data: Data,
     out: Path,
     model_name: str,
     config: TrainConfig,
     overwrite: bool,
     teacher_name: str | None = None,
-    terms: dict[str, float] | None = None,
+    terms: Sequence[str] = (),
 ) -> None:
     from fastkd import Distiller
-    from fastkd.cli._common import build_model, dataset, load_teacher
+    from fastkd.cli._common import build_model, load_teacher, parse_terms
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
     from fastkd.train.recipes import balance_on, recipe
 
-    where = {"name": data.name, "split_by": data.split_by}
     model = build_model(model_name, config.seed)
-    train_set = dataset(data.root, "train", model, sentences="random", seed=config.seed, **where)
-    val_set = dataset(data.root, "val", model, sentences="all", **where)
-    subject = model
+    train_set = data.open("train", model, sentences="random", seed=config.seed)
+    val_set = data.open("val", model, sentences="all")
+    subject: Any = model
     if teacher_name is not None:
-        subject = Distiller(model, load_teacher(teacher_name), segmentation_loss, recipe(list(terms or {})))
-        weights = balance_on(subject, train_set, terms or {}, config)
+        shares = parse_terms(terms)
+        subject = Distiller(model, load_teacher(teacher_name), segmentation_loss, recipe(list(shares)))
+        weights = balance_on(subject, train_set, shares, config)
         print("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
     result = run(subject, train_set, config, val_dataset=val_set, out_dir=out, overwrite=overwrite)
     print(f"best on val: {result.best}\nstudent: {out / 'best'}")

@@ -1,4 +1,4 @@
-"""Named distillation terms for `fastkd.models.RISModel` pairs: what `fastkd distill --terms` and the demo are made of."""
+"""Named distillation terms for `fastkd.models.RISModel` pairs: what `fastkd distill --terms` and the demo use."""
 
 from __future__ import annotations
 
