@@ -33,7 +33,7 @@ _TRUNCATES = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """``x`` in ``dtype``, rounded to nearest even. (Hardware does; the interpreter's cast from fp32 to bf16 truncates.)"""
+    """``x`` in ``dtype``, rounded to nearest even (the interpreter's own cast from fp32 to bf16 truncates)."""
     if _TRUNCATES and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = bits + 0x7FFF + ((bits >> 16) & 1)

@@ -1,6 +1,7 @@
 r"""``softmax_kl`` in Triton: the KL divergence between the softmaxes of matching rows, one read of each input per pass.
 
-With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}` for x = s (student), t (teacher),
+With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}` for x = s (student) and
+t (teacher),
 
 .. math:: \mathrm{KL}(p_t \| p_s) = \sum_j p_{t,j} \frac{t_j - s_j}{\tau} - \ell_t + \ell_s .
 
@@ -52,9 +53,9 @@ def blocks_for(cols: int, itemsize: int) -> Blocks:
 # of −|x − m|. Subtracting before scaling by 1/τ keeps (x − m)/τ accurate for large logits at small τ.
 #
 # Edge cases. −inf: weight 0, and 0·(t − s) counts as 0 although t − s may be ±inf or NaN; columns beyond the row are
-# loaded as −inf and vanish the same way. s = −inf where p_t > 0: a = +inf, so is the loss. A row of −inf throughout: z = 0,
-# 0/0 = NaN. NaN: tl.max drops it, but m, e^{...} or z of that lane is NaN and the final sums keep it. +inf: its lane's
-# e^{inf − inf} is NaN in the merge.
+# loaded as −inf and vanish the same way. s = −inf where p_t > 0: a = +inf, so is the loss. A row of −inf throughout:
+# z = 0, 0/0 = NaN. NaN: tl.max drops it, but m, e^{...} or z of that lane is NaN and the final sums keep it. +inf: its
+# lane's e^{inf − inf} is NaN in the merge.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
 def forward_kernel(
@@ -74,6 +75,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    """Losses and ℓ of ``ROWS`` rows to a program, ``COLS`` columns at a time."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
     inv_tau = reciprocal(temperature, ACC)
     scale = inv_tau * LOG2E
@@ -87,7 +89,7 @@ def forward_kernel(
     lane = tl.arange(0, COLS)[None, :]
     minus_inf = float("-inf")
     # As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN.
-    LOWEST: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
+    LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC.is_fp32() else -1.7976931348623157e308
 
     mask = here[:, None] & (lane < cols)
     s = tl.load(student_row + lane, mask=mask, other=minus_inf).to(ACC)
@@ -160,6 +162,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    """The gradient of one ``ROWS`` × ``COLS`` block to a program."""
     ACC: tl.constexpr = lse_student_ptr.dtype.element_ty
     inv_tau = reciprocal(temperature, ACC)
 

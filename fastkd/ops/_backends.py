@@ -50,8 +50,8 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
 
     Args:
         family: "softmax_kl", "relation" or "pixel_word".
-        backend: what the caller asked for. "auto" takes ``FASTKD_BACKEND`` if it is set (and the family has it), else the
-            fastest one for the device, dtype and size of ``student``; any other name is used or refused, never replaced.
+        backend: what the caller asked for. "auto" takes ``FASTKD_BACKEND`` if it is set (and the family has it), else
+            the fastest for the device, dtype and size of ``student``; any other name is used or refused, never replaced.
         student: the tensor whose device, dtype and size decide.
         others: further inputs; a dtype no kernel knows sends "auto" to the reference.
 
@@ -130,7 +130,7 @@ def _resolve(
 
 
 def _prefer(family: str, device_type: str, device: str, kernel_dtypes: bool, small: bool) -> str:
-    """What "auto" means: the first preferred backend that works, with one warning for each that ought to and doesn't."""
+    """What "auto" means: the first preferred backend that works; one warning for each that ought to and doesn't."""
     if small or not kernel_dtypes:
         return "reference"
     for name in PREFERENCE.get(device_type, ()):

@@ -32,7 +32,7 @@ def native(backend: str) -> Any:
 
 @contextmanager
 def launch_on(x: Tensor) -> Iterator[int]:
-    """Make the device of ``x`` current; give a native kernel's last argument: the stream's handle, or the threads to use."""
+    """Make the device of ``x`` current; yield a native kernel's last argument: the stream's handle, or the threads."""
     if x.is_cuda:
         with torch.cuda.device(x.device):
             yield torch.cuda.current_stream(x.device).cuda_stream

@@ -37,7 +37,7 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float, backend:
         (B, R) in fp32 (fp64 if an input is fp64). 0·log 0 counts as 0, also for logits of −inf; NaN and Inf propagate.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that don't fit, an empty row, τ ≤ 0, a teacher that requires grad.
+        ValueError, TypeError: shapes, dtypes or devices that don't fit, an empty row, τ ≤ 0, a teacher requiring grad.
         fastkd.BackendUnavailable: the backend asked for by name cannot compute this here.
     """
     _check(student, teacher, temperature)
@@ -110,11 +110,12 @@ class _SoftmaxKLGradient(torch.autograd.Function):
         )
 
 
-# --- the operators -----------------------------------------------------------------------------------------------------
+# --- the operators ----------------------------------------------------------------------------------------------------
 
 torch.library.define(
     "fastkd::softmax_kl_forward",
-    "(Tensor student, Tensor teacher, float temperature, str backend) -> (Tensor loss, Tensor lse_student, Tensor lse_teacher)",
+    "(Tensor student, Tensor teacher, float temperature, str backend) -> "
+    "(Tensor loss, Tensor lse_student, Tensor lse_teacher)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -172,7 +173,7 @@ for _name, _real, _fake in (
     torch.library.register_fake(_name, _fake)
 
 
-# --- the backends ------------------------------------------------------------------------------------------------------
+# --- the backends -----------------------------------------------------------------------------------------------------
 
 
 def _kernels(backend: str) -> Any:

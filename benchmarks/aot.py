@@ -1,0 +1,125 @@
+"""Compile every Triton kernel and block shape ahead of time, with no GPU, and print what each costs on each chip.
+
+    python benchmarks/aot.py [--json FILE] [--targets 80 90 100 120] [--dtypes fp32 bf16]
+
+Registers, local memory (spills) and shared memory come from ``cuobjdump``, which ships inside Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TARGETS = (80, 90, 100, 120)
+DTYPES = ("fp32", "fp16", "bf16", "fp64")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Bytes of shared memory that one block may have, by compute capability × 10."""
+
+
+def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """(name, kernel, argument types, constants, warps) of every block shape in the family's table."""
+    from fastkd.kernels import softmax_kl as family
+
+    acc = "fp64" if dtype == "fp64" else "fp32"
+    for regime in (*family.SHORT, family.LONG):
+        blocks = family.blocks_for(regime.cols + (regime is family.LONG), 8 if dtype == "fp64" else 2)
+        for name in ("forward", "backward"):
+            kernel = getattr(family, f"{name}_kernel")
+            types = {}
+            for argument in kernel.arg_names:
+                if argument in ("student_ptr", "teacher_ptr", "grad_student_ptr"):
+                    types[argument] = f"*{dtype}"
+                elif argument.endswith("_ptr"):
+                    types[argument] = f"*{acc}"
+                elif argument == "temperature":
+                    types[argument] = "fp64"
+                elif argument.isupper():
+                    types[argument] = "constexpr"
+                else:
+                    types[argument] = "i64" if "stride" in argument else "i32"
+            constants = {"ROWS": blocks.rows, "COLS": blocks.cols}
+            yield f"softmax_kl.{name}", kernel, types, constants, blocks.warps
+
+
+CASES = {"softmax_kl": softmax_kl_cases}
+
+
+def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: int) -> Any:
+    """Compile one kernel for one chip, as a launch with aligned pointers and strides would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    aligned = [i for i, (name, kind) in enumerate(types.items()) if kind.startswith("*") or "stride_b" in name]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(list(types).index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "enable_fp_fusion": True}
+    )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack, shared and local memory of the kernel in a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    if set(found) != {"REG", "STACK", "SHARED", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump -res-usage said something else than expected: {text!r}")
+    return {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "local": found["LOCAL"]}
+
+
+def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """One row per kernel, block shape, dtype and chip."""
+    for dtype in dtypes:
+        for name, kernel, types, constants, warps in CASES[family](dtype):
+            for target in targets:
+                compiled = compile_case(kernel, types, constants, warps, target)
+                row = {"kernel": name, "dtype": dtype, **constants, "warps": warps, "target": f"sm_{target}"}
+                row |= resources(compiled.asm["cubin"])
+                row["shared"] = max(row["shared"], compiled.metadata.shared)
+                row["shared_limit"] = SHARED_LIMIT[target]
+                row["ok"] = row["local"] == 0 and row["stack"] == 0 and row["shared"] <= row["shared_limit"]
+                yield row
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--families", nargs="+", default=tuple(CASES), choices=tuple(CASES))
+    args = parser.parse_args(argv)
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
+    rows = [row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes))]
+    print(f"{'kernel':22} {'dtype':5} {'block':>9} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
+    for row in rows:
+        block = f"{row['ROWS']}x{row['COLS']}"
+        print(
+            f"{row['kernel']:22} {row['dtype']:5} {block:>9} {row['warps']:>5} {row['target']:>6} "
+            f"{row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6}{'' if row['ok'] else '  <- no'}"
+        )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
