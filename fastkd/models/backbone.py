@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Fuse = Callable[[int, Tensor], tuple[Tensor, Tensor]]
@@ -16,15 +15,16 @@ Fuse = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 class StagedBackbone(nn.Module):
     """Any timm network whose features come from a chain of modules, with a hook between its stages.
 
-    timm's ``FeatureListNet`` holds a network as an ordered chain and returns what some of its modules put out. The same
-    chain is walked here, but each returned map is first handed to ``fuse`` and the *fused* map goes on to the next module.
+    timm's ``FeatureListNet`` holds a network as an ordered chain and returns what some of its modules put out. The
+    same chain is walked here, but each returned map is first handed to ``fuse`` and the *fused* map goes on to the
+    next module.
 
     Args:
         name: A timm model name.
         args: Arguments for ``timm.create_model``.
         out_indices: Which stages to return.
-        weights: None (random), ``"timm"`` (timm's published weights, needs a network or a filled cache), or the path of a
-            state dict (``.safetensors``, or a pickle of tensors) with timm's names for that model.
+        weights: None (random), ``"timm"`` (timm's published weights, needs a network or a filled cache), or the path
+            of a state dict (``.safetensors``, or a pickle of tensors) with timm's names for that model.
 
     Attributes:
         channels: Width of each returned stage.
@@ -85,14 +85,26 @@ class StagedBackbone(nn.Module):
 
         Args:
             image: (B, 3, H, W).
-            fuse: Called with the stage's number and its map (B, C_i, H_i, W_i); returns ``(for_output, for_next)``, both of
-                that shape.
+            fuse: Called with the stage's number and its map (B, C_i, H_i, W_i); returns ``(for_output, for_next)``,
+                both of that shape.
+
+        Raises:
+            ValueError: An image size the backbone does not take, or a stage that gives no map.
         """
         maps: list[Tensor] = []
         x = image
         for name, block in self.blocks.items():
-            x = block(x)
+            try:
+                x = block(x)
+            except AssertionError as error:  # timm's way to say that a size does not fit
+                raise ValueError(
+                    f"the backbone does not take an image of {tuple(image.shape[-2:])}: {error}"
+                ) from error
             if name in self._ends:
+                if x.dim() != 4:
+                    raise ValueError(
+                        f"stage {name!r} gives {tuple(x.shape)}, not a map: choose a hierarchical backbone"
+                    )
                 x = x.permute(0, 3, 1, 2) if self.channels_last else x
                 out, x = fuse(len(maps), x)
                 maps.append(out)
@@ -120,7 +132,7 @@ def _create(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
 
 
 def _load_weights(network: nn.Module, path: Path) -> set[str]:
-    """Load a timm state dict; returns the names it had nothing for (a head that is dropped anyway may be among them)."""
+    """Load a timm state dict; returns the names it had nothing for (a head, dropped anyway, may be among them)."""
     import sys
 
     from fastkd.models.checkpoint import read_state_dict

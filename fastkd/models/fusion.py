@@ -51,7 +51,7 @@ class PixelWordAttention(nn.Module):
             raise ValueError(f"fusion_heads={heads} does not divide the stage's {channels} channels")
         self.heads = heads
         self.f_query = nn.Linear(channels, channels)
-        # A key's bias adds the same number to a pixel's logits of all words, which the softmax cancels: it never learns.
+        # No bias: it would add the same number to a pixel's logits of all words, which the softmax cancels.
         self.f_key = nn.Linear(word_channels, channels, bias=False)
         self.f_value = nn.Linear(word_channels, channels)
         self.W = nn.Linear(channels, channels)
@@ -61,7 +61,7 @@ class PixelWordAttention(nn.Module):
         query = self._split(instance_norm(self.f_query(pixels)))
         key, value = self._split(self.f_key(words)), self._split(self.f_value(words))
         logits = (query * pixels.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        # The least finite number, not -inf: a sentence without a valid word then gives no NaN where it can't be refused.
+        # The least finite number, not -inf: on a GPU a sentence without a valid word isn't refused, but gives no NaN.
         masked = logits.masked_fill(~word_mask[:, None, None], torch.finfo(logits.dtype).min)
         read = masked.softmax(dim=-1).to(value.dtype) @ value
         read = read.transpose(1, 2).flatten(2)
@@ -72,7 +72,7 @@ class PixelWordAttention(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Fuses the words into one stage: what goes to the decoder, what goes to the next stage, and the attention's logits.
+    """Fuses the words into one stage: a map for the decoder, one for the next stage, and the attention's logits.
 
     fused = GELU(project_mm(GELU(vis_project(x)) ⊙ attention(x, words))); out = LayerNorm(fused);
     next = x + tanh(gate(fused)) ⊙ fused, with gate = Linear, ReLU, Linear.
@@ -81,7 +81,7 @@ class Fusion(nn.Module):
         channels: C of the stage.
         word_channels: D of the words.
         heads: Heads of the attention.
-        coordinates: Adds a linear map of eight pixel coordinates to x on the way into the attention and the visual branch.
+        coordinates: Adds a linear map of eight pixel coordinates to x before the attention and the visual branch.
         feed_next: Whether there is a next stage; without one there is no gate.
     """
 

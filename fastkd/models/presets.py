@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastkd.models.config import RISConfig
 
@@ -51,9 +52,48 @@ def _shapes_student() -> RISConfig:
     return _shapes([16, 32, 48, 64], [1, 1, 1, 1], text, decoder_hidden=32)
 
 
+def _swin_tiny_bert() -> RISConfig:
+    return RISConfig(
+        backbone="swin_tiny_patch4_window7_224",
+        backbone_args={"img_size": 480, "strict_img_size": False, "drop_path_rate": 0.2},
+        out_indices=(0, 1, 2, 3),
+        text=_bert(768, 12, 12),
+        decoder_width=256,
+    )
+
+
+def _swin_base_bert() -> RISConfig:
+    return replace(_swin_tiny_bert(), backbone="swin_base_patch4_window12_384", decoder_width=512)
+
+
+def _convnext_tiny_bert() -> RISConfig:
+    return RISConfig(
+        backbone="convnext_tiny",
+        backbone_args={"drop_path_rate": 0.1},
+        out_indices=(0, 1, 2, 3),
+        text=_bert(768, 6, 12),
+        decoder_width=256,
+    )
+
+
+def _resnet50_bert() -> RISConfig:
+    return RISConfig(backbone="resnet50", out_indices=(1, 2, 3, 4), text=_bert(512, 4, 8), decoder_width=256)
+
+
+def _mobilenetv4_small_minilm() -> RISConfig:
+    return RISConfig(
+        backbone="mobilenetv4_conv_small", out_indices=(1, 2, 3, 4), text=_bert(384, 6, 12), decoder_width=96
+    )
+
+
 _PRESETS: dict[str, tuple[str, Callable[[], RISConfig]]] = {
-    "shapes-teacher": ("Teacher for the procedural 64 px scenes", _shapes_teacher),
-    "shapes-student": ("Its student: the same strides and decoder width", _shapes_student),
+    "shapes-teacher": ("teacher for the procedural 64 px scenes", _shapes_teacher),
+    "shapes-student": ("its student: the same strides and decoder width", _shapes_student),
+    "mobilenetv4-small-minilm": ("MobileNetV4-S and a 6-layer, 384-wide BERT (MiniLM-L6)", _mobilenetv4_small_minilm),
+    "resnet50-bert-small": ("ResNet-50 and a 4-layer, 512-wide BERT", _resnet50_bert),
+    "convnext-tiny-bert": ("ConvNeXt-T and a 6-layer, 768-wide BERT", _convnext_tiny_bert),
+    "swin-tiny-bert": ("Swin-T and BERT-base", _swin_tiny_bert),
+    "swin-base-bert": ("Swin-B and BERT-base, the towers of LAVT", _swin_base_bert),
 }
 
 

@@ -105,9 +105,9 @@ class RISModel(
             word_mask: (B, T) bool, True where a word is. None: every id that is not the padding id, or every vector.
 
         Raises:
-            ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, a sentence longer than the
-                position table, an id outside the vocabulary, or a sentence with no valid word (the last two are looked at
-                on the CPU only, where looking costs nothing).
+            ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, a sentence longer than
+                the position table, an id outside the vocabulary, or a sentence with no valid word (the last two are
+                looked at on the CPU only, where looking costs nothing).
             TypeError: A wrong dtype.
         """
         word_mask = self._check(image, input_ids, word_mask, words)
@@ -141,14 +141,14 @@ class RISModel(
                 raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
             if text.max_words is not None and input_ids.shape[1] > text.max_words:
                 raise ValueError(
-                    f"input_ids has {input_ids.shape[1]} words, the text encoder at most {text.max_words}: cut the sentence"
+                    f"input_ids has {input_ids.shape[1]} words, the text encoder takes {text.max_words}: cut it"
                 )
             if input_ids.device.type == "cpu" and not (
                 0 <= int(input_ids.min()) <= int(input_ids.max()) < text.vocab_size
             ):
                 raise ValueError(
                     f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}, the vocabulary has "
-                    f"{text.vocab_size} words: is the tokenizer the one this model was made for ({self.config.tokenizer!r})?"
+                    f"{text.vocab_size} words: is the tokenizer this model's own ({self.config.tokenizer!r})?"
                 )
         elif words is not None and (
             words.dim() != 3 or words.shape[0] != image.shape[0] or words.shape[1] == 0 or words.shape[2] != text.width
@@ -159,7 +159,7 @@ class RISModel(
         source = input_ids if input_ids is not None else words
         assert source is not None
         if word_mask is None:
-            return (
+            word_mask = (
                 input_ids.ne(text.pad_id)
                 if input_ids is not None
                 else torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)

@@ -15,7 +15,7 @@ class TextEncoder(nn.Module):
     Args:
         model_type: A transformers model type with word ids in and ``last_hidden_state`` out: "bert", "distilbert", ...
         args: Arguments of that type's configuration.
-        weights: None (random), a folder written by ``save_pretrained``, or a hub name (needs a network or a filled cache).
+        weights: None (random), a folder written by ``save_pretrained``, or a hub name (needs a network or a cache).
 
     Attributes:
         width: D, the width of a word's vector.
@@ -31,10 +31,13 @@ class TextEncoder(nn.Module):
 
         try:
             config = AutoConfig.for_model(model_type, **args)
-            model_class = AutoModel._model_mapping[type(config)]
+            found = AutoModel._model_mapping[type(config)]
         except (ValueError, KeyError) as error:
             raise ValueError(f"text_model={model_type!r}: transformers has no such encoder ({error})") from error
-        options = {"add_pooling_layer": False} if "add_pooling_layer" in _arguments(model_class) else {}
+        model_class: Any = found[0] if isinstance(found, tuple) else found
+        options = (
+            {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
+        )
         if weights is None:
             self.model = model_class(config, **options)
         else:
@@ -57,7 +60,3 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, word_mask: Tensor) -> Tensor:
         """Word vectors (B, T, D) from ids (B, T) and a bool mask (B, T), True where a word is."""
         return self.model(input_ids=input_ids, attention_mask=word_mask.long()).last_hidden_state
-
-
-def _arguments(model_class: type) -> set[str]:
-    return set(inspect.signature(model_class.__init__).parameters)
