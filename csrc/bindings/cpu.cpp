@@ -1,0 +1,45 @@
+// fastkd._cpu: the CPU kernels. Needs neither torch nor NumPy: tensors come as addresses.
+#include "bindings/softmax_kl.h"
+#include "cpu/kernels.h"
+
+namespace fastkd::bindings {
+namespace {
+
+int parse_threads(std::int64_t threads) {
+    if (threads < 1 || threads > 4096) {
+        throw py::value_error("threads: expected 1 to 4096, got " + std::to_string(threads));
+    }
+    return static_cast<int>(threads);
+}
+
+} // namespace
+
+PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
+    module.doc() = "fastkd's C++ kernels.";
+    module.def(
+        "isa", [] { return cpu::isa_name(cpu::isa()); },
+        "The instruction set in use: the machine's best one, or what FASTKD_CPU_ISA asks for.");
+    module.def(
+        "exp",
+        [](std::uintptr_t input, std::uintptr_t output, std::int64_t count, const std::string& dtype_name) {
+            const DType dtype = parse_dtype(dtype_name);
+            if (dtype != DType::Float32 && dtype != DType::Float64) {
+                throw py::value_error("dtype: expected float32 or float64, got '" + dtype_name + "'");
+            }
+            const std::int64_t size = element_size(dtype);
+            cpu::kernels().exp(parse_pointer(input, "input", size), parse_pointer(output, "output", size), count,
+                               dtype);
+        },
+        py::arg("input"), py::arg("output"), py::arg("count"), py::arg("dtype"),
+        "The kernels' own exp of contiguous elements that are at most 0, for tests.");
+    define_softmax_kl(
+        module, "threads",
+        [](const softmax_kl::Forward& args, std::int64_t threads) {
+            cpu::kernels().softmax_kl_forward(args, parse_threads(threads));
+        },
+        [](const softmax_kl::Backward& args, std::int64_t threads) {
+            cpu::kernels().softmax_kl_backward(args, parse_threads(threads));
+        });
+}
+
+} // namespace fastkd::bindings

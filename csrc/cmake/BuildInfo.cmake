@@ -1,0 +1,59 @@
+# What was built and why something was not: printed as a summary, kept as fastkd/_build_info.json.
+
+set(BUILD_INFO_FILE "${CMAKE_CURRENT_BINARY_DIR}/_build_info.json")
+set(BUILD_INFO_JSON "{}")
+set(BUILD_INFO_SUMMARY "")
+
+# build_info(<cpu|cuda> <key> <value>): a string, or JSON if it reads as such.
+function(build_info part key value)
+  string(JSON found ERROR_VARIABLE missing GET "${BUILD_INFO_JSON}" "${part}")
+  if(missing)
+    string(JSON BUILD_INFO_JSON SET "${BUILD_INFO_JSON}" "${part}" "{}")
+  endif()
+  if(NOT value MATCHES "^(true|false|null|\\[.*\\])$")
+    string(REPLACE "\\" "\\\\" value "${value}")
+    string(REPLACE "\"" "\\\"" value "${value}")
+    string(REPLACE "\n" " " value "${value}")
+    set(value "\"${value}\"")
+  endif()
+  string(JSON BUILD_INFO_JSON SET "${BUILD_INFO_JSON}" "${part}" "${key}" "${value}")
+  set(BUILD_INFO_JSON "${BUILD_INFO_JSON}" PARENT_SCOPE)
+endfunction()
+
+# build_info_list(<part> <key> <values>...): a list of strings.
+function(build_info_list part key)
+  list(JOIN ARGN "\", \"" joined)
+  if(ARGN)
+    set(joined "\"${joined}\"")
+  endif()
+  build_info(${part} ${key} "[${joined}]")
+  set(BUILD_INFO_JSON "${BUILD_INFO_JSON}" PARENT_SCOPE)
+endfunction()
+
+# summary(<text>): one line of what is printed at the end.
+macro(summary text)
+  list(APPEND BUILD_INFO_SUMMARY "${text}")
+endmacro()
+
+function(build_info_write)
+  file(WRITE "${BUILD_INFO_FILE}" "${BUILD_INFO_JSON}\n")
+  # Modules of an earlier build, with other switches, must not survive beside this one's.
+  install(CODE [[
+    file(GLOB stale "${CMAKE_INSTALL_PREFIX}/fastkd/_cpu.*" "${CMAKE_INSTALL_PREFIX}/fastkd/_cuda.*")
+    list(FILTER stale INCLUDE REGEX "\\.(so|pyd|dylib)$")
+    if(stale)
+      file(REMOVE ${stale})
+    endif()
+  ]])
+  foreach(module IN ITEMS _cpu _cuda)
+    if(TARGET ${module})
+      install(TARGETS ${module} LIBRARY DESTINATION fastkd)
+    endif()
+  endforeach()
+  install(FILES "${BUILD_INFO_FILE}" DESTINATION fastkd)
+
+  message(STATUS "fastkd build summary")
+  foreach(line IN LISTS BUILD_INFO_SUMMARY)
+    message(STATUS "  ${line}")
+  endforeach()
+endfunction()

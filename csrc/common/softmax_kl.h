@@ -1,0 +1,130 @@
+// KL(softmax(t/tau) || softmax(s/tau)) of matching rows of two arrays: the interface of its kernels and the formulas
+// they share.
+//
+// With u = (x - max x)/tau for x = s, t and z = sum e^u (at least 1),
+//
+//     loss = a/z_t + log(z_s/z_t),     a = sum e^{u_t} (u_t - u_s),     lse = max/tau + log z
+//     d loss/d s = (p_s - p_t)/tau,    p_x = e^{x/tau - lse_x}
+//
+// The maxima are taken off before anything is multiplied or summed, so the result is as exact at logits of 1e4 as at 1,
+// and student == teacher gives 0. One pass over a row is enough: sums over two parts of a row are brought to common
+// maxima and added, which is what KLState does.
+#pragma once
+
+#include <cmath>
+
+#include "common/dtype.h"
+
+namespace fastkd::softmax_kl {
+
+// The rows lie in a (batch, rows, cols) array whose innermost stride is 1. Strides count elements.
+struct RowStrides {
+    std::int64_t batch;
+    std::int64_t row;
+};
+
+struct Shape {
+    std::int64_t batch;
+    std::int64_t rows;
+    std::int64_t cols;
+    FASTKD_HD std::int64_t count() const { return batch * rows; }
+};
+
+// `loss` and `grad_loss` are float, double for Float64. The log-sum-exps are double for every dtype: one float cannot
+// hold a maximum of 1e4 and the logarithm beside it, and the gradient would inherit its error of 5e-4.
+struct Forward {
+    const void* student;
+    const void* teacher;
+    void* loss;          // (batch, rows)
+    double* lse_student; // (batch, rows)
+    double* lse_teacher; // (batch, rows)
+    Shape shape;
+    RowStrides student_strides;
+    RowStrides teacher_strides;
+    DType dtype;
+    double temperature;
+};
+
+struct Backward {
+    const void* grad_loss;
+    RowStrides grad_loss_strides; // any, also 0
+    const void* student;
+    const void* teacher;
+    const double* lse_student;
+    const double* lse_teacher;
+    void* grad_student; // (batch, rows, cols) contiguous, in the students' dtype
+    Shape shape;
+    RowStrides student_strides;
+    RowStrides teacher_strides;
+    DType dtype;
+    double temperature;
+};
+
+template <class T>
+FASTKD_HD T minus_infinity() {
+    return -static_cast<T>(HUGE_VALF);
+}
+
+// What a maximum contributes as a shift: a part of a row that is all -inf must give e^u = 0, not NaN.
+template <class T>
+FASTKD_HD T shift_of(T max) {
+    return max == minus_infinity<T>() ? T(0) : max;
+}
+
+// The sums over a part of a row, relative to the maxima of that part. NaN and +inf end as NaN in the sums.
+template <class T>
+struct KLState {
+    T max_s = minus_infinity<T>();
+    T max_t = minus_infinity<T>();
+    T z_s = 0;
+    T z_t = 0;
+    T a = 0;
+
+    // Makes the sums relative to larger maxima; smaller ones change nothing.
+    FASTKD_HD void raise(T new_max_s, T new_max_t, T inv_temperature) {
+        const T to_s = new_max_s > max_s ? new_max_s : max_s;
+        const T to_t = new_max_t > max_t ? new_max_t : max_t;
+        const T by_s = to_s == max_s ? T(0) : (max_s - to_s) * inv_temperature;
+        const T by_t = to_t == max_t ? T(0) : (max_t - to_t) * inv_temperature;
+        const T scale_t = std::exp(by_t);
+        // Mass that underflows is gone, also where the student gave it probability 0 and `a` is infinite.
+        a = scale_t == T(0) ? T(0) : scale_t * (a + z_t * (by_t - by_s));
+        z_t *= scale_t;
+        z_s *= std::exp(by_s);
+        max_s = to_s;
+        max_t = to_t;
+    }
+
+    // Adds sums that are relative to this state's maxima.
+    FASTKD_HD void add(T more_z_s, T more_z_t, T more_a) {
+        z_s += more_z_s;
+        z_t += more_z_t;
+        a += more_a;
+    }
+
+    FASTKD_HD void merge(KLState other, T inv_temperature) {
+        raise(other.max_s, other.max_t, inv_temperature);
+        other.raise(max_s, max_t, inv_temperature);
+        add(other.z_s, other.z_t, other.a);
+    }
+
+    FASTKD_HD T loss() const { return a / z_t + std::log(z_s / z_t); }
+};
+
+FASTKD_HD double log_sum_exp(double max, double z_log, double temperature) {
+    return max / temperature + z_log;
+}
+
+// x/tau - lse without the rounding of either: (x - center) * (1/tau) - rest, where the center lies near the row's
+// largest logit and the rest is small.
+template <class T>
+struct LogSoftmax {
+    T center;
+    T rest;
+
+    FASTKD_HD LogSoftmax(double lse, double temperature)
+        : center(static_cast<T>(lse * temperature)),
+          rest(static_cast<T>(lse - static_cast<double>(center) / temperature)) {}
+};
+
+} // namespace fastkd::softmax_kl

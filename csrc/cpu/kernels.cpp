@@ -1,0 +1,71 @@
+// Chooses the instruction set at run time.
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace fastkd::cpu {
+namespace {
+
+#define FASTKD_TABLE(isa) Kernels{isa::softmax_kl_forward, isa::softmax_kl_backward, isa::exp},
+constexpr Kernels tables[] = {FASTKD_FOR_EACH_ISA(FASTKD_TABLE)};
+#undef FASTKD_TABLE
+
+Isa best_isa() {
+#if defined(FASTKD_ISA_X86)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+        return Isa::avx512;
+    }
+    // Machines with AVX2 have F16C too, and older compilers cannot ask for it.
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        return Isa::avx2;
+    }
+#endif
+    return Isa::baseline;
+}
+
+Isa chosen_isa() {
+    const Isa best = best_isa();
+    const char* wish = std::getenv("FASTKD_CPU_ISA");
+    if (wish == nullptr || *wish == '\0') {
+        return best;
+    }
+    std::string known;
+    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+        if (isa > best) {
+            break;
+        }
+        if (wish == std::string(isa_name(isa))) {
+            return isa;
+        }
+        known += std::string(known.empty() ? "" : ", ") + isa_name(isa);
+    }
+    throw std::runtime_error("FASTKD_CPU_ISA: expected one that this machine has (" + known + "), got '" + wish + "'");
+}
+
+} // namespace
+
+Isa isa() {
+    static const Isa chosen = chosen_isa();
+    return chosen;
+}
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+    case Isa::avx512:
+        return "avx512";
+    case Isa::avx2:
+        return "avx2";
+    default:
+        return "baseline";
+    }
+}
+
+const Kernels& kernels() {
+    return tables[static_cast<int>(isa())];
+}
+
+} // namespace fastkd::cpu

@@ -1,0 +1,32 @@
+// Every CPU kernel, for every instruction set. A new kernel is a line in Kernels, one in the macro below it, and one in
+// the table of kernels.cpp.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/softmax_kl.h"
+#include "cpu/isa.h"
+
+namespace fastkd::cpu {
+
+// Kernels share out rows over `threads` OpenMP threads. Each row is summed by one of them in a fixed order, so results
+// do not depend on their number.
+struct Kernels {
+    void (*softmax_kl_forward)(const softmax_kl::Forward& args, int threads);
+    void (*softmax_kl_backward)(const softmax_kl::Backward& args, int threads);
+    // e^x, x <= 0, of `count` contiguous elements of Float32 or Float64: the kernels' own exp, for tests to measure.
+    void (*exp)(const void* input, void* output, std::int64_t count, DType dtype);
+};
+
+#define FASTKD_DECLARE_KERNELS(isa)                                                                                    \
+    namespace isa {                                                                                                    \
+    void softmax_kl_forward(const softmax_kl::Forward& args, int threads);                                             \
+    void softmax_kl_backward(const softmax_kl::Backward& args, int threads);                                           \
+    void exp(const void* input, void* output, std::int64_t count, DType dtype);                                        \
+    }
+FASTKD_FOR_EACH_ISA(FASTKD_DECLARE_KERNELS)
+#undef FASTKD_DECLARE_KERNELS
+
+// Those of isa().
+const Kernels& kernels();
+
+} // namespace fastkd::cpu

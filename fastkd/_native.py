@@ -1,0 +1,64 @@
+"""The compiled modules ``fastkd._cpu`` and ``fastkd._cuda``: loading them, and what was built when fastkd was installed.
+
+Neither module knows torch: they take addresses, sizes and strides (see ``csrc/bindings``), and :mod:`fastkd.ops` is
+their only caller.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MODULES = ("cpu", "cuda")
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """Return what was built when fastkd was installed, and why something was not.
+
+    One entry per module, ``"cpu"`` and ``"cuda"``, each with ``built`` (bool); if built, ``compiler`` and what is in
+    it (``isas`` and ``openmp``, or ``targets``, ``ptx`` and ``runtime``), else ``reason`` (str). Empty for a source
+    tree that was never installed.
+
+    Example:
+        >>> sorted(build_info())  # doctest: +SKIP
+        ['cpu', 'cuda']
+    """
+    try:
+        return json.loads(Path(__file__).with_name("_build_info.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def load(name: str) -> ModuleType:
+    """Return the compiled module ``fastkd._cpu`` (``name="cpu"``) or ``fastkd._cuda`` (``"cuda"``).
+
+    Needs no GPU and no driver: ``load("cuda").device_count()`` is 0 without them.
+
+    Raises:
+        ValueError: ``name`` is neither.
+        ImportError: the module was not built, or does not load here; says why, and what to do.
+    """
+    if name not in MODULES:
+        raise ValueError(f"name: expected 'cpu' or 'cuda', got {name!r}")
+    try:
+        return importlib.import_module(f"fastkd._{name}")
+    except ImportError as error:
+        raise ImportError(_reason(name, error), name=f"fastkd._{name}") from error
+
+
+def _reason(name: str, error: ImportError) -> str:
+    info = build_info().get(name)
+    if info is None:
+        return f"fastkd._{name} is not there: this source tree was not installed; run `pip install .` or `pip install -e .`"
+    if not info["built"]:
+        switch = "FASTKD_CUDA=1 " if name == "cuda" else ""
+        return (
+            f"fastkd._{name} was not built when fastkd was installed: {info['reason']}. "
+            f"Mend that, then reinstall from the sources: {switch}pip install --force-reinstall --no-deps ."
+        )
+    return f"fastkd._{name} was built but does not load here: {error}"
