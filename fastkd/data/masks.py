@@ -27,7 +27,9 @@ def check_segmentation(segmentation: Any, what: str) -> None:
             raise ValueError(f"{what} has a polygon that is not a list of at least 3 points (6 numbers): {mend}")
 
 
-def rasterise(segmentation: Any, height: int, width: int, *, rule: str = "union", what: str = "segmentation") -> np.ndarray:
+def rasterise(
+    segmentation: Any, height: int, width: int, *, rule: str = "union", what: str = "segmentation"
+) -> np.ndarray:
     """The mask of a COCO segmentation, (height, width) bool, at the original size.
 
     ``rule`` says what several polygons of one object mean: ``"union"`` takes pixels that any polygon covers,
@@ -50,5 +52,7 @@ def rasterise(segmentation: Any, height: int, width: int, *, rule: str = "union"
         layers = coco_mask.decode(coco_mask.frPyObjects(segmentation, height, width))
         mask = layers.any(axis=2) if rule == "union" else layers.sum(axis=2, dtype=np.int64) == 1
     if rule == "union" and not mask.any():
-        raise ValueError(f"{what} covers no pixel of its {height} x {width} image: the segmentation is empty or outside")
+        raise ValueError(
+            f"{what} covers no pixel of its {height} x {width} image: the segmentation is empty or outside"
+        )
     return mask

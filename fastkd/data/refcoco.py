@@ -227,7 +227,9 @@ def _check_options(name: str, split_by: str, split: str, mask_rule: str, sentenc
     if mask_rule not in RULES:
         raise ValueError(f"mask_rule must be one of {', '.join(map(repr, RULES))}; got {mask_rule!r}")
     if sentence_field not in SENTENCE_FIELDS:
-        raise ValueError(f"sentence_field must be one of {', '.join(map(repr, SENTENCE_FIELDS))}; got {sentence_field!r}")
+        raise ValueError(
+            f"sentence_field must be one of {', '.join(map(repr, SENTENCE_FIELDS))}; got {sentence_field!r}"
+        )
 
 
 def _in_split(of_ref: str, split: str) -> bool:

@@ -183,9 +183,9 @@ def _complete(kind: str, noun: m.Noun, count: int, scene: Scene, target: int, rn
     named = _draw_noun(scene.shapes[anchor], rng, 2)
     if named.members(scene) != [anchor]:
         return None
-    if scene.behind[target][anchor]:
+    if scene.overlap[target][anchor]:
         return m.Relation(noun, "behind", named)
-    if scene.behind[anchor][target]:
+    if scene.overlap[anchor][target]:
         return m.Relation(noun, "in front of", named)
     if rng.random() < 0.2:
         return m.Relation(noun, "nearest to", named)

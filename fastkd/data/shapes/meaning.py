@@ -189,8 +189,10 @@ def _in_region(region: str, centre: tuple[float, float]) -> int:
 
 def _related(scene: Scene, i: int, relation: str, to: int) -> int:
     if relation in ("behind", "in front of"):
-        hidden = scene.behind[i][to] if relation == "behind" else scene.behind[to][i]
-        return YES if hidden >= CLEAR_OVERLAP else NO if hidden == 0 else UNCLEAR
+        under, over = (i, to) if relation == "behind" else (to, i)
+        # NO needs outlines that don't meet at all, even out of sight under a third shape
+        hidden = scene.behind[under][over]
+        return YES if hidden >= CLEAR_OVERLAP else NO if scene.overlap[under][over] == 0 else UNCLEAR
     axis, sign = _OFFSET[relation]
     along = sign * (scene.centre[i][axis] - scene.centre[to][axis])
     across = abs(scene.centre[i][1 - axis] - scene.centre[to][1 - axis])

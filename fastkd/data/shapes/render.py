@@ -34,8 +34,9 @@ def render(scene: Scene, size: int, rng: Random) -> tuple[np.ndarray, np.ndarray
     labels = np.zeros((size, size), dtype=np.uint8)
     owner = np.asarray(owners)
     for index, (left, top, right, bottom) in enumerate(boxes):
-        fine = owner[top:bottom, left:right] == index + 1
-        cover = fine.reshape((bottom - top) // s, s, (right - left) // s, s).sum(axis=(1, 3), dtype=np.uint8)
+        fine = (owner[top:bottom, left:right] == index + 1).view(np.uint8)
+        rows = np.add.reduce([fine[k::s] for k in range(s)])
+        cover = np.add.reduce([rows[:, k::s] for k in range(s)])  # of the s * s samples of each pixel
         labels[top // s : bottom // s, left // s : right // s][2 * cover >= s * s] = index + 1
     pixels = np.asarray(canvas.reduce(s), dtype=np.float32)
     noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
@@ -68,7 +69,8 @@ def _tile(shape: Shape, side: int, rng: Random) -> tuple[Image.Image, Image.Imag
 
 def _tints(base: Colour, rng: Random) -> tuple[Colour, Colour]:
     """The colour of a shape and of its texture: darker for light colours, lighter for dark ones."""
-    r, g, b = (min(255, max(0, round(c * rng.uniform(0.93, 1.07)))) for c in base)
+    light = rng.uniform(0.9, 1.08)
+    r, g, b = (min(255, round(c * light * rng.uniform(0.97, 1.03))) for c in base)
     luma = 0.3 * r + 0.59 * g + 0.11 * b
     other = _mix((r, g, b), (0, 0, 0), 0.55) if luma > 120 else _mix((r, g, b), (255, 255, 255), 0.55)
     return (r, g, b), other
@@ -109,7 +111,7 @@ def _background(size: int, rng: Random) -> Image.Image:
     angle = rng.uniform(0, 2 * math.pi)
     at = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     ramp = np.clip(0.5 + 0.8 * (math.cos(angle) * at[None, :] + math.sin(angle) * at[:, None]), 0, 1)[..., None]
-    pixels = np.float32(first) * (1 - ramp) + np.float32(second) * ramp
+    pixels = np.array(first, np.float32) * (1 - ramp) + np.array(second, np.float32) * ramp
     return Image.fromarray((pixels + 0.5).astype(np.uint8))
 
 

@@ -60,13 +60,15 @@ class Scene:
     """Shapes from back to front, and what is seen of them, all measured on a fixed grid.
 
     ``centre`` is the centroid of the visible part, ``area`` its area (the image is 1), ``visible`` the visible share of
-    the outline; ``behind[i][j]`` is the part of shape i that shape j covers directly, as a share of the smaller one.
+    the outline. ``overlap[i][j]`` is what the outlines of i and j share, as a share of the smaller one, if j is in front
+    of i (else 0); ``behind[i][j]`` is the part of that where j is seen, and not a third shape.
     """
 
     shapes: tuple[Shape, ...]
     centre: tuple[tuple[float, float], ...] = field(repr=False)
     area: tuple[float, ...] = field(repr=False)
     visible: tuple[float, ...] = field(repr=False)
+    overlap: tuple[tuple[float, ...], ...] = field(repr=False)
     behind: tuple[tuple[float, ...], ...] = field(repr=False)
 
     def __len__(self) -> int:
@@ -171,16 +173,20 @@ def _measure(shapes: list[Shape], seen: list[np.ndarray], full: list[np.ndarray]
         for part, n in zip(seen, counts, strict=True)
     )
     count = len(shapes)
+    overlap = [[0.0] * count for _ in range(count)]
     behind = [[0.0] * count for _ in range(count)]
     for i in range(count):
         for j in range(i + 1, count):
-            a, b = shapes[i], shapes[j]
-            if max(abs(a.x - b.x), abs(a.y - b.y)) < a.side + b.side:  # cannot touch otherwise
-                behind[i][j] = int(np.count_nonzero(full[i] & seen[j])) / min(totals[i], totals[j])
+            both = full[i] & full[j]
+            if both.any():
+                smaller = min(totals[i], totals[j])
+                overlap[i][j] = int(np.count_nonzero(both)) / smaller
+                behind[i][j] = int(np.count_nonzero(both & seen[j])) / smaller
     return Scene(
         shapes=tuple(shapes),
         centre=centre,
         area=tuple(n / GRID**2 for n in counts),
         visible=tuple(n / t for n, t in zip(counts, totals, strict=True)),
+        overlap=tuple(map(tuple, overlap)),
         behind=tuple(map(tuple, behind)),
     )

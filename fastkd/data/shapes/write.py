@@ -23,7 +23,6 @@ from fastkd.data.shapes.scene import KINDS, Scene, draw_scene
 
 FORMAT = "fastkd-shapes-1"
 _OURS = {"images", "refcoco", "shapes.json"}
-_JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
 
 
 def make_shapes(
@@ -77,7 +76,6 @@ def make_shapes(
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.partial-", dir=root.parent))
     try:
-        partial.chmod(0o755)
         counts = _write(partial, images, image_size, seed, progress)
         _check_target(root, overwrite)  # someone may have written there meanwhile
         if root.exists():
@@ -146,7 +144,7 @@ def _write(
         look = Random(f"{FORMAT}/{seed}/{index}/look")
         pixels, labels = render(scene, image_size, look)
         name = f"COCO_train2014_{index + 1:012d}.jpg"
-        Image.fromarray(pixels).save(photos / name, **_JPEG)
+        Image.fromarray(pixels).save(photos / name, format="JPEG", quality=92, subsampling=0)
         instances["images"].append(
             {
                 "license": 1,
@@ -243,7 +241,7 @@ def _save(
     settings: dict[str, int],
 ) -> None:
     (folder / "refcoco").mkdir()
-    whole = {
+    whole: dict[str, Any] = {
         "info": {"description": "fastkd procedural referring shapes", "version": FORMAT, **settings},
         "licenses": [{"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}],
         **instances,
@@ -252,5 +250,5 @@ def _save(
     (folder / "refcoco" / "instances.json").write_text(json.dumps(whole, separators=(",", ":")), encoding="utf-8")
     # protocol 2 is what the published files were written with
     (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    sidecar = {"format": FORMAT, **settings, "shares": KIND_SHARES, **side}
+    sidecar: dict[str, Any] = {"format": FORMAT, **settings, "shares": KIND_SHARES, **side}
     (folder / "shapes.json").write_text(json.dumps(sidecar, separators=(",", ":")), encoding="utf-8")
