@@ -1,4 +1,4 @@
-r"""``softmax_kl`` in Triton: the KL divergence between the softmaxes of matching rows, one read of each input per pass.
+r"""``softmax_kl`` in Triton: the KL divergence between the softmaxes of matching rows, reading each input once a pass.
 
 With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}` for x = s (student) and
 t (teacher),
@@ -62,7 +62,7 @@ def forward_kernel(
     student_ptr,  # (batch, rows, cols), strides below, inner stride 1
     teacher_ptr,
     loss_ptr,  # (batch · rows,) contiguous, as the two that follow
-    lse_student_ptr,
+    lse_student_ptr,  # float64, as a maximum of 1e4 and the logarithm beside it do not fit one fp32
     lse_teacher_ptr,
     n_rows,  # batch · rows
     rows_per_batch,
@@ -130,8 +130,8 @@ def forward_kernel(
     log_z_t = tl.log(z_t)
     loss = (a / z_t + (top_s - top_t)) * inv_tau + (log_z_s - log_z_t)
     tl.store(loss_ptr + row, loss, mask=here)
-    tl.store(lse_student_ptr + row, top_s * inv_tau + log_z_s, mask=here)
-    tl.store(lse_teacher_ptr + row, top_t * inv_tau + log_z_t, mask=here)
+    tl.store(lse_student_ptr + row, top_s.to(tl.float64) / temperature + log_z_s, mask=here)
+    tl.store(lse_teacher_ptr + row, top_t.to(tl.float64) / temperature + log_z_t, mask=here)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def backward_kernel(
     COLS: tl.constexpr,
 ):
     """The gradient of one ``ROWS`` × ``COLS`` block to a program."""
-    ACC: tl.constexpr = lse_student_ptr.dtype.element_ty
+    ACC: tl.constexpr = grad_loss_ptr.dtype.element_ty
     inv_tau = reciprocal(temperature, ACC)
 
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -179,8 +179,13 @@ def backward_kernel(
     s = tl.load(student_ptr + (b * student_stride_b + r * student_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
     t = tl.load(teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
 
-    p_s = tl.exp2((s * inv_tau - lse_s[:, None]) * LOG2E)
-    p_t = tl.exp2((t * inv_tau - lse_t[:, None]) * LOG2E)
+    # x/τ − ℓ = (x − c)/τ − rest, c near the row's largest logit: x − c is exact where it matters, and the rest is small.
+    c_s = (lse_s * temperature).to(ACC)
+    c_t = (lse_t * temperature).to(ACC)
+    rest_s = (lse_s - c_s.to(tl.float64) / temperature).to(ACC)
+    rest_t = (lse_t - c_t.to(tl.float64) / temperature).to(ACC)
+    p_s = tl.exp2(((s - c_s[:, None]) * inv_tau - rest_s[:, None]) * LOG2E)
+    p_t = tl.exp2(((t - c_t[:, None]) * inv_tau - rest_t[:, None]) * LOG2E)
     grad = (g * inv_tau)[:, None] * (p_s - p_t)
     # Rows are contiguous in grad_student: row · cols is its offset, in 64 bits like row.
     tl.store(grad_student_ptr + row[:, None] * cols + j, round_to(grad, grad_student_ptr.dtype.element_ty), mask=mask)
