@@ -197,7 +197,7 @@ def _related(scene: Scene, i: int, relation: str, to: int) -> int:
     along = sign * (scene.centre[i][axis] - scene.centre[to][axis])
     across = abs(scene.centre[i][1 - axis] - scene.centre[to][1 - axis])
     # strict reading: within 45 degrees of the direction; loose reading: anywhere on that side
-    return YES if along >= max(MARGIN, across) else NO if along <= 0 else UNCLEAR
+    return YES if along >= max(MARGIN, across) else NO if along <= -MARGIN / 3 else UNCLEAR
 
 
 def _nearest(scene: Scene, members: list[int], to: int) -> dict[int, int]:

@@ -60,8 +60,8 @@ class Scene:
     """Shapes from back to front, and what is seen of them, all measured on a fixed grid.
 
     ``centre`` is the centroid of the visible part, ``area`` its area (the image is 1), ``visible`` the visible share of
-    the outline. ``overlap[i][j]`` is what the outlines of i and j share, as a share of the smaller one, if j is in front
-    of i (else 0); ``behind[i][j]`` is the part of that where j is seen, and not a third shape.
+    the outline. ``overlap[i][j]`` is what the outlines of i and j share, as a share of the smaller one, if j is in
+    front of i (else 0); ``behind[i][j]`` is the part of that where j is seen, and not a third shape.
     """
 
     shapes: tuple[Shape, ...]
