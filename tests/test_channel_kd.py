@@ -15,7 +15,7 @@ DISTANCES = ["kl", "mse", "row_cosine"]
 LAYOUTS = ["plain", "patches", "across_batch"]
 
 
-# --- the oracle: Python floats, one loop per sum -----------------------------------------------------------------------
+# --- the oracle: Python floats, one loop per sum ----------------------------------------------------------------------
 
 
 def unit(x):

@@ -1,7 +1,8 @@
 """Checks of the arguments of the losses: each raises one error that names the argument, what came, and the mend.
 
 Shapes, dtypes, devices and options are checked everywhere. What a tensor *holds* is looked at on the CPU only: on a GPU
-the look would stall the stream, and under ``torch.compile`` break the graph; there, bad values show as NaN.
+the look would stall the stream, and under ``torch.compile`` break the graph; there, bad values show as NaN. Messages
+are put together where they are raised, because under ``torch.compile`` a batch size may have no digits yet.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor,
     """``value`` must be None, "attention" (where that exists), or a tensor ≥ 0 of the given shape that is not all 0."""
     if value is None or (attention and isinstance(value, str) and value == "attention"):
         return
-    wanted = ("None, 'attention'" if attention else "None") + f" or a tensor of shape {layout} = {shape}"
+    wanted = ("None, 'attention'" if attention else "None") + f" or a tensor of shape {layout}"
     if isinstance(value, str):
         raise ValueError(f"weight: expected {wanted}, got {value!r}")
     if not isinstance(value, Tensor):
@@ -87,7 +88,7 @@ def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor,
     if not value.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
     if tuple(value.shape) != shape:
-        raise ValueError(f"weight: expected {wanted}, got shape {tuple(value.shape)}")
+        raise ValueError(f"weight: expected {wanted} = {shape}, got shape {tuple(value.shape)}")
     same_device(student=like, weight=value)
     if values_visible(value):
         if bool((value < 0).any()):
@@ -100,16 +101,19 @@ def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor,
 
 def bool_mask(name: str, mask: object, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
     """``mask`` must be a boolean tensor of one of ``shapes`` on the device of ``like``."""
-    wanted = " or ".join(map(str, shapes))
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a bool tensor of shape {wanted}, got {type(mask).__name__}")
+        raise TypeError(f"{name}: expected a bool tensor of shape {_either(shapes)}, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor (True = valid), got {mask.dtype}; convert it with .bool()")
     if tuple(mask.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(mask.shape)}")
+        raise ValueError(f"{name}: expected shape {_either(shapes)}, got {tuple(mask.shape)}")
     if mask.device != like.device:
         raise ValueError(f"{name}: is on {mask.device}, but the inputs are on {like.device}; move it with .to(device)")
     return mask
+
+
+def _either(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " or ".join(str(shape) for shape in dict.fromkeys(shapes))
 
 
 def every_sample_valid(name: str, mask: Tensor, what: str) -> None:

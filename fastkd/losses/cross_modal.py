@@ -241,7 +241,7 @@ def _word_masks(
     """The student's and the teacher's word masks, checked."""
     if mask is None:
         return None, None
-    pair = not isinstance(mask, Tensor) and isinstance(mask, Sequence)
+    pair = isinstance(mask, tuple | list)
     if pair and (len(mask) != 2 or set(weights) != {"pixel_pixel"}):
         raise ValueError(
             f"word_mask: a pair of masks is for terms={{'pixel_pixel': ...}} alone, got {len(mask)} masks and terms "
@@ -269,7 +269,7 @@ def _pixel_mask(
 ) -> Tensor | None:
     if mask is None:
         return None
-    _checks.bool_mask("pixel_mask", mask, [(batch, pixels), *((batch, *m) for m in dict.fromkeys(maps))], like)
+    _checks.bool_mask("pixel_mask", mask, [(batch, pixels), *((batch, *m) for m in maps)], like)
     flat = mask.reshape(batch, pixels)
     _checks.every_sample_valid("pixel_mask", flat, "pixel")
     return flat

@@ -1,0 +1,191 @@
+"""What the losses equal elsewhere: each formula is written out here from its definition and compared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd.losses import channel_distribution_kd, channel_kd, logit_kd, pixel_relation_kd
+from fastkd.ops.relation import relation
+from fastkd.ops.softmax_kl import softmax_kl
+
+B, C, H, W = 3, 5, 4, 8
+N = H * W
+
+
+@pytest.fixture
+def maps():
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(B, C, H, W, generator=g, dtype=torch.float64) for _ in range(2))
+
+
+def same(got, want, student):
+    """Equal loss and equal gradient."""
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, student, retain_graph=True)[0],
+        torch.autograd.grad(want, student, retain_graph=True)[0],
+    )
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_mmrazor_channel_wise_divergence(maps, tau):
+    student, teacher = maps[0].requires_grad_(), maps[1]
+    loss_weight = 3.0
+    t, s = teacher.reshape(-1, N), student.reshape(-1, N)
+    p = F.softmax(t / tau, 1)
+    divergence = (p * F.log_softmax(t / tau, 1) - p * F.log_softmax(s / tau, 1)).sum() * tau**2
+    want = loss_weight * divergence / (B * C)
+    same(loss_weight * channel_distribution_kd(student, teacher, temperature=tau), want, student)
+
+
+def test_torch_distiller_cwd(maps):
+    student, teacher, tau = maps[0].requires_grad_(), maps[1], 4.0
+    p_s = (student.reshape(B, C, -1) / tau).softmax(-1)
+    p_t = (teacher.reshape(B, C, -1) / tau).softmax(-1)
+    want = F.kl_div(p_s.log(), p_t, reduction="sum") / (B * C) * tau**2
+    same(channel_distribution_kd(student, teacher, temperature=tau), want, student)
+
+
+def test_log_of_softmax_underflows_in_fp16_and_ours_does_not():
+    student, teacher = torch.tensor([[[0.0, 40.0]]]).half(), torch.tensor([[[40.0, 0.0]]]).half()
+    theirs = F.kl_div(student.softmax(-1).log(), teacher.softmax(-1), reduction="sum")
+    assert not torch.isfinite(theirs)
+    torch.testing.assert_close(channel_distribution_kd(student, teacher, temperature=1.0).item(), 40.0)
+
+
+def test_ickd(maps):
+    """ICKD, CIFAR code: inter-channel correlation matrices with normalised rows."""
+    student, teacher = maps[0].requires_grad_(), maps[1]
+
+    def correlation(x):
+        x = x.reshape(B, C, -1)
+        return F.normalize(torch.bmm(x, x.transpose(1, 2)), dim=2)
+
+    difference = correlation(student) - correlation(teacher)
+    want = (difference * difference).reshape(B, -1).sum() / (C * B)
+    ours = channel_kd(student, teacher, similarity="dot", distance="row_cosine")
+    same(ours, want, student)
+    torchdistill = (difference * difference).sum() / (C * B) / B  # divides by the batch once more
+    same(ours / B, torchdistill, student)
+
+
+def test_cirkd_mini_batch_pixel_term(maps):
+    """After its 4×4 average pool: every ordered pair of images, a softmax per pair, no τ²."""
+    tau = 0.1
+    student, teacher = maps[0].requires_grad_(), maps[1]
+    pooled_s, pooled_t = (F.avg_pool2d(x, 4, 4) for x in (student, teacher))
+    s, t = (F.normalize(x, dim=1).permute(0, 2, 3, 1).reshape(B, -1, C) for x in (pooled_s, pooled_t))
+    want = 0.0
+    for i in range(B):
+        for j in range(B):
+            log_p = F.log_softmax(s[i] @ s[j].T / tau, 1)
+            want = want + F.kl_div(log_p, F.softmax(t[i] @ t[j].T / tau, 1), reduction="batchmean")
+    same(pixel_relation_kd(pooled_s, pooled_t, cross_image=True, temperature=tau), want / B**2, student)
+
+
+def test_cirkd_v2_channel_term_of_own_image_pairs(maps):
+    tau = 0.1
+    student, teacher = maps[0].requires_grad_(), maps[1]
+    s, t = (F.normalize(x.reshape(B, C, -1), dim=2) for x in (student, teacher))
+    want = 0.0
+    for i in range(B):
+        log_p = F.log_softmax(s[i] @ s[i].T / tau, 1)
+        want = want + F.kl_div(log_p, F.softmax(t[i] @ t[i].T / tau, 1), reduction="batchmean")
+    same(channel_kd(student, teacher, temperature=tau), want / B, student)
+
+
+def test_skds_pair_wise(maps):
+    """On max-pooled maps. Its norm is detached from the gradient; ours is not, so only the values agree."""
+    student, teacher = (F.max_pool2d(x, 2, 2) for x in maps)
+    student.requires_grad_()
+
+    def similarity(x, detach):
+        norm = x.square().sum(1, keepdim=True).sqrt()
+        x = (x / (norm.detach() if detach else norm)).flatten(2)
+        return torch.einsum("icm,icn->imn", x, x)
+
+    def theirs(detach):
+        nodes = student.shape[2] * student.shape[3]
+        return (similarity(teacher, detach) - similarity(student, detach)).square().sum() / nodes**2 / B
+
+    ours = pixel_relation_kd(student, teacher, distance="mse")
+    torch.testing.assert_close(ours, theirs(detach=True))
+    same(ours, theirs(detach=False), student)
+    detached = torch.autograd.grad(theirs(detach=True), student)[0]
+    assert not torch.allclose(
+        detached, torch.autograd.grad(pixel_relation_kd(student, teacher, distance="mse"), student)[0]
+    )
+
+
+def test_danet_channel_attention(maps):
+    """Its softmax(rowmax(E) − E) is softmax(−E)."""
+    student, teacher = (x * 0.3 for x in maps)
+    student.requires_grad_()
+
+    def attention(x):
+        x = x.reshape(B, C, -1)
+        energy = x @ x.transpose(1, 2)
+        return F.softmax(energy.max(-1, keepdim=True)[0].expand_as(energy) - energy, -1)
+
+    p_s, p_t = attention(student), attention(teacher)
+    want = (p_t * (p_t.log() - p_s.log())).sum(-1).mean()
+    same(channel_kd(student, teacher, similarity="dot", negate=True, temperature=1.0), want, student)
+
+
+def test_similarity_preserving(maps):
+    """SP relates the samples of a batch: the relation family with rows = samples."""
+    student, teacher = maps[0].requires_grad_(), maps[1]
+    g_s, g_t = (F.normalize(x.reshape(B, -1) @ x.reshape(B, -1).T, dim=1) for x in (student, teacher))
+    want = (g_t - g_s).square().sum() / B**2
+    rows = relation(student.reshape(1, B, -1), teacher.reshape(1, B, -1), similarity="dot", distance="row_cosine")
+    same(rows.sum() / B**2, want, student)
+
+
+def test_nst_polynomial_kernel(maps):
+    """Squared inner products between channel maps of norm 1: pixel relations in disguise."""
+    student, teacher = maps[0].requires_grad_(), maps[1]
+    s, t = (F.normalize(x.flatten(2), dim=2) for x in (student, teacher))
+    kernel = lambda a, b: (a @ b.mT).square().mean((1, 2))
+    want = (kernel(t, t) + kernel(s, s) - 2 * kernel(s, t)).mean()
+    ours = pixel_relation_kd(s, t, similarity="dot", distance="mse") * N**2 / C**2
+    same(ours, want, student)
+
+
+def test_centred_cosine_is_pearson_correlation(maps):
+    student, teacher = maps
+    r_s, r_t = (torch.stack([torch.corrcoef(x) for x in m.flatten(2)]) for m in (student, teacher))
+    want = (r_s - r_t).square().mean()
+    torch.testing.assert_close(channel_kd(student, teacher, centered=True, distance="mse"), want)
+
+
+def test_torch_kl_div_batchmean(maps):
+    student, teacher, tau = maps[0].requires_grad_(), maps[1], 2.0
+    s, t = student.reshape(B * C, N), teacher.reshape(B * C, N)
+    want = F.kl_div(F.log_softmax(s / tau, 1), F.softmax(t / tau, 1), reduction="batchmean") * tau**2
+    same(softmax_kl(s[None], t[None], temperature=tau).mean() * tau**2, want, student)
+    by_pixel = F.kl_div(
+        F.log_softmax(student.movedim(1, -1).reshape(-1, C) / tau, 1),
+        F.softmax(teacher.movedim(1, -1).reshape(-1, C) / tau, 1),
+        reduction="batchmean",
+    )
+    same(logit_kd(student, teacher, temperature=tau), by_pixel * tau**2, student)
+
+
+def test_a_channel_relation_per_sample_does_not_see_where(maps):
+    """A permutation of the pixels leaves it unchanged; the same shuffle of one network's samples shows when pooled."""
+    student, teacher = maps
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    shuffled = student.flatten(2)[:, :, order]
+    torch.testing.assert_close(channel_kd(shuffled, teacher.flatten(2)), channel_kd(student, teacher))
+
+
+def test_dist_pearson_per_pixel_has_no_gradient_for_two_classes():
+    """Why there is no such term here: over two classes a correlation is ±1, whatever the logits."""
+    logits = torch.randn(2, 10, dtype=torch.float64, requires_grad=True)
+    p = logits.softmax(0)
+    other = torch.randn(2, 10, dtype=torch.float64).softmax(0)
+    correlation = F.cosine_similarity(p - p.mean(0), other - other.mean(0), dim=0)
+    torch.testing.assert_close(correlation.abs(), torch.ones(10, dtype=torch.float64))
+    assert torch.autograd.grad(correlation.sum(), logits)[0].abs().max() < 1e-9
