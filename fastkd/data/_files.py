@@ -20,13 +20,17 @@ LAYOUT = """expected layout:
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014", "coco/train2014")
 
 
+class _Refused(pickle.UnpicklingError):
+    """The file names a class or a function."""
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Lists, dicts, strings and numbers only: a pickle that names any class or function is refused."""
 
     path: Path
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(
+        raise _Refused(
             f"{self.path} names {module}.{name}: a refs file holds lists, dicts, strings and integers only, so this "
             "file is not trusted and nothing of it was run. Fetch the refs file from its original source again"
         )
@@ -63,7 +67,7 @@ def _unpickle(content: bytes, path: Path, encoding: str) -> Any:
     reader.path = path
     try:
         return reader.load()
-    except (pickle.UnpicklingError, UnicodeDecodeError):
+    except (_Refused, UnicodeDecodeError):
         raise
     except Exception as error:  # a damaged pickle raises almost anything
         raise pickle.UnpicklingError(f"{path} can't be read as a pickle ({error}): fetch it again") from error

@@ -185,15 +185,18 @@ class RefCOCO:
         content = read_instances(path)
         images = {ref.image_id for ref in self.refs}
         annotations = {ref.ann_id: ref for ref in self.refs}
-        self._images: dict[int, dict[str, Any]] = {
-            i["id"]: {key: i[key] for key in ("file_name", "height", "width")}
-            for i in content["images"]
-            if i["id"] in images
-        }
-        self._segmentations: dict[int, Any] = {
-            a["id"]: a["segmentation"] for a in content["annotations"] if a["id"] in annotations
-        }
-        self.categories: dict[int, str] = {c["id"]: c["name"] for c in content.get("categories", ())}
+        try:
+            self._images: dict[int, dict[str, Any]] = {
+                i["id"]: {key: i[key] for key in ("file_name", "height", "width")}
+                for i in content["images"]
+                if i["id"] in images
+            }
+            self._segmentations: dict[int, Any] = {
+                a["id"]: a["segmentation"] for a in content["annotations"] if a["id"] in annotations
+            }
+            self.categories: dict[int, str] = {c["id"]: c["name"] for c in content.get("categories", ())}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} has an entry without the field {error}: fetch the file again") from error
         for ref in self.refs:
             if ref.image_id not in self._images:
                 raise ValueError(f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to")

@@ -1,0 +1,568 @@
+"""The RefCOCO reader, the dataset and the tokenizer, on small hand-made files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer
+from fastkd.data.masks import rasterise
+from fastkd.errors import FastKDWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+HEIGHT, WIDTH = 12, 20
+LEFT = [1, 2, 7, 2, 7, 8, 1, 8]  # columns 1-6, rows 2-7
+RIGHT = [5, 4, 11, 4, 11, 10, 5, 10]  # columns 5-10, rows 4-9
+SENTENCES = ("red circle", "leftmost circle", "the one on top")
+
+
+def a_ref(ref_id: int, split: str, image_id: int = 1, ann_id: int = 1, sentences: tuple[str, ...] = SENTENCES) -> dict:
+    said = [
+        {"raw": f"{text.title()}.", "sent": text, "sent_id": 10 * ref_id + k, "tokens": text.split()}
+        for k, text in enumerate(sentences)
+    ]
+    return {
+        "ref_id": ref_id,
+        "ann_id": ann_id,
+        "category_id": 7,
+        "image_id": image_id,
+        "split": split,
+        "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg",
+        "sent_ids": [s["sent_id"] for s in said],
+        "sentences": said,
+    }
+
+
+def write_set(
+    root: Path,
+    refs: Any = None,
+    segmentations: dict[int, Any] | None = None,
+    name: str = "refcoco",
+    split_by: str = "unc",
+    images: str | None = "images/train2014",
+) -> Path:
+    """A set of two images; ``refs`` may be bytes of a pickle."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if refs is None:
+        refs = [a_ref(0, "train"), a_ref(1, "val", image_id=2, ann_id=2), a_ref(2, "train", image_id=2, ann_id=2)]
+    content = refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=2)
+    (folder / f"refs({split_by}).p").write_bytes(content)
+    segmentations = {1: [LEFT], 2: [RIGHT], **(segmentations or {})}
+    instances = {
+        "images": [
+            {"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": HEIGHT, "width": WIDTH} for i in (1, 2)
+        ],
+        "annotations": [
+            {"id": k, "image_id": min(k, 2), "category_id": 7, "segmentation": s} for k, s in segmentations.items()
+        ],
+        "categories": [{"id": 7, "name": "circle"}],
+    }
+    (folder / "instances.json").write_text(json.dumps(instances))
+    if images is not None:
+        (root / images).mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for i in (1, 2):
+            picture = Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+            picture.save(root / images / f"COCO_train2014_{i:012d}.jpg", quality=95)
+    return root
+
+
+def box(left: int, top: int, right: int, bottom: int) -> np.ndarray:
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+# ---- the reader
+
+
+def test_reads_refs_images_and_masks(tmp_path: Path) -> None:
+    data = RefCOCO(write_set(tmp_path))
+    assert [ref.ref_id for ref in data] == [0, 2]
+    assert len(data) == 2
+    assert data.sentence_count == 6
+    ref = data.ref(2)
+    assert (ref.image_id, ref.ann_id, ref.category_id, ref.split) == (2, 2, 7, "train")
+    assert [s.text for s in ref.sentences] == list(SENTENCES)
+    assert [s.sent_id for s in ref.sentences] == [20, 21, 22]
+    assert data.categories == {7: "circle"}
+    assert data.image(1).shape == (HEIGHT, WIDTH, 3)
+    assert data.image(1).dtype == np.uint8
+    assert np.array_equal(data.mask(0), box(1, 2, 7, 8))
+    assert "2 refs" in repr(data)
+    with pytest.raises(KeyError, match="ref_id 1 is not in split 'train'"):
+        data.ref(1)
+
+
+def test_two_refs_of_one_annotation_stay_two(tmp_path: Path) -> None:
+    refs = [a_ref(0, "train", sentences=("one",)), a_ref(1, "train", sentences=("two",))]
+    data = RefCOCO(write_set(tmp_path, refs))
+    assert [data.ref(i).sentences[0].text for i in (0, 1)] == ["one", "two"]
+    assert np.array_equal(data.mask(0), data.mask(1))
+
+
+@pytest.mark.parametrize(("split", "expected"), [("testA", [0, 2]), ("testB", [1, 2]), ("val", [4])])
+def test_test_splits_go_by_their_letter(tmp_path: Path, split: str, expected: list[int]) -> None:
+    splits = ["testA", "testB", "testAB", "train", "val"]
+    write_set(tmp_path, [a_ref(k, s) for k, s in enumerate(splits)])
+    assert [ref.ref_id for ref in RefCOCO(tmp_path, split=split)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "split_by", "split"),
+    [("refcoco", "google", "test"), ("refcoco+", "unc", "testB"), ("refcocog", "umd", "test")],
+)
+def test_other_sets_and_splits(tmp_path: Path, name: str, split_by: str, split: str) -> None:
+    write_set(tmp_path, [a_ref(0, split)], name=name, split_by=split_by)
+    assert len(RefCOCO(tmp_path, name, split_by, split)) == 1
+
+
+def test_sentence_field(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    for field, text in (("sent", "red circle"), ("raw", "Red Circle."), ("raw.lower", "red circle.")):
+        assert RefCOCO(tmp_path, sentence_field=field).refs[0].sentences[0].text == text
+
+
+@pytest.mark.parametrize(
+    "folder", ["images/mscoco/images/train2014", "images/train2014", "train2014", "coco/train2014"]
+)
+def test_image_folders_are_probed(tmp_path: Path, folder: str) -> None:
+    data = RefCOCO(write_set(tmp_path, images=folder))
+    assert data.image_root == tmp_path / folder
+    assert data.image(1).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_image_root_can_be_named(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", images=None)
+    write_set(tmp_path / "elsewhere", images="photos")
+    data = RefCOCO(tmp_path / "set", image_root=tmp_path / "elsewhere/photos")
+    assert data.image(1).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_mask_rules(tmp_path: Path) -> None:
+    write_set(tmp_path, segmentations={1: [LEFT, RIGHT]})
+    left, right = box(1, 2, 7, 8), box(5, 4, 11, 10)
+    assert np.array_equal(RefCOCO(tmp_path).mask(0), left | right)
+    assert np.array_equal(RefCOCO(tmp_path, mask_rule="lavt").mask(0), left ^ right)
+
+
+@pytest.mark.parametrize("rule", ["union", "lavt"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_rle_masks(tmp_path: Path, rule: str, compressed: bool) -> None:
+    truth = box(3, 1, 9, 5)
+    if compressed:
+        rle = coco_mask.encode(np.asfortranarray(truth.astype(np.uint8)))
+        segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+    else:
+        runs = np.diff(np.flatnonzero(np.diff(np.r_[2, truth.T.ravel(), 2])))  # columns first, starting with zeros
+        segmentation = {"size": [HEIGHT, WIDTH], "counts": runs.tolist()}
+    write_set(tmp_path, segmentations={1: segmentation})
+    assert np.array_equal(RefCOCO(tmp_path, mask_rule=rule).mask(0), truth)
+
+
+# ---- refs pickles
+
+
+class Boom:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_that_names_a_class_is_refused_and_not_run(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    write_set(tmp_path, pickle.dumps([{"ref_id": Boom(trap)}]))
+    with pytest.raises(pickle.UnpicklingError, match=r"refs\(unc\)\.p names pathlib.*not trusted") as error:
+        RefCOCO(tmp_path)
+    assert "original source" in str(error.value)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("harmless", [OrderedDict(a=1), complex(1, 2), {1, 2}, np.int64(3), bytearray(b"x")])
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_even_harmless_classes_are_refused(tmp_path: Path, harmless: Any, protocol: int) -> None:
+    write_set(tmp_path, pickle.dumps([harmless], protocol=protocol))
+    with pytest.raises(pickle.UnpicklingError, match="not trusted"):
+        RefCOCO(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a pickle", pickle.dumps([a_ref(0, "train")])[:-20], b"\x80\x02}K\x01s."]
+)
+def test_a_damaged_pickle_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    write_set(tmp_path, content)
+    with pytest.raises(pickle.UnpicklingError, match=r"refs\(unc\)\.p can't be read as a pickle .*fetch it again"):
+        RefCOCO(tmp_path)
+
+
+def python2(refs: list[dict], text: str, stored: bytes) -> bytes:
+    """The pickle of Python 2, where ``text`` is a byte string holding ``stored``."""
+    unicode = b"X" + len(text.encode()).to_bytes(4, "little") + text.encode()
+    content = pickle.dumps(refs, protocol=2)
+    assert unicode in content
+    return content.replace(unicode, b"U" + bytes([len(stored)]) + stored)
+
+
+def test_python_2_strings_are_utf8_then_latin1_with_a_warning(tmp_path: Path) -> None:
+    refs = [a_ref(0, "train", sentences=("the cafe",))]
+    write_set(tmp_path, python2(refs, "the cafe", "the café".encode()))
+    assert RefCOCO(tmp_path).refs[0].sentences[0].text == "the café"
+    write_set(tmp_path, python2(refs, "the cafe", "the café".encode("latin1")))
+    with pytest.warns(FastKDWarning, match="not utf-8.*latin1"):
+        data = RefCOCO(tmp_path)
+    assert data.refs[0].sentences[0].text == "the café"
+
+
+# ---- bad files
+
+
+def test_missing_files_name_the_path_and_the_layout(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"refcoco.refs\(unc\)\.p doesn't exist; expected layout") as error:
+        RefCOCO(tmp_path / "nowhere")
+    assert "<root>/refcoco/{instances.json" in str(error.value)
+    (write_set(tmp_path) / "refcoco/instances.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"instances\.json doesn't exist; expected layout"):
+        RefCOCO(tmp_path)
+
+
+def test_missing_images_name_what_was_tried(tmp_path: Path) -> None:
+    write_set(tmp_path, images=None)
+    with pytest.raises(FileNotFoundError, match="no folder of images; tried") as error:
+        RefCOCO(tmp_path)
+    for folder in ("images/mscoco/images/train2014", "images/train2014", "train2014", "coco/train2014"):
+        assert str(tmp_path / folder) in str(error.value)
+    write_set(tmp_path)
+    (tmp_path / "images/train2014/COCO_train2014_000000000002.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 images are missing, such as .*000002\.jpg"):
+        RefCOCO(tmp_path)
+    with pytest.raises(FileNotFoundError, match="image_root is not a folder"):
+        RefCOCO(tmp_path, image_root=tmp_path / "nowhere")
+
+
+def test_a_corrupt_jpeg_is_named(tmp_path: Path) -> None:
+    path = write_set(tmp_path) / "images/train2014/COCO_train2014_000000000001.jpg"
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"GIF? no", b""):
+        path.write_bytes(damaged)
+        data = RefCOCO(tmp_path)
+        with pytest.raises(ValueError, match=r"000000000001\.jpg can't be decoded .*fetch it again"):
+            data.image(1)
+
+
+def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
+    path = write_set(tmp_path) / "images/train2014/COCO_train2014_000000000001.jpg"
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(path)
+    with pytest.raises(ValueError, match=r"000001\.jpg is 12 x 21 but instances\.json says 12 x 20"):
+        RefCOCO(tmp_path).image(1)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([], "annotation 1 .ref 0. has an empty segmentation"),
+        ([[]], "not a list of at least 3 points"),
+        ([[1, 2, 7, 8]], "not a list of at least 3 points"),
+        ([LEFT, [1, 2, 3]], "not a list of at least 3 points"),
+        ({"size": [HEIGHT, WIDTH], "counts": []}, "RLE without counts or size"),
+        ({"counts": [4]}, "RLE without counts or size"),
+        (None, "segmentation of type NoneType"),
+    ],
+)
+def test_an_unusable_segmentation_is_named_before_training(tmp_path: Path, segmentation: Any, message: str) -> None:
+    write_set(tmp_path, segmentations={1: segmentation})
+    with pytest.raises(ValueError, match=message):
+        RefCOCO(tmp_path)
+    assert len(RefCOCO(tmp_path, split="val")) == 1  # the other split doesn't use it
+
+
+def test_a_mask_without_pixels_or_of_another_size_is_an_error(tmp_path: Path) -> None:
+    write_set(tmp_path, segmentations={1: [[30, 30, 40, 30, 40, 40]]})
+    with pytest.raises(ValueError, match=r"annotation 1 \(ref 0\) covers no pixel of its 12 x 20 image"):
+        RefCOCO(tmp_path).mask(0)
+    write_set(tmp_path, segmentations={1: {"size": [5, 5], "counts": [3, 4, 18]}})
+    with pytest.raises(ValueError, match=r"RLE of size \[5, 5\] for an image of \[12, 20\]"):
+        RefCOCO(tmp_path).mask(0)
+    with pytest.raises(ValueError, match="mask rule must be one of 'union', 'lavt'; got 'xor'"):
+        rasterise([LEFT], HEIGHT, WIDTH, rule="xor")
+
+
+def test_damaged_json_and_missing_entries_are_named(tmp_path: Path) -> None:
+    write_set(tmp_path, [a_ref(0, "train", image_id=9)])
+    with pytest.raises(ValueError, match=r"no image 9, which ref 0"):
+        RefCOCO(tmp_path)
+    write_set(tmp_path, [a_ref(0, "train", ann_id=9)])
+    with pytest.raises(ValueError, match=r"no annotation 9, which ref 0"):
+        RefCOCO(tmp_path)
+    path = write_set(tmp_path) / "refcoco/instances.json"
+    for content, message in (
+        ("{", "can't be read as JSON"),
+        ("[]", "no list 'images'"),
+        ('{"images": []}', "no list 'annotations'"),
+        ('{"images": [{}], "annotations": []}', "without the field 'id'"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            RefCOCO(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("refs", "message"),
+    [
+        ({"a": 1}, "must hold a list of dicts; got dict"),
+        ([{**a_ref(0, "train"), "ann_id": [1]}], r"ref number 0 has ann_id = \[1\], where int is expected"),
+        ([{k: v for k, v in a_ref(0, "train").items() if k != "split"}], "split = None, where str is expected"),
+        ([a_ref(0, "train"), a_ref(0, "train")], "ref_id 0 more than once"),
+        ([a_ref(0, "train", sentences=())], "ref 0 has no sentence"),
+        ([a_ref(0, "train", sentences=("fine", " "))], "sentence 1 of ref 0 is empty in the field 'sent'"),
+        ([{**a_ref(0, "train"), "sentences": [{"raw": "x"}]}], "a sentence of ref 0 has no 'sent'"),
+        ([a_ref(0, "val"), a_ref(1, "val")], r"no ref of split 'train'; it has val \(2\)"),
+    ],
+)
+def test_bad_refs_are_named(tmp_path: Path, refs: Any, message: str) -> None:
+    write_set(tmp_path, refs)
+    with pytest.raises(ValueError, match=message):
+        RefCOCO(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, r"unknown split 'test': refcoco \(unc\) has 'train', 'val', 'testA', 'testB'"),
+        ({"name": "grefcoco"}, r"name='grefcoco' with split_by='unc' is not a known set; known: refcoco \(unc\)"),
+        ({"split_by": "umd"}, "split_by='umd' is not a known set"),
+        ({"mask_rule": "xor"}, "mask_rule must be one of 'union', 'lavt'; got 'xor'"),
+        ({"sentence_field": "text"}, "sentence_field must be one of 'sent', 'raw', 'raw.lower'; got 'text'"),
+        ({"check_counts": True}, "has 2 refs of split 'train', but the published set has 42404"),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: dict, message: str) -> None:
+    write_set(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        RefCOCO(tmp_path, **options)
+
+
+# ---- the dataset
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> RefCOCO:
+    return RefCOCO(write_set(tmp_path))
+
+
+def test_samples_and_batches(data: RefCOCO) -> None:
+    dataset = ReferDataset(data, load_tokenizer("shapes"), image_size=32, max_words=10, sentences="all")
+    assert len(dataset) == 6
+    sample = dataset[4]
+    assert (sample["ref_id"], sample["sent_id"], sample["image_id"]) == (2, 21, 2)
+    assert sample["sentence"] == "leftmost circle"
+    batch = collate([dataset[i] for i in (0, 4)])
+    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if isinstance(v, torch.Tensor)} == {
+        "image": ((2, 3, 32, 32), torch.float32),
+        "input_ids": ((2, 10), torch.int64),
+        "word_mask": ((2, 10), torch.bool),
+        "mask": ((2, 32, 32), torch.bool),
+    }
+    lists = {k: v for k, v in batch.items() if not isinstance(v, torch.Tensor)}
+    assert lists == {
+        "ref_id": [0, 2],
+        "sent_id": [0, 21],
+        "image_id": [1, 2],
+        "sentence": ["red circle", "leftmost circle"],
+    }
+    assert batch["word_mask"].sum(dim=1).tolist() == [4, 4]
+
+
+def test_images_are_bilinear_and_normalised_masks_nearest(data: RefCOCO) -> None:
+    sample = ReferDataset(data, load_tokenizer("shapes"), image_size=30)[0]
+    pixels = np.asarray(Image.fromarray(data.image(1)).resize((30, 30), Image.Resampling.BILINEAR)) / 255
+    expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    torch.testing.assert_close(sample["image"], torch.from_numpy(expected).permute(2, 0, 1).float())
+    rows = ((np.arange(30) + 0.5) * HEIGHT / 30).astype(int)
+    columns = ((np.arange(30) + 0.5) * WIDTH / 30).astype(int)
+    assert np.array_equal(sample["mask"].numpy(), data.mask(0)[rows][:, columns])
+
+
+def test_random_sentences_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+    refs = [a_ref(k, "train") for k in range(60)]
+    data, tokenizer = RefCOCO(write_set(tmp_path, refs)), load_tokenizer("shapes")
+
+    def drawn(seed: int, epoch: int) -> list[int]:
+        dataset = ReferDataset(data, tokenizer, image_size=8, seed=seed, cache=True)
+        dataset.set_epoch(epoch)
+        assert dataset.epoch == epoch
+        dataset[5]  # an extra draw changes nothing
+        return [dataset[i]["sent_id"] for i in range(len(dataset))]
+
+    first = drawn(0, 0)
+    assert first == drawn(0, 0)
+    assert first != drawn(0, 1) != drawn(1, 1)
+    counts = np.bincount([s % 10 for s in first], minlength=3)
+    assert counts.min() >= 8, "each of the three sentences should come up"
+
+
+def test_cache_gives_the_same_samples_and_no_views_of_itself(data: RefCOCO) -> None:
+    tokenizer = load_tokenizer("shapes")
+    plain, cached = (ReferDataset(data, tokenizer, image_size=16, cache=c) for c in (False, True))
+    cached.fill_cache()
+    for path in data.image_root.iterdir():
+        path.write_bytes(b"gone")
+    with pytest.raises(ValueError, match="can't be decoded"):
+        plain[0]
+    before = collate([cached[0], cached[1]])
+    spoilt = cached[0]
+    spoilt["image"].zero_()
+    spoilt["mask"].fill_(True)
+    after = collate([cached[0], cached[1]])
+    assert all(torch.equal(before[k], after[k]) for k in ("image", "mask"))
+    with pytest.raises(ValueError, match="cache=True"):
+        plain.fill_cache()
+
+
+def test_workers_see_the_epoch_and_give_the_same_samples(tmp_path: Path) -> None:
+    refs = [a_ref(k, "train") for k in range(12)]
+    dataset = ReferDataset(RefCOCO(write_set(tmp_path, refs)), load_tokenizer("shapes"), image_size=8)
+    pickle.loads(pickle.dumps(dataset))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=4, collate_fn=collate, num_workers=1, persistent_workers=True
+    )
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        seen = [s for batch in loader for s in batch["sent_id"]]
+        assert seen == [dataset[i]["sent_id"] for i in range(12)]
+
+
+def test_dataset_errors(data: RefCOCO) -> None:
+    tokenizer = load_tokenizer("shapes")
+    for options, message in (
+        ({"sentences": "first"}, "sentences must be 'random' .* or 'all'"),
+        ({"image_size": 0}, "image_size must be a positive integer; got 0"),
+        ({"max_words": 2}, "max_words must be an integer of at least 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ReferDataset(data, tokenizer, **options)
+    with pytest.raises(IndexError, match="index 2 is out of range"):
+        ReferDataset(data, tokenizer)[2]
+    with pytest.raises(ValueError, match="empty batch"):
+        collate([])
+
+
+# ---- the tokenizer
+
+
+def pieces_of(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    from fastkd.data.shapes import vocabulary
+
+    return [vocabulary()[i] for i in ids[mask]]
+
+
+def test_tokenizer_pads_splits_and_lower_cases() -> None:
+    tokenizer = load_tokenizer("shapes")
+    ids, mask = tokenizer(["the RED circle", "a wok, please"], 20)
+    assert ids.shape == mask.shape == (2, 20)
+    assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
+    assert pieces_of(ids[0], mask[0]) == ["[CLS]", "the", "red", "circle", "[SEP]"]
+    expected = ["[CLS]", "a", "w", "##o", "##k", "[UNK]", "p", "##l", "##e", "##a", "##s", "##e", "[SEP]"]
+    assert pieces_of(ids[1], mask[1]) == expected
+    assert (ids[~mask] == 0).all()
+    assert tokenizer.name == "shapes"
+    assert 100 < tokenizer.vocab_size < 200
+    assert ids.max() < tokenizer.vocab_size
+
+
+def test_a_long_sentence_is_cut_with_one_warning(recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = load_tokenizer("shapes")
+    sentence = " ".join(["red"] * 9)
+    with pytest.warns(FastKDWarning, match=r"11 word pieces was cut to max_words=5: 'red red"):
+        ids, mask = tokenizer([sentence], 5)
+    assert pieces_of(ids[0], mask[0]) == ["[CLS]", *["red"] * 4]
+    tokenizer([sentence], 5)  # said once: a second warning would be an error here
+    assert not [w for w in recwarn if issubclass(w.category, FastKDWarning)]
+
+
+def test_tokenizer_from_files(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", *"xyz", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "##dish"]) + "\n")
+    for source in (vocabulary, str(tmp_path)):
+        tokenizer = load_tokenizer(source)
+        assert tokenizer.vocab_size == 10
+        assert tokenizer.name == str(source)
+        assert tokenizer(["Reddish"], 4)[0].tolist() == [[5, 8, 9, 6]]
+    tokenizer._inner.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved")(["Reddish"], 4)[0].tolist() == [[5, 8, 9, 6]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("red\ngreen\n", r"lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]"),
+        ("[UNK]\n[PAD]\n[CLS]\n[SEP]\n", r"\[PAD\] must be the first entry"),
+        ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\nred\n", "an entry twice"),
+    ],
+)
+def test_bad_vocabularies(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "vocab.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path / "vocab.txt")
+
+
+def test_tokenizer_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no file or folder; give 'shapes'"):
+        load_tokenizer(tmp_path / "nowhere.txt")
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor vocab\.txt"):
+        load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer("shapes")
+    for sentences, max_words, error, message in (
+        (["red", "  "], 20, ValueError, "sentence 1 is empty"),
+        ([], 20, ValueError, "sentences is empty"),
+        ("red circle", 20, TypeError, "sentences must be a list of strings"),
+        ([3], 20, TypeError, "sentences must be a list of strings"),
+        (["red"], 2, ValueError, "max_words must be an integer of at least 3"),
+    ):
+        with pytest.raises(error, match=message):
+            tokenizer(sentences, max_words)
+
+
+# ---- imports
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_lazy_and_a_missing_extra_is_named() -> None:
+    out = run_python(
+        "import sys, fastkd.data as d, fastkd.data.shapes as s\n"
+        "assert not {'torch', 'numpy', 'PIL', 'transformers', 'pycocotools'} & set(sys.modules)\n"
+        "sys.modules['pycocotools'] = None\n"
+        "for get in (lambda: d.RefCOCO, lambda: d.ReferDataset):\n"
+        "    try: get()\n"
+        "    except ImportError as e: print(e)\n"
+        "try: d.nonsense\n"
+        "except AttributeError as e: print(e)\n"
+        "print('make_shapes' in dir(d))\n"
+    )
+    lines = out.splitlines()
+    assert len(lines) == 4
+    for line in lines[:2]:
+        assert "needs the package 'pycocotools" in line
+        assert "pip install 'fastkd[ris]'" in line
+    assert lines[2:] == ["module 'fastkd.data' has no attribute 'nonsense'", "True"]
