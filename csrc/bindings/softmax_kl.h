@@ -40,6 +40,7 @@ void define_softmax_kl(py::module_& module, const char* extra, ForwardKernel for
             args.teacher_strides = {teacher_strides.first, teacher_strides.second};
             args.dtype = dtype;
             args.temperature = parse_temperature(temperature);
+            args.inv_temperature = 1 / args.temperature;
             const py::gil_scoped_release unlocked;
             forward(args, extra_value);
         },
@@ -70,6 +71,7 @@ void define_softmax_kl(py::module_& module, const char* extra, ForwardKernel for
             args.teacher_strides = {teacher_strides.first, teacher_strides.second};
             args.dtype = dtype;
             args.temperature = parse_temperature(temperature);
+            args.inv_temperature = 1 / args.temperature;
             const py::gil_scoped_release unlocked;
             backward(args, extra_value);
         },

@@ -7,8 +7,8 @@
 //     d loss/d s = (p_s - p_t)/tau,    p_x = e^{x/tau - lse_x}
 //
 // The maxima are taken off before anything is multiplied or summed, so the result is as exact at logits of 1e4 as at 1,
-// and student == teacher gives 0. One pass over a row is enough: sums over two parts of a row are brought to common
-// maxima and added, which is what KLState does.
+// and student == teacher gives 0. One pass over a row is enough: sums over parts of a row are raised to common maxima
+// and added, which is what KLState does.
 #pragma once
 
 #include <cmath>
@@ -43,6 +43,7 @@ struct Forward {
     RowStrides teacher_strides;
     DType dtype;
     double temperature;
+    double inv_temperature;
 };
 
 struct Backward {
@@ -58,6 +59,7 @@ struct Backward {
     RowStrides teacher_strides;
     DType dtype;
     double temperature;
+    double inv_temperature;
 };
 
 template <class T>
@@ -74,11 +76,11 @@ FASTKD_HD T shift_of(T max) {
 // The sums over a part of a row, relative to the maxima of that part. NaN and +inf end as NaN in the sums.
 template <class T>
 struct KLState {
-    T max_s = minus_infinity<T>();
-    T max_t = minus_infinity<T>();
-    T z_s = 0;
-    T z_t = 0;
-    T a = 0;
+    T max_s, max_t;
+    T z_s, z_t;
+    T a;
+
+    static FASTKD_HD KLState of_nothing() { return {minus_infinity<T>(), minus_infinity<T>(), T(0), T(0), T(0)}; }
 
     // Makes the sums relative to larger maxima; smaller ones change nothing.
     FASTKD_HD void raise(T new_max_s, T new_max_t, T inv_temperature) {
@@ -102,17 +104,11 @@ struct KLState {
         a += more_a;
     }
 
-    FASTKD_HD void merge(KLState other, T inv_temperature) {
-        raise(other.max_s, other.max_t, inv_temperature);
-        other.raise(max_s, max_t, inv_temperature);
-        add(other.z_s, other.z_t, other.a);
-    }
-
     FASTKD_HD T loss() const { return a / z_t + std::log(z_s / z_t); }
 };
 
-FASTKD_HD double log_sum_exp(double max, double z_log, double temperature) {
-    return max / temperature + z_log;
+FASTKD_HD double log_sum_exp(double max, double z_log, double inv_temperature) {
+    return max * inv_temperature + z_log;
 }
 
 // x/tau - lse without the rounding of either: (x - center) * (1/tau) - rest, where the center lies near the row's
@@ -122,9 +118,9 @@ struct LogSoftmax {
     T center;
     T rest;
 
-    FASTKD_HD LogSoftmax(double lse, double temperature)
+    FASTKD_HD LogSoftmax(double lse, double temperature, double inv_temperature)
         : center(static_cast<T>(lse * temperature)),
-          rest(static_cast<T>(lse - static_cast<double>(center) / temperature)) {}
+          rest(static_cast<T>(lse - static_cast<double>(center) * inv_temperature)) {}
 };
 
 } // namespace fastkd::softmax_kl

@@ -94,7 +94,7 @@ void forward(const Forward& args, int threads) {
     using T = Compute<S>;
     constexpr std::int64_t block = block_bytes / sizeof(T);
     const Shape shape = args.shape;
-    const ScaledExp<T> exp{static_cast<T>(1 / args.temperature)};
+    const ScaledExp<T> exp{static_cast<T>(args.inv_temperature)};
     const auto* student = static_cast<const S*>(args.student);
     const auto* teacher = static_cast<const S*>(args.teacher);
     auto* loss = static_cast<T*>(args.loss);
@@ -102,15 +102,15 @@ void forward(const Forward& args, int threads) {
     for (std::int64_t r = 0; r < shape.count(); ++r) {
         const S* s = student + row_offset(args.student_strides, shape.rows, r);
         const S* t = teacher + row_offset(args.teacher_strides, shape.rows, r);
-        KLState<double> state;
+        auto state = KLState<double>::of_nothing();
         for (std::int64_t begin = 0; begin < shape.cols; begin += block) {
             const std::int64_t count = shape.cols - begin < block ? shape.cols - begin : block;
             state.raise(block_max(s + begin, count), block_max(t + begin, count), exp.scale);
             accumulate(state, s + begin, t + begin, count, exp);
         }
         loss[r] = static_cast<T>(state.loss());
-        args.lse_student[r] = softmax_kl::log_sum_exp(state.max_s, __builtin_log(state.z_s), args.temperature);
-        args.lse_teacher[r] = softmax_kl::log_sum_exp(state.max_t, __builtin_log(state.z_t), args.temperature);
+        args.lse_student[r] = softmax_kl::log_sum_exp(state.max_s, __builtin_log(state.z_s), args.inv_temperature);
+        args.lse_teacher[r] = softmax_kl::log_sum_exp(state.max_t, __builtin_log(state.z_t), args.inv_temperature);
     }
 }
 
@@ -157,7 +157,7 @@ template <class S, bool stream>
 void backward(const Backward& args, int threads) {
     using T = Compute<S>;
     const Shape shape = args.shape;
-    const ScaledExp<T> exp{static_cast<T>(1 / args.temperature)};
+    const ScaledExp<T> exp{static_cast<T>(args.inv_temperature)};
     const auto* student = static_cast<const S*>(args.student);
     const auto* teacher = static_cast<const S*>(args.teacher);
     const auto* grad_loss = static_cast<const T*>(args.grad_loss);
@@ -169,10 +169,11 @@ void backward(const Backward& args, int threads) {
             const S* s = student + row_offset(args.student_strides, shape.rows, r);
             const S* t = teacher + row_offset(args.teacher_strides, shape.rows, r);
             const T scale =
-                static_cast<T>(grad_loss[row_offset(args.grad_loss_strides, shape.rows, r)] / args.temperature);
+                static_cast<T>(grad_loss[row_offset(args.grad_loss_strides, shape.rows, r)] * args.inv_temperature);
             row_gradient<S, stream>(s, t, grad_student + r * shape.cols, shape.cols,
-                                    LogSoftmax<T>(args.lse_student[r], args.temperature),
-                                    LogSoftmax<T>(args.lse_teacher[r], args.temperature), exp, scale);
+                                    LogSoftmax<T>(args.lse_student[r], args.temperature, args.inv_temperature),
+                                    LogSoftmax<T>(args.lse_teacher[r], args.temperature, args.inv_temperature), exp,
+                                    scale);
         }
         if constexpr (stream) {
             stream_fence();

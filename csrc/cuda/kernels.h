@@ -1,0 +1,13 @@
+// Every CUDA launcher: enqueues on a stream of the current device, waits for nothing, returns CUDA's error code.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "common/softmax_kl.h"
+
+namespace fastkd::cuda {
+
+cudaError_t softmax_kl_forward(const softmax_kl::Forward& args, cudaStream_t stream);
+cudaError_t softmax_kl_backward(const softmax_kl::Backward& args, cudaStream_t stream);
+
+} // namespace fastkd::cuda

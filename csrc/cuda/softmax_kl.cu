@@ -1,0 +1,262 @@
+// softmax_kl on a GPU. The formulas are those of common/softmax_kl.h; here is how rows are spread over threads.
+//
+// A row belongs to a group of threads: one warp, several rows to a block, where rows are short, else a whole block.
+// Each thread walks its share of the row 16 bytes at a time and keeps a KLState; the states of a group are raised to
+// common maxima and added in a fixed order, lanes by shuffles, then warps through shared memory. No atomics: two runs
+// give the same bits.
+#include "common/softmax_kl.h"
+
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+
+namespace fastkd::cuda {
+namespace {
+
+using softmax_kl::Backward;
+using softmax_kl::Forward;
+using softmax_kl::KLState;
+using softmax_kl::LogSoftmax;
+using softmax_kl::RowStrides;
+
+constexpr int block_threads = 256;
+constexpr std::int64_t short_row_bytes = 8192; // up to here one warp to a row was judged enough
+constexpr std::int64_t max_blocks = 1 << 20;   // each block takes several rows where there are more
+
+FASTKD_DEVICE std::int64_t row_offset(RowStrides strides, std::int64_t rows, std::int64_t index) {
+    return index / rows * strides.batch + index % rows * strides.row;
+}
+
+// A row in three parts: elements before the first multiple of 16 bytes, packs of 16 bytes, elements after them. Where
+// the arrays' addresses are not aligned alike there are no packs, and everything is in the last part.
+template <class S>
+struct RowParts {
+    std::int64_t head = 0;
+    std::int64_t packs = 0;
+    std::int64_t tail_begin = 0;
+
+    FASTKD_DEVICE RowParts(const S* a, const S* b, const S* c, std::int64_t cols) {
+        const auto beyond = reinterpret_cast<std::uintptr_t>(a) % 16;
+        if (reinterpret_cast<std::uintptr_t>(b) % 16 != beyond || reinterpret_cast<std::uintptr_t>(c) % 16 != beyond) {
+            return;
+        }
+        head = static_cast<std::int64_t>((16 - beyond) % 16 / sizeof(S));
+        if (head > cols) {
+            head = cols;
+        }
+        packs = (cols - head) / Pack<S>::size;
+        tail_begin = head + packs * Pack<S>::size;
+    }
+};
+
+// Adds `count` pairs of logits, relative to maxima raised once for all of them.
+template <class T, int count>
+FASTKD_DEVICE void accumulate(KLState<T>& state, const T (&x_s)[count], const T (&x_t)[count], T inv_temperature) {
+    T max_s = state.max_s, max_t = state.max_t;
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+        max_s = x_s[k] > max_s ? x_s[k] : max_s;
+        max_t = x_t[k] > max_t ? x_t[k] : max_t;
+    }
+    if (max_s > state.max_s || max_t > state.max_t) {
+        state.raise(max_s, max_t, inv_temperature);
+    }
+    const T shift_s = softmax_kl::shift_of(state.max_s), shift_t = softmax_kl::shift_of(state.max_t);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+        const T u_s = (x_s[k] - shift_s) * inv_temperature;
+        const T u_t = (x_t[k] - shift_t) * inv_temperature;
+        const T e_t = std::exp(u_t);
+        // 0 * log 0 = 0: where the teacher's probability is 0, the student's may be too.
+        state.add(std::exp(u_s), e_t, e_t == T(0) ? T(0) : e_t * (u_t - u_s));
+    }
+}
+
+template <class T>
+FASTKD_DEVICE T max_of_lanes(T value) {
+#pragma unroll
+    for (int mask = warp_size / 2; mask > 0; mask /= 2) {
+        const T other = shuffle_xor(value, mask);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+
+template <class T>
+FASTKD_DEVICE T sum_of_lanes(T value) {
+#pragma unroll
+    for (int mask = warp_size / 2; mask > 0; mask /= 2) {
+        value += shuffle_xor(value, mask);
+    }
+    return value;
+}
+
+// The sums of a warp's states, in each of its lanes.
+template <class T>
+FASTKD_DEVICE void merge_lanes(KLState<T>& state, T inv_temperature) {
+    state.raise(max_of_lanes(state.max_s), max_of_lanes(state.max_t), inv_temperature);
+    state.z_s = sum_of_lanes(state.z_s);
+    state.z_t = sum_of_lanes(state.z_t);
+    state.a = sum_of_lanes(state.a);
+}
+
+// The sums of `warps` warps' states, in the first warp.
+template <int warps, class T>
+FASTKD_DEVICE void merge_warps(KLState<T>& state, int lane, T inv_temperature) {
+    FASTKD_SHARED KLState<T> of_warp[warps];
+    if (lane % warp_size == 0) {
+        of_warp[lane / warp_size] = state;
+    }
+    block_barrier();
+    if (lane < warp_size) {
+        state = lane < warps ? of_warp[lane] : KLState<T>::of_nothing();
+        merge_lanes(state, inv_temperature);
+    }
+    block_barrier(); // of_warp may be written again
+}
+
+// blockDim is (group, groups): `group` threads to a row.
+template <class S, int group>
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) forward_kernel(Forward args) {
+    using T = Compute<S>;
+    constexpr int groups = block_threads / group;
+    constexpr int warps = group / warp_size;
+    const T inv_temperature = static_cast<T>(args.inv_temperature);
+    const int lane = thread_x();
+    for (std::int64_t first = block_x() * groups; first < args.shape.count(); first += grid_x() * groups) {
+        const std::int64_t row = first + thread_y();
+        const bool mine = row < args.shape.count();
+        auto state = KLState<T>::of_nothing();
+        if (mine) {
+            const S* s = static_cast<const S*>(args.student) + row_offset(args.student_strides, args.shape.rows, row);
+            const S* t = static_cast<const S*>(args.teacher) + row_offset(args.teacher_strides, args.shape.rows, row);
+            const RowParts<S> parts(s, t, t, args.shape.cols);
+            const auto one = [&](std::int64_t i) {
+                const T x_s[1] = {widen(s[i])}, x_t[1] = {widen(t[i])};
+                accumulate(state, x_s, x_t, inv_temperature);
+            };
+            for (std::int64_t i = lane; i < parts.head; i += group) {
+                one(i);
+            }
+            for (std::int64_t i = lane; i < parts.packs; i += group) {
+                constexpr int size = Pack<S>::size;
+                const Pack<S> pack_s = load_pack(s + parts.head + i * size);
+                const Pack<S> pack_t = load_pack(t + parts.head + i * size);
+                T x_s[size], x_t[size];
+#pragma unroll
+                for (int k = 0; k < size; ++k) {
+                    x_s[k] = widen(pack_s.at[k]);
+                    x_t[k] = widen(pack_t.at[k]);
+                }
+                accumulate(state, x_s, x_t, inv_temperature);
+            }
+            for (std::int64_t i = parts.tail_begin + lane; i < args.shape.cols; i += group) {
+                one(i);
+            }
+        }
+        merge_lanes(state, inv_temperature);
+        if constexpr (warps > 1) {
+            merge_warps<warps>(state, lane, inv_temperature);
+        }
+        if (mine && lane == 0) {
+            static_cast<T*>(args.loss)[row] = state.loss();
+            args.lse_student[row] = softmax_kl::log_sum_exp(state.max_s, std::log(state.z_s), args.inv_temperature);
+            args.lse_teacher[row] = softmax_kl::log_sum_exp(state.max_t, std::log(state.z_t), args.inv_temperature);
+        }
+    }
+}
+
+template <class S, int group>
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) backward_kernel(Backward args) {
+    using T = Compute<S>;
+    constexpr int groups = block_threads / group;
+    const T inv_temperature = static_cast<T>(args.inv_temperature);
+    const int lane = thread_x();
+    for (std::int64_t row = block_x() * groups + thread_y(); row < args.shape.count(); row += grid_x() * groups) {
+        const S* s = static_cast<const S*>(args.student) + row_offset(args.student_strides, args.shape.rows, row);
+        const S* t = static_cast<const S*>(args.teacher) + row_offset(args.teacher_strides, args.shape.rows, row);
+        S* out = static_cast<S*>(args.grad_student) + row * args.shape.cols;
+        const T grad_loss =
+            static_cast<const T*>(args.grad_loss)[row_offset(args.grad_loss_strides, args.shape.rows, row)];
+        const T scale = static_cast<T>(grad_loss * args.inv_temperature);
+        const LogSoftmax<T> log_s(args.lse_student[row], args.temperature, args.inv_temperature);
+        const LogSoftmax<T> log_t(args.lse_teacher[row], args.temperature, args.inv_temperature);
+        const auto gradient = [&](S stored_s, S stored_t) {
+            const T p_s = std::exp((widen(stored_s) - log_s.center) * inv_temperature - log_s.rest);
+            const T p_t = std::exp((widen(stored_t) - log_t.center) * inv_temperature - log_t.rest);
+            return narrow<S>((p_s - p_t) * scale);
+        };
+        const RowParts<S> parts(s, t, out, args.shape.cols);
+        for (std::int64_t i = lane; i < parts.head; i += group) {
+            out[i] = gradient(s[i], t[i]);
+        }
+        for (std::int64_t i = lane; i < parts.packs; i += group) {
+            constexpr int size = Pack<S>::size;
+            const Pack<S> pack_s = load_pack(s + parts.head + i * size);
+            const Pack<S> pack_t = load_pack(t + parts.head + i * size);
+            Pack<S> pack;
+#pragma unroll
+            for (int k = 0; k < size; ++k) {
+                pack.at[k] = gradient(pack_s.at[k], pack_t.at[k]);
+            }
+            store_pack(out + parts.head + i * size, pack);
+        }
+        for (std::int64_t i = parts.tail_begin + lane; i < args.shape.cols; i += group) {
+            out[i] = gradient(s[i], t[i]);
+        }
+    }
+}
+
+template <int group>
+Grid grid_of(std::int64_t rows) {
+    constexpr int groups = block_threads / group;
+    const std::int64_t blocks = (rows + groups - 1) / groups;
+    return {blocks < max_blocks ? blocks : max_blocks, group, groups};
+}
+
+template <class S>
+cudaError_t forward(const Forward& args, cudaStream_t stream) {
+    if (args.shape.cols * static_cast<std::int64_t>(sizeof(S)) <= short_row_bytes) {
+        return launch(forward_kernel<S, warp_size>, grid_of<warp_size>(args.shape.count()), stream, args);
+    }
+    return launch(forward_kernel<S, block_threads>, grid_of<block_threads>(args.shape.count()), stream, args);
+}
+
+template <class S>
+cudaError_t backward(const Backward& args, cudaStream_t stream) {
+    if (args.shape.cols * static_cast<std::int64_t>(sizeof(S)) <= short_row_bytes) {
+        return launch(backward_kernel<S, warp_size>, grid_of<warp_size>(args.shape.count()), stream, args);
+    }
+    return launch(backward_kernel<S, block_threads>, grid_of<block_threads>(args.shape.count()), stream, args);
+}
+
+} // namespace
+
+cudaError_t softmax_kl_forward(const Forward& args, cudaStream_t stream) {
+    switch (args.dtype) {
+    case DType::Float32:
+        return forward<float>(args, stream);
+    case DType::Float16:
+        return forward<Half>(args, stream);
+    case DType::BFloat16:
+        return forward<BFloat16>(args, stream);
+    case DType::Float64:
+        return forward<double>(args, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+cudaError_t softmax_kl_backward(const Backward& args, cudaStream_t stream) {
+    switch (args.dtype) {
+    case DType::Float32:
+        return backward<float>(args, stream);
+    case DType::Float16:
+        return backward<Half>(args, stream);
+    case DType::BFloat16:
+        return backward<BFloat16>(args, stream);
+    case DType::Float64:
+        return backward<double>(args, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+} // namespace fastkd::cuda
