@@ -1,0 +1,28 @@
+"""Store a trained model in fp16, for shipping: ``python scripts/pack_teacher.py runs/teacher/best DEST``.
+
+Loading casts back to the model's own precision.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fastkd.models import RISModel
+
+LIMIT = 6 * 2**20
+
+
+def main(source: str, destination: str) -> None:
+    model = RISModel.from_pretrained(source)
+    model.half().save_pretrained(destination)
+    size = sum(file.stat().st_size for file in Path(destination).iterdir())
+    print(f"{destination}: {sum(p.numel() for p in model.parameters())} parameters, {size / 2**20:.2f} MiB")
+    if size > LIMIT:
+        sys.exit(f"{destination} is over {LIMIT / 2**20:.0f} MiB: too large to ship")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
