@@ -29,8 +29,9 @@ def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dic
     from fastkd.kernels import softmax_kl as family
 
     acc = "fp64" if dtype == "fp64" else "fp32"
-    for regime in (*family.SHORT, family.LONG):
-        blocks = family.blocks_for(regime.cols + (regime is family.LONG), 8 if dtype == "fp64" else 2)
+    itemsize = 8 if dtype == "fp64" else 2
+    widths = [blocks.cols for blocks in family.SHORT] + [family.LONG.cols + 1]
+    for blocks in dict.fromkeys(family.blocks_for(width, itemsize) for width in widths):
         for name in ("forward", "backward"):
             kernel = getattr(family, f"{name}_kernel")
             types = {}
@@ -39,7 +40,7 @@ def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dic
                     types[argument] = f"*{dtype}"
                 elif argument.endswith("_ptr"):
                     types[argument] = f"*{acc}"
-                elif argument == "temperature":
+                elif argument == "inv_temperature":
                     types[argument] = "fp64"
                 elif argument.isupper():
                     types[argument] = "constexpr"

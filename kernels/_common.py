@@ -23,9 +23,9 @@ INTERPRETED: bool = not isinstance(_interpreted, triton.runtime.JITFunction)
 
 
 @triton.jit
-def reciprocal(x, dtype: tl.constexpr):
-    """1/x in ``dtype`` for a scalar argument ``x: tl.float64`` (the interpreter hands it over as a Python float)."""
-    return (tl.full((), 1.0, tl.float64) / x).to(dtype)
+def float64(x):
+    """A scalar argument ``x: tl.float64`` as a tensor (the interpreter hands it over as a Python float)."""
+    return tl.full((), 0.0, tl.float64) + x
 
 
 _TRUNCATES = tl.constexpr(INTERPRETED)
@@ -36,7 +36,7 @@ def round_to(x, dtype: tl.constexpr):
     """``x`` in ``dtype``, rounded to nearest even (the interpreter's own cast from fp32 to bf16 truncates)."""
     if _TRUNCATES and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a NaN keeps its bits
     return x.to(dtype)
 

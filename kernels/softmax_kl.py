@@ -1,12 +1,14 @@
 r"""``softmax_kl`` in Triton: the KL divergence between the softmaxes of matching rows, reading each input once a pass.
 
-With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}` for x = s (student) and
-t (teacher),
+With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}`,
+x being the student's s or the teacher's t,
 
 .. math:: \mathrm{KL}(p_t \| p_s) = \sum_j p_{t,j} \frac{t_j - s_j}{\tau} - \ell_t + \ell_s .
 
-The forward kernel writes one loss and the two ℓ per row; the backward kernel needs the inputs and ℓ only. Arithmetic is
-fp32 (fp64 for fp64 inputs). On a GPU 2^x is the hardware's approximation (about 2 ulp, subnormal results are 0).
+The forward kernel writes one loss and, per row and input, the two parts of ℓ: the maximum m and z = Σ e^{(x−m)/τ}.
+Kept apart they are exact at logits of 1e4 and at τ = 20, where one fp32 number could not hold both. The backward kernel
+needs nothing else but the inputs. Arithmetic is fp32 (fp64 for fp64 inputs). On a GPU 2^x is the hardware's
+approximation (about 2 ulp, subnormal results are 0).
 """
 
 from __future__ import annotations
@@ -15,9 +17,8 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from fastkd.kernels._common import LOG2E, cdiv, float64, launching_on, round_to
 from torch import Tensor
-
-from fastkd.kernels._common import LOG2E, cdiv, launching_on, reciprocal, round_to
 
 
 class Blocks(NamedTuple):
@@ -61,9 +62,8 @@ def blocks_for(cols: int, itemsize: int) -> Blocks:
 def forward_kernel(
     student_ptr,  # (batch, rows, cols), strides below, inner stride 1
     teacher_ptr,
-    loss_ptr,  # (batch · rows,) contiguous, as the two that follow
-    lse_student_ptr,  # float64, as a maximum of 1e4 and the logarithm beside it do not fit one fp32
-    lse_teacher_ptr,
+    loss_ptr,  # (batch · rows,) contiguous
+    statistics_ptr,  # (4, batch · rows) contiguous: m_s, z_s, m_t, z_t
     n_rows,  # batch · rows
     rows_per_batch,
     cols,
@@ -71,13 +71,13 @@ def forward_kernel(
     student_stride_r,
     teacher_stride_b,
     teacher_stride_r,
-    temperature: tl.float64,
+    inv_temperature: tl.float64,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Losses and ℓ of ``ROWS`` rows to a program, ``COLS`` columns at a time."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
-    inv_tau = reciprocal(temperature, ACC)
+    inv_tau = float64(inv_temperature).to(ACC)
     scale = inv_tau * LOG2E
 
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -126,18 +126,18 @@ def forward_kernel(
     z_t = tl.sum(z_t * weight, axis=1)
     a = tl.sum(tl.where(weight == 0.0, 0.0, a * weight), axis=1)
 
-    log_z_s = tl.log(z_s)
-    log_z_t = tl.log(z_t)
-    loss = (a / z_t + (top_s - top_t)) * inv_tau + (log_z_s - log_z_t)
+    loss = (a / z_t + (top_s - top_t)) * inv_tau + tl.log(z_s / z_t)
     tl.store(loss_ptr + row, loss, mask=here)
-    tl.store(lse_student_ptr + row, top_s.to(tl.float64) / temperature + log_z_s, mask=here)
-    tl.store(lse_teacher_ptr + row, top_t.to(tl.float64) / temperature + log_z_t, mask=here)
+    tl.store(statistics_ptr + row, top_s, mask=here)
+    tl.store(statistics_ptr + n_rows.to(tl.int64) + row, z_s, mask=here)
+    tl.store(statistics_ptr + 2 * n_rows.to(tl.int64) + row, top_t, mask=here)
+    tl.store(statistics_ptr + 3 * n_rows.to(tl.int64) + row, z_t, mask=here)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Backward. ∂ℓ_s/∂s_j = p_{s,j}/τ and the sum in KL is linear in s, so for a row's incoming gradient g
 #
-#     ∂(g·KL)/∂s_j = (g/τ) (p_{s,j} − p_{t,j}),      p_{x,j} = e^{x_j/τ − ℓ_x}.
+#     ∂(g·KL)/∂s_j = (g/τ) (p_{s,j} − p_{t,j}),      p_{x,j} = e^{(x_j − m_x)/τ} / z_x.
 #
 # Every element is written by one program, independently of all others: two runs give the same bits.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,8 +146,7 @@ def backward_kernel(
     grad_loss_ptr,  # (batch, rows), strides below, possibly 0
     student_ptr,
     teacher_ptr,
-    lse_student_ptr,  # (batch · rows,) contiguous
-    lse_teacher_ptr,
+    statistics_ptr,  # (4, batch · rows) contiguous
     grad_student_ptr,  # (batch, rows, cols) contiguous
     n_rows,
     rows_per_batch,
@@ -158,13 +157,14 @@ def backward_kernel(
     student_stride_r,
     teacher_stride_b,
     teacher_stride_r,
-    temperature: tl.float64,
+    inv_temperature: tl.float64,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """The gradient of one ``ROWS`` × ``COLS`` block to a program."""
     ACC: tl.constexpr = grad_loss_ptr.dtype.element_ty
-    inv_tau = reciprocal(temperature, ACC)
+    inv_tau = float64(inv_temperature).to(ACC)
+    scale = inv_tau * LOG2E
 
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < n_rows
@@ -174,27 +174,22 @@ def backward_kernel(
     mask = here[:, None] & (j < cols)
 
     g = tl.load(grad_loss_ptr + b * grad_stride_b + r * grad_stride_r, mask=here, other=0.0).to(ACC)
-    lse_s = tl.load(lse_student_ptr + row, mask=here, other=0.0)
-    lse_t = tl.load(lse_teacher_ptr + row, mask=here, other=0.0)
+    m_s = tl.load(statistics_ptr + row, mask=here, other=0.0)
+    z_s = tl.load(statistics_ptr + n_rows.to(tl.int64) + row, mask=here, other=1.0)
+    m_t = tl.load(statistics_ptr + 2 * n_rows.to(tl.int64) + row, mask=here, other=0.0)
+    z_t = tl.load(statistics_ptr + 3 * n_rows.to(tl.int64) + row, mask=here, other=1.0)
     s = tl.load(student_ptr + (b * student_stride_b + r * student_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
     t = tl.load(teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
 
-    # x/τ − ℓ = (x − c)/τ − rest, c near the row's largest logit: x − c is exact where it matters, and the rest is small.
-    c_s = (lse_s * temperature).to(ACC)
-    c_t = (lse_t * temperature).to(ACC)
-    rest_s = (lse_s - c_s.to(tl.float64) / temperature).to(ACC)
-    rest_t = (lse_t - c_t.to(tl.float64) / temperature).to(ACC)
-    p_s = tl.exp2(((s - c_s[:, None]) * inv_tau - rest_s[:, None]) * LOG2E)
-    p_t = tl.exp2(((t - c_t[:, None]) * inv_tau - rest_t[:, None]) * LOG2E)
+    p_s = tl.exp2((s - m_s[:, None]) * scale) * (1.0 / z_s)[:, None]
+    p_t = tl.exp2((t - m_t[:, None]) * scale) * (1.0 / z_t)[:, None]
     grad = (g * inv_tau)[:, None] * (p_s - p_t)
     # Rows are contiguous in grad_student: row · cols is its offset, in 64 bits like row.
     tl.store(grad_student_ptr + row[:, None] * cols + j, round_to(grad, grad_student_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(
-    student: Tensor, teacher: Tensor, loss: Tensor, lse_student: Tensor, lse_teacher: Tensor, temperature: float
-) -> None:
-    """Fill ``loss``, ``lse_student`` and ``lse_teacher`` (B, R) from inputs (B, R, N) of inner stride 1."""
+def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, temperature: float) -> None:
+    """Fill ``loss`` (B, R) and ``statistics`` (4, B, R) from inputs (B, R, N) of inner stride 1."""
     batch, rows, cols = student.shape
     blocks = blocks_for(cols, student.element_size())
     with launching_on(student):
@@ -202,8 +197,7 @@ def forward(
             student,
             teacher,
             loss,
-            lse_student,
-            lse_teacher,
+            statistics,
             batch * rows,
             rows,
             cols,
@@ -211,11 +205,11 @@ def forward(
             student.stride(1),
             teacher.stride(0),
             teacher.stride(1),
-            temperature,
+            1.0 / temperature,
             ROWS=blocks.rows,
             COLS=blocks.cols,
             num_warps=blocks.warps,
-            enable_fp_fusion=True,  # x/τ − ℓ wants a fused multiply-add
+            enable_fp_fusion=True,
         )
 
 
@@ -223,8 +217,7 @@ def backward(
     grad_loss: Tensor,
     student: Tensor,
     teacher: Tensor,
-    lse_student: Tensor,
-    lse_teacher: Tensor,
+    statistics: Tensor,
     grad_student: Tensor,
     temperature: float,
 ) -> None:
@@ -236,8 +229,7 @@ def backward(
             grad_loss,
             student,
             teacher,
-            lse_student,
-            lse_teacher,
+            statistics,
             grad_student,
             batch * rows,
             rows,
@@ -248,9 +240,9 @@ def backward(
             student.stride(1),
             teacher.stride(0),
             teacher.stride(1),
-            temperature,
+            1.0 / temperature,
             ROWS=blocks.rows,
             COLS=blocks.cols,
             num_warps=blocks.warps,
-            enable_fp_fusion=True,  # x/τ − ℓ wants a fused multiply-add
+            enable_fp_fusion=True,
         )

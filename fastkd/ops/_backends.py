@@ -51,7 +51,7 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
     Args:
         family: "softmax_kl", "relation" or "pixel_word".
         backend: what the caller asked for. "auto" takes ``FASTKD_BACKEND`` if it is set (and the family has it), else
-            the fastest for the device, dtype and size of ``student``; any other name is used or refused, never replaced.
+            the fastest for the device, dtype and size of ``student``; another name is used or refused, never replaced.
         student: the tensor whose device, dtype and size decide.
         others: further inputs; a dtype no kernel knows sends "auto" to the reference.
 

@@ -70,12 +70,12 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
 
 
 class _SoftmaxKL(torch.autograd.Function):
-    """Saves the inputs and two numbers per row; the gradient is recomputed from them."""
+    """Saves the inputs and a few numbers per row; the gradient is recomputed from them."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, backend: str) -> Tensor:
-        loss, lse_student, lse_teacher = torch.ops.fastkd.softmax_kl_forward(student, teacher, temperature, backend)
-        ctx.save_for_backward(student, teacher, lse_student, lse_teacher)
+        loss, statistics = torch.ops.fastkd.softmax_kl_forward(student, teacher, temperature, backend)
+        ctx.save_for_backward(student, teacher, statistics)
         ctx.temperature, ctx.backend = temperature, backend
         return loss
 
@@ -93,15 +93,12 @@ class _SoftmaxKLGradient(torch.autograd.Function):
         grad_loss: Tensor,
         student: Tensor,
         teacher: Tensor,
-        lse_student: Tensor,
-        lse_teacher: Tensor,
+        statistics: Tensor,
         temperature: float,
         backend: str,
     ) -> Tensor:
         ctx.backend = backend
-        return torch.ops.fastkd.softmax_kl_backward(
-            grad_loss, student, teacher, lse_student, lse_teacher, temperature, backend
-        )
+        return torch.ops.fastkd.softmax_kl_backward(grad_loss, student, teacher, statistics, temperature, backend)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -114,56 +111,43 @@ class _SoftmaxKLGradient(torch.autograd.Function):
 
 torch.library.define(
     "fastkd::softmax_kl_forward",
-    "(Tensor student, Tensor teacher, float temperature, str backend) -> "
-    "(Tensor loss, Tensor lse_student, Tensor lse_teacher)",
+    "(Tensor student, Tensor teacher, float temperature, str backend) -> (Tensor loss, Tensor statistics)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "fastkd::softmax_kl_backward",
-    "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor lse_student, Tensor lse_teacher, float temperature, "
-    "str backend) -> Tensor",
+    "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, float temperature, str backend) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-def _forward(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    loss, lse_student, lse_teacher = _forward_fake(student, teacher, temperature, backend)
+def _forward(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+    loss, statistics = _forward_fake(student, teacher, temperature, backend)
     if loss.numel():
         student, teacher = operands(student, teacher)
-        _kernels(backend).forward(student, teacher, loss, lse_student, lse_teacher, temperature)
-    return loss, lse_student, lse_teacher
+        _kernels(backend).forward(student, teacher, loss, statistics, temperature)
+    return loss, statistics
 
 
 def _backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    lse_student: Tensor,
-    lse_teacher: Tensor,
-    temperature: float,
-    backend: str,
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, temperature: float, backend: str
 ) -> Tensor:
     dtype = student.dtype
+    grad_loss = grad_loss.to(statistics_dtype(student, teacher))
     student, teacher = operands(student, teacher)
     grad_student = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if grad_student.numel():
-        _kernels(backend).backward(
-            grad_loss.to(statistics_dtype(student, teacher)),
-            student,
-            teacher,
-            lse_student,
-            lse_teacher,
-            grad_student,
-            temperature,
-        )
+        _kernels(backend).backward(grad_loss, student, teacher, statistics, grad_student, temperature)
     return grad_student.to(dtype)
 
 
-def _forward_fake(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    shape, device = student.shape[:2], student.device
-    loss = torch.empty(shape, dtype=statistics_dtype(student, teacher), device=device)
-    # float64 always: beside a maximum of 1e4 an fp32 log-sum-exp is wrong by 5e-4, and the gradient would be too.
-    return loss, *(torch.empty(shape, dtype=torch.float64, device=device) for _ in range(2))
+def _forward_fake(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+    shape, dtype = student.shape[:2], statistics_dtype(student, teacher)
+    loss = torch.empty(shape, dtype=dtype, device=student.device)
+    # What the backward needs of each row's log Σ e^{x/τ}. Triton keeps the maximum and the sum relative to it. The C++
+    # and CUDA kernels keep one float64: in fp32 it would be wrong by 5e-4 at logits of 1e4, and the gradient with it.
+    parts, dtype = (4, dtype) if backend == "triton" else (2, torch.float64)
+    return loss, torch.empty((parts, *shape), dtype=dtype, device=student.device)
 
 
 def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
@@ -192,22 +176,14 @@ class _Native:
 
     backend: str
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        loss: Tensor,
-        lse_student: Tensor,
-        lse_teacher: Tensor,
-        temperature: float,
-    ) -> None:
+    def forward(self, student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, temperature: float) -> None:
         with launch_on(student) as extra:
             native(self.backend).softmax_kl_forward(
                 student.data_ptr(),
                 teacher.data_ptr(),
                 loss.data_ptr(),
-                lse_student.data_ptr(),
-                lse_teacher.data_ptr(),
+                statistics[0].data_ptr(),
+                statistics[1].data_ptr(),
                 *student.shape,
                 student.stride()[:2],
                 teacher.stride()[:2],
@@ -221,8 +197,7 @@ class _Native:
         grad_loss: Tensor,
         student: Tensor,
         teacher: Tensor,
-        lse_student: Tensor,
-        lse_teacher: Tensor,
+        statistics: Tensor,
         grad_student: Tensor,
         temperature: float,
     ) -> None:
@@ -232,8 +207,8 @@ class _Native:
                 grad_loss.stride(),
                 student.data_ptr(),
                 teacher.data_ptr(),
-                lse_student.data_ptr(),
-                lse_teacher.data_ptr(),
+                statistics[0].data_ptr(),
+                statistics[1].data_ptr(),
                 grad_student.data_ptr(),
                 *student.shape,
                 student.stride()[:2],
@@ -249,8 +224,8 @@ def self_test(backend: str, device: torch.device) -> str | None:
     wave = torch.arange(2 * 3 * 37, dtype=torch.float64).reshape(2, 3, 37)
     exact_student, exact_teacher = wave.sin() * 3, wave.cos() * 2
     student, teacher = (x.to(device, torch.float32) for x in (exact_student, exact_teacher))
-    loss, lse_student, lse_teacher = _forward(student, teacher, 2.0, backend)
-    grad = _backward(torch.ones_like(loss), student, teacher, lse_student, lse_teacher, 2.0, backend)
+    loss, statistics = _forward(student, teacher, 2.0, backend)
+    grad = _backward(torch.ones_like(loss), student, teacher, statistics, 2.0, backend)
     exact_grad = ((exact_student / 2).softmax(-1) - (exact_teacher / 2).softmax(-1)) / 2
     for name, got, exact in (
         ("loss", loss, reference(exact_student, exact_teacher, 2.0)),
