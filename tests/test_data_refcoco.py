@@ -1,22 +1,19 @@
-"""The RefCOCO reader, the dataset and the tokenizer, on small hand-made files."""
+"""The RefCOCO reader on small hand-made files."""
 
 from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer
+from fastkd.data import RefCOCO
 from fastkd.data.masks import rasterise
 from fastkd.errors import FastKDWarning
 
@@ -356,213 +353,3 @@ def test_bad_options(tmp_path: Path, options: dict, message: str) -> None:
     write_set(tmp_path)
     with pytest.raises(ValueError, match=message):
         RefCOCO(tmp_path, **options)
-
-
-# ---- the dataset
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> RefCOCO:
-    return RefCOCO(write_set(tmp_path))
-
-
-def test_samples_and_batches(data: RefCOCO) -> None:
-    dataset = ReferDataset(data, load_tokenizer("shapes"), image_size=32, max_words=10, sentences="all")
-    assert len(dataset) == 6
-    sample = dataset[4]
-    assert (sample["ref_id"], sample["sent_id"], sample["image_id"]) == (2, 21, 2)
-    assert sample["sentence"] == "leftmost circle"
-    batch = collate([dataset[i] for i in (0, 4)])
-    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if isinstance(v, torch.Tensor)} == {
-        "image": ((2, 3, 32, 32), torch.float32),
-        "input_ids": ((2, 10), torch.int64),
-        "word_mask": ((2, 10), torch.bool),
-        "mask": ((2, 32, 32), torch.bool),
-    }
-    lists = {k: v for k, v in batch.items() if not isinstance(v, torch.Tensor)}
-    assert lists == {
-        "ref_id": [0, 2],
-        "sent_id": [0, 21],
-        "image_id": [1, 2],
-        "sentence": ["red circle", "leftmost circle"],
-    }
-    assert batch["word_mask"].sum(dim=1).tolist() == [4, 4]
-
-
-def test_images_are_bilinear_and_normalised_masks_nearest(data: RefCOCO) -> None:
-    sample = ReferDataset(data, load_tokenizer("shapes"), image_size=30)[0]
-    pixels = np.asarray(Image.fromarray(data.image(1)).resize((30, 30), Image.Resampling.BILINEAR)) / 255
-    expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    torch.testing.assert_close(sample["image"], torch.from_numpy(expected).permute(2, 0, 1).float())
-    rows = ((np.arange(30) + 0.5) * HEIGHT / 30).astype(int)
-    columns = ((np.arange(30) + 0.5) * WIDTH / 30).astype(int)
-    assert np.array_equal(sample["mask"].numpy(), data.mask(0)[rows][:, columns])
-
-
-def test_random_sentences_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
-    refs = [a_ref(k, "train") for k in range(60)]
-    data, tokenizer = RefCOCO(write_set(tmp_path, refs)), load_tokenizer("shapes")
-
-    def drawn(seed: int, epoch: int) -> list[int]:
-        dataset = ReferDataset(data, tokenizer, image_size=8, seed=seed, cache=True)
-        dataset.set_epoch(epoch)
-        assert dataset.epoch == epoch
-        dataset[5]  # an extra draw changes nothing
-        return [dataset[i]["sent_id"] for i in range(len(dataset))]
-
-    first = drawn(0, 0)
-    assert first == drawn(0, 0)
-    assert first != drawn(0, 1) != drawn(1, 1)
-    counts = np.bincount([s % 10 for s in first], minlength=3)
-    assert counts.min() >= 8, "each of the three sentences should come up"
-
-
-def test_cache_gives_the_same_samples_and_no_views_of_itself(data: RefCOCO) -> None:
-    tokenizer = load_tokenizer("shapes")
-    plain, cached = (ReferDataset(data, tokenizer, image_size=16, cache=c) for c in (False, True))
-    cached.fill_cache()
-    for path in data.image_root.iterdir():
-        path.write_bytes(b"gone")
-    with pytest.raises(ValueError, match="can't be decoded"):
-        plain[0]
-    before = collate([cached[0], cached[1]])
-    spoilt = cached[0]
-    spoilt["image"].zero_()
-    spoilt["mask"].fill_(True)
-    after = collate([cached[0], cached[1]])
-    assert all(torch.equal(before[k], after[k]) for k in ("image", "mask"))
-    with pytest.raises(ValueError, match="cache=True"):
-        plain.fill_cache()
-
-
-def test_workers_see_the_epoch_and_give_the_same_samples(tmp_path: Path) -> None:
-    refs = [a_ref(k, "train") for k in range(12)]
-    dataset = ReferDataset(RefCOCO(write_set(tmp_path, refs)), load_tokenizer("shapes"), image_size=8)
-    pickle.loads(pickle.dumps(dataset))
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=4, collate_fn=collate, num_workers=1, persistent_workers=True
-    )
-    for epoch in range(3):
-        dataset.set_epoch(epoch)
-        seen = [s for batch in loader for s in batch["sent_id"]]
-        assert seen == [dataset[i]["sent_id"] for i in range(12)]
-
-
-def test_dataset_errors(data: RefCOCO) -> None:
-    tokenizer = load_tokenizer("shapes")
-    for options, message in (
-        ({"sentences": "first"}, "sentences must be 'random' .* or 'all'"),
-        ({"image_size": 0}, "image_size must be a positive integer; got 0"),
-        ({"max_words": 2}, "max_words must be an integer of at least 3"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ReferDataset(data, tokenizer, **options)
-    with pytest.raises(IndexError, match="index 2 is out of range"):
-        ReferDataset(data, tokenizer)[2]
-    with pytest.raises(ValueError, match="empty batch"):
-        collate([])
-
-
-# ---- the tokenizer
-
-
-def pieces_of(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-    from fastkd.data.shapes import vocabulary
-
-    return [vocabulary()[i] for i in ids[mask]]
-
-
-def test_tokenizer_pads_splits_and_lower_cases() -> None:
-    tokenizer = load_tokenizer("shapes")
-    ids, mask = tokenizer(["the RED circle", "a wok, please"], 20)
-    assert ids.shape == mask.shape == (2, 20)
-    assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
-    assert pieces_of(ids[0], mask[0]) == ["[CLS]", "the", "red", "circle", "[SEP]"]
-    expected = ["[CLS]", "a", "w", "##o", "##k", "[UNK]", "p", "##l", "##e", "##a", "##s", "##e", "[SEP]"]
-    assert pieces_of(ids[1], mask[1]) == expected
-    assert (ids[~mask] == 0).all()
-    assert tokenizer.name == "shapes"
-    assert 100 < tokenizer.vocab_size < 200
-    assert ids.max() < tokenizer.vocab_size
-
-
-def test_a_long_sentence_is_cut_with_one_warning(recwarn: pytest.WarningsRecorder) -> None:
-    tokenizer = load_tokenizer("shapes")
-    sentence = " ".join(["red"] * 9)
-    with pytest.warns(FastKDWarning, match=r"11 word pieces was cut to max_words=5: 'red red"):
-        ids, mask = tokenizer([sentence], 5)
-    assert pieces_of(ids[0], mask[0]) == ["[CLS]", *["red"] * 4]
-    tokenizer([sentence], 5)  # said once: a second warning would be an error here
-    assert not [w for w in recwarn if issubclass(w.category, FastKDWarning)]
-
-
-def test_tokenizer_from_files(tmp_path: Path) -> None:
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", *"xyz", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "##dish"]) + "\n")
-    for source in (vocabulary, str(tmp_path)):
-        tokenizer = load_tokenizer(source)
-        assert tokenizer.vocab_size == 10
-        assert tokenizer.name == str(source)
-        assert tokenizer(["Reddish"], 4)[0].tolist() == [[5, 8, 9, 6]]
-    tokenizer._inner.save_pretrained(tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved")(["Reddish"], 4)[0].tolist() == [[5, 8, 9, 6]]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("red\ngreen\n", r"lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]"),
-        ("[UNK]\n[PAD]\n[CLS]\n[SEP]\n", r"\[PAD\] must be the first entry"),
-        ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\nred\n", "an entry twice"),
-    ],
-)
-def test_bad_vocabularies(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "vocab.txt").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load_tokenizer(tmp_path / "vocab.txt")
-
-
-def test_tokenizer_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no file or folder; give 'shapes'"):
-        load_tokenizer(tmp_path / "nowhere.txt")
-    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor vocab\.txt"):
-        load_tokenizer(tmp_path)
-    tokenizer = load_tokenizer("shapes")
-    for sentences, max_words, error, message in (
-        (["red", "  "], 20, ValueError, "sentence 1 is empty"),
-        ([], 20, ValueError, "sentences is empty"),
-        ("red circle", 20, TypeError, "sentences must be a list of strings"),
-        ([3], 20, TypeError, "sentences must be a list of strings"),
-        (["red"], 2, ValueError, "max_words must be an integer of at least 3"),
-    ):
-        with pytest.raises(error, match=message):
-            tokenizer(sentences, max_words)
-
-
-# ---- imports
-
-
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_import_is_lazy_and_a_missing_extra_is_named() -> None:
-    out = run_python(
-        "import sys, fastkd.data as d, fastkd.data.shapes as s\n"
-        "assert not {'torch', 'numpy', 'PIL', 'transformers', 'pycocotools'} & set(sys.modules)\n"
-        "sys.modules['pycocotools'] = None\n"
-        "for get in (lambda: d.RefCOCO, lambda: d.ReferDataset):\n"
-        "    try: get()\n"
-        "    except ImportError as e: print(e)\n"
-        "try: d.nonsense\n"
-        "except AttributeError as e: print(e)\n"
-        "print('make_shapes' in dir(d))\n"
-    )
-    lines = out.splitlines()
-    assert len(lines) == 4
-    for line in lines[:2]:
-        assert "needs the package 'pycocotools" in line
-        assert "pip install 'fastkd[ris]'" in line
-    assert lines[2:] == ["module 'fastkd.data' has no attribute 'nonsense'", "True"]

@@ -196,6 +196,8 @@ def _related(scene: Scene, i: int, relation: str, to: int) -> int:
     axis, sign = _OFFSET[relation]
     along = sign * (scene.centre[i][axis] - scene.centre[to][axis])
     across = abs(scene.centre[i][1 - axis] - scene.centre[to][1 - axis])
+    if relation == "below" and scene.overlap[i][to]:
+        return UNCLEAR  # "under" may also mean covered by
     # strict reading: within 45 degrees of the direction; loose reading: anywhere on that side
     return YES if along >= max(MARGIN, across) else NO if along <= -MARGIN / 3 else UNCLEAR
 

@@ -1,0 +1,191 @@
+"""The truth of the procedural set's sentences, by a second reading of the words.
+
+It knows the files alone (masks, attributes, depth) and none of the meanings that made the sentences; only what a shape
+hides is taken from its full outline.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from fastkd.data import make_shapes
+from fastkd.data.shapes import KIND_SHARES, sentence_kinds, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+IMAGES, SIZE, SEED = 150, 64, 4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shapes") / "set"
+    make_shapes(path, images=IMAGES, image_size=SIZE, seed=SEED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def refs(root: Path) -> list[dict]:
+    return pickle.loads((root / "refcoco" / "refs(unc).p").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def worlds(root: Path) -> dict[int, World]:
+    """By image id."""
+    objects = {int(k): v for k, v in json.loads((root / "shapes.json").read_text())["objects"].items()}
+    by_image = defaultdict(list)
+    for annotation in json.loads((root / "refcoco" / "instances.json").read_text())["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    return {image_id: World(image_id - 1, ones, objects) for image_id, ones in by_image.items()}
+
+
+class World:
+    """One image as the files tell it."""
+
+    def __init__(self, index: int, annotations: list[dict], objects: dict[int, dict]) -> None:
+        self.ids = [a["id"] for a in annotations]
+        self.what = {i: objects[i] for i in self.ids}
+        self.at, self.size = {}, {}
+        grid = np.arange(SIZE) + 0.5
+        for a in annotations:
+            rle = coco_mask.merge(coco_mask.frPyObjects(a["segmentation"], SIZE, SIZE))
+            mask = coco_mask.decode(rle).astype(float)
+            self.at[a["id"]] = (mask.sum(0) @ grid / mask.sum(), mask.sum(1) @ grid / mask.sum())
+            self.size[a["id"]] = mask.sum() / objects[a["id"]]["visible"]
+        shapes = write.draw(index, SEED)[0].shapes
+        full = [coco_mask.frPyObjects([(s.outline() * 256).ravel().tolist()], 256, 256) for s in shapes]
+        self.full = {i: coco_mask.merge(f) for i, f in zip(self.ids, full, strict=True)}
+
+    def hides(self, over: int, under: int) -> bool:
+        both = coco_mask.area(coco_mask.merge([self.full[over], self.full[under]], intersect=True))
+        return self.what[over]["depth"] > self.what[under]["depth"] and both > 16  # of 256 x 256: a touch is no hiding
+
+    def nouns(self, phrase: str) -> list[int]:
+        words = [w for w in phrase.split() if w not in ("the", "shape", "object", "thing")]
+        sizes = {"small": "small", "little": "small", "big": "large", "large": "large"}
+        values = [sizes.get(w, w) for w in words]
+        found = [
+            i
+            for i in self.ids
+            if all(v in {self.what[i][k] for k in ("kind", "colour", "texture", "size")} for v in values)
+        ]
+        assert all(any(v in {o[k] for o in self.what.values() for k in o} for v in [value]) for value in values), phrase
+        return found
+
+    def read(self, text: str) -> list[int]:
+        """The shapes that the sentence may mean (under its loosest reading where readings differ)."""
+        text = text.removeprefix("the ")
+        for words, axis, sign in (
+            ("leftmost {}|{} furthest to the left|{} on the far left", 0, 1),
+            ("rightmost {}|{} furthest to the right|{} on the far right", 0, -1),
+            ("topmost {}|highest {}|{} at the very top", 1, 1),
+            ("bottommost {}|lowest {}|{} at the very bottom", 1, -1),
+        ):
+            noun = match(words, text)
+            if noun is not None:
+                return [min(self.nouns(noun), key=lambda i: sign * self.at[i][axis])]
+        for rank, word in enumerate(("second", "third", "fourth"), start=1):
+            for side, axis, sign in (("left", 0, 1), ("right", 0, -1), ("top", 1, 1), ("bottom", 1, -1)):
+                noun = match(word + " {} from the " + side, text)
+                if noun is not None:
+                    return [sorted(self.nouns(noun), key=lambda i: sign * self.at[i][axis])[rank]]
+        for words, pick in (("biggest {}|largest {}", max), ("smallest {}", min)):
+            noun = match(words, text)
+            if noun is not None:
+                return [pick(self.nouns(noun), key=lambda i: self.size[i])]
+        for how in (
+            "to the left of", "left of", "to the right of", "right of", "above", "below", "under",
+            "closest to", "nearest to", "behind", "in front of",
+        ):  # fmt: skip
+            if f" {how} the " in text:
+                noun, anchor = text.split(f" {how} the ")
+                (to,) = self.nouns(anchor)
+                return self.related(how.removeprefix("to the "), [i for i in self.nouns(noun) if i != to], to)
+        half = SIZE / 2
+        for words, test in (
+            ("{} at the top left|top left {}", lambda x, y: x < half and y < half),
+            ("{} at the top right|top right {}", lambda x, y: x > half and y < half),
+            ("{} at the bottom left|bottom left {}", lambda x, y: x < half and y > half),
+            ("{} at the bottom right|bottom right {}", lambda x, y: x > half and y > half),
+            ("{} on the left|{} on the left side", lambda x, y: x < half),
+            ("{} on the right|{} on the right side", lambda x, y: x > half),
+            ("{} at the top|{} in the top half", lambda x, y: y < half),
+            ("{} at the bottom|{} in the bottom half", lambda x, y: y > half),
+            ("{} in the middle|{} in the center", lambda x, y: max(abs(x - half), abs(y - half)) < SIZE / 6),
+        ):
+            noun = match(words, text)
+            if noun is not None:
+                return [i for i in self.nouns(noun) if test(*self.at[i])]
+        return self.nouns(text)
+
+    def related(self, how: str, members: list[int], to: int) -> list[int]:
+        if how == "behind":
+            return [i for i in members if self.hides(to, i)]
+        if how == "in front of":
+            return [i for i in members if self.hides(i, to)]
+        x, y = self.at[to]
+        if how in ("closest to", "nearest to"):
+            return [min(members, key=lambda i: np.hypot(self.at[i][0] - x, self.at[i][1] - y))]
+        side = {
+            "left of": lambda i: self.at[i][0] < x,
+            "right of": lambda i: self.at[i][0] > x,
+            "above": lambda i: self.at[i][1] < y,
+            "below": lambda i: self.at[i][1] > y,
+            "under": lambda i: self.at[i][1] > y,
+        }[how]
+        return [i for i in members if side(i) or (how == "under" and self.hides(to, i))]
+
+
+def match(patterns: str, text: str) -> str | None:
+    for pattern in patterns.split("|"):
+        before, after = pattern.split("{}")
+        if text.startswith(before) and text.endswith(after) and len(text) > len(before + after):
+            return text[len(before) : len(text) - len(after)]
+    return None
+
+
+def test_every_sentence_means_one_shape_and_it_is_the_right_one(
+    root: Path, refs: list[dict], worlds: dict[int, World]
+) -> None:
+    kinds, read = sentence_kinds(root), Counter()
+    for ref in refs:
+        for sentence in ref["sentences"]:
+            meant = worlds[ref["image_id"]].read(sentence["sent"])
+            assert meant == [ref["ann_id"]], (ref["image_id"], sentence["sent"])
+            read[kinds[sentence["sent_id"]]] += 1
+    assert set(read) == set(KIND_SHARES)
+    assert min(read.values()) > 20
+
+
+def test_the_second_reading_notices_a_wrong_sentence(refs: list[dict], worlds: dict[int, World]) -> None:
+    """Sentences put to the neighbouring image are mostly wrong there, so the test above can fail."""
+    wrong = total = 0
+    for ref in refs:
+        world = worlds[ref["image_id"] % IMAGES + 1]
+        for sentence in ref["sentences"]:
+            try:
+                wrong += len(world.read(sentence["sent"])) != 1
+            except (AssertionError, ValueError, IndexError):  # no such shape there
+                wrong += 1
+            total += 1
+    assert wrong / total > 0.5
+
+
+def test_where_the_words_are_swapped_the_reading_changes(refs: list[dict], worlds: dict[int, World]) -> None:
+    """Left for right, biggest for smallest, behind for in front of: another shape, or none."""
+    opposite = {"left": "right", "leftmost": "rightmost", "biggest": "smallest", "above": "below", "top": "bottom"}
+    changed = total = 0
+    for ref in refs:
+        for sentence in ref["sentences"]:
+            words = sentence["sent"].split()
+            swapped = " ".join(opposite.get(word, word) for word in words)
+            if swapped != sentence["sent"] and words[0] not in ("second", "third") and "second" not in words:
+                changed += worlds[ref["image_id"]].read(swapped) != [ref["ann_id"]]
+                total += 1
+    assert total > 50
+    assert changed / total > 0.95

@@ -1,0 +1,84 @@
+"""The tokenizer, from the shipped vocabulary and from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd.data import load_tokenizer
+from fastkd.errors import FastKDWarning
+
+
+def pieces_of(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    from fastkd.data.shapes import vocabulary
+
+    return [vocabulary()[i] for i in ids[mask]]
+
+
+def test_tokenizer_pads_splits_and_lower_cases() -> None:
+    tokenizer = load_tokenizer("shapes")
+    ids, mask = tokenizer(["the RED circle", "a wok, please"], 20)
+    assert ids.shape == mask.shape == (2, 20)
+    assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
+    assert pieces_of(ids[0], mask[0]) == ["[CLS]", "the", "red", "circle", "[SEP]"]
+    expected = ["[CLS]", "a", "w", "##o", "##k", "[UNK]", "p", "##l", "##e", "##a", "##s", "##e", "[SEP]"]
+    assert pieces_of(ids[1], mask[1]) == expected
+    assert (ids[~mask] == 0).all()
+    assert tokenizer.name == "shapes"
+    assert 100 < tokenizer.vocab_size < 200
+    assert ids.max() < tokenizer.vocab_size
+
+
+def test_a_long_sentence_is_cut_with_one_warning(recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = load_tokenizer("shapes")
+    sentence = " ".join(["red"] * 9)
+    with pytest.warns(FastKDWarning, match=r"11 word pieces was cut to max_words=5: 'red red"):
+        ids, mask = tokenizer([sentence], 5)
+    assert pieces_of(ids[0], mask[0]) == ["[CLS]", *["red"] * 4]
+    tokenizer([sentence], 5)  # said once: a second warning would be an error here
+    assert not [w for w in recwarn if issubclass(w.category, FastKDWarning)]
+
+
+def test_tokenizer_from_files(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", *"xyz", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "##dish"]) + "\n")
+    for source in (vocabulary, str(tmp_path)):
+        tokenizer = load_tokenizer(source)
+        assert tokenizer.vocab_size == 10
+        assert tokenizer.name == str(source)
+        assert tokenizer(["Reddish"], 4)[0].tolist() == [[5, 8, 9, 6]]
+    tokenizer._inner.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved")(["Reddish"], 4)[0].tolist() == [[5, 8, 9, 6]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("red\ngreen\n", r"lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]"),
+        ("[UNK]\n[PAD]\n[CLS]\n[SEP]\n", r"\[PAD\] must be the first entry"),
+        ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\nred\n", "an entry twice"),
+    ],
+)
+def test_bad_vocabularies(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "vocab.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path / "vocab.txt")
+
+
+def test_tokenizer_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no file or folder; give 'shapes'"):
+        load_tokenizer(tmp_path / "nowhere.txt")
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor vocab\.txt"):
+        load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer("shapes")
+    for sentences, max_words, error, message in (
+        (["red", "  "], 20, ValueError, "sentence 1 is empty"),
+        ([], 20, ValueError, "sentences is empty"),
+        ("red circle", 20, TypeError, "sentences must be a list of strings"),
+        ([3], 20, TypeError, "sentences must be a list of strings"),
+        (["red"], 2, ValueError, "max_words must be an integer of at least 3"),
+    ):
+        with pytest.raises(error, match=message):
+            tokenizer(sentences, max_words)
