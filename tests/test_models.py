@@ -222,6 +222,9 @@ def test_shapes_presets_match_each_other():
     image, ids, mask = inputs()
     t, s = teacher.eval()(image, ids, mask), student.eval()(image, ids, mask)
     assert t.decoder_features.shape == s.decoder_features.shape == (2, 64, 32, 32)
+    from fastkd.data import load_tokenizer
+
+    assert load_tokenizer("shapes").vocab_size <= student.text_encoder.vocab_size == teacher.text_encoder.vocab_size
     assert [m.shape for m in t.pixel_word_logits] == [m.shape for m in s.pixel_word_logits]
 
 

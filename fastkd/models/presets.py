@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fastkd.models.config import RISConfig
 
-SHAPES_VOCABULARY = 256
+SHAPES_VOCABULARY = 160
 """Rows of the shapes presets' word table: room for the procedural set's word pieces."""
 
 
