@@ -51,6 +51,9 @@ function(build_info_write)
     endif()
   endforeach()
   install(FILES "${BUILD_INFO_FILE}" DESTINATION fastkd)
+  if(TARGET _cpu) # for editors: the build folder itself is temporary
+    install(CODE "file(COPY \"${CMAKE_BINARY_DIR}/compile_commands.json\" DESTINATION \"${CMAKE_SOURCE_DIR}/../build\")")
+  endif()
 
   message(STATUS "fastkd build summary")
   foreach(line IN LISTS BUILD_INFO_SUMMARY)
