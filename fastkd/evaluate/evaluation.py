@@ -128,7 +128,7 @@ def evaluate(
         >>> print(evaluate(student, ReferDataset(refcoco, tokenizer, image_size=64, sentences="all")))
     """
     rules = named_protocol(protocol)
-    _check_dataset(dataset, rules)
+    check_dataset(dataset, rules)
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else pick_device(device)
     precision = pick_precision(precision, where)
@@ -199,7 +199,8 @@ def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return logits
 
 
-def _check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
+def check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
+    """Refuse a dataset that the protocol cannot be followed on."""
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("dataset is empty: there is nothing to evaluate; look at its split")
     sentences = getattr(dataset, "sentences", "all")

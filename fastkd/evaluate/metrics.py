@@ -75,10 +75,11 @@ class RISMetrics(Metric):
 
     def _counts(self) -> tuple[Tensor, Tensor]:
         # After a synchronisation the lists have become tensors.
-        counts = [torch.cat(s) if isinstance(s, list) and s else s for s in (self.intersections, self.unions)]
-        if not isinstance(counts[0], Tensor) or counts[0].numel() == 0:
+        both: list[Any] = [self.intersections, self.unions]
+        intersection, union = (torch.cat(s) if isinstance(s, list) and s else s for s in both)
+        if len(intersection) == 0:
             raise ValueError("RISMetrics has no samples: call update(prediction, truth) first; is the dataset empty?")
-        return counts[0], counts[1]
+        return intersection, union
 
 
 def _binary(mask: Tensor, name: str) -> Tensor:

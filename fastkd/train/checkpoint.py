@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,8 +18,9 @@ def save_student(student: nn.Module, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        if hasattr(student, "save_pretrained"):
-            student.save_pretrained(fresh)
+        save_pretrained: Any = getattr(student, "save_pretrained", None)
+        if save_pretrained is not None:
+            save_pretrained(fresh)
         else:
             from safetensors.torch import save_model
 

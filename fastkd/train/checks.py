@@ -97,9 +97,8 @@ def gradient_report(distiller: Distiller, batch: Mapping[str, Any]) -> GradientR
         parts = {"task": output.task, **output.terms}
         values, norms = {}, {}
         for name, value in parts.items():
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name!r} must be a scalar loss, got {shape}; use reduction='mean'")
+            if value.numel() != 1:
+                raise ValueError(f"the task loss must be a scalar, got shape {tuple(value.shape)}")
             values[name] = float(value.detach())
             norms[name] = _gradient_norm(value, parameters)
     return GradientReport(values, norms, distiller.weights)
@@ -184,7 +183,7 @@ def _check_steady(distiller: Distiller, batch: Mapping[str, Any]) -> None:
             )
 
 
-def _gradient_norm(value: Tensor, parameters: list[Tensor]) -> float:
+def _gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> float:
     if not value.requires_grad:
         return 0.0
     gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)

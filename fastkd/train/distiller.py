@@ -16,6 +16,8 @@ from fastkd.train import checks
 from fastkd.train.select import Selector, hint, select
 from fastkd.train.taps import Taps
 
+_RESERVED = ("task", "loss", "gradient")  # what logs call other things
+
 
 @dataclass(eq=False)
 class Term:
@@ -44,7 +46,7 @@ class Term:
         >>> Term(losses.cross_modal_kd, ("stages.3", "words"), kwargs={"word_mask": "batch.word_mask"})
     """
 
-    loss: Callable[..., Tensor]
+    loss: Callable[..., Any]
     student: Selector
     teacher: Selector | None = None
     weight: float = 1.0
@@ -55,9 +57,9 @@ class Term:
         if not callable(self.loss):
             raise TypeError(f"Term: loss must be a function or a module, got {self.loss!r}")
         self.name = self.name or _name_of(self.loss)
-        if "." in self.name or self.name in ("task", "loss"):
+        if "." in self.name or self.name in _RESERVED:
             raise ValueError(
-                f"Term: name {self.name!r} must hold no dot and not be 'task' or 'loss'; pass another name="
+                f"Term: name {self.name!r} must hold no dot and be none of {_RESERVED}; pass another name="
             )
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ValueError(f"Term {self.name!r}: weight must be a finite number >= 0, got {self.weight!r}")
@@ -237,11 +239,11 @@ class Distiller(nn.Module):
         values = (*ours, *theirs)
         lengths = {len(value) for value in values if isinstance(value, list | tuple)}
         if not lengths:
-            return term.loss(*values, **kwargs)
+            return _scalar(term.name, term.loss(*values, **kwargs))
         if len(lengths) > 1 or 0 in lengths or not all(isinstance(value, list | tuple) for value in values):
             shapes = [len(value) if isinstance(value, list | tuple) else "one tensor" for value in values]
             raise ValueError(f"term {term.name!r}: lists of tensors must have one length on both sides, got {shapes}")
-        each = [term.loss(*tensors, **kwargs) for tensors in zip(*values, strict=True)]
+        each = [_scalar(term.name, term.loss(*tensors, **kwargs)) for tensors in zip(*values, strict=True)]
         return torch.stack(each).mean()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -262,6 +264,13 @@ def _as_taps(model: nn.Module | None, taps: Taps | Mapping[str, Any] | None) -> 
     if model is None:
         raise ValueError("teacher_taps need a teacher, got teacher=None")
     return Taps(model, taps)
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"term {name!r}: its loss must return a scalar tensor, got {got}; use reduction='mean'")
+    return value
 
 
 def _look_up(value: Any, sources: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,11 @@ from fastkd.train.task import segmentation_loss
 try:
     from accelerate import Accelerator
     from accelerate.utils import broadcast
+
+    from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
+    from fastkd.evaluate.protocols import PROTOCOLS
 except ModuleNotFoundError as error:
     raise ImportError(f"fastkd.train.train needs the package {error.name!r}: pip install 'fastkd[ris]'") from error
-
-if TYPE_CHECKING:
-    from fastkd.evaluate import EvalResult
 
 
 @dataclass
@@ -237,7 +237,9 @@ class _Run:
                 yield to_device(batch, self.device, self.config.channels_last)
 
     def _begin(self, first: dict[str, Any], val_dataset: Dataset[Any] | None) -> None:
-        """Check the first batch, and say in the log what is about to run."""
+        """Check the first batch and the validation set, and say in the log what is about to run."""
+        if val_dataset is not None:  # now, and not after an hour of training
+            check_dataset(val_dataset, PROTOCOLS["lavt"])
         distiller, report = self.distiller, None
         if self.config.check:
             with autocast(self.precision, self.device):
@@ -292,13 +294,13 @@ class _Run:
         bad = [name for name in values if name not in ("loss", "gradient") and not math.isfinite(values[name])]
         if bad:
             what = " and ".join("the task loss" if name == "task" else f"term {name!r}" for name in bad)
-            return f"{what} is {values[bad[0]]} at step {step}; the run stops with its last checkpoint kept"
+            return f"{what} is {values[bad[0]]} at step {step}; the run stops, earlier checkpoints are kept"
         norms = gradient_report(self.distiller, self.batch).norms
         culprits = [name for name, norm in norms.items() if not math.isfinite(norm)]
         return (
             f"the gradient is {values['gradient']} at step {step} while every loss is finite"
             + (f"; it comes from {' and '.join(map(repr, culprits))}" if culprits else "")
-            + "; the run stops with its last checkpoint kept"
+            + "; the run stops, earlier checkpoints are kept"
         )
 
     def _fraction(self) -> float:
@@ -342,8 +344,6 @@ class _Run:
         student, folder = self.distiller.student, self.result.out_dir
         is_best = False
         if val_dataset is not None:
-            from fastkd.evaluate import evaluate
-
             start = time.perf_counter()
             evaluation = evaluate(
                 student,

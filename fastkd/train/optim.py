@@ -15,7 +15,8 @@ _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_e
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; norms, biases and embedding or position tables are not decayed."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

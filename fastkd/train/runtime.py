@@ -36,8 +36,9 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that networks run in for a precision of `pick_precision`."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    """The context that networks run in: "fp32", "bf16" or "auto", see `pick_precision`."""
+    bf16 = pick_precision(precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device, channels_last: bool = False) -> dict[str, Any]:

@@ -1,0 +1,477 @@
+"""The training loop: reproducible, honest in its log, whole in its checkpoints, loud when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+pytest.importorskip("accelerate", reason="needs the [ris] extra")
+
+from safetensors.torch import load_file
+
+from fastkd import Distiller, Term
+from fastkd.train import TrainConfig, segmentation_loss, train
+from fastkd.train.optim import BatchOrder, adamw, lr_factor
+
+
+class Toy(nn.Module):
+    """Small, with a norm that does not mix samples, so that micro-batches can equal a whole batch."""
+
+    def __init__(self, width: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.GroupNorm(2, width)
+        self.words = nn.Embedding(8, width)
+        self.head = nn.Conv2d(width, 2, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
+        x = torch.relu(self.norm(self.stem(image))) + self.words(input_ids).mean(1)[:, :, None, None]
+        return self.head(self.dropout(x))
+
+
+class Scenes(Dataset[dict[str, Any]]):
+    """The mask is where the first channel exceeds a bound that the sentence tells."""
+
+    sentences, split = "all", "val"
+
+    def __init__(self, n: int = 32, poison: int | None = None) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.images = torch.randn(n, 3, 8, 8, generator=g)
+        self.ids = torch.randint(0, 8, (n, 3), generator=g)
+        self.epochs: list[int] = []
+        self.served: list[int] = []
+        self.poison = poison
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        self.served.append(i)
+        mask = self.images[i, 0] > 0
+        image = self.images[i] if i != self.poison else torch.full((3, 8, 8), torch.nan)
+        return {"image": image, "input_ids": self.ids[i], "mask": mask, "ref_id": i, "sent_id": i, "sentence": "x"}
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        k: torch.stack([s[k] for s in samples]) if isinstance(v, Tensor) else [s[k] for s in samples]
+        for k, v in samples[0].items()
+    }
+
+
+def toy(seed: int = 0, **kwargs: Any) -> Toy:
+    torch.manual_seed(seed)
+    return Toy(**kwargs)
+
+
+def distiller(seed: int = 0, loss: Any = F.mse_loss, **kwargs: Any) -> Distiller:
+    teacher = toy(100, width=8).eval().requires_grad_(False)
+    select = lambda logits: logits
+    return Distiller(toy(seed, **kwargs), teacher, segmentation_loss, [Term(loss, select, weight=0.5, name="kd")])
+
+
+def run(model: nn.Module, data: Dataset[Any] | None = None, out: Path | None = None, **settings: Any) -> Any:
+    more = {k: settings.pop(k) for k in ("val_dataset", "overwrite", "task_loss") if k in settings}
+    config = TrainConfig(**{"steps": 6, "batch_size": 8, "lr": 1e-2, "device": "cpu", **settings})
+    return train(model, data or Scenes(), config, collate=collate, progress=False, out_dir=out, **more)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+class TestReproducible:
+    def test_same_seed_same_weights(self) -> None:
+        a, b, c = (distiller(dropout=0.5) for _ in range(3))
+        run(a)
+        torch.rand(17)  # whatever the caller drew before
+        run(b, eval_every=2, val_dataset=Scenes())  # and looking in between
+        run(c, seed=1)
+        assert same(a.student, b.student)
+        assert not same(a.student, c.student)
+
+    def test_workers_do_not_matter(self) -> None:
+        a, b = toy(), toy()
+        run(a)
+        run(b, workers=1)
+        assert same(a, b)
+
+    def test_student_alone_and_distilled_see_the_same_data(self) -> None:
+        one, two = Scenes(), Scenes()
+        run(toy(), one, check=False)
+        run(distiller(), two)
+        assert one.served == two.served
+
+    def test_each_epoch_has_its_own_order(self) -> None:
+        data = Scenes(20)
+        run(toy(), data, steps=4)
+        first, second = data.served[:16], data.served[16:32]
+        assert data.epochs == [0, 1]
+        assert len(set(first)) == len(set(second)) == 16  # without replacement; the rest of 20 is dropped
+        assert first != second
+
+    def test_weight_zero_is_the_student_alone(self) -> None:
+        alone, distilled = toy(), distiller()
+        distilled.set_weights({"kd": 0.0})
+        run(alone)
+        run(distilled)
+        assert same(alone, distilled.student)
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize("parts", [2, 4])
+    def test_equals_the_whole_batch(self, parts: int) -> None:
+        whole, split = distiller(), distiller()
+        a, b = run(whole, log_every=1), run(split, accumulate=parts, log_every=1)
+        for x, y in zip(whole.student.state_dict().values(), split.student.state_dict().values(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        for x, y in zip(a.history, b.history, strict=True):  # the terms are divided too, and reported undivided
+            assert x["terms"]["kd"] == pytest.approx(y["terms"]["kd"], rel=1e-4)
+            assert x["gradient_norm"] == pytest.approx(y["gradient_norm"], rel=1e-4)
+
+    def test_processes_and_micro_batches_share_one_order(self) -> None:
+        config = TrainConfig(batch_size=8, seed=3)
+        whole = list(BatchOrder(40, config))
+        split = TrainConfig(batch_size=8, accumulate=2, seed=3)
+        ranks = [list(BatchOrder(40, split, rank, 2)) for rank in range(2)]
+        for step, batch in enumerate(whole):
+            parts = [ranks[rank][2 * step + micro] for micro in range(2) for rank in range(2)]
+            assert [i for part in parts for i in part] == batch
+        assert len(BatchOrder(40, split)) == len(ranks[0]) == 10
+
+    def test_two_processes_equal_one(self, tmp_path: Path) -> None:
+        """Data-parallel training and evaluation, on two CPU processes."""
+        single = distiller()
+        result = run(single, log_every=2, val_dataset=Scenes(15))
+        code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_train as t
+from pathlib import Path
+d = t.distiller()
+r = t.run(d, out=Path({str(tmp_path)!r}), log_every=2, val_dataset=t.Scenes(15))
+assert r.last.sentences == 15 and r.last.refs == 15 and len(r.last.sent_ids) in (7, 8), r.last
+"""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        env = {
+            **os.environ,
+            **address,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env={**env, "RANK": rank, "LOCAL_RANK": rank},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in "01"
+        ]
+        try:
+            errors = [process.communicate(timeout=240)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(e[-2000:] for e in errors)
+        log = read_log(tmp_path)
+        assert log[0]["environment"]["processes"] == 2
+        lines = [line for line in log if line["event"] == "train"]
+        for ours, theirs in zip(result.history, lines, strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+            assert theirs["terms"]["kd"] == pytest.approx(ours["terms"]["kd"], rel=1e-4)
+        saved = load_file(tmp_path / "last" / "model.safetensors")
+        for name, value in single.student.state_dict().items():
+            torch.testing.assert_close(saved[name], value, rtol=1e-3, atol=1e-4)
+        [evaluation] = [line for line in log if line["event"] == "eval"]
+        assert evaluation["metrics"]["mIoU"] == pytest.approx(result.last.miou, abs=1.0)
+
+
+class TestLogAndCheckpoints:
+    def test_log(self, tmp_path: Path) -> None:
+        result = run(distiller(), out=tmp_path, eval_every=2, log_every=2, val_dataset=Scenes(9))
+        log = read_log(tmp_path)
+        events = [line["event"] for line in log]
+        assert events == ["start", "train", "eval", "train", "eval", "train", "eval", "end"]
+        start = log[0]
+        assert start["config"]["lr"] == 1e-2
+        assert start["environment"]["torch"] == torch.__version__
+        assert start["parameters"]["student"] == sum(p.numel() for p in Toy().parameters())
+        assert start["weights"] == {"kd": 0.5}
+        assert start["gradients"]["norms"]["kd"] > 0
+        assert [line["step"] for line in log if line["event"] == "eval"] == [2, 4, 6]
+        for line in log:
+            if line["event"] == "train":
+                assert line["loss"] == pytest.approx(line["task"] + 0.5 * line["terms"]["kd"], rel=1e-5)
+        assert log[-1]["reason"] == "steps"
+        assert log[-1]["step"] == result.steps == 6
+        assert [step for step, _ in result.evaluations] == [2, 4, 6]
+        assert result.best.miou == max(r.miou for _, r in result.evaluations)
+        assert result.last is result.evaluations[-1][1]
+
+    def test_checkpoints_are_the_students(self, tmp_path: Path) -> None:
+        model = distiller()
+        result = run(model, out=tmp_path, eval_every=1, val_dataset=Scenes(), lr=0.3)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "log.jsonl"]
+        last = load_file(tmp_path / "last" / "model.safetensors")
+        assert last.keys() == model.student.state_dict().keys()
+        assert all(torch.equal(v, last[k]) for k, v in model.student.state_dict().items())
+        from fastkd.evaluate import evaluate
+
+        best = Toy()
+        best.load_state_dict(load_file(tmp_path / "best" / "model.safetensors"))
+        assert evaluate(best, Scenes(), collate=collate).miou == pytest.approx(result.best.miou)
+
+    def test_save_pretrained_is_used_and_a_failing_save_keeps_the_old(self, tmp_path: Path) -> None:
+        class Saved(Toy):
+            fail = False
+
+            def save_pretrained(self, folder: Path) -> None:
+                (Path(folder) / "config.json").write_text("{}")
+                if self.fail:
+                    raise OSError("disk full")
+                (Path(folder) / "model.txt").write_text("whole")
+
+        torch.manual_seed(0)
+        model = Saved()
+        run(model, out=tmp_path)
+        Saved.fail = True
+        with pytest.raises(OSError, match="disk full"):
+            run(model, out=tmp_path, overwrite=True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "log.jsonl"]
+        assert (tmp_path / "last" / "model.txt").read_text() == "whole"
+        assert read_log(tmp_path)[-1]["reason"] == "OSError"
+
+    def test_an_earlier_run_is_not_overwritten_unasked(self, tmp_path: Path) -> None:
+        run(toy(), out=tmp_path)
+        before = (tmp_path / "log.jsonl").read_text()
+        with pytest.raises(FileExistsError, match=r"holds an earlier run.*overwrite=True"):
+            run(toy(), out=tmp_path)
+        assert (tmp_path / "log.jsonl").read_text() == before
+        run(toy(), out=tmp_path, overwrite=True)
+
+    def test_time_of_evaluation_is_not_training(self) -> None:
+        class Slow(Scenes):
+            def __getitem__(self, i: int) -> dict[str, Any]:
+                time.sleep(0.02)
+                return super().__getitem__(i)
+
+        result = run(toy(), val_dataset=Slow(20), eval_every=2)
+        assert result.eval_seconds > 3 * 20 * 0.02
+        assert result.seconds < result.eval_seconds
+        assert result.samples_per_second == pytest.approx(48 / result.seconds)
+
+    def test_max_seconds(self, tmp_path: Path) -> None:
+        result = run(toy(), out=tmp_path, steps=1_000_000, max_seconds=0.5, log_every=1)
+        assert result.stopped == read_log(tmp_path)[-1]["reason"] == "max_seconds"
+        assert 0.5 <= result.seconds < 5
+        assert 0 < result.steps < 1_000_000
+        assert result.history[-1]["lr"] < 0.5 * 1e-2  # it decays by time, too
+
+
+class TestStops:
+    def test_interrupt_keeps_the_student(self, tmp_path: Path) -> None:
+        class Interrupt(Scenes):
+            def __getitem__(self, i: int) -> dict[str, Any]:
+                if len(self.served) == 24:
+                    raise KeyboardInterrupt
+                return super().__getitem__(i)
+
+        model = distiller()
+        with pytest.raises(KeyboardInterrupt):
+            run(model, Interrupt(), tmp_path)
+        end = read_log(tmp_path)[-1]
+        assert (end["event"], end["reason"], end["step"]) == ("end", "KeyboardInterrupt", 3)
+        saved = load_file(tmp_path / "last" / "model.safetensors")
+        assert all(torch.equal(v, saved[k]) for k, v in model.student.state_dict().items())
+        whole = distiller()
+        run(whole, steps=3, power=0.0)
+        again = distiller()
+        with pytest.raises(KeyboardInterrupt):
+            run(again, Interrupt(), power=0.0)
+        assert same(whole.student, again.student)
+
+    def test_non_finite_term_names_term_and_step(self, tmp_path: Path) -> None:
+        calls = []
+
+        def breaks(student: Tensor, teacher: Tensor) -> Tensor:
+            calls.append(0)
+            return F.mse_loss(student, teacher) * (float("inf") if len(calls) == 4 else 1.0)  # one call is the check's
+
+        model = distiller(loss=breaks)
+        with pytest.raises(FloatingPointError, match=r"term 'kd' is inf at step 3"):
+            run(model, out=tmp_path)
+        assert all(torch.isfinite(p).all() for p in model.student.parameters())
+        assert read_log(tmp_path)[-1] | {"seconds": 0} == {
+            "event": "end",
+            "reason": "FloatingPointError",
+            "message": "term 'kd' is inf at step 3; the run stops, earlier checkpoints are kept",
+            "step": 2,
+            "seconds": 0,
+        }
+
+    def test_non_finite_task(self) -> None:
+        with pytest.raises(FloatingPointError, match="the task loss is nan at step"):
+            run(toy(), Scenes(poison=int(list(BatchOrder(32, TrainConfig(batch_size=8)))[2][0])), check=False)
+
+    def test_non_finite_gradient_is_traced_to_its_term(self) -> None:
+        calls = []
+
+        def cliff(student: Tensor, teacher: Tensor) -> Tensor:
+            calls.append(0)
+            if len(calls) >= 3:
+                return (student - student.detach()).abs().sqrt().sum() + 1  # finite, with an infinite slope
+            return F.mse_loss(student, teacher)
+
+        with pytest.raises(FloatingPointError, match=r"gradient is nan at step 2 .* it comes from 'kd'"):
+            run(distiller(loss=cliff))
+
+    def test_checks_come_before_training(self, tmp_path: Path) -> None:
+        model = distiller()
+        model.teacher.train()
+        with pytest.raises(ValueError, match="teacher is in train mode"):
+            run(model, out=tmp_path)
+        validation = Scenes()
+        validation.sentences = "random"
+        with pytest.raises(ValueError, match="use sentences='all'"):
+            run(toy(), val_dataset=validation)
+        with pytest.raises(ValueError, match="has 5 samples, fewer than one batch of 8"):
+            run(toy(), Scenes(5))
+        with pytest.raises(ValueError, match="this Distiller has its own"):
+            run(distiller(), task_loss=F.mse_loss)
+        with pytest.raises(ValueError, match=r"torch sees no GPU|device must be"):
+            run(toy(), device="cuda" if not torch.cuda.is_available() else "gpu")
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
+            ({"batch_size": 2.5}, "batch_size must be a whole number >= 1, got 2.5"),
+            ({"lr": 0}, "lr must be a finite number > 0, got 0"),
+            ({"lr": None}, "lr must be a finite number > 0, got None"),
+            ({"grad_clip": -1.0}, "grad_clip must be a finite number > 0 or None"),
+            ({"weight_decay": float("nan")}, "weight_decay must be a finite number >= 0"),
+            ({"precision": "fp8"}, "precision must be 'auto', 'fp32' or 'bf16', got 'fp8'"),
+            ({"batch_size": 10, "accumulate": 4}, "batch_size must be a multiple of accumulate"),
+            ({"eval_every": 0}, "eval_every must be a whole number >= 1 or None"),
+        ],
+    )
+    def test_out_of_range(self, setting: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**setting)
+
+    def test_schedule(self) -> None:
+        config = TrainConfig(steps=100, warmup=4, power=0.9)
+        factors = [lr_factor(step, step / 100, config) for step in range(100)]
+        assert factors[:4] == pytest.approx([(s + 1) / 5 * (1 - s / 100) ** 0.9 for s in range(4)])
+        assert factors[50] == pytest.approx(0.5**0.9)
+        assert 0 < factors[99] < 0.02
+
+    def test_what_is_decayed(self) -> None:
+        model = Toy()
+        decayed, others = adamw(model, TrainConfig(weight_decay=0.1)).param_groups
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+        assert {id(p) for p in decayed["params"]} == {id(model.stem.weight), id(model.head.weight)}
+        names = {id(p): name for name, p in model.named_parameters()}
+        assert {names[id(p)] for p in others["params"]} == {
+            "stem.bias",
+            "norm.weight",
+            "norm.bias",
+            "words.weight",
+            "head.bias",
+        }
+
+    def test_precision_and_layout(self) -> None:
+        result = run(distiller(), precision="bf16", channels_last=True, threads=1)
+        assert all(torch.isfinite(torch.tensor(line["loss"])) for line in result.history)
+
+    def test_it_learns(self) -> None:
+        model = toy(width=8)
+        result = run(model, steps=150, lr=3e-2, val_dataset=Scenes(), log_every=50)
+        assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
+        assert result.last.miou > 80
+        assert not model.training
+
+    @pytest.mark.gpu
+    def test_on_the_gpu(self, tmp_path: Path) -> None:
+        model = distiller(width=8)
+        result = run(model, out=tmp_path, device="auto", steps=60, val_dataset=Scenes(), channels_last=True)
+        assert read_log(tmp_path)[0]["environment"]["precision"] == "bf16"
+        assert next(model.teacher.parameters()).is_cuda
+        assert next(model.student.parameters()).dtype == torch.float32
+        assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+    @pytest.mark.gpu
+    def test_non_finite_on_the_gpu_is_found_at_the_next_line(self) -> None:
+        with pytest.raises(FloatingPointError, match="the task loss is nan at step"):
+            run(toy(), Scenes(poison=3), check=False, device="cuda", steps=40, log_every=10)
+
+
+def test_real_models_data_and_losses(tmp_path: Path) -> None:
+    """The pieces together, tiny: shapes data, RIS models, three families of losses."""
+    pytest.importorskip("timm", reason="needs the [ris] extra")
+    pytest.importorskip("transformers", reason="needs the [ris] extra")
+    from fastkd import data, losses, models
+    from fastkd.evaluate import evaluate
+
+    data.make_shapes(tmp_path / "shapes", images=20, image_size=64, seed=0)
+    tokenizer = data.load_tokenizer("shapes")
+    sets = [
+        data.ReferDataset(
+            data.RefCOCO(tmp_path / "shapes", split=split), tokenizer, image_size=64, cache=True, sentences=sentences
+        )
+        for split, sentences in (("train", "random"), ("val", "all"))
+    ]
+    torch.manual_seed(0)
+    teacher = models.RISModel(models.preset("shapes-teacher")).eval().requires_grad_(False)
+    student = models.RISModel(models.preset("shapes-student"))
+    words = {"word_mask": "batch.word_mask"}
+    model = Distiller(
+        student,
+        teacher,
+        segmentation_loss,
+        [
+            Term(losses.channel_distribution_kd, "decoder_features"),
+            Term(losses.cross_modal_kd_from_logits, "pixel_word_logits.*", kwargs=words, name="cross_modal"),
+            Term(losses.ChannelKD(student_channels=64, teacher_channels=192), "stages.3", name="channel"),
+        ],
+    )
+    count = sum(p.numel() for p in student.parameters())
+    first = data.collate([sets[0][i] for i in range(8)])
+    model.balance(first, {"channel_distribution_kd": 0.3, "cross_modal": 0.3, "channel": 0.1})
+    assert model.gradient_shares(first)["channel"] == pytest.approx(0.1, rel=1e-3)
+    config = TrainConfig(steps=4, batch_size=8, log_every=2, device="cpu")
+    result = train(model, sets[0], config, val_dataset=sets[1], out_dir=tmp_path / "run", progress=False)
+    assert sum(p.numel() for p in student.parameters()) == count
+    log = read_log(tmp_path / "run")
+    assert log[0]["parameters"]["aligners"] == 64 * 192
+    assert result.last.dataset == "refcoco"
+    again = models.RISModel.from_pretrained(tmp_path / "run" / "last")
+    score = evaluate(again, sets[1])
+    assert score.metrics == pytest.approx(result.last.metrics, abs=0.5)
+    assert score.sentences == len(sets[1])
