@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from fastkd.ops.softmax_kl import softmax_kl
 from fastkd.reference.softmax_kl import softmax_kl as reference_softmax_kl
 
 LAYOUT = "(B, K, H, W), (B, K, N) or (B, K)"
+FEW_CLASSES = 8
+"""Below this, "auto" takes plain torch on the CPU: for K = 2 it was measured 5 times as fast as copying the classes of
+each pixel side by side for the C++ kernel, at K = 8 and 12 as fast, at K = 16 slower."""
 
 
 def logit_kd(
@@ -80,6 +85,8 @@ def logit_kd(
         teacher = torch.cat([torch.zeros_like(teacher), teacher], 1)
 
     # Plain torch takes the softmax over dimension 1 where it lies; the kernels want a row's classes side by side.
+    if backend == "auto" and student.shape[1] < FEW_CLASSES and student.device.type == "cpu" and not _backend_wished():
+        backend = "reference"
     if choose("softmax_kl", backend, student, teacher) == "reference":
         rows = reference_softmax_kl(student, teacher, temperature, dim=1)
     else:
@@ -90,6 +97,11 @@ def logit_kd(
     if reduction == "none":
         return rows.reshape(shape[0], *shape[2:])
     return reduce_rows(rows, None, reduction)
+
+
+@torch.compiler.assume_constant_result
+def _backend_wished() -> bool:
+    return os.environ.get("FASTKD_BACKEND", "auto") not in ("", "auto")
 
 
 def _check_options(temperature: float, reduction: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
-from fastkd.reference.softmax_kl import softmax_kl
+from fastkd.reference.softmax_kl import kl, softmax_kl
 
 SIMILARITIES = ("scaled_dot", "cosine")
 TERMS = ("pixel_to_word", "word_to_pixel", "pixel_pixel", "word_word")
@@ -77,14 +77,13 @@ def pixel_word_from_logits(
         n = torch.full((batch,), float(pixels), dtype=dtype, device=student.device)
     else:
         n = pixel_mask.sum(1).to(dtype)
-    # Masked columns are −inf for the softmax over words, masked rows for the softmax over pixels.
-    to_words_s = _masked(student, student_word_mask, 2, -torch.inf)
-    to_words_t = _masked(teacher, teacher_word_mask, 2, -torch.inf)
 
     results: dict[str, Tensor] = {}
+    if set(terms) != {"word_to_pixel"}:  # log A, with −inf for masked words
+        log_a = torch.log_softmax(_masked(student, student_word_mask, 2, -torch.inf) / temperature, 2)
+        log_b = torch.log_softmax(_masked(teacher, teacher_word_mask, 2, -torch.inf) / temperature, 2)
     if "pixel_to_word" in terms:
-        rows = softmax_kl(to_words_s, to_words_t, temperature)
-        results["pixel_to_word"] = _masked(rows, pixel_mask, 1).sum(1) / n
+        results["pixel_to_word"] = _masked(kl(log_a, log_b), pixel_mask, 1).sum(1) / n
     if "word_to_pixel" in terms:
         columns = softmax_kl(
             _masked(student, pixel_mask, 1, -torch.inf), _masked(teacher, pixel_mask, 1, -torch.inf), temperature, 1
@@ -93,8 +92,7 @@ def pixel_word_from_logits(
         results["word_to_pixel"] = _masked(columns, student_word_mask, 1).sum(1) / words
     if "pixel_pixel" in terms or "word_word" in terms:
         with full_precision(student.device):
-            a = _masked(torch.softmax(to_words_s / temperature, 2), pixel_mask, 1)
-            b = _masked(torch.softmax(to_words_t / temperature, 2), pixel_mask, 1)
+            a, b = _masked(log_a.exp(), pixel_mask, 1), _masked(log_b.exp(), pixel_mask, 1)
             results.update(_second_order(a, b, n, terms))
     return {term: results[term] for term in terms}
 

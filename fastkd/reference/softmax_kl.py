@@ -25,6 +25,11 @@ def softmax_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int = 
     dtype = compute_dtype(student, teacher)
     log_p_s = torch.log_softmax(student.to(dtype) / temperature, dim)
     log_p_t = torch.log_softmax(teacher.to(dtype) / temperature, dim)
+    return kl(log_p_s, log_p_t, dim)
+
+
+def kl(log_p_s: Tensor, log_p_t: Tensor, dim: int = -1) -> Tensor:
+    """Σ p_t (log p_t − log p_s) over ``dim``, a summand being 0 where p_t is."""
     p_t = log_p_t.exp()
     # Mask the difference, not the product: 0·(−inf + inf) is NaN, and so would be its gradient.
     ratio = torch.where(p_t == 0, torch.zeros_like(p_t), log_p_t - log_p_s)
