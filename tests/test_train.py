@@ -163,17 +163,20 @@ class TestAccumulation:
         """Data-parallel training and evaluation, on two CPU processes."""
         single = distiller()
         result = run(single, log_every=2, val_dataset=Scenes(15))
-        code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_train as t
-from pathlib import Path
-d = t.distiller()
-r = t.run(d, out=Path({str(tmp_path)!r}), log_every=2, val_dataset=t.Scenes(15))
-assert r.last.sentences == 15 and r.last.refs == 15 and len(r.last.sent_ids) in (7, 8), r.last
-"""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        code = f"""
+import os, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import torch.multiprocessing as mp
+import test_train as t, fastkd.train.loop  # imported once, before the two processes part
+def main(rank):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    r = t.run(t.distiller(), out=Path({str(tmp_path)!r}), log_every=2, val_dataset=t.Scenes(15))
+    assert r.last.sentences == 15 and r.last.refs == 15 and len(r.last.sent_ids) in (7, 8), r.last
+mp.start_processes(main, nprocs=2, start_method="fork")
+"""
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         env = {
             **os.environ,
@@ -182,21 +185,8 @@ assert r.last.sentences == 15 and r.last.refs == 15 and len(r.last.sent_ids) in 
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                env={**env, "RANK": rank, "LOCAL_RANK": rank},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in "01"
-        ]
-        try:
-            errors = [process.communicate(timeout=240)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0, 0], "\n".join(e[-2000:] for e in errors)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=env)
+        assert done.returncode == 0, done.stderr[-4000:]
         log = read_log(tmp_path)
         assert log[0]["environment"]["processes"] == 2
         lines = [line for line in log if line["event"] == "train"]
