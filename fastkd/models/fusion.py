@@ -36,8 +36,10 @@ def pixel_coordinates(height: int, width: int, *, device: torch.device, dtype: t
 class PixelWordAttention(nn.Module):
     """Every pixel attends to the valid words: logits = q·k / √C per head, softmax over words.
 
-    q = InstanceNorm(f_query(x)), k = f_key(words), v = f_value(words), out = InstanceNorm(W(softmax(q·kᵀ/√C) v)).
-    C counts the key channels of all heads, as LAVT does.
+    q = InstanceNorm(f_query(x)), k = f_key(words), v = f_value(words), out = LayerNorm(W(softmax(q·kᵀ/√C) v)).
+    C counts the key channels of all heads, as LAVT does. LAVT ends in an InstanceNorm over the pixels instead: where all
+    pixels read nearly the same, that takes away what they share (the sentence) and magnifies rounding, up to 1/√eps a
+    stage, which made training from scratch diverge.
 
     Args:
         channels: C, the width of the pixels.
@@ -55,6 +57,7 @@ class PixelWordAttention(nn.Module):
         self.f_key = nn.Linear(word_channels, channels, bias=False)
         self.f_value = nn.Linear(word_channels, channels)
         self.W = nn.Linear(channels, channels)
+        self.norm = nn.LayerNorm(channels)
 
     def forward(self, pixels: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         """What each pixel read, (B, N, C), and the logits (B, heads, N, T) before masking."""
@@ -65,7 +68,7 @@ class PixelWordAttention(nn.Module):
         masked = logits.masked_fill(~word_mask[:, None, None], torch.finfo(logits.dtype).min)
         read = masked.softmax(dim=-1).to(value.dtype) @ value
         read = read.transpose(1, 2).flatten(2)
-        return instance_norm(self.W(read)), logits
+        return self.norm(self.W(read)), logits
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -74,8 +77,9 @@ class PixelWordAttention(nn.Module):
 class Fusion(nn.Module):
     """Fuses the words into one stage: a map for the decoder, one for the next stage, and the attention's logits.
 
-    fused = GELU(project_mm(GELU(vis_project(x)) ⊙ attention(x, words))); out = LayerNorm(fused);
-    next = x + tanh(gate(fused)) ⊙ fused, with gate = Linear, ReLU, Linear.
+    out = LayerNorm(GELU(project_mm(GELU(vis_project(x)) ⊙ attention(x, words))));
+    next = x + tanh(gate(out)) ⊙ out, with gate = Linear, ReLU, Linear. (LAVT gates the map before its LayerNorm, which
+    a pretrained encoder wants to be small; a network from scratch needs to hear the words from the first step.)
 
     Args:
         channels: C of the stage.
@@ -110,9 +114,9 @@ class Fusion(nn.Module):
         if self.coordinates is not None:
             placed = pixels + self.coordinates(pixel_coordinates(height, width, device=x.device, dtype=x.dtype))
         read, logits = self.attention(placed, words, word_mask)
-        fused = F.gelu(self.project_mm(F.gelu(self.vis_project(placed)) * read))
+        fused = self.norm(F.gelu(self.project_mm(F.gelu(self.vis_project(placed)) * read)))
         onward = pixels if self.gate is None else pixels + self.gate(fused).tanh() * fused
-        return _to_map(self.norm(fused), height, width), _to_map(onward, height, width), logits
+        return _to_map(fused, height, width), _to_map(onward, height, width), logits
 
 
 def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:
