@@ -32,7 +32,7 @@ class TrainConfig:
     grad_clip: float | None = 1.0
     """Largest gradient norm, or None for no clipping."""
     seed: int = 0
-    """Data order and dropout. Initial weights are made before, by whoever makes the model; a dataset has its own seed."""
+    """Data order and dropout. Whoever makes the model seeds its weights; a dataset has a seed of its own."""
     device: str = "auto"
     """"auto" (the GPU if there is one), "cpu", "cuda", "cuda:1"."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
