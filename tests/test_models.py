@@ -184,7 +184,7 @@ def test_pixel_word_logits_are_those_of_the_softmax():
         torch.testing.assert_close(logits[:, h].double(), literal, rtol=1e-5, atol=1e-6)
     weights = logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     value = attention.f_value(words).unflatten(-1, (2, 4)).transpose(1, 2)
-    again = instance_norm(attention.W((weights @ value).transpose(1, 2).flatten(2)))
+    again = attention.norm(attention.W((weights @ value).transpose(1, 2).flatten(2)))
     torch.testing.assert_close(again, read, rtol=1e-5, atol=1e-5)
 
 
