@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -185,8 +187,15 @@ mp.start_processes(main, nprocs=2, start_method="fork")
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=env)
-        assert done.returncode == 0, done.stderr[-4000:]
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+        )
+        try:
+            error = parent.communicate(timeout=500)[1]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)  # its two processes as well
+        assert parent.returncode == 0, error[-4000:]
         log = read_log(tmp_path)
         assert log[0]["environment"]["processes"] == 2
         lines = [line for line in log if line["event"] == "train"]
