@@ -142,9 +142,11 @@ def test_the_gram_form_keeps_its_digits_near_the_teacher(difference):
     g = torch.Generator().manual_seed(3)
     teacher = torch.randn(1, 400, 16, generator=g)
     student = teacher + difference * torch.randn(1, 400, 16, generator=g)
-    for f, x, y in ((relation_mse_gram, student, teacher),):
-        leaf, exact_leaf = x.clone().requires_grad_(), x.double().requires_grad_()
-        got, want = f(leaf, y, similarity="cosine"), relation(exact_leaf, y.double(), distance="mse")
+    wide = torch.cat([teacher, torch.zeros(1, 400, 1)], 2)  # the same relations, but no difference of features
+    for target in (teacher, wide):
+        leaf, exact_leaf = student.clone().requires_grad_(), student.double().requires_grad_()
+        got = relation_mse_gram(leaf, target, similarity="cosine")
+        want = relation(exact_leaf, target.double(), distance="mse")
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=0)
         torch.testing.assert_close(got.mean().double(), want.mean(), rtol=2e-5, atol=0)
         got.mean().backward()
