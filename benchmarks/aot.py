@@ -30,9 +30,13 @@ def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dic
 
     acc = "fp64" if dtype == "fp64" else "fp32"
     itemsize = 8 if dtype == "fp64" else 2
-    widths = [blocks.cols for blocks in family.SHORT] + [family.LONG.cols + 1]
-    for blocks in dict.fromkeys(family.blocks_for(width, itemsize) for width in widths):
+    longest = family.blocks_for(1 << 20, itemsize).cols
+    for cols in (*(blocks.cols for blocks in family.SHORT), longest, longest + 1):
+        blocks = family.blocks_for(cols, itemsize)
+        constants = {"ROWS": blocks.rows, "COLS": blocks.cols, "LOOP": cols > blocks.cols}
         for name in ("forward", "backward"):
+            if name == "backward" and constants.pop("LOOP"):
+                continue  # it has no loop
             kernel = getattr(family, f"{name}_kernel")
             types = {}
             for argument in kernel.arg_names:
@@ -46,8 +50,7 @@ def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dic
                     types[argument] = "constexpr"
                 else:
                     types[argument] = "i64" if "stride" in argument else "i32"
-            constants = {"ROWS": blocks.rows, "COLS": blocks.cols}
-            yield f"softmax_kl.{name}", kernel, types, constants, blocks.warps
+            yield f"softmax_kl.{name}", kernel, types, dict(constants), blocks.warps
 
 
 CASES = {"softmax_kl": softmax_kl_cases}
@@ -111,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes))]
     print(f"{'kernel':22} {'dtype':5} {'block':>9} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
     for row in rows:
-        block = f"{row['ROWS']}x{row['COLS']}"
+        block = f"{row['ROWS']}x{row['COLS']}{'+' if row.get('LOOP') else ''}"
         print(
             f"{row['kernel']:22} {row['dtype']:5} {block:>9} {row['warps']:>5} {row['target']:>6} "
             f"{row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6}{'' if row['ok'] else '  <- no'}"

@@ -29,11 +29,11 @@ class Blocks(NamedTuple):
     warps: int
 
 
-SHORT = tuple(Blocks(1024 // width, width, 4) for width in (16, 32, 64, 128, 256, 512))
+SHORT = (Blocks(64, 16, 4), Blocks(16, 64, 4), Blocks(4, 256, 4))
 """Rows that fit one of these blocks: several rows to a program."""
 
 LONG = Blocks(1, 1024, 4)
-"""Longer rows: one row to a program, which loops. The block never widens, so no row length spills registers."""
+"""Longer rows: one row to a program, which loops where needed. The block never widens, so no row length spills."""
 
 
 def blocks_for(cols: int, itemsize: int) -> Blocks:
@@ -74,6 +74,7 @@ def forward_kernel(
     inv_temperature: tl.float64,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LOOP: tl.constexpr,  # cols > COLS
 ):
     """Losses and ℓ of ``ROWS`` rows to a program, ``COLS`` columns at a time."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
@@ -100,24 +101,25 @@ def forward_kernel(
     z_t = tl.where(t == minus_inf, 0.0, 1.0).to(ACC)
     a = tl.where(t == minus_inf, 0.0, t - s)
 
-    for start in range(COLS, cols, COLS):
-        j = start + lane
-        mask = here[:, None] & (j < cols)
-        s = tl.load(student_row + j, mask=mask, other=minus_inf).to(ACC)
-        t = tl.load(teacher_row + j, mask=mask, other=minus_inf).to(ACC)
+    if LOOP:
+        for start in range(COLS, cols, COLS):
+            j = start + lane
+            mask = here[:, None] & (j < cols)
+            s = tl.load(student_row + j, mask=mask, other=minus_inf).to(ACC)
+            t = tl.load(teacher_row + j, mask=mask, other=minus_inf).to(ACC)
 
-        e = tl.exp2(-tl.abs(s - m_s) * scale)
-        new = s > m_s
-        z_s = tl.where(new, z_s * e + 1.0, z_s + e)
-        m_s = tl.where(new, s, m_s)
+            e = tl.exp2(-tl.abs(s - m_s) * scale)
+            new = s > m_s
+            z_s = tl.where(new, z_s * e + 1.0, z_s + e)
+            m_s = tl.where(new, s, m_s)
 
-        e = tl.exp2(-tl.abs(t - m_t) * scale)
-        new = t > m_t
-        old_weight = tl.where(new, e, 1.0)
-        weight = tl.where(new, 1.0, e)
-        z_t = z_t * old_weight + weight
-        a = tl.where(old_weight == 0.0, 0.0, a * old_weight) + tl.where(weight == 0.0, 0.0, weight * (t - s))
-        m_t = tl.where(new, t, m_t)
+            e = tl.exp2(-tl.abs(t - m_t) * scale)
+            new = t > m_t
+            old_weight = tl.where(new, e, 1.0)
+            weight = tl.where(new, 1.0, e)
+            z_t = z_t * old_weight + weight
+            a = tl.where(old_weight == 0.0, 0.0, a * old_weight) + tl.where(weight == 0.0, 0.0, weight * (t - s))
+            m_t = tl.where(new, t, m_t)
 
     top_s = tl.max(m_s, axis=1)
     top_t = tl.max(m_t, axis=1)
@@ -208,6 +210,7 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
             1.0 / temperature,
             ROWS=blocks.rows,
             COLS=blocks.cols,
+            LOOP=cols > blocks.cols,
             num_warps=blocks.warps,
             enable_fp_fusion=True,
         )

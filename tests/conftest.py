@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import NamedTuple
 
 import pytest
-import torch
+
+
+def _has_gpu() -> bool:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False
+
 
 # Triton decides when a kernel is defined, once per process, whether it is compiled or interpreted. With a GPU the tests
-# run what users run; without one the same kernels are interpreted on CPU tensors.
-if not torch.cuda.is_available():
+# run what users run; without one the same kernels are interpreted on CPU tensors. Torch is not imported to find out,
+# since some versions of it import Triton.
+if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

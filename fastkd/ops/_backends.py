@@ -95,7 +95,6 @@ def why_not(backend: str, family: str | None = None, device: str | torch.device 
     return reason
 
 
-@torch.compiler.assume_constant_result
 def _resolve(
     family: str, backend: str, device_type: str, device_index: int | None, kernel_dtypes: bool, small: bool
 ) -> str:
@@ -127,6 +126,10 @@ def _resolve(
     if reason is not None:
         raise BackendUnavailable(f"{said} cannot run {family} on {device}: {reason}. backend='reference' always works.")
     return asked
+
+
+# What torch.compiler.assume_constant_result sets. Calling it would import all of Dynamo, and Triton with it, at once.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _prefer(family: str, device_type: str, device: str, kernel_dtypes: bool, small: bool) -> str:

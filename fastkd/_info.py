@@ -1,0 +1,153 @@
+"""``fastkd.info()``: versions, devices, backends, and for each backend that is not in use, why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+OPTIONAL = (
+    "accelerate",
+    "huggingface_hub",
+    "matplotlib",
+    "pycocotools",
+    "safetensors",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+    "transformers",
+)
+"""What the extra ``[ris]`` installs, as far as a report of a problem needs it."""
+
+
+class Info(dict[str, Any]):
+    """A dict of plain values (it goes through JSON) that prints as a short text."""
+
+    def __str__(self) -> str:
+        lines = ["fastkd " + self["versions"]["fastkd"], "", "versions"]
+        lines += [f"  {name:16} {value}" for name, value in self["versions"].items() if name != "fastkd"]
+        lines += ["", "devices"]
+        lines += [f"  {device['name']:16} {_words(device, 'name')}" for device in self["devices"]]
+        lines += ["", "backends"]
+        for name, row in self["backends"].items():
+            lines.append(f"  {name:16} {'in use' if row['in_use'] else 'not in use: ' + row['why_not']}")
+        lines += ["", "built with this installation"]
+        for name, row in self["build"].items():
+            lines.append(f"  {name:16} {_words(row) if isinstance(row, dict) else row}")
+        if not self["build"]:
+            lines.append("  nothing: a source tree that was not installed")
+        if self["environment"]:
+            lines += ["", "environment"]
+            lines += [f"  {name}={value}" for name, value in self["environment"].items()]
+        missing = [name for name, value in self["optional"].items() if value is None]
+        lines += ["", "optional packages"]
+        lines += [f"  {name:16} {value}" for name, value in self["optional"].items() if value is not None]
+        if missing:
+            lines.append(f"  not installed: {', '.join(missing)} (pip install 'fastkd[ris]' installs them all)")
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Return what a report of a problem needs: versions, devices, backends in use and why others are not.
+
+    Returns:
+        A dict of plain values with the keys ``versions``, ``devices``, ``backends`` (name to ``in_use`` and
+        ``why_not``), ``build``, ``environment`` and ``optional``; ``print`` shows it as text.
+
+    Example:
+        >>> import fastkd
+        >>> fastkd.info()["backends"]["reference"]
+        {'in_use': True, 'why_not': None}
+    """
+    import fastkd
+
+    return Info(
+        versions=_versions(fastkd.__version__),
+        devices=_devices(),
+        backends=_backends(),
+        build=_build(),
+        environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTKD_", "TRITON_", "OMP_NUM"))},
+        optional={name: _version(name) for name in OPTIONAL},
+    )
+
+
+def _versions(fastkd_version: str) -> dict[str, str | None]:
+    import torch
+
+    return {
+        "fastkd": fastkd_version,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch's CUDA": torch.version.cuda,
+        "driver": _driver(),
+        "triton": _version("triton"),
+    }
+
+
+def _driver() -> str | None:
+    """The newest CUDA that the installed driver runs, such as "13.0"; None without a driver."""
+    import torch
+
+    try:
+        number = torch._C._cuda_getDriverVersion() if torch.version.cuda else 0
+    except (AttributeError, RuntimeError):
+        return None
+    return f"CUDA {number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = [
+        {"name": "cpu", "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(
+                {
+                    "name": f"cuda:{index}",
+                    "model": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+                }
+            )
+    return found
+
+
+def _backends() -> dict[str, dict[str, Any]]:
+    import torch
+
+    from fastkd.ops import _backends as choice
+
+    found = {}
+    for name in choice.BACKENDS:
+        reason = choice.why_not(name)
+        places = {"cpu": "cpu", "cuda": "cuda:0", "triton": "cuda:0"}
+        if reason is None and name in places and (name == "cpu" or torch.cuda.is_available()):
+            reason = choice.why_not(name, "softmax_kl", places[name])  # does it also compute the right thing?
+        found[name] = {"in_use": reason is None, "why_not": reason}
+    return found
+
+
+def _build() -> dict[str, Any]:
+    from fastkd import _native
+
+    return dict(_native.build_info())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _words(row: dict[str, Any], *leave_out: str) -> str:
+    return ", ".join(
+        f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in row.items()
+        if key not in leave_out
+    )

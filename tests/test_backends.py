@@ -1,0 +1,150 @@
+"""Which backend computes a call: names, reasons, the environment, remembered failures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.ops import _backends
+from fastkd.ops._backends import choose, why_not
+
+X = torch.zeros(1, 1, 4)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing tried, nothing warned of."""
+    monkeypatch.setattr(_backends, "_reasons", {})
+    monkeypatch.setattr(_backends, "_warned", set())
+    return monkeypatch
+
+
+def test_reference_always_works() -> None:
+    for family in _backends.IMPLEMENTED:
+        assert choose(family, "reference", X) == "reference"
+    assert why_not("reference") is None
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, triton, cuda, got 'cdua'"):
+        choose("softmax_kl", "cdua", X)
+    with pytest.raises(ValueError, match="backend"):
+        why_not("cdua")
+
+
+def test_a_backend_that_a_family_does_not_have() -> None:
+    lacking = [f for f, has in _backends.IMPLEMENTED.items() if "triton" not in has]
+    for family in lacking:
+        with pytest.raises(fastkd.BackendUnavailable, match=f"{family} has no triton backend yet; it has reference"):
+            choose(family, "triton", X)
+        assert choose(family, "auto", X) in _backends.IMPLEMENTED[family]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu() -> None:
+    with pytest.raises(fastkd.BackendUnavailable, match=r"backend='cuda'.*on cpu.*CUDA tensors.*\.cuda\(\)"):
+        choose("softmax_kl", "cuda", X)
+    assert why_not("cuda")
+
+
+def test_triton_on_cpu_tensors_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(fastkd.BackendUnavailable, match=r"CUDA tensors.*TRITON_INTERPRET=1"):
+        choose("softmax_kl", "triton", X)
+
+
+def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTKD_BACKEND", "reference")
+    assert choose("softmax_kl", "auto", X) == "reference"
+    monkeypatch.setenv("FASTKD_BACKEND", "auto")
+    assert choose("softmax_kl", "reference", X) == "reference"
+    monkeypatch.setenv("FASTKD_BACKEND", "tritn")
+    with pytest.raises(ValueError, match=r"FASTKD_BACKEND: expected one of auto, .*got 'tritn'"):
+        choose("softmax_kl", "auto", X)
+    monkeypatch.setenv("FASTKD_BACKEND", "cuda")
+    with pytest.raises(fastkd.BackendUnavailable, match="FASTKD_BACKEND=cuda cannot run softmax_kl on cpu"):
+        choose("softmax_kl", "auto", X)
+    assert choose("relation", "auto", X) == "reference"  # a family without it goes on
+
+
+def test_a_failure_is_remembered_and_warned_of_once(fresh: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def broken(backend: str, *_: object) -> str:
+        tried.append(backend)
+        return "it is broken"
+
+    fresh.setattr(_backends, "_probe", broken)
+    with pytest.warns(fastkd.FastKDWarning, match="the cpu backend is left out.*it is broken"):
+        assert choose("softmax_kl", "auto", X) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("softmax_kl", "auto", X) == "reference"
+    assert tried == ["cpu"]
+    with pytest.raises(fastkd.BackendUnavailable, match=r"it is broken.*backend='reference' always works"):
+        choose("softmax_kl", "cpu", X)
+
+
+def test_a_self_test_that_raises_or_is_wrong_is_a_reason(fresh: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    family = importlib.import_module("fastkd.ops.softmax_kl")
+    fresh.setattr(_backends, "_absent", lambda backend: None)
+
+    class Wrong:
+        def forward(self, student, teacher, loss, statistics, temperature):  # type: ignore[no-untyped-def]
+            loss.fill_(1.0)
+
+        def backward(self, grad_loss, student, teacher, statistics, grad_student, temperature):  # type: ignore[no-untyped-def]
+            grad_student.zero_()
+
+    fresh.setattr(family, "_kernels", lambda backend: Wrong())
+    assert "wrong loss" in str(why_not("cpu", "softmax_kl", "cpu"))
+    fresh.setattr(family, "_kernels", lambda backend: 1 / 0)
+    assert "ZeroDivisionError" in str(why_not("triton", "softmax_kl", "cpu"))
+
+
+def test_other_dtypes_and_devices_use_the_reference() -> None:
+    assert choose("softmax_kl", "auto", torch.zeros(1, 1, 4, device="meta")) == "reference"
+    odd = torch.zeros(1, 1, 4, dtype=torch.float8_e4m3fn)
+    assert choose("softmax_kl", "auto", odd) == "reference"
+    with pytest.raises(fastkd.BackendUnavailable, match=r"float32, float16, bfloat16, float64"):
+        choose("softmax_kl", "cpu", odd)
+
+
+def test_small_inputs_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_backends.MIN_ELEMENTS, ("softmax_kl", "cpu"), 100)
+    monkeypatch.setattr(_backends, "why_not", lambda *_: None)
+    assert choose("softmax_kl", "auto", torch.zeros(1, 1, 99)) == "reference"
+    assert choose("softmax_kl", "auto", torch.zeros(1, 1, 100)) == "cpu"
+    assert choose("softmax_kl", "cpu", torch.zeros(1, 1, 99)) == "cpu"
+
+
+def test_importing_fastkd_imports_nothing_heavy() -> None:
+    """Not torch for `import fastkd`; not Triton and no compiled module for its losses."""
+    script = (
+        "import sys, fastkd; assert 'torch' not in sys.modules;"
+        "import torch; before = set(sys.modules);"  # some versions of torch import Triton themselves
+        "import fastkd.losses; loaded = set(sys.modules) - before;"
+        "assert loaded.isdisjoint({'triton', 'torch._dynamo', 'fastkd.kernels', 'fastkd._cpu', 'fastkd._cuda',"
+        " 'numpy', 'timm', 'transformers'}), loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_info_tells_why() -> None:
+    found = fastkd.info()
+    assert set(found["backends"]) == set(_backends.BACKENDS)
+    assert found["backends"]["reference"] == {"in_use": True, "why_not": None}
+    for name, row in found["backends"].items():
+        assert row["in_use"] == (row["why_not"] is None), name
+    text = str(found)
+    assert torch.__version__ in text
+    for name in _backends.BACKENDS:
+        assert name in text
