@@ -1,4 +1,4 @@
-"""The compiled modules ``fastkd._cpu`` and ``fastkd._cuda``: loading them, and what was built when fastkd was installed.
+"""The compiled modules ``fastkd._cpu`` and ``fastkd._cuda``: loading them, and what was built at installation.
 
 Neither module knows torch: they take addresses, sizes and strides (see ``csrc/bindings``), and :mod:`fastkd.ops` is
 their only caller.
@@ -54,7 +54,7 @@ def load(name: str) -> ModuleType:
 def _reason(name: str, error: ImportError) -> str:
     info = build_info().get(name)
     if info is None:
-        return f"fastkd._{name} is not there: this source tree was not installed; run `pip install .` or `pip install -e .`"
+        return f"fastkd._{name} is not there: this source tree was never installed; run `pip install -e .` in it"
     if not info["built"]:
         switch = "FASTKD_CUDA=1 " if name == "cuda" else ""
         return (
