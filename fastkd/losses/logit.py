@@ -11,6 +11,7 @@ from fastkd.losses import _checks
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
 from fastkd.ops._backends import choose
+from fastkd.ops._compile import constant_result
 from fastkd.ops.softmax_kl import softmax_kl
 from fastkd.reference.softmax_kl import softmax_kl as reference_softmax_kl
 
@@ -99,7 +100,7 @@ def logit_kd(
     return reduce_rows(rows, None, reduction)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _backend_wished() -> bool:
     return os.environ.get("FASTKD_BACKEND", "auto") not in ("", "auto")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd.errors import BackendUnavailable, FastKDWarning
+from fastkd.ops._compile import constant_result
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 """Every backend's name: plain torch, C++, Triton, CUDA C++."""
@@ -95,6 +96,7 @@ def why_not(backend: str, family: str | None = None, device: str | torch.device 
     return reason
 
 
+@constant_result
 def _resolve(
     family: str, backend: str, device_type: str, device_index: int | None, kernel_dtypes: bool, small: bool
 ) -> str:
@@ -126,10 +128,6 @@ def _resolve(
     if reason is not None:
         raise BackendUnavailable(f"{said} cannot run {family} on {device}: {reason}. backend='reference' always works.")
     return asked
-
-
-# What torch.compiler.assume_constant_result sets. Calling it would import all of Dynamo, and Triton with it, at once.
-_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _prefer(family: str, device_type: str, device: str, kernel_dtypes: bool, small: bool) -> str:
