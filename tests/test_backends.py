@@ -134,7 +134,7 @@ def test_importing_fastkd_imports_nothing_heavy() -> None:
         "assert loaded.isdisjoint({'triton', 'torch._dynamo', 'fastkd.kernels', 'fastkd._cpu', 'fastkd._cuda',"
         " 'numpy', 'timm', 'transformers'}), loaded"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one command, in less than 9 minutes:
+#
+#     scripts/gpu_check.sh OUT_DIR
+#
+# builds and installs fastkd into a temporary folder (nothing else on the machine changes), runs the tests marked `gpu`,
+# compute-sanitizer's memcheck on a few of them, and the benchmarks. Needs python with torch and Triton, nvcc and a C++
+# compiler; no network. Packages that are missing (scikit-build-core, pybind11, cmake, ninja, pytest, ...) are installed
+# from the folder of wheels WHEELHOUSE (default: wheelhouse/ here), which `make wheelhouse` fills on a connected machine.
+#
+# Writes into OUT_DIR, flat: build.json, tests.json, sanitizer.json and one JSON per benchmarked family, all in the
+# format of benchmarks/results, and log.txt. A part that fails is a row with "ok": false; the others still run.
+# Exit status: 0 all parts passed, 1 some failed, 2 wrong use, 3 no NVIDIA GPU.
+# Variables: PYTHON (default python3), WHEELHOUSE, and those of docs/environment.md.
+set -uo pipefail
+
+if [ $# -ne 1 ]; then
+    echo "usage: scripts/gpu_check.sh OUT_DIR" >&2
+    exit 2
+fi
+PYTHON=${PYTHON:-python3}
+cd "$(dirname "$0")/.." || exit 2
+root=$PWD
+case $1 in /*) out=$1 ;; *) out=${OLDPWD:-$root}/$1 ;; esac
+
+if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    echo "gpu_check: no NVIDIA GPU here (nvidia-smi -L lists none); nothing was run" >&2
+    exit 3
+fi
+if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    echo "gpu_check: $PYTHON has no torch that sees the GPU; set PYTHON to one that has" >&2
+    exit 2
+fi
+
+mkdir -p "$out" || exit 2
+log=$out/log.txt
+: >"$log"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+site=$work/site
+wheels=${WHEELHOUSE:-$root/wheelhouse}
+export PYTHONPATH=$site PATH=$site/bin:$PATH TRITON_CACHE_DIR=$work/triton PYTHONUNBUFFERED=1
+export PATH=$PATH:/usr/local/cuda/bin PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+failed=0
+
+# part NAME SECONDS COMMAND...: run it, keep its output, write NAME.json unless the command wrote a better one.
+part() {
+    local name=$1 limit=$2 begin=$SECONDS status
+    shift 2
+    echo "== $name (at most $limit s)" | tee -a "$log"
+    timeout --kill-after=10 "$limit" "$@" >"$work/$name.log" 2>&1
+    status=$?
+    cat "$work/$name.log" >>"$log"
+    tail -n 15 "$work/$name.log"
+    echo "== $name: exit $status after $((SECONDS - begin)) s" | tee -a "$log"
+    [ "$status" -eq 0 ] || failed=1
+    [ "$name" = benchmarks ] && [ "$status" -eq 0 ] ||
+        "$PYTHON" -P "$root/scripts/gpu_check_row.py" "$out/$name.json" "$name" "$status" "$((SECONDS - begin))" "$work/$name.log" |
+        tee -a "$log"
+}
+
+build() {
+    local missing=()
+    for pair in scikit_build_core:scikit-build-core pybind11:pybind11 pytest:pytest pytest_benchmark:pytest-benchmark \
+        pytest_timeout:pytest-timeout hypothesis:hypothesis; do
+        "$PYTHON" -c "import ${pair%%:*}" 2>/dev/null || missing+=("${pair##*:}")
+    done
+    "$PYTHON" -c 'import setuptools as s; raise SystemExit(int(s.__version__.split(".")[0]) < 77)' || missing+=(setuptools)
+    command -v cmake >/dev/null || missing+=(cmake)
+    command -v ninja >/dev/null || missing+=(ninja)
+    if [ ${#missing[@]} -gt 0 ]; then
+        echo "installing from $wheels: ${missing[*]}"
+        "$PYTHON" -m pip install --quiet --no-index --find-links "$wheels" --target "$site" "${missing[@]}" || return 1
+    fi
+    FASTKD_CUDA=${FASTKD_CUDA:-1} "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --upgrade \
+        --target "$site" -v . || return 1
+    cd "$work" && "$PYTHON" -P -c 'import fastkd; print(fastkd.info())'
+}
+
+tests() {
+    "$PYTHON" -P -m pytest -q -m gpu --durations=10 -p no:cacheprovider tests
+}
+
+sanitizer() {
+    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed (it comes with CUDA)"; return 1; }
+    # Without torch's caching allocator, so that an access beyond a tensor is one beyond an allocation.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+        "$PYTHON" -P -m pytest -q -m gpu -p no:cacheprovider -x tests/test_softmax_kl.py \
+        -k "cuda and (layouts or infinities or no_rows or in_a_cuda_graph)"
+}
+
+benchmarks() {
+    "$PYTHON" benchmarks/run.py --device cuda --seconds 4 --out "$out"
+}
+
+export -f build tests sanitizer benchmarks
+export PYTHON root work site wheels out
+part build 150 bash -c build
+part tests 130 bash -c tests
+part sanitizer 100 bash -c sanitizer
+part benchmarks 130 bash -c benchmarks
+echo "written to $out: $(ls "$out" | tr '\n' ' ')"
+exit $failed
