@@ -43,12 +43,21 @@ class RISOutput:
     word_mask: Tensor
 
 
+_CARD = """---
+{{ card_data }}
+---
+
+A referring image segmentation model. `fastkd.models.RISModel.from_pretrained(...)` loads it.
+"""
+
+
 class RISModel(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="fastkd",
     license="apache-2.0",
     tags=["referring-image-segmentation"],
+    model_card_template=_CARD,
 ):
     """A timm backbone, a transformers text encoder, pixel–word fusion after every stage and a top-down decoder.
 
@@ -187,9 +196,12 @@ class RISModel(
         state = {
             k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in self.state_dict().items()
         }
-        save_file(state, save_directory / checkpoint.WEIGHTS_FILE, metadata={"format": "pt"})
+        weights = save_directory / checkpoint.WEIGHTS_FILE
+        save_file(state, weights, metadata={"format": "pt"})
         text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
-        (save_directory / checkpoint.CONFIG_FILE).write_text(text, encoding="utf-8")
+        config = save_directory / checkpoint.CONFIG_FILE
+        config.write_text(text, encoding="utf-8")
+        weights.chmod(config.stat().st_mode)  # safetensors leaves a file that only its owner may read
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> RISModel:

@@ -1,0 +1,105 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastkd.cli import main
+
+pytest.importorskip("timm", reason="needs the [ris] extra")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes") / "data"
+    assert main(["data", "make-shapes", str(root), "--images", "40", "--image-size", "64"]) == 0
+    return root
+
+
+SHORT = ["--steps", "3", "--batch-size", "4", "--threads", "1", "--log-every", "1"]
+
+
+def test_info_prints_text_and_json(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text
+    assert "reference" in text
+    assert main(["info", "--json"]) == 0
+    assert "backends" in json.loads(capsys.readouterr().out)
+
+
+def test_train_then_evaluate(shapes, tmp_path, capsys):
+    out = tmp_path / "alone"
+    assert main(["train", "--data", str(shapes), "--out", str(out), *SHORT]) == 0
+    assert (out / "best" / "model.safetensors").is_file()
+    result = tmp_path / "score.json"
+    args = ["--data", str(shapes), "--model", str(out / "best"), "--split", "testB", "--out", str(result)]
+    assert main(["evaluate", *args]) == 0
+    score = json.loads(result.read_text())
+    assert score["split"] == "testB"
+    assert score["protocol"] == "lavt"
+    assert set(score["metrics"]) >= {"oIoU", "mIoU", "P@0.5", "P@0.9"}
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_distill_with_the_shipped_teacher_and_every_term(shapes, tmp_path, capsys):
+    from fastkd.train.recipes import TERMS
+
+    out = tmp_path / "distilled"
+    terms = [f"{name}=0.1" for name in TERMS]
+    assert main(["distill", "--data", str(shapes), "--out", str(out), "--terms", *terms, *SHORT]) == 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["event"] == "train")
+    assert set(first["terms"]) == set(TERMS)
+    start = next(line for line in lines if line["event"] == "start")
+    assert all(weight > 0 for weight in start["weights"].values())
+
+
+def test_demo_end_to_end(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == ["alone", "distilled", "alone, equal time"]
+    assert results["runs"][0]["steps"] == results["runs"][1]["steps"] == 3
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["alone"]["parameters"] == rows["distilled"]["parameters"] < rows["teacher"]["parameters"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "distilled" in page
+    assert page.count("data:image/") >= 12
+    assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["evaluate", "--data", "{shapes}", "--model", "/nowhere"], "/nowhere"),
+        (["evaluate", "--data", "/nowhere", "--model", "shapes"], "/nowhere"),
+        (["evaluate", "--data", "{shapes}", "--model", "shapes", "--split", "tset"], "tset"),
+        (["evaluate", "--data", "{shapes}", "--model", "shapes", "--protocol", "lavt480"], "480"),
+        (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "shapes-studnet"], "shapes-student"),
+        (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "some/folder"], "some/folder"),
+        (["train", "--data", "{shapes}", "--out", "{tmp}", "--steps", "0"], "steps"),
+        (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "first_ordre=1"], "first_order"),
+        (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "first_order"], "name=share"),
+        (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "logit=-1"], "logit"),
+        (["data", "make-shapes", "{shapes}", "--images", "40"], "overwrite"),
+        (["data", "make-shapes", "{tmp}/new", "--images", "1"], "images"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args, says, shapes, tmp_path, capsys):
+    args = [arg.format(shapes=shapes, tmp=tmp_path) for arg in args]
+    try:
+        status = main(args)
+    except SystemExit as refused:  # what the parser itself refuses
+        status = refused.code
+    assert status == 2
+    error = capsys.readouterr()
+    assert says in error.err + error.out
+
+
+def test_traceback_on_request(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTKD_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", "--data", str(tmp_path / "none"), "--model", "shapes"])
