@@ -10,12 +10,12 @@ def build_app() -> SubcommandApp:
     from fastkd.cli import data, demo, evaluate, info, train
 
     app = SubcommandApp()
-    app.command(info.info, name="info")
+    app.command(name="info")(info.info)
     shapes = SubcommandApp()
-    shapes.command(data.make_shapes, name="make-shapes")
+    shapes.command(name="make-shapes")(data.make_shapes)
     app.command(shapes, name="data", help="make data sets")
-    app.command(train.train, name="train")
-    app.command(train.distill, name="distill")
-    app.command(evaluate.evaluate, name="evaluate")
-    app.command(demo.demo, name="demo")
+    app.command(name="train")(train.train)
+    app.command(name="distill")(train.distill)
+    app.command(name="evaluate")(evaluate.evaluate)
+    app.command(name="demo")(demo.demo)
     return app

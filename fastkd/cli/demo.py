@@ -86,7 +86,7 @@ def _data(out: Path, images: int, size: int) -> Path:
     if settings.is_file() and wanted.items() <= json.loads(settings.read_text(encoding="utf-8"))["settings"].items():
         print(f"data: {root}, made earlier")
         return root
-    counts = shapes.make_shapes(root, **wanted, overwrite=True)
+    counts = shapes.make_shapes(root, images=images, image_size=size, seed=0, overwrite=True)
     print(
         f"data: {counts['images']} images, {counts['refs']} refs, {counts['sentences']} sentences in {root}", flush=True
     )
@@ -112,7 +112,8 @@ def _compare(
     from fastkd.train import segmentation_loss, train
     from fastkd.train.recipes import balance_on, recipe
 
-    config = replace(config, seed=seed, eval_every=config.eval_every or max(1, config.steps // 5))
+    eval_every = config.eval_every or max(1, config.steps // 5)
+    config = replace(config, seed=seed, eval_every=eval_every)
     train_set = open_split(root, "train", teacher, sentences="random", seed=seed)
     val_set = open_split(root, "val", teacher, sentences="all")
     train_set.fill_cache()
@@ -137,8 +138,8 @@ def _compare(
     # As many steps as fit into the time that distillation took; the schedule follows the clock.
     seconds = distilled.training.seconds
     steps = round(config.steps * seconds / alone.training.seconds * 1.5)
-    eval_every = max(1, round(config.eval_every * seconds / alone.training.seconds))
-    longer = run(LONGER, replace(config, steps=steps, max_seconds=seconds, eval_every=eval_every), False)
+    rarer = max(1, round(eval_every * seconds / alone.training.seconds))
+    longer = run(LONGER, replace(config, steps=steps, max_seconds=seconds, eval_every=rarer), False)
     return {ALONE: alone, DISTILLED: distilled, LONGER: longer}
 
 

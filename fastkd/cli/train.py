@@ -80,8 +80,8 @@ def distill(
         out: folder for log and checkpoints.
         teacher: a folder written by save_pretrained, or "shapes" for the shipped teacher of the procedural set.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
-        terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient over
-            that of the task's, measured on the first batches; the terms are those of fastkd.train.recipes.TERMS.
+        terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
+            over that of the task's, measured on the first batches; the terms are those of fastkd.train.recipes.TERMS.
         config: the settings.
         overwrite: replace an earlier run in --out.
     """
