@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        args.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return 0 if all(row["ok"] for row in rows) else 1
 
 
