@@ -219,9 +219,17 @@ FASTKD_INLINE T sum_lanes(typename VectorOf<T, count>::type value) {
         return sum_lanes<T, count / 2>(half[0] + half[1]);
     }
 }
-template <class T>
-FASTKD_INLINE T sum(Vec<T> value) {
-    return sum_lanes<T, lanes<T>>(value);
+// Lanes are added in double: the last few sums are the largest, and their roundings would be too.
+FASTKD_INLINE double sum(Vec<float> value) {
+    constexpr int count = lanes<float> / 2;
+    using Doubles = VectorOf<double, count>::type;
+    VectorOf<float, count>::type half[2];
+    __builtin_memcpy(half, &value, sizeof(half));
+    return sum_lanes<double, count>(__builtin_convertvector(half[0], Doubles) +
+                                    __builtin_convertvector(half[1], Doubles));
+}
+FASTKD_INLINE double sum(Vec<double> value) {
+    return sum_lanes<double, lanes<double>>(value);
 }
 
 template <class T, int count>

@@ -68,7 +68,7 @@ FASTKD_INLINE void accumulate(KLState<double>& state, const S* s, const S* t, st
         const T nothing = softmax_kl::minus_infinity<T>();
         sums += terms(load_end(s, count, count - i, nothing), load_end(t, count, count - i, nothing));
     }
-    state.add(sum<T>(sums.z_s), sum<T>(sums.z_t), static_cast<double>(sum<T>(sums.a)) * exp.scale);
+    state.add(sum(sums.z_s), sum(sums.z_t), sum(sums.a) * exp.scale);
 }
 
 template <class S, class T = Compute<S>>
