@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+def pytest_configure() -> None:
+    if os.environ.get("FASTKD_TEST_INSTALLED", "0") not in ("", "0"):
+        found = importlib.util.find_spec("fastkd")
+        where = Path(found.origin).resolve() if found and found.origin else None
+        if where is None or Path(__file__).parent.resolve() / "fastkd" in where.parents:
+            raise pytest.UsageError(f"FASTKD_TEST_INSTALLED asks for the installed fastkd, but it is found at {where}")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
