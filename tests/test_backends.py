@@ -13,7 +13,7 @@ import fastkd
 from fastkd.ops import _backends
 from fastkd.ops._backends import choose, why_not
 
-X = torch.zeros(1, 1, 4)
+X = torch.zeros(1, 1, 4096)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 """What ``"auto"`` tries on each device type, the fastest measured first; other devices use the reference."""
 
-MIN_ELEMENTS: dict[tuple[str, str], int] = {}
+MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048}
 """(family, device type) -> number of elements of ``student`` below which the reference was measured faster."""
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -63,8 +63,8 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
     small = False
     if backend == "auto":
         limit = MIN_ELEMENTS.get((family, student.device.type), 0)
-        # The comparison, not the size, is what torch.compile guards on: no recompilation per batch size.
-        small = limit > 0 and bool(student.numel() < limit)
+        if student.numel() < limit:  # a branch: torch.compile guards on the comparison, not on the size
+            small = True
     kernel_dtypes = all(x.dtype in KERNEL_DTYPES for x in (student, *others))
     return _resolve(family, backend, student.device.type, student.device.index, kernel_dtypes, small)
 

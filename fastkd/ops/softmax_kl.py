@@ -81,7 +81,10 @@ class _SoftmaxKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        return _SoftmaxKLGradient.apply(grad_loss, *ctx.saved_tensors, ctx.temperature, ctx.backend), None, None, None
+        arguments = (grad_loss, *ctx.saved_tensors, ctx.temperature, ctx.backend)
+        if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
+            return _SoftmaxKLGradient.apply(*arguments), None, None, None
+        return torch.ops.fastkd.softmax_kl_backward(*arguments), None, None, None
 
 
 class _SoftmaxKLGradient(torch.autograd.Function):
