@@ -111,16 +111,20 @@ FASTKD_HD double log_sum_exp(double max, double z_log, double inv_temperature) {
     return max * inv_temperature + z_log;
 }
 
-// x/tau - lse without the rounding of either: (x - center) * (1/tau) - rest, where the center lies near the row's
-// largest logit and the rest is small.
+// x/tau - lse = (x - center)/tau - high - low, split so that no part is rounded where it matters. Where lse is large so
+// is some logit, and x - center is exact for those near it. Else the center is 0 and x stays itself; `high` is a
+// multiple of `grid`, so an exp whose ln 2 is one too can take both off at once without rounding.
 template <class T>
 struct LogSoftmax {
-    T center;
-    T rest;
+    static constexpr double grid = sizeof(T) == 4 ? 0x1p-15 : 0x1p-41;
+    T center, high, low;
 
-    FASTKD_HD LogSoftmax(double lse, double temperature, double inv_temperature)
-        : center(static_cast<T>(lse * temperature)),
-          rest(static_cast<T>(lse - static_cast<double>(center) * inv_temperature)) {}
+    FASTKD_HD LogSoftmax(double lse, double temperature, double inv_temperature) {
+        center = lse > -32 && lse < 32 ? T(0) : static_cast<T>(lse * temperature);
+        const double rest = lse - static_cast<double>(center) * inv_temperature;
+        high = static_cast<T>(std::floor(rest / grid + 0.5) * grid);
+        low = static_cast<T>(rest - static_cast<double>(high));
+    }
 };
 
 } // namespace fastkd::softmax_kl

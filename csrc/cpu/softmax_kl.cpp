@@ -50,9 +50,9 @@ FASTKD_INLINE void accumulate(KLState<double>& state, const S* s, const S* t, st
     const auto terms = [&](Vec<T> x_s, Vec<T> x_t) __attribute__((always_inline)) {
         const Vec<T> d_s = x_s - shift_s;
         const Vec<T> d_t = x_t - shift_t;
-        const Vec<T> e_t = exp(d_t, T(0));
+        const Vec<T> e_t = exp(d_t, T(0), T(0));
         // 0 * log 0 = 0: where the teacher's probability is 0, the student's may be too.
-        return Sums<T>{exp(d_s, T(0)), e_t, e_t == T(0) ? Vec<T>{} : e_t * (d_t - d_s)};
+        return Sums<T>{exp(d_s, T(0), T(0)), e_t, e_t == T(0) ? Vec<T>{} : e_t * (d_t - d_s)};
     };
     Sums<T> sums;
     std::int64_t i = 0;
@@ -119,8 +119,8 @@ template <class S, bool stream, class T = Compute<S>>
 FASTKD_INLINE void row_gradient(const S* s, const S* t, S* out, std::int64_t count, LogSoftmax<T> log_s,
                                 LogSoftmax<T> log_t, ScaledExp<T> exp, T scale) {
     const auto gradient = [&](Vec<T> x_s, Vec<T> x_t) __attribute__((always_inline)) {
-        const Vec<T> p_s = exp(x_s - log_s.center, log_s.rest);
-        const Vec<T> p_t = exp(x_t - log_t.center, log_t.rest);
+        const Vec<T> p_s = exp(x_s - log_s.center, log_s.high, log_s.low);
+        const Vec<T> p_t = exp(x_t - log_t.center, log_t.high, log_t.low);
         return (p_s - p_t) * scale;
     };
     std::int64_t i = 0;

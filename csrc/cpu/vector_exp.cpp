@@ -11,12 +11,12 @@ void exp_all(const T* input, T* output, std::int64_t count) {
     const ScaledExp<T> exp{T(1)};
     const std::int64_t rest = count % lanes<T>;
     for (std::int64_t i = 0; i + lanes<T> <= count; i += lanes<T>) {
-        store(output + i, exp(load(input + i), T(0)));
+        store(output + i, exp(load(input + i), T(0), T(0)));
     }
     if (rest > 0) {
         T padded[lanes<T>] = {};
         __builtin_memcpy(padded, input + count - rest, rest * sizeof(T));
-        store(padded, exp(load(padded), T(0)));
+        store(padded, exp(load(padded), T(0), T(0)));
         __builtin_memcpy(output + count - rest, padded, rest * sizeof(T));
     }
 }

@@ -181,8 +181,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) backward_kernel(Backward 
         const LogSoftmax<T> log_s(args.lse_student[row], args.temperature, args.inv_temperature);
         const LogSoftmax<T> log_t(args.lse_teacher[row], args.temperature, args.inv_temperature);
         const auto gradient = [&](S stored_s, S stored_t) {
-            const T p_s = std::exp((widen(stored_s) - log_s.center) * inv_temperature - log_s.rest);
-            const T p_t = std::exp((widen(stored_t) - log_t.center) * inv_temperature - log_t.rest);
+            const T p_s = std::exp((widen(stored_s) - log_s.center) * inv_temperature - log_s.high - log_s.low);
+            const T p_t = std::exp((widen(stored_t) - log_t.center) * inv_temperature - log_t.high - log_t.low);
             return narrow<S>((p_s - p_t) * scale);
         };
         const RowParts<S> parts(s, t, out, args.shape.cols);
