@@ -90,9 +90,10 @@ def _driver() -> str | None:
     """The newest CUDA that the installed driver runs, such as "13.0"; None without a driver."""
     import torch
 
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     try:
-        number = torch._C._cuda_getDriverVersion() if torch.version.cuda else 0
-    except (AttributeError, RuntimeError):
+        number = ask() if ask is not None else 0
+    except RuntimeError:
         return None
     return f"CUDA {number // 1000}.{number % 1000 // 10}" if number else None
 
