@@ -279,6 +279,8 @@ def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
         ([LEFT, [1, 2, 3]], "not a list of at least 3 points"),
         ({"size": [HEIGHT, WIDTH], "counts": []}, "RLE without counts or size"),
         ({"counts": [4]}, "RLE without counts or size"),
+        ({"counts": [4], "size": 5}, "RLE without counts or size"),
+        ([["a", "b", "c", "d", "e", "f"]], "holds something else than numbers"),
         (None, "segmentation of type NoneType"),
     ],
 )
@@ -296,6 +298,10 @@ def test_a_mask_without_pixels_or_of_another_size_is_an_error(tmp_path: Path) ->
     write_set(tmp_path, segmentations={1: {"size": [5, 5], "counts": [3, 4, 18]}})
     with pytest.raises(ValueError, match=r"RLE of size \[5, 5\] for an image of \[12, 20\]"):
         RefCOCO(tmp_path).mask(0)
+    for counts, message in (([3, 4], "do not fill 12 x 20 pixels"), ([-5, 245], "RLE that can't be decoded")):
+        write_set(tmp_path, segmentations={1: {"size": [HEIGHT, WIDTH], "counts": counts}})
+        with pytest.raises(ValueError, match=message):
+            RefCOCO(tmp_path).mask(0)
     with pytest.raises(ValueError, match="mask rule must be one of 'union', 'lavt'; got 'xor'"):
         rasterise([LEFT], HEIGHT, WIDTH, rule="xor")
 
@@ -313,6 +319,7 @@ def test_damaged_json_and_missing_entries_are_named(tmp_path: Path) -> None:
         ("[]", "no list 'images'"),
         ('{"images": []}', "no list 'annotations'"),
         ('{"images": [{}], "annotations": []}', "without the field 'id'"),
+        ('{"images": [1], "annotations": []}', "is not a COCO instances file"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -329,6 +336,7 @@ def test_damaged_json_and_missing_entries_are_named(tmp_path: Path) -> None:
         ([a_ref(0, "train", sentences=())], "ref 0 has no sentence"),
         ([a_ref(0, "train", sentences=("fine", " "))], "sentence 1 of ref 0 is empty in the field 'sent'"),
         ([{**a_ref(0, "train"), "sentences": [{"raw": "x"}]}], "a sentence of ref 0 has no 'sent'"),
+        ([{**a_ref(0, "train"), "sentences": [{"sent": "x", "sent_id": "y"}]}], "or no 'sent_id'"),
         ([a_ref(0, "val"), a_ref(1, "val")], r"no ref of split 'train'; it has val \(2\)"),
     ],
 )
@@ -336,6 +344,14 @@ def test_bad_refs_are_named(tmp_path: Path, refs: Any, message: str) -> None:
     write_set(tmp_path, refs)
     with pytest.raises(ValueError, match=message):
         RefCOCO(tmp_path)
+
+
+def test_unknown_ids_are_named(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    data = RefCOCO(tmp_path)
+    for ask, message in ((data.image, "image_id 99"), (data.image_size, "image_id 99"), (data.mask, "ref_id 99")):
+        with pytest.raises(KeyError, match=f"{message} is not in split 'train' of refcoco"):
+            ask(99)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,12 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "nowhere.txt")
     with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor vocab\.txt"):
         load_tokenizer(tmp_path)
+    (tmp_path / "vocab.bin").write_bytes(b"\xff\xfe\x81")
+    with pytest.raises(ValueError, match=r"vocab\.bin is not text in utf-8"):
+        load_tokenizer(tmp_path / "vocab.bin")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer folder .* can't be read"):
+        load_tokenizer(tmp_path)
     tokenizer = load_tokenizer("shapes")
     for sentences, max_words, error, message in (
         (["red", "  "], 20, ValueError, "sentence 1 is empty"),

@@ -352,6 +352,44 @@ class TestGradients:
         assert term.weight == 1.0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"student": None}, r"student must be an nn\.Module, got None"),
+        ({"teacher": "teacher"}, r"teacher must be an nn\.Module or None, got 'teacher'"),
+        ({"task_loss": None}, "task_loss must be a function"),
+        ({"terms": [mse]}, r"terms must be a list of fastkd\.Term, got <function mse"),
+        ({"inputs": "image"}, "inputs must be a sequence of keys, got the string 'image'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"student": Toy(), "teacher": Toy().eval(), "task_loss": task_loss}
+    with pytest.raises(TypeError, match=message):
+        Distiller(**{**given, **arguments})
+
+
+def test_terms_of_the_wrong_kind() -> None:
+    with pytest.raises(ValueError, match="weight must be a finite number >= 0, got '1'"):
+        Term(mse, "features", weight="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="kwargs must be a dict"):
+        Term(mse, "features", kwargs=[1])  # type: ignore[arg-type]
+
+
+def test_weights_are_set_together_or_not_at_all() -> None:
+    distiller = make(Term(mse, "features"))
+    with pytest.raises(ValueError, match="no term named 'other'"):
+        distiller.set_weights({"mse": 2.0, "other": 1.0})
+    assert distiller.weights == {"mse": 1.0}
+
+
+def test_an_error_inside_a_loss_says_which_term(batch: dict[str, Any]) -> None:
+    loss = fastkd.losses.channel_distribution_kd
+    distiller = make(Term(loss, "features", name="fine"), Term(loss, "features", "logits", name="wide"))
+    with pytest.raises(ValueError, match="student and teacher: shapes differ") as caught:
+        distiller(batch)
+    assert caught.value.__notes__ == ["This is term 'wide' of the Distiller."]
+
+
 def test_follow_mappings_and_namedtuples() -> None:
     value = {"a.b": 1, "a": [{"c": torch.ones(1)}]}
     assert torch.equal(follow(value, "a.0.c"), torch.ones(1))

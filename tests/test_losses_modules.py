@@ -58,6 +58,25 @@ def test_modules_can_be_pickled_copied_and_saved(module):
     assert pickle.loads(pickle.dumps(aligned)).aligner is not None
 
 
+def test_an_aligner_takes_any_floating_dtype_and_names_what_does_not_fit():
+    made, teacher = ChannelKD(student_channels=3, teacher_channels=6), torch.randn(2, 6, 4, 4)
+    student = torch.randn(2, 3, 4, 4)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+        assert made(student.to(dtype), teacher).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for bad, error, message in (
+        (student.long(), TypeError, "student: expected a floating-point tensor, got torch.int64"),
+        (None, TypeError, "student: expected a tensor"),
+        (student[:, :2], ValueError, r"student: expected 3 channels in dimension 1 \(student_channels\)"),
+        (student.to("meta"), ValueError, "aligner: is on cpu, but student is on meta"),
+    ):
+        with pytest.raises(error, match=message):
+            made(bad, teacher)
+
+
+def test_repr_shows_the_shape_of_a_weight_and_not_its_numbers():
+    assert "weight=tensor of shape (8, 32)" in repr(ChannelKD(weight=torch.rand(8, 32)))
+
+
 @pytest.mark.parametrize("module", TWINS)
 def test_a_second_backward_gives_the_same_gradient_and_inputs_stay_as_they_are(module):
     args, more = inputs_of(module)

@@ -429,6 +429,14 @@ def test_bad_configurations():
         tiny(fusion_heads=(1, 1))
     with pytest.raises(ValueError, match="decoder_width"):
         tiny(decoder_width=0)
+    with pytest.raises(ValueError, match="decoder_width must be a whole number of at least 1, got '64'"):
+        tiny(decoder_width="64")
+    with pytest.raises(ValueError, match="out_indices must be whole numbers"):
+        tiny(out_indices=3)
+    with pytest.raises(ValueError, match="'bert' has no argument 'hiden_size'; did you mean hidden_size"):
+        RISModel(tiny(text={"hiden_size": 16}))
+    with pytest.raises(FileNotFoundError, match="no folder of text weights at /nowhere"):
+        RISModel(tiny(), text_weights="/nowhere")
     with pytest.raises(ValueError, match="no such encoder"):
         RISModel(tiny(text_model="bart_of_avon"))
     with pytest.raises(TypeError, match="JSON"):
@@ -457,6 +465,11 @@ def test_bad_inputs():
         (ValueError, "sample 1", (image, ids, mask * torch.tensor([[True], [False]]))),
         (ValueError, "sample 0", (image, ids * 0)),
         (ValueError, "D=16", (image, None, mask, torch.zeros(2, 7, 5))),
+        (TypeError, "words must be floating point", (image, None, mask, torch.zeros(2, 7, 16, dtype=torch.int64))),
+        (ValueError, "image must be", (image[..., :0], ids, mask)),
+        (ValueError, "image is on meta, the model on cpu", (image.to("meta"), ids, mask)),
+        (ValueError, "word_mask is on meta", (image, ids, mask.to("meta"))),
+        (TypeError, "input_ids must be a tensor, got list", (image, ids.tolist(), mask)),
     ]
     for kind, message, args in cases:
         with pytest.raises(kind, match=message):

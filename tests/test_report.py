@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -349,3 +351,16 @@ def test_logs_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     log.write_text('{"event": "start"}\n')
     with pytest.raises(ValueError, match="nothing to draw"):
         curves_from_log(log)
+
+
+def test_import_is_lazy_and_a_missing_extra_is_named() -> None:
+    code = (
+        "import sys, fastkd.report as r\n"
+        "assert not {'torch', 'numpy', 'PIL', 'rich', 'matplotlib'} & set(sys.modules)\n"
+        "sys.modules['numpy'] = None\n"
+        "try: r.write_report\n"
+        "except ImportError as e: print(e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "needs the package 'numpy" in done.stdout
+    assert "pip install 'fastkd[ris]'" in done.stdout

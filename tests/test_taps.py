@@ -110,6 +110,13 @@ def test_bad_names(net: Net, paths: object) -> None:
         fastkd.Taps(net, paths)  # type: ignore[arg-type]
 
 
+def test_what_is_no_module_or_no_path(net: Net) -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got NoneType"):
+        fastkd.Taps(None, {"a": "unused"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"tap 'a': expected a module path or \(path, index\), got 3"):
+        fastkd.Taps(net, {"a": 3})  # type: ignore[dict-item]
+
+
 def test_wrappers_do_not_change_paths(net: Net) -> None:
     parallel = nn.DataParallel(net)
     for path in ("backbone.layers.2.fusion", "module.backbone.layers.2.fusion"):

@@ -272,6 +272,19 @@ class TestLogAndCheckpoints:
         assert (tmp_path / "log.jsonl").read_text() == before
         run(toy(), out=tmp_path, overwrite=True)
 
+    def test_an_earlier_best_does_not_pass_for_this_run_s(self, tmp_path: Path) -> None:
+        run(toy(), out=tmp_path, val_dataset=Scenes(8))
+        assert (tmp_path / "best").is_dir()
+        run(toy(), out=tmp_path, overwrite=True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "log.jsonl"]
+
+    def test_out_dir_and_config_of_the_wrong_kind(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(FileExistsError, match=r"out_dir .*file' is a file; give a folder"):
+            run(toy(), out=tmp_path / "file")
+        with pytest.raises(TypeError, match="config must be a TrainConfig or None, got dict"):
+            train(toy(), Scenes(), {"steps": 2}, collate=collate)
+
     def test_time_of_evaluation_is_not_training(self) -> None:
         class Slow(Scenes):
             def __getitem__(self, i: int) -> dict[str, Any]:
@@ -377,6 +390,9 @@ class TestSettings:
             ({"weight_decay": float("nan")}, "weight_decay must be a finite number >= 0"),
             ({"precision": "fp8"}, "precision must be 'auto', 'fp32' or 'bf16', got 'fp8'"),
             ({"batch_size": 10, "accumulate": 4}, "batch_size must be a multiple of accumulate"),
+            ({"lr": "0.1"}, "lr must be a finite number > 0, got '0.1'"),
+            ({"weight_decay": None}, "weight_decay must be a finite number >= 0, got None"),
+            ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
             ({"eval_every": 0}, "eval_every must be a whole number >= 1 or None"),
         ],
     )

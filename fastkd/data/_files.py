@@ -20,7 +20,11 @@ LAYOUT = """expected layout:
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014", "coco/train2014")
 
 
-class _Refused(pickle.UnpicklingError):
+class _Damaged(pickle.UnpicklingError, ValueError):
+    """The file is no whole pickle."""
+
+
+class _Refused(_Damaged):
     """The file names a class or a function."""
 
 
@@ -41,7 +45,7 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: with the layout that is expected.
-        pickle.UnpicklingError: the file names a class, or is not a pickle.
+        pickle.UnpicklingError: the file names a class, or is not a pickle (this one is a ValueError too).
         ValueError: the content is not a list of refs.
     """
     content = _bytes(path)
@@ -70,7 +74,7 @@ def _unpickle(content: bytes, path: Path, encoding: str) -> Any:
     except (_Refused, UnicodeDecodeError):
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        raise pickle.UnpicklingError(f"{path} can't be read as a pickle ({error}): fetch it again") from error
+        raise _Damaged(f"{path} can't be read as a pickle ({error}): fetch it again") from error
 
 
 def read_instances(path: Path) -> dict[str, Any]:
@@ -109,3 +113,5 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} doesn't exist; {LAYOUT}") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path} is a folder; {LAYOUT}") from None

@@ -57,6 +57,12 @@ class ReferDataset(Dataset[Sample]):
         seed: int = 0,
         cache: bool = False,
     ) -> None:
+        if not isinstance(refcoco, RefCOCO):
+            raise TypeError(
+                f"refcoco must be a RefCOCO, got {type(refcoco).__name__}; make one: RefCOCO(root, split=...)"
+            )
+        if not callable(tokenizer):
+            raise TypeError(f"tokenizer must come from load_tokenizer, got {type(tokenizer).__name__}")
         if sentences not in ("random", "all"):
             raise ValueError(f"sentences must be 'random' (one a ref and epoch) or 'all'; got {sentences!r}")
         if not isinstance(image_size, int) or image_size < 1:

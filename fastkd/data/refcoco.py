@@ -142,11 +142,12 @@ class RefCOCO:
 
     def image_path(self, image_id: int) -> Path:
         """The file of an image, by the name that instances.json gives it."""
-        return self.image_root / self._images[image_id]["file_name"]
+        return self.image_root / self._entry(image_id)["file_name"]
 
     def image_size(self, image_id: int) -> tuple[int, int]:
         """Height and width that instances.json gives."""
-        return self._images[image_id]["height"], self._images[image_id]["width"]
+        entry = self._entry(image_id)
+        return entry["height"], entry["width"]
 
     def image(self, image_id: int) -> np.ndarray:
         """The image, (H, W, 3) uint8 RGB.
@@ -181,6 +182,12 @@ class RefCOCO:
             what=f"annotation {ref.ann_id} (ref {ref_id})",
         )
 
+    def _entry(self, image_id: int) -> dict[str, Any]:
+        try:
+            return self._images[image_id]
+        except KeyError:
+            raise KeyError(f"image_id {image_id!r} is not in split {self.split!r} of {self.name}") from None
+
     def _load_instances(self, path: Path) -> None:
         content = read_instances(path)
         images = {ref.image_id for ref in self.refs}
@@ -195,8 +202,13 @@ class RefCOCO:
                 a["id"]: a["segmentation"] for a in content["annotations"] if a["id"] in annotations
             }
             self.categories: dict[int, str] = {c["id"]: c["name"] for c in content.get("categories", ())}
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ValueError(f"{path} has an entry without the field {error}: fetch the file again") from error
+        except TypeError as error:
+            raise ValueError(f"{path} is not a COCO instances file ({error}): fetch it again") from error
+        for number, image in self._images.items():
+            if not (isinstance(image["height"], int) and isinstance(image["width"], int)):
+                raise ValueError(f"{path}: height and width of image {number} must be integers: fetch the file again")
         for ref in self.refs:
             if ref.image_id not in self._images:
                 raise ValueError(f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to")
@@ -245,15 +257,18 @@ def _ref(ref: dict[str, Any], field: str, path: Path) -> Ref:
     sentences = []
     for sentence in ref["sentences"]:
         key = field.partition(".")[0]
-        if not isinstance(sentence, dict) or not isinstance(sentence.get(key), str) or "sent_id" not in sentence:
-            raise ValueError(f"{path}: a sentence of ref {ref['ref_id']} has no {key!r} or no 'sent_id': {sentence!r}")
+        whole = isinstance(sentence, dict) and isinstance(sentence.get("sent_id"), int)
+        if not whole or not isinstance(sentence.get(key), str):
+            raise ValueError(
+                f"{path}: a sentence of ref {ref['ref_id']} has no {key!r} or no 'sent_id': {sentence!r:.200}"
+            )
         text = sentence[key].lower() if field == "raw.lower" else sentence[key]
         if not text.strip():
             raise ValueError(
                 f"{path}: sentence {sentence['sent_id']} of ref {ref['ref_id']} is empty in the field {key!r}; "
                 "try another sentence_field, or leave the sentence out of the file"
             )
-        sentences.append(Sentence(int(sentence["sent_id"]), text))
+        sentences.append(Sentence(sentence["sent_id"], text))
     if not sentences:
         raise ValueError(f"{path}: ref {ref['ref_id']} has no sentence")
     return Ref(ref["ref_id"], ref["ann_id"], ref["image_id"], ref["category_id"], ref["split"], tuple(sentences))

@@ -85,7 +85,8 @@ def load_tokenizer(source: str | os.PathLike[str] = "shapes") -> Tokenizer:
 
     Raises:
         FileNotFoundError: nothing there, or a folder with neither ``tokenizer.json`` nor ``vocab.txt``.
-        ValueError: a vocabulary without the special pieces, with an entry twice, or with ``[PAD]`` not first.
+        ValueError: a vocabulary without the special pieces, with an entry twice, or with ``[PAD]`` not first; a file or
+            folder that can't be read.
     """
     if source == "shapes":
         return _from_vocabulary(_SHAPES, "shapes")
@@ -94,7 +95,14 @@ def load_tokenizer(source: str | os.PathLike[str] = "shapes") -> Tokenizer:
         if (path / "tokenizer.json").is_file():
             from transformers import AutoTokenizer
 
-            return Tokenizer(AutoTokenizer.from_pretrained(str(path), local_files_only=True), str(path))
+            try:
+                inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            except Exception as error:  # a damaged folder raises almost anything
+                kind = type(error).__name__
+                raise ValueError(
+                    f"tokenizer folder {str(path)!r} can't be read ({kind}: {error}): save it again"
+                ) from error
+            return Tokenizer(inner, str(path))
         if (path / "vocab.txt").is_file():
             return _from_vocabulary(path / "vocab.txt", str(path))
         raise FileNotFoundError(f"tokenizer folder {str(path)!r} holds neither tokenizer.json nor vocab.txt")
@@ -108,7 +116,10 @@ def load_tokenizer(source: str | os.PathLike[str] = "shapes") -> Tokenizer:
 def _from_vocabulary(path: Path, name: str) -> Tokenizer:
     from transformers import BertTokenizer
 
-    pieces = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        pieces = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in utf-8 ({error}): give a BERT vocab.txt") from error
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     if len(vocabulary) != len(pieces):
         raise ValueError(f"{path} has an entry twice: it is not a BERT vocabulary, which has one piece a line")

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastkd.evaluate.evaluation import EvalResult, evaluate
     from fastkd.evaluate.metrics import RISMetrics
     from fastkd.evaluate.protocols import PROTOCOLS, Protocol
 
-_NAMES = {
-    "PROTOCOLS": "protocols",
-    "EvalResult": "evaluation",
-    "Protocol": "protocols",
-    "RISMetrics": "metrics",
-    "evaluate": "evaluation",
-}
-
 __all__ = ["PROTOCOLS", "EvalResult", "Protocol", "RISMetrics", "evaluate"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"fastkd.evaluate.{_NAMES[name]}"), name)
-    raise AttributeError(f"module 'fastkd.evaluate' has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "PROTOCOLS": "fastkd.evaluate.protocols",
+        "EvalResult": "fastkd.evaluate.evaluation",
+        "Protocol": "fastkd.evaluate.protocols",
+        "RISMetrics": "fastkd.evaluate.metrics",
+        "evaluate": "fastkd.evaluate.evaluation",
+    },
+)
 
 
 def __dir__() -> list[str]:

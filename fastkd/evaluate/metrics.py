@@ -6,11 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-try:
-    from torchmetrics import Metric
-except ModuleNotFoundError as error:
-    raise ImportError(f"fastkd.evaluate needs the package {error.name!r}: pip install 'fastkd[ris]'") from error
+from torchmetrics import Metric
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 

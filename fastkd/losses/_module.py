@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastkd.losses import _checks
+from fastkd.reference._numerics import compute_dtype
 
 
 class LossModule(nn.Module):
@@ -25,7 +29,11 @@ class LossModule(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
+        return ", ".join(f"{name}={_shown(value)}" for name, value in self._options().items())
+
+
+def _shown(value: Any) -> str:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 class ChannelAligner(nn.Module):
@@ -41,12 +49,17 @@ class ChannelAligner(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map the channels, dimension 1, of ``features``."""
-        if features.dim() < 3 or features.shape[1] != self.linear.in_features:
+        _checks.floating("student", features, (3, 4), "(B, C, H, W) or (B, C, N)")
+        weight = self.linear.weight
+        _checks.same_device(student=features, aligner=weight)
+        if features.shape[1] != self.linear.in_features:
             raise ValueError(
                 f"student: expected {self.linear.in_features} channels in dimension 1 (student_channels), "
                 f"got shape {tuple(features.shape)}"
             )
-        return self.linear(features.movedim(1, -1)).movedim(-1, 1)
+        # Autocast, where it is on, has the last word.
+        dtype = weight.dtype if features.dtype == weight.dtype else compute_dtype(features, weight)
+        return F.linear(features.movedim(1, -1).to(dtype), weight.to(dtype)).movedim(-1, 1)
 
 
 def make_aligner(student_channels: int | None, teacher_channels: int | None) -> ChannelAligner | None:

@@ -11,29 +11,27 @@ neither torch nor timm::
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastkd.models.config import RISConfig
     from fastkd.models.presets import list_presets, preset
     from fastkd.models.ris import RISModel, RISOutput
 
-_NAMES = {
-    "RISConfig": "fastkd.models.config",
-    "RISModel": "fastkd.models.ris",
-    "RISOutput": "fastkd.models.ris",
-    "list_presets": "fastkd.models.presets",
-    "preset": "fastkd.models.presets",
-}
-
 __all__ = ["RISConfig", "RISModel", "RISOutput", "list_presets", "preset"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'fastkd.models' has no attribute {name!r}")
-    return getattr(importlib.import_module(_NAMES[name]), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "RISConfig": "fastkd.models.config",
+        "RISModel": "fastkd.models.ris",
+        "RISOutput": "fastkd.models.ris",
+        "list_presets": "fastkd.models.presets",
+        "preset": "fastkd.models.presets",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -48,9 +48,9 @@ class RISConfig:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        self.out_indices = tuple(self.out_indices)
+        self.out_indices = _whole_numbers("out_indices", self.out_indices)
         if not isinstance(self.fusion_heads, int):
-            self.fusion_heads = tuple(self.fusion_heads)
+            self.fusion_heads = _whole_numbers("fusion_heads", self.fusion_heads)
         if not self.out_indices or any(b <= a for a, b in zip(self.out_indices, self.out_indices[1:], strict=False)):
             raise ValueError(f"out_indices must be increasing stage numbers, got {self.out_indices}")
         if len(self.heads) != len(self.out_indices):
@@ -59,10 +59,12 @@ class RISConfig:
                 f"(out_indices={self.out_indices}); give one number or one per stage"
             )
         for name in ("decoder_width", "image_size", "max_words"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.decoder_hidden is not None and self.decoder_hidden < 1:
-            raise ValueError(f"decoder_hidden must be None or at least 1, got {self.decoder_hidden}")
+            if not _positive(getattr(self, name)):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if self.decoder_hidden is not None and not _positive(self.decoder_hidden):
+            raise ValueError(
+                f"decoder_hidden must be None or a whole number of at least 1, got {self.decoder_hidden!r}"
+            )
         if min(self.heads) < 1:
             raise ValueError(f"fusion_heads must be at least 1, got {self.fusion_heads}")
         try:
@@ -93,3 +95,13 @@ class RISConfig:
             hint = f"did you mean {', '.join(close)}?" if close else f"known fields: {', '.join(known)}"
             raise ValueError(f"RISConfig has no field {', '.join(map(repr, unknown))}; {hint}")
         return cls(**values)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(number, int) for number in value):
+        raise ValueError(f"{name} must be whole numbers, such as [0, 1, 2, 3], got {value!r}")
+    return tuple(value)

@@ -136,8 +136,9 @@ class RISModel(
 
     def _check(self, image: Tensor, input_ids: Tensor | None, word_mask: Tensor | None, words: Tensor | None) -> Tensor:
         """Refuse what does not fit; returns the mask."""
-        if image.dim() != 4 or image.shape[1] != 3 or image.shape[0] == 0:
-            raise ValueError(f"image must be (B, 3, H, W) with B at least 1, got {tuple(image.shape)}")
+        self._check_tensors(image=image, input_ids=input_ids, words=words, word_mask=word_mask)
+        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise ValueError(f"image must be (B, 3, H, W), no dimension 0, got {tuple(image.shape)}")
         if not image.is_floating_point():
             raise TypeError(f"image must be floating point and ImageNet-normalised, got {image.dtype}")
         if (input_ids is None) == (words is None):
@@ -165,6 +166,8 @@ class RISModel(
             raise ValueError(
                 f"words must be (B, T, D) with B={image.shape[0]}, D={text.width}, got {tuple(words.shape)}"
             )
+        elif words is not None and not words.is_floating_point():
+            raise TypeError(f"words must be floating point, got {words.dtype}: ids go into input_ids")
         source = input_ids if input_ids is not None else words
         assert source is not None
         if word_mask is None:
@@ -183,6 +186,17 @@ class RISModel(
             row = int((~word_mask.any(dim=1)).nonzero()[0, 0])
             raise ValueError(f"word_mask has no valid word in sample {row}: a sentence needs at least one word")
         return word_mask
+
+    def _check_tensors(self, **tensors: Tensor | None) -> None:
+        """Refuse what is no tensor, and tensors that are not on the model's device."""
+        device = self.decoder.classifier.weight.device
+        for name, tensor in tensors.items():
+            if tensor is None and name != "image":
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.device != device:
+                raise ValueError(f"{name} is on {tensor.device}, the model on {device}: move one with .to(device)")
 
     def parameter_count(self) -> dict[str, int]:
         """Parameters in all and of each part: ``{"total": ..., "backbone": ..., "text_encoder": ..., ...}``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,28 @@ class TextEncoder(nn.Module):
         max_words: The longest sentence the position table allows, or None.
 
     Raises:
-        ValueError: An unknown model type, or weights that leave a parameter without a value.
+        ValueError: An unknown model type or argument, or weights that leave a parameter without a value.
+        FileNotFoundError: No folder at the path given.
     """
 
     def __init__(self, model_type: str, args: dict[str, Any], weights: str | Path | None = None) -> None:
         super().__init__()
         from transformers import AutoConfig, AutoModel
 
+        folder = Path(weights) if weights is not None else None
+        if folder is not None and str(weights).startswith((".", "/", "~")) and not folder.is_dir():
+            raise FileNotFoundError(f"no folder of text weights at {folder}; give one written by save_pretrained")
         try:
+            default = AutoConfig.for_model(model_type)
             config = AutoConfig.for_model(model_type, **args)
             found = AutoModel._model_mapping[type(config)]
         except (ValueError, KeyError) as error:
             raise ValueError(f"text_model={model_type!r}: transformers has no such encoder ({error})") from error
+        unknown = [name for name in args if not hasattr(default, name)]  # transformers would keep and ignore it
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], list(default.to_dict()), n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"text: the configuration of {model_type!r} has no argument {unknown[0]!r}{hint}")
         model_class: Any = found[0] if isinstance(found, tuple) else found
         options = (
             {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}

@@ -7,10 +7,34 @@
 Percentages throughout: a metric of 52.9 means 52.9 %, as published tables have it.
 """
 
-from fastkd.report.console import console_table
-from fastkd.report.logs import curves_from_log
-from fastkd.report.overlays import save_overlay
-from fastkd.report.page import write_report
-from fastkd.report.records import CurveSeries, Example, ResultRow
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastkd._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastkd.report.console import console_table
+    from fastkd.report.logs import curves_from_log
+    from fastkd.report.overlays import save_overlay
+    from fastkd.report.page import write_report
+    from fastkd.report.records import CurveSeries, Example, ResultRow
 
 __all__ = ["CurveSeries", "Example", "ResultRow", "console_table", "curves_from_log", "save_overlay", "write_report"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "CurveSeries": "fastkd.report.records",
+        "Example": "fastkd.report.records",
+        "ResultRow": "fastkd.report.records",
+        "console_table": "fastkd.report.console",
+        "curves_from_log": "fastkd.report.logs",
+        "save_overlay": "fastkd.report.overlays",
+        "write_report": "fastkd.report.page",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

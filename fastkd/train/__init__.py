@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastkd.train.checks import GradientReport
@@ -15,18 +16,6 @@ if TYPE_CHECKING:
     from fastkd.train.loop import TrainResult, train
     from fastkd.train.taps import Taps
     from fastkd.train.task import segmentation_loss
-
-_NAMES = {
-    "DistillOutput": "distiller",
-    "Distiller": "distiller",
-    "GradientReport": "checks",
-    "Taps": "taps",
-    "Term": "distiller",
-    "TrainConfig": "config",
-    "TrainResult": "loop",
-    "segmentation_loss": "task",
-    "train": "loop",
-}
 
 __all__ = [
     "DistillOutput",
@@ -40,11 +29,20 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"fastkd.train.{_NAMES[name]}"), name)
-    raise AttributeError(f"module 'fastkd.train' has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "DistillOutput": "fastkd.train.distiller",
+        "Distiller": "fastkd.train.distiller",
+        "GradientReport": "fastkd.train.checks",
+        "Taps": "fastkd.train.taps",
+        "Term": "fastkd.train.distiller",
+        "TrainConfig": "fastkd.train.config",
+        "TrainResult": "fastkd.train.loop",
+        "segmentation_loss": "fastkd.train.task",
+        "train": "fastkd.train.loop",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -47,8 +47,8 @@ def check(distiller: Distiller, batch: Mapping[str, Any]) -> GradientReport:
     """Refuse, with one error each, what would fail silently in training.
 
     That is: a teacher in train mode, with parameters that require a gradient, without weights, on another device, with
-    NaN in its output, or whose output changes between two passes; a term or task loss that is not a finite scalar, is
-    0, or sends no (or a non-finite) gradient to the student; a tap that never fires. Neither the models, the gradients
+    NaN in its output, or whose output changes between two passes; a term or task loss that is not a finite scalar or
+    sends no (or a non-finite) gradient to the student; a term that is exactly 0; a tap that never fires. Neither the models, the gradients
     nor the random state are changed.
 
     Args:
@@ -97,8 +97,9 @@ def gradient_report(distiller: Distiller, batch: Mapping[str, Any]) -> GradientR
         parts = {"task": output.task, **output.terms}
         values, norms = {}, {}
         for name, value in parts.items():
-            if value.numel() != 1:
-                raise ValueError(f"the task loss must be a scalar, got shape {tuple(value.shape)}")
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"the task loss must be a scalar tensor, got {got}")
             values[name] = float(value.detach())
             norms[name] = _gradient_norm(value, parameters)
     return GradientReport(values, norms, distiller.weights)

@@ -65,15 +65,15 @@ class TrainConfig:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number >= 1 or None, got {value!r}")
         for name in ("lr", "grad_clip", "max_seconds"):
-            value = getattr(self, name)
-            if (value is None and name == "lr") or (value is not None and not (math.isfinite(value) and value > 0)):
-                raise ValueError(
-                    f"{name} must be a finite number > 0{'' if name == 'lr' else ' or None'}, got {value!r}"
-                )
+            value, optional = getattr(self, name), name != "lr"
+            if not (optional and value is None) and not (_finite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number > 0{' or None' if optional else ''}, got {value!r}")
         for name in ("weight_decay", "power"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (_finite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {self.precision!r}")
         if self.batch_size % self.accumulate:
@@ -81,3 +81,7 @@ class TrainConfig:
                 f"batch_size must be a multiple of accumulate, got batch_size={self.batch_size} "
                 f"and accumulate={self.accumulate}"
             )
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -61,8 +61,10 @@ class Term:
             raise ValueError(
                 f"Term: name {self.name!r} must hold no dot and be none of {_RESERVED}; pass another name="
             )
-        if not (math.isfinite(self.weight) and self.weight >= 0):
+        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight >= 0):
             raise ValueError(f"Term {self.name!r}: weight must be a finite number >= 0, got {self.weight!r}")
+        if not isinstance(self.kwargs, Mapping):
+            raise TypeError(f"Term {self.name!r}: kwargs must be a dict, got {self.kwargs!r}")
         for side in ("student", "teacher"):
             selector = getattr(self, side)
             if isinstance(selector, list):
@@ -115,6 +117,7 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: teacher = student, terms without a teacher, two terms of one name, an unknown tap path.
+        TypeError: a model that is no module, a task loss that cannot be called, a term that is no `Term`.
 
     Example:
         >>> teacher = RISModel.from_pretrained("teacher").eval().requires_grad_(False)
@@ -139,12 +142,8 @@ class Distiller(nn.Module):
         teacher_taps: Taps | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if teacher is student:
-            raise ValueError("teacher and student are the same object: there is nothing to learn; pass another model")
-        if teacher is None and terms:
-            raise ValueError(f"terms need a teacher, got {[t.name for t in terms]} and teacher=None")
-        if isinstance(terms, Term):
-            terms = [terms]
+        terms = [terms] if isinstance(terms, Term) else list(terms)
+        _check_arguments(student, teacher, task_loss, terms, inputs)
         self.student = student
         self._teacher = (teacher,)  # a tuple keeps it out of the module tree
         self.task_loss = task_loss
@@ -170,10 +169,10 @@ class Distiller(nn.Module):
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Change the weights of the named terms."""
-        for name, weight in weights.items():
+        for name in weights:
             if name not in self.terms:
                 raise ValueError(f"weights: no term named {name!r}.{hint(name, self.terms)}")
-            self.terms[name] = replace(self.terms[name], weight=weight)
+        self.terms |= {name: replace(self.terms[name], weight=weight) for name, weight in weights.items()}
 
     def forward(self, batch: Mapping[str, Any]) -> DistillOutput:
         """Run both models and every loss on one batch."""
@@ -236,7 +235,13 @@ class Distiller(nn.Module):
             kwargs = {key: _look_up(value, sources) for key, value in term.kwargs.items()}
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"term {term.name!r}: {error}") from error
-        values = (*ours, *theirs)
+        try:
+            return self._reduced(term, (*ours, *theirs), kwargs)
+        except Exception as error:
+            error.add_note(f"This is term {term.name!r} of the Distiller.")  # two terms may share one loss
+            raise
+
+    def _reduced(self, term: Term, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         lengths = {len(value) for value in values if isinstance(value, list | tuple)}
         if not lengths:
             return _scalar(term.name, term.loss(*values, **kwargs))
@@ -256,6 +261,24 @@ class Distiller(nn.Module):
         """Teacher and weights, for ``print``."""
         teacher = "None" if self.teacher is None else type(self.teacher).__name__
         return f"teacher={teacher}, weights={self.weights}"
+
+
+def _check_arguments(student: Any, teacher: Any, task_loss: Any, terms: Sequence[Any], inputs: Any) -> None:
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"student must be an nn.Module, got {student!r}")
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be an nn.Module or None, got {teacher!r}")
+    if not callable(task_loss):
+        raise TypeError(f"task_loss must be a function of (student_output, batch), got {task_loss!r}")
+    for term in terms:
+        if not isinstance(term, Term):
+            raise TypeError(f"terms must be a list of fastkd.Term, got {term!r} in it; wrap a loss as Term(loss, ...)")
+    if isinstance(inputs, str):
+        raise TypeError(f"inputs must be a sequence of keys, got the string {inputs!r}; pass ({inputs!r},)")
+    if teacher is student:
+        raise ValueError("teacher and student are the same object: there is nothing to learn; pass another model")
+    if teacher is None and terms:
+        raise ValueError(f"terms need a teacher, got {[t.name for t in terms]} and teacher=None")
 
 
 def _as_taps(model: nn.Module | None, taps: Taps | Mapping[str, Any] | None) -> Taps | None:

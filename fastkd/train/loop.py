@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -12,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
+from fastkd.evaluate.protocols import PROTOCOLS
 from fastkd.train.checkpoint import save_student
 from fastkd.train.checks import gradient_report
 from fastkd.train.config import TrainConfig
@@ -23,15 +28,6 @@ from fastkd.train.log import Progress, RunLog, environment
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
 from fastkd.train.runtime import Clock, autocast, pick_device, pick_precision, to_device
 from fastkd.train.task import segmentation_loss
-
-try:
-    from accelerate import Accelerator
-    from accelerate.utils import broadcast
-
-    from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
-    from fastkd.evaluate.protocols import PROTOCOLS
-except ModuleNotFoundError as error:
-    raise ImportError(f"fastkd.train.train needs the package {error.name!r}: pip install 'fastkd[ris]'") from error
 
 
 @dataclass
@@ -116,13 +112,15 @@ def train(
         >>> result = train(distiller, train_set, TrainConfig(steps=600), val_dataset=val_set, out_dir="runs/distilled")
         >>> print(result.best)
     """
+    if config is not None and not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig or None, got {type(config).__name__}")
     distiller = model if isinstance(model, Distiller) else Distiller(model, None, task_loss)
     if isinstance(model, Distiller) and task_loss is not segmentation_loss:
         raise ValueError("task_loss is for a bare model; this Distiller has its own")
     run = _Run(distiller, train_dataset, config or TrainConfig(), collate, title)
     main = run.accelerator.is_main_process
     folder = _prepare(Path(out_dir), overwrite) if out_dir is not None and main else None
-    run.result.out_dir = folder
+    run.result.out_dir, run.overwrite = folder, overwrite
     run.log = RunLog(folder / "log.jsonl" if folder else None)
     run.bar = Progress(run.config.steps, title, progress and main)
     threads = torch.get_num_threads()
@@ -149,6 +147,7 @@ class _Run:
 
     log: RunLog
     bar: Progress
+    overwrite = False
 
     def __init__(
         self,
@@ -364,6 +363,8 @@ class _Run:
             save_student(student, folder / "last")
             if is_best:
                 save_student(student, folder / "best")
+            elif self.overwrite and val_dataset is None:  # an earlier run's must not pass for this one's
+                shutil.rmtree(folder / "best", ignore_errors=True)
         self.distiller.train()
         self.clock.start()
 
@@ -394,5 +395,7 @@ def _prepare(folder: Path, overwrite: bool) -> Path:
         raise FileExistsError(
             f"out_dir {str(folder)!r} holds an earlier run; choose another folder or pass overwrite=True"
         )
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"out_dir {str(folder)!r} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

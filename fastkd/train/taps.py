@@ -27,6 +27,7 @@ class Taps(Mapping[str, Any]):
             the tap is one part of it (``("encoder", 0)``, ``("encoder", "last_hidden_state")``).
 
     Raises:
+        TypeError: a model that is no module, or a path that is no string.
         ValueError: an empty or dotted name, or a path that is no module of the model (with the closest ones).
         KeyError: reading a name that is not a tap.
         RuntimeError: reading a tap whose module did not run in the latest forward, or a closed one.
@@ -40,6 +41,8 @@ class Taps(Mapping[str, Any]):
     def __init__(self, model: nn.Module, paths: Mapping[str, str | tuple[str, int | str]]) -> None:
         if not isinstance(paths, Mapping) or not paths:
             raise ValueError(f"paths must be a non-empty dict of name to module path, got {paths!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         modules = dict(_modules(model))
         self.paths: dict[str, str] = {}
         self._outputs: dict[str, Any] = {}
@@ -50,6 +53,8 @@ class Taps(Mapping[str, Any]):
             path, index = target if isinstance(target, tuple) else (target, None)
             if not name or "." in name:
                 raise ValueError(f"tap name {name!r} must be a non-empty string without dots")
+            if not isinstance(path, str):
+                raise TypeError(f"tap {name!r}: expected a module path or (path, index), got {target!r}")
             path = _canonical(path, modules)
             if path not in modules:
                 raise ValueError(f"tap {name!r}: the model has no module {path!r}.{hint(path, _nearby(path, modules))}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastkd.data._lazy import lazy_names
+from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastkd.data.shapes.language import KIND_SHARES

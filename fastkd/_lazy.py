@@ -6,7 +6,21 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-EXTRA = {"numpy", "PIL", "pycocotools", "transformers", "tokenizers"}
+EXTRA = {
+    "PIL",
+    "accelerate",
+    "huggingface_hub",
+    "matplotlib",
+    "numpy",
+    "pycocotools",
+    "rich",
+    "safetensors",
+    "timm",
+    "tokenizers",
+    "torchmetrics",
+    "transformers",
+}
+"""Packages that the extra brings, by the name they are imported under."""
 
 
 def lazy_names(package: str, names: dict[str, str]) -> Callable[[str], Any]:
