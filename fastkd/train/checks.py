@@ -48,8 +48,8 @@ def check(distiller: Distiller, batch: Mapping[str, Any]) -> GradientReport:
 
     That is: a teacher in train mode, with parameters that require a gradient, without weights, on another device, with
     NaN in its output, or whose output changes between two passes; a term or task loss that is not a finite scalar or
-    sends no (or a non-finite) gradient to the student; a term that is exactly 0; a tap that never fires. Neither the models, the gradients
-    nor the random state are changed.
+    sends no (or a non-finite) gradient to the student; a term that is exactly 0; a tap that never fires. Neither the
+    models, the gradients nor the random state are changed.
 
     Args:
         distiller: what is to be trained, in train mode and on its device.
