@@ -69,6 +69,17 @@ def test_demo_end_to_end(tmp_path, capsys):
     assert "distilled" in page
     assert page.count("data:image/") >= 12
     assert "mIoU" in capsys.readouterr().out
+    written = (out / "data" / "shapes.json").stat().st_mtime_ns
+    assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0  # again, on the same data
+    assert (out / "data" / "shapes.json").stat().st_mtime_ns == written
+    assert "made earlier" in capsys.readouterr().out
+
+
+def test_a_model_configuration_that_is_no_json(shapes, tmp_path, capsys):
+    broken = tmp_path / "model.json"
+    broken.write_text("{not json")
+    assert main(["train", "--data", str(shapes), "--out", str(tmp_path / "out"), "--model", str(broken)]) == 2
+    assert f"{broken} is not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+_SAID_WELL = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, KeyError)
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line on stderr and status 2 (``FASTKD_TRACEBACK=1`` shows more)."""
@@ -16,10 +18,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastkd: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("FASTKD_TRACEBACK", "0") not in ("", "0"):
             raise
-        print(f"fastkd: error: {error}", file=sys.stderr)
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of one quotes itself
+        kind = "" if isinstance(error, _SAID_WELL) else f"{type(error).__name__}: "
+        print(f"fastkd: error: {kind}{message}", *getattr(error, "__notes__", ()), sep="\n  ", file=sys.stderr)
         return 2
     return 0
 

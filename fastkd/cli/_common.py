@@ -25,10 +25,20 @@ def build_model(what: str, seed: int) -> RISModel:
     if path.suffix == ".json":
         if not path.is_file():
             raise FileNotFoundError(f"no model configuration at {path}")
-        return RISModel(RISConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+        return RISModel(RISConfig.from_dict(_read_json(path)))
     if what not in list_presets() and ("/" in what or "\\" in what):
         raise FileNotFoundError(f"no model folder at {path}; give a folder, a .json or a preset: see `fastkd info`")
     return RISModel(preset(what))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object with RISConfig's fields, got {type(values).__name__}")
+    return values
 
 
 def load_teacher(what: str) -> RISModel:

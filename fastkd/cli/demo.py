@@ -83,7 +83,7 @@ def _data(out: Path, images: int, size: int) -> Path:
     root = out / "data"
     settings = root / "shapes.json"
     wanted = {"images": images, "image_size": size, "seed": 0}
-    if settings.is_file() and wanted.items() <= json.loads(settings.read_text(encoding="utf-8"))["settings"].items():
+    if settings.is_file() and wanted.items() <= json.loads(settings.read_text(encoding="utf-8")).items():
         print(f"data: {root}, made earlier")
         return root
     counts = shapes.make_shapes(root, images=images, image_size=size, seed=0, overwrite=True)

@@ -50,6 +50,9 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float, backend:
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    for name, given in (("student", student), ("teacher", teacher)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a tensor (B, R, N), got {type(given).__name__}")
     if student.dim() != 3 or student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher: expected the same shape (B, R, N), got {tuple(student.shape)} and "
@@ -63,8 +66,8 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         raise ValueError(
             f"teacher: expected on the student's device {student.device}, got {teacher.device}; use teacher.to(...)"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
+    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     if torch.is_grad_enabled() and teacher.requires_grad:
         raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
 
