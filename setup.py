@@ -43,11 +43,13 @@ os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs()))
 setup(
     packages=[
         *find_packages(include=["fastkd", "fastkd.*"]),
+        "fastkd.data.assets",  # no Python inside: named, so that setuptools takes them for what they are
+        "fastkd.models.assets",
         "fastkd.kernels",
         *(f"fastkd.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"fastkd.kernels": "kernels"},
-    package_data={"fastkd": ["py.typed", "**/*.txt", "**/*.json", "**/*.safetensors", "**/*.html"]},
+    package_data={"": ["py.typed", "**/*.txt", "**/*.json", "**/*.safetensors", "**/*.html"]},
     exclude_package_data={"fastkd": ["_build_info.json"]},
     cmake_source_dir="csrc",
 )
