@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ALONE, DISTILLED, LONGER = "alone", "distilled", "alone, equal time"
 TERMS = ("first_order=0.5", "guided_channel_distribution=0.5")
-TRAINING = TrainConfig(steps=1000, batch_size=16, lr=2e-3, warmup=50, channels_last=True, log_every=10)
+TRAINING = TrainConfig(steps=1000, batch_size=16, lr=1e-3, warmup=50, channels_last=True, log_every=10)
 
 
 @dataclass
