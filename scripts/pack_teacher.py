@@ -16,6 +16,7 @@ LIMIT = 6 * 2**20
 def main(source: str, destination: str) -> None:
     model = RISModel.from_pretrained(source)
     model.half().save_pretrained(destination)
+    Path(destination, "README.md").unlink(missing_ok=True)  # a model card for a hub, of no use inside a package
     size = sum(file.stat().st_size for file in Path(destination).iterdir())
     print(f"{destination}: {sum(p.numel() for p in model.parameters())} parameters, {size / 2**20:.2f} MiB")
     if size > LIMIT:

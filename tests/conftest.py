@@ -22,6 +22,9 @@ def _has_gpu() -> bool:
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What tests start in processes of their own is the fastkd that this process found, not the tree they are started in.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
+
 
 class Place(NamedTuple):
     """A backend and the device its tensors live on."""
