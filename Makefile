@@ -27,7 +27,7 @@ $(VENV)/.test: $(BIN)/python $(SOURCES)
 	@touch $@ $(VENV)/.ris
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet 'ruff>=0.9' 'mypy>=1.13' 'clang-format>=18'
+	$(BIN)/python -m pip install --quiet --group dev
 	@touch $@
 
 demo: $(VENV)/.ris
