@@ -7,11 +7,11 @@ import os
 import torch
 from torch import Tensor
 
+from fastkd._compile import constant_result
 from fastkd.losses import _checks
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
 from fastkd.ops._backends import choose
-from fastkd.ops._compile import constant_result
 from fastkd.ops.softmax_kl import softmax_kl
 from fastkd.reference.softmax_kl import softmax_kl as reference_softmax_kl
 

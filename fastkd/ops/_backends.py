@@ -15,8 +15,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from fastkd._compile import constant_result
 from fastkd.errors import BackendUnavailable, FastKDWarning
-from fastkd.ops._compile import constant_result
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 """Every backend's name: plain torch, C++, Triton, CUDA C++."""

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from fastkd._compile import constant_result
+
 NORM_FLOOR = 1e-12
 """Norms are floored here, so that an all-zero row has cosine 0 with every row instead of NaN."""
 
@@ -18,9 +20,12 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Switch autocast off: inside ``torch.autocast`` a matrix product of fp32 tensors would run in half precision."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+@constant_result  # torch 2.11 cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def normalise_rows(rows: Tensor) -> Tensor:
