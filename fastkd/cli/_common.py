@@ -27,7 +27,9 @@ def build_model(what: str, seed: int) -> RISModel:
             raise FileNotFoundError(f"no model configuration at {path}")
         return RISModel(RISConfig.from_dict(_read_json(path)))
     if what not in list_presets() and ("/" in what or "\\" in what):
-        raise FileNotFoundError(f"no model folder at {path}; give a folder, a .json or a preset: see `fastkd info`")
+        raise FileNotFoundError(
+            f"no model folder at {path}; give a folder, a .json or a preset ({', '.join(list_presets())})"
+        )
     return RISModel(preset(what))
 
 
