@@ -1,121 +1,161 @@
-"""Compare every provider of a family on this machine and write the figures with their environment.
+"""Compare every provider of each family on this machine, against the targets, and write the figures.
 
-    python benchmarks/run.py [--family softmax_kl] [--device cpu] [--seconds 10] [--out FOLDER]
+    python benchmarks/run.py [--family relation] [--works SUBSTRING] [--dtype bfloat16] [--seconds 10] [--out FOLDER]
 
-All providers of a work are timed in turn, round after round, and compared by medians. The machine's ceilings (bytes
-copied, products, exponentials per second) are measured in the same run; ``share_of_limit`` is the time that the least
-possible bytes and exponentials would take at those rates over the time taken.
+Each work runs in a process of its own, where all providers are timed in turn, round after round, and compared by
+medians. Prints one line per work and kernel of fastkd, forward and backward; a figure that misses its target, in
+parentheses, is marked ``!``. ``--all`` prints every provider and mode. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import formulas
+import limits
 import measure
+import memory
+import table
 import torch
 import works
-from torch import Tensor
 
-MODES = ("forward", "both")
+Rows = list[dict[str, Any]]
 
 
-def compare(work: works.Work, device: str, seconds: float, ceilings: dict[str, float]) -> list[dict[str, Any]]:
+def compare(work: works.Work, device: str, seconds: float) -> Rows:
     """One row per provider and mode; a provider that cannot run is a row with ``ok: false`` and a note."""
-    student, teacher = work.inputs(device)
-    exact = gradient(works.FORMULAS[work.loss][0], student.detach().double(), teacher.double())
-    names = works.providers(work.family, torch.device(device).type)
-    failed = {name: reason for name in names if (reason := works.unavailable(name, work.family, device)) is not None}
-    errors = {}
+    inputs = work.inputs(device)
+    exact = formulas.exact_gradients(work, inputs)
+    names = works.providers(work, torch.device(device).type)
+    failed = {name: why for name in names if (why := works.unavailable(name, work.family, device)) is not None}
+    errors, losses = {}, {}
     for name in [name for name in names if name not in failed]:
         try:
-            got = gradient(works.loss_of(work, name), student.detach(), teacher).double()
-            errors[name] = ((got - exact).norm() / exact.norm()).item()
-        except Exception as error:  # out of memory, a compiler that is missing, ...: a row that says so
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            losses[name] = works.loss_of(work, name)
+            errors[name] = error(works.step_of(work, name, "both", inputs, losses[name])(), exact)
+        except Exception as reason:  # out of memory, a compiler that is missing, ...: a row that says so
+            failed[name] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
     del exact
-    rows = []
-    for mode in MODES:
-        steps = {name: works.step_of(work, name, mode, student, teacher) for name in names if name not in failed}
-        times = measure.alternate(steps, device, seconds / len(MODES))
-        least = work.minimum(mode)
-        limit = 1e3 * max(least["bytes"] / ceilings["copy_bytes_per_s"], least["exp"] / ceilings["exp_per_s"])
+    rows: Rows = []
+    for mode in works.MODES:
+        steps = {name: works.step_of(work, name, mode, inputs, losses[name]) for name in names if name not in failed}
+        both = mode == "both"
+        share = 0.7 if both else 0.3
+        times = measure.alternate(steps, device, share * seconds, least=5 if both else 3, slow={"eager_nn"})
         for name in names:
-            row: dict[str, Any] = {
-                "work": work.name,
-                "loss": work.loss,
-                "shape": list(work.shape),
-                "dtype": str(work.dtype).removeprefix("torch."),
-                "mode": mode,
-                "provider": name,
-                "ms": None,
-                "peak_extra_bytes": None,
-                "min_bytes": least["bytes"],
-                "min_flop": least["flop"],
-                "min_exp": least["exp"],
-                "share_of_limit": None,
-                "error_vs_fp64": errors.get(name),
-                "ok": name not in failed,
-                "note": failed.get(name, ""),
-            }
+            row = blank_row(work, mode, name)
+            row |= {"error_vs_fp64": errors.get(name), "ok": name not in failed, "note": failed.get(name, "")}
             if name not in failed:
                 row["ms"] = measure.summary(times[name])
-                row["share_of_limit"] = round(limit / row["ms"]["median"], 3)
-                row["peak_extra_bytes"] = measure.peak_extra_bytes(steps[name], device)
+                if both or name != "eager_nn":
+                    row["peak_extra_bytes"] = memory.peak_extra_bytes(steps[name], device)
+                if both and name != "eager_nn" and device == "cpu":
+                    row["peak_resident_bytes"] = memory.peak_resident_bytes(steps[name])
+                if name == "eager_nn":
+                    row["note"] = "sample by sample: the batch's N×N matrices would not fit"
             rows.append(row)
     return rows
 
 
-def gradient(loss: Any, student: Tensor, teacher: Tensor) -> Tensor:
-    student = student.requires_grad_()
-    return torch.autograd.grad(loss(student, teacher), student)[0]
+def blank_row(work: works.Work, mode: str, provider: str) -> dict[str, Any]:
+    least = limits.minimum(work, mode)
+    return {
+        "work": work.name,
+        "loss": work.loss,
+        "shape": list(work.shape),
+        "dtype": work.dtype_name,
+        "mode": mode,
+        "provider": provider,
+        "ms": None,
+        "peak_extra_bytes": None,
+        "peak_resident_bytes": None,
+        "min_bytes": least["bytes"],
+        "min_flop": least["flop"],
+        "min_exp": least["exp"],
+        "share_of_limit": None,
+        "error_vs_fp64": None,
+        "ok": False,
+        "note": "",
+    }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text: medians, and how many times faster than eager and torch.compile."""
-    lines = [
-        f"{'work':48} {'mode':8} {'provider':10} {'ms':>9} {'/eager':>7} {'/compile':>8} {'limit':>6} {'error':>8}"
-    ]
-    medians = {(r["work"], r["mode"], r["provider"]): r["ms"]["median"] for r in rows if r["ok"]}
-    for r in rows:
-        head = f"{r['work']:48} {r['mode']:8} {r['provider']:10}"
-        if not r["ok"]:
-            lines.append(f"{head} not measured: {r['note']}")
-            continue
-        ratios = [medians.get((r["work"], r["mode"], base)) for base in ("eager", "compile")]
-        eager, compiled = ("-" if base is None else f"{base / r['ms']['median']:.2f}x" for base in ratios)
-        lines.append(
-            f"{head} {r['ms']['median']:>9.3f} {eager:>7} {compiled:>8} {r['share_of_limit']:>6.0%} "
-            f"{r['error_vs_fp64']:>8.1e}"
-        )
-    return "\n".join(lines)
+def error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """‖gradient − exact‖ / ‖exact‖, the largest over the student's inputs."""
+    pairs = zip(got, exact, strict=True)
+    return max(((g.double() - e).norm() / e.norm()).item() for g, e in pairs)
+
+
+def in_its_own_process(work: works.Work, device: str, seconds: float) -> dict[str, Any]:
+    """``{"rows", "ceilings"}`` of one work. Allocators, threads and compiled graphs of others don't touch it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        arguments = ["--device", device, "--seconds", str(seconds), "--dtype", work.dtype_name]
+        one = ["--family", work.family, "--one", work.name, "--one-to", str(path)]
+        done = subprocess.run([sys.executable, __file__, *arguments, *one], check=False)
+        if path.exists():
+            return json.loads(path.read_text())
+    note = f"its process ended with status {done.returncode}"
+    names = works.providers(work, torch.device(device).type)
+    return {"rows": [blank_row(work, m, n) | {"note": note} for m in works.MODES for n in names], "ceilings": {}}
+
+
+def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:
+    for row in rows:
+        if row["ok"] and ceilings:
+            least = {key: row[f"min_{key}"] for key in ("bytes", "flop", "exp")}
+            limit = limits.seconds(least, ceilings, row["dtype"])
+            row["share_of_limit"] = round(1e3 * limit / row["ms"]["median"], 3)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=list(works.SHAPES), choices=list(works.SHAPES))
+    parser.add_argument("--family", nargs="+", default=list(works.WORKS), choices=list(works.WORKS))
+    parser.add_argument("--works", default="", metavar="SUBSTRING", help="only works whose name has it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", help="float32, bfloat16, float16; default: what the device trains in")
-    parser.add_argument("--seconds", type=float, default=8.0, help="time to spend on each work")
-    parser.add_argument("--shapes", type=int, help="only the first so many shapes")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time to spend on each work, once it is warm")
+    parser.add_argument("--all", action="store_true", help="print every provider and mode")
     parser.add_argument("--out", type=Path, help="folder for FAMILY.json; default: benchmarks/results/DEVICE")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one-to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     dtypes = tuple(getattr(torch, name) for name in args.dtype) if args.dtype else None
-    env = measure.environment(args.device)
-    print(f"{env['device']}, torch {env['torch']}: {env['ceilings']}")
-    ok = True
-    for family in args.family:
-        rows: list[dict[str, Any]] = []
-        path = (args.out or measure.RESULTS / measure.slug(env)) / f"{family}.json"
-        for work in works.works(family, torch.device(args.device).type, dtypes)[: args.shapes]:
-            rows += compare(work, args.device, args.seconds, env["ceilings"])
-            measure.write(path, env, rows)  # after each work: a run that is cut short leaves what it has
-        print(table(rows))
-        print(f"written to {path}")
-        ok = ok and all(row["ok"] for row in rows)
-    return 0 if ok else 1
+    chosen = {
+        family: [w for w in works.works(family, torch.device(args.device).type, dtypes) if args.works in w.name]
+        for family in args.family
+    }
+    if args.one is not None:
+        (work,) = [w for w in chosen[args.family[0]] if w.name == args.one]
+        result = {"ceilings": measure.ceilings(args.device), "rows": compare(work, args.device, args.seconds)}
+        args.one_to.write_text(json.dumps(result))
+        return 0
+
+    env = measure.environment(args.device) | {"ceilings": {}}
+    best: dict[str, float] = env["ceilings"]
+    print(f"{env['device']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}", flush=True)
+    results: dict[str, Rows] = {}
+    for family, todo in chosen.items():
+        results[family] = []
+        for work in todo:
+            result = in_its_own_process(work, args.device, args.seconds)
+            results[family] += result["rows"]
+            best |= {name: max(rate, best.get(name, 0)) for name, rate in result["ceilings"].items()}
+            path = (args.out or measure.RESULTS / measure.slug(env)) / f"{family}.json"
+            for name in [name for name in results if results[name]]:  # a later ceiling changes earlier shares
+                set_shares(results[name], best)
+                measure.write(path.with_name(f"{name}.json"), env, results[name])
+            print(f"  {work.name}", flush=True)
+    print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in best.items()))
+    everything = [row for rows in results.values() for row in rows]
+    todo = [work for works_of_family in chosen.values() for work in works_of_family]
+    print(table.every_row(everything) if args.all else table.against_targets(todo, everything))
+    return 0 if all(row["ok"] for row in everything) else 1
 
 
 if __name__ == "__main__":

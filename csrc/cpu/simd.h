@@ -160,7 +160,12 @@ FASTKD_INLINE void store(S* to, V value) {
 template <class S, class V>
 FASTKD_INLINE void store_stream(S* to, V value) {
     const auto raw = as_stored<S>(value);
-#if defined(__AVX512F__)
+#if defined(FASTKD_SANITIZE) // the instructions below are unknown to sanitizers, and refuse other addresses themselves
+    if (reinterpret_cast<std::uintptr_t>(to) % sizeof(raw) != 0) {
+        __builtin_trap();
+    }
+    __builtin_memcpy(to, &raw, sizeof(raw));
+#elif defined(__AVX512F__)
     if constexpr (sizeof(raw) == 64) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bit_cast<__m512i>(raw));
     } else {

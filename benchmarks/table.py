@@ -1,0 +1,88 @@
+"""The figures as text: fastkd's kernels against their targets, or every row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import works
+
+Row = dict[str, Any]
+OTHERS = ("eager_nn", "eager", "compile", "reference")
+
+
+def against_targets(todo: list[works.Work], rows: list[Row]) -> str:
+    """One line per work and kernel of fastkd, forward and backward. ``!`` marks what misses its target."""
+    head = ["work", "kernel", "ms", "x eager", "x compile", "x eager NxN", "extra memory", "of limit", "error"]
+    lines = [head]
+    for work in todo:
+        mine = {r["provider"]: r for r in rows if r["work"] == work.name and r["mode"] == "both"}
+        for name, row in mine.items():
+            if name in OTHERS:
+                continue
+            if not row["ok"]:
+                lines.append([work.name, name, f"not measured: {row['note']}"])
+                continue
+            target = work.target
+            lines.append(
+                [
+                    work.name,
+                    name,
+                    f"{row['ms']['median']:.2f}",
+                    _ratio(row, mine.get("eager"), target.eager),
+                    _ratio(row, mine.get("compile"), target.compile),
+                    _ratio(row, mine.get("eager_nn"), target.eager_nn),
+                    _memory(work, row, mine.get("eager")),
+                    "-" if row["share_of_limit"] is None else _mark(f"{row['share_of_limit']:.0%}", row, 0.5),
+                    f"{row['error_vs_fp64']:.1e}",
+                ]
+            )
+    return _aligned(lines)
+
+
+def every_row(rows: list[Row]) -> str:
+    lines = [["work", "mode", "provider", "ms", "extra MiB", "resident MiB", "of limit", "error"]]
+    for r in rows:
+        name = [r["work"], r["mode"], r["provider"]]
+        if not r["ok"]:
+            lines.append([*name, f"not measured: {r['note']}"])
+            continue
+        sizes = [r["peak_extra_bytes"], r["peak_resident_bytes"]]
+        share = "-" if r["share_of_limit"] is None else f"{r['share_of_limit']:.0%}"
+        lines.append([*name, f"{r['ms']['median']:.3f}", *map(_mebibytes, sizes), share, f"{r['error_vs_fp64']:.1e}"])
+    return _aligned(lines)
+
+
+def _mark(text: str, row: Row, least: float) -> str:
+    return text if row["share_of_limit"] >= least else f"{text} !"
+
+
+def _ratio(row: Row, base: Row | None, target: float | None) -> str:
+    if base is None or not base["ok"]:
+        return "-"
+    ratio = base["ms"]["median"] / row["ms"]["median"]
+    if target is None:
+        return f"{ratio:.2f}"
+    return f"{ratio:.2f} ({target:g})" + ("" if ratio >= target else " !")
+
+
+def _memory(work: works.Work, row: Row, eager: Row | None) -> str:
+    got, target = row["peak_extra_bytes"], work.target.memory
+    if got is None or target is None:
+        return _mebibytes(got)
+    needs_eager = "of eager" in target
+    if needs_eager and (eager is None or eager["peak_extra_bytes"] is None):
+        return f"{_mebibytes(got)} ({target}: eager was not measured)"
+    limit = works.MEMORY[target](work, eager["peak_extra_bytes"] if eager is not None and needs_eager else 0)
+    return f"{_mebibytes(got)} ({target}: {_mebibytes(round(limit))})" + ("" if got <= limit else " !")
+
+
+def _mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.1f}"
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    full = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(len(line[i]) for line in full) for i in range(len(lines[0]))]
+    first = max(len(line[0]) for line in lines)
+    widths[0] = max(widths[0], first)
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines)

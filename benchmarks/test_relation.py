@@ -1,0 +1,17 @@
+"""relation through pixel_relation_kd and channel_kd, forward and backward: eager, torch.compile and each backend.
+
+pytest --benchmark-only benchmarks/test_relation.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import suite
+import works
+
+
+@pytest.mark.parametrize(("work", "provider"), suite.cases("relation"))
+def test_forward_and_backward(benchmark: Any, work: works.Work, provider: str) -> None:
+    suite.run(benchmark, work, provider)

@@ -1,0 +1,38 @@
+# The CPU kernels and a driver without Python or torch, under sanitizers: in place of the extension module, never in a
+# wheel. FASTKD_SANITIZE names them: "address;undefined" or "thread".
+#
+#     cmake -G Ninja -S csrc -B build/asan "-DFASTKD_SANITIZE=address;undefined"
+#     cmake --build build/asan && build/asan/sanitize
+#
+# ThreadSanitizer follows threads it sees created and joined. GCC's libgomp is not built for it, and every barrier of it
+# would look like a race; so with "thread" the kernels' OpenMP calls are answered by tests/openmp_on_threads.cpp.
+
+list(JOIN FASTKD_SANITIZE "," sanitizers)
+if(NOT sanitizers MATCHES "^(address|undefined|address,undefined|thread)$")
+  message(FATAL_ERROR "FASTKD_SANITIZE: expected address, undefined, address;undefined or thread, got '${FASTKD_SANITIZE}'")
+endif()
+if(sanitizers STREQUAL "thread" AND NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  message(FATAL_ERROR "FASTKD_SANITIZE=thread needs GCC: tests/openmp_on_threads.cpp answers GCC's OpenMP calls")
+endif()
+
+set(CMAKE_REQUIRED_FLAGS "-fsanitize=${sanitizers}")
+check_cxx_source_compiles("int main() { return 0; }" FASTKD_SANITIZERS_LINK)
+unset(CMAKE_REQUIRED_FLAGS)
+if(NOT FASTKD_SANITIZERS_LINK)
+  message(FATAL_ERROR "FASTKD_SANITIZE: ${CMAKE_CXX_COMPILER} cannot link with -fsanitize=${sanitizers}")
+endif()
+
+file(GLOB sanitize_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/tests/check_*.cpp")
+add_executable(sanitize tests/sanitize.cpp cpu/kernels.cpp ${sanitize_sources})
+if(sanitizers STREQUAL "thread")
+  target_sources(sanitize PRIVATE tests/openmp_on_threads.cpp)
+  find_package(Threads REQUIRED)
+  target_link_libraries(sanitize PRIVATE Threads::Threads)
+endif()
+
+function(sanitize_options target)
+  target_compile_definitions(${target} PRIVATE FASTKD_SANITIZE)
+  target_compile_options(${target} PRIVATE -O1 -g1 -fno-omit-frame-pointer -fsanitize=${sanitizers}
+                                           -fno-sanitize-recover=all)
+  target_link_options(${target} PRIVATE -fsanitize=${sanitizers})
+endfunction()
