@@ -156,9 +156,9 @@ def slug(env: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(path: Path, env: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"environment": env, "rows": rows} | more, indent=1) + "\n", encoding="utf-8")
 
 
 def _driver() -> str | None:

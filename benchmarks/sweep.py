@@ -1,0 +1,129 @@
+"""From which size on is a kernel of fastkd faster? A sweep of small sizes, per loss.
+
+    python benchmarks/sweep.py [--family relation] [--dtype float32] [--seconds 1] [--out FOLDER]
+
+Times fastkd's kernel, the reference and the plain formula, forward and backward, and prints for each loss the number of
+elements of the student from which the kernel is faster than each of them at every larger size too. The largest of a
+family's is its row of ``MIN_ELEMENTS`` in fastkd/ops/_backends.py. Writes sweep.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import measure
+import run
+import torch
+import works
+from works import Work
+
+NOISE = 1.03  # a kernel that is this much slower is not called slower
+MAPS = [
+    (1, 4, 2, 2),
+    (1, 4, 4, 4),
+    (1, 8, 4, 4),
+    (1, 8, 8, 4),
+    (1, 16, 8, 4),
+    (1, 16, 8, 8),
+    (1, 32, 8, 8),
+    (2, 32, 8, 8),
+    (2, 64, 8, 8),
+    (4, 64, 8, 8),
+    (4, 128, 8, 8),
+    (4, 128, 15, 15),
+    (8, 256, 15, 15),
+]
+TOKENS = [  # N a square, T, D
+    (1, 4, 4, 8),
+    (1, 16, 4, 8),
+    (1, 16, 8, 16),
+    (1, 64, 8, 16),
+    (1, 64, 20, 32),
+    (2, 64, 20, 32),
+    (2, 64, 20, 64),
+    (2, 225, 20, 64),
+    (4, 225, 20, 128),
+    (8, 225, 20, 256),
+]
+
+
+def sweep(family: str) -> list[list[Work]]:
+    """The works of each loss, smallest first."""
+    if family == "softmax_kl":
+        return [[Work(family, "channel_distribution_kd", shape) for shape in MAPS]]
+    if family == "pixel_word":
+        return [[Work(family, "cross_modal_kd", shape) for shape in TOKENS]]
+    losses = [("pixel_relation_kd", "kl"), ("pixel_relation_kd", "mse"), ("channel_kd", "kl"), ("channel_kd", "mse")]
+    return [[Work(family, loss, shape, distance=distance) for shape in MAPS] for loss, distance in losses]
+
+
+def elements(work: Work) -> int:
+    """What ``choose`` counts: the elements of the student's first input."""
+    return work.inputs("cpu")[0].numel()
+
+
+def compare(work: Work, names: list[str], device: str, seconds: float) -> run.Rows:
+    inputs = work.inputs(device)
+    failed = {name: why for name in names if (why := works.unavailable(name, work.family, device)) is not None}
+    steps = {name: works.step_of(work, name, "both", inputs) for name in names if name not in failed}
+    times = measure.alternate(steps, device, seconds, least=30, most=2000)
+    rows = []
+    for name in names:
+        row = run.blank_row(work, "both", name) | {"elements": inputs[0].numel(), "note": failed.get(name, "")}
+        rows.append(row | ({"ok": True, "ms": measure.summary(times[name])} if name in times else {}))
+    return rows
+
+
+def crossover(rows: run.Rows, kernel: str, other: str) -> int | None:
+    """The least number of elements from which ``kernel`` is never slower than ``other``; None: not at the largest."""
+    ms = {(r["elements"], r["provider"]): r["ms"]["median"] for r in rows if r["ok"]}
+    least = None
+    for count in sorted({count for count, _ in ms}, reverse=True):
+        if ms[count, kernel] > NOISE * ms[count, other]:
+            break
+        least = count
+    return least
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", default=list(works.WORKS), choices=list(works.WORKS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each size")
+    parser.add_argument("--out", type=Path, help="folder for sweep.json; default: benchmarks/results/DEVICE")
+    args = parser.parse_args(argv)
+    others = ["eager", "reference"]
+    rows: run.Rows = []
+    crossovers: list[dict[str, Any]] = []
+    for family in args.family:
+        kernels = works.own(family, torch.device(args.device).type)
+        for sizes in sweep(family):
+            mine: run.Rows = []
+            for work in sizes:
+                work = Work(work.family, work.loss, work.shape, getattr(torch, args.dtype), work.distance)
+                got = compare(work, [*others, *kernels], args.device, args.seconds)
+                mine += got
+                told = (f"{r['provider']} {1e3 * r['ms']['median']:.0f} µs" for r in got if r["ok"])
+                print(f"{work.name:44} {elements(work):>7} elements: {', '.join(told)}", flush=True)
+            rows += mine
+            title = f"{sizes[0].loss} {sizes[0].distance}".strip()
+            for kernel in kernels:
+                if not all(r["ok"] for r in mine if r["provider"] == kernel):
+                    print(f"  {title}: {kernel} was not measured: {mine[-1]['note']}")
+                    continue
+                found = {other: crossover(mine, kernel, other) for other in others}
+                crossovers.append({"family": family, "loss": title, "kernel": kernel, "faster_from": found})
+                told = (f"{other} from {'no size' if n is None else n} on" for other, n in found.items())
+                print(f"  {title}: {kernel} is faster than {', '.join(told)}")
+    env = measure.environment(args.device) | {"ceilings": {}}
+    path = (args.out or measure.RESULTS / measure.slug(env)) / "sweep.json"
+    measure.write(path, env, rows, crossovers=crossovers)
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
