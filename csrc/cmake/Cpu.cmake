@@ -1,6 +1,7 @@
 # fastkd._cpu: every kernel file compiled once per instruction set; the best one is chosen at run time.
 
-set(cpu_kernels cpu/softmax_kl.cpp cpu/vector_exp.cpp)
+set(cpu_kernels cpu/softmax_kl.cpp cpu/relation.cpp cpu/vector_exp.cpp)
+set(cpu_common cpu/kernels.cpp cpu/pages.cpp cpu/relation_plan.cpp) # compiled once
 
 function(cpu_skipped reason)
   build_info(cpu built false)
@@ -73,7 +74,7 @@ if(FASTKD_SANITIZE)
   include(Sanitize)
   set(cpu_program sanitize)
 else()
-  pybind11_add_module(_cpu MODULE NO_EXTRAS bindings/cpu.cpp cpu/kernels.cpp)
+  pybind11_add_module(_cpu MODULE NO_EXTRAS bindings/cpu.cpp ${cpu_common})
   set(cpu_program _cpu)
 endif()
 cpu_options(${cpu_program})

@@ -23,7 +23,7 @@ if(NOT FASTKD_SANITIZERS_LINK)
 endif()
 
 file(GLOB sanitize_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/tests/check_*.cpp")
-add_executable(sanitize tests/sanitize.cpp cpu/kernels.cpp ${sanitize_sources})
+add_executable(sanitize tests/sanitize.cpp ${cpu_common} ${sanitize_sources})
 if(sanitizers STREQUAL "thread")
   target_sources(sanitize PRIVATE tests/openmp_on_threads.cpp)
   find_package(Threads REQUIRED)
