@@ -2,7 +2,7 @@ r"""``relation``: a distance, row by row, between the self-relation matrices of 
 
 For rows :math:`X_S \in \mathbb{R}^{B \times R \times K_S}`, :math:`X_T \in \mathbb{R}^{B \times R \times K_T}` and the
 matrices :math:`E_x = \operatorname{sim}(X_x, X_x)` of shape (R, R), one number per row of :math:`E_S` against
-:math:`E_T`. The formulas and their gradients are in ``csrc/common/relation.h``; the file reads as ``ops/softmax_kl.py``.
+:math:`E_T`. The formulas and their gradients are in ``csrc/common/relation.h``. Reads as ``ops/softmax_kl.py`` does.
 """
 
 from __future__ import annotations
