@@ -8,6 +8,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/kl_row.h"
+#include "cpu/pages.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -126,7 +127,9 @@ void backward(const Backward& args, int threads) {
 
 template <class S>
 void backward_to(const Backward& args, int threads) {
-    const bool large = args.shape.count() * args.shape.cols * static_cast<std::int64_t>(sizeof(S)) >= stream_bytes;
+    const std::int64_t bytes = args.shape.count() * args.shape.cols * static_cast<std::int64_t>(sizeof(S));
+    const bool large = bytes >= stream_bytes;
+    advise_huge_pages(args.grad_student, bytes);
     large ? backward<S, true>(args, threads) : backward<S, false>(args, threads);
 }
 
