@@ -13,8 +13,8 @@ using relation::Similarity;
 struct Case {
     relation::Options options;
     std::int64_t width_s, width_t;
-    bool keep, tight; // the least workspace
-    bool columns;     // features as (batch, width, rows), as maps are
+    bool gram, keep, tight; // mse from Gram matrices; tiles kept; the least workspace
+    bool columns;           // features as (batch, width, rows), as maps are
     Layout student, teacher, grad;
     int threads;
 };
@@ -169,11 +169,30 @@ relation::Rows described(const Case& c, Rows<S>& x, const Layout& layout, std::i
     return {x.data(), width, layout.stride_batch, c.columns ? 1 : layout.stride_row, c.columns ? layout.stride_row : 1};
 }
 
-cpu::RelationPlan planned(const Case& c, bool backward) {
-    const auto within = [&](std::int64_t limit) {
+// `plan(limit)` within the usual workspace, or within the least.
+template <class Plan>
+auto within_limit(bool tight, Plan plan) {
+    return plan(tight ? plan(0).minimum : std::int64_t(32) << 20);
+}
+cpu::RelationPlan tiled_plan(const Case& c, bool backward) {
+    return within_limit(c.tight, [&](std::int64_t limit) {
         return cpu::plan_relation(c.options, c.width_s, c.width_t, c.keep, backward, c.threads, limit);
-    };
-    return within(c.tight ? within(0).minimum : std::int64_t(32) << 20);
+    });
+}
+cpu::GramPlan gram_plan(const Case& c, bool backward) {
+    return within_limit(c.tight, [&](std::int64_t limit) {
+        return cpu::plan_gram(c.options, c.width_s, c.width_t, backward, c.threads, limit);
+    });
+}
+
+std::int64_t kept_bytes(const Case& c) {
+    const std::int64_t size = c.options.dtype == DType::Float64 ? 8 : 4;
+    if (c.gram) {
+        const cpu::GramPlan plan = gram_plan(c, false);
+        const std::int64_t side = relation::gram_side(c.width_s, c.width_t);
+        return plan.problems * side * side * plan.size;
+    }
+    return c.keep ? c.options.batch * relation::kept_elements(c.options.rows) * size : 0;
 }
 
 template <class S>
@@ -193,25 +212,28 @@ void compare(Case c) {
     }
     Rows<T> grad_loss(o.batch, o.rows, 1, c.grad, Values::normal, random);
     Buffer<T> loss(o.batch * o.rows);
-    Buffer<double> statistics((relation::statistic_planes * o.others() + 2) * o.batch * o.rows);
-    Buffer<T> kept(c.keep ? o.batch * relation::kept_elements(o.rows) : 0);
+    const std::int64_t planes = c.gram ? 2 : relation::statistic_planes * o.others() + 2;
+    Buffer<double> statistics(planes * o.batch * o.rows);
+    Buffer<char> kept(kept_bytes(c));
     Buffer<S> grad(o.batch * o.rows * c.width_s);
 
-    const cpu::RelationPlan forward_plan = planned(c, false), backward_plan = planned(c, true);
+    const cpu::RelationPlan forward_tiled = tiled_plan(c, false), backward_tiled = tiled_plan(c, true);
+    const cpu::GramPlan forward_gram = gram_plan(c, false), backward_gram = gram_plan(c, true);
     {
-        Buffer<char> workspace(forward_plan.bytes);
+        Buffer<char> workspace(c.gram ? forward_gram.bytes : forward_tiled.bytes);
         relation::Forward args{};
         args.student = described(c, student, c.student, c.width_s);
         args.teacher = described(c, teacher, c.teacher, c.width_t);
         args.options = o;
         args.loss = loss.data();
         args.statistics = statistics.data();
-        args.kept = c.keep ? kept.data() : nullptr;
+        args.kept = kept.size() > 0 ? kept.data() : nullptr;
         args.workspace = workspace.data();
-        cpu::kernels().relation_forward(args, forward_plan, c.threads);
+        c.gram ? cpu::kernels().relation_gram_forward(args, forward_gram, c.threads)
+               : cpu::kernels().relation_forward(args, forward_tiled, c.threads);
     }
     {
-        Buffer<char> workspace(backward_plan.bytes);
+        Buffer<char> workspace(c.gram ? backward_gram.bytes : backward_tiled.bytes);
         relation::Backward args{};
         args.grad_loss = grad_loss.data();
         args.grad_batch_stride = c.grad.stride_batch;
@@ -220,13 +242,14 @@ void compare(Case c) {
         args.teacher = described(c, teacher, c.teacher, c.width_t);
         args.options = o;
         args.statistics = statistics.data();
-        args.kept = c.keep ? kept.data() : nullptr;
+        args.kept = kept.size() > 0 ? kept.data() : nullptr;
         args.grad_student = grad.data();
         args.out_batch_stride = o.rows * c.width_s;
         args.out_row_stride = c.columns ? 1 : c.width_s;
         args.out_col_stride = c.columns ? o.rows : 1;
         args.workspace = workspace.data();
-        cpu::kernels().relation_backward(args, backward_plan);
+        c.gram ? cpu::kernels().relation_gram_backward(args, backward_gram)
+               : cpu::kernels().relation_backward(args, backward_tiled);
     }
 
     Scaled s = scaled(c, student, c.width_s), t = scaled(c, teacher, c.width_t);
@@ -236,13 +259,15 @@ void compare(Case c) {
     }
     Matrix dx(o.batch * o.rows, c.width_s);
     const double size = oracle(c, s, t, weights, want, dx);
-    const std::string where = std::string(name_of(dtype_of<S>)) + " " + std::to_string(o.batch) + "x" +
-                              std::to_string(o.rows) + "x" + std::to_string(c.width_s) + " (teacher " +
-                              std::to_string(c.width_t) + ") distance " + std::to_string(static_cast<int>(o.distance)) +
-                              " similarity " + std::to_string(static_cast<int>(o.similarity)) +
-                              (c.keep ? " kept" : " streamed") + (o.cross ? " cross" : "") + (c.tight ? " tight" : "") +
-                              (c.columns ? " columns " : " ") + c.student.name + "/" + c.teacher.name + ", " +
-                              std::to_string(c.threads) + " threads, row ";
+    const std::string where =
+        std::string(name_of(dtype_of<S>)) + " " + std::to_string(o.batch) + "x" + std::to_string(o.rows) + "x" +
+        std::to_string(c.width_s) + " (teacher " + std::to_string(c.width_t) + ") distance " +
+        std::to_string(static_cast<int>(o.distance)) + " similarity " + std::to_string(static_cast<int>(o.similarity)) +
+        (c.gram   ? " gram"
+         : c.keep ? " kept"
+                  : " streamed") +
+        (o.cross ? " cross" : "") + (c.tight ? " tight" : "") + (c.columns ? " columns " : " ") + c.student.name + "/" +
+        c.teacher.name + ", " + std::to_string(c.threads) + " threads, row ";
     for (std::int64_t i = 0; i < o.batch * o.rows; ++i) {
         expect(near(loss[i], want[i], 1e3 * rounding<T>, 1e3 * rounding<T>),
                where + std::to_string(i) + ": loss " + std::to_string(loss[i]) + ", not " + std::to_string(want[i]));
@@ -270,7 +295,8 @@ void shapes(int offset) {
             const std::int64_t batch = 1 + turn % 3;
             const Similarity similarity = similarities[turn / 3 % 3];
             const bool cosine = similarity == Similarity::cosine;
-            c.keep = turn % 2 == 0;
+            c.gram = distances[turn % 3] == Distance::mse && turn / 3 % 2 == 0;
+            c.keep = turn % 2 == 0 && !c.gram;
             c.options = {batch,
                          rows,
                          !c.keep && turn % 5 == 1,
