@@ -229,10 +229,10 @@ struct Relation {
             for (std::int64_t block = 0; block < plan.blocks; ++block) {
                 const RowStatistics row = statistics_of(problem, block, o * plan.group_blocks);
                 for (std::int64_t r = 0; r < rows_of(block); ++r) {
-                    for (int k = 0; k < 2; ++k) {
-                        const double norm = __builtin_sqrt(row[k][r]);
-                        row[k][r] = norm <= relation::norm_floor ? relation::norm_floor : norm;
-                    }
+                    const double n = __builtin_sqrt(row[0][r]), m = __builtin_sqrt(row[1][r]);
+                    row[0][r] = n <= relation::norm_floor ? relation::norm_floor : n;
+                    row[1][r] = m <= relation::norm_floor ? relation::norm_floor : m;
+                    row[3][r] = m / row[1][r] * (m / row[1][r]);
                 }
             }
         }
@@ -356,8 +356,9 @@ struct Relation {
                 a = b = 2 * g / static_cast<double>(options.rows);
             } else if (options.distance == Distance::row_cosine) {
                 const double n = row[0][r], m = row[1][r];
-                const bool flat = n <= relation::norm_floor; // no gradient, as for inputs
-                a = flat ? 0 : 2 * g * (1 - row[2][r] / 2) / (n * n);
+                const bool flat = n <= relation::norm_floor;      // no gradient, as for inputs
+                const double c = (1 + row[3][r] - row[2][r]) / 2; // |u - v|^2 = |u|^2 + |v|^2 - 2 c
+                a = flat ? 0 : 2 * g * c / (n * n);
                 b = flat ? 0 : 2 * g / (n * m);
             } else if (options.fixed_shift()) {
                 a = g / options.temperature / row[0][r];
@@ -466,9 +467,12 @@ struct Relation {
                 scatter(turned, tile.cols, tile.rows, j, i, scales, matrix, ld);
             }
         });
+        bool any_fixed = false; // a row without a gradient
         if (options.similarity == Similarity::cosine) {
             for (std::int64_t r = 0; r < options.rows; ++r) {
-                matrix[r * ld + r] -= static_cast<T>(outer_scale(options, scales[r]) * q[r] * scales[r]);
+                const double outer = outer_scale(options, scales[r]);
+                any_fixed = any_fixed || outer == 0;
+                matrix[r * ld + r] -= outer == 0 ? T(0) : static_cast<T>(outer * q[r] * scales[r]);
             }
         }
         const S* x = static_cast<const S*>(student.data) + problem * student.batch_stride;
@@ -482,6 +486,11 @@ struct Relation {
             pack<S>(x + begin * student.col_stride, student.col_stride, student.row_stride, cols, options.rows, nullptr,
                     nullptr, panel);
             panel_product<T>(width.width(p), matrix, ld, 1, options.rows, panel, options.rows, result, elements, false);
+            for (std::int64_t r = 0; any_fixed && r < options.rows; ++r) { // 0 times another row's NaN is no 0
+                if (outer_scale(options, scales[r]) == 0) {
+                    __builtin_memset(result + r * elements, 0, elements * sizeof(T));
+                }
+            }
             unpack<S>(result, elements, options.rows, cols, out + begin * args.out_col_stride, args.out_row_stride,
                       args.out_col_stride);
         });
