@@ -30,7 +30,7 @@ def allocate(call: Any, backward: bool, like: Tensor) -> Tensor:
     minimum, allowed = max(least for _, least in needed), limit()  # a forward must not promise what its backward cannot
     if minimum > allowed:
         raise ValueError(
-            f"FASTKD_WORKSPACE_MIB: a workspace of {allowed / 2**20:.4g} MiB does not hold one block of rows of this "
+            f"FASTKD_WORKSPACE_MIB: a workspace of {allowed / 2**20:.3g} MiB does not hold one block of rows of this "
             f"call, set it to at least {math.ceil(minimum / 2**20 * 100) / 100}, or use backend='reference'"
         )
     return torch.empty(needed[backward][0], dtype=torch.uint8, device=like.device)
