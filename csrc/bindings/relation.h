@@ -139,6 +139,8 @@ inline void define_relation(py::module_& module) {
                 const py::gil_scoped_release unlocked;
                 if (call.form == RelationCall::Form::gram) {
                     cpu::kernels().relation_gram_forward(args, call.gram_plan(false), call.threads);
+                } else if (call.form == RelationCall::Form::kept) {
+                    cpu::kernels().relation_kept_forward(args, call.plan(false), call.threads);
                 } else {
                     cpu::kernels().relation_forward(args, call.plan(false), call.threads);
                 }
@@ -167,6 +169,8 @@ inline void define_relation(py::module_& module) {
                 const py::gil_scoped_release unlocked;
                 if (call.form == RelationCall::Form::gram) {
                     cpu::kernels().relation_gram_backward(args, call.gram_plan(true));
+                } else if (call.form == RelationCall::Form::kept) {
+                    cpu::kernels().relation_kept_backward(args, call.plan(true));
                 } else {
                     cpu::kernels().relation_backward(args, call.plan(true));
                 }

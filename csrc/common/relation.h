@@ -61,7 +61,7 @@ constexpr double norm_floor = 1e-12;
 // double (statistic_planes * others + 2, batch, rows): `statistic_planes` numbers per (o, b, row), then scale^S,
 // scale^T.
 //     kl, fixed shift    z^S, z^T, sum f^T (u^T - u^S)      kl, else    log-sum-exp^S, log-sum-exp^T
-//     row_cosine         n, m, loss
+//     row_cosine         n, m, loss, |E^T_i|^2/m^2 (1 but where m is floored)
 constexpr int statistic_planes = 5;
 
 // Student's and teacher's E, in tiles of 48 x 48 of the upper triangle, are kept for the backward where `kept` is

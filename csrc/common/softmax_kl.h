@@ -86,6 +86,11 @@ struct KLState {
     FASTKD_HD void raise(T new_max_s, T new_max_t, T inv_temperature) {
         const T to_s = new_max_s > max_s ? new_max_s : max_s;
         const T to_t = new_max_t > max_t ? new_max_t : max_t;
+        if (z_s == T(0) && z_t == T(0)) { // nothing to raise yet
+            max_s = to_s;
+            max_t = to_t;
+            return;
+        }
         const T by_s = to_s == max_s ? T(0) : (max_s - to_s) * inv_temperature;
         const T by_t = to_t == max_t ? T(0) : (max_t - to_t) * inv_temperature;
         const T scale_t = std::exp(by_t);

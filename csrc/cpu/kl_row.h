@@ -24,10 +24,11 @@ FASTKD_INLINE KLSums<T> kl_terms(Vec<T> d_s, Vec<T> d_t, ScaledExp<T> exp) {
     return {exp(d_s, T(0), T(0)), e_t, e_t == T(0) ? Vec<T>{} : e_t * (d_t - d_s)};
 }
 
-// Adds the sums relative to the state's maxima, which are already raised to cover these elements.
+// Adds the sums relative to the state's maxima, which are already raised to cover these elements. Meanwhile what comes
+// next is fetched, as many elements from next_s and next_t: finding their maxima would else wait for memory.
 template <class S, class T = Compute<S>>
 FASTKD_INLINE void accumulate(softmax_kl::KLState<double>& state, const S* s, const S* t, std::int64_t count,
-                              ScaledExp<T> exp) {
+                              ScaledExp<T> exp, const S* next_s, const S* next_t) {
     const T shift_s = static_cast<T>(softmax_kl::shift_of(state.max_s));
     const T shift_t = static_cast<T>(softmax_kl::shift_of(state.max_t));
     KLSums<T> sums;
@@ -36,6 +37,8 @@ FASTKD_INLINE void accumulate(softmax_kl::KLState<double>& state, const S* s, co
         KLSums<T> part;
         const std::int64_t end = i + 16 * lanes<T> <= count ? i + 16 * lanes<T> : count;
         for (; i + lanes<T> <= end; i += lanes<T>) {
+            __builtin_prefetch(next_s + i);
+            __builtin_prefetch(next_t + i);
             part += kl_terms<T>(load(s + i) - shift_s, load(t + i) - shift_t, exp);
         }
         sums += part;

@@ -293,41 +293,20 @@ void backward(const Backward& args, const GramPlan& plan) {
     });
 }
 
-template <class S>
-void forward_in(const Forward& args, const GramPlan& plan, int threads) {
-    plan.size == 8 ? forward<S, double>(args, plan, threads) : forward<S, Compute<S>>(args, plan, threads);
-}
-template <class S>
-void backward_in(const Backward& args, const GramPlan& plan) {
-    plan.size == 8 ? backward<S, double>(args, plan) : backward<S, Compute<S>>(args, plan);
-}
-
 } // namespace
 
 void relation_gram_forward(const Forward& args, const GramPlan& plan, int threads) {
-    switch (args.options.dtype) {
-    case DType::Float32:
-        return forward_in<float>(args, plan, threads);
-    case DType::Float16:
-        return forward_in<Half>(args, plan, threads);
-    case DType::BFloat16:
-        return forward_in<BFloat16>(args, plan, threads);
-    case DType::Float64:
-        return forward_in<double>(args, plan, threads);
-    }
+    with_storage(args.options.dtype, [&](auto storage) {
+        using S = decltype(storage);
+        plan.size == 8 ? forward<S, double>(args, plan, threads) : forward<S, Compute<S>>(args, plan, threads);
+    });
 }
 
 void relation_gram_backward(const Backward& args, const GramPlan& plan) {
-    switch (args.options.dtype) {
-    case DType::Float32:
-        return backward_in<float>(args, plan);
-    case DType::Float16:
-        return backward_in<Half>(args, plan);
-    case DType::BFloat16:
-        return backward_in<BFloat16>(args, plan);
-    case DType::Float64:
-        return backward_in<double>(args, plan);
-    }
+    with_storage(args.options.dtype, [&](auto storage) {
+        using S = decltype(storage);
+        plan.size == 8 ? backward<S, double>(args, plan) : backward<S, Compute<S>>(args, plan);
+    });
 }
 
 } // namespace fastkd::cpu::FASTKD_ISA

@@ -11,6 +11,21 @@ using relation::Options;
 using relation::Rows;
 using relation::Similarity;
 
+// body(S{}) for the storage type S.
+template <class Body>
+FASTKD_INLINE void with_storage(DType dtype, const Body& body) {
+    switch (dtype) {
+    case DType::Float32:
+        return body(float{});
+    case DType::Float16:
+        return body(Half{});
+    case DType::BFloat16:
+        return body(BFloat16{});
+    case DType::Float64:
+        return body(double{});
+    }
+}
+
 // The inverse norm, or another scale, of rows [0, count) of x, in double.
 template <class S, class T = Compute<S>>
 FASTKD_NOINLINE void row_scales(const S* x, const Rows& rows, std::int64_t count, Similarity similarity,

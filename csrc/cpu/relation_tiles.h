@@ -162,7 +162,7 @@ FASTKD_NOINLINE void add_kl_rows(Tile<T> tile, ScaledExp<T> exp, RowStatistics r
         const T* t = tile.e_t + r * tile.ld;
         softmax_kl::KLState<double> state{row[0][r], row[1][r], row[2][r], row[3][r], row[4][r]};
         state.raise(block_max(s, tile.cols), block_max(t, tile.cols), exp.scale);
-        accumulate(state, s, t, tile.cols, exp);
+        accumulate(state, s, t, tile.cols, exp, s + tile.ld, t + tile.ld);
         row[0][r] = state.max_s;
         row[1][r] = state.max_t;
         row[2][r] = state.z_s;

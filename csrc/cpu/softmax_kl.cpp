@@ -46,15 +46,21 @@ void forward(const Forward& args, int threads) {
     for (std::int64_t r = 0; r < shape.count(); ++r) {
         const S* s = student + row_offset(args.student_strides, shape.rows, r);
         const S* t = teacher + row_offset(args.teacher_strides, shape.rows, r);
+        const std::int64_t next = r + 1 < shape.count() ? r + 1 : r;
+        const S* next_s = student + row_offset(args.student_strides, shape.rows, next);
+        const S* next_t = teacher + row_offset(args.teacher_strides, shape.rows, next);
         auto state = KLState<double>::of_nothing();
         for (std::int64_t begin = 0; begin < shape.cols; begin += block) {
             const std::int64_t count = shape.cols - begin < block ? shape.cols - begin : block;
             state.raise(block_max(s + begin, count), block_max(t + begin, count), exp.scale);
-            accumulate(state, s + begin, t + begin, count, exp);
+            const bool last = begin + block >= shape.cols;
+            accumulate(state, s + begin, t + begin, count, exp, last ? next_s : s + begin + block,
+                       last ? next_t : t + begin + block);
         }
-        loss[r] = static_cast<T>(state.loss());
-        args.lse_student[r] = softmax_kl::log_sum_exp(state.max_s, __builtin_log(state.z_s), args.inv_temperature);
-        args.lse_teacher[r] = softmax_kl::log_sum_exp(state.max_t, __builtin_log(state.z_t), args.inv_temperature);
+        const double log_z_s = __builtin_log(state.z_s), log_z_t = __builtin_log(state.z_t);
+        loss[r] = static_cast<T>(state.a / state.z_t + (log_z_s - log_z_t)); // KLState::loss
+        args.lse_student[r] = softmax_kl::log_sum_exp(state.max_s, log_z_s, args.inv_temperature);
+        args.lse_teacher[r] = softmax_kl::log_sum_exp(state.max_t, log_z_t, args.inv_temperature);
     }
 }
 

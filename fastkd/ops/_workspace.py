@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -25,11 +26,11 @@ def limit() -> int:
 
 def allocate(call: Any, backward: bool, like: Tensor) -> Tensor:
     """The workspace of a native call, on the device of ``like``; an error that names the least limit that would do."""
-    size, minimum = call.workspace_bytes(backward)
-    allowed = limit()
+    needed = [call.workspace_bytes(way) for way in (False, True)]
+    minimum, allowed = max(least for _, least in needed), limit()  # a forward must not promise what its backward cannot
     if minimum > allowed:
         raise ValueError(
-            f"FASTKD_WORKSPACE_MIB: a workspace of {allowed / 2**20:g} MiB does not hold one block of rows of this "
-            f"call, set it to at least {minimum / 2**20:.2f}, or use backend='reference'"
+            f"FASTKD_WORKSPACE_MIB: a workspace of {allowed / 2**20:.3g} MiB does not hold one block of rows of this "
+            f"call, set it to at least {math.ceil(minimum / 2**20 * 100) / 100}, or use backend='reference'"
         )
-    return torch.empty(size, dtype=torch.uint8, device=like.device)
+    return torch.empty(needed[backward][0], dtype=torch.uint8, device=like.device)

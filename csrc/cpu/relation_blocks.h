@@ -1,0 +1,248 @@
+// The blocks and tiles of a relation, and what its two ways through them share: each block's statistics, the losses
+// made of them, and H.
+//
+// Rows are cut into blocks; a pair of blocks is a tile of both relation matrices. Only the upper triangle's tiles are
+// made. Pairs are visited in rounds in which every block occurs once: the threads of a round never meet, and every
+// row's sums are added in the order of the rounds, whatever the number of threads.
+#pragma once
+
+#include "cpu/pages.h"
+#include "cpu/relation_plan.h"
+#include "cpu/relation_rows.h"
+#include "cpu/relation_tiles.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+
+using relation::Backward;
+using relation::Distance;
+using relation::Forward;
+
+// visit(i, j, thread) for all pairs i <= j of [begin, end), in rounds without a common index.
+template <class Visit>
+FASTKD_INLINE void pairs_within(std::int64_t begin, std::int64_t end, int threads, const Visit& visit) {
+    const std::int64_t n = end - begin;
+    parallel_for(threads, n, [&](std::int64_t i, int thread) { visit(begin + i, begin + i, thread); });
+    const std::int64_t even = n + n % 2, turning = even - 1;
+    for (std::int64_t round = 0; round < turning; ++round) { // everyone but the last sits on a wheel
+        parallel_for(threads, even / 2, [&](std::int64_t k, int thread) {
+            const std::int64_t i = k == 0 ? turning : (round + k) % turning;
+            const std::int64_t j = (round + turning - k) % turning;
+            if (i < n && j < n) {
+                visit(begin + (i < j ? i : j), begin + (i < j ? j : i), thread);
+            }
+        });
+    }
+}
+
+// visit(i, j, thread) for all i of the first range, j of the second, in rounds without a common index.
+template <class Visit>
+FASTKD_INLINE void pairs_between(std::int64_t i_begin, std::int64_t i_end, std::int64_t j_begin, std::int64_t j_end,
+                                 int threads, const Visit& visit) {
+    const std::int64_t n = i_end - i_begin, m = j_end - j_begin, rounds = n > m ? n : m;
+    for (std::int64_t round = 0; round < rounds; ++round) {
+        parallel_for(threads, n, [&](std::int64_t i, int thread) {
+            const std::int64_t j = (i + round) % rounds;
+            if (j < m) {
+                visit(i_begin + i, j_begin + j, thread);
+            }
+        });
+    }
+}
+
+// One call's arguments with their types.
+template <class S>
+struct Relation {
+    using T = Compute<S>;
+    const Options& options;
+    const RelationPlan& plan;
+    const Rows& student;
+    const Rows& teacher;
+    double* statistics; // written by the forward only
+    char* workspace;
+
+    std::int64_t others = options.others();
+    ScaledExp<T> exp{static_cast<T>(1 / options.temperature)};
+    T sign = options.negate && options.distance == Distance::kl ? T(-1) : T(1);
+
+    // ---- where things are
+    template <class P = T>
+    FASTKD_INLINE P* at(std::int64_t team, std::int64_t offset) const {
+        return reinterpret_cast<P*>(workspace + team * plan.team_bytes + offset);
+    }
+    template <class P = T>
+    FASTKD_INLINE P* scratch(std::int64_t thread, std::int64_t offset) const {
+        return reinterpret_cast<P*>(workspace + plan.teams * plan.team_bytes + thread * plan.thread_bytes + offset);
+    }
+    FASTKD_INLINE std::int64_t first_row(std::int64_t block) const { return block % plan.group_blocks * plan.block; }
+    FASTKD_INLINE std::int64_t rows_of(std::int64_t block) const {
+        const std::int64_t left = options.rows - first_row(block);
+        return left < plan.block ? left : plan.block;
+    }
+    FASTKD_INLINE std::int64_t sample(std::int64_t problem, std::int64_t block) const {
+        return options.cross ? block / plan.group_blocks : problem;
+    }
+    // Of the rows of `block` against the blocks of the group of `other`.
+    FASTKD_INLINE RowStatistics statistics_of(std::int64_t problem, std::int64_t block, std::int64_t other) const {
+        const std::int64_t o = options.cross ? other / plan.group_blocks : 0;
+        const std::int64_t index = (o * options.batch + sample(problem, block)) * options.rows + first_row(block);
+        return {statistics + index, others * options.batch * options.rows};
+    }
+    FASTKD_INLINE double* scales_of(int network, std::int64_t b, std::int64_t row) const {
+        const std::int64_t plane = relation::statistic_planes * others + network;
+        return statistics + (plane * options.batch + b) * options.rows + row;
+    }
+    FASTKD_INLINE const S* rows_at(const Rows& rows, std::int64_t problem, std::int64_t block) const {
+        return static_cast<const S*>(rows.data) + sample(problem, block) * rows.batch_stride +
+               first_row(block) * rows.row_stride;
+    }
+    FASTKD_INLINE void typed_scales(int network, std::int64_t problem, std::int64_t block, T (&out)[tile_side]) const {
+        const double* scales = scales_of(network, sample(problem, block), first_row(block));
+        for (std::int64_t r = 0; r < rows_of(block); ++r) {
+            out[r] = static_cast<T>(scales[r]);
+        }
+    }
+
+    // ---- forward
+    // Adds one tile's share; pass 1 of row_cosine comes after finish_norms().
+    FASTKD_INLINE void add_tile(Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j, int pass,
+                                std::int64_t thread) const {
+        const RowStatistics row = statistics_of(problem, i, j);
+        const RowStatistics col = i == j ? RowStatistics{} : statistics_of(problem, j, i);
+        switch (options.distance) {
+        case Distance::mse:
+            return add_symmetric<T>(tile, SquareTerm<T>{}, row, col);
+        case Distance::row_cosine:
+            return pass == 0 ? add_symmetric<T>(tile, NormTerm<T>{}, row, col) : add_cosine<T>(tile, row, col);
+        case Distance::kl:
+            break;
+        }
+        if (options.fixed_shift()) {
+            return add_symmetric<T>(tile, KLTerm<T>{exp}, row, col);
+        }
+        add_kl_rows<T>(tile, exp, row);
+        if (i != j) {
+            T* turned = scratch(thread, plan.tiles) + 2 * plan.block * plan.block;
+            T* turned_t = turned + plan.block * plan.block;
+            transpose_tile(tile.e_s, tile.ld, tile.rows, tile.cols, turned);
+            transpose_tile(tile.e_t, tile.ld, tile.rows, tile.cols, turned_t);
+            add_kl_rows<T>({turned, turned_t, tile.ld, tile.cols, tile.rows}, exp, col);
+        }
+    }
+
+    void clear_statistics() const {
+        const std::int64_t plane = others * options.batch * options.rows;
+        const bool maxima = options.distance == Distance::kl && !options.fixed_shift();
+        for (int k = 0; k < relation::statistic_planes; ++k) {
+            const double start = maxima && k < 2 ? softmax_kl::minus_infinity<double>() : 0;
+            for (std::int64_t r = 0; r < plane; ++r) {
+                statistics[k * plane + r] = start;
+            }
+        }
+    }
+    // Of all rows of one problem, between the passes of row_cosine.
+    void finish_norms(std::int64_t problem) const {
+        for (std::int64_t o = 0; o < others; ++o) {
+            for (std::int64_t block = 0; block < plan.blocks; ++block) {
+                const RowStatistics row = statistics_of(problem, block, o * plan.group_blocks);
+                for (std::int64_t r = 0; r < rows_of(block); ++r) {
+                    const double n = __builtin_sqrt(row[0][r]), m = __builtin_sqrt(row[1][r]);
+                    row[0][r] = n <= relation::norm_floor ? relation::norm_floor : n;
+                    row[1][r] = m <= relation::norm_floor ? relation::norm_floor : m;
+                    row[3][r] = m / row[1][r] * (m / row[1][r]);
+                }
+            }
+        }
+    }
+    // The losses, and what the backward needs, from the sums.
+    void finish_rows(std::int64_t problem, T* loss) const {
+        for (std::int64_t block = 0; block < plan.blocks; ++block) {
+            for (std::int64_t r = 0; r < rows_of(block); ++r) {
+                double total = 0;
+                for (std::int64_t o = 0; o < others; ++o) {
+                    const RowStatistics row = statistics_of(problem, block, o * plan.group_blocks);
+                    total += finish_row(row, r);
+                }
+                loss[sample(problem, block) * options.rows + first_row(block) + r] =
+                    static_cast<T>(total / static_cast<double>(others));
+            }
+        }
+    }
+    FASTKD_INLINE double finish_row(RowStatistics row, std::int64_t r) const {
+        if (options.distance == Distance::mse) {
+            return row[0][r] / static_cast<double>(options.rows);
+        }
+        if (options.distance == Distance::row_cosine) {
+            return row[2][r];
+        }
+        const double inverse = 1 / options.temperature;
+        if (options.fixed_shift()) {
+            row[2][r] *= inverse;
+            return row[2][r] / row[1][r] + __builtin_log(row[0][r] / row[1][r]);
+        }
+        const softmax_kl::KLState<double> state{row[0][r], row[1][r], row[2][r], row[3][r], row[4][r]};
+        row[0][r] = softmax_kl::log_sum_exp(state.max_s, __builtin_log(state.z_s), inverse);
+        row[1][r] = softmax_kl::log_sum_exp(state.max_t, __builtin_log(state.z_t), inverse);
+        return state.loss();
+    }
+
+    // ---- backward
+    FASTKD_INLINE void coefficients(const Backward& args, std::int64_t problem, std::int64_t block, std::int64_t other,
+                                    RowCoefficients<T>& out) const {
+        const RowStatistics row = statistics_of(problem, block, other);
+        const T* grad = static_cast<const T*>(args.grad_loss) + sample(problem, block) * args.grad_batch_stride +
+                        first_row(block) * args.grad_row_stride;
+        const std::int64_t rows = rows_of(block);
+        for (std::int64_t r = 0; r < tile_side; ++r) {
+            if (r >= rows) {
+                out.a[r] = out.b[r] = 0;
+                out.center_s[r] = out.high_s[r] = out.low_s[r] = 0;
+                out.center_t[r] = out.high_t[r] = out.low_t[r] = 0;
+                continue;
+            }
+            const double g = static_cast<double>(grad[r * args.grad_row_stride]) / static_cast<double>(others);
+            double a = 0, b = 0;
+            if (options.distance == Distance::mse) {
+                a = b = 2 * g / static_cast<double>(options.rows);
+            } else if (options.distance == Distance::row_cosine) {
+                const double n = row[0][r], m = row[1][r];
+                const bool flat = n <= relation::norm_floor;      // no gradient, as for inputs
+                const double c = (1 + row[3][r] - row[2][r]) / 2; // |u - v|^2 = |u|^2 + |v|^2 - 2 c
+                a = flat ? 0 : 2 * g * c / (n * n);
+                b = flat ? 0 : 2 * g / (n * m);
+            } else if (options.fixed_shift()) {
+                a = g / options.temperature / row[0][r];
+                b = g / options.temperature / row[1][r];
+            } else {
+                a = g / options.temperature;
+                const softmax_kl::LogSoftmax<T> s(row[0][r], options.temperature, 1 / options.temperature);
+                const softmax_kl::LogSoftmax<T> t(row[1][r], options.temperature, 1 / options.temperature);
+                out.center_s[r] = s.center;
+                out.high_s[r] = s.high;
+                out.low_s[r] = s.low;
+                out.center_t[r] = t.center;
+                out.high_t[r] = t.high;
+                out.low_t[r] = t.low;
+            }
+            out.a[r] = static_cast<T>(a);
+            out.b[r] = static_cast<T>(b);
+        }
+    }
+    // A tile of H into h, which may be the tile's own e_t.
+    FASTKD_INLINE void make_h(const Backward& args, Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j,
+                              T* h, double* q) const {
+        RowCoefficients<T> row, col;
+        coefficients(args, problem, i, j, row);
+        coefficients(args, problem, j, i, col);
+        double* q_row = q + i * plan.block;
+        double* q_col = i == j ? nullptr : q + j * plan.block;
+        if (options.distance != Distance::kl) {
+            gradient_tile<T>(tile, Identity<T>{}, row, col, sign, h, q_row, q_col);
+        } else if (options.fixed_shift()) {
+            gradient_tile<T>(tile, KLFunction<T>{exp}, row, col, sign, h, q_row, q_col);
+        } else {
+            gradient_tile_kl<T>(tile, exp, row, col, sign, h, q_row, q_col);
+        }
+    }
+};
+
+} // namespace fastkd::cpu::FASTKD_ISA

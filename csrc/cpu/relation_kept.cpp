@@ -1,0 +1,199 @@
+// relation on the CPU where the matrices are small beside the inputs (channels): the forward keeps their tiles.
+//
+// The rows are packed and multiplied some columns at a time. The backward makes H from the kept tiles and multiplies it
+// with the rows as they come, neither normalised nor corrected: scale_i and q_i go into H.
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/relation_blocks.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+constexpr std::int64_t kept_chunk = 256; // columns packed at a time, as the plan has it
+
+template <class S>
+struct Kept : Relation<S> {
+    using Base = Relation<S>;
+    using T = typename Base::T;
+    using Base::add_tile;
+    using Base::finish_norms;
+    using Base::finish_rows;
+    using Base::make_h;
+    using Base::options;
+    using Base::plan;
+    using Base::rows_at;
+    using Base::rows_of;
+    using Base::scales_of;
+    using Base::scratch;
+    using Base::sign;
+    using Base::student;
+    using Base::teacher;
+    using Base::typed_scales;
+
+    template <class P>
+    FASTKD_INLINE static P* kept_tile(P* kept, std::int64_t blocks, std::int64_t i, std::int64_t j) {
+        const std::int64_t index = i * blocks - i * (i - 1) / 2 + (j - i); // of the upper triangle
+        return kept + index * 2 * relation::kept_block * relation::kept_block;
+    }
+    FASTKD_INLINE Tile<T> kept_view(const T* kept, std::int64_t i, std::int64_t j) const {
+        const T* e = kept_tile(kept, plan.blocks, i, j);
+        return {e, e + plan.block * plan.block, plan.block, rows_of(i), rows_of(j)};
+    }
+
+    void forward(std::int64_t team, std::int64_t problem, T* kept, T* loss) const {
+        const std::int64_t n = plan.blocks;
+        struct Pair {
+            std::int64_t i, j;
+        };
+        const auto pairs = [&](std::int64_t index) { // the index-th pair i <= j
+            std::int64_t i = 0;
+            while (index >= n - i) {
+                index -= n - i++;
+            }
+            return Pair{i, i + index};
+        };
+        const std::int64_t count = n * (n + 1) / 2;
+        for (int network = 0; network < 2; ++network) {
+            const Rows& rows = network == 0 ? student : teacher;
+            for (std::int64_t from = 0; from < rows.width; from += kept_chunk) {
+                const std::int64_t width = rows.width - from < kept_chunk ? rows.width - from : kept_chunk;
+                T* packs = this->at(team, plan.packs);
+                parallel_for(plan.team_threads, n, [&](std::int64_t block, int) {
+                    T scales[tile_side];
+                    typed_scales(network, problem, block, scales);
+                    pack<S>(rows_at(rows, problem, block) + from * rows.col_stride, rows.row_stride, rows.col_stride,
+                            rows_of(block), width, scales, nullptr, packs + block * plan.block * kept_chunk);
+                });
+                parallel_for(plan.team_threads, count, [&](std::int64_t index, int) {
+                    const auto [i, j] = pairs(index);
+                    T* e = kept_tile(kept, n, i, j) + network * plan.block * plan.block;
+                    if (from == 0 && (rows_of(i) < plan.block || rows_of(j) < plan.block)) {
+                        __builtin_memset(e, 0, plan.block * plan.block * sizeof(T));
+                    }
+                    packed_product<T>(packs + i * plan.block * kept_chunk, Panels<T>(rows_of(i)),
+                                      packs + j * plan.block * kept_chunk, Panels<T>(rows_of(j)), width, e, plan.block,
+                                      from > 0);
+                });
+            }
+        }
+        const int passes = options.distance == Distance::row_cosine ? 2 : 1;
+        for (int pass = 0; pass < passes; ++pass) {
+            pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
+                Tile<T> tile = kept_view(kept, i, j);
+                if (sign < 0 && pass == 0) {
+                    T* e = kept_tile(kept, n, i, j);
+                    negate_tile(e, plan.block, 2 * plan.block, plan.block);
+                }
+                add_tile(tile, problem, i, j, pass, plan.teams > 1 ? team : thread);
+            });
+            if (pass + 1 < passes) {
+                finish_norms(problem);
+            }
+        }
+        finish_rows(problem, loss);
+    }
+
+    void backward(const Backward& args, std::int64_t team, std::int64_t problem, const T* kept) const {
+        const std::int64_t n = plan.blocks, rows = n * plan.block, ld = rows;
+        double* q = this->template at<double>(team, plan.row_sums);
+        __builtin_memset(q, 0, rows * sizeof(double));
+        T* matrix = this->at(team, plan.matrix); // outer_i (H_ij - q_i delta_ij) scale_j
+        const double* scales = scales_of(0, problem, 0);
+        pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
+            const Tile<T> tile = kept_view(kept, i, j);
+            T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
+            T* turned = h + plan.block * plan.block;
+            make_h(args, tile, problem, i, j, h, q);
+            transpose_tile(h, plan.block, plan.block, plan.block, turned);
+            scatter(h, tile.rows, tile.cols, i, j, scales, matrix, ld);
+            if (i != j) {
+                scatter(turned, tile.cols, tile.rows, j, i, scales, matrix, ld);
+            }
+        });
+        bool any_fixed = false; // a row without a gradient
+        if (options.similarity == Similarity::cosine) {
+            for (std::int64_t r = 0; r < options.rows; ++r) {
+                const double outer = outer_scale(options, scales[r]);
+                any_fixed = any_fixed || outer == 0;
+                matrix[r * ld + r] -= outer == 0 ? T(0) : static_cast<T>(outer * q[r] * scales[r]);
+            }
+        }
+        const S* x = static_cast<const S*>(student.data) + problem * student.batch_stride;
+        S* out = static_cast<S*>(args.grad_student) + problem * args.out_batch_stride;
+        const Panels<T> width(student.width);
+        parallel_for(plan.team_threads, width.size, [&](std::int64_t p, int thread) {
+            const std::int64_t begin = width.begin(p), elements = width.width(p) * lanes<T>;
+            const std::int64_t cols = student.width - begin < elements ? student.width - begin : elements;
+            T* panel = scratch(plan.teams > 1 ? team : thread, plan.panel);
+            T* result = panel + rows * 48;
+            pack<S>(x + begin * student.col_stride, student.col_stride, student.row_stride, cols, options.rows, nullptr,
+                    nullptr, panel);
+            panel_product<T>(width.width(p), matrix, ld, 1, options.rows, panel, options.rows, result, elements, false);
+            for (std::int64_t r = 0; any_fixed && r < options.rows; ++r) { // 0 times another row's NaN is no 0
+                if (outer_scale(options, scales[r]) == 0) {
+                    __builtin_memset(result + r * elements, 0, elements * sizeof(T));
+                }
+            }
+            unpack<S>(result, elements, options.rows, cols, out + begin * args.out_col_stride, args.out_row_stride,
+                      args.out_col_stride);
+        });
+    }
+    FASTKD_INLINE void scatter(const T* h, std::int64_t count, std::int64_t cols, std::int64_t i, std::int64_t j,
+                               const double* scales, T* matrix, std::int64_t ld) const {
+        T right[tile_side] = {};
+        for (std::int64_t c = 0; c < cols; ++c) {
+            right[c] = static_cast<T>(scales[j * plan.block + c]);
+        }
+        for (std::int64_t r = 0; r < plan.block; ++r) {
+            const T left = r < count ? static_cast<T>(outer_scale(options, scales[i * plan.block + r])) : T(0);
+            for (std::int64_t c = 0; c < plan.block; c += lanes<T>) {
+                // Left out, not multiplied by 0: another row's NaN must not reach a row without a gradient.
+                const Vec<T> value =
+                    left == T(0) || c >= cols ? Vec<T>{} : load(h + r * plan.block + c) * left * load(right + c);
+                store(matrix + (i * plan.block + r) * ld + j * plan.block + c, value);
+            }
+        }
+    }
+};
+
+template <class S>
+void forward(const Forward& args, const RelationPlan& plan, int threads) {
+    const Kept<S> relation{
+        {args.options, plan, args.student, args.teacher, args.statistics, static_cast<char*>(args.workspace)}};
+    relation.clear_statistics();
+    find_scales<S>(args.options, args.student, args.teacher, relation.scales_of(0, 0, 0), threads);
+    using T = Compute<S>;
+    auto* kept = static_cast<T*>(args.kept);
+    auto* loss = static_cast<T*>(args.loss);
+    const std::int64_t size = relation::kept_elements(args.options.rows);
+    advise_huge_pages(kept, args.options.batch * size * sizeof(T));
+    parallel_for(static_cast<int>(plan.teams), plan.problems,
+                 [&](std::int64_t problem, int team) { relation.forward(team, problem, kept + problem * size, loss); });
+}
+
+template <class S>
+void backward(const Backward& args, const RelationPlan& plan) {
+    const Kept<S> relation{{args.options, plan, args.student, args.teacher,
+                            const_cast<double*>(args.statistics), // read only
+                            static_cast<char*>(args.workspace)}};
+    advise_huge_pages(args.grad_student, args.options.batch * args.options.rows * args.student.width * sizeof(S));
+    auto* kept = static_cast<const Compute<S>*>(args.kept);
+    const std::int64_t size = relation::kept_elements(args.options.rows);
+    parallel_for(static_cast<int>(plan.teams), plan.problems, [&](std::int64_t problem, int team) {
+        relation.backward(args, team, problem, kept + problem * size);
+    });
+}
+
+} // namespace
+
+void relation_kept_forward(const Forward& args, const RelationPlan& plan, int threads) {
+    advise_huge_pages(args.workspace, plan.bytes);
+    with_storage(args.options.dtype, [&](auto storage) { forward<decltype(storage)>(args, plan, threads); });
+}
+
+void relation_kept_backward(const Backward& args, const RelationPlan& plan) {
+    advise_huge_pages(args.workspace, plan.bytes);
+    with_storage(args.options.dtype, [&](auto storage) { backward<decltype(storage)>(args, plan); });
+}
+
+} // namespace fastkd::cpu::FASTKD_ISA

@@ -1,0 +1,255 @@
+"""What is particular to the relation kernels: their forms, blocks, workspace and instruction sets."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd import _native
+from fastkd.ops.relation import relation
+from fastkd.reference.relation import relation as reference
+
+try:
+    cpu = _native.load("cpu")
+except ImportError as error:
+    pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
+
+# Widths and rows around the kernels' blocks (96 and 48 rows), panels (48, 32, 24, ...) and chunks (64 and 256 columns).
+SHAPES = [(2, 3, 5, 4), (1, 1, 1, 1), (1, 100, 33, 33), (2, 97, 64, 80), (1, 193, 70, 300), (1, 48, 257, 257)]
+DISTANCES = ["kl", "mse", "row_cosine"]
+FORMS: dict[str, dict[str, Any]] = {
+    "tiles": {},
+    "kept": {"keep": True},
+    "across samples": {"cross": True},
+}
+ISAS = ["baseline", "avx2", "avx512"]
+
+
+def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def loss_and_gradient(
+    f: Any, student: Tensor, teacher: Tensor, weight: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    loss = f(leaf, teacher, **options)
+    return loss.detach(), torch.autograd.grad((loss * weight).sum(), leaf)[0]
+
+
+def kernel(student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return loss_and_gradient(relation, student, teacher, weight, backend="cpu", **options)
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def without_keep(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k != "keep"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_form_layout_and_distance(shape: tuple[int, int, int, int], form: str) -> None:
+    batch, count, width_s, width_t = shape
+    weight = rows((batch, count), 3)
+    for name, similarity, by_columns in itertools.product(DISTANCES, ("cosine", "mean"), (False, True)):
+        student, teacher = rows((batch, count, width_s), 0), rows((batch, count, width_t), 1)
+        if by_columns:  # as a map (B, K, H, W) seen as rows of pixels
+            student, teacher = student.mT.contiguous().mT, teacher.mT.contiguous().mT
+        options = {"similarity": similarity, "distance": name, "temperature": 0.5, **FORMS[form]}
+        loss, grad = kernel(student, teacher, weight, **options)
+        exact = loss_and_gradient(
+            reference, student.double(), teacher.double(), weight.double(), **without_keep(options)
+        )
+        plain = loss_and_gradient(reference, student, teacher, weight, **without_keep(options))
+        assert grad.stride() == student.stride() or count == 1
+        if count == 1 and name != "mse":
+            assert loss.abs().max() <= 1e-6  # one row has one relation: nothing to compare
+            assert grad.abs().max() <= 1e-6
+            continue
+        for got, eager, right in zip((loss, grad), plain, exact, strict=True):
+            assert distance(got, right) <= 2 * distance(eager, right) + 4e-7, (name, similarity, by_columns)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.05, 20.0])
+@pytest.mark.parametrize("negate", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_cosine_with_and_without_a_fixed_shift(form: str, negate: bool, temperature: float) -> None:
+    """Below τ = 0.02 rows keep their own maxima. Close rows, or softmax at 0.005 would leave nothing to compare."""
+    base = rows((2, 1, 20), 5)
+    student, teacher = (base + 0.1 * rows((2, 110, 20), seed) for seed in (6, 7))
+    weight = rows((2, 110), 3)
+    options = {"temperature": temperature, "negate": negate, **FORMS[form]}
+    loss, grad = kernel(student, teacher, weight, **options)
+    exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **without_keep(options))
+    plain = loss_and_gradient(reference, student, teacher, weight, **without_keep(options))
+    for got, eager, right in zip((loss, grad), plain, exact, strict=True):
+        assert distance(got, right) <= 2 * distance(eager, right) + 4e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("widths", [(20, 20), (20, 13)], ids=str)
+@pytest.mark.parametrize("cross", [False, True])
+def test_gram_form(cross: bool, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """K×K matrices for mse of narrow rows; per-row weights and one weight for all are two ways through the backward."""
+    student, teacher = rows((2, 300, widths[0]), 0, dtype), rows((2, 300, widths[1]), 1, dtype)
+    for similarity in ("cosine", "mean", "dot"):
+        for weight in (rows((2, 300), 3), torch.ones(()).expand(2, 300), torch.full((2, 300), 0.5)):
+            options = {"similarity": similarity, "distance": "mse", "cross": cross}
+            loss, grad = kernel(student, teacher, weight, **options)
+            exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)
+            assert grad.dtype == dtype
+            assert distance(loss, exact[0]) <= (1e-13 if dtype == torch.float64 else 1e-6)
+            # Storing the gradient costs half a unit in the last place, more where fp16 has subnormals only.
+            assert distance(grad, exact[1]) <= {torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 4e-3}[dtype]
+
+
+@pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3])
+def test_gram_form_keeps_its_digits_near_the_teacher(difference: float) -> None:
+    teacher = rows((1, 400, 16), 0)
+    student = teacher + difference * rows((1, 400, 16), 1)
+    wide = torch.cat([teacher, torch.zeros(1, 400, 1)], 2)  # the same relations, but no difference of features
+    weight = torch.ones(1, 400)
+    for target in (teacher, wide):
+        loss, grad = kernel(student, target, weight, distance="mse")
+        exact = loss_and_gradient(reference, student.double(), target.double(), weight.double(), distance="mse")
+        plain = loss_and_gradient(reference, student, target, weight, distance="mse")
+        for got, eager, right in zip((loss, grad), plain, exact, strict=True):
+            assert distance(got, right) <= 2 * distance(eager, right) + 4e-7
+
+
+@pytest.mark.parametrize("form", [*FORMS, "gram"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_change_no_bit(form: str, batch: int) -> None:
+    """Threads share a problem (one sample) or take whole ones (three)."""
+    student, teacher, weight = rows((batch, 330, 30), 0), rows((batch, 330, 30), 1), rows((batch, 330), 2)
+    options = {"distance": "mse"} if form == "gram" else FORMS[form]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(kernel(student, teacher, weight, **options))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("distance_name", ["kl", "row_cosine"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_small_workspace_gives_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, cross: bool, distance_name: str
+) -> None:
+    """Blocks that don't fit together are packed again, half against half."""
+    student, teacher, weight = rows((2, 700, 40), 0), rows((2, 700, 40), 1), rows((2, 700), 2)
+    options = {"distance": distance_name, "cross": cross}
+    whole = kernel(student, teacher, weight, **options)
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
+    with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
+        relation(student, teacher, backend="cpu", **options)
+    least = str(error.value).split("at least ")[1].split(",")[0]
+    for mib in (least, "1", "1.5"):  # what the error asks for is enough, for the backward too
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
+        for got, want in zip(kernel(student, teacher, weight, **options), whole, strict=True):
+            assert distance(got, want.double()) <= 5e-7
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "many")
+    with pytest.raises(ValueError, match="FASTKD_WORKSPACE_MIB: expected a number of MiB above 0, got 'many'"):
+        kernel(student, teacher, weight, **options)
+
+
+@pytest.mark.parametrize("form", ["tiles", "kept", "gram"])
+def test_the_workspace_is_bounded_whatever_the_rows(form: str) -> None:
+    """Beside it a backward over tiles holds one fp32 copy of a sample's gradient."""
+    mib = 2**20
+    for count, width in ((900, 64), (14400, 64), (14400, 512), (100_000, 64)):
+        if form == "kept" and count > 2048:
+            continue
+        call = cpu.Relation(
+            *(8, count, width, width, "cosine", "mse" if form == "gram" else "kl", 0.1, False, False),
+            *("float32", form, 2, 32 * mib),
+        )
+        copy = count * width * 4 + 96 * 64 * 4
+        for backward in (False, True):
+            size, least = call.workspace_bytes(backward)
+            assert least <= 32 * mib
+            assert size <= 32 * mib + (1.1 * copy if backward and form == "tiles" else 0) * 2
+
+
+def test_kept_matrices_are_small() -> None:
+    for count in (97, 128, 512, 1024):
+        blocks = -(-count // 48)
+        assert blocks * (blocks + 1) * 48 * 48 <= 3 * count * count
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", DISTANCES)
+def test_rows_of_zeros_and_tiny_rows(name: str, form: str) -> None:
+    student, teacher, weight = rows((2, 110, 30), 0), rows((2, 110, 30), 1), torch.ones(2, 110)
+    student[0, 3] = teacher[0, 5] = 0
+    student[1, 7] = 1e-14
+    options = {"distance": name, **FORMS[form]}
+    loss, grad = kernel(student, teacher, weight, **options)
+    want = loss_and_gradient(reference, student, teacher, weight, **without_keep(options))
+    torch.testing.assert_close(loss, want[0], rtol=1e-4, atol=5e-6)
+    torch.testing.assert_close(grad, want[1], rtol=1e-4, atol=5e-6)
+    assert grad[0, 3].abs().max() == grad[1, 7].abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e18])
+def test_norms_beyond_the_range_of_squares(scale: float) -> None:
+    student, teacher, weight = rows((1, 60, 30), 0) * scale, rows((1, 60, 30), 1), torch.ones(1, 60)
+    if scale > 1:
+        loss, _ = kernel(student, teacher, weight)
+        exact, _ = loss_and_gradient(reference, student.double(), teacher.double(), weight.double())
+        assert distance(loss, exact) <= 1e-5
+    else:  # below the floor: no gradient
+        assert kernel(student, teacher, weight)[1].abs().max() == 0
+
+
+def test_equal_networks_give_exactly_nothing() -> None:
+    student, weight = rows((2, 110, 30), 0), rows((2, 110), 1)
+    for form, name in itertools.product(FORMS, ("kl", "mse")):
+        loss, grad = kernel(student, student.clone(), weight, distance=name, **FORMS[form])
+        assert loss.abs().max() == grad.abs().max() == 0
+
+
+def test_native_arguments_are_checked() -> None:
+    good = [1, 4, 5, 5, "cosine", "kl", 0.1, False, False, "float32", "tiles", 1, 2**25]
+    for index, bad, message in (
+        (0, 0, "expected at least 1"),
+        (4, "cos", "similarity: expected cosine, mean or dot, got 'cos'"),
+        (5, "l2", "distance: expected kl, mse or row_cosine, got 'l2'"),
+        (6, 0.0, "temperature"),
+        (9, "int8", "dtype"),
+        (10, "gram", "'gram' is for distance 'mse'"),
+        (10, "all", "form: expected tiles, kept or gram, got 'all'"),
+        (11, 0, "threads: expected 1 to 4096, got 0"),
+    ):
+        arguments = [*good]
+        arguments[index] = bad
+        with pytest.raises(ValueError, match=message):
+            cpu.Relation(*arguments)
+    call = cpu.Relation(*good)
+    with pytest.raises(ValueError, match="student: a null pointer"):
+        call.forward((0, 5, 20, 5, 1), (64, 5, 20, 5, 1), 64, 64, 64, 64)
+
+
+@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="this is such a run")
+@pytest.mark.parametrize("isa", ISAS[:-1])
+def test_lesser_instruction_sets_pass_this_file(isa: str) -> None:
+    if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):
+        pytest.skip(f"{isa} is not below this machine's {cpu.isa()}")
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"FASTKD_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]
