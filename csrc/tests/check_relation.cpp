@@ -229,8 +229,9 @@ void compare(Case c) {
         args.statistics = statistics.data();
         args.kept = kept.size() > 0 ? kept.data() : nullptr;
         args.workspace = workspace.data();
-        c.gram ? cpu::kernels().relation_gram_forward(args, forward_gram, c.threads)
-               : cpu::kernels().relation_forward(args, forward_tiled, c.threads);
+        c.gram   ? cpu::kernels().relation_gram_forward(args, forward_gram, c.threads)
+        : c.keep ? cpu::kernels().relation_kept_forward(args, forward_tiled, c.threads)
+                 : cpu::kernels().relation_forward(args, forward_tiled, c.threads);
     }
     {
         Buffer<char> workspace(c.gram ? backward_gram.bytes : backward_tiled.bytes);
@@ -248,8 +249,9 @@ void compare(Case c) {
         args.out_row_stride = c.columns ? 1 : c.width_s;
         args.out_col_stride = c.columns ? o.rows : 1;
         args.workspace = workspace.data();
-        c.gram ? cpu::kernels().relation_gram_backward(args, backward_gram)
-               : cpu::kernels().relation_backward(args, backward_tiled);
+        c.gram   ? cpu::kernels().relation_gram_backward(args, backward_gram)
+        : c.keep ? cpu::kernels().relation_kept_backward(args, backward_tiled)
+                 : cpu::kernels().relation_backward(args, backward_tiled);
     }
 
     Scaled s = scaled(c, student, c.width_s), t = scaled(c, teacher, c.width_t);
