@@ -275,7 +275,8 @@ def _promoted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.to(dtype), teacher.to(dtype)
 
 
-def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+def _rows(x: Tensor) -> tuple[int, ...]:
+    """Address, width, and the strides of batch, row and column."""
     return (x.data_ptr(), x.shape[2], *x.stride())
 
 
