@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -72,31 +73,35 @@ def kernel_place(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def setting(request: pytest.FixtureRequest) -> Any:
+def setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each loss in each variant, on each backend of its family, on each device."""
-    _require(request.param.place)
-    return request.param
+    yield from _setting(request)
 
 
 @pytest.fixture
-def kernel_setting(request: pytest.FixtureRequest) -> Any:
+def kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each of them but the reference's."""
-    _require(request.param.place)
-    return request.param
+    yield from _setting(request)
 
 
 @pytest.fixture
-def basic_setting(request: pytest.FixtureRequest) -> Any:
+def basic_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     """One case of each family, on each backend, on each device."""
-    _require(request.param.place)
-    return request.param
+    yield from _setting(request)
 
 
 @pytest.fixture
-def basic_kernel_setting(request: pytest.FixtureRequest) -> Any:
+def basic_kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each of them but the reference's."""
+    yield from _setting(request)
+
+
+def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    from contract_tools import threads
+
     _require(request.param.place)
-    return request.param
+    with threads(1):  # the arrays are small: waking threads for them is what would take the time
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,8 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import Case, Problem, Setting
-from contract_tools import Recorder, assert_near, assert_same, saved_for_backward, tensors_in
+from contract_tools import Recorder, assert_same, saved_for_backward, tensors_in
 from torch import Tensor
-
-# Enough digits to tell a gradient from that of another row, and few enough for any order of summation in fp32.
-DIGITS = 2e-5
-
 
 def leaves_of(setting: Setting, **options: Any) -> Problem:
     return setting.case.problem(device=setting.place.device, **options).leaves()
@@ -29,7 +25,7 @@ def backwards(problem: Problem, loss: Tensor, weight: Tensor | None = None, **op
 
 def test_gradcheck(setting: Any) -> None:
     """On the kernels themselves, in fp64: every row's derivative with respect to every input."""
-    problem = leaves_of(setting, dtype=torch.float64)
+    problem = leaves_of(setting, size="tiny", dtype=torch.float64)
     n = problem.students
     assert torch.autograd.gradcheck(
         lambda *own: problem.replaced(*own, *problem.args[n:]).loss(setting.place.backend), tuple(problem.args[:n])
@@ -47,9 +43,9 @@ def test_each_row_has_its_own_gradient(setting: Any) -> None:
         one = one.view_as(rows)
         got = backwards(problem, rows, one, retain_graph=True)
         if row in (0, rows.numel() - 1):
-            assert_near(got, problem.exact(one)[1:], DIGITS)
+            problem.assert_near(got, problem.exact(one)[1:], ulps=32)
         total = [a + b for a, b in zip(total, got, strict=True)]
-    assert_near(total, problem.exact()[1:], DIGITS)
+    problem.assert_near(total, problem.exact()[1:], ulps=32)
 
 
 def test_gradients_of_any_strides(setting: Any) -> None:
@@ -68,12 +64,12 @@ def test_gradients_of_any_strides(setting: Any) -> None:
         torch.zeros_like(rows),
     ):
         got = backwards(problem, rows, weight, retain_graph=True)
-        assert_near(got, problem.exact(weight)[1:], DIGITS)
+        problem.assert_near(got, problem.exact(weight)[1:], ulps=32)
     contiguous = backwards(problem, rows, torch.full_like(rows, 0.5), retain_graph=True)
     assert_same(backwards(problem, rows, rows.new_full((), 0.5).expand(rows.shape), retain_graph=True), contiguous)
-    assert_near(backwards(problem, rows.sum(), retain_graph=True), problem.exact()[1:], DIGITS)
+    problem.assert_near(backwards(problem, rows.sum(), retain_graph=True), problem.exact()[1:], ulps=32)
     count = torch.tensor(1 / rows.numel())
-    assert_near(backwards(problem, rows.mean()), problem.exact(count.expand(rows.shape))[1:], DIGITS)
+    problem.assert_near(backwards(problem, rows.mean()), problem.exact(count.expand(rows.shape))[1:], ulps=32)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -88,19 +84,20 @@ def test_reductions(setting: Any, reduction: str) -> None:
         want = none.mean()
     loss = problem.loss(setting.place.backend, reduction)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    assert_near(backwards(problem, loss), backwards(problem, want), DIGITS)
+    problem.assert_near(backwards(problem, loss), backwards(problem, want), ulps=32)
 
 
 def test_only_what_is_asked_for(setting: Any) -> None:
     """One student input may be constant: the other's gradient is what it was."""
     problem = leaves_of(setting)
     n = problem.students
-    whole = problem.run(setting.place.backend)[1:]
+    got: list[Tensor] = []
     for kept in range(n):
         args = [x.detach().requires_grad_(i == kept) for i, x in enumerate(problem.args)]
         loss = problem.replaced(*args).loss(setting.place.backend).sum()
         (grad,) = torch.autograd.grad(loss, args[kept])
-        assert_near([grad], [whole[kept]], 1e-6)
+        got.append(grad)
+    problem.assert_near(got, problem.run(setting.place.backend)[1:])
 
 
 def test_a_second_backward_gives_the_same_bits(setting: Any) -> None:
@@ -156,7 +153,7 @@ def test_without_grad_nothing_is_kept(setting: Any, mode: Callable[[], Any]) -> 
         rows = problem.loss(setting.place.backend)
     assert not rows.requires_grad
     assert not saved
-    assert_near([rows.clone()], [want], 1e-6)
+    torch.testing.assert_close(rows.clone(), want, rtol=1e-6, atol=1e-6)
     if setting.place.backend != "reference":
         assert all("backward" not in str(call[0]) for call in recorder.calls)
 

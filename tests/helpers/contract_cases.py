@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import contract_formulas as formulas
 import torch
-from contract_tools import threads
 from torch import Tensor
 
 from fastkd import losses
@@ -47,14 +46,15 @@ class Case:
 
     def problem(
         self,
-        size: str = "small",
+        size: str = "small",  # or "tiny", for what runs once per input element
         *,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         scale: float = 1.0,
         seed: int = 0,
     ) -> Problem:
-        return self.problem_of(self.sizes[size], dtype=dtype, device=device, scale=scale, seed=seed)
+        chosen = tuple(min(n, 2) for n in self.sizes["small"]) if size == "tiny" else self.sizes[size]
+        return self.problem_of(chosen, dtype=dtype, device=device, scale=scale, seed=seed)
 
     def problem_of(self, size: Size, *, dtype: torch.dtype, device: str, scale: float = 1.0, seed: int = 0) -> Problem:
         generator = torch.Generator().manual_seed(seed)
@@ -99,9 +99,10 @@ class Problem:
 
     def plain(self, weight: Tensor | None = None) -> list[Tensor]:
         """The same by the formula that a user writes, in the inputs' dtype."""
-        formula = getattr(formulas, self.case.loss.__name__)
-        with threads(1):  # the arrays are small; waking threads for them is what would take the time
-            return self._differentiated(lambda p: formula(*p.args, **p.options), weight)
+        return self._differentiated(Problem.formula, weight)
+
+    def formula(self) -> Tensor:
+        return getattr(formulas, self.case.loss.__name__)(*self.args, **self.options)
 
     def exact(self, weight: Tensor | None = None) -> list[Tensor]:
         """The same in fp64 on the CPU: the oracle."""
@@ -117,9 +118,26 @@ class Problem:
 
     def weight(self) -> Tensor:
         """A gradient for each row, none like another."""
-        rows = self.exact()[0]
-        drawn = torch.rand(rows.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with torch.no_grad():
+            shape = self.formula().shape
+        drawn = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         return (drawn + 0.25).to(self.args[0].device)
+
+    def assert_near(self, got: Sequence[Tensor], want: Sequence[Tensor], ulps: float = 8, least: float = 1e-6) -> None:
+        """Equal but for the order in which fp32 sums are taken: ``ulps`` roundings of the largest summand.
+
+        ``got`` and ``want`` are the losses and gradients, or the gradients alone; ``least`` bounds from below the size
+        of what cancels in a gradient that vanishes.
+        """
+        assert len(got) == len(want)
+        n = self.students
+        largest = max(least, *(x.detach().abs().max().item() for x in want[-n:]))
+        sizes = [self.magnitude()] * (len(want) - n) + [self.condition() * largest] * n
+        for a, b, size in zip(got, want, sizes, strict=True):
+            allowed = ulps * size * torch.finfo(torch.float32).eps / 2 + torch.finfo(a.dtype).eps * b.detach().abs().max()
+            torch.testing.assert_close(
+                a.detach().cpu().double(), b.detach().cpu().double(), rtol=0, atol=allowed.item()
+            )
 
     # How many digits fp32 arithmetic can give here, whoever computes: used for the hard ceilings.
 

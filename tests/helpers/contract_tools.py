@@ -37,16 +37,6 @@ def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_near(got: list[Tensor], want: list[Tensor], digits: float) -> None:
-    """Equal to ``digits`` of the largest entry of each."""
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.cpu().double(), b.cpu().double(), rtol=0, atol=digits * max(scale_of(b), 1e-3))
-
-
-def scale_of(x: Tensor) -> float:
-    return x.detach().abs().max().item()
-
-
 class Recorder(TorchDispatchMode):
     """Notes every call of an operator of this library, with its arguments and its results."""
 
