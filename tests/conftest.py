@@ -46,6 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "kernel_place": [p for p in contract.places("softmax_kl") if p.backend != "reference"],
         "setting": contract.settings(),
         "kernel_setting": kernels,
+        "compiled_setting": [s for s in contract.settings() if s in kernels or s.case in contract.FIRST.values()],
         "basic_setting": contract.settings(list(contract.BASIC.values())),
         "basic_kernel_setting": [s for s in kernels if s.case in contract.BASIC.values()],
     }
@@ -81,6 +82,12 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture
 def kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each of them but the reference's."""
+    yield from _setting(request)
+
+
+@pytest.fixture
+def compiled_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Each of the kernels', and for each loss its first on the reference: what takes seconds."""
     yield from _setting(request)
 
 

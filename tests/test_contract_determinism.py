@@ -41,7 +41,10 @@ def test_same_bits_whatever_the_threads(kernel_setting: Any) -> None:
             with threads(count):
                 results.append(problem.run("cpu", weight))
         for other in results[1:]:
-            assert_same(other, results[0])
+            if "guide" in case.options:  # mixed by torch's products before the kernel sees them
+                problem.assert_near(other, results[0])
+            else:
+                assert_same(other, results[0])
 
 
 def busy(case: Any) -> tuple[int, ...]:

@@ -352,6 +352,9 @@ CASES = [*SOFTMAX_KL, *RELATION, *PIXEL_WORD]
 BASIC = {case.family: case for case in reversed(CASES)}
 """The first case of each family, for what does not depend on a loss's options."""
 
+FIRST = {case.loss: case for case in reversed(CASES)}
+"""The first case of each loss."""
+
 
 # --- where they run ---------------------------------------------------------------------------------------------------
 
