@@ -1,4 +1,5 @@
 // fastkd._cpu: the CPU kernels. Needs neither torch nor NumPy: tensors come as addresses.
+#include "bindings/relation.h"
 #include "bindings/softmax_kl.h"
 #include "cpu/kernels.h"
 
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         [](const softmax_kl::Backward& args, std::int64_t threads) {
             cpu::kernels().softmax_kl_backward(args, parse_threads(threads));
         });
+    define_relation(module);
 }
 
 } // namespace fastkd::bindings

@@ -1,6 +1,7 @@
 # fastkd._cpu: every kernel file compiled once per instruction set; the best one is chosen at run time.
 
-set(cpu_kernels cpu/softmax_kl.cpp cpu/vector_exp.cpp)
+set(cpu_kernels cpu/softmax_kl.cpp cpu/relation.cpp cpu/vector_exp.cpp)
+set(cpu_common cpu/kernels.cpp cpu/pages.cpp cpu/relation_plan.cpp) # compiled once
 
 function(cpu_skipped reason)
   build_info(cpu built false)
@@ -62,7 +63,7 @@ function(cpu_options target)
   endif()
 endfunction()
 
-pybind11_add_module(_cpu MODULE NO_EXTRAS bindings/cpu.cpp cpu/kernels.cpp)
+pybind11_add_module(_cpu MODULE NO_EXTRAS bindings/cpu.cpp ${cpu_common})
 cpu_options(_cpu)
 foreach(isa IN LISTS isas)
   add_library(cpu_${isa} OBJECT ${cpu_kernels})

@@ -3,8 +3,10 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "common/relation.h"
 #include "common/softmax_kl.h"
 #include "cpu/isa.h"
+#include "cpu/relation_plan.h"
 
 namespace fastkd::cpu {
 
@@ -13,6 +15,8 @@ namespace fastkd::cpu {
 struct Kernels {
     void (*softmax_kl_forward)(const softmax_kl::Forward& args, int threads);
     void (*softmax_kl_backward)(const softmax_kl::Backward& args, int threads);
+    void (*relation_forward)(const relation::Forward& args, const RelationPlan& plan, int threads);
+    void (*relation_backward)(const relation::Backward& args, const RelationPlan& plan);
     // e^x, x <= 0, of `count` contiguous elements of Float32 or Float64: the kernels' own exp, for tests to measure.
     void (*exp)(const void* input, void* output, std::int64_t count, DType dtype);
 };
@@ -21,6 +25,8 @@ struct Kernels {
     namespace isa {                                                                                                    \
     void softmax_kl_forward(const softmax_kl::Forward& args, int threads);                                             \
     void softmax_kl_backward(const softmax_kl::Backward& args, int threads);                                           \
+    void relation_forward(const relation::Forward& args, const RelationPlan& plan, int threads);                       \
+    void relation_backward(const relation::Backward& args, const RelationPlan& plan);                                  \
     void exp(const void* input, void* output, std::int64_t count, DType dtype);                                        \
     }
 FASTKD_FOR_EACH_ISA(FASTKD_DECLARE_KERNELS)

@@ -18,6 +18,7 @@
 #endif
 
 #define FASTKD_INLINE inline __attribute__((always_inline))
+#define FASTKD_NOINLINE inline __attribute__((noinline)) // one copy for all that call it
 
 namespace fastkd::cpu::FASTKD_ISA {
 

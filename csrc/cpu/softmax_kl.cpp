@@ -7,7 +7,7 @@
 #include "common/softmax_kl.h"
 
 #include "cpu/kernels.h"
-#include "cpu/vector_exp.h"
+#include "cpu/kl_row.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -30,63 +30,6 @@ int useful_threads(Shape shape, int threads) {
 
 FASTKD_INLINE std::int64_t row_offset(RowStrides strides, std::int64_t rows, std::int64_t index) {
     return index / rows * strides.batch + index % rows * strides.row;
-}
-
-template <class T>
-struct Sums {
-    Vec<T> z_s{}, z_t{}, a{};
-    FASTKD_INLINE void operator+=(const Sums& other) {
-        z_s += other.z_s;
-        z_t += other.z_t;
-        a += other.a;
-    }
-};
-
-// The block's sums relative to the state's maxima, which are already raised to cover it.
-template <class S, class T = Compute<S>>
-FASTKD_INLINE void accumulate(KLState<double>& state, const S* s, const S* t, std::int64_t count, ScaledExp<T> exp) {
-    const T shift_s = static_cast<T>(softmax_kl::shift_of(state.max_s));
-    const T shift_t = static_cast<T>(softmax_kl::shift_of(state.max_t));
-    const auto terms = [&](Vec<T> x_s, Vec<T> x_t) __attribute__((always_inline)) {
-        const Vec<T> d_s = x_s - shift_s;
-        const Vec<T> d_t = x_t - shift_t;
-        const Vec<T> e_t = exp(d_t, T(0), T(0));
-        // 0 * log 0 = 0: where the teacher's probability is 0, the student's may be too.
-        return Sums<T>{exp(d_s, T(0), T(0)), e_t, e_t == T(0) ? Vec<T>{} : e_t * (d_t - d_s)};
-    };
-    Sums<T> sums;
-    std::int64_t i = 0;
-    while (i + lanes<T> <= count) { // sums of short sums: their rounding errors grow with the square root of both
-        Sums<T> part;
-        const std::int64_t end = i + 16 * lanes<T> <= count ? i + 16 * lanes<T> : count;
-        for (; i + lanes<T> <= end; i += lanes<T>) {
-            part += terms(load(s + i), load(t + i));
-        }
-        sums += part;
-    }
-    if (i < count) {
-        const T nothing = softmax_kl::minus_infinity<T>();
-        sums += terms(load_end(s, count, count - i, nothing), load_end(t, count, count - i, nothing));
-    }
-    state.add(sum(sums.z_s), sum(sums.z_t), sum(sums.a) * exp.scale);
-}
-
-template <class S, class T = Compute<S>>
-FASTKD_INLINE T block_max(const S* x, std::int64_t count) {
-    const T nothing = softmax_kl::minus_infinity<T>();
-    Vec<T> most = broadcast(nothing), most2 = most;
-    std::int64_t i = 0;
-    for (; i + 2 * lanes<T> <= count; i += 2 * lanes<T>) {
-        most = max(load(x + i), most);
-        most2 = max(load(x + i + lanes<T>), most2);
-    }
-    for (; i + lanes<T> <= count; i += lanes<T>) {
-        most = max(load(x + i), most);
-    }
-    if (i < count) {
-        most = max(load_end(x, count, count - i, nothing), most);
-    }
-    return max<T>(max(most2, most));
 }
 
 template <class S>

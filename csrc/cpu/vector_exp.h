@@ -45,7 +45,9 @@ struct ScaledExp {
     T scale;
     T scale_log2_e = scale * C::log2_e;
 
-    FASTKD_INLINE Vec<T> operator()(Vec<T> x, T high, T low) const {
+    // `high` and `low` are numbers, or vectors of a number per lane.
+    template <class Part>
+    FASTKD_INLINE Vec<T> operator()(Vec<T> x, Part high, Part low) const {
         const Vec<T> exponent = x * scale_log2_e - high * C::log2_e; // of 2
         const Vec<T> shifted = exponent + C::round;
         const Vec<T> n = shifted - C::round;

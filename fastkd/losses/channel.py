@@ -100,6 +100,7 @@ def channel_kd(
         distance=distance,
         temperature=temperature,
         negate=negate,
+        keep=True,  # C×C is small beside C×N
         backend=backend,
     )
     return reduce_rows(rows, weight, reduction)

@@ -1,12 +1,30 @@
-"""The ``relation`` family: a distance, row by row, between the self-relation matrices of two row sets."""
+r"""``relation``: a distance, row by row, between the self-relation matrices of two row sets.
+
+For rows :math:`X_S \in \mathbb{R}^{B \times R \times K_S}`, :math:`X_T \in \mathbb{R}^{B \times R \times K_T}` and the
+matrices :math:`E_x = \operatorname{sim}(X_x, X_x)` of shape (R, R), one number per row of :math:`E_S` against
+:math:`E_T`. The formulas and their gradients are in ``csrc/common/relation.h``; the file reads as ``ops/softmax_kl.py``.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from fastkd.ops import _backends
+from fastkd.ops import _workspace
+from fastkd.ops._backends import choose
+from fastkd.ops._launch import dtype_name, native, statistics_dtype
 from fastkd.reference.relation import relation as reference
 from fastkd.reference.relation import relation_mse_gram
+
+KEPT_BLOCK = 48
+"""Side of the tiles in which kept relation matrices are stored, as in ``csrc/common/relation.h``."""
+
+MAX_KEPT_ROWS = 2048
+"""Above it relation matrices are recomputed in the backward even where they may be kept."""
+
+STATISTIC_PLANES = 5
 
 
 def relation(
@@ -18,27 +36,276 @@ def relation(
     temperature: float = 0.1,
     negate: bool = False,
     cross: bool = False,
+    keep: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Per-row distances (B, R) of the relation matrices of ``student`` (B, R, K_S) and ``teacher`` (B, R, K_T).
 
-    The arguments are those of :func:`fastkd.reference.relation.relation`. Under ``backend="auto"`` the mean squared
-    error of narrow rows (K ≤ half the columns) is computed from K×K Gram matrices, which costs less time and memory
-    than the R×R matrices; ``backend="reference"`` is always the plain formula.
+    Args:
+        student: (B, R, K_S), floating, any strides. Gradients flow to it alone.
+        teacher: (B, R, K_T) on the same device; another floating dtype is promoted.
+        similarity, distance, temperature, negate, cross: as in :func:`fastkd.reference.relation.relation`.
+        keep: the relation matrices are small beside the rows (channels), so kernels may keep them for the backward
+            instead of computing them twice. Without it no R×R matrix is ever held.
+        backend: "auto", "reference" or "cpu". All but the reference are differentiable once. Under "auto" the mean
+            squared error of narrow rows (K ≤ half the columns) is computed from K×K Gram matrices, which costs less
+            time and memory than R×R tiles; ``backend="reference"`` is always the plain formula.
+
+    Returns:
+        (B, R) in fp32 (fp64 if an input is fp64).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that don't fit, a teacher requiring grad.
+        fastkd.BackendUnavailable: the backend asked for by name cannot compute this here.
     """
-    _backends.choose("relation", backend, student, teacher)  # raises for a backend this family does not have
+    _check(student, teacher, temperature)
+    chosen = choose("relation", backend, student, teacher)
     if backend == "auto" and distance == "mse":
         columns = student.shape[1] * (student.shape[0] if cross else 1)
         narrow = 2 * max(student.shape[2], teacher.shape[2]) <= columns
         # Unequal widths are combined in fp64, which Apple's GPUs do not have.
         if narrow and (student.shape[2] == teacher.shape[2] or student.device.type != "mps"):
             return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
-    return reference(
-        student,
-        teacher,
-        similarity=similarity,
-        distance=distance,
-        temperature=temperature,
-        negate=negate,
-        cross=cross,
+    options = (similarity, distance, float(temperature), negate, cross)
+    if chosen == "reference":
+        return reference(
+            student,
+            teacher,
+            similarity=similarity,
+            distance=distance,
+            temperature=temperature,
+            negate=negate,
+            cross=cross,
+        )
+    if torch.is_grad_enabled() and student.requires_grad:
+        keep = keep and not cross and student.shape[1] <= MAX_KEPT_ROWS
+        return _Relation.apply(student, teacher, options, keep, chosen)
+    return torch.ops.fastkd.relation_forward(student, teacher, *options, False, chosen)[0]
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    for name, given in (("student", student), ("teacher", teacher)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a tensor (B, R, K), got {type(given).__name__}")
+        if not given.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {given.dtype}")
+        if given.dim() != 3 or given.shape[2] == 0:
+            raise ValueError(f"{name}: expected a shape (B, R, K) with K ≥ 1, got {tuple(given.shape)}")
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"student and teacher: expected the same (B, R), got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher: expected on the student's device {student.device}, got {teacher.device}; use teacher.to(...)"
+        )
+    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    if torch.is_grad_enabled() and teacher.requires_grad:
+        raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
+
+
+Options = tuple[str, str, float, bool, bool]
+
+
+class _Relation(torch.autograd.Function):
+    """Saves the inputs, a few numbers per row, and where that is allowed the relation matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: Options, keep: bool, backend: str) -> Tensor:
+        loss, statistics, kept = torch.ops.fastkd.relation_forward(student, teacher, *options, keep, backend)
+        ctx.save_for_backward(student, teacher, statistics, kept)
+        ctx.options, ctx.keep, ctx.backend = options, keep, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        arguments = (grad_loss, *ctx.saved_tensors, *ctx.options, ctx.keep, ctx.backend)
+        if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
+            return _RelationGradient.apply(*arguments), None, None, None, None
+        return torch.ops.fastkd.relation_backward(*arguments), None, None, None, None
+
+
+class _RelationGradient(torch.autograd.Function):
+    """The gradient as a function of its own, so that differentiating it again ends in a clear error, not in zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.backend = arguments[-1]
+        return torch.ops.fastkd.relation_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f'relation: the {ctx.backend} backend is differentiable once; for double backward use backend="reference"'
+        )
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+_OPTIONS = "str similarity, str distance, float temperature, bool negate, bool cross, bool keep, str backend"
+torch.library.define(
+    "fastkd::relation_forward",
+    f"(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor loss, Tensor statistics, Tensor kept)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastkd::relation_backward",
+    f"(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, Tensor kept, {_OPTIONS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _forward(
+    student: Tensor,
+    teacher: Tensor,
+    similarity: str,
+    distance: str,
+    temperature: float,
+    negate: bool,
+    cross: bool,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(student, teacher, similarity, distance, temperature, negate, cross, keep, backend)
+    loss, statistics, kept = outputs
+    if loss.numel():
+        student, teacher = _promoted(student, teacher)
+        call = _call(student, teacher, similarity, distance, temperature, negate, cross, keep, backend)
+        workspace = _workspace.allocate(call, False, student)
+        call.forward(
+            _rows(student),
+            _rows(teacher),
+            loss.data_ptr(),
+            statistics.data_ptr(),
+            kept.data_ptr(),
+            workspace.data_ptr(),
+        )
+    return outputs
+
+
+def _backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+    kept: Tensor,
+    similarity: str,
+    distance: str,
+    temperature: float,
+    negate: bool,
+    cross: bool,
+    keep: bool,
+    backend: str,
+) -> Tensor:
+    dtype = student.dtype
+    grad_loss = grad_loss.to(statistics_dtype(student, teacher))
+    student, teacher = _promoted(student, teacher)
+    grad_student = torch.empty_like(student)
+    if grad_student.numel():
+        call = _call(student, teacher, similarity, distance, temperature, negate, cross, keep, backend)
+        workspace = _workspace.allocate(call, True, student)
+        call.backward(
+            grad_loss.data_ptr(),
+            grad_loss.stride(),
+            _rows(student),
+            _rows(teacher),
+            statistics.data_ptr(),
+            kept.data_ptr(),
+            grad_student.data_ptr(),
+            grad_student.stride(),
+            workspace.data_ptr(),
+        )
+    return grad_student.to(dtype)
+
+
+def _forward_fake(
+    student: Tensor,
+    teacher: Tensor,
+    similarity: str,
+    distance: str,
+    temperature: float,
+    negate: bool,
+    cross: bool,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows = student.shape[:2]
+    dtype = statistics_dtype(student, teacher)
+    planes = STATISTIC_PLANES * (batch if cross else 1) + 2
+    blocks = (rows + KEPT_BLOCK - 1) // KEPT_BLOCK
+    kept = batch * blocks * (blocks + 1) * KEPT_BLOCK * KEPT_BLOCK if keep else 0
+    return (
+        torch.empty((batch, rows), dtype=dtype, device=student.device),
+        torch.empty((planes, batch, rows), dtype=torch.float64, device=student.device),
+        torch.empty((kept,), dtype=dtype, device=student.device),
     )
+
+
+def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(student)
+
+
+for _name, _real, _fake in (
+    ("fastkd::relation_forward", _forward, _forward_fake),
+    ("fastkd::relation_backward", _backward, _backward_fake),
+):
+    torch.library.impl(_name, ("cpu", "cuda"), _real)
+    torch.library.register_fake(_name, _fake)
+
+
+# --- the backend ------------------------------------------------------------------------------------------------------
+
+
+def _promoted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+    return (x.data_ptr(), x.shape[2], *x.stride())
+
+
+def _call(
+    student: Tensor,
+    teacher: Tensor,
+    similarity: str,
+    distance: str,
+    temperature: float,
+    negate: bool,
+    cross: bool,
+    keep: bool,
+    backend: str,
+) -> Any:
+    return native(backend).Relation(
+        *student.shape,
+        teacher.shape[2],
+        similarity,
+        distance,
+        temperature,
+        negate,
+        cross,
+        dtype_name(student),
+        keep,
+        torch.get_num_threads(),
+        _workspace.limit(),
+    )
+
+
+def self_test(backend: str, device: torch.device) -> str | None:
+    """Run ``backend`` once on a few short rows on ``device``; return what is wrong with it, or None."""
+    wave = torch.arange(2 * 7 * 9, dtype=torch.float64).reshape(2, 7, 9)
+    exact_student, exact_teacher = (wave.sin() * 3).requires_grad_(), wave.cos() * 2
+    options = ("cosine", "kl", 0.5, False, False)
+    with torch.enable_grad():
+        exact = reference(exact_student, exact_teacher, temperature=0.5)
+        (exact_grad,) = torch.autograd.grad(exact.sum(), exact_student)
+    student, teacher = (x.detach().to(device, torch.float32) for x in (exact_student, exact_teacher))
+    for keep in (False, True):
+        loss, statistics, kept = _forward(student, teacher, *options, keep, backend)
+        grad = _backward(torch.ones_like(loss), student, teacher, statistics, kept, *options, keep, backend)
+        for name, got, right in (("loss", loss, exact), ("gradient", grad, exact_grad)):
+            error = (got.cpu().double() - right.detach()).abs().max().item()
+            if not error < 1e-5:
+                return f"its self-test on {device} got a wrong {name} (off by {error:.1e})"
+    return None

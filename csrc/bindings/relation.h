@@ -1,0 +1,145 @@
+// The relation kernels of fastkd._cpu.
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "bindings/arguments.h"
+#include "cpu/kernels.h"
+
+namespace fastkd::bindings {
+
+inline relation::Similarity parse_similarity(const std::string& name) {
+    if (name == "cosine") {
+        return relation::Similarity::cosine;
+    }
+    if (name == "mean") {
+        return relation::Similarity::mean;
+    }
+    if (name == "dot") {
+        return relation::Similarity::dot;
+    }
+    throw py::value_error("similarity: expected cosine, mean or dot, got '" + name + "'");
+}
+
+inline relation::Distance parse_distance(const std::string& name) {
+    if (name == "kl") {
+        return relation::Distance::kl;
+    }
+    if (name == "mse") {
+        return relation::Distance::mse;
+    }
+    if (name == "row_cosine") {
+        return relation::Distance::row_cosine;
+    }
+    throw py::value_error("distance: expected kl, mse or row_cosine, got '" + name + "'");
+}
+
+// (address, width, strides of batch, row and column)
+using RowsTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+inline relation::Rows parse_rows(const RowsTuple& rows, const char* name, DType dtype) {
+    const auto& [address, width, batch_stride, row_stride, col_stride] = rows;
+    if (width < 1) {
+        throw py::value_error(std::string(name) + ": expected a width of at least 1, got " + std::to_string(width));
+    }
+    return {parse_pointer(address, name, element_size(dtype)), width, batch_stride, row_stride, col_stride};
+}
+
+// The settings of a call, checked once: relation_forward, relation_backward and workspace_bytes are its methods.
+struct RelationCall {
+    relation::Options options;
+    std::int64_t student_width, teacher_width;
+    bool keep;
+    int threads;
+    std::int64_t limit;
+
+    cpu::RelationPlan plan(bool backward) const {
+        return cpu::plan_relation(options, student_width, teacher_width, keep, backward, threads, limit);
+    }
+};
+
+inline void define_relation(py::module_& module) {
+    py::class_<RelationCall>(module, "Relation",
+                             "relation of (batch, rows, width) student and teacher, on `threads` threads in a workspace "
+                             "of at most `limit` bytes. With `keep` the forward keeps its tiles for the backward.")
+        .def(py::init([](std::int64_t batch, std::int64_t rows, std::int64_t student_width, std::int64_t teacher_width,
+                         const std::string& similarity, const std::string& distance, double temperature, bool negate,
+                         bool cross, const std::string& dtype, bool keep, int threads, std::int64_t limit) {
+                 if (batch < 1 || rows < 1 || student_width < 1 || teacher_width < 1) {
+                     throw py::value_error("batch, rows, widths: expected at least 1 each");
+                 }
+                 if (threads < 1 || threads > 4096) {
+                     throw py::value_error("threads: expected 1 to 4096, got " + std::to_string(threads));
+                 }
+                 if (keep && cross) {
+                     throw py::value_error("keep: only relations within a sample are kept, not those across samples");
+                 }
+                 return RelationCall{{batch, rows, cross, parse_similarity(similarity), parse_distance(distance),
+                                      parse_temperature(temperature), negate, parse_dtype(dtype)},
+                                     student_width,
+                                     teacher_width,
+                                     keep,
+                                     threads,
+                                     limit};
+             }),
+             py::arg("batch"), py::arg("rows"), py::arg("student_width"), py::arg("teacher_width"),
+             py::arg("similarity"), py::arg("distance"), py::arg("temperature"), py::arg("negate"), py::arg("cross"),
+             py::arg("dtype"), py::arg("keep"), py::arg("threads"), py::arg("limit"))
+        .def(
+            "workspace_bytes",
+            [](const RelationCall& call, bool backward) {
+                const cpu::RelationPlan plan = call.plan(backward);
+                return std::make_pair(plan.bytes, plan.minimum);
+            },
+            py::arg("backward"),
+            "(bytes of the workspace, the least that `limit` would have to be); too small a limit if that is above it.")
+        .def(
+            "forward",
+            [](const RelationCall& call, const RowsTuple& student, const RowsTuple& teacher, std::uintptr_t loss,
+               std::uintptr_t statistics, std::uintptr_t kept, std::uintptr_t workspace) {
+                const DType dtype = call.options.dtype;
+                const std::int64_t size = dtype == DType::Float64 ? 8 : 4;
+                relation::Forward args{};
+                args.student = parse_rows(student, "student", dtype);
+                args.teacher = parse_rows(teacher, "teacher", dtype);
+                args.options = call.options;
+                args.loss = parse_pointer(loss, "loss", size);
+                args.statistics = static_cast<double*>(parse_pointer(statistics, "statistics", 8));
+                args.kept = call.keep ? parse_pointer(kept, "kept", size) : nullptr;
+                args.workspace = parse_pointer(workspace, "workspace", 8);
+                const cpu::RelationPlan plan = call.plan(false);
+                const py::gil_scoped_release unlocked;
+                cpu::kernels().relation_forward(args, plan, call.threads);
+            },
+            py::arg("student"), py::arg("teacher"), py::arg("loss"), py::arg("statistics"), py::arg("kept"),
+            py::arg("workspace"), "Fills loss, statistics and kept (0 where nothing is kept).")
+        .def(
+            "backward",
+            [](const RelationCall& call, std::uintptr_t grad_loss, std::pair<std::int64_t, std::int64_t> grad_strides,
+               const RowsTuple& student, const RowsTuple& teacher, std::uintptr_t statistics, std::uintptr_t kept,
+               std::uintptr_t grad_student, std::tuple<std::int64_t, std::int64_t, std::int64_t> out_strides,
+               std::uintptr_t workspace) {
+                const DType dtype = call.options.dtype;
+                const std::int64_t size = dtype == DType::Float64 ? 8 : 4;
+                relation::Backward args{};
+                args.grad_loss = parse_pointer(grad_loss, "grad_loss", size);
+                std::tie(args.grad_batch_stride, args.grad_row_stride) = grad_strides;
+                args.student = parse_rows(student, "student", dtype);
+                args.teacher = parse_rows(teacher, "teacher", dtype);
+                args.options = call.options;
+                args.statistics = static_cast<const double*>(parse_pointer(statistics, "statistics", 8));
+                args.kept = call.keep ? parse_pointer(kept, "kept", size) : nullptr;
+                args.grad_student = parse_pointer(grad_student, "grad_student", element_size(dtype));
+                std::tie(args.out_batch_stride, args.out_row_stride, args.out_col_stride) = out_strides;
+                args.workspace = parse_pointer(workspace, "workspace", 8);
+                const cpu::RelationPlan plan = call.plan(true);
+                const py::gil_scoped_release unlocked;
+                cpu::kernels().relation_backward(args, plan);
+            },
+            py::arg("grad_loss"), py::arg("grad_strides"), py::arg("student"), py::arg("teacher"),
+            py::arg("statistics"), py::arg("kept"), py::arg("grad_student"), py::arg("out_strides"),
+            py::arg("workspace"), "Fills grad_student.");
+}
+
+} // namespace fastkd::bindings

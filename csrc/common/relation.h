@@ -1,0 +1,100 @@
+// A distance, row by row, between the self-relation matrices of two row sets: the interface of its kernels and the
+// formulas they share.
+//
+// With x^_i = scale_i x_i, scale_i = 1/max(|x_i|, 1e-12) ("cosine"), 1/sqrt(width) ("mean") or 1 ("dot"), and
+// E_ij = <x^_i, x^_j> for the student (S) and the teacher (T), row i's loss is
+//
+//     kl          KL(softmax(u^T_i) || softmax(u^S_i)),  u = sigma E/tau,  sigma = -1 if negate else +1
+//     mse         mean_j (E^S_ij - E^T_ij)^2
+//     row_cosine  |E^S_i/n_i - E^T_i/m_i|^2 = 2 - 2 c_i,  n_i = |E^S_i|, m_i = |E^T_i|
+//
+// Gradient. E is symmetric, so with H_ij = sum of d loss_i/d E_ij g_i and its mirror image,
+//
+//     H_ij = [a_i f(E^S_ij) - b_i f(E^T_ij)] + [a_j f(E^S_ji) - b_j f(E^T_ji)],
+//     kl           f = e^{u - shift}, a_i = g_i sigma/(tau z^S_i), b_i = g_i sigma/(tau z^T_i), z_i = sum_j f(E_ij)
+//     mse          f = identity,      a_i = b_i = 2 g_i/rows
+//     row_cosine   f = identity,      a_i = 2 g_i c_i/n_i^2,       b_i = 2 g_i/(n_i m_i)
+//     d/d x^_i = sum_j H_ij x^_j,     d/d x_i = scale_i (d/d x^_i - x^_i q_i),  q_i = sum_j H_ij E_ij  (cosine)
+//
+// since x^_i . sum_j H_ij x^_j = q_i. Rows of norm <= 1e-12 get no gradient.
+//
+// With "cross" the rows of sample b meet the rows of every sample o, each pair a matrix of its own: statistics are kept
+// per (o, b, row), and a row's loss is the mean over o.
+#pragma once
+
+#include <cmath>
+
+#include "common/dtype.h"
+
+namespace fastkd::relation {
+
+enum class Similarity { cosine, mean, dot };
+enum class Distance { kl, mse, row_cosine };
+
+// (batch, rows, width), any strides, in elements.
+struct Rows {
+    const void* data;
+    std::int64_t width;
+    std::int64_t batch_stride;
+    std::int64_t row_stride;
+    std::int64_t col_stride;
+};
+
+struct Options {
+    std::int64_t batch;
+    std::int64_t rows;
+    bool cross;
+    Similarity similarity;
+    Distance distance;
+    double temperature;
+    bool negate;
+    DType dtype;
+
+    FASTKD_HD std::int64_t others() const { return cross ? batch : 1; }
+    // Cosine logits lie in [-1/tau, 1/tau]: 1/tau is a shift for all rows alike. Below this temperature e^{-2/tau} would
+    // leave the range of normal floats, and rows keep their own maxima.
+    FASTKD_HD bool fixed_shift() const { return similarity == Similarity::cosine && temperature >= 0.02; }
+};
+
+constexpr double norm_floor = 1e-12;
+
+// double (statistic_planes * others + 2, batch, rows): `statistic_planes` numbers per (o, b, row), then scale^S, scale^T.
+//     kl, fixed shift    z^S, z^T, sum f^T (u^T - u^S)      kl, else    log-sum-exp^S, log-sum-exp^T
+//     row_cosine         n, m, loss
+constexpr int statistic_planes = 5;
+
+// Student's and teacher's E, in tiles of 48 x 48 of the upper triangle, are kept for the backward where `kept` is given.
+constexpr std::int64_t kept_block = 48;
+FASTKD_HD std::int64_t kept_elements(std::int64_t rows) {
+    const std::int64_t blocks = (rows + kept_block - 1) / kept_block;
+    return blocks * (blocks + 1) * kept_block * kept_block;
+}
+
+// `workspace` holds what plan() asked for.
+struct Forward {
+    Rows student;
+    Rows teacher;
+    Options options;
+    void* loss;         // (batch, rows) of float, double for Float64
+    double* statistics; // as above
+    void* kept;         // (batch, kept_elements(rows)), or null
+    void* workspace;
+};
+
+struct Backward {
+    const void* grad_loss; // (batch, rows), any strides, also 0
+    std::int64_t grad_batch_stride;
+    std::int64_t grad_row_stride;
+    Rows student;
+    Rows teacher;
+    Options options;
+    const double* statistics;
+    const void* kept;
+    void* grad_student; // laid out as the student's strides say, or any other strides that don't overlap
+    std::int64_t out_batch_stride;
+    std::int64_t out_row_stride;
+    std::int64_t out_col_stride;
+    void* workspace;
+};
+
+} // namespace fastkd::relation

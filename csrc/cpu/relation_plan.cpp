@@ -1,0 +1,84 @@
+#include "cpu/relation_plan.h"
+
+namespace fastkd::cpu {
+namespace {
+
+constexpr std::int64_t streamed_block = 96; // a multiple of every instruction set's panel; two tiles fit a small L2
+constexpr std::int64_t packed_columns = 256; // of the rows that a kept relation packs at a time
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+    return (a + b - 1) / b;
+}
+std::int64_t round_up(std::int64_t a, std::int64_t b) {
+    return ceil_div(a, b) * b;
+}
+
+// Hands out aligned stretches of the workspace.
+struct Layout {
+    std::int64_t bytes = 0;
+    std::int64_t take(std::int64_t count) {
+        const std::int64_t at = bytes;
+        bytes += round_up(count, 64);
+        return at;
+    }
+};
+
+} // namespace
+
+RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                           bool keep, bool backward, int threads, std::int64_t limit) {
+    const std::int64_t size = options.dtype == DType::Float64 ? 8 : 4;
+    RelationPlan plan{};
+    plan.keep = keep;
+    plan.backward = backward;
+    plan.problems = options.cross ? 1 : options.batch;
+    plan.groups = options.others();
+    plan.block = keep ? relation::kept_block : streamed_block;
+    plan.group_blocks = ceil_div(options.rows, plan.block);
+    plan.blocks = plan.groups * plan.group_blocks;
+    plan.student_width = round_up(student_width, 16); // whole vectors, whatever their length
+    const std::int64_t rows = plan.blocks * plan.block;
+
+    Layout thread;
+    plan.tiles = thread.take(4 * plan.block * plan.block * size);
+    if (backward) {
+        plan.panel = thread.take(keep ? 2 * rows * 48 * size : plan.block * plan.student_width * size);
+    }
+    plan.thread_bytes = thread.bytes;
+
+    const std::int64_t packed_block =
+        keep ? (backward ? 0 : plan.block * packed_columns * size)
+             : plan.block * (student_width + teacher_width + (backward ? plan.student_width : 0)) * size;
+    const std::int64_t matrix = keep && backward ? rows * rows * size : 0;
+    const std::int64_t accumulator = !keep && backward ? rows * plan.student_width * size : 0;
+    const std::int64_t row_sums = backward ? rows * 8 : 0;
+    const auto team_limited = [&](std::int64_t resident) {
+        return round_up(resident * packed_block, 64) + round_up(matrix, 64) + round_up(row_sums, 64);
+    };
+    const std::int64_t all = plan.blocks;
+    plan.teams = plan.problems < threads ? plan.problems : threads;
+    // Whole problems per thread where there are enough of them and everything fits; else one problem at a time.
+    if (plan.problems < threads || threads * (plan.thread_bytes + team_limited(all)) > limit) {
+        plan.teams = 1;
+    }
+    plan.team_threads = plan.teams > 1 ? 1 : threads;
+    const std::int64_t scratch = threads * plan.thread_bytes;
+    plan.resident = all;
+    plan.minimum = scratch + plan.teams * team_limited(keep || all < 2 ? all : 2);
+    if (!keep && plan.teams == 1) {
+        while (plan.resident > 2 && scratch + team_limited(plan.resident) > limit) {
+            const std::int64_t fits = packed_block == 0 ? 2 : (limit - scratch - team_limited(0)) / packed_block;
+            plan.resident = fits < plan.resident ? (fits < 2 ? 2 : fits / 2 * 2) : plan.resident - 1;
+        }
+    }
+    Layout team;
+    plan.packs = team.take(plan.resident * packed_block);
+    plan.accumulator = team.take(accumulator);
+    plan.row_sums = team.take(row_sums);
+    plan.matrix = team.take(matrix);
+    plan.team_bytes = team.bytes;
+    plan.bytes = plan.teams * plan.team_bytes + scratch;
+    return plan;
+}
+
+} // namespace fastkd::cpu

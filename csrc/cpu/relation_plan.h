@@ -1,0 +1,30 @@
+// How a relation is cut into blocks, shared out over threads, and laid out in its workspace.
+#pragma once
+
+#include "common/relation.h"
+
+namespace fastkd::cpu {
+
+// Rows come in blocks; pairs of blocks are the tiles of the relation matrix. A *problem* is one relation matrix: a
+// sample's, or with `cross` the whole batch's. Threads take whole problems (`teams` of them at a time) or share one.
+struct RelationPlan {
+    bool keep;     // tiles live in `kept`; else each is made, used and forgotten
+    bool backward; // else forward
+    std::int64_t problems, groups, block, group_blocks, blocks;
+    std::int64_t teams;    // problems in the works at a time
+    int team_threads;      // threads on each
+    std::int64_t resident; // packed blocks held at a time: all, or two halves that meet
+    std::int64_t student_width;
+
+    // Bytes from the start of the workspace, of a team or of a thread.
+    std::int64_t packs, accumulator, row_sums, matrix, team_bytes;
+    std::int64_t tiles, panel, thread_bytes;
+    std::int64_t bytes;   // of the workspace
+    std::int64_t minimum; // what `limit` would have to be; more than `limit` if it is too small
+};
+
+// `limit` bounds the workspace, but for the student's gradient in fp32 (fp64) that a backward over tiles accumulates.
+RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                           bool keep, bool backward, int threads, std::int64_t limit);
+
+} // namespace fastkd::cpu
