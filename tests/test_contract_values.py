@@ -105,7 +105,8 @@ def test_the_ends_of_fp16(setting: Any, dtype: torch.dtype) -> None:
         assert loss.isfinite().all()
         assert error(loss, exact_loss) <= 1e-4 * max(exact_loss.abs().max().item(), 1.0) + 16 * problem.magnitude() * 1e-7
         for grad, want in zip(grads, exact, strict=True):
-            assert grad[want.abs() < 6e4].isfinite().all()
+            if want.abs().max() < 1e9:  # else what cancels to a small entry is itself beyond fp16
+                assert grad[want.abs().to(grad.device) < 6e4].isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
@@ -131,9 +132,8 @@ def test_rows_of_zeros(setting: Any) -> None:
         got, want = dead.run(setting.place.backend), reference_of(dead)
         assert all(x.isfinite().all() for x in got)
         dead.assert_near(got, want, ulps=32)
-    zeros = problem.mapped(torch.zeros_like).run(setting.place.backend)
-    assert zeros[0].abs().max() <= 1e-5
-    assert all((x == 0).all() or x.abs().max() < 1e-6 for x in zeros[1:])
+    zeros = problem.mapped(torch.zeros_like)
+    problem.assert_near(zeros.run(setting.place.backend), reference_of(zeros), least=1.0)
 
 
 # --- −inf, one-hot, NaN and Inf ---------------------------------------------------------------------------------------
