@@ -48,47 +48,75 @@ inline relation::Rows parse_rows(const RowsTuple& rows, const char* name, DType 
 
 // The settings of a call, checked once: relation_forward, relation_backward and workspace_bytes are its methods.
 struct RelationCall {
+    enum class Form { tiles, kept, gram };
     relation::Options options;
     std::int64_t student_width, teacher_width;
-    bool keep;
+    Form form;
     int threads;
     std::int64_t limit;
 
     cpu::RelationPlan plan(bool backward) const {
-        return cpu::plan_relation(options, student_width, teacher_width, keep, backward, threads, limit);
+        return cpu::plan_relation(options, student_width, teacher_width, form == Form::kept, backward, threads, limit);
+    }
+    cpu::GramPlan gram_plan(bool backward) const {
+        return cpu::plan_gram(options, student_width, teacher_width, backward, threads, limit);
     }
 };
 
+inline RelationCall::Form parse_form(const std::string& name, bool cross, relation::Distance distance) {
+    if (name == "tiles") {
+        return RelationCall::Form::tiles;
+    }
+    if (name == "kept") {
+        if (cross) {
+            throw py::value_error("form: 'kept' is for relations within a sample, not across samples");
+        }
+        return RelationCall::Form::kept;
+    }
+    if (name == "gram") {
+        if (distance != relation::Distance::mse) {
+            throw py::value_error("form: 'gram' is for distance 'mse'");
+        }
+        return RelationCall::Form::gram;
+    }
+    throw py::value_error("form: expected tiles, kept or gram, got '" + name + "'");
+}
+
 inline void define_relation(py::module_& module) {
-    py::class_<RelationCall>(module, "Relation",
-                             "relation of (batch, rows, width) student and teacher, on `threads` threads in a workspace "
-                             "of at most `limit` bytes. With `keep` the forward keeps its tiles for the backward.")
+    py::class_<RelationCall>(
+        module, "Relation",
+        "relation of (batch, rows, width) student and teacher, on `threads` threads in a workspace "
+        "of at most `limit` bytes. form: 'tiles' holds no matrix of rows x rows, 'kept' keeps them for the "
+        "backward, 'gram' computes mse from matrices of width x width.")
         .def(py::init([](std::int64_t batch, std::int64_t rows, std::int64_t student_width, std::int64_t teacher_width,
                          const std::string& similarity, const std::string& distance, double temperature, bool negate,
-                         bool cross, const std::string& dtype, bool keep, int threads, std::int64_t limit) {
+                         bool cross, const std::string& dtype, const std::string& form, int threads,
+                         std::int64_t limit) {
                  if (batch < 1 || rows < 1 || student_width < 1 || teacher_width < 1) {
                      throw py::value_error("batch, rows, widths: expected at least 1 each");
                  }
                  if (threads < 1 || threads > 4096) {
                      throw py::value_error("threads: expected 1 to 4096, got " + std::to_string(threads));
                  }
-                 if (keep && cross) {
-                     throw py::value_error("keep: only relations within a sample are kept, not those across samples");
-                 }
-                 return RelationCall{{batch, rows, cross, parse_similarity(similarity), parse_distance(distance),
+                 const relation::Distance parsed = parse_distance(distance);
+                 return RelationCall{{batch, rows, cross, parse_similarity(similarity), parsed,
                                       parse_temperature(temperature), negate, parse_dtype(dtype)},
                                      student_width,
                                      teacher_width,
-                                     keep,
+                                     parse_form(form, cross, parsed),
                                      threads,
                                      limit};
              }),
              py::arg("batch"), py::arg("rows"), py::arg("student_width"), py::arg("teacher_width"),
              py::arg("similarity"), py::arg("distance"), py::arg("temperature"), py::arg("negate"), py::arg("cross"),
-             py::arg("dtype"), py::arg("keep"), py::arg("threads"), py::arg("limit"))
+             py::arg("dtype"), py::arg("form"), py::arg("threads"), py::arg("limit"))
         .def(
             "workspace_bytes",
             [](const RelationCall& call, bool backward) {
+                if (call.form == RelationCall::Form::gram) {
+                    const cpu::GramPlan plan = call.gram_plan(backward);
+                    return std::make_pair(plan.bytes, plan.minimum);
+                }
                 const cpu::RelationPlan plan = call.plan(backward);
                 return std::make_pair(plan.bytes, plan.minimum);
             },
@@ -106,11 +134,14 @@ inline void define_relation(py::module_& module) {
                 args.options = call.options;
                 args.loss = parse_pointer(loss, "loss", size);
                 args.statistics = static_cast<double*>(parse_pointer(statistics, "statistics", 8));
-                args.kept = call.keep ? parse_pointer(kept, "kept", size) : nullptr;
+                args.kept = call.form == RelationCall::Form::tiles ? nullptr : parse_pointer(kept, "kept", size);
                 args.workspace = parse_pointer(workspace, "workspace", 8);
-                const cpu::RelationPlan plan = call.plan(false);
                 const py::gil_scoped_release unlocked;
-                cpu::kernels().relation_forward(args, plan, call.threads);
+                if (call.form == RelationCall::Form::gram) {
+                    cpu::kernels().relation_gram_forward(args, call.gram_plan(false), call.threads);
+                } else {
+                    cpu::kernels().relation_forward(args, call.plan(false), call.threads);
+                }
             },
             py::arg("student"), py::arg("teacher"), py::arg("loss"), py::arg("statistics"), py::arg("kept"),
             py::arg("workspace"), "Fills loss, statistics and kept (0 where nothing is kept).")
@@ -129,13 +160,16 @@ inline void define_relation(py::module_& module) {
                 args.teacher = parse_rows(teacher, "teacher", dtype);
                 args.options = call.options;
                 args.statistics = static_cast<const double*>(parse_pointer(statistics, "statistics", 8));
-                args.kept = call.keep ? parse_pointer(kept, "kept", size) : nullptr;
+                args.kept = call.form == RelationCall::Form::tiles ? nullptr : parse_pointer(kept, "kept", size);
                 args.grad_student = parse_pointer(grad_student, "grad_student", element_size(dtype));
                 std::tie(args.out_batch_stride, args.out_row_stride, args.out_col_stride) = out_strides;
                 args.workspace = parse_pointer(workspace, "workspace", 8);
-                const cpu::RelationPlan plan = call.plan(true);
                 const py::gil_scoped_release unlocked;
-                cpu::kernels().relation_backward(args, plan);
+                if (call.form == RelationCall::Form::gram) {
+                    cpu::kernels().relation_gram_backward(args, call.gram_plan(true));
+                } else {
+                    cpu::kernels().relation_backward(args, call.plan(true));
+                }
             },
             py::arg("grad_loss"), py::arg("grad_strides"), py::arg("student"), py::arg("teacher"),
             py::arg("statistics"), py::arg("kept"), py::arg("grad_student"), py::arg("out_strides"),

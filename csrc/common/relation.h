@@ -51,33 +51,51 @@ struct Options {
     DType dtype;
 
     FASTKD_HD std::int64_t others() const { return cross ? batch : 1; }
-    // Cosine logits lie in [-1/tau, 1/tau]: 1/tau is a shift for all rows alike. Below this temperature e^{-2/tau} would
-    // leave the range of normal floats, and rows keep their own maxima.
+    // Cosine logits lie in [-1/tau, 1/tau]: 1/tau is a shift for all rows alike. Below this temperature e^{-2/tau}
+    // would leave the range of normal floats, and rows keep their own maxima.
     FASTKD_HD bool fixed_shift() const { return similarity == Similarity::cosine && temperature >= 0.02; }
 };
 
 constexpr double norm_floor = 1e-12;
 
-// double (statistic_planes * others + 2, batch, rows): `statistic_planes` numbers per (o, b, row), then scale^S, scale^T.
+// double (statistic_planes * others + 2, batch, rows): `statistic_planes` numbers per (o, b, row), then scale^S,
+// scale^T.
 //     kl, fixed shift    z^S, z^T, sum f^T (u^T - u^S)      kl, else    log-sum-exp^S, log-sum-exp^T
 //     row_cosine         n, m, loss
 constexpr int statistic_planes = 5;
 
-// Student's and teacher's E, in tiles of 48 x 48 of the upper triangle, are kept for the backward where `kept` is given.
+// Student's and teacher's E, in tiles of 48 x 48 of the upper triangle, are kept for the backward where `kept` is
+// given.
 constexpr std::int64_t kept_block = 48;
 FASTKD_HD std::int64_t kept_elements(std::int64_t rows) {
     const std::int64_t blocks = (rows + kept_block - 1) / kept_block;
     return blocks * (blocks + 1) * kept_block * kept_block;
 }
 
-// `workspace` holds what plan() asked for.
+// mse without tiles. With A = X^_S, B = X^_T of equal width and D = A - B, Z = [A | D], W = [D | B]; of different
+// widths Z = [A | B], W = [A | -B]. Then e_ij = E^S_ij - E^T_ij = w_i . z_j, and with the small G = sum_j z_j z_j^T
+//
+//     sum_j e_ij^2 = w_i^T G w_i,     d loss/d a_i = (2/columns) (g_i G_A + sum_j g_j a_j z_j^T) w_i,
+//
+// G_A being the rows of G that belong to A. Equal widths: every product holds D twice, nothing cancels as the student
+// nears the teacher. Different widths do cancel, and are computed in double.
+//
+// `kept` is G, (problems, gram_side, gram_side); a problem is a sample, with cross the batch.
+FASTKD_HD std::int64_t gram_padded(std::int64_t width) {
+    return (width + 15) / 16 * 16; // whole vectors, whatever their length
+}
+FASTKD_HD std::int64_t gram_side(std::int64_t student_width, std::int64_t teacher_width) {
+    return gram_padded(student_width) + gram_padded(teacher_width);
+}
+
+// `workspace` holds what the plan asked for.
 struct Forward {
     Rows student;
     Rows teacher;
     Options options;
     void* loss;         // (batch, rows) of float, double for Float64
     double* statistics; // as above
-    void* kept;         // (batch, kept_elements(rows)), or null
+    void* kept;         // (batch, kept_elements(rows)), or null; else G
     void* workspace;
 };
 

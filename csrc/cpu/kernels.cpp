@@ -9,7 +9,13 @@ namespace fastkd::cpu {
 namespace {
 
 #define FASTKD_TABLE(isa)                                                                                              \
-    Kernels{isa::softmax_kl_forward, isa::softmax_kl_backward, isa::relation_forward, isa::relation_backward, isa::exp},
+    Kernels{isa::softmax_kl_forward,                                                                                   \
+            isa::softmax_kl_backward,                                                                                  \
+            isa::relation_forward,                                                                                     \
+            isa::relation_backward,                                                                                    \
+            isa::relation_gram_forward,                                                                                \
+            isa::relation_gram_backward,                                                                               \
+            isa::exp},
 constexpr Kernels tables[] = {FASTKD_FOR_EACH_ISA(FASTKD_TABLE)};
 #undef FASTKD_TABLE
 

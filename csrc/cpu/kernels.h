@@ -17,6 +17,8 @@ struct Kernels {
     void (*softmax_kl_backward)(const softmax_kl::Backward& args, int threads);
     void (*relation_forward)(const relation::Forward& args, const RelationPlan& plan, int threads);
     void (*relation_backward)(const relation::Backward& args, const RelationPlan& plan);
+    void (*relation_gram_forward)(const relation::Forward& args, const GramPlan& plan, int threads);
+    void (*relation_gram_backward)(const relation::Backward& args, const GramPlan& plan);
     // e^x, x <= 0, of `count` contiguous elements of Float32 or Float64: the kernels' own exp, for tests to measure.
     void (*exp)(const void* input, void* output, std::int64_t count, DType dtype);
 };
@@ -27,6 +29,8 @@ struct Kernels {
     void softmax_kl_backward(const softmax_kl::Backward& args, int threads);                                           \
     void relation_forward(const relation::Forward& args, const RelationPlan& plan, int threads);                       \
     void relation_backward(const relation::Backward& args, const RelationPlan& plan);                                  \
+    void relation_gram_forward(const relation::Forward& args, const GramPlan& plan, int threads);                      \
+    void relation_gram_backward(const relation::Backward& args, const GramPlan& plan);                                 \
     void exp(const void* input, void* output, std::int64_t count, DType dtype);                                        \
     }
 FASTKD_FOR_EACH_ISA(FASTKD_DECLARE_KERNELS)

@@ -14,6 +14,7 @@
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/relation_plan.h"
+#include "cpu/relation_rows.h"
 #include "cpu/relation_tiles.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -22,9 +23,6 @@ namespace {
 using relation::Backward;
 using relation::Distance;
 using relation::Forward;
-using relation::Options;
-using relation::Rows;
-using relation::Similarity;
 
 constexpr std::int64_t kept_chunk = 256; // columns packed at a time, as the plan has it
 
@@ -57,75 +55,6 @@ FASTKD_INLINE void pairs_between(std::int64_t i_begin, std::int64_t i_end, std::
                 visit(i_begin + i, j_begin + j, thread);
             }
         });
-    }
-}
-
-// The inverse norm, or another scale, of rows [0, count) of x, in double.
-template <class S, class T = Compute<S>>
-void row_scales(const S* x, const Rows& rows, std::int64_t count, Similarity similarity, double* scales) {
-    if (similarity != Similarity::cosine) {
-        for (std::int64_t r = 0; r < count; ++r) {
-            scales[r] = similarity == Similarity::mean ? 1 / __builtin_sqrt(static_cast<double>(rows.width)) : 1.0;
-        }
-        return;
-    }
-    const auto scale_of = [](double square) __attribute__((always_inline)) {
-        const double floor = relation::norm_floor * relation::norm_floor;
-        return square <= floor ? 1 / relation::norm_floor : 1 / __builtin_sqrt(square);
-    };
-    const auto exactly = [&](std::int64_t r) {
-        double square = 0;
-        for (std::int64_t k = 0; k < rows.width; ++k) {
-            S padded[lanes<T>] = {x[r * rows.row_stride + k * rows.col_stride]};
-            const double value = static_cast<double>(load(padded)[0]);
-            square += value * value;
-        }
-        return square;
-    };
-    // Squares of floats may leave their range.
-    const auto safe = [](double square) { return square > 1e-30 && square < 1e30; };
-    for (std::int64_t r = 0; r < count; r += lanes<T>) {
-        const std::int64_t some = count - r < lanes<T> ? count - r : lanes<T>;
-        double squares[lanes<T>] = {};
-        if (rows.row_stride == 1) {
-            constexpr std::int64_t chunk = 16; // sums of short sums, in double
-            for (std::int64_t from = 0; from < rows.width; from += chunk) {
-                const std::int64_t end = from + chunk < rows.width ? from + chunk : rows.width;
-                Vec<T> part{};
-                for (std::int64_t k = from; k < end; ++k) {
-                    const Vec<T> value = load_first(x + r + k * rows.col_stride, some);
-                    part += value * value;
-                }
-                for (int l = 0; l < lanes<T>; ++l) {
-                    squares[l] += static_cast<double>(part[l]);
-                }
-            }
-        } else if (rows.col_stride == 1) {
-            for (std::int64_t l = 0; l < some; ++l) {
-                const S* from = x + (r + l) * rows.row_stride;
-                for (std::int64_t k = 0; k < rows.width;) {
-                    const std::int64_t end = k + 16 * lanes<T> < rows.width ? k + 16 * lanes<T> : rows.width;
-                    Vec<T> part{}, part2{};
-                    for (; k + 2 * lanes<T> <= end; k += 2 * lanes<T>) {
-                        const Vec<T> value = load(from + k), value2 = load(from + k + lanes<T>);
-                        part += value * value;
-                        part2 += value2 * value2;
-                    }
-                    for (; k < end; k += lanes<T>) {
-                        const Vec<T> value = load_first(from + k, end - k);
-                        part += value * value;
-                    }
-                    squares[l] += sum(part + part2);
-                }
-            }
-        } else {
-            for (std::int64_t l = 0; l < some; ++l) {
-                squares[l] = exactly(r + l);
-            }
-        }
-        for (std::int64_t l = 0; l < some; ++l) {
-            scales[r + l] = scale_of(safe(squares[l]) ? squares[l] : exactly(r + l));
-        }
     }
 }
 
@@ -184,8 +113,7 @@ struct Relation {
 
     // ---- packed blocks, while streaming: student's and teacher's [width][rows], then the student's [rows][width]
     FASTKD_INLINE T* packed(std::int64_t team, std::int64_t slot) const {
-        const std::int64_t width =
-            student.width + teacher.width + (plan.backward ? plan.student_width : 0);
+        const std::int64_t width = student.width + teacher.width + (plan.backward ? plan.student_width : 0);
         return at(team, plan.packs) + slot * plan.block * width;
     }
     void pack_block(std::int64_t team, std::int64_t slot, std::int64_t problem, std::int64_t block) const {
@@ -204,8 +132,8 @@ struct Relation {
         }
     }
     // Both networks' E into the thread's first two tiles.
-    Tile<T> make_tile(std::int64_t team, std::int64_t thread, std::int64_t slot_i, std::int64_t slot_j,
-                      std::int64_t i, std::int64_t j) const {
+    Tile<T> make_tile(std::int64_t team, std::int64_t thread, std::int64_t slot_i, std::int64_t slot_j, std::int64_t i,
+                      std::int64_t j) const {
         T* e_s = scratch(thread, plan.tiles);
         T* e_t = e_s + plan.block * plan.block;
         const std::int64_t rows = rows_of(i), cols = rows_of(j);
@@ -227,9 +155,8 @@ struct Relation {
         const std::int64_t n = plan.blocks;
         const std::int64_t half = plan.resident == n ? n : plan.resident / 2;
         const auto load_blocks = [&](std::int64_t begin, std::int64_t end, std::int64_t slot) {
-            parallel_for(plan.team_threads, end - begin, [&](std::int64_t k, int) {
-                pack_block(team, slot + k, problem, begin + k);
-            });
+            parallel_for(plan.team_threads, end - begin,
+                         [&](std::int64_t k, int) { pack_block(team, slot + k, problem, begin + k); });
         };
         for (std::int64_t i = 0; i < n; i += half) {
             const std::int64_t i_end = i + half < n ? i + half : n;
@@ -295,17 +222,6 @@ struct Relation {
                 statistics[k * plane + r] = start;
             }
         }
-    }
-    void find_scales(int threads) const {
-        const std::int64_t blocks = (options.rows + tile_side - 1) / tile_side;
-        parallel_for(threads, 2 * options.batch * blocks, [&](std::int64_t task, int) {
-            const int network = static_cast<int>(task % 2);
-            const std::int64_t b = task / 2 / blocks, row = task / 2 % blocks * tile_side;
-            const std::int64_t count = options.rows - row < tile_side ? options.rows - row : tile_side;
-            const Rows& rows = network == 0 ? student : teacher;
-            row_scales(static_cast<const S*>(rows.data) + b * rows.batch_stride + row * rows.row_stride, rows, count,
-                       options.similarity, scales_of(network, b, row));
-        });
     }
     // Of all rows of one problem, between the passes of row_cosine.
     void finish_norms(std::int64_t problem) const {
@@ -477,11 +393,6 @@ struct Relation {
             gradient_tile_kl<T>(tile, exp, row, col, sign, h, q_row, q_col);
         }
     }
-    // What multiplies a row's gradient, its norm being differentiable or floored.
-    FASTKD_INLINE double outer_scale(double scale) const {
-        return options.similarity == Similarity::cosine && scale >= 1 / relation::norm_floor ? 0 : scale;
-    }
-
     void backward_streamed(const Backward& args, std::int64_t team, std::int64_t problem) const {
         const std::int64_t ld = Panels<T>(student.width).elements();
         const std::int64_t rows = plan.blocks * plan.block;
@@ -520,7 +431,7 @@ struct Relation {
                         nullptr, factor, radial);
             }
             for (std::int64_t r = 0; r < count; ++r) {
-                const T outer = static_cast<T>(outer_scale(scales[r]));
+                const T outer = static_cast<T>(outer_scale(options, scales[r]));
                 for (std::int64_t p = 0; p < width.size; ++p) {
                     const std::int64_t elements = width.width(p) * lanes<T>, begin = width.begin(p);
                     for (std::int64_t k = 0; k < elements; k += lanes<T>) {
@@ -557,7 +468,7 @@ struct Relation {
         });
         if (options.similarity == Similarity::cosine) {
             for (std::int64_t r = 0; r < options.rows; ++r) {
-                matrix[r * ld + r] -= static_cast<T>(outer_scale(scales[r]) * q[r] * scales[r]);
+                matrix[r * ld + r] -= static_cast<T>(outer_scale(options, scales[r]) * q[r] * scales[r]);
             }
         }
         const S* x = static_cast<const S*>(student.data) + problem * student.batch_stride;
@@ -582,7 +493,7 @@ struct Relation {
             right[c] = static_cast<T>(scales[j * plan.block + c]);
         }
         for (std::int64_t r = 0; r < plan.block; ++r) {
-            const T left = r < count ? static_cast<T>(outer_scale(scales[i * plan.block + r])) : T(0);
+            const T left = r < count ? static_cast<T>(outer_scale(options, scales[i * plan.block + r])) : T(0);
             for (std::int64_t c = 0; c < plan.block; c += lanes<T>) {
                 // Left out, not multiplied by 0: another row's NaN must not reach a row without a gradient.
                 const Vec<T> value =
@@ -596,12 +507,12 @@ struct Relation {
 template <class S>
 void forward(const Forward& args, const RelationPlan& plan, int threads) {
     using T = Compute<S>;
-    const Relation<S> relation{args.options,   plan, args.student, args.teacher, args.statistics,
-                               static_cast<char*>(args.workspace)};
+    const Relation<S> relation{
+        args.options, plan, args.student, args.teacher, args.statistics, static_cast<char*>(args.workspace)};
     auto* loss = static_cast<T*>(args.loss);
     auto* kept = static_cast<T*>(args.kept);
     relation.clear_statistics();
-    relation.find_scales(threads);
+    find_scales<S>(args.options, args.student, args.teacher, relation.scales_of(0, 0, 0), threads);
     const auto one = [&](std::int64_t problem, int team) {
         if (kept == nullptr) {
             relation.forward_streamed(team, problem, loss);

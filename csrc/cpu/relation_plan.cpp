@@ -3,7 +3,7 @@
 namespace fastkd::cpu {
 namespace {
 
-constexpr std::int64_t streamed_block = 96; // a multiple of every instruction set's panel; two tiles fit a small L2
+constexpr std::int64_t streamed_block = 96;  // a multiple of every instruction set's panel; two tiles fit a small L2
 constexpr std::int64_t packed_columns = 256; // of the rows that a kept relation packs at a time
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
@@ -78,6 +78,45 @@ RelationPlan plan_relation(const relation::Options& options, std::int64_t studen
     plan.matrix = team.take(matrix);
     plan.team_bytes = team.bytes;
     plan.bytes = plan.teams * plan.team_bytes + scratch;
+    return plan;
+}
+
+GramPlan plan_gram(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                   bool backward, int threads, std::int64_t limit) {
+    GramPlan plan{};
+    plan.backward = backward;
+    plan.problems = options.cross ? 1 : options.batch;
+    plan.samples = options.cross ? options.batch : 1;
+    plan.chunk = 256;
+    plan.block = streamed_block;
+    plan.student_side = relation::gram_padded(student_width);
+    plan.side = relation::gram_side(student_width, teacher_width);
+    plan.size = options.dtype == DType::Float64 || student_width != teacher_width ? 8 : 4;
+
+    Layout thread;
+    const std::int64_t part = plan.block * plan.student_side * plan.size;
+    plan.own = thread.take(part);
+    plan.other = thread.take(plan.block * (plan.side - plan.student_side) * plan.size);
+    plan.product = thread.take(backward ? part : plan.block * plan.side * plan.size);
+    if (backward) {
+        plan.product2 = thread.take(part);
+        plan.result = thread.take(part);
+    }
+    plan.thread_bytes = thread.bytes;
+    Layout team;
+    plan.rows = team.take(plan.chunk * plan.side * plan.size);
+    if (backward) {
+        plan.scaled_rows = team.take(plan.chunk * plan.student_side * plan.size);
+        plan.weighted = team.take(plan.student_side * plan.side * plan.size);
+    }
+    plan.team_bytes = team.bytes;
+    plan.teams = plan.problems < threads ? 1 : threads;
+    if (plan.teams * plan.team_bytes + threads * plan.thread_bytes > limit) {
+        plan.teams = 1;
+    }
+    plan.team_threads = plan.teams > 1 ? 1 : threads;
+    plan.bytes = plan.teams * plan.team_bytes + threads * plan.thread_bytes;
+    plan.minimum = plan.bytes;
     return plan;
 }
 

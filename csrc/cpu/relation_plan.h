@@ -27,4 +27,21 @@ struct RelationPlan {
 RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
                            bool keep, bool backward, int threads, std::int64_t limit);
 
+// mse from Gram matrices: rows are packed `chunk` at a time for G, `block` at a time for the rest.
+struct GramPlan {
+    bool backward;
+    std::int64_t problems, samples; // samples of a problem
+    std::int64_t teams;
+    int team_threads;
+    std::int64_t chunk, block, student_side, side; // G is side x side, its part for A student_side wide
+    std::int64_t size;                             // of an element of G: 8 where the widths differ
+
+    std::int64_t rows, scaled_rows, weighted, team_bytes; // of a team: packed chunk, times g, G weighted with g
+    std::int64_t own, other, product, product2, result, thread_bytes; // of a thread: W in two parts, products, gradient
+    std::int64_t bytes, minimum;
+};
+
+GramPlan plan_gram(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                   bool backward, int threads, std::int64_t limit);
+
 } // namespace fastkd::cpu

@@ -6,7 +6,7 @@
 
 #include "common/relation.h"
 #include "cpu/kl_row.h"
-#include "cpu/products.h"
+#include "cpu/packing.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -257,7 +257,7 @@ FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, d
 // H where f is common to all rows. Written so that equal networks give exactly 0.
 template <class T, class Function>
 FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoefficients<T>& row,
-                                 const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
+                                   const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
     const auto element = [&](std::int64_t r, std::int64_t c, Vec<T> e_s, Vec<T> e_t) __attribute__((always_inline)) {
         const Vec<T> f_s = f(e_s);
         const Vec<T> f_t = f(e_t);
@@ -271,7 +271,7 @@ FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoe
 // H of kl with a maximum per row.
 template <class T>
 FASTKD_NOINLINE void gradient_tile_kl(Tile<T> tile, ScaledExp<T> exp, const RowCoefficients<T>& row,
-                                    const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
+                                      const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
     const auto element = [&](std::int64_t r, std::int64_t c, Vec<T> e_s, Vec<T> e_t) __attribute__((always_inline)) {
         const Vec<T> across = exp(e_s - row.center_s[r], row.high_s[r], row.low_s[r]) -
                               exp(e_t - row.center_t[r], row.high_t[r], row.low_t[r]);

@@ -47,9 +47,9 @@ def relation(
         similarity, distance, temperature, negate, cross: as in :func:`fastkd.reference.relation.relation`.
         keep: the relation matrices are small beside the rows (channels), so kernels may keep them for the backward
             instead of computing them twice. Without it no R×R matrix is ever held.
-        backend: "auto", "reference" or "cpu". All but the reference are differentiable once. Under "auto" the mean
-            squared error of narrow rows (K ≤ half the columns) is computed from K×K Gram matrices, which costs less
-            time and memory than R×R tiles; ``backend="reference"`` is always the plain formula.
+        backend: "auto", "reference" or "cpu". All but the reference are differentiable once. The mean squared error of
+            narrow rows (K ≤ half the columns) is computed from K×K Gram matrices, which costs less time and memory
+            than R×R tiles; ``backend="reference"`` is always the plain formula.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
@@ -60,14 +60,11 @@ def relation(
     """
     _check(student, teacher, temperature)
     chosen = choose("relation", backend, student, teacher)
-    if backend == "auto" and distance == "mse":
-        columns = student.shape[1] * (student.shape[0] if cross else 1)
-        narrow = 2 * max(student.shape[2], teacher.shape[2]) <= columns
-        # Unequal widths are combined in fp64, which Apple's GPUs do not have.
-        if narrow and (student.shape[2] == teacher.shape[2] or student.device.type != "mps"):
-            return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
-    options = (similarity, distance, float(temperature), negate, cross)
+    form = _form(student, teacher, distance, cross, keep)
     if chosen == "reference":
+        # Unequal widths are combined in fp64, which Apple's GPUs do not have.
+        if backend == "auto" and form == "gram" and student.device.type != "mps":
+            return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
         return reference(
             student,
             teacher,
@@ -77,10 +74,20 @@ def relation(
             negate=negate,
             cross=cross,
         )
+    options = (similarity, distance, float(temperature), negate, cross)
     if torch.is_grad_enabled() and student.requires_grad:
-        keep = keep and not cross and student.shape[1] <= MAX_KEPT_ROWS
-        return _Relation.apply(student, teacher, options, keep, chosen)
-    return torch.ops.fastkd.relation_forward(student, teacher, *options, False, chosen)[0]
+        return _Relation.apply(student, teacher, (*options, form, chosen))
+    if form == "kept":  # for a backward that will not come
+        form = "tiles"
+    return torch.ops.fastkd.relation_forward(student, teacher, *options, form, chosen)[0]
+
+
+def _form(student: Tensor, teacher: Tensor, distance: str, cross: bool, keep: bool) -> str:
+    """How kernels compute it: "gram" from K×K matrices, "kept" from R×R ones kept for the backward, else "tiles"."""
+    (batch, rows, width), width_t = student.shape, teacher.shape[2]
+    if distance == "mse" and 2 * max(width, width_t) <= (batch * rows if cross else rows):
+        return "gram"
+    return "kept" if keep and not cross and rows <= MAX_KEPT_ROWS else "tiles"
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
@@ -105,25 +112,26 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
 
 
-Options = tuple[str, str, float, bool, bool]
+Options = tuple[str, str, float, bool, bool, str, str]
+"""similarity, distance, temperature, negate, cross, form, backend"""
 
 
 class _Relation(torch.autograd.Function):
-    """Saves the inputs, a few numbers per row, and where that is allowed the relation matrices."""
+    """Saves the inputs, a few numbers per row, and the small matrices of the form."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: Options, keep: bool, backend: str) -> Tensor:
-        loss, statistics, kept = torch.ops.fastkd.relation_forward(student, teacher, *options, keep, backend)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+        loss, statistics, kept = torch.ops.fastkd.relation_forward(student, teacher, *options)
         ctx.save_for_backward(student, teacher, statistics, kept)
-        ctx.options, ctx.keep, ctx.backend = options, keep, backend
+        ctx.options = options
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
-        arguments = (grad_loss, *ctx.saved_tensors, *ctx.options, ctx.keep, ctx.backend)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        arguments = (grad_loss, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
-            return _RelationGradient.apply(*arguments), None, None, None, None
-        return torch.ops.fastkd.relation_backward(*arguments), None, None, None, None
+            return _RelationGradient.apply(*arguments), None, None
+        return torch.ops.fastkd.relation_backward(*arguments), None, None
 
 
 class _RelationGradient(torch.autograd.Function):
@@ -143,7 +151,7 @@ class _RelationGradient(torch.autograd.Function):
 
 # --- the operators ----------------------------------------------------------------------------------------------------
 
-_OPTIONS = "str similarity, str distance, float temperature, bool negate, bool cross, bool keep, str backend"
+_OPTIONS = "str similarity, str distance, float temperature, bool negate, bool cross, str form, str backend"
 torch.library.define(
     "fastkd::relation_forward",
     f"(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor loss, Tensor statistics, Tensor kept)",
@@ -164,14 +172,14 @@ def _forward(
     temperature: float,
     negate: bool,
     cross: bool,
-    keep: bool,
+    form: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(student, teacher, similarity, distance, temperature, negate, cross, keep, backend)
+    outputs = _forward_fake(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
     loss, statistics, kept = outputs
     if loss.numel():
         student, teacher = _promoted(student, teacher)
-        call = _call(student, teacher, similarity, distance, temperature, negate, cross, keep, backend)
+        call = _call(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
         workspace = _workspace.allocate(call, False, student)
         call.forward(
             _rows(student),
@@ -195,7 +203,7 @@ def _backward(
     temperature: float,
     negate: bool,
     cross: bool,
-    keep: bool,
+    form: str,
     backend: str,
 ) -> Tensor:
     dtype = student.dtype
@@ -203,7 +211,7 @@ def _backward(
     student, teacher = _promoted(student, teacher)
     grad_student = torch.empty_like(student)
     if grad_student.numel():
-        call = _call(student, teacher, similarity, distance, temperature, negate, cross, keep, backend)
+        call = _call(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
         workspace = _workspace.allocate(call, True, student)
         call.backward(
             grad_loss.data_ptr(),
@@ -227,18 +235,23 @@ def _forward_fake(
     temperature: float,
     negate: bool,
     cross: bool,
-    keep: bool,
+    form: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows = student.shape[:2]
     dtype = statistics_dtype(student, teacher)
-    planes = STATISTIC_PLANES * (batch if cross else 1) + 2
-    blocks = (rows + KEPT_BLOCK - 1) // KEPT_BLOCK
-    kept = batch * blocks * (blocks + 1) * KEPT_BLOCK * KEPT_BLOCK if keep else 0
+    planes, kept, kept_dtype = STATISTIC_PLANES * (batch if cross else 1) + 2, 0, dtype
+    if form == "kept":
+        blocks = (rows + KEPT_BLOCK - 1) // KEPT_BLOCK
+        kept = batch * blocks * (blocks + 1) * KEPT_BLOCK * KEPT_BLOCK
+    elif form == "gram":  # the scales, and G
+        side = (student.shape[2] + 15) // 16 * 16 + (teacher.shape[2] + 15) // 16 * 16
+        planes, kept = 2, (1 if cross else batch) * side * side
+        kept_dtype = dtype if student.shape[2] == teacher.shape[2] else torch.float64
     return (
         torch.empty((batch, rows), dtype=dtype, device=student.device),
         torch.empty((planes, batch, rows), dtype=torch.float64, device=student.device),
-        torch.empty((kept,), dtype=dtype, device=student.device),
+        torch.empty((kept,), dtype=kept_dtype, device=student.device),
     )
 
 
@@ -274,7 +287,7 @@ def _call(
     temperature: float,
     negate: bool,
     cross: bool,
-    keep: bool,
+    form: str,
     backend: str,
 ) -> Any:
     return native(backend).Relation(
@@ -286,7 +299,7 @@ def _call(
         negate,
         cross,
         dtype_name(student),
-        keep,
+        form,
         torch.get_num_threads(),
         _workspace.limit(),
     )
@@ -296,14 +309,14 @@ def self_test(backend: str, device: torch.device) -> str | None:
     """Run ``backend`` once on a few short rows on ``device``; return what is wrong with it, or None."""
     wave = torch.arange(2 * 7 * 9, dtype=torch.float64).reshape(2, 7, 9)
     exact_student, exact_teacher = (wave.sin() * 3).requires_grad_(), wave.cos() * 2
-    options = ("cosine", "kl", 0.5, False, False)
     with torch.enable_grad():
         exact = reference(exact_student, exact_teacher, temperature=0.5)
         (exact_grad,) = torch.autograd.grad(exact.sum(), exact_student)
     student, teacher = (x.detach().to(device, torch.float32) for x in (exact_student, exact_teacher))
-    for keep in (False, True):
-        loss, statistics, kept = _forward(student, teacher, *options, keep, backend)
-        grad = _backward(torch.ones_like(loss), student, teacher, statistics, kept, *options, keep, backend)
+    for form in ("tiles", "kept"):
+        options = ("cosine", "kl", 0.5, False, False, form, backend)
+        loss, statistics, kept = _forward(student, teacher, *options)
+        grad = _backward(torch.ones_like(loss), student, teacher, statistics, kept, *options)
         for name, got, right in (("loss", loss, exact), ("gradient", grad, exact_grad)):
             error = (got.cpu().double() - right.detach()).abs().max().item()
             if not error < 1e-5:
