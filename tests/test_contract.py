@@ -1,4 +1,4 @@
-"""The operator contract, for every loss on every backend: right answers. Its other points are the files beside this one.
+"""The operator contract, for every loss on every backend: right answers. Its other points have files of their own.
 
 | point | tested in |
 |---|---|
@@ -9,7 +9,7 @@
 | 5 streams, CUDA graphs; 7 ``torch.library``, ``torch.compile``, autocast, DDP, pickling | ``test_contract_torch.py`` |
 | 8 NaN and Inf; masks, −inf logits, one-hot teachers, extremes | ``test_contract_values.py`` |
 | random shapes, strides, dtypes, temperatures | ``test_contract_random.py`` |
-| bad input | ``test_losses_errors.py`` |
+| bad input | ``test_contract_errors.py``, ``test_losses_errors.py`` |
 
 The cases are in ``helpers/contract_cases.py``, the formulas they are held against in ``helpers/contract_formulas.py``.
 A backend is in all of this by its row in ``fastkd.ops._backends.IMPLEMENTED``.
@@ -39,8 +39,10 @@ def check_errors(problem: Problem, backend: str) -> None:
     noise = fp32_noise(problem, weight)
     # The hard ceiling. fp16 and bf16 inputs too are computed in fp32, so theirs is fp32's, and the gradient's rounding.
     smaller = torch.finfo(arithmetic(dtype)).eps / torch.finfo(torch.float32).eps
+    # In fp64 a log-sum-exp is one number, in fp32 it is kept in more digits: the exponential of a large one shows it.
+    saturated = 4 * problem.condition() * rounding(problem.slope(), dtype) if dtype == torch.float64 else 0.0
     for mine, storing, one in zip(errors, stored, noise, strict=True):
-        assert mine <= storing + 8 * smaller * one
+        assert mine <= storing + 8 * smaller * one + saturated
     if dtype == torch.float64:
         return  # there the plain formula is the oracle
     # An entry or two can make the plain formula exact by luck, hence the noise.
@@ -94,20 +96,22 @@ def test_mixed_dtypes_are_promoted(setting: Any) -> None:
             torch.testing.assert_close(grad, same.to(student), rtol=2 * torch.finfo(student).eps, atol=1e-7)
 
 
-def test_the_cases_tell_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks above can fail: a loss off by 1e-4 and a gradient of the wrong row weight are both found."""
+@pytest.mark.parametrize("wrong", ["loss off by 1e-4", "gradient off by 1e-3", "gradient of the wrong weights"])
+def test_the_checks_tell_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    honest = Problem.run
+
+    def broken(self: Problem, backend: str, weight: torch.Tensor) -> list[torch.Tensor]:
+        if wrong.endswith("weights"):
+            return honest(self, backend, torch.full_like(weight, weight.mean().item()))
+        loss, *grads = honest(self, backend, weight)
+        return [loss * (1 + 1e-4), *grads] if wrong.startswith("loss") else [loss, *(g * (1 + 1e-3) for g in grads)]
+
     for case in BASIC.values():
-        problem = case.problem()
-        check_errors(problem, "reference")
-        honest = Problem.run
-        for wrong in (
-            lambda self, backend, weight: [x * (1 + 1e-4 * (i == 0)) for i, x in enumerate(honest(self, backend, weight))],
-            lambda self, backend, weight: [x * (1 + 1e-3 * (i == 1)) for i, x in enumerate(honest(self, backend, weight))],
-            lambda self, backend, weight: honest(self, backend, torch.full_like(weight, weight.mean().item())),
-        ):  # fmt: skip
-            with monkeypatch.context() as patch, pytest.raises(AssertionError):
-                patch.setattr(Problem, "run", wrong)
-                check_errors(problem, "reference")
+        check_errors(case.problem(), "reference")
+        with monkeypatch.context() as patch:
+            patch.setattr(Problem, "run", broken)
+            with pytest.raises(AssertionError):
+                check_errors(case.problem(), "reference")
 
 
 def test_kernels_are_called_by_name_and_the_reference_calls_none(setting: Any) -> None:
@@ -122,7 +126,9 @@ def test_every_family_and_loss_has_a_case() -> None:
 
     assert {case.family for case in CASES} == set(_backends.IMPLEMENTED)
     assert {case.loss.__name__ for case in CASES} == {n for n in losses.__all__ if n.endswith(("_kd", "_logits"))}
-    assert {case.twin for case in CASES} - {None} == {v for n in losses.__all__ if isinstance(v := getattr(losses, n), type)}
+    assert {case.twin for case in CASES} - {None} == {
+        v for n in losses.__all__ if isinstance(v := getattr(losses, n), type)
+    }
     assert len({case.name for case in CASES}) == len(CASES)
 
 

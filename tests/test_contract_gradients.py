@@ -15,6 +15,7 @@ from contract_cases import Case, Problem, Setting
 from contract_tools import Recorder, assert_same, saved_for_backward, tensors_in
 from torch import Tensor
 
+
 def leaves_of(setting: Setting, **options: Any) -> Problem:
     return setting.case.problem(device=setting.place.device, **options).leaves()
 
@@ -140,7 +141,8 @@ def test_an_input_changed_before_the_backward_is_noticed(kernel_setting: Any) ->
     try:
         got = backwards(problem, loss)
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+        if "modified by an inplace operation" not in str(error):
+            raise
     else:
         assert_same(got, want)
 
@@ -167,7 +169,10 @@ def test_without_grad_nothing_is_computed_for_a_backward(kernel_setting: Any) ->
         for _, args, result in recorder.calls:
             rows = sum(x.numel() // x.shape[-1] for x in tensors_in(args) if x.dim() > 1)
             pairs = problem.args[0].shape[0] if kernel_setting.case.options.get("cross_image") else 1
-            assert sum(x.nbytes for x in tensors_in(result)) <= 40 * rows * pairs + 64
+            allowed = 40 * rows * pairs + 64
+            if kernel_setting.case.options.get("distance") == "mse":  # the loss itself may come of K×K Gram matrices
+                allowed += 32 * max(min(x.shape[-1], x.shape[-2]) for x in tensors_in(args) if x.dim() == 3) ** 2
+            assert sum(x.nbytes for x in tensors_in(result)) <= allowed
 
 
 def test_a_constant_student_needs_no_backward(setting: Any) -> None:

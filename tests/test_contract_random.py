@@ -60,7 +60,14 @@ def check(problem: Problem, backend: str) -> None:
     noise = [error(a, b) for a, b in zip(plain.plain(weight), plain.exact(weight), strict=True)][1:]
     smaller = torch.finfo(work).eps / torch.finfo(torch.float32).eps
     largest = max(1e-6, *(x.abs().max().item() for x in exact))
+    if problem.case.family == "relation":  # directions turn by 1 / |row|, also where their gradients cancel to 0
+        largest = max(largest, 1 / smallest_row(problem))
     for grad, want, one in zip(grads, exact, noise, strict=True):
-        allowed = 16 * one + 32 * problem.condition() * rounding(largest, torch.float32)
+        allowed = 64 * one + 32 * problem.condition() * rounding(largest, torch.float32)
         assert error(grad, want) <= 1.01 * rounding(want, dtype) + smaller * allowed
 
+
+def smallest_row(problem: Problem) -> float:
+    rows = [x.double().flatten(2) for x in problem.args]
+    dim = 1 if problem.case.loss.__name__ == "pixel_relation_kd" else 2
+    return max(min(x.norm(dim=dim).min().item() for x in rows), 1e-6)

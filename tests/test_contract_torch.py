@@ -139,7 +139,7 @@ def test_under_autocast(setting: Any, dtype: torch.dtype) -> None:
 
 
 def test_functional_transforms_say_so_or_work(basic_setting: Any) -> None:
-    """``torch.func.grad`` of the reference is its gradient; a kernel gives the same, or an error, never other numbers."""
+    """``torch.func.grad`` of the reference works; a kernel gives the same or an error, never other numbers."""
     problem = basic_setting.case.problem(device=basic_setting.place.device)
     n = problem.students
     want = problem.run(basic_setting.place.backend)[1]
@@ -147,7 +147,8 @@ def test_functional_transforms_say_so_or_work(basic_setting: Any) -> None:
     try:
         got = torch.func.grad(scalar)(problem.args[0])
     except RuntimeError as error:
-        assert basic_setting.place.backend != "reference", error
+        if basic_setting.place.backend == "reference" or "functorch" not in str(error):
+            raise
     else:
         problem.assert_near([got] * n, [want] * n)
 

@@ -103,7 +103,9 @@ def test_the_ends_of_fp16(setting: Any, dtype: torch.dtype) -> None:
         loss, *grads = problem.run(setting.place.backend)
         exact_loss, *exact = reference_of(problem)
         assert loss.isfinite().all()
-        assert error(loss, exact_loss) <= 1e-4 * max(exact_loss.abs().max().item(), 1.0) + 16 * problem.magnitude() * 1e-7
+        assert (
+            error(loss, exact_loss) <= 1e-4 * max(exact_loss.abs().max().item(), 1.0) + 16 * problem.magnitude() * 1e-7
+        )
         for grad, want in zip(grads, exact, strict=True):
             if want.abs().max() < 1e9:  # else what cancels to a small entry is itself beyond fp16
                 assert grad[want.abs().to(grad.device) < 6e4].isfinite().all()

@@ -134,7 +134,9 @@ class Problem:
         largest = max(least, *(x.detach().abs().max().item() for x in want[-n:]))
         sizes = [self.magnitude()] * (len(want) - n) + [self.condition() * largest] * n
         for a, b, size in zip(got, want, sizes, strict=True):
-            allowed = ulps * size * torch.finfo(torch.float32).eps / 2 + torch.finfo(a.dtype).eps * b.detach().abs().max()
+            allowed = (
+                ulps * size * torch.finfo(torch.float32).eps / 2 + torch.finfo(a.dtype).eps * b.detach().abs().max()
+            )
             torch.testing.assert_close(
                 a.detach().cpu().double(), b.detach().cpu().double(), rtol=0, atol=allowed.item()
             )
@@ -146,6 +148,10 @@ class Problem:
         peak, entries = self._peak()
         distance = self.case.options.get("distance", "kl")
         return peak / self.case.temperature + math.log(entries) + 1 if distance == "kl" else 4.0
+
+    def slope(self) -> float:
+        """How far a softmax's rounding moves a gradient: the largest input over τ."""
+        return max(x.abs().max().item() for x in self.args) / self.case.temperature
 
     def magnitude(self) -> float:
         """The size of the largest summand of a row's loss."""

@@ -1,4 +1,4 @@
-"""Every loss once more, as a user writes it: straight from docs/maths.md, in the dtype of its inputs, all matrices held.
+"""Every loss once more, as a user writes it: straight from docs/maths.md, in its inputs' dtype, all matrices held.
 
 In fp64 these are the contract suite's oracle; in fp32, fp16 and bf16 they are "the plain formula" whose error a backend
 is held against. They share no line with ``fastkd``. Each returns what the loss returns with ``reduction="none"``.
