@@ -98,4 +98,6 @@ def test_dtypes_that_no_kernel_takes(kernel_setting: Any) -> None:
     problem = problem.mapped(lambda x: x.to(torch.float8_e4m3fn))
     if "guide" in kernel_setting.case.options or kernel_setting.case.options.get("centered"):
         pytest.skip("these are widened before a kernel sees them")
-    refused(problem, kernel_setting.place.backend, fastkd.BackendUnavailable, "the kernels take .*convert", products=True)
+    refused(
+        problem, kernel_setting.place.backend, fastkd.BackendUnavailable, "the kernels take .*convert", products=True
+    )

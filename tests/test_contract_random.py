@@ -31,7 +31,7 @@ def sizes(draw: st.DrawFn, case: Case) -> tuple[int, ...]:
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_input(basic_setting: Any, data: st.DataObject) -> None:
     backend, device = basic_setting.place
     case = data.draw(st.sampled_from([c for c in CASES if c.family == basic_setting.case.family]))
@@ -60,6 +60,8 @@ def check(problem: Problem, backend: str) -> None:
     noise = [error(a, b) for a, b in zip(plain.plain(weight), plain.exact(weight), strict=True)][1:]
     smaller = torch.finfo(work).eps / torch.finfo(torch.float32).eps
     largest = max(1e-6, *(x.abs().max().item() for x in exact))
+    if problem.case.family == "softmax_kl":  # τ (p_s − p_t), also where both are 1
+        largest = max(largest, 0.1 * problem.case.temperature)
     if problem.case.family == "relation":  # directions turn by 1 / |row|, also where their gradients cancel to 0
         largest = max(largest, 1 / smallest_row(problem))
     for grad, want, one in zip(grads, exact, noise, strict=True):
