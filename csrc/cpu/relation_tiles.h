@@ -255,11 +255,11 @@ FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, d
 }
 
 // H where f is common to all rows: f_s a - f_t b, written so that equal networks give exactly 0. With `cross` a row's z
-// may be far below 1 (it does not meet itself), so that f_t a, which cancels in one way to write it, may be far above the
-// result; f_s b, which cancels in the other, is then far below.
+// may be far below 1 (it does not meet itself), so that f_t a, which cancels in one way to write it, may be far above
+// the result; f_s b, which cancels in the other, is then far below.
 template <class T, bool cross, class Function>
 FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoefficients<T>& row,
-                                 const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
+                                   const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
     const auto difference = [&](Vec<T> f_s, Vec<T> f_t, Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
         if constexpr (cross) {
             const auto first = f_t * a <= f_s * b;
