@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -26,28 +27,7 @@ if not _has_gpu():
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
-class Place(NamedTuple):
-    """A backend and the device its tensors live on."""
-
-    backend: str
-    device: str
-
-
-PLACES = [
-    Place("reference", "cpu"),
-    Place("cpu", "cpu"),
-    Place("triton", "cpu"),
-    pytest.param(Place("reference", "cuda"), marks=pytest.mark.gpu),
-    pytest.param(Place("triton", "cuda"), marks=pytest.mark.gpu),
-    pytest.param(Place("cuda", "cuda"), marks=pytest.mark.gpu),
-]
-
-
-def _id(place: Place) -> str:
-    return f"{place.backend}@{place.device}"
-
-
-def _require(place: Place) -> Place:
+def _require(place: Any) -> Any:
     from fastkd.ops import _backends
 
     reason = _backends._misplaced(place.backend, place.device) or _backends.why_not(place.backend)
@@ -56,16 +36,79 @@ def _require(place: Place) -> Place:
     return place
 
 
-@pytest.fixture(params=PLACES, ids=_id)
-def place(request: pytest.FixtureRequest) -> Place:
-    """Each backend, on each device it computes on."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What the fixtures below run over: the table of backends that fastkd itself keeps, times the contract's cases."""
+    import contract_cases as contract
+
+    kernels = [s for s in contract.settings() if s.place.backend != "reference"]
+    runs = {
+        "place": contract.places("softmax_kl"),
+        "kernel_place": [p for p in contract.places("softmax_kl") if p.backend != "reference"],
+        "setting": contract.settings(),
+        "kernel_setting": kernels,
+        "compiled_setting": [s for s in contract.settings() if s in kernels or s.case in contract.FIRST.values()],
+        "basic_setting": contract.settings(list(contract.BASIC.values())),
+        "basic_kernel_setting": [s for s in kernels if s.case in contract.BASIC.values()],
+    }
+    for name, values in runs.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, [_parameter(v) for v in values], indirect=True)
+
+
+def _parameter(value: Any) -> Any:
+    place = getattr(value, "place", value)
+    name = f"{place.backend}@{place.device}" + (f" {value.case.name}" if value is not place else "")
+    return pytest.param(value, id=name, marks=[pytest.mark.gpu] if place.device == "cuda" else [])
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Any:
+    """Each backend of softmax_kl, on each device it computes on."""
     return _require(request.param)
 
 
-@pytest.fixture(params=PLACES[1:3] + PLACES[4:], ids=_id)
-def kernel_place(request: pytest.FixtureRequest) -> Place:
-    """Each backend but the reference: those that go through a registered operator."""
+@pytest.fixture
+def kernel_place(request: pytest.FixtureRequest) -> Any:
+    """Each of them but the reference: those that go through a registered operator."""
     return _require(request.param)
+
+
+@pytest.fixture
+def setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Each loss in each variant, on each backend of its family, on each device."""
+    yield from _setting(request)
+
+
+@pytest.fixture
+def kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Each of them but the reference's."""
+    yield from _setting(request)
+
+
+@pytest.fixture
+def compiled_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Each of the kernels', and for each loss its first on the reference: what takes seconds."""
+    yield from _setting(request)
+
+
+@pytest.fixture
+def basic_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """One case of each family, on each backend, on each device."""
+    yield from _setting(request)
+
+
+@pytest.fixture
+def basic_kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Each of them but the reference's."""
+    yield from _setting(request)
+
+
+def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    from contract_tools import threads
+
+    _require(request.param.place)
+    with threads(1):  # the arrays are small: waking threads for them is what would take the time
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -236,9 +236,10 @@ struct Relation {
         double* q_row = q + i * plan.block;
         double* q_col = i == j ? nullptr : q + j * plan.block;
         if (options.distance != Distance::kl) {
-            gradient_tile<T>(tile, Identity<T>{}, row, col, sign, h, q_row, q_col);
+            gradient_tile<T, false>(tile, Identity<T>{}, row, col, sign, h, q_row, q_col);
         } else if (options.fixed_shift()) {
-            gradient_tile<T>(tile, KLFunction<T>{exp}, row, col, sign, h, q_row, q_col);
+            options.cross ? gradient_tile<T, true>(tile, KLFunction<T>{exp}, row, col, sign, h, q_row, q_col)
+                          : gradient_tile<T, false>(tile, KLFunction<T>{exp}, row, col, sign, h, q_row, q_col);
         } else {
             gradient_tile_kl<T>(tile, exp, row, col, sign, h, q_row, q_col);
         }

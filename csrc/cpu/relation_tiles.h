@@ -254,16 +254,29 @@ FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, d
     }
 }
 
-// H where f is common to all rows. Written so that equal networks give exactly 0.
-template <class T, class Function>
+// H where f is common to all rows: f_s a - f_t b, written so that equal networks give exactly 0. With `cross` a row's z
+// may be far below 1 (it does not meet itself), so that f_t a, which cancels in one way to write it, may be far above
+// the result; f_s b, which cancels in the other, is then far below.
+template <class T, bool cross, class Function>
 FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoefficients<T>& row,
                                    const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
+    const auto difference = [&](Vec<T> f_s, Vec<T> f_t, Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
+        if constexpr (cross) {
+            const auto first = f_t * a <= f_s * b;
+            return (first ? f_t : f_s) * (a - b) + (f_s - f_t) * (first ? a : b);
+        } else {
+            return f_t * (a - b) + (f_s - f_t) * a;
+        }
+    };
     const auto element = [&](std::int64_t r, std::int64_t c, Vec<T> e_s, Vec<T> e_t) __attribute__((always_inline)) {
         const Vec<T> f_s = f(e_s);
         const Vec<T> f_t = f(e_t);
-        const Vec<T> a = row.a[r] + load(col.a + c);
-        const Vec<T> b = row.b[r] + load(col.b + c);
-        return f_t * (a - b) + (f_s - f_t) * a;
+        if constexpr (cross) { // the row's and the column's coefficients may be of different sizes too
+            return difference(f_s, f_t, Vec<T>{} + row.a[r], Vec<T>{} + row.b[r]) +
+                   difference(f_s, f_t, load(col.a + c), load(col.b + c));
+        } else {
+            return difference(f_s, f_t, row.a[r] + load(col.a + c), row.b[r] + load(col.b + c));
+        }
     };
     fill_h(tile, element, outer, h, q_row, q_col);
 }

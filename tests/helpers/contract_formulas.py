@@ -1,0 +1,178 @@
+"""Every loss once more, as a user writes it: straight from docs/maths.md, in its inputs' dtype, all matrices held.
+
+In fp64 these are the contract suite's oracle; in fp32, fp16 and bf16 they are "the plain formula" whose error a backend
+is held against. They share no line with ``fastkd``. Each returns what the loss returns with ``reduction="none"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WordMask = Tensor | tuple[Tensor, Tensor] | None
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the last dimension."""
+    log_p_s, p_t = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
+    return F.kl_div(log_p_s, p_t, reduction="none").sum(-1)
+
+
+def attention_weight(rows: Tensor) -> Tensor:
+    return rows.shape[-2] * (rows.abs().mean(-1) / 0.5).softmax(-1)
+
+
+def channel_distribution_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    guide: str | None = None,
+    guide_temperature: float = 0.1,
+    weight: str | None = None,
+) -> Tensor:
+    s, t = student.flatten(2), teacher.flatten(2)
+    w = attention_weight(t) if weight == "attention" else 1
+    if guide is not None:
+        p_s, p_t = ((F.normalize(x, dim=2) @ F.normalize(x, dim=2).mT / guide_temperature).softmax(2) for x in (s, t))
+        s, t = (p_s if guide == "own" else p_t) @ s, p_t @ t
+    return w * temperature**2 * kl(s, t, temperature)
+
+
+def logit_kd(student: Tensor, teacher: Tensor, *, temperature: float, pixel_mask: Tensor | None = None) -> Tensor:
+    s, t = (x.movedim(1, -1) for x in (student, teacher))
+    if s.shape[-1] == 1:
+        s, t = (F.pad(x, (1, 0)) for x in (s, t))
+    rows = temperature**2 * kl(s, t, temperature)
+    return rows if pixel_mask is None else torch.where(pixel_mask.reshape(rows.shape), rows, 0)
+
+
+def similarities(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    if kind == "cosine":
+        return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT
+    return x @ y.mT / (x.shape[-1] if kind == "mean" else 1)
+
+
+def row_distance(e_s: Tensor, e_t: Tensor, distance: str, temperature: float) -> Tensor:
+    if distance == "kl":
+        return kl(e_s, e_t, temperature)
+    if distance == "mse":
+        return (e_s - e_t).square().mean(-1)
+    return (F.normalize(e_s, dim=-1) - F.normalize(e_t, dim=-1)).square().sum(-1)
+
+
+def channel_rows(x: Tensor, centered: bool, patches: int, across_batch: bool) -> Tensor:
+    if across_batch:
+        x = torch.cat([sample.flatten(1) for sample in x], 1)[None]
+        return x - x.mean(2, keepdim=True) if centered else x
+    if centered:
+        x = x - x.mean((2, 3), keepdim=True)
+    tiles = [tile for line in x.chunk(patches, 2) for tile in line.chunk(patches, 3)]
+    return torch.stack(tiles, 1).flatten(0, 1).flatten(2)
+
+
+def channel_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    similarity: str = "cosine",
+    distance: str = "kl",
+    temperature: float = 0.1,
+    negate: bool = False,
+    centered: bool = False,
+    weight: str | None = None,
+    patches: int = 1,
+    across_batch: bool = False,
+) -> Tensor:
+    s, t = (channel_rows(x, centered, patches, across_batch) for x in (student, teacher))
+    sign = -1 if negate else 1
+    e_s, e_t = (sign * similarities(x, x, similarity) for x in (s, t))
+    rows = row_distance(e_s, e_t, distance, temperature)
+    return rows * attention_weight(channel_rows(teacher, False, patches, across_batch)) if weight else rows
+
+
+def pixel_relation_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    similarity: str = "cosine",
+    distance: str = "kl",
+    temperature: float = 0.1,
+    cross_image: bool = False,
+) -> Tensor:
+    s, t = (x.flatten(2).mT for x in (student, teacher))
+    samples = range(s.shape[0])
+    rows = {
+        (i, j): row_distance(
+            similarities(s[i], s[j], similarity), similarities(t[i], t[j], similarity), distance, temperature
+        )
+        for i, j in product(samples, samples)
+        if cross_image or i == j
+    }
+    return torch.stack([sum(r for (i, _), r in rows.items() if i == k) / (len(rows) / len(samples)) for k in samples])
+
+
+def cross_modal_sample(m_s: Tensor, m_t: Tensor, temperature: float, terms: Mapping[str, float]) -> Tensor:
+    """Σ weight·term of one sample from its logits (n, t): the valid pixels and words alone."""
+    n = m_s.shape[0]
+    a_s, a_t = ((m / temperature).softmax(1) for m in (m_s, m_t))
+    value = {
+        "pixel_to_word": lambda: temperature**2 * kl(m_s, m_t, temperature).mean(),
+        "word_to_pixel": lambda: temperature**2 * kl(m_s.T, m_t.T, temperature).mean(),
+        "pixel_pixel": lambda: ((a_s @ a_s.T - a_t @ a_t.T) / n).square().sum(),
+        "word_word": lambda: ((a_s.T @ a_s - a_t.T @ a_t) / n).square().sum(),
+    }
+    return sum(weight * value[term]() for term, weight in terms.items())
+
+
+def valid(mask: Tensor | None, sample: int, like: Tensor) -> Tensor | slice:
+    return slice(None) if mask is None else mask.flatten(1)[sample].to(like.device)
+
+
+def cross_modal_kd(
+    student_pixels: Tensor,
+    student_words: Tensor,
+    teacher_pixels: Tensor,
+    teacher_words: Tensor,
+    *,
+    terms: Mapping[str, float],
+    similarity: str = "scaled_dot",
+    temperature: float = 1.0,
+    word_mask: WordMask = None,
+    pixel_mask: Tensor | None = None,
+) -> Tensor:
+    masks = word_mask if isinstance(word_mask, tuple) else (word_mask, word_mask)
+    out = []
+    for b in range(student_pixels.shape[0]):
+        logits = []
+        for v, w, mask in ((student_pixels, student_words, masks[0]), (teacher_pixels, teacher_words, masks[1])):
+            v = (v.flatten(2).mT if v.dim() == 4 else v)[b][valid(pixel_mask, b, v)]
+            w = w[b][valid(mask, b, w)]
+            width = v.shape[1] ** 0.5
+            logits.append(similarities(v, w, "cosine") if similarity == "cosine" else v @ w.T / width)
+        out.append(cross_modal_sample(*logits, temperature, terms))
+    return torch.stack(out)
+
+
+def cross_modal_kd_from_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    terms: Mapping[str, float],
+    temperature: float = 1.0,
+    word_mask: WordMask = None,
+    pixel_mask: Tensor | None = None,
+) -> Tensor:
+    masks = word_mask if isinstance(word_mask, tuple) else (word_mask, word_mask)
+    out = []
+    for b in range(student_logits.shape[0]):
+        heads = []
+        for m, mask in zip((student_logits, teacher_logits), masks, strict=True):
+            m = m[b] if m.dim() == 4 else m[b][None]
+            heads.append(m[:, valid(pixel_mask, b, m)][:, :, valid(mask, b, m)])
+        out.append(torch.stack([cross_modal_sample(*h, temperature, terms) for h in zip(*heads, strict=True)]).mean())
+    return torch.stack(out)

@@ -1,0 +1,108 @@
+"""The operator contract, for every loss on every backend: point 4, the same bits every time, whoever else is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from contract_cases import DTYPES, Problem
+from contract_tools import assert_same, threads
+
+
+def sliced(problem: Problem, samples: slice | list[int]) -> Problem:
+    """Some samples of the batch alone."""
+    cut = lambda m: tuple(x[samples] for x in m) if isinstance(m, tuple) else m[samples]
+    return Problem(problem.case, [x[samples] for x in problem.args], {k: cut(m) for k, m in problem.masks.items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_every_time(setting: Any, dtype: torch.dtype) -> None:
+    for size in setting.case.sizes:
+        problem = setting.case.problem(size, dtype=dtype, device=setting.place.device)
+        weight = problem.weight()
+        first = problem.run(setting.place.backend, weight)
+        for _ in range(2):
+            moved = problem.mapped(lambda x: x.clone())  # other addresses, the same numbers
+            assert_same(moved.run(setting.place.backend, weight), first)
+
+
+def test_same_bits_whatever_the_threads(kernel_setting: Any) -> None:
+    """Also at sizes where more threads are put to work."""
+    if kernel_setting.place.backend != "cpu":
+        pytest.skip("threads are the CPU's")
+    case = kernel_setting.case
+    sizes = [*case.sizes.values(), busy(case)]
+    for size in sizes:
+        problem = case.problem_of(size, dtype=torch.float32, device="cpu")
+        weight = problem.weight() if size is not sizes[-1] else None
+        results = []
+        for count in (1, 2, 3):
+            with threads(count):
+                results.append(problem.run("cpu", weight))
+        for other in results[1:]:
+            if "guide" in case.options:  # mixed by torch's products before the kernel sees them
+                problem.assert_near(other, results[0])
+            else:
+                assert_same(other, results[0])
+
+
+def busy(case: Any) -> tuple[int, ...]:
+    """Enough work for three threads, unequally divided."""
+    if case.family == "softmax_kl":
+        return (3, 50, 20, 35)
+    if case.loss.__name__ == "channel_kd":
+        return (3, 75, 20, 20, 14, 14)
+    if case.loss.__name__ == "pixel_relation_kd":
+        width = 24
+        return (3, width, width if "unequal" not in case.name else 17, 17, 19)
+    if case.name.endswith("other tokens"):
+        return (3, 1100, 9, 14, 16)
+    return (3, 1100, 13) if "from_logits" in case.name else (3, 1100, 13, 24, 24)
+
+
+def test_a_sample_does_not_depend_on_the_others(setting: Any) -> None:
+    """Its numbers alone are its numbers in a batch, up to the order in which a library's product adds."""
+    if setting.case.pools_the_batch:
+        pytest.skip("the definition pools the batch")
+    problem = setting.case.problem(device=setting.place.device)
+    whole = problem.run(setting.place.backend)
+    batch = problem.args[0].shape[0]
+    for sample in range(batch):
+        alone = sliced(problem, slice(sample, sample + 1)).run(setting.place.backend)
+        per = whole[0].shape[0] // batch  # rows of a sample: more than one with patches
+        mine = [whole[0][sample * per : (sample + 1) * per], *(x[sample : sample + 1] for x in whole[1:])]
+        exact = setting.case.family == "softmax_kl" and setting.case.options.get("guide") is None
+        if exact:
+            assert_same(alone, mine)
+        else:
+            problem.assert_near(alone, mine)
+
+
+def test_the_order_of_the_samples_does_not_matter(setting: Any) -> None:
+    problem = setting.case.problem(device=setting.place.device)
+    rows, *grads = problem.run(setting.place.backend)
+    if rows.shape[0] != 2:
+        pytest.skip("one relation for the batch, or patches")
+    turned = sliced(problem, [1, 0]).run(setting.place.backend)
+    want = [x.flip(0) for x in (rows, *grads)]
+    if setting.case.pools_the_batch:
+        problem.assert_near(turned, want)
+    else:
+        assert_same(turned, want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_one_sample_holds_does_not_reach_another(setting: Any, value: float) -> None:
+    """Not a bit of it, whether it is finite or not."""
+    if setting.case.pools_the_batch:
+        pytest.skip("the definition pools the batch")
+    problem = setting.case.problem(device=setting.place.device)
+    weight = problem.weight()
+    want = problem.run(setting.place.backend, weight)
+    rows = want[0].shape[0] // 2
+    for index in range(len(problem.args)):
+        args = [x.clone() for x in problem.args]
+        args[index][0] = value
+        loss, *grads = problem.replaced(*args).run(setting.place.backend, weight)
+        assert_same([loss[rows:], *(x[1:] for x in grads)], [want[0][rows:], *(x[1:] for x in want[1:])])

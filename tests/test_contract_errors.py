@@ -1,0 +1,103 @@
+"""The operator contract, for every loss on every backend: bad input is one clear error, before anything is computed.
+
+What each message says, argument by argument, is in ``test_losses_errors.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract_cases import Problem, Setting
+from contract_tools import Recorder
+
+import fastkd
+from fastkd.ops import _backends
+
+
+def refused(
+    problem: Problem, backend: str, kind: type[Exception], message: str, products: bool = False, **more: Any
+) -> None:
+    """The error comes, and no kernel ran before it, nor a product or a softmax (but ``products``: guides, weights)."""
+    with Recorder() as recorder, pytest.raises(kind, match=message):
+        problem.case.loss(*problem.args, **(problem.options | {"backend": backend} | more))
+    assert not recorder.calls
+    assert products or not recorder.others & {"mm", "bmm", "_softmax", "_log_softmax", "exp"}
+
+
+def changed(problem: Problem, index: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Problem:
+    args = list(problem.args)
+    args[index] = change(args[index])
+    return problem.replaced(*args)
+
+
+def test_options(setting: Any) -> None:
+    problem, backend = setting.case.problem(device=setting.place.device), setting.place.backend
+    for value in (0, 0.0, -1.0, math.inf, math.nan):
+        refused(problem, backend, ValueError, "temperature: expected a finite number", temperature=value)
+    refused(problem, backend, TypeError, "temperature: expected a Python number", temperature=torch.tensor(1.0))
+    refused(problem, backend, ValueError, "reduction: expected one of .*'avg'", reduction="avg")
+    refused(problem, "gpu", ValueError, "backend: expected one of .*'gpu'", products=True)
+    for name in ("similarity", "distance", "guide"):
+        if name in setting.case.options:
+            refused(problem, backend, ValueError, f"{name}: expected one of .*'other'", **{name: "other"})
+    if "terms" in setting.case.options:
+        refused(problem, backend, ValueError, "terms: expected one of .*'other'", terms={"other": 1.0})
+
+
+def test_each_input(setting: Any) -> None:
+    problem, backend = setting.case.problem(device=setting.place.device), setting.place.backend
+    for index in range(len(problem.args)):
+        side = "student" if index < problem.students else "teacher"
+        bad = lambda change, index=index: changed(problem, index, change)
+        refused(bad(lambda x: x.long()), backend, TypeError, rf"{side}\w*: expected a floating-point tensor")
+        refused(bad(lambda x: x.to(torch.complex64)), backend, TypeError, rf"{side}\w*: expected a floating-point")
+        refused(bad(lambda x: x.tolist()), backend, TypeError, rf"{side}\w*: expected a tensor")
+        refused(bad(lambda x: x[0, 0, 0]), backend, ValueError, rf"{side}\w*: expected shape")
+        refused(bad(lambda x: x[:0]), backend, ValueError, rf"{side}\w*: is empty")
+        refused(bad(lambda x: x[..., :0]), backend, ValueError, rf"{side}\w*: is empty")
+        refused(bad(lambda x: x.to("meta")), backend, ValueError, r"is on meta|device")
+        refused(bad(lambda x: torch.cat([x, x])), backend, ValueError, r"differ|expected shape")
+
+
+def test_empty_batch(setting: Any) -> None:
+    problem = setting.case.problem(device=setting.place.device).mapped(lambda x: x[:0])
+    refused(problem, setting.place.backend, ValueError, "is empty")
+
+
+def test_masks(setting: Any) -> None:
+    problem, backend = setting.case.problem(device=setting.place.device), setting.place.backend
+    if not problem.masks:
+        pytest.skip("no masks in this case")
+    for name, mask in problem.masks.items():
+        one = mask[0] if isinstance(mask, tuple) else mask
+        put = lambda m, mask=mask: (m, mask[1]) if isinstance(mask, tuple) else m
+        refused(problem, backend, TypeError, f"{name}.*: expected a bool tensor", **{name: put(one.float())})
+        refused(problem, backend, ValueError, f"{name}.*: expected shape", **{name: put(torch.cat([one, one]))})
+        refused(problem, backend, ValueError, f"{name}.*: is on meta", **{name: put(one.to("meta"))})
+        if setting.place.device == "cpu":  # on a GPU nobody looks: it shows as NaN
+            refused(problem, backend, ValueError, f"{name}.*: no valid", **{name: put(torch.zeros_like(one))})
+
+
+def test_a_backend_that_cannot_is_refused_by_name(basic_setting: Setting) -> None:
+    """Each backend on the other device's tensors, and those its family lacks: the reason and the mend are told."""
+    case, (_, device) = basic_setting
+    problem = case.problem(device=device)
+    for backend in _backends.BACKENDS:
+        lacking = backend not in _backends.IMPLEMENTED[case.family]
+        if lacking or _backends._misplaced(backend, device) or _backends.why_not(backend):
+            refused(problem, backend, fastkd.BackendUnavailable, rf"{backend}.*(Use|use|reference)", products=True)
+
+
+def test_dtypes_that_no_kernel_takes(kernel_setting: Any) -> None:
+    """fp8 is the reference's: refused by name, taken under "auto"."""
+    problem = kernel_setting.case.problem(device=kernel_setting.place.device)
+    problem = problem.mapped(lambda x: x.to(torch.float8_e4m3fn))
+    if "guide" in kernel_setting.case.options or kernel_setting.case.options.get("centered"):
+        pytest.skip("these are widened before a kernel sees them")
+    refused(
+        problem, kernel_setting.place.backend, fastkd.BackendUnavailable, "the kernels take .*convert", products=True
+    )

@@ -1,0 +1,226 @@
+"""The operator contract, for every loss on every backend: gradients, as autograd may ask for them.
+
+Points 2 (a gradient for each row, of any strides), 3 (nothing is written, a second backward is the same, nothing is
+computed for a backward that cannot come), 7 (double backward) and 8 (a teacher that requires grad).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract_cases import Case, Problem, Setting
+from contract_tools import Recorder, assert_same, saved_for_backward, tensors_in
+from torch import Tensor
+
+
+def leaves_of(setting: Setting, **options: Any) -> Problem:
+    return setting.case.problem(device=setting.place.device, **options).leaves()
+
+
+def backwards(problem: Problem, loss: Tensor, weight: Tensor | None = None, **options: Any) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, problem.args[: problem.students], weight, **options))
+
+
+def test_gradcheck(setting: Any) -> None:
+    """On the kernels themselves, in fp64: every row's derivative with respect to every input."""
+    problem = leaves_of(setting, size="tiny", dtype=torch.float64)
+    n = problem.students
+    assert torch.autograd.gradcheck(
+        lambda *own: problem.replaced(*own, *problem.args[n:]).loss(setting.place.backend), tuple(problem.args[:n])
+    )
+
+
+def test_each_row_has_its_own_gradient(setting: Any) -> None:
+    """Zero for all rows but one gives that row's gradient alone; their sum is the whole."""
+    problem = leaves_of(setting)
+    rows = problem.loss(setting.place.backend)
+    total = [torch.zeros_like(x) for x in problem.args[: problem.students]]
+    for row in range(rows.numel()):
+        one = torch.zeros_like(rows).flatten()
+        one[row] = 1.0
+        one = one.view_as(rows)
+        got = backwards(problem, rows, one, retain_graph=True)
+        if row in (0, rows.numel() - 1):
+            problem.assert_near(got, problem.exact(one)[1:], ulps=32)
+        total = [a + b for a, b in zip(total, got, strict=True)]
+    problem.assert_near(total, problem.exact()[1:], ulps=32)
+
+
+def test_gradients_of_any_strides(setting: Any) -> None:
+    """Expanded (stride 0, what .sum() and .mean() hand back), transposed, spaced and negative ones, and zeros."""
+    problem = leaves_of(setting)
+    rows = problem.loss(setting.place.backend)
+    like = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(rows.device)
+    flipped = like(*rows.shape[::-1])
+    spaced = like(*rows.shape[:-1], 2 * rows.shape[-1])
+    for weight in (
+        like().expand(rows.shape),
+        like(*rows.shape[1:]).expand(rows.shape),
+        like(rows.shape[0], *[1] * (rows.dim() - 1)).expand(rows.shape),
+        flipped.permute(*range(rows.dim())[::-1]),
+        spaced[..., 1::2],
+        torch.zeros_like(rows),
+    ):
+        got = backwards(problem, rows, weight, retain_graph=True)
+        problem.assert_near(got, problem.exact(weight)[1:], ulps=32)
+    contiguous = backwards(problem, rows, torch.full_like(rows, 0.5), retain_graph=True)
+    assert_same(backwards(problem, rows, rows.new_full((), 0.5).expand(rows.shape), retain_graph=True), contiguous)
+    problem.assert_near(backwards(problem, rows.sum(), retain_graph=True), problem.exact()[1:], ulps=32)
+    count = torch.tensor(1 / rows.numel())
+    problem.assert_near(backwards(problem, rows.mean()), problem.exact(count.expand(rows.shape))[1:], ulps=32)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(setting: Any, reduction: str) -> None:
+    problem = leaves_of(setting)
+    none = problem.loss(setting.place.backend)
+    if reduction == "sum":
+        want = none.sum()
+    elif problem.case.loss.__name__ == "logit_kd" and problem.masks:
+        want = none.sum() / problem.masks["pixel_mask"].sum()
+    else:  # Attention weights have mean 1 already.
+        want = none.mean()
+    loss = problem.loss(setting.place.backend, reduction)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    problem.assert_near(backwards(problem, loss), backwards(problem, want), ulps=32)
+
+
+def test_only_what_is_asked_for(setting: Any) -> None:
+    """One student input may be constant: the other's gradient is what it was."""
+    problem = leaves_of(setting)
+    n = problem.students
+    got: list[Tensor] = []
+    for kept in range(n):
+        args = [x.detach().requires_grad_(i == kept) for i, x in enumerate(problem.args)]
+        loss = problem.replaced(*args).loss(setting.place.backend).sum()
+        (grad,) = torch.autograd.grad(loss, args[kept])
+        got.append(grad)
+    problem.assert_near(got, problem.run(setting.place.backend)[1:])
+
+
+def test_a_second_backward_gives_the_same_bits(setting: Any) -> None:
+    problem = leaves_of(setting)
+    rows = problem.loss(setting.place.backend)
+    weight = problem.weight().to(rows.dtype)
+    first = backwards(problem, rows, weight, retain_graph=True)
+    kept = [x.clone() for x in first]
+    for x in first:
+        x.fill_(torch.nan)  # whoever kept it as a buffer would show it
+    assert_same(backwards(problem, rows, weight, retain_graph=True), kept)
+    backwards(problem, rows, 2 * weight, retain_graph=True)
+    assert_same(backwards(problem, rows, weight), kept)
+
+
+def test_inputs_and_saved_tensors_are_never_written(setting: Any) -> None:
+    problem = leaves_of(setting)
+    with saved_for_backward() as saved:
+        rows = problem.loss(setting.place.backend)
+    weight = problem.weight().to(rows.dtype)
+    watched = [*problem.args, *tensors_in(list(problem.masks.values())), weight, *saved]
+    before = [(x, x._version, x.detach().clone()) for x in watched]
+    backwards(problem, rows, weight, retain_graph=True)
+    backwards(problem, rows, weight)
+    for x, version, copy in before:
+        assert x._version == version
+        torch.testing.assert_close(x.detach(), copy, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_input_changed_before_the_backward_is_noticed(kernel_setting: Any) -> None:
+    """What the backward reads is what the forward saw: an error, or the right gradient where a copy was kept."""
+    problem = kernel_setting.case.problem(device=kernel_setting.place.device).leaves()
+    n = problem.students
+    want = problem.run(kernel_setting.place.backend)[1:]
+    alive = [x * 1 for x in problem.args[:n]]
+    loss = problem.replaced(*alive, *problem.args[n:]).loss(kernel_setting.place.backend).sum()
+    with torch.no_grad():
+        for x in alive:
+            x.mul_(2)
+    try:
+        got = backwards(problem, loss)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    else:
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_nothing_is_kept(setting: Any, mode: Callable[[], Any]) -> None:
+    problem = leaves_of(setting)
+    want = problem.loss(setting.place.backend).detach()
+    with mode(), saved_for_backward() as saved, Recorder() as recorder:
+        rows = problem.loss(setting.place.backend)
+    assert not rows.requires_grad
+    assert not saved
+    torch.testing.assert_close(rows.clone(), want, rtol=1e-6, atol=1e-6)
+    if setting.place.backend != "reference":
+        assert all("backward" not in str(call[0]) for call in recorder.calls)
+
+
+def test_without_grad_nothing_is_computed_for_a_backward(kernel_setting: Any) -> None:
+    """What the forward's operators return is then a few numbers per row, in every regime: no matrix."""
+    for size in kernel_setting.case.sizes:
+        problem = kernel_setting.case.problem(size, device=kernel_setting.place.device)
+        with torch.no_grad(), Recorder() as recorder:
+            problem.loss(kernel_setting.place.backend)
+        for _, args, result in recorder.calls:
+            rows = sum(x.numel() // x.shape[-1] for x in tensors_in(args) if x.dim() > 1)
+            pairs = problem.args[0].shape[0] if kernel_setting.case.options.get("cross_image") else 1
+            allowed = 40 * rows * pairs + 64
+            if kernel_setting.case.options.get("distance") == "mse":  # the loss itself may come of K×K Grams, in tiles
+                narrow = max(min(x.shape[-1], x.shape[-2]) for x in tensors_in(args) if x.dim() == 3)
+                allowed += 32 * (-(-narrow // 32) * 32) ** 2
+            assert sum(x.nbytes for x in tensors_in(result)) <= allowed
+
+
+def test_a_constant_student_needs_no_backward(setting: Any) -> None:
+    problem = setting.case.problem(device=setting.place.device)
+    with saved_for_backward() as saved:
+        rows = problem.loss(setting.place.backend)
+    assert not rows.requires_grad
+    assert not saved
+
+
+def test_double_backward(setting: Any) -> None:
+    """The reference is differentiable twice; a kernel says so, rather than return a silent zero."""
+    problem = leaves_of(setting, dtype=torch.float64)
+    grads = backwards(problem, problem.loss(setting.place.backend).sum(), create_graph=True)
+    penalty = sum(g.square().sum() for g in grads)
+    if setting.place.backend == "reference":
+        second = torch.autograd.grad(penalty, problem.args[: problem.students])
+        assert all(x.isfinite().all() for x in second)
+    else:
+        with pytest.raises(RuntimeError, match='backend="reference"'):
+            penalty.backward()
+
+
+def test_a_teacher_that_requires_grad_is_an_error(setting: Any) -> None:
+    problem = setting.case.problem(device=setting.place.device).leaves()
+    n = problem.students
+    for index in range(n, 2 * n):
+        args = list(problem.args)
+        args[index] = args[index].detach().requires_grad_()
+        with Recorder() as recorder, pytest.raises(ValueError, match=r"teacher\w*: requires grad.*detach"):
+            problem.replaced(*args).loss(setting.place.backend)
+        assert not recorder.calls
+        with torch.no_grad():
+            problem.replaced(*args).loss(setting.place.backend)
+
+
+def test_the_gradient_near_the_teacher_is_relatively_exact(setting: Any) -> None:
+    """Where the loss itself is rounding alone, what trains the student is not."""
+    case: Case = setting.case
+    problem = case.problem(device=setting.place.device)
+    n = problem.students
+    if [x.shape for x in problem.args[:n]] != [x.shape for x in problem.args[n:]]:
+        pytest.skip("the student cannot be near a teacher of another shape")
+    teacher = problem.args[n:]
+    near = problem.replaced(*(t + 1e-3 * s for s, t in zip(problem.args[:n], teacher, strict=True)), *teacher)
+    got, exact, plain = (x[1:] for x in (near.run(setting.place.backend), near.exact(), near.plain()))
+    for a, b, c in zip(got, exact, plain, strict=True):
+        relative = lambda x, b=b: ((x.cpu().double() - b).norm() / b.norm().clamp_min(1e-30)).item()
+        assert relative(a) <= 2 * relative(c) + 1e-4
+        assert relative(a) <= 5e-3

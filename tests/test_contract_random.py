@@ -1,0 +1,75 @@
+"""The operator contract, for every family on every backend: random cases, shapes, layouts, dtypes and temperatures."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from contract_cases import CASES, DTYPES, Case, Problem
+from contract_tools import arithmetic, error, rounding
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+DIMENSIONS = {"channel_distribution_kd": 4, "logit_kd": 4, "channel_kd": 6, "pixel_relation_kd": 5, "cross_modal_kd": 5,
+              "cross_modal_kd_from_logits": 3}  # fmt: skip
+
+
+@st.composite
+def sizes(draw: st.DrawFn, case: Case) -> tuple[int, ...]:
+    """(batch, ...): anything from 1, sometimes long in one dimension; even maps where patches cut them."""
+    batch = draw(st.integers(1, 3))
+    others = [draw(st.integers(1, 9)) for _ in range(DIMENSIONS[case.loss.__name__] - 1)]
+    others[draw(st.integers(0, len(others) - 1))] *= draw(st.sampled_from([1, 1, 5, 16, 31]))
+    if case.options.get("patches"):
+        others[1:] = [2 * n for n in others[1:]]
+    if case.loss.__name__ == "pixel_relation_kd" and "unequal" not in case.name and "cross" not in case.name:
+        others[1] = others[0]
+    if "one channel" in case.name:
+        others[0] = 1
+    return (batch, *others)
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_input(basic_setting: Any, data: st.DataObject) -> None:
+    backend, device = basic_setting.place
+    case = data.draw(st.sampled_from([c for c in CASES if c.family == basic_setting.case.family]))
+    case = case.at(temperature=data.draw(st.sampled_from([0.05, 0.1, 0.33, 1.0, 4.0, 20.0]) | st.floats(0.05, 20.0)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    scale = data.draw(st.sampled_from([0.1, 1.0, 4.0]))
+    seed = data.draw(st.integers(0, 2**16))
+    problem = case.problem_of(data.draw(sizes(case)), dtype=dtype, device=device, scale=scale, seed=seed)
+    args = []
+    for x in problem.args:
+        order = data.draw(st.sampled_from(list(itertools.permutations(range(x.dim())))))
+        step = data.draw(st.sampled_from([1, 1, 2, 3]))
+        wide = x.permute(order).repeat_interleave(step, -1)[..., ::step]
+        args.append(wide.permute([order.index(i) for i in range(x.dim())]))
+    check(problem.replaced(*args), backend)
+
+
+def check(problem: Problem, backend: str) -> None:
+    dtype = problem.args[0].dtype
+    work = arithmetic(dtype)
+    weight = problem.weight()
+    loss, *grads = problem.run(backend, weight)
+    exact_loss, *exact = problem.exact(weight)
+    assert error(loss, exact_loss) <= 32 * rounding(problem.magnitude(), work)
+    plain = problem.mapped(lambda x: x.float())
+    noise = [error(a, b) for a, b in zip(plain.plain(weight), plain.exact(weight), strict=True)][1:]
+    smaller = torch.finfo(work).eps / torch.finfo(torch.float32).eps
+    largest = max(1e-6, *(x.abs().max().item() for x in exact))
+    if problem.case.family == "softmax_kl":  # τ (p_s − p_t), also where both are 1
+        largest = max(largest, 0.1 * problem.case.temperature)
+    if problem.case.family == "relation":  # directions turn by 1 / |row|, also where their gradients cancel to 0
+        largest = max(largest, 1 / smallest_row(problem))
+    for grad, want, one in zip(grads, exact, noise, strict=True):
+        allowed = 64 * one + 32 * problem.condition() * rounding(largest, torch.float32)
+        assert error(grad, want) <= 1.01 * rounding(want, dtype) + smaller * allowed
+
+
+def smallest_row(problem: Problem) -> float:
+    rows = [x.double().flatten(2) for x in problem.args]
+    dim = 1 if problem.case.loss.__name__ == "pixel_relation_kd" else 2
+    return max(min(x.norm(dim=dim).min().item() for x in rows), 1e-6)
