@@ -1,6 +1,6 @@
 # fastkd._cpu: every kernel file compiled once per instruction set; the best one is chosen at run time.
 
-set(cpu_kernels cpu/softmax_kl.cpp cpu/vector_exp.cpp)
+set(cpu_kernels cpu/pixel_word.cpp cpu/softmax_kl.cpp cpu/vector_exp.cpp)
 
 function(cpu_skipped reason)
   build_info(cpu built false)

@@ -8,7 +8,9 @@
 namespace fastkd::cpu {
 namespace {
 
-#define FASTKD_TABLE(isa) Kernels{isa::softmax_kl_forward, isa::softmax_kl_backward, isa::exp},
+#define FASTKD_TABLE(isa)                                                                                              \
+    Kernels{isa::softmax_kl_forward, isa::softmax_kl_backward, isa::pixel_word_workspace,                              \
+            isa::pixel_word_forward, isa::pixel_word_backward, isa::exp},
 constexpr Kernels tables[] = {FASTKD_FOR_EACH_ISA(FASTKD_TABLE)};
 #undef FASTKD_TABLE
 
