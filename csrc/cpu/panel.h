@@ -94,13 +94,14 @@ FASTKD_INLINE S* address(const Array& array, const Pixels<T>& pixels, S) {
 }
 
 // What lies in memory as the products want it is left there; all else is copied to `scratch`, with invalid pixels and
-// the columns from `columns` to `padded` zero.
+// the columns from `columns` to `padded` zero. `twice`: a map is copied too, unless it will be walked through only once,
+// since its rows lie in as many pages.
 template <class T>
-Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns, std::int64_t padded,
+Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns, std::int64_t padded, bool twice,
                     T* scratch) {
     const bool rows = by_pixel(array);
-    if (rows && stored_as_is<T>(array.dtype) && pixels.valid == nullptr && columns == padded) {
-        return {address(array, pixels, T{}), array.pixel, true};
+    if (stored_as_is<T>(array.dtype) && pixels.valid == nullptr && (rows ? columns == padded : !twice)) {
+        return {address(array, pixels, T{}), rows ? array.pixel : array.column, rows};
     }
     with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         const auto* from = address(array, pixels, stored);
@@ -122,23 +123,47 @@ Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t co
     return {scratch, rows ? padded : pixels.width, rows};
 }
 
+// Asks for the pixels to be brought into the second-level cache meanwhile: products alone would leave the memory idle
+// most of the time, since they read each element several times.
+template <class T>
+void prefetch_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns) {
+    constexpr std::int64_t line = 64;
+    const std::int64_t size = element_size(array.dtype);
+    const bool rows = by_pixel(array);
+    const char* from =
+        static_cast<const char*>(array.data) + (pixels.sample * array.batch + pixels.begin * array.pixel) * size;
+    const std::int64_t count = rows ? pixels.count : columns, step = (rows ? array.pixel : array.column) * size;
+    const std::int64_t bytes = (rows ? columns : pixels.count) * size;
+    for (std::int64_t i = 0; i < count; ++i) {
+        for (std::int64_t byte = 0; byte < bytes; byte += line) {
+            __builtin_prefetch(from + i * step + byte, 0, 2);
+        }
+    }
+}
+
 // The gradient of a panel: where to write it, in a panel's layout. finish_panel brings it to memory if it is not there.
+// What is written past the caches must be finished by stream_fence.
 template <class T>
 struct PanelOut {
     T* data;
     std::int64_t stride;
     bool by_pixel;
     bool in_memory;
+    bool stream; // past the caches
 };
 
 template <class T>
 FASTKD_INLINE PanelOut<T> start_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns,
-                                      std::int64_t padded, T* scratch) {
+                                      std::int64_t padded, bool stream, T* scratch) {
     const bool rows = by_pixel(array);
     if (stored_as_is<T>(array.dtype) && pixels.valid == nullptr && (!rows || columns == padded)) {
-        return {address(array, pixels, T{}), rows ? array.pixel : array.column, rows, true};
+        T* to = address(array, pixels, T{});
+        const std::int64_t stride = rows ? array.pixel : array.column;
+        constexpr std::int64_t alignment = lanes<T> * sizeof(T);
+        const bool aligned = reinterpret_cast<std::uintptr_t>(to) % alignment == 0 && stride % lanes<T> == 0;
+        return {to, stride, rows, true, stream && aligned};
     }
-    return {scratch, rows ? padded : pixels.width, rows, false};
+    return {scratch, rows ? padded : pixels.width, rows, false, false};
 }
 
 template <class T>

@@ -46,12 +46,12 @@ template <class T>
 void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pixels, const std::int32_t* word,
                std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out) {
     const std::int64_t stride = plan.panel_pixels;
-    const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, scratch);
+    const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, true, scratch);
     if (panel.by_pixel) {
         multiply_transposed(packed, padded, panel.data, panel.stride, out, stride, words, pixels.width, padded, false);
     } else {
         multiply<T>({packed, padded, 1}, panel.data, panel.stride, out, stride, words, pixels.width, network.width,
-                    Walk::down, false);
+                    Walk::down, Store::set);
     }
     if (plan.problem.cosine) {
         pixel_norms(panel, network.width, padded, pixels.width, norms);
@@ -115,9 +115,11 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
     const Sample& sample = plan.samples[pixels.sample];
     const std::int64_t stride = plan.panel_pixels, words = sample.words;
     if (plan.from_features()) {
+        prefetch_panel(problem.student.pixels, pixels, problem.student.width);
         logits_of(plan, problem.teacher, pixels, sample.teacher_word, words,
                   plan.words_teacher + pixels.sample * plan.words * plan.width_teacher, plan.width_teacher,
                   scratch.panel, scratch.norms, scratch.teacher);
+        plan.prefetch_next(problem.teacher, pixels);
         logits_of(plan, problem.student, pixels, sample.student_word, words,
                   plan.words_student + pixels.sample * plan.words * plan.width_student, plan.width_student,
                   scratch.panel, scratch.norms, scratch.student);
@@ -369,8 +371,9 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
                         T* d_m, T* own, std::int64_t words, const Scratch<T>& scratch) {
     const std::int64_t columns = plan.problem.student.width, padded = plan.width_student;
     const T* packed = plan.words_student + pixels.sample * plan.words * padded;
-    const PanelOut<T> out = start_panel(args.grad_pixels, pixels, columns, padded, scratch.gradient);
+    const PanelOut<T> out = start_panel(args.grad_pixels, pixels, columns, padded, plan.streams(), scratch.gradient);
     const bool cosine = plan.problem.cosine;
+    const Store mode = cosine ? Store::add : (out.stream ? Store::stream : Store::set);
     if (cosine) { // no direction, no gradient
         for (std::int64_t k = -1; k < words; ++k) {
             keep_valid(k < 0 ? own : d_m + k * plan.panel_pixels, scratch.norms, pixels.width);
@@ -384,10 +387,10 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
     }
     if (out.by_pixel) {
         multiply<T>({d_m, 1, plan.panel_pixels}, packed, padded, out.data, out.stride, pixels.width, padded, words,
-                    Walk::across, cosine);
+                    Walk::across, mode);
     } else {
         multiply<T>({packed, 1, padded}, d_m, plan.panel_pixels, out.data, out.stride, columns, pixels.width, words,
-                    Walk::across, cosine);
+                    Walk::across, mode);
     }
     finish_panel(out, args.grad_pixels, pixels, columns);
 }
@@ -398,6 +401,9 @@ void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
     const Problem& problem = plan.problem;
     const Sample& sample = plan.samples[pixels.sample];
     const std::int64_t words = sample.words, stride = plan.panel_pixels;
+    if (args.grad_words != nullptr && plan.from_features()) {
+        prefetch_panel(problem.student.pixels, pixels, problem.student.width);
+    }
     const Logits<T> logits = backward_logits(args, plan, pixels, scratch);
     gradient_of_logits(args, plan, pixels, by, logits, scratch);
     if (!plan.from_features()) {
@@ -412,12 +418,13 @@ void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
     }
     Panel<T> panel{};
     if (args.grad_words != nullptr || problem.cosine) {
-        panel = load_panel(problem.student.pixels, pixels, problem.student.width, plan.width_student, scratch.panel);
+        panel = load_panel(problem.student.pixels, pixels, problem.student.width, plan.width_student, problem.cosine,
+                           scratch.panel);
     }
     if (args.grad_words != nullptr) {
         if (panel.by_pixel) {
             multiply<T>({d_m, stride, 1}, panel.data, panel.stride, grad_words, plan.width_student, words,
-                        plan.width_student, pixels.width, Walk::down, true);
+                        plan.width_student, pixels.width, Walk::down, Store::add);
         } else {
             multiply_transposed(d_m, stride, panel.data, panel.stride, grad_words, plan.width_student, words,
                                 problem.student.width, pixels.width, true);
@@ -485,6 +492,7 @@ void backward(const Backward& args, int threads) {
                     backward_panel(args, plan, pixels, by, scratch, grad_words);
                 });
             });
+            stream_fence();
         }
         if (for_words) {
 #pragma omp for schedule(static)

@@ -162,7 +162,7 @@ void gradient_over_words(const Coefficients<T>& by, const T* a, const T* d, std:
                          std::int64_t width, T* out) {
     if (by.mix != nullptr) { // dA = X^T A + Z^T D, words down the rows
         multiply<T>({by.mix, 1, words}, a, stride, out, stride, words, width, by.mixes_d ? 2 * words : words,
-                    Walk::down, false);
+                    Walk::down, Store::set);
     }
     for (std::int64_t p = 0; p < width; p += lanes<T>) {
         Vec<T> along{};

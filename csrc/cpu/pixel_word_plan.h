@@ -4,6 +4,7 @@
 // place of their own, and those are added in order: results do not depend on the number of threads.
 #pragma once
 
+#include <cstdlib>
 #include "common/pixel_word.h"
 #include "common/softmax_kl.h"
 #include "cpu/pixel_word_panel.h"
@@ -16,6 +17,7 @@ using pixel_word::Problem;
 constexpr std::int64_t column_padding = 16;              // lanes of the widest vectors: sizes are alike for all
 constexpr std::int64_t partial_bytes = 12 * 1024 * 1024; // of the chunks' sums, at most, if there is a choice
 constexpr std::int64_t scratch_bytes = 12 * 1024 * 1024; // of all threads, likewise
+constexpr std::int64_t stream_bytes = 4 * 1024 * 1024;   // as in softmax_kl.cpp
 
 // Hands out pieces of the workspace; without one, only counts.
 class Arena {
@@ -86,6 +88,19 @@ struct Plan {
         return reinterpret_cast<P*>(partials + unit * partial_size);
     }
 
+    // Whether the gradient of the pixels would push everything else out of the caches.
+    FASTKD_INLINE bool streams() const {
+        return problem.batch * problem.pixels * problem.student.width * static_cast<std::int64_t>(sizeof(T)) >=
+               stream_bytes;
+    }
+    FASTKD_INLINE void prefetch_next(const Network& network, const Pixels<T>& pixels) const {
+        const std::int64_t begin = pixels.begin + panel_pixels;
+        if (begin < problem.pixels) {
+            const std::int64_t count = least(panel_pixels, problem.pixels - begin);
+            prefetch_panel<T>(network.pixels, {pixels.sample, begin, count, 0, nullptr}, network.width);
+        }
+    }
+
     // The chunk's pixels from `begin` on, as many as a panel holds.
     FASTKD_INLINE Pixels<T> pixels_at(std::int64_t sample, std::int64_t begin, std::int64_t end, T* valid) const {
         Pixels<T> pixels{sample, begin, least(panel_pixels, end - begin), 0, nullptr};
@@ -146,6 +161,10 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
         plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
     // A panel stays in the second-level cache, the rows of A and D in the first if there are few words.
     plan.panel_pixels = width * static_cast<std::int64_t>(sizeof(T)) <= 1024 ? 128 : 64;
+    if (!by_pixel(problem.student.pixels)) {
+        plan.panel_pixels = width * static_cast<std::int64_t>(sizeof(T)) <= 1024 ? 256 : 128;
+    } else if (getenv("PWP")) { plan.panel_pixels = atoi(getenv("PWP"));
+    }
     const std::int64_t panels = (problem.pixels + plan.panel_pixels - 1) / plan.panel_pixels;
     plan.partial_size = round_up(backward ? plan.words * plan.width_student * static_cast<std::int64_t>(sizeof(T))
                                           : forward_partial_size(problem, plan.words),

@@ -30,17 +30,23 @@ struct Matrix {
     std::int64_t col;
 };
 
+enum class Store {
+    set,
+    add,   // to what is there
+    stream // past the caches, to aligned addresses: see store_stream
+};
+
 // ---- C = A B: vectors run along the rows of B and C ----------------------------------------------------------------
 
 template <class T, int rows, int vectors>
 void multiply_tile(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t depth,
-                   bool accumulate) {
+                   Store mode) {
     Vec<T> sums[rows][vectors];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 16
         for (int j = 0; j < vectors; ++j) {
-            sums[i][j] = accumulate ? load(c + i * c_row + j * lanes<T>) : Vec<T>{};
+            sums[i][j] = Vec<T>{};
         }
     }
     for (std::int64_t k = 0; k < depth; ++k) {
@@ -62,18 +68,23 @@ void multiply_tile(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 16
         for (int j = 0; j < vectors; ++j) {
-            store(c + i * c_row + j * lanes<T>, sums[i][j]);
+            T* to = c + i * c_row + j * lanes<T>;
+            if (mode == Store::stream) {
+                store_stream(to, sums[i][j]);
+            } else {
+                store(to, mode == Store::add ? load(to) + sums[i][j] : sums[i][j]);
+            }
         }
     }
 }
 
 template <class T, int vectors, int most = broadcast_rows>
 FASTKD_INLINE void multiply_rows(std::int64_t rows, Matrix<T> a, const T* b, std::int64_t b_row, T* c,
-                                 std::int64_t c_row, std::int64_t depth, bool accumulate) {
+                                 std::int64_t c_row, std::int64_t depth, Store mode) {
     if (rows == most) {
-        multiply_tile<T, most, vectors>(a, b, b_row, c, c_row, depth, accumulate);
+        multiply_tile<T, most, vectors>(a, b, b_row, c, c_row, depth, mode);
     } else if constexpr (most > 1) {
-        multiply_rows<T, vectors, most - 1>(rows, a, b, b_row, c, c_row, depth, accumulate);
+        multiply_rows<T, vectors, most - 1>(rows, a, b, b_row, c, c_row, depth, mode);
     }
 }
 
@@ -82,37 +93,38 @@ enum class Walk {
     across // one strip of rows for all of B: where C is large
 };
 
-// C (rows x cols) = A (rows x depth) B (depth x cols), added to C if `accumulate`. `cols` is a multiple of the lanes.
+// C (rows x cols) = A (rows x depth) B (depth x cols), `cols` is a multiple of the lanes.
 template <class T>
 void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t rows,
-              std::int64_t cols, std::int64_t depth, Walk walk, bool accumulate) {
-    constexpr std::int64_t most_depth = 64; // sums of short sums are more exact, and a strip of B stays in the L1
+              std::int64_t cols, std::int64_t depth, Walk walk, Store mode) {
+    constexpr std::int64_t most_depth = 128; // sums of short sums are more exact, and a strip of B stays in the L1
     constexpr std::int64_t strip = 2 * lanes<T>;
     const std::int64_t strips = (rows + broadcast_rows - 1) / broadcast_rows;
     const std::int64_t each = strips > 0 ? (rows + strips - 1) / strips : 0;
-    const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t steps, bool add)
+    const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t steps, Store how)
                           __attribute__((always_inline)) {
         const Matrix<T> left{a.data + i * a.row + k * a.col, a.row, a.col};
         const std::int64_t count = least(each, rows - i);
         if (cols - j >= strip) {
-            multiply_rows<T, 2>(count, left, b + k * b_row + j, b_row, c + i * c_row + j, c_row, steps, add);
+            multiply_rows<T, 2>(count, left, b + k * b_row + j, b_row, c + i * c_row + j, c_row, steps, how);
         } else {
-            multiply_rows<T, 1>(count, left, b + k * b_row + j, b_row, c + i * c_row + j, c_row, steps, add);
+            multiply_rows<T, 1>(count, left, b + k * b_row + j, b_row, c + i * c_row + j, c_row, steps, how);
         }
     };
     for (std::int64_t k = 0; k < depth; k += most_depth) {
         const std::int64_t steps = least(most_depth, depth - k);
-        const bool add = accumulate || k > 0;
+        const bool last = k + steps == depth;
+        const Store how = k > 0 ? Store::add : (mode == Store::stream && !last ? Store::set : mode);
         if (walk == Walk::down) {
             for (std::int64_t j = 0; j < cols; j += strip) {
                 for (std::int64_t i = 0; i < rows; i += each) {
-                    tile(i, j, k, steps, add);
+                    tile(i, j, k, steps, how);
                 }
             }
         } else {
             for (std::int64_t i = 0; i < rows; i += each) {
                 for (std::int64_t j = 0; j < cols; j += strip) {
-                    tile(i, j, k, steps, add);
+                    tile(i, j, k, steps, how);
                 }
             }
         }
