@@ -123,22 +123,17 @@ Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t co
     return {scratch, rows ? padded : pixels.width, rows};
 }
 
-// Asks for the pixels to be brought into the second-level cache meanwhile: products alone would leave the memory idle
-// most of the time, since they read each element several times.
+// The memory of these pixels, to be fetched during a product.
 template <class T>
-void prefetch_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns) {
-    constexpr std::int64_t line = 64;
+Prefetch prefetch_of(const Array& array, const Pixels<T>& pixels, std::int64_t columns) {
     const std::int64_t size = element_size(array.dtype);
     const bool rows = by_pixel(array);
-    const char* from =
-        static_cast<const char*>(array.data) + (pixels.sample * array.batch + pixels.begin * array.pixel) * size;
-    const std::int64_t count = rows ? pixels.count : columns, step = (rows ? array.pixel : array.column) * size;
-    const std::int64_t bytes = (rows ? columns : pixels.count) * size;
-    for (std::int64_t i = 0; i < count; ++i) {
-        for (std::int64_t byte = 0; byte < bytes; byte += line) {
-            __builtin_prefetch(from + i * step + byte, 0, 2);
-        }
-    }
+    Prefetch fetch;
+    fetch.row = static_cast<const char*>(array.data) + (pixels.sample * array.batch + pixels.begin * array.pixel) * size;
+    fetch.rows = rows ? pixels.count : columns;
+    fetch.step = (rows ? array.pixel : array.column) * size;
+    fetch.bytes = (rows ? columns : pixels.count) * size;
+    return fetch;
 }
 
 // The gradient of a panel: where to write it, in a panel's layout. finish_panel brings it to memory if it is not there.

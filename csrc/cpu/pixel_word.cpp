@@ -44,14 +44,16 @@ FASTKD_INLINE ScaledExp<T> exp_of(const Network& network) {
 // One network's logits of a panel, from its features. `norms` receives those of the pixels, for the cosine.
 template <class T>
 void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pixels, const std::int32_t* word,
-               std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out) {
+               std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out,
+               Prefetch fetch) {
     const std::int64_t stride = plan.panel_pixels;
     const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, true, scratch);
     if (panel.by_pixel) {
-        multiply_transposed(packed, padded, panel.data, panel.stride, out, stride, words, pixels.width, padded, false);
+        multiply_transposed(packed, padded, panel.data, panel.stride, out, stride, words, pixels.width, padded, false,
+                            false, fetch);
     } else {
         multiply<T>({packed, padded, 1}, panel.data, panel.stride, out, stride, words, pixels.width, network.width,
-                    Walk::down, Store::set);
+                    Walk::down, Store::set, fetch);
     }
     if (plan.problem.cosine) {
         pixel_norms(panel, network.width, padded, pixels.width, norms);
@@ -115,14 +117,13 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
     const Sample& sample = plan.samples[pixels.sample];
     const std::int64_t stride = plan.panel_pixels, words = sample.words;
     if (plan.from_features()) {
-        prefetch_panel(problem.student.pixels, pixels, problem.student.width);
         logits_of(plan, problem.teacher, pixels, sample.teacher_word, words,
                   plan.words_teacher + pixels.sample * plan.words * plan.width_teacher, plan.width_teacher,
-                  scratch.panel, scratch.norms, scratch.teacher);
-        plan.prefetch_next(problem.teacher, pixels);
+                  scratch.panel, scratch.norms, scratch.teacher,
+                  prefetch_of(problem.student.pixels, pixels, problem.student.width));
         logits_of(plan, problem.student, pixels, sample.student_word, words,
                   plan.words_student + pixels.sample * plan.words * plan.width_student, plan.width_student,
-                  scratch.panel, scratch.norms, scratch.student);
+                  scratch.panel, scratch.norms, scratch.student, plan.next(problem.teacher, pixels));
         if (args.kept.logits != nullptr) {
             keep_logits(plan, pixels, scratch, args.kept.logits);
         }
@@ -368,7 +369,8 @@ void scale_by_norms(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
 // dV = dM L, to memory.
 template <class T>
 void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Panel<T>& panel,
-                        T* d_m, T* own, std::int64_t words, const Scratch<T>& scratch) {
+                        T* d_m, T* own, std::int64_t words, const Scratch<T>& scratch,
+                        Prefetch fetch) {
     const std::int64_t columns = plan.problem.student.width, padded = plan.width_student;
     const T* packed = plan.words_student + pixels.sample * plan.words * padded;
     const PanelOut<T> out = start_panel(args.grad_pixels, pixels, columns, padded, plan.streams(), scratch.gradient);
@@ -387,10 +389,10 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
     }
     if (out.by_pixel) {
         multiply<T>({d_m, 1, plan.panel_pixels}, packed, padded, out.data, out.stride, pixels.width, padded, words,
-                    Walk::across, mode);
+                    Walk::across, mode, fetch);
     } else {
         multiply<T>({packed, 1, padded}, d_m, plan.panel_pixels, out.data, out.stride, columns, pixels.width, words,
-                    Walk::across, mode);
+                    Walk::across, mode, fetch);
     }
     finish_panel(out, args.grad_pixels, pixels, columns);
 }
@@ -401,9 +403,6 @@ void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
     const Problem& problem = plan.problem;
     const Sample& sample = plan.samples[pixels.sample];
     const std::int64_t words = sample.words, stride = plan.panel_pixels;
-    if (args.grad_words != nullptr && plan.from_features()) {
-        prefetch_panel(problem.student.pixels, pixels, problem.student.width);
-    }
     const Logits<T> logits = backward_logits(args, plan, pixels, scratch);
     gradient_of_logits(args, plan, pixels, by, logits, scratch);
     if (!plan.from_features()) {
@@ -421,17 +420,19 @@ void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
         panel = load_panel(problem.student.pixels, pixels, problem.student.width, plan.width_student, problem.cosine,
                            scratch.panel);
     }
+    const Prefetch fetch = panel.data == nullptr ? Prefetch{} : plan.next(problem.student, pixels);
+    const bool for_pixels = args.grad_pixels.data != nullptr;
     if (args.grad_words != nullptr) {
         if (panel.by_pixel) {
             multiply<T>({d_m, stride, 1}, panel.data, panel.stride, grad_words, plan.width_student, words,
-                        plan.width_student, pixels.width, Walk::down, Store::add);
+                        plan.width_student, pixels.width, Walk::down, Store::add, for_pixels ? Prefetch{} : fetch);
         } else {
             multiply_transposed(d_m, stride, panel.data, panel.stride, grad_words, plan.width_student, words,
-                                problem.student.width, pixels.width, true);
+                                problem.student.width, pixels.width, true, false, for_pixels ? Prefetch{} : fetch);
         }
     }
-    if (args.grad_pixels.data != nullptr) {
-        gradient_of_pixels(args, plan, pixels, panel, d_m, own, words, scratch);
+    if (for_pixels) {
+        gradient_of_pixels(args, plan, pixels, panel, d_m, own, words, scratch, fetch);
     }
 }
 

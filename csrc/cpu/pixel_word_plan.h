@@ -93,12 +93,14 @@ struct Plan {
         return problem.batch * problem.pixels * problem.student.width * static_cast<std::int64_t>(sizeof(T)) >=
                stream_bytes;
     }
-    FASTKD_INLINE void prefetch_next(const Network& network, const Pixels<T>& pixels) const {
+    // The memory of the panel after this one.
+    FASTKD_INLINE Prefetch next(const Network& network, const Pixels<T>& pixels) const {
         const std::int64_t begin = pixels.begin + panel_pixels;
-        if (begin < problem.pixels) {
-            const std::int64_t count = least(panel_pixels, problem.pixels - begin);
-            prefetch_panel<T>(network.pixels, {pixels.sample, begin, count, 0, nullptr}, network.width);
+        if (begin >= problem.pixels) {
+            return {};
         }
+        const std::int64_t count = least(panel_pixels, problem.pixels - begin);
+        return prefetch_of<T>(network.pixels, {pixels.sample, begin, count, 0, nullptr}, network.width);
     }
 
     // The chunk's pixels from `begin` on, as many as a panel holds.

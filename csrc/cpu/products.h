@@ -30,6 +30,32 @@ struct Matrix {
     std::int64_t col;
 };
 
+// Memory to be brought into the second-level cache during a product, a few lines with every tile: a product reads each
+// element several times, and would leave the memory idle but for the first.
+struct Prefetch {
+    const char* row = nullptr;
+    std::int64_t rows = 0;
+    std::int64_t step = 0; // bytes from one row to the next
+    std::int64_t bytes = 0;
+    std::int64_t at = 0;
+    std::int64_t each = 0;
+
+    FASTKD_INLINE void spread(std::int64_t tiles) {
+        each = (rows * ((bytes + 63) / 64) + tiles - 1) / (tiles > 0 ? tiles : 1);
+    }
+    FASTKD_INLINE void some() {
+        for (std::int64_t i = 0; i < each && rows > 0; ++i) {
+            __builtin_prefetch(row + at, 0, 2);
+            at += 64;
+            if (at >= bytes) {
+                at = 0;
+                row += step;
+                --rows;
+            }
+        }
+    }
+};
+
 enum class Store {
     set,
     add,   // to what is there
@@ -96,15 +122,17 @@ enum class Walk {
 // C (rows x cols) = A (rows x depth) B (depth x cols), `cols` is a multiple of the lanes.
 template <class T>
 void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t rows,
-              std::int64_t cols, std::int64_t depth, Walk walk, Store mode) {
+              std::int64_t cols, std::int64_t depth, Walk walk, Store mode, Prefetch fetch = {}) {
     constexpr std::int64_t most_depth = 128; // sums of short sums are more exact, and a strip of B stays in the L1
     constexpr std::int64_t strip = 2 * lanes<T>;
     const std::int64_t strips = (rows + broadcast_rows - 1) / broadcast_rows;
     const std::int64_t each = strips > 0 ? (rows + strips - 1) / strips : 0;
+    fetch.spread(strips * ((cols + strip - 1) / strip) * ((depth + most_depth - 1) / most_depth));
     const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t steps, Store how)
                           __attribute__((always_inline)) {
         const Matrix<T> left{a.data + i * a.row + k * a.col, a.row, a.col};
         const std::int64_t count = least(each, rows - i);
+        fetch.some();
         if (cols - j >= strip) {
             multiply_rows<T, 2>(count, left, b + k * b_row + j, b_row, c + i * c_row + j, c_row, steps, how);
         } else {
@@ -205,12 +233,14 @@ void dot_tile(const T* a, std::int64_t a_row, std::int64_t rows, const T* b, std
 template <class T, class C>
 void multiply_transposed(const T* a, std::int64_t a_row, const T* b, std::int64_t b_row, C* c, std::int64_t c_row,
                          std::int64_t rows, std::int64_t cols, std::int64_t depth, bool accumulate,
-                         bool symmetric = false) {
+                         bool symmetric = false, Prefetch fetch = {}) {
+    fetch.spread(((rows + dot_rows - 1) / dot_rows) * ((cols + dot_cols - 1) / dot_cols));
     for (std::int64_t j = 0; j < cols; j += dot_cols) {
         const std::int64_t width = least(dot_cols, cols - j);
         for (std::int64_t i = symmetric ? j / dot_rows * dot_rows : 0; i < rows; i += dot_rows) {
             const std::int64_t height = least(dot_rows, rows - i);
             T tile[dot_rows * dot_cols];
+            fetch.some();
             dot_tile(a + i * a_row, a_row, height, b + j * b_row, b_row, width, depth, tile);
             for (std::int64_t y = 0; y < height; ++y) {
                 for (std::int64_t x = 0; x < width; ++x) {
