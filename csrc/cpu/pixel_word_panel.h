@@ -54,7 +54,7 @@ struct LogProduct {
 // Writes A and D unless null; returns the sum over valid pixels of KL(B[p] || A[p]) if `kl`.
 template <class T, bool kl>
 double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d) {
-    const T scale_s = logits.exp_student.scale, scale_t = logits.exp_teacher.scale;
+    const T scale_s = logits.exp_student.scale, ratio_t = logits.exp_teacher.scale / scale_s;
     Vec<T> sum_a{};
     LogProduct<T> ratios; // z_s/z_t, between 1/words and words
     for (std::int64_t p = 0; p < pixels.width; p += lanes<T>) {
@@ -75,24 +75,25 @@ double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d) {
             const Vec<T> e_t = logits.exp_teacher(d_t, T(0), T(0));
             z_s += e_s;
             z_t += e_t;
-            if constexpr (kl) { // 0 * log 0 = 0
-                sum += e_t == T(0) ? Vec<T>{} : e_t * (d_t * scale_t - d_s * scale_s);
+            if constexpr (kl) { // 0 * log 0 = 0; and the difference of equals is 0, also if multiply-adds are fused
+                sum += e_t == T(0) ? Vec<T>{} : e_t * (d_t * ratio_t - d_s);
             }
             if (a != nullptr) {
                 store(a + k * logits.stride + p, e_s);
                 store(d + k * logits.stride + p, e_t);
             }
         }
-        const Vec<T> inv_s = T(1) / z_s, inv_t = T(1) / z_t;
+        const Vec<T> inv_s = T(1) / z_s;
+        Vec<T> ratio = z_s / z_t;
         if (a != nullptr) {
             for (std::int64_t k = 0; k < logits.words; ++k) {
-                const Vec<T> a_k = load(a + k * logits.stride + p) * inv_s;
-                store(a + k * logits.stride + p, a_k);
-                store(d + k * logits.stride + p, a_k - load(d + k * logits.stride + p) * inv_t);
+                const Vec<T> e_s = load(a + k * logits.stride + p), e_t = load(d + k * logits.stride + p);
+                store(a + k * logits.stride + p, e_s * inv_s);
+                store(d + k * logits.stride + p, (e_s - e_t * ratio) * inv_s);
             }
         }
         if constexpr (kl) {
-            Vec<T> per_pixel = sum * inv_t, ratio = z_s * inv_t;
+            Vec<T> per_pixel = sum / z_t * scale_s;
             if (pixels.valid != nullptr) {
                 const Vec<T> valid = load(pixels.valid + p);
                 per_pixel = valid == T(0) ? Vec<T>{} : per_pixel;
@@ -116,7 +117,7 @@ struct Maxima {
 template <class T>
 void accumulate_columns(const Logits<T>& logits, const Pixels<T>& pixels, KLState<double>* states, Maxima<T>* maxima) {
     const T nothing = softmax_kl::minus_infinity<T>();
-    const T scale_s = logits.exp_student.scale, scale_t = logits.exp_teacher.scale;
+    const T scale_s = logits.exp_student.scale, scale_t = logits.exp_teacher.scale, ratio_t = scale_t / scale_s;
     for (std::int64_t k = 0; k < logits.words; ++k) {
         const T* s = logits.student + k * logits.stride;
         const T* t = logits.teacher + k * logits.stride;
@@ -140,9 +141,9 @@ void accumulate_columns(const Logits<T>& logits, const Pixels<T>& pixels, KLStat
             const Vec<T> e_t = logits.exp_teacher(d_t, T(0), T(0));
             z_s += logits.exp_student(d_s, T(0), T(0));
             z_t += e_t;
-            sum_a += e_t == T(0) ? Vec<T>{} : e_t * (d_t * scale_t - d_s * scale_s);
+            sum_a += e_t == T(0) ? Vec<T>{} : e_t * (d_t * ratio_t - d_s);
         }
-        states[k].add(sum(z_s), sum(z_t), sum(sum_a));
+        states[k].add(sum(z_s), sum(z_t), sum(sum_a) * scale_s);
     }
 }
 

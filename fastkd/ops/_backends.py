@@ -34,7 +34,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 """What ``"auto"`` tries on each device type, the fastest measured first; other devices use the reference."""
 
-MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048}
+MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048, ("pixel_word", "cpu"): 1024}
 """(family, device type) -> number of elements of ``student`` below which the reference was measured faster."""
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
