@@ -12,10 +12,9 @@
 namespace fastkd::bindings {
 
 using PixelArray = std::tuple<std::uintptr_t, std::string, std::array<std::int64_t, 3>>;
-using PixelWordNetwork =
-    std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double>;
-using PixelWordProblem = std::tuple<PixelWordNetwork, PixelWordNetwork, std::uintptr_t, std::int64_t, std::int64_t,
-                                    std::string, bool, int>;
+using PixelWordNetwork = std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double>;
+using PixelWordProblem =
+    std::tuple<PixelWordNetwork, PixelWordNetwork, std::uintptr_t, std::int64_t, std::int64_t, std::string, bool, int>;
 using PixelWordKept = std::array<std::uintptr_t, 4>;
 
 inline void* parse_optional(std::uintptr_t address, const char* name, std::int64_t alignment) {
@@ -149,8 +148,8 @@ void define_pixel_word(py::module_& module, const char* extra, Workspace workspa
             const py::gil_scoped_release unlocked;
             backward(args, extra_value);
         },
-        py::arg("problem"), py::arg("kept"), py::arg("grad_loss"), py::arg("grad_loss_strides"),
-        py::arg("grad_pixels"), py::arg("grad_words"), py::arg("workspace"), py::arg(extra),
+        py::arg("problem"), py::arg("kept"), py::arg("grad_loss"), py::arg("grad_loss_strides"), py::arg("grad_pixels"),
+        py::arg("grad_words"), py::arg("workspace"), py::arg(extra),
         "The gradients of the student's pixels (or logits) and words. Addresses, sizes, strides in elements.");
 }
 

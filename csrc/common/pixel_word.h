@@ -1,8 +1,8 @@
 // How two networks' pixels attend to words, compared: the interface of the kernels and what they compute.
 //
-// Of one sample: logits M (pixels x words) of student and teacher, M = V L^T or the cosines of V and L, u = scale M with
-// scale = 1/tau (1/(tau sqrt D) for the scaled product). A and B are the softmaxes over words of u_S and u_T, Q_S and
-// Q_T those over pixels, D = A - B, n valid pixels, t valid words. The four losses are
+// Of one sample: logits M (pixels x words) of student and teacher, M = V L^T or the cosines of V and L, u = scale M
+// with scale = 1/tau (1/(tau sqrt D) for the scaled product). A and B are the softmaxes over words of u_S and u_T, Q_S
+// and Q_T those over pixels, D = A - B, n valid pixels, t valid words. The four losses are
 //
 //     pixel_to_word = 1/n sum_p KL(B[p] || A[p])          word_to_pixel = 1/t sum_j KL(Q_T[:, j] || Q_S[:, j])
 //     pixel_pixel   = |A A^T - B B^T|^2 / n^2             word_word     = |A^T A - B^T B|^2 / n^2
@@ -48,8 +48,8 @@ struct Array {
 };
 
 struct Network {
-    Array pixels;      // (B, N, width), the logits (B, N, words) if `width` is 0, or nothing in a backward without words
-    const void* words; // (B, words, width) contiguous, in the dtype of the arithmetic
+    Array pixels; // (B, N, width), the logits (B, N, words) if `width` is 0, or nothing in a backward without words
+    const void* words;             // (B, words, width) contiguous, in the dtype of the arithmetic
     const std::uint8_t* word_mask; // (B, words), or null
     std::int64_t word_count;
     std::int64_t width;
@@ -77,7 +77,7 @@ struct Kept {
 
 struct Forward {
     Problem problem;
-    Kept kept; // all null: no backward will follow
+    Kept kept;  // all null: no backward will follow
     void* loss; // (B, 4); 0 where a term was not asked for
     void* workspace;
 };

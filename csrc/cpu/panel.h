@@ -89,13 +89,12 @@ FASTKD_INLINE bool by_pixel(const Array& array) {
 
 template <class T, class S>
 FASTKD_INLINE S* address(const Array& array, const Pixels<T>& pixels, S) {
-    return const_cast<S*>(static_cast<const S*>(array.data)) + pixels.sample * array.batch +
-           pixels.begin * array.pixel;
+    return const_cast<S*>(static_cast<const S*>(array.data)) + pixels.sample * array.batch + pixels.begin * array.pixel;
 }
 
 // What lies in memory as the products want it is left there; all else is copied to `scratch`, with invalid pixels and
-// the columns from `columns` to `padded` zero. `twice`: a map is copied too, unless it will be walked through only once,
-// since its rows lie in as many pages.
+// the columns from `columns` to `padded` zero. `twice`: a map is copied too, unless it will be walked through only
+// once, since its rows lie in as many pages.
 template <class T>
 Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns, std::int64_t padded, bool twice,
                     T* scratch) {
@@ -129,7 +128,8 @@ Prefetch prefetch_of(const Array& array, const Pixels<T>& pixels, std::int64_t c
     const std::int64_t size = element_size(array.dtype);
     const bool rows = by_pixel(array);
     Prefetch fetch;
-    fetch.row = static_cast<const char*>(array.data) + (pixels.sample * array.batch + pixels.begin * array.pixel) * size;
+    fetch.row =
+        static_cast<const char*>(array.data) + (pixels.sample * array.batch + pixels.begin * array.pixel) * size;
     fetch.rows = rows ? pixels.count : columns;
     fetch.step = (rows ? array.pixel : array.column) * size;
     fetch.bytes = (rows ? columns : pixels.count) * size;

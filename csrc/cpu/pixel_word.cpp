@@ -44,8 +44,7 @@ FASTKD_INLINE ScaledExp<T> exp_of(const Network& network) {
 // One network's logits of a panel, from its features. `norms` receives those of the pixels, for the cosine.
 template <class T>
 void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pixels, const std::int32_t* word,
-               std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out,
-               Prefetch fetch) {
+               std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out, Prefetch fetch) {
     const std::int64_t stride = plan.panel_pixels;
     const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, true, scratch);
     if (panel.by_pixel) {
@@ -135,7 +134,7 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
         load_logits(problem.teacher.pixels, pixels, sample.teacher_word, words, scratch.teacher, stride);
         load_logits(problem.student.pixels, pixels, sample.student_word, words, scratch.student, stride);
     }
-    const Logits<T> logits{scratch.student, scratch.teacher, words, stride, exp_of<T>(problem.student),
+    const Logits<T> logits{scratch.student,           scratch.teacher, words, stride, exp_of<T>(problem.student),
                            exp_of<T>(problem.teacher)};
     const bool second = plan.has(pixel_word::second_order);
     T* a = second ? scratch.a : nullptr;
@@ -152,9 +151,9 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
         const std::int64_t size = plan.words * plan.words;
         const auto gram = [&](const T* left, const T* right, double* to, bool symmetric)
                               __attribute__((always_inline)) {
-            multiply_transposed(left, stride, right, stride, to, plan.words, words, words, pixels.width, true,
-                                symmetric);
-        };
+                                  multiply_transposed(left, stride, right, stride, to, plan.words, words, words,
+                                                      pixels.width, true, symmetric);
+                              };
         gram(a, a, sums.grams, true);
         gram(d, a, sums.grams + size, false);
         gram(d, d, sums.grams + 2 * size, true);
@@ -203,8 +202,7 @@ void finish_forward(const Forward& args, const Plan<T>& plan, std::int64_t b) {
     for (std::int64_t k = 0; columns != nullptr && k < plan.words; ++k) {
         const bool there = k < words;
         const KLState<double>& state = sums.states[there ? k : 0];
-        columns[b * plan.words + k] =
-            there ? softmax_kl::log_sum_exp(state.max_s, __builtin_log(state.z_s), 1.0) : 0;
+        columns[b * plan.words + k] = there ? softmax_kl::log_sum_exp(state.max_s, __builtin_log(state.z_s), 1.0) : 0;
         columns[(batch + b) * plan.words + k] =
             there ? softmax_kl::log_sum_exp(state.max_t, __builtin_log(state.z_t), 1.0) : 0;
     }
@@ -261,9 +259,8 @@ void forward(const Forward& args, int threads) {
                 for (std::int64_t i = 0; plan.has(pixel_word::second_order) && i < 3 * plan.words * plan.words; ++i) {
                     sums.grams[i] = 0; // also what lies above the diagonal
                 }
-                each_panel(plan, unit, scratch.valid, [&](const Pixels<T>& pixels) {
-                    forward_panel(args, plan, pixels, scratch, sums);
-                });
+                each_panel(plan, unit, scratch.valid,
+                           [&](const Pixels<T>& pixels) { forward_panel(args, plan, pixels, scratch, sums); });
             });
         }
 #pragma omp for schedule(static)
@@ -321,14 +318,14 @@ Logits<T> backward_logits(const Backward& args, const Plan<T>& plan, const Pixel
     }
     load_logits(student, pixels, sample.student_word, sample.words, scratch.student, plan.panel_pixels);
     load_logits(teacher, pixels, sample.teacher_word, sample.words, scratch.teacher, plan.panel_pixels);
-    return {scratch.student,      scratch.teacher, sample.words, plan.panel_pixels, exp_of<T>(problem.student),
+    return {scratch.student,           scratch.teacher, sample.words, plan.panel_pixels, exp_of<T>(problem.student),
             exp_of<T>(problem.teacher)};
 }
 
 // d/dM, in scratch.out; 0 for invalid pixels.
 template <class T>
-void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels,
-                        const Coefficients<T>& by, const Logits<T>& logits, const Scratch<T>& scratch) {
+void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Coefficients<T>& by,
+                        const Logits<T>& logits, const Scratch<T>& scratch) {
     T* d = scratch.a + logits.words * logits.stride;
     const bool over_words = plan.has(pixel_word::over_words);
     if (over_words) {
@@ -369,8 +366,7 @@ void scale_by_norms(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
 // dV = dM L, to memory.
 template <class T>
 void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Panel<T>& panel,
-                        T* d_m, T* own, std::int64_t words, const Scratch<T>& scratch,
-                        Prefetch fetch) {
+                        T* d_m, T* own, std::int64_t words, const Scratch<T>& scratch, Prefetch fetch) {
     const std::int64_t columns = plan.problem.student.width, padded = plan.width_student;
     const T* packed = plan.words_student + pixels.sample * plan.words * padded;
     const PanelOut<T> out = start_panel(args.grad_pixels, pixels, columns, padded, plan.streams(), scratch.gradient);

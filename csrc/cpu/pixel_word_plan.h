@@ -1,10 +1,9 @@
 // How a pixel_word problem is cut up, what workspace that takes, and what is prepared once per sample.
 //
-// A sample's pixels are cut into chunks of some panels each. Cuts depend on the problem alone, each chunk's sums go to a
-// place of their own, and those are added in order: results do not depend on the number of threads.
+// A sample's pixels are cut into chunks of some panels each. Cuts depend on the problem alone, each chunk's sums go to
+// a place of their own, and those are added in order: results do not depend on the number of threads.
 #pragma once
 
-#include <cstdlib>
 #include "common/pixel_word.h"
 #include "common/softmax_kl.h"
 #include "cpu/pixel_word_panel.h"
@@ -21,7 +20,7 @@ constexpr std::int64_t stream_bytes = 4 * 1024 * 1024;   // as in softmax_kl.cpp
 
 // Hands out pieces of the workspace; without one, only counts.
 class Arena {
-public:
+  public:
     FASTKD_INLINE explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
 
     template <class T>
@@ -32,7 +31,7 @@ public:
     }
     FASTKD_INLINE std::int64_t used() const { return used_; }
 
-private:
+  private:
     char* base_;
     std::int64_t used_ = 0;
 };
@@ -125,8 +124,7 @@ struct Plan {
 
 template <class T>
 Scratch<T> lay_out_scratch(const Plan<T>& plan, Arena& arena, bool backward) {
-    const std::int64_t width =
-        plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
+    const std::int64_t width = plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
     const std::int64_t rows = plan.words * plan.panel_pixels;
     Scratch<T> scratch{};
     scratch.panel = arena.take<T>(width * plan.panel_pixels);
@@ -159,14 +157,10 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     plan.words = student.word_count > teacher.word_count ? student.word_count : teacher.word_count;
     plan.width_student = round_up(student.width, column_padding);
     plan.width_teacher = round_up(teacher.width, column_padding);
-    const std::int64_t width =
-        plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
-    // A panel stays in the second-level cache, the rows of A and D in the first if there are few words.
-    plan.panel_pixels = width * static_cast<std::int64_t>(sizeof(T)) <= 1024 ? 128 : 64;
-    if (!by_pixel(problem.student.pixels)) {
-        plan.panel_pixels = width * static_cast<std::int64_t>(sizeof(T)) <= 1024 ? 256 : 128;
-    } else if (getenv("PWP")) { plan.panel_pixels = atoi(getenv("PWP"));
-    }
+    const std::int64_t width = plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
+    // A panel stays in the second-level cache. Of maps longer ones: their rows are read, and added up, in short runs.
+    plan.panel_pixels =
+        (width * static_cast<std::int64_t>(sizeof(T)) <= 1024 ? 128 : 64) * (by_pixel(problem.student.pixels) ? 1 : 2);
     const std::int64_t panels = (problem.pixels + plan.panel_pixels - 1) / plan.panel_pixels;
     plan.partial_size = round_up(backward ? plan.words * plan.width_student * static_cast<std::int64_t>(sizeof(T))
                                           : forward_partial_size(problem, plan.words),

@@ -128,8 +128,8 @@ void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_
     const std::int64_t strips = (rows + broadcast_rows - 1) / broadcast_rows;
     const std::int64_t each = strips > 0 ? (rows + strips - 1) / strips : 0;
     fetch.spread(strips * ((cols + strip - 1) / strip) * ((depth + most_depth - 1) / most_depth));
-    const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t steps, Store how)
-                          __attribute__((always_inline)) {
+    const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t steps,
+                          Store how) __attribute__((always_inline)) {
         const Matrix<T> left{a.data + i * a.row + k * a.col, a.row, a.col};
         const std::int64_t count = least(each, rows - i);
         fetch.some();

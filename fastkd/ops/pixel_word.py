@@ -66,7 +66,9 @@ def pixel_word(
     features = (student_pixels, student_words, teacher_pixels, teacher_words)
     masks = (student_word_mask, teacher_word_mask, pixel_mask)
     names = ("student_pixels", "student_words", "teacher_pixels", "teacher_words")
-    _check(dict(zip(names, features, strict=True)), (student_words.shape[1], teacher_words.shape[1]), temperature, terms)
+    _check(
+        dict(zip(names, features, strict=True)), (student_words.shape[1], teacher_words.shape[1]), temperature, terms
+    )
     for side, v, w in (("student", student_pixels, student_words), ("teacher", teacher_pixels, teacher_words)):
         if v.shape[0] != w.shape[0] or v.shape[2] != w.shape[2]:
             raise ValueError(
@@ -124,7 +126,9 @@ def _check(tensors: dict[str, Tensor], words: tuple[int, int], temperature: floa
         if x.device != first.device:
             raise ValueError(f"{name}: expected on the student's device {first.device}, got {x.device}; use .to(...)")
         if torch.is_grad_enabled() and x.requires_grad and name.startswith("teacher"):
-            raise ValueError(f"{name}: gradients flow to the student only, got a teacher that requires grad; detach() it")
+            raise ValueError(
+                f"{name}: gradients flow to the student only, got a teacher that requires grad; detach() it"
+            )
         if x.shape[1] == 0 or x.shape[2] == 0:
             raise ValueError(f"{name}: no pixel, no word or no feature, got shape {tuple(x.shape)}")
     if student.shape[:2] != teacher.shape[:2]:
@@ -178,7 +182,16 @@ class _PixelWord(torch.autograd.Function):
     ) -> Tensor:
         masks = (student_word_mask, teacher_word_mask, pixel_mask)
         loss, *kept = torch.ops.fastkd.pixel_word_forward(
-            student_pixels, student_words, teacher_pixels, teacher_words, *masks, cosine, temperature, terms, True, backend
+            student_pixels,
+            student_words,
+            teacher_pixels,
+            teacher_words,
+            *masks,
+            cosine,
+            temperature,
+            terms,
+            True,
+            backend,
         )
         # Of the teacher's features the logits are left; where logits are given, they are kept as they are.
         teacher_logits = None if student_words is not None else teacher_pixels
@@ -492,9 +505,12 @@ class _Native:
 def self_test(backend: str, device: torch.device) -> str | None:
     """Run ``backend`` once on a few pixels on ``device``; return what is wrong with it, or None."""
     sizes = ((2, 37, 5), (2, 3, 5), (2, 37, 4), (2, 3, 4))
-    exact = [(torch.arange(b * n * d, dtype=torch.float64) * (i + 1)).sin().reshape(b, n, d) for i, (b, n, d) in enumerate(sizes)]
-    inputs = [x.to(device, torch.float32) for x in exact]
-    options = (None, None, None, False, 0.5, 15)
+    exact = [
+        (torch.arange(b * n * d, dtype=torch.float64) * (i + 1)).sin().reshape(b, n, d)
+        for i, (b, n, d) in enumerate(sizes)
+    ]
+    inputs: list[Any] = [x.to(device, torch.float32) for x in exact]
+    options: tuple[Any, ...] = (None, None, None, False, 0.5, 15)
     loss, *kept = _forward(*inputs, *options, True, backend)
     grad = torch.ones_like(loss)
     grads = _backward(grad, *inputs[:2], None, *options[:3], *kept, 4, *options[3:], True, True, backend)
