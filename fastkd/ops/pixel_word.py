@@ -511,9 +511,10 @@ def self_test(backend: str, device: torch.device) -> str | None:
     ]
     inputs: list[Any] = [x.to(device, torch.float32) for x in exact]
     options: tuple[Any, ...] = (None, None, None, False, 0.5, 15)
-    loss, *kept = _forward(*inputs, *options, True, backend)
-    grad = torch.ones_like(loss)
-    grads = _backward(grad, *inputs[:2], None, *options[:3], *kept, 4, *options[3:], True, True, backend)
+    given: list[Any] = [*inputs, *options, True, backend]
+    loss, *kept = _forward(*given)
+    given = [torch.ones_like(loss), *inputs[:2], None, *options[:3], *kept, 4, *options[3:], True, True, backend]
+    grads = _backward(*given)
     with torch.enable_grad():
         leaves = [x.requires_grad_() for x in exact[:2]]
         terms = reference(*exact, temperature=0.5)
