@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "common/pixel_word.h"
 #include "common/relation.h"
 #include "common/softmax_kl.h"
 #include "cpu/isa.h"
@@ -10,8 +11,8 @@
 
 namespace fastkd::cpu {
 
-// Kernels share out rows over `threads` OpenMP threads. Each row is summed by one of them in a fixed order, so results
-// do not depend on their number.
+// Kernels share out rows, or chunks of pixels, over `threads` OpenMP threads. Each is summed by one of them in a fixed
+// order, so results do not depend on their number.
 struct Kernels {
     void (*softmax_kl_forward)(const softmax_kl::Forward& args, int threads);
     void (*softmax_kl_backward)(const softmax_kl::Backward& args, int threads);
@@ -21,6 +22,10 @@ struct Kernels {
     void (*relation_kept_backward)(const relation::Backward& args, const RelationPlan& plan);
     void (*relation_gram_forward)(const relation::Forward& args, const GramPlan& plan, int threads);
     void (*relation_gram_backward)(const relation::Backward& args, const GramPlan& plan);
+    // The bytes of workspace that a forward or a backward of this problem takes with so many threads.
+    std::int64_t (*pixel_word_workspace)(const pixel_word::Problem& problem, bool backward, int threads);
+    void (*pixel_word_forward)(const pixel_word::Forward& args, int threads);
+    void (*pixel_word_backward)(const pixel_word::Backward& args, int threads);
     // e^x, x <= 0, of `count` contiguous elements of Float32 or Float64: the kernels' own exp, for tests to measure.
     void (*exp)(const void* input, void* output, std::int64_t count, DType dtype);
 };
@@ -35,6 +40,9 @@ struct Kernels {
     void relation_kept_backward(const relation::Backward& args, const RelationPlan& plan);                             \
     void relation_gram_forward(const relation::Forward& args, const GramPlan& plan, int threads);                      \
     void relation_gram_backward(const relation::Backward& args, const GramPlan& plan);                                 \
+    std::int64_t pixel_word_workspace(const pixel_word::Problem& problem, bool backward, int threads);                 \
+    void pixel_word_forward(const pixel_word::Forward& args, int threads);                                             \
+    void pixel_word_backward(const pixel_word::Backward& args, int threads);                                           \
     void exp(const void* input, void* output, std::int64_t count, DType dtype);                                        \
     }
 FASTKD_FOR_EACH_ISA(FASTKD_DECLARE_KERNELS)

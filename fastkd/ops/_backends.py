@@ -24,7 +24,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "softmax_kl": ("reference", "cpu", "triton", "cuda"),
     "relation": ("reference", "cpu"),
-    "pixel_word": ("reference",),
+    "pixel_word": ("reference", "cpu"),
 }
 """The backends each family has. A family gains one by a row here and the files of the same name on the lower floors."""
 
@@ -34,7 +34,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 """What ``"auto"`` tries on each device type, the fastest measured first; other devices use the reference."""
 
-MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048}
+MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048, ("pixel_word", "cpu"): 1024}
 """(family, device type) -> number of elements of ``student`` below which the reference was measured faster."""
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

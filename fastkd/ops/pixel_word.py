@@ -1,15 +1,28 @@
-"""The ``pixel_word`` family: the cross-modal terms of two networks' pixel–word attention."""
+r"""``pixel_word``: the cross-modal terms of two networks' pixel–word attention.
+
+From pixels V (B, N, D) and words L (B, T, D) of student and teacher, or from the logits M (B, N, T) themselves: two
+first-order KL divergences and two second-order distances, as :mod:`fastkd.reference.pixel_word` defines them. The file
+reads downwards like :mod:`fastkd.ops.softmax_kl`. Features and logits share one operator: without words, the "pixels"
+are the logits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastkd.ops import _backends
-from fastkd.reference.pixel_word import TERMS
+from fastkd.ops._backends import choose
+from fastkd.ops._launch import dtype_name, launch_on, native, statistics_dtype
+from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
 from fastkd.reference.pixel_word import pixel_word_from_logits as reference_from_logits
+
+PIXEL_TO_WORD, WORD_TO_PIXEL, PIXEL_PIXEL, WORD_WORD = (1 << i for i in range(len(TERMS)))
+SECOND_ORDER = PIXEL_PIXEL | WORD_WORD
 
 
 def pixel_word(
@@ -26,23 +39,54 @@ def pixel_word(
     terms: Sequence[str] = TERMS,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """Per-sample terms (B,) from pixels (B, N, D) and words (B, T, D).
+    """Per-sample terms (B,) from pixels (B, N, D) and words (B, T, D), without the factor τ² of the first order.
 
-    The arguments are those of :func:`fastkd.reference.pixel_word.pixel_word`.
+    Args:
+        student_pixels: (B, N, D_S), floating, any strides. Gradients flow to it and to the student's words alone.
+        student_words: (B, T, D_S).
+        teacher_pixels: (B, N, D_T).
+        teacher_words: (B, T, D_T); another number of words if "pixel_pixel" is the only term.
+        student_word_mask: None or bool (B, T), True = valid.
+        teacher_word_mask: the same mask, unless "pixel_pixel" is the only term.
+        pixel_mask: None or bool (B, N).
+        similarity: "scaled_dot" or "cosine".
+        temperature: τ > 0.
+        terms: some of "pixel_to_word", "word_to_pixel", "pixel_pixel", "word_word".
+        backend: "auto", "reference" or "cpu". All but the reference are differentiable once.
+
+    Returns:
+        The terms asked for, in fp32 (fp64 if an input is fp64). NaN and Inf of valid pixels and words propagate.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that don't fit, τ ≤ 0, a teacher requiring grad.
+        fastkd.BackendUnavailable: the backend asked for by name cannot compute this here.
     """
-    _backends.choose("pixel_word", backend, student_pixels, student_words, teacher_pixels, teacher_words)
-    return reference(
-        student_pixels,
-        student_words,
-        teacher_pixels,
-        teacher_words,
-        student_word_mask=student_word_mask,
-        teacher_word_mask=teacher_word_mask,
-        pixel_mask=pixel_mask,
-        similarity=similarity,
-        temperature=temperature,
-        terms=terms,
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+    features = (student_pixels, student_words, teacher_pixels, teacher_words)
+    masks = (student_word_mask, teacher_word_mask, pixel_mask)
+    names = ("student_pixels", "student_words", "teacher_pixels", "teacher_words")
+    _check(
+        dict(zip(names, features, strict=True)), (student_words.shape[1], teacher_words.shape[1]), temperature, terms
     )
+    for side, v, w in (("student", student_pixels, student_words), ("teacher", teacher_pixels, teacher_words)):
+        if v.shape[0] != w.shape[0] or v.shape[2] != w.shape[2]:
+            raise ValueError(
+                f"{side}_pixels and {side}_words: expected (B, N, D) and (B, T, D), got {tuple(v.shape)} and "
+                f"{tuple(w.shape)}"
+            )
+    chosen = choose("pixel_word", backend, *features)
+    if chosen == "reference":
+        return reference(
+            *features,
+            student_word_mask=student_word_mask,
+            teacher_word_mask=teacher_word_mask,
+            pixel_mask=pixel_mask,
+            similarity=similarity,
+            temperature=temperature,
+            terms=terms,
+        )
+    return _terms(features, masks, similarity == "cosine", temperature, terms, chosen)
 
 
 def pixel_word_from_logits(
@@ -56,17 +100,432 @@ def pixel_word_from_logits(
     terms: Sequence[str] = TERMS,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """Per-sample terms (B,) from pixel–word logits (B, N, T).
+    """Per-sample terms (B,) from pixel–word logits (B, N, T); all else as in :func:`pixel_word`."""
+    logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    _check(logits, (student_logits.shape[2], teacher_logits.shape[2]), temperature, terms)
+    chosen = choose("pixel_word", backend, student_logits, teacher_logits)
+    if chosen == "reference":
+        return reference_from_logits(
+            student_logits,
+            teacher_logits,
+            student_word_mask=student_word_mask,
+            teacher_word_mask=teacher_word_mask,
+            pixel_mask=pixel_mask,
+            temperature=temperature,
+            terms=terms,
+        )
+    masks = (student_word_mask, teacher_word_mask, pixel_mask)
+    return _terms((student_logits, None, teacher_logits, None), masks, False, temperature, terms, chosen)
 
-    The arguments are those of :func:`fastkd.reference.pixel_word.pixel_word_from_logits`.
-    """
-    _backends.choose("pixel_word", backend, student_logits, teacher_logits)
-    return reference_from_logits(
-        student_logits,
-        teacher_logits,
-        student_word_mask=student_word_mask,
-        teacher_word_mask=teacher_word_mask,
-        pixel_mask=pixel_mask,
-        temperature=temperature,
-        terms=terms,
+
+def _check(tensors: dict[str, Tensor], words: tuple[int, int], temperature: float, terms: Sequence[str]) -> None:
+    first, *_ = student, teacher = [x for name, x in tensors.items() if not name.endswith("words")]
+    for name, x in tensors.items():
+        if x.dim() != 3 or not x.is_floating_point():
+            raise ValueError(f"{name}: expected a floating tensor of 3 dimensions, got {x.dtype} {tuple(x.shape)}")
+        if x.device != first.device:
+            raise ValueError(f"{name}: expected on the student's device {first.device}, got {x.device}; use .to(...)")
+        if torch.is_grad_enabled() and x.requires_grad and name.startswith("teacher"):
+            raise ValueError(
+                f"{name}: gradients flow to the student only, got a teacher that requires grad; detach() it"
+            )
+        if x.shape[1] == 0 or x.shape[2] == 0:
+            raise ValueError(f"{name}: no pixel, no word or no feature, got shape {tuple(x.shape)}")
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"student and teacher: expected the same samples and pixels (B, N), got {tuple(student.shape[:2])} and "
+            f"{tuple(teacher.shape[:2])}"
+        )
+    if not terms or not set(terms) <= set(TERMS):
+        raise ValueError(f"terms: expected some of {', '.join(TERMS)}, got {list(terms)}")
+    if words[0] != words[1] and set(terms) != {"pixel_pixel"}:
+        raise ValueError(f"terms: {words[0]} and {words[1]} words leave only 'pixel_pixel', got {list(terms)}")
+    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+
+
+def _terms(
+    features: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    cosine: bool,
+    temperature: float,
+    terms: Sequence[str],
+    backend: str,
+) -> dict[str, Tensor]:
+    bits = sum(1 << TERMS.index(term) for term in set(terms))
+    arguments = (*features, *masks, cosine, temperature, bits)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in features):
+        loss = _PixelWord.apply(*arguments, backend)
+    else:
+        loss = torch.ops.fastkd.pixel_word_forward(*arguments, False, backend)[0]
+    columns = loss.unbind(1)
+    return {term: columns[TERMS.index(term)] for term in terms}
+
+
+class _PixelWord(torch.autograd.Function):
+    """Saves the student's features, the logits, and matrices of words × words; the attention is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_pixels: Tensor,
+        student_words: Tensor | None,
+        teacher_pixels: Tensor,
+        teacher_words: Tensor | None,
+        student_word_mask: Tensor | None,
+        teacher_word_mask: Tensor | None,
+        pixel_mask: Tensor | None,
+        cosine: bool,
+        temperature: float,
+        terms: int,
+        backend: str,
+    ) -> Tensor:
+        masks = (student_word_mask, teacher_word_mask, pixel_mask)
+        loss, *kept = torch.ops.fastkd.pixel_word_forward(
+            student_pixels,
+            student_words,
+            teacher_pixels,
+            teacher_words,
+            *masks,
+            cosine,
+            temperature,
+            terms,
+            True,
+            backend,
+        )
+        # Of the teacher's features the logits are left; where logits are given, they are kept as they are.
+        teacher_logits = None if student_words is not None else teacher_pixels
+        ctx.save_for_backward(student_pixels, student_words, teacher_logits, *masks, *kept)
+        ctx.teacher_width = 0 if student_words is None else teacher_pixels.shape[2]
+        ctx.options = (cosine, temperature, terms, backend)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, temperature, terms, backend = ctx.options
+        needs = ctx.needs_input_grad[:2]
+        arguments = (grad_loss, *ctx.saved_tensors, ctx.teacher_width, cosine, temperature, terms, *needs, backend)
+        if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
+            grads = _PixelWordGradient.apply(*arguments)
+        else:
+            grads = torch.ops.fastkd.pixel_word_backward(*arguments)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9)
+
+
+class _PixelWordGradient(torch.autograd.Function):
+    """The gradient as a function of its own, so that differentiating it again ends in a clear error, not in zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        ctx.backend = arguments[-1]
+        return torch.ops.fastkd.pixel_word_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f'pixel_word: the {ctx.backend} backend is differentiable once; for double backward use backend="reference"'
+        )
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+_MASKS = "Tensor? student_word_mask, Tensor? teacher_word_mask, Tensor? pixel_mask"
+_OPTIONS = "bool cosine, float temperature, int terms"
+_KEPT = "Tensor logits, Tensor norms, Tensor columns, Tensor grams"
+torch.library.define(
+    "fastkd::pixel_word_forward",
+    f"(Tensor student_pixels, Tensor? student_words, Tensor teacher_pixels, Tensor? teacher_words, {_MASKS}, "
+    f"{_OPTIONS}, bool keep, str backend) -> (Tensor loss, {_KEPT})",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastkd::pixel_word_backward",
+    f"(Tensor grad_loss, Tensor student_pixels, Tensor? student_words, Tensor? teacher_logits, {_MASKS}, {_KEPT}, "
+    f"SymInt teacher_width, {_OPTIONS}, bool for_pixels, bool for_words, str backend) "
+    "-> (Tensor grad_pixels, Tensor grad_words)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+Kept = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _forward(
+    student_pixels: Tensor,
+    student_words: Tensor | None,
+    teacher_pixels: Tensor,
+    teacher_words: Tensor | None,
+    student_word_mask: Tensor | None,
+    teacher_word_mask: Tensor | None,
+    pixel_mask: Tensor | None,
+    cosine: bool,
+    temperature: float,
+    terms: int,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    features = (student_pixels, student_words, teacher_pixels, teacher_words)
+    masks = (student_word_mask, teacher_word_mask, pixel_mask)
+    loss, *kept = _forward_fake(*features, *masks, cosine, temperature, terms, keep, backend)
+    if loss.numel():
+        dtype = loss.dtype
+        student = _network(student_pixels, student_words, student_word_mask, temperature, cosine, dtype)
+        teacher = _network(teacher_pixels, teacher_words, teacher_word_mask, temperature, cosine, dtype)
+        problem = _Problem(student, teacher, pixel_mask, cosine, terms, dtype)
+        _Native(backend).forward(problem, kept, loss)
+    return loss, *kept
+
+
+def _forward_fake(
+    student_pixels: Tensor,
+    student_words: Tensor | None,
+    teacher_pixels: Tensor,
+    teacher_words: Tensor | None,
+    student_word_mask: Tensor | None,
+    teacher_word_mask: Tensor | None,
+    pixel_mask: Tensor | None,
+    cosine: bool,
+    temperature: float,
+    terms: int,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    features = [x for x in (student_pixels, student_words, teacher_pixels, teacher_words) if x is not None]
+    dtype, device = statistics_dtype(*features), student_pixels.device
+    batch, pixels = student_pixels.shape[:2]
+    if student_words is None or teacher_words is None:
+        words = (student_pixels.shape[2], teacher_pixels.shape[2])
+    else:
+        words = (student_words.shape[1], teacher_words.shape[1])
+    most = max(words) if words[0] != words[1] else words[0]
+    # What each is for: csrc/common/pixel_word.h.
+    shapes = {
+        "logits": (batch, words[0] + words[1], pixels) if student_words is not None else None,
+        "norms": (batch, pixels) if cosine else None,
+        "columns": (2, batch, words[0]) if terms & WORD_TO_PIXEL else None,
+        "grams": (batch, 3, most, most) if terms & SECOND_ORDER else None,
+    }
+    kept = (
+        torch.empty(
+            shape if keep and shape is not None else (0,),
+            dtype=torch.float64 if name == "columns" else dtype,
+            device=device,
+        )
+        for name, shape in shapes.items()
     )
+    return torch.empty((batch, len(TERMS)), dtype=dtype, device=device), *kept
+
+
+def _backward(
+    grad_loss: Tensor,
+    student_pixels: Tensor,
+    student_words: Tensor | None,
+    teacher_logits: Tensor | None,
+    student_word_mask: Tensor | None,
+    teacher_word_mask: Tensor | None,
+    pixel_mask: Tensor | None,
+    logits: Tensor,
+    norms: Tensor,
+    columns: Tensor,
+    grams: Tensor,
+    teacher_width: int,
+    cosine: bool,
+    temperature: float,
+    terms: int,
+    for_pixels: bool,
+    for_words: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    # The arithmetic is that of the forward, which may be fp64 for the teacher's sake alone.
+    dtype = grad_loss.dtype
+    student = _network(student_pixels, student_words, student_word_mask, temperature, cosine, dtype)
+    if teacher_logits is not None:
+        teacher = _network(teacher_logits, None, teacher_word_mask, temperature, cosine, dtype)
+    else:
+        words = logits.shape[1] - student.words_count
+        scale = _scale(teacher_width, temperature, cosine)
+        teacher = _Network(None, None, _mask(teacher_word_mask), words, teacher_width, scale)
+    assert student.pixels is not None
+    grad_pixels = _gradient_like(student.pixels if for_pixels else None, student_pixels)
+    grad_words = _gradient_like(student.words if for_words else None, student_pixels)
+    if grad_pixels.numel() or grad_words.numel():
+        problem = _Problem(student, teacher, pixel_mask, cosine, terms, dtype)
+        _Native(backend).backward(problem, [logits, norms, columns, grams], grad_loss, grad_pixels, grad_words)
+    words_dtype = dtype if student_words is None else student_words.dtype
+    return grad_pixels.to(student_pixels.dtype), grad_words.to(words_dtype)
+
+
+def _backward_fake(
+    grad_loss: Tensor, student_pixels: Tensor, student_words: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor]:
+    for_pixels, for_words, _ = others[-3:]
+    pixels = _layout(student_pixels) if for_pixels else None
+    grad_pixels = _gradient_like(pixels, student_pixels)
+    words_dtype = grad_loss.dtype if student_words is None else student_words.dtype
+    words = student_words.shape if for_words and student_words is not None else (0,)
+    return grad_pixels, torch.empty(words, dtype=words_dtype, device=student_pixels.device)
+
+
+for _name, _real, _fake in (
+    ("fastkd::pixel_word_forward", _forward, _forward_fake),
+    ("fastkd::pixel_word_backward", _backward, _backward_fake),
+):
+    torch.library.impl(_name, "cpu", _real)
+    torch.library.register_fake(_name, _fake)
+
+
+# --- what the kernels are given ---------------------------------------------------------------------------------------
+
+
+def _layout(x: Tensor) -> Tensor:
+    """(B, N, D) as rows of features or as maps, which the kernels read where they lie; a copy of anything else."""
+    return x if x.stride(2) == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _gradient_like(x: Tensor | None, device_of: Tensor) -> Tensor:
+    """Where a gradient goes: the layout of ``x``, dense; empty without ``x``."""
+    if x is None:
+        return torch.empty(0, dtype=device_of.dtype, device=device_of.device)
+    like = torch.empty_like(x)
+    if like.stride(2) == x.stride(2) == 1 or like.stride(1) == x.stride(1) == 1:
+        return like
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@dataclass(frozen=True)
+class _Network:
+    pixels: Tensor | None  # features, logits if there are no words, or None where a backward needs neither
+    words: Tensor | None
+    word_mask: Tensor | None
+    words_count: int
+    width: int
+    scale: float  # of the logits
+
+
+def _scale(width: int, temperature: float, cosine: bool) -> float:
+    return 1 / (temperature * (1 if cosine or width == 0 else width**0.5))
+
+
+def _mask(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
+
+
+def _network(
+    pixels: Tensor, words: Tensor | None, mask: Tensor | None, temperature: float, cosine: bool, dtype: torch.dtype
+) -> _Network:
+    """The kernels convert 16 bits themselves; fp64 arithmetic wants fp64 inputs."""
+    pixels = _layout(pixels.to(dtype) if dtype == torch.float64 else pixels)
+    if words is None:
+        return _Network(pixels, None, _mask(mask), pixels.shape[2], 0, _scale(0, temperature, cosine))
+    width = pixels.shape[2]
+    words = words.to(dtype).contiguous()
+    return _Network(pixels, words, _mask(mask), words.shape[1], width, _scale(width, temperature, cosine))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    student: _Network
+    teacher: _Network
+    pixel_mask: Tensor | None
+    cosine: bool
+    terms: int
+    dtype: torch.dtype
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+@dataclass(frozen=True)
+class _Native:
+    """``csrc/cpu``: raw pointers and element strides, so that one build serves every torch."""
+
+    backend: str
+
+    def forward(self, problem: _Problem, kept: Sequence[Tensor], loss: Tensor) -> None:
+        mask = _mask(problem.pixel_mask)
+        given = self._problem(problem, mask)
+        with launch_on(loss) as extra:
+            workspace = self._workspace(given, False, extra, loss)
+            addresses = [_address(x) for x in kept]
+            native(self.backend).pixel_word_forward(given, addresses, loss.data_ptr(), workspace.data_ptr(), extra)
+
+    def backward(
+        self, problem: _Problem, kept: Sequence[Tensor], grad_loss: Tensor, grad_pixels: Tensor, grad_words: Tensor
+    ) -> None:
+        mask = _mask(problem.pixel_mask)
+        given = self._problem(problem, mask)
+        with launch_on(grad_loss) as extra:
+            workspace = self._workspace(given, True, extra, grad_loss)
+            native(self.backend).pixel_word_backward(
+                given,
+                [_address(x) for x in kept],
+                grad_loss.data_ptr(),
+                grad_loss.stride(),
+                self._array(grad_pixels if grad_pixels.numel() else None, problem.dtype),
+                _address(grad_words),
+                workspace.data_ptr(),
+                extra,
+            )
+
+    def _workspace(self, given: tuple[Any, ...], backward: bool, extra: int, like: Tensor) -> Tensor:
+        size = native(self.backend).pixel_word_workspace(given, backward, extra)
+        return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+    def _problem(self, problem: _Problem, pixel_mask: Tensor | None) -> tuple[Any, ...]:
+        pixels = problem.student.pixels
+        assert pixels is not None
+        return (
+            self._network(problem.student, problem.dtype),
+            self._network(problem.teacher, problem.dtype),
+            _address(pixel_mask),
+            pixels.shape[0],
+            pixels.shape[1],
+            str(problem.dtype).removeprefix("torch."),
+            problem.cosine,
+            problem.terms,
+        )
+
+    def _network(self, network: _Network, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (
+            self._array(network.pixels, dtype),
+            _address(network.words),
+            _address(network.word_mask),
+            network.words_count,
+            network.width,
+            network.scale,
+        )
+
+    @staticmethod
+    def _array(x: Tensor | None, dtype: torch.dtype) -> tuple[int, str, tuple[int, ...]]:
+        if x is None:
+            return 0, str(dtype).removeprefix("torch."), (0, 0, 0)
+        return x.data_ptr(), dtype_name(x), x.stride()
+
+
+def self_test(backend: str, device: torch.device) -> str | None:
+    """Run ``backend`` once on a few pixels on ``device``; return what is wrong with it, or None."""
+    sizes = ((2, 37, 5), (2, 3, 5), (2, 37, 4), (2, 3, 4))
+    exact = [
+        (torch.arange(b * n * d, dtype=torch.float64) * (i + 1)).sin().reshape(b, n, d)
+        for i, (b, n, d) in enumerate(sizes)
+    ]
+    inputs: list[Any] = [x.to(device, torch.float32) for x in exact]
+    options: tuple[Any, ...] = (None, None, None, False, 0.5, 15)
+    given: list[Any] = [*inputs, *options, True, backend]
+    loss, *kept = _forward(*given)
+    given = [torch.ones_like(loss), *inputs[:2], None, *options[:3], *kept, 4, *options[3:], True, True, backend]
+    grads = _backward(*given)
+    with torch.enable_grad():
+        leaves = [x.requires_grad_() for x in exact[:2]]
+        terms = reference(*exact, temperature=0.5)
+        exact_grads = torch.autograd.grad(torch.stack(list(terms.values())).sum(), leaves)
+    exact_loss = torch.stack([terms[term].detach() for term in TERMS], 1)
+    for name, got, want in (
+        ("loss", loss, exact_loss),
+        ("gradient of the pixels", grads[0], exact_grads[0]),
+        ("gradient of the words", grads[1], exact_grads[1]),
+    ):
+        error = (got.cpu().double() - want).abs().max().item()
+        if not error < 1e-5:
+            return f"its self-test on {device} got a wrong {name} (off by {error:.1e})"
+    return None

@@ -1,0 +1,156 @@
+// pixel_word_workspace, _forward and _backward of fastkd._cpu. An address of 0 stands for what is not there.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include <pybind11/stl.h>
+
+#include "bindings/arguments.h"
+#include "common/pixel_word.h"
+
+namespace fastkd::bindings {
+
+using PixelArray = std::tuple<std::uintptr_t, std::string, std::array<std::int64_t, 3>>;
+using PixelWordNetwork = std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double>;
+using PixelWordProblem =
+    std::tuple<PixelWordNetwork, PixelWordNetwork, std::uintptr_t, std::int64_t, std::int64_t, std::string, bool, int>;
+using PixelWordKept = std::array<std::uintptr_t, 4>;
+
+inline void* parse_optional(std::uintptr_t address, const char* name, std::int64_t alignment) {
+    return address == 0 ? nullptr : parse_pointer(address, name, alignment);
+}
+
+// Features or logits, whose arithmetic is in `dtype`.
+inline pixel_word::Array parse_array(const PixelArray& given, const char* name, DType dtype) {
+    const auto& [address, dtype_name, strides] = given;
+    pixel_word::Array array{};
+    array.dtype = parse_dtype(dtype_name);
+    array.data = parse_optional(address, name, element_size(array.dtype));
+    array.batch = strides[0];
+    array.pixel = strides[1];
+    array.column = strides[2];
+    if ((array.dtype == DType::Float64) != (dtype == DType::Float64)) {
+        throw py::value_error(std::string(name) + ": float64 goes with float64 arithmetic, got '" + dtype_name + "'");
+    }
+    if (array.data != nullptr && array.pixel != 1 && array.column != 1) {
+        throw py::value_error(std::string(name) + ": expected a stride of 1 along pixels or columns, got " +
+                              std::to_string(array.pixel) + " and " + std::to_string(array.column));
+    }
+    return array;
+}
+
+inline pixel_word::Network parse_network(const PixelWordNetwork& given, const char* name, DType dtype) {
+    const auto& [pixels, words, word_mask, word_count, width, scale] = given;
+    pixel_word::Network network{};
+    network.pixels = parse_array(pixels, name, dtype);
+    network.words = parse_optional(words, name, element_size(dtype));
+    network.word_mask = static_cast<const std::uint8_t*>(parse_optional(word_mask, name, 1));
+    network.word_count = word_count;
+    network.width = width;
+    network.scale = parse_temperature(scale);
+    if (word_count < 1 || width < 0) {
+        throw py::value_error(std::string(name) + ": expected at least 1 word and a width of at least 0, got " +
+                              std::to_string(word_count) + " and " + std::to_string(width));
+    }
+    return network;
+}
+
+inline pixel_word::Problem parse_problem(const PixelWordProblem& given) {
+    const auto& [student, teacher, pixel_mask, batch, pixels, dtype_name, cosine, terms] = given;
+    pixel_word::Problem problem{};
+    problem.dtype = parse_dtype(dtype_name);
+    if (problem.dtype != DType::Float32 && problem.dtype != DType::Float64) {
+        throw py::value_error("dtype: expected float32 or float64 for the arithmetic, got '" + dtype_name + "'");
+    }
+    problem.student = parse_network(student, "student", problem.dtype);
+    problem.teacher = parse_network(teacher, "teacher", problem.dtype);
+    problem.pixel_mask = static_cast<const std::uint8_t*>(parse_optional(pixel_mask, "pixel_mask", 1));
+    problem.batch = batch;
+    problem.pixels = pixels;
+    problem.cosine = cosine;
+    problem.terms = terms;
+    if (batch < 1 || pixels < 1) {
+        throw py::value_error("batch, pixels: expected at least 1 each, got " + std::to_string(batch) + ", " +
+                              std::to_string(pixels));
+    }
+    if (terms < 1 || terms > 15) {
+        throw py::value_error("terms: expected some of the bits 1, 2, 4, 8, got " + std::to_string(terms));
+    }
+    if (terms != pixel_word::pixel_pixel && problem.student.word_count != problem.teacher.word_count) {
+        throw py::value_error("terms: numbers of words that differ leave only pixel_pixel");
+    }
+    return problem;
+}
+
+// Whether all that `terms` need for a backward is there: none of it may be missing if some is.
+inline pixel_word::Kept parse_kept(const PixelWordKept& given, const pixel_word::Problem& problem, bool required) {
+    const std::int64_t size = element_size(problem.dtype);
+    pixel_word::Kept kept{};
+    kept.logits = parse_optional(given[0], "logits", size);
+    kept.norms = parse_optional(given[1], "norms", size);
+    kept.columns = static_cast<double*>(parse_optional(given[2], "columns", 8));
+    kept.grams = parse_optional(given[3], "grams", size);
+    const bool features = problem.student.width > 0;
+    if (required && ((features && kept.logits == nullptr) || (features && problem.cosine && kept.norms == nullptr) ||
+                     ((problem.terms & pixel_word::word_to_pixel) != 0 && kept.columns == nullptr) ||
+                     ((problem.terms & pixel_word::second_order) != 0 && kept.grams == nullptr))) {
+        throw py::value_error("kept: a forward of the same problem keeps more than this");
+    }
+    return kept;
+}
+
+// The kernels take the arguments and `extra`: a number of threads. They run without Python's lock.
+template <class Workspace, class ForwardKernel, class BackwardKernel>
+void define_pixel_word(py::module_& module, const char* extra, Workspace workspace_of, ForwardKernel forward,
+                       BackwardKernel backward) {
+    module.def(
+        "pixel_word_workspace",
+        [workspace_of](const PixelWordProblem& problem, bool for_backward, std::int64_t extra_value) {
+            return workspace_of(parse_problem(problem), for_backward, extra_value);
+        },
+        py::arg("problem"), py::arg("backward"), py::arg(extra),
+        "The bytes of workspace that a forward or a backward takes.");
+    module.def(
+        "pixel_word_forward",
+        [forward](const PixelWordProblem& problem, const PixelWordKept& kept, std::uintptr_t loss,
+                  std::uintptr_t workspace, std::int64_t extra_value) {
+            pixel_word::Forward args{};
+            args.problem = parse_problem(problem);
+            args.kept = parse_kept(kept, args.problem, false);
+            args.loss = parse_pointer(loss, "loss", element_size(args.problem.dtype));
+            args.workspace = parse_pointer(workspace, "workspace", 64);
+            const py::gil_scoped_release unlocked;
+            forward(args, extra_value);
+        },
+        py::arg("problem"), py::arg("kept"), py::arg("loss"), py::arg("workspace"), py::arg(extra),
+        "loss[b] = the terms pixel_to_word, word_to_pixel, pixel_pixel, word_word of sample b, and what is to be kept "
+        "for the backward. Addresses, sizes, strides in elements.");
+    module.def(
+        "pixel_word_backward",
+        [backward](const PixelWordProblem& problem, const PixelWordKept& kept, std::uintptr_t grad_loss,
+                   const std::array<std::int64_t, 2>& grad_loss_strides, const PixelArray& grad_pixels,
+                   std::uintptr_t grad_words, std::uintptr_t workspace, std::int64_t extra_value) {
+            pixel_word::Backward args{};
+            args.problem = parse_problem(problem);
+            const std::int64_t size = element_size(args.problem.dtype);
+            args.kept = parse_kept(kept, args.problem, true);
+            args.grad_loss = parse_pointer(grad_loss, "grad_loss", size);
+            args.grad_loss_strides[0] = grad_loss_strides[0];
+            args.grad_loss_strides[1] = grad_loss_strides[1];
+            args.grad_pixels = parse_array(grad_pixels, "grad_pixels", args.problem.dtype);
+            args.grad_words = parse_optional(grad_words, "grad_words", size);
+            if (args.grad_pixels.data != nullptr && args.problem.student.width > 0 &&
+                (args.grad_pixels.column == 1) != (args.problem.student.pixels.column == 1)) {
+                throw py::value_error("grad_pixels: expected the student's layout");
+            }
+            args.workspace = parse_pointer(workspace, "workspace", 64);
+            const py::gil_scoped_release unlocked;
+            backward(args, extra_value);
+        },
+        py::arg("problem"), py::arg("kept"), py::arg("grad_loss"), py::arg("grad_loss_strides"), py::arg("grad_pixels"),
+        py::arg("grad_words"), py::arg("workspace"), py::arg(extra),
+        "The gradients of the student's pixels (or logits) and words. Addresses, sizes, strides in elements.");
+}
+
+} // namespace fastkd::bindings

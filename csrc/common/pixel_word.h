@@ -1,0 +1,95 @@
+// How two networks' pixels attend to words, compared: the interface of the kernels and what they compute.
+//
+// Of one sample: logits M (pixels x words) of student and teacher, M = V L^T or the cosines of V and L, u = scale M
+// with scale = 1/tau (1/(tau sqrt D) for the scaled product). A and B are the softmaxes over words of u_S and u_T, Q_S
+// and Q_T those over pixels, D = A - B, n valid pixels, t valid words. The four losses are
+//
+//     pixel_to_word = 1/n sum_p KL(B[p] || A[p])          word_to_pixel = 1/t sum_j KL(Q_T[:, j] || Q_S[:, j])
+//     pixel_pixel   = |A A^T - B B^T|^2 / n^2             word_word     = |A^T A - B^T B|^2 / n^2
+//
+// The second two come from words x words matrices, of which every product holds D, so that nothing cancels as the
+// student nears the teacher. With G = A^T A, K = D^T A, E = D^T D: B^T D = K^T - E, B^T B = G - K - K^T + E, and
+//
+//     |A A^T - B B^T|^2 = <G + B^T B, E> + 2 sum_ij K_ij (B^T D)_ij
+//     |A^T A - B^T B|^2 = |W|^2,   W = D^T A + B^T D = K + K^T - E
+//
+// Gradients, with g_k the gradient of loss k: of the second order, dA = A X + D Z where
+//
+//     X = 4/n^2 (g_ww W + g_pp K)         Z = 4/n^2 g_pp (G - K)
+//
+// since d|AA^T - BB^T|^2/dA = 4(D G + B K) and d|W|^2/dA = 4 A W. Then
+//
+//     du = A (dA - <dA, A>_words) + g_pw/n D + g_wp/t (Q_S - Q_T),   dM = scale du,   dV = dM L,   dL = dM^T V
+//
+// and for the cosine, with M = V^ L^T^: dV = (dM L^ - V^ <dM, M>_words)/|V|, dL = (dM^T V^ - L^ <dM^T V^, L^>)/|L|.
+//
+// Words that one network alone has or has masked are words to which it attends with probability 0: that is how
+// pixel_pixel compares networks of different tokens.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace fastkd::pixel_word {
+
+enum Term { pixel_to_word = 1, word_to_pixel = 2, pixel_pixel = 4, word_word = 8 };
+constexpr int term_count = 4;
+constexpr int second_order = pixel_pixel | word_word;
+constexpr int over_words = pixel_to_word | second_order; // those that need the softmax over words
+
+constexpr double norm_floor = 1e-12; // shorter rows have no direction: they are divided by this, and get no gradient
+
+// A (batch, pixels, columns) array, strides in elements: `pixel` or `column` is 1.
+struct Array {
+    const void* data;
+    DType dtype;
+    std::int64_t batch;
+    std::int64_t pixel;
+    std::int64_t column;
+};
+
+struct Network {
+    Array pixels; // (B, N, width), the logits (B, N, words) if `width` is 0, or nothing in a backward without words
+    const void* words;             // (B, words, width) contiguous, in the dtype of the arithmetic
+    const std::uint8_t* word_mask; // (B, words), or null
+    std::int64_t word_count;
+    std::int64_t width;
+    double scale;
+};
+
+struct Problem {
+    Network student;
+    Network teacher;
+    const std::uint8_t* pixel_mask; // (B, N), or null
+    std::int64_t batch;
+    std::int64_t pixels;
+    DType dtype; // of the arithmetic, the losses and all that is kept: Float32 or Float64
+    bool cosine;
+    int terms; // of Term, or-ed
+};
+
+// What a backward needs, each null where it does not.
+struct Kept {
+    void* logits;    // (B, words of the student + words of the teacher, N): M, if it was computed from features
+    void* norms;     // (B, N) of the student's pixels, for the cosine
+    double* columns; // (2, B, words): log-sum-exps over pixels of u_S, u_T
+    void* grams;     // (B, 3, words, words): G, K, E, words the larger of both counts
+};
+
+struct Forward {
+    Problem problem;
+    Kept kept;  // all null: no backward will follow
+    void* loss; // (B, 4); 0 where a term was not asked for
+    void* workspace;
+};
+
+struct Backward {
+    Problem problem;
+    Kept kept;
+    const void* grad_loss; // (B, 4), any strides
+    std::int64_t grad_loss_strides[2];
+    Array grad_pixels; // the student's layout, which is one of Array's; or null
+    void* grad_words;  // (B, words, width) contiguous, in the dtype of the arithmetic; or null
+    void* workspace;
+};
+
+} // namespace fastkd::pixel_word

@@ -1,0 +1,257 @@
+// How a pixel_word problem is cut up, what workspace that takes, and what is prepared once per sample.
+//
+// A sample's pixels are cut into chunks of some panels each. Cuts depend on the problem alone, each chunk's sums go to
+// a place of their own, and those are added in order: results do not depend on the number of threads.
+#pragma once
+
+#include "common/pixel_word.h"
+#include "common/softmax_kl.h"
+#include "cpu/pixel_word_panel.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+
+using pixel_word::Network;
+using pixel_word::Problem;
+
+constexpr std::int64_t column_padding = 16;              // lanes of the widest vectors: sizes are alike for all
+constexpr std::int64_t partial_bytes = 12 * 1024 * 1024; // of the chunks' sums, at most, if there is a choice
+constexpr std::int64_t scratch_bytes = 12 * 1024 * 1024; // of all threads, likewise
+constexpr std::int64_t stream_bytes = 4 * 1024 * 1024;   // as in softmax_kl.cpp
+
+// Hands out pieces of the workspace; without one, only counts.
+class Arena {
+  public:
+    FASTKD_INLINE explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+    template <class T>
+    FASTKD_INLINE T* take(std::int64_t count) {
+        char* piece = base_ == nullptr ? nullptr : base_ + used_;
+        used_ += round_up(count * static_cast<std::int64_t>(sizeof(T)), 64);
+        return reinterpret_cast<T*>(piece);
+    }
+    FASTKD_INLINE std::int64_t used() const { return used_; }
+
+  private:
+    char* base_;
+    std::int64_t used_ = 0;
+};
+
+// A sample's valid pixels and words. Only the words that some network attends to are computed with, in a dense order.
+struct Sample {
+    std::int64_t pixels;
+    std::int64_t words;         // those computed with
+    std::int32_t* student_word; // [words]: the student's word, or -1 where it has none
+    std::int32_t* teacher_word;
+    std::int32_t* student_slot; // [student's words]: its place among those computed with, or -1
+};
+
+// What each thread computes in.
+template <class T>
+struct Scratch {
+    T* panel;
+    T* gradient;
+    T* student; // [words][panel_pixels], likewise the next four
+    T* teacher;
+    T* a; // A, then D
+    T* out;
+    T* scaled;
+    T* mix;   // [2 words][words]
+    T* valid; // [panel_pixels], likewise the next
+    T* norms;
+    Maxima<T>* maxima;
+};
+
+template <class T>
+struct Plan {
+    const Problem& problem;
+    std::int64_t words = 0;                            // at most
+    std::int64_t width_student = 0, width_teacher = 0; // padded
+    std::int64_t panel_pixels = 0, chunk_pixels = 0, chunks = 0;
+    std::int64_t threads = 0;
+    std::int64_t partial_size = 0; // bytes of a chunk's sums
+
+    Sample* samples = nullptr;
+    T* words_student = nullptr; // [B][words][padded width]; unit vectors for the cosine
+    T* words_teacher = nullptr;
+    T* word_norms = nullptr; // [B][words] of the student, 0 if there is no direction
+    char* partials = nullptr;
+    char* scratch = nullptr;
+    std::int64_t scratch_size = 0; // per thread
+    std::int64_t workspace = 0;
+
+    FASTKD_INLINE std::int64_t units() const { return problem.batch * chunks; }
+    FASTKD_INLINE bool from_features() const { return problem.student.width > 0; }
+    FASTKD_INLINE bool has(int terms) const { return (problem.terms & terms) != 0; }
+    template <class P>
+    FASTKD_INLINE P* partial(std::int64_t unit) const {
+        return reinterpret_cast<P*>(partials + unit * partial_size);
+    }
+
+    // Whether the gradient of the pixels would push everything else out of the caches.
+    FASTKD_INLINE bool streams() const {
+        return problem.batch * problem.pixels * problem.student.width * static_cast<std::int64_t>(sizeof(T)) >=
+               stream_bytes;
+    }
+    // The memory of the panel after this one.
+    FASTKD_INLINE Prefetch next(const Network& network, const Pixels<T>& pixels) const {
+        const std::int64_t begin = pixels.begin + panel_pixels;
+        if (begin >= problem.pixels) {
+            return {};
+        }
+        const std::int64_t count = least(panel_pixels, problem.pixels - begin);
+        return prefetch_of<T>(network.pixels, {pixels.sample, begin, count, 0, nullptr}, network.width);
+    }
+
+    // The chunk's pixels from `begin` on, as many as a panel holds.
+    FASTKD_INLINE Pixels<T> pixels_at(std::int64_t sample, std::int64_t begin, std::int64_t end, T* valid) const {
+        Pixels<T> pixels{sample, begin, least(panel_pixels, end - begin), 0, nullptr};
+        pixels.width = round_up(pixels.count, column_padding);
+        const std::uint8_t* mask =
+            problem.pixel_mask == nullptr ? nullptr : problem.pixel_mask + sample * problem.pixels + begin;
+        bool all = pixels.width == pixels.count;
+        for (std::int64_t p = 0; mask != nullptr && all && p < pixels.count; ++p) {
+            all = mask[p] != 0;
+        }
+        if (!all) {
+            for (std::int64_t p = 0; p < pixels.width; ++p) {
+                valid[p] = static_cast<T>(p < pixels.count && (mask == nullptr || mask[p] != 0));
+            }
+            pixels.valid = valid;
+        }
+        return pixels;
+    }
+};
+
+template <class T>
+Scratch<T> lay_out_scratch(const Plan<T>& plan, Arena& arena, bool backward) {
+    const std::int64_t width = plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
+    const std::int64_t rows = plan.words * plan.panel_pixels;
+    Scratch<T> scratch{};
+    scratch.panel = arena.take<T>(width * plan.panel_pixels);
+    scratch.gradient = arena.take<T>(backward ? plan.width_student * plan.panel_pixels : 0);
+    scratch.student = arena.take<T>(rows);
+    scratch.teacher = arena.take<T>(rows);
+    scratch.a = arena.take<T>(2 * rows);
+    scratch.out = arena.take<T>(backward ? rows : 0);
+    scratch.scaled = arena.take<T>(backward && plan.problem.cosine ? rows : 0);
+    scratch.mix = arena.take<T>(backward ? 2 * plan.words * plan.words : 0);
+    scratch.valid = arena.take<T>(plan.panel_pixels);
+    scratch.norms = arena.take<T>(2 * plan.panel_pixels);
+    scratch.maxima = arena.take<Maxima<T>>(backward ? 0 : plan.words);
+    return scratch;
+}
+
+// A chunk's sums in a forward: the KL over words, the states of the columns, G, K and E.
+FASTKD_INLINE std::int64_t forward_partial_size(const Problem& problem, std::int64_t words) {
+    const std::int64_t states = (problem.terms & pixel_word::word_to_pixel) != 0 ? words : 0;
+    const std::int64_t grams = (problem.terms & pixel_word::second_order) != 0 ? 3 * words * words : 0;
+    return (1 + grams) * static_cast<std::int64_t>(sizeof(double)) +
+           states * static_cast<std::int64_t>(sizeof(KLState<double>));
+}
+
+template <class T>
+Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int threads) {
+    Plan<T> plan{problem};
+    const Network& student = problem.student;
+    const Network& teacher = problem.teacher;
+    plan.words = student.word_count > teacher.word_count ? student.word_count : teacher.word_count;
+    plan.width_student = round_up(student.width, column_padding);
+    plan.width_teacher = round_up(teacher.width, column_padding);
+    const std::int64_t width = plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
+    // A panel stays in the second-level cache. Of maps longer ones: their rows are read, and added up, in short runs.
+    plan.panel_pixels =
+        (width * static_cast<std::int64_t>(sizeof(T)) <= 1024 ? 128 : 64) * (by_pixel(problem.student.pixels) ? 1 : 2);
+    const std::int64_t panels = (problem.pixels + plan.panel_pixels - 1) / plan.panel_pixels;
+    plan.partial_size = round_up(backward ? plan.words * plan.width_student * static_cast<std::int64_t>(sizeof(T))
+                                          : forward_partial_size(problem, plan.words),
+                                 64);
+    std::int64_t each = problem.batch * panels / 64; // panels of a chunk
+    each = each < 1 ? 1 : least(each, 8);
+    const std::int64_t most = partial_bytes / (problem.batch * (plan.partial_size + 1)) + 1; // chunks of a sample
+    each = each * most < panels ? (panels + most - 1) / most : each;
+    plan.chunks = (panels + each - 1) / each;
+    plan.chunk_pixels = each * plan.panel_pixels;
+
+    Arena arena(workspace);
+    plan.samples = arena.take<Sample>(problem.batch);
+    auto* lists = arena.take<std::int32_t>(problem.batch * 3 * plan.words);
+    for (std::int64_t b = 0; workspace != nullptr && b < problem.batch; ++b) {
+        std::int32_t* list = lists + b * 3 * plan.words;
+        plan.samples[b] = {0, 0, list, list + plan.words, list + 2 * plan.words};
+    }
+    plan.words_student = arena.take<T>(problem.batch * plan.words * plan.width_student);
+    plan.words_teacher = arena.take<T>(backward ? 0 : problem.batch * plan.words * plan.width_teacher);
+    plan.word_norms = arena.take<T>(problem.batch * plan.words);
+    plan.partials = arena.take<char>(plan.units() * plan.partial_size);
+    Arena one(nullptr);
+    lay_out_scratch(plan, one, backward);
+    plan.scratch_size = one.used();
+    plan.threads = least(least(threads, plan.units()), scratch_bytes / plan.scratch_size + 1);
+    plan.scratch = arena.take<char>(plan.threads * plan.scratch_size);
+    plan.workspace = arena.used();
+    return plan;
+}
+
+// ---- once per sample -----------------------------------------------------------------------------------------------
+
+FASTKD_INLINE bool has_word(const Network& network, std::int64_t sample, std::int64_t word) {
+    return word < network.word_count &&
+           (network.word_mask == nullptr || network.word_mask[sample * network.word_count + word] != 0);
+}
+
+// Rows of words as the products want them: in their dense order, padded with zeros, zero where the network has none.
+template <class T>
+void pack_words(const Network& network, std::int64_t sample, const std::int32_t* word, std::int64_t count,
+                std::int64_t padded, bool cosine, T* to, T* norms) {
+    const T* from = static_cast<const T*>(network.words) + sample * network.word_count * network.width;
+    for (std::int64_t k = 0; k < count; ++k) {
+        T* row = to + k * padded;
+        load_row(from + (word[k] < 0 ? 0 : word[k]) * network.width, word[k] < 0 ? 0 : network.width, row, padded);
+        if (!cosine) {
+            continue;
+        }
+        const Panel<T> panel{row, padded, true};
+        T norm;
+        pixel_norms(panel, network.width, padded, 1, &norm);
+        const T divisor = norm == T(0) ? static_cast<T>(pixel_word::norm_floor) : norm;
+        for (std::int64_t c = 0; c < padded; c += lanes<T>) {
+            store(row + c, load(row + c) / divisor);
+        }
+        if (norms != nullptr) {
+            norms[k] = norm;
+        }
+    }
+}
+
+template <class T>
+void prepare_sample(const Plan<T>& plan, std::int64_t b, bool backward) {
+    const Problem& problem = plan.problem;
+    Sample& sample = plan.samples[b];
+    sample.pixels = problem.pixels;
+    if (problem.pixel_mask != nullptr) {
+        sample.pixels = 0;
+        for (std::int64_t p = 0; p < problem.pixels; ++p) {
+            sample.pixels += problem.pixel_mask[b * problem.pixels + p] != 0;
+        }
+    }
+    sample.words = 0;
+    for (std::int64_t w = 0; w < plan.words; ++w) {
+        const bool student = has_word(problem.student, b, w), teacher = has_word(problem.teacher, b, w);
+        sample.student_slot[w] = student ? static_cast<std::int32_t>(sample.words) : -1;
+        if (student || teacher) {
+            sample.student_word[sample.words] = student ? static_cast<std::int32_t>(w) : -1;
+            sample.teacher_word[sample.words] = teacher ? static_cast<std::int32_t>(w) : -1;
+            ++sample.words;
+        }
+    }
+    if (plan.from_features()) {
+        pack_words(problem.student, b, sample.student_word, sample.words, plan.width_student, problem.cosine,
+                   plan.words_student + b * plan.words * plan.width_student, plan.word_norms + b * plan.words);
+        if (!backward) {
+            pack_words<T>(problem.teacher, b, sample.teacher_word, sample.words, plan.width_teacher, problem.cosine,
+                          plan.words_teacher + b * plan.words * plan.width_teacher, nullptr);
+        }
+    }
+}
+
+} // namespace fastkd::cpu::FASTKD_ISA
