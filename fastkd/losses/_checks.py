@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastkd.ops import _backends
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -54,6 +56,12 @@ def teacher(name: str, tensor: Tensor) -> None:
             f"{name}: requires grad, but the teacher is a constant target: detach it with {name}.detach(), or run the "
             "teacher under torch.no_grad()"
         )
+
+
+def backend(family: str, value: str, student: Tensor) -> None:
+    """A backend asked for by name must be able to compute here: refused before guides or weights are computed."""
+    if value != "auto" and (value not in _backends.BACKENDS or student.dtype in _backends.KERNEL_DTYPES):
+        _backends.choose(family, value, student)
 
 
 def same_device(**tensors: Tensor | None) -> None:
