@@ -19,5 +19,7 @@ enum class Isa { baseline, avx2, avx512 };
 // decided once. Throws std::runtime_error when that variable asks for one that is not there.
 Isa isa();
 const char* isa_name(Isa isa);
+// Whether isa() is avx512 and the machine also multiplies pairs of bfloat16 into float (AVX512-BF16).
+bool bf16_products();
 
 } // namespace fastkd::cpu

@@ -68,6 +68,14 @@ const char* isa_name(Isa isa) {
     }
 }
 
+bool bf16_products() {
+#if defined(FASTKD_ISA_X86)
+    return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 const Kernels& kernels() {
     return tables[static_cast<int>(isa())];
 }

@@ -26,7 +26,6 @@ struct Streamed : Relation<S> {
     using Base::sample;
     using Base::scales_of;
     using Base::scratch;
-    using Base::sign;
     using Base::student;
     using Base::teacher;
     using Base::typed_scales;
@@ -37,36 +36,28 @@ struct Streamed : Relation<S> {
         return at(team, plan.packs) + slot * plan.block * width;
     }
     void pack_block(std::int64_t team, std::int64_t slot, std::int64_t problem, std::int64_t block) const {
-        T scales[tile_side];
         T* to = packed(team, slot);
-        const std::int64_t rows = rows_of(block);
-        typed_scales(1, problem, block, scales);
-        pack<S>(rows_at(teacher, problem, block), teacher.row_stride, teacher.col_stride, rows, teacher.width, scales,
-                nullptr, to + plan.block * student.width);
-        typed_scales(0, problem, block, scales);
-        const S* x = rows_at(student, problem, block);
-        pack<S>(x, student.row_stride, student.col_stride, rows, student.width, scales, nullptr, to);
+        this->pack_block_of(student, 0, problem, block, 0, student.width, to);
+        this->pack_block_of(teacher, 1, problem, block, 0, teacher.width, to + plan.block * student.width);
         if (plan.backward) {
-            pack<S>(x, student.col_stride, student.row_stride, student.width, rows, nullptr, scales,
-                    to + plan.block * (student.width + teacher.width));
+            T scales[tile_side];
+            typed_scales(0, problem, block, scales);
+            pack<S>(rows_at(student, problem, block), student.col_stride, student.row_stride, student.width,
+                    rows_of(block), nullptr, scales, to + plan.block * (student.width + teacher.width));
         }
     }
     // Both networks' E into the thread's first two tiles.
-    Tile<T> make_tile(std::int64_t team, std::int64_t thread, std::int64_t slot_i, std::int64_t slot_j, std::int64_t i,
-                      std::int64_t j) const {
+    Tile<T> make_tile(std::int64_t team, std::int64_t thread, std::int64_t problem, std::int64_t slot_i,
+                      std::int64_t slot_j, std::int64_t i, std::int64_t j) const {
         T* e_s = scratch(thread, plan.tiles);
         T* e_t = e_s + plan.block * plan.block;
-        const std::int64_t rows = rows_of(i), cols = rows_of(j);
         const T* x = packed(team, slot_i);
         const T* y = packed(team, slot_j);
-        packed_product<T>(x, Panels<T>(rows), y, Panels<T>(cols), student.width, e_s, plan.block, false);
-        packed_product<T>(x + plan.block * student.width, Panels<T>(rows), y + plan.block * student.width,
-                          Panels<T>(cols), teacher.width, e_t, plan.block, false);
-        if (sign < 0) {
-            negate_tile(e_s, plan.block, rows, cols);
-            negate_tile(e_t, plan.block, rows, cols);
-        }
-        return {e_s, e_t, plan.block, rows, cols};
+        const std::int64_t skip = plan.block * student.width;
+        this->multiply_blocks(x, i, y, j, student.width, e_s, false);
+        this->multiply_blocks(x + skip, i, y + skip, j, teacher.width, e_t, false);
+        this->finish_products(problem, i, j, e_s, e_t);
+        return {e_s, e_t, plan.block, rows_of(i), rows_of(j)};
     }
 
     // visit(tile, i, j, slot_j, thread) for every tile of the problem, streamed.
@@ -83,14 +74,14 @@ struct Streamed : Relation<S> {
             load_blocks(i, i_end, 0);
             pairs_within(i, i_end, plan.team_threads, [&](std::int64_t a, std::int64_t b, int thread) {
                 const std::int64_t own = plan.teams > 1 ? team : thread;
-                visit(make_tile(team, own, a - i, b - i, a, b), a, b, a - i, b - i, own);
+                visit(make_tile(team, own, problem, a - i, b - i, a, b), a, b, a - i, b - i, own);
             });
             for (std::int64_t j = i_end; j < n; j += half) {
                 const std::int64_t j_end = j + half < n ? j + half : n;
                 load_blocks(j, j_end, half);
                 pairs_between(i, i_end, j, j_end, plan.team_threads, [&](std::int64_t a, std::int64_t b, int thread) {
                     const std::int64_t own = plan.teams > 1 ? team : thread;
-                    visit(make_tile(team, own, a - i, half + b - j, a, b), a, b, a - i, half + b - j, own);
+                    visit(make_tile(team, own, problem, a - i, half + b - j, a, b), a, b, a - i, half + b - j, own);
                 });
             }
         }
@@ -169,10 +160,11 @@ struct Streamed : Relation<S> {
 
 template <class S>
 void forward(const Forward& args, const RelationPlan& plan, int threads) {
-    const Streamed<S> relation{
+    Streamed<S> relation{
         {args.options, plan, args.student, args.teacher, args.statistics, static_cast<char*>(args.workspace)}};
     relation.clear_statistics();
     find_scales<S>(args.options, args.student, args.teacher, relation.scales_of(0, 0, 0), threads);
+    relation.use_pairs();
     auto* loss = static_cast<Compute<S>*>(args.loss);
     parallel_for(static_cast<int>(plan.teams), plan.problems,
                  [&](std::int64_t problem, int team) { relation.forward(team, problem, loss); });
@@ -180,9 +172,10 @@ void forward(const Forward& args, const RelationPlan& plan, int threads) {
 
 template <class S>
 void backward(const Backward& args, const RelationPlan& plan) {
-    const Streamed<S> relation{{args.options, plan, args.student, args.teacher,
-                                const_cast<double*>(args.statistics), // read only
-                                static_cast<char*>(args.workspace)}};
+    Streamed<S> relation{{args.options, plan, args.student, args.teacher,
+                          const_cast<double*>(args.statistics), // read only
+                          static_cast<char*>(args.workspace)}};
+    relation.use_pairs();
     advise_huge_pages(args.grad_student, args.options.batch * args.options.rows * args.student.width * sizeof(S));
     parallel_for(static_cast<int>(plan.teams), plan.problems,
                  [&](std::int64_t problem, int team) { relation.backward(args, team, problem); });

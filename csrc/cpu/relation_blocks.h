@@ -6,6 +6,7 @@
 // row's sums are added in the order of the rounds, whatever the number of threads.
 #pragma once
 
+#include "cpu/bf16_products.h"
 #include "cpu/pages.h"
 #include "cpu/relation_plan.h"
 #include "cpu/relation_rows.h"
@@ -49,6 +50,11 @@ FASTKD_INLINE void pairs_between(std::int64_t i_begin, std::int64_t i_end, std::
     }
 }
 
+template <class S>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<BFloat16> = true;
+
 // One call's arguments with their types.
 template <class S>
 struct Relation {
@@ -61,6 +67,7 @@ struct Relation {
     char* workspace;
 
     std::int64_t others = options.others();
+    bool pairs = false; // see use_pairs
     ScaledExp<T> exp{static_cast<T>(1 / options.temperature)};
     T sign = options.negate && options.distance == Distance::kl ? T(-1) : T(1);
 
@@ -97,8 +104,59 @@ struct Relation {
     }
     FASTKD_INLINE void typed_scales(int network, std::int64_t problem, std::int64_t block, T (&out)[tile_side]) const {
         const double* scales = scales_of(network, sample(problem, block), first_row(block));
-        for (std::int64_t r = 0; r < rows_of(block); ++r) {
-            out[r] = static_cast<T>(scales[r]);
+        for (std::int64_t r = 0; r < tile_side; ++r) {
+            out[r] = r < rows_of(block) ? static_cast<T>(scales[r]) : T(0);
+        }
+    }
+
+    // bfloat16 rows that are multiplied as they are get their scales afterwards. Not where that would leave float's
+    // range.
+    void use_pairs() {
+        pairs = sizeof(S) == 2 && plan.pairs;
+        const double* scales = scales_of(0, 0, 0);
+        for (std::int64_t r = 0; r < 2 * options.batch * options.rows && pairs; ++r) {
+            pairs = !(scales[r] < 1e-15); // NaN is at home anywhere
+        }
+    }
+    // Columns [from, from + width) of a block as [width][rows], with their scales unless they are multiplied in pairs.
+    FASTKD_INLINE void pack_block_of(const Rows& rows, int network, std::int64_t problem, std::int64_t block,
+                                     std::int64_t from, std::int64_t width, T* to) const {
+        const S* x = rows_at(rows, problem, block) + from * rows.col_stride;
+        if constexpr (is_bf16<S>) {
+            if (pairs) {
+                return pack_pairs(x, rows.row_stride, rows.col_stride, rows_of(block), width,
+                                  reinterpret_cast<PairWord*>(to));
+            }
+        }
+        T scales[tile_side];
+        typed_scales(network, problem, block, scales);
+        pack<S>(x, rows.row_stride, rows.col_stride, rows_of(block), width, scales, nullptr, to);
+    }
+    // e (+)= the products of blocks i and j, packed so.
+    FASTKD_INLINE void multiply_blocks(const T* x, std::int64_t i, const T* y, std::int64_t j, std::int64_t width, T* e,
+                                       bool add) const {
+        const Panels<T> rows(rows_of(i)), cols(rows_of(j));
+        if constexpr (is_bf16<S>) {
+            if (pairs) {
+                return packed_product_pairs(reinterpret_cast<const PairWord*>(x), rows,
+                                            reinterpret_cast<const PairWord*>(y), cols, width, e, plan.block, add);
+            }
+        }
+        packed_product<T>(x, rows, y, cols, width, e, plan.block, add);
+    }
+    // What is left to do to both networks' products: scales that were left out, and the sign.
+    FASTKD_INLINE void finish_products(std::int64_t problem, std::int64_t i, std::int64_t j, T* e_s, T* e_t) const {
+        if (pairs) {
+            T row[tile_side], col[tile_side];
+            for (int network = 0; network < 2; ++network) {
+                typed_scales(network, problem, i, row);
+                typed_scales(network, problem, j, col);
+                scale_tile(network == 0 ? e_s : e_t, plan.block, rows_of(i), rows_of(j), row, col);
+            }
+        }
+        if (sign < 0) {
+            negate_tile(e_s, plan.block, rows_of(i), rows_of(j));
+            negate_tile(e_t, plan.block, rows_of(i), rows_of(j));
         }
     }
 

@@ -21,14 +21,11 @@ struct Kept : Relation<S> {
     using Base::make_h;
     using Base::options;
     using Base::plan;
-    using Base::rows_at;
     using Base::rows_of;
     using Base::scales_of;
     using Base::scratch;
-    using Base::sign;
     using Base::student;
     using Base::teacher;
-    using Base::typed_scales;
 
     template <class P>
     FASTKD_INLINE static P* kept_tile(P* kept, std::int64_t blocks, std::int64_t i, std::int64_t j) {
@@ -59,10 +56,8 @@ struct Kept : Relation<S> {
                 const std::int64_t width = rows.width - from < kept_chunk ? rows.width - from : kept_chunk;
                 T* packs = this->at(team, plan.packs);
                 parallel_for(plan.team_threads, n, [&](std::int64_t block, int) {
-                    T scales[tile_side];
-                    typed_scales(network, problem, block, scales);
-                    pack<S>(rows_at(rows, problem, block) + from * rows.col_stride, rows.row_stride, rows.col_stride,
-                            rows_of(block), width, scales, nullptr, packs + block * plan.block * kept_chunk);
+                    this->pack_block_of(rows, network, problem, block, from, width,
+                                        packs + block * plan.block * kept_chunk);
                 });
                 parallel_for(plan.team_threads, count, [&](std::int64_t index, int) {
                     const auto [i, j] = pairs(index);
@@ -70,20 +65,19 @@ struct Kept : Relation<S> {
                     if (from == 0 && (rows_of(i) < plan.block || rows_of(j) < plan.block)) {
                         __builtin_memset(e, 0, plan.block * plan.block * sizeof(T));
                     }
-                    packed_product<T>(packs + i * plan.block * kept_chunk, Panels<T>(rows_of(i)),
-                                      packs + j * plan.block * kept_chunk, Panels<T>(rows_of(j)), width, e, plan.block,
-                                      from > 0);
+                    this->multiply_blocks(packs + i * plan.block * kept_chunk, i, packs + j * plan.block * kept_chunk,
+                                          j, width, e, from > 0);
                 });
             }
         }
         const int passes = options.distance == Distance::row_cosine ? 2 : 1;
         for (int pass = 0; pass < passes; ++pass) {
             pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
-                Tile<T> tile = kept_view(kept, i, j);
-                if (sign < 0 && pass == 0) {
+                if (pass == 0) {
                     T* e = kept_tile(kept, n, i, j);
-                    negate_tile(e, plan.block, 2 * plan.block, plan.block);
+                    this->finish_products(problem, i, j, e, e + plan.block * plan.block);
                 }
+                const Tile<T> tile = kept_view(kept, i, j);
                 add_tile(tile, problem, i, j, pass, plan.teams > 1 ? team : thread);
             });
             if (pass + 1 < passes) {
@@ -158,10 +152,11 @@ struct Kept : Relation<S> {
 
 template <class S>
 void forward(const Forward& args, const RelationPlan& plan, int threads) {
-    const Kept<S> relation{
+    Kept<S> relation{
         {args.options, plan, args.student, args.teacher, args.statistics, static_cast<char*>(args.workspace)}};
     relation.clear_statistics();
     find_scales<S>(args.options, args.student, args.teacher, relation.scales_of(0, 0, 0), threads);
+    relation.use_pairs();
     using T = Compute<S>;
     auto* kept = static_cast<T*>(args.kept);
     auto* loss = static_cast<T*>(args.loss);
@@ -173,9 +168,10 @@ void forward(const Forward& args, const RelationPlan& plan, int threads) {
 
 template <class S>
 void backward(const Backward& args, const RelationPlan& plan) {
-    const Kept<S> relation{{args.options, plan, args.student, args.teacher,
-                            const_cast<double*>(args.statistics), // read only
-                            static_cast<char*>(args.workspace)}};
+    Kept<S> relation{{args.options, plan, args.student, args.teacher,
+                      const_cast<double*>(args.statistics), // read only
+                      static_cast<char*>(args.workspace)}};
+    relation.use_pairs();
     advise_huge_pages(args.grad_student, args.options.batch * args.options.rows * args.student.width * sizeof(S));
     auto* kept = static_cast<const Compute<S>*>(args.kept);
     const std::int64_t size = relation::kept_elements(args.options.rows);

@@ -1,5 +1,7 @@
 #include "cpu/relation_plan.h"
 
+#include "cpu/isa.h"
+
 namespace fastkd::cpu {
 namespace {
 
@@ -31,6 +33,7 @@ RelationPlan plan_relation(const relation::Options& options, std::int64_t studen
     RelationPlan plan{};
     plan.keep = keep;
     plan.backward = backward;
+    plan.pairs = options.dtype == DType::BFloat16 && bf16_products();
     plan.problems = options.cross ? 1 : options.batch;
     plan.groups = options.others();
     plan.block = keep ? relation::kept_block : streamed_block;

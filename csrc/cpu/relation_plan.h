@@ -10,6 +10,7 @@ namespace fastkd::cpu {
 struct RelationPlan {
     bool keep;     // tiles live in `kept`; else each is made, used and forgotten
     bool backward; // else forward
+    bool pairs;    // bfloat16 rows are multiplied as they are, in pairs
     std::int64_t problems, groups, block, group_blocks, blocks;
     std::int64_t teams;    // problems in the works at a time
     int team_threads;      // threads on each

@@ -188,6 +188,17 @@ FASTKD_NOINLINE void transpose_tile(const T* in, std::int64_t ld, std::int64_t r
     }
 }
 
+// e[r][c] *= row[r] col[c]
+template <class T>
+FASTKD_NOINLINE void scale_tile(T* e, std::int64_t ld, std::int64_t rows, std::int64_t cols, const T* row,
+                                const T* col) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+        for (std::int64_t c = 0; c < cols; c += lanes<T>) {
+            store(e + r * ld + c, load(e + r * ld + c) * row[r] * load(col + c));
+        }
+    }
+}
+
 template <class T>
 FASTKD_NOINLINE void negate_tile(T* e, std::int64_t ld, std::int64_t rows, std::int64_t cols) {
     for (std::int64_t r = 0; r < rows; ++r) {
