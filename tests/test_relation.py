@@ -185,6 +185,19 @@ def test_the_workspace_is_bounded_whatever_the_rows(form: str) -> None:
             assert size <= 32 * mib + (1.1 * copy if backward and form == "tiles" else 0) * 2
 
 
+@pytest.mark.parametrize("form", ["tiles", "kept", "gram"])
+def test_many_threads_take_no_more(form: str) -> None:
+    """As many of them work as the limit has scratch memory for."""
+    for threads in (1, 64, 4096):
+        call = cpu.Relation(
+            *(200, 1024, 400, 300, "cosine", "mse" if form == "gram" else "kl", 0.1, False, False),
+            *("float64", form, threads, 64 * 2**20),
+        )
+        size, least = call.workspace_bytes(True)
+        assert least <= 64 * 2**20
+        assert size <= 64 * 2**20 + threads * (1100 * 416 * 8 if form == "tiles" else 0)
+
+
 def test_kept_matrices_are_small() -> None:
     for count in (97, 128, 512, 1024):
         blocks = -(-count // 48)

@@ -25,10 +25,18 @@ struct Layout {
     }
 };
 
-} // namespace
+// Fewer threads take less scratch memory: as many as `limit` allows, at least one.
+template <class Plan>
+auto most_threads(int threads, std::int64_t limit, const Plan& plan_for) {
+    auto plan = plan_for(threads);
+    while (plan.minimum > limit && threads > 1) {
+        plan = plan_for(--threads);
+    }
+    return plan;
+}
 
-RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
-                           bool keep, bool backward, int threads, std::int64_t limit) {
+RelationPlan plan_relation_on(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                              bool keep, bool backward, int threads, std::int64_t limit) {
     const std::int64_t size = options.dtype == DType::Float64 ? 8 : 4;
     RelationPlan plan{};
     plan.keep = keep;
@@ -84,8 +92,8 @@ RelationPlan plan_relation(const relation::Options& options, std::int64_t studen
     return plan;
 }
 
-GramPlan plan_gram(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
-                   bool backward, int threads, std::int64_t limit) {
+GramPlan plan_gram_on(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                      bool backward, int threads, std::int64_t limit) {
     GramPlan plan{};
     plan.backward = backward;
     plan.problems = options.cross ? 1 : options.batch;
@@ -121,6 +129,22 @@ GramPlan plan_gram(const relation::Options& options, std::int64_t student_width,
     plan.bytes = plan.teams * plan.team_bytes + threads * plan.thread_bytes;
     plan.minimum = plan.bytes;
     return plan;
+}
+
+} // namespace
+
+RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                           bool keep, bool backward, int threads, std::int64_t limit) {
+    return most_threads(threads, limit, [&](int some) {
+        return plan_relation_on(options, student_width, teacher_width, keep, backward, some, limit);
+    });
+}
+
+GramPlan plan_gram(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                   bool backward, int threads, std::int64_t limit) {
+    return most_threads(threads, limit, [&](int some) {
+        return plan_gram_on(options, student_width, teacher_width, backward, some, limit);
+    });
 }
 
 } // namespace fastkd::cpu

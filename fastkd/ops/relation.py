@@ -24,6 +24,10 @@ KEPT_BLOCK = 48
 MAX_KEPT_ROWS = 2048
 """Above it relation matrices are recomputed in the backward even where they may be kept."""
 
+MAX_GRAM_WIDTH = 1024
+"""Wider rows would make Gram matrices of more than 32 MiB. Up to it they pay where the width is at most 2/5 of the
+columns, 1/5 where the widths differ and everything is computed in fp64 (docs/decisions.md)."""
+
 STATISTIC_PLANES = 5
 
 
@@ -48,7 +52,7 @@ def relation(
         keep: the relation matrices are small beside the rows (channels), so kernels may keep them for the backward
             instead of computing them twice. Without it no R×R matrix is ever held.
         backend: "auto", "reference" or "cpu". All but the reference are differentiable once. The mean squared error of
-            narrow rows (K ≤ half the columns) is computed from K×K Gram matrices, which costs less time and memory
+            narrow rows (K ≤ 2/5 of the columns, 1/5 where the widths differ) is computed from K×K Gram matrices, which costs less time and memory
             than R×R tiles; ``backend="reference"`` is always the plain formula.
 
     Returns:
@@ -60,10 +64,11 @@ def relation(
     """
     _check(student, teacher, temperature)
     chosen = choose("relation", backend, student, teacher)
-    form = _form(student, teacher, distance, cross, keep)
+    columns = student.shape[1] * (student.shape[0] if cross else 1)
+    width = max(student.shape[2], teacher.shape[2])
     if chosen == "reference":
         # Unequal widths are combined in fp64, which Apple's GPUs do not have.
-        if backend == "auto" and form == "gram" and student.device.type != "mps":
+        if backend == "auto" and distance == "mse" and 2 * width <= columns and student.device.type != "mps":
             return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
         return reference(
             student,
@@ -74,20 +79,16 @@ def relation(
             negate=negate,
             cross=cross,
         )
+    equal = student.shape[2] == teacher.shape[2]
+    form = "kept" if keep and not cross and student.shape[1] <= MAX_KEPT_ROWS else "tiles"
+    if distance == "mse" and width <= MAX_GRAM_WIDTH and (2 if equal else 1) * columns >= 5 * width:
+        form = "gram"
     options = (similarity, distance, float(temperature), negate, cross)
     if torch.is_grad_enabled() and student.requires_grad:
         return _Relation.apply(student, teacher, (*options, form, chosen))
     if form == "kept":  # for a backward that will not come
         form = "tiles"
     return torch.ops.fastkd.relation_forward(student, teacher, *options, form, chosen)[0]
-
-
-def _form(student: Tensor, teacher: Tensor, distance: str, cross: bool, keep: bool) -> str:
-    """How kernels compute it: "gram" from K×K matrices, "kept" from R×R ones kept for the backward, else "tiles"."""
-    (batch, rows, width), width_t = student.shape, teacher.shape[2]
-    if distance == "mse" and 2 * max(width, width_t) <= (batch * rows if cross else rows):
-        return "gram"
-    return "kept" if keep and not cross and rows <= MAX_KEPT_ROWS else "tiles"
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
