@@ -196,7 +196,9 @@ def test_strided_and_low_precision_inputs():
     torch.testing.assert_close(pixel_relation_kd(student, one), pixel_relation_kd(student, one.contiguous()))
     for dtype in (torch.float16, torch.bfloat16):
         s, t = student.to(dtype), teacher.to(dtype)
-        torch.testing.assert_close(pixel_relation_kd(s, t), pixel_relation_kd(s.float(), t.float()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            pixel_relation_kd(s, t), pixel_relation_kd(s.float(), t.float()), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_the_module_equals_the_function():
