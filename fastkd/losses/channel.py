@@ -86,7 +86,8 @@ def channel_kd(
     samples = 1 if across_batch else student.shape[0]
     layout = "(1, C)" if across_batch else "(B, C)"
     _checks.row_weight(weight, (samples, channels), layout, student, attention=True)
-    _checks.backend("relation", backend, student)
+    if weight is not None:
+        _checks.backend("relation", backend, student)
 
     rows_s = _rows("student", student, centered, patches, across_batch)
     rows_t = _rows("teacher", teacher, centered, patches, across_batch)

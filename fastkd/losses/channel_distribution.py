@@ -69,7 +69,8 @@ def channel_distribution_kd(
         "resize the maps to one size and align the channels, as ChannelDistributionKD's 1×1 aligner does",
     )
     _checks.row_weight(weight, (student.shape[0], student.shape[1]), "(B, C)", student, attention=True)
-    _checks.backend("softmax_kl", backend, student)
+    if guide is not None or weight is not None:
+        _checks.backend("softmax_kl", backend, student)
 
     rows_s, rows_t = student.flatten(2), teacher.flatten(2)
     if isinstance(weight, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+@functools.cache
 def native(backend: str) -> Any:
     """The extension module of the "cpu" or the "cuda" backend, loaded at the first call."""
     return importlib.import_module("fastkd._native").load(backend)
