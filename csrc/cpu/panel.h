@@ -3,24 +3,12 @@
 
 #include "common/pixel_word.h"
 #include "cpu/small_products.h"
+#include "cpu/storage.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
 using pixel_word::Array;
 
-// Calls f with an element of the type that `dtype` names; those are the ones whose arithmetic is in T.
-template <class T, class F>
-FASTKD_INLINE void with_storage(DType dtype, F f) {
-    if constexpr (sizeof(T) == 8) {
-        f(double{});
-    } else if (dtype == DType::Float16) {
-        f(Half{});
-    } else if (dtype == DType::BFloat16) {
-        f(BFloat16{});
-    } else {
-        f(float{});
-    }
-}
 template <class T>
 FASTKD_INLINE bool stored_as_is(DType dtype) {
     return dtype == (sizeof(T) == 8 ? DType::Float64 : DType::Float32);
@@ -102,7 +90,7 @@ Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t co
     if (stored_as_is<T>(array.dtype) && pixels.valid == nullptr && (rows ? columns == padded : !twice)) {
         return {address(array, pixels, T{}), rows ? array.pixel : array.column, rows};
     }
-    with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
+    with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         const auto* from = address(array, pixels, stored);
         if (rows) {
             for (std::int64_t p = 0; p < pixels.width; ++p) {
@@ -166,7 +154,7 @@ void finish_panel(const PanelOut<T>& panel, const Array& array, const Pixels<T>&
     if (panel.in_memory) {
         return;
     }
-    with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
+    with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         auto* to = address(array, pixels, stored);
         for (std::int64_t i = 0; i < (panel.by_pixel ? pixels.count : columns); ++i) {
             T* row = panel.data + i * panel.stride;
@@ -188,7 +176,7 @@ void finish_panel(const PanelOut<T>& panel, const Array& array, const Pixels<T>&
 template <class T>
 void load_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t* words, std::int64_t count, T* out,
                  std::int64_t stride) {
-    with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
+    with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         using S = decltype(stored);
         const S* from = address(array, pixels, stored);
         for (std::int64_t k = 0; k < count; ++k) {
@@ -222,7 +210,7 @@ void load_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t
 template <class T>
 void store_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t* slot, std::int64_t words,
                   const T* rows, std::int64_t stride) {
-    with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
+    with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         using S = decltype(stored);
         S* to = address(array, pixels, stored);
         for (std::int64_t w = 0; w < words; ++w) {

@@ -192,6 +192,32 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     return plan;
 }
 
+// ---- walking over it ----------------------------------------------------------------------------------------------
+
+// Calls f with each of a thread's units, threads having consecutive ones: their pixels lie one after the other.
+template <class T, class F>
+FASTKD_INLINE void each_unit(const Plan<T>& plan, std::int64_t thread, F f) {
+    const std::int64_t end = (thread + 1) * plan.units() / plan.threads;
+    for (std::int64_t unit = thread * plan.units() / plan.threads; unit < end; ++unit) {
+        f(unit);
+    }
+}
+
+// Calls f with each panel of a unit.
+template <class T, class F>
+FASTKD_INLINE void each_panel(const Plan<T>& plan, std::int64_t unit, T* valid, F f) {
+    const std::int64_t begin = unit % plan.chunks * plan.chunk_pixels;
+    const std::int64_t end = least(begin + plan.chunk_pixels, plan.problem.pixels);
+    for (std::int64_t p = begin; p < end; p += plan.panel_pixels) {
+        f(plan.pixels_at(unit / plan.chunks, p, end, valid));
+    }
+}
+
+template <class T>
+FASTKD_INLINE ScaledExp<T> exp_of(const Network& network) {
+    return ScaledExp<T>{static_cast<T>(network.scale)};
+}
+
 // ---- once per sample -----------------------------------------------------------------------------------------------
 
 FASTKD_INLINE bool has_word(const Network& network, std::int64_t sample, std::int64_t word) {
