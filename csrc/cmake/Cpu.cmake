@@ -45,8 +45,8 @@ if(NOT FASTKD_VECTOR_EXTENSIONS)
 endif()
 
 set(isas baseline)
-set(flags_avx2 -mavx2 -mfma -mf16c)
-set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c)
+set(flags_avx2 -mavx2 -mfma -mf16c -mprfchw)
+set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${flags_avx2})
 check_cxx_source_compiles("
   #if !defined(__x86_64__)
   #error another processor

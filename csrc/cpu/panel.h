@@ -45,6 +45,16 @@ FASTKD_INLINE void store_row(const T* from, std::int64_t count, S* to) {
     }
 }
 
+// The same past the caches, to aligned addresses; finish with stream_fence.
+template <class T, class S>
+FASTKD_INLINE void stream_row(const T* from, std::int64_t count, S* to) {
+    const std::int64_t whole = count / lanes<T> * lanes<T>;
+    for (std::int64_t i = 0; i < whole; i += lanes<T>) {
+        store_stream(to + i, load(from + i));
+    }
+    store_row(from + whole, count - whole, to + whole);
+}
+
 // Zero wherever `valid` is.
 template <class T>
 FASTKD_INLINE void keep_valid(T* row, const T* valid, std::int64_t count) {
@@ -138,15 +148,16 @@ struct PanelOut {
 template <class T>
 FASTKD_INLINE PanelOut<T> start_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns,
                                       std::int64_t padded, bool stream, T* scratch) {
+    // Lines written in part, past the caches and not, would cost more than all of them through the caches.
     const bool rows = by_pixel(array);
+    const std::int64_t size = element_size(array.dtype), row = rows ? array.pixel : array.column;
+    const auto first = reinterpret_cast<std::uintptr_t>(array.data) +
+                       (pixels.sample * array.batch + pixels.begin * array.pixel) * size;
+    stream = stream && (first | static_cast<std::uintptr_t>(row * size)) % (lanes<T> * size) == 0;
     if (stored_as_is<T>(array.dtype) && pixels.valid == nullptr && (!rows || columns == padded)) {
-        T* to = address(array, pixels, T{});
-        const std::int64_t stride = rows ? array.pixel : array.column;
-        constexpr std::int64_t alignment = lanes<T> * sizeof(T);
-        const bool aligned = reinterpret_cast<std::uintptr_t>(to) % alignment == 0 && stride % lanes<T> == 0;
-        return {to, stride, rows, true, stream && aligned};
+        return {address(array, pixels, T{}), row, rows, true, stream};
     }
-    return {scratch, rows ? padded : pixels.width, rows, false, false};
+    return {scratch, rows ? padded : pixels.width, rows, false, stream};
 }
 
 template <class T>
@@ -156,15 +167,18 @@ void finish_panel(const PanelOut<T>& panel, const Array& array, const Pixels<T>&
     }
     with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         auto* to = address(array, pixels, stored);
+        const auto put = [&](const T* row, std::int64_t count, decltype(to) where) __attribute__((always_inline)) {
+            panel.stream ? stream_row(row, count, where) : store_row(row, count, where);
+        };
         for (std::int64_t i = 0; i < (panel.by_pixel ? pixels.count : columns); ++i) {
             T* row = panel.data + i * panel.stride;
             if (!panel.by_pixel) {
                 if (pixels.valid != nullptr) {
                     keep_valid(row, pixels.valid, pixels.width);
                 }
-                store_row(row, pixels.count, to + i * array.column);
+                put(row, pixels.count, to + i * array.column);
             } else if (pixels.valid == nullptr || pixels.valid[i] != T(0)) {
-                store_row(row, columns, to + i * array.pixel);
+                put(row, columns, to + i * array.pixel);
             } else {
                 __builtin_memset(static_cast<void*>(to + i * array.pixel), 0, columns * sizeof(stored));
             }

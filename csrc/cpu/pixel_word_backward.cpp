@@ -2,8 +2,10 @@
 #include "common/pixel_word.h"
 
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/pixel_word_plan.h"
+#include "cpu/pixel_word_samples.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -71,9 +73,8 @@ void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<
         gradient_over_words(by, scratch.a, d, logits.words, logits.stride, pixels.width, scratch.out);
     }
     if (plan.has(pixel_word::word_to_pixel)) {
-        const double* lse = args.kept.columns + pixels.sample * plan.words;
-        gradient_over_pixels(logits, by.word_to_pixel, lse, lse + plan.problem.batch * plan.words, pixels.width,
-                             over_words, scratch.out);
+        const double* lse = args.kept.columns + 2 * pixels.sample * plan.words;
+        gradient_over_pixels(logits, by.word_to_pixel, lse, lse + plan.words, pixels.width, over_words, scratch.out);
     }
     for (std::int64_t k = 0; pixels.valid != nullptr && k < logits.words; ++k) {
         keep_valid(scratch.out + k * logits.stride, pixels.valid, pixels.width);
@@ -109,7 +110,7 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
     const T* packed = plan.words_student + pixels.sample * plan.words * padded;
     const PanelOut<T> out = start_panel(args.grad_pixels, pixels, columns, padded, plan.streams(), scratch.gradient);
     const bool cosine = plan.problem.cosine;
-    const Store mode = cosine ? Store::add : (out.stream ? Store::stream : Store::set);
+    const Store mode = cosine ? Store::add : (out.stream && out.in_memory ? Store::stream : Store::set);
     if (cosine) { // no direction, no gradient
         for (std::int64_t k = -1; k < words; ++k) {
             keep_valid(k < 0 ? own : d_m + k * plan.panel_pixels, scratch.norms, pixels.width);
@@ -203,8 +204,7 @@ void finish_words(const Backward& args, const Plan<T>& plan, std::int64_t b) {
 }
 
 template <class T>
-void backward(const Backward& args, int threads) {
-    const Plan<T> plan = make_plan<T>(args.problem, true, args.workspace, threads);
+void backward_group(const Backward& args, const Plan<T>& plan) {
     const std::int64_t batch = args.problem.batch;
     const bool for_words = args.grad_words != nullptr;
     const auto workers = static_cast<int>(plan.threads);
@@ -225,6 +225,21 @@ void backward(const Backward& args, int threads) {
     });
     if (for_words) {
         parallel_for(workers, batch, [&](std::int64_t b, int) { finish_words(args, plan, b); });
+    }
+}
+
+template <class T>
+void backward(const Backward& args, int threads) {
+    Plan<T> plan = make_plan<T>(args.problem, true, args.workspace, threads);
+    const Array& out = args.grad_pixels;
+    const std::int64_t sample = args.problem.pixels * args.problem.student.width;
+    if (out.data != nullptr && out.batch == sample) {
+        advise_huge_pages(const_cast<void*>(out.data), args.problem.batch * sample * element_size(out.dtype));
+    }
+    for (std::int64_t first = 0; first < args.problem.batch; first += plan.group) {
+        const Backward part = part_of(args, first, least(plan.group, args.problem.batch - first));
+        plan.problem = part.problem;
+        backward_group(part, plan);
     }
 }
 

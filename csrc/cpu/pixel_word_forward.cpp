@@ -7,11 +7,13 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/pixel_word_plan.h"
+#include "cpu/pixel_word_samples.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
 using pixel_word::Forward;
+using pixel_word::Workspace;
 
 // One network's logits of a panel, from its features. `norms` receives those of the pixels, for the cosine.
 template <class T>
@@ -139,7 +141,7 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
 template <class T>
 void finish_forward(const Forward& args, const Plan<T>& plan, std::int64_t b) {
     const Sample& sample = plan.samples[b];
-    const std::int64_t words = sample.words, size = plan.words * plan.words, batch = plan.problem.batch;
+    const std::int64_t words = sample.words, size = plan.words * plan.words;
     const double pixels = static_cast<double>(sample.pixels);
     const ForwardSums sums = sums_of(plan, b * plan.chunks); // those of the first chunk become those of all
     T* loss = static_cast<T*>(args.loss) + b * pixel_word::term_count;
@@ -174,8 +176,9 @@ void finish_forward(const Forward& args, const Plan<T>& plan, std::int64_t b) {
     for (std::int64_t k = 0; columns != nullptr && k < plan.words; ++k) {
         const bool there = k < words;
         const KLState<double>& state = sums.states[there ? k : 0];
-        columns[b * plan.words + k] = there ? softmax_kl::log_sum_exp(state.max_s, __builtin_log(state.z_s), 1.0) : 0;
-        columns[(batch + b) * plan.words + k] =
+        columns[2 * b * plan.words + k] =
+            there ? softmax_kl::log_sum_exp(state.max_s, __builtin_log(state.z_s), 1.0) : 0;
+        columns[(2 * b + 1) * plan.words + k] =
             there ? softmax_kl::log_sum_exp(state.max_t, __builtin_log(state.z_t), 1.0) : 0;
     }
     if (!plan.has(pixel_word::second_order)) {
@@ -208,8 +211,7 @@ void finish_forward(const Forward& args, const Plan<T>& plan, std::int64_t b) {
 }
 
 template <class T>
-void forward(const Forward& args, int threads) {
-    const Plan<T> plan = make_plan<T>(args.problem, false, args.workspace, threads);
+void forward_group(const Forward& args, const Plan<T>& plan) {
     const std::int64_t batch = args.problem.batch;
     const auto workers = static_cast<int>(plan.threads);
     parallel_for(workers, batch, [&](std::int64_t b, int) { prepare_sample(plan, b, false); });
@@ -233,11 +235,27 @@ void forward(const Forward& args, int threads) {
     parallel_for(workers, batch, [&](std::int64_t b, int) { finish_forward(args, plan, b); });
 }
 
+template <class T>
+void forward(const Forward& args, int threads) {
+    Plan<T> plan = make_plan<T>(args.problem, false, args.workspace, threads);
+    for (std::int64_t first = 0; first < args.problem.batch; first += plan.group) {
+        const Forward part = part_of(args, first, least(plan.group, args.problem.batch - first));
+        plan.problem = part.problem;
+        forward_group(part, plan);
+    }
+}
+
+template <class T>
+Workspace workspace_of(const Problem& problem, bool backward, int threads) {
+    const Plan<T> plan = make_plan<T>(problem, backward, nullptr, threads);
+    return {plan.workspace, plan.minimum};
+}
+
 } // namespace
 
-std::int64_t pixel_word_workspace(const Problem& problem, bool backward, int threads) {
-    return problem.dtype == DType::Float64 ? make_plan<double>(problem, backward, nullptr, threads).workspace
-                                           : make_plan<float>(problem, backward, nullptr, threads).workspace;
+Workspace pixel_word_workspace(const Problem& problem, bool backward, int threads) {
+    return problem.dtype == DType::Float64 ? workspace_of<double>(problem, backward, threads)
+                                           : workspace_of<float>(problem, backward, threads);
 }
 
 void pixel_word_forward(const Forward& args, int threads) {

@@ -96,7 +96,13 @@ void compare(const Case& c) {
                                 c.terms & pixel_word::word_to_pixel ? columns.data() : nullptr,
                                 c.terms & pixel_word::second_order ? grams.data() : nullptr};
     const auto workspace_of = [&](bool backward) {
-        return cpu::kernels().pixel_word_workspace(problem, backward, c.threads);
+        problem.workspace_limit = std::int64_t(32) << 20;
+        if (c.tight) {
+            problem.workspace_limit = cpu::kernels().pixel_word_workspace(problem, backward, c.threads).minimum;
+        }
+        const pixel_word::Workspace workspace = cpu::kernels().pixel_word_workspace(problem, backward, c.threads);
+        expect(workspace.minimum <= workspace.bytes + 384 && workspace.bytes <= problem.workspace_limit, "workspace");
+        return workspace.bytes;
     };
     {
         Buffer<char> workspace(workspace_of(false));
@@ -239,6 +245,7 @@ void shapes(int offset) {
                 c.masked_words = turn / 2 % 3 == 1;
                 c.temperature = turn % 5 == 0 ? 0.3 : 1.0;
                 c.threads = thread_counts[turn / 4 % 4];
+                c.tight = turn % 4 == 1;
                 c.for_words = width > 0 && turn % 5 != 1;
                 c.for_pixels = !c.for_words || turn % 5 != 2;
                 const auto of = [&](bool maps, std::int64_t columns) {
