@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._backends import choose
-from fastkd.ops._launch import statistics_dtype
+from fastkd.ops._launch import distinct, statistics_dtype
 from fastkd.ops._pixel_word_call import Call, Network, gradient_like, layout
 from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
@@ -153,11 +153,11 @@ def _terms(
     backend: str,
 ) -> dict[str, Tensor]:
     bits = sum(1 << TERMS.index(term) for term in set(terms))
-    arguments = (*features, *masks, cosine, temperature, bits)
+    options = (cosine, temperature, bits)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in features):
-        loss = _PixelWord.apply(*arguments, backend)
+        loss = _PixelWord.apply(*distinct(*features, *masks), *options, backend)
     else:
-        loss = torch.ops.fastkd.pixel_word_forward(*arguments, False, backend)[0]
+        loss = torch.ops.fastkd.pixel_word_forward(*features, *masks, *options, False, backend)[0]
     columns = loss.unbind(1)
     return {term: columns[TERMS.index(term)] for term in terms}
 
