@@ -458,10 +458,35 @@ def problem(b: int, n: int, t: int, d: int, **change: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_workspace_is_bounded_whatever_the_number_of_pixels(backward: bool) -> None:
-    workspace = _native.load("cpu").pixel_word_workspace
-    for b, t, d in ((4, 20, 128), (8, 20, 512), (32, 77, 256), (1, 20, 4096)):
-        sizes = [workspace(problem(b, n, t, d), backward, 16) for n in (900, 14_400, 10_000_000)]
-        assert max(sizes) <= 32 * 2**20
+    mib = 2**20
+    for b, t, d in ((4, 20, 128), (8, 20, 512), (32, 77, 256), (1, 20, 4096), (10_000, 77, 1024)):
+        for n in (900, 14_400, 10_000_000):
+            size, least = _native.load("cpu").PixelWord(problem(b, n, t, d), 16, 32 * mib).workspace_bytes(backward)
+            assert least <= 4 * mib
+            assert size <= 32 * mib
+
+
+@pytest.mark.parametrize("kind", ["rows", "maps", "logits", "cosine"])
+def test_a_small_workspace_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A few samples at a time, in one chunk each."""
+    inputs, options = make(5, 300, 6, 40, 24), {**make_masks(5, 300, 6), "backend": "cpu"}
+    function: Any = pixel_word
+    if kind == "maps":
+        inputs = as_maps(inputs)
+    if kind == "cosine":
+        options["similarity"] = "cosine"
+    leaves = 2
+    if kind == "logits":
+        function, inputs, leaves = pixel_word_from_logits, [make(5, 300, 6, 6)[i] for i in (0, 2)], 1
+    whole = run(function, inputs, leaves, **options)
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
+    with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold") as error:
+        function(*inputs, **options)
+    least = str(error.value).split("at least ")[1].split(",")[0]
+    for mib in (least, "0.5", "2"):  # what the error asks for is enough, for the backward too
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
+        for got, want in zip(run(function, inputs, leaves, **options), whole, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +505,7 @@ def test_the_workspace_is_bounded_whatever_the_number_of_pixels(backward: bool) 
 )
 def test_arguments_that_would_go_astray_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _native.load("cpu").pixel_word_workspace(problem(1, 4, 3, 2, **change), False, 1)
+        _native.load("cpu").PixelWord(problem(1, 4, 3, 2, **change), 1, 2**20)
 
 
 @pytest.mark.parametrize(

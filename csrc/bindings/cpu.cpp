@@ -43,17 +43,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
             cpu::kernels().softmax_kl_backward(args, parse_threads(threads));
         });
     define_relation(module);
-    define_pixel_word(
-        module, "threads",
-        [](const pixel_word::Problem& problem, bool backward, std::int64_t threads) {
-            return cpu::kernels().pixel_word_workspace(problem, backward, parse_threads(threads));
-        },
-        [](const pixel_word::Forward& args, std::int64_t threads) {
-            cpu::kernels().pixel_word_forward(args, parse_threads(threads));
-        },
-        [](const pixel_word::Backward& args, std::int64_t threads) {
-            cpu::kernels().pixel_word_backward(args, parse_threads(threads));
-        });
+    define_pixel_word(module);
 }
 
 } // namespace fastkd::bindings

@@ -1,4 +1,4 @@
-// pixel_word_workspace, _forward and _backward of fastkd._cpu. An address of 0 stands for what is not there.
+// PixelWord of fastkd._cpu. An address of 0 stands for what is not there.
 #pragma once
 
 #include <array>
@@ -8,6 +8,7 @@
 
 #include "bindings/arguments.h"
 #include "common/pixel_word.h"
+#include "cpu/kernels.h"
 
 namespace fastkd::bindings {
 
@@ -100,57 +101,71 @@ inline pixel_word::Kept parse_kept(const PixelWordKept& given, const pixel_word:
     return kept;
 }
 
-// The kernels take the arguments and `extra`: a number of threads. They run without Python's lock.
-template <class Workspace, class ForwardKernel, class BackwardKernel>
-void define_pixel_word(py::module_& module, const char* extra, Workspace workspace_of, ForwardKernel forward,
-                       BackwardKernel backward) {
-    module.def(
-        "pixel_word_workspace",
-        [workspace_of](const PixelWordProblem& problem, bool for_backward, std::int64_t extra_value) {
-            return workspace_of(parse_problem(problem), for_backward, extra_value);
-        },
-        py::arg("problem"), py::arg("backward"), py::arg(extra),
-        "The bytes of workspace that a forward or a backward takes.");
-    module.def(
-        "pixel_word_forward",
-        [forward](const PixelWordProblem& problem, const PixelWordKept& kept, std::uintptr_t loss,
-                  std::uintptr_t workspace, std::int64_t extra_value) {
-            pixel_word::Forward args{};
-            args.problem = parse_problem(problem);
-            args.kept = parse_kept(kept, args.problem, false);
-            args.loss = parse_pointer(loss, "loss", element_size(args.problem.dtype));
-            args.workspace = parse_pointer(workspace, "workspace", 64);
-            const py::gil_scoped_release unlocked;
-            forward(args, extra_value);
-        },
-        py::arg("problem"), py::arg("kept"), py::arg("loss"), py::arg("workspace"), py::arg(extra),
-        "loss[b] = the terms pixel_to_word, word_to_pixel, pixel_pixel, word_word of sample b, and what is to be kept "
-        "for the backward. Addresses, sizes, strides in elements.");
-    module.def(
-        "pixel_word_backward",
-        [backward](const PixelWordProblem& problem, const PixelWordKept& kept, std::uintptr_t grad_loss,
-                   const std::array<std::int64_t, 2>& grad_loss_strides, const PixelArray& grad_pixels,
-                   std::uintptr_t grad_words, std::uintptr_t workspace, std::int64_t extra_value) {
-            pixel_word::Backward args{};
-            args.problem = parse_problem(problem);
-            const std::int64_t size = element_size(args.problem.dtype);
-            args.kept = parse_kept(kept, args.problem, true);
-            args.grad_loss = parse_pointer(grad_loss, "grad_loss", size);
-            args.grad_loss_strides[0] = grad_loss_strides[0];
-            args.grad_loss_strides[1] = grad_loss_strides[1];
-            args.grad_pixels = parse_array(grad_pixels, "grad_pixels", args.problem.dtype);
-            args.grad_words = parse_optional(grad_words, "grad_words", size);
-            if (args.grad_pixels.data != nullptr && args.problem.student.width > 0 &&
-                (args.grad_pixels.column == 1) != (args.problem.student.pixels.column == 1)) {
-                throw py::value_error("grad_pixels: expected the student's layout");
-            }
-            args.workspace = parse_pointer(workspace, "workspace", 64);
-            const py::gil_scoped_release unlocked;
-            backward(args, extra_value);
-        },
-        py::arg("problem"), py::arg("kept"), py::arg("grad_loss"), py::arg("grad_loss_strides"), py::arg("grad_pixels"),
-        py::arg("grad_words"), py::arg("workspace"), py::arg(extra),
-        "The gradients of the student's pixels (or logits) and words. Addresses, sizes, strides in elements.");
+struct PixelWordCall {
+    pixel_word::Problem problem;
+    int threads;
+};
+
+inline void define_pixel_word(py::module_& module) {
+    py::class_<PixelWordCall>(module, "PixelWord",
+                              "pixel_word of a student's and a teacher's pixels and words, on `threads` threads in a "
+                              "workspace of at most `limit` bytes. Addresses, sizes, strides in elements.")
+        .def(py::init([](const PixelWordProblem& problem, std::int64_t threads, std::int64_t limit) {
+                 if (threads < 1 || threads > 4096) {
+                     throw py::value_error("threads: expected 1 to 4096, got " + std::to_string(threads));
+                 }
+                 PixelWordCall call{parse_problem(problem), static_cast<int>(threads)};
+                 call.problem.workspace_limit = limit;
+                 return call;
+             }),
+             py::arg("problem"), py::arg("threads"), py::arg("limit"))
+        .def(
+            "workspace_bytes",
+            [](const PixelWordCall& call, bool backward) {
+                const auto workspace = cpu::kernels().pixel_word_workspace(call.problem, backward, call.threads);
+                return std::make_pair(workspace.bytes, workspace.minimum);
+            },
+            py::arg("backward"),
+            "(bytes of the workspace, the least that `limit` would have to be); too small a limit if that is above it.")
+        .def(
+            "forward",
+            [](const PixelWordCall& call, const PixelWordKept& kept, std::uintptr_t loss, std::uintptr_t workspace) {
+                pixel_word::Forward args{};
+                args.problem = call.problem;
+                args.kept = parse_kept(kept, args.problem, false);
+                args.loss = parse_pointer(loss, "loss", element_size(args.problem.dtype));
+                args.workspace = parse_pointer(workspace, "workspace", 64);
+                const py::gil_scoped_release unlocked;
+                cpu::kernels().pixel_word_forward(args, call.threads);
+            },
+            py::arg("kept"), py::arg("loss"), py::arg("workspace"),
+            "loss[b] = the terms pixel_to_word, word_to_pixel, pixel_pixel, word_word of sample b, and what is to be "
+            "kept for the backward.")
+        .def(
+            "backward",
+            [](const PixelWordCall& call, const PixelWordKept& kept, std::uintptr_t grad_loss,
+               const std::array<std::int64_t, 2>& grad_loss_strides, const PixelArray& grad_pixels,
+               std::uintptr_t grad_words, std::uintptr_t workspace) {
+                pixel_word::Backward args{};
+                args.problem = call.problem;
+                const std::int64_t size = element_size(args.problem.dtype);
+                args.kept = parse_kept(kept, args.problem, true);
+                args.grad_loss = parse_pointer(grad_loss, "grad_loss", size);
+                args.grad_loss_strides[0] = grad_loss_strides[0];
+                args.grad_loss_strides[1] = grad_loss_strides[1];
+                args.grad_pixels = parse_array(grad_pixels, "grad_pixels", args.problem.dtype);
+                args.grad_words = parse_optional(grad_words, "grad_words", size);
+                if (args.grad_pixels.data != nullptr && args.problem.student.width > 0 &&
+                    (args.grad_pixels.column == 1) != (args.problem.student.pixels.column == 1)) {
+                    throw py::value_error("grad_pixels: expected the student's layout");
+                }
+                args.workspace = parse_pointer(workspace, "workspace", 64);
+                const py::gil_scoped_release unlocked;
+                cpu::kernels().pixel_word_backward(args, call.threads);
+            },
+            py::arg("kept"), py::arg("grad_loss"), py::arg("grad_loss_strides"), py::arg("grad_pixels"),
+            py::arg("grad_words"), py::arg("workspace"),
+            "The gradients of the student's pixels (or logits) and words.");
 }
 
 } // namespace fastkd::bindings

@@ -1,7 +1,8 @@
 # fastkd._cpu: every kernel file compiled once per instruction set; the best one is chosen at run time.
 
 set(cpu_kernels
-  cpu/softmax_kl.cpp cpu/relation.cpp cpu/relation_kept.cpp cpu/relation_gram.cpp cpu/pixel_word.cpp cpu/vector_exp.cpp)
+  cpu/softmax_kl.cpp cpu/relation.cpp cpu/relation_kept.cpp cpu/relation_gram.cpp cpu/pixel_word_forward.cpp
+  cpu/pixel_word_backward.cpp cpu/vector_exp.cpp)
 set(cpu_common cpu/kernels.cpp cpu/pages.cpp cpu/relation_plan.cpp) # compiled once
 
 function(cpu_skipped reason)
@@ -44,8 +45,8 @@ if(NOT FASTKD_VECTOR_EXTENSIONS)
 endif()
 
 set(isas baseline)
-set(flags_avx2 -mavx2 -mfma -mf16c)
-set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c)
+set(flags_avx2 -mavx2 -mfma -mf16c -mprfchw)
+set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${flags_avx2})
 check_cxx_source_compiles("
   #if !defined(__x86_64__)
   #error another processor

@@ -64,15 +64,21 @@ struct Problem {
     std::int64_t pixels;
     DType dtype; // of the arithmetic, the losses and all that is kept: Float32 or Float64
     bool cosine;
-    int terms; // of Term, or-ed
+    int terms;                    // of Term, or-ed
+    std::int64_t workspace_limit; // bytes; exceeded only where one sample takes more
 };
 
 // What a backward needs, each null where it does not.
 struct Kept {
     void* logits;    // (B, words of the student + words of the teacher, N): M, if it was computed from features
     void* norms;     // (B, N) of the student's pixels, for the cosine
-    double* columns; // (2, B, words): log-sum-exps over pixels of u_S, u_T
+    double* columns; // (B, 2, words): log-sum-exps over pixels of u_S, u_T
     void* grams;     // (B, 3, words, words): G, K, E, words the larger of both counts
+};
+
+struct Workspace {
+    std::int64_t bytes;
+    std::int64_t minimum; // what workspace_limit must be, at least
 };
 
 struct Forward {

@@ -22,8 +22,8 @@ struct Kernels {
     void (*relation_kept_backward)(const relation::Backward& args, const RelationPlan& plan);
     void (*relation_gram_forward)(const relation::Forward& args, const GramPlan& plan, int threads);
     void (*relation_gram_backward)(const relation::Backward& args, const GramPlan& plan);
-    // The bytes of workspace that a forward or a backward of this problem takes with so many threads.
-    std::int64_t (*pixel_word_workspace)(const pixel_word::Problem& problem, bool backward, int threads);
+    // What a forward or a backward of this problem takes with so many threads.
+    pixel_word::Workspace (*pixel_word_workspace)(const pixel_word::Problem& problem, bool backward, int threads);
     void (*pixel_word_forward)(const pixel_word::Forward& args, int threads);
     void (*pixel_word_backward)(const pixel_word::Backward& args, int threads);
     // e^x, x <= 0, of `count` contiguous elements of Float32 or Float64: the kernels' own exp, for tests to measure.
@@ -40,7 +40,7 @@ struct Kernels {
     void relation_kept_backward(const relation::Backward& args, const RelationPlan& plan);                             \
     void relation_gram_forward(const relation::Forward& args, const GramPlan& plan, int threads);                      \
     void relation_gram_backward(const relation::Backward& args, const GramPlan& plan);                                 \
-    std::int64_t pixel_word_workspace(const pixel_word::Problem& problem, bool backward, int threads);                 \
+    pixel_word::Workspace pixel_word_workspace(const pixel_word::Problem& problem, bool backward, int threads);        \
     void pixel_word_forward(const pixel_word::Forward& args, int threads);                                             \
     void pixel_word_backward(const pixel_word::Backward& args, int threads);                                           \
     void exp(const void* input, void* output, std::int64_t count, DType dtype);                                        \

@@ -3,24 +3,12 @@
 
 #include "common/pixel_word.h"
 #include "cpu/small_products.h"
+#include "cpu/storage.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
 using pixel_word::Array;
 
-// Calls f with an element of the type that `dtype` names; those are the ones whose arithmetic is in T.
-template <class T, class F>
-FASTKD_INLINE void with_storage(DType dtype, F f) {
-    if constexpr (sizeof(T) == 8) {
-        f(double{});
-    } else if (dtype == DType::Float16) {
-        f(Half{});
-    } else if (dtype == DType::BFloat16) {
-        f(BFloat16{});
-    } else {
-        f(float{});
-    }
-}
 template <class T>
 FASTKD_INLINE bool stored_as_is(DType dtype) {
     return dtype == (sizeof(T) == 8 ? DType::Float64 : DType::Float32);
@@ -55,6 +43,16 @@ FASTKD_INLINE void store_row(const T* from, std::int64_t count, S* to) {
         store(rest, load(from + i));
         __builtin_memcpy(to + i, rest, (count - i) * sizeof(S));
     }
+}
+
+// The same past the caches, to aligned addresses; finish with stream_fence.
+template <class T, class S>
+FASTKD_INLINE void stream_row(const T* from, std::int64_t count, S* to) {
+    const std::int64_t whole = count / lanes<T> * lanes<T>;
+    for (std::int64_t i = 0; i < whole; i += lanes<T>) {
+        store_stream(to + i, load(from + i));
+    }
+    store_row(from + whole, count - whole, to + whole);
 }
 
 // Zero wherever `valid` is.
@@ -102,7 +100,7 @@ Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t co
     if (stored_as_is<T>(array.dtype) && pixels.valid == nullptr && (rows ? columns == padded : !twice)) {
         return {address(array, pixels, T{}), rows ? array.pixel : array.column, rows};
     }
-    with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
+    with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         const auto* from = address(array, pixels, stored);
         if (rows) {
             for (std::int64_t p = 0; p < pixels.width; ++p) {
@@ -150,15 +148,16 @@ struct PanelOut {
 template <class T>
 FASTKD_INLINE PanelOut<T> start_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns,
                                       std::int64_t padded, bool stream, T* scratch) {
+    // Lines written in part, past the caches and not, would cost more than all of them through the caches.
     const bool rows = by_pixel(array);
+    const std::int64_t size = element_size(array.dtype), row = rows ? array.pixel : array.column;
+    const auto first = reinterpret_cast<std::uintptr_t>(array.data) +
+                       (pixels.sample * array.batch + pixels.begin * array.pixel) * size;
+    stream = stream && (first | static_cast<std::uintptr_t>(row * size)) % (lanes<T> * size) == 0;
     if (stored_as_is<T>(array.dtype) && pixels.valid == nullptr && (!rows || columns == padded)) {
-        T* to = address(array, pixels, T{});
-        const std::int64_t stride = rows ? array.pixel : array.column;
-        constexpr std::int64_t alignment = lanes<T> * sizeof(T);
-        const bool aligned = reinterpret_cast<std::uintptr_t>(to) % alignment == 0 && stride % lanes<T> == 0;
-        return {to, stride, rows, true, stream && aligned};
+        return {address(array, pixels, T{}), row, rows, true, stream};
     }
-    return {scratch, rows ? padded : pixels.width, rows, false, false};
+    return {scratch, rows ? padded : pixels.width, rows, false, stream};
 }
 
 template <class T>
@@ -166,17 +165,20 @@ void finish_panel(const PanelOut<T>& panel, const Array& array, const Pixels<T>&
     if (panel.in_memory) {
         return;
     }
-    with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
+    with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         auto* to = address(array, pixels, stored);
+        const auto put = [&](const T* row, std::int64_t count, decltype(to) where) __attribute__((always_inline)) {
+            panel.stream ? stream_row(row, count, where) : store_row(row, count, where);
+        };
         for (std::int64_t i = 0; i < (panel.by_pixel ? pixels.count : columns); ++i) {
             T* row = panel.data + i * panel.stride;
             if (!panel.by_pixel) {
                 if (pixels.valid != nullptr) {
                     keep_valid(row, pixels.valid, pixels.width);
                 }
-                store_row(row, pixels.count, to + i * array.column);
+                put(row, pixels.count, to + i * array.column);
             } else if (pixels.valid == nullptr || pixels.valid[i] != T(0)) {
-                store_row(row, columns, to + i * array.pixel);
+                put(row, columns, to + i * array.pixel);
             } else {
                 __builtin_memset(static_cast<void*>(to + i * array.pixel), 0, columns * sizeof(stored));
             }
@@ -188,7 +190,7 @@ void finish_panel(const PanelOut<T>& panel, const Array& array, const Pixels<T>&
 template <class T>
 void load_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t* words, std::int64_t count, T* out,
                  std::int64_t stride) {
-    with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
+    with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         using S = decltype(stored);
         const S* from = address(array, pixels, stored);
         for (std::int64_t k = 0; k < count; ++k) {
@@ -222,7 +224,7 @@ void load_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t
 template <class T>
 void store_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t* slot, std::int64_t words,
                   const T* rows, std::int64_t stride) {
-    with_storage<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
+    with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {
         using S = decltype(stored);
         S* to = address(array, pixels, stored);
         for (std::int64_t w = 0; w < words; ++w) {

@@ -1,7 +1,8 @@
 // How a pixel_word problem is cut up, what workspace that takes, and what is prepared once per sample.
 //
 // A sample's pixels are cut into chunks of some panels each. Cuts depend on the problem alone, each chunk's sums go to
-// a place of their own, and those are added in order: results do not depend on the number of threads.
+// a place of their own, and those are added in order: results do not depend on the number of threads. As many samples
+// are worked on at a time as the workspace holds.
 #pragma once
 
 #include "common/pixel_word.h"
@@ -14,8 +15,7 @@ using pixel_word::Network;
 using pixel_word::Problem;
 
 constexpr std::int64_t column_padding = 16;              // lanes of the widest vectors: sizes are alike for all
-constexpr std::int64_t partial_bytes = 12 * 1024 * 1024; // of the chunks' sums, at most, if there is a choice
-constexpr std::int64_t scratch_bytes = 12 * 1024 * 1024; // of all threads, likewise
+constexpr std::int64_t partial_bytes = 12 * 1024 * 1024; // of the chunks' sums, beyond the first of each sample
 constexpr std::int64_t stream_bytes = 4 * 1024 * 1024;   // as in softmax_kl.cpp
 
 // Hands out pieces of the workspace; without one, only counts.
@@ -63,7 +63,8 @@ struct Scratch {
 
 template <class T>
 struct Plan {
-    const Problem& problem;
+    Problem problem;                                   // of the samples that are worked on
+    std::int64_t group = 0;                            // samples at a time
     std::int64_t words = 0;                            // at most
     std::int64_t width_student = 0, width_teacher = 0; // padded
     std::int64_t panel_pixels = 0, chunk_pixels = 0, chunks = 0;
@@ -78,6 +79,7 @@ struct Plan {
     char* scratch = nullptr;
     std::int64_t scratch_size = 0; // per thread
     std::int64_t workspace = 0;
+    std::int64_t minimum = 0; // the least workspace_limit
 
     FASTKD_INLINE std::int64_t units() const { return problem.batch * chunks; }
     FASTKD_INLINE bool from_features() const { return problem.student.width > 0; }
@@ -149,47 +151,90 @@ FASTKD_INLINE std::int64_t forward_partial_size(const Problem& problem, std::int
            states * static_cast<std::int64_t>(sizeof(KLState<double>));
 }
 
+FASTKD_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) {
+    return a < b ? b : a;
+}
+
 template <class T>
 Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int threads) {
     Plan<T> plan{problem};
     const Network& student = problem.student;
     const Network& teacher = problem.teacher;
-    plan.words = student.word_count > teacher.word_count ? student.word_count : teacher.word_count;
+    plan.words = larger(student.word_count, teacher.word_count);
     plan.width_student = round_up(student.width, column_padding);
     plan.width_teacher = round_up(teacher.width, column_padding);
-    const std::int64_t width = plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
+    const std::int64_t width = larger(plan.width_student, plan.width_teacher);
     // A panel stays in the second-level cache. Of maps longer ones: their rows are read, and added up, in short runs.
+    const std::int64_t row_bytes = width * static_cast<std::int64_t>(sizeof(T));
     plan.panel_pixels =
-        (width * static_cast<std::int64_t>(sizeof(T)) <= 1024 ? 128 : 64) * (by_pixel(problem.student.pixels) ? 1 : 2);
+        by_pixel(problem.student.pixels) ? (row_bytes <= 1024 ? 128 : 64) : (row_bytes <= 2048 ? 256 : 128);
     const std::int64_t panels = (problem.pixels + plan.panel_pixels - 1) / plan.panel_pixels;
     plan.partial_size = round_up(backward ? plan.words * plan.width_student * static_cast<std::int64_t>(sizeof(T))
                                           : forward_partial_size(problem, plan.words),
                                  64);
-    std::int64_t each = problem.batch * panels / 64; // panels of a chunk
-    each = each < 1 ? 1 : least(each, 8);
-    const std::int64_t most = partial_bytes / (problem.batch * (plan.partial_size + 1)) + 1; // chunks of a sample
-    each = each * most < panels ? (panels + most - 1) / most : each;
-    plan.chunks = (panels + each - 1) / each;
-    plan.chunk_pixels = each * plan.panel_pixels;
-
-    Arena arena(workspace);
-    plan.samples = arena.take<Sample>(problem.batch);
-    auto* lists = arena.take<std::int32_t>(problem.batch * 3 * plan.words);
-    for (std::int64_t b = 0; workspace != nullptr && b < problem.batch; ++b) {
-        std::int32_t* list = lists + b * 3 * plan.words;
-        plan.samples[b] = {0, 0, list, list + plan.words, list + 2 * plan.words};
-    }
-    plan.words_student = arena.take<T>(problem.batch * plan.words * plan.width_student);
-    plan.words_teacher = arena.take<T>(backward ? 0 : problem.batch * plan.words * plan.width_teacher);
-    plan.word_norms = arena.take<T>(problem.batch * plan.words);
-    plan.partials = arena.take<char>(plan.units() * plan.partial_size);
     Arena one(nullptr);
     lay_out_scratch(plan, one, backward);
     plan.scratch_size = one.used();
-    plan.threads = least(least(threads, plan.units()), scratch_bytes / plan.scratch_size + 1);
+    const std::int64_t words_size = // packed, with their norms
+        (plan.width_student + (backward ? 0 : plan.width_teacher) + 1) * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t sample_size = static_cast<std::int64_t>(sizeof(Sample)) +
+                                     plan.words * (3 * static_cast<std::int64_t>(sizeof(std::int32_t)) + words_size) +
+                                     plan.partial_size;
+    constexpr std::int64_t rounding = 6 * 64; // of the pieces below
+    plan.minimum = sample_size + plan.scratch_size + rounding;
+    const std::int64_t beyond = larger(0, problem.workspace_limit - plan.minimum);
+    plan.group = least(problem.batch, 1 + beyond / 2 / sample_size);
+    const std::int64_t left = beyond - (plan.group - 1) * sample_size;
+
+    std::int64_t each = problem.batch * panels / 64; // panels of a chunk
+    each = each < 1 ? 1 : least(each, 8);
+    const std::int64_t most = least(left / 2, partial_bytes) / (plan.group * (plan.partial_size + 1)) + 1; // chunks
+    each = each * most < panels ? (panels + most - 1) / most : each;
+    plan.chunks = (panels + each - 1) / each;
+    plan.chunk_pixels = each * plan.panel_pixels;
+    plan.threads = least(least(threads, plan.group * plan.chunks),
+                         1 + (left - plan.group * (plan.chunks - 1) * plan.partial_size) / plan.scratch_size);
+
+    Arena arena(workspace);
+    plan.samples = arena.take<Sample>(plan.group);
+    auto* lists = arena.take<std::int32_t>(plan.group * 3 * plan.words);
+    for (std::int64_t b = 0; workspace != nullptr && b < plan.group; ++b) {
+        std::int32_t* list = lists + b * 3 * plan.words;
+        plan.samples[b] = {0, 0, list, list + plan.words, list + 2 * plan.words};
+    }
+    plan.words_student = arena.take<T>(plan.group * plan.words * plan.width_student);
+    plan.words_teacher = arena.take<T>(backward ? 0 : plan.group * plan.words * plan.width_teacher);
+    plan.word_norms = arena.take<T>(plan.group * plan.words);
+    plan.partials = arena.take<char>(plan.group * plan.chunks * plan.partial_size);
     plan.scratch = arena.take<char>(plan.threads * plan.scratch_size);
     plan.workspace = arena.used();
     return plan;
+}
+
+// ---- walking over it ----------------------------------------------------------------------------------------------
+
+// Calls f with each of a thread's units, threads having consecutive ones: their pixels lie one after the other.
+template <class T, class F>
+FASTKD_INLINE void each_unit(const Plan<T>& plan, std::int64_t thread, F f) {
+    const std::int64_t end = (thread + 1) * plan.units() / plan.threads;
+    for (std::int64_t unit = thread * plan.units() / plan.threads; unit < end; ++unit) {
+        f(unit);
+    }
+}
+
+// Calls f with each panel of a unit.
+template <class T, class F>
+FASTKD_INLINE void each_panel(const Plan<T>& plan, std::int64_t unit, T* valid, F f) {
+    const std::int64_t begin = unit % plan.chunks * plan.chunk_pixels;
+    const std::int64_t end = least(begin + plan.chunk_pixels, plan.problem.pixels);
+    for (std::int64_t p = begin; p < end; p += plan.panel_pixels) {
+        f(plan.pixels_at(unit / plan.chunks, p, end, valid));
+    }
+}
+
+template <class T>
+FASTKD_INLINE ScaledExp<T> exp_of(const Network& network) {
+    return ScaledExp<T>{static_cast<T>(network.scale)};
 }
 
 // ---- once per sample -----------------------------------------------------------------------------------------------

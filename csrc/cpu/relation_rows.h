@@ -4,27 +4,13 @@
 #include "common/relation.h"
 #include "cpu/packing.h"
 #include "cpu/parallel.h"
+#include "cpu/storage.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
 using relation::Options;
 using relation::Rows;
 using relation::Similarity;
-
-// body(S{}) for the storage type S.
-template <class Body>
-FASTKD_INLINE void with_storage(DType dtype, const Body& body) {
-    switch (dtype) {
-    case DType::Float32:
-        return body(float{});
-    case DType::Float16:
-        return body(Half{});
-    case DType::BFloat16:
-        return body(BFloat16{});
-    case DType::Float64:
-        return body(double{});
-    }
-}
 
 // The inverse norm, or another scale, of rows [0, count) of x, in double.
 template <class S, class T = Compute<S>>

@@ -128,11 +128,23 @@ void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_
     const std::int64_t strips = (rows + broadcast_rows - 1) / broadcast_rows;
     const std::int64_t each = strips > 0 ? (rows + strips - 1) / strips : 0;
     fetch.spread(strips * ((cols + strip - 1) / strip) * ((depth + most_depth - 1) / most_depth));
+    // Where C is large its memory is on its way two tiles before it is written, or every store would wait for it.
+    const auto prefetch_tile = [&](std::int64_t i, std::int64_t j) __attribute__((always_inline)) {
+        i += j < cols ? 0 : each;
+        j -= j < cols ? 0 : cols;
+        for (std::int64_t r = i; r < least(i + each, rows); ++r) {
+            __builtin_prefetch(c + r * c_row + j, 1);
+            __builtin_prefetch(c + r * c_row + j + lanes<T>, 1);
+        }
+    };
     const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t steps,
                           Store how) __attribute__((always_inline)) {
         const Matrix<T> left{a.data + i * a.row + k * a.col, a.row, a.col};
         const std::int64_t count = least(each, rows - i);
         fetch.some();
+        if (walk == Walk::across && mode == Store::set) {
+            prefetch_tile(i, j + 2 * strip);
+        }
         if (cols - j >= strip) {
             multiply_rows<T, 2>(count, left, b + k * b_row + j, b_row, c + i * c_row + j, c_row, steps, how);
         } else {

@@ -21,6 +21,14 @@ def operands(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in same]
 
 
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, a view for each that came before: torch.compile traces no autograd.Function given a tensor twice."""
+    seen: list[Tensor | None] = []
+    for x in tensors:
+        seen.append(x.view(x.shape) if x is not None and any(x is y for y in seen) else x)
+    return seen
+
+
 def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of losses and row statistics: fp32, or fp64 if an input is fp64."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

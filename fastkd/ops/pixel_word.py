@@ -9,14 +9,14 @@ are the logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.ops._backends import choose
-from fastkd.ops._launch import dtype_name, launch_on, native, statistics_dtype
+from fastkd.ops._launch import distinct, statistics_dtype
+from fastkd.ops._pixel_word_call import Call, Network, gradient_like, layout
 from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
 from fastkd.reference.pixel_word import pixel_word_from_logits as reference_from_logits
@@ -153,11 +153,11 @@ def _terms(
     backend: str,
 ) -> dict[str, Tensor]:
     bits = sum(1 << TERMS.index(term) for term in set(terms))
-    arguments = (*features, *masks, cosine, temperature, bits)
+    options = (cosine, temperature, bits)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in features):
-        loss = _PixelWord.apply(*arguments, backend)
+        loss = _PixelWord.apply(*distinct(*features, *masks), *options, backend)
     else:
-        loss = torch.ops.fastkd.pixel_word_forward(*arguments, False, backend)[0]
+        loss = torch.ops.fastkd.pixel_word_forward(*features, *masks, *options, False, backend)[0]
     columns = loss.unbind(1)
     return {term: columns[TERMS.index(term)] for term in terms}
 
@@ -268,10 +268,9 @@ def _forward(
     loss, *kept = _forward_fake(*features, *masks, cosine, temperature, terms, keep, backend)
     if loss.numel():
         dtype = loss.dtype
-        student = _network(student_pixels, student_words, student_word_mask, temperature, cosine, dtype)
-        teacher = _network(teacher_pixels, teacher_words, teacher_word_mask, temperature, cosine, dtype)
-        problem = _Problem(student, teacher, pixel_mask, cosine, terms, dtype)
-        _Native(backend).forward(problem, kept, loss)
+        student = Network.of(student_pixels, student_words, student_word_mask, temperature, cosine, dtype)
+        teacher = Network.of(teacher_pixels, teacher_words, teacher_word_mask, temperature, cosine, dtype)
+        Call(student, teacher, pixel_mask, cosine, terms, dtype, backend).forward(kept, loss)
     return loss, *kept
 
 
@@ -301,7 +300,7 @@ def _forward_fake(
     shapes = {
         "logits": (batch, words[0] + words[1], pixels) if student_words is not None else None,
         "norms": (batch, pixels) if cosine else None,
-        "columns": (2, batch, words[0]) if terms & WORD_TO_PIXEL else None,
+        "columns": (batch, 2, words[0]) if terms & WORD_TO_PIXEL else None,
         "grams": (batch, 3, most, most) if terms & SECOND_ORDER else None,
     }
     kept = (
@@ -337,19 +336,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     # The arithmetic is that of the forward, which may be fp64 for the teacher's sake alone.
     dtype = grad_loss.dtype
-    student = _network(student_pixels, student_words, student_word_mask, temperature, cosine, dtype)
+    student = Network.of(student_pixels, student_words, student_word_mask, temperature, cosine, dtype)
     if teacher_logits is not None:
-        teacher = _network(teacher_logits, None, teacher_word_mask, temperature, cosine, dtype)
+        teacher = Network.of(teacher_logits, None, teacher_word_mask, temperature, cosine, dtype)
     else:
-        words = logits.shape[1] - student.words_count
-        scale = _scale(teacher_width, temperature, cosine)
-        teacher = _Network(None, None, _mask(teacher_word_mask), words, teacher_width, scale)
+        words = logits.shape[1] - student.word_count
+        teacher = Network.of_kept_logits(teacher_word_mask, words, teacher_width, temperature, cosine)
     assert student.pixels is not None
-    grad_pixels = _gradient_like(student.pixels if for_pixels else None, student_pixels)
-    grad_words = _gradient_like(student.words if for_words else None, student_pixels)
+    grad_pixels = gradient_like(student.pixels if for_pixels else None, student_pixels)
+    grad_words = gradient_like(student.words if for_words else None, student_pixels)
     if grad_pixels.numel() or grad_words.numel():
-        problem = _Problem(student, teacher, pixel_mask, cosine, terms, dtype)
-        _Native(backend).backward(problem, [logits, norms, columns, grams], grad_loss, grad_pixels, grad_words)
+        call = Call(student, teacher, pixel_mask, cosine, terms, dtype, backend)
+        call.backward((logits, norms, columns, grams), grad_loss, grad_pixels, grad_words)
     words_dtype = dtype if student_words is None else student_words.dtype
     return grad_pixels.to(student_pixels.dtype), grad_words.to(words_dtype)
 
@@ -358,8 +356,8 @@ def _backward_fake(
     grad_loss: Tensor, student_pixels: Tensor, student_words: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
     for_pixels, for_words, _ = others[-3:]
-    pixels = _layout(student_pixels) if for_pixels else None
-    grad_pixels = _gradient_like(pixels, student_pixels)
+    pixels = layout(student_pixels) if for_pixels else None
+    grad_pixels = gradient_like(pixels, student_pixels)
     words_dtype = grad_loss.dtype if student_words is None else student_words.dtype
     words = student_words.shape if for_words and student_words is not None else (0,)
     return grad_pixels, torch.empty(words, dtype=words_dtype, device=student_pixels.device)
@@ -371,135 +369,6 @@ for _name, _real, _fake in (
 ):
     torch.library.impl(_name, "cpu", _real)
     torch.library.register_fake(_name, _fake)
-
-
-# --- what the kernels are given ---------------------------------------------------------------------------------------
-
-
-def _layout(x: Tensor) -> Tensor:
-    """(B, N, D) as rows of features or as maps, which the kernels read where they lie; a copy of anything else."""
-    return x if x.stride(2) == 1 or x.stride(1) == 1 else x.contiguous()
-
-
-def _gradient_like(x: Tensor | None, device_of: Tensor) -> Tensor:
-    """Where a gradient goes: the layout of ``x``, dense; empty without ``x``."""
-    if x is None:
-        return torch.empty(0, dtype=device_of.dtype, device=device_of.device)
-    like = torch.empty_like(x)
-    if like.stride(2) == x.stride(2) == 1 or like.stride(1) == x.stride(1) == 1:
-        return like
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@dataclass(frozen=True)
-class _Network:
-    pixels: Tensor | None  # features, logits if there are no words, or None where a backward needs neither
-    words: Tensor | None
-    word_mask: Tensor | None
-    words_count: int
-    width: int
-    scale: float  # of the logits
-
-
-def _scale(width: int, temperature: float, cosine: bool) -> float:
-    return 1 / (temperature * (1 if cosine or width == 0 else width**0.5))
-
-
-def _mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
-
-
-def _network(
-    pixels: Tensor, words: Tensor | None, mask: Tensor | None, temperature: float, cosine: bool, dtype: torch.dtype
-) -> _Network:
-    """The kernels convert 16 bits themselves; fp64 arithmetic wants fp64 inputs."""
-    pixels = _layout(pixels.to(dtype) if dtype == torch.float64 else pixels)
-    if words is None:
-        return _Network(pixels, None, _mask(mask), pixels.shape[2], 0, _scale(0, temperature, cosine))
-    width = pixels.shape[2]
-    words = words.to(dtype).contiguous()
-    return _Network(pixels, words, _mask(mask), words.shape[1], width, _scale(width, temperature, cosine))
-
-
-@dataclass(frozen=True)
-class _Problem:
-    student: _Network
-    teacher: _Network
-    pixel_mask: Tensor | None
-    cosine: bool
-    terms: int
-    dtype: torch.dtype
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None or x.numel() == 0 else x.data_ptr()
-
-
-@dataclass(frozen=True)
-class _Native:
-    """``csrc/cpu``: raw pointers and element strides, so that one build serves every torch."""
-
-    backend: str
-
-    def forward(self, problem: _Problem, kept: Sequence[Tensor], loss: Tensor) -> None:
-        mask = _mask(problem.pixel_mask)
-        given = self._problem(problem, mask)
-        with launch_on(loss) as extra:
-            workspace = self._workspace(given, False, extra, loss)
-            addresses = [_address(x) for x in kept]
-            native(self.backend).pixel_word_forward(given, addresses, loss.data_ptr(), workspace.data_ptr(), extra)
-
-    def backward(
-        self, problem: _Problem, kept: Sequence[Tensor], grad_loss: Tensor, grad_pixels: Tensor, grad_words: Tensor
-    ) -> None:
-        mask = _mask(problem.pixel_mask)
-        given = self._problem(problem, mask)
-        with launch_on(grad_loss) as extra:
-            workspace = self._workspace(given, True, extra, grad_loss)
-            native(self.backend).pixel_word_backward(
-                given,
-                [_address(x) for x in kept],
-                grad_loss.data_ptr(),
-                grad_loss.stride(),
-                self._array(grad_pixels if grad_pixels.numel() else None, problem.dtype),
-                _address(grad_words),
-                workspace.data_ptr(),
-                extra,
-            )
-
-    def _workspace(self, given: tuple[Any, ...], backward: bool, extra: int, like: Tensor) -> Tensor:
-        size = native(self.backend).pixel_word_workspace(given, backward, extra)
-        return torch.empty(size, dtype=torch.uint8, device=like.device)
-
-    def _problem(self, problem: _Problem, pixel_mask: Tensor | None) -> tuple[Any, ...]:
-        pixels = problem.student.pixels
-        assert pixels is not None
-        return (
-            self._network(problem.student, problem.dtype),
-            self._network(problem.teacher, problem.dtype),
-            _address(pixel_mask),
-            pixels.shape[0],
-            pixels.shape[1],
-            str(problem.dtype).removeprefix("torch."),
-            problem.cosine,
-            problem.terms,
-        )
-
-    def _network(self, network: _Network, dtype: torch.dtype) -> tuple[Any, ...]:
-        return (
-            self._array(network.pixels, dtype),
-            _address(network.words),
-            _address(network.word_mask),
-            network.words_count,
-            network.width,
-            network.scale,
-        )
-
-    @staticmethod
-    def _array(x: Tensor | None, dtype: torch.dtype) -> tuple[int, str, tuple[int, ...]]:
-        if x is None:
-            return 0, str(dtype).removeprefix("torch."), (0, 0, 0)
-        return x.data_ptr(), dtype_name(x), x.stride()
 
 
 def self_test(backend: str, device: torch.device) -> str | None:

@@ -1,0 +1,134 @@
+"""``pixel_word`` as the native kernels are given it: raw pointers and element strides, so that one build serves every
+torch. The kernels read rows of features, maps and 16 bits where they lie; all else is copied here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import _workspace
+from fastkd.ops._launch import dtype_name, native
+
+
+def layout(x: Tensor) -> Tensor:
+    """(B, N, D) as rows of features or as maps; a copy of anything else."""
+    return x if x.stride(2) == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def gradient_like(x: Tensor | None, device_of: Tensor) -> Tensor:
+    """Where a gradient goes: the layout of ``x``, dense; empty without ``x``."""
+    if x is None:
+        return torch.empty(0, dtype=device_of.dtype, device=device_of.device)
+    like = torch.empty_like(x)
+    if like.stride(2) == x.stride(2) == 1 or like.stride(1) == x.stride(1) == 1:
+        return like
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+class Network(NamedTuple):
+    """Student or teacher, fit for the kernels."""
+
+    pixels: Tensor | None  # features, logits if there are no words, or None where a backward needs neither
+    words: Tensor | None
+    word_mask: Tensor | None
+    word_count: int
+    width: int
+    scale: float  # of the logits
+
+    @classmethod
+    def of(
+        cls,
+        pixels: Tensor,
+        words: Tensor | None,
+        mask: Tensor | None,
+        temperature: float,
+        cosine: bool,
+        dtype: torch.dtype,
+    ) -> Network:
+        """From what the operator was given; fp64 arithmetic wants fp64 inputs."""
+        pixels = layout(pixels.to(dtype) if dtype == torch.float64 else pixels)
+        if words is None:
+            return cls(pixels, None, _contiguous(mask), pixels.shape[2], 0, scale_of(0, temperature, cosine))
+        words, width = words.to(dtype).contiguous(), pixels.shape[2]
+        scale = scale_of(width, temperature, cosine)
+        return cls(pixels, words, _contiguous(mask), words.shape[1], width, scale)
+
+    @classmethod
+    def of_kept_logits(
+        cls, mask: Tensor | None, word_count: int, width: int, temperature: float, cosine: bool
+    ) -> Network:
+        """The teacher of a backward."""
+        return cls(None, None, _contiguous(mask), word_count, width, scale_of(width, temperature, cosine))
+
+
+def scale_of(width: int, temperature: float, cosine: bool) -> float:
+    """What multiplies dot products, cosines or (with a width of 0) logits."""
+    return 1 / (temperature * (1 if cosine or width == 0 else width**0.5))
+
+
+class Call:
+    """One call of the kernels of ``backend``, whose arithmetic is in ``dtype``."""
+
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network,
+        pixel_mask: Tensor | None,
+        cosine: bool,
+        terms: int,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        assert student.pixels is not None
+        self._like = student.pixels
+        self._dtype = dtype
+        self._alive = (student, teacher, pixel_mask := _contiguous(pixel_mask))
+        problem = (
+            self._network(student),
+            self._network(teacher),
+            _address(pixel_mask),
+            *student.pixels.shape[:2],
+            _name(dtype),
+            cosine,
+            terms,
+        )
+        self._native = native(backend).PixelWord(problem, torch.get_num_threads(), _workspace.limit())
+
+    def forward(self, kept: Sequence[Tensor], loss: Tensor) -> None:
+        """Fills ``loss``, and of ``kept`` what is not empty."""
+        workspace = _workspace.allocate(self._native, False, self._like)
+        self._native.forward([_address(x) for x in kept], loss.data_ptr(), workspace.data_ptr())
+
+    def backward(self, kept: Sequence[Tensor], grad_loss: Tensor, grad_pixels: Tensor, grad_words: Tensor) -> None:
+        """Fills ``grad_pixels`` and ``grad_words``, unless they are empty."""
+        workspace = _workspace.allocate(self._native, True, self._like)
+        self._native.backward(
+            [_address(x) for x in kept],
+            grad_loss.data_ptr(),
+            grad_loss.stride(),
+            self._array(grad_pixels if grad_pixels.numel() else None),
+            _address(grad_words),
+            workspace.data_ptr(),
+        )
+
+    def _network(self, network: Network) -> tuple[Any, ...]:
+        pixels, words, word_mask, *sizes = network
+        return (self._array(pixels), _address(words), _address(word_mask), *sizes)
+
+    def _array(self, x: Tensor | None) -> tuple[int, str, tuple[int, ...]]:
+        return (0, _name(self._dtype), (0, 0, 0)) if x is None else (x.data_ptr(), dtype_name(x), x.stride())
+
+
+def _contiguous(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
