@@ -105,6 +105,15 @@ def in_its_own_process(work: works.Work, device: str, seconds: float) -> dict[st
     return {"rows": [blank_row(work, m, n) | {"note": note} for m in works.MODES for n in names], "ceilings": {}}
 
 
+def earlier(path: Path, now: set[str], best: dict[str, float]) -> Rows:
+    """The rows of a results file whose works are not measured now; their ceilings count too."""
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text(encoding="utf-8"))
+    best |= {name: max(rate, best.get(name, 0)) for name, rate in old["environment"]["ceilings"].items()}
+    return [row for row in old["rows"] if row["work"] not in now]
+
+
 def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:
     for row in rows:
         if row["ok"] and ceilings:
@@ -122,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="time to spend on each work, once it is warm")
     parser.add_argument("--all", action="store_true", help="print every provider and mode")
     parser.add_argument("--out", type=Path, help="folder for FAMILY.json; default: benchmarks/results/DEVICE")
+    parser.add_argument("--keep", action="store_true", help="keep what FAMILY.json holds of works not measured now")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--one-to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -141,19 +151,20 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{env['device']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}", flush=True)
     results: dict[str, Rows] = {}
     for family, todo in chosen.items():
-        results[family] = []
+        path = (args.out or measure.RESULTS / measure.slug(env)) / f"{family}.json"
+        results[family] = earlier(path, {work.name for work in todo}, best) if args.keep else []
         for work in todo:
             result = in_its_own_process(work, args.device, args.seconds)
             results[family] += result["rows"]
             best |= {name: max(rate, best.get(name, 0)) for name, rate in result["ceilings"].items()}
-            path = (args.out or measure.RESULTS / measure.slug(env)) / f"{family}.json"
             for name in [name for name in results if results[name]]:  # a later ceiling changes earlier shares
                 set_shares(results[name], best)
                 measure.write(path.with_name(f"{name}.json"), env, results[name])
             print(f"  {work.name}", flush=True)
     print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in best.items()))
     everything = [row for rows in results.values() for row in rows]
-    todo = [work for works_of_family in chosen.values() for work in works_of_family]
+    measured = {row["work"] for row in everything}
+    todo = [w for f in chosen for w in works.works(f, torch.device(args.device).type, dtypes) if w.name in measured]
     print(table.every_row(everything) if args.all else table.against_targets(todo, everything))
     return 0 if all(row["ok"] for row in everything) else 1
 
