@@ -8,11 +8,12 @@ namespace fastkd::cpu {
 
 void advise_huge_pages(void* begin, std::int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::int64_t kept_by_malloc = 32 * 1024 * 1024; // glibc's largest threshold for memory of its own
     constexpr std::uintptr_t page = 2 * 1024 * 1024;
     const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(begin) + page - 1) / page * page;
     const std::uintptr_t to =
         (reinterpret_cast<std::uintptr_t>(begin) + static_cast<std::uintptr_t>(bytes)) / page * page;
-    if (begin != nullptr && to > from) {
+    if (begin != nullptr && bytes >= kept_by_malloc && to > from) {
         madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE); // refused: pages stay small
     }
 #else
