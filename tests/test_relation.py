@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _native
-from fastkd.ops.relation import relation
+from fastkd.ops.relation import MAX_KEPT_BYTES, relation
 from fastkd.reference.relation import relation as reference
 
 try:
@@ -196,6 +197,14 @@ def test_many_threads_take_no_more(form: str) -> None:
         size, least = call.workspace_bytes(True)
         assert least <= 64 * 2**20
         assert size <= 64 * 2**20 + threads * (1100 * 416 * 8 if form == "tiles" else 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_kept_matrices_fit_the_default_workspace(dtype: str) -> None:
+    count = math.isqrt(MAX_KEPT_BYTES // (8 if dtype == "float64" else 4))
+    call = cpu.Relation(1, count, 900, 900, "cosine", "kl", 0.1, False, False, dtype, "kept", 2, 32 * 2**20)
+    for backward in (False, True):
+        assert call.workspace_bytes(backward)[1] <= 32 * 2**20
 
 
 def test_kept_matrices_are_small() -> None:

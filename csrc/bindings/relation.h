@@ -46,7 +46,7 @@ inline relation::Rows parse_rows(const RowsTuple& rows, const char* name, DType 
     return {parse_pointer(address, name, element_size(dtype)), width, batch_stride, row_stride, col_stride};
 }
 
-// The settings of a call, checked once: relation_forward, relation_backward and workspace_bytes are its methods.
+// The settings of a call, checked once; in Python forward, backward and workspace_bytes are its methods.
 struct RelationCall {
     enum class Form { tiles, kept, gram };
     relation::Options options;

@@ -1,5 +1,5 @@
-// Products of bfloat16 rows as they are: pairs of columns, multiplied exactly and added in float, at twice the rate of
-// float. Only where bf16_products() says so; elsewhere rows are widened first.
+// Products of bfloat16 rows as they are: pairs of columns, multiplied exactly and added in float, both by one
+// instruction. Only where bf16_products() says so; elsewhere rows are widened first.
 #pragma once
 
 #include "cpu/packing.h"

@@ -60,7 +60,7 @@ struct Streamed : Relation<S> {
         return {e_s, e_t, plan.block, rows_of(i), rows_of(j)};
     }
 
-    // visit(tile, i, j, slot_j, thread) for every tile of the problem, streamed.
+    // visit(tile, i, j, slot_i, slot_j, thread) for every tile of the problem, streamed.
     template <class Visit>
     FASTKD_INLINE void stream(std::int64_t team, std::int64_t problem, const Visit& visit) const {
         const std::int64_t n = plan.blocks;

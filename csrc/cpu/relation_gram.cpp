@@ -15,8 +15,6 @@ namespace {
 using relation::Backward;
 using relation::Forward;
 
-constexpr int block_rows = 96;
-
 // A: the type of G and of all products.
 template <class S, class A>
 struct Gram {
@@ -54,7 +52,7 @@ struct Gram {
     }
     // Rows [row, row + count) of A and B as [row][width], the second made D where it exists.
     void pack_z(std::int64_t b, std::int64_t row, std::int64_t count, A* first, A* second) const {
-        A by[256];
+        A by[gram_chunk];
         typed_scales(0, b, row, count, by);
         pack<S, A>(rows_at(student, b, row), student.col_stride, student.row_stride, student.width, count, nullptr, by,
                    first);
@@ -67,7 +65,7 @@ struct Gram {
     }
     // The same rows as [width][row]: A into `first`, and into `second` B; then W in place, [D | B] or [A | -B].
     void pack_w(std::int64_t b, std::int64_t row, std::int64_t count, A* first, A* second) const {
-        A by[block_rows];
+        A by[streamed_block];
         typed_scales(0, b, row, count, by);
         pack<S, A>(rows_at(student, b, row), student.row_stride, student.col_stride, count, student.width, by, nullptr,
                    first);
@@ -96,7 +94,7 @@ struct Gram {
                 A* z2 = rows + first.elements() * count;
                 pack_z(b, row, count, z1, z2);
                 if (grad != nullptr) {
-                    A by[256];
+                    A by[gram_chunk];
                     typed_scales(0, b, row, count, by);
                     for (std::int64_t r = 0; r < count; ++r) {
                         by[r] *= static_cast<A>(gradient(*grad, b, row + r));
@@ -222,7 +220,7 @@ struct Gram {
             if (!same_gradient) {
                 multiply(weighted, plan.student_side, first, second, count, product2);
             }
-            A by[block_rows] = {}, outer[block_rows] = {}, plus[block_rows] = {};
+            A by[streamed_block] = {}, outer[streamed_block] = {}, plus[streamed_block] = {};
             typed_scales(0, b, row, count, by);
             for (std::int64_t r = 0; r < count; ++r) {
                 outer[r] = static_cast<A>(outer_scale(options, scales[b * options.rows + row + r]));

@@ -9,8 +9,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-constexpr std::int64_t kept_chunk = 256; // columns packed at a time, as the plan has it
-
 template <class S>
 struct Kept : Relation<S> {
     using Base = Relation<S>;

@@ -5,9 +5,6 @@
 namespace fastkd::cpu {
 namespace {
 
-constexpr std::int64_t streamed_block = 96;  // a multiple of every instruction set's panel; two tiles fit a small L2
-constexpr std::int64_t packed_columns = 256; // of the rows that a kept relation packs at a time
-
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
 }
@@ -58,7 +55,7 @@ RelationPlan plan_relation_on(const relation::Options& options, std::int64_t stu
     plan.thread_bytes = thread.bytes;
 
     const std::int64_t packed_block =
-        keep ? (backward ? 0 : plan.block * packed_columns * size)
+        keep ? (backward ? 0 : plan.block * kept_chunk * size)
              : plan.block * (student_width + teacher_width + (backward ? plan.student_width : 0)) * size;
     const std::int64_t matrix = keep && backward ? rows * rows * size : 0;
     const std::int64_t accumulator = !keep && backward ? rows * plan.student_width * size : 0;
@@ -98,7 +95,7 @@ GramPlan plan_gram_on(const relation::Options& options, std::int64_t student_wid
     plan.backward = backward;
     plan.problems = options.cross ? 1 : options.batch;
     plan.samples = options.cross ? options.batch : 1;
-    plan.chunk = 256;
+    plan.chunk = gram_chunk;
     plan.block = streamed_block;
     plan.student_side = relation::gram_padded(student_width);
     plan.side = relation::gram_side(student_width, teacher_width);

@@ -5,6 +5,11 @@
 
 namespace fastkd::cpu {
 
+constexpr std::int64_t streamed_block =
+    96;                                  // rows; a multiple of every instruction set's panel; two tiles fit a small L2
+constexpr std::int64_t kept_chunk = 256; // columns that a kept relation packs at a time
+constexpr std::int64_t gram_chunk = 256; // rows that G takes at a time
+
 // Rows come in blocks; pairs of blocks are the tiles of the relation matrix. A *problem* is one relation matrix: a
 // sample's, or with `cross` the whole batch's. Threads take whole problems (`teams` of them at a time) or share one.
 struct RelationPlan {

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 
-def operands(*tensors: Tensor) -> list[Tensor]:
-    """One dtype and inner stride 1, which is all the kernels ask of their inputs; copies only what differs."""
+def promoted(*tensors: Tensor) -> list[Tensor]:
+    """All in the dtype that they promote to; copies only what differs."""
     dtype = tensors[0].dtype
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    same = (x.to(dtype) for x in tensors)
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in same]
+    return [x.to(dtype) for x in tensors]
+
+
+def operands(*tensors: Tensor) -> list[Tensor]:
+    """One dtype and inner stride 1, which is all that softmax_kl's kernels ask of their inputs."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in promoted(*tensors)]
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from fastkd.ops import _workspace
 from fastkd.ops._backends import choose
-from fastkd.ops._launch import dtype_name, native, statistics_dtype
+from fastkd.ops._launch import dtype_name, native, promoted, statistics_dtype
 from fastkd.reference.relation import relation as reference
 from fastkd.reference.relation import relation_mse_gram
 
 KEPT_BLOCK = 48
 """Side of the tiles in which kept relation matrices are stored, as in ``csrc/common/relation.h``."""
 
-MAX_KEPT_ROWS = 2048
-"""Above it relation matrices are recomputed in the backward even where they may be kept."""
+MAX_KEPT_BYTES = 2048 * 2048 * 4
+"""Larger relation matrices are recomputed in the backward even where they may be kept: H would fill the workspace."""
 
 MAX_GRAM_WIDTH = 1024
 """Wider rows would make Gram matrices of more than 32 MiB. Up to it they pay where the width is at most 2/5 of the
@@ -80,7 +80,8 @@ def relation(
             cross=cross,
         )
     equal = student.shape[2] == teacher.shape[2]
-    form = "kept" if keep and not cross and student.shape[1] <= MAX_KEPT_ROWS else "tiles"
+    matrix_bytes = student.shape[1] ** 2 * statistics_dtype(student, teacher).itemsize
+    form = "kept" if keep and not cross and matrix_bytes <= MAX_KEPT_BYTES else "tiles"
     if distance == "mse" and width <= MAX_GRAM_WIDTH and (2 if equal else 1) * columns >= 5 * width:
         form = "gram"
     options = (similarity, distance, float(temperature), negate, cross)
@@ -179,7 +180,7 @@ def _forward(
     outputs = _forward_fake(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
     loss, statistics, kept = outputs
     if loss.numel():
-        student, teacher = _promoted(student, teacher)
+        student, teacher = promoted(student, teacher)
         call = _call(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
         workspace = _workspace.allocate(call, False, student)
         call.forward(
@@ -209,7 +210,7 @@ def _backward(
 ) -> Tensor:
     dtype = student.dtype
     grad_loss = grad_loss.to(statistics_dtype(student, teacher))
-    student, teacher = _promoted(student, teacher)
+    student, teacher = promoted(student, teacher)
     grad_student = torch.empty_like(student)
     if grad_student.numel():
         call = _call(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
@@ -264,16 +265,11 @@ for _name, _real, _fake in (
     ("fastkd::relation_forward", _forward, _forward_fake),
     ("fastkd::relation_backward", _backward, _backward_fake),
 ):
-    torch.library.impl(_name, ("cpu", "cuda"), _real)
+    torch.library.impl(_name, "cpu", _real)
     torch.library.register_fake(_name, _fake)
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
-
-
-def _promoted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return student.to(dtype), teacher.to(dtype)
 
 
 def _rows(x: Tensor) -> tuple[int, ...]:
