@@ -59,6 +59,8 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Time the calls in turn, round after round, so that whatever else the machine does hits all of them alike.
 
+    Before a call is timed it is made once uncounted: what the one before it left in the caches, and what memory the
+    allocator had just given back to the system, is not its doing.
     Two calls of each come first, then up to four rounds in a quarter of the time, none of them counted.
     Those named in ``slow``, which take seconds a call, are warmed up once and timed in the first two rounds only.
     """
@@ -77,8 +79,12 @@ def alternate(
     rounds = 0
     while rounds < least or (time.perf_counter() - begin < seconds and rounds < most):
         for name, call in calls.items():
-            if name not in slow or rounds < 2:
-                times[name].append(milliseconds(call, device))
+            if name in slow:
+                if rounds >= 2:
+                    continue
+            else:
+                call()
+            times[name].append(milliseconds(call, device))
         rounds += 1
         if rounds == 2 and slow:
             begin = time.perf_counter()

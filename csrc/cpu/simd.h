@@ -100,8 +100,26 @@ FASTKD_INLINE Vec<float> load(const float* from) {
 FASTKD_INLINE Vec<double> load(const double* from) {
     return load_raw<Vec<double>>(from);
 }
+// GCC takes several instructions for these where the machine has one.
+FASTKD_INLINE Words widen(Shorts value) {
+#if defined(__AVX512F__)
+    return bit_cast<Words>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(value)));
+#elif defined(__AVX2__)
+    return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(value)));
+#else
+    return __builtin_convertvector(value, Words);
+#endif
+}
+FASTKD_INLINE Shorts low_halves(Words value) {
+#if defined(__AVX512F__)
+    return bit_cast<Shorts>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(value)));
+#else
+    return __builtin_convertvector(value, Shorts);
+#endif
+}
+
 FASTKD_INLINE Vec<float> load(const BFloat16* from) {
-    return bit_cast<Vec<float>>(__builtin_convertvector(load_raw<Shorts>(from), Words) << 16);
+    return bit_cast<Vec<float>>(widen(load_raw<Shorts>(from)) << 16);
 }
 FASTKD_INLINE Vec<float> load(const Half* from) {
 #if defined(__AVX512F__)
@@ -109,7 +127,7 @@ FASTKD_INLINE Vec<float> load(const Half* from) {
 #elif defined(__F16C__)
     return _mm256_cvtph_ps(load_raw<__m128i>(from));
 #else
-    const Words half = __builtin_convertvector(load_raw<Shorts>(from), Words);
+    const Words half = widen(load_raw<Shorts>(from));
     const Words magnitude = (half & 0x7fff) << 13;
     // The product moves the exponent's bias from 15 to 127, and makes subnormals normal.
     const Words finite = bit_cast<Words>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
@@ -122,7 +140,7 @@ FASTKD_INLINE Vec<float> load(const Half* from) {
 FASTKD_INLINE Shorts narrow(Vec<float> value, BFloat16) {
     const Words bits = bit_cast<Words>(value);
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(value == value ? rounded : ((bits >> 16) | 0x40), Shorts);
+    return low_halves(value == value ? rounded : ((bits >> 16) | 0x40));
 }
 FASTKD_INLINE Shorts narrow(Vec<float> value, Half) {
 #if defined(__AVX512F__)
@@ -138,7 +156,7 @@ FASTKD_INLINE Shorts narrow(Vec<float> value, Half) {
     const Words tiny = bit_cast<Words>(bit_cast<Vec<float>>(size) + 0.5f) - 0x3f000000u;
     const Words infinite = bit_cast<Words>(size > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u);
     const Words half = size < 0x38800000u ? tiny : (size >= 0x47800000u ? infinite : normal);
-    return __builtin_convertvector(half | (sign >> 16), Shorts);
+    return low_halves(half | (sign >> 16));
 #endif
 }
 

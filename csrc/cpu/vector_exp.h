@@ -36,6 +36,38 @@ struct ExpConstants<double> {
     };
 };
 
+// The integer n nearest to x, and 2^n y for y near 1: 0 where x is small, -inf included, a NaN where y is one.
+template <class T>
+struct Rounded {
+    using C = ExpConstants<T>;
+#if defined(__AVX512F__)
+    Vec<T> x, value;
+
+    FASTKD_INLINE explicit Rounded(Vec<T> x) : x(x), value(nearest(x)) {}
+    FASTKD_INLINE Vec<float> power_of_2_times(Vec<float> y) const {
+        return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast(C::smallest), _CMP_NLT_UQ), y, value);
+    }
+    FASTKD_INLINE Vec<double> power_of_2_times(Vec<double> y) const {
+        return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, broadcast(C::smallest), _CMP_NLT_UQ), y, value);
+    }
+
+  private:
+    FASTKD_INLINE static Vec<float> nearest(Vec<float> x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+    FASTKD_INLINE static Vec<double> nearest(Vec<double> x) {
+        return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT);
+    }
+#else
+    Vec<T> x, shifted, value;
+
+    FASTKD_INLINE explicit Rounded(Vec<T> x) : x(x), shifted(x + C::round), value(shifted - C::round) {}
+    FASTKD_INLINE Vec<T> power_of_2_times(Vec<T> y) const {
+        const Vec<T> product =
+            bit_cast<Vec<T>>(bit_cast<Bits<T>>(y) + (bit_cast<Bits<T>>(shifted) << C::mantissa_bits));
+        return x < C::smallest ? Vec<T>{} : (y == y ? product : y);
+    }
+#endif
+};
+
 // e^(x scale - high - low) for many x, with an exponent that is at most about 0: all a softmax needs. `high` is a small
 // multiple of 2^-15 (2^-41 for double), `low` less than that. Where the machine has fused multiply-adds nothing is
 // rounded before n ln 2 has made the exponent small, so the result is as exact far from 0 as near it.
@@ -49,17 +81,18 @@ struct ScaledExp {
     template <class Part>
     FASTKD_INLINE Vec<T> operator()(Vec<T> x, Part high, Part low) const {
         const Vec<T> exponent = x * scale_log2_e - high * C::log2_e; // of 2
-        const Vec<T> shifted = exponent + C::round;
-        const Vec<T> n = shifted - C::round;
-        const Vec<T> r = ((x * scale - (n * C::ln_2_high + high)) - n * C::ln_2_low) - low;
-        constexpr int degree = sizeof(C::q) / sizeof(T) - 1;
-        Vec<T> q = broadcast(C::q[degree]);
-        for (int i = degree - 1; i >= 0; --i) {
+        const Rounded<T> n(exponent);
+        const Vec<T> r = ((x * scale - (n.value * C::ln_2_high + high)) - n.value * C::ln_2_low) - low;
+        constexpr int terms = sizeof(C::q) / sizeof(T);
+        Vec<T> q = broadcast(C::q[terms - 1]);
+        for (int i = terms - 2; i >= 0; --i) {
             q = q * r + C::q[i];
         }
-        const Vec<T> e_r = (r * r * q + r) + T(1);
-        const Vec<T> y = bit_cast<Vec<T>>(bit_cast<Bits<T>>(e_r) + (bit_cast<Bits<T>>(shifted) << C::mantissa_bits));
-        return exponent < C::smallest ? Vec<T>{} : (e_r == e_r ? y : e_r);
+#if defined(__FMA__) // each step rounds once
+        return n.power_of_2_times((q * r + T(1)) * r + T(1));
+#else
+        return n.power_of_2_times((r * r * q + r) + T(1));
+#endif
     }
 };
 
