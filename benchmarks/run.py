@@ -4,7 +4,8 @@
 
 Each work runs in a process of its own, where all providers are timed in turn, round after round, and compared by
 medians. Prints one line per work and kernel of fastkd, forward and backward; a figure that misses its target, in
-parentheses, is marked ``!``, beside the ratio at the limit. ``--all`` prints every provider and mode. See docs/benchmarks.md.
+parentheses, is marked ``!``, beside the ratio at the limit. ``--all`` prints every provider and mode. See
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
