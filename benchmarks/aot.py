@@ -31,26 +31,32 @@ def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dic
     acc = "fp64" if dtype == "fp64" else "fp32"
     itemsize = 8 if dtype == "fp64" else 2
     longest = family.blocks_for(1 << 20, itemsize).cols
+
+    def case(name: str, constants: dict[str, Any], warps: int) -> tuple[str, Any, dict[str, str], dict[str, Any], int]:
+        kernel = getattr(family, f"{name}_kernel")
+        types = {}
+        for argument in kernel.arg_names:
+            if argument in ("student_ptr", "teacher_ptr", "grad_student_ptr"):
+                types[argument] = f"*{dtype}"
+            elif argument.endswith("_ptr"):
+                types[argument] = f"*{acc}"
+            elif argument == "inv_temperature":
+                types[argument] = "fp64"
+            elif argument.isupper():
+                types[argument] = "constexpr"
+            else:
+                types[argument] = "i64" if "stride" in argument else "i32"
+        return f"softmax_kl.{name}", kernel, types, constants, warps
+
     for cols in (*(blocks.cols for blocks in family.SHORT), longest, longest + 1):
         blocks = family.blocks_for(cols, itemsize)
-        constants = {"ROWS": blocks.rows, "COLS": blocks.cols, "LOOP": cols > blocks.cols}
-        for name in ("forward", "backward"):
-            if name == "backward" and constants.pop("LOOP"):
-                continue  # it has no loop
-            kernel = getattr(family, f"{name}_kernel")
-            types = {}
-            for argument in kernel.arg_names:
-                if argument in ("student_ptr", "teacher_ptr", "grad_student_ptr"):
-                    types[argument] = f"*{dtype}"
-                elif argument.endswith("_ptr"):
-                    types[argument] = f"*{acc}"
-                elif argument == "inv_temperature":
-                    types[argument] = "fp64"
-                elif argument.isupper():
-                    types[argument] = "constexpr"
-                else:
-                    types[argument] = "i64" if "stride" in argument else "i32"
-            yield f"softmax_kl.{name}", kernel, types, dict(constants), blocks.warps
+        block = {"ROWS": blocks.rows, "COLS": blocks.cols}
+        loop = cols > blocks.cols
+        for split in (False, True) if loop else (False,):
+            yield case("forward", block | {"LOOP": loop, "SPLIT": split}, blocks.warps)
+        if not loop:  # the backward has none
+            yield case("backward", block, blocks.warps)
+    yield case("merge", {"PARTS": family.MOST_PARTS}, 1)
 
 
 CASES = {"softmax_kl": softmax_kl_cases}
@@ -114,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes))]
     print(f"{'kernel':22} {'dtype':5} {'block':>9} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
     for row in rows:
-        block = f"{row['ROWS']}x{row['COLS']}{'+' if row.get('LOOP') else ''}"
+        block = f"{row.get('ROWS', 1)}x{row.get('COLS', row.get('PARTS'))}{'+' * (row.get('LOOP', 0) + row.get('SPLIT', 0))}"
         print(
             f"{row['kernel']:22} {row['dtype']:5} {block:>9} {row['warps']:>5} {row['target']:>6} "
             f"{row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6}{'' if row['ok'] else '  <- no'}"

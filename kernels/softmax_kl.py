@@ -35,6 +35,15 @@ SHORT = (Blocks(64, 16, 4), Blocks(16, 64, 4), Blocks(4, 256, 4))
 LONG = Blocks(1, 1024, 4)
 """Longer rows: one row to a program, which loops where needed. The block never widens, so no row length spills."""
 
+PROGRAMS = 512
+"""Fewer rows than this leave part of a large GPU idle in the forward (an H100 holds 132 processors): long ones are split
+between programs."""
+
+PART = 4096
+"""The least columns that a part is made for."""
+
+MOST_PARTS = 64
+
 
 def blocks_for(cols: int, itemsize: int) -> Blocks:
     """The blocks for rows of ``cols`` elements; half as many elements where one takes 8 bytes, i.e. for fp64."""
@@ -44,6 +53,13 @@ def blocks_for(cols: int, itemsize: int) -> Blocks:
     return blocks._replace(rows=blocks.rows // 2) if blocks.rows > 1 else blocks._replace(cols=blocks.cols // 2)
 
 
+def parts_for(rows: int, cols: int) -> tuple[int, int]:
+    """How many programs share a row of the forward, and the columns of each: few long rows are split."""
+    parts = max(1, min(PROGRAMS // rows, cols // PART, MOST_PARTS))
+    columns = cdiv(cdiv(cols, parts), LONG.cols) * LONG.cols
+    return cdiv(cols, columns), columns
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward. One pass keeps, for either input, a maximum m and z = Σ e^{(x−m)/τ}, and a = Σ e^{(t−m_t)/τ} (t − s); then
 #
@@ -51,22 +67,47 @@ def blocks_for(cols: int, itemsize: int) -> Blocks:
 #
 # Each lane of the block keeps its own (m, z, a) over the columns it meets, and lanes are merged once, at the end, in a
 # fixed order. Meeting x, a lane rescales either its sums or the newcomer, whichever is not the larger: one exponential
-# of −|x − m|. Subtracting before scaling by 1/τ keeps (x − m)/τ accurate for large logits at small τ.
+# of −|x − m|. Subtracting before scaling by 1/τ keeps (x − m)/τ accurate for large logits at small τ. Parts of a row,
+# where several programs share it, are merged as lanes are, by a second kernel.
 #
 # Edge cases. −inf: weight 0, and 0·(t − s) counts as 0 although t − s may be ±inf or NaN; columns beyond the row are
 # loaded as −inf and vanish the same way. s = −inf where p_t > 0: a = +inf, so is the loss. A row of −inf throughout:
 # z = 0, 0/0 = NaN. NaN: tl.max drops it, but m, e^{...} or z of that lane is NaN and the final sums keep it. +inf: its
 # lane's e^{inf − inf} is NaN in the merge.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
+@triton.jit
+def _merge(m_s, z_s, m_t, z_t, a, scale):
+    """The sums of all lanes of a row, relative to its maxima."""
+    top_s = tl.max(m_s, axis=1)
+    top_t = tl.max(m_t, axis=1)
+    z_s = tl.sum(z_s * tl.exp2((m_s - top_s[:, None]) * scale), axis=1)
+    weight = tl.exp2((m_t - top_t[:, None]) * scale)
+    z_t = tl.sum(z_t * weight, axis=1)
+    a = tl.sum(tl.where(weight == 0.0, 0.0, a * weight), axis=1)
+    return top_s, z_s, top_t, z_t, a
+
+
+@triton.jit
+def _finish(loss_ptr, statistics_ptr, n_rows, row, here, top_s, z_s, top_t, z_t, a, inv_tau):
+    loss = (a / z_t + (top_s - top_t)) * inv_tau + tl.log(z_s / z_t)
+    tl.store(loss_ptr + row, loss, mask=here)
+    tl.store(statistics_ptr + row, top_s, mask=here)
+    tl.store(statistics_ptr + n_rows.to(tl.int64) + row, z_s, mask=here)
+    tl.store(statistics_ptr + 2 * n_rows.to(tl.int64) + row, top_t, mask=here)
+    tl.store(statistics_ptr + 3 * n_rows.to(tl.int64) + row, z_t, mask=here)
+
+
+@triton.jit(do_not_specialize=["n_rows", "rows_per_batch", "part_cols"])
 def forward_kernel(
     student_ptr,  # (batch, rows, cols), strides below, inner stride 1
     teacher_ptr,
     loss_ptr,  # (batch · rows,) contiguous
     statistics_ptr,  # (4, batch · rows) contiguous: m_s, z_s, m_t, z_t
+    parts_ptr,  # (parts, 5, batch · rows) contiguous: m_s, z_s, m_t, z_t, a of each part, if there are several
     n_rows,  # batch · rows
     rows_per_batch,
     cols,
+    part_cols,  # columns of a part, a multiple of COLS
     student_stride_b,
     student_stride_r,
     teacher_stride_b,
@@ -75,8 +116,9 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     LOOP: tl.constexpr,  # cols > COLS
+    SPLIT: tl.constexpr,  # several parts to a row
 ):
-    """Losses and ℓ of ``ROWS`` rows to a program, ``COLS`` columns at a time."""
+    """Losses and ℓ of ``ROWS`` rows to a program, or one part's sums of them, ``COLS`` columns at a time."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
     inv_tau = float64(inv_temperature).to(ACC)
     scale = inv_tau * LOG2E
@@ -88,11 +130,17 @@ def forward_kernel(
     student_row = student_ptr + (b * student_stride_b + r * student_stride_r)[:, None]
     teacher_row = teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None]
     lane = tl.arange(0, COLS)[None, :]
+    end = cols
+    if SPLIT:
+        begin = tl.program_id(1) * part_cols
+        student_row += begin
+        teacher_row += begin
+        end = tl.minimum(cols - begin, part_cols)
     minus_inf = float("-inf")
     # As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN.
     LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC.is_fp32() else -1.7976931348623157e308
 
-    mask = here[:, None] & (lane < cols)
+    mask = here[:, None] & (lane < end)
     s = tl.load(student_row + lane, mask=mask, other=minus_inf).to(ACC)
     t = tl.load(teacher_row + lane, mask=mask, other=minus_inf).to(ACC)
     m_s = tl.where(s == minus_inf, LOWEST, s)
@@ -102,9 +150,9 @@ def forward_kernel(
     a = tl.where(t == minus_inf, 0.0, t - s)
 
     if LOOP:
-        for start in range(COLS, cols, COLS):
+        for start in range(COLS, end, COLS):
             j = start + lane
-            mask = here[:, None] & (j < cols)
+            mask = here[:, None] & (j < end)
             s = tl.load(student_row + j, mask=mask, other=minus_inf).to(ACC)
             t = tl.load(teacher_row + j, mask=mask, other=minus_inf).to(ACC)
 
@@ -121,19 +169,45 @@ def forward_kernel(
             a = tl.where(old_weight == 0.0, 0.0, a * old_weight) + tl.where(weight == 0.0, 0.0, weight * (t - s))
             m_t = tl.where(new, t, m_t)
 
-    top_s = tl.max(m_s, axis=1)
-    top_t = tl.max(m_t, axis=1)
-    z_s = tl.sum(z_s * tl.exp2((m_s - top_s[:, None]) * scale), axis=1)
-    weight = tl.exp2((m_t - top_t[:, None]) * scale)
-    z_t = tl.sum(z_t * weight, axis=1)
-    a = tl.sum(tl.where(weight == 0.0, 0.0, a * weight), axis=1)
+    top_s, z_s, top_t, z_t, a = _merge(m_s, z_s, m_t, z_t, a, scale)
+    if SPLIT:
+        plane = n_rows.to(tl.int64)
+        to = parts_ptr + tl.program_id(1) * 5 * plane + row
+        tl.store(to, top_s, mask=here)
+        tl.store(to + plane, z_s, mask=here)
+        tl.store(to + 2 * plane, top_t, mask=here)
+        tl.store(to + 3 * plane, z_t, mask=here)
+        tl.store(to + 4 * plane, a, mask=here)
+    else:
+        _finish(loss_ptr, statistics_ptr, n_rows, row, here, top_s, z_s, top_t, z_t, a, inv_tau)
 
-    loss = (a / z_t + (top_s - top_t)) * inv_tau + tl.log(z_s / z_t)
-    tl.store(loss_ptr + row, loss, mask=here)
-    tl.store(statistics_ptr + row, top_s, mask=here)
-    tl.store(statistics_ptr + n_rows.to(tl.int64) + row, z_s, mask=here)
-    tl.store(statistics_ptr + 2 * n_rows.to(tl.int64) + row, top_t, mask=here)
-    tl.store(statistics_ptr + 3 * n_rows.to(tl.int64) + row, z_t, mask=here)
+
+@triton.jit(do_not_specialize=["n_rows", "parts"])
+def merge_kernel(
+    parts_ptr,  # (parts, 5, n_rows) contiguous
+    loss_ptr,
+    statistics_ptr,
+    n_rows,
+    parts,
+    inv_temperature: tl.float64,
+    PARTS: tl.constexpr,
+):
+    """Losses and ℓ of one row to a program, from its parts."""
+    ACC: tl.constexpr = loss_ptr.dtype.element_ty
+    inv_tau = float64(inv_temperature).to(ACC)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    part = tl.arange(0, PARTS)[None, :]
+    plane = n_rows.to(tl.int64)
+    at = parts_ptr + row[:, None] + part * 5 * plane
+    here = part < parts
+    LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC.is_fp32() else -1.7976931348623157e308
+    m_s = tl.load(at, mask=here, other=LOWEST)
+    z_s = tl.load(at + plane, mask=here, other=0.0)
+    m_t = tl.load(at + 2 * plane, mask=here, other=LOWEST)
+    z_t = tl.load(at + 3 * plane, mask=here, other=0.0)
+    a = tl.load(at + 4 * plane, mask=here, other=0.0)
+    top_s, z_s, top_t, z_t, a = _merge(m_s, z_s, m_t, z_t, a, inv_tau * LOG2E)
+    _finish(loss_ptr, statistics_ptr, n_rows, row, row < n_rows, top_s, z_s, top_t, z_t, a, inv_tau)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,15 +268,20 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
     """Fill ``loss`` (B, R) and ``statistics`` (4, B, R) from inputs (B, R, N) of inner stride 1."""
     batch, rows, cols = student.shape
     blocks = blocks_for(cols, student.element_size())
+    parts, part_cols = parts_for(batch * rows, cols) if blocks.rows == 1 else (1, cols)
+    # Five numbers of each part; a tensor that no kernel touches stands for none.
+    sums = loss.new_empty((parts, 5, batch * rows)) if parts > 1 else loss
     with launching_on(student):
-        forward_kernel[(cdiv(batch * rows, blocks.rows),)](
+        forward_kernel[(cdiv(batch * rows, blocks.rows), parts)](
             student,
             teacher,
             loss,
             statistics,
+            sums,
             batch * rows,
             rows,
             cols,
+            part_cols,
             student.stride(0),
             student.stride(1),
             teacher.stride(0),
@@ -211,9 +290,22 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
             ROWS=blocks.rows,
             COLS=blocks.cols,
             LOOP=cols > blocks.cols,
+            SPLIT=parts > 1,
             num_warps=blocks.warps,
             enable_fp_fusion=True,
         )
+        if parts > 1:
+            merge_kernel[(batch * rows,)](
+                sums,
+                loss,
+                statistics,
+                batch * rows,
+                parts,
+                1.0 / temperature,
+                PARTS=MOST_PARTS,
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
 
 
 def backward(

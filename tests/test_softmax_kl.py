@@ -15,8 +15,8 @@ from fastkd.ops.softmax_kl import softmax_kl
 from fastkd.reference.softmax_kl import softmax_kl as reference
 
 # One shape per regime of the kernels: a single column, a partial vector, several rows in one block, one block exactly,
-# a loop with a tail. Small, because the interpreter runs them too.
-SHAPES = [(2, 3, 1), (1, 2, 7), (2, 11, 49), (1, 2, 512), (1, 2, 2 * 1024 + 37)]
+# a loop with a tail, few rows shared by several programs. Small, because the interpreter runs them too.
+SHAPES = [(2, 3, 1), (1, 2, 7), (2, 11, 49), (1, 2, 512), (1, 2, 2 * 1024 + 37), (1, 2, 3 * 4096 + 5)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF, NAN = math.inf, math.nan
 
@@ -95,7 +95,7 @@ def test_student_equal_to_teacher_is_exactly_zero(place: Any) -> None:
     assert grad.abs().max() <= (1e-6 if place.backend == "reference" else 0)
 
 
-@pytest.mark.parametrize("cols", [5, 2500])
+@pytest.mark.parametrize("cols", [5, 2500, 9000])
 def test_infinities_and_nan(place: Any, cols: int) -> None:
     """Row by row: what goes in, and that the loss is the same finite number, inf or NaN as the oracle's."""
     student, teacher = make((1, 12, cols), torch.float32, place.device)
