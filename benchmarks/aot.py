@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes))]
     print(f"{'kernel':22} {'dtype':5} {'block':>9} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
     for row in rows:
-        block = f"{row.get('ROWS', 1)}x{row.get('COLS', row.get('PARTS'))}{'+' * (row.get('LOOP', 0) + row.get('SPLIT', 0))}"
+        block = f"{row.get('ROWS', 1)}x{row.get('COLS', row.get('PARTS'))}"
+        block += "+" * (row.get("LOOP", 0) + row.get("SPLIT", 0))
         print(
             f"{row['kernel']:22} {row['dtype']:5} {block:>9} {row['warps']:>5} {row['target']:>6} "
             f"{row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6}{'' if row['ok'] else '  <- no'}"

@@ -36,7 +36,7 @@ LONG = Blocks(1, 1024, 4)
 """Longer rows: one row to a program, which loops where needed. The block never widens, so no row length spills."""
 
 PROGRAMS = 512
-"""Fewer rows than this leave part of a large GPU idle in the forward (an H100 holds 132 processors): long ones are split
+"""Fewer rows than this leave part of a large GPU idle in the forward (an H100 has 132 processors): long ones are split
 between programs."""
 
 PART = 4096
