@@ -117,15 +117,21 @@ FASTKD_HD double log_sum_exp(double max, double z_log, double inv_temperature) {
 }
 
 // x/tau - lse = (x - center)/tau - high - low, split so that no part is rounded where it matters. Where lse is large so
-// is some logit, and x - center is exact for those near it. Else the center is 0 and x stays itself; `high` is a
-// multiple of `grid`, so an exp whose ln 2 is one too can take both off at once without rounding.
+// is some logit, and x - center is exact for those near it. Else the center is 0 and x stays itself, if its product with
+// 1/tau is not rounded; `high` is a multiple of `grid`, so an exp whose ln 2 is one too can take both off at once
+// without rounding.
 template <class T>
 struct LogSoftmax {
     static constexpr double grid = sizeof(T) == 4 ? 0x1p-15 : 0x1p-41;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDACC__)
+    static constexpr double largest = 32; // of a logit that stays itself
+#else
+    static constexpr double largest = 0;
+#endif
     T center, high, low;
 
     FASTKD_HD LogSoftmax(double lse, double temperature, double inv_temperature) {
-        center = lse > -32 && lse < 32 ? T(0) : static_cast<T>(lse * temperature);
+        center = lse > -largest && lse < largest ? T(0) : static_cast<T>(lse * temperature);
         const double rest = lse - static_cast<double>(center) * inv_temperature;
         high = static_cast<T>(std::floor(rest / grid + 0.5) * grid);
         low = static_cast<T>(rest - static_cast<double>(high));
