@@ -29,11 +29,11 @@ import works
 Rows = list[dict[str, Any]]
 
 
-def compare(work: works.Work, device: str, seconds: float) -> Rows:
+def compare(work: works.Work, device: str, seconds: float, autotune: bool = False) -> Rows:
     """One row per provider and mode; a provider that cannot run is a row with ``ok: false`` and a note."""
     inputs = work.inputs(device)
     exact = formulas.exact_gradients(work, inputs)
-    names = works.providers(work, torch.device(device).type)
+    names = works.providers(work, torch.device(device).type, autotune)
     failed = {name: why for name in names if (why := works.unavailable(name, work.family, device)) is not None}
     errors, losses = {}, {}
     for name in [name for name in names if name not in failed]:
@@ -44,9 +44,9 @@ def compare(work: works.Work, device: str, seconds: float) -> Rows:
             failed[name] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
     del exact
     rows: Rows = []
-    for mode in works.MODES:
+    for mode in work.modes:
         steps = {name: works.step_of(work, name, mode, inputs, losses[name]) for name in names if name not in failed}
-        both = mode == "both"
+        both = mode != "forward"
         share = 0.7 if both else 0.3
         times = measure.alternate(steps, device, share * seconds, least=5 if both else 3, slow={"eager_nn"})
         for name in names:
@@ -80,6 +80,8 @@ def blank_row(work: works.Work, mode: str, provider: str) -> dict[str, Any]:
         "min_flop": least["flop"],
         "min_exp": least["exp"],
         "share_of_limit": None,
+        "share_of_copy": None,
+        "share_of_product": None,
         "error_vs_fp64": None,
         "ok": False,
         "note": "",
@@ -92,18 +94,19 @@ def error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     return max(((g.double() - e).norm() / e.norm()).item() for g, e in pairs)
 
 
-def in_its_own_process(work: works.Work, device: str, seconds: float) -> dict[str, Any]:
+def in_its_own_process(work: works.Work, device: str, seconds: float, autotune: bool) -> dict[str, Any]:
     """``{"rows", "ceilings"}`` of one work. Allocators, threads and compiled graphs of others don't touch it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         arguments = ["--device", device, "--seconds", str(seconds), "--dtype", work.dtype_name]
+        arguments += ["--autotune"] if autotune else []
         one = ["--family", work.family, "--one", work.name, "--one-to", str(path)]
         done = subprocess.run([sys.executable, __file__, *arguments, *one], check=False)
         if path.exists():
             return json.loads(path.read_text())
     note = f"its process ended with status {done.returncode}"
-    names = works.providers(work, torch.device(device).type)
-    return {"rows": [blank_row(work, m, n) | {"note": note} for m in works.MODES for n in names], "ceilings": {}}
+    names = works.providers(work, torch.device(device).type, autotune)
+    return {"rows": [blank_row(work, m, n) | {"note": note} for m in work.modes for n in names], "ceilings": {}}
 
 
 def earlier(path: Path, now: set[str], best: dict[str, float]) -> Rows:
@@ -121,6 +124,11 @@ def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:
             least = {key: row[f"min_{key}"] for key in ("bytes", "flop", "exp")}
             limit = limits.seconds(least, ceilings, row["dtype"])
             row["share_of_limit"] = round(1e3 * limit / row["ms"]["median"], 3)
+            for of, key in (("copy", "bytes"), ("product", "flop")):
+                alone = {k: n if k == key else 0 for k, n in least.items()}
+                row[f"share_of_{of}"] = round(
+                    1e3 * limits.seconds(alone, ceilings, row["dtype"]) / row["ms"]["median"], 3
+                )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", help="float32, bfloat16, float16; default: what the device trains in")
     parser.add_argument("--seconds", type=float, default=8.0, help="time to spend on each work, once it is warm")
+    parser.add_argument(
+        "--autotune", action="store_true", help="torch.compile(mode='max-autotune') too, as compile_max"
+    )
     parser.add_argument("--all", action="store_true", help="print every provider and mode")
     parser.add_argument("--out", type=Path, help="folder for FAMILY.json; default: benchmarks/results/DEVICE")
     parser.add_argument("--keep", action="store_true", help="keep what FAMILY.json holds of works not measured now")
@@ -143,7 +154,10 @@ def main(argv: list[str] | None = None) -> int:
     }
     if args.one is not None:
         (work,) = [w for w in chosen[args.family[0]] if w.name == args.one]
-        result = {"ceilings": measure.ceilings(args.device), "rows": compare(work, args.device, args.seconds)}
+        result = {
+            "ceilings": measure.ceilings(args.device),
+            "rows": compare(work, args.device, args.seconds, args.autotune),
+        }
         args.one_to.write_text(json.dumps(result))
         return 0
 
@@ -155,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         path = (args.out or measure.RESULTS / measure.slug(env)) / f"{family}.json"
         results[family] = earlier(path, {work.name for work in todo}, best) if args.keep else []
         for work in todo:
-            result = in_its_own_process(work, args.device, args.seconds)
+            result = in_its_own_process(work, args.device, args.seconds, args.autotune)
             results[family] += result["rows"]
             best |= {name: max(rate, best.get(name, 0)) for name, rate in result["ceilings"].items()}
             for name in [name for name in results if results[name]]:  # a later ceiling changes earlier shares

@@ -7,7 +7,7 @@ from typing import Any
 import works
 
 Row = dict[str, Any]
-OTHERS = ("eager_nn", "eager", "compile", "reference")
+OTHERS = ("eager_nn", "eager", "compile", "compile_max", "reference")
 
 
 def against_targets(todo: list[works.Work], rows: list[Row]) -> str:
@@ -16,9 +16,11 @@ def against_targets(todo: list[works.Work], rows: list[Row]) -> str:
     ``!`` marks what misses its target, beside the ratio that a kernel exactly at the work's limit would have.
     """
     head = ["work", "kernel", "ms", "x eager", "x compile", "x eager NxN", "extra memory", "of limit", "error"]
+    tuned = any(r["provider"] == "compile_max" for r in rows)
+    head[4:5] = ["x compile", "x autotuned"] if tuned else ["x compile"]
     lines = [head]
     for work in todo:
-        mine = {r["provider"]: r for r in rows if r["work"] == work.name and r["mode"] == "both"}
+        mine = {r["provider"]: r for r in rows if r["work"] == work.name and r["mode"] != "forward"}
         for name, row in mine.items():
             if name in OTHERS:
                 continue
@@ -33,9 +35,10 @@ def against_targets(todo: list[works.Work], rows: list[Row]) -> str:
                     f"{row['ms']['median']:.2f}",
                     _ratio(row, mine.get("eager"), target.eager),
                     _ratio(row, mine.get("compile"), target.compile),
+                    *([_ratio(row, mine.get("compile_max"), target.compile)] if tuned else []),
                     _ratio(row, mine.get("eager_nn"), target.eager_nn),
                     _memory(work, row, mine.get("eager")),
-                    "-" if row["share_of_limit"] is None else _mark(f"{row['share_of_limit']:.0%}", row, 0.5),
+                    _share(row, target),
                     f"{row['error_vs_fp64']:.1e}",
                 ]
             )
@@ -55,8 +58,12 @@ def every_row(rows: list[Row]) -> str:
     return _aligned(lines)
 
 
-def _mark(text: str, row: Row, least: float) -> str:
-    return text if row["share_of_limit"] >= least else f"{text} !"
+def _share(row: Row, target: works.Target) -> str:
+    share = row[f"share_of_{target.of}"]
+    if share is None:
+        return "-"
+    what = "" if target.of == "limit" else f" of {target.of} ({target.share:.0%})"
+    return f"{share:.0%}{what}" + ("" if share >= target.share else " !")
 
 
 def _ratio(row: Row, base: Row | None, target: float | None) -> str:

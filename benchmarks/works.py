@@ -13,17 +13,21 @@ from torch import Tensor
 from fastkd.ops import _backends
 
 Step = Callable[[], Any]
-MODES = ("forward", "both")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What forward and backward must reach: times faster than a provider, and extra memory (a key of MEMORY)."""
+    """What forward and backward must reach: times faster than a provider, extra memory (a key of MEMORY), and a share.
+
+    The share is of the work's limit, or of what the machine copies or multiplies in the same time (``of``).
+    """
 
     eager: float | None = None
     compile: float | None = None
     eager_nn: float | None = None
     memory: str | None = None
+    share: float = 0.5
+    of: str = "limit"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Work:
     distance: str = ""
     teacher_width: int | None = None  # if it is not the student's
     maps: bool = False  # cross_modal_kd: pixels as (B, D, H, W) maps, else as (B, N, D) tokens
+    autocast: bool = False  # on a GPU, to its dtype: the plain formulas' softmaxes are fp32 then
+    graph: bool = False  # too small for anything but launches to count: recorded in a CUDA graph
     target: Target = field(default=Target(), compare=False)
 
     @property
@@ -45,11 +51,16 @@ class Work:
         if self.teacher_width is not None:
             sizes[1] += f"to{self.teacher_width}"
         parts = [self.loss, self.distance, "x".join(sizes), "maps" if self.maps else "", self.dtype_name]
+        parts.append("graph" if self.graph else "")
         return " ".join(part for part in parts if part)
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("graph",) if self.graph else ("forward", "both")
 
     @property
     def relation_sizes(self) -> tuple[int, int, int, int]:
@@ -91,6 +102,7 @@ MEMORY: dict[str, Callable[[Work, int], float]] = {
     "gradient + 1 MiB": lambda work, eager: _gradient_bytes(work) + 2**20,
     "5 % of eager": lambda work, eager: 0.05 * eager,
     "1 % of eager": lambda work, eager: 0.01 * eager,
+    "64 MiB": lambda work, eager: 64 * 2**20,
     "no NxN": lambda work, eager: 4 * _rows(work) ** 2,  # less than one such matrix in fp32
     "gradient + 3 CxC": lambda work, eager: _gradient_bytes(work) + 3 * 4 * work.shape[0] * work.shape[1] ** 2,
 }
@@ -125,18 +137,48 @@ WORKS: dict[str, list[Work]] = {
 }
 """The works of each family on a CPU."""
 
-GPU_SHAPES = [(32, 512, 30, 30), (16, 512, 60, 60), (16, 128, 120, 120), (8, 512, 30, 30), (4, 1024, 15, 15)]
+_COPY, _ROWS_COPY = (Target(5, compile, share=share, of="copy") for compile, share in ((1.5, 0.8), (2, 0.7)))
+_PRODUCT = Target(2.5, 1.8, share=0.35, of="product")
+_PIXELS = Target(4, 2.5, memory="64 MiB", share=0.35, of="product")
+_NO_SLOWER = Target(1, share=0)
 GPU_WORKS: dict[str, list[Work]] = {
-    "softmax_kl": [Work("softmax_kl", "channel_distribution_kd", shape) for shape in GPU_SHAPES]
+    "softmax_kl": [
+        *(
+            Work("softmax_kl", "channel_distribution_kd", shape, target=_COPY)
+            for shape in [(32, 512, 30, 30), (16, 512, 60, 60), (16, 128, 120, 120)]
+        ),
+        Work("softmax_kl", "channel_distribution_kd", (2, 64, 15, 15), graph=True, target=_NO_SLOWER),
+    ],
+    "relation": [
+        *(
+            Work("relation", "channel_kd", shape, distance="kl", target=_PRODUCT)
+            for shape in [(32, 512, 30, 30), (16, 512, 60, 60), (32, 1024, 15, 15)]
+        ),
+        *(Work(*_KL, shape, distance="kl", target=_PIXELS) for shape in [(8, 256, 60, 60), (2, 128, 120, 120)]),
+        Work("relation", "channel_kd", (2, 64, 15, 15), distance="kl", graph=True, target=_NO_SLOWER),
+        Work(*_KL, (2, 64, 15, 15), distance="kl", graph=True, target=_NO_SLOWER),
+    ],
+    "pixel_word": [
+        *(
+            Work("pixel_word", "cross_modal_kd", shape, target=_ROWS_COPY)
+            for shape in [(16, 14400, 20, 128), (32, 3600, 20, 256)]
+        ),
+        Work("pixel_word", "cross_modal_kd", (2, 225, 20, 64), graph=True, target=_NO_SLOWER),
+    ],
 }
+"""The works of each family on a GPU."""
 
-TRAINED_IN = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float32)}
+TRAINED_IN = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
 
 
 def works(family: str, device_type: str, dtypes: tuple[torch.dtype, ...] | None = None) -> list[Work]:
     """The works of a family on a kind of device; a family without any there has an empty list."""
-    table = GPU_WORKS if device_type == "cuda" else WORKS
-    return [replace(work, dtype=dtype) for dtype in dtypes or TRAINED_IN[device_type] for work in table.get(family, [])]
+    gpu = device_type == "cuda"
+    return [
+        replace(work, dtype=dtype, autocast=gpu and dtype.itemsize == 2)
+        for dtype in dtypes or TRAINED_IN[device_type]
+        for work in (GPU_WORKS if gpu else WORKS).get(family, [])
+    ]
 
 
 def own(family: str, device_type: str) -> list[str]:
@@ -145,15 +187,16 @@ def own(family: str, device_type: str) -> list[str]:
     return [b for b in names if b in _backends.IMPLEMENTED[family]] or names[:1]
 
 
-def providers(work: Work, device_type: str) -> list[str]:
+def providers(work: Work, device_type: str, autotune: bool = False) -> list[str]:
     """Who may compute a work on a kind of device, whether or not it works here."""
     nn = ["eager_nn"] if work.target.eager_nn is not None else []
-    return [*nn, "eager", "compile", "reference", *own(work.family, device_type)]
+    compiled = [] if work.graph else ["compile", *(["compile_max"] if autotune else [])]
+    return [*nn, "eager", *compiled, "reference", *own(work.family, device_type)]
 
 
 def unavailable(provider: str, family: str, device: str) -> str | None:
     """Why a provider cannot be measured here, or None."""
-    if provider in ("eager_nn", "eager", "compile"):
+    if provider in ("eager_nn", "eager", "compile", "compile_max"):
         return None
     if provider not in _backends.IMPLEMENTED[family]:
         return f"{family} has no {provider} backend yet"
@@ -163,16 +206,26 @@ def unavailable(provider: str, family: str, device: str) -> str | None:
 def loss_of(work: Work, provider: str) -> formulas.Loss:
     """The loss as a function of the work's inputs."""
     if provider in ("eager_nn", "eager"):
-        return formulas.formula(work, nn=provider == "eager_nn")
-    if provider == "compile":
-        return torch.compile(formulas.formula(work), fullgraph=True, dynamic=False)
-    return formulas.fastkd(work, provider)
+        loss = formulas.formula(work, nn=provider == "eager_nn")
+    elif provider.startswith("compile"):
+        mode = "max-autotune" if provider == "compile_max" else None
+        loss = torch.compile(formulas.formula(work), fullgraph=True, dynamic=False, mode=mode)
+    else:
+        loss = formulas.fastkd(work, provider)
+    if not work.autocast:
+        return loss
+
+    def cast(*inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs[0].device.type, work.dtype):
+            return loss(*inputs)
+
+    return cast
 
 
 def step_of(
     work: Work, provider: str, mode: str, inputs: tuple[Tensor, ...], loss: formulas.Loss | None = None
 ) -> Step:
-    """One call to time: "forward" under no_grad, or "both" forward and backward."""
+    """One call to time: "forward" under no_grad, "both" forward and backward, or the same as a "graph" to replay."""
     loss = loss or loss_of(work, provider)
 
     def forward() -> Any:
@@ -184,7 +237,21 @@ def step_of(
 
     if provider == "eager_nn":
         return _by_sample(work, inputs, loss, mode)
-    return {"forward": forward, "both": both}[mode]
+    return {"forward": lambda: forward, "both": lambda: both, "graph": lambda: _recorded(both)}[mode]()
+
+
+def _recorded(step: Step) -> Step:
+    """Replays what the step launches, without Python."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _by_sample(work: Work, inputs: tuple[Tensor, ...], loss: formulas.Loss, mode: str) -> Step:

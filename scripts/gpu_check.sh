@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command, in less than 9 minutes:
 #
-#     scripts/gpu_check.sh OUT_DIR
+#     scripts/gpu_check.sh OUT_DIR [PART...]
 #
 # builds and installs fastkd into a temporary folder (nothing else on the machine changes), runs the tests marked `gpu`,
-# compute-sanitizer's memcheck on a few of them, and the benchmarks. Needs python with torch and Triton, nvcc and a C++
+# compute-sanitizer's memcheck on a few of them, and the benchmarks. Those are the parts `tests`, `sanitizer` and
+# `benchmarks`; named ones alone, after the build, share the time. `autotune` is the benchmarks with
+# torch.compile(mode="max-autotune") beside the others, which takes minutes and is only run by name. Needs python with torch and Triton, nvcc and a C++
 # compiler; no network. Packages that are missing (scikit-build-core, pybind11, cmake, ninja, pytest, ...) are installed
 # from the folder of wheels WHEELHOUSE (default: wheelhouse/ here), which `make wheelhouse` fills on a connected machine.
 #
@@ -14,14 +16,24 @@
 # Variables: PYTHON (default python3), WHEELHOUSE, and those of docs/environment.md.
 set -uo pipefail
 
-if [ $# -ne 1 ]; then
-    echo "usage: scripts/gpu_check.sh OUT_DIR" >&2
+if [ $# -lt 1 ]; then
+    echo "usage: scripts/gpu_check.sh OUT_DIR [tests] [sanitizer] [benchmarks] [autotune]" >&2
     exit 2
 fi
 PYTHON=${PYTHON:-python3}
 cd "$(dirname "$0")/.." || exit 2
 root=$PWD
 case $1 in /*) out=$1 ;; *) out=${OLDPWD:-$root}/$1 ;; esac
+
+shift
+[ $# -gt 0 ] || set -- tests sanitizer benchmarks
+for part in "$@"; do
+    case $part in tests | sanitizer | benchmarks | autotune) ;; *)
+        echo "gpu_check: unknown part '$part'; there are tests, sanitizer, benchmarks, autotune" >&2
+        exit 2
+        ;;
+    esac
+done
 
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     echo "gpu_check: no NVIDIA GPU here (nvidia-smi -L lists none); nothing was run" >&2
@@ -54,7 +66,7 @@ part() {
     tail -n 15 "$work/$name.log"
     echo "== $name: exit $status after $((SECONDS - begin)) s" | tee -a "$log"
     [ "$status" -eq 0 ] || failed=1
-    [ "$name" = benchmarks ] && [ "$status" -eq 0 ] ||
+    [[ $name =~ ^(benchmarks|autotune)$ ]] && [ "$status" -eq 0 ] ||
         "$PYTHON" -P "$root/scripts/gpu_check_row.py" "$out/$name.json" "$name" "$status" "$((SECONDS - begin))" "$work/$name.log" |
         tee -a "$log"
 }
@@ -90,14 +102,22 @@ sanitizer() {
 }
 
 benchmarks() {
-    "$PYTHON" benchmarks/run.py --device cuda --seconds 4 --out "$out"
+    "$PYTHON" benchmarks/run.py --device cuda --seconds 2 --out "$out"
 }
 
-export -f build tests sanitizer benchmarks
+autotune() {
+    "$PYTHON" benchmarks/run.py --device cuda --seconds 2 --autotune --out "$out"
+}
+
+export -f build tests sanitizer benchmarks autotune
 export PYTHON root work site wheels out
-part build 150 bash -c build
-part tests 130 bash -c tests
-part sanitizer 100 bash -c sanitizer
-part benchmarks 130 bash -c benchmarks
+part build 140 bash -c build
+declare -A weight=([tests]=4 [sanitizer]=2 [benchmarks]=7 [autotune]=13)
+whole=0
+for name in "$@"; do whole=$((whole + weight[$name])); done
+for name in "$@"; do # what a part leaves, the later ones have
+    part "$name" $(((530 - SECONDS) * weight[$name] / whole)) bash -c "$name"
+    whole=$((whole - weight[$name]))
+done
 echo "written to $out: $(ls "$out" | tr '\n' ' ')"
 exit $failed

@@ -36,7 +36,14 @@ def test_without_a_folder_it_says_how(tmp_path: Path) -> None:
     assert "usage: scripts/gpu_check.sh OUT_DIR" in done.stderr
 
 
-def test_a_part_that_fails_is_a_row_and_the_rest_still_runs(tmp_path: Path) -> None:
+def test_an_unknown_part_is_named(tmp_path: Path) -> None:
+    done = check(str(tmp_path / "out"), "benchmark")
+    assert done.returncode == 2
+    assert "unknown part 'benchmark'; there are tests, sanitizer, benchmarks, autotune" in done.stderr
+
+
+@pytest.mark.parametrize("parts", [("tests", "sanitizer", "benchmarks"), ("autotune",)], ids=["all", "named"])
+def test_a_part_that_fails_is_a_row_and_the_rest_still_runs(tmp_path: Path, parts: tuple[str, ...]) -> None:
     """A pretended GPU and a python whose every build, test and benchmark fails."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -50,16 +57,11 @@ def test_a_part_that_fails_is_a_row_and_the_rest_still_runs(tmp_path: Path) -> N
     for tool in tools.iterdir():
         tool.chmod(0o755)
     out = tmp_path / "out"
-    done = check(str(out), path=f"{tools}:{os.environ['PATH']}", PYTHON=str(tools / "python"))
+    named = parts if len(parts) == 1 else ()
+    done = check(str(out), *named, path=f"{tools}:{os.environ['PATH']}", PYTHON=str(tools / "python"))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert {f.name for f in out.iterdir()} == {
-        "build.json",
-        "tests.json",
-        "sanitizer.json",
-        "benchmarks.json",
-        "log.txt",
-    }
-    for part in ("build", "tests", "sanitizer", "benchmarks"):
+    assert {f.name for f in out.iterdir()} == {"build.json", "log.txt", *(f"{part}.json" for part in parts)}
+    for part in ("build", *parts):
         (row,) = json.loads((out / f"{part}.json").read_text())["rows"]
         assert row["work"] == part
         assert row["ok"] is False
