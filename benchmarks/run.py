@@ -77,6 +77,7 @@ def blank_row(work: works.Work, mode: str, provider: str) -> dict[str, Any]:
         "peak_resident_bytes": None,
         "min_bytes": least["bytes"],
         "min_flop": least["flop"],
+        "min_flop_dtype": limits.arithmetic(work),
         "min_exp": least["exp"],
         "share_of_limit": None,
         "error_vs_fp64": None,
@@ -118,7 +119,7 @@ def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:
     for row in rows:
         if row["ok"] and ceilings:
             least = {key: row[f"min_{key}"] for key in ("bytes", "flop", "exp")}
-            limit = limits.seconds(least, ceilings, row["dtype"])
+            limit = limits.seconds(least, ceilings, row.get("min_flop_dtype", row["dtype"]))
             row["share_of_limit"] = round(1e3 * limit / row["ms"]["median"], 3)
 
 
