@@ -14,8 +14,7 @@ MAX_KEPT_BYTES = 2048 * 2048 * 4
 
 MAX_GRAM_WIDTH = 1024
 """Wider rows would make Gram matrices of more than 32 MiB. Up to it they pay where the width is at most 2/5 of the
-columns, 1/5 where the widths differ and most is computed in fp64 (docs/decisions.md). Whatever the workspace does not hold goes
-by tiles."""
+columns, 1/5 where the widths differ and most is computed in fp64 (docs/decisions.md)."""
 
 _GRAM_CHUNK, _KEPT_CHUNK, _STREAMED_BLOCK = 256, 256, 96  # as in csrc/cpu/relation_plan.h
 
