@@ -214,7 +214,7 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
 ) -> None:
     shape, teacher_width = (2, 400, 200 if form == "kept" else 70), 200 if form == "kept" else 50
     student, teacher, weight = rows(shape, 0, dtype), rows((2, 400, teacher_width), 1, dtype), rows(shape[:2], 2)
-    options: dict[str, Any] = {"keep": True, "temperature": 0.03} if form == "kept" else {"distance": "mse"}
+    options: dict[str, Any] = {"keep": True} if form == "kept" else {"distance": "mse"}
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     chosen: list[str] = []
     native_call = relation_ops._call
@@ -244,8 +244,8 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
     assert chosen == ["tiles", "tiles"]
     # The forward decides: a limit raised before the backward does not make it look for matrices that were not kept.
     for results in (tiled, with_limit(least("tiles")), with_limit(least(form) - 64, 2**25)):
-        for got, want, exactness in zip(results, whole, (arithmetic.eps, torch.finfo(dtype).eps), strict=True):
-            assert distance(got, want.double()) <= 100 * exactness
+        for got, want in zip(results, whole, strict=True):
+            assert distance(got, want.double()) <= 1000 * arithmetic.eps + 2 * torch.finfo(got.dtype).eps
         assert chosen == ["tiles", "tiles"]
     with pytest.raises(ValueError, match=r"does not hold one block of rows of this call, set it to at least [\d.]+,"):
         with_limit(2**25, least("tiles"))
