@@ -216,6 +216,7 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
     student, teacher, weight = rows(shape, 0, dtype), rows((2, 400, teacher_width), 1, dtype), rows(shape[:2], 2)
     options: dict[str, Any] = {"keep": True} if form == "kept" else {"distance": "mse"}
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    relation(student, teacher, backend="cpu")  # a backend's first call tests it
     chosen: list[str] = []
     native_call = relation_ops._call
     monkeypatch.setattr(relation_ops, "_call", lambda *a: chosen.append(a[-2]) or native_call(*a))
