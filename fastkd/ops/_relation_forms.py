@@ -13,8 +13,7 @@ MAX_KEPT_BYTES = 2048 * 2048 * 4
 """Larger relation matrices are recomputed in the backward even where they may be kept: H would fill the workspace."""
 
 MAX_GRAM_WIDTH = 1024
-"""Wider rows would make Gram matrices of more than 32 MiB. Up to it they pay where the width is at most 2/5 of the
-columns, 1/5 where the widths differ and most is computed in fp64 (docs/decisions.md)."""
+"""Wider rows would make Gram matrices of more than 32 MiB."""
 
 _GRAM_CHUNK, _KEPT_CHUNK, _STREAMED_BLOCK = 256, 256, 96  # as in csrc/cpu/relation_plan.h
 
@@ -32,14 +31,21 @@ def choose_form(
     rows: int, columns: int, width_s: int, width_t: int, dtype: torch.dtype, distance: str, keep: bool
 ) -> str:
     """Chosen once, for the forward and the backward: "tiles", "kept" or "gram"."""
-    width, equal = max(width_s, width_t), width_s == width_t
-    if distance == "mse" and width <= MAX_GRAM_WIDTH and (2 if equal else 1) * columns >= 5 * width:
+    width = max(width_s, width_t)
+    if distance == "mse" and width <= MAX_GRAM_WIDTH and _gram_pays(columns, width, width_s == width_t, dtype):
         form, least = "gram", _least_gram(width_s, width_t, dtype)
     elif keep and rows**2 * _size(dtype) <= MAX_KEPT_BYTES:
         form, least = "kept", _least_kept(rows, _size(dtype))
     else:
         return "tiles"
     return form if least <= _workspace.limit() else "tiles"
+
+
+def _gram_pays(columns: int, width: int, equal: bool, dtype: torch.dtype) -> bool:
+    """As measured (docs/decisions.md): tiles multiply bfloat16 faster, and unequal widths of other dtypes take fp64."""
+    if dtype == torch.bfloat16:
+        return columns >= 3 * width
+    return 2 * columns >= 5 * width if equal else columns >= 4 * width
 
 
 def _least_gram(width_s: int, width_t: int, dtype: torch.dtype) -> int:

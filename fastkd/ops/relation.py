@@ -43,8 +43,8 @@ def relation(
         keep: the relation matrices are small beside the rows (channels), so kernels may keep them for the backward
             instead of computing them twice. Without it no R×R matrix is ever held.
         backend: "auto", "reference" or "cpu". All but the reference are differentiable once. The mean squared error of
-            narrow rows (K ≤ 2/5 of the columns, 1/5 where the widths differ) is computed from K×K Gram matrices, which
-            costs less time and memory than R×R tiles; ``backend="reference"`` is always the plain formula.
+            narrow rows (K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16) is computed from K×K Gram
+            matrices, which costs less time and memory than R×R tiles; ``backend="reference"`` is the plain formula.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
