@@ -114,10 +114,13 @@ def ceilings(device: str) -> dict[str, float]:
         "exp_cached": lambda: torch.exp(a[: n // 256], out=b[: n // 256]),
     }
     if not gpu:
+        double = x.double()
         calls["fp32"] = lambda: x @ x
+        calls["fp64"] = lambda: double @ double
     best = {name: min(t) / 1e3 for name, t in alternate(calls, device, seconds=1.5).items()}
-    flop = {name: round(2 * side**3 / best[name]) for name in ("fp32", "bf16") if name in best}
-    return {
+    flop = {name: round(2 * side**3 / best[name]) for name in ("fp32", "bf16", "fp64") if name in best}
+    fp64 = {"matmul_fp64_flop_per_s": flop["fp64"]} if "fp64" in flop else {}
+    return fp64 | {
         "copy_bytes_per_s": round(2 * 4 * n / best["copy"]),
         "matmul_flop_per_s": flop.get("fp32", flop["bf16"]),
         "matmul_bf16_flop_per_s": flop["bf16"],

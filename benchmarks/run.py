@@ -78,6 +78,7 @@ def blank_row(work: works.Work, mode: str, provider: str) -> dict[str, Any]:
         "peak_resident_bytes": None,
         "min_bytes": least["bytes"],
         "min_flop": least["flop"],
+        "min_flop_dtype": limits.arithmetic(work),
         "min_exp": least["exp"],
         "share_of_limit": None,
         "share_of_copy": None,
@@ -122,13 +123,11 @@ def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:
     for row in rows:
         if row["ok"] and ceilings:
             least = {key: row[f"min_{key}"] for key in ("bytes", "flop", "exp")}
-            limit = limits.seconds(least, ceilings, row["dtype"])
-            row["share_of_limit"] = round(1e3 * limit / row["ms"]["median"], 3)
+            dtype, ms = row.get("min_flop_dtype", row["dtype"]), row["ms"]["median"]
+            row["share_of_limit"] = round(1e3 * limits.seconds(least, ceilings, dtype) / ms, 3)
             for of, key in (("copy", "bytes"), ("product", "flop")):
                 alone = {k: n if k == key else 0 for k, n in least.items()}
-                row[f"share_of_{of}"] = round(
-                    1e3 * limits.seconds(alone, ceilings, row["dtype"]) / row["ms"]["median"], 3
-                )
+                row[f"share_of_{of}"] = round(1e3 * limits.seconds(alone, ceilings, dtype) / ms, 3)
 
 
 def main(argv: list[str] | None = None) -> int:

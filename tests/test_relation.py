@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastkd import _native
-from fastkd.ops.relation import MAX_KEPT_BYTES, relation
+from fastkd.ops import _relation_forms as forms
+from fastkd.ops import relation as relation_ops
+from fastkd.ops.relation import relation
 from fastkd.reference.relation import relation as reference
 
 try:
@@ -128,6 +130,43 @@ def test_gram_form_keeps_its_digits_near_the_teacher(difference: float) -> None:
             assert distance(got, right) <= 2 * distance(eager, right) + 4e-7
 
 
+def plain_formula(student: Tensor, teacher: Tensor, similarity: str) -> Tensor:
+    """All in the inputs' dtype, bfloat16 and fp16 too: what the kernels' errors are held against."""
+
+    def matrix(x: Tensor) -> Tensor:
+        if similarity == "cosine":
+            x = torch.nn.functional.normalize(x, dim=-1)
+        return x @ x.mT / (x.shape[-1] if similarity == "mean" else 1)
+
+    return (matrix(student) - matrix(teacher)).square().mean(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(24, 12), (12, 24), (20, 17)], ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 3e-2, 1.0])
+def test_unequal_widths_near_the_teacher(noise: float, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Relations nearly agree, though channels don't correspond (an orthogonal map) or only in part (padding)."""
+    width, exactness = min(widths), torch.finfo(torch.float64).eps
+    for offset, similarity in ((0.0, "cosine"), (2.0, "cosine"), (0.0, "mean")):
+        base = rows((1, 300, width), 0, torch.float64) + offset * rows((1, 1, width), 1, torch.float64)
+        turned = base @ torch.linalg.qr(rows((widths[0], widths[0]), 2, torch.float64))[0][:width]
+        padded, teacher = (torch.nn.functional.pad(base, (0, size - width)) for size in widths)
+        for mapped in (turned, padded):
+            student = (mapped + noise * rows((1, 300, widths[0]), 3, torch.float64)).to(dtype)
+            teacher, weight = teacher.to(dtype), rows((1, 300), 4)
+            loss, grad = kernel(student, teacher, weight, similarity=similarity, distance="mse")
+            doubles = (student.double(), teacher.double(), weight.double())
+            exact = loss_and_gradient(plain_formula, *doubles, similarity=similarity)
+            plain = loss_and_gradient(plain_formula, student, teacher, weight.to(dtype), similarity=similarity)
+            for got, eager, right in zip((loss, grad), plain, exact, strict=True):
+                stored = torch.finfo(got.dtype).eps * right.abs().max() + torch.finfo(got.dtype).smallest_normal
+                allowed = 2 * (eager.double() - right).abs().max() + stored + 32 * exactness
+                assert (got.double() - right).abs().max() <= allowed, (similarity, offset)
+            size = plain_formula(doubles[0], 0 * doubles[1], similarity).max()  # mean E²
+            arithmetic = torch.float32 if dtype == torch.bfloat16 else torch.float64
+            assert loss.min() >= -32 * torch.finfo(arithmetic).eps * size
+
+
 @pytest.mark.parametrize("form", [*FORMS, "gram"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_threads_change_no_bit(form: str, batch: int) -> None:
@@ -168,6 +207,68 @@ def test_a_small_workspace_gives_the_same_numbers(
         kernel(student, teacher, weight, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["kept", "gram"])
+def test_a_form_that_does_not_fit_gives_way_to_tiles(
+    monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype
+) -> None:
+    shape, teacher_width = (2, 400, 200 if form == "kept" else 70), 200 if form == "kept" else 50
+    student, teacher, weight = rows(shape, 0, dtype), rows((2, 400, teacher_width), 1, dtype), rows(shape[:2], 2)
+    options: dict[str, Any] = {"keep": True} if form == "kept" else {"distance": "mse"}
+    arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    relation(student, teacher, backend="cpu")  # a backend's first call tests it
+    chosen: list[str] = []
+    native_call = relation_ops._call
+    monkeypatch.setattr(relation_ops, "_call", lambda *a: chosen.append(a[-2]) or native_call(*a))
+
+    def with_limit(forward: int, backward: int | None = None) -> tuple[Tensor, Tensor]:
+        chosen.clear()
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", repr(forward / 2**20))
+        leaf = student.detach().requires_grad_()
+        loss = relation(leaf, teacher, backend="cpu", **options)
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", repr((backward or forward) / 2**20))
+        return loss.detach(), torch.autograd.grad((loss * weight).sum(), leaf)[0]
+
+    def least(name: str) -> int:
+        call = cpu.Relation(
+            *shape, teacher_width, "cosine", options.get("distance", "kl"), 0.1, False, False,
+            str(dtype).removeprefix("torch."), name, 1, 2**40,
+        )  # fmt: skip
+        return max(call.workspace_bytes(backward)[1] for backward in (False, True))
+
+    assert least("tiles") < least(form)
+    whole = with_limit(2**25)
+    assert chosen == [form, form]
+    assert all(map(torch.equal, with_limit(least(form)), whole))  # one thread: the same bits
+    assert chosen == [form, form]
+    tiled = with_limit(least(form) - 64)
+    assert chosen == ["tiles", "tiles"]
+    # The forward decides: a limit raised before the backward does not make it look for matrices that were not kept.
+    for results in (tiled, with_limit(least("tiles")), with_limit(least(form) - 64, 2**25)):
+        for got, want in zip(results, whole, strict=True):
+            assert distance(got, want.double()) <= 1000 * arithmetic.eps + 2 * torch.finfo(got.dtype).eps
+        assert chosen == ["tiles", "tiles"]
+    with pytest.raises(ValueError, match=r"does not hold one block of rows of this call, set it to at least [\d.]+,"):
+        with_limit(2**25, least("tiles"))
+    assert chosen == [form, form]
+    with pytest.raises(ValueError, match="does not hold one block of rows of this call, set it to at least") as error:
+        with_limit(least("tiles") - 64)
+    named = float(str(error.value).split("at least ")[1].split(",")[0])
+    assert least("tiles") <= named * 2**20 < least("tiles") + 0.01 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_the_least_workspace_is_known_before_the_call(dtype: torch.dtype) -> None:
+    for count, student, teacher in ((100, 16, 16), (333, 20, 13), (2000, 100, 300), (48, 7, 9), (1400, 1024, 1000)):
+        for form, distance_name, known in (
+            ("gram", "mse", forms._least_gram(student, teacher, dtype)),
+            ("kept", "kl", forms._least_kept(count, 8 if dtype == torch.float64 else 4)),
+        ):
+            arguments = (1, count, student, teacher, "cosine", distance_name, 0.1, False, False)
+            call = cpu.Relation(*arguments, str(dtype).removeprefix("torch."), form, 1, 1)
+            assert known == max(call.workspace_bytes(backward)[1] for backward in (False, True))
+
+
 @pytest.mark.parametrize("form", ["tiles", "kept", "gram"])
 def test_the_workspace_is_bounded_whatever_the_rows(form: str) -> None:
     """Beside it a backward over tiles holds one fp32 copy of a sample's gradient."""
@@ -201,7 +302,7 @@ def test_many_threads_take_no_more(form: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_largest_kept_matrices_fit_the_default_workspace(dtype: str) -> None:
-    count = math.isqrt(MAX_KEPT_BYTES // (8 if dtype == "float64" else 4))
+    count = math.isqrt(forms.MAX_KEPT_BYTES // (8 if dtype == "float64" else 4))
     call = cpu.Relation(1, count, 900, 900, "cosine", "kl", 0.1, False, False, dtype, "kept", 2, 32 * 2**20)
     for backward in (False, True):
         assert call.workspace_bytes(backward)[1] <= 32 * 2**20

@@ -72,15 +72,24 @@ FASTKD_HD std::int64_t kept_elements(std::int64_t rows) {
     return blocks * (blocks + 1) * kept_block * kept_block;
 }
 
-// mse without tiles. With A = X^_S, B = X^_T of equal width and D = A - B, Z = [A | D], W = [D | B]; of different
-// widths Z = [A | B], W = [A | -B]. Then e_ij = E^S_ij - E^T_ij = w_i . z_j, and with the small G = sum_j z_j z_j^T
+// mse without tiles. With A = X^_S, B = X^_T and D = A - B, what the narrower lacks being 0,
+//
+//     E^S_ij - E^T_ij = e_ij = d_i . a_j + b_i . d_j = w_i . z_j,   W = [D | B],  Z = [A | D],
+//
+// d_i cut to the width of A, d_j to that of B. With the small G = sum_j z_j z_j^T
 //
 //     sum_j e_ij^2 = w_i^T G w_i,     d loss/d a_i = (2/columns) (g_i G_A + sum_j g_j a_j z_j^T) w_i,
 //
-// G_A being the rows of G that belong to A. Equal widths: every product holds D twice, nothing cancels as the student
-// nears the teacher. Different widths do cancel, and are computed in double.
+// G_A being the rows of G that belong to A. Every product holds D twice: equal widths do not cancel as the student
+// nears the teacher. Different widths mean channels that do not correspond, relations may agree where D is large, and
+// w^T G w is then rounded at |E|^2, the plain formula at |E| |e|: it has to be double. But the plain formula of
+// bfloat16 rounds E itself to 8 bits, and the square of that is far above what float makes of |E|^2 (of fp16's 11 bits
+// it is not).
 //
 // `kept` is G, (problems, gram_side, gram_side); a problem is a sample, with cross the batch.
+FASTKD_HD bool gram_double(DType dtype, std::int64_t student_width, std::int64_t teacher_width) {
+    return dtype == DType::Float64 || (dtype != DType::BFloat16 && student_width != teacher_width);
+}
 FASTKD_HD std::int64_t gram_padded(std::int64_t width) {
     return (width + 15) / 16 * 16; // whole vectors, whatever their length
 }

@@ -38,6 +38,10 @@ struct Panels {
         const std::int64_t late = panel - (size - narrow);
         return (3 * panel - (size > 1 && late > 0 ? late : 0)) * lanes<T>;
     }
+    FASTKD_INLINE std::int64_t find(std::int64_t element) const { // the panel that holds it
+        const std::int64_t vector = element / lanes<T>, whole = 3 * (size - narrow);
+        return size == 1 || vector < whole ? vector / 3 : size - narrow + (vector - whole) / 2;
+    }
 };
 
 // c[m][:] (+)= sum_i a[m][i] b[i][:], m < micro_rows, over a panel of `width` vectors; a[m][i] = a[m a_row + i

@@ -26,7 +26,7 @@ struct Gram {
     const double* scales; // (2, batch, rows)
     char* workspace;
 
-    bool same_width = student.width == teacher.width;
+    std::int64_t common = student.width < teacher.width ? student.width : teacher.width;
     double columns = static_cast<double>(plan.samples * options.rows);
 
     FASTKD_INLINE A* at(std::int64_t team, std::int64_t offset) const {
@@ -44,13 +44,7 @@ struct Gram {
     FASTKD_INLINE const S* rows_at(const Rows& rows, std::int64_t b, std::int64_t row) const {
         return static_cast<const S*>(rows.data) + b * rows.batch_stride + row * rows.row_stride;
     }
-    // x = a x + b y, elementwise.
-    FASTKD_INLINE static void combine(A* x, A a, A b, const A* y, std::int64_t count) {
-        for (std::int64_t i = 0; i < count; i += lanes<A>) {
-            store(x + i, a * load(x + i) + b * load(y + i));
-        }
-    }
-    // Rows [row, row + count) of A and B as [row][width], the second made D where it exists.
+    // Rows [row, row + count) of A and B as [row][width], the second made D.
     void pack_z(std::int64_t b, std::int64_t row, std::int64_t count, A* first, A* second) const {
         A by[gram_chunk];
         typed_scales(0, b, row, count, by);
@@ -59,11 +53,27 @@ struct Gram {
         typed_scales(1, b, row, count, by);
         pack<S, A>(rows_at(teacher, b, row), teacher.col_stride, teacher.row_stride, teacher.width, count, nullptr, by,
                    second);
-        if (same_width) {
-            combine(second, A(-1), A(1), first, Panels<A>(student.width).elements() * count);
+        const Panels<A> own(student.width), others(teacher.width);
+        for (std::int64_t p = 0; p < others.size; ++p) {
+            const std::int64_t width = others.width(p) * lanes<A>;
+            for (std::int64_t v = 0; v < width; v += lanes<A>) {
+                const std::int64_t column = others.begin(p) + v;
+                A* to = second + others.begin(p) * count + v;
+                if (column >= own.elements()) {
+                    for (std::int64_t r = 0; r < count; ++r) {
+                        store(to + r * width, -load(to + r * width));
+                    }
+                    continue;
+                }
+                const std::int64_t panel = own.find(column), step = own.width(panel) * lanes<A>;
+                const A* from = first + own.begin(panel) * count + column - own.begin(panel);
+                for (std::int64_t r = 0; r < count; ++r) {
+                    store(to + r * width, load(from + r * step) - load(to + r * width));
+                }
+            }
         }
     }
-    // The same rows as [width][row]: A into `first`, and into `second` B; then W in place, [D | B] or [A | -B].
+    // The same rows as [width][row]: W = [D | B], D as wide as A.
     void pack_w(std::int64_t b, std::int64_t row, std::int64_t count, A* first, A* second) const {
         A by[streamed_block];
         typed_scales(0, b, row, count, by);
@@ -72,11 +82,13 @@ struct Gram {
         typed_scales(1, b, row, count, by);
         pack<S, A>(rows_at(teacher, b, row), teacher.row_stride, teacher.col_stride, count, teacher.width, by, nullptr,
                    second);
-        const std::int64_t padded = Panels<A>(count).elements();
-        if (same_width) {
-            combine(first, A(1), A(-1), second, padded * student.width);
-        } else {
-            combine(second, A(-1), A(0), second, padded * teacher.width);
+        const Panels<A> panels(count);
+        for (std::int64_t p = 0; p < panels.size; ++p) {
+            A* to = first + panels.begin(p) * student.width;
+            const A* from = second + panels.begin(p) * teacher.width;
+            for (std::int64_t i = 0; i < common * panels.width(p) * lanes<A>; i += lanes<A>) {
+                store(to + i, load(to + i) - load(from + i));
+            }
         }
     }
 
@@ -117,13 +129,6 @@ struct Gram {
                 });
             }
         }
-        if (grad == nullptr) {
-            for (std::int64_t i = 0; i < plan.side; ++i) {
-                for (std::int64_t j = 0; j < i; ++j) {
-                    gram[i * plan.side + j] = gram[j * plan.side + i];
-                }
-            }
-        }
     }
     // One column panel of sum_r x_r y_r^T, for the first `size` panels of x.
     FASTKD_INLINE void add_rows(const A* x, const Panels<A>& panels, std::int64_t size, const A* y, int width,
@@ -149,23 +154,69 @@ struct Gram {
             visit(problem * plan.samples + task / per_sample, row, count, plan.teams > 1 ? team : thread);
         });
     }
-    // out[k][row] = sum_l matrix[k][l] w[l][row], k < height.
-    FASTKD_INLINE void multiply(const A* matrix, std::int64_t height, const A* first, const A* second,
-                                std::int64_t count, A* out) const {
+    // out[k][row] = sum_l matrix[k][l] w[l][row], for the k that belong to A.
+    FASTKD_INLINE void multiply(const A* matrix, const A* first, const A* second, std::int64_t count, A* out) const {
         const Panels<A> rows(count);
-        strided_product<A>(matrix, plan.side, 1, height, first, rows, student.width, out, plan.block, false);
-        strided_product<A>(matrix + plan.student_side, plan.side, 1, height, second, rows, teacher.width, out,
-                           plan.block, true);
+        strided_product<A>(matrix, plan.side, 1, plan.student_side, first, rows, student.width, out, plan.block, false);
+        strided_product<A>(matrix + plan.student_side, plan.side, 1, plan.student_side, second, rows, teacher.width,
+                           out, plan.block, true);
+    }
+    // The same for all k, of l >= k alone; what lies below the diagonal within micro_rows has to be 0.
+    FASTKD_INLINE void multiply_upper(const A* gram, const A* first, const A* second, std::int64_t count,
+                                      A* out) const {
+        const Panels<A> rows(count);
+        const A* teachers = gram + plan.student_side;
+        for (std::int64_t q = 0; q < rows.size; ++q) {
+            const A* own = first + rows.begin(q) * student.width;
+            const A* other = second + rows.begin(q) * teacher.width;
+            A* to = out + rows.begin(q);
+            upper_panel(gram, own, rows.width(q), student.width, to);
+            panel_product<A>(rows.width(q), teachers, plan.side, 1, plan.student_side, other, teacher.width, to,
+                             plan.block, true);
+            upper_panel(teachers + plan.student_side * plan.side, other, rows.width(q), teacher.width,
+                        to + plan.student_side * plan.block);
+        }
+    }
+    FASTKD_INLINE void upper_panel(const A* matrix, const A* w, int width, std::int64_t inner, A* out) const {
+        const std::int64_t lane = width * lanes<A>;
+        for (std::int64_t from = 0; from < inner; from += inner_chunk) {
+            const std::int64_t end = inner - from < inner_chunk ? inner : from + inner_chunk;
+            panel_product<A>(width, matrix + from, plan.side, 1, from, w + from * lane, end - from, out, plan.block,
+                             true);
+            for (std::int64_t k = from; k < end; k += micro_rows<A>) {
+                panel_product<A>(width, matrix + k * plan.side + k, plan.side, 1, micro_rows<A>, w + k * lane, end - k,
+                                 out + k * plan.block, plan.block, false);
+            }
+        }
+    }
+    // For multiply_upper: w^T G w is twice the sum over the upper triangle with half its diagonal.
+    FASTKD_INLINE void halve_diagonal(A* gram) const {
+        for (std::int64_t k = 0; k < plan.side; ++k) {
+            for (std::int64_t l = k / micro_rows<A> * micro_rows<A>; l < k; ++l) {
+                gram[k * plan.side + l] = 0;
+            }
+            gram[k * plan.side + k] *= A(0.5);
+        }
+    }
+    // G_A whole again.
+    FASTKD_INLINE void restore(A* gram) const {
+        for (std::int64_t k = 0; k < plan.student_side; ++k) {
+            for (std::int64_t l = 0; l < k; ++l) {
+                gram[k * plan.side + l] = gram[l * plan.side + k];
+            }
+            gram[k * plan.side + k] *= 2;
+        }
     }
 
     void forward(std::int64_t team, std::int64_t problem, A* gram, T* loss) const {
         sum_gram(team, problem, nullptr, gram);
+        halve_diagonal(gram);
         blocks(team, problem, [&](std::int64_t b, std::int64_t row, std::int64_t count, std::int64_t thread) {
             A* first = scratch(thread, plan.own);
             A* second = scratch(thread, plan.other);
             A* product = scratch(thread, plan.product);
             pack_w(b, row, count, first, second);
-            multiply(gram, plan.side, first, second, count, product);
+            multiply_upper(gram, first, second, count, product);
             const Panels<A> rows(count);
             for (std::int64_t p = 0; p < rows.size; ++p) {
                 const std::int64_t width = rows.width(p) * lanes<A>, begin = rows.begin(p);
@@ -183,11 +234,12 @@ struct Gram {
                     total += total2;
                     for (std::int64_t l = 0; l < lanes<A> && begin + v + l < count; ++l) {
                         loss[b * options.rows + row + begin + v + l] =
-                            static_cast<T>(static_cast<double>(total[l]) / columns);
+                            static_cast<T>(2 * static_cast<double>(total[l]) / columns);
                     }
                 }
             }
         });
+        restore(gram);
     }
 
     // Whether all rows of the problem have the same gradient: then sum_j g_j a_j z_j^T is G_A once more.
@@ -216,9 +268,9 @@ struct Gram {
             A* product2 = scratch(thread, plan.product2);
             T* result = reinterpret_cast<T*>(scratch(thread, plan.result));
             pack_w(b, row, count, first, second);
-            multiply(gram, plan.student_side, first, second, count, product);
+            multiply(gram, first, second, count, product);
             if (!same_gradient) {
-                multiply(weighted, plan.student_side, first, second, count, product2);
+                multiply(weighted, first, second, count, product2);
             }
             A by[streamed_block] = {}, outer[streamed_block] = {}, plus[streamed_block] = {};
             typed_scales(0, b, row, count, by);

@@ -99,7 +99,7 @@ GramPlan plan_gram_on(const relation::Options& options, std::int64_t student_wid
     plan.block = streamed_block;
     plan.student_side = relation::gram_padded(student_width);
     plan.side = relation::gram_side(student_width, teacher_width);
-    plan.size = options.dtype == DType::Float64 || student_width != teacher_width ? 8 : 4;
+    plan.size = relation::gram_double(options.dtype, student_width, teacher_width) ? 8 : 4;
 
     Layout thread;
     const std::int64_t part = plan.block * plan.student_side * plan.size;

@@ -15,18 +15,9 @@ from torch import Tensor
 from fastkd.ops import _workspace
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import dtype_name, native, promoted, statistics_dtype
+from fastkd.ops._relation_forms import KEPT_BLOCK, choose_form, gram_double, gram_side
 from fastkd.reference.relation import relation as reference
 from fastkd.reference.relation import relation_mse_gram
-
-KEPT_BLOCK = 48
-"""Side of the tiles in which kept relation matrices are stored, as in ``csrc/common/relation.h``."""
-
-MAX_KEPT_BYTES = 2048 * 2048 * 4
-"""Larger relation matrices are recomputed in the backward even where they may be kept: H would fill the workspace."""
-
-MAX_GRAM_WIDTH = 1024
-"""Wider rows would make Gram matrices of more than 32 MiB. Up to it they pay where the width is at most 2/5 of the
-columns, 1/5 where the widths differ and everything is computed in fp64 (docs/decisions.md)."""
 
 STATISTIC_PLANES = 5
 
@@ -52,8 +43,8 @@ def relation(
         keep: the relation matrices are small beside the rows (channels), so kernels may keep them for the backward
             instead of computing them twice. Without it no R×R matrix is ever held.
         backend: "auto", "reference" or "cpu". All but the reference are differentiable once. The mean squared error of
-            narrow rows (K ≤ 2/5 of the columns, 1/5 where the widths differ) is computed from K×K Gram matrices, which
-            costs less time and memory than R×R tiles; ``backend="reference"`` is always the plain formula.
+            narrow rows (K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16) is computed from K×K Gram
+            matrices, which costs less time and memory than R×R tiles; ``backend="reference"`` is the plain formula.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
@@ -79,11 +70,9 @@ def relation(
             negate=negate,
             cross=cross,
         )
-    equal = student.shape[2] == teacher.shape[2]
-    matrix_bytes = student.shape[1] ** 2 * statistics_dtype(student, teacher).itemsize
-    form = "kept" if keep and not cross and matrix_bytes <= MAX_KEPT_BYTES else "tiles"
-    if distance == "mse" and width <= MAX_GRAM_WIDTH and (2 if equal else 1) * columns >= 5 * width:
-        form = "gram"
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    sizes = (student.shape[1], columns, student.shape[2], teacher.shape[2])
+    form = choose_form(*sizes, dtype, distance, keep and not cross)
     options = (similarity, distance, float(temperature), negate, cross)
     if torch.is_grad_enabled() and student.requires_grad:
         return _Relation.apply(student, teacher, (*options, form, chosen))
@@ -247,9 +236,10 @@ def _forward_fake(
         blocks = (rows + KEPT_BLOCK - 1) // KEPT_BLOCK
         kept = batch * blocks * (blocks + 1) * KEPT_BLOCK * KEPT_BLOCK
     elif form == "gram":  # the scales, and G
-        side = (student.shape[2] + 15) // 16 * 16 + (teacher.shape[2] + 15) // 16 * 16
-        planes, kept = 2, (1 if cross else batch) * side * side
-        kept_dtype = dtype if student.shape[2] == teacher.shape[2] else torch.float64
+        widths = (student.shape[2], teacher.shape[2])
+        planes, kept = 2, (1 if cross else batch) * gram_side(*widths) ** 2
+        double = gram_double(*widths, torch.promote_types(student.dtype, teacher.dtype))
+        kept_dtype = torch.float64 if double else torch.float32
     return (
         torch.empty((batch, rows), dtype=dtype, device=student.device),
         torch.empty((planes, batch, rows), dtype=torch.float64, device=student.device),
