@@ -132,6 +132,46 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
     finish_panel(out, args.grad_pixels, pixels, columns);
 }
 
+#if defined(FASTKD_BF16_PRODUCTS)
+// Both gradients from bfloat16 as it is and dM rounded to it, an error as large as that of the rounded gradients.
+void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pixels<float>& pixels, std::int64_t words,
+                        const Scratch<float>& scratch, float* grad_words) {
+    const Network& student = plan.problem.student;
+    const std::int64_t stride = plan.panel_pixels, padded = plan.width_student, columns = student.width;
+    const std::int64_t strips = round_up(pixels.width, pair_strip);
+    auto* single = reinterpret_cast<BFloat16*>(scratch.student); // the logits are not needed any more
+    auto* pairs = reinterpret_cast<PairWord*>(scratch.teacher);
+    round_rows(scratch.out, words, pixels.width, stride, single, pairs);
+    Prefetch fetch = plan.next(student, pixels);
+    if (args.grad_words != nullptr) {
+        const HalfPanel panel =
+            load_half_panel(student.pixels, pixels, columns, reinterpret_cast<BFloat16*>(scratch.panel));
+        if (panel.by_pixel) {
+            multiply_pairs({reinterpret_cast<const PairWord*>(single), stride / 2, 1},
+                           PairsOfRows{panel.data, panel.stride}, grad_words, padded, words, padded, pixels.width / 2,
+                           Store::add, fetch);
+        } else {
+            add_transposed_pairs(single, stride, panel.data, panel.stride, grad_words, padded, words, columns, strips,
+                                 fetch);
+        }
+    }
+    if (args.grad_pixels.data == nullptr) {
+        return;
+    }
+    const auto* packed = reinterpret_cast<const PairWord*>(plan.words_student + pixels.sample * plan.words * padded);
+    const HalfPanelOut out = start_half_panel(args.grad_pixels, pixels, columns, plan.streams(),
+                                              reinterpret_cast<BFloat16*>(scratch.gradient));
+    if (by_pixel(args.grad_pixels)) {
+        multiply_pairs({pairs, 1, stride}, PackedPairs{packed, padded}, out.data, out.stride, pixels.count, padded,
+                       (words + 1) / 2, out.mode);
+    } else {
+        multiply_pairs({packed, 1, padded}, PackedPairs{pairs, stride}, out.data, out.stride, columns, strips,
+                       (words + 1) / 2, out.mode);
+    }
+    finish_half_panel(out, args.grad_pixels, pixels, columns);
+}
+#endif
+
 template <class T>
 void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Coefficients<T>& by,
                     const Scratch<T>& scratch, T* grad_words) {
@@ -144,6 +184,14 @@ void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
         store_logits(args.grad_pixels, pixels, sample.student_slot, problem.student.word_count, scratch.out, stride);
         return;
     }
+#if defined(FASTKD_BF16_PRODUCTS)
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (plan.pairs_student) {
+            gradients_of_pairs(args, plan, pixels, words, scratch, grad_words);
+            return;
+        }
+    }
+#endif
     T* d_m = scratch.out;
     T* own = scratch.norms + stride;
     if (problem.cosine) {
@@ -192,7 +240,7 @@ void finish_words(const Backward& args, const Plan<T>& plan, std::int64_t b) {
                 sum += static_cast<double>(plan.template partial<T>(b * plan.chunks + c)[k * padded + d]);
             }
             out[d] = static_cast<T>(sum);
-            along += sum * unit[d];
+            along += plan.problem.cosine ? sum * unit[d] : 0;
         }
         if (plan.problem.cosine) {
             const double norm = static_cast<double>(plan.word_norms[b * plan.words + k]);
