@@ -445,7 +445,7 @@ def test_compiled_once_for_all_batch_sizes() -> None:
 def problem(b: int, n: int, t: int, d: int, **change: Any) -> tuple[Any, ...]:
     """What the compiled module is told, with addresses that nothing is read from."""
     array = (4096, "float32", (n * d, d, 1))
-    network = {"pixels": array, "words": 4096, "word_mask": 0, "word_count": t, "width": d, "scale": 1.0}
+    network = {"pixels": array, "words": 4096, "word_mask": 0, "word_count": t, "width": d, "scale": 1.0, "bf16_words": False}
     given: dict[str, Any] = {"student": network, "teacher": network, "pixel_mask": 0, "batch": b, "pixels": n}
     given |= {"dtype": "float32", "cosine": False, "terms": 15}
     for name, value in change.items():

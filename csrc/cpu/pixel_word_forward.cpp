@@ -46,7 +46,9 @@ void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pix
     }
 #endif
     (void)pairs;
-    const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, true, scratch);
+    // A wide map is read in place: the copy costs as much memory traffic again, and would not stay in the L1.
+    const bool copy_map = plan.problem.cosine || network.width <= 128;
+    const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, copy_map, scratch);
     if (panel.by_pixel) {
         multiply_transposed(packed, padded, panel.data, panel.stride, out, stride, words, pixels.width, padded, false,
                             false, fetch);
