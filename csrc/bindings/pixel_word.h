@@ -13,7 +13,8 @@
 namespace fastkd::bindings {
 
 using PixelArray = std::tuple<std::uintptr_t, std::string, std::array<std::int64_t, 3>>;
-using PixelWordNetwork = std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double, bool>;
+using PixelWordNetwork =
+    std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double, bool>;
 using PixelWordProblem =
     std::tuple<PixelWordNetwork, PixelWordNetwork, std::uintptr_t, std::int64_t, std::int64_t, std::string, bool, int>;
 using PixelWordKept = std::array<std::uintptr_t, 4>;

@@ -62,6 +62,23 @@ Logits<T> backward_logits(const Backward& args, const Plan<T>& plan, const Pixel
             exp_of<T>(problem.teacher)};
 }
 
+// The kept logits of the panel after this one.
+template <class T>
+FASTKD_INLINE Prefetch next_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels) {
+    const Problem& problem = plan.problem;
+    const std::int64_t begin = pixels.begin + plan.panel_pixels;
+    if (!plan.from_features() || begin >= problem.pixels) {
+        return {};
+    }
+    const std::int64_t rows = problem.student.word_count + problem.teacher.word_count, size = sizeof(T);
+    Prefetch fetch;
+    fetch.row = static_cast<const char*>(args.kept.logits) + (pixels.sample * rows * problem.pixels + begin) * size;
+    fetch.rows = rows;
+    fetch.step = problem.pixels * size;
+    fetch.bytes = least(plan.panel_pixels, problem.pixels - begin) * size;
+    return fetch;
+}
+
 // d/dM, in scratch.out; 0 for invalid pixels.
 template <class T>
 void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Coefficients<T>& by,
@@ -69,7 +86,7 @@ void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<
     T* d = scratch.a + logits.words * logits.stride;
     const bool over_words = plan.has(pixel_word::over_words);
     if (over_words) {
-        attend<T, false>(logits, pixels, scratch.a, d);
+        attend<T, false>(logits, pixels, scratch.a, d, next_logits(args, plan, pixels));
         gradient_over_words(by, scratch.a, d, logits.words, logits.stride, pixels.width, scratch.out);
     }
     if (plan.has(pixel_word::word_to_pixel)) {

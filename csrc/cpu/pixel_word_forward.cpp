@@ -121,7 +121,8 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
                   prefetch_of(problem.student.pixels, pixels, problem.student.width), plan.pairs_teacher);
         logits_of(plan, problem.student, pixels, sample.student_word, words,
                   plan.words_student + pixels.sample * plan.words * plan.width_student, plan.width_student,
-                  scratch.panel, scratch.norms, scratch.student, plan.next(problem.teacher, pixels), plan.pairs_student);
+                  scratch.panel, scratch.norms, scratch.student, plan.next(problem.teacher, pixels),
+                  plan.pairs_student);
         if (args.kept.logits != nullptr) {
             keep_logits(plan, pixels, scratch, args.kept.logits);
         }

@@ -70,6 +70,13 @@ void compare(const Case& c) {
         return Rows<T>(c.batch, count, width, layout, Values::normal, random);
     };
     Rows<T> words_s = words_of(c.words_s, c.width_s), words_t = words_of(c.words_t, c.width_t);
+    for (Rows<T>* words : {&words_s, &words_t}) {
+        for (std::int64_t i = 0, n = c.batch * (words == &words_s ? c.words_s * c.width_s : c.words_t * c.width_t);
+             c.bf16_words && i < n; ++i) {
+            T& x = words->row(0, 0)[i];
+            x = static_cast<T>(to_double(stored<BFloat16>(to_double(x))));
+        }
+    }
     Rows<T> grad_loss(c.batch, pixel_word::term_count, 1, layouts(c.batch, 4, 1)[c.threads % 5], Values::normal,
                       random);
     const Layout grad_strides = layouts(c.batch, 4, 1)[c.threads % 5];
@@ -77,10 +84,12 @@ void compare(const Case& c) {
     pixel_word::Problem problem{};
     problem.student = {student.array(),    c.features() ? words_s.data() : nullptr,
                        word_mask_s.data(), c.words_s,
-                       c.width_s,          c.scale(c.width_s)};
+                       c.width_s,          c.scale(c.width_s),
+                       c.bf16_words};
     problem.teacher = {teacher.array(),    c.features() ? words_t.data() : nullptr,
                        word_mask_t.data(), c.words_t,
-                       c.width_t,          c.scale(c.width_t)};
+                       c.width_t,          c.scale(c.width_t),
+                       c.bf16_words};
     problem.pixel_mask = pixel_mask.data();
     problem.batch = c.batch;
     problem.pixels = c.pixels;
@@ -141,6 +150,8 @@ void compare(const Case& c) {
         (c.maps_s ? " maps " : " rows ") + c.student.name + (c.maps_t ? ", maps " : ", rows ") + c.teacher.name + ", " +
         std::to_string(c.threads) + " threads, sample ";
     const double loose = 1e3 * rounding<T>;
+    // Of gradients: dM may be rounded to bfloat16 before it is multiplied.
+    const double loose_grad = c.bf16_words ? rounding<BFloat16> : loose;
     for (std::int64_t b = 0; b < c.batch; ++b) {
         const auto words_at = [&](Rows<T>& words, std::int64_t count, std::int64_t width) {
             Doubles exact;
@@ -192,7 +203,7 @@ void compare(const Case& c) {
             const double bound = (valid ? 4 * size * scale : 0) / (s.pixel_norms[p] < 1e-9 ? 1 : s.pixel_norms[p]);
             for (std::int64_t d = 0; d < c.columns_s() && c.for_pixels; ++d) {
                 const double got = to_double(to[b * c.grad.stride_batch + (maps ? d * step + p : p * step + d)]);
-                right = right && near(got, dv[d], 2 * rounding<S>, smallest<S> + loose * bound);
+                right = right && near(got, dv[d], 2 * rounding<S>, smallest<S> + loose_grad * bound);
             }
         }
         expect(right, where + std::to_string(b) + ": gradient of the pixels");
@@ -202,7 +213,7 @@ void compare(const Case& c) {
             const double bound = 16 * size * scale * static_cast<double>(c.words_s) / s.word_norms[w];
             for (std::int64_t d = 0; d < c.width_s; ++d) {
                 const double got = grad_words[(b * c.words_s + w) * c.width_s + d];
-                right = right && near(got, dl[w * c.width_s + d], 2 * rounding<T>, loose * bound);
+                right = right && near(got, dl[w * c.width_s + d], 2 * rounding<T>, loose_grad * bound);
             }
         }
         expect(right, where + std::to_string(b) + ": gradient of the words");
@@ -246,6 +257,7 @@ void shapes(int offset) {
                 c.temperature = turn % 5 == 0 ? 0.3 : 1.0;
                 c.threads = thread_counts[turn / 4 % 4];
                 c.tight = turn % 4 == 1;
+                c.bf16_words = sizeof(S) == 2 && turn % 7 < 5;
                 c.for_words = width > 0 && turn % 5 != 1;
                 c.for_pixels = !c.for_words || turn % 5 != 2;
                 const auto of = [&](bool maps, std::int64_t columns) {
