@@ -51,8 +51,7 @@ struct LogProduct {
     }
 };
 
-// Writes A and D unless null; returns the sum over valid pixels of KL(B[p] || A[p]) if `kl`. Fetches
-// memory meanwhile.
+// Writes A and D unless null, fetching memory meanwhile; returns the sum over valid pixels of KL(B[p] || A[p]) if `kl`.
 template <class T, bool kl>
 double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d, Prefetch fetch = {}) {
     fetch.spread(pixels.width / lanes<T>);

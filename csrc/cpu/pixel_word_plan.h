@@ -285,8 +285,7 @@ void pack_words(const Network& network, std::int64_t sample, const std::int32_t*
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// The same of bfloat16, as the left factor of the logits and as either factor of the pixels' gradient: [word][column]
-// and [pair of words][column].
+// The same of bfloat16: [word][column] for the logits, [pair of words][column] for the gradient of the pixels.
 template <class T>
 void pack_word_pairs(const Network& network, std::int64_t sample, const std::int32_t* word, std::int64_t count,
                      std::int64_t padded, bool backward, void* to) {
