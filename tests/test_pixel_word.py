@@ -138,12 +138,12 @@ def test_bfloat16_multiplied_as_it_is(shape: tuple[int, ...], layout: str) -> No
 
 @pytest.mark.parametrize("layout", ["rows", "maps"])
 @pytest.mark.parametrize("shape", [(2, 900, 20, 512), (2, 333, 7, 50)], ids=str)
-def test_bfloat16_gradients_are_hardly_worse_than_rounded_ones(shape: tuple[int, ...], layout: str) -> None:
+def test_bfloat16_gradients_are_as_good_as_rounded_ones(shape: tuple[int, ...], layout: str) -> None:
     inputs = make(*shape, dtype=torch.bfloat16)
     got = run(cpu, as_maps(inputs) if layout == "maps" else inputs)[1:]
     exact = run(reference, [x.double() for x in inputs])[1:]
     for g, e in zip(got, exact, strict=True):
-        assert (g.double() - e).norm() <= 1.5 * (e.bfloat16().double() - e).norm()
+        assert (g.double() - e).norm() <= 1.01 * (e.bfloat16().double() - e).norm()
 
 
 @pytest.mark.parametrize("temperature", [0.05, 20.0])

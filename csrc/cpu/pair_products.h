@@ -322,21 +322,20 @@ FASTKD_NOINLINE void finish_half_panel(const HalfPanelOut& panel, const Array& a
     }
 }
 
-// Rounds rows of floats: to rows of bfloat16, and to pairs of rows. Zeros where a strip is longer than `width`.
-FASTKD_NOINLINE void round_rows(const float* from, std::int64_t rows, std::int64_t width, std::int64_t stride,
-                                BFloat16* single, PairWord* pairs) {
-    for (std::int64_t p = 0; p < round_up(width, pair_strip); p += lanes<float>) {
-        for (std::int64_t k = 0; k < rows; k += 2) {
-            const auto at = [&](std::int64_t row) __attribute__((always_inline)) {
-                const Vec<float> x = row < rows && p < width ? load(from + row * stride + p) : Vec<float>{};
-                const Shorts rounded = narrow(x, BFloat16{});
-                if (row < rows) {
-                    __builtin_memcpy(single + row * stride + p, &rounded, sizeof(rounded));
-                }
-                return __builtin_convertvector(rounded, Words);
-            };
-            const Words even = at(k), both = even | at(k + 1) << 16;
-            __builtin_memcpy(pairs + k / 2 * stride + p, &both, sizeof(both));
+// Splits rows of floats into x = high + low, both bfloat16, to 2^-17: rows of each, and pairs (high, low). Zeros where
+// a strip is longer than `width`.
+FASTKD_NOINLINE void split_rows(const float* from, std::int64_t rows, std::int64_t width, std::int64_t stride,
+                                BFloat16* high, BFloat16* low, PairWord* pairs) {
+    for (std::int64_t k = 0; k < rows; ++k) {
+        for (std::int64_t p = 0; p < round_up(width, pair_strip); p += lanes<float>) {
+            const std::int64_t at = k * stride + p;
+            const Vec<float> x = p < width ? load(from + at) : Vec<float>{};
+            store(high + at, x);
+            const Vec<float> rest = x - load(high + at);
+            store(low + at, rest == rest ? rest : Vec<float>{}); // of Inf and NaN the high part is all
+            const Words both = __builtin_convertvector(load_raw<Shorts>(high + at), Words) |
+                               __builtin_convertvector(load_raw<Shorts>(low + at), Words) << 16;
+            __builtin_memcpy(pairs + at, &both, sizeof(both));
         }
     }
 }

@@ -150,26 +150,30 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// Both gradients from bfloat16 as it is and dM rounded to it, an error as large as that of the rounded gradients.
+// Both gradients from bfloat16 as it is, and dM as the sum of two.
 void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pixels<float>& pixels, std::int64_t words,
                         const Scratch<float>& scratch, float* grad_words) {
     const Network& student = plan.problem.student;
     const std::int64_t stride = plan.panel_pixels, padded = plan.width_student, columns = student.width;
     const std::int64_t strips = round_up(pixels.width, pair_strip);
-    auto* single = reinterpret_cast<BFloat16*>(scratch.student); // the logits are not needed any more
+    auto* high = reinterpret_cast<BFloat16*>(scratch.student); // the logits are not needed any more
+    auto* low = high + words * stride;
     auto* pairs = reinterpret_cast<PairWord*>(scratch.teacher);
-    round_rows(scratch.out, words, pixels.width, stride, single, pairs);
-    Prefetch fetch = plan.next(student, pixels);
+    split_rows(scratch.out, words, pixels.width, stride, high, low, pairs);
     if (args.grad_words != nullptr) {
         const HalfPanel panel =
             load_half_panel(student.pixels, pixels, columns, reinterpret_cast<BFloat16*>(scratch.panel));
-        if (panel.by_pixel) {
-            multiply_pairs({reinterpret_cast<const PairWord*>(single), stride / 2, 1},
-                           PairsOfRows{panel.data, panel.stride}, grad_words, padded, words, padded, pixels.width / 2,
-                           Store::add, fetch);
-        } else {
-            add_transposed_pairs(single, stride, panel.data, panel.stride, grad_words, padded, words, columns, strips,
-                                 fetch);
+        for (int i = 0; i < 2; ++i) {
+            const BFloat16* part = i == 0 ? high : low;
+            const Prefetch fetch = i == 0 ? plan.next(student, pixels) : Prefetch{};
+            if (panel.by_pixel) {
+                multiply_pairs({reinterpret_cast<const PairWord*>(part), stride / 2, 1},
+                               PairsOfRows{panel.data, panel.stride}, grad_words, padded, words, padded,
+                               pixels.width / 2, Store::add, fetch);
+            } else {
+                add_transposed_pairs(part, stride, panel.data, panel.stride, grad_words, padded, words, columns, strips,
+                                     fetch);
+            }
         }
     }
     if (args.grad_pixels.data == nullptr) {
@@ -180,10 +184,10 @@ void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pix
                                               reinterpret_cast<BFloat16*>(scratch.gradient));
     if (by_pixel(args.grad_pixels)) {
         multiply_pairs({pairs, 1, stride}, PackedPairs{packed, padded}, out.data, out.stride, pixels.count, padded,
-                       (words + 1) / 2, out.mode);
+                       words, out.mode);
     } else {
-        multiply_pairs({packed, 1, padded}, PackedPairs{pairs, stride}, out.data, out.stride, columns, strips,
-                       (words + 1) / 2, out.mode);
+        multiply_pairs({packed, 1, padded}, PackedPairs{pairs, stride}, out.data, out.stride, columns, strips, words,
+                       out.mode);
     }
     finish_half_panel(out, args.grad_pixels, pixels, columns);
 }

@@ -285,19 +285,18 @@ void pack_words(const Network& network, std::int64_t sample, const std::int32_t*
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// The same of bfloat16: [word][column] for the logits, [pair of words][column] for the gradient of the pixels.
-template <class T>
-void pack_word_pairs(const Network& network, std::int64_t sample, const std::int32_t* word, std::int64_t count,
-                     std::int64_t padded, bool backward, void* to) {
+// The same of bfloat16: [word][column] for the logits, [word][column][2 copies] for the gradient of the pixels.
+FASTKD_INLINE void pack_word_pairs(const Network& network, std::int64_t sample, const std::int32_t* word,
+                                   std::int64_t count, std::int64_t padded, bool backward, void* to) {
     const auto* from = static_cast<const float*>(network.words) + sample * network.word_count * network.width;
-    for (std::int64_t k = 0; k < round_up(count, 2); ++k) {
-        const float* row = k < count && word[k] >= 0 ? from + word[k] * network.width : nullptr;
+    for (std::int64_t k = 0; k < count; ++k) {
         for (std::int64_t c = 0; c < padded; ++c) {
-            const float x = row != nullptr && c < network.width ? row[c] : 0.0f;
-            const auto bits = static_cast<std::uint16_t>(bit_cast<std::uint32_t>(x) >> 16);
-            const std::int64_t at = backward ? (k / 2 * padded + c) * 2 + k % 2 : k * padded + c;
-            if (backward || k < count) {
-                static_cast<std::uint16_t*>(to)[at] = bits;
+            const float x = word[k] >= 0 && c < network.width ? from[word[k] * network.width + c] : 0.0f;
+            const std::uint32_t bits = bit_cast<std::uint32_t>(x) >> 16;
+            if (backward) {
+                static_cast<PairWord*>(to)[k * padded + c] = bits | bits << 16;
+            } else {
+                static_cast<std::uint16_t*>(to)[k * padded + c] = static_cast<std::uint16_t>(bits);
             }
         }
     }
@@ -313,7 +312,7 @@ void pack_words_of(const Plan<T>& plan, const Network& network, std::int64_t b, 
     T* to = (student ? plan.words_student : plan.words_teacher) + b * plan.words * padded;
 #if defined(FASTKD_BF16_PRODUCTS)
     if (student ? plan.pairs_student : plan.pairs_teacher) {
-        pack_word_pairs<T>(network, b, word, sample.words, padded, backward, to);
+        pack_word_pairs(network, b, word, sample.words, padded, backward, to);
         return;
     }
 #endif

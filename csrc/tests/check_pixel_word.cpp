@@ -150,8 +150,6 @@ void compare(const Case& c) {
         (c.maps_s ? " maps " : " rows ") + c.student.name + (c.maps_t ? ", maps " : ", rows ") + c.teacher.name + ", " +
         std::to_string(c.threads) + " threads, sample ";
     const double loose = 1e3 * rounding<T>;
-    // Of gradients: dM may be rounded to bfloat16 before it is multiplied.
-    const double loose_grad = c.bf16_words ? rounding<BFloat16> : loose;
     for (std::int64_t b = 0; b < c.batch; ++b) {
         const auto words_at = [&](Rows<T>& words, std::int64_t count, std::int64_t width) {
             Doubles exact;
@@ -203,7 +201,7 @@ void compare(const Case& c) {
             const double bound = (valid ? 4 * size * scale : 0) / (s.pixel_norms[p] < 1e-9 ? 1 : s.pixel_norms[p]);
             for (std::int64_t d = 0; d < c.columns_s() && c.for_pixels; ++d) {
                 const double got = to_double(to[b * c.grad.stride_batch + (maps ? d * step + p : p * step + d)]);
-                right = right && near(got, dv[d], 2 * rounding<S>, smallest<S> + loose_grad * bound);
+                right = right && near(got, dv[d], 2 * rounding<S>, smallest<S> + loose * bound);
             }
         }
         expect(right, where + std::to_string(b) + ": gradient of the pixels");
@@ -213,7 +211,7 @@ void compare(const Case& c) {
             const double bound = 16 * size * scale * static_cast<double>(c.words_s) / s.word_norms[w];
             for (std::int64_t d = 0; d < c.width_s; ++d) {
                 const double got = grad_words[(b * c.words_s + w) * c.width_s + d];
-                right = right && near(got, dl[w * c.width_s + d], 2 * rounding<T>, loose_grad * bound);
+                right = right && near(got, dl[w * c.width_s + d], 2 * rounding<T>, loose * bound);
             }
         }
         expect(right, where + std::to_string(b) + ": gradient of the words");
