@@ -125,6 +125,27 @@ def test_dtypes(dtype: torch.dtype, similarity: str) -> None:
         check(inputs, similarity=similarity, **make_masks(2, 150, 7))
 
 
+@pytest.mark.parametrize("layout", ["rows", "maps"])
+@pytest.mark.parametrize("shape", [*SHAPES[:5], (2, 150, 21, 64, 96)], ids=str)
+def test_bfloat16_multiplied_as_it_is(shape: tuple[int, ...], layout: str) -> None:
+    """And beside words or a network of another dtype, which are not."""
+    half, wide = make(*shape, dtype=torch.bfloat16), make(*shape)
+    for inputs in (half, [half[0], wide[1], *half[2:]], [*wide[:2], *half[2:]], [*half[:3], wide[3]]):
+        given = as_maps(inputs) if layout == "maps" else inputs
+        check(given)
+        check(given, **make_masks(*shape[:3]))
+
+
+@pytest.mark.parametrize("layout", ["rows", "maps"])
+@pytest.mark.parametrize("shape", [(2, 900, 20, 512), (2, 333, 7, 50)], ids=str)
+def test_bfloat16_gradients_are_as_good_as_rounded_ones(shape: tuple[int, ...], layout: str) -> None:
+    inputs = make(*shape, dtype=torch.bfloat16)
+    got = run(cpu, as_maps(inputs) if layout == "maps" else inputs)[1:]
+    exact = run(reference, [x.double() for x in inputs])[1:]
+    for g, e in zip(got, exact, strict=True):
+        assert (g.double() - e).norm() <= 1.01 * (e.bfloat16().double() - e).norm()
+
+
 @pytest.mark.parametrize("temperature", [0.05, 20.0])
 def test_temperatures(temperature: float) -> None:
     for similarity in ("scaled_dot", "cosine"):
@@ -445,7 +466,15 @@ def test_compiled_once_for_all_batch_sizes() -> None:
 def problem(b: int, n: int, t: int, d: int, **change: Any) -> tuple[Any, ...]:
     """What the compiled module is told, with addresses that nothing is read from."""
     array = (4096, "float32", (n * d, d, 1))
-    network = {"pixels": array, "words": 4096, "word_mask": 0, "word_count": t, "width": d, "scale": 1.0}
+    network = {
+        "pixels": array,
+        "words": 4096,
+        "word_mask": 0,
+        "word_count": t,
+        "width": d,
+        "scale": 1.0,
+        "bf16_words": False,
+    }
     given: dict[str, Any] = {"student": network, "teacher": network, "pixel_mask": 0, "batch": b, "pixels": n}
     given |= {"dtype": "float32", "cosine": False, "terms": 15}
     for name, value in change.items():

@@ -13,7 +13,8 @@
 namespace fastkd::bindings {
 
 using PixelArray = std::tuple<std::uintptr_t, std::string, std::array<std::int64_t, 3>>;
-using PixelWordNetwork = std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double>;
+using PixelWordNetwork =
+    std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double, bool>;
 using PixelWordProblem =
     std::tuple<PixelWordNetwork, PixelWordNetwork, std::uintptr_t, std::int64_t, std::int64_t, std::string, bool, int>;
 using PixelWordKept = std::array<std::uintptr_t, 4>;
@@ -42,7 +43,7 @@ inline pixel_word::Array parse_array(const PixelArray& given, const char* name, 
 }
 
 inline pixel_word::Network parse_network(const PixelWordNetwork& given, const char* name, DType dtype) {
-    const auto& [pixels, words, word_mask, word_count, width, scale] = given;
+    const auto& [pixels, words, word_mask, word_count, width, scale, bf16_words] = given;
     pixel_word::Network network{};
     network.pixels = parse_array(pixels, name, dtype);
     network.words = parse_optional(words, name, element_size(dtype));
@@ -50,6 +51,7 @@ inline pixel_word::Network parse_network(const PixelWordNetwork& given, const ch
     network.word_count = word_count;
     network.width = width;
     network.scale = parse_temperature(scale);
+    network.bf16_words = bf16_words;
     if (word_count < 1 || width < 0) {
         throw py::value_error(std::string(name) + ": expected at least 1 word and a width of at least 0, got " +
                               std::to_string(word_count) + " and " + std::to_string(width));

@@ -54,6 +54,7 @@ struct Network {
     std::int64_t word_count;
     std::int64_t width;
     double scale;
+    bool bf16_words; // each element of `words` is a bfloat16, widened
 };
 
 struct Problem {

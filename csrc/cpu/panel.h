@@ -91,13 +91,13 @@ FASTKD_INLINE S* address(const Array& array, const Pixels<T>& pixels, S) {
 }
 
 // What lies in memory as the products want it is left there; all else is copied to `scratch`, with invalid pixels and
-// the columns from `columns` to `padded` zero. `twice`: a map is copied too, unless it will be walked through only
-// once, since its rows lie in as many pages.
+// the columns from `columns` to `padded` zero. With `copy_map` a map is copied too: its rows lie in as many pages,
+// which costs more than the copy if they are few, or walked through often.
 template <class T>
-Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns, std::int64_t padded, bool twice,
-                    T* scratch) {
+Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns, std::int64_t padded,
+                    bool copy_map, T* scratch) {
     const bool rows = by_pixel(array);
-    if (stored_as_is<T>(array.dtype) && pixels.valid == nullptr && (rows ? columns == padded : !twice)) {
+    if (stored_as_is<T>(array.dtype) && pixels.valid == nullptr && (rows ? columns == padded : !copy_map)) {
         return {address(array, pixels, T{}), rows ? array.pixel : array.column, rows};
     }
     with_storage_of<T>(array.dtype, [&](auto stored) __attribute__((always_inline)) {

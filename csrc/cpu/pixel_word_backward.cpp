@@ -62,6 +62,23 @@ Logits<T> backward_logits(const Backward& args, const Plan<T>& plan, const Pixel
             exp_of<T>(problem.teacher)};
 }
 
+// The kept logits of the panel after this one.
+template <class T>
+FASTKD_INLINE Prefetch next_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels) {
+    const Problem& problem = plan.problem;
+    const std::int64_t begin = pixels.begin + plan.panel_pixels;
+    if (!plan.from_features() || begin >= problem.pixels) {
+        return {};
+    }
+    const std::int64_t rows = problem.student.word_count + problem.teacher.word_count, size = sizeof(T);
+    Prefetch fetch;
+    fetch.row = static_cast<const char*>(args.kept.logits) + (pixels.sample * rows * problem.pixels + begin) * size;
+    fetch.rows = rows;
+    fetch.step = problem.pixels * size;
+    fetch.bytes = least(plan.panel_pixels, problem.pixels - begin) * size;
+    return fetch;
+}
+
 // d/dM, in scratch.out; 0 for invalid pixels.
 template <class T>
 void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Coefficients<T>& by,
@@ -69,7 +86,7 @@ void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<
     T* d = scratch.a + logits.words * logits.stride;
     const bool over_words = plan.has(pixel_word::over_words);
     if (over_words) {
-        attend<T, false>(logits, pixels, scratch.a, d);
+        attend<T, false>(logits, pixels, scratch.a, d, next_logits(args, plan, pixels));
         gradient_over_words(by, scratch.a, d, logits.words, logits.stride, pixels.width, scratch.out);
     }
     if (plan.has(pixel_word::word_to_pixel)) {
@@ -132,6 +149,50 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
     finish_panel(out, args.grad_pixels, pixels, columns);
 }
 
+#if defined(FASTKD_BF16_PRODUCTS)
+// Both gradients from bfloat16 as it is, and dM as the sum of two.
+void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pixels<float>& pixels, std::int64_t words,
+                        const Scratch<float>& scratch, float* grad_words) {
+    const Network& student = plan.problem.student;
+    const std::int64_t stride = plan.panel_pixels, padded = plan.width_student, columns = student.width;
+    const std::int64_t strips = round_up(pixels.width, pair_strip);
+    auto* high = reinterpret_cast<BFloat16*>(scratch.student); // the logits are not needed any more
+    auto* low = high + words * stride;
+    auto* pairs = reinterpret_cast<PairWord*>(scratch.teacher);
+    split_rows(scratch.out, words, pixels.width, stride, high, low, pairs);
+    if (args.grad_words != nullptr) {
+        const HalfPanel panel =
+            load_half_panel(student.pixels, pixels, columns, reinterpret_cast<BFloat16*>(scratch.panel));
+        for (int i = 0; i < 2; ++i) {
+            const BFloat16* part = i == 0 ? high : low;
+            const Prefetch fetch = i == 0 ? plan.next(student, pixels) : Prefetch{};
+            if (panel.by_pixel) {
+                multiply_pairs({reinterpret_cast<const PairWord*>(part), stride / 2, 1},
+                               PairsOfRows{panel.data, panel.stride}, grad_words, padded, words, padded,
+                               pixels.width / 2, Store::add, fetch);
+            } else {
+                add_transposed_pairs(part, stride, panel.data, panel.stride, grad_words, padded, words, columns, strips,
+                                     fetch);
+            }
+        }
+    }
+    if (args.grad_pixels.data == nullptr) {
+        return;
+    }
+    const auto* packed = reinterpret_cast<const PairWord*>(plan.words_student + pixels.sample * plan.words * padded);
+    const HalfPanelOut out = start_half_panel(args.grad_pixels, pixels, columns, plan.streams(),
+                                              reinterpret_cast<BFloat16*>(scratch.gradient));
+    if (by_pixel(args.grad_pixels)) {
+        multiply_pairs({pairs, 1, stride}, PackedPairs{packed, padded}, out.data, out.stride, pixels.count, padded,
+                       words, out.mode);
+    } else {
+        multiply_pairs({packed, 1, padded}, PackedPairs{pairs, stride}, out.data, out.stride, columns, strips, words,
+                       out.mode);
+    }
+    finish_half_panel(out, args.grad_pixels, pixels, columns);
+}
+#endif
+
 template <class T>
 void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Coefficients<T>& by,
                     const Scratch<T>& scratch, T* grad_words) {
@@ -144,6 +205,14 @@ void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
         store_logits(args.grad_pixels, pixels, sample.student_slot, problem.student.word_count, scratch.out, stride);
         return;
     }
+#if defined(FASTKD_BF16_PRODUCTS)
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (plan.pairs_student) {
+            gradients_of_pairs(args, plan, pixels, words, scratch, grad_words);
+            return;
+        }
+    }
+#endif
     T* d_m = scratch.out;
     T* own = scratch.norms + stride;
     if (problem.cosine) {
@@ -192,7 +261,7 @@ void finish_words(const Backward& args, const Plan<T>& plan, std::int64_t b) {
                 sum += static_cast<double>(plan.template partial<T>(b * plan.chunks + c)[k * padded + d]);
             }
             out[d] = static_cast<T>(sum);
-            along += sum * unit[d];
+            along += plan.problem.cosine ? sum * unit[d] : 0;
         }
         if (plan.problem.cosine) {
             const double norm = static_cast<double>(plan.word_norms[b * plan.words + k]);

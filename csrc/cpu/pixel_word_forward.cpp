@@ -15,12 +15,40 @@ namespace {
 using pixel_word::Forward;
 using pixel_word::Workspace;
 
+// -inf for words that the network does not have.
+template <class T>
+FASTKD_INLINE void absent_logits(const std::int32_t* word, std::int64_t words, std::int64_t width, std::int64_t stride,
+                                 T* out) {
+    for (std::int64_t k = 0; k < words; ++k) {
+        for (std::int64_t p = 0; word[k] < 0 && p < width; p += lanes<T>) {
+            store(out + k * stride + p, broadcast(softmax_kl::minus_infinity<T>()));
+        }
+    }
+}
+
 // One network's logits of a panel, from its features. `norms` receives those of the pixels, for the cosine.
 template <class T>
 void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pixels, const std::int32_t* word,
-               std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out, Prefetch fetch) {
+               std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out, Prefetch fetch,
+               bool pairs) {
     const std::int64_t stride = plan.panel_pixels;
-    const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, true, scratch);
+#if defined(FASTKD_BF16_PRODUCTS)
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (pairs) {
+            auto* right = reinterpret_cast<PairWord*>(scratch);
+            const auto* left = reinterpret_cast<const PairWord*>(packed);
+            pack_panel(network.pixels, pixels, network.width, right, stride);
+            multiply_pairs({left, padded / 2, 1}, PackedPairs{right, stride}, out, stride, words,
+                           round_up(pixels.width, pair_strip), (network.width + 1) / 2, Store::set, fetch);
+            absent_logits(word, words, pixels.width, stride, out);
+            return;
+        }
+    }
+#endif
+    (void)pairs;
+    // A wide map is read in place: the copy costs as much memory traffic again, and would not stay in the L1.
+    const bool copy_map = plan.problem.cosine || network.width <= 128;
+    const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, copy_map, scratch);
     if (panel.by_pixel) {
         multiply_transposed(packed, padded, panel.data, panel.stride, out, stride, words, pixels.width, padded, false,
                             false, fetch);
@@ -31,16 +59,13 @@ void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pix
     if (plan.problem.cosine) {
         pixel_norms(panel, network.width, padded, pixels.width, norms);
     }
-    for (std::int64_t k = 0; k < words; ++k) {
+    for (std::int64_t k = 0; plan.problem.cosine && k < words; ++k) {
         T* row = out + k * stride;
         for (std::int64_t p = 0; p < pixels.width; p += lanes<T>) {
-            if (word[k] < 0) {
-                store(row + p, broadcast(softmax_kl::minus_infinity<T>()));
-            } else if (plan.problem.cosine) {
-                store(row + p, load(row + p) * inverse_norms<T>(norms + p));
-            }
+            store(row + p, load(row + p) * inverse_norms<T>(norms + p));
         }
     }
+    absent_logits(word, words, pixels.width, stride, out);
 }
 
 template <class T>
@@ -93,10 +118,11 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
         logits_of(plan, problem.teacher, pixels, sample.teacher_word, words,
                   plan.words_teacher + pixels.sample * plan.words * plan.width_teacher, plan.width_teacher,
                   scratch.panel, scratch.norms, scratch.teacher,
-                  prefetch_of(problem.student.pixels, pixels, problem.student.width));
+                  prefetch_of(problem.student.pixels, pixels, problem.student.width), plan.pairs_teacher);
         logits_of(plan, problem.student, pixels, sample.student_word, words,
                   plan.words_student + pixels.sample * plan.words * plan.width_student, plan.width_student,
-                  scratch.panel, scratch.norms, scratch.student, plan.next(problem.teacher, pixels));
+                  scratch.panel, scratch.norms, scratch.student, plan.next(problem.teacher, pixels),
+                  plan.pairs_student);
         if (args.kept.logits != nullptr) {
             keep_logits(plan, pixels, scratch, args.kept.logits);
         }

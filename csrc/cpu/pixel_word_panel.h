@@ -51,15 +51,17 @@ struct LogProduct {
     }
 };
 
-// Writes A and D unless null; returns the sum over valid pixels of KL(B[p] || A[p]) if `kl`.
+// Writes A and D unless null, fetching memory meanwhile; returns the sum over valid pixels of KL(B[p] || A[p]) if `kl`.
 template <class T, bool kl>
-double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d) {
+double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d, Prefetch fetch = {}) {
+    fetch.spread(pixels.width / lanes<T>);
     const T scale_s = logits.exp_student.scale, ratio_t = logits.exp_teacher.scale / scale_s;
     Vec<T> sum_a{};
     LogProduct<T> ratios; // z_s/z_t, between 1/words and words
     for (std::int64_t p = 0; p < pixels.width; p += lanes<T>) {
         const T* s = logits.student + p;
         const T* t = logits.teacher + p;
+        fetch.some();
         Vec<T> max_s = broadcast(softmax_kl::minus_infinity<T>()), max_t = max_s;
         for (std::int64_t k = 0; k < logits.words; ++k) {
             max_s = max(load(s + k * logits.stride), max_s);

@@ -7,6 +7,7 @@
 
 #include "common/pixel_word.h"
 #include "common/softmax_kl.h"
+#include "cpu/pair_products.h"
 #include "cpu/pixel_word_panel.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -66,6 +67,7 @@ struct Plan {
     Problem problem;                                   // of the samples that are worked on
     std::int64_t group = 0;                            // samples at a time
     std::int64_t words = 0;                            // at most
+    bool pairs_student = false, pairs_teacher = false; // whose bfloat16 is multiplied as it is
     std::int64_t width_student = 0, width_teacher = 0; // padded
     std::int64_t panel_pixels = 0, chunk_pixels = 0, chunks = 0;
     std::int64_t threads = 0;
@@ -124,6 +126,17 @@ struct Plan {
     }
 };
 
+// Whether a network's features are multiplied as they are: unit vectors, of the cosine, are no bfloat16.
+template <class T>
+FASTKD_INLINE bool multiplies_pairs(const Problem& problem, const Network& network) {
+#if defined(FASTKD_BF16_PRODUCTS)
+    return sizeof(T) == sizeof(float) && network.bf16_words && network.pixels.dtype == DType::BFloat16 &&
+           network.width > 0 && !problem.cosine && bf16_products();
+#else
+    return (void)problem, (void)network, false;
+#endif
+}
+
 template <class T>
 Scratch<T> lay_out_scratch(const Plan<T>& plan, Arena& arena, bool backward) {
     const std::int64_t width = plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
@@ -161,11 +174,14 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     const Network& student = problem.student;
     const Network& teacher = problem.teacher;
     plan.words = larger(student.word_count, teacher.word_count);
-    plan.width_student = round_up(student.width, column_padding);
-    plan.width_teacher = round_up(teacher.width, column_padding);
+    plan.pairs_student = multiplies_pairs<T>(problem, student);
+    plan.pairs_teacher = multiplies_pairs<T>(problem, teacher);
+    plan.width_student = round_up(student.width, plan.pairs_student ? 2 * column_padding : column_padding);
+    plan.width_teacher = round_up(teacher.width, plan.pairs_teacher ? 2 * column_padding : column_padding);
     const std::int64_t width = larger(plan.width_student, plan.width_teacher);
     // A panel stays in the second-level cache. Of maps longer ones: their rows are read, and added up, in short runs.
-    const std::int64_t row_bytes = width * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t row_bytes =
+        width * (plan.pairs_student ? element_size(DType::BFloat16) : static_cast<std::int64_t>(sizeof(T)));
     plan.panel_pixels =
         by_pixel(problem.student.pixels) ? (row_bytes <= 1024 ? 128 : 64) : (row_bytes <= 2048 ? 256 : 128);
     const std::int64_t panels = (problem.pixels + plan.panel_pixels - 1) / plan.panel_pixels;
@@ -268,6 +284,43 @@ void pack_words(const Network& network, std::int64_t sample, const std::int32_t*
     }
 }
 
+#if defined(FASTKD_BF16_PRODUCTS)
+// The same of bfloat16: [word][column] for the logits, [word][column][2 copies] for the gradient of the pixels.
+FASTKD_INLINE void pack_word_pairs(const Network& network, std::int64_t sample, const std::int32_t* word,
+                                   std::int64_t count, std::int64_t padded, bool backward, void* to) {
+    const auto* from = static_cast<const float*>(network.words) + sample * network.word_count * network.width;
+    for (std::int64_t k = 0; k < count; ++k) {
+        for (std::int64_t c = 0; c < padded; ++c) {
+            const float x = word[k] >= 0 && c < network.width ? from[word[k] * network.width + c] : 0.0f;
+            const std::uint32_t bits = bit_cast<std::uint32_t>(x) >> 16;
+            if (backward) {
+                static_cast<PairWord*>(to)[k * padded + c] = bits | bits << 16;
+            } else {
+                static_cast<std::uint16_t*>(to)[k * padded + c] = static_cast<std::uint16_t>(bits);
+            }
+        }
+    }
+}
+#endif
+
+template <class T>
+void pack_words_of(const Plan<T>& plan, const Network& network, std::int64_t b, bool backward) {
+    const Sample& sample = plan.samples[b];
+    const bool student = &network == &plan.problem.student;
+    const std::int32_t* word = student ? sample.student_word : sample.teacher_word;
+    const std::int64_t padded = student ? plan.width_student : plan.width_teacher;
+    T* to = (student ? plan.words_student : plan.words_teacher) + b * plan.words * padded;
+#if defined(FASTKD_BF16_PRODUCTS)
+    if (student ? plan.pairs_student : plan.pairs_teacher) {
+        pack_word_pairs(network, b, word, sample.words, padded, backward, to);
+        return;
+    }
+#endif
+    (void)backward;
+    pack_words(network, b, word, sample.words, padded, plan.problem.cosine, to,
+               student ? plan.word_norms + b * plan.words : nullptr);
+}
+
 template <class T>
 void prepare_sample(const Plan<T>& plan, std::int64_t b, bool backward) {
     const Problem& problem = plan.problem;
@@ -290,11 +343,9 @@ void prepare_sample(const Plan<T>& plan, std::int64_t b, bool backward) {
         }
     }
     if (plan.from_features()) {
-        pack_words(problem.student, b, sample.student_word, sample.words, plan.width_student, problem.cosine,
-                   plan.words_student + b * plan.words * plan.width_student, plan.word_norms + b * plan.words);
+        pack_words_of(plan, problem.student, b, backward);
         if (!backward) {
-            pack_words<T>(problem.teacher, b, sample.teacher_word, sample.words, plan.width_teacher, problem.cosine,
-                          plan.words_teacher + b * plan.words * plan.width_teacher, nullptr);
+            pack_words_of(plan, problem.teacher, b, backward);
         }
     }
 }

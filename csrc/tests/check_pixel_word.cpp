@@ -70,6 +70,13 @@ void compare(const Case& c) {
         return Rows<T>(c.batch, count, width, layout, Values::normal, random);
     };
     Rows<T> words_s = words_of(c.words_s, c.width_s), words_t = words_of(c.words_t, c.width_t);
+    for (Rows<T>* words : {&words_s, &words_t}) {
+        for (std::int64_t i = 0, n = c.batch * (words == &words_s ? c.words_s * c.width_s : c.words_t * c.width_t);
+             c.bf16_words && i < n; ++i) {
+            T& x = words->row(0, 0)[i];
+            x = static_cast<T>(to_double(stored<BFloat16>(to_double(x))));
+        }
+    }
     Rows<T> grad_loss(c.batch, pixel_word::term_count, 1, layouts(c.batch, 4, 1)[c.threads % 5], Values::normal,
                       random);
     const Layout grad_strides = layouts(c.batch, 4, 1)[c.threads % 5];
@@ -77,10 +84,12 @@ void compare(const Case& c) {
     pixel_word::Problem problem{};
     problem.student = {student.array(),    c.features() ? words_s.data() : nullptr,
                        word_mask_s.data(), c.words_s,
-                       c.width_s,          c.scale(c.width_s)};
+                       c.width_s,          c.scale(c.width_s),
+                       c.bf16_words};
     problem.teacher = {teacher.array(),    c.features() ? words_t.data() : nullptr,
                        word_mask_t.data(), c.words_t,
-                       c.width_t,          c.scale(c.width_t)};
+                       c.width_t,          c.scale(c.width_t),
+                       c.bf16_words};
     problem.pixel_mask = pixel_mask.data();
     problem.batch = c.batch;
     problem.pixels = c.pixels;
@@ -246,6 +255,7 @@ void shapes(int offset) {
                 c.temperature = turn % 5 == 0 ? 0.3 : 1.0;
                 c.threads = thread_counts[turn / 4 % 4];
                 c.tight = turn % 4 == 1;
+                c.bf16_words = sizeof(S) == 2 && turn % 7 < 5;
                 c.for_words = width > 0 && turn % 5 != 1;
                 c.for_pixels = !c.for_words || turn % 5 != 2;
                 const auto of = [&](bool maps, std::int64_t columns) {

@@ -16,6 +16,7 @@ struct Case {
     Layout student, teacher, grad; // of (rows, features), or (features, rows) for maps
     int threads;
     bool for_pixels, for_words, tight; // the least workspace
+    bool bf16_words;
 
     bool features() const { return width_s > 0; }
     std::int64_t columns_s() const { return features() ? width_s : words_s; }

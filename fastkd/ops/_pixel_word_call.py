@@ -37,6 +37,7 @@ class Network(NamedTuple):
     word_count: int
     width: int
     scale: float  # of the logits
+    bf16_words: bool  # each element of the words is a bfloat16, widened
 
     @classmethod
     def of(
@@ -51,17 +52,17 @@ class Network(NamedTuple):
         """From what the operator was given; fp64 arithmetic wants fp64 inputs."""
         pixels = layout(pixels.to(dtype) if dtype == torch.float64 else pixels)
         if words is None:
-            return cls(pixels, None, _contiguous(mask), pixels.shape[2], 0, scale_of(0, temperature, cosine))
-        words, width = words.to(dtype).contiguous(), pixels.shape[2]
+            return cls(pixels, None, _contiguous(mask), pixels.shape[2], 0, scale_of(0, temperature, cosine), False)
+        bf16, words, width = words.dtype == torch.bfloat16, words.to(dtype).contiguous(), pixels.shape[2]
         scale = scale_of(width, temperature, cosine)
-        return cls(pixels, words, _contiguous(mask), words.shape[1], width, scale)
+        return cls(pixels, words, _contiguous(mask), words.shape[1], width, scale, bf16)
 
     @classmethod
     def of_kept_logits(
         cls, mask: Tensor | None, word_count: int, width: int, temperature: float, cosine: bool
     ) -> Network:
         """The teacher of a backward."""
-        return cls(None, None, _contiguous(mask), word_count, width, scale_of(width, temperature, cosine))
+        return cls(None, None, _contiguous(mask), word_count, width, scale_of(width, temperature, cosine), False)
 
 
 def scale_of(width: int, temperature: float, cosine: bool) -> float:
