@@ -6,8 +6,8 @@
 // row's sums are added in the order of the rounds, whatever the number of threads.
 #pragma once
 
-#include "cpu/bf16_products.h"
 #include "cpu/pages.h"
+#include "cpu/relation_pairs.h"
 #include "cpu/relation_plan.h"
 #include "cpu/relation_rows.h"
 #include "cpu/relation_tiles.h"
@@ -139,7 +139,8 @@ struct Relation {
         if constexpr (is_bf16<S>) {
             if (pairs) {
                 return packed_product_pairs(reinterpret_cast<const PairWord*>(x), rows,
-                                            reinterpret_cast<const PairWord*>(y), cols, width, e, plan.block, add);
+                                            reinterpret_cast<const PairWord*>(y), cols, pairs_of(width), e, plan.block,
+                                            add);
             }
         }
         packed_product<T>(x, rows, y, cols, width, e, plan.block, add);
@@ -285,14 +286,14 @@ struct Relation {
             out.b[r] = static_cast<T>(b);
         }
     }
-    // A tile of H into h, which may be the tile's own e_t.
+    // A tile of H into h, which may be the tile's own e_t. Without `q` its sums are left out.
     FASTKD_INLINE void make_h(const Backward& args, Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j,
                               T* h, double* q) const {
         RowCoefficients<T> row, col;
         coefficients(args, problem, i, j, row);
         coefficients(args, problem, j, i, col);
-        double* q_row = q + i * plan.block;
-        double* q_col = i == j ? nullptr : q + j * plan.block;
+        double* q_row = q == nullptr ? nullptr : q + i * plan.block;
+        double* q_col = q == nullptr || i == j ? nullptr : q + j * plan.block;
         if (options.distance != Distance::kl) {
             gradient_tile<T, false>(tile, Identity<T>{}, row, col, sign, h, q_row, q_col);
         } else if (options.fixed_shift()) {
@@ -301,6 +302,20 @@ struct Relation {
         } else {
             gradient_tile_kl<T>(tile, exp, row, col, sign, h, q_row, q_col);
         }
+    }
+    // The same as M of relation_pairs.h, off the diagonal for both its blocks; q gains the sums that belong to M.
+    FASTKD_INLINE void make_m(const Backward& args, Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j,
+                              T* h, RoundedTile out, double* q) const {
+        make_h(args, tile, problem, i, j, h, nullptr);
+        TileScales scales;
+        typed_scales(0, problem, i, scales.row);
+        typed_scales(0, problem, j, scales.col);
+        for (std::int64_t r = 0; r < tile_side; ++r) {
+            scales.row_inverse[r] = scales.row[r] == 0 ? 0 : sign / scales.row[r];
+            scales.col_inverse[r] = scales.col[r] == 0 ? 0 : sign / scales.col[r];
+        }
+        out.mirror = i == j ? nullptr : out.mirror;
+        round_tile(tile, h, scales, out, q + i * plan.block, i == j ? nullptr : q + j * plan.block);
     }
 };
 

@@ -17,6 +17,7 @@ struct Kept : Relation<S> {
     using Base::finish_norms;
     using Base::finish_rows;
     using Base::make_h;
+    using Base::make_m;
     using Base::options;
     using Base::plan;
     using Base::rows_of;
@@ -130,6 +131,50 @@ struct Kept : Relation<S> {
                       args.out_col_stride);
         });
     }
+    // The same, H and the rows multiplied as bfloat16.
+    void backward_pairs(const Backward& args, std::int64_t team, std::int64_t problem, const T* kept) const {
+        const std::int64_t n = plan.blocks, ld = n * plan.block;
+        double* q = this->template at<double>(team, plan.row_sums);
+        __builtin_memset(q, 0, ld * sizeof(double));
+        auto* matrix = this->template at<BFloat16>(team, plan.matrix); // M
+        const auto* words = reinterpret_cast<const PairWord*>(matrix); // pairs of its columns
+        pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
+            const Tile<T> tile = kept_view(kept, i, j);
+            T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
+            auto* mirror = reinterpret_cast<PairWord*>(h + plan.block * plan.block);
+            make_m(args, tile, problem, i, j, h, {matrix + (i * ld + j) * plan.block, ld, mirror}, q);
+            if (i != j) {
+                turn_pairs(mirror, plan.block, plan.block / 2, tile.cols,
+                           reinterpret_cast<PairWord*>(matrix + (j * ld + i) * plan.block), ld / 2);
+            }
+        });
+        const double* scales = scales_of(0, problem, 0);
+        const S* x = static_cast<const S*>(student.data) + problem * student.batch_stride;
+        S* out = static_cast<S*>(args.grad_student) + problem * args.out_batch_stride;
+        const Panels<T> width(student.width);
+        parallel_for(plan.team_threads, width.size, [&](std::int64_t p, int thread) {
+            const std::int64_t begin = width.begin(p), elements = width.width(p) * lanes<T>;
+            const std::int64_t cols = student.width - begin < elements ? student.width - begin : elements;
+            auto* panel = this->template scratch<PairWord>(plan.teams > 1 ? team : thread, plan.panel);
+            T* result = scratch(plan.teams > 1 ? team : thread, plan.panel) + ld * 48;
+            pack_pairs(x + begin * student.col_stride, student.col_stride, student.row_stride, cols, options.rows,
+                       panel);
+            panel_product_pairs(width.width(p), words, ld / 2, 1, options.rows, panel, pairs_of(options.rows), result,
+                                elements, false);
+            for (std::int64_t r = 0; r < options.rows; r += tile_side) {
+                const std::int64_t count = options.rows - r < tile_side ? options.rows - r : tile_side;
+                T outer[tile_side], along[tile_side];
+                for (std::int64_t k = 0; k < count; ++k) {
+                    outer[k] = static_cast<T>(outer_scale(options, scales[r + k]));
+                    along[k] =
+                        options.similarity == Similarity::cosine ? static_cast<T>(q[r + k] * scales[r + k]) : T(0);
+                }
+                project_pairs(panel + r / 2 * elements, count, elements, outer, along, result + r * elements);
+            }
+            unpack<S>(result, elements, options.rows, cols, out + begin * args.out_col_stride, args.out_row_stride,
+                      args.out_col_stride);
+        });
+    }
     FASTKD_INLINE void scatter(const T* h, std::int64_t count, std::int64_t cols, std::int64_t i, std::int64_t j,
                                const double* scales, T* matrix, std::int64_t ld) const {
         T right[tile_side] = {};
@@ -174,6 +219,11 @@ void backward(const Backward& args, const RelationPlan& plan) {
     auto* kept = static_cast<const Compute<S>*>(args.kept);
     const std::int64_t size = relation::kept_elements(args.options.rows);
     parallel_for(static_cast<int>(plan.teams), plan.problems, [&](std::int64_t problem, int team) {
+        if constexpr (is_bf16<S>) {
+            if (relation.pairs) {
+                return relation.backward_pairs(args, team, problem, kept + problem * size);
+            }
+        }
         relation.backward(args, team, problem, kept + problem * size);
     });
 }

@@ -229,7 +229,7 @@ struct Identity {
     FASTKD_INLINE Vec<T> operator()(Vec<T> e) const { return e; }
 };
 
-// h = a tile of H, `outer * element(r, c, e_s, e_t)`, 0 beyond the tile; q_row and, where given, q_col gain the sums of
+// h = a tile of H, `outer * element(r, c, e_s, e_t)`, 0 beyond the tile; q_row and q_col, where given, gain the sums of
 // H E.
 template <class T, class Element>
 FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, double* q_row, double* q_col) {
@@ -254,7 +254,7 @@ FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, d
             }
             store(col_sums + c, load(col_sums + c) + down);
         }
-        for (int g = 0; g < some; ++g) {
+        for (int g = 0; g < some && q_row != nullptr; ++g) {
             q_row[r + g] += static_cast<double>(sum(row_sums[g]));
         }
     }
