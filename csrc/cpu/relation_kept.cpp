@@ -49,10 +49,11 @@ struct Kept : Relation<S> {
             return Pair{i, i + index};
         };
         const std::int64_t count = n * (n + 1) / 2;
+        const std::int64_t chunk = this->pairs ? 2 * kept_chunk : kept_chunk; // as many bytes
         for (int network = 0; network < 2; ++network) {
             const Rows& rows = network == 0 ? student : teacher;
-            for (std::int64_t from = 0; from < rows.width; from += kept_chunk) {
-                const std::int64_t width = rows.width - from < kept_chunk ? rows.width - from : kept_chunk;
+            for (std::int64_t from = 0; from < rows.width; from += chunk) {
+                const std::int64_t width = rows.width - from < chunk ? rows.width - from : chunk;
                 T* packs = this->at(team, plan.packs);
                 parallel_for(plan.team_threads, n, [&](std::int64_t block, int) {
                     this->pack_block_of(rows, network, problem, block, from, width,
