@@ -35,6 +35,20 @@ FASTKD_INLINE void pairs_within(std::int64_t begin, std::int64_t end, int thread
     }
 }
 
+// The place of i <= j in the order in which pairs_within(0, n) visits them.
+FASTKD_INLINE std::int64_t place_within(std::int64_t n, std::int64_t i, std::int64_t j) {
+    if (i == j) {
+        return i;
+    }
+    const std::int64_t turning = n + n % 2 - 1;
+    if (j == turning) { // the one that doesn't turn, first in its round
+        return n + i * (n / 2);
+    }
+    const std::int64_t sum = i + j, round = (sum % 2 == 0 ? sum : sum + turning) / 2 % turning;
+    const std::int64_t k = i > round ? i - round : i - round + turning, opposite = turning - k;
+    return n + round * (n / 2) + (k < opposite ? k : opposite) - n % 2;
+}
+
 // visit(i, j, thread) for all i of the first range, j of the second, in rounds without a common index.
 template <class Visit>
 FASTKD_INLINE void pairs_between(std::int64_t i_begin, std::int64_t i_end, std::int64_t j_begin, std::int64_t j_end,

@@ -26,10 +26,18 @@ struct Kept : Relation<S> {
     using Base::student;
     using Base::teacher;
 
+    // Tiles lie in the order in which they are visited.
     template <class P>
     FASTKD_INLINE static P* kept_tile(P* kept, std::int64_t blocks, std::int64_t i, std::int64_t j) {
-        const std::int64_t index = i * blocks - i * (i - 1) / 2 + (j - i); // of the upper triangle
-        return kept + index * 2 * relation::kept_block * relation::kept_block;
+        return kept + place_within(blocks, i, j) * 2 * relation::kept_block * relation::kept_block;
+    }
+    // The next tile comes from far while this one is worked on.
+    FASTKD_INLINE void fetch_next(const Tile<T>& tile) const {
+        constexpr std::int64_t line = 64 / sizeof(T);
+        const std::int64_t size = 2 * plan.block * plan.block;
+        for (std::int64_t k = 0; k < size; k += line) {
+            __builtin_prefetch(tile.e_s + size + k, 0, 2);
+        }
     }
     FASTKD_INLINE Tile<T> kept_view(const T* kept, std::int64_t i, std::int64_t j) const {
         const T* e = kept_tile(kept, plan.blocks, i, j);
@@ -73,11 +81,12 @@ struct Kept : Relation<S> {
         const int passes = options.distance == Distance::row_cosine ? 2 : 1;
         for (int pass = 0; pass < passes; ++pass) {
             pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
+                const Tile<T> tile = kept_view(kept, i, j);
+                fetch_next(tile);
                 if (pass == 0) {
                     T* e = kept_tile(kept, n, i, j);
                     this->finish_products(problem, i, j, e, e + plan.block * plan.block);
                 }
-                const Tile<T> tile = kept_view(kept, i, j);
                 add_tile(tile, problem, i, j, pass, plan.teams > 1 ? team : thread);
             });
             if (pass + 1 < passes) {
@@ -95,6 +104,7 @@ struct Kept : Relation<S> {
         const double* scales = scales_of(0, problem, 0);
         pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
             const Tile<T> tile = kept_view(kept, i, j);
+            fetch_next(tile);
             T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
             T* turned = h + plan.block * plan.block;
             make_h(args, tile, problem, i, j, h, q);
@@ -141,6 +151,7 @@ struct Kept : Relation<S> {
         const auto* words = reinterpret_cast<const PairWord*>(matrix); // pairs of its columns
         pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
             const Tile<T> tile = kept_view(kept, i, j);
+            fetch_next(tile);
             T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
             auto* mirror = reinterpret_cast<PairWord*>(h + plan.block * plan.block);
             make_m(args, tile, problem, i, j, h, {matrix + (i * ld + j) * plan.block, ld, mirror}, q);
