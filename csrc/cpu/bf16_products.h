@@ -127,8 +127,8 @@ FASTKD_WITH_BF16 FASTKD_INLINE void panel_product_pairs_of(const PairWord* a, st
     for (std::int64_t from = 0; from < inner; from += inner_chunk) {
         const std::int64_t count = inner - from < inner_chunk ? inner - from : inner_chunk;
         for (std::int64_t m = 0; m < rows; m += micro_rows<float>) {
-            micro_product_pairs<width>(a + m * a_row + from * a_inner, a_row, a_inner,
-                                       b + from * width * lanes<float>, count, c + m * c_row, c_row, add || from > 0);
+            micro_product_pairs<width>(a + m * a_row + from * a_inner, a_row, a_inner, b + from * width * lanes<float>,
+                                       count, c + m * c_row, c_row, add || from > 0);
         }
     }
 }
@@ -146,7 +146,8 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void panel_product_pairs(int width, const PairW
 }
 #else // never asked for: see bf16_products()
 FASTKD_INLINE void panel_product_pairs(int, const PairWord*, std::int64_t, std::int64_t, std::int64_t, const PairWord*,
-                                       std::int64_t, float*, std::int64_t, bool) {}
+                                       std::int64_t, float*, std::int64_t, bool) {
+}
 #endif
 
 FASTKD_INLINE void packed_product_pairs(const PairWord* x, Panels<float> x_panels, const PairWord* y,

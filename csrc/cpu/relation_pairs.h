@@ -49,16 +49,16 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void round_tile(Tile<float> tile, const float* 
             const Vec<float> h1 = load(h + at), h2 = both ? load(h + at + tile.ld) : Vec<float>{};
             const Vec<float> e1 = kept(tile.e_s + at), e2 = both ? kept(tile.e_s + at + tile.ld) : Vec<float>{};
             const Vec<float> right = load(scales.col + c), right_inverse = load(scales.col_inverse + c);
-            const __m512i own = bit_cast<__m512i>(
-                _mm512_cvtne2ps_pbh(bit_cast<__m512>(h2 * right), bit_cast<__m512>(h1 * right)));
+            const __m512i own =
+                bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(h2 * right), bit_cast<__m512>(h1 * right)));
             const __m256i own1 = _mm512_castsi512_si256(own), own2 = _mm512_extracti64x4_epi64(own, 1);
             __builtin_memcpy(out.own + r * out.own_ld + c, &own1, sizeof(own1));
             __builtin_memcpy(out.own + (r + 1) * out.own_ld + c, &own2, sizeof(own2));
             along += widened(own1) * (e1 * right_inverse);
             along2 += widened(own2) * (e2 * right_inverse);
             if (out.mirror != nullptr) {
-                const __m512i other = bit_cast<__m512i>(
-                    _mm512_cvtne2ps_pbh(bit_cast<__m512>(h2 * scale2), bit_cast<__m512>(h1 * scale)));
+                const __m512i other =
+                    bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(h2 * scale2), bit_cast<__m512>(h1 * scale)));
                 const Words words = bit_cast<Words>(_mm512_permutexvar_epi16(interleave, other));
                 __builtin_memcpy(out.mirror + r / 2 * tile.ld + c, &words, sizeof(words));
                 const Vec<float> down = bit_cast<Vec<float>>(words << 16) * (e1 * inverse) +
@@ -98,8 +98,10 @@ FASTKD_NOINLINE void turn_pairs(const PairWord* mirror, std::int64_t ld, std::in
     }
 }
 #else // never asked for: see bf16_products()
-FASTKD_INLINE void round_tile(Tile<float>, const float*, const TileScales&, RoundedTile, double*, double*) {}
-FASTKD_INLINE void turn_pairs(const PairWord*, std::int64_t, std::int64_t, std::int64_t, PairWord*, std::int64_t) {}
+FASTKD_INLINE void round_tile(Tile<float>, const float*, const TileScales&, RoundedTile, double*, double*) {
+}
+FASTKD_INLINE void turn_pairs(const PairWord*, std::int64_t, std::int64_t, std::int64_t, PairWord*, std::int64_t) {
+}
 #endif
 
 // g[r][:] = outer[r] (g[r][:] - along[r] x[r][:]), or 0 where outer[r] is 0 whatever the others hold, with x as packed
