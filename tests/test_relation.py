@@ -171,7 +171,11 @@ def test_bfloat16_of_every_shape(shape: tuple[int, int, int, int], form: str) ->
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_rows_too_large_to_multiply_as_they_are(form: str) -> None:
     """They are scaled first, in float: the same gradient but for the rounding of H."""
-    student, teacher, weight = rows((1, 110, 40), 0, torch.bfloat16), rows((1, 110, 40), 1).bfloat16(), rows((1, 110), 2)
+    student, teacher, weight = (
+        rows((1, 110, 40), 0, torch.bfloat16),
+        rows((1, 110, 40), 1).bfloat16(),
+        rows((1, 110), 2),
+    )
     grad = kernel(student, teacher, weight, **FORMS[form])[1]
     far = kernel(student * 2.0**60, teacher, weight * 2.0**60, **FORMS[form])[1]
     assert distance(far, grad.double()) <= 4e-3
