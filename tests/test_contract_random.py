@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from contract_cases import CASES, DTYPES, Case, Problem
-from contract_tools import arithmetic, error, rounding
+from contract_tools import arithmetic, error, rounding, roundings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +66,8 @@ def check(problem: Problem, backend: str) -> None:
         largest = max(largest, 1 / smallest_row(problem))
     for grad, want, one in zip(grads, exact, noise, strict=True):
         allowed = 64 * one + 32 * problem.condition() * rounding(largest, torch.float32)
-        assert error(grad, want) <= 1.01 * rounding(want, dtype) + smaller * allowed
+        stored = 1.01 * roundings(problem.case.family, dtype) * rounding(want, dtype)
+        assert error(grad, want) <= stored + smaller * allowed
 
 
 def smallest_row(problem: Problem) -> float:

@@ -116,6 +116,86 @@ def test_gram_form(cross: bool, widths: tuple[int, int], dtype: torch.dtype) -> 
             assert distance(grad, exact[1]) <= {torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 4e-3}[dtype]
 
 
+def alike(kind: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Student and teacher in bfloat16 whose gradients cancel in different ways."""
+    student, teacher = rows(shape, 0, torch.float64), rows(shape, 1, torch.float64)
+    common = rows((shape[0], 4, shape[2]), 2, torch.float64)
+    if kind == "near the teacher":
+        teacher = student + 0.05 * teacher
+    elif kind == "one direction":
+        student, teacher = common[:, :1] + 0.1 * student, common[:, :1] + 0.1 * teacher
+    elif kind == "four directions":
+        common = common[:, torch.arange(shape[1]) % 4]
+        student, teacher = common + 0.1 * student, common + 0.1 * teacher
+    elif kind == "positive":
+        student, teacher = student.relu(), teacher.relu()
+    elif kind == "of many sizes":
+        student = student * torch.logspace(-3, 3, shape[1], dtype=torch.float64)[:, None]
+    return student.bfloat16(), teacher.bfloat16()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kind", ["independent", "near the teacher", "one direction", "four directions", "positive", "of many sizes"]
+)
+def test_bfloat16_gradients_are_as_exact_as_two_roundings(kind: str, form: str) -> None:
+    """H may be rounded before its product with the rows, and the gradient is; √2 roundings if nothing cancels."""
+    student, teacher = alike(kind, (2, 203, 150))
+    weight = rows((2, 203), 3).abs()
+    for by_columns, name, temperature in itertools.product((False, True), ("kl", "row_cosine"), (0.1, 1.0)):
+        if by_columns:
+            student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+        options = {"distance": name, "temperature": temperature, **FORMS[form]}
+        grad = kernel(student, teacher, weight, **options)[1]
+        exact = loss_and_gradient(
+            reference, student.double(), teacher.double(), weight.double(), **without_keep(options)
+        )[1]
+        assert distance(grad, exact) <= 1.6 * distance(exact.bfloat16(), exact), (by_columns, name, temperature)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_of_every_shape(shape: tuple[int, int, int, int], form: str) -> None:
+    batch, count, width_s, width_t = shape
+    student, teacher = rows((batch, count, width_s), 0, torch.bfloat16), rows((batch, count, width_t), 1).bfloat16()
+    weight = rows((batch, count), 3)
+    for similarity, name, by_columns in itertools.product(("cosine", "mean"), DISTANCES, (False, True)):
+        if by_columns:
+            student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+        options = {"similarity": similarity, "distance": name, "temperature": 0.5, **FORMS[form]}
+        grad = kernel(student, teacher, weight, **options)[1]
+        exact = loss_and_gradient(
+            reference, student.double(), teacher.double(), weight.double(), **without_keep(options)
+        )[1]
+        assert (grad.double() - exact).norm() <= 4e-3 * exact.norm() + 1e-6, (similarity, name, by_columns)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_rows_too_large_to_multiply_as_they_are(form: str) -> None:
+    """They are scaled first, in float: the same gradient but for the rounding of H."""
+    student, teacher, weight = (
+        rows((1, 110, 40), 0, torch.bfloat16),
+        rows((1, 110, 40), 1).bfloat16(),
+        rows((1, 110), 2),
+    )
+    grad = kernel(student, teacher, weight, **FORMS[form])[1]
+    far = kernel(student * 2.0**60, teacher, weight * 2.0**60, **FORMS[form])[1]
+    assert distance(far, grad.double()) <= 4e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_rows_of_zeros_and_nan(form: str) -> None:
+    student, teacher = rows((2, 110, 30), 0, torch.bfloat16), rows((2, 110, 30), 1).bfloat16()
+    student[0, 3] = 0
+    student[0, 50, 7] = math.nan
+    loss, grad = kernel(student, teacher, torch.ones(2, 110), **FORMS[form])
+    assert grad[0, 3].abs().max() == 0
+    others = [r for r in range(110) if r != 3]
+    assert loss[0].isnan().all()
+    assert grad[0, others].isnan().all()
+    assert form == "across samples" or (loss[1].isfinite().all() and grad[1].isfinite().all())
+
+
 @pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3])
 def test_gram_form_keeps_its_digits_near_the_teacher(difference: float) -> None:
     teacher = rows((1, 400, 16), 0)
@@ -167,11 +247,13 @@ def test_unequal_widths_near_the_teacher(noise: float, widths: tuple[int, int], 
             assert loss.min() >= -32 * torch.finfo(arithmetic).eps * size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", [*FORMS, "gram"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_threads_change_no_bit(form: str, batch: int) -> None:
+def test_threads_change_no_bit(form: str, batch: int, dtype: torch.dtype) -> None:
     """Threads share a problem (one sample) or take whole ones (three)."""
-    student, teacher, weight = rows((batch, 330, 30), 0), rows((batch, 330, 30), 1), rows((batch, 330), 2)
+    student, teacher = rows((batch, 330, 30), 0, dtype), rows((batch, 330, 30), 1, dtype)
+    weight = rows((batch, 330), 2)
     options = {"distance": "mse"} if form == "gram" else FORMS[form]
     before, results = torch.get_num_threads(), []
     try:

@@ -13,13 +13,17 @@ namespace fastkd::cpu::FASTKD_ISA {
 
 using PairWord = std::uint32_t; // two neighbouring columns of a row
 
+FASTKD_INLINE std::int64_t pairs_of(std::int64_t count) {
+    return (count + 1) / 2;
+}
+
 // Packs x[p][i] = x[p p_stride + i i_stride], p < count, i < inner, into panels over p: [pair of i][panel]. What pads
 // the last pair and the last panel is 0.
 FASTKD_NOINLINE void pack_pairs(const BFloat16* x, std::int64_t p_stride, std::int64_t i_stride, std::int64_t count,
                                 std::int64_t inner, PairWord* out) {
     constexpr int n = lanes<float>;
     const Panels<float> panels(count);
-    const std::int64_t pairs = (inner + 1) / 2;
+    const std::int64_t pairs = pairs_of(inner);
     for (std::int64_t panel = 0; panel < panels.size; ++panel) {
         const std::int64_t width = panels.width(panel) * n, begin = panels.begin(panel);
         PairWord* to = out + begin * pairs;
@@ -31,10 +35,12 @@ FASTKD_NOINLINE void pack_pairs(const BFloat16* x, std::int64_t p_stride, std::i
                 for (std::int64_t k = 0; k < pairs; ++k) {
                     const auto column = [&](std::int64_t i) __attribute__((always_inline)) {
                         Shorts raw{};
-                        if (i < inner) {
-                            __builtin_memcpy(&raw, from + i * i_stride, (valid < n ? valid : n) * sizeof(BFloat16));
+                        if (valid == n && i < inner) {
+                            raw = load_raw<Shorts>(from + i * i_stride);
+                        } else if (i < inner) {
+                            __builtin_memcpy(&raw, from + i * i_stride, valid * sizeof(BFloat16));
                         }
-                        return __builtin_convertvector(raw, Words);
+                        return widen(raw);
                     };
                     const Words both = column(2 * k) | (column(2 * k + 1) << 16);
                     __builtin_memcpy(to + k * width + v, &both, sizeof(both));
@@ -43,14 +49,26 @@ FASTKD_NOINLINE void pack_pairs(const BFloat16* x, std::int64_t p_stride, std::i
                 for (std::int64_t k = 0; k < pairs; k += n) {
                     const std::int64_t rest = inner - 2 * k < 2 * n ? inner - 2 * k : 2 * n;
                     Vec<float> block[n] = {};
-                    for (int l = 0; l < n; ++l) {
-                        if (l < valid) {
+                    if (rest == 2 * n && valid == n) {
+#pragma GCC unroll 16
+                        for (int l = 0; l < n; ++l) {
+                            block[l] = load_raw<Vec<float>>(from + l * p_stride + 2 * k);
+                        }
+                    } else {
+                        for (int l = 0; l < valid; ++l) {
                             __builtin_memcpy(&block[l], from + l * p_stride + 2 * k, rest * sizeof(BFloat16));
                         }
                     }
                     transpose<float>(block);
-                    for (int l = 0; l < n && k + l < pairs; ++l) {
-                        __builtin_memcpy(to + (k + l) * width + v, &block[l], sizeof(block[l]));
+                    if (k + n <= pairs) {
+#pragma GCC unroll 16
+                        for (int l = 0; l < n; ++l) {
+                            __builtin_memcpy(to + (k + l) * width + v, &block[l], sizeof(block[l]));
+                        }
+                    } else {
+                        for (int l = 0; l < pairs - k; ++l) {
+                            __builtin_memcpy(to + (k + l) * width + v, &block[l], sizeof(block[l]));
+                        }
                     }
                 }
             } else {
@@ -68,10 +86,11 @@ FASTKD_NOINLINE void pack_pairs(const BFloat16* x, std::int64_t p_stride, std::i
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// As micro_product and panel_product of products.h, `inner` counting pairs.
+// As micro_product, panel_product and the products of packed blocks in products.h, `inner` counting pairs.
 template <int width>
-FASTKD_WITH_BF16 FASTKD_INLINE void micro_product_pairs(const PairWord* a, std::int64_t a_inner, const PairWord* b,
-                                                        std::int64_t inner, float* c, std::int64_t c_row, bool add) {
+FASTKD_WITH_BF16 FASTKD_INLINE void micro_product_pairs(const PairWord* a, std::int64_t a_row, std::int64_t a_inner,
+                                                        const PairWord* b, std::int64_t inner, float* c,
+                                                        std::int64_t c_row, bool add) {
     constexpr int rows = micro_rows<float>;
     __m512 sums[rows][width];
     for (int m = 0; m < rows; ++m) {
@@ -86,7 +105,7 @@ FASTKD_WITH_BF16 FASTKD_INLINE void micro_product_pairs(const PairWord* a, std::
         }
 #pragma GCC unroll 8
         for (int m = 0; m < rows; ++m) {
-            const __m512i factor = _mm512_set1_epi32(static_cast<int>(a[m]));
+            const __m512i factor = _mm512_set1_epi32(static_cast<int>(a[m * a_row]));
             for (int v = 0; v < width; ++v) {
                 sums[m][v] = _mm512_dpbf16_ps(sums[m][v], bit_cast<__m512bh>(factor), bit_cast<__m512bh>(panel[v]));
             }
@@ -102,45 +121,54 @@ FASTKD_WITH_BF16 FASTKD_INLINE void micro_product_pairs(const PairWord* a, std::
     }
 }
 template <int width>
-FASTKD_WITH_BF16 FASTKD_NOINLINE void panel_product_pairs(const PairWord* a, std::int64_t rows, const PairWord* b,
-                                                          std::int64_t inner, float* c, std::int64_t c_row, bool add) {
+FASTKD_WITH_BF16 FASTKD_INLINE void panel_product_pairs_of(const PairWord* a, std::int64_t a_row, std::int64_t a_inner,
+                                                           std::int64_t rows, const PairWord* b, std::int64_t inner,
+                                                           float* c, std::int64_t c_row, bool add) {
     for (std::int64_t from = 0; from < inner; from += inner_chunk) {
         const std::int64_t count = inner - from < inner_chunk ? inner - from : inner_chunk;
         for (std::int64_t m = 0; m < rows; m += micro_rows<float>) {
-            micro_product_pairs<width>(a + m + from * rows, rows, b + from * width * lanes<float>, count, c + m * c_row,
-                                       c_row, add || from > 0);
+            micro_product_pairs<width>(a + m * a_row + from * a_inner, a_row, a_inner, b + from * width * lanes<float>,
+                                       count, c + m * c_row, c_row, add || from > 0);
         }
     }
 }
+FASTKD_WITH_BF16 FASTKD_NOINLINE void panel_product_pairs(int width, const PairWord* a, std::int64_t a_row,
+                                                          std::int64_t a_inner, std::int64_t rows, const PairWord* b,
+                                                          std::int64_t inner, float* c, std::int64_t c_row, bool add) {
+    switch (width) {
+    case 3:
+        return panel_product_pairs_of<3>(a, a_row, a_inner, rows, b, inner, c, c_row, add);
+    case 2:
+        return panel_product_pairs_of<2>(a, a_row, a_inner, rows, b, inner, c, c_row, add);
+    default:
+        return panel_product_pairs_of<1>(a, a_row, a_inner, rows, b, inner, c, c_row, add);
+    }
+}
+#else // never asked for: see bf16_products()
+FASTKD_INLINE void panel_product_pairs(int, const PairWord*, std::int64_t, std::int64_t, std::int64_t, const PairWord*,
+                                       std::int64_t, float*, std::int64_t, bool) {
+}
 #endif
 
-// As packed_product of two blocks packed in pairs of `inner` columns.
-FASTKD_NOINLINE void packed_product_pairs(const PairWord* x, Panels<float> x_panels, const PairWord* y,
-                                          Panels<float> y_panels, std::int64_t inner, float* c, std::int64_t c_row,
-                                          bool add) {
-#if defined(FASTKD_BF16_PRODUCTS)
-    const std::int64_t pairs = (inner + 1) / 2;
+FASTKD_INLINE void packed_product_pairs(const PairWord* x, Panels<float> x_panels, const PairWord* y,
+                                        Panels<float> y_panels, std::int64_t inner, float* c, std::int64_t c_row,
+                                        bool add) {
     for (std::int64_t q = 0; q < y_panels.size; ++q) {
         for (std::int64_t p = 0; p < x_panels.size; ++p) {
-            const std::int64_t rows = x_panels.width(p) * lanes<float>;
-            const PairWord* a = x + x_panels.begin(p) * pairs;
-            const PairWord* b = y + y_panels.begin(q) * pairs;
-            float* to = c + x_panels.begin(p) * c_row + y_panels.begin(q);
-            switch (y_panels.width(q)) {
-            case 3:
-                panel_product_pairs<3>(a, rows, b, pairs, to, c_row, add);
-                break;
-            case 2:
-                panel_product_pairs<2>(a, rows, b, pairs, to, c_row, add);
-                break;
-            default:
-                panel_product_pairs<1>(a, rows, b, pairs, to, c_row, add);
-            }
+            const std::int64_t width = x_panels.width(p) * lanes<float>;
+            panel_product_pairs(y_panels.width(q), x + x_panels.begin(p) * inner, 1, width, width,
+                                y + y_panels.begin(q) * inner, inner, c + x_panels.begin(p) * c_row + y_panels.begin(q),
+                                c_row, add);
         }
     }
-#else // never asked for: see bf16_products()
-    (void)x, (void)x_panels, (void)y, (void)y_panels, (void)inner, (void)c, (void)c_row, (void)add;
-#endif
+}
+FASTKD_INLINE void strided_product_pairs(const PairWord* a, std::int64_t a_row, std::int64_t a_inner, std::int64_t rows,
+                                         const PairWord* y, Panels<float> y_panels, std::int64_t inner, float* c,
+                                         std::int64_t c_row, bool add) {
+    for (std::int64_t q = 0; q < y_panels.size; ++q) {
+        panel_product_pairs(y_panels.width(q), a, a_row, a_inner, rows, y + y_panels.begin(q) * inner, inner,
+                            c + y_panels.begin(q), c_row, add);
+    }
 }
 
 } // namespace fastkd::cpu::FASTKD_ISA

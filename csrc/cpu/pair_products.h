@@ -333,8 +333,7 @@ FASTKD_NOINLINE void split_rows(const float* from, std::int64_t rows, std::int64
             store(high + at, x);
             const Vec<float> rest = x - load(high + at);
             store(low + at, rest == rest ? rest : Vec<float>{}); // of Inf and NaN the high part is all
-            const Words both = __builtin_convertvector(load_raw<Shorts>(high + at), Words) |
-                               __builtin_convertvector(load_raw<Shorts>(low + at), Words) << 16;
+            const Words both = widen(load_raw<Shorts>(high + at)) | widen(load_raw<Shorts>(low + at)) << 16;
             __builtin_memcpy(pairs + at, &both, sizeof(both));
         }
     }

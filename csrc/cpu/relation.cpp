@@ -19,6 +19,7 @@ struct Streamed : Relation<S> {
     using Base::finish_rows;
     using Base::first_row;
     using Base::make_h;
+    using Base::make_m;
     using Base::options;
     using Base::plan;
     using Base::rows_at;
@@ -30,7 +31,8 @@ struct Streamed : Relation<S> {
     using Base::teacher;
     using Base::typed_scales;
 
-    // Packed blocks: student's and teacher's [width][rows], then the student's [rows][width]
+    // Packed blocks: student's and teacher's [width][rows], then the student's [rows][width]; in pairs of the first
+    // index where rows are multiplied so
     FASTKD_INLINE T* packed(std::int64_t team, std::int64_t slot) const {
         const std::int64_t width = student.width + teacher.width + (plan.backward ? plan.student_width : 0);
         return at(team, plan.packs) + slot * plan.block * width;
@@ -40,10 +42,17 @@ struct Streamed : Relation<S> {
         this->pack_block_of(student, 0, problem, block, 0, student.width, to);
         this->pack_block_of(teacher, 1, problem, block, 0, teacher.width, to + plan.block * student.width);
         if (plan.backward) {
+            const S* x = rows_at(student, problem, block);
+            T* by_rows = to + plan.block * (student.width + teacher.width);
+            if constexpr (is_bf16<S>) {
+                if (this->pairs) {
+                    return pack_pairs(x, student.col_stride, student.row_stride, student.width, rows_of(block),
+                                      reinterpret_cast<PairWord*>(by_rows));
+                }
+            }
             T scales[tile_side];
             typed_scales(0, problem, block, scales);
-            pack<S>(rows_at(student, problem, block), student.col_stride, student.row_stride, student.width,
-                    rows_of(block), nullptr, scales, to + plan.block * (student.width + teacher.width));
+            pack<S>(x, student.col_stride, student.row_stride, student.width, rows_of(block), nullptr, scales, by_rows);
         }
     }
     // Both networks' E into the thread's first two tiles.
@@ -116,12 +125,30 @@ struct Streamed : Relation<S> {
                [&](Tile<T> tile, std::int64_t i, std::int64_t j, std::int64_t slot_i, std::int64_t slot_j,
                    std::int64_t thread) {
                    T* h = scratch(thread, plan.tiles) + 2 * plan.block * plan.block;
+                   T* own = sums + i * plan.block * ld;
+                   T* other = sums + j * plan.block * ld;
+                   const T* x_own = packed(team, slot_i) + by_rows;
+                   const T* x_other = packed(team, slot_j) + by_rows;
+                   if constexpr (is_bf16<S>) {
+                       if (this->pairs) {
+                           auto* m = reinterpret_cast<BFloat16*>(h + plan.block * plan.block);
+                           auto* mirror = reinterpret_cast<PairWord*>(m + plan.block * plan.block);
+                           make_m(args, tile, problem, i, j, h, {m, plan.block, mirror}, q);
+                           strided_product_pairs(reinterpret_cast<const PairWord*>(m), plan.block / 2, 1, tile.rows,
+                                                 reinterpret_cast<const PairWord*>(x_other), width, pairs_of(tile.cols),
+                                                 own, ld, true);
+                           if (i != j) {
+                               strided_product_pairs(mirror, 1, plan.block, tile.cols,
+                                                     reinterpret_cast<const PairWord*>(x_own), width,
+                                                     pairs_of(tile.rows), other, ld, true);
+                           }
+                           return;
+                       }
+                   }
                    make_h(args, tile, problem, i, j, h, q);
-                   strided_product<T>(h, tile.ld, 1, tile.rows, packed(team, slot_j) + by_rows, width, tile.cols,
-                                      sums + i * plan.block * ld, ld, true);
+                   strided_product<T>(h, tile.ld, 1, tile.rows, x_other, width, tile.cols, own, ld, true);
                    if (i != j) {
-                       strided_product<T>(h, 1, tile.ld, tile.cols, packed(team, slot_i) + by_rows, width, tile.rows,
-                                          sums + j * plan.block * ld, ld, true);
+                       strided_product<T>(h, 1, tile.ld, tile.cols, x_own, width, tile.rows, other, ld, true);
                    }
                });
         parallel_for(plan.team_threads, plan.blocks, [&](std::int64_t block, int thread) {

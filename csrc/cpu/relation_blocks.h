@@ -6,8 +6,8 @@
 // row's sums are added in the order of the rounds, whatever the number of threads.
 #pragma once
 
-#include "cpu/bf16_products.h"
 #include "cpu/pages.h"
+#include "cpu/relation_pairs.h"
 #include "cpu/relation_plan.h"
 #include "cpu/relation_rows.h"
 #include "cpu/relation_tiles.h"
@@ -33,6 +33,20 @@ FASTKD_INLINE void pairs_within(std::int64_t begin, std::int64_t end, int thread
             }
         });
     }
+}
+
+// The place of i <= j in the order in which pairs_within(0, n) visits them.
+FASTKD_INLINE std::int64_t place_within(std::int64_t n, std::int64_t i, std::int64_t j) {
+    if (i == j) {
+        return i;
+    }
+    const std::int64_t turning = n + n % 2 - 1;
+    if (j == turning) { // the one that doesn't turn, first in its round
+        return n + i * (n / 2);
+    }
+    const std::int64_t sum = i + j, round = (sum % 2 == 0 ? sum : sum + turning) / 2 % turning;
+    const std::int64_t k = i > round ? i - round : i - round + turning, opposite = turning - k;
+    return n + round * (n / 2) + (k < opposite ? k : opposite) - n % 2;
 }
 
 // visit(i, j, thread) for all i of the first range, j of the second, in rounds without a common index.
@@ -104,8 +118,12 @@ struct Relation {
     }
     FASTKD_INLINE void typed_scales(int network, std::int64_t problem, std::int64_t block, T (&out)[tile_side]) const {
         const double* scales = scales_of(network, sample(problem, block), first_row(block));
-        for (std::int64_t r = 0; r < tile_side; ++r) {
-            out[r] = r < rows_of(block) ? static_cast<T>(scales[r]) : T(0);
+        const std::int64_t rows = rows_of(block);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            out[r] = static_cast<T>(scales[r]);
+        }
+        for (std::int64_t r = rows; r < plan.block; ++r) {
+            out[r] = 0;
         }
     }
 
@@ -139,7 +157,8 @@ struct Relation {
         if constexpr (is_bf16<S>) {
             if (pairs) {
                 return packed_product_pairs(reinterpret_cast<const PairWord*>(x), rows,
-                                            reinterpret_cast<const PairWord*>(y), cols, width, e, plan.block, add);
+                                            reinterpret_cast<const PairWord*>(y), cols, pairs_of(width), e, plan.block,
+                                            add);
             }
         }
         packed_product<T>(x, rows, y, cols, width, e, plan.block, add);
@@ -250,28 +269,33 @@ struct Relation {
         const T* grad = static_cast<const T*>(args.grad_loss) + sample(problem, block) * args.grad_batch_stride +
                         first_row(block) * args.grad_row_stride;
         const std::int64_t rows = rows_of(block);
-        for (std::int64_t r = 0; r < tile_side; ++r) {
-            if (r >= rows) {
-                out.a[r] = out.b[r] = 0;
-                out.center_s[r] = out.high_s[r] = out.low_s[r] = 0;
-                out.center_t[r] = out.high_t[r] = out.low_t[r] = 0;
-                continue;
+        double g[tile_side];
+        for (std::int64_t r = 0; r < rows; ++r) {
+            g[r] = static_cast<double>(grad[r * args.grad_row_stride]) / static_cast<double>(others);
+        }
+        // A loop for each, without branches: a tile is small enough for these divisions to count.
+        if (options.distance == Distance::mse) {
+            for (std::int64_t r = 0; r < rows; ++r) {
+                out.a[r] = out.b[r] = static_cast<T>(2 * g[r] / static_cast<double>(options.rows));
             }
-            const double g = static_cast<double>(grad[r * args.grad_row_stride]) / static_cast<double>(others);
-            double a = 0, b = 0;
-            if (options.distance == Distance::mse) {
-                a = b = 2 * g / static_cast<double>(options.rows);
-            } else if (options.distance == Distance::row_cosine) {
+        } else if (options.distance == Distance::row_cosine) {
+            for (std::int64_t r = 0; r < rows; ++r) {
                 const double n = row[0][r], m = row[1][r];
                 const bool flat = n <= relation::norm_floor;      // no gradient, as for inputs
                 const double c = (1 + row[3][r] - row[2][r]) / 2; // |u - v|^2 = |u|^2 + |v|^2 - 2 c
-                a = flat ? 0 : 2 * g * c / (n * n);
-                b = flat ? 0 : 2 * g / (n * m);
-            } else if (options.fixed_shift()) {
-                a = g / options.temperature / row[0][r];
-                b = g / options.temperature / row[1][r];
-            } else {
-                a = g / options.temperature;
+                out.a[r] = flat ? T(0) : static_cast<T>(2 * g[r] * c / (n * n));
+                out.b[r] = flat ? T(0) : static_cast<T>(2 * g[r] / (n * m));
+            }
+        } else if (options.fixed_shift()) {
+            const double *z_s = row[0], *z_t = row[1];
+            for (std::int64_t r = 0; r < rows; ++r) {
+                out.a[r] = static_cast<T>(g[r] / options.temperature / z_s[r]);
+                out.b[r] = static_cast<T>(g[r] / options.temperature / z_t[r]);
+            }
+        } else {
+            for (std::int64_t r = 0; r < rows; ++r) {
+                out.a[r] = static_cast<T>(g[r] / options.temperature);
+                out.b[r] = 0;
                 const softmax_kl::LogSoftmax<T> s(row[0][r], options.temperature, 1 / options.temperature);
                 const softmax_kl::LogSoftmax<T> t(row[1][r], options.temperature, 1 / options.temperature);
                 out.center_s[r] = s.center;
@@ -281,18 +305,21 @@ struct Relation {
                 out.high_t[r] = t.high;
                 out.low_t[r] = t.low;
             }
-            out.a[r] = static_cast<T>(a);
-            out.b[r] = static_cast<T>(b);
+        }
+        for (std::int64_t r = rows; r < plan.block; ++r) {
+            out.a[r] = out.b[r] = 0;
+            out.center_s[r] = out.high_s[r] = out.low_s[r] = 0;
+            out.center_t[r] = out.high_t[r] = out.low_t[r] = 0;
         }
     }
-    // A tile of H into h, which may be the tile's own e_t.
+    // A tile of H into h, which may be the tile's own e_t. Without `q` its sums are left out.
     FASTKD_INLINE void make_h(const Backward& args, Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j,
                               T* h, double* q) const {
         RowCoefficients<T> row, col;
         coefficients(args, problem, i, j, row);
         coefficients(args, problem, j, i, col);
-        double* q_row = q + i * plan.block;
-        double* q_col = i == j ? nullptr : q + j * plan.block;
+        double* q_row = q == nullptr ? nullptr : q + i * plan.block;
+        double* q_col = q == nullptr || i == j ? nullptr : q + j * plan.block;
         if (options.distance != Distance::kl) {
             gradient_tile<T, false>(tile, Identity<T>{}, row, col, sign, h, q_row, q_col);
         } else if (options.fixed_shift()) {
@@ -301,6 +328,20 @@ struct Relation {
         } else {
             gradient_tile_kl<T>(tile, exp, row, col, sign, h, q_row, q_col);
         }
+    }
+    // The same as M of relation_pairs.h, off the diagonal for both its blocks; q gains the sums that belong to M.
+    FASTKD_INLINE void make_m(const Backward& args, Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j,
+                              T* h, RoundedTile out, double* q) const {
+        make_h(args, tile, problem, i, j, h, nullptr);
+        TileScales scales;
+        typed_scales(0, problem, i, scales.row);
+        typed_scales(0, problem, j, scales.col);
+        for (std::int64_t r = 0; r < plan.block; ++r) {
+            scales.row_inverse[r] = scales.row[r] == 0 ? 0 : sign / scales.row[r];
+            scales.col_inverse[r] = scales.col[r] == 0 ? 0 : sign / scales.col[r];
+        }
+        out.mirror = i == j ? nullptr : out.mirror;
+        round_tile(tile, h, scales, out, q + i * plan.block, i == j ? nullptr : q + j * plan.block);
     }
 };
 

@@ -17,6 +17,7 @@ struct Kept : Relation<S> {
     using Base::finish_norms;
     using Base::finish_rows;
     using Base::make_h;
+    using Base::make_m;
     using Base::options;
     using Base::plan;
     using Base::rows_of;
@@ -25,10 +26,18 @@ struct Kept : Relation<S> {
     using Base::student;
     using Base::teacher;
 
+    // Tiles lie in the order in which they are visited.
     template <class P>
     FASTKD_INLINE static P* kept_tile(P* kept, std::int64_t blocks, std::int64_t i, std::int64_t j) {
-        const std::int64_t index = i * blocks - i * (i - 1) / 2 + (j - i); // of the upper triangle
-        return kept + index * 2 * relation::kept_block * relation::kept_block;
+        return kept + place_within(blocks, i, j) * 2 * relation::kept_block * relation::kept_block;
+    }
+    // The next tile comes from far while this one is worked on.
+    FASTKD_INLINE void fetch_next(const Tile<T>& tile) const {
+        constexpr std::int64_t line = 64 / sizeof(T);
+        const std::int64_t size = 2 * plan.block * plan.block;
+        for (std::int64_t k = 0; k < size; k += line) {
+            __builtin_prefetch(tile.e_s + size + k, 0, 2);
+        }
     }
     FASTKD_INLINE Tile<T> kept_view(const T* kept, std::int64_t i, std::int64_t j) const {
         const T* e = kept_tile(kept, plan.blocks, i, j);
@@ -48,10 +57,11 @@ struct Kept : Relation<S> {
             return Pair{i, i + index};
         };
         const std::int64_t count = n * (n + 1) / 2;
+        const std::int64_t chunk = this->pairs ? 2 * kept_chunk : kept_chunk; // as many bytes
         for (int network = 0; network < 2; ++network) {
             const Rows& rows = network == 0 ? student : teacher;
-            for (std::int64_t from = 0; from < rows.width; from += kept_chunk) {
-                const std::int64_t width = rows.width - from < kept_chunk ? rows.width - from : kept_chunk;
+            for (std::int64_t from = 0; from < rows.width; from += chunk) {
+                const std::int64_t width = rows.width - from < chunk ? rows.width - from : chunk;
                 T* packs = this->at(team, plan.packs);
                 parallel_for(plan.team_threads, n, [&](std::int64_t block, int) {
                     this->pack_block_of(rows, network, problem, block, from, width,
@@ -71,11 +81,12 @@ struct Kept : Relation<S> {
         const int passes = options.distance == Distance::row_cosine ? 2 : 1;
         for (int pass = 0; pass < passes; ++pass) {
             pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
+                const Tile<T> tile = kept_view(kept, i, j);
+                fetch_next(tile);
                 if (pass == 0) {
                     T* e = kept_tile(kept, n, i, j);
                     this->finish_products(problem, i, j, e, e + plan.block * plan.block);
                 }
-                const Tile<T> tile = kept_view(kept, i, j);
                 add_tile(tile, problem, i, j, pass, plan.teams > 1 ? team : thread);
             });
             if (pass + 1 < passes) {
@@ -93,6 +104,7 @@ struct Kept : Relation<S> {
         const double* scales = scales_of(0, problem, 0);
         pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
             const Tile<T> tile = kept_view(kept, i, j);
+            fetch_next(tile);
             T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
             T* turned = h + plan.block * plan.block;
             make_h(args, tile, problem, i, j, h, q);
@@ -125,6 +137,51 @@ struct Kept : Relation<S> {
                 if (outer_scale(options, scales[r]) == 0) {
                     __builtin_memset(result + r * elements, 0, elements * sizeof(T));
                 }
+            }
+            unpack<S>(result, elements, options.rows, cols, out + begin * args.out_col_stride, args.out_row_stride,
+                      args.out_col_stride);
+        });
+    }
+    // The same, H and the rows multiplied as bfloat16.
+    void backward_pairs(const Backward& args, std::int64_t team, std::int64_t problem, const T* kept) const {
+        const std::int64_t n = plan.blocks, ld = n * plan.block;
+        double* q = this->template at<double>(team, plan.row_sums);
+        __builtin_memset(q, 0, ld * sizeof(double));
+        auto* matrix = this->template at<BFloat16>(team, plan.matrix); // M
+        const auto* words = reinterpret_cast<const PairWord*>(matrix); // pairs of its columns
+        pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
+            const Tile<T> tile = kept_view(kept, i, j);
+            fetch_next(tile);
+            T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
+            auto* mirror = reinterpret_cast<PairWord*>(h + plan.block * plan.block);
+            make_m(args, tile, problem, i, j, h, {matrix + (i * ld + j) * plan.block, ld, mirror}, q);
+            if (i != j) {
+                turn_pairs(mirror, plan.block, plan.block / 2, tile.cols,
+                           reinterpret_cast<PairWord*>(matrix + (j * ld + i) * plan.block), ld / 2);
+            }
+        });
+        const double* scales = scales_of(0, problem, 0);
+        const S* x = static_cast<const S*>(student.data) + problem * student.batch_stride;
+        S* out = static_cast<S*>(args.grad_student) + problem * args.out_batch_stride;
+        const Panels<T> width(student.width);
+        parallel_for(plan.team_threads, width.size, [&](std::int64_t p, int thread) {
+            const std::int64_t begin = width.begin(p), elements = width.width(p) * lanes<T>;
+            const std::int64_t cols = student.width - begin < elements ? student.width - begin : elements;
+            auto* panel = this->template scratch<PairWord>(plan.teams > 1 ? team : thread, plan.panel);
+            T* result = scratch(plan.teams > 1 ? team : thread, plan.panel) + ld * 48;
+            pack_pairs(x + begin * student.col_stride, student.col_stride, student.row_stride, cols, options.rows,
+                       panel);
+            panel_product_pairs(width.width(p), words, ld / 2, 1, options.rows, panel, pairs_of(options.rows), result,
+                                elements, false);
+            for (std::int64_t r = 0; r < options.rows; r += tile_side) {
+                const std::int64_t count = options.rows - r < tile_side ? options.rows - r : tile_side;
+                T outer[tile_side], along[tile_side];
+                for (std::int64_t k = 0; k < count; ++k) {
+                    outer[k] = static_cast<T>(outer_scale(options, scales[r + k]));
+                    along[k] =
+                        options.similarity == Similarity::cosine ? static_cast<T>(q[r + k] * scales[r + k]) : T(0);
+                }
+                project_pairs(panel + r / 2 * elements, count, elements, outer, along, result + r * elements);
             }
             unpack<S>(result, elements, options.rows, cols, out + begin * args.out_col_stride, args.out_row_stride,
                       args.out_col_stride);
@@ -174,6 +231,11 @@ void backward(const Backward& args, const RelationPlan& plan) {
     auto* kept = static_cast<const Compute<S>*>(args.kept);
     const std::int64_t size = relation::kept_elements(args.options.rows);
     parallel_for(static_cast<int>(plan.teams), plan.problems, [&](std::int64_t problem, int team) {
+        if constexpr (is_bf16<S>) {
+            if (relation.pairs) {
+                return relation.backward_pairs(args, team, problem, kept + problem * size);
+            }
+        }
         relation.backward(args, team, problem, kept + problem * size);
     });
 }

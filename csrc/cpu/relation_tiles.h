@@ -229,20 +229,20 @@ struct Identity {
     FASTKD_INLINE Vec<T> operator()(Vec<T> e) const { return e; }
 };
 
-// h = a tile of H, `outer * element(r, c, e_s, e_t)`, 0 beyond the tile; q_row and, where given, q_col gain the sums of
+// h = a tile of H, `outer * element(r, c, e_s, e_t)`, 0 beyond the tile; q_row and q_col, where given, gain the sums of
 // H E.
 template <class T, class Element>
 FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, double* q_row, double* q_col) {
     T col_sums[tile_side] = {};
-    constexpr int group = 2;
+    constexpr int group = 4;
     for (std::int64_t r = 0; r < tile.rows; r += group) {
-        const int some = tile.rows - r < group ? 1 : group;
+        const int some = tile.rows - r < group ? static_cast<int>(tile.rows - r) : group;
         Vec<T> row_sums[group] = {};
         for (std::int64_t c = 0; c < tile.cols; c += lanes<T>) {
             const auto valid = inside<T>(tile.cols, c);
             const bool whole = c + lanes<T> <= tile.cols;
             Vec<T> down{};
-            for (int g = 0; g < some; ++g) {
+            const auto one = [&](int g) __attribute__((always_inline)) {
                 const std::int64_t at = (r + g) * tile.ld + c;
                 const Vec<T> e_s = load(tile.e_s + at);
                 Vec<T> value = element(r + g, c, e_s, load(tile.e_t + at));
@@ -251,10 +251,20 @@ FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, d
                 row_sums[g] += product;
                 down += product;
                 store(h + at, value * outer);
+            };
+            if (some == group) {
+#pragma GCC unroll 4
+                for (int g = 0; g < group; ++g) {
+                    one(g);
+                }
+            } else {
+                for (int g = 0; g < some; ++g) {
+                    one(g);
+                }
             }
             store(col_sums + c, load(col_sums + c) + down);
         }
-        for (int g = 0; g < some; ++g) {
+        for (int g = 0; g < some && q_row != nullptr; ++g) {
             q_row[r + g] += static_cast<double>(sum(row_sums[g]));
         }
     }
