@@ -7,7 +7,7 @@
 
 namespace fastkd::cpu {
 
-// Asks for huge pages under [begin, begin + bytes), as far as they lie wholly inside, if that is 32 MiB or more.
+// Asks for huge pages under [begin, begin + bytes), as far as they lie wholly inside, if that is 16 MiB or more.
 // Changes nothing but speed.
 void advise_huge_pages(void* begin, std::int64_t bytes);
 
