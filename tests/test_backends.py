@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -55,6 +56,24 @@ def test_cuda_without_a_gpu() -> None:
 def test_triton_on_cpu_tensors_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(fastkd.BackendUnavailable, match=r"CUDA tensors.*TRITON_INTERPRET=1"):
+        choose("softmax_kl", "triton", X)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, r"Triton cannot be imported \(.*\); pip install triton"),
+        (
+            types.SimpleNamespace(__version__="3.5.1+git1234"),
+            r"Triton 3\.5\.1.* is older than 3\.6; pip install --upgrade",
+        ),
+    ],
+    ids=["absent", "too old"],
+)
+def test_without_a_triton_that_will_do(fresh: pytest.MonkeyPatch, module: object, reason: str) -> None:
+    fresh.setenv("TRITON_INTERPRET", "1")
+    fresh.setitem(sys.modules, "triton", module)  # None makes the import fail
+    with pytest.raises(fastkd.BackendUnavailable, match=reason):
         choose("softmax_kl", "triton", X)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import threading
 import warnings
 
@@ -39,6 +40,9 @@ MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048, ("pixel
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What the compiled kernels accept; under ``"auto"`` any other floating dtype goes to the reference."""
+
+OLDEST_TRITON = (3, 6)
+"""That of the oldest torch supported, 2.11; the kernels were never run with an older one."""
 
 _lock = threading.RLock()
 _reasons: dict[tuple[str, str | None, str | None], str | None] = {}  # (backend, family, device) -> reason, None = works
@@ -197,9 +201,12 @@ def _absent(backend: str) -> str | None:
     """Why ``backend`` cannot be used on any device of this machine, or None."""
     if backend == "triton":
         try:
-            importlib.import_module("triton")
+            found = importlib.import_module("triton").__version__
         except Exception as error:
             return f"Triton cannot be imported ({_first_line(error)}); pip install triton"
+        if tuple(int(n) for n in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return f"Triton {found} is older than {oldest}; pip install --upgrade torch, which brings the one it wants"
         try:
             kernels = importlib.import_module("fastkd.kernels._common")
         except Exception as error:
