@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from fastkd.kernels._common import LOG2E, cdiv, float64, launching_on, round_to
 from torch import Tensor
+
+from fastkd.kernels._common import LOG2E, cdiv, float64, launching_on, round_to
 
 
 class Blocks(NamedTuple):

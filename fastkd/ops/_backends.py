@@ -11,6 +11,7 @@ import importlib
 import os
 import threading
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "softmax_kl": ("reference", "cpu", "triton", "cuda"),
     "relation": ("reference", "cpu"),
-    "pixel_word": ("reference", "cpu"),
+    "pixel_word": ("reference", "cpu", "triton"),
 }
 """The backends each family has. A family gains one by a row here and the files of the same name on the lower floors."""
 
@@ -39,6 +40,9 @@ MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048, ("pixel
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What the compiled kernels accept; under ``"auto"`` any other floating dtype goes to the reference."""
+
+LACKS_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {("pixel_word", "triton"): (torch.float64,)}
+"""(family, backend) -> which of these its kernels have no arithmetic for."""
 
 _lock = threading.RLock()
 _reasons: dict[tuple[str, str | None, str | None], str | None] = {}  # (backend, family, device) -> reason, None = works
@@ -65,8 +69,15 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
         limit = MIN_ELEMENTS.get((family, student.device.type), 0)
         if student.numel() < limit:  # a branch: torch.compile guards on the comparison, not on the size
             small = True
-    kernel_dtypes = all(x.dtype in KERNEL_DTYPES for x in (student, *others))
-    return _resolve(family, backend, student.device.type, student.device.index, kernel_dtypes, small)
+    dtypes = [x.dtype for x in (student, *others)]
+    kernel_dtypes = all(dtype in KERNEL_DTYPES for dtype in dtypes)
+    lacking = tuple(b for b in IMPLEMENTED[family] if not _takes(family, b, dtypes))
+    return _resolve(family, backend, student.device.type, student.device.index, kernel_dtypes, lacking, small)
+
+
+def _takes(family: str, backend: str, dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether the kernels have the arithmetic that these inputs want."""
+    return not any(dtype in LACKS_DTYPES.get((family, backend), ()) for dtype in dtypes)
 
 
 def why_not(backend: str, family: str | None = None, device: str | torch.device | None = None) -> str | None:
@@ -98,7 +109,13 @@ def why_not(backend: str, family: str | None = None, device: str | torch.device 
 
 @constant_result
 def _resolve(
-    family: str, backend: str, device_type: str, device_index: int | None, kernel_dtypes: bool, small: bool
+    family: str,
+    backend: str,
+    device_type: str,
+    device_index: int | None,
+    kernel_dtypes: bool,
+    lacking: tuple[str, ...],
+    small: bool,
 ) -> str:
     """:func:`choose` on plain values: under torch.compile its answer is a constant of the compiled graph."""
     exist = IMPLEMENTED[family]
@@ -112,7 +129,7 @@ def _resolve(
         if wish in exist:  # a family without that backend goes on as usual
             asked, said = wish, f"FASTKD_BACKEND={wish}"
     if asked == "auto":
-        return _prefer(family, device_type, device, kernel_dtypes, small)
+        return _prefer(family, device_type, device, kernel_dtypes, lacking, small)
     if asked not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if asked not in exist:
@@ -124,18 +141,25 @@ def _resolve(
     if not kernel_dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
         raise BackendUnavailable(f"{said}: the kernels take {names}; convert the inputs or use backend='reference'")
+    if asked in lacking:
+        names = ", ".join(str(d).removeprefix("torch.") for d in LACKS_DTYPES[family, asked])
+        raise BackendUnavailable(
+            f"{said}: {family} has no {asked} kernels for {names}; convert the inputs or use backend='reference'"
+        )
     reason = _misplaced(asked, device_type) or why_not(asked, family, device)
     if reason is not None:
         raise BackendUnavailable(f"{said} cannot run {family} on {device}: {reason}. backend='reference' always works.")
     return asked
 
 
-def _prefer(family: str, device_type: str, device: str, kernel_dtypes: bool, small: bool) -> str:
+def _prefer(
+    family: str, device_type: str, device: str, kernel_dtypes: bool, lacking: tuple[str, ...], small: bool
+) -> str:
     """What "auto" means: the first preferred backend that works; one warning for each that ought to and doesn't."""
     if small or not kernel_dtypes:
         return "reference"
     for name in PREFERENCE.get(device_type, ()):
-        if name not in IMPLEMENTED[family]:
+        if name not in IMPLEMENTED[family] or name in lacking:
             continue
         reason = why_not(name, family, device)
         if reason is None:

@@ -1,0 +1,239 @@
+"""What the forward and the backward of ``pixel_word`` share: block sizes, tiles of pixels × words, their softmaxes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.kernels._common import LOG2E, cdiv
+
+PIXEL_TO_WORD = tl.constexpr(1)
+WORD_TO_PIXEL = tl.constexpr(2)
+PIXEL_PIXEL = tl.constexpr(4)
+WORD_WORD = tl.constexpr(8)
+SECOND_ORDER = tl.constexpr(12)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN."""
+NORM_FLOOR = tl.constexpr(1e-12)
+"""A row of features that is not longer has no direction: it is divided by this, and gets no gradient."""
+
+MOST_WORDS = 128
+"""More would not fit a program's registers."""
+
+PROGRAMS = 528
+"""How many programs a launch is cut into, about: four for each of 132 multiprocessors."""
+
+MOST_SUMS = 64
+"""At most so many programs share a sample, since ``merge_kernel`` adds up what each has written."""
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: ``pixels`` × all words at a time, ``columns`` features at a time, by ``warps`` warps.
+
+    Of matrices of words × words only ``slab`` columns are in registers at a time.
+    """
+
+    pixels: int
+    columns: int
+    warps: int
+    stages: int
+    slab: int
+
+
+def padded(words: int) -> int:
+    """TP: a power of two, and at least what a tensor core takes."""
+    return max(16, triton.next_power_of_2(words))
+
+
+def blocks_for(words: int, half: bool) -> Blocks:
+    """The blocks of the kernels that go over the pixels, for a padded number of words and products of 16 bits or not."""
+    if words <= 32:
+        return Blocks(64, 64 if half else 32, 4, 3, words)
+    if words <= 64:
+        return Blocks(64, 64 if half else 32, 8, 3, words)
+    return Blocks(64, 64 if half else 32, 8, 2, 32)
+
+
+def backward_blocks_for(words: int, half: bool) -> Blocks:
+    """The same for the kernels of the backward."""
+    if words <= 32:
+        return Blocks(64, 64 if half else 32, 4, 2, words)
+    if words <= 64:
+        return Blocks(64, 64 if half else 32, 8, 2, words)
+    return Blocks(64, 32, 8, 2, 32)
+
+
+class Network(NamedTuple):
+    """Student or teacher, as the kernels are given it."""
+
+    pixels: Tensor | None  # (B, N, D), strides of which one but the batch's is 1; the logits (B, N, T) without words
+    words: Tensor | None  # (B, T, D), any strides
+    word_mask: Tensor | None  # (B, T) contiguous
+    word_count: int
+    scale: float
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """The strides of three dimensions, or zeros."""
+    return (0, 0, 0) if x is None else x.stride()  # type: ignore[return-value]
+
+
+def cut(pixels: int, block: int, batch: int, most: int) -> tuple[int, int]:
+    """Blocks to a program, and programs to a sample."""
+    blocks = cdiv(pixels, block)
+    each = cdiv(blocks, min(most, cdiv(PROGRAMS, batch)))
+    return each, cdiv(blocks, each)
+
+
+def features(network: Network) -> tuple[Any, ...]:
+    """A network as ``forward_kernel`` takes it."""
+    width = network.pixels.shape[2] if network.pixels is not None else 0
+    return (
+        network.pixels,
+        *strides(network.pixels),
+        network.words,
+        *strides(network.words),
+        network.word_mask,
+        network.word_count,
+        width,
+        network.scale,
+    )
+
+
+def logits_of(network: Network, logits: Tensor | None, row: int) -> tuple[Any, ...]:
+    """A network's logits as the other kernels take them: its own, or those that begin at ``row`` of the kept ones."""
+    own = network.pixels if logits is None else logits[:, row:].mT
+    return own, *strides(own), network.word_mask, network.word_count, network.scale
+
+
+def product_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What features are multiplied in: their own dtype if it is one of 16 bits and the same throughout, else fp32."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles of pixels × words.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def valid_words(mask_ptr, sample, count, j):
+    """Which of the words ``j`` a network has and has not masked."""
+    here = j < count
+    if mask_ptr is not None:
+        here = tl.load(mask_ptr + sample * count + j, mask=here, other=0) != 0
+    return here
+
+
+@triton.jit
+def valid_pixels(mask_ptr, sample, n, count):
+    """Which of the pixels ``n`` exist and are not masked."""
+    here = n < count
+    if mask_ptr is not None:
+        here = tl.load(mask_ptr + sample * count + n, mask=here, other=0) != 0
+    return here
+
+
+@triton.jit
+def load_logits(ptr, stride_n, stride_t, n, j, pixel_ok, word_ok):
+    """M of the pixels ``n`` and the words ``j`` from memory; 0 where masked."""
+    at = ptr + n[:, None] * stride_n + j.to(tl.int64)[None, :] * stride_t
+    return tl.load(at, mask=pixel_ok[:, None] & word_ok[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def compute_logits(
+    pixels_ptr, stride_n, stride_d, words_ptr, stride_t, words_stride_d, n, pixel_ok, word_ok, width,
+    BN: tl.constexpr, TP: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    """M = V Lᵀ, or the cosines; and |V|. Masked rows are loaded as 0, whatever they hold: they have M = 0."""
+    m = tl.zeros((BN, TP), tl.float32)
+    square_v = tl.zeros((BN,), tl.float32)
+    square_l = tl.zeros((TP,), tl.float32)
+    j = tl.arange(0, TP).to(tl.int64)
+    for start in range(0, width, BD):
+        d = start + tl.arange(0, BD)
+        here = d < width
+        d = d.to(tl.int64)
+        v = tl.load(
+            pixels_ptr + n[:, None] * stride_n + d[None, :] * stride_d,
+            mask=pixel_ok[:, None] & here[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            words_ptr + d[:, None] * words_stride_d + j[None, :] * stride_t,
+            mask=here[:, None] & word_ok[None, :],
+            other=0.0,
+        )
+        m = tl.dot(v.to(DOT), w.to(DOT), m, input_precision="tf32x3")
+        if COSINE:
+            v = v.to(tl.float32)
+            w = w.to(tl.float32)
+            square_v += tl.sum(v * v, axis=1)
+            square_l += tl.sum(w * w, axis=0)
+    norm = tl.sqrt(square_v)
+    if COSINE:
+        m = m * (1.0 / tl.maximum(norm, NORM_FLOOR))[:, None]
+        m = m * (1.0 / tl.maximum(tl.sqrt(square_l), NORM_FLOOR))[None, :]
+    return m, norm
+
+
+@triton.jit
+def attention(m, valid, scale):
+    """The softmax over words of u, u less its maximum, that maximum of M, and the sum z. Masked: probability 0."""
+    top = tl.max(tl.where(valid, m, float("-inf")), axis=1)
+    u = (m - top[:, None]) * scale
+    e = tl.where(valid, tl.exp2(u * LOG2E), 0.0)
+    z = tl.sum(e, axis=1)
+    a = tl.where(valid, e * (1.0 / z)[:, None], 0.0)
+    return a, u, top, z
+
+
+@triton.jit
+def attention_slab(m, top, z, valid, scale):
+    """Some columns of the same softmax."""
+    return tl.where(valid, tl.exp2((m - top[:, None]) * scale * LOG2E) * (1.0 / z)[:, None], 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The KL over pixels, word by word. Of a set of pixels it takes, for either network, the maximum m of M, z = Σ e^{u − s m},
+# and a = Σ e^{u_T − s m_T} ((u_T − s m_T) − (u_S − s m_S)); then
+#
+#     KL = a/z_T − log z_T + log z_S.
+#
+# Two sets are one by moving both to the larger maxima; moved by h_S, h_T ≤ 0, a becomes e^{h_T} (a + z_T (h_T − h_S)).
+# All is relative to the maxima, so that logits of 1e4 keep their digits. Where e^{h_T} z_T is 0, so is the summand,
+# although h_T − h_S may be infinite: 0·log 0 = 0.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def columns_of(m_s, m_t, valid_s, valid_t, scale_s, scale_t):
+    """(m_S, z_S, m_T, z_T, a) of one block of pixels."""
+    top_s = tl.maximum(tl.max(tl.where(valid_s, m_s, float("-inf")), axis=0), LOWEST)
+    top_t = tl.maximum(tl.max(tl.where(valid_t, m_t, float("-inf")), axis=0), LOWEST)
+    u_s = (m_s - top_s[None, :]) * scale_s
+    u_t = (m_t - top_t[None, :]) * scale_t
+    e_s = tl.where(valid_s, tl.exp2(u_s * LOG2E), 0.0)
+    e_t = tl.where(valid_t, tl.exp2(u_t * LOG2E), 0.0)
+    a = tl.sum(tl.where(e_t == 0.0, 0.0, e_t * (u_t - u_s)), axis=0)
+    return top_s, tl.sum(e_s, axis=0), top_t, tl.sum(e_t, axis=0), a
+
+
+@triton.jit
+def moved(z_s, z_t, a, h_s, h_t):
+    """z_S, z_T and a relative to maxima that are larger by −h."""
+    w = tl.exp2(h_t * LOG2E)
+    moved_a = tl.where(w * z_t == 0.0, 0.0, w * (a + z_t * (h_t - h_s)))
+    return z_s * tl.exp2(h_s * LOG2E), w * z_t, moved_a
+
+
+@triton.jit
+def merged(m_s, z_s, m_t, z_t, a, n_s, y_s, n_t, y_t, c, scale_s, scale_t):
+    """Two sets of pixels as one."""
+    top_s = tl.maximum(m_s, n_s)
+    top_t = tl.maximum(m_t, n_t)
+    z_s, z_t, a = moved(z_s, z_t, a, (m_s - top_s) * scale_s, (m_t - top_t) * scale_t)
+    y_s, y_t, c = moved(y_s, y_t, c, (n_s - top_s) * scale_s, (n_t - top_t) * scale_t)
+    return top_s, z_s + y_s, top_t, z_t + y_t, a + c

@@ -1,0 +1,450 @@
+r"""``pixel_word`` in Triton, forward: how two networks' pixels attend to words, in one pass over the pixels.
+
+Of one sample: logits M (pixels × words) of student and teacher, given or M = V Lᵀ (or the cosines of V and L), u = s·M
+with the scale s = 1/τ (1/(τ√D) for the scaled product); A and B are the softmaxes over words of u_S and u_T, Q_S and
+Q_T those over pixels, D = A − B; n valid pixels, t valid words. The four losses are
+
+.. math:: \tfrac1n \sum_p \mathrm{KL}(B_p \| A_p), \quad \tfrac1t \sum_j \mathrm{KL}(Q_{T,j} \| Q_{S,j}), \quad
+          \|AA^T - BB^T\|_F^2 / n^2, \quad \|A^TA - B^TB\|_F^2 / n^2 .
+
+The second two come of three words × words matrices G = AᵀA, K = DᵀA, E = DᵀD, each with a factor D where a difference is
+due, so that nothing cancels as the student nears the teacher: BᵀD = Kᵀ − E, BᵀB = G − K − Kᵀ + E, and
+
+.. math:: \|AA^T - BB^T\|^2 = \langle G + B^TB, E\rangle + 2 \sum_{ij} K_{ij} (B^TD)_{ij}, \quad
+          \|A^TA - B^TB\|^2 = \|W\|^2, \; W = K + K^T - E .
+
+Words are padded to a power of two, ``TP``. A word that one network lacks or has masked is one to which it attends with
+probability 0. Arithmetic is fp32: features of 16 bits are multiplied as they are and summed in fp32, all other products
+are of three TF32 products each. No atomics: every program writes its sums, which ``merge_kernel`` adds in order. The
+backward is in ``pixel_word_backward.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.kernels._common import INTERPRETED, launching_on
+from fastkd.kernels._pixel_word import (
+    LOWEST,
+    MOST_SUMS,
+    PIXEL_PIXEL,
+    PIXEL_TO_WORD,
+    SECOND_ORDER,
+    WORD_TO_PIXEL,
+    WORD_WORD,
+    Network,
+    attention,
+    attention_slab,
+    blocks_for,
+    columns_of,
+    compute_logits,
+    cut,
+    features,
+    logits_of,
+    load_logits,
+    merged,
+    moved,
+    padded,
+    product_dtype,
+    valid_pixels,
+    valid_words,
+)
+
+DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+if INTERPRETED:  # numpy has no products of bfloat16; those of 16 bits are exact in fp32 anyway
+    DOT = dict.fromkeys(DOT, tl.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pass over the pixels. A program takes one run of pixels of one sample; every feature is read once. What it writes
+# of its pixels, SIZE floats: m_S, z_S, m_T, z_T, a by word, the sum of the KLs over words, and from 8·TP on G, K, E.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["student_count", "teacher_count", "each", "programs"])
+def forward_kernel(
+    student_ptr,  # (B, N, D) features, or the logits (B, N, T) where there are no words
+    student_stride_b,
+    student_stride_n,
+    student_stride_d,
+    student_words_ptr,  # (B, T, D), or None
+    student_words_stride_b,
+    student_words_stride_t,
+    student_words_stride_d,
+    student_mask_ptr,  # (B, T), or None
+    student_count,  # T
+    student_width,  # D
+    student_scale,
+    teacher_ptr,
+    teacher_stride_b,
+    teacher_stride_n,
+    teacher_stride_d,
+    teacher_words_ptr,
+    teacher_words_stride_b,
+    teacher_words_stride_t,
+    teacher_words_stride_d,
+    teacher_mask_ptr,
+    teacher_count,
+    teacher_width,
+    teacher_scale,
+    pixel_mask_ptr,  # (B, N), or None
+    logits_ptr,  # (B, T_S + T_T, N) to be written, or None
+    norms_ptr,  # (B, N) to be written, or None
+    partials_ptr,  # (B, programs, SIZE)
+    pixels,  # N
+    each,  # blocks of pixels to a program
+    programs,
+    BN: tl.constexpr,
+    TP: tl.constexpr,
+    BD: tl.constexpr,
+    DOT: tl.constexpr,  # what features are multiplied in
+    TERMS: tl.constexpr,  # without the second order: its matrices are grams_kernel's
+    COSINE: tl.constexpr,
+):
+    """First-order sums, G, K, E, and the logits, of ``each`` blocks of pixels."""
+    sample = tl.program_id(0).to(tl.int64)
+    student_ptr += sample * student_stride_b
+    teacher_ptr += sample * teacher_stride_b
+    if student_words_ptr is not None:
+        student_words_ptr += sample * student_words_stride_b
+        teacher_words_ptr += sample * teacher_words_stride_b
+    j = tl.arange(0, TP)
+    student_words = valid_words(student_mask_ptr, sample, student_count, j)
+    teacher_words = valid_words(teacher_mask_ptr, sample, teacher_count, j)
+
+    kl = tl.zeros((BN,), tl.float32)
+    m_s = tl.full((TP,), LOWEST, tl.float32)
+    m_t = tl.full((TP,), LOWEST, tl.float32)
+    z_s = tl.zeros((TP,), tl.float32)
+    z_t = tl.zeros((TP,), tl.float32)
+    c = tl.zeros((TP,), tl.float32)
+    g = tl.zeros((TP, TP), tl.float32)
+    k = tl.zeros((TP, TP), tl.float32)
+    e = tl.zeros((TP, TP), tl.float32)
+
+    first = tl.program_id(1) * each
+    for block in range(first, tl.minimum(first + each, tl.cdiv(pixels, BN))):
+        n = (block * BN + tl.arange(0, BN)).to(tl.int64)
+        pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
+        if student_words_ptr is None:
+            x = load_logits(student_ptr, student_stride_n, student_stride_d, n, j, pixel_ok, student_words)
+            y = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_d, n, j, pixel_ok, teacher_words)
+        else:
+            x, norm = compute_logits(
+                student_ptr, student_stride_n, student_stride_d, student_words_ptr, student_words_stride_t,
+                student_words_stride_d, n, pixel_ok, student_words, student_width, BN, TP, BD, DOT, COSINE,
+            )  # fmt: skip
+            y, _ = compute_logits(
+                teacher_ptr, teacher_stride_n, teacher_stride_d, teacher_words_ptr, teacher_words_stride_t,
+                teacher_words_stride_d, n, pixel_ok, teacher_words, teacher_width, BN, TP, BD, DOT, COSINE,
+            )  # fmt: skip
+            if norms_ptr is not None:
+                tl.store(norms_ptr + sample * pixels + n, norm, mask=n < pixels)
+            if logits_ptr is not None:
+                kept = logits_ptr + sample * (student_count + teacher_count) * pixels + n[:, None]
+                there = (n < pixels)[:, None]
+                row = j.to(tl.int64)[None, :] * pixels
+                tl.store(kept + row, x, mask=there & (j < student_count)[None, :])
+                kept += student_count.to(tl.int64) * pixels
+                tl.store(kept + row, y, mask=there & (j < teacher_count)[None, :])
+
+        valid_s = pixel_ok[:, None] & student_words[None, :]
+        valid_t = pixel_ok[:, None] & teacher_words[None, :]
+        if WORD_TO_PIXEL & TERMS:
+            n_s, y_s, n_t, y_t, d_c = columns_of(x, y, valid_s, valid_t, student_scale, teacher_scale)
+            m_s, z_s, m_t, z_t, c = merged(
+                m_s, z_s, m_t, z_t, c, n_s, y_s, n_t, y_t, d_c, student_scale, teacher_scale
+            )  # fmt: skip
+        if (PIXEL_TO_WORD | SECOND_ORDER) & TERMS:
+            a, u_s, _, sum_s = attention(x, valid_s, student_scale)
+            b, u_t, _, sum_t = attention(y, valid_t, teacher_scale)
+            if PIXEL_TO_WORD & TERMS:
+                row = tl.sum(tl.where(b == 0.0, 0.0, b * (u_t - u_s)), axis=1) + tl.log(sum_s / sum_t)
+                kl += tl.where(pixel_ok, row, 0.0)
+            if SECOND_ORDER & TERMS:
+                d = a - b
+                a_t = tl.trans(a)
+                d_t = tl.trans(d)
+                g = tl.dot(a_t, a, g, input_precision="tf32x3")
+                k = tl.dot(d_t, a, k, input_precision="tf32x3")
+                e = tl.dot(d_t, d, e, input_precision="tf32x3")
+
+    SIZE: tl.constexpr = 8 * TP + 3 * TP * TP
+    mine = partials_ptr + (sample * programs + tl.program_id(1)) * SIZE
+    if WORD_TO_PIXEL & TERMS:
+        tl.store(mine + j, m_s)
+        tl.store(mine + TP + j, z_s)
+        tl.store(mine + 2 * TP + j, m_t)
+        tl.store(mine + 3 * TP + j, z_t)
+        tl.store(mine + 4 * TP + j, c)
+    if PIXEL_TO_WORD & TERMS:
+        tl.store(mine + 5 * TP, tl.sum(kl, axis=0))
+    if SECOND_ORDER & TERMS:
+        at = mine + 8 * TP + j[:, None] * TP + j[None, :]
+        tl.store(at, g)
+        tl.store(at + TP * TP, k)
+        tl.store(at + 2 * TP * TP, e)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# G, K, E of many words, from the logits in memory: more words × words than a program's registers hold, hence SLAB columns
+# to a program.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["student_count", "teacher_count", "each", "programs"])
+def grams_kernel(
+    student_ptr,  # logits (B, N, T), any strides
+    student_stride_b,
+    student_stride_n,
+    student_stride_t,
+    student_mask_ptr,
+    student_count,
+    student_scale,
+    teacher_ptr,
+    teacher_stride_b,
+    teacher_stride_n,
+    teacher_stride_t,
+    teacher_mask_ptr,
+    teacher_count,
+    teacher_scale,
+    pixel_mask_ptr,
+    partials_ptr,
+    pixels,
+    each,
+    programs,
+    BN: tl.constexpr,
+    TP: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    """``SLAB`` columns of G, K and E of ``each`` blocks of pixels."""
+    sample = tl.program_id(0).to(tl.int64)
+    student_ptr += sample * student_stride_b
+    teacher_ptr += sample * teacher_stride_b
+    j = tl.arange(0, TP)
+    student_words = valid_words(student_mask_ptr, sample, student_count, j)
+    teacher_words = valid_words(teacher_mask_ptr, sample, teacher_count, j)
+    i = tl.program_id(2) * SLAB + tl.arange(0, SLAB)
+    g = tl.zeros((TP, SLAB), tl.float32)
+    k = tl.zeros((TP, SLAB), tl.float32)
+    e = tl.zeros((TP, SLAB), tl.float32)
+    student_slab = valid_words(student_mask_ptr, sample, student_count, i)
+    teacher_slab = valid_words(teacher_mask_ptr, sample, teacher_count, i)
+
+    first = tl.program_id(1) * each
+    for block in range(first, tl.minimum(first + each, tl.cdiv(pixels, BN))):
+        n = (block * BN + tl.arange(0, BN)).to(tl.int64)
+        pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
+        x = load_logits(student_ptr, student_stride_n, student_stride_t, n, j, pixel_ok, student_words)
+        y = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_t, n, j, pixel_ok, teacher_words)
+        a, _, top_s, sum_s = attention(x, pixel_ok[:, None] & student_words[None, :], student_scale)
+        b, _, top_t, sum_t = attention(y, pixel_ok[:, None] & teacher_words[None, :], teacher_scale)
+        x = load_logits(student_ptr, student_stride_n, student_stride_t, n, i, pixel_ok, student_slab)
+        y = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_t, n, i, pixel_ok, teacher_slab)
+        some_a = attention_slab(x, top_s, sum_s, pixel_ok[:, None] & student_slab[None, :], student_scale)
+        some_b = attention_slab(y, top_t, sum_t, pixel_ok[:, None] & teacher_slab[None, :], teacher_scale)
+        d_t = tl.trans(a - b)
+        g = tl.dot(tl.trans(a), some_a, g, input_precision="tf32x3")
+        k = tl.dot(d_t, some_a, k, input_precision="tf32x3")
+        e = tl.dot(d_t, some_a - some_b, e, input_precision="tf32x3")
+
+    SIZE: tl.constexpr = 8 * TP + 3 * TP * TP
+    at = partials_ptr + (sample * programs + tl.program_id(1)) * SIZE + 8 * TP + j[:, None] * TP + i[None, :]
+    tl.store(at, g)
+    tl.store(at + TP * TP, k)
+    tl.store(at + 2 * TP * TP, e)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the programs wrote of a sample, added up in their order; the losses; and for the backward the maxima and sums of
+# the columns, and G, K, E. FLAT entries of the matrices at a time, 1024 of them being whole rows of all.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["pixels", "student_count", "programs", "words"])
+def merge_kernel(
+    partials_ptr,  # (B, programs, SIZE)
+    valid_ptr,  # (B,) numbers of valid pixels, or None
+    student_mask_ptr,
+    loss_ptr,  # (B, 4)
+    columns_ptr,  # (B, 4, T): m_S, z_S, m_T, z_T, to be written, or None
+    grams_ptr,  # (B, 3, words, words): G, K, E, to be written, or None
+    pixels,
+    student_count,
+    words,  # the larger of both counts
+    programs,
+    student_scale,
+    teacher_scale,
+    TP: tl.constexpr,
+    TERMS: tl.constexpr,
+    MOST: tl.constexpr,  # ≥ programs
+):
+    """One sample's sums, merged."""
+    sample = tl.program_id(0).to(tl.int64)
+    SIZE: tl.constexpr = 8 * TP + 3 * TP * TP
+    partials_ptr += sample * programs * SIZE
+    loss_ptr += sample * 4
+    n = pixels.to(tl.float32)
+    if valid_ptr is not None:
+        n = tl.load(valid_ptr + sample)
+
+    pixel_to_word = 0.0
+    if PIXEL_TO_WORD & TERMS:
+        p = tl.arange(0, MOST)
+        pixel_to_word = tl.sum(tl.load(partials_ptr + p * SIZE + 5 * TP, mask=p < programs, other=0.0), axis=0) / n
+    tl.store(loss_ptr, pixel_to_word)
+
+    word_to_pixel = 0.0
+    if WORD_TO_PIXEL & TERMS:
+        j = tl.arange(0, TP)
+        m_s = tl.full((TP,), LOWEST, tl.float32)
+        m_t = tl.full((TP,), LOWEST, tl.float32)
+        z_s = tl.zeros((TP,), tl.float32)
+        z_t = tl.zeros((TP,), tl.float32)
+        c = tl.zeros((TP,), tl.float32)
+        SOME: tl.constexpr = 16
+        for start in range(0, programs, SOME):
+            p = start + tl.arange(0, SOME)
+            at = partials_ptr + p[:, None] * SIZE + j[None, :]
+            here = (p < programs)[:, None]
+            n_s = tl.load(at, mask=here, other=LOWEST)
+            y_s = tl.load(at + TP, mask=here, other=0.0)
+            n_t = tl.load(at + 2 * TP, mask=here, other=LOWEST)
+            y_t = tl.load(at + 3 * TP, mask=here, other=0.0)
+            d = tl.load(at + 4 * TP, mask=here, other=0.0)
+            top_s = tl.max(n_s, axis=0)
+            top_t = tl.max(n_t, axis=0)
+            h_s = (n_s - top_s[None, :]) * student_scale
+            h_t = (n_t - top_t[None, :]) * teacher_scale
+            y_s, y_t, d = moved(y_s, y_t, d, h_s, h_t)
+            m_s, z_s, m_t, z_t, c = merged(
+                m_s, z_s, m_t, z_t, c, top_s, tl.sum(y_s, axis=0), top_t, tl.sum(y_t, axis=0), tl.sum(d, axis=0),
+                student_scale, teacher_scale,
+            )  # fmt: skip
+        ok = valid_words(student_mask_ptr, sample, student_count, j)
+        kl = c / z_t + tl.log(z_s / z_t)
+        word_to_pixel = tl.sum(tl.where(ok, kl, 0.0), axis=0) / tl.sum(ok.to(tl.float32), axis=0)
+        if columns_ptr is not None:
+            at = columns_ptr + sample * 4 * student_count + j
+            here = j < student_count
+            tl.store(at, m_s, mask=here)
+            tl.store(at + student_count, z_s, mask=here)
+            tl.store(at + 2 * student_count, m_t, mask=here)
+            tl.store(at + 3 * student_count, z_t, mask=here)
+    tl.store(loss_ptr + 1, word_to_pixel)
+
+    pixel_pixel = 0.0
+    word_word = 0.0
+    if SECOND_ORDER & TERMS:
+        FLAT: tl.constexpr = 1024 if TP >= 32 else TP * TP
+        SOME_GRAMS: tl.constexpr = 4
+        pp = tl.zeros((FLAT,), tl.float32)
+        ww = tl.zeros((FLAT,), tl.float32)
+        for start in range(0, TP * TP, FLAT):
+            entry = start + tl.arange(0, FLAT)
+            row = entry // TP
+            column = entry % TP
+            g = tl.zeros((FLAT,), tl.float32)
+            k = tl.zeros((FLAT,), tl.float32)
+            k_t = tl.zeros((FLAT,), tl.float32)
+            e = tl.zeros((FLAT,), tl.float32)
+            for p0 in range(0, programs, SOME_GRAMS):
+                p = p0 + tl.arange(0, SOME_GRAMS)
+                here = (p < programs)[:, None]
+                base = partials_ptr + p[:, None] * SIZE + 8 * TP
+                at = base + entry[None, :]
+                g += tl.sum(tl.load(at, mask=here, other=0.0), axis=0)
+                k += tl.sum(tl.load(at + TP * TP, mask=here, other=0.0), axis=0)
+                e += tl.sum(tl.load(at + 2 * TP * TP, mask=here, other=0.0), axis=0)
+                turned = base + TP * TP + (column * TP + row)[None, :]
+                k_t += tl.sum(tl.load(turned, mask=here, other=0.0), axis=0)
+            w = k + k_t - e
+            pp += (g + (g - w)) * e + 2 * k * (k_t - e)
+            ww += w * w
+            if grams_ptr is not None:
+                at = grams_ptr + (sample * 3 * words + row) * words + column
+                here = (row < words) & (column < words)
+                tl.store(at, g, mask=here)
+                tl.store(at + words * words, k, mask=here)
+                tl.store(at + 2 * words * words, e, mask=here)
+        if PIXEL_PIXEL & TERMS:
+            pixel_pixel = tl.sum(pp, axis=0) / (n * n)
+        if WORD_WORD & TERMS:
+            word_word = tl.sum(ww, axis=0) / (n * n)
+    tl.store(loss_ptr + 2, pixel_pixel)
+    tl.store(loss_ptr + 3, word_word)
+
+
+def forward(
+    student: Network,
+    teacher: Network,
+    pixel_mask: Tensor | None,
+    valid: Tensor | None,
+    cosine: bool,
+    terms: int,
+    kept: Any,
+    loss: Tensor,
+) -> None:
+    """Fill ``loss`` (B, 4), and of ``kept`` (logits, norms, columns, grams) what is not empty."""
+    assert student.pixels is not None and teacher.pixels is not None
+    logits, norms, columns, grams = (x if x.numel() else None for x in kept)
+    batch, pixels = student.pixels.shape[:2]
+    words = padded(max(student.word_count, teacher.word_count))
+    dot = product_dtype(student.pixels, student.words, teacher.pixels, teacher.words)
+    blocks = blocks_for(words, dot != torch.float32)
+    each, programs = cut(pixels, blocks.pixels, batch, MOST_SUMS)
+    partials = loss.new_empty((batch, programs, 8 * words + 3 * words * words))
+    later = words > blocks.slab and bool(terms & SECOND_ORDER.value)
+    if later and logits is None and student.words is not None:
+        logits = loss.new_empty((batch, student.word_count + teacher.word_count, pixels))
+    with launching_on(loss):
+        forward_kernel[(batch, programs)](
+            *features(student),
+            *features(teacher),
+            pixel_mask,
+            logits,
+            norms,
+            partials,
+            pixels,
+            each,
+            programs,
+            BN=blocks.pixels,
+            TP=words,
+            BD=blocks.columns,
+            DOT=DOT[dot],
+            TERMS=terms & ~SECOND_ORDER.value if later else terms,
+            COSINE=cosine,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+        if later:
+            grams_kernel[(batch, programs, words // blocks.slab)](
+                *logits_of(student, logits, 0),
+                *logits_of(teacher, logits, student.word_count),
+                pixel_mask,
+                partials,
+                pixels,
+                each,
+                programs,
+                BN=blocks.pixels,
+                TP=words,
+                SLAB=blocks.slab,
+                num_warps=blocks.warps,
+            )
+        merge_kernel[(batch,)](
+            partials,
+            valid,
+            student.word_mask,
+            loss,
+            columns,
+            grams,
+            pixels,
+            student.word_count,
+            max(student.word_count, teacher.word_count),
+            programs,
+            student.scale,
+            teacher.scale,
+            TP=words,
+            TERMS=terms,
+            MOST=MOST_SUMS,
+            num_warps=8,
+        )
