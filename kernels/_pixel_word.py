@@ -32,16 +32,12 @@ MOST_SUMS = 64
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut: ``pixels`` × all words at a time, ``columns`` features at a time, by ``warps`` warps.
-
-    Of matrices of words × words only ``slab`` columns are in registers at a time.
-    """
+    """How a kernel is cut: ``pixels`` at a time; ``columns`` features, or columns of a matrix of words, at a time."""
 
     pixels: int
     columns: int
     warps: int
-    stages: int
-    slab: int
+    stages: int = 3
 
 
 def padded(words: int) -> int:
@@ -49,22 +45,35 @@ def padded(words: int) -> int:
     return max(16, triton.next_power_of_2(words))
 
 
-def blocks_for(words: int, half: bool) -> Blocks:
-    """The blocks of the kernels that go over the pixels, for a padded number of words and products of 16 bits or not."""
-    if words <= 32:
-        return Blocks(64, 64 if half else 32, 4, 3, words)
-    if words <= 64:
-        return Blocks(64, 64 if half else 32, 8, 3, words)
-    return Blocks(64, 64 if half else 32, 8, 2, 32)
+# Chosen by what the kernels compile to on every chip (benchmarks/aot.py): no spills, and shared memory for more than one
+# program.
+def logits_blocks(words: int, half: bool) -> Blocks:
+    """Of ``logits_kernel``, for TP words and products of 16 bits or not."""
+    return Blocks(64, 64 if half else 32, 4 if words <= 64 else 8)
 
 
-def backward_blocks_for(words: int, half: bool) -> Blocks:
-    """The same for the kernels of the backward."""
-    if words <= 32:
-        return Blocks(64, 64 if half else 32, 4, 2, words)
-    if words <= 64:
-        return Blocks(64, 64 if half else 32, 8, 2, words)
-    return Blocks(64, 32, 8, 2, 32)
+def terms_blocks(words: int) -> Blocks:
+    """Of ``terms_kernel`` and ``grams_kernel``."""
+    return Blocks(32, min(words, 64), 4 if words <= 32 else 8)
+
+
+def gradient_blocks(words: int) -> Blocks:
+    """Of ``gradient_kernel``."""
+    return Blocks(32, min(words, 64), 4 if words <= 32 else 8)
+
+
+def pixels_blocks(words: int, half: bool) -> Blocks:
+    """Of ``pixels_kernel``."""
+    return Blocks(64, 64 if half else 32, 4 if words <= 32 else 8)
+
+
+def words_blocks(words: int, half: bool) -> Blocks:
+    """Of ``words_kernel``."""
+    return Blocks(64, 64 if half else 32, 4 if words <= 32 else 8)
+
+
+MERGE = Blocks(0, 0, 8)
+MERGE_WORDS = Blocks(0, 128, 4)
 
 
 class Network(NamedTuple):
@@ -90,7 +99,7 @@ def cut(pixels: int, block: int, batch: int, most: int) -> tuple[int, int]:
 
 
 def features(network: Network) -> tuple[Any, ...]:
-    """A network as ``forward_kernel`` takes it."""
+    """A network as ``logits_kernel`` takes it."""
     width = network.pixels.shape[2] if network.pixels is not None else 0
     return (
         network.pixels,
@@ -100,7 +109,6 @@ def features(network: Network) -> tuple[Any, ...]:
         network.word_mask,
         network.word_count,
         width,
-        network.scale,
     )
 
 
@@ -146,14 +154,14 @@ def load_logits(ptr, stride_n, stride_t, n, j, pixel_ok, word_ok):
 
 @triton.jit
 def compute_logits(
-    pixels_ptr, stride_n, stride_d, words_ptr, stride_t, words_stride_d, n, pixel_ok, word_ok, width,
+    pixels_ptr, stride_n, stride_d, words_ptr, stride_t, words_stride_d, n, j, pixel_ok, word_ok, width,
     BN: tl.constexpr, TP: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     """M = V Lᵀ, or the cosines; and |V|. Masked rows are loaded as 0, whatever they hold: they have M = 0."""
     m = tl.zeros((BN, TP), tl.float32)
     square_v = tl.zeros((BN,), tl.float32)
     square_l = tl.zeros((TP,), tl.float32)
-    j = tl.arange(0, TP).to(tl.int64)
+    j = j.to(tl.int64)
     for start in range(0, width, BD):
         d = start + tl.arange(0, BD)
         here = d < width
@@ -196,6 +204,36 @@ def attention(m, valid, scale):
 def attention_slab(m, top, z, valid, scale):
     """Some columns of the same softmax."""
     return tl.where(valid, tl.exp2((m - top[:, None]) * scale * LOG2E) * (1.0 / z)[:, None], 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products of numbers in [−1, 1] in three products of fp16: 4096 x = h + l, h and l in fp16, holds x to 2⁻²² and 2⁻³⁶,
+# finer than fp32 knows the difference of two probabilities, in half the registers and instructions of three TF32 products.
+# ---------------------------------------------------------------------------------------------------------------------
+UNIT = tl.constexpr(2.0**-24)
+"""What ``product_of_halves`` counts in."""
+
+
+@triton.jit
+def halves(x):
+    """4096 x in two parts of 16 bits."""
+    x = x * 4096.0
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def product_of_halves(high_x, low_x, high_y, low_y, acc):
+    """x y / UNIT + acc, less the product of what is small in both."""
+    acc = tl.dot(low_x, high_y, acc)
+    acc = tl.dot(high_x, low_y, acc)
+    return tl.dot(high_x, high_y, acc)
+
+
+@triton.jit
+def gram(high_x, low_x, high_y, low_y, acc):
+    """xᵀ y / UNIT + acc."""
+    return product_of_halves(tl.trans(high_x), tl.trans(low_x), high_y, low_y, acc)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,29 +28,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels._common import INTERPRETED, launching_on
+from fastkd.kernels._common import INTERPRETED, cdiv, launching_on
 from fastkd.kernels._pixel_word import (
     LOWEST,
+    MERGE,
     MOST_SUMS,
     PIXEL_PIXEL,
     PIXEL_TO_WORD,
     SECOND_ORDER,
+    UNIT,
     WORD_TO_PIXEL,
     WORD_WORD,
     Network,
     attention,
     attention_slab,
-    blocks_for,
     columns_of,
     compute_logits,
     cut,
     features,
-    logits_of,
+    gram,
+    halves,
     load_logits,
+    logits_blocks,
+    logits_of,
     merged,
     moved,
     padded,
     product_dtype,
+    terms_blocks,
     valid_pixels,
     valid_words,
 )
@@ -61,23 +66,21 @@ if INTERPRETED:  # numpy has no products of bfloat16; those of 16 bits are exact
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pass over the pixels. A program takes one run of pixels of one sample; every feature is read once. What it writes
-# of its pixels, SIZE floats: m_S, z_S, m_T, z_T, a by word, the sum of the KLs over words, and from 8·TP on G, K, E.
+# The logits of features, block of pixels by block of pixels, each feature read once.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["student_count", "teacher_count", "each", "programs"])
-def forward_kernel(
-    student_ptr,  # (B, N, D) features, or the logits (B, N, T) where there are no words
+@triton.jit(do_not_specialize=["student_count", "teacher_count"])
+def logits_kernel(
+    student_ptr,  # V (B, N, D)
     student_stride_b,
     student_stride_n,
     student_stride_d,
-    student_words_ptr,  # (B, T, D), or None
+    student_words_ptr,  # L (B, T, D)
     student_words_stride_b,
     student_words_stride_t,
     student_words_stride_d,
     student_mask_ptr,  # (B, T), or None
     student_count,  # T
     student_width,  # D
-    student_scale,
     teacher_ptr,
     teacher_stride_b,
     teacher_stride_n,
@@ -89,28 +92,77 @@ def forward_kernel(
     teacher_mask_ptr,
     teacher_count,
     teacher_width,
-    teacher_scale,
     pixel_mask_ptr,  # (B, N), or None
-    logits_ptr,  # (B, T_S + T_T, N) to be written, or None
-    norms_ptr,  # (B, N) to be written, or None
-    partials_ptr,  # (B, programs, SIZE)
+    logits_ptr,  # (B, T_S + T_T, N) to be written
+    norms_ptr,  # (B, N) |V_S| to be written, or None
     pixels,  # N
-    each,  # blocks of pixels to a program
-    programs,
     BN: tl.constexpr,
     TP: tl.constexpr,
     BD: tl.constexpr,
     DOT: tl.constexpr,  # what features are multiplied in
-    TERMS: tl.constexpr,  # without the second order: its matrices are grams_kernel's
     COSINE: tl.constexpr,
 ):
-    """First-order sums, G, K, E, and the logits, of ``each`` blocks of pixels."""
+    """M of both networks, of one block of pixels."""
+    sample = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, TP)
+    n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
+    there = (n < pixels)[:, None]
+    logits_ptr += sample * (student_count + teacher_count) * pixels
+    to = logits_ptr + n[:, None] + j.to(tl.int64)[None, :] * pixels
+
+    word_ok = valid_words(student_mask_ptr, sample, student_count, j)
+    m, norm = compute_logits(
+        student_ptr + sample * student_stride_b, student_stride_n, student_stride_d,
+        student_words_ptr + sample * student_words_stride_b, student_words_stride_t, student_words_stride_d,
+        n, j, pixel_ok, word_ok, student_width, BN, TP, BD, DOT, COSINE,
+    )  # fmt: skip
+    tl.store(to, m, mask=there & (j < student_count)[None, :])
+    if norms_ptr is not None:
+        tl.store(norms_ptr + sample * pixels + n, norm, mask=n < pixels)
+
+    word_ok = valid_words(teacher_mask_ptr, sample, teacher_count, j)
+    m, _ = compute_logits(
+        teacher_ptr + sample * teacher_stride_b, teacher_stride_n, teacher_stride_d,
+        teacher_words_ptr + sample * teacher_words_stride_b, teacher_words_stride_t, teacher_words_stride_d,
+        n, j, pixel_ok, word_ok, teacher_width, BN, TP, BD, DOT, COSINE,
+    )  # fmt: skip
+    tl.store(to + student_count.to(tl.int64) * pixels, m, mask=there & (j < teacher_count)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terms. A program takes one run of pixels of one sample. What it writes of them, SIZE floats: m_S, z_S, m_T, z_T, a
+# by word, the sum of the KLs over words, and from 8·TP on G, K, E.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["student_count", "teacher_count", "each", "programs"])
+def terms_kernel(
+    student_ptr,  # M (B, N, T), any strides
+    student_stride_b,
+    student_stride_n,
+    student_stride_t,
+    student_mask_ptr,  # (B, T), or None
+    student_count,
+    student_scale,
+    teacher_ptr,
+    teacher_stride_b,
+    teacher_stride_n,
+    teacher_stride_t,
+    teacher_mask_ptr,
+    teacher_count,
+    teacher_scale,
+    pixel_mask_ptr,  # (B, N), or None
+    partials_ptr,  # (B, programs, SIZE)
+    pixels,
+    each,  # blocks of pixels to a program
+    programs,
+    BN: tl.constexpr,
+    TP: tl.constexpr,
+    TERMS: tl.constexpr,  # without the second order, its matrices are grams_kernel's
+):
+    """First-order sums and G, K, E of ``each`` blocks of pixels."""
     sample = tl.program_id(0).to(tl.int64)
     student_ptr += sample * student_stride_b
     teacher_ptr += sample * teacher_stride_b
-    if student_words_ptr is not None:
-        student_words_ptr += sample * student_words_stride_b
-        teacher_words_ptr += sample * teacher_words_stride_b
     j = tl.arange(0, TP)
     student_words = valid_words(student_mask_ptr, sample, student_count, j)
     teacher_words = valid_words(teacher_mask_ptr, sample, teacher_count, j)
@@ -129,34 +181,14 @@ def forward_kernel(
     for block in range(first, tl.minimum(first + each, tl.cdiv(pixels, BN))):
         n = (block * BN + tl.arange(0, BN)).to(tl.int64)
         pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
-        if student_words_ptr is None:
-            x = load_logits(student_ptr, student_stride_n, student_stride_d, n, j, pixel_ok, student_words)
-            y = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_d, n, j, pixel_ok, teacher_words)
-        else:
-            x, norm = compute_logits(
-                student_ptr, student_stride_n, student_stride_d, student_words_ptr, student_words_stride_t,
-                student_words_stride_d, n, pixel_ok, student_words, student_width, BN, TP, BD, DOT, COSINE,
-            )  # fmt: skip
-            y, _ = compute_logits(
-                teacher_ptr, teacher_stride_n, teacher_stride_d, teacher_words_ptr, teacher_words_stride_t,
-                teacher_words_stride_d, n, pixel_ok, teacher_words, teacher_width, BN, TP, BD, DOT, COSINE,
-            )  # fmt: skip
-            if norms_ptr is not None:
-                tl.store(norms_ptr + sample * pixels + n, norm, mask=n < pixels)
-            if logits_ptr is not None:
-                kept = logits_ptr + sample * (student_count + teacher_count) * pixels + n[:, None]
-                there = (n < pixels)[:, None]
-                row = j.to(tl.int64)[None, :] * pixels
-                tl.store(kept + row, x, mask=there & (j < student_count)[None, :])
-                kept += student_count.to(tl.int64) * pixels
-                tl.store(kept + row, y, mask=there & (j < teacher_count)[None, :])
-
+        x = load_logits(student_ptr, student_stride_n, student_stride_t, n, j, pixel_ok, student_words)
+        y = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_t, n, j, pixel_ok, teacher_words)
         valid_s = pixel_ok[:, None] & student_words[None, :]
         valid_t = pixel_ok[:, None] & teacher_words[None, :]
         if WORD_TO_PIXEL & TERMS:
-            n_s, y_s, n_t, y_t, d_c = columns_of(x, y, valid_s, valid_t, student_scale, teacher_scale)
+            n_s, y_s, n_t, y_t, h = columns_of(x, y, valid_s, valid_t, student_scale, teacher_scale)
             m_s, z_s, m_t, z_t, c = merged(
-                m_s, z_s, m_t, z_t, c, n_s, y_s, n_t, y_t, d_c, student_scale, teacher_scale
+                m_s, z_s, m_t, z_t, c, n_s, y_s, n_t, y_t, h, student_scale, teacher_scale
             )  # fmt: skip
         if (PIXEL_TO_WORD | SECOND_ORDER) & TERMS:
             a, u_s, _, sum_s = attention(x, valid_s, student_scale)
@@ -165,12 +197,11 @@ def forward_kernel(
                 row = tl.sum(tl.where(b == 0.0, 0.0, b * (u_t - u_s)), axis=1) + tl.log(sum_s / sum_t)
                 kl += tl.where(pixel_ok, row, 0.0)
             if SECOND_ORDER & TERMS:
-                d = a - b
-                a_t = tl.trans(a)
-                d_t = tl.trans(d)
-                g = tl.dot(a_t, a, g, input_precision="tf32x3")
-                k = tl.dot(d_t, a, k, input_precision="tf32x3")
-                e = tl.dot(d_t, d, e, input_precision="tf32x3")
+                high_a, low_a = halves(a)
+                high_d, low_d = halves(a - b)
+                g = gram(high_a, low_a, high_a, low_a, g)
+                k = gram(high_d, low_d, high_a, low_a, k)
+                e = gram(high_d, low_d, high_d, low_d, e)
 
     SIZE: tl.constexpr = 8 * TP + 3 * TP * TP
     mine = partials_ptr + (sample * programs + tl.program_id(1)) * SIZE
@@ -184,9 +215,9 @@ def forward_kernel(
         tl.store(mine + 5 * TP, tl.sum(kl, axis=0))
     if SECOND_ORDER & TERMS:
         at = mine + 8 * TP + j[:, None] * TP + j[None, :]
-        tl.store(at, g)
-        tl.store(at + TP * TP, k)
-        tl.store(at + 2 * TP * TP, e)
+        tl.store(at, g * UNIT)
+        tl.store(at + TP * TP, k * UNIT)
+        tl.store(at + 2 * TP * TP, e * UNIT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,16 +275,19 @@ def grams_kernel(
         y = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_t, n, i, pixel_ok, teacher_slab)
         some_a = attention_slab(x, top_s, sum_s, pixel_ok[:, None] & student_slab[None, :], student_scale)
         some_b = attention_slab(y, top_t, sum_t, pixel_ok[:, None] & teacher_slab[None, :], teacher_scale)
-        d_t = tl.trans(a - b)
-        g = tl.dot(tl.trans(a), some_a, g, input_precision="tf32x3")
-        k = tl.dot(d_t, some_a, k, input_precision="tf32x3")
-        e = tl.dot(d_t, some_a - some_b, e, input_precision="tf32x3")
+        high_a, low_a = halves(a)
+        high_d, low_d = halves(a - b)
+        high_some_a, low_some_a = halves(some_a)
+        high_some_d, low_some_d = halves(some_a - some_b)
+        g = gram(high_a, low_a, high_some_a, low_some_a, g)
+        k = gram(high_d, low_d, high_some_a, low_some_a, k)
+        e = gram(high_d, low_d, high_some_d, low_some_d, e)
 
     SIZE: tl.constexpr = 8 * TP + 3 * TP * TP
     at = partials_ptr + (sample * programs + tl.program_id(1)) * SIZE + 8 * TP + j[:, None] * TP + i[None, :]
-    tl.store(at, g)
-    tl.store(at + TP * TP, k)
-    tl.store(at + 2 * TP * TP, e)
+    tl.store(at, g * UNIT)
+    tl.store(at + TP * TP, k * UNIT)
+    tl.store(at + 2 * TP * TP, e * UNIT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,8 +323,8 @@ def merge_kernel(
 
     pixel_to_word = 0.0
     if PIXEL_TO_WORD & TERMS:
-        p = tl.arange(0, MOST)
-        pixel_to_word = tl.sum(tl.load(partials_ptr + p * SIZE + 5 * TP, mask=p < programs, other=0.0), axis=0) / n
+        q = tl.arange(0, MOST)
+        pixel_to_word = tl.sum(tl.load(partials_ptr + q * SIZE + 5 * TP, mask=q < programs, other=0.0), axis=0) / n
     tl.store(loss_ptr, pixel_to_word)
 
     word_to_pixel = 0.0
@@ -303,14 +337,14 @@ def merge_kernel(
         c = tl.zeros((TP,), tl.float32)
         SOME: tl.constexpr = 16
         for start in range(0, programs, SOME):
-            p = start + tl.arange(0, SOME)
-            at = partials_ptr + p[:, None] * SIZE + j[None, :]
-            here = (p < programs)[:, None]
-            n_s = tl.load(at, mask=here, other=LOWEST)
-            y_s = tl.load(at + TP, mask=here, other=0.0)
-            n_t = tl.load(at + 2 * TP, mask=here, other=LOWEST)
-            y_t = tl.load(at + 3 * TP, mask=here, other=0.0)
-            d = tl.load(at + 4 * TP, mask=here, other=0.0)
+            run = start + tl.arange(0, SOME)
+            sums = partials_ptr + run[:, None] * SIZE + j[None, :]
+            there = (run < programs)[:, None]
+            n_s = tl.load(sums, mask=there, other=LOWEST)
+            y_s = tl.load(sums + TP, mask=there, other=0.0)
+            n_t = tl.load(sums + 2 * TP, mask=there, other=LOWEST)
+            y_t = tl.load(sums + 3 * TP, mask=there, other=0.0)
+            d = tl.load(sums + 4 * TP, mask=there, other=0.0)
             top_s = tl.max(n_s, axis=0)
             top_t = tl.max(n_t, axis=0)
             h_s = (n_s - top_s[None, :]) * student_scale
@@ -349,23 +383,23 @@ def merge_kernel(
             e = tl.zeros((FLAT,), tl.float32)
             for p0 in range(0, programs, SOME_GRAMS):
                 p = p0 + tl.arange(0, SOME_GRAMS)
-                here = (p < programs)[:, None]
+                some = (p < programs)[:, None]
                 base = partials_ptr + p[:, None] * SIZE + 8 * TP
-                at = base + entry[None, :]
-                g += tl.sum(tl.load(at, mask=here, other=0.0), axis=0)
-                k += tl.sum(tl.load(at + TP * TP, mask=here, other=0.0), axis=0)
-                e += tl.sum(tl.load(at + 2 * TP * TP, mask=here, other=0.0), axis=0)
+                from_p = base + entry[None, :]
+                g += tl.sum(tl.load(from_p, mask=some, other=0.0), axis=0)
+                k += tl.sum(tl.load(from_p + TP * TP, mask=some, other=0.0), axis=0)
+                e += tl.sum(tl.load(from_p + 2 * TP * TP, mask=some, other=0.0), axis=0)
                 turned = base + TP * TP + (column * TP + row)[None, :]
-                k_t += tl.sum(tl.load(turned, mask=here, other=0.0), axis=0)
+                k_t += tl.sum(tl.load(turned, mask=some, other=0.0), axis=0)
             w = k + k_t - e
             pp += (g + (g - w)) * e + 2 * k * (k_t - e)
             ww += w * w
             if grams_ptr is not None:
-                at = grams_ptr + (sample * 3 * words + row) * words + column
-                here = (row < words) & (column < words)
-                tl.store(at, g, mask=here)
-                tl.store(at + words * words, k, mask=here)
-                tl.store(at + 2 * words * words, e, mask=here)
+                to = grams_ptr + (sample * 3 * words + row) * words + column
+                kept = (row < words) & (column < words)
+                tl.store(to, g, mask=kept)
+                tl.store(to + words * words, k, mask=kept)
+                tl.store(to + 2 * words * words, e, mask=kept)
         if PIXEL_PIXEL & TERMS:
             pixel_pixel = tl.sum(pp, axis=0) / (n * n)
         if WORD_WORD & TERMS:
@@ -385,49 +419,59 @@ def forward(
     loss: Tensor,
 ) -> None:
     """Fill ``loss`` (B, 4), and of ``kept`` (logits, norms, columns, grams) what is not empty."""
-    assert student.pixels is not None and teacher.pixels is not None
+    assert student.pixels is not None
     logits, norms, columns, grams = (x if x.numel() else None for x in kept)
     batch, pixels = student.pixels.shape[:2]
     words = padded(max(student.word_count, teacher.word_count))
-    dot = product_dtype(student.pixels, student.words, teacher.pixels, teacher.words)
-    blocks = blocks_for(words, dot != torch.float32)
-    each, programs = cut(pixels, blocks.pixels, batch, MOST_SUMS)
-    partials = loss.new_empty((batch, programs, 8 * words + 3 * words * words))
-    later = words > blocks.slab and bool(terms & SECOND_ORDER.value)
-    if later and logits is None and student.words is not None:
-        logits = loss.new_empty((batch, student.word_count + teacher.word_count, pixels))
     with launching_on(loss):
-        forward_kernel[(batch, programs)](
-            *features(student),
-            *features(teacher),
-            pixel_mask,
-            logits,
-            norms,
-            partials,
-            pixels,
-            each,
-            programs,
-            BN=blocks.pixels,
-            TP=words,
-            BD=blocks.columns,
-            DOT=DOT[dot],
-            TERMS=terms & ~SECOND_ORDER.value if later else terms,
-            COSINE=cosine,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )
-        if later:
-            grams_kernel[(batch, programs, words // blocks.slab)](
-                *logits_of(student, logits, 0),
-                *logits_of(teacher, logits, student.word_count),
+        if student.words is not None:
+            dot = product_dtype(student.pixels, student.words, teacher.pixels, teacher.words)
+            blocks = logits_blocks(words, dot != torch.float32)
+            if logits is None:
+                logits = loss.new_empty((batch, student.word_count + teacher.word_count, pixels))
+            logits_kernel[(batch, cdiv(pixels, blocks.pixels))](
+                *features(student),
+                *features(teacher),
                 pixel_mask,
+                logits,
+                norms,
+                pixels,
+                BN=blocks.pixels,
+                TP=words,
+                BD=blocks.columns,
+                DOT=DOT[dot],
+                COSINE=cosine,
+                num_warps=blocks.warps,
+                num_stages=blocks.stages,
+            )
+        blocks = terms_blocks(words)
+        later = words > blocks.columns and bool(terms & SECOND_ORDER.value)
+        each, programs = cut(pixels, blocks.pixels, batch, MOST_SUMS)
+        partials = loss.new_empty((batch, programs, 8 * words + 3 * words * words))
+        inputs = (*logits_of(student, logits, 0), *logits_of(teacher, logits, student.word_count), pixel_mask)
+        first_order = terms & ~SECOND_ORDER.value
+        if first_order or not later:
+            terms_kernel[(batch, programs)](
+                *inputs,
                 partials,
                 pixels,
                 each,
                 programs,
                 BN=blocks.pixels,
                 TP=words,
-                SLAB=blocks.slab,
+                TERMS=first_order if later else terms,
+                num_warps=blocks.warps,
+            )
+        if later:
+            grams_kernel[(batch, programs, words // blocks.columns)](
+                *inputs,
+                partials,
+                pixels,
+                each,
+                programs,
+                BN=blocks.pixels,
+                TP=words,
+                SLAB=blocks.columns,
                 num_warps=blocks.warps,
             )
         merge_kernel[(batch,)](
@@ -446,5 +490,5 @@ def forward(
             TP=words,
             TERMS=terms,
             MOST=MOST_SUMS,
-            num_warps=8,
+            num_warps=MERGE.warps,
         )
