@@ -45,31 +45,40 @@ def padded(words: int) -> int:
     return max(16, triton.next_power_of_2(words))
 
 
-# Chosen by what the kernels compile to on every chip (benchmarks/aot.py): no spills, and shared memory for more than one
-# program.
+# Chosen by what the kernels compile to on every chip (benchmarks/aot.py): no spills, then several programs to a
+# multiprocessor. ``half``: features of 16 bits.
 def logits_blocks(words: int, half: bool) -> Blocks:
-    """Of ``logits_kernel``, for TP words and products of 16 bits or not."""
+    """Of ``logits_kernel``, for TP words."""
     return Blocks(64, 64 if half else 32, 4 if words <= 64 else 8)
 
 
 def terms_blocks(words: int) -> Blocks:
-    """Of ``terms_kernel`` and ``grams_kernel``."""
-    return Blocks(32, min(words, 64), 4 if words <= 32 else 8)
+    """Of ``terms_kernel`` and, for more words than ``columns``, of ``grams_kernel``."""
+    return Blocks(32, 32, 4 if words <= 32 else 8, 2 if words <= 64 else 1)
 
 
 def gradient_blocks(words: int) -> Blocks:
     """Of ``gradient_kernel``."""
-    return Blocks(32, min(words, 64), 4 if words <= 32 else 8)
+    return {
+        16: Blocks(32, 16, 4, 2),
+        32: Blocks(16, 32, 4, 2),
+        64: Blocks(32, 64, 8, 1),
+        128: Blocks(16, 16, 8, 1),
+    }[words]
 
 
 def pixels_blocks(words: int, half: bool) -> Blocks:
     """Of ``pixels_kernel``."""
+    if words > 64:
+        return Blocks(32, 32, 8, 2)
     return Blocks(64, 64 if half else 32, 4 if words <= 32 else 8)
 
 
 def words_blocks(words: int, half: bool) -> Blocks:
     """Of ``words_kernel``."""
-    return Blocks(64, 64 if half else 32, 4 if words <= 32 else 8)
+    if words > 64:
+        return Blocks(32, 64 if half else 32, 8, 2)
+    return Blocks(64 if half else 32, 64 if half else 32, 4 if words <= 32 else 8)
 
 
 MERGE = Blocks(0, 0, 8)

@@ -461,6 +461,7 @@ def forward(
                 TP=words,
                 TERMS=first_order if later else terms,
                 num_warps=blocks.warps,
+                num_stages=blocks.stages,
             )
         if later:
             grams_kernel[(batch, programs, words // blocks.columns)](
@@ -473,6 +474,7 @@ def forward(
                 TP=words,
                 SLAB=blocks.columns,
                 num_warps=blocks.warps,
+                num_stages=blocks.stages,
             )
         merge_kernel[(batch,)](
             partials,

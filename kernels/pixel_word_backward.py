@@ -192,7 +192,7 @@ def gradient_kernel(
                     da += unit_z * product_of_halves(high_d, low_d, high_z, low_z, du)
                 else:
                     da = tl.zeros((BN, TP), tl.float32)
-                    for start in tl.static_range(0, TP, SLAB):
+                    for start in range(0, TP, SLAB):
                         i = start + tl.arange(0, SLAB)
                         ok = valid_words(student_mask_ptr, sample, student_count, i)
                         some = load_logits(student_ptr, student_stride_n, student_stride_t, n, i, pixel_ok, ok)
@@ -432,6 +432,7 @@ def backward(
             SLAB=min(padded(most), blocks.columns),
             TERMS=terms,
             num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )
         if from_logits:
             return
