@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aot_pixel_word import pixel_word_cases
+
 TARGETS = (80, 90, 100, 120)
 DTYPES = ("fp32", "fp16", "bf16", "fp64")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -25,7 +27,10 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """(name, kernel, argument types, constants, warps) of every block shape in the family's table."""
+    """(name, kernel, argument types, constants, warps) of every block shape in the family's table.
+
+    A type that ends in ":16" is of a number that 16 divides; STAGES among the constants is how loads are pipelined.
+    """
     from fastkd.kernels import softmax_kl as family
 
     acc = "fp64" if dtype == "fp64" else "fp32"
@@ -53,90 +58,6 @@ def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dic
             yield f"softmax_kl.{name}", kernel, types, dict(constants), blocks.warps
 
 
-def pixel_word_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """The same for every number of words that has blocks of its own: all terms, masked; rows and maps; the cosine."""
-    if dtype == "fp64":
-        return  # it has no such kernels
-    for words in (16, 32, 64, 128):
-        yield from pixel_word_kernels(dtype, words, maps=False, cosine=False)
-    yield from pixel_word_kernels(dtype, 32, maps=True, cosine=True)
-
-
-def pixel_word_kernels(
-    dtype: str, words: int, *, maps: bool, cosine: bool
-) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """Every kernel of the family for one padded number of words."""
-    import triton.language as tl
-
-    from fastkd.kernels import _pixel_word as shared
-    from fastkd.kernels import pixel_word, pixel_word_backward
-
-    half = dtype != "fp32"
-    logits, terms = shared.logits_blocks(words, half), shared.terms_blocks(words)
-    gradient, to_pixels = shared.gradient_blocks(words), shared.pixels_blocks(words, half)
-    to_words = shared.words_blocks(words, half)
-    dot = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[dtype]
-    tile = lambda blocks: {"BN": blocks.pixels, "TP": words}
-    slab = lambda blocks: {"SLAB": min(words, blocks.columns)}
-    later = words > terms.columns
-    cases: list[tuple[Any, dict[str, Any], Any]] = [
-        (pixel_word.logits_kernel, tile(logits) | {"BD": logits.columns, "DOT": dot, "COSINE": cosine}, logits),
-        (pixel_word.terms_kernel, tile(terms) | {"TERMS": 3 if later else 15}, terms),
-        (pixel_word.merge_kernel, {"TP": words, "TERMS": 15, "MOST": shared.MOST_SUMS}, shared.MERGE),
-        (pixel_word_backward.gradient_kernel, tile(gradient) | slab(gradient) | {"TERMS": 15}, gradient),
-        (pixel_word_backward.pixels_kernel, tile(to_pixels) | {"BD": to_pixels.columns}, to_pixels),
-        (pixel_word_backward.words_kernel, tile(to_words) | {"BD": to_words.columns}, to_words),
-        (pixel_word_backward.merge_words_kernel, {"BD": shared.MERGE_WORDS.columns, "SOME": 8}, shared.MERGE_WORDS),
-    ]  # fmt: skip
-    if later:
-        cases.append((pixel_word.grams_kernel, tile(terms) | slab(terms), terms))
-    features = ("words_ptr", "features_ptr", "grad_pixels_ptr", "grad_words_ptr")
-    for kernel, constants, blocks in cases:
-        name = kernel.__name__.removesuffix("_kernel")
-        constants = constants | {"STAGES": blocks.stages}
-        absent = () if cosine else ABSENT.get(name, ())
-        types = {}
-        for argument in kernel.arg_names:
-            if argument in constants:
-                types[argument] = "constexpr"
-            elif argument in absent:
-                types[argument], constants[argument] = "constexpr", None
-            elif argument.endswith("mask_ptr"):
-                types[argument] = "*u8"
-            elif argument.endswith(features) or (name == "logits" and argument in ("student_ptr", "teacher_ptr")):
-                types[argument] = f"*{dtype}"
-            elif argument.endswith("_ptr"):
-                types[argument] = "*fp32"
-            elif argument.endswith("_scale"):
-                types[argument] = "fp32"
-            elif argument.endswith(unit_strides(name, maps)):
-                types[argument], constants[argument] = "constexpr", 1
-            else:
-                types[argument] = "i64" if "stride_b" in argument else "i32"
-        yield f"pixel_word.{name}", kernel, types, constants, blocks.warps
-
-
-ABSENT = {
-    "logits": ("norms_ptr",),
-    "pixels": ("norms_ptr", "features_ptr", "logits_ptr"),
-    "words": ("norms_ptr",),
-    "merge_words": ("words_ptr",),
-}
-"""What only the cosine has."""
-
-
-def unit_strides(kernel: str, maps: bool) -> tuple[str, ...]:
-    """Arguments that are 1 where pixels are rows of features, or maps; logits are laid out as maps are."""
-    words = ("words_stride_d",)
-    if kernel in ("gradient", "terms", "grams"):
-        words += ("student_stride_n", "teacher_stride_n", "grad_logits_stride_n")
-    if kernel != "logits" and not maps:
-        return (*words, "features_stride_d", "grad_pixels_stride_d")
-    if not maps:
-        return (*words, "features_stride_d", "grad_pixels_stride_d", "student_stride_d", "teacher_stride_d")
-    return (*words, "features_stride_n", "grad_pixels_stride_n", "student_stride_n", "teacher_stride_n")
-
-
 CASES = {"softmax_kl": softmax_kl_cases, "pixel_word": pixel_word_cases}
 
 
@@ -146,16 +67,22 @@ def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    aligned = [i for i, (name, kind) in enumerate(types.items()) if kind.startswith("*") or "stride_b" in name]
+    constants = dict(constants)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if "STAGES" in constants:
+        options["num_stages"] = constants.pop("STAGES")
+    aligned = [
+        i
+        for i, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or kind.endswith(":16") or "stride_b" in name
+    ]
     source = ASTSource(
         fn=kernel,
-        signature=types,
+        signature={name: kind.removesuffix(":16") for name, kind in types.items()},
         constexprs={(list(types).index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "enable_fp_fusion": True}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -179,7 +106,8 @@ def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...]) -> Ite
         for name, kernel, types, constants, warps in CASES[family](dtype):
             for target in targets:
                 compiled = compile_case(kernel, types, constants, warps, target)
-                row = {"kernel": name, "dtype": dtype, **constants, "warps": warps, "target": f"sm_{target}"}
+                shape = {key: value for key, value in constants.items() if key.isupper() and isinstance(value, int)}
+                row = {"kernel": name, "dtype": dtype, **shape, "warps": warps, "target": f"sm_{target}"}
                 row |= resources(compiled.asm["cubin"])
                 row["shared"] = max(row["shared"], compiled.metadata.shared)
                 row["shared_limit"] = SHARED_LIMIT[target]
@@ -196,11 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
     rows = [row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes))]
-    print(f"{'kernel':22} {'dtype':5} {'block':>9} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
+    print(f"{'kernel':22} {'dtype':5} {'block':>12} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
     for row in rows:
-        block = f"{row['ROWS']}x{row['COLS']}{'+' if row.get('LOOP') else ''}"
+        block = "x".join(str(row[size]) for size in ("ROWS", "COLS", "BN", "TP", "BD", "SLAB") if size in row)
+        block += "+" if row.get("LOOP") else ""
         print(
-            f"{row['kernel']:22} {row['dtype']:5} {block:>9} {row['warps']:>5} {row['target']:>6} "
+            f"{row['kernel']:22} {row['dtype']:5} {block:>12} {row['warps']:>5} {row['target']:>6} "
             f"{row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6}{'' if row['ok'] else '  <- no'}"
         )
     if args.json:

@@ -49,7 +49,9 @@ def padded(words: int) -> int:
 # multiprocessor. ``half``: features of 16 bits.
 def logits_blocks(words: int, half: bool) -> Blocks:
     """Of ``logits_kernel``, for TP words."""
-    return Blocks(64, 64 if half else 32, 4 if words <= 64 else 8)
+    if half:
+        return Blocks(64, 64, 4 if words <= 64 else 8)
+    return Blocks(64 if words <= 64 else 32, 32, 4 if words <= 32 else 8)
 
 
 def terms_blocks(words: int) -> Blocks:
@@ -70,15 +72,14 @@ def gradient_blocks(words: int) -> Blocks:
 def pixels_blocks(words: int, half: bool) -> Blocks:
     """Of ``pixels_kernel``."""
     if words > 64:
-        return Blocks(32, 32, 8, 2)
+        return Blocks(32 if half else 16, 32, 8, 2)
     return Blocks(64, 64 if half else 32, 4 if words <= 32 else 8)
 
 
 def words_blocks(words: int, half: bool) -> Blocks:
     """Of ``words_kernel``."""
-    if words > 64:
-        return Blocks(32, 64 if half else 32, 8, 2)
-    return Blocks(64 if half else 32, 64 if half else 32, 4 if words <= 32 else 8)
+    warps = 4 if words <= 32 else 8
+    return Blocks(64 if words <= 64 else 32, 64, warps, 3 if words <= 64 else 2) if half else Blocks(32, 32, warps, 2)
 
 
 MERGE = Blocks(0, 0, 8)
