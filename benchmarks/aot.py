@@ -100,10 +100,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "local": found["LOCAL"]}
 
 
-def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = "") -> Iterator[dict[str, Any]]:
     """One row per kernel, block shape, dtype and chip."""
     for dtype in dtypes:
         for name, kernel, types, constants, warps in CASES[family](dtype):
+            if not re.search(match, f"{name} {block_of(constants)}"):
+                continue
             for target in targets:
                 compiled = compile_case(kernel, types, constants, warps, target)
                 shape = {key: value for key, value in constants.items() if key.isupper() and isinstance(value, int)}
@@ -115,21 +117,30 @@ def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...]) -> Ite
                 yield row
 
 
+def block_of(row: dict[str, Any]) -> str:
+    """Sizes in the order of their names here; "+" for a loop."""
+    sizes = [str(row[size]) for size in ("ROWS", "COLS", "BN", "TP", "BD", "SLAB") if size in row]
+    return "x".join(sizes) + ("+" if row.get("LOOP") else "")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--families", nargs="+", default=tuple(CASES), choices=tuple(CASES))
+    parser.add_argument(
+        "--match", default="", help="only kernels and block shapes, as printed, that this pattern finds"
+    )
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
-    rows = [row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes))]
+    rows = [
+        row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes), args.match)
+    ]
     print(f"{'kernel':22} {'dtype':5} {'block':>12} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
     for row in rows:
-        block = "x".join(str(row[size]) for size in ("ROWS", "COLS", "BN", "TP", "BD", "SLAB") if size in row)
-        block += "+" if row.get("LOOP") else ""
         print(
-            f"{row['kernel']:22} {row['dtype']:5} {block:>12} {row['warps']:>5} {row['target']:>6} "
+            f"{row['kernel']:22} {row['dtype']:5} {block_of(row):>12} {row['warps']:>5} {row['target']:>6} "
             f"{row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6}{'' if row['ok'] else '  <- no'}"
         )
     if args.json:

@@ -218,7 +218,7 @@ def attention_slab(m, top, z, valid, scale):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products of numbers in [−1, 1] in three products of fp16: 4096 x = h + l, h and l in fp16, holds x to 2⁻²² and 2⁻³⁶,
-# finer than fp32 knows the difference of two probabilities, in half the registers and instructions of three TF32 products.
+# finer than fp32 knows the difference of two probabilities, in half the registers and instructions of 3×TF32.
 # ---------------------------------------------------------------------------------------------------------------------
 UNIT = tl.constexpr(2.0**-24)
 """What ``product_of_halves`` counts in."""
@@ -244,44 +244,3 @@ def product_of_halves(high_x, low_x, high_y, low_y, acc):
 def gram(high_x, low_x, high_y, low_y, acc):
     """xᵀ y / UNIT + acc."""
     return product_of_halves(tl.trans(high_x), tl.trans(low_x), high_y, low_y, acc)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The KL over pixels, word by word. Of a set of pixels it takes, for either network, the maximum m of M, z = Σ e^{u − s m},
-# and a = Σ e^{u_T − s m_T} ((u_T − s m_T) − (u_S − s m_S)); then
-#
-#     KL = a/z_T − log z_T + log z_S.
-#
-# Two sets are one by moving both to the larger maxima; moved by h_S, h_T ≤ 0, a becomes e^{h_T} (a + z_T (h_T − h_S)).
-# All is relative to the maxima, so that logits of 1e4 keep their digits. Where e^{h_T} z_T is 0, so is the summand,
-# although h_T − h_S may be infinite: 0·log 0 = 0.
-# ---------------------------------------------------------------------------------------------------------------------
-@triton.jit
-def columns_of(m_s, m_t, valid_s, valid_t, scale_s, scale_t):
-    """(m_S, z_S, m_T, z_T, a) of one block of pixels."""
-    top_s = tl.maximum(tl.max(tl.where(valid_s, m_s, float("-inf")), axis=0), LOWEST)
-    top_t = tl.maximum(tl.max(tl.where(valid_t, m_t, float("-inf")), axis=0), LOWEST)
-    u_s = (m_s - top_s[None, :]) * scale_s
-    u_t = (m_t - top_t[None, :]) * scale_t
-    e_s = tl.where(valid_s, tl.exp2(u_s * LOG2E), 0.0)
-    e_t = tl.where(valid_t, tl.exp2(u_t * LOG2E), 0.0)
-    a = tl.sum(tl.where(e_t == 0.0, 0.0, e_t * (u_t - u_s)), axis=0)
-    return top_s, tl.sum(e_s, axis=0), top_t, tl.sum(e_t, axis=0), a
-
-
-@triton.jit
-def moved(z_s, z_t, a, h_s, h_t):
-    """z_S, z_T and a relative to maxima that are larger by −h."""
-    w = tl.exp2(h_t * LOG2E)
-    moved_a = tl.where(w * z_t == 0.0, 0.0, w * (a + z_t * (h_t - h_s)))
-    return z_s * tl.exp2(h_s * LOG2E), w * z_t, moved_a
-
-
-@triton.jit
-def merged(m_s, z_s, m_t, z_t, a, n_s, y_s, n_t, y_t, c, scale_s, scale_t):
-    """Two sets of pixels as one."""
-    top_s = tl.maximum(m_s, n_s)
-    top_t = tl.maximum(m_t, n_t)
-    z_s, z_t, a = moved(z_s, z_t, a, (m_s - top_s) * scale_s, (m_t - top_t) * scale_t)
-    y_s, y_t, c = moved(y_s, y_t, c, (n_s - top_s) * scale_s, (n_t - top_t) * scale_t)
-    return top_s, z_s + y_s, top_t, z_t + y_t, a + c

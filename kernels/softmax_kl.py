@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastkd.kernels._common import LOG2E, cdiv, float64, launching_on, round_to
+from torch import Tensor
 
 
 class Blocks(NamedTuple):

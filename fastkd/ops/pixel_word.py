@@ -19,6 +19,7 @@ from fastkd.ops import _pixel_word_call, _pixel_word_triton
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import distinct, statistics_dtype
 from fastkd.ops._pixel_word_call import gradient_like, layout
+from fastkd.ops._pixel_word_check import check
 from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
 from fastkd.reference.pixel_word import pixel_word_from_logits as reference_from_logits
@@ -54,7 +55,7 @@ def pixel_word(
         similarity: "scaled_dot" or "cosine".
         temperature: τ > 0.
         terms: some of "pixel_to_word", "word_to_pixel", "pixel_pixel", "word_word".
-        backend: "auto", "reference", "cpu" or "triton" (up to 128 words). All but the reference are differentiable once.
+        backend: "auto", "reference", "cpu" or "triton" (at most 128 words). Kernels are differentiable once.
 
     Returns:
         The terms asked for, in fp32 (fp64 if an input is fp64). NaN and Inf of valid pixels and words propagate.
@@ -68,9 +69,7 @@ def pixel_word(
     features = (student_pixels, student_words, teacher_pixels, teacher_words)
     masks = (student_word_mask, teacher_word_mask, pixel_mask)
     names = ("student_pixels", "student_words", "teacher_pixels", "teacher_words")
-    _check(
-        dict(zip(names, features, strict=True)), (student_words.shape[1], teacher_words.shape[1]), temperature, terms
-    )
+    check(dict(zip(names, features, strict=True)), (student_words.shape[1], teacher_words.shape[1]), temperature, terms)
     for side, v, w in (("student", student_pixels, student_words), ("teacher", teacher_pixels, teacher_words)):
         if v.shape[0] != w.shape[0] or v.shape[2] != w.shape[2]:
             raise ValueError(
@@ -104,7 +103,7 @@ def pixel_word_from_logits(
 ) -> dict[str, Tensor]:
     """Per-sample terms (B,) from pixel–word logits (B, N, T); all else as in :func:`pixel_word`."""
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    _check(logits, (student_logits.shape[2], teacher_logits.shape[2]), temperature, terms)
+    check(logits, (student_logits.shape[2], teacher_logits.shape[2]), temperature, terms)
     words = max(student_logits.shape[2], teacher_logits.shape[2])
     chosen = _choose(backend, words, student_logits, teacher_logits)
     if chosen == "reference":
@@ -119,32 +118,6 @@ def pixel_word_from_logits(
         )
     masks = (student_word_mask, teacher_word_mask, pixel_mask)
     return _terms((student_logits, None, teacher_logits, None), masks, False, temperature, terms, chosen)
-
-
-def _check(tensors: dict[str, Tensor], words: tuple[int, int], temperature: float, terms: Sequence[str]) -> None:
-    first, *_ = student, teacher = [x for name, x in tensors.items() if not name.endswith("words")]
-    for name, x in tensors.items():
-        if x.dim() != 3 or not x.is_floating_point():
-            raise ValueError(f"{name}: expected a floating tensor of 3 dimensions, got {x.dtype} {tuple(x.shape)}")
-        if x.device != first.device:
-            raise ValueError(f"{name}: expected on the student's device {first.device}, got {x.device}; use .to(...)")
-        if torch.is_grad_enabled() and x.requires_grad and name.startswith("teacher"):
-            raise ValueError(
-                f"{name}: gradients flow to the student only, got a teacher that requires grad; detach() it"
-            )
-        if x.shape[1] == 0 or x.shape[2] == 0:
-            raise ValueError(f"{name}: no pixel, no word or no feature, got shape {tuple(x.shape)}")
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"student and teacher: expected the same samples and pixels (B, N), got {tuple(student.shape[:2])} and "
-            f"{tuple(teacher.shape[:2])}"
-        )
-    if not terms or not set(terms) <= set(TERMS):
-        raise ValueError(f"terms: expected some of {', '.join(TERMS)}, got {list(terms)}")
-    if words[0] != words[1] and set(terms) != {"pixel_pixel"}:
-        raise ValueError(f"terms: {words[0]} and {words[1]} words leave only 'pixel_pixel', got {list(terms)}")
-    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
 
 
 def _choose(backend: str, words: int, *inputs: Tensor) -> str:

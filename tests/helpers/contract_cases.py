@@ -403,9 +403,10 @@ INTERPRETED = {
     "cross_modal_kd cosine masked": ("small",),  # norms; it alone reads the pixels again
     "cross_modal_kd_from_logits plain": ("small",),  # no features
 }
-"""What Triton's interpreter runs of these families, where one call takes 0.1 s and more: a case for each of the kernels'
-ways, of sizes within a block and beyond it. Other variants differ in plain torch before the kernels; all ways, options
-and edges of blocks are crossed in ``test_relation_triton.py`` and ``test_pixel_word_triton.py``. On a GPU every case runs."""
+"""What Triton's interpreter runs of families where one call takes 0.1 s and more: a case for each way of the kernels,
+of sizes within a block and beyond it. Other variants differ in plain torch before the kernels; all ways, options and
+edges of blocks are crossed in ``test_relation_triton.py`` and ``test_pixel_word_triton.py``. On a GPU every case
+runs."""
 
 
 def settings(cases: Sequence[Case] = CASES) -> list[Setting]:
