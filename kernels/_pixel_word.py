@@ -56,7 +56,7 @@ def logits_blocks(words: int, half: bool) -> Blocks:
 
 def terms_blocks(words: int) -> Blocks:
     """Of ``terms_kernel`` and, for more words than ``columns``, of ``grams_kernel``."""
-    return Blocks(32, 32, 4 if words <= 32 else 8, 2 if words <= 64 else 1)
+    return Blocks(32, 32, 4 if words <= 32 else 8, 2) if words <= 64 else Blocks(16, 32, 8, 1)
 
 
 def gradient_blocks(words: int) -> Blocks:
