@@ -20,7 +20,6 @@ def pixel_word_cases(dtype: str) -> Iterator[Case]:
 def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> Iterator[Case]:
     """Every kernel of the family for one padded number of words."""
     import triton.language as tl
-
     from fastkd.kernels import _pixel_word as shared
     from fastkd.kernels import pixel_word, pixel_word_backward
 

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastkd.kernels._common import LOG2E, cdiv
+from torch import Tensor
 
 PIXEL_TO_WORD = tl.constexpr(1)
 WORD_TO_PIXEL = tl.constexpr(2)
@@ -83,7 +82,10 @@ def words_blocks(words: int, half: bool) -> Blocks:
 
 
 MERGE = Blocks(0, 0, 8)
+"""Of ``merge_kernel``, which takes a sample whole."""
+
 MERGE_WORDS = Blocks(0, 128, 4)
+"""Of ``merge_words_kernel``."""
 
 
 class Network(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastkd.kernels._common import round_to
 from fastkd.kernels._pixel_word import NORM_FLOOR, valid_pixels, valid_words
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastkd.kernels._common import LOG2E
 from fastkd.kernels._pixel_word import (
     LOWEST,

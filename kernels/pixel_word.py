@@ -1,4 +1,4 @@
-r"""``pixel_word`` in Triton, forward: how two networks' pixels attend to words, in one pass over the pixels.
+r"""``pixel_word`` in Triton, forward: how two networks' pixels attend to words.
 
 Of one sample: logits M (pixels × words) of student and teacher, given or M = V Lᵀ (or the cosines of V and L), u = s·M
 with the scale s = 1/τ (1/(τ√D) for the scaled product); A and B are the softmaxes over words of u_S and u_T, Q_S and
@@ -14,9 +14,10 @@ is due, so that nothing cancels as the student nears the teacher: BᵀD = Kᵀ �
           \|A^TA - B^TB\|^2 = \|W\|^2, \; W = K + K^T - E .
 
 Words are padded to a power of two, ``TP``. A word that one network lacks or has masked is one to which it attends with
-probability 0. Arithmetic is fp32: features of 16 bits are multiplied as they are and summed in fp32, all other products
-are of three TF32 products each. No atomics: every program writes its sums, which ``merge_kernel`` adds in order. The
-backward is in ``pixel_word_backward.py``.
+probability 0. Arithmetic is fp32: features of 16 bits are multiplied as they are and summed in fp32, those of fp32 in
+three TF32 products, probabilities in three of fp16 (``halves``). Features are read once, for the logits; all else is
+computed from these. No atomics: every program writes its sums, which ``merge_kernel`` adds in order. The backward is in
+``pixel_word_backward.py``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastkd.kernels._common import INTERPRETED, cdiv, launching_on
 from fastkd.kernels._pixel_word import (
     LOWEST,
@@ -55,6 +54,7 @@ from fastkd.kernels._pixel_word import (
     valid_words,
 )
 from fastkd.kernels._pixel_word_sums import columns_of, merge_kernel, merged
+from torch import Tensor
 
 DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 if INTERPRETED:  # numpy has no products of bfloat16; those of 16 bits are exact in fp32 anyway

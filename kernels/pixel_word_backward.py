@@ -22,8 +22,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastkd.kernels._common import LOG2E, cdiv, launching_on, round_to
 from fastkd.kernels._pixel_word import (
     MERGE_WORDS,
@@ -51,6 +49,7 @@ from fastkd.kernels._pixel_word import (
     words_blocks,
 )
 from fastkd.kernels._pixel_word_features import merge_words_kernel, pixels_kernel, words_kernel
+from torch import Tensor
 
 
 @triton.jit
