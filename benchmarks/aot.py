@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aot_pixel_word import pixel_word_cases
+
 TARGETS = (80, 90, 100, 120)
 DTYPES = ("fp32", "fp16", "bf16", "fp64")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -25,7 +27,10 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """(name, kernel, argument types, constants, warps) of every block shape in the family's table."""
+    """(name, kernel, argument types, constants, warps) of every block shape in the family's table.
+
+    A type that ends in ":16" is of a number that 16 divides; STAGES among the constants is how loads are pipelined.
+    """
     from fastkd.kernels import softmax_kl as family
 
     acc = "fp64" if dtype == "fp64" else "fp32"
@@ -59,7 +64,7 @@ def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dic
     yield case("merge", {"PARTS": family.MOST_PARTS}, 1)
 
 
-CASES = {"softmax_kl": softmax_kl_cases}
+CASES = {"softmax_kl": softmax_kl_cases, "pixel_word": pixel_word_cases}
 
 
 def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: int) -> Any:
@@ -68,16 +73,22 @@ def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    aligned = [i for i, (name, kind) in enumerate(types.items()) if kind.startswith("*") or "stride_b" in name]
+    constants = dict(constants)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if "STAGES" in constants:
+        options["num_stages"] = constants.pop("STAGES")
+    aligned = [
+        i
+        for i, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or kind.endswith(":16") or "stride_b" in name
+    ]
     source = ASTSource(
         fn=kernel,
-        signature=types,
+        signature={name: kind.removesuffix(":16") for name, kind in types.items()},
         constexprs={(list(types).index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "enable_fp_fusion": True}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -95,18 +106,27 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "local": found["LOCAL"]}
 
 
-def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = "") -> Iterator[dict[str, Any]]:
     """One row per kernel, block shape, dtype and chip."""
     for dtype in dtypes:
         for name, kernel, types, constants, warps in CASES[family](dtype):
+            if not re.search(match, f"{name} {block_of(constants)}"):
+                continue
             for target in targets:
                 compiled = compile_case(kernel, types, constants, warps, target)
-                row = {"kernel": name, "dtype": dtype, **constants, "warps": warps, "target": f"sm_{target}"}
+                shape = {key: value for key, value in constants.items() if key.isupper() and isinstance(value, int)}
+                row = {"kernel": name, "dtype": dtype, **shape, "warps": warps, "target": f"sm_{target}"}
                 row |= resources(compiled.asm["cubin"])
                 row["shared"] = max(row["shared"], compiled.metadata.shared)
                 row["shared_limit"] = SHARED_LIMIT[target]
                 row["ok"] = row["local"] == 0 and row["stack"] == 0 and row["shared"] <= row["shared_limit"]
                 yield row
+
+
+def block_of(row: dict[str, Any]) -> str:
+    """Sizes in the order of their names here; "+" for a loop, and one for rows split between programs."""
+    sizes = [str(row[size]) for size in ("ROWS", "COLS", "PARTS", "BN", "TP", "BD", "SLAB") if size in row]
+    return "x".join(sizes) + "+" * (row.get("LOOP", 0) + row.get("SPLIT", 0))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,15 +135,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--families", nargs="+", default=tuple(CASES), choices=tuple(CASES))
+    parser.add_argument(
+        "--match", default="", help="only kernels and block shapes, as printed, that this pattern finds"
+    )
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
-    rows = [row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes))]
-    print(f"{'kernel':22} {'dtype':5} {'block':>9} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
+    rows = [
+        row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes), args.match)
+    ]
+    print(f"{'kernel':22} {'dtype':5} {'block':>12} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
     for row in rows:
-        block = f"{row.get('ROWS', 1)}x{row.get('COLS', row.get('PARTS'))}"
-        block += "+" * (row.get("LOOP", 0) + row.get("SPLIT", 0))
         print(
-            f"{row['kernel']:22} {row['dtype']:5} {block:>9} {row['warps']:>5} {row['target']:>6} "
+            f"{row['kernel']:22} {row['dtype']:5} {block_of(row):>12} {row['warps']:>5} {row['target']:>6} "
             f"{row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6}{'' if row['ok'] else '  <- no'}"
         )
     if args.json:

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pixel_word_tools as tools
 import pytest
 import torch
+from pixel_word_tools import Masks, as_maps, make, make_masks, run
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -28,38 +30,6 @@ if (reason := _backends.why_not("cpu", "pixel_word", "cpu")) is not None:
 INF, NAN = math.inf, math.nan
 ISAS = ["baseline", "avx2", "avx512"]
 SAME_FOR_ALL = "(fp64 and (37 or 129 or 257)) or test_dtypes or direction or equal or infinite or whatever"
-WEIGHTS = dict(zip(TERMS, (1.0, 0.7, 3.0, 2.0), strict=True))
-Masks = dict[str, Tensor]
-
-
-def make(
-    b: int, n: int, t: int, d: int, d_teacher: int | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> list[Tensor]:
-    """Student's pixels and words, teacher's pixels and words, exact in ``dtype``."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(b, n, d), (b, t, d), (b, n, d_teacher or d), (b, t, d_teacher or d)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def make_masks(b: int, n: int, t: int) -> Masks:
-    generator = torch.Generator().manual_seed(n + t)
-    words, pixels = torch.rand(b, t, generator=generator) > 0.4, torch.rand(b, n, generator=generator) > 0.3
-    words[:, t // 2] = pixels[:, n // 2] = True
-    return {"student_word_mask": words, "teacher_word_mask": words, "pixel_mask": pixels}
-
-
-def as_maps(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The pixels laid out as (B, D, N) maps are."""
-    return [x.mT.contiguous().mT if i % 2 == 0 else x for i, x in enumerate(inputs)]
-
-
-def run(function: Any, inputs: Sequence[Tensor], leaves: int = 2, **options: Any) -> list[Tensor]:
-    """The terms (B, number of terms), and the gradients of a weighted sum with respect to the first ``leaves``."""
-    inputs = [x.detach().requires_grad_(i < leaves) for i, x in enumerate(inputs)]
-    terms = function(*inputs, **options)
-    samples = torch.linspace(1, 2, inputs[0].shape[0], dtype=torch.float64)
-    total = sum((WEIGHTS[name] * samples.to(value.dtype) * value).sum() for name, value in terms.items())
-    return [torch.stack(list(terms.values()), 1).detach(), *torch.autograd.grad(total, inputs[:leaves])]
 
 
 def cpu(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -71,24 +41,7 @@ def cpu_from_logits(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
 
 
 def check(inputs: Sequence[Tensor], ours: Any = cpu, plain: Any = reference, leaves: int = 2, **options: Any) -> None:
-    """At most twice the plain formula's error at the same dtype, but for the rounding of what the terms are made of."""
-    exact = run(plain, [x.double() for x in inputs], leaves, **options)
-    theirs = run(plain, inputs, leaves, **options)
-    got = run(ours, inputs, leaves, **options)
-    entries = inputs[0].shape[1] * (inputs[1] if leaves == 2 else inputs[0].mT).shape[1]
-    arithmetic = torch.finfo(got[0].dtype).eps
-    for index, (g, p, e) in enumerate(zip(got, theirs, exact, strict=True)):
-        assert g.dtype == p.dtype
-        assert g.shape == e.shape
-        error, plain_error = ((x.double() - e).abs().max().item() for x in (g, p))
-        stored = torch.finfo(g.dtype).eps
-        # A KL is a difference of terms around 1, its gradient one of terms around 1/entries.
-        size = max(e.abs().max().item(), 1 / entries if index else 1.0)
-        if g.dtype == torch.float64:  # the plain formula is the exact one
-            assert error <= 32 * arithmetic * size
-            continue
-        assert error <= 2 * plain_error + (stored + 8 * arithmetic) * size, (index, error, plain_error, size)
-        assert error <= (8 * stored + 64 * arithmetic) * size
+    tools.check(inputs, ours, plain, leaves, **options)
 
 
 # --- right answers ----------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "aot.py"
 
 
-def compile_all(tmp_path: Path, *arguments: str) -> list[dict]:
+def compile_all(cache: Path, tmp_path: Path, *arguments: str) -> list[dict]:
     """In a process of its own: in this one the kernels may be interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment["TRITON_CACHE_DIR"] = str(cache)
     file = tmp_path / "aot.json"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--json", str(file), *arguments],
@@ -31,16 +31,43 @@ def compile_all(tmp_path: Path, *arguments: str) -> list[dict]:
     return json.loads(file.read_text())
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for the module: much of pixel_word is the same for all dtypes."""
+    return tmp_path_factory.mktemp("triton")
+
+
 # Every chip for what is trained in; the chip with the least shared memory and the oldest one for the others.
 @pytest.mark.parametrize(
     ("dtypes", "targets"),
     [(("bf16",), ("80", "90", "100", "120")), (("fp32",), ("80", "120")), (("fp64",), ("120",))],
     ids=["bf16", "fp32", "fp64"],
 )
-def test_no_spills(tmp_path: Path, dtypes: tuple[str, ...], targets: tuple[str, ...]) -> None:
-    rows = compile_all(tmp_path, "--dtypes", *dtypes, "--targets", *targets)
-    assert {row["target"] for row in rows} == {f"sm_{t}" for t in targets}
+def test_no_spills(cache: Path, tmp_path: Path, dtypes: tuple[str, ...], targets: tuple[str, ...]) -> None:
+    rows = compile_all(cache, tmp_path, "--families", "softmax_kl", "--dtypes", *dtypes, "--targets", *targets)
     assert {row["kernel"] for row in rows} >= {"softmax_kl.forward", "softmax_kl.backward"}
+    check(rows, targets)
+
+
+# All numbers of words on the two chips that differ most, and those that most sentences are padded to on every chip. The
+# rest of the table takes minutes and is in benchmarks/results/aot.json.
+@pytest.mark.parametrize(
+    ("dtype", "targets", "match"),
+    [("bf16", ("90", "120"), ""), ("bf16", ("80", "100"), r" \d+x32(x|$)"), ("fp32", ("120",), "")],
+    ids=["bf16", "bf16 of 32 words", "fp32"],
+)
+def test_pixel_word_does_not_spill(
+    cache: Path, tmp_path: Path, dtype: str, targets: tuple[str, ...], match: str
+) -> None:
+    arguments = ("--families", "pixel_word", "--dtypes", dtype, "--match", match, "--targets", *targets)
+    rows = compile_all(cache, tmp_path, *arguments)
+    names = {"logits", "terms", "gradient", "pixels", "words"} | (set() if match else {"grams", "merge", "merge_words"})
+    assert {row["kernel"] for row in rows} >= {f"pixel_word.{name}" for name in names}
+    check(rows, targets)
+
+
+def check(rows: list[dict], targets: tuple[str, ...]) -> None:
+    assert {row["target"] for row in rows} == {f"sm_{t}" for t in targets}
     for row in rows:
         assert row["local"] == 0, row
         assert row["stack"] == 0, row

@@ -12,6 +12,13 @@ from torch import Tensor
 from fastkd.ops import _workspace
 from fastkd.ops._launch import dtype_name, native
 
+Features = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""Student's pixels and words, teacher's pixels and words; without words, the pixels are the logits."""
+Masks = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Student's and teacher's words, pixels."""
+Options = tuple[bool, float, int]
+"""Whether cosine, the temperature, the terms or-ed."""
+
 
 def layout(x: Tensor) -> Tensor:
     """(B, N, D) as rows of features or as maps; a copy of anything else."""
@@ -68,6 +75,43 @@ class Network(NamedTuple):
 def scale_of(width: int, temperature: float, cosine: bool) -> float:
     """What multiplies dot products, cosines or (with a width of 0) logits."""
     return 1 / (temperature * (1 if cosine or width == 0 else width**0.5))
+
+
+def forward(
+    features: Features, masks: Masks, options: Options, kept: Sequence[Tensor], loss: Tensor, backend: str
+) -> None:
+    """Fill ``loss``, and of ``kept`` what is not empty."""
+    cosine, temperature, terms = options
+    student_pixels, student_words, teacher_pixels, teacher_words = features
+    student = Network.of(student_pixels, student_words, masks[0], temperature, cosine, loss.dtype)
+    teacher = Network.of(teacher_pixels, teacher_words, masks[1], temperature, cosine, loss.dtype)
+    Call(student, teacher, masks[2], cosine, terms, loss.dtype, backend).forward(kept, loss)
+
+
+def backward(
+    student_pixels: Tensor,
+    student_words: Tensor | None,
+    teacher_logits: Tensor | None,
+    teacher_width: int,
+    masks: Masks,
+    options: Options,
+    kept: Sequence[Tensor],
+    grad_loss: Tensor,
+    grad_pixels: Tensor,
+    grad_words: Tensor,
+    backend: str,
+) -> None:
+    """Fill ``grad_pixels`` and ``grad_words``, unless they are empty."""
+    cosine, temperature, terms = options
+    dtype = grad_loss.dtype
+    student = Network.of(student_pixels, student_words, masks[0], temperature, cosine, dtype)
+    if teacher_logits is not None:
+        teacher = Network.of(teacher_logits, None, masks[1], temperature, cosine, dtype)
+    else:
+        words = kept[0].shape[1] - student.word_count
+        teacher = Network.of_kept_logits(masks[1], words, teacher_width, temperature, cosine)
+    call = Call(student, teacher, masks[2], cosine, terms, dtype, backend)
+    call.backward(kept, grad_loss, grad_pixels, grad_words)
 
 
 class Call:

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.errors import BackendUnavailable
+from fastkd.ops import _pixel_word_call, _pixel_word_triton
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import distinct, statistics_dtype
-from fastkd.ops._pixel_word_call import Call, Network, gradient_like, layout
+from fastkd.ops._pixel_word_call import gradient_like, layout
+from fastkd.ops._pixel_word_check import check
 from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
 from fastkd.reference.pixel_word import pixel_word_from_logits as reference_from_logits
@@ -52,7 +55,7 @@ def pixel_word(
         similarity: "scaled_dot" or "cosine".
         temperature: τ > 0.
         terms: some of "pixel_to_word", "word_to_pixel", "pixel_pixel", "word_word".
-        backend: "auto", "reference" or "cpu". All but the reference are differentiable once.
+        backend: "auto", "reference", "cpu" or "triton" (at most 128 words). Kernels are differentiable once.
 
     Returns:
         The terms asked for, in fp32 (fp64 if an input is fp64). NaN and Inf of valid pixels and words propagate.
@@ -66,16 +69,14 @@ def pixel_word(
     features = (student_pixels, student_words, teacher_pixels, teacher_words)
     masks = (student_word_mask, teacher_word_mask, pixel_mask)
     names = ("student_pixels", "student_words", "teacher_pixels", "teacher_words")
-    _check(
-        dict(zip(names, features, strict=True)), (student_words.shape[1], teacher_words.shape[1]), temperature, terms
-    )
+    check(dict(zip(names, features, strict=True)), (student_words.shape[1], teacher_words.shape[1]), temperature, terms)
     for side, v, w in (("student", student_pixels, student_words), ("teacher", teacher_pixels, teacher_words)):
         if v.shape[0] != w.shape[0] or v.shape[2] != w.shape[2]:
             raise ValueError(
                 f"{side}_pixels and {side}_words: expected (B, N, D) and (B, T, D), got {tuple(v.shape)} and "
                 f"{tuple(w.shape)}"
             )
-    chosen = choose("pixel_word", backend, *features)
+    chosen = _choose(backend, max(student_words.shape[1], teacher_words.shape[1]), *features)
     if chosen == "reference":
         return reference(
             *features,
@@ -102,8 +103,9 @@ def pixel_word_from_logits(
 ) -> dict[str, Tensor]:
     """Per-sample terms (B,) from pixel–word logits (B, N, T); all else as in :func:`pixel_word`."""
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    _check(logits, (student_logits.shape[2], teacher_logits.shape[2]), temperature, terms)
-    chosen = choose("pixel_word", backend, student_logits, teacher_logits)
+    check(logits, (student_logits.shape[2], teacher_logits.shape[2]), temperature, terms)
+    words = max(student_logits.shape[2], teacher_logits.shape[2])
+    chosen = _choose(backend, words, student_logits, teacher_logits)
     if chosen == "reference":
         return reference_from_logits(
             student_logits,
@@ -118,30 +120,22 @@ def pixel_word_from_logits(
     return _terms((student_logits, None, teacher_logits, None), masks, False, temperature, terms, chosen)
 
 
-def _check(tensors: dict[str, Tensor], words: tuple[int, int], temperature: float, terms: Sequence[str]) -> None:
-    first, *_ = student, teacher = [x for name, x in tensors.items() if not name.endswith("words")]
-    for name, x in tensors.items():
-        if x.dim() != 3 or not x.is_floating_point():
-            raise ValueError(f"{name}: expected a floating tensor of 3 dimensions, got {x.dtype} {tuple(x.shape)}")
-        if x.device != first.device:
-            raise ValueError(f"{name}: expected on the student's device {first.device}, got {x.device}; use .to(...)")
-        if torch.is_grad_enabled() and x.requires_grad and name.startswith("teacher"):
-            raise ValueError(
-                f"{name}: gradients flow to the student only, got a teacher that requires grad; detach() it"
-            )
-        if x.shape[1] == 0 or x.shape[2] == 0:
-            raise ValueError(f"{name}: no pixel, no word or no feature, got shape {tuple(x.shape)}")
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"student and teacher: expected the same samples and pixels (B, N), got {tuple(student.shape[:2])} and "
-            f"{tuple(teacher.shape[:2])}"
-        )
-    if not terms or not set(terms) <= set(TERMS):
-        raise ValueError(f"terms: expected some of {', '.join(TERMS)}, got {list(terms)}")
-    if words[0] != words[1] and set(terms) != {"pixel_pixel"}:
-        raise ValueError(f"terms: {words[0]} and {words[1]} words leave only 'pixel_pixel', got {list(terms)}")
-    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+def _choose(backend: str, words: int, *inputs: Tensor) -> str:
+    """The backend of this call; Triton's takes so many words and no more."""
+    chosen = choose("pixel_word", backend, *inputs)
+    if chosen != "triton" or words <= _pixel_word_triton.MOST_WORDS:
+        return chosen
+    if backend == "auto":
+        return "reference"
+    raise BackendUnavailable(
+        f"backend='triton': pixel_word's kernels hold at most {_pixel_word_triton.MOST_WORDS} words, got {words}; use "
+        "backend='auto' or 'reference', or fewer words"
+    )
+
+
+def _kernels(backend: str) -> Any:
+    """What computes: a module with ``forward`` and ``backward``, filling the outputs that they are given."""
+    return _pixel_word_triton if backend == "triton" else _pixel_word_call
 
 
 def _terms(
@@ -246,8 +240,6 @@ torch.library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 
-Kept = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 def _forward(
     student_pixels: Tensor,
@@ -265,12 +257,10 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     features = (student_pixels, student_words, teacher_pixels, teacher_words)
     masks = (student_word_mask, teacher_word_mask, pixel_mask)
-    loss, *kept = _forward_fake(*features, *masks, cosine, temperature, terms, keep, backend)
+    options = (cosine, temperature, terms)
+    loss, *kept = _forward_fake(*features, *masks, *options, keep, backend)
     if loss.numel():
-        dtype = loss.dtype
-        student = Network.of(student_pixels, student_words, student_word_mask, temperature, cosine, dtype)
-        teacher = Network.of(teacher_pixels, teacher_words, teacher_word_mask, temperature, cosine, dtype)
-        Call(student, teacher, pixel_mask, cosine, terms, dtype, backend).forward(kept, loss)
+        _kernels(backend).forward(features, masks, options, kept, loss, backend)
     return loss, *kept
 
 
@@ -296,17 +286,18 @@ def _forward_fake(
     else:
         words = (student_words.shape[1], teacher_words.shape[1])
     most = max(words) if words[0] != words[1] else words[0]
-    # What each is for: csrc/common/pixel_word.h.
+    # What each is for: csrc/common/pixel_word.h. Of a column's log Σ e^u Triton keeps, as in softmax_kl, two parts.
+    parts, columns_dtype = (4, dtype) if backend == "triton" else (2, torch.float64)
     shapes = {
         "logits": (batch, words[0] + words[1], pixels) if student_words is not None else None,
         "norms": (batch, pixels) if cosine else None,
-        "columns": (batch, 2, words[0]) if terms & WORD_TO_PIXEL else None,
+        "columns": (batch, parts, words[0]) if terms & WORD_TO_PIXEL else None,
         "grams": (batch, 3, most, most) if terms & SECOND_ORDER else None,
     }
     kept = (
         torch.empty(
             shape if keep and shape is not None else (0,),
-            dtype=torch.float64 if name == "columns" else dtype,
+            dtype=columns_dtype if name == "columns" else dtype,
             device=device,
         )
         for name, shape in shapes.items()
@@ -336,18 +327,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     # The arithmetic is that of the forward, which may be fp64 for the teacher's sake alone.
     dtype = grad_loss.dtype
-    student = Network.of(student_pixels, student_words, student_word_mask, temperature, cosine, dtype)
-    if teacher_logits is not None:
-        teacher = Network.of(teacher_logits, None, teacher_word_mask, temperature, cosine, dtype)
-    else:
-        words = logits.shape[1] - student.word_count
-        teacher = Network.of_kept_logits(teacher_word_mask, words, teacher_width, temperature, cosine)
-    assert student.pixels is not None
-    grad_pixels = gradient_like(student.pixels if for_pixels else None, student_pixels)
-    grad_words = gradient_like(student.words if for_words else None, student_pixels)
+    pixels = layout(student_pixels.to(dtype) if dtype == torch.float64 else student_pixels)
+    words = student_words.to(dtype) if student_words is not None and backend != "triton" else student_words
+    grad_pixels = gradient_like(pixels if for_pixels else None, student_pixels)
+    shape, like = (words.shape, words) if for_words and words is not None else ((0,), pixels)
+    grad_words = torch.empty(shape, dtype=like.dtype, device=like.device)
     if grad_pixels.numel() or grad_words.numel():
-        call = Call(student, teacher, pixel_mask, cosine, terms, dtype, backend)
-        call.backward((logits, norms, columns, grams), grad_loss, grad_pixels, grad_words)
+        masks, options = (student_word_mask, teacher_word_mask, pixel_mask), (cosine, temperature, terms)
+        kept = (logits, norms, columns, grams)
+        _kernels(backend).backward(
+            pixels, words, teacher_logits, teacher_width, masks, options, kept, grad_loss, grad_pixels, grad_words,
+            backend,
+        )  # fmt: skip
     words_dtype = dtype if student_words is None else student_words.dtype
     return grad_pixels.to(student_pixels.dtype), grad_words.to(words_dtype)
 
@@ -367,7 +358,7 @@ for _name, _real, _fake in (
     ("fastkd::pixel_word_forward", _forward, _forward_fake),
     ("fastkd::pixel_word_backward", _backward, _backward_fake),
 ):
-    torch.library.impl(_name, "cpu", _real)
+    torch.library.impl(_name, ("cpu", "cuda"), _real)
     torch.library.register_fake(_name, _fake)
 
 

@@ -1,0 +1,65 @@
+"""Inputs, runs and error bounds that the files on the pixel_word operator share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.reference.pixel_word import TERMS
+
+WEIGHTS = dict(zip(TERMS, (1.0, 0.7, 3.0, 2.0), strict=True))
+Masks = dict[str, Tensor]
+
+
+def make(
+    b: int, n: int, t: int, d: int, d_teacher: int | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Tensor]:
+    """Student's pixels and words, teacher's pixels and words, exact in ``dtype``."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(b, n, d), (b, t, d), (b, n, d_teacher or d), (b, t, d_teacher or d)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def make_masks(b: int, n: int, t: int) -> Masks:
+    generator = torch.Generator().manual_seed(n + t)
+    words, pixels = torch.rand(b, t, generator=generator) > 0.4, torch.rand(b, n, generator=generator) > 0.3
+    words[:, t // 2] = pixels[:, n // 2] = True
+    return {"student_word_mask": words, "teacher_word_mask": words, "pixel_mask": pixels}
+
+
+def as_maps(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The pixels laid out as (B, D, N) maps are."""
+    return [x.mT.contiguous().mT if i % 2 == 0 else x for i, x in enumerate(inputs)]
+
+
+def run(function: Any, inputs: Sequence[Tensor], leaves: int = 2, **options: Any) -> list[Tensor]:
+    """The terms (B, number of terms), and the gradients of a weighted sum with respect to the first ``leaves``."""
+    inputs = [x.detach().requires_grad_(i < leaves) for i, x in enumerate(inputs)]
+    terms = function(*inputs, **options)
+    samples = torch.linspace(1, 2, inputs[0].shape[0], dtype=torch.float64, device=inputs[0].device)
+    total = sum((WEIGHTS[name] * samples.to(value.dtype) * value).sum() for name, value in terms.items())
+    return [torch.stack(list(terms.values()), 1).detach(), *torch.autograd.grad(total, inputs[:leaves])]
+
+
+def check(inputs: Sequence[Tensor], ours: Any, plain: Any, leaves: int = 2, **options: Any) -> None:
+    """At most twice the plain formula's error at the same dtype, but for the rounding of what the terms are made of."""
+    exact = run(plain, [x.double() for x in inputs], leaves, **options)
+    theirs = run(plain, inputs, leaves, **options)
+    got = run(ours, inputs, leaves, **options)
+    entries = inputs[0].shape[1] * (inputs[1] if leaves == 2 else inputs[0].mT).shape[1]
+    arithmetic = torch.finfo(got[0].dtype).eps
+    for index, (g, p, e) in enumerate(zip(got, theirs, exact, strict=True)):
+        assert g.dtype == p.dtype
+        assert g.shape == e.shape
+        error, plain_error = ((x.double() - e).abs().max().item() for x in (g, p))
+        stored = torch.finfo(g.dtype).eps
+        # A KL is a difference of terms around 1, its gradient one of terms around 1/entries.
+        size = max(e.abs().max().item(), 1 / entries if index else 1.0)
+        if g.dtype == torch.float64:  # the plain formula is the exact one
+            assert error <= 32 * arithmetic * size
+            continue
+        assert error <= 2 * plain_error + (stored + 8 * arithmetic) * size, (index, error, plain_error, size)
+        assert error <= (8 * stored + 64 * arithmetic) * size
