@@ -1,0 +1,159 @@
+"""What the relation kernels share: operands of any layout, tiles of relation matrices, and the numbering of tiles.
+
+A *problem* is one relation matrix pair: a sample's, or with ``cross`` that of all samples' rows together. Every sample's
+rows are cut into blocks of ``ROWS`` (the last may be short), numbered through the problem: block I belongs to sample
+I // row_blocks. Columns are the same rows, cut into blocks of ``COLS``, of which ``Q = ROWS // COLS`` make a row block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from fastkd.kernels._common import INTERPRETED
+from torch import Tensor
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def unit_of(*numbers: int, largest: int) -> int:
+    """The largest power of two up to ``largest`` that divides all ``numbers``."""
+    unit = largest
+    while any(n % unit for n in numbers):
+        unit //= 2
+    return unit
+
+
+class Operand(NamedTuple):
+    """(B, R, K) of any strides, as a kernel is given it: the arguments ``tensor, width, stride_b, stride_r, stride_k``.
+
+    Triton only loads several elements at once where it can prove that they are aligned. It looks for factors of 16;
+    a row of 900 has a factor of 4. So strides are passed in units of ``unit`` elements, a constant of the kernel.
+    """
+
+    tensor: Tensor
+    width: int
+    strides: tuple[int, int, int]
+    rows_inner: bool  # the rows' stride is 1 and the columns' is not: a map seen as rows of pixels
+    unit: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Operand:
+        rows, width = x.shape[1:]
+        by_batch, by_row, by_col = x.stride()
+        largest = 16 // x.element_size()
+        if by_col != 1 and by_row == 1:
+            unit = unit_of(by_batch, by_col, rows, largest=largest)
+            return cls(x, width, (by_batch // unit, 1, by_col // unit), True, unit)
+        if by_col == 1:
+            unit = unit_of(by_batch, by_row, width, largest=largest)
+            return cls(x, width // unit, (by_batch // unit, by_row // unit, 1), False, unit)
+        return cls(x, width, (by_batch, by_row, by_col), False, 1)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.tensor, self.width, *self.strides)
+
+
+@triton.jit
+def row_pointers(x_ptr, b, r, stride_b, stride_r, UNIT: tl.constexpr, ROWS_INNER: tl.constexpr):
+    """Where the rows r of sample b begin."""
+    ptr = x_ptr + b.to(tl.int64) * (stride_b * UNIT)
+    if ROWS_INNER:
+        return ptr + r.to(tl.int64) * stride_r
+    return ptr + r.to(tl.int64) * (stride_r * UNIT)
+
+
+@triton.jit
+def columns_from(stride_k, k, UNIT: tl.constexpr, ROWS_INNER: tl.constexpr):
+    """How far the columns k lie from the beginning of their row."""
+    if ROWS_INNER:
+        return k.to(tl.int64) * (stride_k * UNIT)
+    return k.to(tl.int64) * stride_k
+
+
+@triton.jit
+def width_of(width, UNIT: tl.constexpr, ROWS_INNER: tl.constexpr):
+    if ROWS_INNER:
+        return width
+    return width * UNIT
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b; the interpreter multiplies no bfloat16."""
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def products(
+    x_ptr,
+    width,
+    stride_b,
+    stride_r,
+    stride_k,
+    b_i,
+    r_i,
+    here_i,
+    b_j,
+    r_j,
+    here_j,
+    UNIT: tl.constexpr,
+    ROWS_INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """⟨x_i, x_j⟩ of the rows r_i of sample b_i and r_j of b_j, summed in fp32; 0 where a row is not ``here``."""
+    width = width_of(width, UNIT, ROWS_INNER)
+    k = tl.arange(0, DEPTH)
+    off = columns_from(stride_k, k, UNIT, ROWS_INNER)
+    a_ptr = row_pointers(x_ptr, b_i, r_i, stride_b, stride_r, UNIT, ROWS_INNER)[:, None] + off[None, :]
+    b_ptr = row_pointers(x_ptr, b_j, r_j, stride_b, stride_r, UNIT, ROWS_INNER)[None, :] + off[:, None]
+    step = columns_from(stride_k, tl.full((), DEPTH, tl.int32), UNIT, ROWS_INNER)
+    acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, width, DEPTH):
+        inside = start + k < width
+        a = tl.load(a_ptr, mask=here_i[:, None] & inside[None, :], other=0.0)
+        b = tl.load(b_ptr, mask=here_j[None, :] & inside[:, None], other=0.0)
+        acc = multiply(a, b, acc, PRECISION)
+        a_ptr += step
+        b_ptr += step
+    return acc
+
+
+@triton.jit
+def triangle(index, first, last, columns, Q: tl.constexpr):
+    """Tile ``index`` (I, J) of the row blocks [first, last), each of which has the tiles J = Q I, ..., columns − 1.
+
+    A row block and its counterpart from the other end have as many tiles as any other such pair.
+    """
+    pair = 2 * columns - Q * (first + last - 1)
+    i = index // pair
+    left = index % pair
+    mine = columns - Q * (first + i)
+    row = tl.where(left < mine, first + i, last - 1 - i)
+    return row, Q * row + tl.where(left < mine, left, left - mine)
+
+
+@triton.jit
+def scaled(product, scale_i, scale_j):
+    """Cosines from dot products."""
+    return product * scale_i[:, None] * scale_j[None, :]
+
+
+@triton.jit
+def kept_tile(kept_ptr, problem, row, col, columns, row_blocks, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where the student's tile (row, col) is kept, as (ROWS, COLS) contiguous numbers; the teacher's follows.
+
+    A problem's tiles take (n + 1) n ROWS² numbers, n its row blocks, also where ROWS is twice COLS.
+    """
+    Q: tl.constexpr = ROWS // COLS
+    tile = row * columns - Q * (row * (row - 1) // 2) + (col - Q * row)
+    size = (row_blocks + 1).to(tl.int64) * row_blocks * (ROWS * ROWS)
+    cell = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    return kept_ptr + problem * size + tile.to(tl.int64) * (2 * ROWS * COLS) + cell

@@ -1,0 +1,517 @@
+r"""``relation`` in Triton: a distance, row by row, between the self-relation matrices of two row sets.
+
+With :math:`\hat x_i = x_i / \max(|x_i|, 10^{-12})` ("cosine") and :math:`E_{ij} = \langle \hat x_i, \hat x_j \rangle`
+("mean": :math:`\langle x_i, x_j \rangle / K`, "dot": :math:`\langle x_i, x_j \rangle`) for the student (S) and the
+teacher (T), the loss of row i is
+
+.. math:: \mathrm{KL}(\operatorname{softmax}(\sigma E^T_i/\tau) \| \operatorname{softmax}(\sigma E^S_i/\tau)), \qquad
+          \frac{1}{R} \sum_j (E^S_{ij} - E^T_{ij})^2, \qquad
+          \Bigl| \frac{E^S_i}{|E^S_i|} - \frac{E^T_i}{|E^T_i|} \Bigr|^2 .
+
+The forward is three kernels: norms; tiles of both matrices, one pair of row blocks I ≤ J to a program, each reduced at
+once to a few sums for its rows and, E being symmetric, for its columns as well; and the merging of those sums in a
+fixed order. No matrix is written, but for ``keep``, where the tiles are kept for the backward (``relation_backward.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastkd.kernels._common import LOG2E, cdiv, launching_on
+from fastkd.kernels._relation_plan import PLANES, Plan
+from fastkd.kernels._relation_tiles import (
+    Operand,
+    columns_from,
+    kept_tile,
+    products,
+    row_pointers,
+    scaled,
+    triangle,
+    unit_of,
+    width_of,
+)
+from torch import Tensor
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms: scale = 1/max(|x|, 1e-12) of either network's rows. Exactly 1e12 marks a row that gets no gradient.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _scales(
+    x_ptr,
+    width,
+    stride_b,
+    stride_r,
+    stride_k,
+    scale_ptr,
+    row,
+    rows,
+    here,
+    UNIT: tl.constexpr,
+    ROWS_INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    width = width_of(width, UNIT, ROWS_INNER)
+    k = tl.arange(0, DEPTH)
+    off = columns_from(stride_k, k, UNIT, ROWS_INNER)
+    step = columns_from(stride_k, tl.full((), DEPTH, tl.int32), UNIT, ROWS_INNER)
+    ptr = row_pointers(x_ptr, row // rows, row % rows, stride_b, stride_r, UNIT, ROWS_INNER)[:, None] + off[None, :]
+    squares = tl.zeros((BLOCK, DEPTH), dtype=tl.float32)
+    for start in range(0, width, DEPTH):
+        x = tl.load(ptr, mask=here[:, None] & (start + k < width)[None, :], other=0.0).to(tl.float32)
+        squares += x * x
+        ptr += step
+    square = tl.sum(squares, axis=1)
+    tl.store(scale_ptr + row, tl.where(square <= 1e-24, 1e12, 1.0 / tl.sqrt_rn(square)), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows", "n_rows"])
+def scales_kernel(
+    student_ptr,
+    student_width,
+    student_stride_b,
+    student_stride_r,
+    student_stride_k,
+    teacher_ptr,
+    teacher_width,
+    teacher_stride_b,
+    teacher_stride_r,
+    teacher_stride_k,
+    scale_ptr,  # (2, batch · rows)
+    rows,
+    n_rows,  # batch · rows
+    STUDENT_UNIT: tl.constexpr,
+    STUDENT_ROWS_INNER: tl.constexpr,
+    TEACHER_UNIT: tl.constexpr,
+    TEACHER_ROWS_INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``BLOCK`` rows to a program, the student's or the teacher's."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row < n_rows
+    if tl.program_id(1) == 0:
+        _scales(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k, scale_ptr,
+                row, rows, here, STUDENT_UNIT, STUDENT_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
+    else:
+        _scales(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
+                scale_ptr + n_rows.to(tl.int64), row, rows, here,
+                TEACHER_UNIT, TEACHER_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles. From E^S and E^T of one tile, v = σE, κ = log2(e)/τ, d = E^S − E^T, the sums over its columns (AXIS 1, one for
+# each row) or over its rows (AXIS 0):
+#
+#     kl            z_x = Σ f_x, f_x = 2^{κ(v_x − 1)},  a = Σ f_T (v_T − v_S)
+#     kl maxima     m_x = max v_x,  z_x = Σ 2^{κ(v_x − m_x)},  a = Σ 2^{κ(v_T − m_T)} (v_T − v_S)
+#     mse           Σ d²
+#     row_cosine    Σ E^S²,  Σ E^T²,  Σ d²,  Σ d (E^S + E^T)
+#
+# A teacher's v of −inf has weight 0, and 0·(v_T − v_S) counts as 0 whatever v_S is. NaN and +inf reach the sums.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _sums(
+    e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, NEGATE: tl.constexpr, AXIS: tl.constexpr
+):
+    if DISTANCE == "kl":
+        v_s = -e_s if NEGATE else e_s
+        v_t = -e_t if NEGATE else e_t
+        f_s = tl.where(valid, tl.exp2((v_s - 1.0) * kappa), 0.0)
+        f_t = tl.where(valid, tl.exp2((v_t - 1.0) * kappa), 0.0)
+        tl.store(out_ptr, tl.sum(f_s, axis=AXIS))
+        tl.store(out_ptr + plane, tl.sum(f_t, axis=AXIS))
+        tl.store(out_ptr + 2 * plane, tl.sum(tl.where(valid, f_t * (v_t - v_s), 0.0), axis=AXIS))
+    elif DISTANCE == "kl maxima":
+        v_s = tl.where(valid, -e_s if NEGATE else e_s, float("-inf"))
+        v_t = tl.where(valid, -e_t if NEGATE else e_t, float("-inf"))
+        m_s = tl.maximum(tl.max(v_s, axis=AXIS), LOWEST)
+        m_t = tl.maximum(tl.max(v_t, axis=AXIS), LOWEST)
+        f_s = tl.exp2((v_s - tl.expand_dims(m_s, AXIS)) * kappa)
+        f_t = tl.exp2((v_t - tl.expand_dims(m_t, AXIS)) * kappa)
+        tl.store(out_ptr, m_s)
+        tl.store(out_ptr + plane, tl.sum(f_s, axis=AXIS))
+        tl.store(out_ptr + 2 * plane, m_t)
+        tl.store(out_ptr + 3 * plane, tl.sum(f_t, axis=AXIS))
+        tl.store(out_ptr + 4 * plane, tl.sum(tl.where(f_t == 0.0, 0.0, f_t * (v_t - v_s)), axis=AXIS))
+    else:
+        d = tl.where(valid, e_s - e_t, 0.0)
+        if DISTANCE == "mse":
+            tl.store(out_ptr, tl.sum(d * d, axis=AXIS))
+        else:
+            e_s = tl.where(valid, e_s, 0.0)
+            e_t = tl.where(valid, e_t, 0.0)
+            tl.store(out_ptr, tl.sum(e_s * e_s, axis=AXIS))
+            tl.store(out_ptr + plane, tl.sum(e_t * e_t, axis=AXIS))
+            tl.store(out_ptr + 2 * plane, tl.sum(d * d, axis=AXIS))
+            tl.store(out_ptr + 3 * plane, tl.sum(d * (e_s + e_t), axis=AXIS))
+
+
+@triton.jit(do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "first", "last", "tiles", "n_rows"])
+def tiles_kernel(
+    student_ptr,
+    student_width,
+    student_stride_b,
+    student_stride_r,
+    student_stride_k,
+    teacher_ptr,
+    teacher_width,
+    teacher_stride_b,
+    teacher_stride_r,
+    teacher_stride_k,
+    scale_ptr,  # (2, batch · rows)
+    by_row_ptr,  # (problems, PLANES, columns, last − first row blocks of ROWS)
+    by_col_ptr,  # (problems, PLANES, last − first, columns of COLS)
+    kept_ptr,
+    row_units,  # rows / ROW_UNIT
+    samples,  # of a problem
+    row_blocks,  # of a sample
+    first_problem,
+    first,  # this launch's row blocks: [first, last)
+    last,
+    tiles,  # of a problem, in this launch
+    n_rows,  # batch · rows
+    student_factor,
+    teacher_factor,
+    inv_temperature,
+    STUDENT_UNIT: tl.constexpr,
+    STUDENT_ROWS_INNER: tl.constexpr,
+    TEACHER_UNIT: tl.constexpr,
+    TEACHER_ROWS_INNER: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    COSINE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    NEGATE: tl.constexpr,
+    KEEP: tl.constexpr,
+    PLANES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One tile to a program: sums for its rows and, off the diagonal, for its columns."""
+    Q: tl.constexpr = ROWS // COLS
+    rows = row_units * ROW_UNIT
+    columns = samples * row_blocks * Q
+    here_problem = (tl.program_id(0) // tiles).to(tl.int64)  # in this launch
+    problem = first_problem + here_problem
+    row, col = triangle(tl.program_id(0) % tiles, first, last, columns, Q)
+    b_i = problem * samples + row // row_blocks
+    b_j = problem * samples + col // (row_blocks * Q)
+    r_i = row % row_blocks * ROWS + tl.arange(0, ROWS)
+    r_j = col % (row_blocks * Q) * COLS + tl.arange(0, COLS)
+    if col % (row_blocks * Q) * COLS < rows:
+        here_i = r_i < rows
+        here_j = r_j < rows
+        e_s = products(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k,
+                       b_i, r_i, here_i, b_j, r_j, here_j,
+                       STUDENT_UNIT, STUDENT_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
+        e_t = products(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
+                       b_i, r_i, here_i, b_j, r_j, here_j,
+                       TEACHER_UNIT, TEACHER_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
+        scale_i = scale_ptr + b_i * rows + r_i
+        scale_j = scale_ptr + b_j * rows + r_j
+        if COSINE:
+            e_s = scaled(e_s, tl.load(scale_i, mask=here_i, other=0.0), tl.load(scale_j, mask=here_j, other=0.0))
+            e_t = scaled(e_t, tl.load(scale_i + n_rows.to(tl.int64), mask=here_i, other=0.0),
+                         tl.load(scale_j + n_rows.to(tl.int64), mask=here_j, other=0.0))  # fmt: skip
+        else:
+            e_s = e_s * student_factor
+            e_t = e_t * teacher_factor
+        if KEEP:
+            kept = kept_tile(kept_ptr, problem, row, col, columns, row_blocks, ROWS, COLS)
+            tl.store(kept, e_s)
+            tl.store(kept + ROWS * COLS, e_t)
+
+        valid = here_i[:, None] & here_j[None, :]
+        kappa = inv_temperature * LOG2E
+        band = last - first
+        plane = columns.to(tl.int64) * band * ROWS
+        out = by_row_ptr + here_problem * PLANES * plane + (col.to(tl.int64) * band + (row - first)) * ROWS
+        _sums(e_s, e_t, valid, kappa, out + tl.arange(0, ROWS), plane, DISTANCE, NEGATE, 1)
+        if col >= Q * (row + 1):
+            plane = columns.to(tl.int64) * band * COLS
+            out = by_col_ptr + here_problem * PLANES * plane + ((row - first).to(tl.int64) * columns + col) * COLS
+            _sums(e_s, e_t, valid, kappa, out + tl.arange(0, COLS), plane, DISTANCE, NEGATE, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging. A row of block I, against the columns of one sample, has the tiles J ≥ Q I of its own block (by_row) and,
+# mirrored, those of the blocks before it (by_col). They are added in this order to what earlier launches left:
+#
+#     kl            a/(z_T τ) + log z_S − log z_T,   with maxima + (m_S − m_T)/τ
+#     mse           Σd²/R
+#     row_cosine    (Σd² − (n − m)²)/(n m),   n − m = Σd(e_S + e_T)/(n + m): no difference of close numbers.
+#                   Where n or m is below 1e-12 and divided by that instead: |u|² + |v|² − 2 u·v, 2 e_S·e_T = n² + m² − Σd²
+#
+# and averaged over the samples.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _add(total, ptr, slot_stride, begin, end, here, SLOTS: tl.constexpr):
+    """``total`` + the slots [begin, end) of each row, from ``ptr`` of slot 0."""
+    for start in range(begin, end, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        mask = (slot < end)[:, None] & here[None, :]
+        total += tl.sum(tl.load(ptr + slot.to(tl.int64)[:, None] * slot_stride, mask=mask, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def _add_maxima(m, z, a, ptr, plane, slot_stride, begin, end, here, kappa, HAS_A: tl.constexpr,
+                SLOTS: tl.constexpr):  # fmt: skip
+    """The same for sums relative to maxima."""
+    for start in range(begin, end, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        mask = (slot < end)[:, None] & here[None, :]
+        at = ptr + slot.to(tl.int64)[:, None] * slot_stride
+        m_new = tl.load(at, mask=mask, other=LOWEST)
+        z_new = tl.load(at + plane, mask=mask, other=0.0)
+        top = tl.maximum(m, tl.max(m_new, axis=0))
+        old = tl.exp2((m - top) * kappa)
+        new = tl.exp2((m_new - top[None, :]) * kappa)
+        z = z * old + tl.sum(z_new * new, axis=0)
+        if HAS_A:
+            a_new = tl.load(at + 2 * plane, mask=mask, other=0.0)
+            a = tl.where(old == 0.0, 0.0, a * old) + tl.sum(tl.where(new == 0.0, 0.0, a_new * new), axis=0)
+        m = top
+    return m, z, a
+
+
+@triton.jit
+def row_cosine(n2, m2, d2, dot):
+    """(loss, n, m, n floored, m floored, n floored − m floored) from the four sums."""
+    n = tl.sqrt_rn(n2)
+    m = tl.sqrt_rn(m2)
+    whole = (n2 > 1e-24) & (m2 > 1e-24)
+    n_low = tl.where(n2 <= 1e-24, 1e-12, n)  # NaN stays
+    m_low = tl.where(m2 <= 1e-24, 1e-12, m)
+    apart = tl.where(whole, dot / (n + m), n_low - m_low)
+    near = (d2 - apart * apart) / (n * m)
+    u = n / n_low
+    v = m / m_low
+    far = u * u + v * v - (n2 + m2 - d2) / n_low / m_low
+    return tl.where((n2 <= 1e-24) | (m2 <= 1e-24), far, near), n_low, m_low, apart
+
+
+@triton.jit(do_not_specialize=["rows", "n_rows", "samples", "row_blocks", "first_problem", "first", "last"])
+def merge_kernel(
+    by_row_ptr,  # as tiles_kernel wrote them
+    by_col_ptr,
+    statistics_ptr,  # (PLANES, samples, batch · rows)
+    loss_ptr,  # (batch · rows,)
+    rows,
+    n_rows,  # batch · rows
+    samples,
+    row_blocks,
+    first_problem,
+    first,
+    last,
+    inv_temperature,
+    DISTANCE: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,  # divides ROWS
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """``BLOCK`` rows to a program; their loss is right once ``last`` is the last block."""
+    Q: tl.constexpr = ROWS // COLS
+    columns = samples * row_blocks * Q
+    band = last - first
+    part = tl.program_id(0) % (ROWS // BLOCK)
+    block = tl.program_id(0) // (ROWS // BLOCK)  # of all problems
+    row = block % (samples * row_blocks)
+    here_problem = (block // (samples * row_blocks)).to(tl.int64)  # in this launch
+    problem = first_problem + here_problem
+    within = part * BLOCK + tl.arange(0, BLOCK)
+    r = row % row_blocks * ROWS + within
+    here = r < rows
+    index = (problem * samples + row // row_blocks) * rows + r
+    kappa = inv_temperature * LOG2E
+
+    row_plane = columns.to(tl.int64) * band * ROWS
+    col_plane = columns.to(tl.int64) * band * COLS
+    row_slot = band.to(tl.int64) * ROWS
+    col_slot = columns.to(tl.int64) * COLS
+    by_row = (by_row_ptr + here_problem * PLANES * row_plane + (row - first) * ROWS + within)[None, :]
+    by_col = (by_col_ptr + here_problem * PLANES * col_plane - first * col_slot + row * ROWS + within)[None, :]
+    mine = (row >= first) & (row < last)
+    valid = (rows + COLS - 1) // COLS
+    loss = tl.zeros((BLOCK,), dtype=tl.float32)
+    for other in range(0, samples):
+        plane = n_rows.to(tl.int64) * samples
+        out = statistics_ptr + other * n_rows.to(tl.int64) + index
+        old = tl.where(first > 0, r, rows) < rows  # nothing before the first launch
+        i_from = tl.maximum(first, other * row_blocks)
+        i_to = tl.minimum(tl.minimum(last, (other + 1) * row_blocks), row)
+        j_from = tl.maximum(other * row_blocks * Q, row * Q)
+        j_to = tl.where(mine, other * row_blocks * Q + valid, 0)
+        if DISTANCE == "kl maxima":
+            m_s = tl.load(out, mask=old, other=LOWEST)
+            z_s = tl.load(out + plane, mask=old, other=0.0)
+            m_t = tl.load(out + 2 * plane, mask=old, other=LOWEST)
+            z_t = tl.load(out + 3 * plane, mask=old, other=0.0)
+            a = tl.load(out + 4 * plane, mask=old, other=0.0)
+            m_s, z_s, _ = _add_maxima(m_s, z_s, a, by_col, col_plane, col_slot, i_from, i_to, here, kappa,
+                                      False, SLOTS)  # fmt: skip
+            m_s, z_s, _ = _add_maxima(m_s, z_s, a, by_row, row_plane, row_slot, j_from, j_to, here, kappa,
+                                      False, SLOTS)  # fmt: skip
+            m_t, z_t, a = _add_maxima(m_t, z_t, a, by_col + 2 * col_plane, col_plane, col_slot, i_from,
+                                      i_to, here, kappa, True, SLOTS)  # fmt: skip
+            m_t, z_t, a = _add_maxima(m_t, z_t, a, by_row + 2 * row_plane, row_plane, row_slot, j_from,
+                                      j_to, here, kappa, True, SLOTS)  # fmt: skip
+            tl.store(out, m_s, mask=here)
+            tl.store(out + plane, z_s, mask=here)
+            tl.store(out + 2 * plane, m_t, mask=here)
+            tl.store(out + 3 * plane, z_t, mask=here)
+            tl.store(out + 4 * plane, a, mask=here)
+            loss += (a / z_t + (m_s - m_t)) * inv_temperature + tl.log(z_s / z_t)
+        else:
+            x0 = tl.load(out, mask=old, other=0.0)
+            x0 = _add(x0, by_col, col_slot, i_from, i_to, here, SLOTS)
+            x0 = _add(x0, by_row, row_slot, j_from, j_to, here, SLOTS)
+            tl.store(out, x0, mask=here)
+            if DISTANCE == "mse":
+                loss += x0 / rows
+            else:
+                x1 = tl.load(out + plane, mask=old, other=0.0)
+                x1 = _add(x1, by_col + col_plane, col_slot, i_from, i_to, here, SLOTS)
+                x1 = _add(x1, by_row + row_plane, row_slot, j_from, j_to, here, SLOTS)
+                tl.store(out + plane, x1, mask=here)
+                x2 = tl.load(out + 2 * plane, mask=old, other=0.0)
+                x2 = _add(x2, by_col + 2 * col_plane, col_slot, i_from, i_to, here, SLOTS)
+                x2 = _add(x2, by_row + 2 * row_plane, row_slot, j_from, j_to, here, SLOTS)
+                tl.store(out + 2 * plane, x2, mask=here)
+                if DISTANCE == "kl":
+                    loss += x2 / x1 * inv_temperature + tl.log(x0 / x1)
+                else:
+                    x3 = tl.load(out + 3 * plane, mask=old, other=0.0)
+                    x3 = _add(x3, by_col + 3 * col_plane, col_slot, i_from, i_to, here, SLOTS)
+                    x3 = _add(x3, by_row + 3 * row_plane, row_slot, j_from, j_to, here, SLOTS)
+                    tl.store(out + 3 * plane, x3, mask=here)
+                    loss += row_cosine(x0, x1, x2, x3)[0]
+    tl.store(loss_ptr + index, loss / samples, mask=here)
+
+
+SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 128}
+MERGE_BLOCK = {"BLOCK": 32, "SLOTS": 16}
+
+
+class Options(NamedTuple):
+    """A call's options, as every kernel wants them."""
+
+    similarity: str
+    method: str  # the distance, or "kl maxima"
+    temperature: float
+    negate: bool
+
+    def factor(self, width: int) -> float:
+        """Times a dot product, where it is no cosine."""
+        return 1.0 / width if self.similarity == "mean" else 1.0
+
+    def constants(self) -> dict[str, Any]:
+        return {"COSINE": self.similarity == "cosine", "DISTANCE": self.method, "NEGATE": self.negate}
+
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+PRECISION = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
+"""Products of 16-bit numbers are exact in fp32; those of fp32 are made of three, as exact as fp32's to 2^-21."""
+
+
+def inner_units(student: Operand, teacher: Operand, rows: int) -> tuple[dict[str, Any], int]:
+    """The constants that say how both are laid out, and the factor of ``rows`` that is one of them."""
+    row_unit = unit_of(rows, largest=8) if student.rows_inner or teacher.rows_inner else 1
+    return {
+        "STUDENT_UNIT": student.unit,
+        "STUDENT_ROWS_INNER": student.rows_inner,
+        "TEACHER_UNIT": teacher.unit,
+        "TEACHER_ROWS_INNER": teacher.rows_inner,
+        "ROW_UNIT": row_unit,
+    }, row_unit
+
+
+def forward(
+    student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, kept: Tensor, options: Options, cross: bool,
+    limit: int,
+) -> None:  # fmt: skip
+    """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``kept``, in at most ``limit`` bytes
+    of scratch memory."""
+    batch, rows = student.shape[:2]
+    n_rows = batch * rows
+    plan = Plan(batch, rows, cross, options.method, DTYPES[student.dtype])
+    networks = (Operand.of(student), Operand.of(teacher))
+    layout, row_unit = inner_units(*networks, rows)
+    arguments = (*networks[0].arguments, *networks[1].arguments)
+    planes, blocks = PLANES[options.method], plan.tiles
+    scales = statistics[-2:]
+    with launching_on(student):
+        if options.similarity == "cosine":
+            scales_kernel[(cdiv(n_rows, SCALE_BLOCK["BLOCK"]), 2)](
+                *arguments,
+                scales,
+                rows,
+                n_rows,
+                **{name: value for name, value in layout.items() if name != "ROW_UNIT"},
+                **SCALE_BLOCK,
+                num_warps=4,
+            )
+        for launch in plan.launches(plan.forward_bytes(), limit):
+            first_problem, problems, first, last = launch
+            sums = problems * (last - first) * plan.columns * planes
+            by_row = torch.empty(sums * blocks.rows, dtype=torch.float32, device=student.device)
+            by_col = torch.empty(sums * blocks.cols, dtype=torch.float32, device=student.device)
+            tiles = plan.triangle(launch)
+            tiles_kernel[(problems * tiles,)](
+                *arguments,
+                scales,
+                by_row,
+                by_col,
+                kept,
+                rows // row_unit,
+                plan.samples,
+                plan.row_blocks,
+                first_problem,
+                first,
+                last,
+                tiles,
+                n_rows,
+                options.factor(student.shape[2]),
+                options.factor(teacher.shape[2]),
+                1.0 / options.temperature,
+                **layout,
+                **options.constants(),
+                KEEP=kept.numel() > 0,
+                PLANES=planes,
+                PRECISION=PRECISION[plan.dtype],
+                ROWS=blocks.rows,
+                COLS=blocks.cols,
+                DEPTH=blocks.depth,
+                **blocks.launch(),
+            )
+            merge_kernel[(problems * plan.blocks * (blocks.rows // MERGE_BLOCK["BLOCK"]),)](
+                by_row,
+                by_col,
+                statistics,
+                loss,
+                rows,
+                n_rows,
+                plan.samples,
+                plan.row_blocks,
+                first_problem,
+                first,
+                last,
+                1.0 / options.temperature,
+                DISTANCE=options.method,
+                PLANES=planes,
+                **MERGE_BLOCK,
+                ROWS=blocks.rows,
+                COLS=blocks.cols,
+                num_warps=4,
+            )
