@@ -27,12 +27,15 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
 
+    def constants(self) -> dict[str, Any]:
+        return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth}
+
     def launch(self) -> dict[str, Any]:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 class Regime(NamedTuple):
-    """Blocks of the kernels that make tiles of the relation matrices, and of the backward's product with as many rows."""
+    """Blocks of the kernels that make tiles of relation matrices, and of the backward's product, as many rows a program."""
 
     tiles: Blocks
     product: Blocks
@@ -82,6 +85,10 @@ class Launch(NamedTuple):
     first: int
     last: int
 
+    @property
+    def band(self) -> int:
+        return self.last - self.first
+
 
 class Plan:
     """One call: (batch, rows) in ``problems`` of ``samples`` each, cut into blocks."""
@@ -102,8 +109,7 @@ class Plan:
 
     def triangle(self, launch: Launch) -> int:
         """Tiles I ≤ J of the row blocks of one problem."""
-        band = launch.last - launch.first
-        return band * self.columns - self.q * band * (launch.first + launch.last - 1) // 2
+        return launch.band * self.columns - self.q * launch.band * (launch.first + launch.last - 1) // 2
 
     def forward_bytes(self) -> int:
         """Sums of a row block's tiles, in one problem."""

@@ -1,8 +1,8 @@
 """What the relation kernels share: operands of any layout, tiles of relation matrices, and the numbering of tiles.
 
-A *problem* is one relation matrix pair: a sample's, or with ``cross`` that of all samples' rows together. Every sample's
-rows are cut into blocks of ``ROWS`` (the last may be short), numbered through the problem: block I belongs to sample
-I // row_blocks. Columns are the same rows, cut into blocks of ``COLS``, of which ``Q = ROWS // COLS`` make a row block.
+A *problem* is one pair of relation matrices: a sample's, or with ``cross`` that of all samples' rows together. Every
+sample's rows are cut into blocks of ``ROWS`` (the last may be short), numbered through the problem: block I belongs to
+sample I // row_blocks. Columns are the same rows, in blocks of ``COLS``: ``Q = ROWS // COLS`` of them are a row block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import triton.language as tl
 from fastkd.kernels._common import INTERPRETED
 from torch import Tensor
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
+WIDENS = tl.constexpr(INTERPRETED)
+"""The interpreter multiplies no bfloat16."""
 
 
 def unit_of(*numbers: int, largest: int) -> int:
@@ -29,7 +30,8 @@ class Operand(NamedTuple):
     """(B, R, K) of any strides, as a kernel is given it: the arguments ``tensor, width, stride_b, stride_r, stride_k``.
 
     Triton only loads several elements at once where it can prove that they are aligned. It looks for factors of 16;
-    a row of 900 has a factor of 4. So strides are passed in units of ``unit`` elements, a constant of the kernel.
+    a row of 900 has a factor of 4. So strides are passed in units of ``unit`` elements, a constant of the kernel: all
+    but that of the inner dimension, whose length is passed in units instead if it is the width.
     """
 
     tensor: Tensor
@@ -57,38 +59,6 @@ class Operand(NamedTuple):
 
 
 @triton.jit
-def row_pointers(x_ptr, b, r, stride_b, stride_r, UNIT: tl.constexpr, ROWS_INNER: tl.constexpr):
-    """Where the rows r of sample b begin."""
-    ptr = x_ptr + b.to(tl.int64) * (stride_b * UNIT)
-    if ROWS_INNER:
-        return ptr + r.to(tl.int64) * stride_r
-    return ptr + r.to(tl.int64) * (stride_r * UNIT)
-
-
-@triton.jit
-def columns_from(stride_k, k, UNIT: tl.constexpr, ROWS_INNER: tl.constexpr):
-    """How far the columns k lie from the beginning of their row."""
-    if ROWS_INNER:
-        return k.to(tl.int64) * (stride_k * UNIT)
-    return k.to(tl.int64) * stride_k
-
-
-@triton.jit
-def width_of(width, UNIT: tl.constexpr, ROWS_INNER: tl.constexpr):
-    if ROWS_INNER:
-        return width
-    return width * UNIT
-
-
-@triton.jit
-def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b; the interpreter multiplies no bfloat16."""
-    if _INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def products(
     x_ptr,
     width,
@@ -109,18 +79,25 @@ def products(
     PRECISION: tl.constexpr,
 ):
     """⟨x_i, x_j⟩ of the rows r_i of sample b_i and r_j of b_j, summed in fp32; 0 where a row is not ``here``."""
-    width = width_of(width, UNIT, ROWS_INNER)
+    R_UNIT: tl.constexpr = 1 if ROWS_INNER else UNIT
+    K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
+    width = width * R_UNIT
     k = tl.arange(0, DEPTH)
-    off = columns_from(stride_k, k, UNIT, ROWS_INNER)
-    a_ptr = row_pointers(x_ptr, b_i, r_i, stride_b, stride_r, UNIT, ROWS_INNER)[:, None] + off[None, :]
-    b_ptr = row_pointers(x_ptr, b_j, r_j, stride_b, stride_r, UNIT, ROWS_INNER)[None, :] + off[:, None]
-    step = columns_from(stride_k, tl.full((), DEPTH, tl.int32), UNIT, ROWS_INNER)
-    acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    off = k.to(tl.int64) * (stride_k * K_UNIT)
+    row_i = b_i.to(tl.int64) * (stride_b * UNIT) + r_i.to(tl.int64) * (stride_r * R_UNIT)
+    row_j = b_j.to(tl.int64) * (stride_b * UNIT) + r_j.to(tl.int64) * (stride_r * R_UNIT)
+    a_ptr = x_ptr + row_i[:, None] + off[None, :]
+    b_ptr = x_ptr + row_j[None, :] + off[:, None]
+    step = tl.full((), DEPTH, tl.int64) * (stride_k * K_UNIT)
+    acc = tl.full((ROWS, COLS), 0.0, tl.float32)
     for start in range(0, width, DEPTH):
         inside = start + k < width
         a = tl.load(a_ptr, mask=here_i[:, None] & inside[None, :], other=0.0)
         b = tl.load(b_ptr, mask=here_j[None, :] & inside[:, None], other=0.0)
-        acc = multiply(a, b, acc, PRECISION)
+        if WIDENS:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
         a_ptr += step
         b_ptr += step
     return acc

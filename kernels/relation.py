@@ -10,28 +10,25 @@ teacher (T), the loss of row i is
 
 The forward is three kernels: norms; tiles of both matrices, one pair of row blocks I ≤ J to a program, each reduced at
 once to a few sums for its rows and, E being symmetric, for its columns as well; and the merging of those sums in a
-fixed order. No matrix is written, but for ``keep``, where the tiles are kept for the backward (``relation_backward.py``).
+fixed order. No matrix is written, except that small ones may be kept for the backward (``relation_backward.py``).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 from fastkd.kernels._common import LOG2E, cdiv, launching_on
-from fastkd.kernels._relation_plan import PLANES, Plan
+from fastkd.kernels._relation_plan import PLANES, Plan, method_of
 from fastkd.kernels._relation_tiles import (
     Operand,
-    columns_from,
     kept_tile,
     products,
-    row_pointers,
     scaled,
     triangle,
     unit_of,
-    width_of,
 )
 from torch import Tensor
 
@@ -58,12 +55,14 @@ def _scales(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    width = width_of(width, UNIT, ROWS_INNER)
+    R_UNIT: tl.constexpr = 1 if ROWS_INNER else UNIT
+    K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
+    width = width * R_UNIT
     k = tl.arange(0, DEPTH)
-    off = columns_from(stride_k, k, UNIT, ROWS_INNER)
-    step = columns_from(stride_k, tl.full((), DEPTH, tl.int32), UNIT, ROWS_INNER)
-    ptr = row_pointers(x_ptr, row // rows, row % rows, stride_b, stride_r, UNIT, ROWS_INNER)[:, None] + off[None, :]
-    squares = tl.zeros((BLOCK, DEPTH), dtype=tl.float32)
+    ptr = x_ptr + (row // rows * (stride_b * UNIT) + row % rows * (stride_r * R_UNIT))[:, None]
+    ptr += (k.to(tl.int64) * (stride_k * K_UNIT))[None, :]
+    step = tl.full((), DEPTH, tl.int64) * (stride_k * K_UNIT)
+    squares = tl.full((BLOCK, DEPTH), 0.0, tl.float32)
     for start in range(0, width, DEPTH):
         x = tl.load(ptr, mask=here[:, None] & (start + k < width)[None, :], other=0.0).to(tl.float32)
         squares += x * x
@@ -118,9 +117,7 @@ def scales_kernel(
 # A teacher's v of −inf has weight 0, and 0·(v_T − v_S) counts as 0 whatever v_S is. NaN and +inf reach the sums.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
-def _sums(
-    e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, NEGATE: tl.constexpr, AXIS: tl.constexpr
-):
+def _sums(e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, NEGATE: tl.constexpr, AXIS: tl.constexpr):
     if DISTANCE == "kl":
         v_s = -e_s if NEGATE else e_s
         v_t = -e_t if NEGATE else e_t
@@ -154,7 +151,9 @@ def _sums(
             tl.store(out_ptr + 3 * plane, tl.sum(d * (e_s + e_t), axis=AXIS))
 
 
-@triton.jit(do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "first", "last", "tiles", "n_rows"])
+@triton.jit(
+    do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "first", "last", "tiles", "n_rows"]
+)
 def tiles_kernel(
     student_ptr,
     student_width,
@@ -249,7 +248,7 @@ def tiles_kernel(
 #     kl            a/(z_T τ) + log z_S − log z_T,   with maxima + (m_S − m_T)/τ
 #     mse           Σd²/R
 #     row_cosine    (Σd² − (n − m)²)/(n m),   n − m = Σd(e_S + e_T)/(n + m): no difference of close numbers.
-#                   Where n or m is below 1e-12 and divided by that instead: |u|² + |v|² − 2 u·v, 2 e_S·e_T = n² + m² − Σd²
+#                   Where n or m is below 1e-12 and divided by that instead: |u|² + |v|² − 2 u·v
 #
 # and averaged over the samples.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +343,7 @@ def merge_kernel(
     by_col = (by_col_ptr + here_problem * PLANES * col_plane - first * col_slot + row * ROWS + within)[None, :]
     mine = (row >= first) & (row < last)
     valid = (rows + COLS - 1) // COLS
-    loss = tl.zeros((BLOCK,), dtype=tl.float32)
+    loss = tl.full((BLOCK,), 0.0, tl.float32)
     for other in range(0, samples):
         plane = n_rows.to(tl.int64) * samples
         out = statistics_ptr + other * n_rows.to(tl.int64) + index
@@ -401,114 +400,119 @@ def merge_kernel(
 
 
 SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 128}
-MERGE_BLOCK = {"BLOCK": 32, "SLOTS": 16}
+MERGE_BLOCK = {"BLOCK": 64, "SLOTS": 16}
 
 
-class Options(NamedTuple):
-    """A call's options, as every kernel wants them."""
+class Options(Protocol):
+    """What a call asks for: the operator's options."""
 
     similarity: str
-    method: str  # the distance, or "kl maxima"
+    distance: str
     temperature: float
     negate: bool
-
-    def factor(self, width: int) -> float:
-        """Times a dot product, where it is no cosine."""
-        return 1.0 / width if self.similarity == "mean" else 1.0
-
-    def constants(self) -> dict[str, Any]:
-        return {"COSINE": self.similarity == "cosine", "DISTANCE": self.method, "NEGATE": self.negate}
+    cross: bool
 
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PRECISION = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
-"""Products of 16-bit numbers are exact in fp32; those of fp32 are made of three, as exact as fp32's to 2^-21."""
+"""Products of 16-bit numbers are exact in fp32; each of fp32's is made of three in TF32 (2^-21)."""
 
 
-def inner_units(student: Operand, teacher: Operand, rows: int) -> tuple[dict[str, Any], int]:
-    """The constants that say how both are laid out, and the factor of ``rows`` that is one of them."""
-    row_unit = unit_of(rows, largest=8) if student.rows_inner or teacher.rows_inner else 1
-    return {
-        "STUDENT_UNIT": student.unit,
-        "STUDENT_ROWS_INNER": student.rows_inner,
-        "TEACHER_UNIT": teacher.unit,
-        "TEACHER_ROWS_INNER": teacher.rows_inner,
-        "ROW_UNIT": row_unit,
-    }, row_unit
+class Call:
+    """A call's plan, and the arguments that several of its kernels take."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, options: Options) -> None:
+        batch, rows, width = student.shape
+        self.rows, self.n_rows = rows, batch * rows
+        method = method_of(options.similarity, options.distance, options.temperature)
+        self.plan = Plan(batch, rows, options.cross, method, DTYPES[student.dtype])
+        self.student, networks = Operand.of(student), (Operand.of(student), Operand.of(teacher))
+        self.networks = (*networks[0].arguments, *networks[1].arguments)
+        self.layout = {
+            "STUDENT_UNIT": networks[0].unit,
+            "STUDENT_ROWS_INNER": networks[0].rows_inner,
+            "TEACHER_UNIT": networks[1].unit,
+            "TEACHER_ROWS_INNER": networks[1].rows_inner,
+        }
+        self.row_unit = unit_of(rows, largest=8) if any(network.rows_inner for network in networks) else 1
+        mean = options.similarity == "mean"
+        self.numbers = (1 / width if mean else 1.0, 1 / teacher.shape[2] if mean else 1.0, 1 / options.temperature)
+        self.cosine = options.similarity == "cosine"
+        blocks = self.plan.tiles
+        self.constants = {
+            **self.layout,
+            "ROW_UNIT": self.row_unit,
+            "COSINE": self.cosine,
+            "DISTANCE": method,
+            "NEGATE": options.negate and options.distance == "kl",
+            "PRECISION": PRECISION[self.plan.dtype],
+            **blocks.constants(),
+            **blocks.launch(),
+        }
 
 
 def forward(
-    student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, kept: Tensor, options: Options, cross: bool,
+    student: Tensor,
+    teacher: Tensor,
+    loss: Tensor,
+    statistics: Tensor,
+    kept: Tensor,
+    options: Options,
     limit: int,
-) -> None:  # fmt: skip
-    """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``kept``, in at most ``limit`` bytes
-    of scratch memory."""
-    batch, rows = student.shape[:2]
-    n_rows = batch * rows
-    plan = Plan(batch, rows, cross, options.method, DTYPES[student.dtype])
-    networks = (Operand.of(student), Operand.of(teacher))
-    layout, row_unit = inner_units(*networks, rows)
-    arguments = (*networks[0].arguments, *networks[1].arguments)
-    planes, blocks = PLANES[options.method], plan.tiles
+) -> None:
+    """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``kept``.
+
+    Sums of tiles take at most ``limit`` bytes at a time, or what one row block needs.
+    """
+    call = Call(student, teacher, options)
+    plan, blocks = call.plan, call.plan.tiles
+    planes = PLANES[plan.method]
     scales = statistics[-2:]
     with launching_on(student):
-        if options.similarity == "cosine":
-            scales_kernel[(cdiv(n_rows, SCALE_BLOCK["BLOCK"]), 2)](
-                *arguments,
-                scales,
-                rows,
-                n_rows,
-                **{name: value for name, value in layout.items() if name != "ROW_UNIT"},
-                **SCALE_BLOCK,
-                num_warps=4,
+        if call.cosine:
+            scales_kernel[(cdiv(call.n_rows, SCALE_BLOCK["BLOCK"]), 2)](
+                *call.networks, scales, call.rows, call.n_rows, **call.layout, **SCALE_BLOCK, num_warps=4
             )
         for launch in plan.launches(plan.forward_bytes(), limit):
-            first_problem, problems, first, last = launch
-            sums = problems * (last - first) * plan.columns * planes
-            by_row = torch.empty(sums * blocks.rows, dtype=torch.float32, device=student.device)
-            by_col = torch.empty(sums * blocks.cols, dtype=torch.float32, device=student.device)
+            sums = planes * launch.problems * launch.band * plan.columns
+            by_row, by_col = (
+                torch.empty(sums * size, dtype=torch.float32, device=student.device)
+                for size in (blocks.rows, blocks.cols)
+            )
             tiles = plan.triangle(launch)
-            tiles_kernel[(problems * tiles,)](
-                *arguments,
+            tiles_kernel[(launch.problems * tiles,)](
+                *call.networks,
                 scales,
                 by_row,
                 by_col,
                 kept,
-                rows // row_unit,
+                call.rows // call.row_unit,
                 plan.samples,
                 plan.row_blocks,
-                first_problem,
-                first,
-                last,
+                launch.first_problem,
+                launch.first,
+                launch.last,
                 tiles,
-                n_rows,
-                options.factor(student.shape[2]),
-                options.factor(teacher.shape[2]),
-                1.0 / options.temperature,
-                **layout,
-                **options.constants(),
+                call.n_rows,
+                *call.numbers,
                 KEEP=kept.numel() > 0,
                 PLANES=planes,
-                PRECISION=PRECISION[plan.dtype],
-                ROWS=blocks.rows,
-                COLS=blocks.cols,
-                DEPTH=blocks.depth,
-                **blocks.launch(),
+                **call.constants,
             )
-            merge_kernel[(problems * plan.blocks * (blocks.rows // MERGE_BLOCK["BLOCK"]),)](
+            merge_kernel[(launch.problems * plan.blocks * (blocks.rows // MERGE_BLOCK["BLOCK"]),)](
                 by_row,
                 by_col,
                 statistics,
                 loss,
-                rows,
-                n_rows,
+                call.rows,
+                call.n_rows,
                 plan.samples,
                 plan.row_blocks,
-                first_problem,
-                first,
-                last,
-                1.0 / options.temperature,
-                DISTANCE=options.method,
+                launch.first_problem,
+                launch.first,
+                launch.last,
+                call.numbers[2],
+                DISTANCE=plan.method,
                 PLANES=planes,
                 **MERGE_BLOCK,
                 ROWS=blocks.rows,

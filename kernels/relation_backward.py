@@ -14,26 +14,19 @@ tiles I ≤ J alone, each stored with its mirror image. Every sum has one owner 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from fastkd.kernels._common import LOG2E, cdiv, launching_on, round_to
-from fastkd.kernels._relation_plan import Plan
 from fastkd.kernels._relation_tiles import (
+    WIDENS,
     Operand,
-    columns_from,
     kept_tile,
-    multiply,
     products,
-    row_pointers,
     scaled,
     triangle,
-    unit_of,
-    width_of,
 )
-from fastkd.kernels.relation import DTYPES, PRECISION, Options, inner_units, row_cosine
+from fastkd.kernels.relation import Call, Options, row_cosine
 from torch import Tensor
 
 
@@ -46,8 +39,8 @@ from torch import Tensor
 #     row_cosine    H = (E^S − E^T) (A_i + A_j) + E^T (D_i + D_j),
 #                   A = 2gc/n²,  D = A − 2g/(n m),  c = u_S · u_T;   no gradient where n ≤ 1e-12
 #
-# which is exactly 0 where the student is the teacher. What is stored is s_i H_ij s_j, so that the product takes the rows
-# as they are: in fp32, or for bfloat16 rows as the sum of two bfloat16 numbers, 16 bits of H, multiplied one by one.
+# which is exactly 0 where the student is the teacher. What is stored is s_i H_ij s_j, so that the product takes rows as
+# they are: in fp32, or for bfloat16 rows as the sum of two bfloat16 numbers, 16 bits of H, multiplied one by one.
 # A cosine's diagonal is 1 whatever x: it is left out, instead of being subtracted again with q.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
@@ -55,7 +48,7 @@ def _coefficients(
     g, statistics_ptr, plane, index, here, inv_temperature, rows, DISTANCE: tl.constexpr, NEGATE: tl.constexpr
 ):
     """(A, D, m_S, m_T) of rows."""
-    zero = tl.zeros_like(g)
+    zero = 0.0 * g
     if DISTANCE == "mse":
         return 2.0 * g / rows, zero, zero, zero
     ptr = statistics_ptr + index
@@ -154,8 +147,8 @@ def derivative_kernel(
     problems,  # in this launch
     first,  # its row blocks: [first, last)
     last,
-    tiles,  # of a problem, in this launch
     n_rows,  # batch · rows
+    tiles,  # of a problem, in this launch
     grad_stride_b,
     grad_stride_r,
     student_factor,
@@ -253,11 +246,10 @@ def derivative_kernel(
         else:
             h = h * student_factor
         _store_h(h, h_ptr + at_i.to(tl.int64)[:, None] * across + at_j[None, :], plane, SPLIT)
-        if MIRROR:
-            if col >= Q * (row + 1):
-                if COSINE:
-                    tl.store(q_ptr + row * Q * down + at_j, tl.sum(q, axis=0))
-                _store_h(h, h_ptr + at_j.to(tl.int64)[None, :] * across + at_i[:, None], plane, SPLIT)
+        if MIRROR and col >= Q * (row + 1):
+            if COSINE:
+                tl.store(q_ptr + row * Q * down + at_j, tl.sum(q, axis=0))
+            _store_h(h, h_ptr + at_j.to(tl.int64)[None, :] * across + at_i[:, None], plane, SPLIT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +257,9 @@ def derivative_kernel(
 #
 #     dX_ik = Σ_j (s_i H_ij s_j) x_jk − s_i² q_i x_ik     ("mean" and "dot": without the last term)
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "problems", "first", "last", "n_rows"])
+@triton.jit(
+    do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "problems", "first", "last", "n_rows"]
+)
 def product_kernel(
     h_ptr,  # as derivative_kernel wrote them
     q_ptr,
@@ -308,7 +302,11 @@ def product_kernel(
     rows = row_units * ROW_UNIT
     columns = samples * row_blocks * Q
     band = last - first
-    width = width_of(student_width, STUDENT_UNIT, STUDENT_ROWS_INNER)
+    R_UNIT: tl.constexpr = 1 if STUDENT_ROWS_INNER else STUDENT_UNIT
+    K_UNIT: tl.constexpr = STUDENT_UNIT if STUDENT_ROWS_INNER else 1
+    GRAD_R_UNIT: tl.constexpr = 1 if GRAD_ROWS_INNER else GRAD_UNIT
+    GRAD_K_UNIT: tl.constexpr = GRAD_UNIT if GRAD_ROWS_INNER else 1
+    width = student_width * R_UNIT
     across_blocks = (width + WIDTH - 1) // WIDTH
     index = tl.program_id(0)
     k = index % across_blocks * WIDTH + tl.arange(0, WIDTH)
@@ -327,26 +325,31 @@ def product_kernel(
     depth = tl.arange(0, DEPTH)
     h_row = h_ptr + here_problem * down * across + at_i.to(tl.int64)[:, None] * across + depth[None, :]
     plane = problems.to(tl.int64) * down * across
-    off = columns_from(student_stride_k, k, STUDENT_UNIT, STUDENT_ROWS_INNER)
-    step = tl.full((), DEPTH, tl.int64) * (student_stride_r if STUDENT_ROWS_INNER else student_stride_r * STUDENT_UNIT)
-    acc = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    student_ptr += (k.to(tl.int64) * (student_stride_k * K_UNIT))[None, :]
+    step = tl.full((), DEPTH, tl.int64) * (student_stride_r * R_UNIT)
+    acc = tl.full((ROWS, WIDTH), 0.0, tl.float32)
     for other in range(0, samples):
         h_at = h_row + other * (row_blocks * ROWS)
-        x_at = row_pointers(student_ptr, problem * samples + other, depth, student_stride_b, student_stride_r,
-                            STUDENT_UNIT, STUDENT_ROWS_INNER)[:, None] + off[None, :]  # fmt: skip
+        x_at = student_ptr + (problem * samples + other) * (student_stride_b * STUDENT_UNIT)
+        x_at += (depth.to(tl.int64) * (student_stride_r * R_UNIT))[:, None]
         for start in range(0, rows, DEPTH):
             x = tl.load(x_at, mask=(start + depth < rows)[:, None] & (k < width)[None, :], other=0.0)
+            h = tl.load(h_at)
+            if WIDENS or not SPLIT:
+                x = x.to(tl.float32)
+                h = h.to(tl.float32)
+            acc = tl.dot(h, x, acc, input_precision=PRECISION)
             if SPLIT:
-                acc = multiply(tl.load(h_at), x, acc, PRECISION)
-                acc = multiply(tl.load(h_at + plane), x, acc, PRECISION)
-            else:
-                acc = multiply(tl.load(h_at), x.to(tl.float32), acc, PRECISION)
+                h = tl.load(h_at + plane)
+                if WIDENS:
+                    h = h.to(tl.float32)
+                acc = tl.dot(h, x, acc, input_precision=PRECISION)
             h_at += DEPTH
             x_at += step
 
     mask = here_i[:, None] & (k < width)[None, :]
     if COSINE:
-        q = tl.zeros((ROWS,), dtype=tl.float32)
+        q = tl.full((ROWS,), 0.0, tl.float32)
         q_row = q_ptr + here_problem * columns * down + at_i
         for start in range(0, columns, SLOTS):
             slot = start + tl.arange(0, SLOTS)
@@ -356,12 +359,12 @@ def product_kernel(
             q += tl.sum(tl.load(q_row[None, :] + slot.to(tl.int64)[:, None] * down,
                                 mask=used[:, None] & here_i[None, :], other=0.0), axis=0)  # fmt: skip
         s = tl.load(scale_ptr + b_i * rows + r_i, mask=here_i, other=0.0)
-        own = row_pointers(student_ptr, b_i, r_i, student_stride_b, student_stride_r, STUDENT_UNIT, STUDENT_ROWS_INNER)
-        x = tl.load(own[:, None] + off[None, :], mask=mask, other=0.0).to(tl.float32)
+        own = b_i * (student_stride_b * STUDENT_UNIT) + r_i.to(tl.int64) * (student_stride_r * R_UNIT)
+        x = tl.load(student_ptr + own[:, None], mask=mask, other=0.0).to(tl.float32)
         acc -= x * s[:, None] * (q * s)[:, None]
         acc = tl.where((s >= 1e12)[:, None], 0.0, acc)
-    out = row_pointers(grad_ptr, b_i, r_i, grad_stride_b, grad_stride_r, GRAD_UNIT, GRAD_ROWS_INNER)[:, None]
-    out += columns_from(grad_stride_k, k, GRAD_UNIT, GRAD_ROWS_INNER)[None, :]
+    out = grad_ptr + (b_i * (grad_stride_b * GRAD_UNIT) + r_i.to(tl.int64) * (grad_stride_r * GRAD_R_UNIT))[:, None]
+    out += (k.to(tl.int64) * (grad_stride_k * GRAD_K_UNIT))[None, :]
     tl.store(out, round_to(acc, grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -369,85 +372,75 @@ SLOTS = 16
 
 
 def backward(
-    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, kept: Tensor, grad_student: Tensor,
-    options: Options, cross: bool, limit: int,
-) -> None:  # fmt: skip
-    """Fill ``grad_student`` (B, R, K) of any strides from a per-row gradient (B, R) of any strides."""
-    batch, rows, width = student.shape
-    plan = Plan(batch, rows, cross, options.method, DTYPES[student.dtype])
-    networks = (Operand.of(student), Operand.of(teacher))
-    layout, row_unit = inner_units(*networks, rows)
-    blocks, product = plan.tiles, plan.product
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+    kept: Tensor,
+    grad_student: Tensor,
+    options: Options,
+    limit: int,
+) -> None:
+    """Fill ``grad_student`` (B, R, K) of any strides from a per-row gradient (B, R) of any strides.
+
+    H takes at most ``limit`` bytes at a time, or what one row block needs.
+    """
+    call = Call(student, teacher, options)
+    plan, blocks, product = call.plan, call.plan.tiles, call.plan.product
     scales = statistics[-2:]
     split = student.dtype == torch.bfloat16
     out = Operand.of(grad_student)
-    out_unit = unit_of(rows, largest=8) if networks[0].rows_inner or out.rows_inner else 1
     with launching_on(student):
         for launch in plan.launches(plan.backward_bytes(), limit):
-            first_problem, problems, first, last = launch
-            band = last - first
-            mirror = band == plan.blocks
-            tiles = plan.triangle(launch) if mirror else band * plan.columns
-            size = problems * band * blocks.rows * plan.columns
+            mirror = launch.band == plan.blocks
+            tiles = plan.triangle(launch) if mirror else launch.band * plan.columns
+            size = launch.problems * launch.band * blocks.rows * plan.columns
             h = torch.empty(
-                (2 if split else 1) * size * blocks.cols,
+                (1 + split) * size * blocks.cols,
                 dtype=torch.bfloat16 if split else torch.float32,
                 device=student.device,
             )
             q = torch.empty(size, dtype=torch.float32, device=student.device)
-            derivative_kernel[(problems * tiles,)](
-                *networks[0].arguments,
-                *networks[1].arguments,
+            place = (
+                call.rows // call.row_unit,
+                plan.samples,
+                plan.row_blocks,
+                launch.first_problem,
+                launch.problems,
+                launch.first,
+                launch.last,
+                call.n_rows,
+            )
+            derivative_kernel[(launch.problems * tiles,)](
+                *call.networks,
                 grad_loss,
                 statistics,
                 scales,
                 kept,
                 h,
                 q,
-                rows // row_unit,
-                plan.samples,
-                plan.row_blocks,
-                first_problem,
-                problems,
-                first,
-                last,
+                *place,
                 tiles,
-                batch * rows,
                 *grad_loss.stride(),
-                options.factor(width),
-                options.factor(teacher.shape[2]),
-                1.0 / options.temperature,
-                **layout,
-                **options.constants(),
-                KEPT=kept.numel() > 0 and mirror,
+                *call.numbers,
+                KEPT=mirror and kept.numel() > 0,
                 MIRROR=mirror,
                 SPLIT=split,
-                PRECISION=PRECISION[plan.dtype],
-                ROWS=blocks.rows,
-                COLS=blocks.cols,
-                DEPTH=blocks.depth,
-                **blocks.launch(),
+                **call.constants,
             )
-            product_kernel[(problems * band * cdiv(width, product.cols),)](
+            product_kernel[(launch.problems * launch.band * cdiv(student.shape[2], product.cols),)](
                 h,
                 q,
                 scales,
-                *networks[0].arguments,
+                *call.student.arguments,
                 *out.arguments,
-                rows // out_unit,
-                plan.samples,
-                plan.row_blocks,
-                first_problem,
-                problems,
-                first,
-                last,
-                batch * rows,
-                STUDENT_UNIT=networks[0].unit,
-                STUDENT_ROWS_INNER=networks[0].rows_inner,
+                *place,
+                STUDENT_UNIT=call.student.unit,
+                STUDENT_ROWS_INNER=call.student.rows_inner,
                 GRAD_UNIT=out.unit,
                 GRAD_ROWS_INNER=out.rows_inner,
-                ROW_UNIT=out_unit,
-                COSINE=options.similarity == "cosine",
+                ROW_UNIT=call.row_unit,
+                COSINE=call.cosine,
                 MIRROR=mirror,
                 SPLIT=split,
                 PRECISION="ieee" if split else "tf32x3",

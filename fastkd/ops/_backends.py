@@ -23,7 +23,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "softmax_kl": ("reference", "cpu", "triton", "cuda"),
-    "relation": ("reference", "cpu"),
+    "relation": ("reference", "cpu", "triton"),
     "pixel_word": ("reference", "cpu"),
 }
 """The backends each family has. A family gains one by a row here and the files of the same name on the lower floors."""
@@ -40,6 +40,9 @@ MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048, ("pixel
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What the compiled kernels accept; under ``"auto"`` any other floating dtype goes to the reference."""
 
+WITHOUT_FP64 = {("relation", "triton")}
+"""(family, backend) without fp64: a GPU's matrix units have none worth having. "auto" goes on to the next backend."""
+
 _lock = threading.RLock()
 _reasons: dict[tuple[str, str | None, str | None], str | None] = {}  # (backend, family, device) -> reason, None = works
 _testing: set[tuple[str, str | None, str | None]] = set()
@@ -54,7 +57,7 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
         backend: what the caller asked for. "auto" takes ``FASTKD_BACKEND`` if it is set (and the family has it), else
             the fastest for the device, dtype and size of ``student``; another name is used or refused, never replaced.
         student: the tensor whose device, dtype and size decide.
-        others: further inputs; a dtype no kernel knows sends "auto" to the reference.
+        others: further inputs; a dtype that a backend does not know sends "auto" to the next one.
 
     Raises:
         ValueError: ``backend`` (or ``FASTKD_BACKEND``) is not a backend's name.
@@ -65,8 +68,11 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
         limit = MIN_ELEMENTS.get((family, student.device.type), 0)
         if student.numel() < limit:  # a branch: torch.compile guards on the comparison, not on the size
             small = True
-    kernel_dtypes = all(x.dtype in KERNEL_DTYPES for x in (student, *others))
-    return _resolve(family, backend, student.device.type, student.device.index, kernel_dtypes, small)
+    dtypes = [x.dtype for x in (student, *others)]
+    kind = "" if all(dtype in KERNEL_DTYPES for dtype in dtypes) else "other"
+    if not kind and torch.float64 in dtypes:
+        kind = "fp64"
+    return _resolve(family, backend, student.device.type, student.device.index, kind, small)
 
 
 def why_not(backend: str, family: str | None = None, device: str | torch.device | None = None) -> str | None:
@@ -97,10 +103,11 @@ def why_not(backend: str, family: str | None = None, device: str | torch.device 
 
 
 @constant_result
-def _resolve(
-    family: str, backend: str, device_type: str, device_index: int | None, kernel_dtypes: bool, small: bool
-) -> str:
-    """:func:`choose` on plain values: under torch.compile its answer is a constant of the compiled graph."""
+def _resolve(family: str, backend: str, device_type: str, device_index: int | None, dtypes: str, small: bool) -> str:
+    """:func:`choose` on plain values: under torch.compile its answer is a constant of the compiled graph.
+
+    ``dtypes`` is "other" if a kernel knows not all of the inputs' dtypes, "fp64" if one is that, else empty.
+    """
     exist = IMPLEMENTED[family]
     device = device_type if device_index is None else f"{device_type}:{device_index}"
     asked = backend
@@ -112,7 +119,7 @@ def _resolve(
         if wish in exist:  # a family without that backend goes on as usual
             asked, said = wish, f"FASTKD_BACKEND={wish}"
     if asked == "auto":
-        return _prefer(family, device_type, device, kernel_dtypes, small)
+        return _prefer(family, device_type, device, dtypes, small)
     if asked not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if asked not in exist:
@@ -121,21 +128,25 @@ def _resolve(
         )
     if asked == "reference":
         return asked
-    if not kernel_dtypes:
+    if dtypes == "other":
         names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
         raise BackendUnavailable(f"{said}: the kernels take {names}; convert the inputs or use backend='reference'")
+    if dtypes == "fp64" and (family, asked) in WITHOUT_FP64:
+        raise BackendUnavailable(
+            f"{said}: its {family} kernels take no float64; convert the inputs, or use backend='auto' or 'reference'"
+        )
     reason = _misplaced(asked, device_type) or why_not(asked, family, device)
     if reason is not None:
         raise BackendUnavailable(f"{said} cannot run {family} on {device}: {reason}. backend='reference' always works.")
     return asked
 
 
-def _prefer(family: str, device_type: str, device: str, kernel_dtypes: bool, small: bool) -> str:
+def _prefer(family: str, device_type: str, device: str, dtypes: str, small: bool) -> str:
     """What "auto" means: the first preferred backend that works; one warning for each that ought to and doesn't."""
-    if small or not kernel_dtypes:
+    if small or dtypes == "other":
         return "reference"
     for name in PREFERENCE.get(device_type, ()):
-        if name not in IMPLEMENTED[family]:
+        if name not in IMPLEMENTED[family] or (dtypes == "fp64" and (family, name) in WITHOUT_FP64):
             continue
         reason = why_not(name, family, device)
         if reason is None:
