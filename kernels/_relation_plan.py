@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 
 
 class Regime(NamedTuple):
-    """Blocks of the kernels that make tiles of relation matrices, and of the backward's product, as many rows a program."""
+    """Blocks of the kernels that make tiles of relation matrices, and of the backward's product, which has as many rows."""
 
     tiles: Blocks
     product: Blocks

@@ -83,12 +83,12 @@ def products(
     K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
     width = width * R_UNIT
     k = tl.arange(0, DEPTH)
-    off = k.to(tl.int64) * (stride_k * K_UNIT)
-    row_i = b_i.to(tl.int64) * (stride_b * UNIT) + r_i.to(tl.int64) * (stride_r * R_UNIT)
-    row_j = b_j.to(tl.int64) * (stride_b * UNIT) + r_j.to(tl.int64) * (stride_r * R_UNIT)
+    off = k.to(tl.int64) * stride_k * K_UNIT
+    row_i = b_i.to(tl.int64) * stride_b * UNIT + r_i.to(tl.int64) * stride_r * R_UNIT
+    row_j = b_j.to(tl.int64) * stride_b * UNIT + r_j.to(tl.int64) * stride_r * R_UNIT
     a_ptr = x_ptr + row_i[:, None] + off[None, :]
     b_ptr = x_ptr + row_j[None, :] + off[:, None]
-    step = tl.full((), DEPTH, tl.int64) * (stride_k * K_UNIT)
+    step = tl.full((), DEPTH, tl.int64) * stride_k * K_UNIT
     acc = tl.full((ROWS, COLS), 0.0, tl.float32)
     for start in range(0, width, DEPTH):
         inside = start + k < width

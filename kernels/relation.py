@@ -59,9 +59,9 @@ def _scales(
     K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
     width = width * R_UNIT
     k = tl.arange(0, DEPTH)
-    ptr = x_ptr + (row // rows * (stride_b * UNIT) + row % rows * (stride_r * R_UNIT))[:, None]
-    ptr += (k.to(tl.int64) * (stride_k * K_UNIT))[None, :]
-    step = tl.full((), DEPTH, tl.int64) * (stride_k * K_UNIT)
+    ptr = x_ptr + (row // rows * stride_b * UNIT + row % rows * stride_r * R_UNIT)[:, None]
+    ptr += (k.to(tl.int64) * stride_k * K_UNIT)[None, :]
+    step = tl.full((), DEPTH, tl.int64) * stride_k * K_UNIT
     squares = tl.full((BLOCK, DEPTH), 0.0, tl.float32)
     for start in range(0, width, DEPTH):
         x = tl.load(ptr, mask=here[:, None] & (start + k < width)[None, :], other=0.0).to(tl.float32)

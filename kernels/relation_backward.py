@@ -325,13 +325,13 @@ def product_kernel(
     depth = tl.arange(0, DEPTH)
     h_row = h_ptr + here_problem * down * across + at_i.to(tl.int64)[:, None] * across + depth[None, :]
     plane = problems.to(tl.int64) * down * across
-    student_ptr += (k.to(tl.int64) * (student_stride_k * K_UNIT))[None, :]
-    step = tl.full((), DEPTH, tl.int64) * (student_stride_r * R_UNIT)
+    student_ptr += (k.to(tl.int64) * student_stride_k * K_UNIT)[None, :]
+    step = tl.full((), DEPTH, tl.int64) * student_stride_r * R_UNIT
     acc = tl.full((ROWS, WIDTH), 0.0, tl.float32)
     for other in range(0, samples):
         h_at = h_row + other * (row_blocks * ROWS)
-        x_at = student_ptr + (problem * samples + other) * (student_stride_b * STUDENT_UNIT)
-        x_at += (depth.to(tl.int64) * (student_stride_r * R_UNIT))[:, None]
+        x_at = student_ptr + (problem * samples + other) * student_stride_b * STUDENT_UNIT
+        x_at += (depth.to(tl.int64) * student_stride_r * R_UNIT)[:, None]
         for start in range(0, rows, DEPTH):
             x = tl.load(x_at, mask=(start + depth < rows)[:, None] & (k < width)[None, :], other=0.0)
             h = tl.load(h_at)
@@ -359,12 +359,12 @@ def product_kernel(
             q += tl.sum(tl.load(q_row[None, :] + slot.to(tl.int64)[:, None] * down,
                                 mask=used[:, None] & here_i[None, :], other=0.0), axis=0)  # fmt: skip
         s = tl.load(scale_ptr + b_i * rows + r_i, mask=here_i, other=0.0)
-        own = b_i * (student_stride_b * STUDENT_UNIT) + r_i.to(tl.int64) * (student_stride_r * R_UNIT)
+        own = b_i * student_stride_b * STUDENT_UNIT + r_i.to(tl.int64) * student_stride_r * R_UNIT
         x = tl.load(student_ptr + own[:, None], mask=mask, other=0.0).to(tl.float32)
         acc -= x * s[:, None] * (q * s)[:, None]
         acc = tl.where((s >= 1e12)[:, None], 0.0, acc)
-    out = grad_ptr + (b_i * (grad_stride_b * GRAD_UNIT) + r_i.to(tl.int64) * (grad_stride_r * GRAD_R_UNIT))[:, None]
-    out += (k.to(tl.int64) * (grad_stride_k * GRAD_K_UNIT))[None, :]
+    out = grad_ptr + (b_i * grad_stride_b * GRAD_UNIT + r_i.to(tl.int64) * grad_stride_r * GRAD_R_UNIT)[:, None]
+    out += (k.to(tl.int64) * grad_stride_k * GRAD_K_UNIT)[None, :]
     tl.store(out, round_to(acc, grad_ptr.dtype.element_ty), mask=mask)
 
 

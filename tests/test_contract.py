@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import BASIC, CASES, DTYPES, Problem
-from contract_tools import Recorder, arithmetic, error, rounding
+from contract_tools import Recorder, arithmetic, error, needs, rounding
 
 from fastkd.ops import _backends
 
@@ -64,6 +64,7 @@ def fp32_noise(problem: Problem, weight: torch.Tensor) -> list[float]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_fp64(setting: Any, dtype: torch.dtype) -> None:
+    needs(setting, dtype)
     for size in setting.case.sizes:
         problem = setting.case.problem(size, dtype=dtype, device=setting.place.device)
         check_errors(problem, setting.place.backend)
@@ -73,6 +74,7 @@ def test_error_against_fp64(setting: Any, dtype: torch.dtype) -> None:
 def test_error_at_any_temperature(setting: Any, dtype: torch.dtype) -> None:
     if setting.case.options.get("distance", "kl") != "kl":
         pytest.skip("no temperature in this distance")
+    needs(setting, dtype)
     for temperature in (0.05, 1.0, 4.0, 20.0):
         problem = setting.case.at(temperature=temperature).problem(dtype=dtype, device=setting.place.device)
         check_errors(problem, setting.place.backend)
@@ -84,6 +86,8 @@ def test_mixed_dtypes_are_promoted(setting: Any) -> None:
     for student, teacher, want in ((torch.float16, torch.bfloat16, torch.float32),
                                    (torch.float32, torch.float16, torch.float32),
                                    (torch.bfloat16, torch.float64, torch.float64)):  # fmt: skip
+        if not setting.takes(want):
+            continue
         n = problem.students
         mixed = problem.replaced(*(x.to(student) for x in half[:n]), *(x.to(teacher) for x in half[n:]))
         wide = mixed.mapped(lambda x, want=want: x.to(want))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import DTYPES, Problem
-from contract_tools import assert_same, threads
+from contract_tools import assert_same, needs, threads
 
 
 def sliced(problem: Problem, samples: slice | list[int]) -> Problem:
@@ -18,6 +18,7 @@ def sliced(problem: Problem, samples: slice | list[int]) -> Problem:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_time(setting: Any, dtype: torch.dtype) -> None:
+    needs(setting, dtype)
     for size in setting.case.sizes:
         problem = setting.case.problem(size, dtype=dtype, device=setting.place.device)
         weight = problem.weight()

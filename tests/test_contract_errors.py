@@ -92,6 +92,20 @@ def test_a_backend_that_cannot_is_refused_by_name(basic_setting: Setting) -> Non
             refused(problem, backend, fastkd.BackendUnavailable, rf"{backend}.*(Use|use|reference)")
 
 
+def test_a_dtype_that_a_backend_lacks(kernel_setting: Any) -> None:
+    """Refused by name with the mend; "auto" goes on to a backend that has it."""
+    if kernel_setting.takes(torch.float64):
+        pytest.skip("this backend has fp64")
+    case, (backend, device) = kernel_setting
+    problem = case.problem(dtype=torch.float64, device=device)
+    for double in (problem, problem.replaced(problem.args[0].float(), *problem.args[1:])):
+        refused(double, backend, fastkd.BackendUnavailable, f"{backend}.*no float64.*convert.*'auto'", products=True)
+        with Recorder() as recorder:
+            got = double.loss("auto")
+        assert all(call[1][-1] != backend for call in recorder.calls)
+        torch.testing.assert_close(got, double.loss("reference"), rtol=1e-9, atol=1e-12)
+
+
 def test_dtypes_that_no_kernel_takes(kernel_setting: Any) -> None:
     """fp8 is the reference's: refused by name, taken under "auto"."""
     problem = kernel_setting.case.problem(device=kernel_setting.place.device)

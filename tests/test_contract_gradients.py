@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import Case, Problem, Setting
-from contract_tools import Recorder, assert_same, saved_for_backward, tensors_in
+from contract_tools import Recorder, assert_same, needs, saved_for_backward, tensors_in
 from torch import Tensor
 
 
@@ -26,6 +26,7 @@ def backwards(problem: Problem, loss: Tensor, weight: Tensor | None = None, **op
 
 def test_gradcheck(setting: Any) -> None:
     """On the kernels themselves, in fp64: every row's derivative with respect to every input."""
+    needs(setting, torch.float64)
     problem = leaves_of(setting, size="tiny", dtype=torch.float64)
     n = problem.students
     assert torch.autograd.gradcheck(
@@ -186,7 +187,7 @@ def test_a_constant_student_needs_no_backward(setting: Any) -> None:
 
 def test_double_backward(setting: Any) -> None:
     """The reference is differentiable twice; a kernel says so, rather than return a silent zero."""
-    problem = leaves_of(setting, dtype=torch.float64)
+    problem = leaves_of(setting, dtype=torch.float64 if setting.takes(torch.float64) else torch.float32)
     grads = backwards(problem, problem.loss(setting.place.backend).sum(), create_graph=True)
     penalty = sum(g.square().sum() for g in grads)
     if setting.place.backend == "reference":

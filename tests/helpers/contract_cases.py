@@ -378,6 +378,10 @@ class Setting(NamedTuple):
     case: Case
     place: Place
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether this backend computes in this dtype."""
+        return dtype != torch.float64 or (self.case.family, self.place.backend) not in _backends.WITHOUT_FP64
+
 
 DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cuda",)}
 """Triton computes on CPU tensors under its interpreter."""
