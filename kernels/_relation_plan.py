@@ -35,24 +35,28 @@ class Blocks(NamedTuple):
 
 
 class Regime(NamedTuple):
-    """Blocks of the kernels that make tiles of relation matrices, and of the backward's product, which has as many rows."""
+    """Blocks of one size: tiles of the relation matrices, and those of the backward's product, which have as many rows."""
 
     tiles: Blocks
     product: Blocks
+    wide: Blocks | None = None
+    """For the forward's tiles instead, where few sums are taken of a tile and none is kept."""
 
 
 REGIMES: dict[str, tuple[Regime, ...]] = {
     "bf16": (
-        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 32, 8, 4)),
+        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 3)),
         Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 128, 32, 4, 4)),
     ),
     "fp16": (
-        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2)),
+        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2), Blocks(128, 128, 64, 8, 3)),
         Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 32, 4, 2)),
     ),
     "fp32": (Regime(Blocks(64, 64, 32, 4, 2), Blocks(64, 64, 32, 4, 2)),),
 }
 """By dtype, the largest first; chosen by ahead-of-time facts (benchmarks/aot.py), none by measurement yet."""
+
+WIDE_METHODS = ("kl", "mse")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -90,39 +94,28 @@ class Launch(NamedTuple):
         return self.last - self.first
 
 
-class Plan:
-    """One call: (batch, rows) in ``problems`` of ``samples`` each, cut into blocks."""
+class Grid:
+    """``problems`` of ``samples`` × ``rows`` each, cut into tiles of one shape."""
 
-    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str) -> None:
-        self.rows, self.method, self.dtype = rows, method, dtype
-        self.samples, self.problems = (batch, 1) if cross else (1, batch)
-        regimes = [regime for regime in REGIMES[dtype] if regime.tiles.rows == 64 or rows > 64]
-        self.tiles, self.product = next((r for r in regimes if self._programs(r.tiles) >= ENOUGH_PROGRAMS), regimes[-1])
-        self.q = self.tiles.rows // self.tiles.cols
-        self.row_blocks = cdiv(rows, self.tiles.rows)
-        self.blocks = self.samples * self.row_blocks  # of a problem
+    def __init__(self, problems: int, samples: int, rows: int, shape: Blocks) -> None:
+        self.problems, self.samples, self.shape = problems, samples, shape
+        self.q = shape.rows // shape.cols
+        self.row_blocks = cdiv(rows, shape.rows)  # of a sample
+        self.blocks = samples * self.row_blocks  # of a problem
         self.columns = self.blocks * self.q
 
-    def _programs(self, tiles: Blocks) -> int:
-        blocks = self.samples * cdiv(self.rows, tiles.rows)
-        return self.problems * (blocks * (blocks + 1) // 2) * (tiles.rows // tiles.cols)
-
     def triangle(self, launch: Launch) -> int:
-        """Tiles I ≤ J of the row blocks of one problem."""
+        """Tiles I ≤ J of a launch's row blocks, in one problem."""
         return launch.band * self.columns - self.q * launch.band * (launch.first + launch.last - 1) // 2
 
-    def forward_bytes(self) -> int:
-        """Sums of a row block's tiles, in one problem."""
-        return PLANES[self.method] * 4 * self.columns * (self.tiles.rows + self.tiles.cols)
-
-    def backward_bytes(self) -> int:
-        """A row block of H, 4 bytes a number, and its parts of q."""
-        return 4 * self.columns * self.tiles.rows * (self.tiles.cols + 1)
+    @property
+    def programs(self) -> int:
+        return self.problems * self.triangle(Launch(0, self.problems, 0, self.blocks))
 
     def launches(self, block_bytes: int, limit: int) -> Iterator[Launch]:
         """As many whole problems at a time as fit, else as many row blocks of one problem."""
         if block_bytes * self.blocks <= limit:
-            step = max(1, limit // (block_bytes * self.blocks))
+            step = limit // (block_bytes * self.blocks)
             for problem in range(0, self.problems, step):
                 yield Launch(problem, min(step, self.problems - problem), 0, self.blocks)
             return
@@ -130,3 +123,36 @@ class Plan:
         for problem in range(self.problems):
             for first in range(0, self.blocks, step):
                 yield Launch(problem, 1, first, min(first + step, self.blocks))
+
+
+class Plan:
+    """The grids of one call's tiles, forward and backward, and the blocks of its product."""
+
+    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, kept: bool) -> None:
+        self.method, self.dtype = method, dtype
+        samples, problems = (batch, 1) if cross else (1, batch)
+        regimes = [regime for regime in REGIMES[dtype] if regime.tiles.rows <= 64 or rows > 64] or REGIMES[dtype]
+        grids = [Grid(problems, samples, rows, regime.tiles) for regime in regimes]
+        enough = [grid.programs >= ENOUGH_PROGRAMS for grid in grids]
+        chosen = enough.index(True) if True in enough else len(grids) - 1
+        self.forward = self.backward = grids[chosen]
+        self.product = regimes[chosen].product
+        wide = regimes[chosen].wide
+        if wide is not None and not kept and method in WIDE_METHODS:
+            grid = Grid(problems, samples, rows, wide)
+            if grid.programs >= ENOUGH_PROGRAMS:
+                self.forward = grid
+
+    def least_bytes(self) -> int:
+        """What one row block needs; a forward must not promise what its backward cannot hold."""
+        return max(self.forward_bytes(), self.backward_bytes())
+
+    def forward_bytes(self) -> int:
+        """Sums of the tiles of one row block, in one problem."""
+        shape = self.forward.shape
+        return 4 * PLANES[self.method] * self.forward.columns * (shape.rows + shape.cols)
+
+    def backward_bytes(self) -> int:
+        """A row block of H, 4 bytes a number, and its parts of q."""
+        shape = self.backward.shape
+        return 4 * self.backward.columns * shape.rows * (shape.cols + 1)

@@ -15,13 +15,14 @@ fixed order. No matrix is written, except that small ones may be kept for the ba
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 from fastkd.kernels._common import LOG2E, cdiv, launching_on
-from fastkd.kernels._relation_plan import PLANES, Plan, method_of
+from fastkd.kernels._relation_plan import PLANES, Blocks, Plan, method_of
 from fastkd.kernels._relation_tiles import (
     Operand,
     kept_tile,
@@ -421,33 +422,37 @@ PRECISION = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
 class Call:
     """A call's plan, and the arguments that several of its kernels take."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, options: Options) -> None:
+    def __init__(self, student: Tensor, teacher: Tensor, options: Options, kept: bool) -> None:
         batch, rows, width = student.shape
         self.rows, self.n_rows = rows, batch * rows
-        method = method_of(options.similarity, options.distance, options.temperature)
-        self.plan = Plan(batch, rows, options.cross, method, DTYPES[student.dtype])
-        self.student, networks = Operand.of(student), (Operand.of(student), Operand.of(teacher))
-        self.networks = (*networks[0].arguments, *networks[1].arguments)
+        self.method = method_of(options.similarity, options.distance, options.temperature)
+        self.plan = Plan(batch, rows, options.cross, self.method, DTYPES[student.dtype], kept)
+        self.student, other = Operand.of(student), Operand.of(teacher)
+        self.networks = (*self.student.arguments, *other.arguments)
         self.layout = {
-            "STUDENT_UNIT": networks[0].unit,
-            "STUDENT_ROWS_INNER": networks[0].rows_inner,
-            "TEACHER_UNIT": networks[1].unit,
-            "TEACHER_ROWS_INNER": networks[1].rows_inner,
+            "STUDENT_UNIT": self.student.unit,
+            "STUDENT_ROWS_INNER": self.student.rows_inner,
+            "TEACHER_UNIT": other.unit,
+            "TEACHER_ROWS_INNER": other.rows_inner,
         }
-        self.row_unit = unit_of(rows, largest=8) if any(network.rows_inner for network in networks) else 1
-        mean = options.similarity == "mean"
-        self.numbers = (1 / width if mean else 1.0, 1 / teacher.shape[2] if mean else 1.0, 1 / options.temperature)
+        self.row_unit = unit_of(rows, largest=8) if self.student.rows_inner or other.rows_inner else 1
+        self.inv_temperature = 1 / options.temperature
         self.cosine = options.similarity == "cosine"
-        blocks = self.plan.tiles
-        self.constants = {
+        mean = options.similarity == "mean"
+        self.factors = (1 / width, 1 / teacher.shape[2]) if mean else (1.0, 1.0)
+        self.negate = options.negate and options.distance == "kl"
+
+    def constants(self, shape: Blocks) -> dict[str, Any]:
+        """Of the kernels that compute tiles."""
+        return {
             **self.layout,
             "ROW_UNIT": self.row_unit,
             "COSINE": self.cosine,
-            "DISTANCE": method,
-            "NEGATE": options.negate and options.distance == "kl",
+            "DISTANCE": self.method,
+            "NEGATE": self.negate,
             "PRECISION": PRECISION[self.plan.dtype],
-            **blocks.constants(),
-            **blocks.launch(),
+            **shape.constants(),
+            **shape.launch(),
         }
 
 
@@ -458,28 +463,29 @@ def forward(
     statistics: Tensor,
     kept: Tensor,
     options: Options,
-    limit: int,
+    limit_for: Callable[[int], int],
 ) -> None:
     """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``kept``.
 
-    Sums of tiles take at most ``limit`` bytes at a time, or what one row block needs.
+    Sums of tiles take at most ``limit_for`` (what one row block needs) bytes at a time.
     """
-    call = Call(student, teacher, options)
-    plan, blocks = call.plan, call.plan.tiles
-    planes = PLANES[plan.method]
+    call = Call(student, teacher, options, kept.numel() > 0)
+    grid, shape = call.plan.forward, call.plan.forward.shape
+    planes = PLANES[call.method]
+    limit = limit_for(call.plan.least_bytes())
     scales = statistics[-2:]
     with launching_on(student):
         if call.cosine:
             scales_kernel[(cdiv(call.n_rows, SCALE_BLOCK["BLOCK"]), 2)](
                 *call.networks, scales, call.rows, call.n_rows, **call.layout, **SCALE_BLOCK, num_warps=4
             )
-        for launch in plan.launches(plan.forward_bytes(), limit):
-            sums = planes * launch.problems * launch.band * plan.columns
+        for launch in grid.launches(call.plan.forward_bytes(), limit):
+            sums = planes * launch.problems * launch.band * grid.columns
             by_row, by_col = (
                 torch.empty(sums * size, dtype=torch.float32, device=student.device)
-                for size in (blocks.rows, blocks.cols)
+                for size in (shape.rows, shape.cols)
             )
-            tiles = plan.triangle(launch)
+            tiles = grid.triangle(launch)
             tiles_kernel[(launch.problems * tiles,)](
                 *call.networks,
                 scales,
@@ -487,35 +493,36 @@ def forward(
                 by_col,
                 kept,
                 call.rows // call.row_unit,
-                plan.samples,
-                plan.row_blocks,
+                grid.samples,
+                grid.row_blocks,
                 launch.first_problem,
                 launch.first,
                 launch.last,
                 tiles,
                 call.n_rows,
-                *call.numbers,
+                *call.factors,
+                call.inv_temperature,
                 KEEP=kept.numel() > 0,
                 PLANES=planes,
-                **call.constants,
+                **call.constants(shape),
             )
-            merge_kernel[(launch.problems * plan.blocks * (blocks.rows // MERGE_BLOCK["BLOCK"]),)](
+            merge_kernel[(launch.problems * grid.blocks * (shape.rows // MERGE_BLOCK["BLOCK"]),)](
                 by_row,
                 by_col,
                 statistics,
                 loss,
                 call.rows,
                 call.n_rows,
-                plan.samples,
-                plan.row_blocks,
+                grid.samples,
+                grid.row_blocks,
                 launch.first_problem,
                 launch.first,
                 launch.last,
-                call.numbers[2],
-                DISTANCE=plan.method,
+                call.inv_temperature,
+                DISTANCE=call.method,
                 PLANES=planes,
                 **MERGE_BLOCK,
-                ROWS=blocks.rows,
-                COLS=blocks.cols,
+                ROWS=shape.rows,
+                COLS=shape.cols,
                 num_warps=4,
             )

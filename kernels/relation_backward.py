@@ -14,6 +14,8 @@ tiles I ≤ J alone, each stored with its mirror image. Every sum has one owner 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -43,36 +45,50 @@ from torch import Tensor
 # they are: in fp32, or for bfloat16 rows as the sum of two bfloat16 numbers, 16 bits of H, multiplied one by one.
 # A cosine's diagonal is 1 whatever x: it is left out, instead of being subtracted again with q.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit
-def _coefficients(
-    g, statistics_ptr, plane, index, here, inv_temperature, rows, DISTANCE: tl.constexpr, NEGATE: tl.constexpr
+@triton.jit(do_not_specialize=["rows", "n_rows", "samples", "grad_stride_b", "grad_stride_r"])
+def coefficients_kernel(
+    grad_ptr,  # (batch, rows), strides below, possibly 0
+    statistics_ptr,  # (PLANES, samples, batch · rows)
+    coefficients_ptr,  # (2, samples, batch · rows): A, D
+    rows,
+    n_rows,  # batch · rows
+    samples,  # of a problem
+    grad_stride_b,
+    grad_stride_r,
+    inv_temperature,
+    DISTANCE: tl.constexpr,
+    NEGATE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """(A, D, m_S, m_T) of rows."""
-    zero = 0.0 * g
-    if DISTANCE == "mse":
-        return 2.0 * g / rows, zero, zero, zero
+    """``BLOCK`` rows to a program, against one sample."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row < n_rows
+    g = tl.load(grad_ptr + row // rows * grad_stride_b + row % rows * grad_stride_r, mask=here, other=0.0) / samples
+    plane = n_rows.to(tl.int64) * samples
+    index = tl.program_id(1) * n_rows.to(tl.int64) + row
     ptr = statistics_ptr + index
-    if DISTANCE == "row_cosine":
+    d = 0.0 * g
+    if DISTANCE == "mse":
+        a = 2.0 * g / rows
+    elif DISTANCE == "row_cosine":
         n2 = tl.load(ptr, mask=here, other=1.0)
         m2 = tl.load(ptr + plane, mask=here, other=1.0)
         d2 = tl.load(ptr + 2 * plane, mask=here, other=0.0)
         dot = tl.load(ptr + 3 * plane, mask=here, other=0.0)
         loss, n, m, apart = row_cosine(n2, m2, d2, dot)
-        v = tl.where(m2 <= 1e-24, m2 * 1e24, 1.0)
+        v = tl.where(m2 <= 1e-24, m2 * 1e24, 1.0)  # |E^T|²/m²
         c = 0.5 * (1.0 + v - loss)
-        # c m − n = (1 − loss/2) m − n, and 1 + v = 2 but for a floored m
-        less = tl.where(m2 <= 1e-24, c * m - n, -apart - 0.5 * loss * m)
-        half = 2.0 * g / n / n
-        dead = n2 <= 1e-24
-        return tl.where(dead, 0.0, half * c), tl.where(dead, 0.0, half * (less / m)), zero, zero
-    g = (-g if NEGATE else g) * inv_temperature
-    if DISTANCE == "kl":
-        a = g / tl.load(ptr, mask=here, other=1.0)
-        return a, a - g / tl.load(ptr + plane, mask=here, other=1.0), zero, zero
-    m_s = tl.load(ptr, mask=here, other=0.0)
-    a = g / tl.load(ptr + plane, mask=here, other=1.0)
-    m_t = tl.load(ptr + 2 * plane, mask=here, other=0.0)
-    return a, a - g / tl.load(ptr + 3 * plane, mask=here, other=1.0), m_s, m_t
+        difference = tl.where(m2 <= 1e-24, c * m - n, -apart - 0.5 * loss * m)  # c m − n, of close numbers
+        a = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * c)
+        d = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * (difference / m))
+    else:
+        g = (-g if NEGATE else g) * inv_temperature
+        Z: tl.constexpr = 1 if DISTANCE == "kl maxima" else 0  # the plane of z_S; z_T's
+        Z_T: tl.constexpr = 3 if DISTANCE == "kl maxima" else 1
+        a = g / tl.load(ptr + Z * plane, mask=here, other=1.0)
+        d = a - g / tl.load(ptr + Z_T * plane, mask=here, other=1.0)
+    tl.store(coefficients_ptr + index, a, mask=here)
+    tl.store(coefficients_ptr + plane + index, d, mask=here)
 
 
 @triton.jit
@@ -119,8 +135,6 @@ def _store_h(h, ptr, plane, SPLIT: tl.constexpr):
         "last",
         "tiles",
         "n_rows",
-        "grad_stride_b",
-        "grad_stride_r",
     ]
 )
 def derivative_kernel(
@@ -134,7 +148,7 @@ def derivative_kernel(
     teacher_stride_b,
     teacher_stride_r,
     teacher_stride_k,
-    grad_ptr,  # (batch, rows), strides below, possibly 0
+    coefficients_ptr,  # (2, samples, batch · rows)
     statistics_ptr,  # (PLANES, samples, batch · rows)
     scale_ptr,  # (2, batch · rows)
     kept_ptr,
@@ -149,8 +163,6 @@ def derivative_kernel(
     last,
     n_rows,  # batch · rows
     tiles,  # of a problem, in this launch
-    grad_stride_b,
-    grad_stride_r,
     student_factor,
     teacher_factor,
     inv_temperature,
@@ -214,17 +226,22 @@ def derivative_kernel(
                 e_s = e_s * student_factor
                 e_t = e_t * teacher_factor
 
-        g_i = tl.load(grad_ptr + b_i * grad_stride_b + r_i.to(tl.int64) * grad_stride_r, mask=here_i, other=0.0)
-        g_j = tl.load(grad_ptr + b_j * grad_stride_b + r_j.to(tl.int64) * grad_stride_r, mask=here_j, other=0.0)
         kappa = inv_temperature * LOG2E
         plane = n_rows.to(tl.int64) * samples
-        # Row i's statistics against the sample of j, and the other way round.
-        a_i, d_i, ms_i, mt_i = _coefficients(
-            g_i / samples, statistics_ptr, plane, (b_j - problem * samples) * n_rows + index_i, here_i,
-            inv_temperature, rows, DISTANCE, NEGATE)  # fmt: skip
-        a_j, d_j, ms_j, mt_j = _coefficients(
-            g_j / samples, statistics_ptr, plane, (b_i - problem * samples) * n_rows + index_j, here_j,
-            inv_temperature, rows, DISTANCE, NEGATE)  # fmt: skip
+        # Row i's coefficients against the sample of j, and the other way round.
+        index_i += (b_j - problem * samples) * n_rows
+        index_j += (b_i - problem * samples) * n_rows
+        a_i = tl.load(coefficients_ptr + index_i, mask=here_i, other=0.0)
+        a_j = tl.load(coefficients_ptr + index_j, mask=here_j, other=0.0)
+        d_i, d_j, ms_i, ms_j, mt_i, mt_j = a_i, a_j, a_i, a_j, a_i, a_j
+        if DISTANCE != "mse":
+            d_i = tl.load(coefficients_ptr + plane + index_i, mask=here_i, other=0.0)
+            d_j = tl.load(coefficients_ptr + plane + index_j, mask=here_j, other=0.0)
+        if DISTANCE == "kl maxima":
+            ms_i = tl.load(statistics_ptr + index_i, mask=here_i, other=0.0)
+            ms_j = tl.load(statistics_ptr + index_j, mask=here_j, other=0.0)
+            mt_i = tl.load(statistics_ptr + 2 * plane + index_i, mask=here_i, other=0.0)
+            mt_j = tl.load(statistics_ptr + 2 * plane + index_j, mask=here_j, other=0.0)
         h = _derivative(e_s, e_t, a_i, d_i, ms_i, mt_i, a_j, d_j, ms_j, mt_j, kappa, DISTANCE, NEGATE)
         valid = here_i[:, None] & here_j[None, :]
         if COSINE:
@@ -369,6 +386,7 @@ def product_kernel(
 
 
 SLOTS = 16
+COEFFICIENTS_BLOCK = 256
 
 
 def backward(
@@ -379,32 +397,45 @@ def backward(
     kept: Tensor,
     grad_student: Tensor,
     options: Options,
-    limit: int,
+    limit_for: Callable[[int], int],
 ) -> None:
     """Fill ``grad_student`` (B, R, K) of any strides from a per-row gradient (B, R) of any strides.
 
-    H takes at most ``limit`` bytes at a time, or what one row block needs.
+    H takes at most ``limit_for`` (what one row block needs) bytes at a time.
     """
-    call = Call(student, teacher, options)
-    plan, blocks, product = call.plan, call.plan.tiles, call.plan.product
+    call = Call(student, teacher, options, kept.numel() > 0)
+    grid, shape, product = call.plan.backward, call.plan.backward.shape, call.plan.product
+    limit = limit_for(call.plan.least_bytes())
     scales = statistics[-2:]
     split = student.dtype == torch.bfloat16
     out = Operand.of(grad_student)
+    new = lambda size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=student.device)
     with launching_on(student):
-        for launch in plan.launches(plan.backward_bytes(), limit):
-            mirror = launch.band == plan.blocks
-            tiles = plan.triangle(launch) if mirror else launch.band * plan.columns
-            size = launch.problems * launch.band * blocks.rows * plan.columns
-            h = torch.empty(
-                (1 + split) * size * blocks.cols,
-                dtype=torch.bfloat16 if split else torch.float32,
-                device=student.device,
-            )
-            q = torch.empty(size, dtype=torch.float32, device=student.device)
+        coefficients = new(2 * grid.samples * call.n_rows)
+        coefficients_kernel[(cdiv(call.n_rows, COEFFICIENTS_BLOCK), grid.samples)](
+            grad_loss,
+            statistics,
+            coefficients,
+            call.rows,
+            call.n_rows,
+            grid.samples,
+            *grad_loss.stride(),
+            call.inv_temperature,
+            DISTANCE=call.method,
+            NEGATE=call.negate,
+            BLOCK=COEFFICIENTS_BLOCK,
+            num_warps=4,
+        )
+        for launch in grid.launches(call.plan.backward_bytes(), limit):
+            mirror = launch.band == grid.blocks
+            tiles = grid.triangle(launch) if mirror else launch.band * grid.columns
+            size = launch.problems * launch.band * shape.rows * grid.columns
+            h = new((1 + split) * size * shape.cols, torch.bfloat16 if split else torch.float32)
+            q = new(size)
             place = (
                 call.rows // call.row_unit,
-                plan.samples,
-                plan.row_blocks,
+                grid.samples,
+                grid.row_blocks,
                 launch.first_problem,
                 launch.problems,
                 launch.first,
@@ -413,7 +444,7 @@ def backward(
             )
             derivative_kernel[(launch.problems * tiles,)](
                 *call.networks,
-                grad_loss,
+                coefficients,
                 statistics,
                 scales,
                 kept,
@@ -421,12 +452,12 @@ def backward(
                 q,
                 *place,
                 tiles,
-                *grad_loss.stride(),
-                *call.numbers,
+                *call.factors,
+                call.inv_temperature,
                 KEPT=mirror and kept.numel() > 0,
                 MIRROR=mirror,
                 SPLIT=split,
-                **call.constants,
+                **call.constants(shape),
             )
             product_kernel[(launch.problems * launch.band * cdiv(student.shape[2], product.cols),)](
                 h,
@@ -445,8 +476,8 @@ def backward(
                 SPLIT=split,
                 PRECISION="ieee" if split else "tf32x3",
                 SLOTS=SLOTS,
-                ROWS=blocks.rows,
-                COLS=blocks.cols,
+                ROWS=shape.rows,
+                COLS=shape.cols,
                 WIDTH=product.cols,
                 DEPTH=product.depth,
                 **product.launch(),

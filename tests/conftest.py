@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "kernel_setting": kernels,
         "compiled_setting": [s for s in contract.settings() if s in kernels or s.case in contract.FIRST.values()],
         "basic_setting": contract.settings(list(contract.BASIC.values())),
-        "basic_kernel_setting": [s for s in kernels if s.case in contract.BASIC.values()],
+        "basic_kernel_setting": [s for s in kernels if s.case.name in {case.name for case in contract.BASIC.values()}],
     }
     for name, values in runs.items():
         if name in wanted:

@@ -89,7 +89,7 @@ class _Triton:
         self, student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, kept: Tensor, options: Options
     ) -> None:
         family = importlib.import_module("fastkd.kernels.relation")
-        family.forward(student, teacher, loss, statistics, kept, options, _workspace.limit())
+        family.forward(student, teacher, loss, statistics, kept, options, _workspace.check)
 
     def backward(
         self,
@@ -102,9 +102,7 @@ class _Triton:
         options: Options,
     ) -> None:
         family = importlib.import_module("fastkd.kernels.relation_backward")
-        family.backward(
-            grad_loss, student, teacher, statistics, kept, grad_student, options, _workspace.limit()
-        )  # fmt: skip
+        family.backward(grad_loss, student, teacher, statistics, kept, grad_student, options, _workspace.check)
 
 
 class _Native:

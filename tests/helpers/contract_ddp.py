@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from contract_cases import CASES, Problem, places
+from contract_cases import Problem, settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,18 +36,17 @@ def half(problem: Problem, rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 def compare(rank: int) -> None:
     compared = 0
-    for case in CASES:
+    for case, (backend, device) in settings():
+        if device != "cpu" or _backends._misplaced(backend, device) or _backends.why_not(backend):
+            continue
         problem = case.problem_of((4, *case.sizes["small"][1:]), dtype=torch.float32, device="cpu")
-        for backend, device in places(case.family):
-            if device != "cpu" or _backends._misplaced(backend, device) or _backends.why_not(backend):
-                continue
-            alone = Student(problem, backend)
-            (sum(alone(*half(problem, r)) for r in range(2)) / 2).backward()
-            together = DistributedDataParallel(Student(problem, backend))
-            together(*half(problem, rank)).backward()
-            for a, b in zip(together.module.parameters(), alone.parameters(), strict=True):
-                assert a.grad is not None
-                assert b.grad is not None
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * b.grad.abs().max().item() + 1e-9)
-            compared += 1
+        alone = Student(problem, backend)
+        (sum(alone(*half(problem, r)) for r in range(2)) / 2).backward()
+        together = DistributedDataParallel(Student(problem, backend))
+        together(*half(problem, rank)).backward()
+        for a, b in zip(together.module.parameters(), alone.parameters(), strict=True):
+            assert a.grad is not None
+            assert b.grad is not None
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * b.grad.abs().max().item() + 1e-9)
+        compared += 1
     print("compared", compared)

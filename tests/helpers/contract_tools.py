@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def needs(setting: Any, dtype: torch.dtype) -> None:
-    """Skips what a backend that lacks ``dtype`` cannot be asked; that it then says so is in ``test_contract_errors.py``."""
+    """Skips what a backend without ``dtype`` cannot be asked; that it says so is in ``test_contract_errors.py``."""
     if not setting.takes(dtype):
         pytest.skip(f"the {setting.place.backend} backend of {setting.case.family} has no {dtype}")
 
