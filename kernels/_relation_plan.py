@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 FIXED_SHIFT_TEMPERATURE = 0.04
 """Cosines lie in [−1, 1]: from here on e^{(E − 1)/τ} is at least e^−50, and 1 serves all rows as their maximum."""
 
-PLANES = {"kl": 3, "kl maxima": 5, "mse": 1, "row_cosine": 4}
-"""Numbers per row: z_S, z_T, a; or m_S, z_S, m_T, z_T, a; or Σd²; or Σe_S², Σe_T², Σd², Σd(e_S + e_T)."""
+PLANES = {"kl": 3, "kl maxima": 5, "mse": 1, "row_cosine": 5}
+"""Numbers per row: z_S, z_T, a; or m_S, z_S, m_T, z_T, a; or Σd²; or Σe_S², Σe_T², Σd², Σd(e_S + e_T), Σe_S e_T."""
 
 ENOUGH_PROGRAMS = 264
 """Two for each of an H100's 132 processors: with fewer, smaller tiles are taken."""

@@ -113,7 +113,7 @@ def scales_kernel(
 #     kl            z_x = Σ f_x, f_x = 2^{κ(v_x − 1)},  a = Σ f_T (v_T − v_S)
 #     kl maxima     m_x = max v_x,  z_x = Σ 2^{κ(v_x − m_x)},  a = Σ 2^{κ(v_T − m_T)} (v_T − v_S)
 #     mse           Σ d²
-#     row_cosine    Σ E^S²,  Σ E^T²,  Σ d²,  Σ d (E^S + E^T)
+#     row_cosine    Σ E^S²,  Σ E^T²,  Σ d²,  Σ d (E^S + E^T),  Σ E^S E^T
 #
 # A teacher's v of −inf has weight 0, and 0·(v_T − v_S) counts as 0 whatever v_S is. NaN and +inf reach the sums.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,6 +150,7 @@ def _sums(e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, NEGATE
             tl.store(out_ptr + plane, tl.sum(e_t * e_t, axis=AXIS))
             tl.store(out_ptr + 2 * plane, tl.sum(d * d, axis=AXIS))
             tl.store(out_ptr + 3 * plane, tl.sum(d * (e_s + e_t), axis=AXIS))
+            tl.store(out_ptr + 4 * plane, tl.sum(e_s * e_t, axis=AXIS))
 
 
 @triton.jit(
@@ -248,8 +249,8 @@ def tiles_kernel(
 #
 #     kl            a/(z_T τ) + log z_S − log z_T,   with maxima + (m_S − m_T)/τ
 #     mse           Σd²/R
-#     row_cosine    (Σd² − (n − m)²)/(n m),   n − m = Σd(e_S + e_T)/(n + m): no difference of close numbers.
-#                   Where n or m is below 1e-12 and divided by that instead: |u|² + |v|² − 2 u·v
+#     row_cosine    2 − 2c,  c = e_S·e_T/(n m);  where Σd² ≤ n m, (Σd² − (n − m)²)/(n m), n − m = Σd(e_S + e_T)/(n + m):
+#                   in either case no difference of close numbers. Below 1e-12 n and m are divided by that instead.
 #
 # and averaged over the samples.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,19 +286,19 @@ def _add_maxima(m, z, a, ptr, plane, slot_stride, begin, end, here, kappa, HAS_A
 
 
 @triton.jit
-def row_cosine(n2, m2, d2, dot):
-    """(loss, n, m, n floored, m floored, n floored − m floored) from the four sums."""
-    n = tl.sqrt_rn(n2)
-    m = tl.sqrt_rn(m2)
-    whole = (n2 > 1e-24) & (m2 > 1e-24)
-    n_low = tl.where(n2 <= 1e-24, 1e-12, n)  # NaN stays
-    m_low = tl.where(m2 <= 1e-24, 1e-12, m)
-    apart = tl.where(whole, dot / (n + m), n_low - m_low)
-    near = (d2 - apart * apart) / (n * m)
-    u = n / n_low
-    v = m / m_low
-    far = u * u + v * v - (n2 + m2 - d2) / n_low / m_low
-    return tl.where((n2 <= 1e-24) | (m2 <= 1e-24), far, near), n_low, m_low, apart
+def row_cosine(n2, m2, d2, sum_d, dot):
+    """(loss, c, n, m, n − m), n and m at least 1e-12, from the five sums."""
+    n_low = n2 <= 1e-24  # not where it is NaN
+    m_low = m2 <= 1e-24
+    n = tl.where(n_low, 1e-12, tl.sqrt_rn(n2))
+    m = tl.where(m_low, 1e-12, tl.sqrt_rn(m2))
+    apart = tl.where(n_low | m_low, n - m, sum_d / (n + m))
+    c = dot / n / m
+    u = tl.where(n_low, n2 * 1e24, 1.0)  # |e_S|²/n²
+    v = tl.where(m_low, m2 * 1e24, 1.0)
+    near = (d2 - apart * apart) / n / m
+    is_near = (d2 <= n * m) & (u == 1.0) & (v == 1.0)
+    return tl.where(is_near, near, u + v - 2.0 * c), tl.where(is_near, 1.0 - 0.5 * near, c), n, m, apart
 
 
 @triton.jit(do_not_specialize=["rows", "n_rows", "samples", "row_blocks", "first_problem", "first", "last"])
@@ -396,7 +397,11 @@ def merge_kernel(
                     x3 = _add(x3, by_col + 3 * col_plane, col_slot, i_from, i_to, here, SLOTS)
                     x3 = _add(x3, by_row + 3 * row_plane, row_slot, j_from, j_to, here, SLOTS)
                     tl.store(out + 3 * plane, x3, mask=here)
-                    loss += row_cosine(x0, x1, x2, x3)[0]
+                    x4 = tl.load(out + 4 * plane, mask=old, other=0.0)
+                    x4 = _add(x4, by_col + 4 * col_plane, col_slot, i_from, i_to, here, SLOTS)
+                    x4 = _add(x4, by_row + 4 * row_plane, row_slot, j_from, j_to, here, SLOTS)
+                    tl.store(out + 4 * plane, x4, mask=here)
+                    loss += row_cosine(x0, x1, x2, x3, x4)[0]
     tl.store(loss_ptr + index, loss / samples, mask=here)
 
 

@@ -74,11 +74,11 @@ def coefficients_kernel(
         n2 = tl.load(ptr, mask=here, other=1.0)
         m2 = tl.load(ptr + plane, mask=here, other=1.0)
         d2 = tl.load(ptr + 2 * plane, mask=here, other=0.0)
-        dot = tl.load(ptr + 3 * plane, mask=here, other=0.0)
-        loss, n, m, apart = row_cosine(n2, m2, d2, dot)
-        v = tl.where(m2 <= 1e-24, m2 * 1e24, 1.0)  # |E^T|²/m²
-        c = 0.5 * (1.0 + v - loss)
-        difference = tl.where(m2 <= 1e-24, c * m - n, -apart - 0.5 * loss * m)  # c m − n, of close numbers
+        sum_d = tl.load(ptr + 3 * plane, mask=here, other=0.0)
+        dot = tl.load(ptr + 4 * plane, mask=here, other=1.0)
+        loss, c, n, m, apart = row_cosine(n2, m2, d2, sum_d, dot)
+        # c m − n: near each other −(n − m) − m loss/2
+        difference = tl.where((d2 <= n * m) & (m2 > 1e-24), -apart - 0.5 * loss * m, c * m - n)
         a = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * c)
         d = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * (difference / m))
     else:
