@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 
 
 class Regime(NamedTuple):
-    """Blocks of one size: tiles of the relation matrices, and those of the backward's product, which have as many rows."""
+    """Blocks of one size: tiles of relation matrices, and those of the backward's product, which have as many rows."""
 
     tiles: Blocks
     product: Blocks

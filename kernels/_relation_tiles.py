@@ -18,6 +18,10 @@ WIDENS = tl.constexpr(INTERPRETED)
 """The interpreter multiplies no bfloat16."""
 
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN."""
+
+
 def unit_of(*numbers: int, largest: int) -> int:
     """The largest power of two up to ``largest`` that divides all ``numbers``."""
     unit = largest

@@ -1,4 +1,7 @@
-"""Every Triton kernel and block shape compiles for every supported chip, without spills, within its shared memory."""
+"""Every Triton kernel and block shape compiles for every supported chip, without spills, within its shared memory.
+
+Products of bfloat16 numbers go through the chip's matrix instructions.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+PRODUCTS = ("relation.tiles", "relation.derivative", "relation.product")
+MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "aot.py"
 
 
@@ -25,7 +30,7 @@ def compile_all(tmp_path: Path, *arguments: str) -> list[dict]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=580,
     )
     assert file.exists(), done.stdout + done.stderr
     return json.loads(file.read_text())
@@ -41,6 +46,10 @@ def test_no_spills(tmp_path: Path, dtypes: tuple[str, ...], targets: tuple[str, 
     rows = compile_all(tmp_path, "--dtypes", *dtypes, "--targets", *targets)
     assert {row["target"] for row in rows} == {f"sm_{t}" for t in targets}
     assert {row["kernel"] for row in rows} >= {"softmax_kl.forward", "softmax_kl.backward"}
+    products = [row for row in rows if row["kernel"] in PRODUCTS and not row.get("KEPT")]
+    assert {row["kernel"] for row in products} == (set() if "fp64" in dtypes else set(PRODUCTS))
+    for row in products:
+        assert set(row["matrix_instructions"]) == {MATRIX_INSTRUCTIONS[row["target"]]}, row
     for row in rows:
         assert row["local"] == 0, row
         assert row["stack"] == 0, row
