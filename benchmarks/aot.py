@@ -119,8 +119,9 @@ def relation_cases(dtype: str) -> Iterator[Case]:
             yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **tiles}, *launch)
         kept = {**channels, **method("kl"), **tiles}
         yield case("tiles", forward.tiles_kernel, {**kept, "KEEP": True}, *launch)
-        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *launch)
         yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **tiles}, *launch)
+        launch = (regime.derivative_warps, regime.tiles.stages)
+        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *launch)
         for name in PLANES if i == 0 else ("kl", "kl maxima"):
             constants = {**channels, **method(name), **tiles}
             yield case("derivative", derivative.derivative_kernel, constants, *launch)

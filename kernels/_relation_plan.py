@@ -39,20 +39,23 @@ class Regime(NamedTuple):
 
     tiles: Blocks
     product: Blocks
+    derivative_warps: int
+    """For the backward's tiles, of the same shape: more numbers of a tile are alive in it than in the forward."""
+
     wide: Blocks | None = None
     """For the forward's tiles instead, where few sums are taken of a tile and none is kept."""
 
 
 REGIMES: dict[str, tuple[Regime, ...]] = {
     "bf16": (
-        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 3)),
-        Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 128, 32, 4, 4)),
+        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 32, 8, 4), 8, Blocks(128, 128, 64, 8, 3)),
+        Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 128, 32, 4, 4), 8),
     ),
     "fp16": (
-        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2), Blocks(128, 128, 64, 8, 3)),
-        Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 32, 4, 2)),
+        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2), 8, Blocks(128, 128, 64, 8, 3)),
+        Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 32, 4, 2), 8),
     ),
-    "fp32": (Regime(Blocks(64, 64, 32, 4, 2), Blocks(64, 64, 32, 4, 2)),),
+    "fp32": (Regime(Blocks(64, 64, 32, 4, 2), Blocks(64, 64, 32, 4, 2), 8),),
 }
 """By dtype, the largest first; chosen by ahead-of-time facts (benchmarks/aot.py), none by measurement yet."""
 
@@ -137,6 +140,7 @@ class Plan:
         chosen = enough.index(True) if True in enough else len(grids) - 1
         self.forward = self.backward = grids[chosen]
         self.product = regimes[chosen].product
+        self.derivative = regimes[chosen].tiles._replace(warps=regimes[chosen].derivative_warps)
         wide = regimes[chosen].wide
         if wide is not None and not kept and method in WIDE_METHODS:
             grid = Grid(problems, samples, rows, wide)

@@ -221,7 +221,7 @@ def backward(
                 KEPT=mirror and kept.numel() > 0,
                 MIRROR=mirror,
                 SPLIT=split,
-                **call.constants(shape),
+                **call.constants(call.plan.derivative),
             )
             product_kernel[(launch.problems * launch.band * cdiv(student.shape[2], product.cols),)](
                 h,

@@ -54,8 +54,11 @@ def kernel(student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> 
     return loss_and_gradient(relation, student, teacher, weight, backend="triton", **options)
 
 
-def check(student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
-    """No further from fp64 than twice the plain formula in fp32, a few roundings of the logits, and what is stored."""
+def check(student: Tensor, teacher: Tensor, weight: Tensor, least: float = 0.1, **options: Any) -> list[Tensor]:
+    """No further from fp64 than twice the plain formula in fp32, a few roundings of the logits, and what is stored.
+
+    ``least`` bounds from below the size of what cancels in a loss or a gradient that vanishes.
+    """
     condition = 1.0
     if options.get("distance", "kl") == "kl":  # logits and log-sum-exps, whose differences losses are
         condition = 1 / options.get("temperature", 0.1) + math.log(student.shape[1])
@@ -66,7 +69,7 @@ def check(student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> l
     for mine, eager, right in zip(got, plain, exact, strict=True):
         largest = right.abs().max().item()
         allowed = 2 * (eager.double() - right).abs().max().item() + STORED[mine.dtype] * largest
-        assert (mine.double() - right).abs().max().item() <= allowed + 3e-7 * condition * max(largest, 0.1)
+        assert (mine.double() - right).abs().max().item() <= allowed + 3e-7 * condition * max(largest, least)
     return got
 
 
@@ -89,7 +92,7 @@ def test_every_block_shape_and_its_edges(
     monkeypatch.setitem(plans.REGIMES, name, (regime,))
     monkeypatch.setattr(plans, "ENOUGH_PROGRAMS", 1)  # and the wide blocks where there are some
     count, width = regime.tiles.rows + 3, regime.tiles.depth + 1
-    methods = METHODS if choice == 0 and dtype != torch.float16 else {"kl": METHODS["kl"]}
+    methods = METHODS if form == "tiles" and dtype != torch.float16 else {"kl": METHODS["kl"]}
     for method, options in methods.items():
         batch = 2 if form == "across samples" else 1
         student, teacher = rows((batch, count, width), 0, dtype), rows((batch, count, width + 5), 1, dtype)
@@ -101,7 +104,7 @@ def test_every_block_shape_and_its_edges(
 @pytest.mark.parametrize("method", METHODS)
 def test_one_row_and_one_column(method: str) -> None:
     for shape in ((2, 1, 7), (2, 5, 1)):
-        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), **METHODS[method])
+        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), least=1.0, **METHODS[method])
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -109,14 +112,15 @@ def test_one_row_and_one_column(method: str) -> None:
 def test_a_small_workspace_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, method: str, cross: bool) -> None:
     """Sums of some row blocks after others, and H by stripes: nothing of the rows' number is held at once."""
     monkeypatch.setitem(plans.REGIMES, "fp32", plans.REGIMES["fp32"][-1:])
-    student, teacher, weight = rows((2, 135, 20), 0), rows((2, 135, 9), 1), rows((2, 135), 2)
+    count = 70 if cross else 135
+    student, teacher, weight = rows((2, count, 20), 0), rows((2, count, 9), 1), rows((2, count), 2)
     options = {**METHODS[method], "cross": cross}
     whole = kernel(student, teacher, weight, **options)
     monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
         relation(student, teacher, backend="triton", **options)
     least = str(error.value).split("at least ")[1].split(",")[0]
-    for mib in (least, "0.2"):  # what the error asks for is enough, for the backward too
+    for mib in (least, "0.15"):  # what the error asks for is enough, for the backward too
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
         for got, want in zip(kernel(student, teacher, weight, **options), whole, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=3e-6 * want.abs().max().item())
@@ -162,7 +166,7 @@ def test_enough_programs_for_a_large_gpu() -> None:
 @pytest.mark.parametrize("cross", [False, True])
 def test_maps_seen_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
     """Rows are then the inner dimension, of any alignment, on one side or on both; the gradient is laid out alike."""
-    for count, width in ((72, 6), (67, 5)):
+    for count, width in ((24, 6), (67, 5)) if not cross else ((11, 5),):
         student, teacher = rows((2, count, width), 0, dtype), rows((2, count, width + 2), 1, dtype)
         columns = [x.mT.contiguous().mT for x in (student, teacher)]
         weight = rows((2, count), 2)
@@ -176,7 +180,8 @@ def test_maps_seen_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_networks_give_exactly_nothing(form: str) -> None:
-    student, weight = rows((2, 70, 30), 0, torch.bfloat16), rows((2, 70), 1)
+    count = 20 if form == "across samples" else 70
+    student, weight = rows((2, count, 30), 0, torch.bfloat16), rows((2, count), 1)
     for options in METHODS.values():
         loss, grad = kernel(student, student.clone(), weight, **options, **FORMS[form])
         assert loss.abs().max() == grad.abs().max() == 0
