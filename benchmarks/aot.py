@@ -29,7 +29,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 Case = tuple[Any, ...]
-"""(name, kernel, argument types, constants, warps), and the stages of pipelined loops where they are not Triton's 3."""
+"""(name, kernel, argument types, constants, warps), and further options of the compiler, if any; of these "but" names
+a chip on which the case is not used."""
 
 
 def softmax_kl_cases(dtype: str) -> Iterator[Case]:
@@ -83,7 +84,7 @@ def relation_cases(dtype: str) -> Iterator[Case]:
     h_type = "bf16" if dtype == "bf16" else "fp32"
     common = {"COSINE": True, "NEGATE": False, "KEEP": False, "KEPT": False, "MIRROR": True, "SPLIT": dtype == "bf16"}
 
-    def case(name: str, kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3) -> Case:
+    def case(name: str, kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3, **options: Any) -> Case:
         constants = {n: constants[n] for n in kernel.arg_names if n.isupper()}
         rows_inner = constants.get("STUDENT_ROWS_INNER", False)
         types = {}
@@ -100,7 +101,7 @@ def relation_cases(dtype: str) -> Iterator[Case]:
                 constants[argument] = 1
             else:
                 types[argument] = "constexpr" if argument.isupper() else "i32"
-        return f"relation.{name}", kernel, types, constants, warps, stages
+        return f"relation.{name}", kernel, types, constants, warps, {"num_stages": stages, **options}
 
     def method(name: str) -> dict[str, Any]:
         return {**common, "DISTANCE": name, "PLANES": PLANES[name], "PRECISION": forward.PRECISION[dtype]}
@@ -109,20 +110,22 @@ def relation_cases(dtype: str) -> Iterator[Case]:
         yield case("scales", forward.scales_kernel, {**layout, **forward.SCALE_BLOCK}, 4)
     for name in PLANES:
         blocks = {**forward.MERGE_BLOCK, "ROWS": 128, "COLS": 64}
-        yield case("merge", merge.merge_kernel, {**method(name), **blocks}, 4)
+        registers = forward.MERGE_LAUNCH["maxnreg"]
+        yield case("merge", merge.merge_kernel, {**method(name), **blocks}, 4, maxnreg=registers)
     for name in ("kl", "row_cosine"):
         block = {"BLOCK": backward.COEFFICIENTS_BLOCK}
         yield case("coefficients", derivative.coefficients_kernel, {**method(name), **block}, 4)
     for i, regime in enumerate(REGIMES[dtype]):
         tiles, launch = regime.tiles.constants(), (regime.tiles.warps, regime.tiles.stages)
-        for name in PLANES:
+        methods = [name for name in PLANES if name != "kl maxima" or regime is REGIMES[dtype][-1]]
+        for name in methods:
             yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **tiles}, *launch)
         kept = {**channels, **method("kl"), **tiles}
         yield case("tiles", forward.tiles_kernel, {**kept, "KEEP": True}, *launch)
         yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **tiles}, *launch)
         launch = (regime.derivative_warps, regime.tiles.stages)
         yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *launch)
-        for name in PLANES if i == 0 else ("kl", "kl maxima"):
+        for name in methods if i == 0 else ("kl", "kl maxima"):
             constants = {**channels, **method(name), **tiles}
             yield case("derivative", derivative.derivative_kernel, constants, *launch)
         stripe = {**pixels, **method("kl"), **tiles, "MIRROR": False}
@@ -130,8 +133,8 @@ def relation_cases(dtype: str) -> Iterator[Case]:
         if regime.wide is not None:
             wide, launch = regime.wide.constants(), (regime.wide.warps, regime.wide.stages)
             for name in WIDE_METHODS:
-                yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **wide}, *launch)
-            yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **wide}, *launch)
+                yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **wide}, *launch, but=100)
+            yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **wide}, *launch, but=100)
         product = {**method("kl"), **tiles, **backward.product_constants(regime.product, dtype)}
         for layout in (channels, pixels):
             launch = (regime.product.warps, regime.product.stages)
@@ -142,7 +145,7 @@ CASES = {"softmax_kl": softmax_kl_cases, "relation": relation_cases}
 
 
 def compile_case(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: int, stages: int = 3
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: int, **options: Any
 ) -> Any:
     """Compile one kernel for one chip, as a launch with aligned pointers and strides would."""
     import triton
@@ -156,7 +159,7 @@ def compile_case(
         constexprs={(list(types).index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": True, **options}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
@@ -185,8 +188,9 @@ def resources(cubin: bytes) -> dict[str, Any]:
 
 def fact(family: str, dtype: str, index: int, target: int) -> dict[str, Any]:
     """What one case of a family costs on one chip."""
-    name, kernel, types, constants, warps, *stages = list(CASES[family](dtype))[index]
-    compiled = compile_case(kernel, types, constants, warps, target, *stages)
+    name, kernel, types, constants, warps, *more = list(CASES[family](dtype))[index]
+    options = {k: v for more in more for k, v in more.items() if k != "but"}
+    compiled = compile_case(kernel, types, constants, warps, target, **options)
     named = {n: value for n, value in constants.items() if n.isupper()}
     row = {"kernel": name, "dtype": dtype, **named, "warps": warps, "target": f"sm_{target}"}
     row |= resources(compiled.asm["cubin"])
@@ -196,10 +200,18 @@ def fact(family: str, dtype: str, index: int, target: int) -> dict[str, Any]:
     return row
 
 
-def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """One row per kernel, block shape, dtype and chip, from as many compilers at a time as there are processors."""
-    cases = [(family, d, i, t) for d in dtypes for i in range(len(list(CASES[family](d)))) for t in targets]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+def facts(
+    family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], jobs: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """One row per kernel, block shape, dtype and chip, from ``jobs`` compilers at a time."""
+    cases = [
+        (family, dtype, i, target)
+        for dtype in dtypes
+        for i, case in enumerate(CASES[family](dtype))
+        for target in targets
+        if not (len(case) > 5 and case[5].get("but") == target)
+    ]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(fact, *zip(*cases, strict=True)) if cases else ()
 
 
@@ -219,25 +231,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--families", nargs="+", default=tuple(CASES), choices=tuple(CASES))
+    parser.add_argument("--jobs", type=int, help="compilers at a time; as many as processors by default")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
-    rows = [row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes))]
     print(
         f"{'kernel':22} {'method':10} {'dtype':5} {'block':>13} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} "
         f"{'local':>6} matrix instructions"
     )
-    for row in rows:
-        matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
-        print(
-            f"{row['kernel']:22} {row.get('DISTANCE', ''):10} {row['dtype']:5} {block_of(row):>13} {row['warps']:>5} "
-            f"{row['target']:>6} {row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6} {matrix}"
-            f"{'' if row['ok'] else '  <- no'}"
-        )
+    rows = []
+    for family in args.families:
+        rows += print_facts(facts(family, tuple(args.targets), tuple(args.dtypes), args.jobs))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in rows)
         args.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return 0 if all(row["ok"] for row in rows) else 1
+
+
+def print_facts(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows again, each printed as it comes."""
+    for row in rows:
+        matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
+        print(
+            f"{row['kernel']:22} {row.get('DISTANCE', ''):10} {row['dtype']:5} {block_of(row):>13} {row['warps']:>5} "
+            f"{row['target']:>6} {row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6} {matrix}"
+            f"{'' if row['ok'] else '  <- no'}",
+            flush=True,
+        )
+        yield row
 
 
 if __name__ == "__main__":

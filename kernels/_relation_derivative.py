@@ -69,26 +69,15 @@ def coefficients_kernel(
 
 
 @triton.jit
-def _derivative(
-    e_s, e_t, a_i, d_i, ms_i, mt_i, a_j, d_j, ms_j, mt_j, kappa, DISTANCE: tl.constexpr, NEGATE: tl.constexpr
-):
-    """H of one tile."""
-    if DISTANCE == "mse":
-        return (e_s - e_t) * (a_i[:, None] + a_j[None, :])
-    if DISTANCE == "row_cosine":
-        return (e_s - e_t) * (a_i[:, None] + a_j[None, :]) + e_t * (d_i[:, None] + d_j[None, :])
-    v_s = -e_s if NEGATE else e_s
-    v_t = -e_t if NEGATE else e_t
-    if DISTANCE == "kl":
-        f_s = tl.exp2((v_s - 1.0) * kappa)
-        f_t = tl.exp2((v_t - 1.0) * kappa)
-        return f_t * (d_i[:, None] + d_j[None, :]) + (f_s - f_t) * (a_i[:, None] + a_j[None, :])
-    f_s = tl.exp2((v_s - ms_i[:, None]) * kappa)
-    f_t = tl.exp2((v_t - mt_i[:, None]) * kappa)
-    h = f_t * d_i[:, None] + (f_s - f_t) * a_i[:, None]
-    f_s = tl.exp2((v_s - ms_j[None, :]) * kappa)
-    f_t = tl.exp2((v_t - mt_j[None, :]) * kappa)
-    return h + (f_t * d_j[None, :] + (f_s - f_t) * a_j[None, :])
+def _one_sided(v_s, v_t, coefficients_ptr, statistics_ptr, plane, index, here, kappa, AXIS: tl.constexpr):
+    """With maxima, the rows' part of H (AXIS 1) or the columns' (AXIS 0)."""
+    m_s = tl.load(statistics_ptr + index, mask=here, other=0.0)
+    m_t = tl.load(statistics_ptr + 2 * plane + index, mask=here, other=0.0)
+    f_s = tl.exp2((v_s - tl.expand_dims(m_s, AXIS)) * kappa)
+    f_t = tl.exp2((v_t - tl.expand_dims(m_t, AXIS)) * kappa)
+    a = tl.load(coefficients_ptr + index, mask=here, other=0.0)
+    d = tl.load(coefficients_ptr + plane + index, mask=here, other=0.0)
+    return f_t * tl.expand_dims(d, AXIS) + (f_s - f_t) * tl.expand_dims(a, AXIS)
 
 
 @triton.jit
@@ -208,18 +197,26 @@ def derivative_kernel(
         # Row i's coefficients against the sample of j, and the other way round.
         index_i += (b_j - problem * samples) * n_rows
         index_j += (b_i - problem * samples) * n_rows
-        a_i = tl.load(coefficients_ptr + index_i, mask=here_i, other=0.0)
-        a_j = tl.load(coefficients_ptr + index_j, mask=here_j, other=0.0)
-        d_i, d_j, ms_i, ms_j, mt_i, mt_j = a_i, a_j, a_i, a_j, a_i, a_j
-        if DISTANCE != "mse":
-            d_i = tl.load(coefficients_ptr + plane + index_i, mask=here_i, other=0.0)
-            d_j = tl.load(coefficients_ptr + plane + index_j, mask=here_j, other=0.0)
         if DISTANCE == "kl maxima":
-            ms_i = tl.load(statistics_ptr + index_i, mask=here_i, other=0.0)
-            ms_j = tl.load(statistics_ptr + index_j, mask=here_j, other=0.0)
-            mt_i = tl.load(statistics_ptr + 2 * plane + index_i, mask=here_i, other=0.0)
-            mt_j = tl.load(statistics_ptr + 2 * plane + index_j, mask=here_j, other=0.0)
-        h = _derivative(e_s, e_t, a_i, d_i, ms_i, mt_i, a_j, d_j, ms_j, mt_j, kappa, DISTANCE, NEGATE)
+            v_s = -e_s if NEGATE else e_s
+            v_t = -e_t if NEGATE else e_t
+            h = _one_sided(v_s, v_t, coefficients_ptr, statistics_ptr, plane, index_i, here_i, kappa, 1)
+            h += _one_sided(v_s, v_t, coefficients_ptr, statistics_ptr, plane, index_j, here_j, kappa, 0)
+        else:
+            a_i = tl.load(coefficients_ptr + index_i, mask=here_i, other=0.0)
+            a_j = tl.load(coefficients_ptr + index_j, mask=here_j, other=0.0)
+            a = a_i[:, None] + a_j[None, :]
+            if DISTANCE == "mse":
+                h = (e_s - e_t) * a
+            else:
+                d_i = tl.load(coefficients_ptr + plane + index_i, mask=here_i, other=0.0)
+                d_j = tl.load(coefficients_ptr + plane + index_j, mask=here_j, other=0.0)
+                if DISTANCE == "kl":
+                    f_s = tl.exp2(((-e_s if NEGATE else e_s) - 1.0) * kappa)
+                    f_t = tl.exp2(((-e_t if NEGATE else e_t) - 1.0) * kappa)
+                    h = f_t * (d_i[:, None] + d_j[None, :]) + (f_s - f_t) * a
+                else:
+                    h = e_t * (d_i[:, None] + d_j[None, :]) + (e_s - e_t) * a
         valid = here_i[:, None] & here_j[None, :]
         if COSINE:
             valid = valid & ((row * ROWS + tl.arange(0, ROWS))[:, None] != (col * COLS + tl.arange(0, COLS))[None, :])

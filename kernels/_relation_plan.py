@@ -60,6 +60,8 @@ REGIMES: dict[str, tuple[Regime, ...]] = {
 """By dtype, the largest first; chosen by ahead-of-time facts (benchmarks/aot.py), none by measurement yet."""
 
 WIDE_METHODS = ("kl", "mse")
+NARROW_CAPABILITIES = (10,)
+"""Where wide blocks spill registers: accumulators are copied from their own memory on sm_100."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -131,19 +133,21 @@ class Grid:
 class Plan:
     """The grids of one call's tiles, forward and backward, and the blocks of its product."""
 
-    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, kept: bool) -> None:
+    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, kept: bool, wide: bool) -> None:
         self.method, self.dtype = method, dtype
         samples, problems = (batch, 1) if cross else (1, batch)
-        regimes = [regime for regime in REGIMES[dtype] if regime.tiles.rows <= 64 or rows > 64] or REGIMES[dtype]
+        # With maxima a row's and a column's own exponentials are alive at once: too many for large tiles.
+        small = rows <= 64 or method == "kl maxima"
+        regimes = REGIMES[dtype][-1:] if small else REGIMES[dtype]
         grids = [Grid(problems, samples, rows, regime.tiles) for regime in regimes]
         enough = [grid.programs >= ENOUGH_PROGRAMS for grid in grids]
         chosen = enough.index(True) if True in enough else len(grids) - 1
         self.forward = self.backward = grids[chosen]
         self.product = regimes[chosen].product
         self.derivative = regimes[chosen].tiles._replace(warps=regimes[chosen].derivative_warps)
-        wide = regimes[chosen].wide
-        if wide is not None and not kept and method in WIDE_METHODS:
-            grid = Grid(problems, samples, rows, wide)
+        blocks = regimes[chosen].wide
+        if wide and blocks is not None and not kept and method in WIDE_METHODS:
+            grid = Grid(problems, samples, rows, blocks)
             if grid.programs >= ENOUGH_PROGRAMS:
                 self.forward = grid
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from fastkd.kernels._common import LOG2E, cdiv, launching_on
 from fastkd.kernels._relation_merge import merge_kernel
-from fastkd.kernels._relation_plan import PLANES, Blocks, Plan, method_of
+from fastkd.kernels._relation_plan import NARROW_CAPABILITIES, PLANES, Blocks, Plan, method_of
 from fastkd.kernels._relation_tiles import (
     LOWEST,
     Operand,
@@ -244,6 +244,8 @@ def tiles_kernel(
 
 SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 128}
 MERGE_BLOCK = {"BLOCK": 64, "SLOTS": 16}
+MERGE_LAUNCH = {"num_warps": 4, "maxnreg": 255}
+"""Left to itself the compiler stops at 64 registers here, and spills one."""
 
 
 class Options(Protocol):
@@ -268,7 +270,8 @@ class Call:
         batch, rows, width = student.shape
         self.rows, self.n_rows = rows, batch * rows
         self.method = method_of(options.similarity, options.distance, options.temperature)
-        self.plan = Plan(batch, rows, options.cross, self.method, DTYPES[student.dtype], kept)
+        wide = not (student.is_cuda and torch.cuda.get_device_capability(student.device)[0] in NARROW_CAPABILITIES)
+        self.plan = Plan(batch, rows, options.cross, self.method, DTYPES[student.dtype], kept, wide)
         self.student, other = Operand.of(student), Operand.of(teacher)
         self.networks = (*self.student.arguments, *other.arguments)
         self.layout = {
@@ -366,5 +369,5 @@ def forward(
                 **MERGE_BLOCK,
                 ROWS=shape.rows,
                 COLS=shape.cols,
-                num_warps=4,
+                **MERGE_LAUNCH,
             )

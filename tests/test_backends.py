@@ -46,7 +46,7 @@ def test_a_backend_that_a_family_does_not_have() -> None:
 
 
 def test_a_dtype_that_a_backend_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused by name, with the mend; "auto" goes on to the next backend. One fp64 input is enough: all are promoted."""
+    """Refused by name, with the mend; "auto" takes the next backend. One fp64 input is enough: all are promoted."""
     monkeypatch.setattr(_backends, "why_not", lambda *_: None)
     monkeypatch.setattr(_backends, "_misplaced", lambda *_: None)
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("triton", "cpu", "reference"))

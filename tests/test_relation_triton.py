@@ -104,7 +104,7 @@ def test_every_block_shape_and_its_edges(
 @pytest.mark.parametrize("method", METHODS)
 def test_one_row_and_one_column(method: str) -> None:
     for shape in ((2, 1, 7), (2, 5, 1)):
-        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), least=1.0, **METHODS[method])
+        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), least=4.0, **METHODS[method])
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -140,7 +140,7 @@ def test_launches_cover_everything_once_within_the_workspace() -> None:
     for batch, count, cross in ((32, 512, False), (16, 1024, False), (8, 3600, False), (2, 14400, False),
                                 (8, 900, True), (1, 1, False), (300, 2000, False)):  # fmt: skip
         for dtype in plans.REGIMES:
-            plan = plans.Plan(batch, count, cross, "kl", dtype, False)
+            plan = plans.Plan(batch, count, cross, "kl", dtype, False, True)
             for grid, size in ((plan.forward, plan.forward_bytes()), (plan.backward, plan.backward_bytes())):
                 for limit in (size, 3 * size, 32 * 2**20):
                     seen = []
@@ -150,14 +150,14 @@ def test_launches_cover_everything_once_within_the_workspace() -> None:
                         seen += [(p, b) for p in problems for b in range(launch.first, launch.last)]
                     assert seen == [(p, b) for p in range(grid.problems) for b in range(grid.blocks)]
     # What a training step of the issue's sizes needs at once stays below 32 MiB, one row block well below it.
-    plan = plans.Plan(2, 14400, False, "kl", "bf16", False)
+    plan = plans.Plan(2, 14400, False, "kl", "bf16", False, True)
     assert plan.least_bytes() < 8 * 2**20
 
 
 def test_enough_programs_for_a_large_gpu() -> None:
     """(8, 512, 900): more tiles than an H100 has processors, forward and backward."""
     for kept in (False, True):
-        plan = plans.Plan(8, 512, False, "kl", "bf16", kept)
+        plan = plans.Plan(8, 512, False, "kl", "bf16", kept, True)
         assert min(plan.forward.programs, plan.backward.programs) >= 132
         assert 8 * plan.backward.blocks * plans.cdiv(900, plan.product.cols) >= 132
 
