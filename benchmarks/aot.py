@@ -30,7 +30,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 Case = tuple[Any, ...]
 """(name, kernel, argument types, constants, warps), and further options of the compiler, if any; of these "but" names
-a chip on which the case is not used."""
+chips on which the case is not used."""
 
 
 def softmax_kl_cases(dtype: str) -> Iterator[Case]:
@@ -68,7 +68,7 @@ def relation_cases(dtype: str) -> Iterator[Case]:
     from fastkd.kernels import _relation_merge as merge
     from fastkd.kernels import relation as forward
     from fastkd.kernels import relation_backward as backward
-    from fastkd.kernels._relation_plan import PLANES, REGIMES, WIDE_METHODS
+    from fastkd.kernels._relation_plan import NARROW_CAPABILITIES, PLANES, REGIMES, WIDE_METHODS
 
     if dtype == "fp64":
         return  # the family has none
@@ -115,6 +115,7 @@ def relation_cases(dtype: str) -> Iterator[Case]:
     for name in ("kl", "row_cosine"):
         block = {"BLOCK": backward.COEFFICIENTS_BLOCK}
         yield case("coefficients", derivative.coefficients_kernel, {**method(name), **block}, 4)
+    unfused = {"enable_fp_fusion": False}
     for i, regime in enumerate(REGIMES[dtype]):
         tiles, launch = regime.tiles.constants(), (regime.tiles.warps, regime.tiles.stages)
         methods = [name for name in PLANES if name != "kl maxima" or regime is REGIMES[dtype][-1]]
@@ -124,17 +125,18 @@ def relation_cases(dtype: str) -> Iterator[Case]:
         yield case("tiles", forward.tiles_kernel, {**kept, "KEEP": True}, *launch)
         yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **tiles}, *launch)
         launch = (regime.derivative_warps, regime.tiles.stages)
-        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *launch)
+        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *launch, **unfused)
         for name in methods if i == 0 else ("kl", "kl maxima"):
             constants = {**channels, **method(name), **tiles}
-            yield case("derivative", derivative.derivative_kernel, constants, *launch)
+            yield case("derivative", derivative.derivative_kernel, constants, *launch, **unfused)
         stripe = {**pixels, **method("kl"), **tiles, "MIRROR": False}
-        yield case("derivative", derivative.derivative_kernel, stripe, *launch)
+        yield case("derivative", derivative.derivative_kernel, stripe, *launch, **unfused)
         if regime.wide is not None:
+            narrow = [target for target in TARGETS if target // 10 in NARROW_CAPABILITIES]
             wide, launch = regime.wide.constants(), (regime.wide.warps, regime.wide.stages)
             for name in WIDE_METHODS:
-                yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **wide}, *launch, but=100)
-            yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **wide}, *launch, but=100)
+                yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **wide}, *launch, but=narrow)
+            yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **wide}, *launch, but=narrow)
         product = {**method("kl"), **tiles, **backward.product_constants(regime.product, dtype)}
         for layout in (channels, pixels):
             launch = (regime.product.warps, regime.product.stages)
@@ -209,7 +211,7 @@ def facts(
         for dtype in dtypes
         for i, case in enumerate(CASES[family](dtype))
         for target in targets
-        if not (len(case) > 5 and case[5].get("but") == target)
+        if not (len(case) > 5 and target in case[5].get("but", ()))
     ]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(fact, *zip(*cases, strict=True)) if cases else ()

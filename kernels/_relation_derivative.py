@@ -12,13 +12,15 @@ from fastkd.kernels._relation_tiles import kept_tile, products, scaled, triangle
 # ---------------------------------------------------------------------------------------------------------------------
 # H. With each row's coefficients from its statistics and its gradient g (over the samples, where they are averaged),
 #
-#     kl            H = f_T (D_i + D_j) + (f_S − f_T) (A_i + A_j),   f as in the forward,
-#                   A = gσ/(τ z_S),  D = gσ/(τ z_S) − gσ/(τ z_T);    with maxima f differs between i and j
+#     kl            H = f_S (A_i + A_j) − f_T (D_i + D_j),   A = gσ/(τ z_S), D = gσ/(τ z_T), f as in the forward;
+#                   with maxima f differs between i and j
 #     mse           H = (E^S − E^T) (A_i + A_j),                     A = 2g/R
 #     row_cosine    H = (E^S − E^T) (A_i + A_j) + E^T (D_i + D_j),
 #                   A = 2gc/n²,  D = A − 2g/(n m),  c = u_S · u_T;   no gradient where n ≤ 1e-12
 #
-# which is exactly 0 where the student is the teacher. What is stored is s_i H_ij s_j, so that the product takes rows as
+# which is exactly 0 where the student is the teacher: the kernel is compiled without fused multiply-adds, in which
+# f_S A − f_T D would not be. (As f_T (A − D) + (f_S − f_T) A it would, but z_S may be far smaller than f_T where no
+# similarity is near the fixed shift.) What is stored is s_i H_ij s_j, so that the product takes rows as
 # they are: in fp32, or for bfloat16 rows as the sum of two bfloat16 numbers, 16 bits of H, multiplied one by one.
 # A cosine's diagonal is 1 whatever x: it is left out, instead of being subtracted again with q.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def coefficients_kernel(
         Z: tl.constexpr = 1 if DISTANCE == "kl maxima" else 0  # the plane of z_S; z_T's
         Z_T: tl.constexpr = 3 if DISTANCE == "kl maxima" else 1
         a = g / tl.load(ptr + Z * plane, mask=here, other=1.0)
-        d = a - g / tl.load(ptr + Z_T * plane, mask=here, other=1.0)
+        d = g / tl.load(ptr + Z_T * plane, mask=here, other=1.0)
     tl.store(coefficients_ptr + index, a, mask=here)
     tl.store(coefficients_ptr + plane + index, d, mask=here)
 
@@ -77,7 +79,7 @@ def _one_sided(v_s, v_t, coefficients_ptr, statistics_ptr, plane, index, here, k
     f_t = tl.exp2((v_t - tl.expand_dims(m_t, AXIS)) * kappa)
     a = tl.load(coefficients_ptr + index, mask=here, other=0.0)
     d = tl.load(coefficients_ptr + plane + index, mask=here, other=0.0)
-    return f_t * tl.expand_dims(d, AXIS) + (f_s - f_t) * tl.expand_dims(a, AXIS)
+    return f_s * tl.expand_dims(a, AXIS) - f_t * tl.expand_dims(d, AXIS)
 
 
 @triton.jit
@@ -214,7 +216,7 @@ def derivative_kernel(
                 if DISTANCE == "kl":
                     f_s = tl.exp2(((-e_s if NEGATE else e_s) - 1.0) * kappa)
                     f_t = tl.exp2(((-e_t if NEGATE else e_t) - 1.0) * kappa)
-                    h = f_t * (d_i[:, None] + d_j[None, :]) + (f_s - f_t) * a
+                    h = f_s * a - f_t * (d_i[:, None] + d_j[None, :])
                 else:
                     h = e_t * (d_i[:, None] + d_j[None, :]) + (e_s - e_t) * a
         valid = here_i[:, None] & here_j[None, :]

@@ -30,8 +30,8 @@ class Blocks(NamedTuple):
     def constants(self) -> dict[str, Any]:
         return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth}
 
-    def launch(self) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+    def launch(self, fused: bool = True) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": fused}
 
 
 class Regime(NamedTuple):
@@ -60,8 +60,8 @@ REGIMES: dict[str, tuple[Regime, ...]] = {
 """By dtype, the largest first; chosen by ahead-of-time facts (benchmarks/aot.py), none by measurement yet."""
 
 WIDE_METHODS = ("kl", "mse")
-NARROW_CAPABILITIES = (10,)
-"""Where wide blocks spill registers: accumulators are copied from their own memory on sm_100."""
+NARROW_CAPABILITIES = (10, 12)
+"""Where wide blocks spill registers."""
 
 
 def cdiv(a: int, b: int) -> int:

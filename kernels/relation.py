@@ -287,7 +287,7 @@ class Call:
         self.factors = (1 / width, 1 / teacher.shape[2]) if mean else (1.0, 1.0)
         self.negate = options.negate and options.distance == "kl"
 
-    def constants(self, shape: Blocks) -> dict[str, Any]:
+    def constants(self, shape: Blocks, fused: bool = True) -> dict[str, Any]:
         """Of the kernels that compute tiles."""
         return {
             **self.layout,
@@ -297,7 +297,7 @@ class Call:
             "NEGATE": self.negate,
             "PRECISION": PRECISION[self.plan.dtype],
             **shape.constants(),
-            **shape.launch(),
+            **shape.launch(fused),
         }
 
 

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # Each method of the kernels, negated or not; 0.03 is below the fixed shift.
 METHODS: dict[str, dict[str, Any]] = {
     "kl": {"temperature": 0.2},
+    "kl away from its shift": {"temperature": 0.05, "negate": True},
     "kl maxima": {"temperature": 0.03, "negate": True},
     "kl of means": {"temperature": 0.5, "similarity": "mean"},
     "mse": {"distance": "mse"},
