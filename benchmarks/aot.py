@@ -2,81 +2,46 @@
 
     python benchmarks/aot.py [--json FILE] [--targets 80 90 100 120] [--dtypes fp32 bf16]
 
-Registers, local memory (spills) and shared memory come from ``cuobjdump``, which ships inside Triton.
+Registers, local memory (spills), shared memory and the number of matrix instructions come from ``cuobjdump``, which
+ships inside Triton.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from aot_cases import TARGETS
 from aot_pixel_word import pixel_word_cases
+from aot_relation import relation_cases
+from aot_softmax_kl import softmax_kl_cases
 
-TARGETS = (80, 90, 100, 120)
 DTYPES = ("fp32", "fp16", "bf16", "fp64")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that one block may have, by compute capability × 10."""
 
-
-def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """(name, kernel, argument types, constants, warps) of every block shape in the family's table.
-
-    A type that ends in ":16" is of a number that 16 divides; STAGES among the constants is how loads are pipelined.
-    """
-    from fastkd.kernels import softmax_kl as family
-
-    acc = "fp64" if dtype == "fp64" else "fp32"
-    itemsize = 8 if dtype == "fp64" else 2
-    longest = family.blocks_for(1 << 20, itemsize).cols
-
-    def case(name: str, constants: dict[str, Any], warps: int) -> tuple[str, Any, dict[str, str], dict[str, Any], int]:
-        kernel = getattr(family, f"{name}_kernel")
-        types = {}
-        for argument in kernel.arg_names:
-            if argument in ("student_ptr", "teacher_ptr", "grad_student_ptr"):
-                types[argument] = f"*{dtype}"
-            elif argument.endswith("_ptr"):
-                types[argument] = f"*{acc}"
-            elif argument == "inv_temperature":
-                types[argument] = "fp64"
-            elif argument.isupper():
-                types[argument] = "constexpr"
-            else:
-                types[argument] = "i64" if "stride" in argument else "i32"
-        return f"softmax_kl.{name}", kernel, types, constants, warps
-
-    for cols in (*(blocks.cols for blocks in family.SHORT), longest, longest + 1):
-        blocks = family.blocks_for(cols, itemsize)
-        block = {"ROWS": blocks.rows, "COLS": blocks.cols}
-        loop = cols > blocks.cols
-        for split in (False, True) if loop else (False,):
-            yield case("forward", block | {"LOOP": loop, "SPLIT": split}, blocks.warps)
-        if not loop:  # the backward has none
-            yield case("backward", block, blocks.warps)
-    yield case("merge", {"PARTS": family.MOST_PARTS}, 1)
+CASES = {"softmax_kl": softmax_kl_cases, "relation": relation_cases, "pixel_word": pixel_word_cases}
 
 
-CASES = {"softmax_kl": softmax_kl_cases, "pixel_word": pixel_word_cases}
-
-
-def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: int) -> Any:
+def compile_case(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: int, **options: Any
+) -> Any:
     """Compile one kernel for one chip, as a launch with aligned pointers and strides would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = dict(constants)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    if "STAGES" in constants:
-        options["num_stages"] = constants.pop("STAGES")
     aligned = [
         i
         for i, (name, kind) in enumerate(types.items())
@@ -88,45 +53,72 @@ def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
         constexprs={(list(types).index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
+    options = {"num_warps": warps, "enable_fp_fusion": True, **options}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack, shared and local memory of the kernel in a cubin."""
+MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTC[A-Z]*MMA|HMMA|QMMA)\b")
+"""Those of sm_90, of sm_100, and of the warps of all others."""
+
+
+def resources(cubin: bytes) -> dict[str, Any]:
+    """Registers, bytes of stack, shared and local memory, and matrix instructions by name, of the kernel in a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "--dump-sass")
+        )
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     if set(found) != {"REG", "STACK", "SHARED", "LOCAL"}:
         raise RuntimeError(f"cuobjdump -res-usage said something else than expected: {text!r}")
-    return {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "local": found["LOCAL"]}
+    used = {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "local": found["LOCAL"]}
+    return used | {"matrix_instructions": dict(Counter(MATRIX_INSTRUCTION.findall(sass)))}
 
 
-def facts(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = "") -> Iterator[dict[str, Any]]:
-    """One row per kernel, block shape, dtype and chip."""
-    for dtype in dtypes:
-        for name, kernel, types, constants, warps in CASES[family](dtype):
-            if not re.search(match, f"{name} {block_of(constants)}"):
-                continue
-            for target in targets:
-                compiled = compile_case(kernel, types, constants, warps, target)
-                shape = {key: value for key, value in constants.items() if key.isupper() and isinstance(value, int)}
-                row = {"kernel": name, "dtype": dtype, **shape, "warps": warps, "target": f"sm_{target}"}
-                row |= resources(compiled.asm["cubin"])
-                row["shared"] = max(row["shared"], compiled.metadata.shared)
-                row["shared_limit"] = SHARED_LIMIT[target]
-                row["ok"] = row["local"] == 0 and row["stack"] == 0 and row["shared"] <= row["shared_limit"]
-                yield row
+def fact(family: str, dtype: str, index: int, target: int) -> dict[str, Any]:
+    """What one case of a family costs on one chip."""
+    name, kernel, types, constants, warps, *more = list(CASES[family](dtype))[index]
+    options = {k: v for more in more for k, v in more.items() if k != "but"}
+    compiled = compile_case(kernel, types, constants, warps, target, **options)
+    named = {n: value for n, value in constants.items() if n.isupper() and isinstance(value, int | str)}
+    row = {"kernel": name, "dtype": dtype, **named, "warps": warps, "target": f"sm_{target}"}
+    row |= resources(compiled.asm["cubin"])
+    row["shared"] = max(row["shared"], compiled.metadata.shared)
+    row["shared_limit"] = SHARED_LIMIT[target]
+    row["ok"] = row["local"] == 0 and row["stack"] == 0 and row["shared"] <= row["shared_limit"]
+    return row
+
+
+def facts(
+    family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], jobs: int | None = None, match: str = ""
+) -> Iterator[dict[str, Any]]:
+    """One row per kernel, block shape, dtype and chip, from ``jobs`` compilers at a time."""
+    cases = [
+        (family, dtype, i, target)
+        for dtype in dtypes
+        for i, case in enumerate(CASES[family](dtype))
+        for target in targets
+        if not (len(case) > 5 and target in case[5].get("but", ()))
+        and re.search(match, f"{case[0]} {block_of(case[3])}")
+    ]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(fact, *zip(*cases, strict=True)) if cases else ()
+
+
+SIZES = ("ROWS", "COLS", "PARTS", "BLOCK", "WIDTH", "DEPTH", "BN", "TP", "BD", "SLAB")
+MARKS = {"LOOP": "+", "SPLIT": "+", "KEEP": "k", "KEPT": "k", "STUDENT_ROWS_INNER": "'"}
 
 
 def block_of(row: dict[str, Any]) -> str:
-    """Sizes in the order of their names here; "+" for a loop, and one for rows split between programs."""
-    sizes = [str(row[size]) for size in ("ROWS", "COLS", "PARTS", "BN", "TP", "BD", "SLAB") if size in row]
-    return "x".join(sizes) + "+" * (row.get("LOOP", 0) + row.get("SPLIT", 0))
+    """The block shape in brief. A + where the kernel loops, and one where it shares rows with others; k where tiles are
+    kept; ' where rows are the inner dimension."""
+    sizes = [str(row[size]) for size in SIZES if size in row]
+    return "x".join(sizes) + "".join(mark for name, mark in MARKS.items() if row.get(name) is True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,22 +130,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--match", default="", help="only kernels and block shapes, as printed, that this pattern finds"
     )
+    parser.add_argument("--jobs", type=int, help="compilers at a time; as many as processors by default")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
-    rows = [
-        row for family in args.families for row in facts(family, tuple(args.targets), tuple(args.dtypes), args.match)
-    ]
-    print(f"{'kernel':22} {'dtype':5} {'block':>12} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6}")
-    for row in rows:
-        print(
-            f"{row['kernel']:22} {row['dtype']:5} {block_of(row):>12} {row['warps']:>5} {row['target']:>6} "
-            f"{row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6}{'' if row['ok'] else '  <- no'}"
-        )
+    print(
+        f"{'kernel':22} {'method':10} {'dtype':5} {'block':>13} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} "
+        f"{'local':>6} matrix instructions"
+    )
+    rows = []
+    for family in args.families:
+        rows += print_facts(facts(family, tuple(args.targets), tuple(args.dtypes), args.jobs, args.match))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in rows)
         args.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return 0 if all(row["ok"] for row in rows) else 1
+
+
+def print_facts(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows again, each printed as it comes."""
+    for row in rows:
+        matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
+        print(
+            f"{row['kernel']:22} {row.get('DISTANCE', ''):10} {row['dtype']:5} {block_of(row):>13} {row['warps']:>5} "
+            f"{row['target']:>6} {row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6} {matrix}"
+            f"{'' if row['ok'] else '  <- no'}",
+            flush=True,
+        )
+        yield row
 
 
 if __name__ == "__main__":

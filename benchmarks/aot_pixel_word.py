@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-Case = tuple[str, Any, dict[str, str], dict[str, Any], int]
+from aot_cases import Case
 
 
 def pixel_word_cases(dtype: str) -> Iterator[Case]:
@@ -45,7 +45,7 @@ def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> I
     features = ("words_ptr", "features_ptr", "grad_pixels_ptr", "grad_words_ptr")
     for kernel, constants, blocks in cases:
         name = kernel.__name__.removesuffix("_kernel")
-        constants = constants | {"STAGES": blocks.stages}
+        constants = dict(constants)
         absent = () if cosine else ABSENT.get(name, ())
         types = {}
         for argument in kernel.arg_names:
@@ -67,7 +67,7 @@ def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> I
                 types[argument] = "i64:16" if "stride_b" in argument else "i32:16"
             else:  # the sizes that Triton specialises on where 16 divides them
                 types[argument] = "i32:16" if argument.endswith(SPECIALISED.get(name, ("pixels", "width"))) else "i32"
-        yield f"pixel_word.{name}", kernel, types, constants, blocks.warps
+        yield f"pixel_word.{name}", kernel, types, constants, blocks.warps, {"num_stages": blocks.stages}
 
 
 SPECIALISED: dict[str, tuple[str, ...]] = {"merge": ()}

@@ -39,11 +39,28 @@ def test_unknown_names() -> None:
 
 
 def test_a_backend_that_a_family_does_not_have() -> None:
-    lacking = [f for f, has in _backends.IMPLEMENTED.items() if "triton" not in has]
-    for family in lacking:
-        with pytest.raises(fastkd.BackendUnavailable, match=f"{family} has no triton backend yet; it has reference"):
-            choose(family, "triton", X)
+    lacking = [(f, b) for f, has in _backends.IMPLEMENTED.items() for b in _backends.BACKENDS if b not in has]
+    for family, backend in lacking:
+        with pytest.raises(fastkd.BackendUnavailable, match=f"{family} has no {backend} backend yet; it has reference"):
+            choose(family, backend, X)
         assert choose(family, "auto", X) in _backends.IMPLEMENTED[family]
+
+
+def test_a_dtype_that_a_backend_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by name, with the mend; "auto" takes the next backend. One fp64 input is enough: all are promoted."""
+    monkeypatch.setattr(_backends, "why_not", lambda *_: None)
+    monkeypatch.setattr(_backends, "_misplaced", lambda *_: None)
+    monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("triton", "cpu", "reference"))
+    for family, backend in _backends.WITHOUT_FP64:
+        assert choose(family, backend, X) == choose(family, "auto", X) == backend
+        for inputs in ((X.double(), X), (X, X.double())):
+            with pytest.raises(
+                fastkd.BackendUnavailable, match=f"backend='{backend}': its {family} kernels take no float64; convert"
+            ):
+                choose(family, backend, *inputs)
+            assert choose(family, "auto", *inputs) == "cpu"
+    assert ("softmax_kl", "triton") not in _backends.WITHOUT_FP64
+    assert choose("softmax_kl", "triton", X.double()) == "triton"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -28,13 +28,16 @@ def gram_double(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
 
 
 def choose_form(
-    rows: int, columns: int, width_s: int, width_t: int, dtype: torch.dtype, distance: str, keep: bool
+    rows: int, columns: int, width_s: int, width_t: int, dtype: torch.dtype, distance: str, keep: bool, backend: str
 ) -> str:
-    """Chosen once, for the forward and the backward: "tiles", "kept" or "gram"."""
+    """Chosen once, for the forward and the backward: "tiles", "kept" or, in C++, "gram"."""
     width = max(width_s, width_t)
+    keep = keep and rows**2 * _size(dtype) <= MAX_KEPT_BYTES
+    if backend == "triton":
+        return "kept" if keep else "tiles"
     if distance == "mse" and width <= MAX_GRAM_WIDTH and _gram_pays(columns, width, width_s == width_t, dtype):
         form, least = "gram", _least_gram(width_s, width_t, dtype)
-    elif keep and rows**2 * _size(dtype) <= MAX_KEPT_BYTES:
+    elif keep:
         form, least = "kept", _least_kept(rows, _size(dtype))
     else:
         return "tiles"

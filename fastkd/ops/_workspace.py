@@ -1,4 +1,4 @@
-"""Scratch memory of the native kernels: a tensor, so that torch counts it, and no more of it than the limit allows."""
+"""Scratch memory of the kernels: tensors, so that torch counts it, and no more of it than the limit allows."""
 
 from __future__ import annotations
 
@@ -24,13 +24,19 @@ def limit() -> int:
     return int(value * 2**20)
 
 
-def allocate(call: Any, backward: bool, like: Tensor) -> Tensor:
-    """The workspace of a native call, on the device of ``like``; an error that names the least limit that would do."""
-    needed = [call.workspace_bytes(way) for way in (False, True)]
-    minimum, allowed = max(least for _, least in needed), limit()  # a forward must not promise what its backward cannot
+def check(minimum: int) -> int:
+    """The limit; an error that names the least limit that would do if it is below ``minimum``."""
+    allowed = limit()
     if minimum > allowed:
         raise ValueError(
             f"FASTKD_WORKSPACE_MIB: a workspace of {allowed / 2**20:.3g} MiB does not hold one block of rows of this "
             f"call, set it to at least {math.ceil(minimum / 2**20 * 100) / 100}, or use backend='reference'"
         )
+    return allowed
+
+
+def allocate(call: Any, backward: bool, like: Tensor) -> Tensor:
+    """The workspace of a native call, on the device of ``like``; an error that names the least limit that would do."""
+    needed = [call.workspace_bytes(way) for way in (False, True)]
+    check(max(least for _, least in needed))  # a forward must not promise what its backward cannot
     return torch.empty(needed[backward][0], dtype=torch.uint8, device=like.device)

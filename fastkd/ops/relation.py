@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops import _workspace
 from fastkd.ops._backends import choose
-from fastkd.ops._launch import dtype_name, native, promoted, statistics_dtype
-from fastkd.ops._relation_forms import KEPT_BLOCK, choose_form, gram_double, gram_side
+from fastkd.ops._launch import statistics_dtype
+from fastkd.ops._relation_call import Options, backward, forward, outputs
+from fastkd.ops._relation_forms import choose_form
 from fastkd.reference.relation import relation as reference
 from fastkd.reference.relation import relation_mse_gram
-
-STATISTIC_PLANES = 5
 
 
 def relation(
@@ -42,9 +40,10 @@ def relation(
         similarity, distance, temperature, negate, cross: as in :func:`fastkd.reference.relation.relation`.
         keep: the relation matrices are small beside the rows (channels), so kernels may keep them for the backward
             instead of computing them twice. Without it no R×R matrix is ever held.
-        backend: "auto", "reference" or "cpu". All but the reference are differentiable once. The mean squared error of
-            narrow rows (K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16) is computed from K×K Gram
-            matrices, which costs less time and memory than R×R tiles; ``backend="reference"`` is the plain formula.
+        backend: "auto", "reference", "cpu" or "triton". All but the reference are differentiable once. The mean squared
+            error of narrow rows is computed from K×K Gram matrices, which costs less time and memory than R×R tiles: on
+            a CPU where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16, on a GPU in plain torch,
+            under "auto" alone, where K ≤ 1/2; ``backend="reference"`` is always the plain formula. Triton takes no fp64.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
@@ -57,10 +56,10 @@ def relation(
     chosen = choose("relation", backend, student, teacher)
     columns = student.shape[1] * (student.shape[0] if cross else 1)
     width = max(student.shape[2], teacher.shape[2])
-    if chosen == "reference":
-        # Unequal widths are combined in fp64, which Apple's GPUs do not have.
-        if backend == "auto" and distance == "mse" and 2 * width <= columns and student.device.type != "mps":
+    if backend == "auto" and chosen != "cpu" and distance == "mse" and 2 * width <= columns:
+        if student.device.type != "mps":  # unequal widths are combined in fp64, which Apple's GPUs do not have
             return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
+    if chosen == "reference":
         return reference(
             student,
             teacher,
@@ -70,15 +69,16 @@ def relation(
             negate=negate,
             cross=cross,
         )
+    differentiated = torch.is_grad_enabled() and student.requires_grad
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     sizes = (student.shape[1], columns, student.shape[2], teacher.shape[2])
-    form = choose_form(*sizes, dtype, distance, keep and not cross)
-    options = (similarity, distance, float(temperature), negate, cross)
-    if torch.is_grad_enabled() and student.requires_grad:
-        return _Relation.apply(student, teacher, (*options, form, chosen))
-    if form == "kept":  # for a backward that will not come
+    form = choose_form(*sizes, dtype, distance, keep and not cross, chosen)
+    if form == "kept" and not differentiated:  # for a backward that will not come
         form = "tiles"
-    return torch.ops.fastkd.relation_forward(student, teacher, *options, form, chosen)[0]
+    options = (similarity, distance, float(temperature), negate, cross, form, chosen)
+    if differentiated:
+        return _Relation.apply(student, teacher, options)
+    return torch.ops.fastkd.relation_forward(student, teacher, *options)[0]
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
@@ -103,15 +103,11 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
 
 
-Options = tuple[str, str, float, bool, bool, str, str]
-"""similarity, distance, temperature, negate, cross, form, backend"""
-
-
 class _Relation(torch.autograd.Function):
     """Saves the inputs, a few numbers per row, and the small matrices of the form."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: tuple[Any, ...]) -> Tensor:
         loss, statistics, kept = torch.ops.fastkd.relation_forward(student, teacher, *options)
         ctx.save_for_backward(student, teacher, statistics, kept)
         ctx.options = options
@@ -155,96 +151,18 @@ torch.library.define(
 )
 
 
-def _forward(
-    student: Tensor,
-    teacher: Tensor,
-    similarity: str,
-    distance: str,
-    temperature: float,
-    negate: bool,
-    cross: bool,
-    form: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
-    loss, statistics, kept = outputs
-    if loss.numel():
-        student, teacher = promoted(student, teacher)
-        call = _call(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
-        workspace = _workspace.allocate(call, False, student)
-        call.forward(
-            _rows(student),
-            _rows(teacher),
-            loss.data_ptr(),
-            statistics.data_ptr(),
-            kept.data_ptr(),
-            workspace.data_ptr(),
-        )
-    return outputs
+def _forward(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(student, teacher, Options(*options))
 
 
 def _backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    statistics: Tensor,
-    kept: Tensor,
-    similarity: str,
-    distance: str,
-    temperature: float,
-    negate: bool,
-    cross: bool,
-    form: str,
-    backend: str,
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, kept: Tensor, *options: Any
 ) -> Tensor:
-    dtype = student.dtype
-    grad_loss = grad_loss.to(statistics_dtype(student, teacher))
-    student, teacher = promoted(student, teacher)
-    grad_student = torch.empty_like(student)
-    if grad_student.numel():
-        call = _call(student, teacher, similarity, distance, temperature, negate, cross, form, backend)
-        workspace = _workspace.allocate(call, True, student)
-        call.backward(
-            grad_loss.data_ptr(),
-            grad_loss.stride(),
-            _rows(student),
-            _rows(teacher),
-            statistics.data_ptr(),
-            kept.data_ptr(),
-            grad_student.data_ptr(),
-            grad_student.stride(),
-            workspace.data_ptr(),
-        )
-    return grad_student.to(dtype)
+    return backward(grad_loss, student, teacher, statistics, kept, Options(*options))
 
 
-def _forward_fake(
-    student: Tensor,
-    teacher: Tensor,
-    similarity: str,
-    distance: str,
-    temperature: float,
-    negate: bool,
-    cross: bool,
-    form: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, rows = student.shape[:2]
-    dtype = statistics_dtype(student, teacher)
-    planes, kept, kept_dtype = STATISTIC_PLANES * (batch if cross else 1) + 2, 0, dtype
-    if form == "kept":
-        blocks = (rows + KEPT_BLOCK - 1) // KEPT_BLOCK
-        kept = batch * blocks * (blocks + 1) * KEPT_BLOCK * KEPT_BLOCK
-    elif form == "gram":  # the scales, and G
-        widths = (student.shape[2], teacher.shape[2])
-        planes, kept = 2, (1 if cross else batch) * gram_side(*widths) ** 2
-        double = gram_double(*widths, torch.promote_types(student.dtype, teacher.dtype))
-        kept_dtype = torch.float64 if double else torch.float32
-    return (
-        torch.empty((batch, rows), dtype=dtype, device=student.device),
-        torch.empty((planes, batch, rows), dtype=torch.float64, device=student.device),
-        torch.empty((kept,), dtype=kept_dtype, device=student.device),
-    )
+def _forward_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return outputs(student, teacher, Options(*options))
 
 
 def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
@@ -255,42 +173,8 @@ for _name, _real, _fake in (
     ("fastkd::relation_forward", _forward, _forward_fake),
     ("fastkd::relation_backward", _backward, _backward_fake),
 ):
-    torch.library.impl(_name, "cpu", _real)
+    torch.library.impl(_name, ("cpu", "cuda"), _real)
     torch.library.register_fake(_name, _fake)
-
-
-# --- the backend ------------------------------------------------------------------------------------------------------
-
-
-def _rows(x: Tensor) -> tuple[int, ...]:
-    """Address, width, and the strides of batch, row and column."""
-    return (x.data_ptr(), x.shape[2], *x.stride())
-
-
-def _call(
-    student: Tensor,
-    teacher: Tensor,
-    similarity: str,
-    distance: str,
-    temperature: float,
-    negate: bool,
-    cross: bool,
-    form: str,
-    backend: str,
-) -> Any:
-    return native(backend).Relation(
-        *student.shape,
-        teacher.shape[2],
-        similarity,
-        distance,
-        temperature,
-        negate,
-        cross,
-        dtype_name(student),
-        form,
-        torch.get_num_threads(),
-        _workspace.limit(),
-    )
 
 
 def self_test(backend: str, device: torch.device) -> str | None:

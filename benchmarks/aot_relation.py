@@ -1,0 +1,89 @@
+"""What ``aot.py`` compiles of the family ``relation``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from aot_cases import TARGETS, Case
+
+
+def relation_cases(dtype: str) -> Iterator[Case]:
+    """Every kernel of the family in every block shape of its table; what differs by method alone, once or twice."""
+    from fastkd.kernels import _relation_derivative as derivative
+    from fastkd.kernels import _relation_merge as merge
+    from fastkd.kernels import relation as forward
+    from fastkd.kernels import relation_backward as backward
+    from fastkd.kernels._relation_plan import NARROW_CAPABILITIES, PLANES, REGIMES, WIDE_METHODS
+
+    if dtype == "fp64":
+        return  # the family has none
+    # Rows of 900 contiguous bfloat16 numbers, a factor of 4; or maps of 3600 pixels.
+    channels, pixels = (
+        {
+            **{f"{side}_UNIT": unit for side in ("STUDENT", "TEACHER", "GRAD")},
+            **{f"{side}_ROWS_INNER": inner for side in ("STUDENT", "TEACHER", "GRAD")},
+            "ROW_UNIT": unit if inner else 1,
+        }
+        for unit, inner in ((4, False), (4 if dtype == "fp32" else 8, True))
+    )
+    h_type = "bf16" if dtype == "bf16" else "fp32"
+    common = {"COSINE": True, "NEGATE": False, "KEEP": False, "KEPT": False, "MIRROR": True, "SPLIT": dtype == "bf16"}
+
+    def case(name: str, kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3, **options: Any) -> Case:
+        constants = {n: constants[n] for n in kernel.arg_names if n.isupper()}
+        rows_inner = constants.get("STUDENT_ROWS_INNER", False)
+        types = {}
+        for argument in kernel.arg_names:
+            is_row_gradient = argument.startswith("grad") and kernel is derivative.coefficients_kernel
+            if argument in ("student_ptr", "teacher_ptr") or (argument == "grad_ptr" and not is_row_gradient):
+                types[argument] = f"*{dtype}"
+            elif argument.endswith("_ptr"):
+                types[argument] = f"*{h_type if argument == 'h_ptr' else 'fp32'}"
+            elif argument.endswith("_factor") or argument == "inv_temperature":
+                types[argument] = "fp32"
+            elif argument.endswith("stride_r" if rows_inner else "stride_k") and not is_row_gradient:
+                types[argument] = "constexpr"
+                constants[argument] = 1
+            else:
+                types[argument] = "constexpr" if argument.isupper() else "i32"
+        return f"relation.{name}", kernel, types, constants, warps, {"num_stages": stages, **options}
+
+    def method(name: str) -> dict[str, Any]:
+        return {**common, "DISTANCE": name, "PLANES": PLANES[name], "PRECISION": forward.PRECISION[dtype]}
+
+    for layout in (channels, pixels):
+        yield case("scales", forward.scales_kernel, {**layout, **forward.SCALE_BLOCK}, 4)
+    for name in PLANES:
+        blocks = {**forward.MERGE_BLOCK, "ROWS": 128, "COLS": 64}
+        registers = forward.MERGE_LAUNCH["maxnreg"]
+        yield case("merge", merge.merge_kernel, {**method(name), **blocks}, 4, maxnreg=registers)
+    for name in ("kl", "row_cosine"):
+        block = {"BLOCK": backward.COEFFICIENTS_BLOCK}
+        yield case("coefficients", derivative.coefficients_kernel, {**method(name), **block}, 4)
+    unfused = {"enable_fp_fusion": False}
+    for i, regime in enumerate(REGIMES[dtype]):
+        tiles, launch = regime.tiles.constants(), (regime.tiles.warps, regime.tiles.stages)
+        methods = [name for name in PLANES if name != "kl maxima" or regime is REGIMES[dtype][-1]]
+        for name in methods:
+            yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **tiles}, *launch)
+        kept = {**channels, **method("kl"), **tiles}
+        yield case("tiles", forward.tiles_kernel, {**kept, "KEEP": True}, *launch)
+        yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **tiles}, *launch)
+        launch = (regime.derivative_warps, regime.tiles.stages)
+        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *launch, **unfused)
+        for name in methods if i == 0 else ("kl", "kl maxima"):
+            constants = {**channels, **method(name), **tiles}
+            yield case("derivative", derivative.derivative_kernel, constants, *launch, **unfused)
+        stripe = {**pixels, **method("kl"), **tiles, "MIRROR": False}
+        yield case("derivative", derivative.derivative_kernel, stripe, *launch, **unfused)
+        if regime.wide is not None:
+            narrow = [target for target in TARGETS if target // 10 in NARROW_CAPABILITIES]
+            wide, launch = regime.wide.constants(), (regime.wide.warps, regime.wide.stages)
+            for name in WIDE_METHODS:
+                yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **wide}, *launch, but=narrow)
+            yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **wide}, *launch, but=narrow)
+        product = {**method("kl"), **tiles, **backward.product_constants(regime.product, dtype)}
+        for layout in (channels, pixels):
+            launch = (regime.product.warps, regime.product.stages)
+            yield case("product", backward.product_kernel, {**layout, **product}, *launch)

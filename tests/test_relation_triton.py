@@ -1,0 +1,219 @@
+"""What is particular to the relation kernels in Triton: block shapes and their edges, launches, layouts, workspace.
+
+Under the interpreter on CPU tensors where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd.ops import _backends
+from fastkd.ops.relation import relation
+from fastkd.reference.relation import relation as reference
+
+if reason := _backends.why_not("triton"):
+    pytest.skip(f"no Triton: {reason}", allow_module_level=True)
+
+from fastkd.kernels import _relation_plan as plans
+
+DEVICE = "cpu" if _backends._misplaced("triton", "cpu") is None else "cuda"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+# Each method of the kernels, negated or not; 0.03 is below the fixed shift.
+METHODS: dict[str, dict[str, Any]] = {
+    "kl": {"temperature": 0.2},
+    "kl away from its shift": {"temperature": 0.05, "negate": True},
+    "kl maxima": {"temperature": 0.03, "negate": True},
+    "kl of means": {"temperature": 0.5, "similarity": "mean"},
+    "mse": {"distance": "mse"},
+    "row_cosine": {"distance": "row_cosine"},
+    "row_cosine of products": {"distance": "row_cosine", "similarity": "dot"},
+}
+FORMS: dict[str, dict[str, Any]] = {"tiles": {}, "kept": {"keep": True}, "across samples": {"cross": True}}
+# Half a unit of what stores the gradient, of its largest entry.
+STORED = {torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+DTYPES = list(STORED)
+
+
+def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.to(DEVICE, dtype)
+
+
+def loss_and_gradient(f: Any, student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
+    leaf = student.detach().requires_grad_()
+    loss = f(leaf, teacher, **options)
+    return [loss.detach(), torch.autograd.grad(loss, leaf, weight.to(loss.dtype))[0]]
+
+
+def kernel(student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
+    return loss_and_gradient(relation, student, teacher, weight, backend="triton", **options)
+
+
+def check(student: Tensor, teacher: Tensor, weight: Tensor, least: float = 0.1, **options: Any) -> list[Tensor]:
+    """No further from fp64 than twice the plain formula in fp32, a few roundings of the logits, and what is stored.
+
+    ``least`` bounds from below the size of what cancels in a loss or a gradient that vanishes.
+    """
+    condition = 1.0
+    if options.get("distance", "kl") == "kl":  # logits and log-sum-exps, whose differences losses are
+        condition = 1 / options.get("temperature", 0.1) + math.log(student.shape[1])
+    got = kernel(student, teacher, weight, **options)
+    options.pop("keep", None)
+    exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)
+    plain = loss_and_gradient(reference, student.float(), teacher.float(), weight, **options)
+    for mine, eager, right in zip(got, plain, exact, strict=True):
+        largest = right.abs().max().item()
+        allowed = 2 * (eager.double() - right).abs().max().item() + STORED[mine.dtype] * largest
+        assert (mine.double() - right).abs().max().item() <= allowed + 3e-7 * condition * max(largest, least)
+    return got
+
+
+def all_regimes() -> list[Any]:
+    return [
+        pytest.param(dtype, choice, id=f"{name}-{'x'.join(map(str, regime.tiles[:3]))}-{regime.product[1]}")
+        for dtype, name in zip(DTYPES, ("fp32", "bf16", "fp16"), strict=True)
+        for choice, regime in enumerate(plans.REGIMES[name])
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "choice"), all_regimes())
+def test_every_block_shape_and_its_edges(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, choice: int, form: str
+) -> None:
+    """Rows and widths a little more than blocks: two row blocks, of which the last has a block of columns too few."""
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    regime = plans.REGIMES[name][choice]
+    monkeypatch.setitem(plans.REGIMES, name, (regime,))
+    monkeypatch.setattr(plans, "ENOUGH_PROGRAMS", 1)  # and the wide blocks where there are some
+    count, width = regime.tiles.rows + 3, regime.tiles.depth + 1
+    methods = METHODS if form == "tiles" and dtype != torch.float16 else {"kl": METHODS["kl"]}
+    for method, options in methods.items():
+        batch = 2 if form == "across samples" else 1
+        student, teacher = rows((batch, count, width), 0, dtype), rows((batch, count, width + 5), 1, dtype)
+        if "maxima" in method:  # close rows, or a softmax at 0.03 would leave nothing to compare
+            student, teacher = (0.05 * x + rows((batch, 1, x.shape[2]), 2, dtype) for x in (student, teacher))
+        check(student, teacher, rows((batch, count), 3).abs(), **options, **FORMS[form])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_row_and_one_column(method: str) -> None:
+    for shape in ((2, 1, 7), (2, 5, 1)):
+        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), least=4.0, **METHODS[method])
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("method", ["kl", "kl maxima", "row_cosine"])
+def test_a_small_workspace_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, method: str, cross: bool) -> None:
+    """Sums of some row blocks after others, and H by stripes: nothing of the rows' number is held at once."""
+    monkeypatch.setitem(plans.REGIMES, "fp32", plans.REGIMES["fp32"][-1:])
+    count = 70 if cross else 135
+    student, teacher, weight = rows((2, count, 20), 0), rows((2, count, 9), 1), rows((2, count), 2)
+    options = {**METHODS[method], "cross": cross}
+    whole = kernel(student, teacher, weight, **options)
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
+    with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
+        relation(student, teacher, backend="triton", **options)
+    least = str(error.value).split("at least ")[1].split(",")[0]
+    for mib in (least, "0.15"):  # what the error asks for is enough, for the backward too
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
+        for got, want in zip(kernel(student, teacher, weight, **options), whole, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=3e-6 * want.abs().max().item())
+
+
+def test_matrices_kept_for_a_backward_with_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """H by stripes needs tiles below the diagonal, which are not kept: they are computed again."""
+    student, teacher, weight = rows((1, 135, 20), 0), rows((1, 135, 9), 1), rows((1, 135), 2)
+    want = kernel(student, teacher, weight, keep=True)[1]
+    leaf = student.detach().requires_grad_()
+    loss = relation(leaf, teacher, keep=True, backend="triton")
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.2")
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf, weight)[0], want, rtol=1e-5, atol=1e-7)
+
+
+def test_launches_cover_everything_once_within_the_workspace() -> None:
+    for batch, count, cross in ((32, 512, False), (16, 1024, False), (8, 3600, False), (2, 14400, False),
+                                (8, 900, True), (1, 1, False), (300, 2000, False)):  # fmt: skip
+        for dtype in plans.REGIMES:
+            plan = plans.Plan(batch, count, cross, "kl", dtype, False, True)
+            for grid, size in ((plan.forward, plan.forward_bytes()), (plan.backward, plan.backward_bytes())):
+                for limit in (size, 3 * size, 32 * 2**20):
+                    seen = []
+                    for launch in grid.launches(size, limit):
+                        assert launch.problems * launch.band * size <= max(limit, size)
+                        problems = range(launch.first_problem, launch.first_problem + launch.problems)
+                        seen += [(p, b) for p in problems for b in range(launch.first, launch.last)]
+                    assert seen == [(p, b) for p in range(grid.problems) for b in range(grid.blocks)]
+    # What a training step of the issue's sizes needs at once stays below 32 MiB, one row block well below it.
+    plan = plans.Plan(2, 14400, False, "kl", "bf16", False, True)
+    assert plan.least_bytes() < 8 * 2**20
+
+
+def test_enough_programs_for_a_large_gpu() -> None:
+    """(8, 512, 900): more tiles than an H100 has processors, forward and backward."""
+    for kept in (False, True):
+        plan = plans.Plan(8, 512, False, "kl", "bf16", kept, True)
+        assert min(plan.forward.programs, plan.backward.programs) >= 132
+        assert 8 * plan.backward.blocks * plans.cdiv(900, plan.product.cols) >= 132
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cross", [False, True])
+def test_maps_seen_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
+    """Rows are then the inner dimension, of any alignment, on one side or on both; the gradient is laid out alike."""
+    for count, width in ((24, 6), (67, 5)) if not cross else ((11, 5),):
+        student, teacher = rows((2, count, width), 0, dtype), rows((2, count, width + 2), 1, dtype)
+        columns = [x.mT.contiguous().mT for x in (student, teacher)]
+        weight = rows((2, count), 2)
+        want = kernel(student, teacher, weight, cross=cross)
+        for s, t in (columns, (student, columns[1]), (columns[0], teacher)):
+            got = kernel(s, t, weight, cross=cross)
+            assert got[1].stride() == s.stride()
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equal_networks_give_exactly_nothing(form: str) -> None:
+    count = 20 if form == "across samples" else 70
+    student, weight = rows((2, count, 30), 0, torch.bfloat16), rows((2, count), 1)
+    for options in METHODS.values():
+        loss, grad = kernel(student, student.clone(), weight, **options, **FORMS[form])
+        assert loss.abs().max() == grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("distance", ["kl", "mse", "row_cosine"])
+def test_rows_of_zeros_and_tiny_rows(distance: str) -> None:
+    student, teacher = rows((2, 66, 30), 0), rows((2, 66, 30), 1)
+    student[0, 3] = teacher[0, 5] = 0
+    student[1, 65] = 1e-14
+    for keep in (False, True):
+        loss, grad = check(student, teacher, torch.ones(2, 66, device=DEVICE), distance=distance, keep=keep)
+        assert grad[0, 3].abs().max() == grad[1, 65].abs().max() == 0
+        assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e17])
+def test_norms_near_the_ends_of_squares(scale: float) -> None:
+    student, teacher = rows((1, 20, 30), 0), rows((1, 20, 30), 1)
+    loss, grad = kernel(student * scale, teacher * scale, torch.ones(1, 20, device=DEVICE))
+    want = kernel(student, teacher, torch.ones(1, 20, device=DEVICE))
+    torch.testing.assert_close(loss, want[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grad * scale, want[1], rtol=1e-3, atol=1e-6)
+
+
+def test_row_cosine_near_and_at_norms_of_nothing() -> None:
+    """|u − v|² of relations near each other keeps its digits; a network of zero rows has relations of norm 0."""
+    teacher = rows((1, 40, 12), 0)
+    for difference in (1e-1, 1e-3):
+        check(teacher + difference * rows((1, 40, 12), 1), teacher, torch.ones(1, 40, device=DEVICE),
+              distance="row_cosine", similarity="mean")  # fmt: skip
+    for student, other in ((teacher, torch.zeros_like(teacher)), (torch.zeros_like(teacher), teacher)):
+        for similarity in ("cosine", "dot"):
+            check(student, other, torch.ones(1, 40, device=DEVICE), distance="row_cosine", similarity=similarity)
