@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastkd import _native
+from fastkd.ops import _relation_call
 from fastkd.ops import _relation_forms as forms
-from fastkd.ops import relation as relation_ops
 from fastkd.ops.relation import relation
 from fastkd.reference.relation import relation as reference
 
@@ -300,8 +300,8 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     relation(student, teacher, backend="cpu")  # a backend's first call tests it
     chosen: list[str] = []
-    native_call = relation_ops._call
-    monkeypatch.setattr(relation_ops, "_call", lambda *a: chosen.append(a[-2]) or native_call(*a))
+    native_call = _relation_call._Native._call
+    monkeypatch.setattr(_relation_call._Native, "_call", lambda *a: chosen.append(a[-1].form) or native_call(*a))
 
     def with_limit(forward: int, backward: int | None = None) -> tuple[Tensor, Tensor]:
         chosen.clear()
