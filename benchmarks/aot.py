@@ -29,7 +29,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 def softmax_kl_cases(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     """(name, kernel, argument types, constants, warps) of every block shape in the family's table.
 
-    A type that ends in ":16" is of a number that 16 divides; STAGES among the constants is how loads are pipelined.
+    A type that ends in ":16" is of a number that 16 divides; STAGES and FUSED among the constants are
+    the compiler's options.
     """
     from fastkd.kernels import softmax_kl as family
 
@@ -68,7 +69,7 @@ def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
     from triton.compiler import ASTSource
 
     constants = dict(constants)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": constants.pop("FUSED", True)}
     if "STAGES" in constants:
         options["num_stages"] = constants.pop("STAGES")
     aligned = [

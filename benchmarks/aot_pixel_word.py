@@ -45,7 +45,7 @@ def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> I
     features = ("words_ptr", "features_ptr", "grad_pixels_ptr", "grad_words_ptr")
     for kernel, constants, blocks in cases:
         name = kernel.__name__.removesuffix("_kernel")
-        constants = constants | {"STAGES": blocks.stages}
+        constants = constants | {"STAGES": blocks.stages, "FUSED": shared.FUSED or name not in COMPARING}
         absent = () if cosine else ABSENT.get(name, ())
         types = {}
         for argument in kernel.arg_names:
@@ -69,6 +69,9 @@ def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> I
                 types[argument] = "i32:16" if argument.endswith(SPECIALISED.get(name, ("pixels", "width"))) else "i32"
         yield f"pixel_word.{name}", kernel, types, constants, blocks.warps
 
+
+COMPARING = ("terms", "grams", "merge", "gradient")
+"""Kernels where student and teacher meet."""
 
 SPECIALISED: dict[str, tuple[str, ...]] = {"merge": ()}
 """Which sizes, where not the usual ones."""
