@@ -64,7 +64,7 @@ def terms_blocks(words: int) -> Blocks:
         16: Blocks(32, 32, 4, 2),
         32: Blocks(16, 32, 4, 2),
         64: Blocks(32, 32, 8, 2),
-        128: Blocks(16, 32, 8, 1),
+        128: Blocks(16, 16, 8, 1),
     }[words]
 
 
