@@ -46,6 +46,7 @@ def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> I
     for kernel, constants, blocks in cases:
         name = kernel.__name__.removesuffix("_kernel")
         constants = dict(constants)
+        options = {"num_stages": blocks.stages, "enable_fp_fusion": shared.FUSED or name not in COMPARING}
         absent = () if cosine else ABSENT.get(name, ())
         types = {}
         for argument in kernel.arg_names:
@@ -67,8 +68,11 @@ def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> I
                 types[argument] = "i64:16" if "stride_b" in argument else "i32:16"
             else:  # the sizes that Triton specialises on where 16 divides them
                 types[argument] = "i32:16" if argument.endswith(SPECIALISED.get(name, ("pixels", "width"))) else "i32"
-        yield f"pixel_word.{name}", kernel, types, constants, blocks.warps, {"num_stages": blocks.stages}
+        yield f"pixel_word.{name}", kernel, types, constants, blocks.warps, options
 
+
+COMPARING = ("terms", "grams", "merge", "gradient")
+"""Kernels where student and teacher meet."""
 
 SPECIALISED: dict[str, tuple[str, ...]] = {"merge": ()}
 """Which sizes, where not the usual ones."""

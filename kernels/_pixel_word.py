@@ -30,6 +30,11 @@ MOST_SUMS = 64
 """At most so many programs share a sample, since ``merge_kernel`` adds up what each has written."""
 
 
+FUSED = False
+"""Whether products and sums are one instruction where student and teacher are compared: of two equal products, only one
+rounded, the difference would not be 0."""
+
+
 class Blocks(NamedTuple):
     """How a kernel is cut: ``pixels`` at a time; ``columns`` features, or columns of a matrix of words, at a time."""
 
@@ -55,7 +60,12 @@ def logits_blocks(words: int, half: bool) -> Blocks:
 
 def terms_blocks(words: int) -> Blocks:
     """Of ``terms_kernel`` and, for more words than ``columns``, of ``grams_kernel``."""
-    return Blocks(32, 32, 4 if words <= 32 else 8, 2) if words <= 64 else Blocks(16, 32, 8, 1)
+    return {
+        16: Blocks(32, 32, 4, 2),
+        32: Blocks(16, 32, 4, 2),
+        64: Blocks(32, 32, 8, 2),
+        128: Blocks(16, 16, 8, 1),
+    }[words]
 
 
 def gradient_blocks(words: int) -> Blocks:

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from fastkd.kernels._common import INTERPRETED, cdiv, launching_on
 from fastkd.kernels._pixel_word import (
+    FUSED,
     LOWEST,
     MERGE,
     MOST_SUMS,
@@ -340,6 +341,7 @@ def forward(
                 TERMS=first_order if later else terms,
                 num_warps=blocks.warps,
                 num_stages=blocks.stages,
+                enable_fp_fusion=FUSED,
             )
         if later:
             grams_kernel[(batch, programs, words // blocks.columns)](
@@ -353,6 +355,7 @@ def forward(
                 SLAB=blocks.columns,
                 num_warps=blocks.warps,
                 num_stages=blocks.stages,
+                enable_fp_fusion=FUSED,
             )
         merge_kernel[(batch,)](
             partials,
@@ -371,4 +374,5 @@ def forward(
             TERMS=terms,
             MOST=MOST_SUMS,
             num_warps=MERGE.warps,
+            enable_fp_fusion=FUSED,
         )

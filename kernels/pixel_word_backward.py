@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from fastkd.kernels._common import LOG2E, cdiv, launching_on, round_to
 from fastkd.kernels._pixel_word import (
+    FUSED,
     MERGE_WORDS,
     MOST_SUMS,
     PIXEL_PIXEL,
@@ -240,6 +241,7 @@ def backward(
             TERMS=terms,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
+            enable_fp_fusion=FUSED,
         )
         if from_logits:
             return
