@@ -52,11 +52,11 @@ def relation_cases(dtype: str) -> Iterator[Case]:
     def method(name: str) -> dict[str, Any]:
         return {**common, "DISTANCE": name, "PLANES": PLANES[name], "PRECISION": forward.PRECISION[dtype]}
 
+    registers = forward.ROW_LAUNCH["maxnreg"]
     for layout in (channels, pixels):
-        yield case("scales", forward.scales_kernel, {**layout, **forward.SCALE_BLOCK}, 4)
+        yield case("scales", forward.scales_kernel, {**layout, **forward.SCALE_BLOCK}, 4, maxnreg=registers)
     for name in PLANES:
         blocks = {**forward.MERGE_BLOCK, "ROWS": 128, "COLS": 64}
-        registers = forward.MERGE_LAUNCH["maxnreg"]
         yield case("merge", merge.merge_kernel, {**method(name), **blocks}, 4, maxnreg=registers)
     for name in ("kl", "row_cosine"):
         block = {"BLOCK": backward.COEFFICIENTS_BLOCK}

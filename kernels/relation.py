@@ -242,10 +242,10 @@ def tiles_kernel(
             _sums(e_s, e_t, valid, kappa, out + tl.arange(0, COLS), plane, DISTANCE, NEGATE, 0)
 
 
-SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 128}
+SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 64}
 MERGE_BLOCK = {"BLOCK": 64, "SLOTS": 16}
-MERGE_LAUNCH = {"num_warps": 4, "maxnreg": 255}
-"""Left to itself the compiler stops at 64 registers here, and spills one."""
+ROW_LAUNCH = {"num_warps": 4, "maxnreg": 255}
+"""Of the kernels without products. Left to itself the compiler stops at 48 or 64 registers there, and spills one."""
 
 
 class Options(Protocol):
@@ -322,8 +322,13 @@ def forward(
     with launching_on(student):
         if call.cosine:
             scales_kernel[(cdiv(call.n_rows, SCALE_BLOCK["BLOCK"]), 2)](
-                *call.networks, scales, call.rows, call.n_rows, **call.layout, **SCALE_BLOCK, num_warps=4
+                *call.networks, scales, call.rows, call.n_rows, **call.layout, **SCALE_BLOCK, **ROW_LAUNCH
             )
+        else:
+            scales.zero_()  # an operator's outputs are defined throughout
+        written = shape.rows**2 * grid.row_blocks * (grid.row_blocks + 1) * student.shape[0]
+        if kept.numel() > written or call.rows % shape.rows:
+            kept.zero_()
         for launch in grid.launches(call.plan.forward_bytes(), limit):
             sums = planes * launch.problems * launch.band * grid.columns
             by_row, by_col = (
@@ -369,5 +374,5 @@ def forward(
                 **MERGE_BLOCK,
                 ROWS=shape.rows,
                 COLS=shape.cols,
-                **MERGE_LAUNCH,
+                **ROW_LAUNCH,
             )

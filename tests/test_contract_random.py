@@ -16,11 +16,11 @@ DIMENSIONS = {"channel_distribution_kd": 4, "logit_kd": 4, "channel_kd": 6, "pix
 
 
 @st.composite
-def sizes(draw: st.DrawFn, case: Case) -> tuple[int, ...]:
-    """(batch, ...): anything from 1, sometimes long in one dimension; even maps where patches cut them."""
+def sizes(draw: st.DrawFn, case: Case, longer: tuple[int, ...]) -> tuple[int, ...]:
+    """(batch, ...): anything from 1, sometimes ``longer`` in one dimension; even maps where patches cut them."""
     batch = draw(st.integers(1, 3))
     others = [draw(st.integers(1, 9)) for _ in range(DIMENSIONS[case.loss.__name__] - 1)]
-    others[draw(st.integers(0, len(others) - 1))] *= draw(st.sampled_from([1, 1, 5, 16, 31]))
+    others[draw(st.integers(0, len(others) - 1))] *= draw(st.sampled_from(longer))
     if case.options.get("patches"):
         others[1:] = [2 * n for n in others[1:]]
     if case.loss.__name__ == "pixel_relation_kd" and "unequal" not in case.name and "cross" not in case.name:
@@ -39,7 +39,10 @@ def test_any_input(basic_setting: Any, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([dtype for dtype in DTYPES if basic_setting.takes(dtype)]))
     scale = data.draw(st.sampled_from([0.1, 1.0, 4.0]))
     seed = data.draw(st.integers(0, 2**16))
-    problem = case.problem_of(data.draw(sizes(case)), dtype=dtype, device=device, scale=scale, seed=seed)
+    # Triton's interpreter would take minutes for relations of thousands of pixels.
+    interpreted = basic_setting.place == ("triton", "cpu") and case.family != "softmax_kl"
+    size = data.draw(sizes(case, (1, 1, 2) if interpreted else (1, 1, 5, 16, 31)))
+    problem = case.problem_of(size, dtype=dtype, device=device, scale=scale, seed=seed)
     args = []
     for x in problem.args:
         order = data.draw(st.sampled_from(list(itertools.permutations(range(x.dim())))))
