@@ -55,7 +55,7 @@ REGIMES: dict[str, tuple[Regime, ...]] = {
         Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2), 8, Blocks(128, 128, 64, 8, 3)),
         Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 32, 4, 2), 8),
     ),
-    "fp32": (Regime(Blocks(64, 32, 16, 8, 3), Blocks(64, 64, 16, 8, 3), 8),),
+    "fp32": (Regime(Blocks(64, 32, 16, 8, 3), Blocks(64, 32, 16, 4, 3), 8),),
 }
 """By dtype, the largest first; chosen by ahead-of-time facts (benchmarks/aot.py), none by measurement yet."""
 

@@ -24,6 +24,8 @@ def compile_all(cache: Path, tmp_path: Path, *arguments: str) -> list[dict]:
     """In a process of its own: in this one the kernels may be interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
+    paths = (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))  # a safe path (conftest.py) lacks the script's folder
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     file = tmp_path / "aot.json"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--json", str(file), *arguments],
