@@ -117,8 +117,8 @@ FASTKD_HD double log_sum_exp(double max, double z_log, double inv_temperature) {
 }
 
 // x/tau - lse = (x - center)/tau - high - low, split so that no part is rounded where it matters. Where lse is large so
-// is some logit, and x - center is exact for those near it. Else the center is 0 and x stays itself, if its product with
-// 1/tau is not rounded; `high` is a multiple of `grid`, so an exp whose ln 2 is one too can take both off at once
+// is some logit, and x - center is exact for those near it. Else the center is 0 and x stays itself, if its product
+// with 1/tau is not rounded; `high` is a multiple of `grid`, so an exp whose ln 2 is one too can take both off at once
 // without rounding.
 template <class T>
 struct LogSoftmax {
