@@ -60,8 +60,8 @@ REGIMES: dict[str, tuple[Regime, ...]] = {
 """By dtype, the largest first; chosen by ahead-of-time facts (benchmarks/aot.py), none by measurement yet."""
 
 WIDE_METHODS = ("kl", "mse")
-NARROW_CAPABILITIES = (10, 12)
-"""Where wide blocks spill registers."""
+NARROW_CAPABILITIES = (8, 10, 12)
+"""Where wide blocks spill registers, on 8.0 under Triton 3.6 alone."""
 
 
 def cdiv(a: int, b: int) -> int:
