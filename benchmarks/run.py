@@ -111,12 +111,13 @@ def in_its_own_process(work: works.Work, device: str, seconds: float, autotune: 
 
 
 def earlier(path: Path, now: set[str], best: dict[str, float]) -> Rows:
-    """The rows of a results file whose works are not measured now; their ceilings count too."""
+    """The rows of a results file whose works are not measured now, with their commit; their ceilings count too."""
     if not path.exists():
         return []
     old = json.loads(path.read_text(encoding="utf-8"))
     best |= {name: max(rate, best.get(name, 0)) for name, rate in old["environment"]["ceilings"].items()}
-    return [row for row in old["rows"] if row["work"] not in now]
+    commit = {"commit": old["environment"]["commit"]}
+    return [commit | row for row in old["rows"] if row["work"] not in now]
 
 
 def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:

@@ -39,7 +39,7 @@ def check_errors(problem: Problem, backend: str) -> None:
     noise = fp32_noise(problem, weight)
     # The hard ceiling. fp16 and bf16 inputs too are computed in fp32, so theirs is fp32's, and the gradient's rounding
     # with that of what it is made from.
-    ceilings = [stored[0]] + [roundings(problem.case.family, dtype) * one for one in stored[1:]]
+    ceilings = [stored[0]] + [roundings(problem.case.family, backend, dtype) * one for one in stored[1:]]
     smaller = torch.finfo(arithmetic(dtype)).eps / torch.finfo(torch.float32).eps
     # In fp64 a log-sum-exp is one number, in fp32 it is kept in more digits: the exponential of a large one shows it.
     saturated = 4 * problem.condition() * rounding(problem.slope(), dtype) if dtype == torch.float64 else 0.0

@@ -69,7 +69,7 @@ def check(problem: Problem, backend: str) -> None:
         largest = max(largest, 1 / smallest_row(problem))
     for grad, want, one in zip(grads, exact, noise, strict=True):
         allowed = 64 * one + 32 * problem.condition() * rounding(largest, torch.float32)
-        stored = 1.01 * roundings(problem.case.family, dtype) * rounding(want, dtype)
+        stored = 1.01 * roundings(problem.case.family, backend, dtype) * rounding(want, dtype)
         assert error(grad, want) <= stored + smaller * allowed
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.ops import _backends
+from fastkd.ops import _backends, _relation_call
 from fastkd.ops.relation import relation
 from fastkd.reference.relation import relation as reference
 
@@ -217,3 +217,17 @@ def test_row_cosine_near_and_at_norms_of_nothing() -> None:
     for student, other in ((teacher, torch.zeros_like(teacher)), (torch.zeros_like(teacher), teacher)):
         for similarity in ("cosine", "dot"):
             check(student, other, torch.ones(1, 40, device=DEVICE), distance="row_cosine", similarity=similarity)
+
+
+def test_auto_takes_gram_matrices_for_the_mse_of_narrow_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_backends.PREFERENCE, DEVICE, ("triton", "reference"))
+    monkeypatch.delenv("FASTKD_BACKEND", raising=False)
+    relation(rows((1, 9, 4), 0), rows((1, 9, 4), 1))  # a backend's first call tests it
+    called: list[str] = []
+    kernels = _relation_call._kernels
+    monkeypatch.setattr(_relation_call, "_kernels", lambda backend: called.append(backend) or kernels(backend))
+    for width, expected in ((20, []), (21, ["triton"])):  # up to half of the 40 columns
+        student, teacher = rows((1, 40, width), 0), rows((1, 40, width), 1)
+        got = relation(student, teacher, distance="mse")
+        assert called == expected
+        torch.testing.assert_close(got, reference(student, teacher, distance="mse"))

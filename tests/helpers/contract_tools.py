@@ -31,10 +31,10 @@ def rounding(magnitude: float | Tensor, dtype: torch.dtype) -> float:
     return max(size, torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps / 2
 
 
-def roundings(family: str, dtype: torch.dtype) -> int:
-    """How many factors of a gradient are rounded to ``dtype``: itself, and for relations of bfloat16 rows the matrix
-    that they are multiplied with, where the machine multiplies bfloat16."""
-    return 2 if (family, dtype) == ("relation", torch.bfloat16) else 1
+def roundings(family: str, backend: str, dtype: torch.dtype) -> int:
+    """How many factors of a gradient are rounded to ``dtype``: itself, and for relations of bfloat16 rows in C++ the
+    matrix that they are multiplied with, where the machine multiplies bfloat16."""
+    return 2 if (family, backend, dtype) == ("relation", "cpu", torch.bfloat16) else 1
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
