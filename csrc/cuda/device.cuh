@@ -1,17 +1,23 @@
-// The only place that names what a GPU has and a host has not: thread indices, warp shuffles, barriers, shared memory,
-// vector loads, launches. Kernels include this and nothing of CUDA, so that tests can run the same kernels on the host
-// with another header of this name.
+// What a GPU has and a host has not: thread indices, warp shuffles, barriers, shared memory, vector loads, launches.
+// Kernels include this and matrix.cuh (tensor cores, asynchronous copies) and nothing of CUDA: tests/emulation/cuda has
+// headers of the same names that run the same kernels on the host.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "common/dtype.h"
 
 #define FASTKD_KERNEL __global__
 #define FASTKD_DEVICE __device__ __forceinline__
+// An array or object of fixed size in shared memory.
 #define FASTKD_SHARED __shared__
+// Declares `name`, a pointer to the shared memory that the launch asked for (Grid::shared_bytes), aligned to 128 bytes.
+#define FASTKD_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 // One block to a multiprocessor is enough: left to choose, ptxas spills registers for the sake of more.
 #define FASTKD_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
 
@@ -35,6 +41,17 @@ FASTKD_DEVICE std::int64_t grid_x() {
 // Waits for every thread of the block.
 FASTKD_DEVICE void block_barrier() {
     __syncthreads();
+}
+
+// Waits for every lane of the warp; what they wrote to shared memory before is seen by all after.
+FASTKD_DEVICE void warp_barrier() {
+    __syncwarp();
+}
+
+// The value of lane `lane`; every lane of the warp takes part.
+template <class T>
+FASTKD_DEVICE T shuffle(T value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
 }
 
 // The value of the lane whose index differs from this one's in the bits of `mask`; every lane of the warp takes part.
@@ -96,14 +113,32 @@ FASTKD_DEVICE void store_pack(Storage* to, const Pack<Storage>& pack) {
 struct Grid {
     std::int64_t blocks;
     int threads_x;
-    int threads_y;
+    int threads_y = 1;
+    int shared_bytes = 0;
 };
+
+constexpr int unasked_shared_bytes = 48 * 1024; // beyond it a kernel has to be told first
 
 // Starts kernel<<<grid>>>(args...) on the stream and returns what the launch itself reports; waits for nothing.
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t stream, Args... args) {
-    kernel<<<dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads_x, grid.threads_y), 0, stream>>>(args...);
+    if (grid.shared_bytes > unasked_shared_bytes) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+        if (error != cudaSuccess) {
+            return error;
+        }
+    }
+    kernel<<<dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads_x, grid.threads_y), grid.shared_bytes,
+             stream>>>(args...);
     return cudaGetLastError();
+}
+
+// The multiprocessors of the current device: how many blocks run side by side at least.
+inline cudaError_t multiprocessors(int* count) {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 } // namespace fastkd::cuda
