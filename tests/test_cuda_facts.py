@@ -1,4 +1,4 @@
-"""The CUDA kernels as they were compiled: for every chip, without spills, with tensor cores, in a module of modest size."""
+"""The CUDA kernels as compiled: for every chip, without spills, with tensor cores, in a module of modest size."""
 
 from __future__ import annotations
 

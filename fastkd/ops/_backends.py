@@ -199,6 +199,11 @@ def _probe(backend: str, family: str | None, device: torch.device | None) -> str
                 f"the Triton kernels need compute capability 8.0 or newer, {device} "
                 f"({torch.cuda.get_device_name(device)}) has {capability[0]}.{capability[1]}"
             )
+    if backend == "cuda" and device.type == "cuda":
+        targets = importlib.import_module("fastkd._native").load(backend).targets()
+        lacks = _no_code(targets, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+        if lacks is not None:
+            return lacks
     from torch.utils._python_dispatch import _disable_current_modes
 
     # The caller may be under fake tensors, a default device, functional transforms, ...: the self-test is real.
@@ -234,10 +239,33 @@ def _absent(backend: str) -> str | None:
         if not torch.cuda.is_available():
             return _no_gpu()
         if module.device_count() == 0:
-            return (
-                "the CUDA runtime in fastkd._cuda sees no device: the driver is older than it needs, update the driver"
-            )
+            return _no_device(module.driver_version(), module.runtime_version())
     return None
+
+
+def _no_device(driver: int, runtime: int) -> str:
+    """Why CUDA's runtime in ``fastkd._cuda`` sees no device where torch sees one; versions as CUDA counts them."""
+    if driver // 1000 >= runtime // 1000:
+        return "the CUDA runtime in fastkd._cuda sees no device, though torch does; is CUDA_VISIBLE_DEVICES set late?"
+    mine, needed = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime // 1000 * 1000))
+    return (
+        f"the NVIDIA driver supports CUDA {mine}, fastkd._cuda needs one that supports {needed}: update the driver, or "
+        f"reinstall fastkd from the sources with a CUDA {driver // 1000} toolkit"
+    )
+
+
+def _no_code(targets: list[str], capability: tuple[int, int], name: str) -> str | None:
+    """Why code for ``targets`` ("sm_80", ..., "compute_120") does not run on a device of this capability, or None."""
+    has = 10 * capability[0] + capability[1]
+    for target in targets:
+        kind, _, number = target.partition("_")
+        # Machine code serves its own generation from its own revision on, PTX everything newer.
+        if int(number) <= has and (kind == "compute" or int(number) // 10 == has // 10):
+            return None
+    return (
+        f"fastkd._cuda was compiled for {', '.join(targets)} and has no code for {name} (compute capability "
+        f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that knows it"
+    )
 
 
 def _emulated() -> bool:
