@@ -78,7 +78,8 @@ def distill(
     Args:
         data: the data set.
         out: folder for log and checkpoints.
-        teacher: a folder written by save_pretrained, or "shapes" for the shipped teacher of the procedural set.
+        teacher: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``, or its .pth), or
+            "shapes" for the shipped teacher of the procedural set.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
         terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
             over that of the task's, measured on the first batches; the terms are those of fastkd.train.recipes.TERMS.
@@ -98,7 +99,7 @@ def _run(
     terms: Sequence[str] = (),
 ) -> None:
     from fastkd import Distiller
-    from fastkd.cli._common import build_model, load_teacher, parse_terms
+    from fastkd.cli._common import build_model, check_vocabularies, load_teacher, parse_terms
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
     from fastkd.train.recipes import balance_on, recipe
@@ -109,7 +110,9 @@ def _run(
     subject: Any = model
     if teacher_name is not None:
         shares = parse_terms(terms)
-        subject = Distiller(model, load_teacher(teacher_name), segmentation_loss, recipe(list(shares)))
+        teacher = load_teacher(teacher_name)
+        check_vocabularies(model, teacher)
+        subject = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
         weights = balance_on(subject, train_set, shares, config)
         print("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
     result = run(subject, train_set, config, val_dataset=val_set, out_dir=out, overwrite=overwrite)

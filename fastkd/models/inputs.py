@@ -83,12 +83,8 @@ def _check_ids(input_ids: Tensor, batch: int, limits: WordLimits) -> None:
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
     if limits.max_words is not None and input_ids.shape[1] > limits.max_words:
-        raise ValueError(
-            f"input_ids has {input_ids.shape[1]} words, the text encoder takes {limits.max_words}: cut it"
-        )
-    if input_ids.device.type == "cpu" and not (
-        0 <= int(input_ids.min()) <= int(input_ids.max()) < limits.vocab_size
-    ):
+        raise ValueError(f"input_ids has {input_ids.shape[1]} words, the text encoder takes {limits.max_words}: cut it")
+    if input_ids.device.type == "cpu" and not (0 <= int(input_ids.min()) <= int(input_ids.max()) < limits.vocab_size):
         raise ValueError(
             f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}, the vocabulary has "
             f"{limits.vocab_size} words: is the tokenizer this model's own ({limits.tokenizer!r})?"

@@ -14,6 +14,15 @@ from torch import Tensor
 
 _BLOCK = re.compile(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.")
 _TEXT_LAYER = re.compile(r"text_encoder\.encoder\.layer\.(\d+)\.")
+_TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
 _TEXT_HEAD_WIDTH = 64  # of every BERT that was published
 
 
@@ -29,7 +38,7 @@ class LAVTConfig:
         fusion_heads: Heads of the pixel–word attention per stage; shapes do not show them.
         word_width: Width of a word's vector.
         hidden: Width of the decoder's maps.
-        text: Arguments of transformers' BertConfig, or None for a model that takes word vectors only.
+        text: Sizes of the BERT, as transformers' BertConfig names them; None: the model takes word vectors only.
         image_size: The size the model is meant for; any size works.
         max_words: How many word ids the tokenizer should keep.
         tokenizer: Name or path of the tokenizer that goes with the word ids, for
@@ -61,12 +70,27 @@ class LAVTConfig:
             if len(numbers) != 4:
                 raise ValueError(f"{name} must be four whole numbers, one per stage, got {value!r}")
             object.__setattr__(self, name, numbers)
+        if self.text is not None:
+            self._check_text(self.text)
         for name in ("heads", "fusion_heads"):
             for stage, (count, width) in enumerate(zip(getattr(self, name), self.widths, strict=True)):
                 if width % count:
                     raise ValueError(
                         f"{name}={getattr(self, name)}: {count} does not divide the {width} channels of stage {stage}"
                     )
+
+    def _check_text(self, text: Any) -> None:
+        if not isinstance(text, dict) or set(text) != set(_TEXT_SIZES):
+            raise ValueError(f"text must be None or a dict of {', '.join(_TEXT_SIZES)}, got {text!r}")
+        for name in _TEXT_SIZES:
+            _whole_numbers(f"text[{name!r}]", (text[name],))
+        if text["hidden_size"] != self.word_width:
+            raise ValueError(
+                f"the text encoder's words are {text['hidden_size']} wide, the fusion takes {self.word_width}: "
+                "they belong to different models"
+            )
+        if text["hidden_size"] % text["num_attention_heads"]:
+            raise ValueError(f"text: {text['num_attention_heads']} heads do not divide {text['hidden_size']} channels")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -145,18 +169,16 @@ def _text(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
                 "its heads do not show in the shapes, give text_heads="
             )
         heads = width // _TEXT_HEAD_WIDTH
-    (heads,) = _whole_numbers("text_heads", (heads,))
-    if width % heads:
-        raise ValueError(f"text_heads={heads} does not divide the text encoder's {width} channels")
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "num_hidden_layers": len({m[1] for m in map(_TEXT_LAYER.match, state) if m}),
-        "num_attention_heads": heads,
-        "intermediate_size": _shape(state, "text_encoder.encoder.layer.0.intermediate.dense.weight", 2)[0],
-        "max_position_embeddings": _shape(state, "text_encoder.embeddings.position_embeddings.weight", 2)[0],
-        "type_vocab_size": _shape(state, "text_encoder.embeddings.token_type_embeddings.weight", 2)[0],
-    }
+    sizes = (
+        vocabulary,
+        width,
+        len({m[1] for m in map(_TEXT_LAYER.match, state) if m}),
+        *_whole_numbers("text_heads", (heads,)),
+        _shape(state, "text_encoder.encoder.layer.0.intermediate.dense.weight", 2)[0],
+        _shape(state, "text_encoder.embeddings.position_embeddings.weight", 2)[0],
+        _shape(state, "text_encoder.embeddings.token_type_embeddings.weight", 2)[0],
+    )
+    return dict(zip(_TEXT_SIZES, sizes, strict=True))
 
 
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:

@@ -34,8 +34,8 @@ class PixelNorm(nn.Module):
 class ImageLanguageAttention(nn.Module):
     """Every pixel reads the words: lang = InstanceNorm(W(softmax(q·kᵀ/√C + 1e4·mask − 1e4) v)).
 
-    q = InstanceNorm(f_query(x)), k = f_key(words)·mask, v = f_value(words)·mask. C counts the key channels of all heads;
-    head h has the h-th block of C/heads channels.
+    q = InstanceNorm(f_query(x)), k = f_key(words)·mask, v = f_value(words)·mask. C counts the key channels of all
+    heads; head h has the h-th block of C/heads channels.
 
     Args:
         width: C of the stage.

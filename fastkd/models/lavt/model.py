@@ -95,8 +95,8 @@ class LAVT(nn.Module):
         word_mask = check_inputs(image, input_ids, word_mask, words, self._limits, device)
         if max(image.shape[-2:]) <= 8 * PATCH:
             raise ValueError(
-                f"image is {tuple(image.shape[-2:])}, which leaves one pixel in the last stage, and InstanceNorm over one "
-                f"pixel is undefined; give more than {8 * PATCH} pixels"
+                f"image is {tuple(image.shape[-2:])}, which leaves one pixel in the last stage, and InstanceNorm over "
+                f"one pixel is undefined; give more than {8 * PATCH} pixels"
             )
         if words is None:
             assert self.text_encoder is not None
@@ -162,8 +162,8 @@ class LAVT(nn.Module):
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: A damaged or foreign file, a pickle with anything but tensors and settings in it, or weights that
-                do not fit.
+            ValueError: A damaged or foreign file, a pickle with anything but tensors and settings in it, or weights
+                that do not fit.
 
         Example::
 
@@ -182,6 +182,11 @@ class LAVT(nn.Module):
                 found.state, found.fusion_heads, bert_state_dict=found.bert_state, source=str(path)
             )
         return model.to(map_location).eval()
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Words the text encoder knows; None without one."""
+        return self._limits.vocab_size
 
     def parameter_count(self) -> dict[str, int]:
         """Parameters in all and of each part: ``{"total": ..., "backbone": ..., "classifier": ..., ...}``."""

@@ -89,9 +89,7 @@ def _fusion_heads(path: Path, mha: Any) -> tuple[int, ...]:
         if len(heads) != 4 or min(heads) < 1:
             raise ValueError
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{path}: args.mha must be empty or four heads such as '1-2-4-8', got {mha!r}"
-        ) from None
+        raise ValueError(f"{path}: args.mha must be empty or four heads such as '1-2-4-8', got {mha!r}") from None
     return heads
 
 
@@ -121,8 +119,8 @@ def _foreign_objects(path: Path) -> list[str]:
 
 def _refusal(path: Path, names: list[str]) -> ValueError:
     return ValueError(
-        f"{path} holds objects other than {_ALLOWED}: {', '.join(dict.fromkeys(names))}. Such a file can run code when it "
-        "is read, so it was refused and nothing was run; fetch it from its original source, or save it again without them"
+        f"{path} holds objects other than {_ALLOWED}: {', '.join(dict.fromkeys(names))}. Such a file can run code "
+        "when it is read, so it was refused and nothing was run; fetch it from its source, or save it without them"
     )
 
 

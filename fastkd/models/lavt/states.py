@@ -29,7 +29,9 @@ def gather(state_dict: Mapping[str, Any], bert_state_dict: Mapping[str, Any] | N
     if bert_state_dict is not None:
         text = {TEXT + name.removeprefix(TEXT): t for name, t in _named("bert_state_dict", bert_state_dict).items()}
         if twice := [name for name in state if name.startswith(TEXT)]:
-            raise ValueError(f"bert_state_dict was given, but state_dict has text weights of its own, such as {twice[0]}")
+            raise ValueError(
+                f"bert_state_dict was given, but state_dict has text weights of its own, such as {twice[0]}"
+            )
         if not text:
             raise ValueError("bert_state_dict is empty; leave it out for a model that takes word vectors only")
         state |= text

@@ -1,8 +1,8 @@
 """The Swin blocks of LAVT: zero padding to whole windows first, then the shift; windows are never made smaller.
 
 After Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021, arXiv
-2103.14030, in the order that dense prediction uses (timm shifts first and shrinks windows on small maps, which gives other
-numbers). Maps are (B, H, W, C) throughout.
+2103.14030, in the order that dense prediction uses (timm shifts first and shrinks windows on small maps, which gives
+other numbers). Maps are (B, H, W, C) throughout.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def join_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
 def shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """What may be attended to after the shift, (windows, window², window²) bool, for an H×W map of whole windows.
 
-    The shift brings the first window//2 rows (columns) around to the end. A window holds such rows beside others that are
-    far from them in the image; two tokens may meet if both were brought around or neither was, in both directions.
+    The shift brings the first window//2 rows (columns) around to the end. A window holds such rows beside others that
+    are far from them in the image; two tokens may meet if both were brought around or neither was, in both directions.
     """
     shift = window // 2
     around_y = torch.arange(height, device=device) >= height - shift
@@ -127,8 +127,8 @@ class Mlp(nn.Module):
 class SwinBlock(nn.Module):
     """y = x + attention(norm1(x)), then y + mlp(norm2(y)); odd blocks of a stage shift their windows by window//2.
 
-    norm1(x) is padded with zeros to whole windows and shifted after that. Padding is attended to like any token, as in the
-    networks these weights were trained in.
+    norm1(x) is padded with zeros to whole windows and shifted after that. Padding is attended to like any token, as in
+    the networks these weights were trained in.
     """
 
     def __init__(self, width: int, heads: int, window: int, shifted: bool) -> None:
