@@ -1,4 +1,4 @@
-"""The ``fastkd`` command: ``info``, ``data make-shapes``, ``train``, ``distill``, ``evaluate``, ``convert``, ``demo``."""
+"""The ``fastkd`` command: data sets, training, distillation, evaluation, prediction, export and the demo."""
 
 from __future__ import annotations
 

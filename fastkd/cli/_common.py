@@ -53,6 +53,13 @@ def load_teacher(what: str) -> RISModel | LAVT:
     return teacher.eval().requires_grad_(False)
 
 
+def load_local(what: str) -> RISModel | LAVT:
+    """As :func:`load_teacher`, but from this machine alone: a folder mistyped is never looked up as a hub's name."""
+    if what != "shapes" and not Path(what).expanduser().exists():
+        raise FileNotFoundError(f"no model at {what}; give a folder written by save_pretrained (a run's best/ is one)")
+    return load_teacher(what)
+
+
 def check_vocabularies(student: RISModel, teacher: RISModel | LAVT) -> None:
     """Refuse a teacher whose word ids are not the student's: it would read another sentence."""
     from fastkd.models import LAVT

@@ -39,6 +39,11 @@ class Tokenizer:
         """Number of ids, which is the number of rows of a word-embedding table."""
         return len(self._inner)
 
+    def pieces(self) -> list[str]:
+        """The vocabulary: every piece, in the order of its id."""
+        ids = self._inner.get_vocab()
+        return sorted(ids, key=ids.__getitem__)
+
     def __call__(self, sentences: Sequence[str], max_words: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, max_words) int64 and the mask (B, max_words) bool, True at real ids (special ones included).
 
@@ -61,9 +66,10 @@ class Tokenizer:
         for number, row in enumerate(rows):
             if len(row) > max_words and not self._warned:
                 self._warned = True
+                lost = self._inner.decode(row[max_words:], skip_special_tokens=True) or "[SEP]"
                 warnings.warn(
                     f"a sentence of {len(row)} word pieces was cut to max_words={max_words}: {sentences[number]!r} "
-                    "(said once; raise max_words to keep long sentences whole)",
+                    f"lost {lost!r} (said once; raise max_words to keep long sentences whole)",
                     FastKDWarning,
                     stacklevel=2,
                 )

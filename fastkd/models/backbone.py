@@ -68,7 +68,8 @@ class StagedBackbone(nn.Module):
         if chain is None:
             raise ValueError(
                 f"backbone {name!r} cannot be walked as a chain of modules, so fusion cannot sit between its stages; "
-                "Swin, ConvNeXt, ResNet, EfficientNet, MobileNet and bring-your-own-blocks families can"
+                "the families of Swin, ConvNeXt, ResNet, RegNet, EfficientNet, MobileNet, EfficientViT, FastViT, "
+                "TinyViT, RepViT, PVT and bring-your-own-blocks can"
             )
         self.blocks = nn.ModuleDict(dict(chain.items()))
         self.channels_last = str(chain.output_fmt) in ("NHWC", "Format.NHWC")
@@ -100,6 +101,12 @@ class StagedBackbone(nn.Module):
                 raise ValueError(
                     f"the backbone does not take an image of {tuple(image.shape[-2:])}: {error}"
                 ) from error
+            except (RuntimeError, ValueError) as error:
+                error.add_note(
+                    f"Raised by {name!r} of the backbone at an image of {tuple(image.shape[-2:])}; networks with tables of "
+                    "positions take only the size they were built for: give it in backbone_args, or choose another."
+                )
+                raise
             if name in self._ends:
                 if x.dim() != 4:
                     raise ValueError(

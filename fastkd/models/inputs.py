@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class WordLimits:
     tokenizer: str | None = None
 
 
+def word_limit(model: torch.nn.Module) -> int:
+    """How many word ids a model takes: what it was made for, and no more than its table of positions has."""
+    config: Any = model.config
+    table = getattr(getattr(model, "text_encoder", None), "max_words", None)
+    return min(config.max_words, table) if isinstance(table, int) else config.max_words
+
+
 def check_inputs(
     image: Tensor,
     input_ids: Tensor | None,
@@ -39,8 +47,8 @@ def check_inputs(
 
     Raises:
         ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, a sentence longer than the
-            position table, another device; and, looked at on the CPU only, where looking costs nothing: an id outside
-            the vocabulary, or a sentence with no valid word.
+            position table, another device; and, looked at on the CPU only, where looking costs nothing, and not while a graph
+            is traced, which has no values: an id outside the vocabulary, or a sentence with no valid word.
         TypeError: A wrong dtype, or something that is no tensor.
     """
     _check_tensors(device, image=image, input_ids=input_ids, words=words, word_mask=word_mask)
@@ -66,10 +74,14 @@ def check_inputs(
         raise TypeError(f"word_mask must be bool (True where a word is), got {word_mask.dtype}: use mask.bool()")
     if word_mask.shape != source.shape[:2]:
         raise ValueError(f"word_mask must be {tuple(source.shape[:2])} like the words, got {tuple(word_mask.shape)}")
-    if word_mask.device.type == "cpu" and not bool(word_mask.any(dim=1).all()):
+    if _can_look(word_mask) and not bool(word_mask.any(dim=1).all()):
         row = int((~word_mask.any(dim=1)).nonzero()[0, 0])
         raise ValueError(f"word_mask has no valid word in sample {row}: a sentence needs at least one word")
     return word_mask
+
+
+def _can_look(values: Tensor) -> bool:
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_ids(input_ids: Tensor, batch: int, limits: WordLimits) -> None:
@@ -84,7 +96,7 @@ def _check_ids(input_ids: Tensor, batch: int, limits: WordLimits) -> None:
         raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
     if limits.max_words is not None and input_ids.shape[1] > limits.max_words:
         raise ValueError(f"input_ids has {input_ids.shape[1]} words, the text encoder takes {limits.max_words}: cut it")
-    if input_ids.device.type == "cpu" and not (0 <= int(input_ids.min()) <= int(input_ids.max()) < limits.vocab_size):
+    if _can_look(input_ids) and not (0 <= int(input_ids.min()) <= int(input_ids.max()) < limits.vocab_size):
         raise ValueError(
             f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}, the vocabulary has "
             f"{limits.vocab_size} words: is the tokenizer this model's own ({limits.tokenizer!r})?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from fastkd.models.config import RISConfig
 
@@ -88,9 +89,61 @@ def _mobilenetv4_small_minilm() -> RISConfig:
     )
 
 
+def _student(backbone: str, out_indices: tuple[int, ...], text: dict, decoder_width: int, **args: Any) -> RISConfig:
+    return RISConfig(
+        backbone=backbone, backbone_args=args, out_indices=out_indices, text=text, decoder_width=decoder_width
+    )
+
+
+# The text towers have the shapes of BERT's published miniatures (layers and width) and of MiniLM-L6, so that those
+# weights fit them. Stages of stride 4 to 32.
+def _student_5m() -> RISConfig:
+    return _student("efficientvit_b0", (0, 1, 2, 3), _bert(128, 2, 2), 48)
+
+
+def _student_5m_mobilenet() -> RISConfig:
+    # Half the width: at full width the last stage's 960 channels make the fusion larger than both towers' layers.
+    return _student("mobilenetv4_conv_small_050", (1, 2, 3, 4), _bert(128, 2, 2), 48)
+
+
+def _student_15m() -> RISConfig:
+    return _student("efficientnet_b0", (1, 2, 3, 4), _bert(256, 4, 4), 96, drop_path_rate=0.1)
+
+
+def _student_15m_convnext() -> RISConfig:
+    return _student("convnext_atto", (0, 1, 2, 3), _bert(256, 4, 4), 96, drop_path_rate=0.05)
+
+
+def _student_30m() -> RISConfig:
+    return _student("convnext_femto", (0, 1, 2, 3), _bert(384, 6, 12), 128, drop_path_rate=0.05)
+
+
+def _student_30m_resnet() -> RISConfig:
+    return _student("resnet18", (1, 2, 3, 4), _bert(256, 8, 4), 128)
+
+
+def _student_60m() -> RISConfig:
+    return _student(
+        "swin_tiny_patch4_window7_224",
+        (0, 1, 2, 3),
+        _bert(384, 6, 12),
+        192,
+        img_size=480,
+        strict_img_size=False,
+        drop_path_rate=0.1,
+    )
+
+
 _PRESETS: dict[str, tuple[str, Callable[[], RISConfig]]] = {
     "shapes-teacher": ("teacher for the procedural 64 px scenes", _shapes_teacher),
     "shapes-student": ("its student: the same strides and decoder width", _shapes_student),
+    "student-5m": ("5.3 M parameters: EfficientViT-B0 and a 2-layer, 128-wide BERT", _student_5m),
+    "student-5m-mobilenet": ("6.0 M: MobileNetV4-S of half the width and a 2-layer, 128-wide BERT", _student_5m_mobilenet),
+    "student-15m": ("16 M: EfficientNet-B0 and a 4-layer, 256-wide BERT", _student_15m),
+    "student-15m-convnext": ("16 M: ConvNeXt-Atto and a 4-layer, 256-wide BERT", _student_15m_convnext),
+    "student-30m": ("30 M: ConvNeXt-Femto and a 6-layer, 384-wide BERT (MiniLM-L6)", _student_30m),
+    "student-30m-resnet": ("28 M: ResNet-18 and an 8-layer, 256-wide BERT", _student_30m_resnet),
+    "student-60m": ("57 M: Swin-T and a 6-layer, 384-wide BERT (MiniLM-L6)", _student_60m),
     "mobilenetv4-small-minilm": ("MobileNetV4-S and a 6-layer, 384-wide BERT (MiniLM-L6)", _mobilenetv4_small_minilm),
     "resnet50-bert-small": ("ResNet-50 and a 4-layer, 512-wide BERT", _resnet50_bert),
     "convnext-tiny-bert": ("ConvNeXt-T and a 6-layer, 768-wide BERT", _convnext_tiny_bert),

@@ -1,0 +1,58 @@
+"""``fastkd predict``: what a sentence refers to in one image, as pictures and a score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def predict(
+    image: Annotated[Path, tyro.conf.Positional],
+    sentence: Annotated[str, tyro.conf.Positional],
+    model: str,
+    out: Path = Path("runs/predict"),
+    tokenizer: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Segment what a sentence refers to: IMAGE-mask.png, IMAGE-overlay.png and a score.
+
+    The score is the mean probability of the object over the pixels of the predicted mask (0 where nothing was found):
+    how sure the model is of the pixels it chose, not how good the mask is.
+
+    Args:
+        image: the image.
+        sentence: what to look for, such as "the left red cup".
+        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), or "shapes" for the
+            shipped teacher of the procedural set.
+        out: folder for the two pictures; those of an earlier call on an image of that name are replaced.
+        tokenizer: path of a vocab.txt or of a tokenizer folder; left out: the one in the model's folder, or the one its
+            configuration names.
+        device: "auto", "cpu", "cuda", ...
+    """
+    import io
+
+    from PIL import Image
+
+    from fastkd.cli._common import load_local
+    from fastkd.data import load_tokenizer
+    from fastkd.evaluate.prediction import predict as run
+    from fastkd.evaluate.prediction import read_image, tokenizer_of
+    from fastkd.report.overlays import save_overlay, write_atomic
+    from fastkd.train.runtime import pick_device
+
+    pixels = read_image(image)  # first: it fails soonest
+    loaded = load_local(model).to(pick_device(device))
+    words = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_of(loaded, Path(model).expanduser())
+    found = run(loaded, pixels, sentence, words)
+
+    buffer = io.BytesIO()
+    Image.fromarray(found.mask.astype("uint8") * 255).save(buffer, "PNG", optimize=True)
+    mask = write_atomic(out / f"{image.stem}-mask.png", buffer.getvalue())
+    overlay = save_overlay(found.image, found.mask, out / f"{image.stem}-overlay.png", longest=max(*found.mask.shape, 384))
+    if found.mask.any():
+        print(f"score {found.score:.3f} (mean probability over the mask), {100 * found.share:.1f} % of the image")
+    else:
+        print("score 0: nothing in this image is what the sentence says")
+    print(f"mask     {mask}\noverlay  {overlay}")

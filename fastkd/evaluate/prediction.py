@@ -1,0 +1,153 @@
+"""One image and one sentence in, a mask and its score out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+if TYPE_CHECKING:
+    from fastkd.data import Tokenizer
+
+
+@dataclass
+class Prediction:
+    """What a sentence refers to in an image, at the image's own size.
+
+    Attributes:
+        sentence: what was asked.
+        image: (H, W, 3) uint8 RGB, as it was read.
+        mask: (H, W) bool, where the object's logit is the larger of the two.
+        probability: (H, W) float32, the softmax's share of the object.
+        score: mean of ``probability`` over the mask, in [0.5, 1]; 0 where the mask is empty. It says how sure the model
+            is of the pixels it chose, not how good the mask is.
+    """
+
+    sentence: str
+    image: np.ndarray = field(repr=False)
+    mask: np.ndarray = field(repr=False)
+    probability: np.ndarray = field(repr=False)
+    score: float
+
+    @property
+    def share(self) -> float:
+        """Share of the image that the mask covers, in [0, 1]."""
+        return float(self.mask.mean())
+
+
+def predict(
+    model: nn.Module,
+    image: str | os.PathLike[str] | Image.Image | np.ndarray,
+    sentence: str,
+    tokenizer: Tokenizer | None = None,
+) -> Prediction:
+    """Segment what a sentence refers to.
+
+    The image is resized to the square that the model was made for and normalised, as in training; the logits are
+    resized back (bilinearly) before the decision, so the mask has the image's own size.
+
+    Args:
+        model: a `fastkd.models.RISModel`, or any model with a ``config`` and a call like it. Runs where its weights
+            are, in eval mode; put back into the mode it came in.
+        image: the path of an image, a PIL image, or (H, W, 3) uint8 RGB.
+        sentence: what to look for. One that is longer than the model allows is cut, with a `FastKDWarning` that says
+            what was lost.
+        tokenizer: the model's own; the one its configuration names where left out.
+
+    Raises:
+        FileNotFoundError: no such image.
+        ValueError: not an image, an empty sentence, or a model that names no tokenizer.
+        TypeError: an array that is not uint8, or a sentence that is no string.
+
+    Example:
+        >>> model = RISModel.from_pretrained("student")
+        >>> found = predict(model, "table.jpg", "the left red cup")
+        >>> found.score, found.mask.shape
+    """
+    from fastkd.data.dataset import normalise
+    from fastkd.models.inputs import word_limit
+
+    if not isinstance(sentence, str):
+        raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")
+    if not sentence.strip():
+        raise ValueError("the sentence is empty: say what to look for, such as 'the left red cup'")
+    pixels = read_image(image)
+    config: Any = model.config
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
+    input_ids, word_mask = tokenizer([sentence], word_limit(model))
+    square = Image.fromarray(pixels).resize((config.image_size,) * 2, Image.Resampling.BILINEAR)
+    where = next(model.parameters())
+    batch = normalise(np.array(square))[None].to(where.device, where.dtype)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            logits = model(batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
+            logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]
+            probability = logits.softmax(0)[1].cpu().numpy()
+            mask = logits.argmax(0).bool().cpu().numpy()
+    finally:
+        model.train(training)
+    score = float(probability[mask].mean(dtype=np.float64)) if mask.any() else 0.0
+    return Prediction(sentence, pixels, mask, probability, score)
+
+
+def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The tokenizer that goes with a model: from its folder where one lies there, else the one its configuration names.
+
+    Args:
+        model: a model with a ``config``.
+        folder: where the model was read from.
+
+    Raises:
+        ValueError: there is none in the folder and the configuration names none.
+        FileNotFoundError: the one that is named is not there.
+    """
+    from fastkd.data import load_tokenizer
+
+    if folder is not None and any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return load_tokenizer(folder)
+    config: Any = model.config
+    if config.tokenizer is None:
+        raise ValueError(
+            "this model does not say which tokenizer it reads: pass one (fastkd.data.load_tokenizer, --tokenizer), or put "
+            "its vocab.txt into the model's folder"
+        )
+    return load_tokenizer(config.tokenizer)
+
+
+def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
+    """An image as (H, W, 3) uint8 RGB; a file's EXIF orientation is applied.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that Pillow cannot read, or an array of another shape.
+        TypeError: an array that is not uint8.
+    """
+    if isinstance(image, Image.Image):
+        return np.array(image.convert("RGB"))
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"image must be (H, W, 3), got shape {image.shape}")
+        if image.dtype != np.uint8:
+            raise TypeError(f"image must be uint8, got {image.dtype}")
+        return image
+    path = Path(image)
+    if not path.exists():
+        raise FileNotFoundError(f"no image at {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give one image")
+    try:
+        with Image.open(path) as opened:
+            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise ValueError(
+            f"{path} is not an image that can be read ({type(error).__name__}: {error}): give a JPEG, PNG, WebP, ..."
+        ) from error
