@@ -123,7 +123,10 @@ def _create(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
     import timm
 
     if not isinstance(name, str) or not timm.is_model(name):
-        close = difflib.get_close_matches(str(name), timm.list_models(), n=4, cutoff=0.4)
+        known = timm.list_models()
+        longer = sorted((one for one in known if str(name) and str(name) in one), key=len)
+        similar = difflib.get_close_matches(str(name), known, n=4, cutoff=0.4)
+        close = list(dict.fromkeys([*longer, *similar]))[:4]
         hint = f"; close matches: {', '.join(close)}" if close else ""
         raise ValueError(f"timm {timm.__version__} has no backbone {name!r}{hint}")
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
@@ -134,7 +137,7 @@ def _create(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
     args.setdefault("num_classes", 0)
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, ValueError, IndexError) as error:
         raise ValueError(f"timm cannot build {name!r} with backbone_args={args}: {error}") from error
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,16 +179,18 @@ def _example(model: RISModel, batch: int, height: int, width: int, seed: int) ->
 def _trace(network: _Network, example: tuple[Tensor, ...]) -> Any:
     batch = torch.export.Dim("batch")
     try:
-        return torch.onnx.export(
-            network,
-            example,
-            dynamo=True,
-            input_names=list(INPUTS),
-            output_names=[OUTPUT],
-            dynamic_shapes={name: {0: batch} for name in INPUTS},
-            optimize=False,  # it would fold and rename parameters, which then could not be counted
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on how torch traces; the comparison decides
+            return torch.onnx.export(
+                network.eval(),
+                example,
+                dynamo=True,
+                input_names=list(INPUTS),
+                output_names=[OUTPUT],
+                dynamic_shapes={name: {0: batch} for name in INPUTS},
+                optimize=False,  # it would fold and rename parameters, which then could not be counted
+                verbose=False,
+            )
     except Exception as error:  # the tracer raises many kinds, with pages of text
         lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
         raise RuntimeError(f"torch cannot trace this model: {lines[0] if lines else type(error).__name__}") from error

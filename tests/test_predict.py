@@ -1,0 +1,195 @@
+"""One image and one sentence: the mask, the score, the pictures, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs the [ris] extra")
+
+from PIL import Image  # noqa: E402
+
+from fastkd.cli import main  # noqa: E402
+from fastkd.cli._common import shapes_teacher  # noqa: E402
+from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer, make_shapes  # noqa: E402
+from fastkd.errors import FastKDWarning  # noqa: E402
+from fastkd.evaluate import predict, tokenizer_of  # noqa: E402
+from fastkd.models import RISModel  # noqa: E402
+from fastkd.models.inputs import word_limit  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return RISModel.from_pretrained(shapes_teacher())
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes") / "data"
+    make_shapes(root, images=20, image_size=64, seed=3)
+    return RefCOCO(root, split="train")
+
+
+@pytest.fixture(scope="module")
+def scene(scenes):
+    ref = scenes.refs[0]
+    return scenes.image_path(ref.image_id), ref.sentences[0].text
+
+
+def test_it_is_what_evaluation_decides(teacher, scenes):
+    """On images of the model's own size the mask is the argmax that `evaluate` scores."""
+    samples = ReferDataset(scenes, load_tokenizer("shapes"), image_size=64, sentences="all")
+    hits = []
+    for index in range(24):
+        batch = collate([samples[index]])
+        with torch.no_grad():
+            logits = teacher(batch["image"], batch["input_ids"], batch["word_mask"]).logits[0]
+        found = predict(teacher, scenes.image_path(batch["image_id"][0]), batch["sentence"][0])
+        assert np.array_equal(found.mask, logits.argmax(0).numpy())
+        probability = logits.double().softmax(0)[1].numpy()
+        np.testing.assert_allclose(found.probability, probability, atol=1e-5)
+        assert found.score == pytest.approx(probability[found.mask].mean(), abs=1e-5)
+        assert 0.5 <= found.score <= 1
+        assert found.share == pytest.approx(found.mask.mean())
+        truth = batch["mask"][0].numpy()
+        hits.append((found.mask & truth).sum() / (found.mask | truth).sum())
+    assert np.mean(hits) > 0.3  # over thousands of sentences this teacher has 0.55
+
+
+def test_other_sizes_and_kinds_of_image(teacher, scene):
+    path, sentence = scene
+    plain = predict(teacher, path, sentence)
+    large = Image.open(path).resize((200, 150))
+    found = predict(teacher, large, sentence)
+    assert found.mask.shape == found.probability.shape == (150, 200)
+    assert found.image.shape == (150, 200, 3)
+    again = predict(teacher, np.asarray(large), sentence)
+    assert np.array_equal(again.mask, found.mask)
+    small = np.asarray(Image.fromarray(found.mask).resize((64, 64)))
+    assert (small & plain.mask).sum() > 0.7 * (small | plain.mask).sum()
+    grey = predict(teacher, Image.open(path).convert("LA"), sentence)
+    assert grey.mask.shape == (64, 64)
+
+
+def test_the_orientation_of_a_photograph_is_applied(teacher, scene, tmp_path):
+    path, sentence = scene
+    upright = Image.open(path).resize((80, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown a quarter turn clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    found = predict(teacher, tmp_path / "turned.png", sentence)
+    assert np.array_equal(found.image, np.asarray(upright))
+
+
+def test_the_mode_and_the_weights_stay(teacher, scene):
+    teacher.train()
+    try:
+        before = {k: v.clone() for k, v in teacher.state_dict().items()}
+        predict(teacher, *scene)
+        assert teacher.training
+        assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    finally:
+        teacher.eval()
+
+
+def test_nothing_found_scores_0(teacher, scene, monkeypatch):
+    with torch.no_grad():
+        bias = teacher.decoder.classifier.bias
+        old = bias.clone()
+        try:
+            bias[0] += 1e4
+            found = predict(teacher, *scene)
+        finally:
+            bias.copy_(old)
+    assert not found.mask.any()
+    assert found.score == 0
+    assert found.share == 0
+
+
+def test_a_long_sentence_is_cut_and_the_warning_says_what(teacher, scene):
+    sentence = "the " + "small " * 17 + "red circle"
+    with pytest.warns(FastKDWarning, match=r"22 word pieces was cut to max_words=20: .* lost 'circle'"):
+        predict(teacher, scene[0], sentence)
+
+
+def test_the_position_table_bounds_the_sentence(teacher):
+    assert word_limit(teacher) == 20
+    config = teacher.config
+    try:
+        config.max_words = 99
+        assert word_limit(teacher) == teacher.text_encoder.max_words == 32
+    finally:
+        config.max_words = 20
+
+
+def test_refusals(teacher, scene, tmp_path):
+    path, sentence = scene
+    for empty in ("", "  "):
+        with pytest.raises(ValueError, match="the sentence is empty"):
+            predict(teacher, path, empty)
+    with pytest.raises(TypeError, match="sentence must be a string, got list"):
+        predict(teacher, path, [sentence])
+    with pytest.raises(TypeError, match="image must be uint8, got float32"):
+        predict(teacher, np.zeros((4, 4, 3), np.float32), sentence)
+    with pytest.raises(ValueError, match=r"image must be \(H, W, 3\), got shape \(4, 4\)"):
+        predict(teacher, np.zeros((4, 4), np.uint8), sentence)
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"cut\.jpg is not an image that can be read"):
+        predict(teacher, cut, sentence)
+    name = teacher.config.tokenizer
+    try:
+        teacher.config.tokenizer = None
+        with pytest.raises(ValueError, match="does not say which tokenizer it reads"):
+            predict(teacher, path, sentence)
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n")
+        assert tokenizer_of(teacher, tmp_path).vocab_size == 6
+    finally:
+        teacher.config.tokenizer = name
+
+
+# The command
+
+
+def test_command(teacher, scene, tmp_path, capsys):
+    path, sentence = scene
+    teacher.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    assert main(["predict", str(path), sentence, "--model", str(tmp_path / "model"), "--out", str(out)]) == 0
+    found = predict(teacher, path, sentence)
+    mask = Image.open(out / f"{path.stem}-mask.png")
+    assert np.array_equal(np.asarray(mask), found.mask * np.uint8(255))
+    overlay = Image.open(out / f"{path.stem}-overlay.png")
+    assert overlay.size == (384, 384)  # small images are drawn larger
+    assert sorted(p.name for p in out.iterdir()) == [f"{path.stem}-mask.png", f"{path.stem}-overlay.png"]
+    said = capsys.readouterr().out
+    assert f"score {found.score:.3f} (mean probability over the mask)" in said
+    assert re.search(r"[\d.]+ % of the image", said)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["{tmp}/none.png", "red", "--model", "shapes"], "no image at"),
+        (["{tmp}", "red", "--model", "shapes"], "is a folder: give one image"),
+        (["{tmp}/text.png", "red", "--model", "shapes"], "is not an image that can be read (UnidentifiedImageError"),
+        (["{scene}", "", "--model", "shapes"], "the sentence is empty"),
+        (["{scene}", "red", "--model", "{tmp}/nowhere"], "no model at"),
+        (["{scene}", "red", "--model", "some/folder"], "no model at some/folder"),
+        (["{scene}", "red", "--model", "{tmp}"], "has no config.json"),
+        (["{scene}", "red", "--model", "shapes", "--tokenizer", "{tmp}/none"], "is no file or folder"),
+        (["{scene}", "red", "--model", "shapes", "--tokenizer", "{tmp}/text.png"], "it is not a BERT vocabulary"),
+        (["{scene}", "red", "--model", "shapes", "--device", "tpu7"], "device must be"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args, says, scene, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    args = [arg.format(tmp=tmp_path, scene=scene[0]) for arg in args]
+    assert main(["predict", *args, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
