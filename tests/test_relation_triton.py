@@ -5,6 +5,7 @@ Under the interpreter on CPU tensors where there is no GPU.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -20,6 +21,8 @@ if reason := _backends.why_not("triton"):
     pytest.skip(f"no Triton: {reason}", allow_module_level=True)
 
 from fastkd.kernels import _relation_plan as plans
+
+operator = importlib.import_module("fastkd.ops.relation")
 
 DEVICE = "cpu" if _backends._misplaced("triton", "cpu") is None else "cuda"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -219,15 +222,39 @@ def test_row_cosine_near_and_at_norms_of_nothing() -> None:
             check(student, other, torch.ones(1, 40, device=DEVICE), distance="row_cosine", similarity=similarity)
 
 
-def test_auto_takes_gram_matrices_for_the_mse_of_narrow_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends whose kernels are called, Triton being what "auto" prefers."""
     monkeypatch.setitem(_backends.PREFERENCE, DEVICE, ("triton", "reference"))
-    monkeypatch.delenv("FASTKD_BACKEND", raising=False)
     relation(rows((1, 9, 4), 0), rows((1, 9, 4), 1))  # a backend's first call tests it
-    called: list[str] = []
+    names: list[str] = []
     kernels = _relation_call._kernels
-    monkeypatch.setattr(_relation_call, "_kernels", lambda backend: called.append(backend) or kernels(backend))
+    monkeypatch.setattr(_relation_call, "_kernels", lambda backend: names.append(backend) or kernels(backend))
+    return names
+
+
+def test_auto_takes_gram_matrices_for_the_mse_of_narrow_rows(called: list[str]) -> None:
     for width, expected in ((20, []), (21, ["triton"])):  # up to half of the 40 columns
         student, teacher = rows((1, 40, width), 0), rows((1, 40, width), 1)
         got = relation(student, teacher, distance="mse")
         assert called == expected
         torch.testing.assert_close(got, reference(student, teacher, distance="mse"))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("wish", "expected"), [("triton", ["triton"]), ("reference", []), ("cuda", []), ("", [])])
+def test_a_backend_asked_for_by_the_environment_computes_narrow_rows_too(
+    monkeypatch: pytest.MonkeyPatch, called: list[str], wish: str, expected: list[str], compiled: bool
+) -> None:
+    """No Gram matrices then, unless the family lacks the backend."""
+    monkeypatch.setenv("FASTKD_BACKEND", wish)
+    gram: list[None] = []
+    made = operator.relation_mse_gram
+    monkeypatch.setattr(operator, "relation_mse_gram", lambda *a, **k: gram.append(None) or made(*a, **k))
+    student, teacher = rows((1, 40, 5), 0), rows((1, 40, 5), 1)
+    call = lambda: relation(student, teacher, distance="mse")
+    torch._dynamo.reset()
+    got = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)()
+    assert called == expected
+    assert len(gram) == (wish in ("cuda", ""))
+    torch.testing.assert_close(got, reference(student, teacher, distance="mse"))
