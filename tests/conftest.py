@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -112,10 +113,13 @@ def basic_kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    from contract_tools import threads
+    from contract_tools import quick_interpreter, threads
 
-    _require(request.param.place)
-    with threads(1):  # the arrays are small: waking threads for them is what would take the time
+    place = _require(request.param.place)
+    with ExitStack() as stack:
+        stack.enter_context(threads(1))  # the arrays are small: waking threads for them is what would take the time
+        if place == ("triton", "cpu"):
+            stack.enter_context(quick_interpreter())
         yield request.param
 
 
