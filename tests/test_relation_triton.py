@@ -6,6 +6,7 @@ Under the interpreter on CPU tensors where there is no GPU.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from typing import Any
 
@@ -143,8 +144,8 @@ def test_matrices_kept_for_a_backward_with_less_room(monkeypatch: pytest.MonkeyP
 def test_launches_cover_everything_once_within_the_workspace() -> None:
     for batch, count, cross in ((32, 512, False), (16, 1024, False), (8, 3600, False), (2, 14400, False),
                                 (8, 900, True), (1, 1, False), (300, 2000, False)):  # fmt: skip
-        for dtype in plans.REGIMES:
-            plan = plans.Plan(batch, count, cross, "kl", dtype, False, True)
+        for dtype, capability in itertools.product(plans.REGIMES, (9, 10)):
+            plan = plans.Plan(batch, count, cross, "kl", dtype, False, capability)
             for grid, size in ((plan.forward, plan.forward_bytes()), (plan.backward, plan.backward_bytes())):
                 for limit in (size, 3 * size, 32 * 2**20):
                     seen = []
@@ -154,14 +155,14 @@ def test_launches_cover_everything_once_within_the_workspace() -> None:
                         seen += [(p, b) for p in problems for b in range(launch.first, launch.last)]
                     assert seen == [(p, b) for p in range(grid.problems) for b in range(grid.blocks)]
     # What a training step of the issue's sizes needs at once stays below 32 MiB, one row block well below it.
-    plan = plans.Plan(2, 14400, False, "kl", "bf16", False, True)
+    plan = plans.Plan(2, 14400, False, "kl", "bf16", False, 9)
     assert plan.least_bytes() < 8 * 2**20
 
 
 def test_enough_programs_for_a_large_gpu() -> None:
     """(8, 512, 900): more tiles than an H100 has processors, forward and backward."""
     for kept in (False, True):
-        plan = plans.Plan(8, 512, False, "kl", "bf16", kept, True)
+        plan = plans.Plan(8, 512, False, "kl", "bf16", kept, 9)
         assert min(plan.forward.programs, plan.backward.programs) >= 132
         assert 8 * plan.backward.blocks * plans.cdiv(900, plan.product.cols) >= 132
 
