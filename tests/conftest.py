@@ -123,6 +123,15 @@ def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield request.param
 
 
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """For tests of Triton's kernels where they are interpreted."""
+    from contract_tools import quick_interpreter
+
+    with quick_interpreter(checks_overflow=True):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _quiet_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is absent here (no compiler, no GPU) is a skip of its own tests, not a warning in all others."""

@@ -26,7 +26,7 @@ from fastkd.kernels import _relation_plan as plans
 operator = importlib.import_module("fastkd.ops.relation")
 
 DEVICE = "cpu" if _backends._misplaced("triton", "cpu") is None else "cuda"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.usefixtures("interpreted")
 
 # Each method of the kernels, negated or not; 0.03 is below the fixed shift.
 METHODS: dict[str, dict[str, Any]] = {

@@ -113,12 +113,12 @@ def poisoned(value: float) -> Iterator[None]:
 
 
 @contextmanager
-def quick_interpreter() -> Iterator[None]:
+def quick_interpreter(checks_overflow: bool = False) -> Iterator[None]:
     """Triton's interpreter in half the time, for thousands of small calls.
 
     Whenever a kernel calls a function it looks through all of ``triton.language`` once more, which the launch has just
-    done (and for Triton's own functions once is enough); and it checks all integers for overflow, which small sizes do
-    not have. The tests of single kernels (``test_*_triton.py``) use it as it is.
+    done (and for Triton's own functions once is enough); and it checks all integers for overflow, which the tests of
+    single kernels (``test_*_triton.py``) leave it to do.
     """
     from triton.runtime import interpreter
 
@@ -135,5 +135,5 @@ def quick_interpreter() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(function, "__call__", call)
-        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=checks_overflow))
         yield
