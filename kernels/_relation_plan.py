@@ -141,10 +141,10 @@ class Grid:
 class Plan:
     """The grids of one call's tiles, forward and backward, and the blocks of its product.
 
-    ``capability`` is the major one of the chip.
+    ``chip`` is its major compute capability.
     """
 
-    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, kept: bool, capability: int) -> None:
+    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, kept: bool, chip: int) -> None:
         self.method, self.dtype = method, dtype
         samples, problems = (batch, 1) if cross else (1, batch)
         # With maxima a row's and a column's own exponentials are alive at once: too many for large tiles.
@@ -154,11 +154,11 @@ class Plan:
         enough = [regime for regime in regimes if grid(regime.tiles).programs >= ENOUGH_PROGRAMS]
         regime = (enough or regimes[-1:])[0]
         self.forward = grid(regime.crowded if method == "kl maxima" else regime.tiles)
-        if regime.wide is not None and not kept and method in WIDE_METHODS and capability not in NARROW_CAPABILITIES:
+        if regime.wide is not None and not kept and method in WIDE_METHODS and chip not in NARROW_CAPABILITIES:
             wide = grid(regime.wide)
             if wide.programs >= ENOUGH_PROGRAMS:
                 self.forward = wide
-        if not kept and capability in SMALL_BACKWARD.get(dtype, ()):
+        if not kept and chip in SMALL_BACKWARD.get(dtype, ()):
             regime = regimes[-1]
         self.backward = grid(regime.crowded)
         self.product = regime.product
