@@ -16,6 +16,10 @@ import numpy as np
 import pytest
 import torch
 from lavt_oracle import lavt_names, lavt_weights
+
+pytest.importorskip("timm", reason="needs the [ris] extra")
+pytest.importorskip("transformers", reason="needs the [ris] extra")
+
 from safetensors import safe_open
 
 import fastkd

@@ -11,6 +11,9 @@ import pytest
 import torch
 from lavt_oracle import Oracle, lavt_names, lavt_weights
 
+pytest.importorskip("timm", reason="needs the [ris] extra")
+pytest.importorskip("transformers", reason="needs the [ris] extra")
+
 from fastkd import Distiller, Taps, Term, losses
 from fastkd.models import LAVT, LAVTConfig
 from fastkd.train import segmentation_loss
