@@ -44,7 +44,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_teacher(what: str) -> RISModel | LAVT:
-    """A teacher with weights, in eval mode and frozen: from its folder, a LAVT's file, or "shapes" for the shipped one."""
+    """A teacher with weights, in eval mode and frozen: its folder, a LAVT's file, or "shapes" for the shipped one."""
     from fastkd.models import LAVT, RISModel
 
     path = shapes_teacher() if what == "shapes" else Path(what).expanduser()
@@ -78,21 +78,30 @@ def shapes_teacher() -> Path:
     return Path(__file__).resolve().parent.parent / "models" / "assets" / "shapes-teacher"
 
 
-def open_split(root: Path, split: str, model: Any, *, sentences: str, seed: int = 0, **where: Any) -> ReferDataset:
-    """One split, at the size and with the tokenizer that the model was made for."""
+def open_split(
+    root: Path,
+    split: str,
+    model: Any,
+    *,
+    sentences: str,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    **where: Any,
+) -> ReferDataset:
+    """One split, at the size that the model was made for, and with its tokenizer or the one given."""
     from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
-    from fastkd.models import LAVTConfig
 
     config = model.config
-    if config.tokenizer is None and isinstance(config, LAVTConfig):
+    source = tokenizer or config.tokenizer
+    if source is None:
         raise ValueError(
-            "this LAVT does not say which tokenizer it reads: convert it with --tokenizer and the path of its vocab.txt"
+            "the model's configuration names no tokenizer, and word ids mean nothing without one: pass --tokenizer "
+            "with the path of its vocab.txt"
         )
-    tokenizer = load_tokenizer(config.tokenizer or "shapes")
     small = config.image_size <= 128  # decoded images of a small set fit in memory
     return ReferDataset(
         RefCOCO(root, split=split, **where),
-        tokenizer,
+        load_tokenizer(source),
         image_size=config.image_size,
         max_words=config.max_words,
         sentences=sentences,

@@ -1,4 +1,4 @@
-"""Teachers and students for referring image segmentation: a timm backbone, a text encoder, fusion at every stage.
+"""Teachers and students for referring image segmentation: LAVT, and timm × transformers with fusion at every stage.
 
 Needs the extra ``pip install fastkd[ris]``. Names are imported on first use; the presets and the configuration need
 neither torch nor timm::

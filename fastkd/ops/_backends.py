@@ -108,6 +108,15 @@ def why_not(backend: str, family: str | None = None, device: str | torch.device 
 
 
 @constant_result
+def wished(family: str) -> str:
+    """What ``FASTKD_BACKEND`` makes of "auto" for this family: a backend, or "auto" if none that the family has."""
+    wish = os.environ.get("FASTKD_BACKEND", "auto") or "auto"
+    if wish not in ("auto", *BACKENDS):
+        raise ValueError(f"FASTKD_BACKEND: expected one of auto, {', '.join(BACKENDS)}, got {wish!r}")
+    return wish if wish in IMPLEMENTED[family] else "auto"  # a family without that backend goes on as usual
+
+
+@constant_result
 def _resolve(family: str, backend: str, device_type: str, device_index: int | None, dtypes: str, small: bool) -> str:
     """:func:`choose` on plain values: under torch.compile its answer is a constant of the compiled graph.
 
@@ -118,11 +127,8 @@ def _resolve(family: str, backend: str, device_type: str, device_index: int | No
     asked = backend
     said = f"backend={backend!r}"
     if backend == "auto":
-        wish = os.environ.get("FASTKD_BACKEND", "auto") or "auto"
-        if wish not in ("auto", *BACKENDS):
-            raise ValueError(f"FASTKD_BACKEND: expected one of auto, {', '.join(BACKENDS)}, got {wish!r}")
-        if wish in exist:  # a family without that backend goes on as usual
-            asked, said = wish, f"FASTKD_BACKEND={wish}"
+        asked = wished(family)
+        said = f"FASTKD_BACKEND={asked}"
     if asked == "auto":
         return _prefer(family, device_type, device, dtypes, small)
     if asked not in BACKENDS:

@@ -1,7 +1,7 @@
 """LAVT once more, slowly and in float64 numpy, from the formulas: one window, one head, one sample at a time.
 
-Shares nothing with fastkd. What may attend to what after the shift is found from coordinates, the bias by walking over the
-pairs, padding by filling a zero array, and bilinear resizing from the corner-aligned coordinates.
+Shares nothing with fastkd. What may attend to what after the shift is found from coordinates, padding is a larger array
+of zeros, and bilinear resizing goes by the corner-aligned coordinates.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _TEXT_SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-_TEXT_HEAD_WIDTH = 64  # of every BERT that was published
+_TEXT_HEAD_WIDTH = 64  # BERT's, of every size
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class LAVTConfig:
         Args:
             state: Names and tensors, without a ``module.`` in front.
             fusion_heads: One number per stage.
-            text_heads: Heads of the text encoder; None: one per 64 channels, as in every published BERT.
+            text_heads: Heads of the text encoder; None: one per 64 channels, as in BERT of every size.
             rest: ``image_size``, ``max_words``, ``tokenizer``.
 
         Raises:

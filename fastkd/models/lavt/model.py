@@ -127,7 +127,7 @@ class LAVT(nn.Module):
             state_dict: ``backbone.*`` and ``classifier.*``, and ``text_encoder.*`` where it holds a text encoder.
             fusion_heads: Heads of the fusion per stage, which shapes do not show: the checkpoint's ``args.mha``.
             bert_state_dict: The text encoder's weights where they are kept apart, under transformers' BertModel names.
-            text_heads: Heads of the text encoder; None: one per 64 channels.
+            text_heads: Heads of the text encoder; None: one per 64 channels, as in BERT.
             source: What errors call the weights.
             rest: ``image_size``, ``max_words`` and ``tokenizer`` of :class:`LAVTConfig`.
 

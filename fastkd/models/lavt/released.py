@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,15 +98,16 @@ def _fusion_heads(path: Path, mha: Any) -> tuple[int, ...]:
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, on pickle protocols that torch.save doesn't use
         if foreign := _foreign_objects(path):
             raise _refusal(path, foreign)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
-            if named := re.findall(r"GLOBAL ([\w.]+)", str(error)):
+            if named := _names_in_pickles(path):
                 raise _refusal(path, named) from None
-            raise ValueError(_damaged(path, error)) from error
+            raise ValueError(_damaged(path, error)) from None  # torch's message advises to run the code in the file
         except Exception as error:  # a damaged file raises almost anything; all mean that it gives no weights
             raise ValueError(_damaged(path, error)) from error
 
@@ -117,16 +120,37 @@ def _foreign_objects(path: Path) -> list[str]:
         return []
 
 
+def _names_in_pickles(path: Path) -> list[str]:
+    """The same for a file of one pickle after the other: all names but those torch itself writes for tensors."""
+    names: dict[str, None] = {}
+    with path.open("rb") as file:
+        try:
+            while True:
+                texts: list[str] = []
+                for operation, argument, _ in pickletools.genops(file):
+                    if operation.name in ("GLOBAL", "INST"):
+                        names[str(argument).replace(" ", ".")] = None
+                    elif operation.name == "STACK_GLOBAL":
+                        names[".".join(texts[-2:])] = None
+                    elif isinstance(argument, str):
+                        texts.append(argument)
+        except Exception:  # the end, or bytes that are no pickle
+            pass
+    usual = ("torch.", "collections.OrderedDict", "argparse.Namespace")
+    return [name for name in names if not name.startswith(usual)]
+
+
 def _refusal(path: Path, names: list[str]) -> ValueError:
     return ValueError(
-        f"{path} holds objects other than {_ALLOWED}: {', '.join(dict.fromkeys(names))}. Such a file can run code "
-        "when it is read, so it was refused and nothing was run; fetch it from its source, or save it without them"
+        f"{path} holds objects other than {_ALLOWED}: {', '.join(names)}. Such a file can run code when it is read, so "
+        "it was refused and nothing was run; fetch it from its source, or save it without them"
     )
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"{path} can't be read as a checkpoint ({first.strip()}): cut off while downloading, or no torch file"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    why = "it is no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else lines[0]
+    return f"{path} can't be read as a checkpoint ({why}): cut off while downloading, or no torch file"
 
 
 def _some(values: Mapping[Any, Any], limit: int = 6) -> str:
