@@ -68,7 +68,7 @@ def description(repeats: int) -> str:
     isa = torch.backends.cpu.get_cpu_capability()
     return (
         f"{processor()}, {torch.get_num_threads()} threads, {isa}; torch {torch.__version__}, timm {version('timm')}, "
-        f"transformers {version('transformers')}; fp32, batch of 1, median of {repeats}; {date.today().isoformat()}."
+        f"transformers {version('transformers')}; fp32, batch of 1, median of {repeats} runs; {date.today().isoformat()}."
     )
 
 

@@ -245,6 +245,7 @@ def test_mode_and_device_stay(student, exported, monkeypatch, tmp_path):
 
 
 def test_refusals(student, tmp_path):
+    pieces = load_tokenizer("shapes")
     cases = [
         (ValueError, r"must end in \.onnx", {"path": tmp_path / "student"}),
         (ValueError, "tolerance must be above 0", {"tolerance": 0.0}),
@@ -253,6 +254,7 @@ def test_refusals(student, tmp_path):
         (ValueError, "two different ones", {"batch_sizes": (0, 2)}),
         (ValueError, r"size must be \(height, width\)", {"size": (0, 32)}),
         (TypeError, "distiller.student", {"model": torch.nn.Linear(1, 1)}),
+        (ValueError, "word table 40: it is not", {"model": build(text={**TEXT, "vocab_size": 40}), "tokenizer": pieces}),
         (ValueError, r"call model\.float\(\)", {"model": copy.deepcopy(student).half()}),
     ]
     for kind, message, change in cases:

@@ -143,7 +143,7 @@ def test_refusals(teacher, scene, tmp_path):
     name = teacher.config.tokenizer
     try:
         teacher.config.tokenizer = None
-        with pytest.raises(ValueError, match="does not say which tokenizer it reads"):
+        with pytest.raises(ValueError, match="names no tokenizer, and word ids mean nothing"):
             predict(teacher, path, sentence)
         (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n")
         assert tokenizer_of(teacher, tmp_path).vocab_size == 6

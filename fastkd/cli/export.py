@@ -34,7 +34,7 @@ def export(
 
     from fastkd.cli._common import load_local
     from fastkd.data import load_tokenizer
-    from fastkd.evaluate.prediction import tokenizer_of
+    from fastkd.evaluate.prediction import tokenizer_source
     from fastkd.models import RISModel
     from fastkd.models.export import export_onnx
 
@@ -43,13 +43,8 @@ def export(
     student = load_local(model)
     if not isinstance(student, RISModel):
         raise ValueError(f"{model} is a {type(student).__name__}; only students (RISModel folders) are exported")
-    if tokenizer is not None:
-        words = load_tokenizer(tokenizer)
-    else:
-        try:
-            words = tokenizer_of(student, Path(model).expanduser())
-        except ValueError:
-            words = None  # the file is whole without it
+    source = tokenizer or tokenizer_source(student, Path(model).expanduser())
+    words = load_tokenizer(source) if source is not None else None  # the file is whole without it
     rows = student.config.image_size if height is None else height
     done = export_onnx(student, onnx, size=(rows, rows if width is None else width), tokenizer=words, tolerance=tolerance)
     print(f"{done.onnx}: {done.parameters:,} parameters, {done.onnx.stat().st_size / 1e6:.1f} MB")

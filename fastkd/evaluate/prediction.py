@@ -112,15 +112,21 @@ def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None)
     """
     from fastkd.data import load_tokenizer
 
-    if folder is not None and any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        return load_tokenizer(folder)
-    config: Any = model.config
-    if config.tokenizer is None:
+    source = tokenizer_source(model, folder)
+    if source is None:
         raise ValueError(
-            "this model does not say which tokenizer it reads: pass one (fastkd.data.load_tokenizer, --tokenizer), or put "
-            "its vocab.txt into the model's folder"
+            "the model's configuration names no tokenizer, and word ids mean nothing without one: pass it (--tokenizer, or "
+            "tokenizer=fastkd.data.load_tokenizer(...)), or put its vocab.txt into the model's folder"
         )
-    return load_tokenizer(config.tokenizer)
+    return load_tokenizer(source)
+
+
+def tokenizer_source(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> str | None:
+    """What `tokenizer_of` would load, or None."""
+    if folder is not None and any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return str(folder)
+    config: Any = model.config
+    return config.tokenizer
 
 
 def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:

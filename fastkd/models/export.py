@@ -108,6 +108,11 @@ def export_onnx(
     if weights > _LARGEST:
         raise ValueError(f"the model has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2: export a smaller one")
 
+    if tokenizer is not None and tokenizer.vocab_size > model.text_encoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's word table {model.text_encoder.vocab_size}: it is "
+            "not this model's own"
+        )
     network = _Network(model)
     was_training, was_on = model.training, model.decoder.classifier.weight.device
     dtypes = {p.dtype for p in model.parameters()}
