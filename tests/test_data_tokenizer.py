@@ -34,7 +34,9 @@ def test_tokenizer_pads_splits_and_lower_cases() -> None:
 def test_a_long_sentence_is_cut_with_one_warning(recwarn: pytest.WarningsRecorder) -> None:
     tokenizer = load_tokenizer("shapes")
     sentence = " ".join(["red"] * 7) + " small circle"
-    with pytest.warns(FastKDWarning, match=r"11 word pieces was cut to max_words=5: 'red red.*lost 'red red red small circle'"):
+    with pytest.warns(
+        FastKDWarning, match=r"11 word pieces was cut to max_words=5: 'red red.*lost 'red red red small circle'"
+    ):
         ids, mask = tokenizer([sentence], 5)
     assert pieces_of(ids[0], mask[0]) == ["[CLS]", *["red"] * 4]
     with pytest.warns(FastKDWarning, match=r"lost '\[SEP\]'"):

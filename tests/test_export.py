@@ -232,7 +232,7 @@ def test_what_cannot_be_traced_is_one_error(student, tmp_path, monkeypatch):
         raise NotImplementedError("no such operator\nand pages more")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(RuntimeError, match="torch cannot trace this model: no such operator$"):
+    with pytest.raises(RuntimeError, match=r"torch cannot trace this model: no such operator$"):
         export_onnx(student, tmp_path / "student.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -254,7 +254,11 @@ def test_refusals(student, tmp_path):
         (ValueError, "two different ones", {"batch_sizes": (0, 2)}),
         (ValueError, r"size must be \(height, width\)", {"size": (0, 32)}),
         (TypeError, "distiller.student", {"model": torch.nn.Linear(1, 1)}),
-        (ValueError, "word table 40: it is not", {"model": build(text={**TEXT, "vocab_size": 40}), "tokenizer": pieces}),
+        (
+            ValueError,
+            "word table 40: it is not",
+            {"model": build(text={**TEXT, "vocab_size": 40}), "tokenizer": pieces},
+        ),
         (ValueError, r"call model\.float\(\)", {"model": copy.deepcopy(student).half()}),
     ]
     for kind, message, change in cases:

@@ -10,15 +10,15 @@ import torch
 
 pytest.importorskip("timm", reason="needs the [ris] extra")
 
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from fastkd.cli import main  # noqa: E402
-from fastkd.cli._common import shapes_teacher  # noqa: E402
-from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer, make_shapes  # noqa: E402
-from fastkd.errors import FastKDWarning  # noqa: E402
-from fastkd.evaluate import predict, tokenizer_of  # noqa: E402
-from fastkd.models import RISModel  # noqa: E402
-from fastkd.models.inputs import word_limit  # noqa: E402
+from fastkd.cli import main
+from fastkd.cli._common import shapes_teacher
+from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer, make_shapes
+from fastkd.errors import FastKDWarning
+from fastkd.evaluate import predict, tokenizer_of
+from fastkd.models import RISModel
+from fastkd.models.inputs import word_limit
 
 
 @pytest.fixture(scope="module")

@@ -215,15 +215,16 @@ def test_the_command_counts_and_writes_between_its_markers(zoo, tmp_path, monkey
     parameters, flop, milliseconds = zoo.measure("shapes-student", 64, 1)
     _, larger, none = zoo.measure("shapes-student", 128, 0)
     assert parameters["total"] == RISModel(preset("shapes-student")).parameter_count()["total"]
-    assert milliseconds > 0
-    assert none is None
+    assert len(milliseconds) == 1
+    assert milliseconds[0] > 0
+    assert none == []
     assert 3.5 < larger / flop < 4.1  # four times the pixels, the same sentence
 
     page = tmp_path / "models.md"
     page.write_text(f"before\n{zoo.BEGIN}\nold\n{zoo.END}\nafter\n")
-    threads = torch.get_num_threads()
-    arguments = ["shapes-student", "--size", "64", "--repeats", "1", "--threads", str(threads), "--write", str(page)]
+    arguments = ["shapes-student", "--size", "64", "--repeats", "1", "--write", str(page)]
     monkeypatch.setattr(sys, "argv", ["zoo.py", *arguments])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of this process, which has other tests to run
     for _ in range(2):
         zoo.main()
     text = page.read_text()

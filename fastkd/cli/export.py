@@ -46,7 +46,9 @@ def export(
     source = tokenizer or tokenizer_source(student, Path(model).expanduser())
     words = load_tokenizer(source) if source is not None else None  # the file is whole without it
     rows = student.config.image_size if height is None else height
-    done = export_onnx(student, onnx, size=(rows, rows if width is None else width), tokenizer=words, tolerance=tolerance)
+    done = export_onnx(
+        student, onnx, size=(rows, rows if width is None else width), tokenizer=words, tolerance=tolerance
+    )
     print(f"{done.onnx}: {done.parameters:,} parameters, {done.onnx.stat().st_size / 1e6:.1f} MB")
     for batch, difference in done.differences.items():
         print(f"batch of {batch}: differs from torch by {difference:.1e} of the largest logit (allowed: {tolerance:g})")

@@ -50,7 +50,9 @@ def predict(
     buffer = io.BytesIO()
     Image.fromarray(found.mask.astype("uint8") * 255).save(buffer, "PNG", optimize=True)
     mask = write_atomic(out / f"{image.stem}-mask.png", buffer.getvalue())
-    overlay = save_overlay(found.image, found.mask, out / f"{image.stem}-overlay.png", longest=max(*found.mask.shape, 384))
+    overlay = save_overlay(
+        found.image, found.mask, out / f"{image.stem}-overlay.png", longest=max(*found.mask.shape, 384)
+    )
     if found.mask.any():
         print(f"score {found.score:.3f} (mean probability over the mask), {100 * found.share:.1f} % of the image")
     else:

@@ -1,4 +1,7 @@
-"""Evaluation: metrics, named protocols, `evaluate`, and `predict` for one image. Needs the ``[ris]`` extra; imported on first use."""
+"""Evaluation: metrics, named protocols, `evaluate`, and `predict` for one image.
+
+Needs the ``[ris]`` extra; imported on first use.
+"""
 
 from __future__ import annotations
 

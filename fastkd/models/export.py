@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ TOLERANCE = 1e-4
 
 INPUTS = ("image", "input_ids", "word_mask")
 OUTPUT = "logits"
+_CONSTANT = re.compile(r"\.(lifted_tensor|_tensor_constant)_?\d+$")  # how torch calls tensors made in a forward
 _LARGEST = 2**31 - 2**24  # bytes: protobuf's limit of one file, less room for the graph
 
 
@@ -89,7 +91,9 @@ def export_onnx(
     if path.suffix != ".onnx":
         raise ValueError(f"path: {path} must end in .onnx")
     if not isinstance(model, RISModel):
-        raise TypeError(f"export takes a RISModel, got {type(model).__name__}: a Distiller's student is distiller.student")
+        raise TypeError(
+            f"export takes a RISModel, got {type(model).__name__}: a Distiller's student is distiller.student"
+        )
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0, got {tolerance!r}")
     if len(set(batch_sizes)) < 2 or min(batch_sizes) < 1:
@@ -106,12 +110,14 @@ def export_onnx(
         )
     weights = 4 * sum(v.numel() for v in model.state_dict().values())
     if weights > _LARGEST:
-        raise ValueError(f"the model has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2: export a smaller one")
+        raise ValueError(
+            f"the model has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2: export a smaller one"
+        )
 
     if tokenizer is not None and tokenizer.vocab_size > model.text_encoder.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's word table {model.text_encoder.vocab_size}: it is "
-            "not this model's own"
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's word table {model.text_encoder.vocab_size}: it "
+            "is not this model's own"
         )
     network = _Network(model)
     was_training, was_on = model.training, model.decoder.classifier.weight.device
@@ -129,8 +135,8 @@ def export_onnx(
         parameters = _count(temporary, model)
         if parameters != expected:
             raise RuntimeError(
-                f"{parameters} parameters reached the file, a student of this configuration has {expected}; nothing was "
-                "written"
+                f"{parameters} parameters reached the file, a student of this configuration has {expected}; nothing "
+                "was written"
             )
         differences = _compare(temporary, model, height, width, batch_sizes, seed)
         worst = max(differences.values())
@@ -202,12 +208,13 @@ def _trace(network: _Network, example: tuple[Tensor, ...]) -> Any:
 
 
 def _count(path: Path, model: RISModel) -> int:
-    """Parameters in the file: elements of the initialisers under the model's name that are none of its buffers."""
+    """Parameters in the file: initialisers under the model's name, but for its buffers and numbers in its code."""
     import onnx
 
     buffers = {f"model.{name}" for name, _ in model.named_buffers()}
-    initialisers = onnx.load(str(path)).graph.initializer
-    return sum(math.prod(i.dims) for i in initialisers if i.name.startswith("model.") and i.name not in buffers)
+    initialisers = {i.name: math.prod(i.dims) for i in onnx.load(str(path)).graph.initializer}
+    named = (n for n in initialisers if n.startswith("model.") and n not in buffers and not _CONSTANT.search(n))
+    return sum(initialisers[name] for name in named)
 
 
 def _compare(
@@ -227,7 +234,9 @@ def _compare(
         feed = {name: tensor.numpy() for name, tensor in zip(INPUTS, example, strict=True)}
         got = torch.from_numpy(session.run([OUTPUT], feed)[0])
         if got.shape != expected.shape:
-            raise ArithmeticError(f"onnxruntime gives {tuple(got.shape)}, torch {tuple(expected.shape)}; nothing was written")
+            raise ArithmeticError(
+                f"onnxruntime gives {tuple(got.shape)}, torch {tuple(expected.shape)}; nothing was written"
+            )
         differences[batch] = float((got - expected).abs().max() / expected.abs().max())
     return differences
 
@@ -244,6 +253,7 @@ def _facts(
 ) -> dict[str, Any]:
     import fastkd
     from fastkd.data.dataset import IMAGENET_MEAN, IMAGENET_STD
+
     words = word_limit(model)
     return {
         "format": "fastkd.onnx/1",

@@ -47,8 +47,8 @@ def check_inputs(
 
     Raises:
         ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, a sentence longer than the
-            position table, another device; and, looked at on the CPU only, where looking costs nothing, and not while a graph
-            is traced, which has no values: an id outside the vocabulary, or a sentence with no valid word.
+            position table, another device; and, looked at on the CPU only, where looking costs nothing, and not while
+            a graph is traced, which has no values: an id outside the vocabulary, or a sentence with no valid word.
         TypeError: A wrong dtype, or something that is no tensor.
     """
     _check_tensors(device, image=image, input_ids=input_ids, words=words, word_mask=word_mask)

@@ -138,7 +138,10 @@ _PRESETS: dict[str, tuple[str, Callable[[], RISConfig]]] = {
     "shapes-teacher": ("teacher for the procedural 64 px scenes", _shapes_teacher),
     "shapes-student": ("its student: the same strides and decoder width", _shapes_student),
     "student-5m": ("5.3 M parameters: EfficientViT-B0 and a 2-layer, 128-wide BERT", _student_5m),
-    "student-5m-mobilenet": ("6.0 M: MobileNetV4-S of half the width and a 2-layer, 128-wide BERT", _student_5m_mobilenet),
+    "student-5m-mobilenet": (
+        "6.0 M: MobileNetV4-S of half the width and a 2-layer, 128-wide BERT",
+        _student_5m_mobilenet,
+    ),
     "student-15m": ("16 M: EfficientNet-B0 and a 4-layer, 256-wide BERT", _student_15m),
     "student-15m-convnext": ("16 M: ConvNeXt-Atto and a 4-layer, 256-wide BERT", _student_15m_convnext),
     "student-30m": ("30 M: ConvNeXt-Femto and a 6-layer, 384-wide BERT (MiniLM-L6)", _student_30m),
