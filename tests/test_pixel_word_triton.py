@@ -285,7 +285,7 @@ def test_more_words_than_a_program_holds() -> None:
 
 def test_blocks_exist_for_all_words() -> None:
     """Whatever the number of words, a power of two that the tables know, and no more programs than are merged."""
-    assert _pixel_word_triton.MOST_WORDS == shared.MOST_WORDS
+    assert MOST_WORDS["triton"] == shared.MOST_WORDS
     for words in range(1, shared.MOST_WORDS + 1):
         padded = shared.padded(words)
         assert words <= padded <= max(16, 2 * words)

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "bindings/pixel_word.h"
 #include "bindings/softmax_kl.h"
 #include "cuda/kernels.h"
 #if defined(FASTKD_EMULATED)
@@ -43,6 +44,27 @@ int device_count() {
     return count;
 }
 
+struct PixelWordKernels {
+    using Extra = cudaStream_t;
+    static constexpr const char* extra_name = "stream";
+    static constexpr bool words_as_pixels = true;
+    static cudaStream_t parse_extra(std::int64_t handle) { return parse_stream(handle); }
+    static void check(const pixel_word::Problem& problem) {
+        if (!cuda::pixel_word_fits(problem)) {
+            throw py::value_error("problem: more words, pixels, features or samples than the kernels index");
+        }
+    }
+    static pixel_word::Workspace workspace(const pixel_word::Problem& problem, bool backward, cudaStream_t) {
+        return {cuda::pixel_word_workspace(problem, backward), 0};
+    }
+    static void forward(const pixel_word::Forward& args, cudaStream_t stream) {
+        bindings::check(cuda::pixel_word_forward(args, stream), "pixel_word_forward");
+    }
+    static void backward(const pixel_word::Backward& args, cudaStream_t stream) {
+        bindings::check(cuda::pixel_word_backward(args, stream), "pixel_word_backward");
+    }
+};
+
 } // namespace
 
 PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
@@ -76,6 +98,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         [](const softmax_kl::Backward& args, std::int64_t stream) {
             check(cuda::softmax_kl_backward(args, parse_stream(stream)), "softmax_kl_backward");
         });
+    define_pixel_word<PixelWordKernels>(module);
 }
 
 } // namespace fastkd::bindings

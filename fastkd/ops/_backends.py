@@ -26,7 +26,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "softmax_kl": ("reference", "cpu", "triton", "cuda"),
     "relation": ("reference", "cpu", "triton"),
-    "pixel_word": ("reference", "cpu", "triton"),
+    "pixel_word": ("reference", "cpu", "triton", "cuda"),
 }
 """The backends each family has. A family gains one by a row here and the files of the same name on the lower floors."""
 
