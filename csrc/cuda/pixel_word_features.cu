@@ -228,6 +228,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
                         dm.at[q] = pixel + q < args.pixel_count ? row[q] : 0.0f;
                     }
                 }
+                float sum[2][4] = {};
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     std::uint32_t b_high[2], b_low[2];
@@ -240,9 +241,11 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
                         for (int i = 0; i < 4; ++i) {
                             split(v[2 * k + i / 2][2 * m + i % 2], a_high[i], a_low[i]);
                         }
-                        multiply<exact>(dl[j][m], a_high, a_low, b_high, b_low);
+                        multiply<exact>(sum[m], a_high, a_low, b_high, b_low);
                     }
                 }
+                add(dl[j][0], sum[0]);
+                add(dl[j][1], sum[1]);
             }
             if (for_pixels) { // pixels are columns, words are what is summed over
                 std::uint32_t b_high[2][2], b_low[2][2];
@@ -270,7 +273,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
                     }
 #pragma unroll
                     for (int k = 0; k < 2; ++k) {
-                        multiply<exact>(dv[m][k], a_high, a_low, b_high[k], b_low[k]);
+                        float sum[4] = {};
+                        multiply<exact>(sum, a_high, a_low, b_high[k], b_low[k]);
+                        add(dv[m][k], sum);
                     }
                 }
             }

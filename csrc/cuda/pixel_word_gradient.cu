@@ -206,7 +206,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
                         if (part * own + i < tiles) {
                             const Pack<std::uint32_t> b = load_pack(
                                 slopes + ((which * all_steps + k) * all_tiles + i) * warp_size * 4);
-                            multiply_halves(product[i], a.high, a.low, {b.at[0], b.at[1]}, {b.at[2], b.at[3]});
+                            float sum[4] = {};
+                            multiply_halves(sum, a.high, a.low, {b.at[0], b.at[1]}, {b.at[2], b.at[3]});
+                            add(product[i], sum);
                         }
                     }
                 };
@@ -303,7 +305,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
 template <int own, int split>
 cudaError_t run(const Gradient& gradient, std::int64_t batch, cudaStream_t stream) {
     constexpr int step = block_warps / split * tile_pixels;
-    constexpr int bytes = split == 1 ? 0
+    constexpr int bytes = split == 1 ? 16 // never touched
                                      : 8 * split * step * static_cast<int>(sizeof(float)) +
                                            block_warps * 2 * ((own + 1) / 2) * 32 * static_cast<int>(sizeof(Fragment));
     return launch(gradient_kernel<own, split>, {batch * gradient.cut.programs, block_threads, 1, bytes}, stream, gradient);

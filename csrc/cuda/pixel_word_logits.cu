@@ -81,33 +81,32 @@ FASTKD_DEVICE std::uint32_t pair_bits(const S& low, const S& high) {
 // C += V L^T over one step of features.
 template <class S>
 FASTKD_DEVICE void multiply(float (&c)[4], const Pack<S> (&v)[2], const Pack<S>& l) {
+    float sum[4] = {};
     if constexpr (sizeof(S) == 2) {
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-            multiply_16x8x16<S>(c,
-                                {pair_bits(v[0].at[4 * s], v[0].at[4 * s + 1]), pair_bits(v[1].at[4 * s], v[1].at[4 * s + 1]),
-                                 pair_bits(v[0].at[4 * s + 2], v[0].at[4 * s + 3]),
-                                 pair_bits(v[1].at[4 * s + 2], v[1].at[4 * s + 3])},
-                                {pair_bits(l.at[4 * s], l.at[4 * s + 1]), pair_bits(l.at[4 * s + 2], l.at[4 * s + 3])});
+        for (int s = 0; s < 8; s += 4) {
+            multiply_16x8x16<S>(sum,
+                                {pair_bits(v[0].at[s], v[0].at[s + 1]), pair_bits(v[1].at[s], v[1].at[s + 1]),
+                                 pair_bits(v[0].at[s + 2], v[0].at[s + 3]), pair_bits(v[1].at[s + 2], v[1].at[s + 3])},
+                                {pair_bits(l.at[s], l.at[s + 1]), pair_bits(l.at[s + 2], l.at[s + 3])});
         }
     } else {
+        std::uint32_t a_high[2][4], a_low[2][4], b_high[2][2], b_low[2][2];
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            const float a[4] = {v[0].at[2 * s], v[1].at[2 * s], v[0].at[2 * s + 1], v[1].at[2 * s + 1]};
-            std::uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                split(a[k], a_high[k], a_low[k]);
-            }
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                split(l.at[2 * s + k], b_high[k], b_low[k]);
+                split(v[0].at[2 * s + k], a_high[s][2 * k], a_low[s][2 * k]);
+                split(v[1].at[2 * s + k], a_high[s][2 * k + 1], a_low[s][2 * k + 1]);
+                split(l.at[2 * s + k], b_high[s][k], b_low[s][k]);
             }
-            multiply_16x8x8(c, a_low, b_high);
-            multiply_16x8x8(c, a_high, b_low);
-            multiply_16x8x8(c, a_high, b_high);
+            multiply_16x8x8(sum, a_low[s], b_high[s]);
+            multiply_16x8x8(sum, a_high[s], b_low[s]);
         }
+        multiply_16x8x8(sum, a_high[0], b_high[0]);
+        multiply_16x8x8(sum, a_high[1], b_high[1]);
     }
+    add(c, sum);
 }
 
 // Words' features [begin, begin + side.chunk) to shared memory; zeros beyond the width and the words.

@@ -246,8 +246,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
                 load_columns(b_low, low, stride, k, 16 * column, at.lane);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    multiply_halves(product[n][half], a_high, a_low, {b_high[half], b_high[half + 2]},
-                                    {b_low[half], b_low[half + 2]});
+                    float sum[4] = {};
+                    multiply_halves(sum, a_high, a_low, {b_high[half], b_high[half + 2]}, {b_low[half], b_low[half + 2]});
+                    add(product[n][half], sum);
                 }
                 const bool last = column == row; // of its row of tiles
                 row += last ? 1 : 0;
