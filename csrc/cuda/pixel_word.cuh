@@ -19,10 +19,6 @@ template <class S>
 struct alignas(2 * sizeof(S)) Pair {
     S at[2];
 };
-template <class S>
-struct alignas(4 * sizeof(S) < 16 ? 4 * sizeof(S) : 16) Quad {
-    S at[4];
-};
 
 struct Lane {
     int warp, lane, g, t;

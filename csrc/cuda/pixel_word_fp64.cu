@@ -389,7 +389,7 @@ cudaError_t differentiate_logits_fp64(const Backward& args, const Plan& plan, cu
                       out.batch,
                       out.pixel,
                       out.column,
-                      problem.cosine ? at_bytes<double>(args.workspace, plan.along) : nullptr};
+                      problem.cosine ? at_bytes<double>(args.workspace, plan.own) : nullptr};
     if (problem.student.width > 0) {
         gradient.out = at_bytes<double>(args.workspace, plan.grad_logits);
         gradient.out_batch = problem.student.word_count * problem.pixels;
@@ -410,7 +410,7 @@ cudaError_t differentiate_features_fp64(const Backward& args, const Plan& plan, 
                             problem.pixel_mask,
                             at_bytes<double>(args.workspace, plan.grad_logits),
                             problem.cosine ? static_cast<const double*>(args.kept.norms) : nullptr,
-                            problem.cosine ? at_bytes<double>(args.workspace, plan.along) : nullptr,
+                            problem.cosine ? at_bytes<double>(args.workspace, plan.own) : nullptr,
                             args.grad_words == nullptr ? nullptr : at_bytes<double>(args.workspace, plan.sums),
                             problem.pixels,
                             static_cast<int>(student.word_count),

@@ -1,5 +1,5 @@
-// pixel_word on a GPU, backward: from the logits to their gradient dM, by common/pixel_word.h. For the cosine also, of
-// each pixel, <dM, M>.
+// pixel_word on a GPU, backward: from the logits to their gradient dM, by common/pixel_word.h. For the cosine to dM/|V|,
+// and of each pixel to <dM, M>/|V|^2.
 //
 // A warp takes 16 pixels and up to 32 words, as in the forward. dA = A X + D Z is a product over words: A and D lie as
 // its A fragments already, X and Z come from memory (in truth the caches) as prepare_gradient has laid them out. Where
@@ -12,6 +12,8 @@ namespace {
 
 using pixel_word::Backward;
 
+constexpr float least_norm = static_cast<float>(pixel_word::norm_floor);
+
 struct Gradient {
     Logits student, teacher;
     const std::uint8_t* pixel_mask;
@@ -22,7 +24,8 @@ struct Gradient {
     DType out_dtype;
     std::int64_t out_batch, out_pixel, out_word;
     bool out_pairs;
-    float* along; // (B, N) <dM, M>, or null
+    const float* norms; // (B, N) |V|, and
+    float* own;         // (B, N) <dM, M>/|V|^2, for the cosine, or null
     int pixels, words, terms;
     Cut cut;
 };
@@ -266,7 +269,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
                 dm[i][k] = ok ? dm[i][k] : 0.0f;
             }
         }
-        if (args.along != nullptr) {
+        if (args.own != nullptr) {
             load_logits(args.student, sample, pixel, first_word, words_s, pixel_ok, x);
             float along[2] = {};
 #pragma unroll
@@ -282,9 +285,18 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
                 float ignored[2] = {};
                 across_parts(3, along, ignored, sum);
             }
-            for (int h = 0; part == 0 && at.t == 0 && h < 2; ++h) {
-                if (pixel + h < args.pixels) {
-                    args.along[sample * args.pixels + pixel + h] = along[h];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const std::int64_t at_pixel = sample * args.pixels + pixel + h;
+                const float norm = pixel_ok[h] ? args.norms[at_pixel] : 1.0f;
+                const float inverse = 1 / (norm < least_norm ? least_norm : norm);
+#pragma unroll
+                for (int i = 0; i < own; ++i) {
+                    dm[i][2 * h] *= inverse;
+                    dm[i][2 * h + 1] *= inverse;
+                }
+                if (part == 0 && at.t == 0 && pixel + h < args.pixels) {
+                    args.own[at_pixel] = along[h] * inverse * inverse;
                 }
             }
         }
@@ -328,7 +340,8 @@ cudaError_t differentiate_logits(const Backward& args, const Plan& plan, cudaStr
                       args.grad_pixels.pixel,
                       args.grad_pixels.column,
                       false,
-                      problem.cosine ? at_bytes<float>(args.workspace, plan.along) : nullptr,
+                      problem.cosine ? static_cast<const float*>(args.kept.norms) : nullptr,
+                      problem.cosine ? at_bytes<float>(args.workspace, plan.own) : nullptr,
                       static_cast<int>(problem.pixels),
                       plan.words,
                       problem.terms,

@@ -10,7 +10,7 @@ using pixel_word::Network;
 using pixel_word::Problem;
 
 constexpr int most_words = 128;              // a block's registers and shared memory hold no more
-constexpr std::int64_t most_length = 1 << 30; // of pixels and widths, which are indexed by int
+constexpr std::int64_t most_length = 1 << 28; // of pixels and widths: 8 rows are indexed by 32 bits
 constexpr int tile_words = 8, tile_pixels = 16;
 constexpr int block_warps = 8;
 constexpr int block_threads = 32 * block_warps;
@@ -95,6 +95,11 @@ inline int split_of(int words) {
     return words <= 32 ? 1 : (words <= 64 ? 2 : 4);
 }
 
+// Features of a warp in the products that give their gradients: with the words they take their product of registers.
+constexpr FASTKD_HD int warp_features_of(int words, std::int64_t size) {
+    return words <= 32 && size == 2 ? 32 : 16;
+}
+
 struct Plan {
     int words;
     int split;
@@ -104,8 +109,9 @@ struct Plan {
     Cut logits, terms;             // forward
     std::int64_t partials, grams;  // offsets in bytes; grams where the forward keeps none
     Cut gradient, runs;            // backward
-    std::int64_t coefficients, slopes, grad_logits, along, sums;
+    std::int64_t coefficients, slopes, grad_logits, own, sums;
     int feature_warps; // of a block, side by side in the features
+    int warp_features; // features of each
 };
 
 constexpr int fp64_step = 8, fp64_features_step = 64; // pixels
@@ -140,8 +146,9 @@ inline Plan plan_backward(const Problem& problem) {
     plan.size = fp64 ? 8 : 4;
     plan.gradient =
         cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 1056, problem.pixels);
-    const std::int64_t groups = (width + 31) / 32;
-    plan.feature_warps = groups >= 3 && words <= 32 ? 4 : (groups >= 2 ? 2 : 1);
+    plan.warp_features = warp_features_of(words, element_size(problem.student.pixels.dtype));
+    const std::int64_t groups = (width + plan.warp_features - 1) / plan.warp_features;
+    plan.feature_warps = groups >= 3 ? 4 : (groups >= 2 ? 2 : 1);
     const std::int64_t chunks = (groups + plan.feature_warps - 1) / plan.feature_warps;
     const int step = fp64 ? fp64_features_step : block_warps / plan.feature_warps * tile_pixels;
     plan.runs = cut(problem.pixels, step, problem.batch * (features && !fp64 ? chunks : 1), 528, 64);
@@ -151,7 +158,7 @@ inline Plan plan_backward(const Problem& problem) {
     plan.coefficients = pieces.take(problem.batch * 4 * plan.size);
     plan.slopes = pieces.take(!second ? 0 : problem.batch * 2 * (fp64 ? words * words * 8 : steps * plan.tiles * 32 * 16));
     plan.grad_logits = pieces.take(features ? problem.batch * count * problem.pixels * plan.size : 0);
-    plan.along = pieces.take(problem.cosine ? problem.batch * problem.pixels * plan.size : 0);
+    plan.own = pieces.take(problem.cosine ? problem.batch * problem.pixels * plan.size : 0);
     plan.sums = pieces.take(features ? problem.batch * plan.runs.programs * count * width * plan.size : 0);
     plan.bytes = pieces.used;
     return plan;
@@ -173,7 +180,7 @@ inline bool fits(const Problem& problem) {
     const Plan plan = plan_backward(problem);
     return problem.batch * 2 * plan_forward(problem).logits.programs <= most_blocks &&
            problem.batch * plan.gradient.programs <= most_blocks &&
-           problem.batch * plan.runs.programs * ((width + 31) / 32) <= most_blocks &&
+           problem.batch * plan.runs.programs * ((width + 15) / 16) <= most_blocks &&
            problem.batch * student.word_count <= most_blocks;
 }
 
