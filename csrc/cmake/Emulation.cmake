@@ -3,7 +3,8 @@
 #
 #     cmake -G Ninja -S csrc -B build/emulated -DFASTKD_EMULATE=ON && cmake --build build/emulated
 #
-# With FASTKD_SANITIZE the driver of Sanitize.cmake, calling these kernels in place of the CPU's.
+# With FASTKD_SANITIZE, "address;undefined" or "thread", under these sanitizers, whose run-time library has to be in the
+# process from its start: LD_PRELOAD it.
 
 enable_language(CXX)
 include(CheckCXXCompilerFlag)
@@ -16,31 +17,25 @@ endif()
 add_library(emulation OBJECT tests/emulation/engine.cpp) # never under a sanitizer itself
 target_include_directories(emulation PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
 target_compile_options(emulation PRIVATE ${emulation_flags})
-foreach(sanitizer IN ITEMS address thread)
-  string(TOUPPER ${sanitizer} name)
-  if("${sanitizer}" IN_LIST FASTKD_SANITIZE)
-    target_compile_definitions(emulation PRIVATE FASTKD_EMULATION_${name})
-  endif()
-endforeach()
 
-if(FASTKD_SANITIZE)
-  include(CheckCXXSourceCompiles)
-  set(cpu_common "")
-  include(Sanitize)
-  set(emulated sanitize)
-  sanitize_options(sanitize)
-else()
-  set(PYBIND11_FINDPYTHON ON)
-  find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module)
-  find_package(pybind11 3.0 CONFIG REQUIRED)
-  pybind11_add_module(_cuda MODULE NO_EXTRAS bindings/cuda.cpp)
-  target_compile_definitions(_cuda PRIVATE "FASTKD_CUDA_TARGETS=\"host\"")
-  set(emulated _cuda)
-endif()
+set(PYBIND11_FINDPYTHON ON)
+find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 3.0 CONFIG REQUIRED)
+pybind11_add_module(_cuda MODULE NO_EXTRAS bindings/cuda.cpp ${cuda_kernels})
 set_source_files_properties(${cuda_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
-target_sources(${emulated} PRIVATE ${cuda_kernels})
-target_include_directories(${emulated} BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests/emulation"
-                                                      "${CMAKE_CURRENT_SOURCE_DIR}")
-target_compile_definitions(${emulated} PRIVATE FASTKD_EMULATED)
-target_compile_options(${emulated} PRIVATE ${emulation_flags})
-target_link_libraries(${emulated} PRIVATE emulation)
+target_include_directories(_cuda BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests/emulation"
+                                                "${CMAKE_CURRENT_SOURCE_DIR}")
+target_compile_definitions(_cuda PRIVATE FASTKD_EMULATED "FASTKD_CUDA_TARGETS=\"host\"")
+target_compile_options(_cuda PRIVATE ${emulation_flags})
+target_link_libraries(_cuda PRIVATE emulation)
+
+foreach(sanitizer IN LISTS FASTKD_SANITIZE)
+  if(NOT sanitizer MATCHES "^(address|undefined|thread)$")
+    message(FATAL_ERROR "FASTKD_SANITIZE: expected address, undefined, address;undefined or thread, got '${FASTKD_SANITIZE}'")
+  endif()
+  string(TOUPPER ${sanitizer} name)
+  target_compile_definitions(emulation PRIVATE FASTKD_EMULATION_${name})
+  target_compile_options(_cuda PRIVATE -O1 -g1 -fno-omit-frame-pointer -fsanitize=${sanitizer}
+                                       -fno-sanitize-recover=all)
+  target_link_options(_cuda PRIVATE -fsanitize=${sanitizer})
+endforeach()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
+READY = "FASTKD_TEST_EMULATED"  # a folder with the module, built already
 
 
 @contextmanager
@@ -32,18 +33,18 @@ def emulated() -> Iterator[ModuleType]:
     from fastkd.ops import _backends, _launch
 
     module = _module()
-    hidden = {"module": sys.modules.get("fastkd._cuda"), "attribute": getattr(fastkd, "_cuda", None)}
+    places: list[tuple[dict[str, Any], str]] = [(sys.modules, "fastkd._cuda"), (vars(fastkd), "_cuda")]
+    hidden = [place.get(key) for place, key in places]
     answers = _answers(_backends)
-    sys.modules["fastkd._cuda"] = module
-    fastkd._cuda = module
+    for place, key in places:
+        place[key] = module
     _launch.native.cache_clear()
     try:
         yield module
     finally:
-        for place, key in ((sys.modules, "fastkd._cuda"), (vars(fastkd), "_cuda")):
-            was = hidden["module" if place is sys.modules else "attribute"]
+        for (place, key), was in zip(places, hidden, strict=True):
             if was is None:
-                place.pop(key, None)
+                del place[key]
             else:
                 place[key] = was
         _launch.native.cache_clear()
@@ -67,9 +68,12 @@ def _module() -> ModuleType:
 
 @functools.cache
 def _built() -> ModuleType:
-    path = build(Path(tempfile.mkdtemp(prefix="fastkd-emulated-"))) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    ready = os.environ.get(READY)
+    folder = Path(ready) if ready else build(Path(tempfile.mkdtemp(prefix="fastkd-emulated-")))
+    path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location("fastkd._cuda", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
