@@ -143,7 +143,7 @@ FASTKD_DEVICE void multiply(float (&c)[4], const std::uint32_t (&a_high)[4], con
     multiply_16x8x8(c, a_high, b_high);
 }
 
-// 1/|L| of a block's words.
+// 1/|L| of a block's words; 0 of masked ones, whatever they hold.
 template <class S>
 FASTKD_DEVICE void word_norms(const Features& args, std::int64_t sample, const Lane& at, float* inverse) {
     for (int word = at.warp; word < args.count; word += block_warps) {
@@ -153,7 +153,8 @@ FASTKD_DEVICE void word_norms(const Features& args, std::int64_t sample, const L
             square += widen(from[d]) * widen(from[d]);
         }
         const float norm = std::sqrt(sum_over(square, 1, warp_size));
-        inverse[word] = 1 / (norm < least_norm ? least_norm : norm);
+        const bool ok = valid(args.word_mask, sample, word, args.count);
+        inverse[word] = ok ? 1 / (norm < least_norm ? least_norm : norm) : 0.0f;
     }
 }
 
