@@ -5,7 +5,7 @@
 #include "cuda/kernels.h"
 #include "cuda/pixel_word.cuh"
 
-namespace fastkd::cuda::pixel_words {
+namespace fastkd::cuda::pixel_word {
 namespace {
 
 using pixel_word::Backward;
@@ -329,11 +329,11 @@ cudaError_t prepare_gradient(const Backward& args, const Plan& plan, cudaStream_
                           : launch(prepare_kernel<float>, grid, stream, prepare);
 }
 
-} // namespace fastkd::cuda::pixel_words
+} // namespace fastkd::cuda::pixel_word
 
 namespace fastkd::cuda {
 
-using namespace pixel_words;
+using namespace pixel_word;
 
 // The first error of several launches; those after it are not tried.
 #define FASTKD_TRY(call)                                                                                               \

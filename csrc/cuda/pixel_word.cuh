@@ -11,7 +11,7 @@
 #include "cuda/matrix.cuh"
 #include "cuda/pixel_word_plan.h"
 
-namespace fastkd::cuda::pixel_words {
+namespace fastkd::cuda::pixel_word {
 
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
@@ -254,4 +254,4 @@ T* at_bytes(void* workspace, std::int64_t offset) {
     return reinterpret_cast<T*>(static_cast<char*>(workspace) + offset);
 }
 
-} // namespace fastkd::cuda::pixel_words
+} // namespace fastkd::cuda::pixel_word

@@ -9,7 +9,7 @@
 // 4t + 2s, t + 4 for the one after it. dM and 32-bit features are split in two tf32 numbers, 16-bit ones are exact.
 #include "cuda/pixel_word.cuh"
 
-namespace fastkd::cuda::pixel_words {
+namespace fastkd::cuda::pixel_word {
 namespace {
 
 using pixel_word::Backward;
@@ -409,4 +409,4 @@ cudaError_t differentiate_features(const Backward& args, const Plan& plan, cudaS
     }
 }
 
-} // namespace fastkd::cuda::pixel_words
+} // namespace fastkd::cuda::pixel_word

@@ -2,7 +2,7 @@
 // lanes the words; few users have a GPU whose double is worth more care.
 #include "cuda/pixel_word.cuh"
 
-namespace fastkd::cuda::pixel_words {
+namespace fastkd::cuda::pixel_word {
 namespace {
 
 using pixel_word::Backward;
@@ -420,4 +420,4 @@ cudaError_t differentiate_features_fp64(const Backward& args, const Plan& plan, 
     return launch(features_fp64_kernel, {problem.batch * plan.runs.programs, block_threads}, stream, features);
 }
 
-} // namespace fastkd::cuda::pixel_words
+} // namespace fastkd::cuda::pixel_word

@@ -7,7 +7,7 @@
 // each other.
 #include "cuda/pixel_word.cuh"
 
-namespace fastkd::cuda::pixel_words {
+namespace fastkd::cuda::pixel_word {
 namespace {
 
 using pixel_word::Backward;
@@ -365,4 +365,4 @@ cudaError_t differentiate_logits(const Backward& args, const Plan& plan, cudaStr
     }
 }
 
-} // namespace fastkd::cuda::pixel_words
+} // namespace fastkd::cuda::pixel_word

@@ -7,7 +7,7 @@
 // four products the three that count are added.
 #include "cuda/pixel_word.cuh"
 
-namespace fastkd::cuda::pixel_words {
+namespace fastkd::cuda::pixel_word {
 namespace {
 
 constexpr int step_bytes = 64;                // of a row of features: 16 to each of four lanes
@@ -357,4 +357,4 @@ cudaError_t compute_logits(const Problem& problem, const Plan& plan, void* logit
     return run(one, teacher, problem.batch, stream);
 }
 
-} // namespace fastkd::cuda::pixel_words
+} // namespace fastkd::cuda::pixel_word

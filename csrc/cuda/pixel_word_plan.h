@@ -4,10 +4,9 @@
 
 #include "common/pixel_word.h"
 
-namespace fastkd::cuda::pixel_words {
+namespace fastkd::cuda::pixel_word {
 
-using pixel_word::Network;
-using pixel_word::Problem;
+using namespace ::fastkd::pixel_word;
 
 constexpr int most_words = 128;              // a block's registers and shared memory hold no more
 constexpr std::int64_t most_length = 1 << 28; // of pixels and widths: 8 rows are indexed by 32 bits
@@ -184,4 +183,4 @@ inline bool fits(const Problem& problem) {
            problem.batch * student.word_count <= most_blocks;
 }
 
-} // namespace fastkd::cuda::pixel_words
+} // namespace fastkd::cuda::pixel_word

@@ -6,7 +6,7 @@
 // S^T S on and below the diagonal, shared out among the warps. They hold G and E below their diagonals, and K.
 #include "cuda/pixel_word.cuh"
 
-namespace fastkd::cuda::pixel_words {
+namespace fastkd::cuda::pixel_word {
 namespace {
 
 using pixel_word::ColumnSums;
@@ -341,4 +341,4 @@ cudaError_t sum_terms(const Forward& args, const Plan& plan, cudaStream_t stream
     }
 }
 
-} // namespace fastkd::cuda::pixel_words
+} // namespace fastkd::cuda::pixel_word
