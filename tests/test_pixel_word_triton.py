@@ -14,7 +14,8 @@ from pixel_word_tools import Masks, as_maps, check, make, make_masks, run
 from torch import Tensor
 
 import fastkd
-from fastkd.ops import _backends, _pixel_word_triton
+from fastkd.ops import _backends
+from fastkd.ops._pixel_word_call import MOST_WORDS
 from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits
 from fastkd.reference.pixel_word import TERMS
 from fastkd.reference.pixel_word import pixel_word as reference

@@ -23,7 +23,9 @@ struct PixelWordKernels {
     static pixel_word::Workspace workspace(const pixel_word::Problem& problem, bool backward, int threads) {
         return cpu::kernels().pixel_word_workspace(problem, backward, threads);
     }
-    static void forward(const pixel_word::Forward& args, int threads) { cpu::kernels().pixel_word_forward(args, threads); }
+    static void forward(const pixel_word::Forward& args, int threads) {
+        cpu::kernels().pixel_word_forward(args, threads);
+    }
     static void backward(const pixel_word::Backward& args, int threads) {
         cpu::kernels().pixel_word_backward(args, threads);
     }

@@ -1,4 +1,5 @@
-// PixelWord of fastkd._cpu and fastkd._cuda: the same methods, another backend. An address of 0 stands for what is not there.
+// PixelWord of fastkd._cpu and fastkd._cuda: the same methods, another backend. An address of 0 stands for what is not
+// there.
 #pragma once
 
 #include <array>
@@ -163,8 +164,8 @@ void define_pixel_word(py::module_& module) {
                 args.grad_loss_strides[0] = grad_loss_strides[0];
                 args.grad_loss_strides[1] = grad_loss_strides[1];
                 args.grad_pixels = parse_array(grad_pixels, "grad_pixels", args.problem.dtype);
-                args.grad_words =
-                    parse_optional(grad_words, "grad_words", Kernels::words_as_pixels ? element_size(pixels.dtype) : size);
+                args.grad_words = parse_optional(grad_words, "grad_words",
+                                                 Kernels::words_as_pixels ? element_size(pixels.dtype) : size);
                 if (args.grad_pixels.data != nullptr && args.problem.student.width > 0 &&
                     (args.grad_pixels.column == 1) != (pixels.column == 1)) {
                     throw py::value_error("grad_pixels: expected the student's layout");

@@ -73,11 +73,11 @@ struct Problem {
 
 // What a backward needs, each null where it does not.
 struct Kept {
-    void* logits;    // (B, words of the student + words of the teacher, N): M, if it was computed from features
-    void* norms;     // (B, N) of the student's pixels, for the cosine
+    void* logits;  // (B, words of the student + words of the teacher, N): M, if it was computed from features
+    void* norms;   // (B, N) of the student's pixels, for the cosine
     void* columns; // over pixels: (B, 2, words) log-sum-exps of u_S, u_T, double; on a GPU (B, 4, words), for either
                    // network the maximum of M and 1/sum e^{u - scale max}
-    void* grams;     // (B, 3, words, words): G, K, E, words the larger of both counts
+    void* grams;   // (B, 3, words, words): G, K, E, words the larger of both counts
 };
 
 struct Workspace {

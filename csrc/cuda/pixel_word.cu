@@ -62,8 +62,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) merge_kernel(Merge args) 
         ColumnSums<T> sum = ColumnSums<T>::of_nothing();
         for (int p = lane; p < args.programs; p += warp_size) {
             const Partial<T> partial{partials + p * size, args.words};
-            sum.merge({partial.column(0)[word], partial.column(1)[word], partial.column(2)[word], partial.column(3)[word],
-                       partial.column(4)[word]},
+            sum.merge({partial.column(0)[word], partial.column(1)[word], partial.column(2)[word],
+                       partial.column(3)[word], partial.column(4)[word]},
                       scale_s, scale_t);
         }
         sum = over_lanes(sum, scale_s, scale_t);
@@ -192,15 +192,16 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) prepare_kernel(Prepare ar
                 largest = block_max(largest, scratch);
                 (which == 0 ? found.unit_x : found.unit_z) = largest * unit_of_halves;
                 const int tiles = args.tiles, steps = (tiles + 1) / 2;
-                std::uint32_t* const to = static_cast<std::uint32_t*>(args.slopes) +
-                                          (sample * 2 + which) * steps * tiles * warp_size * 4;
+                std::uint32_t* const to =
+                    static_cast<std::uint32_t*>(args.slopes) + (sample * 2 + which) * steps * tiles * warp_size * 4;
                 for (int i = thread_x(); i < steps * tiles * warp_size; i += merge_threads) {
                     const int lane = i % warp_size, row = i / warp_size / tiles * 16 + lane % 4 * 2;
                     const int column = i / warp_size % tiles * 8 + lane / 4;
                     Pack<std::uint32_t> pack;
                     for (int k = 0; k < 2; ++k) {
                         const T first = slope(grams, args.words, which, row + 8 * k, column, by_pp, by_ww) / largest;
-                        const T second = slope(grams, args.words, which, row + 8 * k + 1, column, by_pp, by_ww) / largest;
+                        const T second =
+                            slope(grams, args.words, which, row + 8 * k + 1, column, by_pp, by_ww) / largest;
                         halves(first, second, pack.at[k], pack.at[2 + k]);
                     }
                     store_pack(to + i * 4, pack);
@@ -224,7 +225,8 @@ struct Words {
 
 constexpr int words_threads = 128;
 
-// dL of a word, in the dtype of L: the sum over runs, less, for the cosine, what lies along L: (d - L <d, L>/|L|^2)/|L|.
+// dL of a word, in the dtype of L: the sum over runs, less, for the cosine, what lies along L: (d - L <d,
+// L>/|L|^2)/|L|.
 template <class S>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(words_threads) words_kernel(Words args) {
     using T = Compute<S>;

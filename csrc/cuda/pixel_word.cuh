@@ -46,8 +46,8 @@ inline bool aligned(const void* address, std::int64_t elements) {
     return reinterpret_cast<std::uintptr_t>(address) % (elements * sizeof(S)) == 0;
 }
 
-inline bool even_pixels(const void* data, std::int64_t size, std::int64_t pixels, std::int64_t batch, std::int64_t pixel,
-                        std::int64_t word) {
+inline bool even_pixels(const void* data, std::int64_t size, std::int64_t pixels, std::int64_t batch,
+                        std::int64_t pixel, std::int64_t word) {
     return pixel == 1 && pixels % 2 == 0 && batch % 2 == 0 && word % 2 == 0 &&
            reinterpret_cast<std::uintptr_t>(data) % (2 * size) == 0;
 }
@@ -73,8 +73,8 @@ inline Logits logits_of(const Problem& problem, const void* kept, bool of_studen
         logits.pixel = 1;
         logits.word = problem.pixels;
     }
-    logits.pairs = even_pixels(logits.data, element_size(logits.dtype), problem.pixels, logits.batch, logits.pixel,
-                               logits.word);
+    logits.pairs =
+        even_pixels(logits.data, element_size(logits.dtype), problem.pixels, logits.batch, logits.pixel, logits.word);
     return logits;
 }
 
@@ -121,8 +121,8 @@ FASTKD_DEVICE void load_logits(const Logits& logits, const S* from, std::uint32_
 
 // The same of word `first` + 2 t and on, of pixels `pixel` and the next.
 template <int tiles>
-FASTKD_DEVICE void load_logits(const Logits& logits, std::int64_t sample, int pixel, int first_word, std::uint32_t words,
-                               const bool (&pixel_ok)[2], float (&x)[tiles][4]) {
+FASTKD_DEVICE void load_logits(const Logits& logits, std::int64_t sample, int pixel, int first_word,
+                               std::uint32_t words, const bool (&pixel_ok)[2], float (&x)[tiles][4]) {
     const std::int64_t offset = sample * logits.batch + pixel * logits.pixel + first_word * logits.word;
     if (logits.dtype == DType::Float32) {
         load_logits(logits, static_cast<const float*>(logits.data) + offset, words, pixel_ok, x);
@@ -181,8 +181,8 @@ FASTKD_DEVICE void halves(float x, float y, std::uint32_t& high, std::uint32_t& 
                           y - widen(Half{static_cast<std::uint16_t>(high >> 16)}));
 }
 
-// Tensor cores cut off what does not fit a sum, always towards 0; over many steps that adds up to a loss of 1e-6 and more.
-// So a few steps are taken from 0, and their sum is added by a rounded addition.
+// Tensor cores cut off what does not fit a sum, always towards 0; over many steps that adds up to a loss of 1e-6 and
+// more. So a few steps are taken from 0, and their sum is added by a rounded addition.
 FASTKD_DEVICE void add(float (&sum)[4], const float (&more)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {

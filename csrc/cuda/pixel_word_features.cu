@@ -3,10 +3,11 @@
 // lies along L.
 //
 // A warp takes 32 features (16 if they, or the words, would need too many registers) and, at a time, 16 pixels: lane
-// (g, t) holds V of features 4g to 4g + 3 (2g, 2g + 1) and pixels 4t to 4t + 3, in a few accesses, whichever way it lies. Both products are tf32 ones, transposed, features
-// being the rows: V^T is an A fragment as the lane holds it, and the C fragments of dV^T are of just those entries, so V
-// is read once for both. A fragment's row g + 8 h and tile m stand for feature 4g + 2m + h (2g + h); column t of step s for pixel
-// 4t + 2s, t + 4 for the one after it. dM and 32-bit features are split in two tf32 numbers, 16-bit ones are exact.
+// (g, t) holds V of features 4g to 4g + 3 (2g, 2g + 1) and pixels 4t to 4t + 3, in a few accesses, whichever way it
+// lies. Both products are tf32 ones, transposed, features being the rows: V^T is an A fragment as the lane holds it,
+// and the C fragments of dV^T are of just those entries, so V is read once for both. A fragment's row g + 8 h and tile
+// m stand for feature 4g + 2m + h (2g + h); column t of step s for pixel 4t + 2s, t + 4 for the one after it. dM and
+// 32-bit features are split in two tf32 numbers, 16-bit ones are exact.
 #include "cuda/pixel_word.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -48,8 +49,8 @@ struct Features {
 
 constexpr float least_norm = static_cast<float>(pixel_word::norm_floor);
 
-// v[q][f]: pixel `pixel` + q, feature `feature` + f; 0 where there is none or the pixel is masked. Addresses are walked,
-// not computed one by one: those would stay in registers from step to step.
+// v[q][f]: pixel `pixel` + q, feature `feature` + f; 0 where there is none or the pixel is masked. Addresses are
+// walked, not computed one by one: those would stay in registers from step to step.
 template <class S, int lane_features>
 FASTKD_DEVICE void load_features(const Strided& array, const S* from, int pixel, int feature, int width,
                                  const bool (&ok)[4], float (&v)[4][lane_features]) {
@@ -154,14 +155,18 @@ FASTKD_DEVICE void word_norms(const Features& args, std::int64_t sample, const L
         }
         const float norm = std::sqrt(sum_over(square, 1, warp_size));
         const bool ok = valid(args.word_mask, sample, word, args.count);
-        inverse[word] = ok ? 1 / (norm < least_norm ? least_norm : norm) : 0.0f;
+        if (at.lane == 0) {
+            inverse[word] = ok ? 1 / (norm < least_norm ? least_norm : norm) : 0.0f;
+        }
     }
 }
 
 template <class S, int most_tiles>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tiles ? 2 : 1) features_kernel(Features args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tiles ? 2 : 1)
+    features_kernel(Features args) {
     constexpr bool exact = sizeof(S) == 2;
-    constexpr int warp_features = warp_features_of(most_tiles * tile_words, sizeof(S)), lane_features = warp_features / 8;
+    constexpr int warp_features = warp_features_of(most_tiles * tile_words, sizeof(S)),
+                  lane_features = warp_features / 8;
     constexpr int fragments_m = lane_features / 2; // of 16 features
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
@@ -216,7 +221,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
         if (for_words || cosine) {
             load_features(args.pixels, from, pixel, feature, args.width, ok, v);
         }
-        float dv[fragments_m][2][4] = {}; // [tile of features][step of pixels]
+        float dv[fragments_m][2][4] = {};   // [tile of features][step of pixels]
         const float* of_tile = grad_logits; // the same for all lanes
         const unsigned row = static_cast<unsigned>(at.g) * args.pixel_count + pixel;
         const int of_column = first_pixel + at.g / 2 * 4 + at.g % 2; // and the second after it
@@ -317,7 +322,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
 #pragma unroll
         for (int j = 0; j < most_tiles; ++j) {
             for (int m = 0; of_pixels == warp && j < tiles && m < fragments_m; ++m) {
-                own_fragments[(j * fragments_m + m) * warp_size] = {{dl[j][m][0], dl[j][m][1], dl[j][m][2], dl[j][m][3]}};
+                own_fragments[(j * fragments_m + m) * warp_size] = {
+                    {dl[j][m][0], dl[j][m][1], dl[j][m][2], dl[j][m][3]}};
             }
         }
         block_barrier();
@@ -360,7 +366,8 @@ Strided strided(const pixel_word::Array& array, std::int64_t pixels, std::int64_
     Access access = Access::any;
     if (array.column == 1 && at % bytes == 0 && array.batch % 4 == 0 && width % 4 == 0 && array.pixel % 4 == 0) {
         access = Access::rows;
-    } else if (array.pixel == 1 && at % bytes == 0 && array.batch % 4 == 0 && pixels % 4 == 0 && array.column % 4 == 0) {
+    } else if (array.pixel == 1 && at % bytes == 0 && array.batch % 4 == 0 && pixels % 4 == 0 &&
+               array.column % 4 == 0) {
         access = Access::maps;
     }
     return {const_cast<void*>(array.data), array.batch, array.pixel, array.column, access};
@@ -372,7 +379,7 @@ cudaError_t run(const Features& features, std::int64_t batch, int warp_features,
     const int bytes = most_words * 4 + features.feature_warps * tiles * warp_features / 16 * 32 * 16;
     const Grid grid{batch * features.cut.programs * features.chunks, block_threads, 1, bytes};
     return tiles <= few_tiles ? launch(features_kernel<S, few_tiles>, grid, stream, features)
-                      : launch(features_kernel<S, most_words / tile_words>, grid, stream, features);
+                              : launch(features_kernel<S, most_words / tile_words>, grid, stream, features);
 }
 
 } // namespace

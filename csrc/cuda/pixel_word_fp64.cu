@@ -122,10 +122,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) terms_fp64_kernel(Pair64 
             break;
         }
         const bool pixel_ok = valid(args.pixel_mask, sample, n, args.pixels);
-        const Row x = row_of(args.student, args.student_mask, args.student_count, args.student_scale, sample, n, pixel_ok,
-                             at.lane);
-        const Row y = row_of(args.teacher, args.teacher_mask, args.teacher_count, args.teacher_scale, sample, n, pixel_ok,
-                             at.lane);
+        const Row x = row_of(args.student, args.student_mask, args.student_count, args.student_scale, sample, n,
+                             pixel_ok, at.lane);
+        const Row y = row_of(args.teacher, args.teacher_mask, args.teacher_count, args.teacher_scale, sample, n,
+                             pixel_ok, at.lane);
         double kl = 0;
         for (int k = 0; k < lane_words; ++k) {
             const int word = at.lane + k * warp_size;
@@ -207,10 +207,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) gradient_fp64_kernel(Grad
             break;
         }
         const bool pixel_ok = valid(pair.pixel_mask, sample, n, pair.pixels);
-        const Row x = row_of(pair.student, pair.student_mask, pair.student_count, pair.student_scale, sample, n, pixel_ok,
-                             at.lane);
-        const Row y = row_of(pair.teacher, pair.teacher_mask, pair.teacher_count, pair.teacher_scale, sample, n, pixel_ok,
-                             at.lane);
+        const Row x = row_of(pair.student, pair.student_mask, pair.student_count, pair.student_scale, sample, n,
+                             pixel_ok, at.lane);
+        const Row y = row_of(pair.teacher, pair.teacher_mask, pair.teacher_count, pair.teacher_scale, sample, n,
+                             pixel_ok, at.lane);
 #pragma unroll
         for (int k = 0; k < lane_words; ++k) {
             const int word = at.lane + k * warp_size;
@@ -272,7 +272,7 @@ struct Features {
     Strided grad_pixels;
     const double* words; // L
     const std::uint8_t *word_mask, *pixel_mask;
-    const double* grad_logits; // dM (B, T, N)
+    const double* grad_logits;   // dM (B, T, N)
     const double *norms, *along; // for the cosine, or null
     double* sums;
     std::int64_t pixel_count;
@@ -293,7 +293,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) features_fp64_kernel(Feat
         }
         const double norm = args.norms != nullptr ? std::sqrt(sum_over(square, 1, warp_size)) : 1.0;
         const bool ok = valid(args.word_mask, sample, word, args.count);
-        inverse[word] = ok ? 1 / (norm < least_norm ? least_norm : norm) : 0.0;
+        if (at.lane == 0) {
+            inverse[word] = ok ? 1 / (norm < least_norm ? least_norm : norm) : 0.0;
+        }
     }
     block_barrier();
     const double* const grad_logits = args.grad_logits + sample * args.count * args.pixel_count;
@@ -342,9 +344,9 @@ Pair64 pair_of(const Problem& problem, const Plan& plan, const void* kept, Cut c
     const auto of = [](const Logits& logits) {
         return Strided{static_cast<const double*>(logits.data), logits.batch, logits.pixel, logits.word};
     };
-    return {of(student),   of(teacher),   student.mask, teacher.mask,  problem.pixel_mask,   student.count,
-            teacher.count, plan.words,    problem.terms, problem.pixels, problem.student.scale, problem.teacher.scale,
-            cut};
+    return {of(student),           of(teacher),           student.mask, teacher.mask,  problem.pixel_mask,
+            student.count,         teacher.count,         plan.words,   problem.terms, problem.pixels,
+            problem.student.scale, problem.teacher.scale, cut};
 }
 
 } // namespace

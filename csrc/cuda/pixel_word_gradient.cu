@@ -1,5 +1,5 @@
-// pixel_word on a GPU, backward: from the logits to their gradient dM, by common/pixel_word.h. For the cosine to dM/|V|,
-// and of each pixel to <dM, M>/|V|^2.
+// pixel_word on a GPU, backward: from the logits to their gradient dM, by common/pixel_word.h. For the cosine to
+// dM/|V|, and of each pixel to <dM, M>/|V|^2.
 //
 // A warp takes 16 pixels and up to 32 words, as in the forward. dA = A X + D Z is a product over words: A and D lie as
 // its A fragments already, X and Z come from memory (in truth the caches) as prepare_gradient has laid them out. Where
@@ -97,8 +97,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
     const std::int64_t sample = block_x() / args.cut.programs;
     const int program = static_cast<int>(block_x() % args.cut.programs);
     const int first_word = part * own * tile_words + 2 * at.t;
-    const std::uint32_t words_s = valid_words<own>(args.student.mask, sample, args.student.count, first_word - 2 * at.t, at.t);
-    const std::uint32_t words_t = valid_words<own>(args.teacher.mask, sample, args.teacher.count, first_word - 2 * at.t, at.t);
+    const std::uint32_t words_s =
+        valid_words<own>(args.student.mask, sample, args.student.count, first_word - 2 * at.t, at.t);
+    const std::uint32_t words_t =
+        valid_words<own>(args.teacher.mask, sample, args.teacher.count, first_word - 2 * at.t, at.t);
     const float scale2_s = args.student.scale * log2_e, scale2_t = args.teacher.scale * log2_e;
     const int tiles = (args.words + tile_words - 1) / tile_words, steps = (tiles + 1) / 2;
     const Coefficients<float> by = args.coefficients[sample];
@@ -207,8 +209,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
 #pragma unroll
                     for (int i = 0; i < own; ++i) {
                         if (part * own + i < tiles) {
-                            const Pack<std::uint32_t> b = load_pack(
-                                slopes + ((which * all_steps + k) * all_tiles + i) * warp_size * 4);
+                            const Pack<std::uint32_t> b =
+                                load_pack(slopes + ((which * all_steps + k) * all_tiles + i) * warp_size * 4);
                             float sum[4] = {};
                             multiply_halves(sum, a.high, a.low, {b.at[0], b.at[1]}, {b.at[2], b.at[3]});
                             add(product[i], sum);
@@ -320,7 +322,8 @@ cudaError_t run(const Gradient& gradient, std::int64_t batch, cudaStream_t strea
     constexpr int bytes = split == 1 ? 16 // never touched
                                      : 8 * split * step * static_cast<int>(sizeof(float)) +
                                            block_warps * 2 * ((own + 1) / 2) * 32 * static_cast<int>(sizeof(Fragment));
-    return launch(gradient_kernel<own, split>, {batch * gradient.cut.programs, block_threads, 1, bytes}, stream, gradient);
+    return launch(gradient_kernel<own, split>, {batch * gradient.cut.programs, block_threads, 1, bytes}, stream,
+                  gradient);
 }
 
 } // namespace
@@ -357,7 +360,8 @@ cudaError_t differentiate_logits(const Backward& args, const Plan& plan, cudaStr
                                      gradient.out_pixel, gradient.out_word);
     switch (plan.split) {
     case 1:
-        return plan.words <= 24 ? run<3, 1>(gradient, problem.batch, stream) : run<4, 1>(gradient, problem.batch, stream);
+        return plan.words <= 24 ? run<3, 1>(gradient, problem.batch, stream)
+                                : run<4, 1>(gradient, problem.batch, stream);
     case 2:
         return run<4, 2>(gradient, problem.batch, stream);
     default:

@@ -2,16 +2,16 @@
 //
 // A warp takes 16 pixels and all words. V goes from memory to the fragments of the product at once, since no other warp
 // wants it: 64 bytes of features at a time, of which a lane reads 16 and takes them for the columns of A that it should
-// hold (all that a product asks is that its factors agree on the order of their columns). Words lie in shared memory, as
-// much of their width as fits. Products of 16 bits are exact in a float; floats are split in two tf32 numbers, of whose
-// four products the three that count are added.
+// hold (all that a product asks is that its factors agree on the order of their columns). Words lie in shared memory,
+// as much of their width as fits. Products of 16 bits are exact in a float; floats are split in two tf32 numbers, of
+// whose four products the three that count are added.
 #include "cuda/pixel_word.cuh"
 
 namespace fastkd::cuda::pixel_word {
 namespace {
 
-constexpr int step_bytes = 64;                // of a row of features: 16 to each of four lanes
-constexpr int most_words_bytes = 40 * 1024;   // of shared memory: two blocks to a multiprocessor at least
+constexpr int step_bytes = 64;              // of a row of features: 16 to each of four lanes
+constexpr int most_words_bytes = 40 * 1024; // of shared memory: two blocks to a multiprocessor at least
 
 enum class Access { rows, maps, any }; // 16 bytes of a pixel's features; two pixels of a feature; one element
 
@@ -44,8 +44,7 @@ FASTKD_HD int row_bytes(int chunk_bytes) {
 
 // Elements `feature` and on of pixels `pixel` and the next, as many as 16 bytes hold; zeros beyond the width.
 template <Access access, class S>
-FASTKD_DEVICE void load_features(const Side& side, const S* from, int feature, int pixel, int pixels,
-                                 Pack<S> (&v)[2]) {
+FASTKD_DEVICE void load_features(const Side& side, const S* from, int feature, int pixel, int pixels, Pack<S> (&v)[2]) {
     if constexpr (access == Access::rows) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -56,20 +55,20 @@ FASTKD_DEVICE void load_features(const Side& side, const S* from, int feature, i
         }
     } else {
 #pragma unroll
-    for (int k = 0; k < Pack<S>::size; ++k) {
-        Pair<S> pair{};
-        if (feature + k < side.width && pixel < pixels) {
-            const S* at = from + pixel * side.pixel + (feature + k) * side.column;
-            if constexpr (access == Access::maps) {
-                pair = *reinterpret_cast<const Pair<S>*>(at);
-            } else {
-                pair.at[0] = at[0];
-                pair.at[1] = pixel + 1 < pixels ? at[side.pixel] : S{};
+        for (int k = 0; k < Pack<S>::size; ++k) {
+            Pair<S> pair{};
+            if (feature + k < side.width && pixel < pixels) {
+                const S* at = from + pixel * side.pixel + (feature + k) * side.column;
+                if constexpr (access == Access::maps) {
+                    pair = *reinterpret_cast<const Pair<S>*>(at);
+                } else {
+                    pair.at[0] = at[0];
+                    pair.at[1] = pixel + 1 < pixels ? at[side.pixel] : S{};
+                }
             }
+            v[0].at[k] = pair.at[0];
+            v[1].at[k] = pair.at[1];
         }
-        v[0].at[k] = pair.at[0];
-        v[1].at[k] = pair.at[1];
-    }
     }
 }
 
@@ -145,8 +144,11 @@ FASTKD_DEVICE void word_norms(const Side& side, std::int64_t sample, const Lane&
         }
         square = sum_over(square, 1, warp_size);
         const float norm = std::sqrt(square);
-        inverse[word] = 1 / (norm < static_cast<float>(pixel_word::norm_floor) ? static_cast<float>(pixel_word::norm_floor)
-                                                                              : norm);
+        if (at.lane == 0) {
+            inverse[word] =
+                1 /
+                (norm < static_cast<float>(pixel_word::norm_floor) ? static_cast<float>(pixel_word::norm_floor) : norm);
+        }
     }
 }
 
@@ -156,7 +158,8 @@ FASTKD_DEVICE void add_products(const Side& side, const S* from, int first, int 
                                 const unsigned char* words, int stride, const Lane& at, float (&m)[most_tiles][4],
                                 float (&squares)[2]) {
     constexpr int size = Pack<S>::size, step = 4 * size; // features
-    [[maybe_unused]] constexpr int unrolled = access == Access::any ? 1 : (most_tiles <= 4 ? 4 : (sizeof(S) < 4 ? 2 : 1));
+    [[maybe_unused]] constexpr int unrolled =
+        access == Access::any ? 1 : (most_tiles <= 4 ? 4 : (sizeof(S) < 4 ? 2 : 1));
     words += at.g * stride + at.t * static_cast<int>(sizeof(Pack<S>));
 #pragma unroll unrolled
     for (int feature = 0; feature < end; feature += step) {
@@ -183,7 +186,8 @@ FASTKD_DEVICE void add_products(const Side& side, const S* from, int first, int 
 }
 
 template <class S, int most_tiles>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, sizeof(S) == 4 && most_tiles > 4 ? 1 : 2) logits_kernel(Features args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, sizeof(S) == 4 && most_tiles > 4 ? 1 : 2)
+    logits_kernel(Features args) {
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
     const bool second = args.side_count == 2 && block_x() % 2 != 0;
@@ -220,11 +224,11 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, sizeof(S) == 4 && most
             }
             const int end = side.width - first < side.chunk ? side.width - first : side.chunk;
             if (side.access == Access::rows) {
-                add_products<Access::rows>(side, from, first, end, pixel, args.pixels, args.cosine, words, stride, at, m,
-                                           squares);
+                add_products<Access::rows>(side, from, first, end, pixel, args.pixels, args.cosine, words, stride, at,
+                                           m, squares);
             } else if (side.access == Access::maps) {
-                add_products<Access::maps>(side, from, first, end, pixel, args.pixels, args.cosine, words, stride, at, m,
-                                           squares);
+                add_products<Access::maps>(side, from, first, end, pixel, args.pixels, args.cosine, words, stride, at,
+                                           m, squares);
             } else {
                 add_products<Access::any>(side, from, first, end, pixel, args.pixels, args.cosine, words, stride, at, m,
                                           squares);
@@ -244,8 +248,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, sizeof(S) == 4 && most
                 }
             }
         }
-        float* const to =
-            args.logits + (sample * args.rows + side.first_row + 2 * at.t) * args.pixels + pixel;
+        float* const to = args.logits + (sample * args.rows + side.first_row + 2 * at.t) * args.pixels + pixel;
 #pragma unroll
         for (int j = 0; j < most_tiles; ++j) {
 #pragma unroll

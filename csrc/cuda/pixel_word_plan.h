@@ -1,5 +1,5 @@
-// How pixel_word's work is cut into blocks, and where in the workspace they put what they find. On batch and size alone,
-// never on the device, so that the bits do not depend on it either.
+// How pixel_word's work is cut into blocks, and where in the workspace they put what they find. On batch and size
+// alone, never on the device, so that the bits do not depend on it either.
 #pragma once
 
 #include "common/pixel_word.h"
@@ -8,7 +8,7 @@ namespace fastkd::cuda::pixel_word {
 
 using namespace ::fastkd::pixel_word;
 
-constexpr int most_words = 128;              // a block's registers and shared memory hold no more
+constexpr int most_words = 128;               // a block's registers and shared memory hold no more
 constexpr std::int64_t most_length = 1 << 28; // of pixels and widths: 8 rows are indexed by 32 bits
 constexpr int tile_words = 8, tile_pixels = 16;
 constexpr int block_warps = 8;
@@ -48,7 +48,8 @@ struct Partial {
         return rows * (rows + 1) / 2;
     }
     static constexpr FASTKD_HD std::int64_t size(int words) {
-        return 4 + 5 * round_up(words, 4) + (sizeof(T) == 4 ? 256 * matrix_tiles(words) : round_up(3 * words * words, 4));
+        return 4 + 5 * round_up(words, 4) +
+               (sizeof(T) == 4 ? 256 * matrix_tiles(words) : round_up(3 * words * words, 4));
     }
     FASTKD_HD T* column(int member) const { return data + 4 + member * round_up(words, 4); }
     FASTKD_HD T* matrices() const { return data + 4 + 5 * round_up(words, 4); }
@@ -102,12 +103,12 @@ constexpr FASTKD_HD int warp_features_of(int words, std::int64_t size) {
 struct Plan {
     int words;
     int split;
-    int tiles; // of 8 words for which the kernels are compiled
-    std::int64_t size;             // of an element of the arithmetic
-    std::int64_t bytes;            // of the workspace
-    Cut logits, terms;             // forward
-    std::int64_t partials, grams;  // offsets in bytes; grams where the forward keeps none
-    Cut gradient, runs;            // backward
+    int tiles;                    // of 8 words for which the kernels are compiled
+    std::int64_t size;            // of an element of the arithmetic
+    std::int64_t bytes;           // of the workspace
+    Cut logits, terms;            // forward
+    std::int64_t partials, grams; // offsets in bytes; grams where the forward keeps none
+    Cut gradient, runs;           // backward
     std::int64_t coefficients, slopes, grad_logits, own, sums;
     int feature_warps; // of a block, side by side in the features
     int warp_features; // features of each
@@ -124,12 +125,13 @@ inline Plan plan_forward(const Problem& problem) {
     plan.tiles = words <= 24 ? 3 : 4 * plan.split;
     plan.size = fp64 ? 8 : 4;
     plan.logits = cut(problem.pixels, block_warps * tile_pixels, 2 * problem.batch, 1056, problem.pixels);
-    plan.terms = cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 528, 128);
+    plan.terms =
+        cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 528, 128);
     const std::int64_t partial = fp64 ? Partial<double>::size(words) : Partial<float>::size(words);
     Pieces pieces;
     plan.partials = pieces.take(problem.batch * plan.terms.programs * partial * plan.size);
-    plan.grams = pieces.take((problem.terms & pixel_word::second_order) != 0 ? problem.batch * 3 * words * words * plan.size
-                                                                             : 0);
+    plan.grams = pieces.take(
+        (problem.terms & pixel_word::second_order) != 0 ? problem.batch * 3 * words * words * plan.size : 0);
     plan.bytes = pieces.used;
     return plan;
 }
@@ -143,8 +145,8 @@ inline Plan plan_backward(const Problem& problem) {
     plan.split = split_of(words);
     plan.tiles = words <= 24 ? 3 : 4 * plan.split;
     plan.size = fp64 ? 8 : 4;
-    plan.gradient =
-        cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 1056, problem.pixels);
+    plan.gradient = cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 1056,
+                        problem.pixels);
     plan.warp_features = warp_features_of(words, element_size(problem.student.pixels.dtype));
     const std::int64_t groups = (width + plan.warp_features - 1) / plan.warp_features;
     plan.feature_warps = groups >= 3 ? 4 : (groups >= 2 ? 2 : 1);
@@ -155,7 +157,8 @@ inline Plan plan_backward(const Problem& problem) {
     const bool second = (problem.terms & pixel_word::second_order) != 0;
     Pieces pieces;
     plan.coefficients = pieces.take(problem.batch * 4 * plan.size);
-    plan.slopes = pieces.take(!second ? 0 : problem.batch * 2 * (fp64 ? words * words * 8 : steps * plan.tiles * 32 * 16));
+    plan.slopes =
+        pieces.take(!second ? 0 : problem.batch * 2 * (fp64 ? words * words * 8 : steps * plan.tiles * 32 * 16));
     plan.grad_logits = pieces.take(features ? problem.batch * count * problem.pixels * plan.size : 0);
     plan.own = pieces.take(problem.cosine ? problem.batch * problem.pixels * plan.size : 0);
     plan.sums = pieces.take(features ? problem.batch * plan.runs.programs * count * width * plan.size : 0);

@@ -2,8 +2,8 @@
 // merge_terms to add up.
 //
 // A warp takes 16 pixels and up to 32 words at a time, in registers; for more words two or four warps share the pixels.
-// The block then multiplies what its warps have found: of S = [A D], which lies in shared memory as halves, the tiles of
-// S^T S on and below the diagonal, shared out among the warps. They hold G and E below their diagonals, and K.
+// The block then multiplies what its warps have found: of S = [A D], which lies in shared memory as halves, the tiles
+// of S^T S on and below the diagonal, shared out among the warps. They hold G and E below their diagonals, and K.
 #include "cuda/pixel_word.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -99,9 +99,10 @@ FASTKD_DEVICE void exponentials(float (&x)[tiles][4], float (&y)[tiles][4], std:
 
 // Fragments of the 16 columns of S from `column` on and the 16 pixels from `pixel` on: an A fragment of S^T, and B
 // fragments of S, columns 0 to 7 in elements 0 and 2, 8 to 15 in 1 and 3.
-FASTKD_DEVICE void load_columns(std::uint32_t (&fragment)[4], const std::uint16_t* matrix, int stride, int pixel, int column,
-                                int lane) {
-    load_matrices_transposed(fragment, matrix + (pixel + lane / 16 * 8 + lane % 8) * stride + column + lane / 8 % 2 * 8);
+FASTKD_DEVICE void load_columns(std::uint32_t (&fragment)[4], const std::uint16_t* matrix, int stride, int pixel,
+                                int column, int lane) {
+    load_matrices_transposed(fragment,
+                             matrix + (pixel + lane / 16 * 8 + lane % 8) * stride + column + lane / 8 % 2 * 8);
 }
 
 // `split` warps share the words of a pixel.
@@ -110,7 +111,7 @@ FASTKD_DEVICE void load_columns(std::uint32_t (&fragment)[4], const std::uint16_
 template <int own, int split, int slabs>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) terms_kernel(Terms args) {
     constexpr int groups = block_warps / split, step = groups * tile_pixels;
-    constexpr int tile_rows = own * split; // of 16
+    constexpr int tile_rows = own * split;     // of 16
     constexpr int warps = slabs * block_warps; // that share the products
     constexpr int own_products = (tile_rows * (tile_rows + 1) / 2 + warps - 1) / warps;
     FASTKD_DYNAMIC_SHARED(shared);
@@ -247,7 +248,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float sum[4] = {};
-                    multiply_halves(sum, a_high, a_low, {b_high[half], b_high[half + 2]}, {b_low[half], b_low[half + 2]});
+                    multiply_halves(sum, a_high, a_low, {b_high[half], b_high[half + 2]},
+                                    {b_low[half], b_low[half + 2]});
                     add(product[n][half], sum);
                 }
                 const bool last = column == row; // of its row of tiles
@@ -316,7 +318,8 @@ cudaError_t run(const Terms& terms, std::int64_t batch, cudaStream_t stream) {
     const int sums = block_warps * own * tile_words * static_cast<int>(sizeof(ColumnSums<float>));
     int bytes = 2 * step * stride * 2 + (split > 1 ? 4 * split * step * 4 : 0);
     bytes = bytes < sums ? sums : bytes;
-    return launch(terms_kernel<own, split, slabs>, {batch * terms.cut.programs * slabs, block_threads, 1, bytes}, stream, terms);
+    return launch(terms_kernel<own, split, slabs>, {batch * terms.cut.programs * slabs, block_threads, 1, bytes},
+                  stream, terms);
 }
 
 } // namespace

@@ -25,9 +25,7 @@ MOST_WORDS = {"triton": 128, "cuda": 128}
 """These backends hold all words of a pixel in registers."""
 
 
-def fit(
-    pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor | None]:
+def fit(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor | None]:
     """Pixels and words in dtypes that ``backend`` takes, where the arithmetic is in ``dtype``; the pixels laid out."""
     if dtype == torch.float64:
         pixels = pixels.to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkd.ops._pixel_word_call import Features, Masks, Options, layout, scale_of
 
+
 def forward(
     features: Features, masks: Masks, options: Options, kept: Sequence[Tensor], loss: Tensor, backend: str
 ) -> None:
