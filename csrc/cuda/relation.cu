@@ -1,0 +1,324 @@
+// relation on a GPU, forward. The formulas are those of common/relation.h; no matrix is held but where one is kept.
+//
+// Three kernels: scales of the rows; tiles of both networks' matrices, one pair of row blocks I <= J to a block of
+// threads, each reduced at once to a few sums for its rows and, E being symmetric, for its columns; and the merging of
+// those sums in a fixed order (relation_rows.cuh). No atomics: two runs give the same bits.
+#include "cuda/kernels.h"
+#include "cuda/relation_launch.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+struct ScalesArgs {
+    Network networks[2];
+    std::int64_t rows, all_rows;
+    double* scales; // (2, all_rows)
+};
+
+// blockDim is (32, 8), a block for 32 rows of one network. Where a row is contiguous a warp reads it, else each thread
+// its own, an eighth of the columns to a warp.
+template <class S>
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) scales_kernel(ScalesArgs args) {
+    FASTKD_SHARED float partial[groups][rows_of_group];
+    const std::int64_t blocks = (args.all_rows + rows_of_group - 1) / rows_of_group;
+    const int which = static_cast<int>(block_x() / blocks);
+    const Network& network = args.networks[which];
+    const std::int64_t first = block_x() % blocks * rows_of_group;
+    const auto row_at = [&](std::int64_t row) {
+        return rows_at<S>(network, row / args.rows, row % args.rows);
+    };
+    const auto write = [&](std::int64_t row, float square) {
+        args.scales[which * args.all_rows + row] =
+            square <= 1e-24f ? no_direction : 1.0f / std::sqrt(square);
+    };
+    if (network.rows.k_major) {
+        const std::int64_t row = first + thread_x();
+        float square = 0.0f;
+        if (row < args.all_rows) {
+            const S* x = row_at(row);
+            for (std::int64_t k = thread_y(); k < network.width; k += groups) {
+                const float value = widen(x[k * network.rows.k_stride]);
+                square += value * value;
+            }
+        }
+        partial[thread_y()][thread_x()] = square;
+        block_barrier();
+        if (thread_y() == 0 && row < args.all_rows) {
+            square = 0.0f;
+            for (int group = 0; group < groups; ++group) {
+                square += partial[group][thread_x()];
+            }
+            write(row, square);
+        }
+        return;
+    }
+    for (std::int64_t row = first + thread_y(); row < first + rows_of_group && row < args.all_rows; row += groups) {
+        const S* x = row_at(row);
+        // Elements before the first multiple of 16 bytes, packs of 16 bytes, elements after them.
+        constexpr std::int64_t size = Pack<S>::size;
+        const auto beyond = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(x) % 16 / sizeof(S));
+        std::int64_t head = network.rows.k_stride == 1 ? (size - beyond) % size : network.width;
+        head = head < network.width ? head : network.width;
+        const std::int64_t packs = (network.width - head) / size;
+        float square = 0.0f;
+        const auto elements = [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t k = begin + thread_x(); k < end; k += warp_size) {
+                const float value = widen(x[k * network.rows.k_stride]);
+                square += value * value;
+            }
+        };
+        elements(0, head);
+        for (std::int64_t p = thread_x(); p < packs; p += warp_size) {
+            const Pack<S> pack = load_pack(x + head + p * size);
+#pragma unroll
+            for (int e = 0; e < size; ++e) {
+                const float value = widen(pack.at[e]);
+                square += value * value;
+            }
+        }
+        elements(head + packs * size, network.width);
+        square = sum_over(square, 1, warp_size);
+        if (thread_x() == 0) {
+            write(row, square);
+        }
+    }
+}
+
+struct TilesArgs {
+    Network student, teacher;
+    Cut cut;
+    Method method;
+    bool cosine, negate;
+    float inv_temperature;
+    const double* scales; // (2, all_rows)
+    float* sums;
+    float* kept; // or null
+};
+
+template <class B>
+constexpr int tiles_shared_bytes = B::pipeline_bytes + 4 * B::rows * static_cast<int>(sizeof(float));
+
+// The sums of kl with maxima: a KLState for each row and column, merged over the lanes that share it, then over warps.
+template <class B, class Logit, class Store>
+FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const Logit& logit, float inv_temperature, const Store& store) {
+    using State = softmax_kl::KLState<float>;
+    constexpr int planes = planes_of(Method::kl_maxima);
+    float* const of_rows = shared;
+    float* const of_cols = shared + B::warps_across * planes * B::rows;
+    const int lane = thread_x() % warp_size;
+    const auto over_lanes = [&](State& state, int from, int to) {
+#pragma unroll
+        for (int mask = 1; mask < warp_size; mask *= 2) {
+            if (mask >= from && mask < to) {
+                state.merge({shuffle_xor(state.max_s, mask), shuffle_xor(state.max_t, mask),
+                             shuffle_xor(state.z_s, mask), shuffle_xor(state.z_t, mask), shuffle_xor(state.a, mask)},
+                            inv_temperature);
+            }
+        }
+    };
+    const auto put = [&](float* to, int pitch, const State& state) {
+        to[0] = state.max_s;
+        to[pitch] = state.max_t;
+        to[2 * pitch] = state.z_s;
+        to[3 * pitch] = state.z_t;
+        to[4 * pitch] = state.a;
+    };
+    const auto get = [](const float* from, int pitch) -> State {
+        return {from[0], from[pitch], from[2 * pitch], from[3 * pitch], from[4 * pitch]};
+    };
+#pragma unroll
+    for (int i = 0; i < B::down; ++i) {
+#pragma unroll
+        for (int half = 0; half < 4; half += 2) {
+            float x_s[2 * B::across], x_t[2 * B::across];
+#pragma unroll
+            for (int j = 0; j < B::across; ++j) {
+                logit(i, j, half, x_s[2 * j], x_t[2 * j]);
+                logit(i, j, half + 1, x_s[2 * j + 1], x_t[2 * j + 1]);
+            }
+            State state = State::of_nothing();
+            state.add_logits(x_s, x_t, inv_temperature);
+            over_lanes(state, lanes_of_row, lanes_of_col);
+            if (lane % 4 == 0) {
+                put(of_rows + B::warp() % B::warps_across * planes * B::rows + B::row_of(i, half), B::rows, state);
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < B::across; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float x_s[2 * B::down], x_t[2 * B::down];
+#pragma unroll
+            for (int i = 0; i < B::down; ++i) {
+                logit(i, j, e, x_s[2 * i], x_t[2 * i]);
+                logit(i, j, e + 2, x_s[2 * i + 1], x_t[2 * i + 1]);
+            }
+            State state = State::of_nothing();
+            state.add_logits(x_s, x_t, inv_temperature);
+            over_lanes(state, lanes_of_col, warp_size);
+            if (lane < 4) {
+                put(of_cols + B::warp() / B::warps_across * planes * B::cols + B::col_of(j, e), B::cols, state);
+            }
+        }
+    }
+    block_barrier();
+    const auto over_warps = [&](const float* from, int count, int pitch, int index, bool for_rows) {
+        State state = State::of_nothing();
+        for (int warp = 0; warp < count; ++warp) {
+            state.merge(get(from + warp * planes * pitch + index, pitch), inv_temperature);
+        }
+        store(0, index, for_rows, state.max_s);
+        store(1, index, for_rows, state.max_t);
+        store(2, index, for_rows, state.z_s);
+        store(3, index, for_rows, state.z_t);
+        store(4, index, for_rows, state.a);
+    };
+    for (int at = thread_x(); at < B::rows; at += B::threads) {
+        over_warps(of_rows, B::warps_across, B::rows, at, true);
+        over_warps(of_cols, B::warps_down, B::cols, at, false);
+    }
+}
+
+// One tile: sums for its rows and, off the diagonal, for its columns.
+template <class B>
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) tiles_kernel(TilesArgs args) {
+    FASTKD_DYNAMIC_SHARED(shared);
+    constexpr int side = B::rows;
+    const Cut& cut = args.cut;
+    const Tile tile = Tile::of<side>(cut, block_x());
+    float* const scales = reinterpret_cast<float*>(shared + B::pipeline_bytes); // [network][side i, side j][side]
+    if (args.cosine) {
+        for (int at = thread_x(); at < 4 * side; at += B::threads) {
+            const int within = at % side, of_j = at / side % 2;
+            const std::int64_t row = (of_j ? tile.sample_j : tile.sample_i) * cut.rows +
+                                     (of_j ? tile.row_j : tile.row_i) + within;
+            const bool here = within < (of_j ? tile.rows_j : tile.rows_i);
+            scales[at] = here ? static_cast<float>(args.scales[at / (2 * side) * cut.all_rows + row]) : 0.0f;
+        }
+    }
+    typename B::Accumulated e_s, e_t;
+    multiply_rows<B>(args.student, args.teacher, tile, shared, e_s, e_t);
+
+    // No weight, and nothing in sums of squares.
+    const bool softmax = args.method == Method::kl || args.method == Method::kl_maxima;
+    const float outside = !softmax ? 0.0f : softmax_kl::minus_infinity<float>() * (args.negate ? -1.0f : 1.0f);
+    scale_products<B>(e_s, tile, args.cosine, scales, scales + side, args.student.factor, outside);
+    scale_products<B>(e_t, tile, args.cosine, scales + 2 * side, scales + 3 * side, args.teacher.factor, outside);
+    if (args.kept != nullptr) {
+        visit_kept<B>(args.kept, cut, tile, 0, [&](float* at, int i, int j) {
+            store_pack(at, Pack<float>{{e_s.c[i][j][0], e_s.c[i][j][1], e_s.c[i][j][2], e_s.c[i][j][3]}});
+        });
+        visit_kept<B>(args.kept, cut, tile, 1, [&](float* at, int i, int j) {
+            store_pack(at, Pack<float>{{e_t.c[i][j][0], e_t.c[i][j][1], e_t.c[i][j][2], e_t.c[i][j][3]}});
+        });
+    }
+
+    const int planes = planes_of(args.method);
+    const std::int64_t first_slot = tile.here * cut.slots();
+    float* const for_i = args.sums + (first_slot + cut.slot(tile.i, tile.j)) * (planes * side);
+    float* const for_j = args.sums + (first_slot + cut.slot(tile.j, tile.i)) * (planes * side);
+    const auto store = [&](int plane, int index, bool for_rows, float sum) {
+        if (for_rows) {
+            for_i[plane * side + index] = sum;
+        } else if (!tile.diagonal()) {
+            for_j[plane * side + index] = sum;
+        }
+    };
+    float* const reductions = reinterpret_cast<float*>(shared);
+    const float sign = args.negate ? -1.0f : 1.0f;
+    switch (args.method) {
+    case Method::kl: {
+        const float kappa = args.inv_temperature * 1.4426950408889634f;
+        sum_tile<B, 3>(
+            reductions,
+            [&](int i, int j, int e, float(&term)[3]) {
+                const float v_s = sign * e_s.c[i][j][e], v_t = sign * e_t.c[i][j][e];
+                const float f_t = std::exp2((v_t - 1.0f) * kappa);
+                term[0] = std::exp2((v_s - 1.0f) * kappa);
+                term[1] = f_t;
+                term[2] = f_t == 0.0f ? 0.0f : f_t * (v_t - v_s);
+            },
+            store);
+        break;
+    }
+    case Method::kl_maxima:
+        sum_tile_with_maxima<B>(
+            reductions,
+            [&](int i, int j, int e, float& x_s, float& x_t) {
+                x_s = sign * e_s.c[i][j][e];
+                x_t = sign * e_t.c[i][j][e];
+            },
+            args.inv_temperature, store);
+        break;
+    case Method::mse:
+        sum_tile<B, 1>(
+            reductions,
+            [&](int i, int j, int e, float(&term)[1]) {
+                const float d = e_s.c[i][j][e] - e_t.c[i][j][e];
+                term[0] = d * d;
+            },
+            store);
+        break;
+    case Method::row_cosine:
+        sum_tile<B, 5>(
+            reductions,
+            [&](int i, int j, int e, float(&term)[5]) {
+                const float s = e_s.c[i][j][e], t = e_t.c[i][j][e], d = s - t;
+                term[0] = s * s;
+                term[1] = t * t;
+                term[2] = d * d;
+                term[3] = d * (s + t);
+                term[4] = s * t;
+            },
+            store);
+        break;
+    }
+}
+
+template <class S>
+cudaError_t launch_scales(const relation::Forward& args, const ScalesArgs& scales, cudaStream_t stream) {
+    const std::int64_t blocks = (args.options.batch * args.options.rows + rows_of_group - 1) / rows_of_group;
+    return launch(scales_kernel<S>, {2 * blocks, rows_of_group, groups}, stream, scales);
+}
+
+} // namespace
+
+cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& plan, cudaStream_t stream) {
+    const relation::Options& options = args.options;
+    cudaError_t error = check_call(options, plan);
+    if (error != cudaSuccess) {
+        return error;
+    }
+    const Network student = network_of(args.student, options), teacher = network_of(args.teacher, options);
+    const std::int64_t all_rows = options.batch * options.rows;
+    double* const scales = args.statistics + relation::statistic_planes * options.others() * all_rows;
+    const bool cosine = options.similarity == relation::Similarity::cosine;
+    const bool negate = options.negate && options.distance == relation::Distance::kl;
+    const auto inv_temperature = static_cast<float>(1 / options.temperature);
+    float* const sums = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + plan.sums);
+    return with_tile(options.dtype, plan.tile, [&](auto element, auto side) {
+        using S = decltype(element);
+        using B = TileBlocking<S, decltype(side)::value>;
+        if (cosine) {
+            error = launch_scales<S>(args, {{student, teacher}, options.rows, all_rows, scales}, stream);
+            if (error != cudaSuccess) {
+                return error;
+            }
+        }
+        return for_each_launch(options, plan, [&](const Cut& cut) {
+            const TilesArgs tiles{student,         teacher, cut,  plan.method, cosine, negate,
+                                  inv_temperature, scales,  sums, static_cast<float*>(args.kept)};
+            const cudaError_t launched = launch(
+                tiles_kernel<B>, {cut.problems * cut.tiles, B::threads, 1, tiles_shared_bytes<B>}, stream, tiles);
+            if (launched != cudaSuccess) {
+                return launched;
+            }
+            return launch_merge({cut, plan.method, decltype(side)::value, inv_temperature, !cosine, sums,
+                                 args.statistics, static_cast<float*>(args.loss), nullptr},
+                                stream);
+        });
+    });
+}
+
+} // namespace fastkd::cuda

@@ -1,0 +1,336 @@
+// relation on a GPU, backward: H, the losses' derivative by the similarities, tile by tile, then its product with the
+// rows (relation_product.cuh). Every sum has one owner and a fixed order.
+//
+// With each row's coefficients from its statistics and its gradient g (over the samples, where they are averaged),
+//
+//     kl            H = f_S (A_i + A_j) - f_T (D_i + D_j),   A = g sigma/(tau z_S), D = g sigma/(tau z_T), f as in the
+//                   forward; with maxima f differs between i and j
+//     mse           H = (E^S - E^T) (A_i + A_j),                     A = 2g/rows
+//     row_cosine    H = (E^S - E^T) (A_i + A_j) + E^T (D_i + D_j),   A = 2gc/n^2,  D = A - 2g/(n m)
+//
+// which is exactly 0 where the student is the teacher. What is stored is M_ij = s_i H_ij s_j: the product then takes rows
+// as they are. Where M is rounded, q is summed from the rounded numbers, so that what rounding leaves along a row goes
+// out with q. A cosine's diagonal is 1 whatever x: it is left out, instead of being subtracted again.
+#include "cuda/kernels.h"
+#include "cuda/relation_launch.cuh"
+#include "cuda/relation_product.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+struct CoefficientsArgs {
+    const float* grad_loss;
+    std::int64_t grad_batch_stride, grad_row_stride;
+    const double* statistics;
+    float* coefficients; // (2, others, batch, rows): A, D
+    std::int64_t rows, all_rows, others;
+    Method method;
+    bool negate;
+    float inv_temperature;
+};
+
+constexpr int coefficients_threads = 256;
+
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(coefficients_threads) coefficients_kernel(CoefficientsArgs args) {
+    const std::int64_t at = block_x() * coefficients_threads + thread_x(), plane = args.others * args.all_rows;
+    if (at >= plane) {
+        return;
+    }
+    const std::int64_t row = at % args.all_rows;
+    float g = args.grad_loss[row / args.rows * args.grad_batch_stride + row % args.rows * args.grad_row_stride] /
+              static_cast<float>(args.others);
+    const auto of = [&](int number) {
+        return static_cast<float>(args.statistics[number * plane + at]);
+    };
+    float a = 0.0f, d = 0.0f;
+    switch (args.method) {
+    case Method::mse:
+        a = 2.0f * g / static_cast<float>(args.rows);
+        break;
+    case Method::row_cosine: {
+        const float sums[5] = {of(0), of(1), of(2), of(3), of(4)};
+        const RowCosine row_cosine(sums);
+        const float outer = sums[0] <= 1e-24f ? 0.0f : 2.0f * g / row_cosine.n / row_cosine.n; // no gradient there
+        a = outer * row_cosine.c;
+        d = outer * row_cosine.slope;
+        break;
+    }
+    default:
+        g = (args.negate ? -g : g) * args.inv_temperature;
+        a = g / of(args.method == Method::kl ? 0 : 2);
+        d = g / of(args.method == Method::kl ? 1 : 3);
+    }
+    args.coefficients[at] = a;
+    args.coefficients[plane + at] = d;
+}
+
+struct DerivativeArgs {
+    Network student, teacher;
+    Cut cut;
+    Method method;
+    bool cosine, negate;
+    float inv_temperature;
+    const double* statistics;
+    const double* scales;
+    const float* coefficients;
+    const float* kept; // or null
+    void* h;
+    float* sums; // parts of q, one plane
+};
+
+// Numbers of a row that H needs, for the tile's rows and columns, in shared memory.
+enum RowNumber { scale_s, scale_t, norm, number_a, number_d, max_s, max_t, row_numbers };
+
+template <class B>
+struct DerivativeShared {
+    using H = typename StoredH<typename B::Storage>::Type;
+    static constexpr int planes = StoredH<typename B::Storage>::planes;
+    static constexpr int pitch = B::cols + 16 / static_cast<int>(sizeof(H));
+    static constexpr int staged_bytes = planes * B::rows * pitch * static_cast<int>(sizeof(H));
+    static constexpr int sums_bytes = (B::warps_across * B::rows + B::warps_down * B::cols) * 4;
+    static_assert(staged_bytes + sums_bytes <= B::pipeline_bytes, "what follows the products fits where they were");
+    static constexpr int bytes = B::pipeline_bytes + 2 * row_numbers * B::rows * 4;
+};
+
+// One tile of M, and its parts of q for its rows and, off the diagonal, for its columns.
+template <class B>
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) derivative_kernel(DerivativeArgs args) {
+    using S = typename B::Storage;
+    using Shared = DerivativeShared<B>;
+    using H = typename Shared::H;
+    FASTKD_DYNAMIC_SHARED(shared);
+    constexpr int side = B::rows, planes = Shared::planes;
+    const Cut& cut = args.cut;
+    const Tile tile = Tile::of<side>(cut, block_x());
+    float* const numbers_i = reinterpret_cast<float*>(shared + B::pipeline_bytes); // [row_numbers][side]
+    float* const numbers_j = numbers_i + row_numbers * side;
+    for (int at = thread_x(); at < 2 * side; at += B::threads) {
+        const int within = at % side;
+        const bool of_j = at >= side, here = within < (of_j ? tile.rows_j : tile.rows_i);
+        float* const numbers = (of_j ? numbers_j : numbers_i) + within;
+        const std::int64_t row =
+            (of_j ? tile.sample_j : tile.sample_i) * cut.rows + (of_j ? tile.row_j : tile.row_i) + within;
+        // Row i's statistics against the sample of j, and the other way round.
+        const std::int64_t other = (of_j ? tile.sample_i : tile.sample_j) - tile.problem * cut.samples;
+        const std::int64_t index = other * cut.all_rows + row, plane = cut.samples * cut.all_rows;
+        const auto put = [&](RowNumber number, auto value_of) {
+            numbers[number * side] = here ? static_cast<float>(value_of()) : 0.0f;
+        };
+        put(number_a, [&] { return args.coefficients[index]; });
+        put(number_d, [&] { return args.coefficients[plane + index]; });
+        if (args.cosine) {
+            put(scale_s, [&] { return args.scales[row]; });
+            put(scale_t, [&] { return args.scales[cut.all_rows + row]; });
+            put(norm, [&] { return 1.0 / args.scales[row]; });
+        }
+        if (args.method == Method::kl_maxima) {
+            put(max_s, [&] { return args.statistics[index]; });
+            put(max_t, [&] { return args.statistics[plane + index]; });
+        }
+    }
+    typename B::Accumulated e_s, e_t;
+    if (args.kept != nullptr) {
+        float* const kept = const_cast<float*>(args.kept); // read only
+        const auto load = [](typename B::Accumulated& to) {
+            return [&to](const float* at, int i, int j) {
+                const Pack<float> pack = load_pack(at);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    to.c[i][j][e] = pack.at[e];
+                }
+            };
+        };
+        visit_kept<B>(kept, cut, tile, 0, load(e_s));
+        visit_kept<B>(kept, cut, tile, 1, load(e_t));
+        block_barrier();
+    } else {
+        multiply_rows<B>(args.student, args.teacher, tile, shared, e_s, e_t);
+        scale_products<B>(e_s, tile, args.cosine, numbers_i + scale_s * side, numbers_j + scale_s * side,
+                          args.student.factor, 0.0f);
+        scale_products<B>(e_t, tile, args.cosine, numbers_i + scale_t * side, numbers_j + scale_t * side,
+                          args.teacher.factor, 0.0f);
+    }
+
+    const float sign = args.negate ? -1.0f : 1.0f, kappa = args.inv_temperature * 1.4426950408889634f;
+    const bool cosine = args.cosine, diagonal = tile.diagonal();
+    const float factor = args.student.factor;
+    // M in place of E^S, as it is stored but for the sum of two.
+    const auto terms_of = [&](auto h_of) {
+        return [&, h_of](int i, int j, int e, float(&term)[1]) {
+            const int row = B::row_of(i, e), col = B::col_of(j, e);
+            const float s = e_s.c[i][j][e], t = e_t.c[i][j][e];
+            const float* const of_i = numbers_i + row;
+            const float* const of_j = numbers_j + col;
+            const bool used = row < tile.rows_i && col < tile.rows_j && !(cosine && diagonal && row == col);
+            const float h = h_of(s, t, of_i, of_j);
+            const float m = cosine ? h * of_i[scale_s * side] * of_j[scale_s * side] : h * factor;
+            e_s.c[i][j][e] = used ? m : 0.0f;
+            float stored = m;
+            if constexpr (planes == 1 && sizeof(H) == 2) {
+                stored = widen(narrow<BFloat16>(m));
+            }
+            term[0] = used && cosine ? stored * (of_i[norm * side] * of_j[norm * side]) * s : 0.0f;
+        };
+    };
+    const auto both = [](int number, const float* of_i, const float* of_j) {
+        return of_i[number * side] + of_j[number * side];
+    };
+    const std::int64_t first_slot = tile.here * cut.slots();
+    float* const for_i = args.sums + (first_slot + cut.slot(tile.i, tile.j)) * side;
+    float* const for_j = args.sums + (first_slot + cut.slot(tile.j, tile.i)) * side;
+    const auto store = [&](int, int index, bool for_rows, float sum) {
+        if (for_rows) {
+            for_i[index] = sum;
+        } else if (!diagonal) {
+            for_j[index] = sum;
+        }
+    };
+    float* const reductions = reinterpret_cast<float*>(shared + Shared::staged_bytes);
+    switch (args.method) {
+    case Method::kl:
+        sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
+                           const float f_s = std::exp2((sign * s - 1.0f) * kappa);
+                           const float f_t = std::exp2((sign * t - 1.0f) * kappa);
+                           return multiply_alone(f_s, both(number_a, of_i, of_j)) -
+                                  multiply_alone(f_t, both(number_d, of_i, of_j));
+                       }),
+                       store);
+        break;
+    case Method::kl_maxima: {
+        const auto one_sided = [&](float s, float t, const float* of) {
+            const float f_s = std::exp2((sign * s - of[max_s * side]) * kappa);
+            const float f_t = std::exp2((sign * t - of[max_t * side]) * kappa);
+            return multiply_alone(f_s, of[number_a * side]) - multiply_alone(f_t, of[number_d * side]);
+        };
+        sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
+                           return one_sided(s, t, of_i) + one_sided(s, t, of_j);
+                       }),
+                       store);
+        break;
+    }
+    default: // mse, whose D is 0, and row_cosine
+        sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
+                           const float h = (s - t) * both(number_a, of_i, of_j);
+                           return args.method == Method::mse ? h : h + t * both(number_d, of_i, of_j);
+                       }),
+                       store);
+    }
+
+    // Through shared memory, so that whole lines are written.
+    H* const staged = reinterpret_cast<H*>(shared);
+#pragma unroll
+    for (int i = 0; i < B::down; ++i) {
+#pragma unroll
+        for (int j = 0; j < B::across; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const float left = e_s.c[i][j][e], right = e_s.c[i][j][e + 1];
+                H* const at = staged + B::row_of(i, e) * Shared::pitch + B::col_of(j, e);
+                if constexpr (sizeof(H) == 4) {
+                    at[0] = left;
+                    at[1] = right;
+                } else {
+                    const BFloat16 left_high = narrow<BFloat16>(left), right_high = narrow<BFloat16>(right);
+                    at[0] = left_high;
+                    at[1] = right_high;
+                    if constexpr (planes == 2) {
+                        at[side * Shared::pitch] = narrow<BFloat16>(left - widen(left_high));
+                        at[side * Shared::pitch + 1] = narrow<BFloat16>(right - widen(right_high));
+                    }
+                }
+            }
+        }
+    }
+    block_barrier();
+    constexpr int size = Pack<H>::size, packs = side / size;
+    H* const to = static_cast<H*>(args.h) + (tile.here * cut.tiles + cut.stored(tile.i, tile.j)) * (planes * side * side);
+#pragma unroll 4
+    for (int at = thread_x(); at < planes * side * packs; at += B::threads) {
+        const int line = at / packs, piece = at % packs * size;
+        Pack<H> pack;
+        const H* const from = staged + line * Shared::pitch + piece;
+#pragma unroll
+        for (int e = 0; e < size; ++e) {
+            pack.at[e] = from[e];
+        }
+        store_pack(to + line * side + piece, pack);
+    }
+}
+
+} // namespace
+
+cudaError_t relation_backward(const relation::Backward& args, const RelationPlan& plan, cudaStream_t stream) {
+    const relation::Options& options = args.options;
+    cudaError_t error = check_call(options, plan);
+    if (error != cudaSuccess) {
+        return error;
+    }
+    const Network student = network_of(args.student, options), teacher = network_of(args.teacher, options);
+    const std::int64_t all_rows = options.batch * options.rows, others = options.others();
+    const double* const scales = args.statistics + relation::statistic_planes * others * all_rows;
+    const bool cosine = options.similarity == relation::Similarity::cosine;
+    const bool negate = options.negate && options.distance == relation::Distance::kl;
+    const auto inv_temperature = static_cast<float>(1 / options.temperature);
+    char* const workspace = static_cast<char*>(args.workspace);
+    const auto floats_at = [&](std::int64_t offset) {
+        return reinterpret_cast<float*>(workspace + offset);
+    };
+    float* const coefficients = floats_at(plan.coefficients);
+    float* const row_sums = floats_at(plan.row_sums);
+    const std::int64_t blocks = (others * all_rows + coefficients_threads - 1) / coefficients_threads;
+    error = launch(coefficients_kernel, {blocks, coefficients_threads}, stream,
+                   CoefficientsArgs{static_cast<const float*>(args.grad_loss), args.grad_batch_stride,
+                                    args.grad_row_stride, args.statistics, coefficients, options.rows, all_rows, others,
+                                    plan.method, negate, inv_temperature});
+    if (error != cudaSuccess) {
+        return error;
+    }
+    return with_tile(options.dtype, plan.tile, [&](auto element, auto side_type) {
+        using S = decltype(element);
+        constexpr int side = decltype(side_type)::value;
+        using B = TileBlocking<S, side>;
+        using Product = ProductBlocking<S, side>;
+        return for_each_launch(options, plan, [&](const Cut& cut) {
+            void* const h = workspace + plan.h;
+            const DerivativeArgs derivative{student,         teacher,         cut,    plan.method,  cosine, negate,
+                                            inv_temperature, args.statistics, scales, coefficients,
+                                            static_cast<const float*>(args.kept), h,  floats_at(plan.sums)};
+            cudaError_t launched =
+                launch(derivative_kernel<B>, {cut.problems * cut.tiles, B::threads, 1, DerivativeShared<B>::bytes},
+                       stream, derivative);
+            if (launched == cudaSuccess && cosine) {
+                launched = launch_merge({cut, Method::mse, side, inv_temperature, false, floats_at(plan.sums), nullptr,
+                                         nullptr, row_sums},
+                                        stream);
+            }
+            if (launched != cudaSuccess) {
+                return launched;
+            }
+            const bool direct = plan.whole() && plan.splits == 1;
+            const ProductArgs product{student,
+                                      cut,
+                                      h,
+                                      row_sums,
+                                      scales,
+                                      {args.grad_student, args.out_batch_stride, args.out_row_stride,
+                                       args.out_col_stride},
+                                      direct ? nullptr : floats_at(plan.partials),
+                                      plan.whole() ? nullptr : floats_at(plan.totals),
+                                      plan.width_blocks,
+                                      plan.splits,
+                                      cosine};
+            const std::int64_t band = cut.last - cut.first;
+            const std::int64_t items = band * plan.splits + (cut.blocks - cut.last);
+            launched = launch(product_kernel<S, side>, {cut.problems * items * plan.width_blocks, Product::threads, 1,
+                                                        product_shared_bytes<S, side>()},
+                              stream, product);
+            if (launched != cudaSuccess || direct) {
+                return launched;
+            }
+            const std::int64_t strips = cut.problems * band * plan.width_blocks * (side / finish_rows);
+            return launch(finish_kernel<S, side>, {strips, finish_threads}, stream, product);
+        });
+    });
+}
+
+} // namespace fastkd::cuda
