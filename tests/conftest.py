@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -27,13 +28,23 @@ if not _has_gpu():
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
-def _require(place: Any) -> Any:
+@contextmanager
+def _present(place: Any) -> Iterator[None]:
+    """Skips the test if the backend is absent; CUDA's on CPU tensors is there for as long as the test lasts."""
+    from emulation import emulated
+
     from fastkd.ops import _backends
 
-    reason = _backends._misplaced(place.backend, place.device) or _backends.why_not(place.backend)
-    if reason is not None:
-        pytest.skip(f"the {place.backend} backend is not in use on {place.device}: {reason}")
-    return place
+    with ExitStack() as stack:
+        if place == ("cuda", "cpu"):
+            try:
+                stack.enter_context(emulated())
+            except RuntimeError as error:
+                pytest.skip(f"the cuda backend is not in use on CPU tensors: {error}")
+        reason = _backends._misplaced(place.backend, place.device) or _backends.why_not(place.backend)
+        if reason is not None:
+            pytest.skip(f"the {place.backend} backend is not in use on {place.device}: {reason}")
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -70,15 +81,17 @@ def _parameter(value: Any) -> Any:
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest) -> Any:
+def place(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each backend of softmax_kl, on each device it computes on."""
-    return _require(request.param)
+    with _present(request.param):
+        yield request.param
 
 
 @pytest.fixture
-def kernel_place(request: pytest.FixtureRequest) -> Any:
+def kernel_place(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each of them but the reference: those that go through a registered operator."""
-    return _require(request.param)
+    with _present(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -114,8 +127,10 @@ def basic_kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     from contract_tools import threads
 
-    _require(request.param.place)
-    with threads(1):  # the arrays are small: waking threads for them is what would take the time
+    with (
+        _present(request.param.place),
+        threads(1),
+    ):  # the arrays are small: waking threads for them is what would take the time
         yield request.param
 
 

@@ -8,6 +8,9 @@
 
 #include "bindings/softmax_kl.h"
 #include "cuda/kernels.h"
+#if defined(FASTKD_EMULATED)
+#include "tests/emulation/engine.h"
+#endif
 
 namespace fastkd::bindings {
 namespace {
@@ -49,6 +52,22 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.def(
         "runtime_version", [] { return CUDART_VERSION; },
         "The version of CUDA's runtime in this module, e.g. 13000 for 13.0.");
+#if defined(FASTKD_EMULATED)
+    module.attr("EMULATED") = true; // the kernels run on the host and take its tensors
+    module.def(
+        "set_order",
+        [](const std::string& name) {
+            const std::string names[] = {"forward", "reverse", "random"};
+            for (int i = 0; i < 3; ++i) {
+                if (name == names[i]) {
+                    emulation::set_order(static_cast<emulation::Order>(i));
+                    return;
+                }
+            }
+            throw py::value_error("order: expected forward, reverse or random, got '" + name + "'");
+        },
+        py::arg("order"), "In which order threads and blocks take turns.");
+#endif
     define_softmax_kl(
         module, "stream",
         [](const softmax_kl::Forward& args, std::int64_t stream) {

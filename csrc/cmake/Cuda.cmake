@@ -1,7 +1,6 @@
 # fastkd._cuda, by the environment variable FASTKD_CUDA: "auto" (or unset) builds it if nvcc works, "1" fails if it does
 # not, "0" leaves it out.
 
-set(cuda_sources bindings/cuda.cpp cuda/softmax_kl.cu)
 set(cuda_targets 80 86 89 90 100 120) # not 103: nvcc 13.0's code for it is wrong, and it runs sm_100's
 
 set(FASTKD_CUDA "$ENV{FASTKD_CUDA}")
@@ -66,7 +65,7 @@ list(TRANSFORM cuda_targets PREPEND sm_)
 set(cuda_targets ${cuda_targets} compute_${newest})
 list(JOIN cuda_targets " " targets_text)
 
-pybind11_add_module(_cuda MODULE NO_EXTRAS ${cuda_sources})
+pybind11_add_module(_cuda MODULE NO_EXTRAS bindings/cuda.cpp ${cuda_kernels})
 target_include_directories(_cuda PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_compile_definitions(_cuda PRIVATE "FASTKD_CUDA_TARGETS=\"${targets_text}\"")
 target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads=2>)

@@ -140,6 +140,24 @@ struct KLState {
     FASTKD_HD T loss() const { return a / z_t + std::log(z_s / z_t); }
 };
 
+// log z of a row's sum: the power of two is taken off first, so a float's logarithm errs by 2e-8 and not by 5e-7 at 1e4
+// columns, which every probability of the row would inherit.
+FASTKD_HD double log_of_sum(double z) {
+    return std::log(z);
+}
+FASTKD_HD double log_of_sum(float z) {
+    if (!(z < HUGE_VALF)) {
+        return z;
+    }
+    int exponent;
+    float mantissa = std::frexp(z, &exponent);
+    if (mantissa < 0.70710678f) {
+        mantissa *= 2;
+        --exponent;
+    }
+    return exponent * 0.693147180559945309 + std::log(mantissa);
+}
+
 FASTKD_HD double log_sum_exp(double max, double z_log, double inv_temperature) {
     return max * inv_temperature + z_log;
 }

@@ -15,6 +15,7 @@ namespace {
 using softmax_kl::Backward;
 using softmax_kl::Forward;
 using softmax_kl::KLState;
+using softmax_kl::log_of_sum;
 using softmax_kl::LogSoftmax;
 using softmax_kl::RowStrides;
 
@@ -159,8 +160,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) forward_kernel(Forward ar
         }
         if (mine && lane == 0) {
             static_cast<T*>(args.loss)[row] = state.loss();
-            args.lse_student[row] = softmax_kl::log_sum_exp(state.max_s, std::log(state.z_s), args.inv_temperature);
-            args.lse_teacher[row] = softmax_kl::log_sum_exp(state.max_t, std::log(state.z_t), args.inv_temperature);
+            args.lse_student[row] = softmax_kl::log_sum_exp(state.max_s, log_of_sum(state.z_s), args.inv_temperature);
+            args.lse_teacher[row] = softmax_kl::log_sum_exp(state.max_t, log_of_sum(state.z_t), args.inv_temperature);
         }
     }
 }

@@ -383,8 +383,8 @@ class Setting(NamedTuple):
         return dtype != torch.float64 or (self.case.family, self.place.backend) not in _backends.WITHOUT_FP64
 
 
-DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cuda",)}
-"""Triton computes on CPU tensors under its interpreter."""
+DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cpu", "cuda")}
+"""On CPU tensors Triton's kernels are interpreted, and CUDA's are built for the host (``emulation.py``)."""
 
 
 def places(family: str) -> list[Place]:

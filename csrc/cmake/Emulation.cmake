@@ -1,0 +1,41 @@
+# The CUDA kernels compiled for the host, for tests: cuda/device.cuh and cuda/matrix.cuh are found in tests/emulation
+# first, where a block's threads are fibers. A module _cuda that takes CPU tensors:
+#
+#     cmake -G Ninja -S csrc -B build/emulated -DFASTKD_EMULATE=ON && cmake --build build/emulated
+#
+# With FASTKD_SANITIZE, "address;undefined" or "thread", under these sanitizers, whose run-time library has to be in the
+# process from its start: LD_PRELOAD it.
+
+enable_language(CXX)
+include(CheckCXXCompilerFlag)
+set(emulation_flags -O2 -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized)
+check_cxx_compiler_flag("-mfma -mf16c" FASTKD_EMULATION_FMA) # products are fused with sums, as nvcc does it
+if(FASTKD_EMULATION_FMA)
+  list(APPEND emulation_flags -mfma -mf16c -ffp-contract=fast)
+endif()
+
+add_library(emulation OBJECT tests/emulation/engine.cpp) # never under a sanitizer itself
+target_include_directories(emulation PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
+target_compile_options(emulation PRIVATE ${emulation_flags})
+
+set(PYBIND11_FINDPYTHON ON)
+find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 3.0 CONFIG REQUIRED)
+pybind11_add_module(_cuda MODULE NO_EXTRAS bindings/cuda.cpp ${cuda_kernels})
+set_source_files_properties(${cuda_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
+target_include_directories(_cuda BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests/emulation"
+                                                "${CMAKE_CURRENT_SOURCE_DIR}")
+target_compile_definitions(_cuda PRIVATE FASTKD_EMULATED "FASTKD_CUDA_TARGETS=\"host\"")
+target_compile_options(_cuda PRIVATE ${emulation_flags})
+target_link_libraries(_cuda PRIVATE emulation)
+
+foreach(sanitizer IN LISTS FASTKD_SANITIZE)
+  if(NOT sanitizer MATCHES "^(address|undefined|thread)$")
+    message(FATAL_ERROR "FASTKD_SANITIZE: expected address, undefined, address;undefined or thread, got '${FASTKD_SANITIZE}'")
+  endif()
+  string(TOUPPER ${sanitizer} name)
+  target_compile_definitions(emulation PRIVATE FASTKD_EMULATION_${name})
+  target_compile_options(_cuda PRIVATE -O1 -g1 -fno-omit-frame-pointer -fsanitize=${sanitizer}
+                                       -fno-sanitize-recover=all)
+  target_link_options(_cuda PRIVATE -fsanitize=${sanitizer})
+endforeach()

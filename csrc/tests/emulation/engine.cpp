@@ -1,0 +1,521 @@
+// Not compiled with -fsanitize: its own memory is nobody's business, and the switching of stacks must not be followed.
+#include "tests/emulation/engine.h"
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(FASTKD_EMULATION_ADDRESS)
+#include <sanitizer/common_interface_defs.h>
+#elif defined(FASTKD_EMULATION_THREAD)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace fastkd::emulation {
+namespace {
+
+constexpr std::size_t stack_bytes = 512 * 1024; // address space; pages come when they are touched
+
+// ---- switching stacks
+// ------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+// ucontext asks the kernel for the signal mask at every switch, which takes fifty times as long.
+extern "C" void fastkd_emulation_switch(void** save, void* to);
+asm(R"(
+    .text
+    .globl fastkd_emulation_switch
+    .type fastkd_emulation_switch, @function
+fastkd_emulation_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size fastkd_emulation_switch, .-fastkd_emulation_switch
+)");
+
+struct Context {
+    void* stack_pointer = nullptr;
+    void prepare(char* stack, void (*entry)()) {
+        auto** top = reinterpret_cast<void**>(stack + stack_bytes) - 1; // the entry sees a stack as after a call
+        *top = nullptr;
+        *--top = reinterpret_cast<void*>(entry);
+        stack_pointer = top - 6;
+        std::memset(stack_pointer, 0, 6 * sizeof(void*));
+    }
+    static void change(Context& from, Context& to) { fastkd_emulation_switch(&from.stack_pointer, to.stack_pointer); }
+};
+#else
+struct Context {
+    ucontext_t context;
+    void prepare(char* stack, void (*entry)()) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = stack_bytes;
+        makecontext(&context, entry, 0);
+    }
+    static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+// ---- fibers
+// ----------------------------------------------------------------------------------------------------------
+
+// Threads that wait for each other: `arrived` of them, until all have, which is a generation.
+struct Meeting {
+    int members = 0, arrived = 0;
+    std::uint64_t generation = 0;
+    Operation operation = Operation::none;
+    char order[2]; // addresses by which ThreadSanitizer is told; two, or the fastest thread's next arrival would count
+};
+
+struct Warp {
+    Meeting meeting;
+    Slots slots[2];
+    float products[2][32][4];
+};
+
+struct Fiber {
+    Context context;
+    char* stack = nullptr;
+    std::size_t stack_size = stack_bytes;
+    void* tsan = nullptr;
+    void* fake_stack = nullptr;
+    int index = 0, exchanges = 0;
+    bool done = true;
+    const Meeting* waits = nullptr;
+    std::uint64_t until = 0; // it waits while waits->generation is this
+    const char* at = "";
+    std::vector<std::vector<Copy>> groups; // of asynchronous copies, the last one open
+    bool ready() const { return !done && (waits == nullptr || waits->generation != until); }
+};
+
+struct Engine {
+    std::vector<std::unique_ptr<Fiber>> fibers; // as many as the largest block had threads
+    std::vector<Warp> warps;
+    Meeting block;
+    Fiber outside; // the caller of run
+    Fiber* current = nullptr;
+    int threads = 0, threads_x = 1, running = 0;
+    std::int64_t block_index = 0, blocks = 0;
+    const std::function<void()>* body = nullptr;
+    std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, std::free};
+    std::string error;
+    Order order = Order::forward;
+    std::minstd_rand random;
+    char start[1], end[1];
+};
+
+Engine engine;
+std::mutex one_kernel_at_a_time;
+
+void happens_before(char* what) {
+#if defined(FASTKD_EMULATION_THREAD)
+    __tsan_release(what);
+#else
+    static_cast<void>(what);
+#endif
+}
+void happens_after(char* what) {
+#if defined(FASTKD_EMULATION_THREAD)
+    __tsan_acquire(what);
+#else
+    static_cast<void>(what);
+#endif
+}
+
+#if defined(FASTKD_EMULATION_ADDRESS)
+Fiber* came_from = nullptr;
+#endif
+
+void arrived_on_stack(Fiber& self) {
+#if defined(FASTKD_EMULATION_ADDRESS)
+    const void* bottom = nullptr;
+    std::size_t bytes = 0;
+    __sanitizer_finish_switch_fiber(self.fake_stack, &bottom, &bytes);
+    if (came_from == &engine.outside) { // a thread of the host, whose stack nobody else knows
+        engine.outside.stack = static_cast<char*>(const_cast<void*>(bottom));
+        engine.outside.stack_size = bytes;
+    }
+#else
+    static_cast<void>(self);
+#endif
+}
+
+void change_to(Fiber& to) {
+    Fiber& from = *engine.current;
+    engine.current = &to;
+#if defined(FASTKD_EMULATION_ADDRESS)
+    came_from = &from;
+    __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_size);
+#elif defined(FASTKD_EMULATION_THREAD)
+    __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+    Context::change(from.context, to.context);
+    arrived_on_stack(from);
+}
+
+int next_of(int i) {
+    const int n = engine.threads;
+    return engine.order == Order::reverse ? (i + n - 1) % n : (i + 1) % n;
+}
+
+// Whoever can go on, or the caller of run if nobody can.
+Fiber& next_fiber(int after) {
+    int i = engine.order == Order::random ? static_cast<int>(engine.random() % engine.threads) : next_of(after);
+    for (int tried = 0; tried < engine.threads; ++tried, i = next_of(i)) {
+        if (engine.fibers[i]->ready()) {
+            return *engine.fibers[i];
+        }
+    }
+    return engine.outside;
+}
+
+[[noreturn]] void give_up(const std::string& what) {
+    engine.error = "block " + std::to_string(engine.block_index) + ", thread (" + std::to_string(thread_x()) + ", " +
+                   std::to_string(thread_y()) + "): " + what;
+    change_to(engine.outside);
+    std::abort(); // nobody comes back
+}
+
+void arrive(Meeting& meeting, Operation operation, const char* what) {
+    Fiber& self = *engine.current;
+    if (meeting.arrived == 0) {
+        meeting.operation = operation;
+    } else if (meeting.operation != operation) {
+        give_up(std::string("lanes of one warp are in different operations, one of them ") + what);
+    }
+    if (++meeting.arrived == meeting.members) {
+        meeting.arrived = 0;
+        ++meeting.generation;
+        return;
+    }
+    self.waits = &meeting;
+    self.until = meeting.generation;
+    self.at = what;
+    Fiber& next = next_fiber(self.index);
+    change_to(next);
+    self.waits = nullptr;
+}
+
+void fiber_main() {
+    arrived_on_stack(*engine.current); // from the second block on a fiber arrives at the end of this loop
+    for (;;) {
+        Fiber& self = *engine.current;
+        self.exchanges = 0;
+        happens_after(engine.start);
+        (*engine.body)();
+        for (const auto& group : self.groups) {
+            if (!group.empty()) {
+                give_up("ends with asynchronous copies under way");
+            }
+        }
+        happens_before(engine.end);
+        self.done = true;
+        --engine.running;
+        Fiber& next = next_fiber(self.index);
+        change_to(next);
+    }
+}
+
+void make_fibers(int count) {
+    while (static_cast<int>(engine.fibers.size()) < count) {
+        auto fiber = std::make_unique<Fiber>();
+        fiber->index = static_cast<int>(engine.fibers.size());
+        void* stack =
+            mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (stack == MAP_FAILED) {
+            throw std::runtime_error("emulation: no memory for the stacks of a block's threads");
+        }
+        fiber->stack = static_cast<char*>(stack);
+        fiber->context.prepare(fiber->stack, fiber_main);
+#if defined(FASTKD_EMULATION_THREAD)
+        fiber->tsan = __tsan_create_fiber(0);
+#endif
+        engine.fibers.push_back(std::move(fiber));
+    }
+}
+
+void run_block(int shared_bytes) {
+    if (shared_bytes > 0) {
+        std::memset(engine.shared.get(), 0xff, shared_bytes);
+    }
+    engine.running = engine.threads;
+    for (int i = 0; i < engine.threads; ++i) {
+        Fiber& fiber = *engine.fibers[i];
+        fiber.done = false;
+        fiber.waits = nullptr;
+        fiber.groups.assign(1, {});
+    }
+    happens_before(engine.start);
+    change_to(next_fiber(engine.order == Order::reverse ? 0 : engine.threads - 1));
+    happens_after(engine.end);
+    if (engine.error.empty() && engine.running > 0) {
+        for (int i = 0; i < engine.threads; ++i) {
+            const Fiber& fiber = *engine.fibers[i];
+            if (!fiber.done) {
+                engine.error = "block " + std::to_string(engine.block_index) + ": " + std::to_string(engine.running) +
+                               " threads wait for others that never come, thread " + std::to_string(i) + " at " +
+                               fiber.at;
+                break;
+            }
+        }
+    }
+}
+
+} // namespace
+
+void set_order(Order order) {
+    const std::lock_guard<std::mutex> lock(one_kernel_at_a_time);
+    engine.order = order;
+    engine.random.seed(1);
+}
+
+void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, const std::function<void()>& body) {
+    const std::lock_guard<std::mutex> lock(one_kernel_at_a_time);
+    const int threads = threads_x * threads_y;
+    if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024 || threads % 32 != 0) {
+        throw std::runtime_error("emulation: " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
+                                 " threads are no grid, or not of whole warps");
+    }
+    make_fibers(threads);
+    engine.threads = threads;
+    engine.threads_x = threads_x;
+    engine.blocks = blocks;
+    engine.body = &body;
+    void* shared = nullptr; // ends where the kernel's ends, for AddressSanitizer to see
+    if (shared_bytes > 0 && posix_memalign(&shared, 128, shared_bytes) != 0) {
+        throw std::runtime_error("emulation: no memory for a block's shared memory");
+    }
+    engine.shared.reset(static_cast<unsigned char*>(shared));
+    engine.block = {};
+    engine.block.members = threads;
+    engine.warps.assign(threads / 32, {});
+    for (Warp& warp : engine.warps) {
+        warp.meeting.members = 32;
+    }
+    engine.current = &engine.outside;
+    engine.error.clear();
+#if defined(FASTKD_EMULATION_THREAD)
+    engine.outside.tsan = __tsan_get_current_fiber();
+#endif
+    for (std::int64_t i = 0; i < blocks && engine.error.empty(); ++i) {
+        engine.block_index = engine.order == Order::reverse ? blocks - 1 - i : i;
+        run_block(shared_bytes);
+    }
+    if (!engine.error.empty()) {
+        engine.fibers.clear(); // they are in the middle of something; their stacks stay, AddressSanitizer knows them
+        throw std::runtime_error("emulation: " + engine.error);
+    }
+}
+
+int thread_x() {
+    return engine.current->index % engine.threads_x;
+}
+int thread_y() {
+    return engine.current->index / engine.threads_x;
+}
+int lane() {
+    return engine.current->index % 32;
+}
+std::int64_t block_x() {
+    return engine.block_index;
+}
+std::int64_t grid_x() {
+    return engine.blocks;
+}
+unsigned char* dynamic_shared() {
+    check(engine.shared != nullptr, "shared memory that the launch did not ask for");
+    return engine.shared.get();
+}
+
+void check(bool fine, const char* what) {
+    if (!fine) {
+        give_up(what);
+    }
+}
+
+// The counts of barriers tell which of the two `order` addresses a barrier has.
+void block_barrier() {
+    Meeting& meeting = engine.block;
+    char* order = &meeting.order[meeting.generation % 2];
+    happens_before(order);
+    arrive(meeting, Operation::barrier, "a barrier of the block");
+    happens_after(order);
+}
+
+void warp_barrier() {
+    Meeting& meeting = engine.warps[engine.current->index / 32].meeting;
+    char* order = &meeting.order[meeting.generation % 2];
+    happens_before(order);
+    arrive(meeting, Operation::barrier, "a barrier of the warp");
+    happens_after(order);
+}
+
+namespace {
+
+// Lays the words down and waits; what the last lane to come makes of all lanes' words, it makes before the others go
+// on.
+Warp& meet(Operation operation, const std::uint32_t* words, int count, const char* what, int* turn,
+           void (*finish)(Warp&, int)) {
+    Fiber& self = *engine.current;
+    Warp& warp = engine.warps[self.index / 32];
+    *turn = self.exchanges++ % 2;
+    for (int i = 0; i < count; ++i) {
+        warp.slots[*turn][self.index % 32][i] = words[i];
+    }
+    if (finish != nullptr && warp.meeting.arrived == 31) {
+        finish(warp, *turn);
+    }
+    arrive(warp.meeting, operation, what);
+    return warp;
+}
+
+double half_value(std::uint32_t bits) {
+    const std::uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    double size =
+        exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, static_cast<int>(exponent) - 25);
+    if (exponent == 31) {
+        size = mantissa == 0 ? HUGE_VAL : std::nan("");
+    }
+    return (bits & 0x8000) != 0 ? -size : size;
+}
+
+float float_value(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+// A double cut off to the float towards zero.
+float cut_off(double value) {
+    const float nearest = static_cast<float>(value);
+    return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(value)
+               ? std::nextafter(nearest, 0.0f)
+               : nearest;
+}
+
+// The fragments of matrix.cuh, put together; `wide` elements have 32 bits, else two share a word.
+template <bool wide, class Value>
+void multiply_warp(Warp& warp, int turn, Value value) {
+    constexpr int depth = wide ? 8 : 16;
+    double a[16][depth], b[depth][8];
+    const Slots& slots = warp.slots[turn];
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        for (int part = 0; part < (wide ? 1 : 2); ++part) {
+            const auto element = [&](int word) {
+                return value(wide ? slots[lane][word] : slots[lane][word] >> 16 * part & 0xffff);
+            };
+            const int k = wide ? t : 2 * t + part;
+            for (int i = 0; i < 4; ++i) {
+                a[g + 8 * (i % 2)][k + depth / 2 * (i / 2)] = element(i);
+            }
+            for (int i = 0; i < 2; ++i) {
+                b[k + depth / 2 * i][g] = element(4 + i);
+            }
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+            float sum = warp.products[turn][lane][i];
+            for (int begin = 0; begin < depth; begin += depth / 2) {
+                double exact = sum;
+                for (int k = begin; k < begin + depth / 2; ++k) {
+                    exact += a[row][k] * b[k][column];
+                }
+                sum = cut_off(exact);
+            }
+            warp.products[turn][lane][i] = sum;
+        }
+    }
+}
+
+void multiply_f16(Warp& warp, int turn) {
+    multiply_warp<false>(warp, turn, half_value);
+}
+void multiply_bf16(Warp& warp, int turn) {
+    multiply_warp<false>(warp, turn, [](std::uint32_t bits) { return static_cast<double>(float_value(bits << 16)); });
+}
+void multiply_tf32(Warp& warp, int turn) { // the lower bits of a float do not count
+    multiply_warp<true>(warp, turn,
+                        [](std::uint32_t bits) { return static_cast<double>(float_value(bits & 0xffffe000u)); });
+}
+
+} // namespace
+
+const Slots& exchange(Operation operation, const std::uint32_t* words, int count) {
+    int turn;
+    Warp& warp = meet(operation, words, count, operation == Operation::shuffle ? "a shuffle" : "a load of matrices",
+                      &turn, nullptr);
+    return warp.slots[turn];
+}
+
+void multiply(Operation operation, float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    const std::uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    Fiber& self = *engine.current;
+    Warp& warp = engine.warps[self.index / 32];
+    float (&products)[4] = warp.products[self.exchanges % 2][self.index % 32];
+    for (int i = 0; i < 4; ++i) {
+        products[i] = c[i];
+    }
+    int turn;
+    meet(operation, words, 6, "a matrix product", &turn,
+         operation == Operation::multiply_f16    ? multiply_f16
+         : operation == Operation::multiply_bf16 ? multiply_bf16
+                                                 : multiply_tf32);
+    for (int i = 0; i < 4; ++i) {
+        c[i] = products[i];
+    }
+}
+
+bool copies_at_once() {
+    return engine.order == Order::reverse;
+}
+
+void copy_start(Copy copy) {
+    engine.current->groups.back().push_back(copy);
+}
+
+void copy_commit() {
+    engine.current->groups.emplace_back();
+}
+
+bool copy_next(int groups, Copy* copy) {
+    auto& all = engine.current->groups; // the last one is open: no wait is for it
+    while (static_cast<int>(all.size()) - 1 > groups) {
+        if (!all.front().empty()) {
+            *copy = all.front().front();
+            all.front().erase(all.front().begin());
+            return true;
+        }
+        all.erase(all.begin());
+    }
+    return false;
+}
+
+} // namespace fastkd::emulation
