@@ -1,5 +1,7 @@
 #include "cuda/relation_plan.h"
 
+#include <initializer_list>
+
 namespace fastkd::cuda {
 namespace {
 

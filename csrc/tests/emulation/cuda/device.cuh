@@ -46,6 +46,11 @@ T shuffle_xor(T value, int mask) {
     return shuffle(value, emulation::lane() ^ mask);
 }
 
+inline float multiply_alone(float a, float b) {
+    const volatile float product = a * b; // or the compiler would fuse it
+    return product;
+}
+
 inline float widen(float value) {
     return value;
 }
