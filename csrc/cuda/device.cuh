@@ -20,6 +20,8 @@
 #define FASTKD_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 // One block to a multiprocessor is enough: left to choose, ptxas spills registers for the sake of more.
 #define FASTKD_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
+// As many registers as leave room for `blocks` to a multiprocessor.
+#define FASTKD_LAUNCH_BOUNDS_OF(threads, blocks) __launch_bounds__(threads, blocks)
 
 namespace fastkd::cuda {
 

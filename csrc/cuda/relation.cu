@@ -182,7 +182,7 @@ FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const Logit& logit, float
 
 // One tile: sums for its rows and, off the diagonal, for its columns.
 template <class B>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) tiles_kernel(TilesArgs args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel(TilesArgs args) {
     FASTKD_DYNAMIC_SHARED(shared);
     constexpr int side = B::rows;
     const Cut& cut = args.cut;
@@ -260,18 +260,24 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) tiles_kernel(TilesArgs args)
             },
             store);
         break;
-    case Method::row_cosine:
-        sum_tile<B, 5>(
+    case Method::row_cosine: // in two parts, for which there are registers
+        sum_tile<B, 3>(
             reductions,
-            [&](int i, int j, int e, float(&term)[5]) {
+            [&](int i, int j, int e, float(&term)[3]) {
                 const float s = e_s.c[i][j][e], t = e_t.c[i][j][e], d = s - t;
                 term[0] = s * s;
                 term[1] = t * t;
                 term[2] = d * d;
-                term[3] = d * (s + t);
-                term[4] = s * t;
             },
             store);
+        sum_tile<B, 2>(
+            reductions + reduction_floats<B, 3>,
+            [&](int i, int j, int e, float(&term)[2]) {
+                const float s = e_s.c[i][j][e], t = e_t.c[i][j][e], d = s - t;
+                term[0] = d * (s + t);
+                term[1] = s * t;
+            },
+            [&](int plane, int index, bool for_rows, float sum) { store(3 + plane, index, for_rows, sum); });
         break;
     }
 }
@@ -286,7 +292,7 @@ cudaError_t launch_scales(const relation::Forward& args, const ScalesArgs& scale
 
 cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& plan, cudaStream_t stream) {
     const relation::Options& options = args.options;
-    cudaError_t error = check_call(options, plan);
+    cudaError_t error = check_call(options, args.student, args.teacher, plan);
     if (error != cudaSuccess) {
         return error;
     }

@@ -3,12 +3,17 @@
 //
 // With each row's coefficients from its statistics and its gradient g (over the samples, where they are averaged),
 //
-//     kl            H = f_S (A_i + A_j) - f_T (D_i + D_j),   A = g sigma/(tau z_S), D = g sigma/(tau z_T), f as in the
+//     kl            H = f_S (A_i + A_j) - f_T (B_i + B_j),   A = g sigma/(tau z_S), B = g sigma/(tau z_T), f as in the
 //                   forward; with maxima f differs between i and j
 //     mse           H = (E^S - E^T) (A_i + A_j),                     A = 2g/rows
 //     row_cosine    H = (E^S - E^T) (A_i + A_j) + E^T (D_i + D_j),   A = 2gc/n^2,  D = A - 2g/(n m)
 //
-// which is exactly 0 where the student is the teacher. What is stored is M_ij = s_i H_ij s_j: the product then takes rows
+// kl too is computed from differences, with D = A - B = g sigma/tau (z_T - z_S)/(z_S z_T):
+//
+//     f_S A - f_T B = (f_S - f_T) A + f_T D = (f_S - f_T) B + f_S D
+//
+// of which the one that multiplies f_S - f_T by the smaller coefficient has no term larger than the two subtracted.
+// So H keeps its digits as the student nears the teacher, and is exactly 0 where it is the teacher. What is stored is M_ij = s_i H_ij s_j: the product then takes rows
 // as they are. Where M is rounded, q is summed from the rounded numbers, so that what rounding leaves along a row goes
 // out with q. A cosine's diagonal is 1 whatever x: it is left out, instead of being subtracted again.
 #include "cuda/kernels.h"
@@ -22,7 +27,7 @@ struct CoefficientsArgs {
     const float* grad_loss;
     std::int64_t grad_batch_stride, grad_row_stride;
     const double* statistics;
-    float* coefficients; // (2, others, batch, rows): A, D
+    float* coefficients; // (3, others, batch, rows): A, D, B
     std::int64_t rows, all_rows, others;
     Method method;
     bool negate;
@@ -42,7 +47,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(coefficients_threads) coefficients_kerne
     const auto of = [&](int number) {
         return static_cast<float>(args.statistics[number * plane + at]);
     };
-    float a = 0.0f, d = 0.0f;
+    float a = 0.0f, d = 0.0f, b = 0.0f;
     switch (args.method) {
     case Method::mse:
         a = 2.0f * g / static_cast<float>(args.rows);
@@ -55,13 +60,17 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(coefficients_threads) coefficients_kerne
         d = outer * row_cosine.slope;
         break;
     }
-    default:
+    default: {
+        const float z_s = of(args.method == Method::kl ? 0 : 2), z_t = of(args.method == Method::kl ? 1 : 3);
         g = (args.negate ? -g : g) * args.inv_temperature;
-        a = g / of(args.method == Method::kl ? 0 : 2);
-        d = g / of(args.method == Method::kl ? 1 : 3);
+        a = g / z_s;
+        b = g / z_t;
+        d = g * (z_t - z_s) / z_s / z_t;
+    }
     }
     args.coefficients[at] = a;
     args.coefficients[plane + at] = d;
+    args.coefficients[2 * plane + at] = b;
 }
 
 struct DerivativeArgs {
@@ -79,7 +88,7 @@ struct DerivativeArgs {
 };
 
 // Numbers of a row that H needs, for the tile's rows and columns, in shared memory.
-enum RowNumber { scale_s, scale_t, norm, number_a, number_d, max_s, max_t, row_numbers };
+enum RowNumber { scale_s, scale_t, norm, number_a, number_d, number_b, max_s, max_t, row_numbers };
 
 template <class B>
 struct DerivativeShared {
@@ -87,15 +96,20 @@ struct DerivativeShared {
     static constexpr int planes = StoredH<typename B::Storage>::planes;
     static constexpr int pitch = B::cols + 16 / static_cast<int>(sizeof(H));
     static constexpr int staged_bytes = planes * B::rows * pitch * static_cast<int>(sizeof(H));
-    static constexpr int sums_bytes = (B::warps_across * B::rows + B::warps_down * B::cols) * 4;
+    static constexpr int sums_bytes = reduction_floats<B, 1> * 4;
     static_assert(staged_bytes + sums_bytes <= B::pipeline_bytes, "what follows the products fits where they were");
     static constexpr int bytes = B::pipeline_bytes + 2 * row_numbers * B::rows * 4;
 };
 
+// f_S A - f_T B, D being A - B.
+FASTKD_DEVICE float difference(float f_s, float f_t, float a, float b, float d) {
+    const bool by_a = std::fabs(a) <= std::fabs(b);
+    return (f_s - f_t) * (by_a ? a : b) + (by_a ? f_t : f_s) * d;
+}
+
 // One tile of M, and its parts of q for its rows and, off the diagonal, for its columns.
 template <class B>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) derivative_kernel(DerivativeArgs args) {
-    using S = typename B::Storage;
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_kernel(DerivativeArgs args) {
     using Shared = DerivativeShared<B>;
     using H = typename Shared::H;
     FASTKD_DYNAMIC_SHARED(shared);
@@ -118,6 +132,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) derivative_kernel(Derivative
         };
         put(number_a, [&] { return args.coefficients[index]; });
         put(number_d, [&] { return args.coefficients[plane + index]; });
+        put(number_b, [&] { return args.coefficients[2 * plane + index]; });
         if (args.cosine) {
             put(scale_s, [&] { return args.scales[row]; });
             put(scale_t, [&] { return args.scales[cut.all_rows + row]; });
@@ -191,8 +206,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) derivative_kernel(Derivative
         sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
                            const float f_s = std::exp2((sign * s - 1.0f) * kappa);
                            const float f_t = std::exp2((sign * t - 1.0f) * kappa);
-                           return multiply_alone(f_s, both(number_a, of_i, of_j)) -
-                                  multiply_alone(f_t, both(number_d, of_i, of_j));
+                           return difference(f_s, f_t, both(number_a, of_i, of_j), both(number_b, of_i, of_j),
+                                             both(number_d, of_i, of_j));
                        }),
                        store);
         break;
@@ -200,7 +215,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) derivative_kernel(Derivative
         const auto one_sided = [&](float s, float t, const float* of) {
             const float f_s = std::exp2((sign * s - of[max_s * side]) * kappa);
             const float f_t = std::exp2((sign * t - of[max_t * side]) * kappa);
-            return multiply_alone(f_s, of[number_a * side]) - multiply_alone(f_t, of[number_d * side]);
+            return difference(f_s, f_t, of[number_a * side], of[number_b * side], of[number_d * side]);
         };
         sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
                            return one_sided(s, t, of_i) + one_sided(s, t, of_j);
@@ -261,7 +276,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(B::threads) derivative_kernel(Derivative
 
 cudaError_t relation_backward(const relation::Backward& args, const RelationPlan& plan, cudaStream_t stream) {
     const relation::Options& options = args.options;
-    cudaError_t error = check_call(options, plan);
+    cudaError_t error = check_call(options, args.student, args.teacher, plan);
     if (error != cudaSuccess) {
         return error;
     }

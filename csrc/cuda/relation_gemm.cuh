@@ -48,7 +48,7 @@ struct OperandCopy {
         const int pitch = operand.k_major ? Shared::by_k : Shared::by_index;
         const std::int64_t outer_stride = operand.k_major ? operand.k_stride : operand.index_stride;
         const std::int64_t inner_stride = operand.k_major ? operand.index_stride : operand.k_stride;
-#pragma unroll
+#pragma unroll(bytes == 16 ? all / threads : 2) // the narrow ones are seldom, and would take registers from all
         for (int round = 0; round < all / threads; ++round) {
             const int piece = round * threads + thread_x();
             const int outer = piece >> shift;
@@ -192,17 +192,23 @@ template <class S, int down, int across>
 struct Accumulator {
     float c[down][across][4];
 
-    FASTKD_DEVICE void clear() {
+    // put(i, j, e) for every element.
+    template <class Put>
+    static FASTKD_DEVICE void visit(const Put& put) {
 #pragma unroll
         for (int i = 0; i < down; ++i) {
 #pragma unroll
             for (int j = 0; j < across; ++j) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    c[i][j][e] = 0.0f;
+                    put(i, j, e);
                 }
             }
         }
+    }
+
+    FASTKD_DEVICE void clear() {
+        visit([&](int i, int j, int e) { c[i][j][e] = 0.0f; });
     }
 
     // One chunk, `m` and `n` being the warp's first row and column.
@@ -227,6 +233,9 @@ struct Accumulator {
                 }
             }
         } else {
+            // Tensor cores cut sums off instead of rounding them: a chunk's sum is taken by itself and added here.
+            Accumulator of_chunk;
+            of_chunk.clear();
 #pragma unroll
             for (int k = 0; k < depth; k += 8) {
                 SplitFloats<4> rows[down];
@@ -244,12 +253,15 @@ struct Accumulator {
                     columns.split(bits);
 #pragma unroll
                     for (int i = 0; i < down; ++i) {
-                        pair_of_floats(c[i][j], c[i][j + 1], rows[i].low, columns.finite);
-                        pair_of_floats(c[i][j], c[i][j + 1], rows[i].finite, columns.low);
-                        pair_of_floats(c[i][j], c[i][j + 1], rows[i].high, columns.high);
+                        float(&left)[4] = of_chunk.c[i][j];
+                        float(&right)[4] = of_chunk.c[i][j + 1];
+                        pair_of_floats(left, right, rows[i].low, columns.finite);
+                        pair_of_floats(left, right, rows[i].finite, columns.low);
+                        pair_of_floats(left, right, rows[i].high, columns.high);
                     }
                 }
             }
+            visit([&](int i, int j, int e) { c[i][j][e] += of_chunk.c[i][j][e]; });
         }
     }
 

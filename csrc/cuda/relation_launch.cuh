@@ -1,6 +1,8 @@
 // What relation's forward and backward launchers share: a call's networks and launches from its arguments.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda/relation_rows.cuh"
 
 namespace fastkd::cuda {
@@ -38,13 +40,16 @@ inline Network network_of(const relation::Rows& rows, const relation::Options& o
 
 constexpr std::int64_t most_blocks = 0x7fffffff; // of a launch
 
-inline cudaError_t check_call(const relation::Options& options, const RelationPlan& plan) {
-    if (options.dtype == DType::Float64 || options.batch < 1 || options.rows < 1) {
-        return cudaErrorInvalidValue;
+inline cudaError_t check_call(const relation::Options& options, const relation::Rows& student,
+                              const relation::Rows& teacher, const RelationPlan& plan) {
+    for (const std::int64_t size : {options.batch, options.rows, student.width, teacher.width}) {
+        if (size < 1 || size >= most_blocks) {
+            return cudaErrorInvalidValue;
+        }
     }
     const std::int64_t all_rows = options.batch * options.rows;
     const std::int64_t most = plan.together * plan.blocks * (plan.width_blocks + 1) * (plan.splits + 1);
-    return all_rows > most_blocks || plan.together * plan.tiles(0, plan.band) > most_blocks || most > most_blocks
+    return options.dtype == DType::Float64 || all_rows > most_blocks || plan.together * plan.tiles(0, plan.band) > most_blocks || most > most_blocks
                ? cudaErrorInvalidValue
                : cudaSuccess;
 }

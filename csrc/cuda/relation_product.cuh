@@ -28,15 +28,15 @@ struct StoredH<float> {
 template <class S, int side>
 struct ProductBlocking;
 template <>
-struct ProductBlocking<BFloat16, 128> : Blocking<BFloat16, 128, 128, 64, 32, 32, 4> {};
+struct ProductBlocking<BFloat16, 128> : Blocking<BFloat16, 128, 128, 64, 32, 32, 4, 1> {};
 template <>
-struct ProductBlocking<BFloat16, 64> : Blocking<BFloat16, 64, 128, 32, 64, 32, 3> {};
+struct ProductBlocking<BFloat16, 64> : Blocking<BFloat16, 64, 128, 32, 64, 32, 3, 2> {};
 template <>
-struct ProductBlocking<Half, 128> : Blocking<Half, 128, 128, 64, 32, 32, 3> {};
+struct ProductBlocking<Half, 128> : Blocking<Half, 128, 128, 64, 32, 32, 3, 1> {};
 template <>
-struct ProductBlocking<Half, 64> : Blocking<Half, 64, 128, 32, 64, 32, 3> {};
+struct ProductBlocking<Half, 64> : Blocking<Half, 64, 128, 32, 64, 32, 3, 2> {};
 template <>
-struct ProductBlocking<float, 64> : Blocking<float, 64, 64, 32, 32, 16, 3> {};
+struct ProductBlocking<float, 64> : Blocking<float, 64, 64, 32, 32, 16, 3, 2> {};
 
 struct Gradient {
     void* data;
@@ -94,7 +94,8 @@ constexpr int product_shared_bytes() {
 }
 
 template <class S, int side>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS((ProductBlocking<S, side>::threads)) product_kernel(ProductArgs args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, side>::threads), (ProductBlocking<S, side>::resident))
+    product_kernel(ProductArgs args) {
     using B = ProductBlocking<S, side>;
     using H = typename StoredH<S>::Type;
     using SharedH = SharedOperand<H, side, B::depth>;
@@ -115,19 +116,20 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS((ProductBlocking<S, side>::threads)) pro
     const std::int64_t share = in_band ? (columns + args.splits - 1) / args.splits : columns;
     const std::int64_t begin = split * share < columns ? split * share : columns;
     const std::int64_t end = begin + share < columns ? begin + share : columns;
-    const std::int64_t chunks = (end - begin) * per_block, first = cut.first + begin;
+    const int chunks = static_cast<int>(end - begin) * per_block;
+    const std::int64_t first = cut.first + begin;
     const std::int64_t col = width_block * B::cols;
 
-    const auto transposed = [&](std::int64_t chunk) {
+    const auto transposed = [&](int chunk) {
         return first + chunk / per_block < block;
     };
     // The rows as the product's second operand: what was an index is summed over.
     const Operand& rows = args.student.rows;
     const Operand columns_of_x{rows.data, rows.k_stride, rows.index_stride, rows.unit, !rows.k_major};
-    const auto copy = [&](std::int64_t chunk) {
+    const auto copy = [&](int chunk) {
         if (chunk < chunks) {
             const std::int64_t other = first + chunk / per_block;
-            const int k = static_cast<int>(chunk % per_block) * B::depth;
+            const int k = chunk % per_block * B::depth;
             unsigned char* const to = shared + chunk % B::stages * stage_bytes;
             const bool turned = transposed(chunk);
             const std::int64_t tile = turned ? cut.stored(other, block) : cut.stored(block, other);
@@ -167,7 +169,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS((ProductBlocking<S, side>::threads)) pro
         copy(chunk);
     }
 #pragma unroll 1
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
         copy_async_wait<B::stages - 2>();
         block_barrier(); // this chunk is there for all, and the one before it no longer read
         copy(chunk + B::stages - 1);
@@ -184,16 +186,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS((ProductBlocking<S, side>::threads)) pro
     block_barrier();
 
     const auto visit = [&](const auto& put) {
-#pragma unroll
-        for (int i = 0; i < B::down; ++i) {
-#pragma unroll
-            for (int j = 0; j < B::across; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    put(B::row_of(i, e), B::col_of(j, e), sum.c[i][j][e]);
-                }
-            }
-        }
+        B::Accumulated::visit([&](int i, int j, int e) { put(B::row_of(i, e), B::col_of(j, e), sum.c[i][j][e]); });
     };
     if (args.partials == nullptr) {
         float* const sums = reinterpret_cast<float*>(shared);

@@ -9,10 +9,11 @@ namespace fastkd::cuda {
 
 // How a block of threads shares out a product of `rows` x `cols`, `depth` columns of the operands at a time, of which
 // `stages` - 1 are being copied.
-template <class S, int rows_, int cols_, int warp_rows, int warp_cols, int depth_, int stages_>
+template <class S, int rows_, int cols_, int warp_rows, int warp_cols, int depth_, int stages_, int resident_>
 struct Blocking {
     using Storage = S;
     static constexpr int rows = rows_, cols = cols_, depth = depth_, stages = stages_;
+    static constexpr int resident = resident_; // blocks to a multiprocessor, at least: leaves them registers
     static constexpr int warps_across = cols / warp_cols, warps_down = rows / warp_rows;
     static constexpr int threads = warp_size * warps_down * warps_across;
     static constexpr int down = warp_rows / 16, across = warp_cols / 8; // fragments of a warp
@@ -36,11 +37,11 @@ struct Blocking {
 template <class S, int side>
 struct TileBlocking;
 template <class S>
-struct TileBlocking<S, 128> : Blocking<S, 128, 128, 64, 32, 32, 4> {};
+struct TileBlocking<S, 128> : Blocking<S, 128, 128, 64, 32, 32, 4, 1> {};
 template <class S>
-struct TileBlocking<S, 64> : Blocking<S, 64, 64, 32, 32, 32, 3> {};
+struct TileBlocking<S, 64> : Blocking<S, 64, 64, 32, 32, 32, 3, 3> {};
 template <>
-struct TileBlocking<float, 64> : Blocking<float, 64, 64, 32, 32, 16, 3> {};
+struct TileBlocking<float, 64> : Blocking<float, 64, 64, 32, 32, 16, 3, 2> {};
 
 // A network's rows.
 struct Network {
@@ -114,12 +115,12 @@ FASTKD_DEVICE void multiply_rows(const Network& student, const Network& teacher,
     using Shared = typename B::A;
     constexpr int stage_elements = 2 * Shared::elements;
     S* const pipeline = reinterpret_cast<S*>(shared);
-    const std::int64_t own = (student.width + B::depth - 1) / B::depth;
-    const std::int64_t all = own + (teacher.width + B::depth - 1) / B::depth;
-    const auto copy = [&](std::int64_t chunk) {
+    const int own = static_cast<int>((student.width + B::depth - 1) / B::depth);
+    const int all = own + static_cast<int>((teacher.width + B::depth - 1) / B::depth);
+    const auto copy = [&](int chunk) {
         if (chunk < all) {
             const Network& network = chunk < own ? student : teacher;
-            const std::int64_t k = (chunk < own ? chunk : chunk - own) * B::depth;
+            const std::int64_t k = static_cast<std::int64_t>(chunk < own ? chunk : chunk - own) * B::depth;
             S* const to = pipeline + chunk % B::stages * stage_elements;
             const std::int64_t ahead = k * network.rows.k_stride;
             using Copy = OperandCopy<S, B::rows, B::depth, B::threads>;
@@ -138,9 +139,9 @@ FASTKD_DEVICE void multiply_rows(const Network& student, const Network& teacher,
     for (int network = 0; network < 2; ++network) {
         sum.clear();
         const bool k_major = network == 0 ? student.rows.k_major : teacher.rows.k_major;
-        const std::int64_t end = network == 0 ? own : all;
+        const int end = network == 0 ? own : all;
 #pragma unroll 1
-        for (std::int64_t chunk = network == 0 ? 0 : own; chunk < end; ++chunk) {
+        for (int chunk = network == 0 ? 0 : own; chunk < end; ++chunk) {
             copy_async_wait<B::stages - 2>();
             block_barrier(); // this chunk is there for all, and the one before it no longer read
             copy(chunk + B::stages - 1);
@@ -166,19 +167,12 @@ FASTKD_DEVICE void multiply_rows(const Network& student, const Network& teacher,
 template <class B>
 FASTKD_DEVICE void scale_products(typename B::Accumulated& sum, const Tile& tile, bool cosine, const float* scales_i,
                                   const float* scales_j, float factor, float outside) {
-#pragma unroll
-    for (int i = 0; i < B::down; ++i) {
-#pragma unroll
-        for (int j = 0; j < B::across; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int row = B::row_of(i, e), col = B::col_of(j, e);
-                const float by_row = cosine ? scales_i[row] : factor, by_col = cosine ? scales_j[col] : 1.0f;
-                const float value = multiply_alone(multiply_alone(sum.c[i][j][e], by_row), by_col);
-                sum.c[i][j][e] = row < tile.rows_i && col < tile.rows_j ? value : outside;
-            }
-        }
-    }
+    B::Accumulated::visit([&](int i, int j, int e) {
+        const int row = B::row_of(i, e), col = B::col_of(j, e);
+        const float by_row = cosine ? scales_i[row] : factor, by_col = cosine ? scales_j[col] : 1.0f;
+        const float value = multiply_alone(multiply_alone(sum.c[i][j][e], by_row), by_col);
+        sum.c[i][j][e] = row < tile.rows_i && col < tile.rows_j ? value : outside;
+    });
 }
 
 // Tiles kept for the backward, in the order of fragments: both kernels' blocks have the same shape.
@@ -207,9 +201,12 @@ FASTKD_DEVICE float sum_over(float value, int from, int to) {
 }
 constexpr int lanes_of_row = 1, lanes_of_col = 4; // the least bit in which lanes of one row (column) differ
 
+template <class B, int planes>
+constexpr int reduction_floats = planes * (B::warps_across * B::rows + B::warps_down * B::cols);
+
 // Sums over the tile's rows and columns of the `planes` numbers that terms(i, j, e, out) gives for each element, as
-// store(plane, index, for_rows, sum) wants them: each sum once, by one thread. Takes shared memory that all are done
-// with.
+// store(plane, index, for_rows, sum) wants them: each sum once, by one thread. Takes reduction_floats of shared
+// memory that all are done with.
 template <class B, int planes, class Terms, class Store>
 FASTKD_DEVICE void sum_tile(float* shared, const Terms& terms, const Store& store) {
     float* const of_rows = shared;                                    // [warps_across][planes][rows]
@@ -220,6 +217,7 @@ FASTKD_DEVICE void sum_tile(float* shared, const Terms& terms, const Store& stor
     for (int i = 0; i < B::down; ++i) {
 #pragma unroll
         for (int half = 0; half < 4; half += 2) {
+            warp_barrier(); // or what `terms` reads of the columns would be held in registers from row to row
             float row[planes] = {};
 #pragma unroll
             for (int j = 0; j < B::across; ++j) {

@@ -16,6 +16,7 @@
 #define FASTKD_SHARED static // one block runs at a time
 #define FASTKD_DYNAMIC_SHARED(name) unsigned char* const name = ::fastkd::emulation::dynamic_shared()
 #define FASTKD_LAUNCH_BOUNDS(threads)
+#define FASTKD_LAUNCH_BOUNDS_OF(threads, blocks)
 
 namespace fastkd::cuda {
 
