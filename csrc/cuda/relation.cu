@@ -96,87 +96,47 @@ struct TilesArgs {
 };
 
 template <class B>
-constexpr int tiles_shared_bytes = B::pipeline_bytes + 4 * B::rows * static_cast<int>(sizeof(float));
+constexpr int staged_pitch = B::cols + 1; // neighbours in a row and in a column lie in different banks
 
-// The sums of kl with maxima: a KLState for each row and column, merged over the lanes that share it, then over warps.
-template <class B, class Logit, class Store>
-FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const Logit& logit, float inv_temperature, const Store& store) {
-    using State = softmax_kl::KLState<float>;
-    constexpr int planes = planes_of(Method::kl_maxima);
-    float* const of_rows = shared;
-    float* const of_cols = shared + B::warps_across * planes * B::rows;
-    const int lane = thread_x() % warp_size;
-    const auto over_lanes = [&](State& state, int from, int to) {
-#pragma unroll
-        for (int mask = 1; mask < warp_size; mask *= 2) {
-            if (mask >= from && mask < to) {
-                state.merge({shuffle_xor(state.max_s, mask), shuffle_xor(state.max_t, mask),
-                             shuffle_xor(state.z_s, mask), shuffle_xor(state.z_t, mask), shuffle_xor(state.a, mask)},
-                            inv_temperature);
-            }
-        }
-    };
-    const auto put = [&](float* to, int pitch, const State& state) {
-        to[0] = state.max_s;
-        to[pitch] = state.max_t;
-        to[2 * pitch] = state.z_s;
-        to[3 * pitch] = state.z_t;
-        to[4 * pitch] = state.a;
-    };
-    const auto get = [](const float* from, int pitch) -> State {
-        return {from[0], from[pitch], from[2 * pitch], from[3 * pitch], from[4 * pitch]};
-    };
-#pragma unroll
-    for (int i = 0; i < B::down; ++i) {
-#pragma unroll
-        for (int half = 0; half < 4; half += 2) {
-            float x_s[2 * B::across], x_t[2 * B::across];
-#pragma unroll
-            for (int j = 0; j < B::across; ++j) {
-                logit(i, j, half, x_s[2 * j], x_t[2 * j]);
-                logit(i, j, half + 1, x_s[2 * j + 1], x_t[2 * j + 1]);
-            }
-            State state = State::of_nothing();
-            state.add_logits(x_s, x_t, inv_temperature);
-            over_lanes(state, lanes_of_row, lanes_of_col);
-            if (lane % 4 == 0) {
-                put(of_rows + B::warp() % B::warps_across * planes * B::rows + B::row_of(i, half), B::rows, state);
-            }
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < B::across; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            float x_s[2 * B::down], x_t[2 * B::down];
-#pragma unroll
-            for (int i = 0; i < B::down; ++i) {
-                logit(i, j, e, x_s[2 * i], x_t[2 * i]);
-                logit(i, j, e + 2, x_s[2 * i + 1], x_t[2 * i + 1]);
-            }
-            State state = State::of_nothing();
-            state.add_logits(x_s, x_t, inv_temperature);
-            over_lanes(state, lanes_of_col, warp_size);
-            if (lane < 4) {
-                put(of_cols + B::warp() / B::warps_across * planes * B::cols + B::col_of(j, e), B::cols, state);
-            }
-        }
-    }
+template <class B>
+FASTKD_HD constexpr int tiles_shared_bytes(Method method) {
+    constexpr int size = sizeof(float), staged = 2 * B::rows * staged_pitch<B> * size;
+    const bool more = method == Method::kl_maxima && staged > B::pipeline_bytes;
+    return (more ? staged : B::pipeline_bytes) + 4 * B::rows * size;
+}
+
+// The sums of kl with maxima, a KLState for each row and column: a thread takes one of them whole, from shared memory.
+template <class B, class Store>
+FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const typename B::Accumulated& e_s,
+                                        const typename B::Accumulated& e_t, float sign, float inv_temperature,
+                                        const Store& store) {
+    constexpr int pitch = staged_pitch<B>, batch = 8;
+    B::Accumulated::visit([&](int i, int j, int e) {
+        float* const at = shared + B::row_of(i, e) * pitch + B::col_of(j, e);
+        at[0] = sign * e_s.c[i][j][e];
+        at[B::rows * pitch] = sign * e_t.c[i][j][e];
+    });
     block_barrier();
-    const auto over_warps = [&](const float* from, int count, int pitch, int index, bool for_rows) {
-        State state = State::of_nothing();
-        for (int warp = 0; warp < count; ++warp) {
-            state.merge(get(from + warp * planes * pitch + index, pitch), inv_temperature);
+    for (int at = thread_x(); at < B::rows + B::cols; at += B::threads) {
+        const bool for_rows = at < B::rows;
+        const int index = for_rows ? at : at - B::rows, step = for_rows ? 1 : pitch;
+        const float* const line = shared + (for_rows ? index * pitch : index);
+        auto state = softmax_kl::KLState<float>::of_nothing();
+#pragma unroll 1
+        for (int first = 0; first < (for_rows ? B::cols : B::rows); first += batch) {
+            float x_s[batch], x_t[batch];
+#pragma unroll
+            for (int k = 0; k < batch; ++k) {
+                x_s[k] = line[(first + k) * step];
+                x_t[k] = line[(first + k) * step + B::rows * pitch];
+            }
+            state.add_logits(x_s, x_t, inv_temperature);
         }
         store(0, index, for_rows, state.max_s);
         store(1, index, for_rows, state.max_t);
         store(2, index, for_rows, state.z_s);
         store(3, index, for_rows, state.z_t);
         store(4, index, for_rows, state.a);
-    };
-    for (int at = thread_x(); at < B::rows; at += B::threads) {
-        over_warps(of_rows, B::warps_across, B::rows, at, true);
-        over_warps(of_cols, B::warps_down, B::cols, at, false);
     }
 }
 
@@ -187,12 +147,13 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
     constexpr int side = B::rows;
     const Cut& cut = args.cut;
     const Tile tile = Tile::of<side>(cut, block_x());
-    float* const scales = reinterpret_cast<float*>(shared + B::pipeline_bytes); // [network][side i, side j][side]
+    // [network][side i, side j][side]
+    float* const scales = reinterpret_cast<float*>(shared + tiles_shared_bytes<B>(args.method)) - 4 * side;
     if (args.cosine) {
         for (int at = thread_x(); at < 4 * side; at += B::threads) {
             const int within = at % side, of_j = at / side % 2;
-            const std::int64_t row = (of_j ? tile.sample_j : tile.sample_i) * cut.rows +
-                                     (of_j ? tile.row_j : tile.row_i) + within;
+            const std::int64_t row =
+                (of_j ? tile.sample_j : tile.sample_i) * cut.rows + (of_j ? tile.row_j : tile.row_i) + within;
             const bool here = within < (of_j ? tile.rows_j : tile.rows_i);
             scales[at] = here ? static_cast<float>(args.scales[at / (2 * side) * cut.all_rows + row]) : 0.0f;
         }
@@ -214,15 +175,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
         });
     }
 
-    const int planes = planes_of(args.method);
-    const std::int64_t first_slot = tile.here * cut.slots();
-    float* const for_i = args.sums + (first_slot + cut.slot(tile.i, tile.j)) * (planes * side);
-    float* const for_j = args.sums + (first_slot + cut.slot(tile.j, tile.i)) * (planes * side);
     const auto store = [&](int plane, int index, bool for_rows, float sum) {
-        if (for_rows) {
-            for_i[plane * side + index] = sum;
-        } else if (!tile.diagonal()) {
-            for_j[plane * side + index] = sum;
+        if (for_rows || !tile.diagonal()) {
+            const std::int64_t slot = for_rows ? cut.slot(tile.i, tile.j) : cut.slot(tile.j, tile.i);
+            args.sums[((tile.here * cut.slots() + slot) * planes_of(args.method) + plane) * side + index] = sum;
         }
     };
     float* const reductions = reinterpret_cast<float*>(shared);
@@ -243,13 +199,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
         break;
     }
     case Method::kl_maxima:
-        sum_tile_with_maxima<B>(
-            reductions,
-            [&](int i, int j, int e, float& x_s, float& x_t) {
-                x_s = sign * e_s.c[i][j][e];
-                x_t = sign * e_t.c[i][j][e];
-            },
-            args.inv_temperature, store);
+        if constexpr (side == 64) { // which the plan has taken
+            sum_tile_with_maxima<B>(reductions, e_s, e_t, sign, args.inv_temperature, store);
+        }
         break;
     case Method::mse:
         sum_tile<B, 1>(
@@ -315,8 +267,8 @@ cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& 
         return for_each_launch(options, plan, [&](const Cut& cut) {
             const TilesArgs tiles{student,         teacher, cut,  plan.method, cosine, negate,
                                   inv_temperature, scales,  sums, static_cast<float*>(args.kept)};
-            const cudaError_t launched = launch(
-                tiles_kernel<B>, {cut.problems * cut.tiles, B::threads, 1, tiles_shared_bytes<B>}, stream, tiles);
+            const Grid grid{cut.problems * cut.tiles, B::threads, 1, tiles_shared_bytes<B>(plan.method)};
+            const cudaError_t launched = launch(tiles_kernel<B>, grid, stream, tiles);
             if (launched != cudaSuccess) {
                 return launched;
             }

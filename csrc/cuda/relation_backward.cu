@@ -190,14 +190,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
     const auto both = [](int number, const float* of_i, const float* of_j) {
         return of_i[number * side] + of_j[number * side];
     };
-    const std::int64_t first_slot = tile.here * cut.slots();
-    float* const for_i = args.sums + (first_slot + cut.slot(tile.i, tile.j)) * side;
-    float* const for_j = args.sums + (first_slot + cut.slot(tile.j, tile.i)) * side;
     const auto store = [&](int, int index, bool for_rows, float sum) {
-        if (for_rows) {
-            for_i[index] = sum;
-        } else if (!diagonal) {
-            for_j[index] = sum;
+        if (for_rows || !diagonal) {
+            const std::int64_t slot = for_rows ? cut.slot(tile.i, tile.j) : cut.slot(tile.j, tile.i);
+            args.sums[(tile.here * cut.slots() + slot) * side + index] = sum;
         }
     };
     float* const reductions = reinterpret_cast<float*>(shared + Shared::staged_bytes);

@@ -22,7 +22,8 @@ struct Layout {
 std::int64_t tile_of(const relation::Options& options) {
     const std::int64_t blocks = ceil_div(options.rows, 128) * options.others();
     const std::int64_t tiles = (options.cross ? 1 : options.batch) * (blocks * (blocks + 1) / 2);
-    return options.dtype != DType::Float32 && options.rows > 64 && tiles >= enough_tiles ? 128 : 64;
+    const bool wide = options.dtype != DType::Float32 && method_of(options) != Method::kl_maxima;
+    return wide && options.rows > 64 && tiles >= enough_tiles ? 128 : 64;
 }
 
 // The plan with `together` problems, or a band of `band` row blocks, to a launch; `counted` leaves out what no limit

@@ -24,6 +24,7 @@ constexpr double fixed_shift_temperature = 0.04;
 Method method_of(const relation::Options& options);
 
 // Below this many tiles of 128 x 128 those of 64 x 64 keep more multiprocessors busy: two for each of an H100's 132.
+// Floats, and rows that keep their own maxima, take 64 x 64 always.
 constexpr std::int64_t enough_tiles = 264;
 constexpr std::int64_t enough_products = 132; // with fewer the sum over H's columns is shared out
 

@@ -72,29 +72,34 @@ struct Cut {
     FASTKD_HD std::int64_t slots() const { return (last - first) * (2 * blocks - last); }
 };
 
+// Which tile a block of threads has. 32 bits hold all of it: a launch has no more blocks.
 struct Tile {
-    std::int64_t here, problem; // in this launch, of all
-    std::int64_t i, j;          // row blocks
-    std::int64_t sample_i, sample_j;
-    std::int64_t row_i, row_j; // the first of each block, within its sample
-    int rows_i, rows_j;        // how many there are
+    int here, problem; // in this launch, of all
+    int i, j;          // row blocks
+    int sample_i, sample_j;
+    int row_i, row_j;   // the first of each block, within its sample
+    int rows_i, rows_j; // how many there are
 
     // A row block and its counterpart from the band's other end have as many tiles as any other such pair.
     template <int side>
     static FASTKD_DEVICE Tile of(const Cut& cut, std::int64_t index) {
+        const int tiles = static_cast<int>(cut.tiles), blocks = static_cast<int>(cut.blocks);
+        const int first = static_cast<int>(cut.first), last = static_cast<int>(cut.last);
+        const int samples = static_cast<int>(cut.samples), row_blocks = static_cast<int>(cut.row_blocks);
         Tile tile;
-        tile.here = index / cut.tiles;
-        tile.problem = cut.first_problem + tile.here;
-        const std::int64_t number = index % cut.tiles, pair = 2 * cut.blocks - (cut.first + cut.last - 1);
-        const std::int64_t up = number / pair, left = number % pair, mine = cut.blocks - (cut.first + up);
-        tile.i = left < mine ? cut.first + up : cut.last - 1 - up;
+        tile.here = static_cast<int>(index) / tiles;
+        tile.problem = static_cast<int>(cut.first_problem) + tile.here;
+        const int number = static_cast<int>(index) % tiles, pair = 2 * blocks - (first + last - 1);
+        const int up = number / pair, left = number % pair, mine = blocks - (first + up);
+        tile.i = left < mine ? first + up : last - 1 - up;
         tile.j = tile.i + (left < mine ? left : left - mine);
-        tile.sample_i = tile.problem * cut.samples + tile.i / cut.row_blocks;
-        tile.sample_j = tile.problem * cut.samples + tile.j / cut.row_blocks;
-        tile.row_i = tile.i % cut.row_blocks * side;
-        tile.row_j = tile.j % cut.row_blocks * side;
-        tile.rows_i = static_cast<int>(cut.rows - tile.row_i < side ? cut.rows - tile.row_i : side);
-        tile.rows_j = static_cast<int>(cut.rows - tile.row_j < side ? cut.rows - tile.row_j : side);
+        tile.sample_i = tile.problem * samples + tile.i / row_blocks;
+        tile.sample_j = tile.problem * samples + tile.j / row_blocks;
+        tile.row_i = tile.i % row_blocks * side;
+        tile.row_j = tile.j % row_blocks * side;
+        const int rows = static_cast<int>(cut.rows);
+        tile.rows_i = rows - tile.row_i < side ? rows - tile.row_i : side;
+        tile.rows_j = rows - tile.row_j < side ? rows - tile.row_j : side;
         return tile;
     }
     FASTKD_DEVICE bool diagonal() const { return i == j; }
@@ -178,7 +183,7 @@ FASTKD_DEVICE void scale_products(typename B::Accumulated& sum, const Tile& tile
 // Tiles kept for the backward, in the order of fragments: both kernels' blocks have the same shape.
 template <class B, class Visit>
 FASTKD_DEVICE void visit_kept(float* kept, const Cut& cut, const Tile& tile, int network, const Visit& visit) {
-    const std::int64_t number = tile.i * cut.blocks - tile.i * (tile.i - 1) / 2 + (tile.j - tile.i);
+    const std::int64_t i = tile.i, number = i * cut.blocks - i * (i - 1) / 2 + (tile.j - i);
     const std::int64_t of_problem = cut.blocks * (cut.blocks + 1) / 2;
     float* at = kept + ((tile.problem * of_problem + number) * 2 + network) * (B::rows * B::cols) + thread_x() * 4;
 #pragma unroll

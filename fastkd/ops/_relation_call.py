@@ -39,7 +39,7 @@ def outputs(student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor,
     else:
         planes, kept, kept_dtype, statistics = STATISTIC_PLANES * others + 2, 0, dtype, torch.float64
         if options.form == "kept" and options.backend == "cuda":
-            kept = kept_elements(batch, rows, torch.promote_types(student.dtype, teacher.dtype))
+            kept = kept_elements(batch, rows, torch.promote_types(student.dtype, teacher.dtype), *options[:3])
         elif options.form == "kept":
             blocks = (rows + KEPT_BLOCK - 1) // KEPT_BLOCK
             kept = batch * blocks * (blocks + 1) * KEPT_BLOCK * KEPT_BLOCK

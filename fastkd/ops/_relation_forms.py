@@ -18,6 +18,9 @@ MAX_GRAM_WIDTH = 1024
 ENOUGH_TILES = 264
 """Below so many tiles of 128 rows and columns the CUDA kernels take smaller ones, as in csrc/cuda/relation_plan.h."""
 
+FIXED_SHIFT_TEMPERATURE = 0.04
+"""From here on cosines need no maxima of their own there."""
+
 _GRAM_CHUNK, _KEPT_CHUNK, _STREAMED_BLOCK = 256, 256, 96  # as in csrc/cpu/relation_plan.h
 
 
@@ -30,11 +33,14 @@ def gram_double(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
     return dtype == torch.float64 or (width_s != width_t and dtype != torch.bfloat16)
 
 
-def kept_elements(batch: int, rows: int, dtype: torch.dtype) -> int:
+def kept_elements(
+    batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float
+) -> int:
     """The numbers that the CUDA kernels keep of a sample's relation matrices, as in ``csrc/cuda/relation_plan.cpp``."""
     blocks = -(-rows // 128)
-    wide = dtype != torch.float32 and rows > 64 and batch * (blocks * (blocks + 1) // 2) >= ENOUGH_TILES
-    side = 128 if wide else 64
+    maxima = distance == "kl" and not (similarity == "cosine" and temperature >= FIXED_SHIFT_TEMPERATURE)
+    enough = rows > 64 and batch * (blocks * (blocks + 1) // 2) >= ENOUGH_TILES
+    side = 128 if enough and dtype != torch.float32 and not maxima else 64
     blocks = -(-rows // side)
     return batch * blocks * (blocks + 1) * side**2
 
