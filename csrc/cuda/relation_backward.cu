@@ -296,6 +296,17 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
     if (error != cudaSuccess) {
         return error;
     }
+    const relation::Rows out{args.grad_student, args.student.width, args.out_batch_stride, args.out_row_stride,
+                             args.out_col_stride};
+    const Operand out_rows = network_of(out, options).rows;
+    const int pack = 16 / static_cast<int>(element_size(options.dtype));
+    const Gradient gradient{
+        args.grad_student,
+        args.out_batch_stride,
+        args.out_row_stride,
+        args.out_col_stride,
+        out_rows.k_major,
+        out_rows.unit == pack && student.rows.unit == pack && out_rows.k_major == student.rows.k_major};
     return with_tile(options.dtype, plan.tile, [&](auto element, auto side_type) {
         using S = decltype(element);
         constexpr int side = decltype(side_type)::value;
@@ -323,8 +334,7 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
                                       h,
                                       row_sums,
                                       scales,
-                                      {args.grad_student, args.out_batch_stride, args.out_row_stride,
-                                       args.out_col_stride},
+                                      gradient,
                                       direct ? nullptr : floats_at(plan.partials),
                                       plan.whole() ? nullptr : floats_at(plan.totals),
                                       plan.width_blocks,

@@ -41,6 +41,8 @@ struct ProductBlocking<float, 64> : Blocking<float, 64, 64, 32, 32, 16, 3, 2> {}
 struct Gradient {
     void* data;
     std::int64_t batch_stride, row_stride, col_stride;
+    bool down;  // rows are contiguous, as in a map seen as rows of pixels
+    bool packs; // it and the student's rows can be written and read 16 bytes at a time
 };
 
 struct ProductArgs {
@@ -56,32 +58,90 @@ struct ProductArgs {
     bool cosine;
 };
 
-// A (rows x cols) piece of the gradient from the sums in shared memory (pitch cols + 1), `row` its first within the
-// sample, `col` its first column.
+// A (rows x cols) piece of the gradient, its sums in shared memory as they will lie in global memory, [row][column] or,
+// `down`, [column][row]; then two numbers of each row.
+template <int rows, int cols>
+struct Piece {
+    static constexpr int pad = 4;
+    static constexpr int sums = rows * (cols + pad) > cols * (rows + pad) ? rows * (cols + pad) : cols * (rows + pad);
+    static constexpr int bytes = (sums + 2 * rows) * static_cast<int>(sizeof(float));
+
+    static FASTKD_DEVICE int at(bool down, int row, int col) {
+        return down ? col * (rows + pad) + row : row * (cols + pad) + col;
+    }
+};
+
+template <class S, int rows, int cols, int threads, bool down>
+FASTKD_DEVICE void finish_lines(const ProductArgs& args, const float* sums, S* to, const S* from, int rows_left,
+                                int cols_left) {
+    constexpr int inner = down ? rows : cols, outer = down ? cols : rows;
+    constexpr int pitch = inner + Piece<rows, cols>::pad, size = Pack<S>::size;
+    const float* const radial = sums + Piece<rows, cols>::sums; // s_i^2 q_i
+    const float* const alive = radial + rows;                   // 0 for rows without a direction
+    const Gradient& out = args.gradient;
+    const std::int64_t to_outer = down ? out.col_stride : out.row_stride;
+    const std::int64_t to_inner = down ? out.row_stride : out.col_stride;
+    const std::int64_t from_outer = down ? args.student.rows.k_stride : args.student.rows.index_stride;
+    const std::int64_t from_inner = down ? args.student.rows.index_stride : args.student.rows.k_stride;
+    const int inner_left = down ? rows_left : cols_left, outer_left = down ? cols_left : rows_left;
+    const bool cosine = args.cosine;
+    const auto value_of = [&](float sum, float x, int row) {
+        // A row without a direction has no gradient whatever the others hold.
+        return cosine ? (alive[row] == 0.0f ? 0.0f : sum - x * radial[row]) : sum;
+    };
+    if (args.gradient.packs) { // then whole packs are inside or outside
+        constexpr int lanes = inner / size, step = threads / lanes;
+        const int begin = thread_x() % lanes * size;
+#pragma unroll 2
+        for (int line = thread_x() / lanes; line < outer_left && begin < inner_left; line += step) {
+            Pack<S> x = {}, pack;
+            if (cosine) {
+                x = load_pack(from + line * from_outer + begin);
+            }
+#pragma unroll
+            for (int e = 0; e < size; ++e) {
+                pack.at[e] = narrow<S>(
+                    value_of(sums[line * pitch + begin + e], widen(x.at[e]), down ? begin + e : line));
+            }
+            store_pack(to + line * to_outer + begin, pack);
+        }
+        return;
+    }
+    constexpr int step = threads / inner;
+    static_assert(step > 0 && threads % inner == 0, "a thread keeps to its place in every line");
+    const int place = thread_x() % inner;
+    from += place * from_inner;
+    to += place * to_inner;
+#pragma unroll 4
+    for (int line = thread_x() / inner; line < outer; line += step) {
+        if (line < outer_left && place < inner_left) {
+            const float x = cosine ? widen(from[line * from_outer]) : 0.0f;
+            to[line * to_outer] = narrow<S>(value_of(sums[line * pitch + place], x, down ? place : line));
+        }
+    }
+}
+
+// `row` and `col` are the piece's first, within the sample.
 template <class S, int rows, int cols, int threads>
-FASTKD_DEVICE void finish(const ProductArgs& args, const float* sums, std::int64_t sample, std::int64_t row,
+FASTKD_DEVICE void finish(const ProductArgs& args, float* sums, std::int64_t sample, std::int64_t row,
                           std::int64_t col) {
     const Gradient& out = args.gradient;
-    S* const to = static_cast<S*>(out.data) + sample * out.batch_stride + row * out.row_stride + col * out.col_stride;
-    const S* const from = rows_at<S>(args.student, sample, row) + col * args.student.rows.k_stride;
-    const std::int64_t index = sample * args.cut.rows + row;
-    const bool down = out.row_stride == 1 && out.col_stride != 1; // what is contiguous goes to neighbouring lanes
     const int rows_left = static_cast<int>(args.cut.rows - row < rows ? args.cut.rows - row : rows);
     const int cols_left = static_cast<int>(args.student.width - col < cols ? args.student.width - col : cols);
-#pragma unroll 4
-    for (int at = thread_x(); at < rows * cols; at += threads) {
-        const int r = down ? at % rows : at / cols, k = down ? at / rows : at % cols;
-        if (r >= rows_left || k >= cols_left) {
-            continue;
-        }
-        float value = sums[r * (cols + 1) + k];
-        if (args.cosine) {
-            const auto scale = static_cast<float>(args.scales[index + r]);
-            const float x = widen(from[r * args.student.rows.index_stride + k * args.student.rows.k_stride]);
-            // A row without a direction has no gradient whatever the others hold.
-            value = scale >= no_direction ? 0.0f : value - x * scale * (args.row_sums[index + r] * scale);
-        }
-        to[r * out.row_stride + k * out.col_stride] = narrow<S>(value);
+    float* const of_rows = sums + Piece<rows, cols>::sums;
+    for (int at = thread_x(); args.cosine && at < rows_left; at += threads) {
+        const std::int64_t index = sample * args.cut.rows + row + at;
+        const auto scale = static_cast<float>(args.scales[index]);
+        of_rows[at] = args.row_sums[index] * scale * scale;
+        of_rows[rows + at] = scale >= no_direction ? 0.0f : 1.0f;
+    }
+    block_barrier(); // for the sums too
+    S* const to = static_cast<S*>(out.data) + sample * out.batch_stride + row * out.row_stride + col * out.col_stride;
+    const S* const from = rows_at<S>(args.student, sample, row) + col * args.student.rows.k_stride;
+    if (out.down) {
+        finish_lines<S, rows, cols, threads, true>(args, sums, to, from, rows_left, cols_left);
+    } else {
+        finish_lines<S, rows, cols, threads, false>(args, sums, to, from, rows_left, cols_left);
     }
 }
 
@@ -89,8 +149,8 @@ template <class S, int side>
 constexpr int product_shared_bytes() {
     using B = ProductBlocking<S, side>;
     constexpr int pipeline = B::stages * (StoredH<S>::planes * B::A::bytes + B::B::bytes);
-    constexpr int sums = side * (B::cols + 1) * static_cast<int>(sizeof(float));
-    return pipeline > sums ? pipeline : sums;
+    constexpr int piece = Piece<side, B::cols>::bytes;
+    return pipeline > piece ? pipeline : piece;
 }
 
 template <class S, int side>
@@ -190,8 +250,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, side>::threads), 
     };
     if (args.partials == nullptr) {
         float* const sums = reinterpret_cast<float*>(shared);
-        visit([&](int r, int k, float value) { sums[r * (B::cols + 1) + k] = value; });
-        block_barrier();
+        const bool down = args.gradient.down;
+        visit([&](int r, int k, float value) { sums[Piece<side, B::cols>::at(down, r, k)] = value; });
         finish<S, side, B::cols, B::threads>(args, sums, problem * cut.samples + block / cut.row_blocks,
                                              block % cut.row_blocks * side, col);
         return;
@@ -218,7 +278,7 @@ template <class S, int side>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(finish_threads) finish_kernel(ProductArgs args) {
     constexpr int cols = ProductBlocking<S, side>::cols, strips = side / finish_rows;
     constexpr std::int64_t piece = side * cols;
-    FASTKD_SHARED float sums[finish_rows * (cols + 1)];
+    FASTKD_SHARED float sums[Piece<finish_rows, cols>::bytes / sizeof(float)];
     const Cut& cut = args.cut;
     const std::int64_t band = cut.last - cut.first;
     const std::int64_t strip = block_x() % strips, width_block = block_x() / strips % args.width_blocks;
@@ -234,9 +294,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(finish_threads) finish_kernel(ProductArg
         for (std::int64_t split = 0; split < args.splits; ++split) {
             sum += parts[split * piece + at];
         }
-        sums[at / cols * (cols + 1) + at % cols] = sum;
+        sums[Piece<finish_rows, cols>::at(args.gradient.down, at / cols, at % cols)] = sum;
     }
-    block_barrier();
     const std::int64_t row = block % cut.row_blocks * side + strip * finish_rows;
     if (row < cut.rows) {
         const std::int64_t sample = (cut.first_problem + here) * cut.samples + block / cut.row_blocks;
