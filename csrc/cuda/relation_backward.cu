@@ -23,56 +23,6 @@
 namespace fastkd::cuda {
 namespace {
 
-struct CoefficientsArgs {
-    const float* grad_loss;
-    std::int64_t grad_batch_stride, grad_row_stride;
-    const double* statistics;
-    float* coefficients; // (3, others, batch, rows): A, D, B
-    std::int64_t rows, all_rows, others;
-    Method method;
-    bool negate;
-    float inv_temperature;
-};
-
-constexpr int coefficients_threads = 256;
-
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(coefficients_threads) coefficients_kernel(CoefficientsArgs args) {
-    const std::int64_t at = block_x() * coefficients_threads + thread_x(), plane = args.others * args.all_rows;
-    if (at >= plane) {
-        return;
-    }
-    const std::int64_t row = at % args.all_rows;
-    float g = args.grad_loss[row / args.rows * args.grad_batch_stride + row % args.rows * args.grad_row_stride] /
-              static_cast<float>(args.others);
-    const auto of = [&](int number) {
-        return static_cast<float>(args.statistics[number * plane + at]);
-    };
-    float a = 0.0f, d = 0.0f, b = 0.0f;
-    switch (args.method) {
-    case Method::mse:
-        a = 2.0f * g / static_cast<float>(args.rows);
-        break;
-    case Method::row_cosine: {
-        const float sums[5] = {of(0), of(1), of(2), of(3), of(4)};
-        const RowCosine row_cosine(sums);
-        const float outer = sums[0] <= 1e-24f ? 0.0f : 2.0f * g / row_cosine.n / row_cosine.n; // no gradient there
-        a = outer * row_cosine.c;
-        d = outer * row_cosine.slope;
-        break;
-    }
-    default: {
-        const float z_s = of(args.method == Method::kl ? 0 : 2), z_t = of(args.method == Method::kl ? 1 : 3);
-        g = (args.negate ? -g : g) * args.inv_temperature;
-        a = g / z_s;
-        b = g / z_t;
-        d = g * (z_t - z_s) / z_s / z_t;
-    }
-    }
-    args.coefficients[at] = a;
-    args.coefficients[plane + at] = d;
-    args.coefficients[2 * plane + at] = b;
-}
-
 struct DerivativeArgs {
     Network student, teacher;
     Cut cut;
@@ -81,10 +31,45 @@ struct DerivativeArgs {
     float inv_temperature;
     const double* statistics;
     const double* scales;
-    const float* coefficients;
+    const float* grad_loss;
+    std::int64_t grad_batch_stride, grad_row_stride;
     const float* kept; // or null
     void* h;
     float* sums; // parts of q, one plane
+};
+
+// A, B and D of a row, `index` being its place in a plane of the statistics, `row` that in the batch.
+struct Coefficients {
+    float a = 0.0f, b = 0.0f, d = 0.0f;
+
+    FASTKD_DEVICE Coefficients(const DerivativeArgs& args, std::int64_t index, std::int64_t row) {
+        const std::int64_t rows = args.cut.rows, samples = args.cut.samples;
+        float g = args.grad_loss[row / rows * args.grad_batch_stride + row % rows * args.grad_row_stride] /
+                  static_cast<float>(samples);
+        const auto of = [&](int number) {
+            return static_cast<float>(args.statistics[number * samples * args.cut.all_rows + index]);
+        };
+        switch (args.method) {
+        case Method::mse:
+            a = 2.0f * g / static_cast<float>(rows);
+            break;
+        case Method::row_cosine: {
+            const float sums[5] = {of(0), of(1), of(2), of(3), of(4)};
+            const RowCosine row_cosine(sums);
+            const float outer = sums[0] <= 1e-24f ? 0.0f : 2.0f * g / row_cosine.n / row_cosine.n; // no gradient there
+            a = outer * row_cosine.c;
+            d = outer * row_cosine.slope;
+            break;
+        }
+        default: {
+            const float z_s = of(args.method == Method::kl ? 0 : 2), z_t = of(args.method == Method::kl ? 1 : 3);
+            g = (args.negate ? -g : g) * args.inv_temperature;
+            a = g / z_s;
+            b = g / z_t;
+            d = g * (z_t - z_s) / z_s / z_t;
+        }
+        }
+    }
 };
 
 // Numbers of a row that H needs, for the tile's rows and columns, in shared memory.
@@ -122,25 +107,30 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
         const int within = at % side;
         const bool of_j = at >= side, here = within < (of_j ? tile.rows_j : tile.rows_i);
         float* const numbers = (of_j ? numbers_j : numbers_i) + within;
+        for (int number = 0; number < row_numbers; ++number) {
+            numbers[number * side] = 0.0f;
+        }
+        if (!here) {
+            continue;
+        }
         const std::int64_t row =
             (of_j ? tile.sample_j : tile.sample_i) * cut.rows + (of_j ? tile.row_j : tile.row_i) + within;
         // Row i's statistics against the sample of j, and the other way round.
         const std::int64_t other = (of_j ? tile.sample_i : tile.sample_j) - tile.problem * cut.samples;
-        const std::int64_t index = other * cut.all_rows + row, plane = cut.samples * cut.all_rows;
-        const auto put = [&](RowNumber number, auto value_of) {
-            numbers[number * side] = here ? static_cast<float>(value_of()) : 0.0f;
-        };
-        put(number_a, [&] { return args.coefficients[index]; });
-        put(number_d, [&] { return args.coefficients[plane + index]; });
-        put(number_b, [&] { return args.coefficients[2 * plane + index]; });
+        const std::int64_t index = other * cut.all_rows + row;
+        const Coefficients coefficients(args, index, row);
+        numbers[number_a * side] = coefficients.a;
+        numbers[number_b * side] = coefficients.b;
+        numbers[number_d * side] = coefficients.d;
         if (args.cosine) {
-            put(scale_s, [&] { return args.scales[row]; });
-            put(scale_t, [&] { return args.scales[cut.all_rows + row]; });
-            put(norm, [&] { return 1.0 / args.scales[row]; });
+            const double scale = args.scales[row];
+            numbers[scale_s * side] = static_cast<float>(scale);
+            numbers[scale_t * side] = static_cast<float>(args.scales[cut.all_rows + row]);
+            numbers[norm * side] = 1.0f / static_cast<float>(scale);
         }
         if (args.method == Method::kl_maxima) {
-            put(max_s, [&] { return args.statistics[index]; });
-            put(max_t, [&] { return args.statistics[plane + index]; });
+            numbers[max_s * side] = static_cast<float>(args.statistics[index]);
+            numbers[max_t * side] = static_cast<float>(args.statistics[cut.samples * cut.all_rows + index]);
         }
     }
     typename B::Accumulated e_s, e_t;
@@ -272,13 +262,13 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
 
 cudaError_t relation_backward(const relation::Backward& args, const RelationPlan& plan, cudaStream_t stream) {
     const relation::Options& options = args.options;
-    cudaError_t error = check_call(options, args.student, args.teacher, plan);
+    const cudaError_t error = check_call(options, args.student, args.teacher, plan);
     if (error != cudaSuccess) {
         return error;
     }
     const Network student = network_of(args.student, options), teacher = network_of(args.teacher, options);
-    const std::int64_t all_rows = options.batch * options.rows, others = options.others();
-    const double* const scales = args.statistics + relation::statistic_planes * others * all_rows;
+    const std::int64_t all_rows = options.batch * options.rows;
+    const double* const scales = args.statistics + relation::statistic_planes * options.others() * all_rows;
     const bool cosine = options.similarity == relation::Similarity::cosine;
     const bool negate = options.negate && options.distance == relation::Distance::kl;
     const auto inv_temperature = static_cast<float>(1 / options.temperature);
@@ -286,16 +276,7 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
     const auto floats_at = [&](std::int64_t offset) {
         return reinterpret_cast<float*>(workspace + offset);
     };
-    float* const coefficients = floats_at(plan.coefficients);
     float* const row_sums = floats_at(plan.row_sums);
-    const std::int64_t blocks = (others * all_rows + coefficients_threads - 1) / coefficients_threads;
-    error = launch(coefficients_kernel, {blocks, coefficients_threads}, stream,
-                   CoefficientsArgs{static_cast<const float*>(args.grad_loss), args.grad_batch_stride,
-                                    args.grad_row_stride, args.statistics, coefficients, options.rows, all_rows, others,
-                                    plan.method, negate, inv_temperature});
-    if (error != cudaSuccess) {
-        return error;
-    }
     const relation::Rows out{args.grad_student, args.student.width, args.out_batch_stride, args.out_row_stride,
                              args.out_col_stride};
     const Operand out_rows = network_of(out, options).rows;
@@ -314,9 +295,21 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
         using Product = ProductBlocking<S, side>;
         return for_each_launch(options, plan, [&](const Cut& cut) {
             void* const h = workspace + plan.h;
-            const DerivativeArgs derivative{student,         teacher,         cut,    plan.method,  cosine, negate,
-                                            inv_temperature, args.statistics, scales, coefficients,
-                                            static_cast<const float*>(args.kept), h,  floats_at(plan.sums)};
+            const DerivativeArgs derivative{student,
+                                            teacher,
+                                            cut,
+                                            plan.method,
+                                            cosine,
+                                            negate,
+                                            inv_temperature,
+                                            args.statistics,
+                                            scales,
+                                            static_cast<const float*>(args.grad_loss),
+                                            args.grad_batch_stride,
+                                            args.grad_row_stride,
+                                            static_cast<const float*>(args.kept),
+                                            h,
+                                            floats_at(plan.sums)};
             cudaError_t launched =
                 launch(derivative_kernel<B>, {cut.problems * cut.tiles, B::threads, 1, DerivativeShared<B>::bytes},
                        stream, derivative);

@@ -39,9 +39,7 @@ RelationPlan lay_out(RelationPlan plan, const relation::Options& options, bool b
         plan.bytes = *counted = layout.bytes;
         return plan;
     }
-    const std::int64_t all_rows = options.batch * options.rows;
-    plan.coefficients = layout.take(3 * options.others() * all_rows * 4);
-    plan.row_sums = layout.take(all_rows * 4);
+    plan.row_sums = layout.take(options.batch * options.rows * 4);
     const std::int64_t size = options.dtype == DType::BFloat16 ? 2 : 4; // of fp16 two bfloat16
     plan.h = layout.take(together * plan.tiles(0, band) * plan.tile * plan.tile * size);
     plan.sums = layout.take(slots);

@@ -35,7 +35,7 @@ struct RelationPlan {
     std::int64_t band;                                        // row blocks of a launch: `blocks` if it is whole
 
     std::int64_t width_blocks, splits; // of the product: columns of the gradient, parts of the sum over H's columns
-    std::int64_t coefficients, row_sums, h, sums, partials, totals; // bytes from the start of the workspace
+    std::int64_t row_sums, h, sums, partials, totals; // bytes from the start of the workspace
 
     std::int64_t bytes;   // of the workspace
     std::int64_t minimum; // what `limit` would have to be, at least
