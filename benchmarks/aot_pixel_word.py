@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from aot_cases import Case
+from aot_cases import TARGETS, Case
 
 
 def pixel_word_cases(dtype: str) -> Iterator[Case]:
@@ -24,29 +24,33 @@ def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> I
     from fastkd.kernels import pixel_word, pixel_word_backward
 
     half = dtype != "fp32"
-    logits, terms = shared.logits_blocks(words, half), shared.terms_blocks(words)
+    logits = shared.logits_blocks(words, half)
+    terms_of = {target: shared.terms_blocks(words, target // 10) for target in TARGETS}
     gradient, to_pixels = shared.gradient_blocks(words), shared.pixels_blocks(words, half)
     to_words = shared.words_blocks(words, half)
     dot = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[dtype]
     tile = lambda blocks: {"BN": blocks.pixels, "TP": words}
     slab = lambda blocks: {"SLAB": min(words, blocks.columns)}
-    later = words > terms.columns
     cases: list[tuple[Any, dict[str, Any], Any]] = [
         (pixel_word.logits_kernel, tile(logits) | {"BD": logits.columns, "DOT": dot, "COSINE": cosine}, logits),
-        (pixel_word.terms_kernel, tile(terms) | {"TERMS": 3 if later else 15}, terms),
         (pixel_word.merge_kernel, {"TP": words, "TERMS": 15, "MOST": shared.MOST_SUMS}, shared.MERGE),
         (pixel_word_backward.gradient_kernel, tile(gradient) | slab(gradient) | {"TERMS": 15}, gradient),
         (pixel_word_backward.pixels_kernel, tile(to_pixels) | {"BD": to_pixels.columns}, to_pixels),
         (pixel_word_backward.words_kernel, tile(to_words) | {"BD": to_words.columns}, to_words),
         (pixel_word_backward.merge_words_kernel, {"BD": shared.MERGE_WORDS.columns, "SOME": 8}, shared.MERGE_WORDS),
     ]  # fmt: skip
-    if later:
-        cases.append((pixel_word.grams_kernel, tile(terms) | slab(terms), terms))
+    for terms in dict.fromkeys(terms_of.values()):
+        later = words > terms.columns
+        cases.append((pixel_word.terms_kernel, tile(terms) | {"TERMS": 3 if later else 15}, terms))
+        if later:
+            cases.append((pixel_word.grams_kernel, tile(terms) | slab(terms), terms))
     features = ("words_ptr", "features_ptr", "grad_pixels_ptr", "grad_words_ptr")
     for kernel, constants, blocks in cases:
         name = kernel.__name__.removesuffix("_kernel")
         constants = dict(constants)
         options = {"num_stages": blocks.stages, "enable_fp_fusion": shared.FUSED or name not in COMPARING}
+        if name in ("terms", "grams"):
+            options["but"] = [target for target, own in terms_of.items() if own != blocks]
         absent = () if cosine else ABSENT.get(name, ())
         types = {}
         for argument in kernel.arg_names:

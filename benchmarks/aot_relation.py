@@ -14,7 +14,7 @@ def relation_cases(dtype: str) -> Iterator[Case]:
     from fastkd.kernels import _relation_merge as merge
     from fastkd.kernels import relation as forward
     from fastkd.kernels import relation_backward as backward
-    from fastkd.kernels._relation_plan import NARROW_CAPABILITIES, PLANES, REGIMES, WIDE_METHODS
+    from fastkd.kernels._relation_plan import NARROW_CAPABILITIES, PLANES, REGIMES, SMALL_BACKWARD, WIDE_METHODS
 
     if dtype == "fp64":
         return  # the family has none
@@ -65,18 +65,20 @@ def relation_cases(dtype: str) -> Iterator[Case]:
     for i, regime in enumerate(REGIMES[dtype]):
         tiles, launch = regime.tiles.constants(), (regime.tiles.warps, regime.tiles.stages)
         methods = [name for name in PLANES if name != "kl maxima" or regime is REGIMES[dtype][-1]]
+        crowded = (regime.crowded.warps, regime.crowded.stages)
         for name in methods:
-            yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **tiles}, *launch)
+            with_maxima = crowded if name == "kl maxima" else launch
+            yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **tiles}, *with_maxima)
         kept = {**channels, **method("kl"), **tiles}
         yield case("tiles", forward.tiles_kernel, {**kept, "KEEP": True}, *launch)
         yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **tiles}, *launch)
-        launch = (regime.derivative_warps, regime.tiles.stages)
-        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *launch, **unfused)
-        for name in methods if i == 0 else ("kl", "kl maxima"):
+        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *crowded, **unfused)
+        but = [target for target in TARGETS if i + 1 < len(REGIMES[dtype]) and target // 10 in SMALL_BACKWARD[dtype]]
+        for name in methods:
             constants = {**channels, **method(name), **tiles}
-            yield case("derivative", derivative.derivative_kernel, constants, *launch, **unfused)
+            yield case("derivative", derivative.derivative_kernel, constants, *crowded, **unfused, but=but)
         stripe = {**pixels, **method("kl"), **tiles, "MIRROR": False}
-        yield case("derivative", derivative.derivative_kernel, stripe, *launch, **unfused)
+        yield case("derivative", derivative.derivative_kernel, stripe, *crowded, **unfused, but=but)
         if regime.wide is not None:
             narrow = [target for target in TARGETS if target // 10 in NARROW_CAPABILITIES]
             wide, launch = regime.wide.constants(), (regime.wide.warps, regime.wide.stages)

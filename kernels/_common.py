@@ -50,6 +50,11 @@ def launching_on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
+def capability(x: Tensor) -> int:
+    """The major compute capability of the chip that ``x`` is on; 9 under the interpreter."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
 def cdiv(a: int, b: int) -> int:
     """⌈a / b⌉ for positive integers."""
     return -(-a // b)

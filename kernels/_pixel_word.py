@@ -58,12 +58,14 @@ def logits_blocks(words: int, half: bool) -> Blocks:
     return Blocks(64 if words <= 64 else 32, 32, 4 if words <= 32 else 8)
 
 
-def terms_blocks(words: int) -> Blocks:
-    """Of ``terms_kernel`` and, for more words than ``columns``, of ``grams_kernel``."""
+def terms_blocks(words: int, capability: int) -> Blocks:
+    """Of ``terms_kernel`` and, for more words than ``columns``, of ``grams_kernel``, on chips of a major capability."""
+    # With two stages Triton 3.6 spills registers at 32 words on 10.x, and cannot compile grams_kernel at 64.
+    some = 1 if capability == 10 else 2
     return {
         16: Blocks(32, 32, 4, 2),
-        32: Blocks(16, 32, 4, 2),
-        64: Blocks(32, 32, 8, 2),
+        32: Blocks(16, 32, 4, some),
+        64: Blocks(32, 32, 8, some),
         128: Blocks(16, 16, 8, 1),
     }[words]
 

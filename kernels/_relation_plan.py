@@ -39,29 +39,37 @@ class Regime(NamedTuple):
 
     tiles: Blocks
     product: Blocks
-    derivative_warps: int
-    """For the backward's tiles, of the same shape: more numbers of a tile are alive in it than in the forward."""
+    crowded_warps: int
+    """For the backward's tiles and the forward's with maxima, of the same shape: more numbers of a tile are alive."""
 
+    crowded_stages: int = 3
     wide: Blocks | None = None
     """For the forward's tiles instead, where few sums are taken of a tile and none is kept."""
+
+    @property
+    def crowded(self) -> Blocks:
+        return self.tiles._replace(warps=self.crowded_warps, stages=self.crowded_stages)
 
 
 REGIMES: dict[str, tuple[Regime, ...]] = {
     "bf16": (
-        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 32, 8, 4), 8, Blocks(128, 128, 64, 8, 3)),
+        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 32, 8, 4), 8, wide=Blocks(128, 128, 64, 8, 3)),
         Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 128, 32, 4, 4), 8),
     ),
     "fp16": (
-        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2), 8, Blocks(128, 128, 64, 8, 3)),
+        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2), 8, wide=Blocks(128, 128, 64, 8, 3)),
         Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 32, 4, 2), 8),
     ),
-    "fp32": (Regime(Blocks(64, 32, 16, 8, 3), Blocks(64, 32, 16, 4, 3), 8),),
+    "fp32": (Regime(Blocks(64, 32, 16, 8, 3), Blocks(64, 32, 16, 4, 3), 8, 2),),
 }
 """By dtype, the largest first; chosen by ahead-of-time facts (benchmarks/aot.py), none by measurement yet."""
 
 WIDE_METHODS = ("kl", "mse")
 NARROW_CAPABILITIES = (8, 10, 12)
 """Where wide blocks spill registers, on 8.0 under Triton 3.6 alone."""
+
+SMALL_BACKWARD: dict[str, tuple[int, ...]] = {"bf16": (10,), "fp16": (10, 12)}
+"""Where a backward that computes its tiles takes the smallest: Triton 3.6 to 3.8 spill registers in larger ones."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -131,25 +139,29 @@ class Grid:
 
 
 class Plan:
-    """The grids of one call's tiles, forward and backward, and the blocks of its product."""
+    """The grids of one call's tiles, forward and backward, and the blocks of its product.
 
-    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, kept: bool, wide: bool) -> None:
+    ``chip`` is its major compute capability.
+    """
+
+    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, kept: bool, chip: int) -> None:
         self.method, self.dtype = method, dtype
         samples, problems = (batch, 1) if cross else (1, batch)
         # With maxima a row's and a column's own exponentials are alive at once: too many for large tiles.
         small = rows <= 64 or method == "kl maxima"
         regimes = REGIMES[dtype][-1:] if small else REGIMES[dtype]
-        grids = [Grid(problems, samples, rows, regime.tiles) for regime in regimes]
-        enough = [grid.programs >= ENOUGH_PROGRAMS for grid in grids]
-        chosen = enough.index(True) if True in enough else len(grids) - 1
-        self.forward = self.backward = grids[chosen]
-        self.product = regimes[chosen].product
-        self.derivative = regimes[chosen].tiles._replace(warps=regimes[chosen].derivative_warps)
-        blocks = regimes[chosen].wide
-        if wide and blocks is not None and not kept and method in WIDE_METHODS:
-            grid = Grid(problems, samples, rows, blocks)
-            if grid.programs >= ENOUGH_PROGRAMS:
-                self.forward = grid
+        grid = lambda blocks: Grid(problems, samples, rows, blocks)
+        enough = [regime for regime in regimes if grid(regime.tiles).programs >= ENOUGH_PROGRAMS]
+        regime = (enough or regimes[-1:])[0]
+        self.forward = grid(regime.crowded if method == "kl maxima" else regime.tiles)
+        if regime.wide is not None and not kept and method in WIDE_METHODS and chip not in NARROW_CAPABILITIES:
+            wide = grid(regime.wide)
+            if wide.programs >= ENOUGH_PROGRAMS:
+                self.forward = wide
+        if not kept and chip in SMALL_BACKWARD.get(dtype, ()):
+            regime = regimes[-1]
+        self.backward = grid(regime.crowded)
+        self.product = regime.product
 
     def least_bytes(self) -> int:
         """What one row block needs; a forward must not promise what its backward cannot hold."""

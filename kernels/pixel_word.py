@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels._common import INTERPRETED, cdiv, launching_on
+from fastkd.kernels._common import INTERPRETED, capability, cdiv, launching_on
 from fastkd.kernels._pixel_word import (
     FUSED,
     LOWEST,
@@ -323,7 +323,7 @@ def forward(
                 num_warps=blocks.warps,
                 num_stages=blocks.stages,
             )
-        blocks = terms_blocks(words)
+        blocks = terms_blocks(words, capability(loss))
         later = words > blocks.columns and bool(terms & SECOND_ORDER.value)
         each, programs = cut(pixels, blocks.pixels, batch, MOST_SUMS)
         partials = loss.new_empty((batch, programs, 8 * words + 3 * words * words))

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels._common import LOG2E, cdiv, launching_on
+from fastkd.kernels._common import LOG2E, capability, cdiv, launching_on
 from fastkd.kernels._relation_merge import merge_kernel
-from fastkd.kernels._relation_plan import NARROW_CAPABILITIES, PLANES, Blocks, Plan, method_of
+from fastkd.kernels._relation_plan import PLANES, Blocks, Plan, method_of
 from fastkd.kernels._relation_tiles import (
     LOWEST,
     Operand,
@@ -270,8 +270,8 @@ class Call:
         batch, rows, width = student.shape
         self.rows, self.n_rows = rows, batch * rows
         self.method = method_of(options.similarity, options.distance, options.temperature)
-        wide = not (student.is_cuda and torch.cuda.get_device_capability(student.device)[0] in NARROW_CAPABILITIES)
-        self.plan = Plan(batch, rows, options.cross, self.method, DTYPES[student.dtype], kept, wide)
+        dtype = DTYPES[student.dtype]
+        self.plan = Plan(batch, rows, options.cross, self.method, dtype, kept, capability(student))
         self.student, other = Operand.of(student), Operand.of(teacher)
         self.networks = (*self.student.arguments, *other.arguments)
         self.layout = {

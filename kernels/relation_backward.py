@@ -221,7 +221,7 @@ def backward(
                 KEPT=mirror and kept.numel() > 0,
                 MIRROR=mirror,
                 SPLIT=split,
-                **call.constants(call.plan.derivative, fused=False),
+                **call.constants(shape, fused=False),
             )
             product_kernel[(launch.problems * launch.band * cdiv(student.shape[2], product.cols),)](
                 h,

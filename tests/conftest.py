@@ -125,13 +125,23 @@ def basic_kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    from contract_tools import threads
+    from contract_tools import quick_interpreter, threads
 
-    with (
-        _present(request.param.place),
-        threads(1),
-    ):  # the arrays are small: waking threads for them is what would take the time
+    with ExitStack() as stack:
+        stack.enter_context(_present(request.param.place))
+        stack.enter_context(threads(1))  # the arrays are small: waking threads for them is what would take the time
+        if request.param.place == ("triton", "cpu"):
+            stack.enter_context(quick_interpreter())
         yield request.param
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """For tests of Triton's kernels where they are interpreted."""
+    from contract_tools import quick_interpreter
+
+    with quick_interpreter(checks_overflow=True):
+        yield
 
 
 @pytest.fixture(autouse=True)

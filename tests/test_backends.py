@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -68,6 +69,96 @@ def test_cuda_without_a_gpu() -> None:
     with pytest.raises(fastkd.BackendUnavailable, match=r"backend='cuda'.*on cpu.*CUDA tensors.*\.cuda\(\)"):
         choose("softmax_kl", "cuda", X)
     assert why_not("cuda")
+
+
+class Module:
+    """A ``fastkd._cuda`` on a machine that is pretended."""
+
+    def __init__(self, devices: int = 1, driver: int = 13000, targets: tuple[str, ...] = ("sm_80", "sm_90")) -> None:
+        self.device_count, self.driver_version, self.runtime_version = lambda: devices, lambda: driver, lambda: 13000
+        self.targets = lambda: list(targets)
+
+
+@pytest.fixture
+def pretended(fresh: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A machine whose torch sees a GPU of that capability, with that module."""
+
+    def pretend(module: Module, capability: tuple[int, int] = (9, 0)) -> None:
+        fresh.setattr(torch.cuda, "is_available", lambda: True)
+        fresh.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        fresh.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        fresh.setattr(torch.cuda, "get_device_name", lambda device: "Pretended GPU")
+        fresh.setitem(sys.modules, "fastkd._cuda", module)
+
+    return pretend
+
+
+def test_a_driver_older_than_the_runtime(pretended: Callable[..., None]) -> None:
+    pretended(Module(devices=0, driver=12080))
+    assert why_not("cuda") == (
+        "the NVIDIA driver supports CUDA 12.8, fastkd._cuda needs one that supports 13.0: update the driver, or "
+        "reinstall fastkd from the sources with a CUDA 12 toolkit"
+    )
+
+
+def test_a_runtime_that_sees_no_device(pretended: Callable[..., None]) -> None:
+    pretended(Module(devices=0))
+    assert "sees no device, though torch does" in str(why_not("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "capability", "runs"),
+    [
+        (("sm_80", "sm_90"), (8, 0), True),
+        (("sm_80", "sm_90"), (8, 7), True),  # a newer revision of a generation
+        (("sm_86", "sm_90"), (8, 0), False),  # an older one
+        (("sm_80", "sm_90"), (7, 5), False),
+        (("sm_80", "sm_90"), (10, 0), False),
+        (("sm_80", "sm_90", "compute_90"), (10, 0), True),  # compiled by the driver
+        (("sm_80", "compute_120"), (9, 0), False),
+    ],
+)
+def test_a_chip_that_is_not_in_the_binary(
+    pretended: Callable[..., None],
+    fresh: pytest.MonkeyPatch,
+    targets: tuple[str, ...],
+    capability: tuple[int, int],
+    runs: bool,
+) -> None:
+    """Without code for it the backend is not even tried, and "auto" goes on with the next."""
+    import importlib
+
+    tried = []
+    family = importlib.import_module("fastkd.ops.softmax_kl")
+    fresh.setattr(family, "self_test", lambda backend, device: tried.append(backend))
+    pretended(Module(targets=targets), capability)
+    reason = why_not("cuda", "softmax_kl", "cuda:0")
+    if runs:
+        assert reason is None
+        assert tried == ["cuda"]
+    else:
+        assert tried == []
+        assert reason == (
+            f"fastkd._cuda was compiled for {', '.join(targets)} and has no code for Pretended GPU (compute capability "
+            f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that knows it"
+        )
+
+
+def test_auto_goes_on_with_triton_where_cuda_fails_its_self_test_and_the_other_way(
+    pretended: Callable[..., None], fresh: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    pretended(Module())
+    fresh.setattr(_backends, "_absent", lambda backend: None)
+    family = importlib.import_module("fastkd.ops.softmax_kl")
+    for broken, works in (("cuda", "triton"), ("triton", "cuda")):
+        _backends._reasons.clear()
+        fresh.setattr(family, "self_test", lambda backend, device, wrong=broken: "wrong" if backend == wrong else None)
+        fresh.setattr(_backends, "_warned", {broken})
+        assert _backends._resolve("softmax_kl", "auto", "cuda", 0, "", False) == works
+        with pytest.raises(fastkd.BackendUnavailable, match="cannot run softmax_kl on cuda:0: wrong"):
+            _backends._resolve("softmax_kl", broken, "cuda", 0, "", False)
 
 
 def test_triton_on_cpu_tensors_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:

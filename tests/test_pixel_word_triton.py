@@ -26,7 +26,7 @@ if reason := _backends.why_not("triton"):
 from fastkd.kernels import _pixel_word as shared
 
 DEVICE = "cpu" if _backends._misplaced("triton", "cpu") is None else "cuda"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.usefixtures("interpreted")
 INF, NAN = math.inf, math.nan
 
 

@@ -5,6 +5,8 @@ Under the interpreter on CPU tensors where there is no GPU.
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
 from typing import Any
 
@@ -21,8 +23,10 @@ if reason := _backends.why_not("triton"):
 
 from fastkd.kernels import _relation_plan as plans
 
+operator = importlib.import_module("fastkd.ops.relation")
+
 DEVICE = "cpu" if _backends._misplaced("triton", "cpu") is None else "cuda"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.usefixtures("interpreted")
 
 # Each method of the kernels, negated or not; 0.03 is below the fixed shift.
 METHODS: dict[str, dict[str, Any]] = {
@@ -140,8 +144,8 @@ def test_matrices_kept_for_a_backward_with_less_room(monkeypatch: pytest.MonkeyP
 def test_launches_cover_everything_once_within_the_workspace() -> None:
     for batch, count, cross in ((32, 512, False), (16, 1024, False), (8, 3600, False), (2, 14400, False),
                                 (8, 900, True), (1, 1, False), (300, 2000, False)):  # fmt: skip
-        for dtype in plans.REGIMES:
-            plan = plans.Plan(batch, count, cross, "kl", dtype, False, True)
+        for dtype, capability in itertools.product(plans.REGIMES, (9, 10)):
+            plan = plans.Plan(batch, count, cross, "kl", dtype, False, capability)
             for grid, size in ((plan.forward, plan.forward_bytes()), (plan.backward, plan.backward_bytes())):
                 for limit in (size, 3 * size, 32 * 2**20):
                     seen = []
@@ -151,14 +155,14 @@ def test_launches_cover_everything_once_within_the_workspace() -> None:
                         seen += [(p, b) for p in problems for b in range(launch.first, launch.last)]
                     assert seen == [(p, b) for p in range(grid.problems) for b in range(grid.blocks)]
     # What a training step of the issue's sizes needs at once stays below 32 MiB, one row block well below it.
-    plan = plans.Plan(2, 14400, False, "kl", "bf16", False, True)
+    plan = plans.Plan(2, 14400, False, "kl", "bf16", False, 9)
     assert plan.least_bytes() < 8 * 2**20
 
 
 def test_enough_programs_for_a_large_gpu() -> None:
     """(8, 512, 900): more tiles than an H100 has processors, forward and backward."""
     for kept in (False, True):
-        plan = plans.Plan(8, 512, False, "kl", "bf16", kept, True)
+        plan = plans.Plan(8, 512, False, "kl", "bf16", kept, 9)
         assert min(plan.forward.programs, plan.backward.programs) >= 132
         assert 8 * plan.backward.blocks * plans.cdiv(900, plan.product.cols) >= 132
 
@@ -219,15 +223,39 @@ def test_row_cosine_near_and_at_norms_of_nothing() -> None:
             check(student, other, torch.ones(1, 40, device=DEVICE), distance="row_cosine", similarity=similarity)
 
 
-def test_auto_takes_gram_matrices_for_the_mse_of_narrow_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends whose kernels are called, Triton being what "auto" prefers."""
     monkeypatch.setitem(_backends.PREFERENCE, DEVICE, ("triton", "reference"))
-    monkeypatch.delenv("FASTKD_BACKEND", raising=False)
     relation(rows((1, 9, 4), 0), rows((1, 9, 4), 1))  # a backend's first call tests it
-    called: list[str] = []
+    names: list[str] = []
     kernels = _relation_call._kernels
-    monkeypatch.setattr(_relation_call, "_kernels", lambda backend: called.append(backend) or kernels(backend))
+    monkeypatch.setattr(_relation_call, "_kernels", lambda backend: names.append(backend) or kernels(backend))
+    return names
+
+
+def test_auto_takes_gram_matrices_for_the_mse_of_narrow_rows(called: list[str]) -> None:
     for width, expected in ((20, []), (21, ["triton"])):  # up to half of the 40 columns
         student, teacher = rows((1, 40, width), 0), rows((1, 40, width), 1)
         got = relation(student, teacher, distance="mse")
         assert called == expected
         torch.testing.assert_close(got, reference(student, teacher, distance="mse"))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("wish", "expected"), [("triton", ["triton"]), ("reference", []), ("cuda", []), ("", [])])
+def test_a_backend_asked_for_by_the_environment_computes_narrow_rows_too(
+    monkeypatch: pytest.MonkeyPatch, called: list[str], wish: str, expected: list[str], compiled: bool
+) -> None:
+    """No Gram matrices then, unless the family lacks the backend."""
+    monkeypatch.setenv("FASTKD_BACKEND", wish)
+    gram: list[None] = []
+    made = operator.relation_mse_gram
+    monkeypatch.setattr(operator, "relation_mse_gram", lambda *a, **k: gram.append(None) or made(*a, **k))
+    student, teacher = rows((1, 40, 5), 0), rows((1, 40, 5), 1)
+    call = lambda: relation(student, teacher, distance="mse")
+    torch._dynamo.reset()
+    got = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)()
+    assert called == expected
+    assert len(gram) == (wish in ("cuda", ""))
+    torch.testing.assert_close(got, reference(student, teacher, distance="mse"))

@@ -77,6 +77,13 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.def("targets", &targets, "What the kernels were compiled for, e.g. ['sm_80', 'sm_90', 'compute_90'].");
     module.def("device_count", &device_count, "The number of CUDA devices; 0 without a driver.");
     module.def(
+        "driver_version",
+        [] {
+            int version = 0;
+            return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+        },
+        "The newest version of CUDA that the driver supports, e.g. 13000 for 13.0; 0 without a driver.");
+    module.def(
         "runtime_version", [] { return CUDART_VERSION; },
         "The version of CUDA's runtime in this module, e.g. 13000 for 13.0.");
 #if defined(FASTKD_EMULATED)

@@ -1,4 +1,4 @@
-"""The ``fastkd`` command: ``info``, ``data make-shapes``, ``train``, ``distill``, ``evaluate`` and ``demo``."""
+"""The ``fastkd`` command: info, data make-shapes, train, distill, evaluate, convert and demo."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from tyro.extras import SubcommandApp
 
 def build_app() -> SubcommandApp:
     """Assemble the application (imports torch-free modules only; each command imports what it runs on)."""
-    from fastkd.cli import data, demo, evaluate, info, train
+    from fastkd.cli import convert, data, demo, evaluate, info, train
 
     app = SubcommandApp()
     app.command(name="info")(info.info)
@@ -17,5 +17,6 @@ def build_app() -> SubcommandApp:
     app.command(name="train")(train.train)
     app.command(name="distill")(train.distill)
     app.command(name="evaluate")(evaluate.evaluate)
+    app.command(name="convert")(convert.convert)
     app.command(name="demo")(demo.demo)
     return app

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkd.data import ReferDataset
-    from fastkd.models import RISModel
+    from fastkd.models import LAVT, RISModel
 
 
 def build_model(what: str, seed: int) -> RISModel:
@@ -43,13 +43,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_teacher(what: str) -> RISModel:
-    """A teacher with weights, in eval mode and frozen: from its folder, or "shapes" for the one that ships."""
-    from fastkd.models import RISModel
+def load_teacher(what: str) -> RISModel | LAVT:
+    """A teacher with weights, in eval mode and frozen: its folder, a LAVT's file, or "shapes" for the shipped one."""
+    from fastkd.models import LAVT, RISModel
 
-    folder = shapes_teacher() if what == "shapes" else Path(what)
-    teacher = RISModel.from_pretrained(folder).eval().requires_grad_(False)
-    return teacher
+    path = shapes_teacher() if what == "shapes" else Path(what).expanduser()
+    is_file = path.is_file() or path.suffix in (".safetensors", ".pth")
+    teacher = LAVT.from_pretrained(path) if is_file else RISModel.from_pretrained(path)
+    return teacher.eval().requires_grad_(False)
+
+
+def check_vocabularies(student: RISModel, teacher: RISModel | LAVT) -> None:
+    """Refuse a teacher whose word ids are not the student's: it would read another sentence."""
+    from fastkd.models import LAVT
+
+    theirs = teacher.vocab_size if isinstance(teacher, LAVT) else teacher.text_encoder.vocab_size
+    ours = student.text_encoder.vocab_size
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"the student's vocabulary has {ours} words, the teacher's {theirs}: they read the same word ids, so they "
+            "need one tokenizer; choose a student with the teacher's"
+        )
 
 
 def shapes_teacher() -> Path:
@@ -57,16 +71,30 @@ def shapes_teacher() -> Path:
     return Path(__file__).resolve().parent.parent / "models" / "assets" / "shapes-teacher"
 
 
-def open_split(root: Path, split: str, model: Any, *, sentences: str, seed: int = 0, **where: Any) -> ReferDataset:
-    """One split, at the size and with the tokenizer that the model was made for."""
+def open_split(
+    root: Path,
+    split: str,
+    model: Any,
+    *,
+    sentences: str,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    **where: Any,
+) -> ReferDataset:
+    """One split, at the size that the model was made for, and with its tokenizer or the one given."""
     from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
 
     config = model.config
-    tokenizer = load_tokenizer(config.tokenizer or "shapes")
+    source = tokenizer or config.tokenizer
+    if source is None:
+        raise ValueError(
+            "the model's configuration names no tokenizer, and word ids mean nothing without one: pass --tokenizer "
+            "with the path of its vocab.txt"
+        )
     small = config.image_size <= 128  # decoded images of a small set fit in memory
     return ReferDataset(
         RefCOCO(root, split=split, **where),
-        tokenizer,
+        load_tokenizer(source),
         image_size=config.image_size,
         max_words=config.max_words,
         sentences=sentences,

@@ -56,12 +56,13 @@ def demo(
         test_split: the split of the table; the curves are on val.
         overwrite: replace an earlier demo in --out.
     """
-    from fastkd.cli._common import load_teacher, open_split, parse_terms
+    from fastkd.cli._common import open_split, parse_terms, shapes_teacher
     from fastkd.evaluate import evaluate
+    from fastkd.models import RISModel
     from fastkd.report import console_table
 
     shares = parse_terms(terms)
-    teacher = load_teacher("shapes")
+    teacher = RISModel.from_pretrained(shapes_teacher()).eval().requires_grad_(False)
     root = _data(out, images, teacher.config.image_size)
     test = open_split(root, test_split, teacher, sentences="all")
     teacher_score = evaluate(teacher, test, channels_last=config.channels_last)

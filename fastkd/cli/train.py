@@ -26,18 +26,28 @@ class DataArgs:
         data: folder that holds ``refcoco/`` and ``images/``.
         dataset: which of the sets in it: refcoco, refcoco+ or refcocog.
         split_by: who split it: unc, google or umd.
+        tokenizer: path of the vocab.txt (or tokenizer folder) that the word ids come from, or "shapes"; where left out,
+            what the model's configuration names, or else the teacher's.
     """
 
     data: Path
     dataset: str = "refcoco"
     split_by: str = "unc"
+    tokenizer: str | None = None
 
     def open(self, split: str, model: Any, *, sentences: str, seed: int = 0) -> ReferDataset:
         """One split, at the size and with the tokenizer that the model was made for."""
         from fastkd.cli._common import open_split
 
         return open_split(
-            self.data, split, model, sentences=sentences, seed=seed, name=self.dataset, split_by=self.split_by
+            self.data,
+            split,
+            model,
+            sentences=sentences,
+            seed=seed,
+            tokenizer=self.tokenizer,
+            name=self.dataset,
+            split_by=self.split_by,
         )
 
 
@@ -78,7 +88,8 @@ def distill(
     Args:
         data: the data set.
         out: folder for log and checkpoints.
-        teacher: a folder written by save_pretrained, or "shapes" for the shipped teacher of the procedural set.
+        teacher: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``, or its .pth), or
+            "shapes" for the shipped teacher of the procedural set.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
         terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
             over that of the task's, measured on the first batches; the terms are those of fastkd.train.recipes.TERMS.
@@ -98,18 +109,24 @@ def _run(
     terms: Sequence[str] = (),
 ) -> None:
     from fastkd import Distiller
-    from fastkd.cli._common import build_model, load_teacher, parse_terms
+    from fastkd.cli._common import build_model, check_vocabularies, load_teacher, parse_terms
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
     from fastkd.train.recipes import balance_on, recipe
 
     model = build_model(model_name, config.seed)
+    teacher = None if teacher_name is None else load_teacher(teacher_name)
+    if teacher is not None:
+        check_vocabularies(model, teacher)
+    # Kept with the student, which is of no use without it.
+    theirs = None if teacher is None else teacher.config.tokenizer
+    model.config.tokenizer = data.tokenizer or model.config.tokenizer or theirs
     train_set = data.open("train", model, sentences="random", seed=config.seed)
     val_set = data.open("val", model, sentences="all")
     subject: Any = model
-    if teacher_name is not None:
+    if teacher is not None:
         shares = parse_terms(terms)
-        subject = Distiller(model, load_teacher(teacher_name), segmentation_loss, recipe(list(shares)))
+        subject = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
         weights = balance_on(subject, train_set, shares, config)
         print("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
     result = run(subject, train_set, config, val_dataset=val_set, out_dir=out, overwrite=overwrite)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from fastkd._compile import constant_result
 from fastkd.losses import _checks
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
-from fastkd.ops._backends import choose
+from fastkd.ops._backends import choose, wished
 from fastkd.ops.softmax_kl import softmax_kl
 from fastkd.reference.softmax_kl import softmax_kl as reference_softmax_kl
 
@@ -86,8 +83,8 @@ def logit_kd(
         teacher = torch.cat([torch.zeros_like(teacher), teacher], 1)
 
     # Plain torch takes the softmax over dimension 1 where it lies; the kernels want a row's classes side by side.
-    if backend == "auto" and student.shape[1] < FEW_CLASSES and student.device.type == "cpu" and not _backend_wished():
-        backend = "reference"
+    if backend == "auto" and student.shape[1] < FEW_CLASSES and student.device.type == "cpu":
+        backend = "reference" if wished("softmax_kl") == "auto" else "auto"
     if choose("softmax_kl", backend, student, teacher) == "reference":
         rows = reference_softmax_kl(student, teacher, temperature, dim=1)
     else:
@@ -98,11 +95,6 @@ def logit_kd(
     if reduction == "none":
         return rows.reshape(shape[0], *shape[2:])
     return reduce_rows(rows, None, reduction)
-
-
-@constant_result
-def _backend_wished() -> bool:
-    return os.environ.get("FASTKD_BACKEND", "auto") not in ("", "auto")
 
 
 def _check_options(temperature: float, reduction: str) -> None:

@@ -1,4 +1,4 @@
-"""Teachers and students for referring image segmentation: a timm backbone, a text encoder, fusion at every stage.
+"""Teachers and students for referring image segmentation: LAVT, and timm × transformers with fusion at every stage.
 
 Needs the extra ``pip install fastkd[ris]``. Names are imported on first use; the presets and the configuration need
 neither torch nor timm::
@@ -17,14 +17,18 @@ from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastkd.models.config import RISConfig
+    from fastkd.models.lavt.config import LAVTConfig
+    from fastkd.models.lavt.model import LAVT
     from fastkd.models.presets import list_presets, preset
     from fastkd.models.ris import RISModel, RISOutput
 
-__all__ = ["RISConfig", "RISModel", "RISOutput", "list_presets", "preset"]
+__all__ = ["LAVT", "LAVTConfig", "RISConfig", "RISModel", "RISOutput", "list_presets", "preset"]
 
 __getattr__ = lazy_names(
     __name__,
     {
+        "LAVT": "fastkd.models.lavt.model",
+        "LAVTConfig": "fastkd.models.lavt.config",
         "RISConfig": "fastkd.models.config",
         "RISModel": "fastkd.models.ris",
         "RISOutput": "fastkd.models.ris",

@@ -17,6 +17,7 @@ from fastkd.models.backbone import StagedBackbone
 from fastkd.models.config import RISConfig
 from fastkd.models.decoder import TopDownDecoder
 from fastkd.models.fusion import Fusion
+from fastkd.models.inputs import WordLimits, check_inputs
 from fastkd.models.text import TextEncoder
 
 
@@ -119,7 +120,9 @@ class RISModel(
                 looked at on the CPU only, where looking costs nothing).
             TypeError: A wrong dtype.
         """
-        word_mask = self._check(image, input_ids, word_mask, words)
+        text = self.text_encoder
+        limits = WordLimits(text.width, text.vocab_size, text.max_words, text.pad_id, self.config.tokenizer)
+        word_mask = check_inputs(image, input_ids, word_mask, words, limits, self.decoder.classifier.weight.device)
         if words is None:
             words = self.text_encoder(input_ids, word_mask)
         logits: list[Tensor] = []
@@ -133,70 +136,6 @@ class RISModel(
         features, decoder = self.decoder(stages)
         full = F.interpolate(decoder, size=image.shape[-2:], mode="bilinear", align_corners=False)
         return RISOutput(full, decoder, features, stages, words, logits, word_mask)
-
-    def _check(self, image: Tensor, input_ids: Tensor | None, word_mask: Tensor | None, words: Tensor | None) -> Tensor:
-        """Refuse what does not fit; returns the mask."""
-        self._check_tensors(image=image, input_ids=input_ids, words=words, word_mask=word_mask)
-        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
-            raise ValueError(f"image must be (B, 3, H, W), no dimension 0, got {tuple(image.shape)}")
-        if not image.is_floating_point():
-            raise TypeError(f"image must be floating point and ImageNet-normalised, got {image.dtype}")
-        if (input_ids is None) == (words is None):
-            raise ValueError(f"give either input_ids or words, got {'neither' if words is None else 'both'}")
-        text = self.text_encoder
-        if input_ids is not None:
-            if input_ids.dim() != 2 or input_ids.shape[0] != image.shape[0] or input_ids.shape[1] == 0:
-                raise ValueError(f"input_ids must be (B, T) with B={image.shape[0]}, got {tuple(input_ids.shape)}")
-            if input_ids.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-            if text.max_words is not None and input_ids.shape[1] > text.max_words:
-                raise ValueError(
-                    f"input_ids has {input_ids.shape[1]} words, the text encoder takes {text.max_words}: cut it"
-                )
-            if input_ids.device.type == "cpu" and not (
-                0 <= int(input_ids.min()) <= int(input_ids.max()) < text.vocab_size
-            ):
-                raise ValueError(
-                    f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}, the vocabulary has "
-                    f"{text.vocab_size} words: is the tokenizer this model's own ({self.config.tokenizer!r})?"
-                )
-        elif words is not None and (
-            words.dim() != 3 or words.shape[0] != image.shape[0] or words.shape[1] == 0 or words.shape[2] != text.width
-        ):
-            raise ValueError(
-                f"words must be (B, T, D) with B={image.shape[0]}, D={text.width}, got {tuple(words.shape)}"
-            )
-        elif words is not None and not words.is_floating_point():
-            raise TypeError(f"words must be floating point, got {words.dtype}: ids go into input_ids")
-        source = input_ids if input_ids is not None else words
-        assert source is not None
-        if word_mask is None:
-            word_mask = (
-                input_ids.ne(text.pad_id)
-                if input_ids is not None
-                else torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
-            )
-        if word_mask.dtype != torch.bool:
-            raise TypeError(f"word_mask must be bool (True where a word is), got {word_mask.dtype}: use mask.bool()")
-        if word_mask.shape != source.shape[:2]:
-            raise ValueError(
-                f"word_mask must be {tuple(source.shape[:2])} like the words, got {tuple(word_mask.shape)}"
-            )
-        if word_mask.device.type == "cpu" and not bool(word_mask.any(dim=1).all()):
-            row = int((~word_mask.any(dim=1)).nonzero()[0, 0])
-            raise ValueError(f"word_mask has no valid word in sample {row}: a sentence needs at least one word")
-        return word_mask
-
-    def _check_tensors(self, **tensors: Tensor | None) -> None:
-        """Refuse what is no tensor, and tensors that are not on the model's device."""
-        device = self.decoder.classifier.weight.device
-        for name, tensor in tensors.items():
-            if tensor is None and name != "image":
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-            if tensor.device != device:
-                raise ValueError(f"{name} is on {tensor.device}, the model on {device}: move one with .to(device)")
 
     def parameter_count(self) -> dict[str, int]:
         """Parameters in all and of each part: ``{"total": ..., "backbone": ..., "text_encoder": ..., ...}``."""

@@ -108,6 +108,15 @@ def why_not(backend: str, family: str | None = None, device: str | torch.device 
 
 
 @constant_result
+def wished(family: str) -> str:
+    """What ``FASTKD_BACKEND`` makes of "auto" for this family: a backend, or "auto" if none that the family has."""
+    wish = os.environ.get("FASTKD_BACKEND", "auto") or "auto"
+    if wish not in ("auto", *BACKENDS):
+        raise ValueError(f"FASTKD_BACKEND: expected one of auto, {', '.join(BACKENDS)}, got {wish!r}")
+    return wish if wish in IMPLEMENTED[family] else "auto"  # a family without that backend goes on as usual
+
+
+@constant_result
 def _resolve(family: str, backend: str, device_type: str, device_index: int | None, dtypes: str, small: bool) -> str:
     """:func:`choose` on plain values: under torch.compile its answer is a constant of the compiled graph.
 
@@ -118,11 +127,8 @@ def _resolve(family: str, backend: str, device_type: str, device_index: int | No
     asked = backend
     said = f"backend={backend!r}"
     if backend == "auto":
-        wish = os.environ.get("FASTKD_BACKEND", "auto") or "auto"
-        if wish not in ("auto", *BACKENDS):
-            raise ValueError(f"FASTKD_BACKEND: expected one of auto, {', '.join(BACKENDS)}, got {wish!r}")
-        if wish in exist:  # a family without that backend goes on as usual
-            asked, said = wish, f"FASTKD_BACKEND={wish}"
+        asked = wished(family)
+        said = f"FASTKD_BACKEND={asked}"
     if asked == "auto":
         return _prefer(family, device_type, device, dtypes, small)
     if asked not in BACKENDS:
@@ -199,6 +205,11 @@ def _probe(backend: str, family: str | None, device: torch.device | None) -> str
                 f"the Triton kernels need compute capability 8.0 or newer, {device} "
                 f"({torch.cuda.get_device_name(device)}) has {capability[0]}.{capability[1]}"
             )
+    if backend == "cuda" and device.type == "cuda":
+        targets = importlib.import_module("fastkd._native").load(backend).targets()
+        lacks = _no_code(targets, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+        if lacks is not None:
+            return lacks
     from torch.utils._python_dispatch import _disable_current_modes
 
     # The caller may be under fake tensors, a default device, functional transforms, ...: the self-test is real.
@@ -234,10 +245,33 @@ def _absent(backend: str) -> str | None:
         if not torch.cuda.is_available():
             return _no_gpu()
         if module.device_count() == 0:
-            return (
-                "the CUDA runtime in fastkd._cuda sees no device: the driver is older than it needs, update the driver"
-            )
+            return _no_device(module.driver_version(), module.runtime_version())
     return None
+
+
+def _no_device(driver: int, runtime: int) -> str:
+    """Why CUDA's runtime in ``fastkd._cuda`` sees no device where torch sees one; versions as CUDA counts them."""
+    if driver // 1000 >= runtime // 1000:
+        return "the CUDA runtime in fastkd._cuda sees no device, though torch does; is CUDA_VISIBLE_DEVICES set late?"
+    mine, needed = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime // 1000 * 1000))
+    return (
+        f"the NVIDIA driver supports CUDA {mine}, fastkd._cuda needs one that supports {needed}: update the driver, or "
+        f"reinstall fastkd from the sources with a CUDA {driver // 1000} toolkit"
+    )
+
+
+def _no_code(targets: list[str], capability: tuple[int, int], name: str) -> str | None:
+    """Why code for ``targets`` ("sm_80", ..., "compute_120") does not run on a device of this capability, or None."""
+    has = 10 * capability[0] + capability[1]
+    for target in targets:
+        kind, _, number = target.partition("_")
+        # Machine code serves its own generation from its own revision on, PTX everything newer.
+        if int(number) <= has and (kind == "compute" or int(number) // 10 == has // 10):
+            return None
+    return (
+        f"fastkd._cuda was compiled for {', '.join(targets)} and has no code for {name} (compute capability "
+        f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that knows it"
+    )
 
 
 def _emulated() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops._backends import choose
+from fastkd.ops._backends import choose, wished
 from fastkd.ops._relation_call import Options, backward, forward, outputs
 from fastkd.ops._relation_forms import choose_form
 from fastkd.reference.relation import relation as reference
@@ -42,8 +42,8 @@ def relation(
         backend: "auto", "reference", "cpu" or "triton". All but the reference are differentiable once. The mean squared
             error of narrow rows is computed from K×K Gram matrices, which costs less time and memory than R×R tiles: on
             a CPU where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16, on a GPU in plain torch,
-            under "auto" alone, where K ≤ 1/2; ``backend="reference"`` is always the plain formula. Triton takes no
-            fp64.
+            under "auto" alone, where K ≤ 1/2; a backend asked for, here or by ``FASTKD_BACKEND``, computes all itself,
+            "reference" always by the plain formula. Triton takes no fp64.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
@@ -58,7 +58,8 @@ def relation(
     width = max(student.shape[2], teacher.shape[2])
     narrow = distance == "mse" and 2 * width <= columns
     # Unequal widths are combined in fp64, which Apple's GPUs do not have.
-    if narrow and backend == "auto" and chosen != "cpu" and student.device.type != "mps":
+    free = backend == "auto" and chosen != "cpu" and student.device.type != "mps"
+    if narrow and free and wished("relation") == "auto":
         return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
     if chosen == "reference":
         return reference(

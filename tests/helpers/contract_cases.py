@@ -392,20 +392,15 @@ def places(family: str) -> list[Place]:
 
 
 INTERPRETED = {
-    "channel_kd kl": ("small", "rows beyond a block"),  # matrices kept for the backward
-    "channel_kd kl dot negate": ("small",),  # rows keep their own maxima
-    "channel_kd mse": ("small", "one channel"),
-    "channel_kd row_cosine": ("small", "rows beyond a block"),
-    "pixel_relation_kd kl unequal widths": ("small", "blocks and a tail"),  # columns outside, nothing kept
-    "pixel_relation_kd kl cross_image": ("small",),
-    "pixel_relation_kd row_cosine dot cross_image": ("small",),
-    "cross_modal_kd all": ("small", "more words than a vector"),
-    "cross_modal_kd cosine masked": ("small",),  # norms; it alone reads the pixels again
-    "cross_modal_kd_from_logits plain": ("small",),  # no features
+    "channel_kd kl": ("rows beyond a block",),  # matrices kept for the backward
+    "channel_kd mse": ("one channel",),
+    "channel_kd row_cosine": ("rows beyond a block",),
+    "pixel_relation_kd kl unequal widths": ("blocks and a tail",),  # columns outside, nothing kept
+    "cross_modal_kd all": ("more words than a vector",),
 }
-"""What Triton's interpreter runs of families where one call takes 0.1 s and more: a case for each way of the kernels,
-of sizes within a block and beyond it. Other variants differ in plain torch before the kernels; all ways, options and
-edges of blocks are crossed in ``test_relation_triton.py`` and ``test_pixel_word_triton.py``. On a GPU every case
+"""The sizes beside "small" that Triton's interpreter runs, of families where a call takes up to 3 s in it: one for each
+way that a kernel goes beyond one block. "small" has every case go through its kernels in one block; all ways, options
+and edges of blocks are crossed in ``test_relation_triton.py`` and ``test_pixel_word_triton.py``. On a GPU every size
 runs."""
 
 
@@ -414,9 +409,8 @@ def settings(cases: Sequence[Case] = CASES) -> list[Setting]:
     for case in cases:
         for place in places(case.family):
             if place == ("triton", "cpu") and case.family != "softmax_kl":
-                if case.name in INTERPRETED:
-                    sizes = {size: case.sizes[size] for size in INTERPRETED[case.name]}
-                    found.append(Setting(replace(case, sizes=sizes), place))
+                sizes = {size: case.sizes[size] for size in ("small", *INTERPRETED.get(case.name, ()))}
+                found.append(Setting(replace(case, sizes=sizes), place))
             else:
                 found.append(Setting(case, place))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,4 +109,31 @@ def poisoned(value: float) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")):
             patch.setattr(owner, name, filled(getattr(owner, name)))
+        yield
+
+
+@contextmanager
+def quick_interpreter(checks_overflow: bool = False) -> Iterator[None]:
+    """Triton's interpreter in half the time, for thousands of small calls.
+
+    Whenever a kernel calls a function it looks through all of ``triton.language`` once more, which the launch has just
+    done (and for Triton's own functions once is enough); and it checks all integers for overflow, which the tests of
+    single kernels (``test_*_triton.py``) leave it to do.
+    """
+    from triton.runtime import interpreter
+
+    function, builder = interpreter.InterpretedFunction, interpreter.interpreter_builder
+    as_it_is = function.__call__
+    seen: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in seen:
+            seen.add(module)
+            return as_it_is(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, "__call__", call)
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=checks_overflow))
         yield

@@ -1,0 +1,109 @@
+"""What every model for referring segmentation is given, looked at before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WordLimits:
+    """What a model takes for words.
+
+    Attributes:
+        width: D, the width of a word's vector.
+        vocab_size: Rows of the word table; None: there is no text encoder, so word vectors must be given.
+        max_words: The longest sentence the text encoder's position table allows, or None.
+        pad_id: The id that stands for no word.
+        tokenizer: How errors call the tokenizer that belongs to the model.
+    """
+
+    width: int
+    vocab_size: int | None
+    max_words: int | None = None
+    pad_id: int = 0
+    tokenizer: str | None = None
+
+
+def check_inputs(
+    image: Tensor,
+    input_ids: Tensor | None,
+    word_mask: Tensor | None,
+    words: Tensor | None,
+    limits: WordLimits,
+    device: torch.device,
+) -> Tensor:
+    """Refuse what does not fit; returns the mask (B, T) bool.
+
+    Raises:
+        ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, a sentence longer than the
+            position table, another device; and, looked at on the CPU only, where looking costs nothing: an id outside
+            the vocabulary, or a sentence with no valid word.
+        TypeError: A wrong dtype, or something that is no tensor.
+    """
+    _check_tensors(device, image=image, input_ids=input_ids, words=words, word_mask=word_mask)
+    if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
+        raise ValueError(f"image must be (B, 3, H, W), no dimension 0, got {tuple(image.shape)}")
+    if not image.is_floating_point():
+        raise TypeError(f"image must be floating point and ImageNet-normalised, got {image.dtype}")
+    if (input_ids is None) == (words is None):
+        raise ValueError(f"give either input_ids or words, got {'neither' if words is None else 'both'}")
+    if input_ids is not None:
+        _check_ids(input_ids, image.shape[0], limits)
+    elif words is not None:
+        _check_words(words, image.shape[0], limits)
+    source = input_ids if input_ids is not None else words
+    assert source is not None
+    if word_mask is None:
+        word_mask = (
+            input_ids.ne(limits.pad_id)
+            if input_ids is not None
+            else torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+        )
+    if word_mask.dtype != torch.bool:
+        raise TypeError(f"word_mask must be bool (True where a word is), got {word_mask.dtype}: use mask.bool()")
+    if word_mask.shape != source.shape[:2]:
+        raise ValueError(f"word_mask must be {tuple(source.shape[:2])} like the words, got {tuple(word_mask.shape)}")
+    if word_mask.device.type == "cpu" and not bool(word_mask.any(dim=1).all()):
+        row = int((~word_mask.any(dim=1)).nonzero()[0, 0])
+        raise ValueError(f"word_mask has no valid word in sample {row}: a sentence needs at least one word")
+    return word_mask
+
+
+def _check_ids(input_ids: Tensor, batch: int, limits: WordLimits) -> None:
+    if limits.vocab_size is None:
+        raise ValueError(
+            "this model has no text encoder, so it takes no input_ids: give words, the word vectors (B, T, "
+            f"{limits.width}), or load it with its text encoder's weights"
+        )
+    if input_ids.dim() != 2 or input_ids.shape[0] != batch or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be (B, T) with B={batch}, got {tuple(input_ids.shape)}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    if limits.max_words is not None and input_ids.shape[1] > limits.max_words:
+        raise ValueError(f"input_ids has {input_ids.shape[1]} words, the text encoder takes {limits.max_words}: cut it")
+    if input_ids.device.type == "cpu" and not (0 <= int(input_ids.min()) <= int(input_ids.max()) < limits.vocab_size):
+        raise ValueError(
+            f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}, the vocabulary has "
+            f"{limits.vocab_size} words: is the tokenizer this model's own ({limits.tokenizer!r})?"
+        )
+
+
+def _check_words(words: Tensor, batch: int, limits: WordLimits) -> None:
+    if words.dim() != 3 or words.shape[0] != batch or words.shape[1] == 0 or words.shape[2] != limits.width:
+        raise ValueError(f"words must be (B, T, D) with B={batch}, D={limits.width}, got {tuple(words.shape)}")
+    if not words.is_floating_point():
+        raise TypeError(f"words must be floating point, got {words.dtype}: ids go into input_ids")
+
+
+def _check_tensors(device: torch.device, **tensors: Tensor | None) -> None:
+    """Refuse what is no tensor, and tensors that are not on the model's device."""
+    for name, tensor in tensors.items():
+        if tensor is None and name != "image":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the model on {device}: move one with .to(device)")

@@ -1,0 +1,33 @@
+"""LAVT (Yang et al., CVPR 2022) for its published weights: model, checkpoints, conversion.
+
+Written from the paper's formulas and a description of the checkpoints; no code of the original is in it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastkd._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastkd.models.lavt.config import LAVTConfig
+    from fastkd.models.lavt.files import convert
+    from fastkd.models.lavt.model import LAVT
+    from fastkd.models.lavt.released import LAVTCheckpoint, read_checkpoint
+
+__all__ = ["LAVT", "LAVTCheckpoint", "LAVTConfig", "convert", "read_checkpoint"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "LAVT": "fastkd.models.lavt.model",
+        "LAVTCheckpoint": "fastkd.models.lavt.released",
+        "LAVTConfig": "fastkd.models.lavt.config",
+        "convert": "fastkd.models.lavt.files",
+        "read_checkpoint": "fastkd.models.lavt.released",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,69 @@
+"""LAVT's encoder: four stages of Swin blocks, the words fused in after each, and what was fused gated into the next."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.models.lavt.config import LAVTConfig
+from fastkd.models.lavt.fusion import PixelWordFusion
+from fastkd.models.lavt.swin import PatchEmbed, PatchMerging, SwinBlock, shift_mask
+
+
+class Stage(nn.Module):
+    """Swin blocks, fusion with the words, and the way on: x + res_gate(fused) ⊙ fused, halved in size but at the end.
+
+    res_gate = tanh(Linear(ReLU(Linear(·)))), without biases.
+    """
+
+    def __init__(self, config: LAVTConfig, index: int) -> None:
+        super().__init__()
+        width, heads = config.widths[index], config.heads[index]
+        self.window = config.window
+        self.blocks = nn.ModuleList(
+            SwinBlock(width, heads, config.window, shifted=j % 2 == 1) for j in range(config.depths[index])
+        )
+        self.fusion = PixelWordFusion(width, config.word_width, config.fusion_heads[index])
+        self.res_gate = nn.Sequential(
+            nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False), nn.Tanh()
+        )  # the last stage has one too, which nothing reads
+        self.downsample = PatchMerging(width) if index < 3 else None
+
+    def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From a map (B, H, W, C): the fused map (B, H, W, C), the next stage's, and the logits (B, heads, H·W, T)."""
+        height, width = x.shape[1:3]
+        allowed = self._allowed(height, width, x.device)
+        for block in self.blocks:
+            x = block(x, allowed)
+        fused, logits = self.fusion(x.flatten(1, 2), words, word_mask)
+        fused = fused.unflatten(1, (height, width))
+        if self.downsample is None:
+            return fused, x, logits
+        return fused, self.downsample(x + self.res_gate(fused) * fused), logits
+
+    def _allowed(self, height: int, width: int, device: torch.device) -> Tensor:
+        whole = [side + -side % self.window for side in (height, width)]
+        return shift_mask(whole[0], whole[1], self.window, device)
+
+
+class LAVTBackbone(nn.Module):
+    """Image and words in, four maps out: LayerNorm of each stage's fused map, at strides 4, 8, 16 and 32.
+
+    After Yang et al., CVPR 2022, and Liu et al., ICCV 2021.
+    """
+
+    def __init__(self, config: LAVTConfig) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(config.embed)
+        self.layers = nn.ModuleList(Stage(config, i) for i in range(4))
+        self.norm0, self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for width in config.widths)
+
+    def forward(self, image: Tensor, words: Tensor, word_mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """From (B, 3, H, W), (B, T, D) and (B, T): the maps (B, C_i, H_i, W_i) and logits (B, heads_i, H_i·W_i, T)."""
+        x = self.patch_embed(image)
+        maps, all_logits = [], []
+        for stage, norm in zip(self.layers, (self.norm0, self.norm1, self.norm2, self.norm3), strict=True):
+            fused, x, logits = stage(x, words, word_mask)
+            maps.append(norm(fused).permute(0, 3, 1, 2))
+            all_logits.append(logits)
+        return maps, all_logits

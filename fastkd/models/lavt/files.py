@@ -1,0 +1,140 @@
+"""LAVT in safetensors: weights, configuration and origin in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd.models.lavt.config import LAVTConfig
+from fastkd.models.lavt.model import LAVT
+from fastkd.models.lavt.released import read_checkpoint
+
+MODEL = "lavt"
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    tokenizer: str | None = None,
+    image_size: int = 480,
+    max_words: int = 20,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Turn a published LAVT checkpoint into one safetensors file that needs no pickle to load.
+
+    Optimiser and scheduler are left behind. The file is written beside its destination and renamed into place, so there
+    is never half of one.
+
+    Args:
+        source: The ``.pth``, in either layout; read as :func:`~fastkd.models.lavt.released.read_checkpoint` does.
+        destination: The ``.safetensors`` to write.
+        tokenizer: What :func:`fastkd.data.load_tokenizer` should be given for this model, e.g. the path of BERT's
+            uncased ``vocab.txt``; recorded only.
+        image_size: The size it was trained at; recorded only.
+        max_words: Word ids it was trained with; recorded only.
+        overwrite: Replace an existing file.
+
+    Returns:
+        What was recorded in the file's metadata: ``model``, ``config`` (JSON), ``layout``, ``fusion_heads``,
+        ``fastkd_version``, ``source`` (file name) and ``source_sha256``.
+
+    Raises:
+        FileNotFoundError: No such source, or no folder to write into.
+        FileExistsError: The destination exists and ``overwrite`` is False.
+        ValueError: A damaged or foreign source, objects other than weights and settings in it (all are named), weights
+            that do not fit LAVT exactly, or a destination that is no ``.safetensors``.
+
+    Example::
+
+        convert("refcoco.pth", "teacher.safetensors")["source_sha256"]
+    """
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    if destination.suffix != ".safetensors":
+        raise ValueError(f"the converted file must be named *.safetensors, got {destination}")
+    if not destination.parent.is_dir():
+        raise FileNotFoundError(f"no folder {destination.parent} to write {destination.name} into")
+    if destination.exists() and not overwrite:
+        raise FileExistsError(f"{destination} exists; choose another name or pass overwrite (--overwrite)")
+    found = read_checkpoint(source)
+    model = LAVT.from_state_dict(
+        found.state,
+        found.fusion_heads,
+        bert_state_dict=found.bert_state,
+        source=str(source),
+        tokenizer=tokenizer,
+        image_size=image_size,
+        max_words=max_words,
+    )
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = {
+        "layout": found.layout,
+        "fusion_heads": "-".join(map(str, found.fusion_heads)),
+        "source": source.name,
+        "source_sha256": digest,
+    }
+    return write(model, destination, origin)
+
+
+def write(model: LAVT, path: Path, origin: dict[str, str]) -> dict[str, str]:
+    """Write a model, with where it came from in the metadata; whole or not at all."""
+    from safetensors.torch import save_file
+
+    metadata = {
+        "format": "pt",
+        "model": MODEL,
+        "fastkd_version": fastkd.__version__,
+        "config": json.dumps(model.config.to_dict(), sort_keys=True),
+        **origin,
+    }
+    state = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in model.state_dict().items()}
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    fresh = Path(name)
+    try:
+        save_file(state, fresh, metadata=metadata)
+        fresh.chmod(0o644)  # temporary files are born private
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return metadata
+
+
+def read(path: Path) -> tuple[LAVTConfig, dict[str, Tensor]]:
+    """Configuration and weights of a file that :func:`write` wrote.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A damaged file, or one that was not written by ``fastkd convert``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            if metadata.get("model") != MODEL or "config" not in metadata:
+                raise ValueError(
+                    f"{path} was not written by 'fastkd convert': its metadata name no LAVT. Convert the checkpoint "
+                    "again, or give its tensors to LAVT.from_state_dict"
+                )
+            state: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
+    try:
+        values = json.loads(metadata["config"])
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+        return LAVTConfig.from_dict(values), state
+    except ValueError as error:
+        raise ValueError(f"{path}: the configuration in its metadata does not describe a LAVT ({error})") from error

@@ -1,0 +1,200 @@
+"""LAVT, the teacher: its published weights under its own names, everything that can be distilled in its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastkd.models import checkpoint
+from fastkd.models.inputs import WordLimits, check_inputs
+from fastkd.models.lavt.backbone import LAVTBackbone
+from fastkd.models.lavt.config import LAVTConfig
+from fastkd.models.lavt.decoder import LAVTDecoder, resize
+from fastkd.models.lavt.states import add_counters, gather
+from fastkd.models.lavt.swin import PATCH
+from fastkd.models.ris import RISOutput
+
+
+class LAVT(nn.Module):
+    """Language-aware vision transformer: Swin, BERT, and the words fused in after every stage.
+
+    After Yang et al., "LAVT: Language-Aware Vision Transformer for Referring Image Segmentation", CVPR 2022,
+    arXiv 2112.02244, with the blocks of Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030. Written anew from
+    their formulas, for teaching: there is no drop path, so it is not meant to be trained from scratch.
+
+    Per stage i, with x the blocks' output, w the words and C the width::
+
+        lang  = InstanceNorm(W softmax(InstanceNorm(f_query x) · (f_key w)ᵀ / √C) f_value w)
+        fused = GELU(project_mm(GELU(vis_project x) ⊙ lang));   stages[i] = LayerNorm(fused)
+        next  = merge(x + tanh(gate(fused)) ⊙ fused)
+
+    and the decoder goes from stages[3] up, resizing bilinearly with aligned corners and concatenating. Modules and
+    parameters have the names of published checkpoints. For :class:`fastkd.Taps`, ``("backbone.layers.3.fusion", 0)`` is
+    a fused map as pixels (B, N, C).
+
+    Args:
+        config: The architecture; :meth:`from_state_dict` reads it from weights.
+
+    Raises:
+        TypeError: ``config`` is no LAVTConfig.
+
+    Example::
+
+        state = torch.load("refcoco.pth", weights_only=True)          # or: LAVT.from_pretrained("refcoco.pth")
+        teacher = LAVT.from_state_dict(state["model"], bert_state_dict=state["bert_model"])
+        out = teacher(image, input_ids)          # image (B, 3, 480, 480), input_ids (B, 20)
+        mask = out.logits.argmax(1)              # (B, 480, 480)
+    """
+
+    def __init__(self, config: LAVTConfig) -> None:
+        super().__init__()
+        if not isinstance(config, LAVTConfig):
+            raise TypeError(f"config must be a LAVTConfig, got {type(config).__name__}; see LAVT.from_state_dict")
+        self.config = config
+        self.backbone = LAVTBackbone(config)
+        self.classifier = LAVTDecoder(config.widths, config.hidden)
+        self.text_encoder = None if config.text is None else _bert(config.text)
+        text = config.text or {}
+        self._limits = WordLimits(
+            config.word_width,
+            text.get("vocab_size"),
+            text.get("max_position_embeddings"),
+            tokenizer=config.tokenizer,
+        )
+
+    def forward(
+        self,
+        image: Tensor,
+        input_ids: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        words: Tensor | None = None,
+    ) -> RISOutput:
+        """Segment what the sentence refers to.
+
+        Args:
+            image: (B, 3, H, W), ImageNet-normalised, of any size above 32 pixels; the weights were trained at 480×480.
+            input_ids: (B, T) integer word ids, where there is a text encoder; or
+            words: (B, T, D) word vectors, in place of ``input_ids``.
+            word_mask: (B, T) bool, True where a word is. None: every id that is not 0, or every vector.
+
+        Returns:
+            ``logits`` (B, 2, H, W); ``decoder`` (B, 2, h, w), before the last upsampling; ``decoder_features``
+            (B, hidden, h, w); ``stages``, four (B, C_i, H_i, W_i); ``words`` (B, T, D); ``pixel_word_logits``, four
+            (B, heads_i, H_i·W_i, T), scaled as in the softmax and before words are masked out; ``word_mask``.
+
+        Raises:
+            ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, ids for a model without
+                text encoder, a sentence longer than the position table; on the CPU also an id outside the vocabulary
+                or a sentence with no valid word.
+            TypeError: A wrong dtype.
+        """
+        device = self.classifier.conv1_1.weight.device
+        word_mask = check_inputs(image, input_ids, word_mask, words, self._limits, device)
+        if max(image.shape[-2:]) <= 8 * PATCH:
+            raise ValueError(
+                f"image is {tuple(image.shape[-2:])}, which leaves one pixel in the last stage, and InstanceNorm over "
+                f"one pixel is undefined; give more than {8 * PATCH} pixels"
+            )
+        if words is None:
+            assert self.text_encoder is not None
+            words = self.text_encoder(input_ids=input_ids, attention_mask=word_mask.long()).last_hidden_state
+        stages, pixel_word_logits = self.backbone(image, words, word_mask)
+        features, decoder = self.classifier(stages)
+        logits = resize(decoder, image.shape[-2:])
+        return RISOutput(logits, decoder, features, stages, words, pixel_word_logits, word_mask)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        fusion_heads: Sequence[int] = (1, 1, 1, 1),
+        *,
+        bert_state_dict: Mapping[str, Tensor] | None = None,
+        text_heads: int | None = None,
+        source: str = "state_dict",
+        **rest: Any,
+    ) -> LAVT:
+        """A model from weights, in eval mode; sizes, depths, heads and window are read from the shapes.
+
+        Every key is accounted for: ``module.`` in front of names (DDP) is taken off; ``relative_position_index``,
+        ``position_ids`` and a BERT's pooler are dropped; batch norms' counters may be absent; anything else that is
+        missing or unexpected is an error. Weights of lower precision become float32.
+
+        Args:
+            state_dict: ``backbone.*`` and ``classifier.*``, and ``text_encoder.*`` where it holds a text encoder.
+            fusion_heads: Heads of the fusion per stage, which shapes do not show: the checkpoint's ``args.mha``.
+            bert_state_dict: The text encoder's weights where they are kept apart, under transformers' BertModel names.
+            text_heads: Heads of the text encoder; None: one per 64 channels, as in BERT.
+            source: What errors call the weights.
+            rest: ``image_size``, ``max_words`` and ``tokenizer`` of :class:`LAVTConfig`.
+
+        Raises:
+            ValueError: Keys missing, unexpected or of another shape (all are named), or ``fusion_heads`` that are not
+                four numbers dividing the stages' widths. Nothing is loaded then.
+            TypeError: Something that is no dict of tensors.
+
+        Example::
+
+            teacher = LAVT.from_state_dict(state, fusion_heads=(1, 1, 1, 1)).requires_grad_(False)
+            out = teacher(image, words=words, word_mask=word_mask)   # words (B, T, 768), word_mask (B, T) bool
+        """
+        state = gather(state_dict, bert_state_dict)
+        try:
+            config = LAVTConfig.from_state_dict(state, fusion_heads, text_heads=text_heads, **rest)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        model = cls(config)
+        add_counters(state, model.state_dict())
+        checkpoint.load_strictly(model, state, source)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, map_location: Any = "cpu") -> LAVT:
+        """A model from a file that ``fastkd convert`` wrote, or from a published ``.pth``; in eval mode.
+
+        Args:
+            path: ``.safetensors`` written by ``fastkd convert``, or else a checkpoint in one of the two published
+                layouts, read as in :func:`fastkd.models.lavt.released.read_checkpoint`.
+            map_location: The device to put it on.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: A damaged or foreign file, a pickle with anything but tensors and settings in it, or weights
+                that do not fit.
+
+        Example::
+
+            teacher = LAVT.from_pretrained("teacher.safetensors").requires_grad_(False)
+        """
+        from fastkd.models.lavt import files, released
+
+        path = Path(path).expanduser()
+        if path.suffix == ".safetensors":
+            config, state = files.read(path)
+            model = cls(config)
+            checkpoint.load_strictly(model, state, str(path))
+        else:
+            found = released.read_checkpoint(path)
+            model = cls.from_state_dict(
+                found.state, found.fusion_heads, bert_state_dict=found.bert_state, source=str(path)
+            )
+        return model.to(map_location).eval()
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Words the text encoder knows; None without one."""
+        return self._limits.vocab_size
+
+    def parameter_count(self) -> dict[str, int]:
+        """Parameters in all and of each part: ``{"total": ..., "backbone": ..., "classifier": ..., ...}``."""
+        parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        return {"total": sum(parts.values()), **parts}
+
+
+def _bert(arguments: dict[str, Any]) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(**arguments), add_pooling_layer=False)

@@ -1,0 +1,61 @@
+"""The CUDA kernels as compiled: for every chip, without spills, with tensor cores, in a module of modest size."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd import _native
+from fastkd.ops._backends import IMPLEMENTED
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cuda_facts.py"
+FAMILIES = [family for family, backends in IMPLEMENTED.items() if "cuda" in backends]
+LARGEST = 25 * 2**20  # bytes of the module, uncompressed
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """In a process of its own, where no test has put another module in the place of ``fastkd._cuda``."""
+    if not _native.build_info().get("cuda", {}).get("built"):
+        pytest.skip("fastkd was installed without CUDA kernels")
+    if shutil.which("cuobjdump") is None:
+        pytest.importorskip("triton", reason="cuobjdump is missing: neither CUDA's tools nor Triton, which brings it")
+    file = tmp_path_factory.mktemp("facts") / "cuda.json"
+    paths = (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--json", str(file)], capture_output=True, text=True, env=environment
+    )
+    assert file.exists(), done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_chip_has_every_kernel(rows: list[dict], family: str) -> None:
+    kernels = {row["kernel"] for row in rows if row["kernel"].startswith(f"{family}.")}
+    assert kernels
+    chips = {target for target in _native.build_info()["cuda"]["targets"] if target.startswith("sm_")}
+    assert chips
+    for chip in chips:
+        assert kernels <= {row["kernel"] for row in rows if row["target"] == chip}
+
+
+def test_no_spills(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["local"] == 0, row
+        assert row["stack"] == 0, row
+        assert row["ok"], row
+        assert "." in row["kernel"], f"{row['kernel']}: of which family?"
+
+
+def test_the_module_is_small() -> None:
+    path = _native.load("cuda").__file__ if _native.build_info().get("cuda", {}).get("built") else None
+    if path is None:
+        pytest.skip("fastkd was installed without CUDA kernels")
+    assert Path(path).stat().st_size < LARGEST
