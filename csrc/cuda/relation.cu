@@ -6,7 +6,7 @@
 #include "cuda/kernels.h"
 #include "cuda/relation_launch.cuh"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::relation {
 namespace {
 
 struct ScalesArgs {
@@ -242,7 +242,12 @@ cudaError_t launch_scales(const relation::Forward& args, const ScalesArgs& scale
 
 } // namespace
 
+} // namespace fastkd::cuda::relation
+
+namespace fastkd::cuda {
+
 cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& plan, cudaStream_t stream) {
+    using namespace relation;
     const relation::Options& options = args.options;
     cudaError_t error = check_call(options, args.student, args.teacher, plan);
     if (error != cudaSuccess) {

@@ -20,7 +20,7 @@
 #include "cuda/relation_launch.cuh"
 #include "cuda/relation_product.cuh"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::relation {
 namespace {
 
 struct DerivativeArgs {
@@ -260,7 +260,12 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
 
 } // namespace
 
+} // namespace fastkd::cuda::relation
+
+namespace fastkd::cuda {
+
 cudaError_t relation_backward(const relation::Backward& args, const RelationPlan& plan, cudaStream_t stream) {
+    using namespace relation;
     const relation::Options& options = args.options;
     const cudaError_t error = check_call(options, args.student, args.teacher, plan);
     if (error != cudaSuccess) {

@@ -8,7 +8,7 @@
 
 #include "cuda/matrix.cuh"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::relation {
 
 // (index, k) -> data[index * index_stride + k * k_stride], in elements. `unit` elements of whichever is contiguous can be
 // copied at once: what they are a multiple of begins at a multiple of their size, and none of them is outside alone.
@@ -311,4 +311,4 @@ struct Accumulator {
     }
 };
 
-} // namespace fastkd::cuda
+} // namespace fastkd::cuda::relation

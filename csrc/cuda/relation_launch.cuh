@@ -5,7 +5,7 @@
 
 #include "cuda/relation_rows.cuh"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::relation {
 
 // As many elements as can be copied at once: the largest power of two up to 16 bytes of which address, strides and
 // `length`, that of the contiguous dimension, are multiples.
@@ -95,4 +95,4 @@ cudaError_t with_tile(DType dtype, std::int64_t side, const Visit& visit) {
     }
 }
 
-} // namespace fastkd::cuda
+} // namespace fastkd::cuda::relation

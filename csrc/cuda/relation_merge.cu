@@ -2,7 +2,7 @@
 // parts of q merged here as well.
 #include "cuda/relation_rows.cuh"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::relation {
 namespace {
 
 // blockDim is (32, 8), a block for 32 rows of a row block from `first` on; an eighth of the slots to a warp.
@@ -145,4 +145,4 @@ cudaError_t launch_merge(const MergeArgs& args, cudaStream_t stream) {
     return launch(merge_kernel, {rows / rows_of_group, rows_of_group, groups}, stream, args);
 }
 
-} // namespace fastkd::cuda
+} // namespace fastkd::cuda::relation

@@ -9,6 +9,11 @@
 
 #include "common/relation.h"
 
+// The kernels' own names, beside those that all backends of the family share.
+namespace fastkd::cuda::relation {
+using namespace fastkd::relation;
+}
+
 namespace fastkd::cuda {
 
 enum class Method { kl, kl_maxima, mse, row_cosine };

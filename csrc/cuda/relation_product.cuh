@@ -10,7 +10,7 @@
 
 #include "cuda/relation_rows.cuh"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::relation {
 
 // bfloat16 rows meet H rounded to bfloat16; fp16 rows meet H as the sum of two bfloat16, since H has fp32's range, and are
 // split alike; floats meet H as it is.
@@ -303,4 +303,4 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(finish_threads) finish_kernel(ProductArg
     }
 }
 
-} // namespace fastkd::cuda
+} // namespace fastkd::cuda::relation

@@ -10,7 +10,7 @@
 #include "common/softmax_kl.h"
 #include "cuda/relation_tile.cuh"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::relation {
 
 constexpr float no_direction = 1e12f; // the scale of a row of norm <= 1e-12, which gets no gradient
 
@@ -54,4 +54,4 @@ struct MergeArgs {
 // are complete, in the band.
 cudaError_t launch_merge(const MergeArgs& args, cudaStream_t stream);
 
-} // namespace fastkd::cuda
+} // namespace fastkd::cuda::relation

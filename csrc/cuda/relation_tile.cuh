@@ -5,7 +5,7 @@
 #include "cuda/relation_gemm.cuh"
 #include "cuda/relation_plan.h"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::relation {
 
 // How a block of threads shares out a product of `rows` x `cols`, `depth` columns of the operands at a time, of which
 // `stages` - 1 are being copied.
@@ -278,4 +278,4 @@ FASTKD_DEVICE void sum_tile(float* shared, const Terms& terms, const Store& stor
     }
 }
 
-} // namespace fastkd::cuda
+} // namespace fastkd::cuda::relation
