@@ -1,6 +1,6 @@
 // fastkd._cpu: the CPU kernels. Needs neither torch nor NumPy: tensors come as addresses.
 #include "bindings/pixel_word.h"
-#include "bindings/relation.h"
+#include "bindings/relation_cpu.h"
 #include "bindings/softmax_kl.h"
 #include "cpu/kernels.h"
 
@@ -59,7 +59,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         [](const softmax_kl::Backward& args, std::int64_t threads) {
             cpu::kernels().softmax_kl_backward(args, parse_threads(threads));
         });
-    define_relation(module);
+    define_relation<CpuRelation>(module);
     define_pixel_word<PixelWordKernels>(module);
 }
 

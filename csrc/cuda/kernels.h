@@ -4,7 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include "common/pixel_word.h"
+#include "common/relation.h"
 #include "common/softmax_kl.h"
+#include "cuda/relation_plan.h"
 
 namespace fastkd::cuda {
 
@@ -17,5 +19,7 @@ bool pixel_word_fits(const pixel_word::Problem& problem);
 std::int64_t pixel_word_workspace(const pixel_word::Problem& problem, bool backward);
 cudaError_t pixel_word_forward(const pixel_word::Forward& args, cudaStream_t stream);
 cudaError_t pixel_word_backward(const pixel_word::Backward& args, cudaStream_t stream);
+cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& plan, cudaStream_t stream);
+cudaError_t relation_backward(const relation::Backward& args, const RelationPlan& plan, cudaStream_t stream);
 
 } // namespace fastkd::cuda

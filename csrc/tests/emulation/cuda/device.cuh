@@ -51,6 +51,11 @@ inline float exp2_of(float x) {
     return std::isnan(x) ? x : (x < -126 ? 0.0f : std::exp2(x));
 }
 
+inline float multiply_alone(float a, float b) {
+    const volatile float product = a * b; // or the compiler would fuse it
+    return product;
+}
+
 inline float widen(float value) {
     return value;
 }
