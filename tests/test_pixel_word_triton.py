@@ -14,7 +14,8 @@ from pixel_word_tools import Masks, as_maps, check, make, make_masks, run
 from torch import Tensor
 
 import fastkd
-from fastkd.ops import _backends, _pixel_word_triton
+from fastkd.ops import _backends
+from fastkd.ops._pixel_word_call import MOST_WORDS
 from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits
 from fastkd.reference.pixel_word import TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
@@ -285,7 +286,7 @@ def test_more_words_than_a_program_holds() -> None:
 
 def test_blocks_exist_for_all_words() -> None:
     """Whatever the number of words, a power of two that the tables know, and no more programs than are merged."""
-    assert _pixel_word_triton.MOST_WORDS == shared.MOST_WORDS
+    assert MOST_WORDS["triton"] == shared.MOST_WORDS
     for words in range(1, shared.MOST_WORDS + 1):
         padded = shared.padded(words)
         assert words <= padded <= max(16, 2 * words)

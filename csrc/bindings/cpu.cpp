@@ -1,6 +1,6 @@
 // fastkd._cpu: the CPU kernels. Needs neither torch nor NumPy: tensors come as addresses.
 #include "bindings/pixel_word.h"
-#include "bindings/relation.h"
+#include "bindings/relation_cpu.h"
 #include "bindings/softmax_kl.h"
 #include "cpu/kernels.h"
 
@@ -13,6 +13,23 @@ int parse_threads(std::int64_t threads) {
     }
     return static_cast<int>(threads);
 }
+
+struct PixelWordKernels {
+    using Extra = int;
+    static constexpr const char* extra_name = "threads";
+    static constexpr bool words_as_pixels = false;
+    static int parse_extra(std::int64_t threads) { return parse_threads(threads); }
+    static void check(const pixel_word::Problem&) {}
+    static pixel_word::Workspace workspace(const pixel_word::Problem& problem, bool backward, int threads) {
+        return cpu::kernels().pixel_word_workspace(problem, backward, threads);
+    }
+    static void forward(const pixel_word::Forward& args, int threads) {
+        cpu::kernels().pixel_word_forward(args, threads);
+    }
+    static void backward(const pixel_word::Backward& args, int threads) {
+        cpu::kernels().pixel_word_backward(args, threads);
+    }
+};
 
 } // namespace
 
@@ -42,8 +59,8 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         [](const softmax_kl::Backward& args, std::int64_t threads) {
             cpu::kernels().softmax_kl_backward(args, parse_threads(threads));
         });
-    define_relation(module);
-    define_pixel_word(module);
+    define_relation<CpuRelation>(module);
+    define_pixel_word<PixelWordKernels>(module);
 }
 
 } // namespace fastkd::bindings

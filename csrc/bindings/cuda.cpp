@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "bindings/pixel_word.h"
+#include "bindings/relation.h"
 #include "bindings/softmax_kl.h"
 #include "cuda/kernels.h"
 #if defined(FASTKD_EMULATED)
@@ -25,6 +27,32 @@ cudaStream_t parse_stream(std::int64_t handle) {
     return reinterpret_cast<cudaStream_t>(static_cast<std::intptr_t>(handle));
 }
 
+struct CudaRelation {
+    static constexpr const char* extra = "stream";
+
+    static void check(const RelationCall& call) {
+        if (call.options.dtype == DType::Float64) {
+            throw py::value_error("dtype: expected float32, float16 or bfloat16, got 'float64'");
+        }
+        if (call.form == RelationCall::Form::gram) {
+            throw py::value_error("form: expected tiles or kept, got 'gram'");
+        }
+    }
+    static cuda::RelationPlan plan(const RelationCall& call, bool backward) {
+        return cuda::plan_relation(call.options, call.student_width, backward, call.limit);
+    }
+    static std::pair<std::int64_t, std::int64_t> workspace(const RelationCall& call, bool backward) {
+        const cuda::RelationPlan planned = plan(call, backward);
+        return {planned.bytes, planned.minimum};
+    }
+    static void forward(const RelationCall& call, const relation::Forward& args) {
+        bindings::check(cuda::relation_forward(args, plan(call, false), parse_stream(call.extra)), "relation_forward");
+    }
+    static void backward(const RelationCall& call, const relation::Backward& args) {
+        bindings::check(cuda::relation_backward(args, plan(call, true), parse_stream(call.extra)), "relation_backward");
+    }
+};
+
 std::vector<std::string> targets() {
     std::vector<std::string> names;
     std::istringstream words(FASTKD_CUDA_TARGETS);
@@ -42,6 +70,27 @@ int device_count() {
     }
     return count;
 }
+
+struct PixelWordKernels {
+    using Extra = cudaStream_t;
+    static constexpr const char* extra_name = "stream";
+    static constexpr bool words_as_pixels = true;
+    static cudaStream_t parse_extra(std::int64_t handle) { return parse_stream(handle); }
+    static void check(const pixel_word::Problem& problem) {
+        if (!cuda::pixel_word_fits(problem)) {
+            throw py::value_error("problem: more words, pixels, features or samples than the kernels index");
+        }
+    }
+    static pixel_word::Workspace workspace(const pixel_word::Problem& problem, bool backward, cudaStream_t) {
+        return {cuda::pixel_word_workspace(problem, backward), 0};
+    }
+    static void forward(const pixel_word::Forward& args, cudaStream_t stream) {
+        bindings::check(cuda::pixel_word_forward(args, stream), "pixel_word_forward");
+    }
+    static void backward(const pixel_word::Backward& args, cudaStream_t stream) {
+        bindings::check(cuda::pixel_word_backward(args, stream), "pixel_word_backward");
+    }
+};
 
 } // namespace
 
@@ -75,6 +124,9 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         },
         py::arg("order"), "In which order threads and blocks take turns.");
 #endif
+    define_relation<CudaRelation>(module).def(
+        "kept_elements", [](const RelationCall& call) { return cuda::kept_elements(call.options); },
+        "The length of `kept`, float32, in the form 'kept'.");
     define_softmax_kl(
         module, "stream",
         [](const softmax_kl::Forward& args, std::int64_t stream) {
@@ -83,6 +135,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         [](const softmax_kl::Backward& args, std::int64_t stream) {
             check(cuda::softmax_kl_backward(args, parse_stream(stream)), "softmax_kl_backward");
         });
+    define_pixel_word<PixelWordKernels>(module);
 }
 
 } // namespace fastkd::bindings

@@ -1,4 +1,5 @@
-// PixelWord of fastkd._cpu. An address of 0 stands for what is not there.
+// PixelWord of fastkd._cpu and fastkd._cuda: the same methods, another backend. An address of 0 stands for what is not
+// there.
 #pragma once
 
 #include <array>
@@ -8,7 +9,6 @@
 
 #include "bindings/arguments.h"
 #include "common/pixel_word.h"
-#include "cpu/kernels.h"
 
 namespace fastkd::bindings {
 
@@ -42,11 +42,12 @@ inline pixel_word::Array parse_array(const PixelArray& given, const char* name, 
     return array;
 }
 
-inline pixel_word::Network parse_network(const PixelWordNetwork& given, const char* name, DType dtype) {
+inline pixel_word::Network parse_network(const PixelWordNetwork& given, const char* name, DType dtype,
+                                         bool words_as_pixels) {
     const auto& [pixels, words, word_mask, word_count, width, scale, bf16_words] = given;
     pixel_word::Network network{};
     network.pixels = parse_array(pixels, name, dtype);
-    network.words = parse_optional(words, name, element_size(dtype));
+    network.words = parse_optional(words, name, element_size(words_as_pixels ? network.pixels.dtype : dtype));
     network.word_mask = static_cast<const std::uint8_t*>(parse_optional(word_mask, name, 1));
     network.word_count = word_count;
     network.width = width;
@@ -59,15 +60,16 @@ inline pixel_word::Network parse_network(const PixelWordNetwork& given, const ch
     return network;
 }
 
-inline pixel_word::Problem parse_problem(const PixelWordProblem& given) {
+// `words_as_pixels`: words have the pixels' dtype, not that of the arithmetic.
+inline pixel_word::Problem parse_problem(const PixelWordProblem& given, bool words_as_pixels) {
     const auto& [student, teacher, pixel_mask, batch, pixels, dtype_name, cosine, terms] = given;
     pixel_word::Problem problem{};
     problem.dtype = parse_dtype(dtype_name);
     if (problem.dtype != DType::Float32 && problem.dtype != DType::Float64) {
         throw py::value_error("dtype: expected float32 or float64 for the arithmetic, got '" + dtype_name + "'");
     }
-    problem.student = parse_network(student, "student", problem.dtype);
-    problem.teacher = parse_network(teacher, "teacher", problem.dtype);
+    problem.student = parse_network(student, "student", problem.dtype, words_as_pixels);
+    problem.teacher = parse_network(teacher, "teacher", problem.dtype, words_as_pixels);
     problem.pixel_mask = static_cast<const std::uint8_t*>(parse_optional(pixel_mask, "pixel_mask", 1));
     problem.batch = batch;
     problem.pixels = pixels;
@@ -92,7 +94,7 @@ inline pixel_word::Kept parse_kept(const PixelWordKept& given, const pixel_word:
     pixel_word::Kept kept{};
     kept.logits = parse_optional(given[0], "logits", size);
     kept.norms = parse_optional(given[1], "norms", size);
-    kept.columns = static_cast<double*>(parse_optional(given[2], "columns", 8));
+    kept.columns = parse_optional(given[2], "columns", size);
     kept.grams = parse_optional(given[3], "grams", size);
     const bool features = problem.student.width > 0;
     if (required && ((features && kept.logits == nullptr) || (features && problem.cosine && kept.norms == nullptr) ||
@@ -103,67 +105,77 @@ inline pixel_word::Kept parse_kept(const PixelWordKept& given, const pixel_word:
     return kept;
 }
 
+// A call of a backend's kernels: `Kernels` says what its last argument is (a number of threads, or a stream's handle)
+// and how it is parsed, what it makes of a problem, and calls them.
+template <class Kernels>
 struct PixelWordCall {
     pixel_word::Problem problem;
-    int threads;
+    typename Kernels::Extra extra;
 };
 
-inline void define_pixel_word(py::module_& module) {
-    py::class_<PixelWordCall>(module, "PixelWord",
-                              "pixel_word of a student's and a teacher's pixels and words, on `threads` threads in a "
-                              "workspace of at most `limit` bytes. Addresses, sizes, strides in elements.")
-        .def(py::init([](const PixelWordProblem& problem, std::int64_t threads, std::int64_t limit) {
-                 if (threads < 1 || threads > 4096) {
-                     throw py::value_error("threads: expected 1 to 4096, got " + std::to_string(threads));
-                 }
-                 PixelWordCall call{parse_problem(problem), static_cast<int>(threads)};
+template <class Kernels>
+void define_pixel_word(py::module_& module) {
+    using Call = PixelWordCall<Kernels>;
+    const std::string extra = Kernels::extra_name;
+    py::class_<Call>(module, "PixelWord",
+                     ("pixel_word of a student's and a teacher's pixels and words, given " + extra +
+                      ", in a workspace of at most `limit` bytes. Addresses, sizes, strides in elements.")
+                         .c_str())
+        .def(py::init([](const PixelWordProblem& problem, std::int64_t extra, std::int64_t limit) {
+                 Call call{parse_problem(problem, Kernels::words_as_pixels), Kernels::parse_extra(extra)};
                  call.problem.workspace_limit = limit;
+                 Kernels::check(call.problem);
                  return call;
              }),
-             py::arg("problem"), py::arg("threads"), py::arg("limit"))
+             py::arg("problem"), py::arg(Kernels::extra_name), py::arg("limit"))
         .def(
             "workspace_bytes",
-            [](const PixelWordCall& call, bool backward) {
-                const auto workspace = cpu::kernels().pixel_word_workspace(call.problem, backward, call.threads);
+            [](const Call& call, bool backward) {
+                const pixel_word::Workspace workspace = Kernels::workspace(call.problem, backward, call.extra);
                 return std::make_pair(workspace.bytes, workspace.minimum);
             },
             py::arg("backward"),
             "(bytes of the workspace, the least that `limit` would have to be); too small a limit if that is above it.")
         .def(
             "forward",
-            [](const PixelWordCall& call, const PixelWordKept& kept, std::uintptr_t loss, std::uintptr_t workspace) {
+            [](const Call& call, const PixelWordKept& kept, std::uintptr_t loss, std::uintptr_t workspace) {
                 pixel_word::Forward args{};
                 args.problem = call.problem;
                 args.kept = parse_kept(kept, args.problem, false);
                 args.loss = parse_pointer(loss, "loss", element_size(args.problem.dtype));
                 args.workspace = parse_pointer(workspace, "workspace", 64);
                 const py::gil_scoped_release unlocked;
-                cpu::kernels().pixel_word_forward(args, call.threads);
+                Kernels::forward(args, call.extra);
             },
             py::arg("kept"), py::arg("loss"), py::arg("workspace"),
             "loss[b] = the terms pixel_to_word, word_to_pixel, pixel_pixel, word_word of sample b, and what is to be "
             "kept for the backward.")
         .def(
             "backward",
-            [](const PixelWordCall& call, const PixelWordKept& kept, std::uintptr_t grad_loss,
+            [](const Call& call, const PixelWordKept& kept, std::uintptr_t grad_loss,
                const std::array<std::int64_t, 2>& grad_loss_strides, const PixelArray& grad_pixels,
                std::uintptr_t grad_words, std::uintptr_t workspace) {
                 pixel_word::Backward args{};
                 args.problem = call.problem;
+                const pixel_word::Array& pixels = args.problem.student.pixels;
                 const std::int64_t size = element_size(args.problem.dtype);
                 args.kept = parse_kept(kept, args.problem, true);
                 args.grad_loss = parse_pointer(grad_loss, "grad_loss", size);
                 args.grad_loss_strides[0] = grad_loss_strides[0];
                 args.grad_loss_strides[1] = grad_loss_strides[1];
                 args.grad_pixels = parse_array(grad_pixels, "grad_pixels", args.problem.dtype);
-                args.grad_words = parse_optional(grad_words, "grad_words", size);
+                args.grad_words = parse_optional(grad_words, "grad_words",
+                                                 Kernels::words_as_pixels ? element_size(pixels.dtype) : size);
                 if (args.grad_pixels.data != nullptr && args.problem.student.width > 0 &&
-                    (args.grad_pixels.column == 1) != (args.problem.student.pixels.column == 1)) {
+                    (args.grad_pixels.column == 1) != (pixels.column == 1)) {
                     throw py::value_error("grad_pixels: expected the student's layout");
+                }
+                if (args.grad_pixels.data != nullptr && args.grad_pixels.dtype != pixels.dtype) {
+                    throw py::value_error("grad_pixels: expected the student's dtype");
                 }
                 args.workspace = parse_pointer(workspace, "workspace", 64);
                 const py::gil_scoped_release unlocked;
-                cpu::kernels().pixel_word_backward(args, call.threads);
+                Kernels::backward(args, call.extra);
             },
             py::arg("kept"), py::arg("grad_loss"), py::arg("grad_loss_strides"), py::arg("grad_pixels"),
             py::arg("grad_words"), py::arg("workspace"),

@@ -1,11 +1,12 @@
-// The relation kernels of fastkd._cpu.
+// The class Relation of fastkd._cpu and fastkd._cuda: the same arguments, another backend.
 #pragma once
 
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "bindings/arguments.h"
-#include "cpu/kernels.h"
+#include "common/relation.h"
 
 namespace fastkd::bindings {
 
@@ -52,15 +53,8 @@ struct RelationCall {
     relation::Options options;
     std::int64_t student_width, teacher_width;
     Form form;
-    int threads;
+    std::int64_t extra; // a number of threads, or a stream's handle
     std::int64_t limit;
-
-    cpu::RelationPlan plan(bool backward) const {
-        return cpu::plan_relation(options, student_width, teacher_width, form == Form::kept, backward, threads, limit);
-    }
-    cpu::GramPlan gram_plan(bool backward) const {
-        return cpu::plan_gram(options, student_width, teacher_width, backward, threads, limit);
-    }
 };
 
 inline RelationCall::Form parse_form(const std::string& name, bool cross, relation::Distance distance) {
@@ -82,44 +76,39 @@ inline RelationCall::Form parse_form(const std::string& name, bool cross, relati
     throw py::value_error("form: expected tiles, kept or gram, got '" + name + "'");
 }
 
-inline void define_relation(py::module_& module) {
-    py::class_<RelationCall>(
-        module, "Relation",
-        "relation of (batch, rows, width) student and teacher, on `threads` threads in a workspace "
-        "of at most `limit` bytes. form: 'tiles' holds no matrix of rows x rows, 'kept' keeps them for the "
-        "backward, 'gram' computes mse from matrices of width x width.")
+// Kernels has `extra`, the name of what else they take, check(call), which throws, workspace(call, backward) -> (bytes,
+// minimum), and forward(call, args) and backward(call, args), which run without Python's lock.
+template <class Kernels>
+py::class_<RelationCall> define_relation(py::module_& module) {
+    return py::class_<RelationCall>(
+               module, "Relation",
+               "relation of (batch, rows, width) student and teacher, in a workspace of at most "
+               "`limit` bytes. form: 'tiles' holds no matrix of rows x rows, 'kept' keeps them for "
+               "the backward, 'gram' (CPU) computes mse from matrices of width x width.")
         .def(py::init([](std::int64_t batch, std::int64_t rows, std::int64_t student_width, std::int64_t teacher_width,
                          const std::string& similarity, const std::string& distance, double temperature, bool negate,
-                         bool cross, const std::string& dtype, const std::string& form, int threads,
+                         bool cross, const std::string& dtype, const std::string& form, std::int64_t extra,
                          std::int64_t limit) {
                  if (batch < 1 || rows < 1 || student_width < 1 || teacher_width < 1) {
                      throw py::value_error("batch, rows, widths: expected at least 1 each");
                  }
-                 if (threads < 1 || threads > 4096) {
-                     throw py::value_error("threads: expected 1 to 4096, got " + std::to_string(threads));
-                 }
                  const relation::Distance parsed = parse_distance(distance);
-                 return RelationCall{{batch, rows, cross, parse_similarity(similarity), parsed,
-                                      parse_temperature(temperature), negate, parse_dtype(dtype)},
-                                     student_width,
-                                     teacher_width,
-                                     parse_form(form, cross, parsed),
-                                     threads,
-                                     limit};
+                 const RelationCall call{{batch, rows, cross, parse_similarity(similarity), parsed,
+                                          parse_temperature(temperature), negate, parse_dtype(dtype)},
+                                         student_width,
+                                         teacher_width,
+                                         parse_form(form, cross, parsed),
+                                         extra,
+                                         limit};
+                 Kernels::check(call);
+                 return call;
              }),
              py::arg("batch"), py::arg("rows"), py::arg("student_width"), py::arg("teacher_width"),
              py::arg("similarity"), py::arg("distance"), py::arg("temperature"), py::arg("negate"), py::arg("cross"),
-             py::arg("dtype"), py::arg("form"), py::arg("threads"), py::arg("limit"))
+             py::arg("dtype"), py::arg("form"), py::arg(Kernels::extra), py::arg("limit"))
         .def(
             "workspace_bytes",
-            [](const RelationCall& call, bool backward) {
-                if (call.form == RelationCall::Form::gram) {
-                    const cpu::GramPlan plan = call.gram_plan(backward);
-                    return std::make_pair(plan.bytes, plan.minimum);
-                }
-                const cpu::RelationPlan plan = call.plan(backward);
-                return std::make_pair(plan.bytes, plan.minimum);
-            },
+            [](const RelationCall& call, bool backward) { return Kernels::workspace(call, backward); },
             py::arg("backward"),
             "(bytes of the workspace, the least that `limit` would have to be); too small a limit if that is above it.")
         .def(
@@ -137,13 +126,7 @@ inline void define_relation(py::module_& module) {
                 args.kept = call.form == RelationCall::Form::tiles ? nullptr : parse_pointer(kept, "kept", size);
                 args.workspace = parse_pointer(workspace, "workspace", 8);
                 const py::gil_scoped_release unlocked;
-                if (call.form == RelationCall::Form::gram) {
-                    cpu::kernels().relation_gram_forward(args, call.gram_plan(false), call.threads);
-                } else if (call.form == RelationCall::Form::kept) {
-                    cpu::kernels().relation_kept_forward(args, call.plan(false), call.threads);
-                } else {
-                    cpu::kernels().relation_forward(args, call.plan(false), call.threads);
-                }
+                Kernels::forward(call, args);
             },
             py::arg("student"), py::arg("teacher"), py::arg("loss"), py::arg("statistics"), py::arg("kept"),
             py::arg("workspace"), "Fills loss, statistics and kept (0 where nothing is kept).")
@@ -167,13 +150,7 @@ inline void define_relation(py::module_& module) {
                 std::tie(args.out_batch_stride, args.out_row_stride, args.out_col_stride) = out_strides;
                 args.workspace = parse_pointer(workspace, "workspace", 8);
                 const py::gil_scoped_release unlocked;
-                if (call.form == RelationCall::Form::gram) {
-                    cpu::kernels().relation_gram_backward(args, call.gram_plan(true));
-                } else if (call.form == RelationCall::Form::kept) {
-                    cpu::kernels().relation_kept_backward(args, call.plan(true));
-                } else {
-                    cpu::kernels().relation_backward(args, call.plan(true));
-                }
+                Kernels::backward(call, args);
             },
             py::arg("grad_loss"), py::arg("grad_strides"), py::arg("student"), py::arg("teacher"),
             py::arg("statistics"), py::arg("kept"), py::arg("grad_student"), py::arg("out_strides"),

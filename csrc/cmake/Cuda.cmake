@@ -65,7 +65,7 @@ list(TRANSFORM cuda_targets PREPEND sm_)
 set(cuda_targets ${cuda_targets} compute_${newest})
 list(JOIN cuda_targets " " targets_text)
 
-pybind11_add_module(_cuda MODULE NO_EXTRAS bindings/cuda.cpp ${cuda_kernels})
+pybind11_add_module(_cuda MODULE NO_EXTRAS bindings/cuda.cpp ${cuda_host_sources} ${cuda_kernels})
 target_include_directories(_cuda PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_compile_definitions(_cuda PRIVATE "FASTKD_CUDA_TARGETS=\"${targets_text}\"")
 target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads=2>)

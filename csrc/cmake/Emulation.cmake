@@ -21,7 +21,7 @@ target_compile_options(emulation PRIVATE ${emulation_flags})
 set(PYBIND11_FINDPYTHON ON)
 find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 3.0 CONFIG REQUIRED)
-pybind11_add_module(_cuda MODULE NO_EXTRAS bindings/cuda.cpp ${cuda_kernels})
+pybind11_add_module(_cuda MODULE NO_EXTRAS bindings/cuda.cpp ${cuda_host_sources} ${cuda_kernels})
 set_source_files_properties(${cuda_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
 target_include_directories(_cuda BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests/emulation"
                                                 "${CMAKE_CURRENT_SOURCE_DIR}")

@@ -27,6 +27,8 @@
 // pixel_pixel compares networks of different tokens.
 #pragma once
 
+#include <cmath>
+
 #include "common/dtype.h"
 
 namespace fastkd::pixel_word {
@@ -49,7 +51,7 @@ struct Array {
 
 struct Network {
     Array pixels; // (B, N, width), the logits (B, N, words) if `width` is 0, or nothing in a backward without words
-    const void* words;             // (B, words, width) contiguous, in the dtype of the arithmetic
+    const void* words; // (B, words, width) contiguous, in the dtype of the arithmetic; on a GPU in that of the pixels
     const std::uint8_t* word_mask; // (B, words), or null
     std::int64_t word_count;
     std::int64_t width;
@@ -71,10 +73,11 @@ struct Problem {
 
 // What a backward needs, each null where it does not.
 struct Kept {
-    void* logits;    // (B, words of the student + words of the teacher, N): M, if it was computed from features
-    void* norms;     // (B, N) of the student's pixels, for the cosine
-    double* columns; // (B, 2, words): log-sum-exps over pixels of u_S, u_T
-    void* grams;     // (B, 3, words, words): G, K, E, words the larger of both counts
+    void* logits;  // (B, words of the student + words of the teacher, N): M, if it was computed from features
+    void* norms;   // (B, N) of the student's pixels, for the cosine
+    void* columns; // over pixels: (B, 2, words) log-sum-exps of u_S, u_T, double; on a GPU (B, 4, words), for either
+                   // network the maximum of M and 1/sum e^{u - scale max}
+    void* grams;   // (B, 3, words, words): G, K, E, words the larger of both counts
 };
 
 struct Workspace {
@@ -95,8 +98,66 @@ struct Backward {
     const void* grad_loss; // (B, 4), any strides
     std::int64_t grad_loss_strides[2];
     Array grad_pixels; // the student's layout, which is one of Array's; or null
-    void* grad_words;  // (B, words, width) contiguous, in the dtype of the arithmetic; or null
+    void* grad_words;  // (B, words, width) contiguous, in the dtype of the words; or null
     void* workspace;
+};
+
+// What entry (i, j) of G, K, E, with k_t that of K^T, adds to n^2 pixel_pixel and to n^2 word_word.
+template <class T>
+FASTKD_HD T pixel_pixel_of(T g, T k, T k_t, T e) {
+    return (g + (g - k - k_t + e)) * e + 2 * k * (k_t - e);
+}
+template <class T>
+FASTKD_HD T word_word_of(T k, T k_t, T e) {
+    return (k + k_t - e) * (k + k_t - e);
+}
+
+// Entry (i, j) of X and of Z, by_pp = 4/n^2 g_pp and by_ww = 4/n^2 g_ww.
+template <class T>
+FASTKD_HD T slope_x(T k, T k_t, T e, T by_pp, T by_ww) {
+    return by_ww * (k + k_t - e) + by_pp * k;
+}
+template <class T>
+FASTKD_HD T slope_z(T g, T k, T by_pp) {
+    return by_pp * (g - k);
+}
+
+// The KL over pixels of one word, as far as some pixels have been seen: softmax_kl's KLState with a scale for either
+// network and maxima of M, not of u. Of a maximum of nothing no use is made: it is 0 where it is subtracted.
+template <class T>
+struct ColumnSums {
+    T max_s, max_t;
+    T z_s, z_t;
+    T a;
+
+    static FASTKD_HD ColumnSums of_nothing() {
+        return {-static_cast<T>(HUGE_VALF), -static_cast<T>(HUGE_VALF), T(0), T(0), T(0)};
+    }
+
+    // Makes the sums relative to larger maxima; smaller ones change nothing.
+    FASTKD_HD void raise(T new_max_s, T new_max_t, T scale_s, T scale_t) {
+        const T to_s = new_max_s > max_s ? new_max_s : max_s, to_t = new_max_t > max_t ? new_max_t : max_t;
+        if (z_s != T(0) || z_t != T(0)) {
+            const T by_s = to_s == max_s ? T(0) : rounded_product(max_s - to_s, scale_s);
+            const T by_t = to_t == max_t ? T(0) : rounded_product(max_t - to_t, scale_t);
+            const T factor = std::exp(by_t);
+            a = factor == T(0) ? T(0) : factor * (a + z_t * (by_t - by_s)); // 0 log 0 = 0
+            z_t *= factor;
+            z_s *= std::exp(by_s);
+        }
+        max_s = to_s;
+        max_t = to_t;
+    }
+
+    FASTKD_HD void merge(ColumnSums other, T scale_s, T scale_t) {
+        raise(other.max_s, other.max_t, scale_s, scale_t);
+        other.raise(max_s, max_t, scale_s, scale_t);
+        z_s += other.z_s;
+        z_t += other.z_t;
+        a += other.a;
+    }
+
+    FASTKD_HD T loss() const { return a / z_t + std::log(z_s / z_t); }
 };
 
 } // namespace fastkd::pixel_word

@@ -12,3 +12,23 @@
 #else
 #define FASTKD_HD inline
 #endif
+
+namespace fastkd {
+
+// a b, rounded before anything is added to it: where equal numbers are subtracted, neither may be the unrounded product
+// of a fused multiply-add.
+template <class T>
+FASTKD_HD T rounded_product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(T) == sizeof(float)) {
+        return __fmul_rn(a, b);
+    } else {
+        return __dmul_rn(a, b);
+    }
+#else
+    volatile T product = a * b; // tests only: the CPU kernels have no use for it
+    return product;
+#endif
+}
+
+} // namespace fastkd

@@ -109,6 +109,34 @@ struct KLState {
         a += more_a;
     }
 
+    // Adds pairs of logits, relative to maxima raised once for all of them.
+    template <int count>
+    FASTKD_HD void add_logits(const T (&x_s)[count], const T (&x_t)[count], T inv_temperature) {
+        T new_s = max_s, new_t = max_t;
+        for (int k = 0; k < count; ++k) {
+            new_s = x_s[k] > new_s ? x_s[k] : new_s;
+            new_t = x_t[k] > new_t ? x_t[k] : new_t;
+        }
+        if (new_s > max_s || new_t > max_t) {
+            raise(new_s, new_t, inv_temperature);
+        }
+        const T shift_s = shift_of(max_s), shift_t = shift_of(max_t);
+        for (int k = 0; k < count; ++k) {
+            const T u_s = (x_s[k] - shift_s) * inv_temperature;
+            const T u_t = (x_t[k] - shift_t) * inv_temperature;
+            const T e_t = std::exp(u_t);
+            // 0 * log 0 = 0: where the teacher's probability is 0, the student's may be too.
+            add(std::exp(u_s), e_t, e_t == T(0) ? T(0) : e_t * (u_t - u_s));
+        }
+    }
+
+    // Adds the sums over another part of the row.
+    FASTKD_HD void merge(KLState other, T inv_temperature) {
+        raise(other.max_s, other.max_t, inv_temperature);
+        other.raise(max_s, max_t, inv_temperature);
+        add(other.z_s, other.z_t, other.a);
+    }
+
     FASTKD_HD T loss() const { return a / z_t + std::log(z_s / z_t); }
 };
 

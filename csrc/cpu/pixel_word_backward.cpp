@@ -33,9 +33,8 @@ Coefficients<T> coefficients_of(const Backward& args, const Plan<T>& plan, std::
         for (std::int64_t i = 0; i < words; ++i) {
             for (std::int64_t j = 0; j < words; ++j) {
                 const std::int64_t ij = i * plan.words + j, ji = j * plan.words + i;
-                const double w = static_cast<double>(k[ij]) + k[ji] - e[ij];
-                mix[i * words + j] = static_cast<T>(ww * w + pp * k[ij]);
-                mix[(words + i) * words + j] = static_cast<T>(pp * (static_cast<double>(g[ij]) - k[ij]));
+                mix[i * words + j] = static_cast<T>(pixel_word::slope_x<double>(k[ij], k[ji], e[ij], pp, ww));
+                mix[(words + i) * words + j] = static_cast<T>(pixel_word::slope_z<double>(g[ij], k[ij], pp));
             }
         }
         by.mix = mix;
@@ -90,7 +89,7 @@ void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<
         gradient_over_words(by, scratch.a, d, logits.words, logits.stride, pixels.width, scratch.out);
     }
     if (plan.has(pixel_word::word_to_pixel)) {
-        const double* lse = args.kept.columns + 2 * pixels.sample * plan.words;
+        const double* lse = static_cast<const double*>(args.kept.columns) + 2 * pixels.sample * plan.words;
         gradient_over_pixels(logits, by.word_to_pixel, lse, lse + plan.words, pixels.width, over_words, scratch.out);
     }
     for (std::int64_t k = 0; pixels.valid != nullptr && k < logits.words; ++k) {

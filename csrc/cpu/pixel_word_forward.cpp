@@ -198,7 +198,7 @@ void finish_forward(const Forward& args, const Plan<T>& plan, std::int64_t b) {
         }
         loss[1] = static_cast<T>(word_to_pixel / static_cast<double>(words));
     }
-    double* columns = args.kept.columns;
+    auto* columns = static_cast<double*>(args.kept.columns);
     for (std::int64_t k = 0; columns != nullptr && k < plan.words; ++k) {
         const bool there = k < words;
         const KLState<double>& state = sums.states[there ? k : 0];
@@ -219,8 +219,8 @@ void finish_forward(const Forward& args, const Plan<T>& plan, std::int64_t b) {
             const std::int64_t ij = i * plan.words + j, ji = j * plan.words + i, lower = i > j ? ij : ji;
             const double g = there ? sums.grams[lower] : 0, e = there ? sums.grams[2 * size + lower] : 0;
             const double k = there ? sums.grams[size + ij] : 0, k_t = there ? sums.grams[size + ji] : 0;
-            pixel_pixel += (g + (g - k - k_t + e)) * e + 2 * k * (k_t - e);
-            word_word += (k + k_t - e) * (k + k_t - e);
+            pixel_pixel += pixel_word::pixel_pixel_of(g, k, k_t, e);
+            word_word += pixel_word::word_word_of(k, k_t, e);
             if (kept != nullptr) {
                 kept[ij] = static_cast<T>(g);
                 kept[size + ij] = static_cast<T>(k);

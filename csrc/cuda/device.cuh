@@ -20,6 +20,8 @@
 #define FASTKD_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 // One block to a multiprocessor is enough: left to choose, ptxas spills registers for the sake of more.
 #define FASTKD_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
+// At least so many blocks to a multiprocessor, where a kernel is known to have the registers for it.
+#define FASTKD_LAUNCH_BOUNDS_OF(threads, blocks) __launch_bounds__(threads, blocks)
 
 namespace fastkd::cuda {
 
@@ -58,6 +60,18 @@ FASTKD_DEVICE T shuffle(T value, int lane) {
 template <class T>
 FASTKD_DEVICE T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// 2^x to two roundings, in one instruction; 0 below 2^-126.
+FASTKD_DEVICE float exp2_of(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// a b rounded by itself: never fused with a sum, so that the difference of two equal products is 0.
+FASTKD_DEVICE float multiply_alone(float a, float b) {
+    return __fmul_rn(a, b);
 }
 
 // One element in the type that kernels compute in, and back, rounded to nearest.

@@ -49,6 +49,10 @@ FASTKD_DEVICE std::uint32_t bits_of(float value) {
     return __float_as_uint(value);
 }
 
+FASTKD_DEVICE float float_of(std::uint32_t bits) {
+    return __uint_as_float(bits);
+}
+
 // Two floats rounded to 16 bits each, `low` in the lower half.
 template <class Storage>
 FASTKD_DEVICE std::uint32_t pack_pair(float low, float high) {
@@ -75,13 +79,21 @@ FASTKD_DEVICE void load_matrices_transposed(std::uint32_t (&r)[4], const void* r
                  : "memory");
 }
 
-// Starts copying 16 bytes to shared memory, both addresses multiples of 16; where `inside` is false, zeros are written
-// and `from` is not read. Nothing may be read there before a wait for the copy's group, and a barrier for other
-// threads.
+// Starts copying 16, 8 or 4 bytes to shared memory, both addresses multiples of that; where `inside` is false, zeros
+// are written and `from` is not read. Nothing may be read there before a wait for the copy's group, and a barrier for
+// other threads.
+template <int bytes = 16>
 FASTKD_DEVICE void copy_async(void* to, const void* from, bool inside) {
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0)
-                 : "memory");
+    if constexpr (bytes == 16) { // past the first cache, which takes no part in copies of this size alone
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0)
+                     : "memory");
+    } else {
+        static_assert(bytes == 8 || bytes == 4, "16, 8 or 4 bytes");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(bytes),
+                     "r"(inside ? bytes : 0)
+                     : "memory");
+    }
 }
 
 // Ends a group: the copies that this thread started since the last one.

@@ -25,8 +25,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "softmax_kl": ("reference", "cpu", "triton", "cuda"),
-    "relation": ("reference", "cpu", "triton"),
-    "pixel_word": ("reference", "cpu", "triton"),
+    "relation": ("reference", "cpu", "triton", "cuda"),
+    "pixel_word": ("reference", "cpu", "triton", "cuda"),
 }
 """The backends each family has. A family gains one by a row here and the files of the same name on the lower floors."""
 
@@ -45,7 +45,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OLDEST_TRITON = (3, 6)
 """That of the oldest torch supported, 2.11; the kernels were never run with an older one."""
 
-WITHOUT_FP64 = {("relation", "triton"), ("pixel_word", "triton")}
+WITHOUT_FP64 = {("relation", "triton"), ("relation", "cuda"), ("pixel_word", "triton")}
 """(family, backend) without fp64: a GPU's matrix units have none worth having. "auto" goes on to the next backend."""
 
 _lock = threading.RLock()

@@ -3,14 +3,15 @@ torch. The kernels read rows of features, maps and 16 bits where they lie; all e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.ops import _workspace
-from fastkd.ops._launch import dtype_name, native
+from fastkd.ops._launch import dtype_name, launch_on, native
 
 Features = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """Student's pixels and words, teacher's pixels and words; without words, the pixels are the logits."""
@@ -18,6 +19,22 @@ Masks = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Student's and teacher's words, pixels."""
 Options = tuple[bool, float, int]
 """Whether cosine, the temperature, the terms or-ed."""
+
+
+MOST_WORDS = {"triton": 128, "cuda": 128}
+"""These backends hold all words of a pixel in registers."""
+
+
+def fit(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Pixels and words in dtypes that ``backend`` takes, where the arithmetic is in ``dtype``; the pixels laid out."""
+    if dtype == torch.float64:
+        pixels = pixels.to(dtype)
+    if words is not None and backend == "cuda":  # one dtype for both
+        common = torch.promote_types(pixels.dtype, words.dtype)
+        pixels, words = pixels.to(common), words.to(common)
+    elif words is not None and backend == "cpu":
+        words = words.to(dtype)
+    return layout(pixels), words
 
 
 def layout(x: Tensor) -> Tensor:
@@ -55,14 +72,16 @@ class Network(NamedTuple):
         temperature: float,
         cosine: bool,
         dtype: torch.dtype,
+        backend: str,
     ) -> Network:
-        """From what the operator was given; fp64 arithmetic wants fp64 inputs."""
-        pixels = layout(pixels.to(dtype) if dtype == torch.float64 else pixels)
+        """From what the operator was given."""
+        bf16 = words is not None and words.dtype == torch.bfloat16
+        pixels, words = fit(pixels, words, dtype, backend)
         if words is None:
             return cls(pixels, None, _contiguous(mask), pixels.shape[2], 0, scale_of(0, temperature, cosine), False)
-        bf16, words, width = words.dtype == torch.bfloat16, words.to(dtype).contiguous(), pixels.shape[2]
+        width = pixels.shape[2]
         scale = scale_of(width, temperature, cosine)
-        return cls(pixels, words, _contiguous(mask), words.shape[1], width, scale, bf16)
+        return cls(pixels, words.contiguous(), _contiguous(mask), words.shape[1], width, scale, bf16)
 
     @classmethod
     def of_kept_logits(
@@ -83,8 +102,11 @@ def forward(
     """Fill ``loss``, and of ``kept`` what is not empty."""
     cosine, temperature, terms = options
     student_pixels, student_words, teacher_pixels, teacher_words = features
-    student = Network.of(student_pixels, student_words, masks[0], temperature, cosine, loss.dtype)
-    teacher = Network.of(teacher_pixels, teacher_words, masks[1], temperature, cosine, loss.dtype)
+    student = Network.of(student_pixels, student_words, masks[0], temperature, cosine, loss.dtype, backend)
+    teacher = Network.of(teacher_pixels, teacher_words, masks[1], temperature, cosine, loss.dtype, backend)
+    if backend == "cuda" and student.words is not None and kept[0].numel() == 0:  # it goes through them in memory
+        rows = student.word_count + teacher.word_count
+        kept = (loss.new_empty((student_pixels.shape[0], rows, student_pixels.shape[1])), *kept[1:])
     Call(student, teacher, masks[2], cosine, terms, loss.dtype, backend).forward(kept, loss)
 
 
@@ -104,9 +126,9 @@ def backward(
     """Fill ``grad_pixels`` and ``grad_words``, unless they are empty."""
     cosine, temperature, terms = options
     dtype = grad_loss.dtype
-    student = Network.of(student_pixels, student_words, masks[0], temperature, cosine, dtype)
+    student = Network.of(student_pixels, student_words, masks[0], temperature, cosine, dtype, backend)
     if teacher_logits is not None:
-        teacher = Network.of(teacher_logits, None, masks[1], temperature, cosine, dtype)
+        teacher = Network.of(teacher_logits, None, masks[1], temperature, cosine, dtype, backend)
     else:
         words = kept[0].shape[1] - student.word_count
         teacher = Network.of_kept_logits(masks[1], words, teacher_width, temperature, cosine)
@@ -140,24 +162,32 @@ class Call:
             cosine,
             terms,
         )
-        self._native = native(backend).PixelWord(problem, torch.get_num_threads(), _workspace.limit())
+        self._problem = problem
+        self._backend = backend
 
     def forward(self, kept: Sequence[Tensor], loss: Tensor) -> None:
         """Fills ``loss``, and of ``kept`` what is not empty."""
-        workspace = _workspace.allocate(self._native, False, self._like)
-        self._native.forward([_address(x) for x in kept], loss.data_ptr(), workspace.data_ptr())
+        with self._call(False) as (call, workspace):
+            call.forward([_address(x) for x in kept], loss.data_ptr(), workspace.data_ptr())
 
     def backward(self, kept: Sequence[Tensor], grad_loss: Tensor, grad_pixels: Tensor, grad_words: Tensor) -> None:
         """Fills ``grad_pixels`` and ``grad_words``, unless they are empty."""
-        workspace = _workspace.allocate(self._native, True, self._like)
-        self._native.backward(
-            [_address(x) for x in kept],
-            grad_loss.data_ptr(),
-            grad_loss.stride(),
-            self._array(grad_pixels if grad_pixels.numel() else None),
-            _address(grad_words),
-            workspace.data_ptr(),
-        )
+        with self._call(True) as (call, workspace):
+            call.backward(
+                [_address(x) for x in kept],
+                grad_loss.data_ptr(),
+                grad_loss.stride(),
+                self._array(grad_pixels if grad_pixels.numel() else None),
+                _address(grad_words),
+                workspace.data_ptr(),
+            )
+
+    @contextmanager
+    def _call(self, backward: bool) -> Iterator[tuple[Any, Tensor]]:
+        """The native call and its workspace, with the device current."""
+        with launch_on(self._like) as extra:
+            call = native(self._backend).PixelWord(self._problem, extra, _workspace.limit())
+            yield call, _workspace.allocate(call, backward, self._like)
 
     def _network(self, network: Network) -> tuple[Any, ...]:
         pixels, words, word_mask, *sizes = network

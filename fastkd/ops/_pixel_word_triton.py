@@ -11,9 +11,6 @@ from torch import Tensor
 
 from fastkd.ops._pixel_word_call import Features, Masks, Options, layout, scale_of
 
-MOST_WORDS = 128
-"""The kernels hold all words of a pixel in registers."""
-
 
 def forward(
     features: Features, masks: Masks, options: Options, kept: Sequence[Tensor], loss: Tensor, backend: str

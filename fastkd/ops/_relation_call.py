@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import _workspace
-from fastkd.ops._launch import dtype_name, native, promoted, statistics_dtype
-from fastkd.ops._relation_forms import KEPT_BLOCK, gram_double, gram_side
+from fastkd.ops._launch import dtype_name, launch_on, native, promoted, statistics_dtype
+from fastkd.ops._relation_forms import KEPT_BLOCK, gram_double, gram_side, kept_elements
 
 STATISTIC_PLANES = 5
 
@@ -38,7 +38,9 @@ def outputs(student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor,
         kept, kept_dtype, statistics = plan.kept_elements(batch, rows) if options.form == "kept" else 0, dtype, dtype
     else:
         planes, kept, kept_dtype, statistics = STATISTIC_PLANES * others + 2, 0, dtype, torch.float64
-        if options.form == "kept":
+        if options.form == "kept" and options.backend == "cuda":
+            kept = kept_elements(batch, rows, torch.promote_types(student.dtype, teacher.dtype), *options[:3])
+        elif options.form == "kept":
             blocks = (rows + KEPT_BLOCK - 1) // KEPT_BLOCK
             kept = batch * blocks * (blocks + 1) * KEPT_BLOCK * KEPT_BLOCK
         elif options.form == "gram":  # the scales, and G
@@ -105,21 +107,22 @@ class _Triton:
 
 
 class _Native:
-    """``csrc/cpu``: raw pointers and element strides, so that one build serves every torch."""
+    """``csrc/cpu`` or ``csrc/cuda``: raw pointers and element strides, so that one build serves every torch."""
 
     def forward(
         self, student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, kept: Tensor, options: Options
     ) -> None:
-        call = self._call(student, teacher, options)
-        workspace = _workspace.allocate(call, False, student)
-        call.forward(
-            self._rows(student),
-            self._rows(teacher),
-            loss.data_ptr(),
-            statistics.data_ptr(),
-            kept.data_ptr(),
-            workspace.data_ptr(),
-        )
+        with launch_on(student) as extra:
+            call = self._call(student, teacher, options, extra)
+            workspace = _workspace.allocate(call, False, student)
+            call.forward(
+                self._rows(student),
+                self._rows(teacher),
+                loss.data_ptr(),
+                statistics.data_ptr(),
+                kept.data_ptr(),
+                workspace.data_ptr(),
+            )
 
     def backward(
         self,
@@ -131,31 +134,32 @@ class _Native:
         grad_student: Tensor,
         options: Options,
     ) -> None:
-        call = self._call(student, teacher, options)
-        workspace = _workspace.allocate(call, True, student)
-        call.backward(
-            grad_loss.data_ptr(),
-            grad_loss.stride(),
-            self._rows(student),
-            self._rows(teacher),
-            statistics.data_ptr(),
-            kept.data_ptr(),
-            grad_student.data_ptr(),
-            grad_student.stride(),
-            workspace.data_ptr(),
-        )
+        with launch_on(student) as extra:
+            call = self._call(student, teacher, options, extra)
+            workspace = _workspace.allocate(call, True, student)
+            call.backward(
+                grad_loss.data_ptr(),
+                grad_loss.stride(),
+                self._rows(student),
+                self._rows(teacher),
+                statistics.data_ptr(),
+                kept.data_ptr(),
+                grad_student.data_ptr(),
+                grad_student.stride(),
+                workspace.data_ptr(),
+            )
 
     def _rows(self, x: Tensor) -> tuple[int, ...]:
         """Address, width, and the strides of batch, row and column."""
         return (x.data_ptr(), x.shape[2], *x.stride())
 
-    def _call(self, student: Tensor, teacher: Tensor, options: Options) -> Any:
+    def _call(self, student: Tensor, teacher: Tensor, options: Options, extra: int) -> Any:
         return native(options.backend).Relation(
             *student.shape,
             teacher.shape[2],
             *options[:5],
             dtype_name(student),
             options.form,
-            torch.get_num_threads(),
+            extra,
             _workspace.limit(),
         )

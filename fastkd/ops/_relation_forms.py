@@ -15,6 +15,12 @@ MAX_KEPT_BYTES = 2048 * 2048 * 4
 MAX_GRAM_WIDTH = 1024
 """Wider rows would make Gram matrices of more than 32 MiB."""
 
+ENOUGH_TILES = 264
+"""Below so many tiles of 128 rows and columns the CUDA kernels take smaller ones, as in csrc/cuda/relation_plan.h."""
+
+FIXED_SHIFT_TEMPERATURE = 0.04
+"""From here on cosines need no maxima of their own there."""
+
 _GRAM_CHUNK, _KEPT_CHUNK, _STREAMED_BLOCK = 256, 256, 96  # as in csrc/cpu/relation_plan.h
 
 
@@ -27,13 +33,25 @@ def gram_double(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
     return dtype == torch.float64 or (width_s != width_t and dtype != torch.bfloat16)
 
 
+def kept_elements(
+    batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float
+) -> int:
+    """The numbers that the CUDA kernels keep of a sample's relation matrices, as in ``csrc/cuda/relation_plan.cpp``."""
+    blocks = -(-rows // 128)
+    maxima = distance == "kl" and not (similarity == "cosine" and temperature >= FIXED_SHIFT_TEMPERATURE)
+    enough = rows > 64 and batch * (blocks * (blocks + 1) // 2) >= ENOUGH_TILES
+    side = 128 if enough and dtype != torch.float32 and not maxima else 64
+    blocks = -(-rows // side)
+    return batch * blocks * (blocks + 1) * side**2
+
+
 def choose_form(
     rows: int, columns: int, width_s: int, width_t: int, dtype: torch.dtype, distance: str, keep: bool, backend: str
 ) -> str:
     """Chosen once, for the forward and the backward: "tiles", "kept" or, in C++, "gram"."""
     width = max(width_s, width_t)
     keep = keep and rows**2 * _size(dtype) <= MAX_KEPT_BYTES
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         return "kept" if keep else "tiles"
     if distance == "mse" and width <= MAX_GRAM_WIDTH and _gram_pays(columns, width, width_s == width_t, dtype):
         form, least = "gram", _least_gram(width_s, width_t, dtype)

@@ -18,7 +18,7 @@ from fastkd.errors import BackendUnavailable
 from fastkd.ops import _pixel_word_call, _pixel_word_triton
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import distinct, statistics_dtype
-from fastkd.ops._pixel_word_call import gradient_like, layout
+from fastkd.ops._pixel_word_call import MOST_WORDS, fit, gradient_like, layout
 from fastkd.ops._pixel_word_check import check
 from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
@@ -121,15 +121,16 @@ def pixel_word_from_logits(
 
 
 def _choose(backend: str, words: int, *inputs: Tensor) -> str:
-    """The backend of this call; Triton's takes so many words and no more."""
+    """The backend of this call; some take so many words and no more."""
     chosen = choose("pixel_word", backend, *inputs)
-    if chosen != "triton" or words <= _pixel_word_triton.MOST_WORDS:
+    most = MOST_WORDS.get(chosen, words)
+    if words <= most:
         return chosen
     if backend == "auto":
         return "reference"
     raise BackendUnavailable(
-        f"backend='triton': pixel_word's kernels hold at most {_pixel_word_triton.MOST_WORDS} words, got {words}; use "
-        "backend='auto' or 'reference', or fewer words"
+        f"backend={chosen!r}: pixel_word's kernels hold at most {most} words, got {words}; use backend='auto' or "
+        "'reference', or fewer words"
     )
 
 
@@ -286,8 +287,8 @@ def _forward_fake(
     else:
         words = (student_words.shape[1], teacher_words.shape[1])
     most = max(words) if words[0] != words[1] else words[0]
-    # What each is for: csrc/common/pixel_word.h. Of a column's log Σ e^u Triton keeps, as in softmax_kl, two parts.
-    parts, columns_dtype = (4, dtype) if backend == "triton" else (2, torch.float64)
+    # What each is for: csrc/common/pixel_word.h. Of a column's log Σ e^u two parts are kept on a GPU.
+    parts, columns_dtype = (2, torch.float64) if backend == "cpu" else (4, dtype)
     shapes = {
         "logits": (batch, words[0] + words[1], pixels) if student_words is not None else None,
         "norms": (batch, pixels) if cosine else None,
@@ -327,8 +328,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     # The arithmetic is that of the forward, which may be fp64 for the teacher's sake alone.
     dtype = grad_loss.dtype
-    pixels = layout(student_pixels.to(dtype) if dtype == torch.float64 else student_pixels)
-    words = student_words.to(dtype) if student_words is not None and backend != "triton" else student_words
+    pixels, words = fit(student_pixels, student_words, dtype, backend)
     grad_pixels = gradient_like(pixels if for_pixels else None, student_pixels)
     shape, like = (words.shape, words) if for_words and words is not None else ((0,), pixels)
     grad_words = torch.empty(shape, dtype=like.dtype, device=like.device)

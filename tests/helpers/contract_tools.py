@@ -33,9 +33,9 @@ def rounding(magnitude: float | Tensor, dtype: torch.dtype) -> float:
 
 
 def roundings(family: str, backend: str, dtype: torch.dtype) -> int:
-    """How many factors of a gradient are rounded to ``dtype``: itself, and for relations of bfloat16 rows in C++ the
-    matrix that they are multiplied with, where the machine multiplies bfloat16."""
-    return 2 if (family, backend, dtype) == ("relation", "cpu", torch.bfloat16) else 1
+    """How many factors of a gradient are rounded to ``dtype``: itself, and for relations of bfloat16 rows in C++ and
+    CUDA the matrix that they are multiplied with, on a CPU where the machine multiplies bfloat16."""
+    return 2 if family == "relation" and backend in ("cpu", "cuda") and dtype == torch.bfloat16 else 1
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

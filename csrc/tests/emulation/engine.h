@@ -54,6 +54,7 @@ void multiply(Operation operation, float (&c)[4], const std::uint32_t (&a)[4], c
 struct Copy {
     void* to;
     const void* from; // null: zeros
+    int bytes;
 };
 bool copies_at_once();
 void copy_start(Copy copy);

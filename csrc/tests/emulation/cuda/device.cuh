@@ -16,6 +16,7 @@
 #define FASTKD_SHARED static // one block runs at a time
 #define FASTKD_DYNAMIC_SHARED(name) unsigned char* const name = ::fastkd::emulation::dynamic_shared()
 #define FASTKD_LAUNCH_BOUNDS(threads)
+#define FASTKD_LAUNCH_BOUNDS_OF(threads, blocks)
 
 namespace fastkd::cuda {
 
@@ -44,6 +45,15 @@ T shuffle(T value, int lane) {
 template <class T>
 T shuffle_xor(T value, int mask) {
     return shuffle(value, emulation::lane() ^ mask);
+}
+
+inline float exp2_of(float x) {
+    return std::isnan(x) ? x : (x < -126 ? 0.0f : std::exp2(x));
+}
+
+inline float multiply_alone(float a, float b) {
+    const volatile float product = a * b; // or the compiler would fuse it
+    return product;
 }
 
 inline float widen(float value) {

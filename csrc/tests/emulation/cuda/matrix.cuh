@@ -22,6 +22,12 @@ inline std::uint32_t bits_of(float value) {
     return bits;
 }
 
+inline float float_of(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
 inline float round_to_tf32(float value) {
     std::uint32_t bits = bits_of(value);
     if ((bits >> 23 & 255) != 255) { // to nearest, halves away from zero; Inf and NaN stay
@@ -59,14 +65,21 @@ inline void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
 }
 
 inline void copy_now(emulation::Copy copy) {
-    *static_cast<Pack<std::uint32_t>*>(copy.to) =
-        copy.from == nullptr ? Pack<std::uint32_t>{} : *static_cast<const Pack<std::uint32_t>*>(copy.from);
+    if (copy.from == nullptr) {
+        std::memset(copy.to, 0, copy.bytes);
+    } else {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+    }
 }
 
-inline void copy_async(void* to, const void* from, bool inside) {
-    check_aligned(to);
-    check_aligned(inside ? from : nullptr);
-    const emulation::Copy copy{to, inside ? from : nullptr};
+template <int bytes = 16>
+void copy_async(void* to, const void* from, bool inside) {
+    static_assert(bytes == 16 || bytes == 8 || bytes == 4, "16, 8 or 4 bytes");
+    for (const void* address : {static_cast<const void*>(to), inside ? from : nullptr}) {
+        emulation::check(reinterpret_cast<std::uintptr_t>(address) % bytes == 0,
+                         "an asynchronous copy at an address that is no multiple of its size");
+    }
+    const emulation::Copy copy{to, inside ? from : nullptr, bytes};
     if (emulation::copies_at_once()) {
         copy_now(copy);
     } else {

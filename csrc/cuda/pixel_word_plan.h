@@ -1,0 +1,189 @@
+// How pixel_word's work is cut into blocks, and where in the workspace they put what they find. On batch and size
+// alone, never on the device, so that the bits do not depend on it either.
+#pragma once
+
+#include "common/pixel_word.h"
+
+namespace fastkd::cuda::pixel_word {
+
+using namespace ::fastkd::pixel_word;
+
+constexpr int most_words = 128;               // a block's registers and shared memory hold no more
+constexpr std::int64_t most_length = 1 << 28; // of pixels and widths: 8 rows are indexed by 32 bits
+constexpr int tile_words = 8, tile_pixels = 16;
+constexpr int block_warps = 8;
+constexpr int block_threads = 32 * block_warps;
+
+constexpr FASTKD_HD std::int64_t round_up(std::int64_t n, std::int64_t to) {
+    return (n + to - 1) / to * to;
+}
+
+// `each` steps of pixels to a program, `programs` to a sample.
+struct Cut {
+    int each;
+    int programs;
+};
+
+// About `wanted` programs for the whole batch, at most `most` for a sample.
+inline Cut cut(std::int64_t pixels, int step, std::int64_t batch, std::int64_t wanted, std::int64_t most) {
+    const std::int64_t steps = (pixels + step - 1) / step;
+    std::int64_t programs = wanted / batch;
+    programs = programs < 1 ? 1 : (programs < most ? programs : most);
+    const std::int64_t each = (steps + programs - 1) / programs;
+    return {static_cast<int>(each), static_cast<int>((steps + each - 1) / each)};
+}
+
+// What a program writes of its pixels: the sum of the KLs over words, ColumnSums member by member and word by word, and
+// the words x words sums of products.
+//
+// Of floats these are the tiles of 16 x 16 on and below the diagonal of [A D]^T [A D], each in the order of its two
+// fragments. Of doubles they are G, K, E.
+template <class T>
+struct Partial {
+    T* data;
+    int words; // the larger of both counts
+
+    static constexpr FASTKD_HD int matrix_tiles(int words) {
+        const int rows = (words + tile_words - 1) / tile_words; // of 16: [A D] has twice as many of 8
+        return rows * (rows + 1) / 2;
+    }
+    static constexpr FASTKD_HD std::int64_t size(int words) {
+        return 4 + 5 * round_up(words, 4) +
+               (sizeof(T) == 4 ? 256 * matrix_tiles(words) : round_up(3 * words * words, 4));
+    }
+    FASTKD_HD T* column(int member) const { return data + 4 + member * round_up(words, 4); }
+    FASTKD_HD T* matrices() const { return data + 4 + 5 * round_up(words, 4); }
+
+    // Where entry (i, j) of G, K or E (0, 1, 2) is; i >= j but for K.
+    FASTKD_HD std::int64_t entry(int matrix, int i, int j) const {
+        if (sizeof(T) != 4) {
+            return (static_cast<std::int64_t>(matrix) * words + i) * words + j;
+        }
+        const int padded = static_cast<int>(round_up(words, tile_words));
+        const int row = matrix == 0 ? i : padded + i, col = matrix == 2 ? padded + j : j;
+        const int tile = row / 16 * (row / 16 + 1) / 2 + col / 16;
+        const int lane = row % 8 * 4 + col % 8 / 2;
+        return ((tile * 2 + col % 16 / 8) * 32 + lane) * 4 + row % 16 / 8 * 2 + col % 2;
+    }
+};
+
+// Of one sample, what the backward has computed once for all pixels.
+template <class T>
+struct Coefficients {
+    T row_kl;    // scale g_pw / n
+    T column_kl; // scale g_wp / t
+    T unit_x;    // what the halves of scale X count in
+    T unit_z;
+};
+
+struct Pieces {
+    std::int64_t used = 0;
+    std::int64_t take(std::int64_t bytes) {
+        const std::int64_t at = used;
+        used = round_up(used + bytes, 256);
+        return at;
+    }
+};
+
+inline int larger_count(const Problem& problem) {
+    const std::int64_t student = problem.student.word_count, teacher = problem.teacher.word_count;
+    return static_cast<int>(student > teacher ? student : teacher);
+}
+
+// Warps that share the words of a pixel, 32 to each.
+inline int split_of(int words) {
+    return words <= 32 ? 1 : (words <= 64 ? 2 : 4);
+}
+
+// Features of a warp in the products that give their gradients: with the words they take their product of registers.
+constexpr FASTKD_HD int warp_features_of(int words, std::int64_t size) {
+    return words <= 32 && size == 2 ? 32 : 16;
+}
+
+struct Plan {
+    int words;
+    int split;
+    int tiles;                    // of 8 words for which the kernels are compiled
+    std::int64_t size;            // of an element of the arithmetic
+    std::int64_t bytes;           // of the workspace
+    Cut logits, terms;            // forward
+    std::int64_t partials, grams; // offsets in bytes; grams where the forward keeps none
+    Cut gradient, runs;           // backward
+    std::int64_t coefficients, slopes, grad_logits, own, sums;
+    int feature_warps; // of a block, side by side in the features
+    int warp_features; // features of each
+};
+
+constexpr int fp64_step = 8, fp64_features_step = 64; // pixels
+
+inline Plan plan_forward(const Problem& problem) {
+    const int words = larger_count(problem);
+    const bool fp64 = problem.dtype == DType::Float64;
+    Plan plan{};
+    plan.words = words;
+    plan.split = split_of(words);
+    plan.tiles = words <= 24 ? 3 : 4 * plan.split;
+    plan.size = fp64 ? 8 : 4;
+    plan.logits = cut(problem.pixels, block_warps * tile_pixels, 2 * problem.batch, 1056, problem.pixels);
+    plan.terms =
+        cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 528, 128);
+    const std::int64_t partial = fp64 ? Partial<double>::size(words) : Partial<float>::size(words);
+    Pieces pieces;
+    plan.partials = pieces.take(problem.batch * plan.terms.programs * partial * plan.size);
+    plan.grams = pieces.take(
+        (problem.terms & pixel_word::second_order) != 0 ? problem.batch * 3 * words * words * plan.size : 0);
+    plan.bytes = pieces.used;
+    return plan;
+}
+
+inline Plan plan_backward(const Problem& problem) {
+    const int words = larger_count(problem);
+    const bool fp64 = problem.dtype == DType::Float64, features = problem.student.width > 0;
+    const std::int64_t count = problem.student.word_count, width = problem.student.width;
+    Plan plan{};
+    plan.words = words;
+    plan.split = split_of(words);
+    plan.tiles = words <= 24 ? 3 : 4 * plan.split;
+    plan.size = fp64 ? 8 : 4;
+    plan.gradient = cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 1056,
+                        problem.pixels);
+    plan.warp_features = warp_features_of(words, element_size(problem.student.pixels.dtype));
+    const std::int64_t groups = (width + plan.warp_features - 1) / plan.warp_features;
+    plan.feature_warps = groups >= 3 ? 4 : (groups >= 2 ? 2 : 1);
+    const std::int64_t chunks = (groups + plan.feature_warps - 1) / plan.feature_warps;
+    const int step = fp64 ? fp64_features_step : block_warps / plan.feature_warps * tile_pixels;
+    plan.runs = cut(problem.pixels, step, problem.batch * (features && !fp64 ? chunks : 1), 528, 64);
+    const std::int64_t steps = (plan.tiles + 1) / 2; // of 16 words
+    const bool second = (problem.terms & pixel_word::second_order) != 0;
+    Pieces pieces;
+    plan.coefficients = pieces.take(problem.batch * 4 * plan.size);
+    plan.slopes =
+        pieces.take(!second ? 0 : problem.batch * 2 * (fp64 ? words * words * 8 : steps * plan.tiles * 32 * 16));
+    plan.grad_logits = pieces.take(features ? problem.batch * count * problem.pixels * plan.size : 0);
+    plan.own = pieces.take(problem.cosine ? problem.batch * problem.pixels * plan.size : 0);
+    plan.sums = pieces.take(features ? problem.batch * plan.runs.programs * count * width * plan.size : 0);
+    plan.bytes = pieces.used;
+    return plan;
+}
+
+// Whether the kernels can index all of a problem; a launch has fewer than 2^31 blocks.
+inline bool fits(const Problem& problem) {
+    const Network& student = problem.student;
+    const Network& teacher = problem.teacher;
+    const std::int64_t width = student.width > teacher.width ? student.width : teacher.width;
+    if (larger_count(problem) > most_words || problem.pixels > most_length || width > most_length ||
+        problem.batch > most_length) {
+        return false;
+    }
+    const std::int64_t most_blocks = 0x7fffffff;
+    if (problem.dtype == DType::Float64 && problem.batch > most_blocks / ((problem.pixels + 7) / 8)) {
+        return false;
+    }
+    const Plan plan = plan_backward(problem);
+    return problem.batch * 2 * plan_forward(problem).logits.programs <= most_blocks &&
+           problem.batch * plan.gradient.programs <= most_blocks &&
+           problem.batch * plan.runs.programs * ((width + 15) / 16) <= most_blocks &&
+           problem.batch * student.word_count <= most_blocks;
+}
+
+} // namespace fastkd::cuda::pixel_word
