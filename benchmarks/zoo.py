@@ -68,8 +68,8 @@ def description(repeats: int) -> str:
 
     isa = torch.backends.cpu.get_cpu_capability()
     return (
-        f"{processor()}, {isa}, CPU time of one thread, fp32, one image, median of {repeats}; torch {torch.__version__}, "
-        f"timm {version('timm')}, transformers {version('transformers')}; {date.today().isoformat()}."
+        f"{processor()}, {isa}, CPU time of one thread, fp32, one image, median of {repeats}; torch "
+        f"{torch.__version__}, timm {version('timm')}, transformers {version('transformers')}; {date.today().isoformat()}."
     )
 
 

@@ -115,8 +115,8 @@ def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None)
     source = tokenizer_source(model, folder)
     if source is None:
         raise ValueError(
-            "the model's configuration names no tokenizer, and word ids mean nothing without one: pass it (--tokenizer, "
-            "or tokenizer=fastkd.data.load_tokenizer(...)), or put its vocab.txt into the model's folder"
+            "the model's configuration names no tokenizer, and word ids mean nothing without one: pass it "
+            "(--tokenizer, or tokenizer=fastkd.data.load_tokenizer(...)), or put its vocab.txt into the model's folder"
         )
     return load_tokenizer(source)
 

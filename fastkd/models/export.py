@@ -116,8 +116,8 @@ def export_onnx(
 
     if tokenizer is not None and tokenizer.vocab_size > model.text_encoder.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's word table {model.text_encoder.vocab_size}: it "
-            "is not this model's own"
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's word table {model.text_encoder.vocab_size}: "
+            "it is not this model's own"
         )
     network = _Network(model)
     was_training, was_on = model.training, model.decoder.classifier.weight.device
