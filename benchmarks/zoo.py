@@ -67,9 +67,10 @@ def description(repeats: int) -> str:
     from fastkd.report.environment import processor
 
     isa = torch.backends.cpu.get_cpu_capability()
+    versions = f"torch {torch.__version__}, timm {version('timm')}, transformers {version('transformers')}"
     return (
-        f"{processor()}, {isa}, CPU time of one thread, fp32, one image, median of {repeats}; torch "
-        f"{torch.__version__}, timm {version('timm')}, transformers {version('transformers')}; {date.today().isoformat()}."
+        f"{processor()}, {isa}, CPU time of one thread, fp32, one image, median of {repeats}; "
+        f"{versions}; {date.today().isoformat()}."
     )
 
 

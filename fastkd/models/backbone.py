@@ -104,7 +104,8 @@ class StagedBackbone(nn.Module):
             except (RuntimeError, ValueError) as error:
                 error.add_note(
                     f"Raised by {name!r} of the backbone at an image of {tuple(image.shape[-2:])}; networks with "
-                    "tables of positions take only the size they were built for: give it in backbone_args, or choose another."
+                    "tables of positions take only the size they were built for: give it in "
+                    "backbone_args, or choose another."
                 )
                 raise
             if name in self._ends:
