@@ -84,8 +84,8 @@ def teacher_words(
         if tokenizer is None and theirs is not None and theirs != ours:
             raise ValueError(
                 f"the student's vocabulary has {ours} words, the teacher's {theirs}: they read the same word ids, so "
-                "they need one tokenizer; choose a student with the teacher's, or pass --teacher-tokenizer, after which "
-                "terms may not compare them word by word"
+                "they need one tokenizer; choose a student with the teacher's, or pass --teacher-tokenizer: terms may "
+                "then not compare them word by word"
             )
         if tokenizer is None:
             return {}

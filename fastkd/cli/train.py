@@ -98,7 +98,7 @@ def distill(
         student: a preset's name, a config.json, or a folder written by save_pretrained.
         terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
             over that of the task's, measured on the first batches; the terms are those of fastkd.train.recipes.TERMS.
-            With a teacher that has its own tokenizer: ``mask``, and ``pixel_pixel`` where it compares pixels with words.
+            With a teacher that has its own tokenizer: ``mask``, and ``pixel_pixel`` if it compares pixels with words.
         teacher_tokenizer: path of the teacher's own tokenizer, where it is not the student's; CLIPSeg's and SAM 3's is
             looked for beside their weights.
         config: the settings.

@@ -74,7 +74,9 @@ class ReferDataset(Dataset[Sample]):
             if not callable(one):
                 raise TypeError(f"{name} must come from load_tokenizer, got {type(one).__name__}")
             if not isinstance(length, int) or length < 3:
-                raise ValueError(f"{length_name} must be an integer of at least 3 ([CLS], a word, [SEP]); got {length!r}")
+                raise ValueError(
+                    f"{length_name} must be an integer of at least 3 ([CLS], a word, [SEP]); got {length!r}"
+                )
         if sentences not in ("random", "all"):
             raise ValueError(f"sentences must be 'random' (one a ref and epoch) or 'all'; got {sentences!r}")
         if not isinstance(image_size, int) or image_size < 1:
@@ -176,7 +178,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Samples to a batch: tensors are stacked, ids and sentences become lists.
 
     Keys: ``image`` (B, 3, S, S), ``input_ids`` (B, T), ``word_mask`` (B, T), ``mask`` (B, S, S), with a teacher's
-    tokenizer ``teacher_input_ids`` and ``teacher_word_mask``, and the lists ``ref_id``, ``sent_id``, ``image_id``, ``sentence``.
+    tokenizer ``teacher_input_ids`` and ``teacher_word_mask``, and the lists ``ref_id``, ``sent_id``, ``image_id``,
+    ``sentence``.
     """
     if len(samples) == 0:
         raise ValueError("collate got an empty batch: give at least one sample")

@@ -110,8 +110,8 @@ class Distiller(nn.Module):
             student alone.
         task_loss: ``task_loss(student_output, batch)`` → scalar.
         terms: the distillation terms, `Term`.
-        inputs: the keys of the batch that the models take; the models get those that a batch has, and no others. Where a
-            batch has ``teacher_input_ids`` (or ``teacher_`` and another of the keys), the teacher gets that under the
+        inputs: the keys of the batch that the models take; the models get those that a batch has, and no others. Where
+            a batch has ``teacher_input_ids`` (or ``teacher_`` and another of the keys), the teacher gets that under the
             key's own name: the sentence in the words of its own tokenizer. Words are then not the same on both sides,
             and of the cross-modal terms only ``"pixel_pixel"`` is taken, with a pair of word masks.
         student_taps: name to module path (or a `Taps`) for features that the student's output does not hold; terms

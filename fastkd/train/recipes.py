@@ -75,7 +75,9 @@ def through_words(student: Tensor, teacher: Tensor, *, word_mask: tuple[Tensor, 
     if ours.shape[1] != theirs.shape[1]:
         theirs = F.interpolate(_square(theirs), size=_square(ours).shape[-2:], mode="bilinear", align_corners=False)
         theirs = theirs.flatten(2).mT
-    return losses.cross_modal_kd_from_logits(ours, theirs, word_mask=word_mask, terms={"pixel_pixel": 1.0})
+    value = losses.cross_modal_kd_from_logits(ours, theirs, word_mask=word_mask, terms={"pixel_pixel": 1.0})
+    assert isinstance(value, Tensor)
+    return value
 
 
 def _square(logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Teachers that read a sentence in words of their own: what they are given, and which terms are defined then.
 
-A word-by-word comparison needs one tokenizer on both sides. With two, word j of the teacher is not word j of the student,
-even where both sentences are padded to one length, so nothing in the shapes would show the mistake.
+A word-by-word comparison needs one tokenizer on both sides. With two, word j of the teacher is not word j of the
+student, even where both sentences are padded to one length, so nothing in the shapes would show the mistake.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def teacher_inputs(teacher: nn.Module, inputs: Sequence[str], batch: Mapping[str
     if getattr(teacher, "own_words", False) and not apart:
         raise ValueError(
             f"teacher {type(teacher).__name__} reads token ids of its own tokenizer, but the batch has no "
-            "'teacher_input_ids': make them with ReferDataset(..., teacher_tokenizer=...); or, where the student has the "
+            "'teacher_input_ids': make them with ReferDataset(..., teacher_tokenizer=...); or, if the student has the "
             "same tokenizer, set teacher.own_words = False"
         )
     mine = {key: batch[PREFIX + key] for key in inputs if PREFIX + key in batch}
@@ -61,13 +61,13 @@ def check_term(name: str, loss: Callable[..., Any], kwargs: Mapping[str, Any]) -
     pair = 'word_mask=("student.word_mask", "teacher.word_mask")'
     if others:
         raise ValueError(
-            f"term {name!r}: teacher and student are tokenised differently (the batch has their words apart), so word j "
+            f"term {name!r}: teacher and student are tokenised differently (the batch has words for each), so word j "
             f"of one is not word j of the other, and {', '.join(map(repr, others))} would compare them: only "
             f"'pixel_pixel' is defined then. Pass terms={{'pixel_pixel': 1.0}} and {pair}"
         )
     mask = options.get("word_mask")
     if mask is not None and not isinstance(mask, tuple | list):
         raise ValueError(
-            f"term {name!r}: teacher and student are tokenised differently, so one word_mask ({mask!r:.60}) does not fit "
-            f"both: pass a pair, {pair}"
+            f"term {name!r}: teacher and student are tokenised differently, so one word_mask ({mask!r:.60}) does not "
+            f"fit both: pass a pair, {pair}"
         )

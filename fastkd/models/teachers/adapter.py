@@ -62,8 +62,8 @@ class TextPromptedTeacher(nn.Module):
 
     It takes what the student takes, an ImageNet-normalised image of any size, and itself brings it to the size and the
     normalisation that the network was trained with: resized bilinearly (antialiased) to a square. It reads token ids
-    of *its own* tokenizer. In a `Distiller` these are the batch's ``teacher_input_ids`` and ``teacher_word_mask``, which
-    ``ReferDataset(..., teacher_tokenizer=...)`` makes.
+    of *its own* tokenizer. In a `Distiller` these are the batch's ``teacher_input_ids`` and ``teacher_word_mask``,
+    which ``ReferDataset(..., teacher_tokenizer=...)`` makes.
 
     The one mask logit m that such networks have per pixel becomes the two channels [0, m]: their softmax is sigmoid(m),
     their argmax is m > 0.
@@ -84,6 +84,8 @@ class TextPromptedTeacher(nn.Module):
     model_types: ClassVar[tuple[str, ...]] = ()
     default_mean: ClassVar[tuple[float, ...]]
     default_std: ClassVar[tuple[float, ...]]
+    _scale: Tensor
+    _shift: Tensor
 
     def __init__(self, network: nn.Module, config: TeacherConfig) -> None:
         super().__init__()
@@ -102,8 +104,8 @@ class TextPromptedTeacher(nn.Module):
 
         Args:
             path: a folder that transformers' ``save_pretrained`` wrote, or a hub name ("CIDAS/clipseg-rd64-refined"),
-                whose files are fetched where a network is. The tokenizer and ``preprocessor_config.json`` are taken from
-                beside the weights where they are.
+                whose files are fetched where a network is. Tokenizer and ``preprocessor_config.json`` are looked for
+                beside the weights.
             map_location: the device to put it on.
             options: ``image_size``, ``image_mean``, ``image_std``, ``max_words`` and ``tokenizer`` in place of what the
                 files say, and what the class takes. Without ``preprocessor_config.json`` the size is the
@@ -169,9 +171,7 @@ class TextPromptedTeacher(nn.Module):
             self._seen.clear()
         decoder = torch.cat([torch.zeros_like(found.mask), found.mask], 1)
         logits = F.interpolate(decoder, size=image.shape[-2:], mode="bilinear", align_corners=False)
-        return RISOutput(
-            logits, decoder, found.features, found.stages, found.words, found.pixel_word_logits, word_mask
-        )
+        return RISOutput(logits, decoder, found.features, found.stages, found.words, found.pixel_word_logits, word_mask)
 
     def parameter_count(self) -> dict[str, int]:
         """Parameters in all and of each part of the network."""

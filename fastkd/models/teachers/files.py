@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.models import checkpoint
+from fastkd.models.ris import _is_hub_name
 from fastkd.models.teachers.adapter import TeacherConfig, TextPromptedTeacher
 from fastkd.models.teachers.clipseg import CLIPSegTeacher
 from fastkd.models.teachers.sam3 import SAM3Teacher
@@ -27,7 +28,7 @@ def supported() -> dict[str, type[TextPromptedTeacher]]:
 def model_type_of(path: str | Path) -> str | None:
     """The ``model_type`` of a folder's or hub name's configuration; None where there is none, as in fastkd's own."""
     folder = Path(path).expanduser()
-    if _is_hub_name(path):
+    if _is_hub_name(str(path)):
         from huggingface_hub import hf_hub_download
 
         try:
@@ -59,23 +60,18 @@ def load(cls: type[TextPromptedTeacher], path: str | Path, options: dict[str, An
 
 def _folder(path: str | Path) -> Path:
     name = str(path)
-    if not _is_hub_name(path):
+    if not _is_hub_name(name):
         return Path(path).expanduser()
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED))
     except Exception as error:  # the hub's and the network's errors are of many kinds
-        kind = type(error).__name__
+        kind, text = type(error).__name__, (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{name!r} is no folder here, and could not be fetched from the hub ({kind}: {str(error).splitlines()[0]}): "
+            f"{name!r} is no folder here, and could not be fetched from the hub ({kind}: {text}): "
             "give the path of a folder, or look at the name, the network and the licence that may have to be accepted"
         ) from error
-
-
-def _is_hub_name(path: str | Path) -> bool:
-    name = str(path)
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()
 
 
 def _class_for(cls: type[TextPromptedTeacher], folder: Path) -> type[TextPromptedTeacher]:
@@ -115,13 +111,13 @@ def _network(model: Any, folder: Path) -> Any:
     gaps = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if gaps:
         few = ", ".join(gaps[:6]) + (", ..." if len(gaps) > 6 else "")
-        raise ValueError(f"{folder}: its weights do not fill {model.__name__}: {len(gaps)} missing or misshapen ({few})")
+        raise ValueError(
+            f"{folder}: its weights do not fill {model.__name__}: {len(gaps)} missing or misshapen ({few})"
+        )
     return network
 
 
-def _config(
-    cls: type[TextPromptedTeacher], network: Any, folder: Path, given: dict[str, Any]
-) -> TeacherConfig:
+def _config(cls: type[TextPromptedTeacher], network: Any, folder: Path, given: dict[str, Any]) -> TeacherConfig:
     images = _preprocessor(folder)
     size = given.get("image_size", _side(images.get("size")) or network.config.vision_config.image_size)
     mean = given.get("image_mean", images.get("image_mean", cls.default_mean))

@@ -15,8 +15,8 @@ MASKS = ("best", "semantic")
 class SAM3Teacher(TextPromptedTeacher):
     """SAM 3: a DETR whose encoder lets the pixels attend to the sentence, and a mask for each of its queries.
 
-    Carion et al., "SAM 3: Segment Anything with Concepts", arXiv 2511.16719; transformers' ``Sam3Model`` with text alone.
-    Its output, at 1008×1008:
+    Carion et al., "SAM 3: Segment Anything with Concepts", arXiv 2511.16719; transformers' ``Sam3Model``, given a text
+    alone. Its output, at 1008×1008:
 
     - ``decoder`` (B, 2, 288, 288), from the mask logits that ``masks`` picks;
     - ``decoder_features`` (B, 256, 288, 288), the map that all masks are read from;
