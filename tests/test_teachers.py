@@ -188,6 +188,16 @@ class TestCall:
         one = teacher(imagenet(picture())[:1], ids[:1], mask[:1])
         torch.testing.assert_close(one.logits, both.logits[:1], rtol=1e-4, atol=1e-4)
 
+    def test_under_autocast_and_for_smaller_images(self, teacher) -> None:
+        ids, mask = tokens(teacher)
+        for size in ((96, 80), (20, 24)):
+            expected = teacher(imagenet(picture(size)), ids, mask).logits
+            with torch.autocast("cpu", torch.bfloat16):
+                out = teacher(imagenet(picture(size)), ids, mask).logits
+            assert out.shape == (2, 2, *size)
+            assert out.dtype == torch.float32
+            torch.testing.assert_close(out, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
     def test_copies_are_independent_and_nothing_is_kept(self, teacher, folders) -> None:
         ids, mask = tokens(teacher)
         image = imagenet(picture())
@@ -569,3 +579,24 @@ class TestCommands:
         assert "pass --teacher-tokenizer" in capsys.readouterr().err
         given = ["--teacher-tokenizer", folders["clipseg"], "--terms", "mask=0.3"]
         assert self.run(*common, "--teacher", bare, *given) == 0, capsys.readouterr().err
+
+    def test_a_teacher_of_fastkd_with_another_vocabulary(self, scenes, tmp_path, capsys) -> None:
+        other = copy.deepcopy(STUDENT)
+        other["text"]["vocab_size"] = 200
+        (tmp_path / "student.json").write_text(json.dumps(other))
+        common = [
+            "distill",
+            "--data",
+            scenes,
+            "--student",
+            tmp_path / "student.json",
+            "--out",
+            tmp_path / "o",
+            *self.SHORT,
+        ]
+        assert self.run(*common) == 2
+        assert "the student's vocabulary has 200 words, the teacher's 160" in capsys.readouterr().err
+        assert self.run(*common, "--teacher-tokenizer", "shapes") == 2
+        assert "tokenised differently" in capsys.readouterr().err
+        terms = ["--terms", "mask=0.3", "pixel_pixel=0.1"]
+        assert self.run(*common, "--teacher-tokenizer", "shapes", *terms) == 0, capsys.readouterr().err

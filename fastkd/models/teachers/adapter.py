@@ -139,6 +139,7 @@ class TextPromptedTeacher(nn.Module):
         """An ImageNet-normalised image (B, 3, H, W) as the network wants it: resized, and normalised its way."""
         size = (self.config.image_size, self.config.image_size)
         # Renormalising is affine per channel, so it may come after the resizing, on what is mostly fewer pixels.
+        image = image.to(self._scale.dtype)
         if image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
         return image * self._scale + self._shift
@@ -169,8 +170,10 @@ class TextPromptedTeacher(nn.Module):
             found = self.run(self.pixels(image), input_ids, word_mask)
         finally:
             self._seen.clear()
-        decoder = torch.cat([torch.zeros_like(found.mask), found.mask], 1)
-        logits = F.interpolate(decoder, size=image.shape[-2:], mode="bilinear", align_corners=False)
+        # Antialiasing, for students' images that are smaller, does not know half precision.
+        mask = found.mask.to(torch.promote_types(found.mask.dtype, torch.float32))
+        decoder = torch.cat([torch.zeros_like(mask), mask], 1)
+        logits = F.interpolate(decoder, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
         return RISOutput(logits, decoder, found.features, found.stages, found.words, found.pixel_word_logits, word_mask)
 
     def parameter_count(self) -> dict[str, int]:
