@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,109 @@ def test_inside_torch_compile(net: Net) -> None:
     taps.close()
     with fastkd.Taps(compiled, {"last": "backbone.layers.2.fusion"}) as late:
         assert late.paths == {"last": "backbone.layers.2.fusion"}
+
+
+def test_compiled_and_wrapped_parts(net: Net) -> None:
+    eager = net(torch.ones(2, 4))
+    net.backbone.layers[2] = torch.compile(net.backbone.layers[2], backend="eager")
+    net.backbone.layers[1] = nn.DataParallel(net.backbone.layers[1])
+    written = {
+        "bare": "backbone.layers.1.fusion",
+        "wrapped": "backbone.layers.1.module.fusion",
+        "late": "backbone.layers.2.fusion",
+        "compiled": "backbone.layers.2._orig_mod.fusion",
+        "block": ("backbone.layers.2", 0),
+    }
+    with fastkd.Taps(net, written) as taps:
+        assert taps.paths["wrapped"] == taps.paths["bare"] == "backbone.layers.1.fusion"
+        assert taps.paths["compiled"] == taps.paths["late"] == "backbone.layers.2.fusion"
+        torch.testing.assert_close(net(torch.ones(2, 4)), eager)
+        assert torch.equal(taps["wrapped"], taps["bare"])
+        torch.testing.assert_close(taps["late"], eager)
+        torch.testing.assert_close(taps["compiled"], eager)
+    with pytest.raises(ValueError, match=r"Did you mean 'backbone\.layers\.2\.fusion'"):
+        fastkd.Taps(net, {"x": "backbone.layers.2._orig_mod.fusoin"})
+
+
+def test_a_module_that_is_called_module(net: Net) -> None:
+    net.module = nn.Linear(4, 4)  # a name of the model's own, not a wrapper's
+    net.forward = lambda x: net.module(x)  # type: ignore[method-assign]
+    with fastkd.Taps(net, {"own": "module"}) as taps:
+        assert taps.paths == {"own": "module"}
+        assert torch.equal(net(torch.ones(1, 4)), taps["own"])
+
+
+def test_distributed_and_compiled_names(net: Net, tmp_path: Path) -> None:
+    eager = net(torch.ones(2, 4))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(net)
+        names = [name for name, _ in parallel.named_modules()]
+        assert "module.backbone.layers.2.fusion" in names
+        for path in ("backbone.layers.2.fusion", "module.backbone.layers.2.fusion"):
+            with fastkd.Taps(parallel, {"last": path, "part": ("backbone.layers.1", "1.twice")}) as taps:
+                assert taps.paths["last"] == "backbone.layers.2.fusion"
+                out = parallel(torch.ones(2, 4))
+                assert torch.equal(taps["last"], out)
+                torch.testing.assert_close(out, eager)
+                assert taps["part"].requires_grad
+        compiled = torch.compile(parallel, backend="eager")
+        taps = fastkd.Taps(compiled, {"last": "_orig_mod.module.backbone.layers.2.fusion"})
+        torch.testing.assert_close(compiled(torch.ones(2, 4)), eager)
+        torch.testing.assert_close(taps["last"], eager)
+        with pytest.raises(ValueError, match=r"no module 'backbone\.layer\.2\.fusion'.* 'backbone\.layers\.2\.fusion'"):
+            fastkd.Taps(compiled, {"last": "_orig_mod.module.backbone.layer.2.fusion"})
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Matcher(nn.Module):
+    """Somebody's network that returns a mask and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 6, 2, 2)
+        self.embed = nn.Embedding(9, 6)
+        self.match = nn.Module()
+        self.match.scores = Scores()
+
+    def forward(self, image: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        scores = self.match.scores(self.encoder(image).flatten(2).mT, words=self.embed(input_ids))
+        best = scores["logits"].amax(-1).unflatten(1, (image.shape[2] // 2, image.shape[3] // 2))
+        return torch.stack([torch.zeros_like(best), best], 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+class Scores(nn.Module):
+    def forward(self, pixels: torch.Tensor, words: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": pixels @ words.mT / 6**0.5}
+
+
+def test_any_module_teaches_by_its_paths() -> None:
+    torch.manual_seed(0)
+    student, teacher = Matcher(), Matcher().eval().requires_grad_(False)
+    paths = {"map": "encoder", "words": "embed", "pixel_words": ("match.scores", "logits")}
+    losses = fastkd.losses
+    terms = [
+        fastkd.Term(losses.channel_kd, "map", name="map"),
+        fastkd.Term(losses.cross_modal_kd, ("map", "words"), name="features"),
+        fastkd.Term(losses.cross_modal_kd_from_logits, "pixel_words", name="logits"),
+    ]
+    distiller = fastkd.Distiller(
+        student,
+        torch.compile(teacher, backend="eager"),
+        lambda out, batch: nn.functional.cross_entropy(out, batch["mask"]),
+        terms,
+        student_taps=paths,
+        teacher_taps=fastkd.Taps(teacher, paths),  # before it runs compiled,
+    )
+    batch = {
+        "image": torch.randn(2, 3, 8, 8),
+        "input_ids": torch.randint(9, (2, 5)),
+        "mask": torch.randint(2, (2, 8, 8)),
+    }
+    report = distiller.check(batch)
+    assert all(norm > 0 for norm in report.norms.values())
+    torch.testing.assert_close(report.values["features"], report.values["logits"])  # one thing, tapped in two ways
 
 
 def test_a_tapped_model_can_be_copied_and_pickled(net: Net) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkd.data import ReferDataset
-    from fastkd.models import LAVT, RISModel
+    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
 
 
 def build_model(what: str, seed: int) -> RISModel:
@@ -43,34 +43,64 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_teacher(what: str) -> RISModel | LAVT:
-    """A teacher with weights, in eval mode and frozen: its folder, a LAVT's file, or "shapes" for the shipped one."""
-    from fastkd.models import LAVT, RISModel
+def load_teacher(what: str) -> RISModel | LAVT | TextPromptedTeacher:
+    """A teacher with weights, in eval mode and frozen: its folder or hub name, a LAVT's file, or "shapes"."""
+    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
+    from fastkd.models.teachers.files import model_type_of
 
     path = shapes_teacher() if what == "shapes" else Path(what).expanduser()
-    is_file = path.is_file() or path.suffix in (".safetensors", ".pth")
-    teacher = LAVT.from_pretrained(path) if is_file else RISModel.from_pretrained(path)
+    teacher: RISModel | LAVT | TextPromptedTeacher
+    if path.is_file() or path.suffix in (".safetensors", ".pth"):
+        teacher = LAVT.from_pretrained(path)
+    elif model_type_of(path) is not None:  # a folder of transformers
+        teacher = TextPromptedTeacher.from_pretrained(path)
+    else:
+        teacher = RISModel.from_pretrained(path)
     return teacher.eval().requires_grad_(False)
 
 
-def load_local(what: str) -> RISModel | LAVT:
+def load_local(what: str) -> RISModel | LAVT | TextPromptedTeacher:
     """As :func:`load_teacher`, but from this machine alone: a folder mistyped is never looked up as a hub's name."""
     if what != "shapes" and not Path(what).expanduser().exists():
         raise FileNotFoundError(f"no model at {what}; give a folder written by save_pretrained (a run's best/ is one)")
     return load_teacher(what)
 
 
-def check_vocabularies(student: RISModel, teacher: RISModel | LAVT) -> None:
-    """Refuse a teacher whose word ids are not the student's: it would read another sentence."""
-    from fastkd.models import LAVT
+def teacher_words(
+    student: RISModel, teacher: RISModel | LAVT | TextPromptedTeacher, tokenizer: str | None
+) -> dict[str, Any]:
+    """`ReferDataset`'s arguments for a teacher with a tokenizer of its own; none where it reads the student's words.
 
-    theirs = teacher.vocab_size if isinstance(teacher, LAVT) else teacher.text_encoder.vocab_size
-    ours = student.text_encoder.vocab_size
-    if theirs is not None and theirs != ours:
-        raise ValueError(
-            f"the student's vocabulary has {ours} words, the teacher's {theirs}: they read the same word ids, so they "
-            "need one tokenizer; choose a student with the teacher's"
-        )
+    A teacher whose word ids are not the student's is refused unless its tokenizer is known: it would read another
+    sentence.
+    """
+    from fastkd.data import load_tokenizer
+    from fastkd.models import RISModel, TextPromptedTeacher
+
+    config = teacher.config
+    if isinstance(teacher, TextPromptedTeacher):
+        tokenizer = tokenizer or config.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                f"the teacher's folder holds no tokenizer, and a {type(teacher).__name__} reads token ids of its own: "
+                "save its tokenizer there too, or pass --teacher-tokenizer with that tokenizer's folder"
+            )
+    else:
+        theirs = teacher.text_encoder.vocab_size if isinstance(teacher, RISModel) else teacher.vocab_size
+        ours = student.text_encoder.vocab_size
+        if tokenizer is None and theirs is not None and theirs != ours:
+            raise ValueError(
+                f"the student's vocabulary has {ours} words, the teacher's {theirs}: they read the same word ids, so "
+                "they need one tokenizer; choose a student with the teacher's, or pass --teacher-tokenizer: terms may "
+                "then not compare them word by word"
+            )
+        if tokenizer is None:
+            return {}
+    keep_end = getattr(config, "keep_end", False)
+    return {
+        "teacher_tokenizer": load_tokenizer(tokenizer, keep_end=keep_end),
+        "teacher_max_words": config.max_words,
+    }
 
 
 def shapes_teacher() -> Path:
@@ -86,9 +116,13 @@ def open_split(
     sentences: str,
     seed: int = 0,
     tokenizer: str | None = None,
+    teacher: dict[str, Any] | None = None,
     **where: Any,
 ) -> ReferDataset:
-    """One split, at the size that the model was made for, and with its tokenizer or the one given."""
+    """One split, at the size that the model was made for, and with its tokenizer or the one given.
+
+    ``teacher`` is what `teacher_words` returns.
+    """
     from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
 
     config = model.config
@@ -101,12 +135,13 @@ def open_split(
     small = config.image_size <= 128  # decoded images of a small set fit in memory
     return ReferDataset(
         RefCOCO(root, split=split, **where),
-        load_tokenizer(source),
+        load_tokenizer(source, keep_end=getattr(config, "keep_end", False)),
         image_size=config.image_size,
         max_words=config.max_words,
         sentences=sentences,
         seed=seed,
         cache=small,
+        **(teacher or {}),
     )
 
 

@@ -21,8 +21,8 @@ def evaluate(
 
     Args:
         data: the data set.
-        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), or "shapes" for the
-            shipped teacher of the procedural set.
+        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), a folder or hub name
+            of transformers' CLIPSeg or SAM 3, or "shapes" for the shipped teacher of the procedural set.
         split: train, val, test, testA or testB.
         protocol: what the numbers mean: "lavt" (at the model's own size) or "lavt480".
         batch_size: samples per forward.

@@ -35,7 +35,9 @@ class DataArgs:
     split_by: str = "unc"
     tokenizer: str | None = None
 
-    def open(self, split: str, model: Any, *, sentences: str, seed: int = 0) -> ReferDataset:
+    def open(
+        self, split: str, model: Any, *, sentences: str, seed: int = 0, teacher: dict[str, Any] | None = None
+    ) -> ReferDataset:
         """One split, at the size and with the tokenizer that the model was made for."""
         from fastkd.cli._common import open_split
 
@@ -46,6 +48,7 @@ class DataArgs:
             sentences=sentences,
             seed=seed,
             tokenizer=self.tokenizer,
+            teacher=teacher,
             name=self.dataset,
             split_by=self.split_by,
         )
@@ -80,6 +83,7 @@ def distill(
     teacher: str = "shapes",
     student: str = "shapes-student",
     terms: tuple[str, ...] = _TERMS,
+    teacher_tokenizer: str | None = None,
     config: Config = _CONFIG,
     overwrite: bool = False,
 ) -> None:
@@ -88,15 +92,19 @@ def distill(
     Args:
         data: the data set.
         out: folder for log and checkpoints.
-        teacher: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``, or its .pth), or
-            "shapes" for the shipped teacher of the procedural set.
+        teacher: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``, or its .pth), a
+            folder or hub name of transformers' CLIPSeg or SAM 3, or "shapes" for the shipped teacher of the procedural
+            set.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
         terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
             over that of the task's, measured on the first batches; the terms are those of fastkd.train.recipes.TERMS.
+            With a teacher that has its own tokenizer: ``mask``, and ``pixel_pixel`` if it compares pixels with words.
+        teacher_tokenizer: path of the teacher's own tokenizer, where it is not the student's; CLIPSeg's and SAM 3's is
+            looked for beside their weights.
         config: the settings.
         overwrite: replace an earlier run in --out.
     """
-    _run(data, out, student, config, overwrite, teacher, terms)
+    _run(data, out, student, config, overwrite, teacher, terms, teacher_tokenizer)
 
 
 def _run(
@@ -107,21 +115,21 @@ def _run(
     overwrite: bool,
     teacher_name: str | None = None,
     terms: Sequence[str] = (),
+    teacher_tokenizer: str | None = None,
 ) -> None:
     from fastkd import Distiller
-    from fastkd.cli._common import build_model, check_vocabularies, load_teacher, parse_terms
+    from fastkd.cli._common import build_model, load_teacher, parse_terms, teacher_words
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
     from fastkd.train.recipes import balance_on, recipe
 
     model = build_model(model_name, config.seed)
     teacher = None if teacher_name is None else load_teacher(teacher_name)
-    if teacher is not None:
-        check_vocabularies(model, teacher)
+    apart = {} if teacher is None else teacher_words(model, teacher, teacher_tokenizer)
     # Kept with the student, which is of no use without it.
-    theirs = None if teacher is None else teacher.config.tokenizer
+    theirs = None if teacher is None or apart else teacher.config.tokenizer
     model.config.tokenizer = data.tokenizer or model.config.tokenizer or theirs
-    train_set = data.open("train", model, sentences="random", seed=config.seed)
+    train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=apart)
     val_set = data.open("val", model, sentences="all")
     subject: Any = model
     if teacher is not None:

@@ -35,6 +35,9 @@ class ReferDataset(Dataset[Sample]):
         sentences: ``"random"``: one sample a ref, with a sentence drawn by (seed, epoch, index), the same in every
             run and worker; ``"all"``: one sample a sentence, for evaluation.
         seed: of the sentence draw.
+        teacher_tokenizer: for a teacher with a tokenizer of its own: samples also hold ``teacher_input_ids`` and
+            ``teacher_word_mask``, the same sentence in its words, which a `Distiller` hands to it.
+        teacher_max_words: length of ``teacher_input_ids``; ``max_words`` where left out.
         cache: keep decoded and resized images and masks in memory, (S, S, 3) + (S, S) bytes each, as they are first
             read; workers of a DataLoader each keep their own unless :meth:`fill_cache` ran before.
 
@@ -56,25 +59,35 @@ class ReferDataset(Dataset[Sample]):
         sentences: str = "random",
         seed: int = 0,
         cache: bool = False,
+        teacher_tokenizer: Tokenizer | None = None,
+        teacher_max_words: int | None = None,
     ) -> None:
         if not isinstance(refcoco, RefCOCO):
             raise TypeError(
                 f"refcoco must be a RefCOCO, got {type(refcoco).__name__}; make one: RefCOCO(root, split=...)"
             )
-        if not callable(tokenizer):
-            raise TypeError(f"tokenizer must come from load_tokenizer, got {type(tokenizer).__name__}")
+        teacher_max_words = max_words if teacher_max_words is None else teacher_max_words
+        tokenizers = [("tokenizer", "max_words", tokenizer, max_words)]
+        if teacher_tokenizer is not None:
+            tokenizers.append(("teacher_tokenizer", "teacher_max_words", teacher_tokenizer, teacher_max_words))
+        for name, length_name, one, length in tokenizers:
+            if not callable(one):
+                raise TypeError(f"{name} must come from load_tokenizer, got {type(one).__name__}")
+            if not isinstance(length, int) or length < 3:
+                raise ValueError(
+                    f"{length_name} must be an integer of at least 3 ([CLS], a word, [SEP]); got {length!r}"
+                )
         if sentences not in ("random", "all"):
             raise ValueError(f"sentences must be 'random' (one a ref and epoch) or 'all'; got {sentences!r}")
         if not isinstance(image_size, int) or image_size < 1:
             raise ValueError(f"image_size must be a positive integer; got {image_size!r}")
-        if not isinstance(max_words, int) or max_words < 3:
-            raise ValueError(f"max_words must be an integer of at least 3 ([CLS], a word, [SEP]); got {max_words!r}")
         self.refcoco, self.tokenizer = refcoco, tokenizer
         self.image_size, self.max_words, self.sentences, self.seed = image_size, max_words, sentences, seed
+        self.teacher_tokenizer, self.teacher_max_words = teacher_tokenizer, teacher_max_words
         self._pairs = [(ref, sentence) for ref in refcoco for sentence in ref.sentences]
         self._images: dict[int, np.ndarray] | None = {} if cache else None
         self._masks: dict[int, np.ndarray] | None = {} if cache else None
-        self._ids: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._ids: dict[str, dict[str, torch.Tensor]] = {}
         # in shared memory, so that workers which live on from epoch to epoch see set_epoch too
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -94,11 +107,9 @@ class ReferDataset(Dataset[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range: the dataset has {len(self)} samples")
         ref, sentence = self._pick(index % len(self))
-        input_ids, word_mask = self._tokens(sentence.text)
         return {
             "image": normalise(self._image(ref.image_id)),
-            "input_ids": input_ids,
-            "word_mask": word_mask,
+            **self._tokens(sentence.text),
             "mask": torch.from_numpy(self._mask(ref.ref_id).copy()),  # never a view of the cache
             "ref_id": ref.ref_id,
             "sent_id": sentence.sent_id,
@@ -122,10 +133,14 @@ class ReferDataset(Dataset[Sample]):
             return ref, ref.sentences[0]
         return ref, Random(f"{self.seed}/{self.epoch}/{index}").choice(ref.sentences)
 
-    def _tokens(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tokens(self, text: str) -> dict[str, torch.Tensor]:
         if text not in self._ids:
             input_ids, word_mask = self.tokenizer([text], self.max_words)
-            self._ids[text] = input_ids[0], word_mask[0]
+            tokens = {"input_ids": input_ids[0], "word_mask": word_mask[0]}
+            if self.teacher_tokenizer is not None:
+                input_ids, word_mask = self.teacher_tokenizer([text], self.teacher_max_words)
+                tokens |= {"teacher_input_ids": input_ids[0], "teacher_word_mask": word_mask[0]}
+            self._ids[text] = tokens
         return self._ids[text]
 
     def _image(self, image_id: int) -> np.ndarray:
@@ -162,8 +177,9 @@ def normalise(pixels: np.ndarray) -> torch.Tensor:
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Samples to a batch: tensors are stacked, ids and sentences become lists.
 
-    Keys: ``image`` (B, 3, S, S), ``input_ids`` (B, T), ``word_mask`` (B, T), ``mask`` (B, S, S), and the lists
-    ``ref_id``, ``sent_id``, ``image_id``, ``sentence``.
+    Keys: ``image`` (B, 3, S, S), ``input_ids`` (B, T), ``word_mask`` (B, T), ``mask`` (B, S, S), with a teacher's
+    tokenizer ``teacher_input_ids`` and ``teacher_word_mask``, and the lists ``ref_id``, ``sent_id``, ``image_id``,
+    ``sentence``.
     """
     if len(samples) == 0:
         raise ValueError("collate got an empty batch: give at least one sample")

@@ -19,7 +19,9 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 class Tokenizer:
     """Turns sentences into ids of fixed length: ``[CLS]``, the pieces, ``[SEP]``, then 0 (``[PAD]``).
 
-    A longer sentence keeps its first ``max_words`` ids (its ``[SEP]`` is cut off, as in LAVT) with one warning.
+    A longer sentence keeps its first ``max_words`` ids (its ``[SEP]`` is cut off, as in LAVT) with one warning. With
+    ``keep_end`` it keeps its end mark in the last place instead, and the padding id may be any: so do CLIP's text
+    encoders want it, which read a sentence from its end mark.
 
     Example::
 
@@ -27,10 +29,11 @@ class Tokenizer:
         input_ids, word_mask = tokenizer(["the red circle"], max_words=20)   # (1, 20) int64, (1, 20) bool
     """
 
-    def __init__(self, inner: Any, name: str) -> None:
-        if inner.pad_token_id != 0:
+    def __init__(self, inner: Any, name: str, keep_end: bool = False) -> None:
+        if inner.pad_token_id != 0 and not keep_end:
             raise ValueError(f"tokenizer {name!r} has pad id {inner.pad_token_id}; [PAD] must be the first entry, id 0")
         self.name = name
+        self.keep_end = keep_end
         self._inner = inner
         self._warned = False
 
@@ -61,7 +64,7 @@ class Tokenizer:
             if not sentence.strip():
                 raise ValueError(f"sentence {number} is empty: leave it out")
         rows = self._inner(list(sentences), add_special_tokens=True, return_attention_mask=False)["input_ids"]
-        input_ids = torch.zeros(len(rows), max_words, dtype=torch.int64)
+        input_ids = torch.full((len(rows), max_words), self._inner.pad_token_id or 0, dtype=torch.int64)
         word_mask = torch.zeros(len(rows), max_words, dtype=torch.bool)
         for number, row in enumerate(rows):
             if len(row) > max_words and not self._warned:
@@ -74,6 +77,8 @@ class Tokenizer:
                     stacklevel=2,
                 )
             kept = row[:max_words]
+            if self.keep_end:
+                kept[-1] = row[-1]
             input_ids[number, : len(kept)] = torch.tensor(kept)
             word_mask[number, : len(kept)] = True
         return input_ids, word_mask
@@ -82,23 +87,25 @@ class Tokenizer:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
 
 
-def load_tokenizer(source: str | os.PathLike[str] = "shapes") -> Tokenizer:
+def load_tokenizer(source: str | os.PathLike[str] = "shapes", *, keep_end: bool = False) -> Tokenizer:
     """A tokenizer from files on this machine.
 
     Args:
         source: ``"shapes"``, the vocabulary of the procedural set that ships with fastkd; or the path of a BERT
-            ``vocab.txt`` (uncased); or a folder saved by transformers' ``save_pretrained``, or with a ``vocab.txt``.
+            ``vocab.txt`` (uncased); or a folder saved by transformers' ``save_pretrained``, or with a ``vocab.txt``, or
+            with a ``vocab.json`` and ``merges.txt``.
+        keep_end: sentences that are cut keep their end mark, as CLIP's text encoders need; see `Tokenizer`.
 
     Raises:
-        FileNotFoundError: nothing there, or a folder with neither ``tokenizer.json`` nor ``vocab.txt``.
+        FileNotFoundError: nothing there, or a folder with none of those files.
         ValueError: a vocabulary without the special pieces, with an entry twice, or with ``[PAD]`` not first; a file or
             folder that can't be read.
     """
     if source == "shapes":
-        return _from_vocabulary(_SHAPES, "shapes")
+        return _from_vocabulary(_SHAPES, "shapes", keep_end)
     path = Path(source)
     if path.is_dir():
-        if (path / "tokenizer.json").is_file():
+        if (path / "tokenizer.json").is_file() or all((path / name).is_file() for name in ("vocab.json", "merges.txt")):
             from transformers import AutoTokenizer
 
             try:
@@ -108,18 +115,18 @@ def load_tokenizer(source: str | os.PathLike[str] = "shapes") -> Tokenizer:
                 raise ValueError(
                     f"tokenizer folder {str(path)!r} can't be read ({kind}: {error}): save it again"
                 ) from error
-            return Tokenizer(inner, str(path))
+            return Tokenizer(inner, str(path), keep_end)
         if (path / "vocab.txt").is_file():
-            return _from_vocabulary(path / "vocab.txt", str(path))
+            return _from_vocabulary(path / "vocab.txt", str(path), keep_end)
         raise FileNotFoundError(f"tokenizer folder {str(path)!r} holds neither tokenizer.json nor vocab.txt")
     if not path.is_file():
         raise FileNotFoundError(
             f"tokenizer {str(path)!r} is no file or folder; give 'shapes', the path of a vocab.txt, or a folder"
         )
-    return _from_vocabulary(path, str(path))
+    return _from_vocabulary(path, str(path), keep_end)
 
 
-def _from_vocabulary(path: Path, name: str) -> Tokenizer:
+def _from_vocabulary(path: Path, name: str, keep_end: bool) -> Tokenizer:
     from transformers import BertTokenizer
 
     try:
@@ -132,4 +139,4 @@ def _from_vocabulary(path: Path, name: str) -> Tokenizer:
     missing = [piece for piece in _SPECIAL if piece not in vocabulary]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is not a BERT vocabulary, which has one piece a line")
-    return Tokenizer(BertTokenizer(vocab=vocabulary, do_lower_case=True), name)
+    return Tokenizer(BertTokenizer(vocab=vocabulary, do_lower_case=True), name, keep_end)

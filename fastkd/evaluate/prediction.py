@@ -118,7 +118,7 @@ def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None)
             "the model's configuration names no tokenizer, and word ids mean nothing without one: pass it "
             "(--tokenizer, or tokenizer=fastkd.data.load_tokenizer(...)), or put its vocab.txt into the model's folder"
         )
-    return load_tokenizer(source)
+    return load_tokenizer(source, keep_end=getattr(model.config, "keep_end", False))
 
 
 def tokenizer_source(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> str | None:

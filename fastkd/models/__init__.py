@@ -1,4 +1,4 @@
-"""Teachers and students for referring image segmentation: LAVT, and timm × transformers with fusion at every stage.
+"""Teachers and students for referring image segmentation: LAVT, CLIPSeg and SAM 3; timm × transformers with fusion.
 
 Needs the extra ``pip install fastkd[ris]``. Names are imported on first use; the presets and the configuration need
 neither torch nor timm::
@@ -21,17 +21,32 @@ if TYPE_CHECKING:
     from fastkd.models.lavt.model import LAVT
     from fastkd.models.presets import list_presets, preset
     from fastkd.models.ris import RISModel, RISOutput
+    from fastkd.models.teachers import CLIPSegTeacher, SAM3Teacher, TextPromptedTeacher
 
-__all__ = ["LAVT", "LAVTConfig", "RISConfig", "RISModel", "RISOutput", "list_presets", "preset"]
+__all__ = [
+    "LAVT",
+    "CLIPSegTeacher",
+    "LAVTConfig",
+    "RISConfig",
+    "RISModel",
+    "RISOutput",
+    "SAM3Teacher",
+    "TextPromptedTeacher",
+    "list_presets",
+    "preset",
+]
 
 __getattr__ = lazy_names(
     __name__,
     {
+        "CLIPSegTeacher": "fastkd.models.teachers",
         "LAVT": "fastkd.models.lavt.model",
         "LAVTConfig": "fastkd.models.lavt.config",
         "RISConfig": "fastkd.models.config",
         "RISModel": "fastkd.models.ris",
         "RISOutput": "fastkd.models.ris",
+        "SAM3Teacher": "fastkd.models.teachers",
+        "TextPromptedTeacher": "fastkd.models.teachers",
         "list_presets": "fastkd.models.presets",
         "preset": "fastkd.models.presets",
     },

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastkd.train import checks
+from fastkd.train import checks, words
 from fastkd.train.select import Selector, hint, select
 from fastkd.train.taps import Taps
 
@@ -35,7 +35,7 @@ class Term:
         weight: factor of the term in the loss.
         name: how logs and errors call it; the loss's name where left out.
         kwargs: further arguments of the loss. A string that begins with ``batch.``, ``student.`` or ``teacher.`` is
-            looked up there at every step; any other value is passed as it is.
+            looked up there at every step, also within a tuple or list; any other value is passed as it is.
 
     Raises:
         ValueError: a weight that is not finite or is negative, a name with a dot.
@@ -110,7 +110,10 @@ class Distiller(nn.Module):
             student alone.
         task_loss: ``task_loss(student_output, batch)`` → scalar.
         terms: the distillation terms, `Term`.
-        inputs: the keys of the batch that the models take; the models get those that a batch has, and no others.
+        inputs: the keys of the batch that the models take; the models get those that a batch has, and no others. Where
+            a batch has ``teacher_input_ids`` (or ``teacher_`` and another of the keys), the teacher gets that under the
+            key's own name: the sentence in the words of its own tokenizer. Words are then not the same on both sides,
+            and of the cross-modal terms only ``"pixel_pixel"`` is taken, with a pair of word masks.
         student_taps: name to module path (or a `Taps`) for features that the student's output does not hold; terms
             select them by name.
         teacher_taps: the same for the teacher.
@@ -178,10 +181,13 @@ class Distiller(nn.Module):
         """Run both models and every loss on one batch."""
         student = self.student(**self.model_inputs(batch))
         teacher = self.run_teacher(batch)
+        apart = words.tokenised_apart(self.inputs, batch)
         task = self.task_loss(student, batch)
         loss = task
         terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
+            if apart:
+                words.check_term(name, term.loss, term.kwargs)
             terms[name] = value = self._term_value(term, student, teacher, batch)
             loss = loss + term.weight * value
         for taps in (self._student_taps, self._teacher_taps):
@@ -190,7 +196,7 @@ class Distiller(nn.Module):
         return DistillOutput(loss, task, terms, student, teacher)
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What of the batch goes into the models."""
+        """What of the batch goes into the student."""
         return {key: batch[key] for key in self.inputs if key in batch}
 
     def run_teacher(self, batch: Mapping[str, Any]) -> Any:
@@ -200,7 +206,7 @@ class Distiller(nn.Module):
         if self.teacher.training:
             raise ValueError("teacher is in train mode: its dropout and batch statistics are on; call teacher.eval()")
         with torch.no_grad():
-            return self.teacher(**self.model_inputs(batch))
+            return self.teacher(**words.teacher_inputs(self.teacher, self.inputs, batch))
 
     def check(self, batch: Mapping[str, Any]) -> checks.GradientReport:
         """Refuse, before training, what would otherwise fail silently; see `fastkd.train.checks.check`."""
@@ -247,7 +253,10 @@ class Distiller(nn.Module):
             return _scalar(term.name, term.loss(*values, **kwargs))
         if len(lengths) > 1 or 0 in lengths or not all(isinstance(value, list | tuple) for value in values):
             shapes = [len(value) if isinstance(value, list | tuple) else "one tensor" for value in values]
-            raise ValueError(f"term {term.name!r}: lists of tensors must have one length on both sides, got {shapes}")
+            none = "; an empty list is what a network computes none of" if 0 in lengths else ""
+            raise ValueError(
+                f"term {term.name!r}: lists of tensors must have one length on both sides, got {shapes}{none}"
+            )
         each = [_scalar(term.name, term.loss(*tensors, **kwargs)) for tensors in zip(*values, strict=True)]
         return torch.stack(each).mean()
 
@@ -301,6 +310,8 @@ def _look_up(value: Any, sources: Mapping[str, Any]) -> Any:
         source, dot, path = value.partition(".")
         if dot and source in sources:
             return select(path, sources[source])[0]
+    if type(value) in (tuple, list):
+        return type(value)(_look_up(one, sources) for one in value)
     return value
 
 

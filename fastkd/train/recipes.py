@@ -1,10 +1,13 @@
-"""Named distillation terms for `fastkd.models.RISModel` pairs: what `fastkd distill --terms` and the demo use."""
+"""Named distillation terms for `fastkd.models` pairs: what `fastkd distill --terms` and the demo use."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from fastkd import losses
@@ -45,6 +48,45 @@ def _logit() -> Term:
     return Term(losses.logit_kd, "decoder")
 
 
+def _mask() -> Term:
+    return Term(losses.logit_kd, "logits")
+
+
+def _pixel_pixel() -> Term:
+    masks = ("student.word_mask", "teacher.word_mask")
+    return Term(through_words, "pixel_word_logits.-1", kwargs={"word_mask": masks})
+
+
+def through_words(student: Tensor, teacher: Tensor, *, word_mask: tuple[Tensor, Tensor]) -> Tensor:
+    """The "pixel_pixel" term of two networks that share neither words, nor heads, nor a map's size.
+
+    Each network's heads are averaged, and the teacher's logits resized bilinearly to the student's square map: what is
+    left to compare is which pixels attend to the same words.
+
+    Args:
+        student: (B, heads, N, T) pixel–word logits of a square map.
+        teacher: the same, with its own numbers of heads, pixels and words.
+        word_mask: the student's (B, T) and the teacher's.
+
+    Raises:
+        ValueError: a map that is not square.
+    """
+    ours, theirs = student.mean(1), teacher.mean(1)
+    if ours.shape[1] != theirs.shape[1]:
+        theirs = F.interpolate(_square(theirs), size=_square(ours).shape[-2:], mode="bilinear", align_corners=False)
+        theirs = theirs.flatten(2).mT
+    value = losses.cross_modal_kd_from_logits(ours, theirs, word_mask=word_mask, terms={"pixel_pixel": 1.0})
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _square(logits: Tensor) -> Tensor:
+    side = math.isqrt(logits.shape[1])
+    if side * side != logits.shape[1]:
+        raise ValueError(f"pixel_pixel needs square maps to resize, got {logits.shape[1]} pixels: use square images")
+    return logits.mT.unflatten(2, (side, side))
+
+
 TERMS: dict[str, tuple[Callable[[], Term], str]] = {
     "first_order": (_first_order, "pixel–word attention at every fused stage: cross_modal_kd_from_logits, both KLs"),
     "second_order": (_second_order, "its Gram matrices: cross_modal_kd_from_logits, pixel_pixel and word_word"),
@@ -56,6 +98,11 @@ TERMS: dict[str, tuple[Callable[[], Term], str]] = {
     "channel": (_channel, "channel_kd on the decoder's last map, pooled over the batch and centred"),
     "pixel_relation": (_pixel_relation, "pixel_relation_kd on the third fused stage"),
     "logit": (_logit, "logit_kd on the decoder's two-channel map"),
+    "mask": (_mask, "logit_kd on the logits at the image's size, with a teacher of any kind"),
+    "pixel_pixel": (
+        _pixel_pixel,
+        "pixels related through words at the last fused stage, whatever the two tokenizers, heads and sizes",
+    ),
 }
 """Term name to what makes it and what it is. The channel terms need one decoder width on both sides."""
 

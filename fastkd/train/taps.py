@@ -151,6 +151,9 @@ def _canonical(path: str, modules: Mapping[str, nn.Module]) -> str:
     path = ".".join(part for part in path.split(".") if part != "_orig_mod")
     while path not in modules and path.startswith("module."):
         path = path.removeprefix("module.")
+    if path not in modules:  # a wrapped part of the model
+        bare = ".".join(part for part in path.split(".") if part != "module")
+        path = bare if bare in modules else path
     return path
 
 
