@@ -44,7 +44,10 @@ def predict(
 
     pixels = read_image(image)  # first: it fails soonest
     loaded = load_local(model).to(pick_device(device))
-    words = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_of(loaded, Path(model).expanduser())
+    if tokenizer is not None:
+        words = load_tokenizer(tokenizer, keep_end=getattr(loaded.config, "keep_end", False))
+    else:
+        words = tokenizer_of(loaded, Path(model).expanduser())
     found = run(loaded, pixels, sentence, words)
 
     buffer = io.BytesIO()
