@@ -300,9 +300,9 @@ def test_arguments_that_a_kernel_cannot_take() -> None:
     make = native("cuda").Relation
     named = ("cosine", "kl", 0.1, False, False)
     for wrong, said in (
-        (dict(dtype="float64"), "dtype: expected float32, float16 or bfloat16"),
-        (dict(form="gram"), "form: "),
-        (dict(rows=0), "expected at least 1"),
+        ({"dtype": "float64"}, "dtype: expected float32, float16 or bfloat16"),
+        ({"form": "gram"}, "form: "),
+        ({"rows": 0}, "expected at least 1"),
     ):
         given = {"rows": 3, "dtype": "float32", "form": "tiles"} | wrong
         with pytest.raises(ValueError, match=said):

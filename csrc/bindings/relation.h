@@ -80,10 +80,11 @@ inline RelationCall::Form parse_form(const std::string& name, bool cross, relati
 // minimum), and forward(call, args) and backward(call, args), which run without Python's lock.
 template <class Kernels>
 py::class_<RelationCall> define_relation(py::module_& module) {
-    return py::class_<RelationCall>(module, "Relation",
-                                    "relation of (batch, rows, width) student and teacher, in a workspace of at most "
-                                    "`limit` bytes. form: 'tiles' holds no matrix of rows x rows, 'kept' keeps them for "
-                                    "the backward, 'gram' (CPU) computes mse from matrices of width x width.")
+    return py::class_<RelationCall>(
+               module, "Relation",
+               "relation of (batch, rows, width) student and teacher, in a workspace of at most "
+               "`limit` bytes. form: 'tiles' holds no matrix of rows x rows, 'kept' keeps them for "
+               "the backward, 'gram' (CPU) computes mse from matrices of width x width.")
         .def(py::init([](std::int64_t batch, std::int64_t rows, std::int64_t student_width, std::int64_t teacher_width,
                          const std::string& similarity, const std::string& distance, double temperature, bool negate,
                          bool cross, const std::string& dtype, const std::string& form, std::int64_t extra,
@@ -93,12 +94,12 @@ py::class_<RelationCall> define_relation(py::module_& module) {
                  }
                  const relation::Distance parsed = parse_distance(distance);
                  const RelationCall call{{batch, rows, cross, parse_similarity(similarity), parsed,
-                                      parse_temperature(temperature), negate, parse_dtype(dtype)},
-                                     student_width,
-                                     teacher_width,
-                                     parse_form(form, cross, parsed),
-                                     extra,
-                                     limit};
+                                          parse_temperature(temperature), negate, parse_dtype(dtype)},
+                                         student_width,
+                                         teacher_width,
+                                         parse_form(form, cross, parsed),
+                                         extra,
+                                         limit};
                  Kernels::check(call);
                  return call;
              }),

@@ -79,9 +79,9 @@ FASTKD_DEVICE void load_matrices_transposed(std::uint32_t (&r)[4], const void* r
                  : "memory");
 }
 
-// Starts copying 16, 8 or 4 bytes to shared memory, both addresses multiples of that; where `inside` is false, zeros are
-// written and `from` is not read. Nothing may be read there before a wait for the copy's group, and a barrier for other
-// threads.
+// Starts copying 16, 8 or 4 bytes to shared memory, both addresses multiples of that; where `inside` is false, zeros
+// are written and `from` is not read. Nothing may be read there before a wait for the copy's group, and a barrier for
+// other threads.
 template <int bytes = 16>
 FASTKD_DEVICE void copy_async(void* to, const void* from, bool inside) {
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));

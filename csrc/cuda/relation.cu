@@ -24,12 +24,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) scales_kernel(Sca
     const int which = static_cast<int>(block_x() / blocks);
     const Network& network = args.networks[which];
     const std::int64_t first = block_x() % blocks * rows_of_group;
-    const auto row_at = [&](std::int64_t row) {
-        return rows_at<S>(network, row / args.rows, row % args.rows);
-    };
+    const auto row_at = [&](std::int64_t row) { return rows_at<S>(network, row / args.rows, row % args.rows); };
     const auto write = [&](std::int64_t row, float square) {
-        args.scales[which * args.all_rows + row] =
-            square <= 1e-24f ? no_direction : 1.0f / std::sqrt(square);
+        args.scales[which * args.all_rows + row] = square <= 1e-24f ? no_direction : 1.0f / std::sqrt(square);
     };
     if (network.rows.k_major) {
         const std::int64_t row = first + thread_x();
@@ -188,7 +185,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
         const float kappa = args.inv_temperature * 1.4426950408889634f;
         sum_tile<B, 3>(
             reductions,
-            [&](int i, int j, int e, float(&term)[3]) {
+            [&](int i, int j, int e, float (&term)[3]) {
                 const float v_s = sign * e_s.c[i][j][e], v_t = sign * e_t.c[i][j][e];
                 const float f_t = std::exp2((v_t - 1.0f) * kappa);
                 term[0] = std::exp2((v_s - 1.0f) * kappa);
@@ -206,7 +203,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
     case Method::mse:
         sum_tile<B, 1>(
             reductions,
-            [&](int i, int j, int e, float(&term)[1]) {
+            [&](int i, int j, int e, float (&term)[1]) {
                 const float d = e_s.c[i][j][e] - e_t.c[i][j][e];
                 term[0] = d * d;
             },
@@ -215,7 +212,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
     case Method::row_cosine: // in two parts, for which there are registers
         sum_tile<B, 3>(
             reductions,
-            [&](int i, int j, int e, float(&term)[3]) {
+            [&](int i, int j, int e, float (&term)[3]) {
                 const float s = e_s.c[i][j][e], t = e_t.c[i][j][e], d = s - t;
                 term[0] = s * s;
                 term[1] = t * t;
@@ -224,7 +221,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
             store);
         sum_tile<B, 2>(
             reductions + reduction_floats<B, 3>,
-            [&](int i, int j, int e, float(&term)[2]) {
+            [&](int i, int j, int e, float (&term)[2]) {
                 const float s = e_s.c[i][j][e], t = e_t.c[i][j][e], d = s - t;
                 term[0] = d * (s + t);
                 term[1] = s * t;
@@ -270,8 +267,8 @@ cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& 
             }
         }
         return for_each_launch(options, plan, [&](const Cut& cut) {
-            const TilesArgs tiles{student,         teacher, cut,  plan.method, cosine, negate,
-                                  inv_temperature, scales,  sums, static_cast<float*>(args.kept)};
+            const TilesArgs tiles{student, teacher,         cut,    plan.method, cosine,
+                                  negate,  inv_temperature, scales, sums,        static_cast<float*>(args.kept)};
             const Grid grid{cut.problems * cut.tiles, B::threads, 1, tiles_shared_bytes<B>(plan.method)};
             const cudaError_t launched = launch(tiles_kernel<B>, grid, stream, tiles);
             if (launched != cudaSuccess) {

@@ -13,9 +13,10 @@
 //     f_S A - f_T B = (f_S - f_T) A + f_T D = (f_S - f_T) B + f_S D
 //
 // of which the one that multiplies f_S - f_T by the smaller coefficient has no term larger than the two subtracted.
-// So H keeps its digits as the student nears the teacher, and is exactly 0 where it is the teacher. What is stored is M_ij = s_i H_ij s_j: the product then takes rows
-// as they are. Where M is rounded, q is summed from the rounded numbers, so that what rounding leaves along a row goes
-// out with q. A cosine's diagonal is 1 whatever x: it is left out, instead of being subtracted again.
+// So H keeps its digits as the student nears the teacher, and is exactly 0 where it is the teacher. What is stored is
+// M_ij = s_i H_ij s_j: the product then takes rows as they are. Where M is rounded, q is summed from the rounded
+// numbers, so that what rounding leaves along a row goes out with q. A cosine's diagonal is 1 whatever x: it is left
+// out, instead of being subtracted again.
 #include "cuda/kernels.h"
 #include "cuda/relation_launch.cuh"
 #include "cuda/relation_product.cuh"
@@ -161,7 +162,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
     const float factor = args.student.factor;
     // M in place of E^S, as it is stored but for the sum of two.
     const auto terms_of = [&](auto h_of) {
-        return [&, h_of](int i, int j, int e, float(&term)[1]) {
+        return [&, h_of](int i, int j, int e, float (&term)[1]) {
             const int row = B::row_of(i, e), col = B::col_of(j, e);
             const float s = e_s.c[i][j][e], t = e_t.c[i][j][e];
             const float* const of_i = numbers_i + row;
@@ -244,7 +245,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
     }
     block_barrier();
     constexpr int size = Pack<H>::size, packs = side / size;
-    H* const to = static_cast<H*>(args.h) + (tile.here * cut.tiles + cut.stored(tile.i, tile.j)) * (planes * side * side);
+    H* const to =
+        static_cast<H*>(args.h) + (tile.here * cut.tiles + cut.stored(tile.i, tile.j)) * (planes * side * side);
 #pragma unroll 4
     for (int at = thread_x(); at < planes * side * packs; at += B::threads) {
         const int line = at / packs, piece = at % packs * size;
@@ -278,9 +280,7 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
     const bool negate = options.negate && options.distance == relation::Distance::kl;
     const auto inv_temperature = static_cast<float>(1 / options.temperature);
     char* const workspace = static_cast<char*>(args.workspace);
-    const auto floats_at = [&](std::int64_t offset) {
-        return reinterpret_cast<float*>(workspace + offset);
-    };
+    const auto floats_at = [&](std::int64_t offset) { return reinterpret_cast<float*>(workspace + offset); };
     float* const row_sums = floats_at(plan.row_sums);
     const relation::Rows out{args.grad_student, args.student.width, args.out_batch_stride, args.out_row_stride,
                              args.out_col_stride};
@@ -319,9 +319,9 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
                 launch(derivative_kernel<B>, {cut.problems * cut.tiles, B::threads, 1, DerivativeShared<B>::bytes},
                        stream, derivative);
             if (launched == cudaSuccess && cosine) {
-                launched = launch_merge({cut, Method::mse, side, inv_temperature, false, floats_at(plan.sums), nullptr,
-                                         nullptr, row_sums},
-                                        stream);
+                launched = launch_merge(
+                    {cut, Method::mse, side, inv_temperature, false, floats_at(plan.sums), nullptr, nullptr, row_sums},
+                    stream);
             }
             if (launched != cudaSuccess) {
                 return launched;
@@ -340,9 +340,10 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
                                       cosine};
             const std::int64_t band = cut.last - cut.first;
             const std::int64_t items = band * plan.splits + (cut.blocks - cut.last);
-            launched = launch(product_kernel<S, side>, {cut.problems * items * plan.width_blocks, Product::threads, 1,
-                                                        product_shared_bytes<S, side>()},
-                              stream, product);
+            launched =
+                launch(product_kernel<S, side>,
+                       {cut.problems * items * plan.width_blocks, Product::threads, 1, product_shared_bytes<S, side>()},
+                       stream, product);
             if (launched != cudaSuccess || direct) {
                 return launched;
             }

@@ -10,8 +10,8 @@
 
 namespace fastkd::cuda::relation {
 
-// (index, k) -> data[index * index_stride + k * k_stride], in elements. `unit` elements of whichever is contiguous can be
-// copied at once: what they are a multiple of begins at a multiple of their size, and none of them is outside alone.
+// (index, k) -> data[index * index_stride + k * k_stride], in elements. `unit` elements of whichever is contiguous can
+// be copied at once: what they are a multiple of begins at a multiple of their size, and none of them is outside alone.
 struct Operand {
     const void* data;
     std::int64_t index_stride;
@@ -28,7 +28,7 @@ template <class S, int count, int depth>
 struct SharedOperand {
     static constexpr int by_index = depth + 16 / static_cast<int>(sizeof(S)); // pitch of [index][k]
     static constexpr int by_k = count + (sizeof(S) == 4 ? 8 : 8);             // pitch of [k][index]
-    static constexpr int elements = count * by_index > depth * by_k ? count * by_index : depth * by_k;
+    static constexpr int elements = count * by_index > depth* by_k ? count * by_index : depth * by_k;
     static constexpr int bytes = elements * static_cast<int>(sizeof(S));
     static_assert(bytes % 128 == 0, "operands follow each other at multiples of 128 bytes");
 };
@@ -144,8 +144,8 @@ FASTKD_DEVICE void load_b(std::uint32_t (&b)[4], const S* chunk, int n, int k) {
     }
 }
 
-// Floats as a sum of two of tf32's precision: value = high + low to 2^-22. `finite` is `high`, or 0 for an infinity: what
-// the cross products take, lest inf * low = NaN appear where the product is infinite.
+// Floats as a sum of two of tf32's precision: value = high + low to 2^-22. `finite` is `high`, or 0 for an infinity:
+// what the cross products take, lest inf * low = NaN appear where the product is infinite.
 template <int count>
 struct SplitFloats {
     std::uint32_t high[count], low[count], finite[count];
@@ -253,8 +253,8 @@ struct Accumulator {
                     columns.split(bits);
 #pragma unroll
                     for (int i = 0; i < down; ++i) {
-                        float(&left)[4] = of_chunk.c[i][j];
-                        float(&right)[4] = of_chunk.c[i][j + 1];
+                        float (&left)[4] = of_chunk.c[i][j];
+                        float (&right)[4] = of_chunk.c[i][j + 1];
                         pair_of_floats(left, right, rows[i].low, columns.finite);
                         pair_of_floats(left, right, rows[i].finite, columns.low);
                         pair_of_floats(left, right, rows[i].high, columns.high);

@@ -49,7 +49,8 @@ inline cudaError_t check_call(const relation::Options& options, const relation::
     }
     const std::int64_t all_rows = options.batch * options.rows;
     const std::int64_t most = plan.together * plan.blocks * (plan.width_blocks + 1) * (plan.splits + 1);
-    return options.dtype == DType::Float64 || all_rows > most_blocks || plan.together * plan.tiles(0, plan.band) > most_blocks || most > most_blocks
+    return options.dtype == DType::Float64 || all_rows > most_blocks ||
+                   plan.together * plan.tiles(0, plan.band) > most_blocks || most > most_blocks
                ? cudaErrorInvalidValue
                : cudaSuccess;
 }

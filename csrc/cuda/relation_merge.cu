@@ -44,9 +44,7 @@ FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
                 }
             }
         }
-        const auto put = [&](int plane, float value) {
-            partial[thread_y()][plane][thread_x()] = value;
-        };
+        const auto put = [&](int plane, float value) { partial[thread_y()][plane][thread_x()] = value; };
         if constexpr (maxima) {
             put(0, state.max_s), put(1, state.max_t), put(2, state.z_s), put(3, state.z_t), put(4, state.a);
         } else {

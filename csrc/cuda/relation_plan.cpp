@@ -88,7 +88,7 @@ RelationPlan plan_relation(const relation::Options& options, std::int64_t studen
     lay_out(plan, options, backward, 0, 1, 1, &minimum);
     plan.minimum = minimum;
     RelationPlan found = lay_out(plan, options, backward, limit, 1, plan.blocks, &counted);
-    if (counted <= limit) { // whole problems, as many as fit
+    if (counted <= limit) {                                              // whole problems, as many as fit
         std::int64_t most = limit / (counted > 0 ? counted : 1) * 2 + 1; // what all share is counted once
         most = most < plan.problems ? most : plan.problems;
         for (std::int64_t together = most; together > 1; --together) {

@@ -4,16 +4,17 @@
 //     dX_ik = sum_j M_ij x_jk - s_i^2 q_i x_ik        ("mean" and "dot": M = factor H, without the last term)
 //
 // A block of threads takes one row block and some columns of the gradient. Where that would leave multiprocessors idle,
-// or H is there for a band of row blocks alone, it writes parts of the sum in fp32, which a second kernel adds in a fixed
-// order. A band's H serves the rows behind the band too (transposed): their sums grow in `totals` from band to band.
+// or H is there for a band of row blocks alone, it writes parts of the sum in fp32, which a second kernel adds in a
+// fixed order. A band's H serves the rows behind the band too (transposed): their sums grow in `totals` from band to
+// band.
 #pragma once
 
 #include "cuda/relation_rows.cuh"
 
 namespace fastkd::cuda::relation {
 
-// bfloat16 rows meet H rounded to bfloat16; fp16 rows meet H as the sum of two bfloat16, since H has fp32's range, and are
-// split alike; floats meet H as it is.
+// bfloat16 rows meet H rounded to bfloat16; fp16 rows meet H as the sum of two bfloat16, since H has fp32's range, and
+// are split alike; floats meet H as it is.
 template <class S>
 struct StoredH {
     using Type = BFloat16;
@@ -63,7 +64,7 @@ struct ProductArgs {
 template <int rows, int cols>
 struct Piece {
     static constexpr int pad = 4;
-    static constexpr int sums = rows * (cols + pad) > cols * (rows + pad) ? rows * (cols + pad) : cols * (rows + pad);
+    static constexpr int sums = rows * (cols + pad) > cols*(rows + pad) ? rows * (cols + pad) : cols * (rows + pad);
     static constexpr int bytes = (sums + 2 * rows) * static_cast<int>(sizeof(float));
 
     static FASTKD_DEVICE int at(bool down, int row, int col) {
@@ -100,8 +101,8 @@ FASTKD_DEVICE void finish_lines(const ProductArgs& args, const float* sums, S* t
             }
 #pragma unroll
             for (int e = 0; e < size; ++e) {
-                pack.at[e] = narrow<S>(
-                    value_of(sums[line * pitch + begin + e], widen(x.at[e]), down ? begin + e : line));
+                pack.at[e] =
+                    narrow<S>(value_of(sums[line * pitch + begin + e], widen(x.at[e]), down ? begin + e : line));
             }
             store_pack(to + line * to_outer + begin, pack);
         }
@@ -180,9 +181,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, side>::threads), 
     const std::int64_t first = cut.first + begin;
     const std::int64_t col = width_block * B::cols;
 
-    const auto transposed = [&](int chunk) {
-        return first + chunk / per_block < block;
-    };
+    const auto transposed = [&](int chunk) { return first + chunk / per_block < block; };
     // The rows as the product's second operand: what was an index is summed over.
     const Operand& rows = args.student.rows;
     const Operand columns_of_x{rows.data, rows.k_stride, rows.index_stride, rows.unit, !rows.k_major};
@@ -203,9 +202,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, side>::threads), 
             }
             const std::int64_t row = other % cut.row_blocks * side + k;
             const std::int64_t deep = row < cut.rows ? cut.rows - row : 0;
-            const S* const x = deep == 0 ? static_cast<const S*>(rows.data) // of which nothing is read
-                                         : rows_at<S>(args.student, problem * cut.samples + other / cut.row_blocks, row) +
-                                               col * rows.k_stride;
+            const S* const x = deep == 0
+                                   ? static_cast<const S*>(rows.data) // of which nothing is read
+                                   : rows_at<S>(args.student, problem * cut.samples + other / cut.row_blocks, row) +
+                                         col * rows.k_stride;
             OperandCopy<S, B::cols, B::depth, B::threads>::start(reinterpret_cast<S*>(to + planes * SharedH::bytes), x,
                                                                  columns_of_x, args.student.width - col, deep);
         }
@@ -220,7 +220,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, side>::threads), 
         const S* const x = reinterpret_cast<const S*>(stage + planes * SharedH::bytes);
         if constexpr (planes == 2) {
             sum.template add_split<a, b, B::depth, pitch_a, pitch_b>(h, h + SharedH::elements, x, B::warp_row(),
-                                                                    B::warp_col());
+                                                                     B::warp_col());
         } else {
             sum.template add<a, b, B::depth, pitch_a, pitch_b>(h, x, B::warp_row(), B::warp_col());
         }
@@ -259,7 +259,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, side>::threads), 
     constexpr std::int64_t piece = side * B::cols;
     if (in_band) {
         float* const to =
-            args.partials + (((here * band + (block - cut.first)) * args.width_blocks + width_block) * args.splits + split) * piece;
+            args.partials +
+            (((here * band + (block - cut.first)) * args.width_blocks + width_block) * args.splits + split) * piece;
         visit([&](int r, int k, float value) { to[r * B::cols + k] = value; });
     } else {
         float* const to = args.totals + (block * args.width_blocks + width_block) * piece;

@@ -1,5 +1,6 @@
-// What relation keeps of each row, and the merging of the tiles' sums to it. Statistics are those of common/relation.h's Forward, double (statistic_planes, others, batch, rows),
-// then scale^S and scale^T, and hold, with f_x = e^{(v_x - m_x)/tau}, v = sigma E, m = 1 where the shift is fixed:
+// What relation keeps of each row, and the merging of the tiles' sums to it. Statistics are those of
+// common/relation.h's Forward, double (statistic_planes, others, batch, rows), then scale^S and scale^T, and hold, with
+// f_x = e^{(v_x - m_x)/tau}, v = sigma E, m = 1 where the shift is fixed:
 //
 //     kl            z_S = sum f_S,  z_T = sum f_T,  a = sum f_T (v_T - v_S)
 //     kl_maxima     m_S,  m_T,  z_S,  z_T,  a = sum f_T (u_T - u_S)  (softmax_kl::KLState)
@@ -14,8 +15,8 @@ namespace fastkd::cuda::relation {
 
 constexpr float no_direction = 1e12f; // the scale of a row of norm <= 1e-12, which gets no gradient
 
-// 2 - 2c from the five sums. Where sum d^2 <= n m it is (sum d^2 - (n - m)^2)/(n m), n - m = sum d(E^S + E^T)/(n + m), so
-// that in neither case close numbers are subtracted. n and m are at least 1e-12.
+// 2 - 2c from the five sums. Where sum d^2 <= n m it is (sum d^2 - (n - m)^2)/(n m), n - m = sum d(E^S + E^T)/(n + m),
+// so that in neither case close numbers are subtracted. n and m are at least 1e-12.
 struct RowCosine {
     float loss, c, n, m;
     float slope; // (c m - n)/m, of which near each other -(n - m) - m loss/2 is left

@@ -29,9 +29,7 @@ struct Blocking {
     static FASTKD_DEVICE int row_of(int i, int e) {
         return warp_row() + 16 * i + e / 2 * 8 + thread_x() % warp_size / 4;
     }
-    static FASTKD_DEVICE int col_of(int j, int e) {
-        return warp_col() + 8 * j + thread_x() % 4 * 2 + e % 2;
-    }
+    static FASTKD_DEVICE int col_of(int j, int e) { return warp_col() + 8 * j + thread_x() % 4 * 2 + e % 2; }
 };
 
 template <class S, int side>
@@ -153,7 +151,7 @@ FASTKD_DEVICE void multiply_rows(const Network& student, const Network& teacher,
             const S* const a = pipeline + chunk % B::stages * stage_elements;
             if (k_major) {
                 sum.template add<true, true, B::depth, Shared::by_k, Shared::by_k>(a, a + Shared::elements,
-                                                                                  B::warp_row(), B::warp_col());
+                                                                                   B::warp_row(), B::warp_col());
             } else {
                 sum.template add<false, false, B::depth, Shared::by_index, Shared::by_index>(
                     a, a + Shared::elements, B::warp_row(), B::warp_col());
@@ -214,7 +212,7 @@ constexpr int reduction_floats = planes * (B::warps_across * B::rows + B::warps_
 // memory that all are done with.
 template <class B, int planes, class Terms, class Store>
 FASTKD_DEVICE void sum_tile(float* shared, const Terms& terms, const Store& store) {
-    float* const of_rows = shared;                                    // [warps_across][planes][rows]
+    float* const of_rows = shared;                                      // [warps_across][planes][rows]
     float* const of_cols = shared + B::warps_across * planes * B::rows; // [warps_down][planes][cols]
     const int lane = thread_x() % warp_size;
     float col[B::across][2][planes] = {};

@@ -33,9 +33,7 @@ def gram_double(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
     return dtype == torch.float64 or (width_s != width_t and dtype != torch.bfloat16)
 
 
-def kept_elements(
-    batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float
-) -> int:
+def kept_elements(batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float) -> int:
     """The numbers that the CUDA kernels keep of a sample's relation matrices, as in ``csrc/cuda/relation_plan.cpp``."""
     blocks = -(-rows // 128)
     maxima = distance == "kl" and not (similarity == "cosine" and temperature >= FIXED_SHIFT_TEMPERATURE)
