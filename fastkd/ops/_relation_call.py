@@ -113,7 +113,7 @@ class _Native:
         self, student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, kept: Tensor, options: Options
     ) -> None:
         with launch_on(student) as extra:
-            call = self._call(student, teacher, options, extra)
+            call = self._call(student, teacher, extra, options)
             workspace = _workspace.allocate(call, False, student)
             call.forward(
                 self._rows(student),
@@ -135,7 +135,7 @@ class _Native:
         options: Options,
     ) -> None:
         with launch_on(student) as extra:
-            call = self._call(student, teacher, options, extra)
+            call = self._call(student, teacher, extra, options)
             workspace = _workspace.allocate(call, True, student)
             call.backward(
                 grad_loss.data_ptr(),
@@ -153,7 +153,7 @@ class _Native:
         """Address, width, and the strides of batch, row and column."""
         return (x.data_ptr(), x.shape[2], *x.stride())
 
-    def _call(self, student: Tensor, teacher: Tensor, options: Options, extra: int) -> Any:
+    def _call(self, student: Tensor, teacher: Tensor, extra: int, options: Options) -> Any:
         return native(options.backend).Relation(
             *student.shape,
             teacher.shape[2],

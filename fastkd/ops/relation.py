@@ -39,11 +39,11 @@ def relation(
         similarity, distance, temperature, negate, cross: as in :func:`fastkd.reference.relation.relation`.
         keep: the relation matrices are small beside the rows (channels), so kernels may keep them for the backward
             instead of computing them twice. Without it no R×R matrix is ever held.
-        backend: "auto", "reference", "cpu" or "triton". All but the reference are differentiable once. The mean squared
-            error of narrow rows is computed from K×K Gram matrices, which costs less time and memory than R×R tiles: on
-            a CPU where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16, on a GPU in plain torch,
-            under "auto" alone, where K ≤ 1/2; a backend asked for, here or by ``FASTKD_BACKEND``, computes all itself,
-            "reference" always by the plain formula. Triton takes no fp64.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". All but the reference are differentiable once. The mean
+            squared error of narrow rows is computed from K×K Gram matrices, which costs less time and memory than R×R
+            tiles: on a CPU where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16, on a GPU in
+            plain torch, under "auto" alone, where K ≤ 1/2; a backend asked for, here or by ``FASTKD_BACKEND``, computes
+            all itself, "reference" always by the plain formula. "triton" and "cuda" take no fp64.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
