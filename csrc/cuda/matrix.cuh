@@ -49,6 +49,10 @@ FASTKD_DEVICE std::uint32_t bits_of(float value) {
     return __float_as_uint(value);
 }
 
+FASTKD_DEVICE float float_of(std::uint32_t bits) {
+    return __uint_as_float(bits);
+}
+
 // Two floats rounded to 16 bits each, `low` in the lower half.
 template <class Storage>
 FASTKD_DEVICE std::uint32_t pack_pair(float low, float high) {

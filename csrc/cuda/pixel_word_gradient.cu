@@ -68,22 +68,27 @@ FASTKD_DEVICE Fragment fragment_of(const float (&x)[tiles][4], int first) {
 
 template <class S, int tiles>
 FASTKD_DEVICE void store_gradient(const Gradient& args, S* to, int first_word, int pixel, const float (&dm)[tiles][4]) {
+    const auto each_word = [&](auto&& store) {
 #pragma unroll
-    for (int i = 0; i < tiles; ++i) {
+        for (int i = 0; i < tiles; ++i) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            if (first_word + tile_words * i + c < args.student.count && pixel < args.pixels) {
-                if (args.out_pairs) {
-                    *reinterpret_cast<Pair<S>*>(to) = {{narrow<S>(dm[i][c]), narrow<S>(dm[i][2 + c])}};
-                } else {
-                    to[0] = narrow<S>(dm[i][c]);
-                    if (pixel + 1 < args.pixels) {
-                        to[args.out_pixel] = narrow<S>(dm[i][2 + c]);
-                    }
+            for (int c = 0; c < 2; ++c) {
+                if (first_word + tile_words * i + c < args.student.count) {
+                    store(to, narrow<S>(dm[i][c]), narrow<S>(dm[i][2 + c]));
                 }
+                to += (c == 0 ? 1 : tile_words - 1) * args.out_word;
             }
-            to += (c == 0 ? 1 : tile_words - 1) * args.out_word;
         }
+    };
+    if (args.out_pairs && pixel < args.pixels) {
+        each_word([](S* at, S first, S second) { store_pair(at, first, second); });
+    } else if (pixel < args.pixels) {
+        each_word([&](S* at, S first, S second) {
+            at[0] = first;
+            if (pixel + 1 < args.pixels) {
+                at[args.out_pixel] = second;
+            }
+        });
     }
 }
 

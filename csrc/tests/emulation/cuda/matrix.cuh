@@ -22,6 +22,12 @@ inline std::uint32_t bits_of(float value) {
     return bits;
 }
 
+inline float float_of(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
 inline float round_to_tf32(float value) {
     std::uint32_t bits = bits_of(value);
     if ((bits >> 23 & 255) != 255) { // to nearest, halves away from zero; Inf and NaN stay
