@@ -25,10 +25,10 @@ template <class S>
 FASTKD_DEVICE void store_pair(S* to, S first, S second) {
     if constexpr (sizeof(S) == 4) {
         const std::uint64_t bits = bits_of(first) | static_cast<std::uint64_t>(bits_of(second)) << 32;
-        memcpy(__builtin_assume_aligned(to, 8), &bits, 8);
+        *reinterpret_cast<std::uint64_t*>(to) = bits;
     } else {
         const std::uint32_t bits = first.bits | static_cast<std::uint32_t>(second.bits) << 16;
-        memcpy(__builtin_assume_aligned(to, 4), &bits, 4);
+        *reinterpret_cast<std::uint32_t*>(to) = bits;
     }
 }
 
