@@ -20,6 +20,18 @@ struct alignas(2 * sizeof(S)) Pair {
     S at[2];
 };
 
+// Writes two elements by one instruction, at a multiple of their size: a copied Pair may end up as two.
+template <class S>
+FASTKD_DEVICE void store_pair(S* to, S first, S second) {
+    if constexpr (sizeof(S) == 4) {
+        const std::uint64_t bits = bits_of(first) | static_cast<std::uint64_t>(bits_of(second)) << 32;
+        *reinterpret_cast<std::uint64_t*>(to) = bits;
+    } else {
+        const std::uint32_t bits = first.bits | static_cast<std::uint32_t>(second.bits) << 16;
+        *reinterpret_cast<std::uint32_t*>(to) = bits;
+    }
+}
+
 struct Lane {
     int warp, lane, g, t;
     FASTKD_DEVICE Lane() : warp(thread_x() / warp_size), lane(thread_x() % warp_size), g(lane / 4), t(lane % 4) {}

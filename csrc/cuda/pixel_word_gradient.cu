@@ -66,23 +66,36 @@ FASTKD_DEVICE Fragment fragment_of(const float (&x)[tiles][4], int first) {
     return fragment;
 }
 
-template <class S, int tiles>
-FASTKD_DEVICE void store_gradient(const Gradient& args, S* to, int first_word, int pixel, const float (&dm)[tiles][4]) {
+// `pairs`: two pixels at a time. A branch of its own, that its stores be not shared with the other's.
+template <bool pairs, class S, int tiles>
+FASTKD_DEVICE void store_words(const Gradient& args, S* to, int first_word, int pixel, const float (&dm)[tiles][4]) {
 #pragma unroll
     for (int i = 0; i < tiles; ++i) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            if (first_word + tile_words * i + c < args.student.count && pixel < args.pixels) {
-                if (args.out_pairs) {
-                    *reinterpret_cast<Pair<S>*>(to) = {{narrow<S>(dm[i][c]), narrow<S>(dm[i][2 + c])}};
+            const S first = narrow<S>(dm[i][c]), second = narrow<S>(dm[i][2 + c]);
+            if (first_word + tile_words * i + c < args.student.count) {
+                if constexpr (pairs) {
+                    store_pair(to, first, second);
                 } else {
-                    to[0] = narrow<S>(dm[i][c]);
+                    to[0] = first;
                     if (pixel + 1 < args.pixels) {
-                        to[args.out_pixel] = narrow<S>(dm[i][2 + c]);
+                        to[args.out_pixel] = second;
                     }
                 }
             }
             to += (c == 0 ? 1 : tile_words - 1) * args.out_word;
+        }
+    }
+}
+
+template <class S, int tiles>
+FASTKD_DEVICE void store_gradient(const Gradient& args, S* to, int first_word, int pixel, const float (&dm)[tiles][4]) {
+    if (pixel < args.pixels) {
+        if (args.out_pairs) {
+            store_words<true>(args, to, first_word, pixel, dm);
+        } else {
+            store_words<false>(args, to, first_word, pixel, dm);
         }
     }
 }
@@ -94,8 +107,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
     const int part = at.warp % split, group = at.warp / split;
-    const std::int64_t sample = block_x() / args.cut.programs;
-    const int program = static_cast<int>(block_x() % args.cut.programs);
+    const int block = static_cast<int>(block_x()), program = block % args.cut.programs; // fewer than 2^31
+    const std::int64_t sample = block / args.cut.programs;
     const int first_word = part * own * tile_words + 2 * at.t;
     const std::uint32_t words_s =
         valid_words<own>(args.student.mask, sample, args.student.count, first_word - 2 * at.t, at.t);
@@ -134,11 +147,11 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
 
 #pragma unroll 1
     for (int s = 0; s < args.cut.each; ++s) {
-        const std::int64_t begin = (static_cast<std::int64_t>(program) * args.cut.each + s) * step;
+        const int begin = (program * args.cut.each + s) * step;
         if (begin >= args.pixels) {
             break;
         }
-        const int pixel = static_cast<int>(begin) + group * tile_pixels + 2 * at.g;
+        const int pixel = begin + group * tile_pixels + 2 * at.g;
         const bool pixel_ok[2] = {valid(args.pixel_mask, sample, pixel, args.pixels),
                                   valid(args.pixel_mask, sample, pixel + 1, args.pixels)};
         float x[own][4], y[own][4], dm[own][4] = {};

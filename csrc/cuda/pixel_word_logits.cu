@@ -42,22 +42,26 @@ FASTKD_HD int row_bytes(int chunk_bytes) {
     return chunk_bytes / step_bytes % 2 == 0 ? chunk_bytes + step_bytes : chunk_bytes;
 }
 
-// Elements `feature` and on of pixels `pixel` and the next, as many as 16 bytes hold; zeros beyond the width.
+// 16 bytes of elements as they lie: in registers of 32 bits they are moved and read whole.
+using Bits = Pack<std::uint32_t>;
+
+// Elements `feature` and on of pixels `pixel` and the next, as many as 16 bytes hold; zeros beyond `end` features.
 template <Access access, class S>
-FASTKD_DEVICE void load_features(const Side& side, const S* from, int feature, int pixel, int pixels, Pack<S> (&v)[2]) {
+FASTKD_DEVICE void load_features(const Side& side, const S* from, int feature, int end, int pixel, int pixels,
+                                 Bits (&v)[2]) {
+    v[0] = v[1] = Bits{};
     if constexpr (access == Access::rows) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            v[h] = Pack<S>{};
-            if (feature < side.width && pixel + h < pixels) {
-                v[h] = load_pack(from + (pixel + h) * side.pixel + feature);
+            if (feature < end && pixel + h < pixels) {
+                v[h] = load_pack(reinterpret_cast<const std::uint32_t*>(from + (pixel + h) * side.pixel + feature));
             }
         }
     } else {
 #pragma unroll
         for (int k = 0; k < Pack<S>::size; ++k) {
             Pair<S> pair{};
-            if (feature + k < side.width && pixel < pixels) {
+            if (feature + k < end && pixel < pixels) {
                 const S* at = from + pixel * side.pixel + (feature + k) * side.column;
                 if constexpr (access == Access::maps) {
                     pair = *reinterpret_cast<const Pair<S>*>(at);
@@ -66,28 +70,36 @@ FASTKD_DEVICE void load_features(const Side& side, const S* from, int feature, i
                     pair.at[1] = pixel + 1 < pixels ? at[side.pixel] : S{};
                 }
             }
-            v[0].at[k] = pair.at[0];
-            v[1].at[k] = pair.at[1];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                if constexpr (sizeof(S) == 4) {
+                    v[h].at[k] = bits_of(pair.at[h]);
+                } else {
+                    v[h].at[k / 2] |= static_cast<std::uint32_t>(pair.at[h].bits) << 16 * (k % 2);
+                }
+            }
         }
     }
 }
 
+// Element k of those bits.
 template <class S>
-FASTKD_DEVICE std::uint32_t pair_bits(const S& low, const S& high) {
-    return low.bits | static_cast<std::uint32_t>(high.bits) << 16;
+FASTKD_DEVICE float element(const Bits& bits, int k) {
+    if constexpr (sizeof(S) == 4) {
+        return float_of(bits.at[k]);
+    } else {
+        return widen(S{static_cast<std::uint16_t>(bits.at[k / 2] >> 16 * (k % 2))});
+    }
 }
 
 // C += V L^T over one step of features.
 template <class S>
-FASTKD_DEVICE void multiply(float (&c)[4], const Pack<S> (&v)[2], const Pack<S>& l) {
+FASTKD_DEVICE void multiply(float (&c)[4], const Bits (&v)[2], const Bits& l) {
     float sum[4] = {};
     if constexpr (sizeof(S) == 2) {
 #pragma unroll
-        for (int s = 0; s < 8; s += 4) {
-            multiply_16x8x16<S>(sum,
-                                {pair_bits(v[0].at[s], v[0].at[s + 1]), pair_bits(v[1].at[s], v[1].at[s + 1]),
-                                 pair_bits(v[0].at[s + 2], v[0].at[s + 3]), pair_bits(v[1].at[s + 2], v[1].at[s + 3])},
-                                {pair_bits(l.at[s], l.at[s + 1]), pair_bits(l.at[s + 2], l.at[s + 3])});
+        for (int s = 0; s < 4; s += 2) {
+            multiply_16x8x16<S>(sum, {v[0].at[s], v[1].at[s], v[0].at[s + 1], v[1].at[s + 1]}, {l.at[s], l.at[s + 1]});
         }
     } else {
         std::uint32_t a_high[2][4], a_low[2][4], b_high[2][2], b_low[2][2];
@@ -95,9 +107,9 @@ FASTKD_DEVICE void multiply(float (&c)[4], const Pack<S> (&v)[2], const Pack<S>&
         for (int s = 0; s < 2; ++s) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                split(v[0].at[2 * s + k], a_high[s][2 * k], a_low[s][2 * k]);
-                split(v[1].at[2 * s + k], a_high[s][2 * k + 1], a_low[s][2 * k + 1]);
-                split(l.at[2 * s + k], b_high[s][k], b_low[s][k]);
+                split(element<S>(v[0], 2 * s + k), a_high[s][2 * k], a_low[s][2 * k]);
+                split(element<S>(v[1], 2 * s + k), a_high[s][2 * k + 1], a_low[s][2 * k + 1]);
+                split(element<S>(l, 2 * s + k), b_high[s][k], b_low[s][k]);
             }
             multiply_16x8x8(sum, a_low[s], b_high[s]);
             multiply_16x8x8(sum, a_high[s], b_low[s]);
@@ -158,36 +170,48 @@ FASTKD_DEVICE void add_products(const Side& side, const S* from, int first, int 
                                 const unsigned char* words, int stride, const Lane& at, float (&m)[most_tiles][4],
                                 float (&squares)[2]) {
     constexpr int size = Pack<S>::size, step = 4 * size; // features
-    [[maybe_unused]] constexpr int unrolled =
-        access == Access::any ? 1 : (most_tiles <= 4 ? 4 : (sizeof(S) < 4 ? 2 : 1));
-    words += at.g * stride + at.t * static_cast<int>(sizeof(Pack<S>));
-#pragma unroll unrolled
-    for (int feature = 0; feature < end; feature += step) {
-        Pack<S> v[2];
-        load_features<access>(side, from, first + feature + size * at.t, pixel, pixels, v);
-        if (cosine) {
+    constexpr int group =
+        access == Access::any ? 1 : (most_tiles <= 4 ? 4 : 2); // steps whose loads are under way at once
+    words += at.g * stride + at.t * static_cast<int>(sizeof(Bits));
+#pragma unroll 1
+    for (int begin = 0; begin < end; begin += group * step) {
+        Bits v[group][2];
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-#pragma unroll
-                for (int k = 0; k < size; ++k) {
-                    squares[h] += widen(v[h].at[k]) * widen(v[h].at[k]);
-                }
-            }
+        for (int s = 0; s < group; ++s) {
+            const int feature = first + begin + s * step + size * at.t;
+            load_features<access>(side, from, feature, first + end, pixel, pixels, v[s]);
         }
-        const unsigned char* l = words + feature * static_cast<int>(sizeof(S));
 #pragma unroll
-        for (int j = 0; j < most_tiles; ++j) {
-            if (j * tile_words >= side.count) {
+        for (int s = 0; s < group; ++s) {
+            const int feature = begin + s * step;
+            if (feature >= end) { // beyond it there is nothing in shared memory
                 break;
             }
-            multiply(m[j], v, *reinterpret_cast<const Pack<S>*>(l + j * tile_words * stride));
+            if (cosine) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                    for (int k = 0; k < size; ++k) {
+                        const float x = element<S>(v[s][h], k);
+                        squares[h] += x * x;
+                    }
+                }
+            }
+            const unsigned char* l = words + feature * static_cast<int>(sizeof(S));
+#pragma unroll
+            for (int j = 0; j < most_tiles; ++j) {
+                if (j * tile_words >= side.count) {
+                    break;
+                }
+                const Bits of_words = *reinterpret_cast<const Bits*>(l + j * tile_words * stride); // one read
+                multiply<S>(m[j], v[s], of_words);
+            }
         }
     }
 }
 
 template <class S, int most_tiles>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, sizeof(S) == 4 && most_tiles > 4 ? 1 : 2)
-    logits_kernel(Features args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 1) logits_kernel(Features args) {
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
     const bool second = args.side_count == 2 && block_x() % 2 != 0;
