@@ -296,6 +296,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
             float out[4][lane_features];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
+                ok[q] = valid(args.pixel_mask, sample, pixel + q, args.pixel_count); // read again: registers are few
                 bool some = ok[q]; // a pixel without direction gets no gradient
                 float own = 0;
                 if (cosine && ok[q]) {
