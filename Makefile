@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A few files of tests at a time; what a file's tests share is made once. Each worker takes 2 to 4 GB.
+TEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 SOURCES := pyproject.toml setup.py $(shell find fastkd kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null)
 
 .PHONY: help demo test check format bench teacher wheelhouse clean
@@ -34,7 +36,7 @@ demo: $(VENV)/.ris
 	$(BIN)/fastkd demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-	FASTKD_TEST_INSTALLED=1 $(BIN)/pytest $(TEST_ARGS)
+	FASTKD_TEST_INSTALLED=1 $(BIN)/pytest $(TEST_WORKERS) $(TEST_ARGS)
 
 check: $(VENV)/.test $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -93,7 +93,8 @@ def demangled(names: list[str]) -> list[str]:
     found = []
     for line in text.splitlines():
         family = re.search(rf"fastkd::(?:cuda::)?({'|'.join(IMPLEMENTED)})::", line)
-        line = re.sub(r"fastkd::(cuda::)?|\(anonymous namespace\)::|<unnamed>::|\((int|bool)\)", "", line)
+        own = rf"({family[1]}::)?" if family else ""
+        line = re.sub(rf"fastkd::(cuda::)?{own}|\(anonymous namespace\)::|<unnamed>::|\((int|bool)\)", "", line)
         found.append((f"{family[1]}." if family else "") + re.sub(r"^void |\([^()]*\)( \[clone.*)?$", "", line))
     return found
 

@@ -84,7 +84,10 @@ build() {
         echo "installing from $wheels: ${missing[*]}"
         "$PYTHON" -m pip install --quiet --no-index --find-links "$wheels" --target "$site" "${missing[@]}" || return 1
     fi
-    FASTKD_CUDA=${FASTKD_CUDA:-1} "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --upgrade \
+    local chip
+    chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ')
+    case $chip in 80 | 86 | 89 | 90 | 100 | 120) ;; *) chip= ;; esac # others run what their generation has: build all
+    FASTKD_CUDA_TARGETS=${FASTKD_CUDA_TARGETS:-$chip} FASTKD_CUDA=${FASTKD_CUDA:-1} "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --upgrade \
         --target "$site" -v . || return 1
     cd "$work" && "$PYTHON" -P -c 'import fastkd; print(fastkd.info())'
 }

@@ -54,6 +54,16 @@ def test_no_spills(rows: list[dict]) -> None:
         assert "." in row["kernel"], f"{row['kernel']}: of which family?"
 
 
+def test_products_use_tensor_cores(rows: list[dict]) -> None:
+    """On every chip: ``mma.sync`` is HMMA on all of them. fp64 has loops of its own."""
+    relation = {f"relation.{name}_kernel" for name in ("tiles", "derivative", "product")}
+    pixel_word = {f"pixel_word.{name}_kernel" for name in ("logits", "terms", "gradient", "features")}
+    products = [row for row in rows if row["kernel"].split("<")[0] in relation | pixel_word]
+    assert {row["kernel"].split("<")[0] for row in products} == relation | pixel_word
+    for row in products:
+        assert row["matrix_instructions"].get("HMMA", 0) > 0, row
+
+
 def test_the_module_is_small() -> None:
     path = _native.load("cuda").__file__ if _native.build_info().get("cuda", {}).get("built") else None
     if path is None:
