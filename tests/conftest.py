@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -26,25 +26,6 @@ if not _has_gpu():
 
 # What tests start in processes of their own is the fastkd that this process found, not the tree they are started in.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
-
-
-@contextmanager
-def _present(place: Any) -> Iterator[None]:
-    """Skips the test if the backend is absent; CUDA's on CPU tensors is there for as long as the test lasts."""
-    from emulation import emulated
-
-    from fastkd.ops import _backends
-
-    with ExitStack() as stack:
-        if place == ("cuda", "cpu"):
-            try:
-                stack.enter_context(emulated())
-            except RuntimeError as error:
-                pytest.skip(f"the cuda backend is not in use on CPU tensors: {error}")
-        reason = _backends._misplaced(place.backend, place.device) or _backends.why_not(place.backend)
-        if reason is not None:
-            pytest.skip(f"the {place.backend} backend is not in use on {place.device}: {reason}")
-        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -83,14 +64,18 @@ def _parameter(value: Any) -> Any:
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each backend of softmax_kl, on each device it computes on."""
-    with _present(request.param):
+    from gpu_kernels import present
+
+    with present(request.param):
         yield request.param
 
 
 @pytest.fixture
 def kernel_place(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each of them but the reference: those that go through a registered operator."""
-    with _present(request.param):
+    from gpu_kernels import present
+
+    with present(request.param):
         yield request.param
 
 
@@ -126,22 +111,14 @@ def basic_kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     from contract_tools import quick_interpreter, threads
+    from gpu_kernels import present
 
     with ExitStack() as stack:
-        stack.enter_context(_present(request.param.place))
+        stack.enter_context(present(request.param.place))
         stack.enter_context(threads(1))  # the arrays are small: waking threads for them is what would take the time
         if request.param.place == ("triton", "cpu"):
             stack.enter_context(quick_interpreter())
         yield request.param
-
-
-@pytest.fixture
-def interpreted() -> Iterator[None]:
-    """For tests of Triton's kernels where they are interpreted."""
-    from contract_tools import quick_interpreter
-
-    with quick_interpreter(checks_overflow=True):
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 from contract_tools import assert_same
 from emulation import CSRC, READY, build, emulated, tool
+from planting import planted
 
 TESTS = Path(__file__).parent
 ORDERS = ("forward", "reverse", "random")
@@ -100,19 +101,6 @@ class Rig(NamedTuple):
             capture_output=True,
             text=True,
         )
-
-    @contextmanager
-    def planted(self, file: str, right: str, wrong: str) -> Iterator[None]:
-        """The module with a bug in one file."""
-        path = self.sources / file
-        text = path.read_text()
-        assert text.count(right) == 1, f"{file} has changed: plant the bug elsewhere"
-        path.write_text(text.replace(right, wrong))
-        try:
-            self.make()
-            yield
-        finally:
-            path.write_text(text)
 
 
 def _library(name: str) -> str:
@@ -225,7 +213,7 @@ def test_a_planted_bug_is_found(rig: Rig, name: str) -> None:
     bug = BUGS[name]
     if bug.kind != rig.kind:
         pytest.skip(f"for the {bug.kind} sanitizer")
-    with rig.planted(bug.file, bug.right, bug.wrong):
+    with planted(rig.sources / bug.file, bug.right, bug.wrong, rig.make):
         done = rig.contract(str(TESTS / bug.test), "-k", f"cuda and {bug.where}")
     assert done.returncode != 0, done.stdout
     assert bug.finding in done.stdout + done.stderr

@@ -85,6 +85,18 @@ print(module.isa() if {name!r} == "cpu" else module.device_count())
     assert said == "0" if name == "cuda" else said in _native.build_info()["cpu"]["isas"]
 
 
+def test_modules_stand_beside_each_other() -> None:
+    """Both bind the same C++ types, of which each has to have its own."""
+    for name in ("cpu", "cuda"):
+        built(name)
+    for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
+        code = f"""
+import fastkd._{first} as a, fastkd._{second} as b
+print(a.Relation is b.Relation, a.PixelWord is b.PixelWord)
+"""
+        assert output(sys.executable, "-c", code).split() == ["False", "False"]
+
+
 def test_cuda_module_says_its_targets_and_raises_cudas_own_errors() -> None:
     built("cuda")
     cuda = _native.load("cuda")

@@ -5,88 +5,32 @@ Built for the host on CPU tensors where there is no GPU (``emulation.py``).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from emulation import emulated
+from gpu_kernels import DEVICE, MARKS, kernels_of
+from relation_tools import DTYPES, FORMS, METHODS, check_kernel, loss_and_gradient, rows, run_kernel
 from torch import Tensor
 
-from fastkd.ops import _backends, _relation_forms
+from fastkd.ops import _relation_forms
 from fastkd.ops._launch import dtype_name, native
 from fastkd.ops.relation import relation
 from fastkd.reference.relation import relation as reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
-# Each method of the kernels, negated or not; 0.03 is below the fixed shift.
-METHODS: dict[str, dict[str, Any]] = {
-    "kl": {"temperature": 0.2},
-    "kl away from its shift": {"temperature": 0.05, "negate": True},
-    "kl maxima": {"temperature": 0.03, "negate": True},
-    "kl of means": {"temperature": 0.5, "similarity": "mean"},
-    "mse": {"distance": "mse"},
-    "row_cosine": {"distance": "row_cosine"},
-    "row_cosine of products": {"distance": "row_cosine", "similarity": "dot"},
-}
-FORMS: dict[str, dict[str, Any]] = {"tiles": {}, "kept": {"keep": True}, "across samples": {"cross": True}}
-# Half a unit of what stores the gradient, of its largest entry; of bfloat16 H is stored so as well.
-STORED = {torch.float32: 6e-8, torch.bfloat16: 8e-3, torch.float16: 5e-4}
-DTYPES = list(STORED)
+pytestmark = [*MARKS, pytest.mark.usefixtures("kernels")]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def kernels() -> Iterator[None]:
-    """Skips where the kernels cannot run."""
-    if DEVICE == "cuda":
-        if reason := _backends.why_not("cuda"):
-            pytest.skip(reason)
+    with kernels_of("cuda"):
         yield
-        return
-    try:
-        built = emulated()
-        built.__enter__()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield
-    built.__exit__(None, None, None)
 
 
-def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to(DEVICE, dtype)
-
-
-def loss_and_gradient(f: Any, student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
-    leaf = student.detach().requires_grad_()
-    loss = f(leaf, teacher, **options)
-    return [loss.detach(), torch.autograd.grad(loss, leaf, weight.to(loss.dtype))[0]]
-
-
-def kernel(student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
-    return loss_and_gradient(relation, student, teacher, weight, backend="cuda", **options)
-
-
-def check(student: Tensor, teacher: Tensor, weight: Tensor, least: float = 0.1, **options: Any) -> list[Tensor]:
-    """No further from fp64 than twice the plain formula in fp32, a few roundings of the logits, and what is stored.
-
-    ``least`` bounds from below the size of what cancels in a loss or a gradient that vanishes.
-    """
-    condition = 1.0
-    if options.get("distance", "kl") == "kl":  # logits and log-sum-exps, whose differences losses are
-        condition = 1 / options.get("temperature", 0.1) + math.log(student.shape[1])
-    got = kernel(student, teacher, weight, **options)
-    options.pop("keep", None)
-    exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)
-    plain = loss_and_gradient(reference, student.float(), teacher.float(), weight, **options)
-    for mine, eager, right in zip(got, plain, exact, strict=True):
-        largest = right.abs().max().item()
-        allowed = 2 * (eager.double() - right).abs().max().item() + STORED[mine.dtype] * largest
-        assert (mine.double() - right).abs().max().item() <= allowed + 3e-7 * condition * max(largest, least)
-    return got
+kernel = functools.partial(run_kernel, "cuda")
+check = functools.partial(check_kernel, "cuda")
 
 
 def assert_near(got: list[Tensor], want: list[Tensor]) -> None:

@@ -5,14 +5,16 @@ Under the interpreter on CPU tensors where there is no GPU.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
-import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from gpu_kernels import DEVICE, MARKS, kernels_of
+from relation_tools import DTYPES, FORMS, METHODS, check_kernel, rows, run_kernel
 
 from fastkd.ops import _backends, _relation_call
 from fastkd.ops.relation import relation
@@ -25,57 +27,17 @@ from fastkd.kernels import _relation_plan as plans
 
 operator = importlib.import_module("fastkd.ops.relation")
 
-DEVICE = "cpu" if _backends._misplaced("triton", "cpu") is None else "cuda"
-pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.usefixtures("interpreted")
-
-# Each method of the kernels, negated or not; 0.03 is below the fixed shift.
-METHODS: dict[str, dict[str, Any]] = {
-    "kl": {"temperature": 0.2},
-    "kl away from its shift": {"temperature": 0.05, "negate": True},
-    "kl maxima": {"temperature": 0.03, "negate": True},
-    "kl of means": {"temperature": 0.5, "similarity": "mean"},
-    "mse": {"distance": "mse"},
-    "row_cosine": {"distance": "row_cosine"},
-    "row_cosine of products": {"distance": "row_cosine", "similarity": "dot"},
-}
-FORMS: dict[str, dict[str, Any]] = {"tiles": {}, "kept": {"keep": True}, "across samples": {"cross": True}}
-# Half a unit of what stores the gradient, of its largest entry.
-STORED = {torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-DTYPES = list(STORED)
+pytestmark = [*MARKS, pytest.mark.usefixtures("kernels")]
 
 
-def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to(DEVICE, dtype)
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    with kernels_of("triton"):
+        yield
 
 
-def loss_and_gradient(f: Any, student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
-    leaf = student.detach().requires_grad_()
-    loss = f(leaf, teacher, **options)
-    return [loss.detach(), torch.autograd.grad(loss, leaf, weight.to(loss.dtype))[0]]
-
-
-def kernel(student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
-    return loss_and_gradient(relation, student, teacher, weight, backend="triton", **options)
-
-
-def check(student: Tensor, teacher: Tensor, weight: Tensor, least: float = 0.1, **options: Any) -> list[Tensor]:
-    """No further from fp64 than twice the plain formula in fp32, a few roundings of the logits, and what is stored.
-
-    ``least`` bounds from below the size of what cancels in a loss or a gradient that vanishes.
-    """
-    condition = 1.0
-    if options.get("distance", "kl") == "kl":  # logits and log-sum-exps, whose differences losses are
-        condition = 1 / options.get("temperature", 0.1) + math.log(student.shape[1])
-    got = kernel(student, teacher, weight, **options)
-    options.pop("keep", None)
-    exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)
-    plain = loss_and_gradient(reference, student.float(), teacher.float(), weight, **options)
-    for mine, eager, right in zip(got, plain, exact, strict=True):
-        largest = right.abs().max().item()
-        allowed = 2 * (eager.double() - right).abs().max().item() + STORED[mine.dtype] * largest
-        assert (mine.double() - right).abs().max().item() <= allowed + 3e-7 * condition * max(largest, least)
-    return got
+kernel = functools.partial(run_kernel, "triton")
+check = functools.partial(check_kernel, "triton")
 
 
 def all_regimes() -> list[Any]:
@@ -243,11 +205,11 @@ def test_auto_takes_gram_matrices_for_the_mse_of_narrow_rows(called: list[str]) 
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("wish", "expected"), [("triton", ["triton"]), ("reference", []), ("cuda", []), ("", [])])
+@pytest.mark.parametrize(("wish", "expected"), [("triton", ["triton"]), ("reference", []), ("", [])])
 def test_a_backend_asked_for_by_the_environment_computes_narrow_rows_too(
     monkeypatch: pytest.MonkeyPatch, called: list[str], wish: str, expected: list[str], compiled: bool
 ) -> None:
-    """No Gram matrices then, unless the family lacks the backend."""
+    """No Gram matrices then."""
     monkeypatch.setenv("FASTKD_BACKEND", wish)
     gram: list[None] = []
     made = operator.relation_mse_gram
@@ -257,5 +219,5 @@ def test_a_backend_asked_for_by_the_environment_computes_narrow_rows_too(
     torch._dynamo.reset()
     got = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)()
     assert called == expected
-    assert len(gram) == (wish in ("cuda", ""))
+    assert len(gram) == (wish == "")
     torch.testing.assert_close(got, reference(student, teacher, distance="mse"))

@@ -11,12 +11,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from planting import planted
 
 pytestmark = pytest.mark.timeout(1800)  # a minute where nothing else runs; compilers on a busy machine take ten
 
@@ -82,19 +81,6 @@ class Rig(NamedTuple):
         ]
         return [Ran(*process.communicate(timeout=900), process.returncode) for process in running]
 
-    @contextmanager
-    def planted(self, file: str, right: str, wrong: str) -> Iterator[None]:
-        """The driver with a bug in one kernel file."""
-        path = self.sources / file
-        text = path.read_text()
-        assert text.count(right) == 1, f"{file} has changed: plant the bug elsewhere"
-        path.write_text(text.replace(right, wrong))
-        try:
-            self.make()
-            yield
-        finally:
-            path.write_text(text)
-
 
 @pytest.fixture(scope="module", params=list(SANITIZERS))
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
@@ -149,7 +135,7 @@ BUGS = {
 
 def test_a_planted_bug_is_found(rig: Rig) -> None:
     file, right, wrong, finding = BUGS[rig.kind]
-    with rig.planted(file, right, wrong):
+    with planted(rig.sources / file, right, wrong, rig.make):
         (done,) = rig.run("baseline")
     assert done.returncode not in (0, WRONG_RESULT, LACKS_ISA), done.stdout
     assert finding in done.stderr

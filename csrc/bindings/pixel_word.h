@@ -117,7 +117,7 @@ template <class Kernels>
 void define_pixel_word(py::module_& module) {
     using Call = PixelWordCall<Kernels>;
     const std::string extra = Kernels::extra_name;
-    py::class_<Call>(module, "PixelWord",
+    py::class_<Call>(module, "PixelWord", py::module_local(), // _cpu and _cuda each have their own
                      ("pixel_word of a student's and a teacher's pixels and words, given " + extra +
                       ", in a workspace of at most `limit` bytes. Addresses, sizes, strides in elements.")
                          .c_str())

@@ -81,7 +81,7 @@ inline RelationCall::Form parse_form(const std::string& name, bool cross, relati
 template <class Kernels>
 py::class_<RelationCall> define_relation(py::module_& module) {
     return py::class_<RelationCall>(
-               module, "Relation",
+               module, "Relation", py::module_local(), // _cpu and _cuda each have their own
                "relation of (batch, rows, width) student and teacher, in a workspace of at most "
                "`limit` bytes. form: 'tiles' holds no matrix of rows x rows, 'kept' keeps them for "
                "the backward, 'gram' (CPU) computes mse from matrices of width x width.")

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from gpu_kernels import DEVICE
 from torch import Tensor
 
+from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits
 from fastkd.reference.pixel_word import TERMS
 
 WEIGHTS = dict(zip(TERMS, (1.0, 0.7, 3.0, 2.0), strict=True))
@@ -63,3 +65,25 @@ def check(inputs: Sequence[Tensor], ours: Any, plain: Any, leaves: int = 2, **op
             continue
         assert error <= 2 * plain_error + (stored + 8 * arithmetic) * size, (index, error, plain_error, size)
         assert error <= (8 * stored + 64 * arithmetic) * size
+
+
+class Kernels:
+    """The operator on one backend."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def features(self, *inputs: Tensor, **options: Any) -> dict[str, Tensor]:
+        return pixel_word(*inputs, backend=self.backend, **options)
+
+    def logits(self, *inputs: Tensor, **options: Any) -> dict[str, Tensor]:
+        return pixel_word_from_logits(*inputs, backend=self.backend, **options)
+
+
+def here(inputs: list[Tensor]) -> list[Tensor]:
+    """Where the kernels of GPUs run."""
+    return [x.to(DEVICE) for x in inputs]
+
+
+def masks_of(b: int, n: int, t: int) -> Masks:
+    return {name: mask.to(DEVICE) for name, mask in make_masks(b, n, t).items()}

@@ -1,0 +1,43 @@
+"""Where the tests of the kernels for GPUs run: on one, or on CPU tensors, interpreted or built for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from contract_cases import Place
+from contract_tools import quick_interpreter
+from emulation import emulated
+
+from fastkd.ops import _backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+
+@contextmanager
+def present(place: Any) -> Iterator[None]:
+    """Skips the test if the backend is absent; CUDA's on CPU tensors is there for as long as the test lasts."""
+    with ExitStack() as stack:
+        if place == ("cuda", "cpu"):
+            try:
+                stack.enter_context(emulated())
+            except RuntimeError as error:
+                pytest.skip(f"the cuda backend is not in use on CPU tensors: {error}")
+        reason = _backends._misplaced(place.backend, place.device) or _backends.why_not(place.backend)
+        if reason is not None:
+            pytest.skip(f"the {place.backend} backend is not in use on {place.device}: {reason}")
+        yield
+
+
+@contextmanager
+def kernels_of(backend: str) -> Iterator[None]:
+    """The same where this machine runs a GPU's kernels; Triton's interpreter checks for overflow."""
+    with ExitStack() as stack:
+        stack.enter_context(present(Place(backend, DEVICE)))
+        if (backend, DEVICE) == ("triton", "cpu"):
+            stack.enter_context(quick_interpreter(checks_overflow=True))
+        yield
