@@ -3,12 +3,13 @@
 #
 #     scripts/gpu_check.sh OUT_DIR [PART...]
 #
-# builds and installs fastkd into a temporary folder (nothing else on the machine changes), runs the tests marked `gpu`,
-# compute-sanitizer's memcheck, racecheck, synccheck and initcheck on the CUDA kernels, and the benchmarks. Those are the parts `tests`, `sanitizer` and
-# `benchmarks`; named ones alone, after the build, share the time. `autotune` is the benchmarks with
-# torch.compile(mode="max-autotune") beside the others, which takes minutes and is only run by name. Needs python with torch and Triton, nvcc and a C++
-# compiler; no network. Packages that are missing (scikit-build-core, pybind11, cmake, ninja, pytest, ...) are installed
-# from the folder of wheels WHEELHOUSE (default: wheelhouse/ here), which `make wheelhouse` fills on a connected machine.
+# builds and installs fastkd into a temporary folder (nothing else on the machine changes; CUDA kernels for this chip
+# alone), runs the tests marked `gpu`, compute-sanitizer's memcheck, racecheck, synccheck and initcheck on the CUDA
+# kernels, and the benchmarks. Those are the parts `tests`, `sanitizer` and `benchmarks`; named ones alone, after the
+# build, share the time. `autotune` is the benchmarks with torch.compile(mode="max-autotune") beside the others, which
+# takes minutes and is only run by name. Needs python with torch and Triton, nvcc and a C++ compiler; no network. Packages
+# that are missing (scikit-build-core, pybind11, cmake, ninja, pytest, ...) are installed from the folder of wheels
+# WHEELHOUSE (default: wheelhouse/ here), which `make wheelhouse` fills on a connected machine.
 #
 # Writes into OUT_DIR, flat: build.json, tests.json, sanitizer.json and one JSON per benchmarked family, all in the
 # format of benchmarks/results, and log.txt. A part that fails is a row with "ok": false; the others still run.
