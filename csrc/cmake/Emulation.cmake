@@ -14,7 +14,7 @@ if(FASTKD_EMULATION_FMA)
   list(APPEND emulation_flags -mfma -mf16c -ffp-contract=fast)
 endif()
 
-add_library(emulation OBJECT tests/emulation/engine.cpp) # never under a sanitizer itself
+add_library(emulation OBJECT tests/emulation/engine.cpp tests/emulation/products.cpp) # never under a sanitizer itself
 target_include_directories(emulation PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
 target_compile_options(emulation PRIVATE ${emulation_flags})
 

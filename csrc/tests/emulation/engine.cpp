@@ -3,7 +3,6 @@
 
 #include <sys/mman.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -13,73 +12,17 @@
 #include <string>
 #include <vector>
 
+#include "tests/emulation/context.h"
+#include "tests/emulation/products.h"
+
 #if defined(FASTKD_EMULATION_ADDRESS)
 #include <sanitizer/common_interface_defs.h>
 #elif defined(FASTKD_EMULATION_THREAD)
 #include <sanitizer/tsan_interface.h>
 #endif
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
 namespace fastkd::emulation {
 namespace {
-
-constexpr std::size_t stack_bytes = 512 * 1024; // address space; pages come when they are touched
-
-// ---- switching stacks
-// ------------------------------------------------------------------------------------------------
-
-#if defined(__x86_64__)
-// ucontext asks the kernel for the signal mask at every switch, which takes fifty times as long.
-extern "C" void fastkd_emulation_switch(void** save, void* to);
-asm(R"(
-    .text
-    .globl fastkd_emulation_switch
-    .type fastkd_emulation_switch, @function
-fastkd_emulation_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-    .size fastkd_emulation_switch, .-fastkd_emulation_switch
-)");
-
-struct Context {
-    void* stack_pointer = nullptr;
-    void prepare(char* stack, void (*entry)()) {
-        auto** top = reinterpret_cast<void**>(stack + stack_bytes) - 1; // the entry sees a stack as after a call
-        *top = nullptr;
-        *--top = reinterpret_cast<void*>(entry);
-        stack_pointer = top - 6;
-        std::memset(stack_pointer, 0, 6 * sizeof(void*));
-    }
-    static void change(Context& from, Context& to) { fastkd_emulation_switch(&from.stack_pointer, to.stack_pointer); }
-};
-#else
-struct Context {
-    ucontext_t context;
-    void prepare(char* stack, void (*entry)()) {
-        getcontext(&context);
-        context.uc_stack.ss_sp = stack;
-        context.uc_stack.ss_size = stack_bytes;
-        makecontext(&context, entry, 0);
-    }
-    static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
-};
-#endif
 
 // ---- fibers
 // ----------------------------------------------------------------------------------------------------------
@@ -379,91 +322,18 @@ namespace {
 
 // Lays the words down and waits; what the last lane to come makes of all lanes' words, it makes before the others go
 // on.
-Warp& meet(Operation operation, const std::uint32_t* words, int count, const char* what, int* turn,
-           void (*finish)(Warp&, int)) {
+Warp& meet(Operation operation, const std::uint32_t* words, int count, const char* what, int* turn, bool multiplies) {
     Fiber& self = *engine.current;
     Warp& warp = engine.warps[self.index / 32];
     *turn = self.exchanges++ % 2;
     for (int i = 0; i < count; ++i) {
         warp.slots[*turn][self.index % 32][i] = words[i];
     }
-    if (finish != nullptr && warp.meeting.arrived == 31) {
-        finish(warp, *turn);
+    if (multiplies && warp.meeting.arrived == 31) {
+        multiply_fragments(operation, warp.slots[*turn], warp.products[*turn]);
     }
     arrive(warp.meeting, operation, what);
     return warp;
-}
-
-double half_value(std::uint32_t bits) {
-    const std::uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    double size =
-        exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, static_cast<int>(exponent) - 25);
-    if (exponent == 31) {
-        size = mantissa == 0 ? HUGE_VAL : std::nan("");
-    }
-    return (bits & 0x8000) != 0 ? -size : size;
-}
-
-float float_value(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-// A double cut off to the float towards zero.
-float cut_off(double value) {
-    const float nearest = static_cast<float>(value);
-    return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(value)
-               ? std::nextafter(nearest, 0.0f)
-               : nearest;
-}
-
-// The fragments of matrix.cuh, put together; `wide` elements have 32 bits, else two share a word.
-template <bool wide, class Value>
-void multiply_warp(Warp& warp, int turn, Value value) {
-    constexpr int depth = wide ? 8 : 16;
-    double a[16][depth], b[depth][8];
-    const Slots& slots = warp.slots[turn];
-    for (int lane = 0; lane < 32; ++lane) {
-        const int g = lane / 4, t = lane % 4;
-        for (int part = 0; part < (wide ? 1 : 2); ++part) {
-            const auto element = [&](int word) {
-                return value(wide ? slots[lane][word] : slots[lane][word] >> 16 * part & 0xffff);
-            };
-            const int k = wide ? t : 2 * t + part;
-            for (int i = 0; i < 4; ++i) {
-                a[g + 8 * (i % 2)][k + depth / 2 * (i / 2)] = element(i);
-            }
-            for (int i = 0; i < 2; ++i) {
-                b[k + depth / 2 * i][g] = element(4 + i);
-            }
-        }
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-        for (int i = 0; i < 4; ++i) {
-            const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-            float sum = warp.products[turn][lane][i];
-            for (int begin = 0; begin < depth; begin += depth / 2) {
-                double exact = sum;
-                for (int k = begin; k < begin + depth / 2; ++k) {
-                    exact += a[row][k] * b[k][column];
-                }
-                sum = cut_off(exact);
-            }
-            warp.products[turn][lane][i] = sum;
-        }
-    }
-}
-
-void multiply_f16(Warp& warp, int turn) {
-    multiply_warp<false>(warp, turn, half_value);
-}
-void multiply_bf16(Warp& warp, int turn) {
-    multiply_warp<false>(warp, turn, [](std::uint32_t bits) { return static_cast<double>(float_value(bits << 16)); });
-}
-void multiply_tf32(Warp& warp, int turn) { // the lower bits of a float do not count
-    multiply_warp<true>(warp, turn,
-                        [](std::uint32_t bits) { return static_cast<double>(float_value(bits & 0xffffe000u)); });
 }
 
 } // namespace
@@ -471,7 +341,7 @@ void multiply_tf32(Warp& warp, int turn) { // the lower bits of a float do not c
 const Slots& exchange(Operation operation, const std::uint32_t* words, int count) {
     int turn;
     Warp& warp = meet(operation, words, count, operation == Operation::shuffle ? "a shuffle" : "a load of matrices",
-                      &turn, nullptr);
+                      &turn, false);
     return warp.slots[turn];
 }
 
@@ -484,10 +354,7 @@ void multiply(Operation operation, float (&c)[4], const std::uint32_t (&a)[4], c
         products[i] = c[i];
     }
     int turn;
-    meet(operation, words, 6, "a matrix product", &turn,
-         operation == Operation::multiply_f16    ? multiply_f16
-         : operation == Operation::multiply_bf16 ? multiply_bf16
-                                                 : multiply_tf32);
+    meet(operation, words, 6, "a matrix product", &turn, true);
     for (int i = 0; i < 4; ++i) {
         c[i] = products[i];
     }
