@@ -78,7 +78,8 @@ def _built() -> ModuleType:
     ready = os.environ.get(READY)
     folder = Path(ready) if ready else build(Path(tempfile.mkdtemp(prefix="fastkd-emulated-")))
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = importlib.util.spec_from_file_location("fastkd._cuda", path)
+    # By another name: pybind11 would hand out this module wherever the real one's name is imported later.
+    spec = importlib.util.spec_from_file_location("emulated._cuda", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
