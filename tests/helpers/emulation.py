@@ -32,12 +32,9 @@ def emulated() -> Iterator[ModuleType]:
     import fastkd
     from fastkd.ops import _backends, _launch
 
+    module = _module()
     places: list[tuple[dict[str, Any], str]] = [(sys.modules, "fastkd._cuda"), (vars(fastkd), "_cuda")]
     hidden = [place.get(key) for place, key in places]
-    try:
-        module = _module()  # loading it puts it there
-    finally:
-        _put_back(places, hidden)
     answers = _answers(_backends)
     for place, key in places:
         place[key] = module
@@ -45,18 +42,14 @@ def emulated() -> Iterator[ModuleType]:
     try:
         yield module
     finally:
-        _put_back(places, hidden)
+        for (place, key), was in zip(places, hidden, strict=True):
+            if was is None:
+                del place[key]
+            else:
+                place[key] = was
         _launch.native.cache_clear()
         _answers(_backends)
         _backends._reasons.update(answers)
-
-
-def _put_back(places: list[tuple[dict[str, Any], str]], hidden: list[Any]) -> None:
-    for (place, key), was in zip(places, hidden, strict=True):
-        if was is None:
-            place.pop(key, None)
-        else:
-            place[key] = was
 
 
 def _answers(backends: Any) -> dict[Any, Any]:
