@@ -13,7 +13,7 @@ namespace fastkd::emulation {
 constexpr std::size_t stack_bytes = 512 * 1024; // address space; pages come when they are touched
 
 #if defined(__x86_64__)
-// ucontext asks the kernel for the signal mask at every switch, which takes fifty times as long.
+// ucontext asks the kernel for the signal mask at every switch, which takes twenty times as long.
 extern "C" void fastkd_emulation_switch(void** save, void* to);
 asm(R"(
     .text
