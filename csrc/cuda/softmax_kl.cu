@@ -49,29 +49,6 @@ struct RowParts {
     }
 };
 
-// Adds `count` pairs of logits, relative to maxima raised once for all of them.
-template <class T, int count>
-FASTKD_DEVICE void accumulate(KLState<T>& state, const T (&x_s)[count], const T (&x_t)[count], T inv_temperature) {
-    T max_s = state.max_s, max_t = state.max_t;
-#pragma unroll
-    for (int k = 0; k < count; ++k) {
-        max_s = x_s[k] > max_s ? x_s[k] : max_s;
-        max_t = x_t[k] > max_t ? x_t[k] : max_t;
-    }
-    if (max_s > state.max_s || max_t > state.max_t) {
-        state.raise(max_s, max_t, inv_temperature);
-    }
-    const T shift_s = softmax_kl::shift_of(state.max_s), shift_t = softmax_kl::shift_of(state.max_t);
-#pragma unroll
-    for (int k = 0; k < count; ++k) {
-        const T u_s = (x_s[k] - shift_s) * inv_temperature;
-        const T u_t = (x_t[k] - shift_t) * inv_temperature;
-        const T e_t = std::exp(u_t);
-        // 0 * log 0 = 0: where the teacher's probability is 0, the student's may be too.
-        state.add(std::exp(u_s), e_t, e_t == T(0) ? T(0) : e_t * (u_t - u_s));
-    }
-}
-
 template <class T>
 FASTKD_DEVICE T max_of_lanes(T value) {
 #pragma unroll
@@ -133,7 +110,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) forward_kernel(Forward ar
             const RowParts<S> parts(s, t, t, args.shape.cols);
             const auto one = [&](std::int64_t i) {
                 const T x_s[1] = {widen(s[i])}, x_t[1] = {widen(t[i])};
-                accumulate(state, x_s, x_t, inv_temperature);
+                state.add_logits(x_s, x_t, inv_temperature);
             };
             for (std::int64_t i = lane; i < parts.head; i += group) {
                 one(i);
@@ -148,7 +125,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) forward_kernel(Forward ar
                     x_s[k] = widen(pack_s.at[k]);
                     x_t[k] = widen(pack_t.at[k]);
                 }
-                accumulate(state, x_s, x_t, inv_temperature);
+                state.add_logits(x_s, x_t, inv_temperature);
             }
             for (std::int64_t i = parts.tail_begin + lane; i < args.shape.cols; i += group) {
                 one(i);
