@@ -126,6 +126,23 @@ def test_agrees_with_the_slow_implementation(regime):
     assert out.logits.shape == (2, 2, *size)
 
 
+def test_one_word_leaves_no_rounding_to_amplify():
+    """Every pixel reads the same then: InstanceNorm's result is 0, and only the biases are left of the fused map."""
+    state = weights(8, DEPTHS, HEADS, 7)
+    model = LAVT.from_state_dict(state, (1, 2, 2, 4))
+    image, words, _ = inputs((160, 160))
+    mask = torch.tensor([[True, False, False, False, False], [False, False, True, False, False]])
+    with torch.no_grad():
+        out = model(image, words=words, word_mask=mask)
+        alone = model(image[1:], words=words[1:, 2:3])
+    oracle = Oracle({name: tensor.numpy() for name, tensor in state.items()}, DEPTHS, HEADS, 7, (1, 2, 2, 4))
+    full, _ = oracle.run(image[1].numpy(), words[1].numpy(), mask[1].numpy())
+    for found in (out.logits[1], alone.logits[0]):
+        assert relative(found.permute(1, 2, 0), full) < 1e-5
+    for i in range(4):
+        assert relative(out.stages[i][1].permute(1, 2, 0), oracle.stages[i]) < 1e-5
+
+
 def test_float64_agrees_closer_still():
     """1e-4 is float32's; in float64 nothing but the order of sums is left."""
     state = weights(8, DEPTHS, HEADS, 7)

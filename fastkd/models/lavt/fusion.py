@@ -6,6 +6,7 @@ arXiv 2112.02244. (:mod:`fastkd.models.fusion` is the variant for networks train
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,8 +28,13 @@ class PixelNorm(nn.Module):
     """InstanceNorm without parameters: each channel of (B, N, C) over the N pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(x − mean) / √(variance + 1e-5)."""
-        return instance_norm(x)
+        """(x − mean) / √(variance + 1e-5).
+
+        The mean is taken off twice. With one word every pixel reads the same, and what rounding leaves of the first
+        mean would be divided by √1e-5.
+        """
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return instance_norm(wide - wide.mean(dim=1, keepdim=True)).to(x.dtype)
 
 
 class ImageLanguageAttention(nn.Module):
