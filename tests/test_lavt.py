@@ -275,6 +275,32 @@ def test_missing_unexpected_and_misshapen_names_are_told(small, bert):
         LAVT.from_state_dict(small, bert_state_dict={name: t for name, t in bert.items() if name != last})
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.layers.0.blocks.9.attn.relative_position_index",
+        "head.attn.relative_position_index",
+        "image_encoder.embeddings.position_ids",
+        "text_encoder.pooler.extra.weight",
+    ],
+)
+def test_what_is_computed_or_unused_counts_only_in_its_place(small, bert, name):
+    whole = small | {f"text_encoder.{key}": tensor for key, tensor in bert.items()}
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        LAVT.from_state_dict(whole | {name: torch.zeros(16, 16, dtype=torch.int64)})
+
+
+def test_an_index_of_another_window_is_told(small):
+    name = "backbone.layers.1.blocks.0.attn.relative_position_index"
+    with pytest.raises(ValueError, match=rf"{name} is \(144, 144\), not \(16, 16\) as the 49 rows"):
+        LAVT.from_state_dict(small | {name: torch.zeros(144, 144, dtype=torch.int64)})
+
+
+def test_foreign_text_names_are_shown(small, bert):
+    with pytest.raises(ValueError, match=r"it holds text_encoder\.bert\.embeddings"):
+        LAVT.from_state_dict(small, bert_state_dict={f"bert.{key}": tensor for key, tensor in bert.items()})
+
+
 def test_a_missing_block_is_told_by_name(small):
     with pytest.raises(ValueError, match=r"missing .*layers\.2\.blocks\.0|no backbone\.layers\.2\.blocks\.0"):
         LAVT.from_state_dict({name: t for name, t in small.items() if "layers.2.blocks.0." not in name})

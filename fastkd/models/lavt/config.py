@@ -183,8 +183,10 @@ def _text(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
 
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     if name not in state:
-        some = ", ".join(list(state)[:4]) or "nothing"
-        raise ValueError(f"no state dict of a LAVT: it has no {name} (it holds {some}{', ...' * (len(state) > 4)})")
+        part = name.partition(".")[0] + "."  # what came in its place, if anything did
+        there = [other for other in state if other.startswith(part)] or list(state)
+        some = ", ".join(there[:4]) or "nothing"
+        raise ValueError(f"no state dict of a LAVT: it has no {name} (it holds {some}{', ...' * (len(there) > 4)})")
     shape = tuple(state[name].shape)
     if len(shape) != dimensions or 0 in shape:
         raise ValueError(f"no state dict of a LAVT: {name} has shape {shape}, expected {dimensions} dimensions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor
 
 TEXT = "text_encoder."
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-_COMPUTED = (".attn.relative_position_index", ".embeddings.position_ids", ".embeddings.token_type_ids")
-_POOLER = TEXT + "pooler."  # of a BERT that was saved whole; LAVT reads the words, not the pooled sentence
+_INDEX, _TABLE = ".attn.relative_position_index", ".attn.relative_position_bias_table"
+_UNUSED = {TEXT + name for name in ("embeddings.position_ids", "embeddings.token_type_ids")} | {
+    TEXT + f"pooler.dense.{name}" for name in ("weight", "bias")
+}  # computed anew, and of a BERT that was saved whole; LAVT reads the words, not the pooled sentence
 
 
 def gather(state_dict: Mapping[str, Any], bert_state_dict: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -23,7 +26,7 @@ def gather(state_dict: Mapping[str, Any], bert_state_dict: Mapping[str, Any] | N
 
     Raises:
         TypeError: No dict of names and tensors.
-        ValueError: Two names for one tensor, or text weights twice.
+        ValueError: Two names for one tensor, text weights twice, or a computed buffer that fits no weight.
     """
     state = _named("state_dict", state_dict)
     if bert_state_dict is not None:
@@ -35,11 +38,26 @@ def gather(state_dict: Mapping[str, Any], bert_state_dict: Mapping[str, Any] | N
         if not text:
             raise ValueError("bert_state_dict is empty; leave it out for a model that takes word vectors only")
         state |= text
-    kept = {name: t for name, t in state.items() if not name.endswith(_COMPUTED) and not name.startswith(_POOLER)}
+    kept = {name: t for name, t in state.items() if name not in _UNUSED and not _is_index(name, state)}
     for name, tensor in kept.items():
-        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+        if not tensor.is_floating_point() and not name.endswith(("num_batches_tracked", _INDEX)):
             raise ValueError(f"state_dict: {name} is {tensor.dtype}, weights must be floating point")
     return kept
+
+
+def _is_index(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether this is the index of a table that is there; (2w − 1)² rows go with w² × w² numbers."""
+    table = state.get(name.removesuffix(_INDEX) + _TABLE) if name.endswith(_INDEX) else None
+    if table is None:
+        return False
+    rows = table.shape[0] if table.dim() else 0
+    window = (math.isqrt(rows) + 1) // 2
+    if (2 * window - 1) ** 2 == rows and state[name].shape != (window**2, window**2):  # other tables fail by themselves
+        raise ValueError(
+            f"state_dict: {name} is {tuple(state[name].shape)}, not {(window**2, window**2)} as the {rows} rows of its "
+            "relative_position_bias_table ask for"
+        )
+    return True
 
 
 def add_counters(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
