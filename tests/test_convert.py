@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,7 @@ from lavt_oracle import lavt_names, lavt_weights
 pytest.importorskip("timm", reason="needs the [ris] extra")
 pytest.importorskip("transformers", reason="needs the [ris] extra")
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import fastkd
 from fastkd.cli import main
@@ -131,7 +132,7 @@ def test_heads_where_settings_say_nothing(vision, text, tmp_path):
     assert read_checkpoint(tmp_path / "a.pth").fusion_heads == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("mha", ["1-1-1", "a-b-c-d", "0-1-1-1", 4, [1, 2], "1-1-1-3"])
+@pytest.mark.parametrize("mha", ["1-1-1", "a-b-c-d", "0-1-1-1", 4, [1, 2], [1.5, 1, 1, 1], "1-1-1-3"])
 def test_heads_that_make_no_sense(mha, vision, text, tmp_path):
     torch.save(checkpoint(vision, text, mha=mha), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"args.mha must be empty or four heads|does not divide the 64 channels"):
@@ -164,6 +165,16 @@ class Runs:
         return (os.system, (f"touch {self.marker}",))
 
 
+class Calls:
+    """Calls something when it is unpickled."""
+
+    def __init__(self, what) -> None:
+        self.what = what
+
+    def __reduce__(self):
+        return (self.what, ("no such thing",))
+
+
 @pytest.mark.parametrize("kind", ["zip", "legacy", 0, 2, 4, 5])
 def test_code_is_named_and_not_run(kind, vision, text, tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "bad.pth"
@@ -183,6 +194,30 @@ def test_code_is_named_and_not_run(kind, vision, text, tmp_path):
     assert not (tmp_path / "t.safetensors").exists()
     pickle.loads(pickle.dumps(Runs(marker)))
     assert marker.exists()  # the payload does work
+
+
+@pytest.mark.parametrize("kind", ["zip, protocol 4", "legacy, protocol 4", "legacy", 4, 5])
+def test_every_foreign_name_is_whole(kind, vision, text, tmp_path):
+    """Modules named twice are references in newer pickles; and not all that is torch's is a tensor."""
+    path = tmp_path / "bad.pth"
+    foreign = [Calls(shutil.move), Calls(shutil.which), "between", Calls(shutil.rmtree), Calls(torch.hub.load)]
+    if isinstance(kind, int):
+        path.write_bytes(pickle.dumps({"model": foreign}, protocol=kind))
+    else:
+        form = {"_use_new_zipfile_serialization": "zip" in kind, "pickle_protocol": 4 if "4" in kind else 2}
+        torch.save(checkpoint(vision, text) | {"extra": foreign}, path, **form)
+    with pytest.raises(ValueError, match="objects other than") as error:
+        read_checkpoint(path)
+    named = str(error.value).partition("argparse.Namespace: ")[2].partition(". Such")[0].split(", ")
+    assert sorted(named) == ["shutil.move", "shutil.rmtree", "shutil.which", "torch.hub.load"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_other_pickle_protocols_are_told(zipped, vision, text, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(checkpoint(vision, text), path, pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"was pickled with protocol 4; .* save it again"):
+        read_checkpoint(path)
 
 
 def test_hidden_code_inside_the_settings(vision, text, tmp_path):
@@ -227,14 +262,21 @@ def test_foreign_files(vision, text, tmp_path):
     gone = {name: tensor for name, tensor in vision.items() if name != "classifier.conv2_3.weight"}
     refused(checkpoint(gone, text), r"1 missing \(classifier.conv2_3.weight\)")
     refused(checkpoint(vision | {"classifier.extra": torch.zeros(1)}, text), r"1 unexpected \(classifier.extra\)")
-    for content in (b"<html>404</html>", b"", b"PK\x03\x04 no archive"):
+    for content, why in (
+        (b"<html>404</html>", "it is no pickle of tensors"),
+        (b"hello\n", "it is no pickle of tensors"),
+        (b"", "it is empty"),
+        (b"PK\x03\x04 no archive", ""),
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="can't be read as a checkpoint") as error:
+        with pytest.raises(ValueError, match=rf"can't be read as a checkpoint \({why}") as error:
             read_checkpoint(path)
         assert "weights_only" not in str(error.value)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         read_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="is a folder, no checkpoint"):
+        read_checkpoint(tmp_path)
 
 
 def test_destinations(released, tmp_path):
@@ -242,7 +284,14 @@ def test_destinations(released, tmp_path):
         convert(released, tmp_path / "teacher.pth")
     with pytest.raises(FileNotFoundError, match="no folder"):
         convert(released, tmp_path / "nowhere" / "t.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder; name the file"):
+        convert(released, tmp_path / "folder.safetensors", overwrite=True)
     target = tmp_path / "t.safetensors"
+    with pytest.raises(ValueError, match="max_words must be at most 20, the places of the text encoder, got 21"):
+        convert(released, target, max_words=21)
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        convert(released, target, image_size=0)
     target.write_text("mine")
     with pytest.raises(FileExistsError, match="exists; choose another name"):
         convert(released, target)
@@ -256,12 +305,21 @@ def test_a_failed_write_leaves_what_was_there(released, tmp_path, monkeypatch):
     convert(released, target)
     before = target.read_bytes()
 
-    def fails(state, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+    for kind in (OSError, SafetensorError):  # the library raises either
 
-    monkeypatch.setattr("safetensors.torch.save_file", fails)
-    with pytest.raises(OSError, match="disk full"):
+        def fails(state, path, metadata, kind=kind):
+            Path(path).write_bytes(b"half")
+            raise kind("disk full")
+
+        monkeypatch.setattr("safetensors.torch.save_file", fails)
+        with pytest.raises(OSError, match=r"t\.safetensors can't be written \(disk full\)"):
+            convert(released, target, overwrite=True)
+
+    def refuses(**where):
+        raise PermissionError(13, "Permission denied", "/some/.t.safetensors-abc")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuses)
+    with pytest.raises(OSError, match=r"t\.safetensors can't be written \(Permission denied\)"):
         convert(released, target, overwrite=True)
     assert target.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lavt.pth", "t.safetensors"]

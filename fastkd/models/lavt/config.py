@@ -62,8 +62,7 @@ class LAVTConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed", "window", "word_width", "hidden", "image_size", "max_words"):
-            (value,) = _whole_numbers(name, (getattr(self, name),))
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
         for name in ("depths", "heads", "fusion_heads"):
             value = getattr(self, name)
             numbers = _whole_numbers(name, value)
@@ -83,7 +82,7 @@ class LAVTConfig:
         if not isinstance(text, dict) or set(text) != set(_TEXT_SIZES):
             raise ValueError(f"text must be None or a dict of {', '.join(_TEXT_SIZES)}, got {text!r}")
         for name in _TEXT_SIZES:
-            _whole_numbers(f"text[{name!r}]", (text[name],))
+            _whole_number(f"text[{name!r}]", text[name])
         if text["hidden_size"] != self.word_width:
             raise ValueError(
                 f"the text encoder's words are {text['hidden_size']} wide, the fusion takes {self.word_width}: "
@@ -173,7 +172,7 @@ def _text(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
         vocabulary,
         width,
         len({m[1] for m in map(_TEXT_LAYER.match, state) if m}),
-        *_whole_numbers("text_heads", (heads,)),
+        _whole_number("text_heads", heads),
         _shape(state, "text_encoder.encoder.layer.0.intermediate.dense.weight", 2)[0],
         _shape(state, "text_encoder.embeddings.position_embeddings.weight", 2)[0],
         _shape(state, "text_encoder.embeddings.token_type_embeddings.weight", 2)[0],
@@ -199,13 +198,18 @@ def _fusion_heads(value: Any) -> tuple[int, ...]:
     return _whole_numbers("fusion_heads", value)
 
 
-def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+def _whole_number(name: str, value: Any) -> int:
+    return _whole_numbers(name, (value,), shown=repr(value))[0]
+
+
+def _whole_numbers(name: str, values: Any, shown: str | None = None) -> tuple[int, ...]:
+    shown = shown or repr(values)
     try:
         if isinstance(values, str | bytes) or any(isinstance(value, bool) for value in values):
             raise TypeError
         numbers = tuple(operator.index(value) for value in values)  # numpy's whole numbers too
     except TypeError:
-        raise ValueError(f"{name} must be whole numbers, got {values!r}") from None
+        raise ValueError(f"{name} must be whole numbers, got {shown}") from None
     if any(number < 1 for number in numbers):
-        raise ValueError(f"{name} must be at least 1, got {values!r}")
+        raise ValueError(f"{name} must be at least 1, got {shown}")
     return numbers

@@ -50,8 +50,10 @@ def convert(
     Raises:
         FileNotFoundError: No such source, or no folder to write into.
         FileExistsError: The destination exists and ``overwrite`` is False.
+        OSError: The destination is a folder, or can't be written.
         ValueError: A damaged or foreign source, objects other than weights and settings in it (all are named), weights
-            that do not fit LAVT exactly, or a destination that is no ``.safetensors``.
+            that do not fit LAVT exactly, a destination that is no ``.safetensors``, or more words than the text encoder
+            has places for.
 
     Example::
 
@@ -62,6 +64,8 @@ def convert(
         raise ValueError(f"the converted file must be named *.safetensors, got {destination}")
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"no folder {destination.parent} to write {destination.name} into")
+    if destination.is_dir():
+        raise IsADirectoryError(f"{destination} is a folder; name the file to write")
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists; choose another name or pass overwrite (--overwrite)")
     found = read_checkpoint(source)
@@ -74,6 +78,9 @@ def convert(
         image_size=image_size,
         max_words=max_words,
     )
+    places = (model.config.text or {}).get("max_position_embeddings", max_words)
+    if max_words > places:
+        raise ValueError(f"max_words must be at most {places}, the places of the text encoder, got {max_words}")
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {
@@ -86,7 +93,12 @@ def convert(
 
 
 def write(model: LAVT, path: Path, origin: dict[str, str]) -> dict[str, str]:
-    """Write a model, with where it came from in the metadata; whole or not at all."""
+    """Write a model, with where it came from in the metadata; whole or not at all.
+
+    Raises:
+        OSError: No room, or no permission.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {
@@ -97,15 +109,20 @@ def write(model: LAVT, path: Path, origin: dict[str, str]) -> dict[str, str]:
         **origin,
     }
     state = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in model.state_dict().items()}
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    fresh = Path(name)
+    fresh = None
     try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(handle)
+        fresh = Path(name)
         save_file(state, fresh, metadata=metadata)
         fresh.chmod(0o644)  # temporary files are born private
         fresh.replace(path)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} can't be written ({why}); choose another place, or make room there") from error
     finally:
-        fresh.unlink(missing_ok=True)
+        if fresh is not None:
+            fresh.unlink(missing_ok=True)
     return metadata
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import operator
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.models.lavt.pickles import contents, of_tensors
 from fastkd.models.lavt.states import TEXT
 
 _ALLOWED = "tensors, plain containers and argparse.Namespace"
@@ -87,7 +88,7 @@ def _fusion_heads(path: Path, mha: Any) -> tuple[int, ...]:
         return (1, 1, 1, 1)
     numbers = re.split(r"[-,\s]+", mha.strip()) if isinstance(mha, str) else mha
     try:
-        heads = tuple(int(number) for number in numbers)
+        heads = tuple(int(number) if isinstance(number, str) else operator.index(number) for number in numbers)
         if len(heads) != 4 or min(heads) < 1:
             raise ValueError
     except (TypeError, ValueError):
@@ -96,6 +97,8 @@ def _fusion_heads(path: Path, mha: Any) -> tuple[int, ...]:
 
 
 def _load(path: Path) -> Any:
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder, no checkpoint; give the file in it")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -104,10 +107,16 @@ def _load(path: Path) -> Any:
             raise _refusal(path, foreign)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            if named := _names_in_pickles(path):
-                raise _refusal(path, named) from None
-            raise ValueError(_damaged(path, error)) from None  # torch's message advises to run the code in the file
+        except pickle.UnpicklingError as error:  # torch's message advises to run the code in the file: it is not shown
+            names, protocol = contents(path)
+            if foreign := [name for name in names if not of_tensors(name)]:
+                raise _refusal(path, foreign) from None
+            if protocol > 2:
+                raise ValueError(
+                    f"{path} was pickled with protocol {protocol}; without running code torch reads protocol 2, "
+                    "torch.save's default: save it again with that"
+                ) from None
+            raise ValueError(_damaged(path, error)) from None
         except Exception as error:  # a damaged file raises almost anything; all mean that it gives no weights
             raise ValueError(_damaged(path, error)) from error
 
@@ -116,28 +125,8 @@ def _foreign_objects(path: Path) -> list[str]:
     """Names of classes and functions in the pickle that are not allowed, found by reading it, not by running it."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # no zip archive (torch before 1.6), or a damaged one: torch.load tells
+    except Exception:  # no zip archive (torch before 1.6), another protocol, or a damaged file: torch.load tells
         return []
-
-
-def _names_in_pickles(path: Path) -> list[str]:
-    """The same for a file of one pickle after the other: all names but those torch itself writes for tensors."""
-    names: dict[str, None] = {}
-    with path.open("rb") as file:
-        try:
-            while True:
-                texts: list[str] = []
-                for operation, argument, _ in pickletools.genops(file):
-                    if operation.name in ("GLOBAL", "INST"):
-                        names[str(argument).replace(" ", ".")] = None
-                    elif operation.name == "STACK_GLOBAL":
-                        names[".".join(texts[-2:])] = None
-                    elif isinstance(argument, str):
-                        texts.append(argument)
-        except Exception:  # the end, or bytes that are no pickle
-            pass
-    usual = ("torch.", "collections.OrderedDict", "argparse.Namespace")
-    return [name for name in names if not name.startswith(usual)]
 
 
 def _refusal(path: Path, names: list[str]) -> ValueError:
@@ -148,8 +137,12 @@ def _refusal(path: Path, names: list[str]) -> ValueError:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    why = "it is no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else lines[0]
+    if path.stat().st_size == 0:
+        why = "it is empty"
+    elif isinstance(error, RuntimeError | EOFError | OSError) and str(error).strip():
+        why = re.split(r"(?<=\w)\. ", str(error).strip().splitlines()[0])[0]  # torch's first sentence
+    else:
+        why = "it is no pickle of tensors"
     return f"{path} can't be read as a checkpoint ({why}): cut off while downloading, or no torch file"
 
 
