@@ -141,7 +141,12 @@ class LAVT(nn.Module):
             teacher = LAVT.from_state_dict(state, fusion_heads=(1, 1, 1, 1)).requires_grad_(False)
             out = teacher(image, words=words, word_mask=word_mask)   # words (B, T, 768), word_mask (B, T) bool
         """
-        state = gather(state_dict, bert_state_dict)
+        try:
+            state = gather(state_dict, bert_state_dict)
+        except (TypeError, ValueError) as error:  # they name the argument; what was read from a file is named by that
+            if source == "state_dict":
+                raise
+            raise ValueError(f"{source}: {error}") from None
         try:
             config = LAVTConfig.from_state_dict(state, fusion_heads, text_heads=text_heads, **rest)
         except ValueError as error:
