@@ -259,7 +259,7 @@ def test_foreign_files(vision, text, tmp_path):
     refused({"model": vision, "bert_model": 3}, "'bert_model' must be a state dict, got int")
     refused(checkpoint(vision, text, "lavt_one") | {"bert_model": text}, "text weights twice")
     refused(checkpoint(vision, text) | {"args": 3}, "'args' must be an argparse.Namespace, got int")
-    refused(checkpoint(vision | {"epoch": 3}, text), r"a\.pth: state_dict must hold tensors by name, got int for 'epoch'")
+    refused(checkpoint(vision | {"epoch": 3}, text), r"a\.pth: state_dict must hold tensors by name, got int for 'ep")
     refused(checkpoint(vision, {}), r"a\.pth: bert_state_dict is empty")
     whole = vision | {"classifier.conv1_1.bias": torch.zeros(2, dtype=torch.int64)}
     refused(checkpoint(whole, text), r"a\.pth: state_dict: classifier\.conv1_1\.bias is torch\.int64")
