@@ -6,17 +6,22 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastkd.train.select import follow, hint
+
+_Outputs = dict[str, tuple[Any, int | None]]  # what a tap's module returned, and its version (see _version) then
 
 
 class Taps(Mapping[str, Any]):
     """Catch what chosen modules of a model return, forward after forward.
 
     A mapping from your names to the latest outputs. Every forward of the model starts afresh, so a tap never shows a
-    value of an earlier forward; a module called several times in one forward shows its last output. Paths are those
+    value of an earlier forward; a module called several times in one forward shows its last output. An output that
+    was changed in place since (by an ``inplace=True`` activation, a ``+=``) is no longer the module's, and refused.
+    A copied or pickled model has its hooks, and no outputs. Paths are those
     of ``model.named_modules()``, written without the ``module.`` of DistributedDataParallel and the ``_orig_mod.`` of
     ``torch.compile``, and the same whether or not the model is wrapped. Make the taps before ``torch.compile``: a
     compiled graph does not see hooks added after it.
@@ -30,7 +35,8 @@ class Taps(Mapping[str, Any]):
         TypeError: a model that is no module, or a path that is no string.
         ValueError: an empty or dotted name, or a path that is no module of the model (with the closest ones).
         KeyError: reading a name that is not a tap.
-        RuntimeError: reading a tap whose module did not run in the latest forward, or a closed one.
+        RuntimeError: reading a tap whose module did not run in the latest forward, whose output was changed in place,
+            or a closed one.
 
     Example:
         >>> with fastkd.Taps(model, {"stage4": "backbone.layers.3.fusion"}) as taps:
@@ -45,13 +51,13 @@ class Taps(Mapping[str, Any]):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         modules = dict(_modules(model))
         self.paths: dict[str, str] = {}
-        self._outputs: dict[str, Any] = {}
+        self._outputs: _Outputs = _Latest()
         self._handles: list[RemovableHandle] = []
         self._forwards = 0
         found: list[tuple[str, nn.Module, int | str | None]] = []
         for name, target in paths.items():
-            path, index = target if isinstance(target, tuple) else (target, None)
-            if not name or "." in name:
+            path, index = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
+            if not isinstance(name, str) or not name or "." in name:
                 raise ValueError(f"tap name {name!r} must be a non-empty string without dots")
             if not isinstance(path, str):
                 raise TypeError(f"tap {name!r}: expected a module path or (path, index), got {target!r}")
@@ -80,7 +86,14 @@ class Taps(Mapping[str, Any]):
                 f"tap {name!r} never fired: module {self.paths[name]!r} did not run in the latest forward. It may be "
                 "skipped in this mode, replaced after the tap was made, or compiled before it (make the taps first)"
             )
-        return self._outputs[name]
+        value, version = self._outputs[name]
+        if version is not None and _version(value) != version:
+            raise RuntimeError(
+                f"tap {name!r}: what module {self.paths[name]!r} returned was changed in place afterwards, by an "
+                "activation with inplace=True or a '+=', so it is no longer what the module returned: tap the module "
+                "that changed it, which returns the same values, or take away its inplace"
+            )
+        return value
 
     def __contains__(self, name: object) -> bool:
         return name in self.paths  # whether or not it has fired: reading tells
@@ -117,11 +130,32 @@ class Taps(Mapping[str, Any]):
 class _Catch:
     """The forward hook of one tap (a class, so that a hooked model can still be pickled and copied)."""
 
-    def __init__(self, outputs: dict[str, Any], name: str, index: int | str | None) -> None:
+    def __init__(self, outputs: _Outputs, name: str, index: int | str | None) -> None:
         self.outputs, self.name, self.index = outputs, name, index
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.outputs[self.name] = output if self.index is None else follow(output, str(self.index))
+        if self.index is not None:
+            try:
+                output = follow(output, str(self.index))
+            except ValueError as error:
+                raise ValueError(f"tap {self.name!r}: {error}") from error
+        self.outputs[self.name] = output, _version(output)
+
+
+class _Latest(_Outputs):
+    """The latest outputs, which a copied or pickled model starts without: a graph's tensors cannot be copied."""
+
+    def __deepcopy__(self, memo: Any) -> _Latest:
+        return _Latest()
+
+    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
+        return _Latest, ()
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor's memory was written in place; None where nobody counts."""
+    counted = isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference()
+    return value._version if counted else None
 
 
 def _unwrap(module: nn.Module) -> nn.Module:

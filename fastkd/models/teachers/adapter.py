@@ -138,11 +138,13 @@ class TextPromptedTeacher(nn.Module):
     def pixels(self, image: Tensor) -> Tensor:
         """An ImageNet-normalised image (B, 3, H, W) as the network wants it: resized, and normalised its way."""
         size = (self.config.image_size, self.config.image_size)
+        # In half precision only from here on: antialiasing does not know it, and the mean would be rounded.
+        dtype = self._scale.dtype
+        image = image.to(torch.promote_types(dtype, torch.float32))
         # Renormalising is affine per channel, so it may come after the resizing, on what is mostly fewer pixels.
-        image = image.to(self._scale.dtype)
         if image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return image * self._scale + self._shift
+        return (image * self._scale + self._shift).to(dtype)
 
     def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> RISOutput:
         """Segment what the sentence refers to.

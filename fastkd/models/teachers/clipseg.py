@@ -40,8 +40,8 @@ class CLIPSegTeacher(TextPromptedTeacher):
     def __init__(self, network: Any, config: TeacherConfig) -> None:
         super().__init__(network, config)
         patch = network.config.vision_config.patch_size
-        if config.image_size < patch:
-            raise ValueError(f"image_size must be at least one patch of {patch} pixels, got {config.image_size}")
+        if config.image_size % patch:  # what is left over would be cut off, and the mask stretched over it
+            raise ValueError(f"image_size must be a multiple of the patch of {patch} pixels, got {config.image_size}")
         self._grid = (config.image_size // patch,) * 2
         self.watch("words", network.clip.text_model, whole_output)
         self.watch("features", network.decoder.transposed_convolution, first_input)
