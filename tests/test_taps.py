@@ -255,6 +255,21 @@ def test_a_tapped_model_can_be_copied_and_pickled(net: Net) -> None:
         assert taps["last"] is out
 
 
+def test_hooks_go_with_the_taps(net: Net) -> None:
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+    def loss(out: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return out.sum()
+
+    for _ in range(3):  # as in a notebook
+        distiller = fastkd.Distiller(net, None, loss, inputs=("x",), student_taps={"last": "backbone.layers.2.fusion"})
+        distiller({"x": torch.ones(1, 4)})
+        assert hooks() == 2
+    del distiller
+    assert hooks() == 0
+
+
 class Rectified(nn.Module):
     """Its activation and its residual write over what the modules before them returned."""
 

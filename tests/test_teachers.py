@@ -201,7 +201,7 @@ class TestCall:
         with pytest.raises(kind, match=message):
             teacher(**arguments)
 
-    def test_clipseg_needs_the_end_mark(self, teachers) -> None:
-        end = teachers["clipseg"].vocab_size - 1
+    def test_ids_of_another_tokenizer_have_no_end_mark(self, teacher) -> None:
+        end = teacher.vocab_size - 1
         with pytest.raises(ValueError, match=r"sentence 1 has no end mark .* keep_end=True"):
-            teachers["clipseg"](imagenet(picture()), torch.tensor([[1, 2, end], [1, 2, 3]]))
+            teacher(imagenet(picture()), torch.tensor([[1, 2, end], [1, 2, 3]]))

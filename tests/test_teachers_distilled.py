@@ -281,6 +281,9 @@ class TestCommands:
         (bare / "tokenizer.json").unlink()
         assert self.run(*common, "--teacher", bare, "--terms", "mask=0.3") == 2
         assert "pass --teacher-tokenizer" in capsys.readouterr().err
+        foreign = ["--teacher-tokenizer", "shapes", "--terms", "mask=0.3"]
+        assert self.run(*common, "--teacher", folders["sam3"], *foreign) == 2
+        assert "entries, the teacher reads ids of 315: it is not its own" in capsys.readouterr().err
         given = ["--teacher-tokenizer", folders["clipseg"], "--terms", "mask=0.3"]
         assert self.run(*common, "--teacher", bare, *given) == 0, capsys.readouterr().err
 

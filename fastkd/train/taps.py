@@ -12,8 +12,6 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd.train.select import follow, hint
 
-_Outputs = dict[str, tuple[Any, int | None]]  # what a tap's module returned, and its version (see _version) then
-
 
 class Taps(Mapping[str, Any]):
     """Catch what chosen modules of a model return, forward after forward.
@@ -21,7 +19,7 @@ class Taps(Mapping[str, Any]):
     A mapping from your names to the latest outputs. Every forward of the model starts afresh, so a tap never shows a
     value of an earlier forward; a module called several times in one forward shows its last output. An output that
     was changed in place since (by an ``inplace=True`` activation, a ``+=``) is no longer the module's, and refused.
-    A copied or pickled model has its hooks, and no outputs. Paths are those
+    The hooks go when the taps are closed or nothing refers to them any more. Paths are those
     of ``model.named_modules()``, written without the ``module.`` of DistributedDataParallel and the ``_orig_mod.`` of
     ``torch.compile``, and the same whether or not the model is wrapped. Make the taps before ``torch.compile``: a
     compiled graph does not see hooks added after it.
@@ -51,9 +49,8 @@ class Taps(Mapping[str, Any]):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         modules = dict(_modules(model))
         self.paths: dict[str, str] = {}
-        self._outputs: _Outputs = _Latest()
+        self._outputs = _Latest()
         self._handles: list[RemovableHandle] = []
-        self._forwards = 0
         found: list[tuple[str, nn.Module, int | str | None]] = []
         for name, target in paths.items():
             path, index = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
@@ -66,13 +63,9 @@ class Taps(Mapping[str, Any]):
                 raise ValueError(f"tap {name!r}: the model has no module {path!r}.{hint(path, _nearby(path, modules))}")
             self.paths[name] = path
             found.append((name, modules[path], index))
-        self._handles.append(_unwrap(model).register_forward_pre_hook(self._begin))
+        self._handles.append(_unwrap(model).register_forward_pre_hook(_Begin(self._outputs)))
         for name, module, index in found:
             self._handles.append(module.register_forward_hook(_Catch(self._outputs, name, index)))
-
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._outputs.clear()
-        self._forwards += 1
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.paths:
@@ -80,7 +73,7 @@ class Taps(Mapping[str, Any]):
         if name not in self._outputs:
             if not self._handles:
                 raise RuntimeError(f"tap {name!r} is closed")
-            if not self._forwards:
+            if not self._outputs.forwards:
                 raise RuntimeError(f"tap {name!r} has nothing yet: the model has not run since the tap was made")
             raise RuntimeError(
                 f"tap {name!r} never fired: module {self.paths[name]!r} did not run in the latest forward. It may be "
@@ -123,14 +116,33 @@ class Taps(Mapping[str, Any]):
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):  # else its making failed
+            self.close()
+
     def __repr__(self) -> str:
         return f"Taps({self.paths})"
 
 
-class _Catch:
-    """The forward hook of one tap (a class, so that a hooked model can still be pickled and copied)."""
+# Hooks are classes, so that a hooked model can still be pickled and copied, and do not hold the taps, so that the model
+# keeps none alive.
 
-    def __init__(self, outputs: _Outputs, name: str, index: int | str | None) -> None:
+
+class _Begin:
+    """The hook before the model's forward."""
+
+    def __init__(self, outputs: _Latest) -> None:
+        self.outputs = outputs
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.outputs.clear()
+        self.outputs.forwards += 1
+
+
+class _Catch:
+    """The forward hook of one tap."""
+
+    def __init__(self, outputs: _Latest, name: str, index: int | str | None) -> None:
         self.outputs, self.name, self.index = outputs, name, index
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -142,8 +154,13 @@ class _Catch:
         self.outputs[self.name] = output, _version(output)
 
 
-class _Latest(_Outputs):
-    """The latest outputs, which a copied or pickled model starts without: a graph's tensors cannot be copied."""
+class _Latest(dict[str, tuple[Any, int | None]]):
+    """The latest outputs, each with its version (see _version) when it was caught.
+
+    A copied or pickled model starts without them: a graph's tensors cannot be copied.
+    """
+
+    forwards = 0
 
     def __deepcopy__(self, memo: Any) -> _Latest:
         return _Latest()

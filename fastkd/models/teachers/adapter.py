@@ -159,7 +159,7 @@ class TextPromptedTeacher(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit, a sentence longer than the text encoder takes; on the CPU also an id
-                outside the vocabulary, or a sentence with no valid token.
+                outside the vocabulary, or a sentence with no valid token or no end mark.
             TypeError: a wrong dtype.
         """
         text = self.text_config
@@ -168,6 +168,7 @@ class TextPromptedTeacher(nn.Module):
             word_mask = self._up_to_end(input_ids)
         device = next(self.network.parameters()).device
         word_mask = check_inputs(image, input_ids, word_mask, None, limits, device)
+        self._check_ends(input_ids)
         try:
             found = self.run(self.pixels(image), input_ids, word_mask)
         finally:
@@ -193,6 +194,18 @@ class TextPromptedTeacher(nn.Module):
     def watch(self, name: str, module: nn.Module, what: Callable[[Any, Any], Any]) -> None:
         """Keep ``what(args, output)`` of a module's latest call in ``self._seen[name]``, during a forward."""
         module.register_forward_hook(_Watch(self._seen, name, what))
+
+    def _check_ends(self, input_ids: Tensor) -> None:
+        """Refuse ids of another tokenizer: most are in this vocabulary too, and would be another sentence."""
+        ends = self.ends(input_ids)
+        if ends is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not bool(ends.any(1).all()):
+            row = int((~ends.any(1)).nonzero()[0, 0])
+            raise ValueError(
+                f"input_ids: sentence {row} has no end mark (id {self.text_config.eos_token_id}), which CLIP's text "
+                "encoders need: use the teacher's own tokenizer (load_tokenizer(..., keep_end=True))"
+            )
 
     def _up_to_end(self, input_ids: Tensor) -> Tensor:
         ends = self.ends(input_ids)
