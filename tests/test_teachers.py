@@ -174,6 +174,8 @@ class TestCall:
         with pytest.raises(ValueError):
             teacher(image[:1], ids, mask)
         assert teacher._seen == {}
+        teacher.network(input_ids=ids, pixel_values=teacher.pixels(image), attention_mask=mask.long())
+        assert teacher._seen == {}
 
     def test_taps_see_the_network(self, teachers) -> None:
         ids, mask = tokens(teachers["clipseg"])

@@ -18,6 +18,7 @@ from fastkd.models.ris import RISOutput
 # What the student's images are normalised by (fastkd.data.dataset, which needs numpy and pillow).
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+_UNDER_WAY = ""  # no name of a module
 
 
 @dataclass
@@ -169,6 +170,7 @@ class TextPromptedTeacher(nn.Module):
         device = next(self.network.parameters()).device
         word_mask = check_inputs(image, input_ids, word_mask, None, limits, device)
         self._check_ends(input_ids)
+        self._seen[_UNDER_WAY] = True
         try:
             found = self.run(self.pixels(image), input_ids, word_mask)
         finally:
@@ -222,7 +224,8 @@ class _Watch:
         self.seen, self.name, self.what = seen, name, what
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.seen[self.name] = self.what(args, output)
+        if _UNDER_WAY in self.seen:  # else the network was called by itself, and nobody would let go of its maps
+            self.seen[self.name] = self.what(args, output)
 
 
 def first_input(args: Any, output: Any) -> Any:
