@@ -182,7 +182,7 @@ class TestForward:
         distiller.check(batch)
         idle = make(Term(mse, "x"), student_taps={"x": "idle"}, teacher_taps={"x": "stem"})
         idle.student.forward = lambda image, word_mask=None: Toy.forward(idle.student, image)  # idle is never called
-        with pytest.raises(RuntimeError, match=r"term 'mse': tap 'x' never fired"):
+        with pytest.raises(RuntimeError, match=r"term 'mse', student: tap 'x' never fired"):
             idle.check(batch)
 
     def test_gradients_reach_only_the_student(self, batch: dict[str, Any]) -> None:
@@ -224,6 +224,20 @@ class TestRefusals:
         teacher = Toy(dropout=0.1).eval().requires_grad_(False)
         with pytest.raises(ValueError, match="teacher's logits changes between two passes"):
             make(teacher=teacher).check(batch)
+
+    def test_tapped_feature_changes(self, batch: dict[str, Any]) -> None:
+        class Aside(Toy):
+            """Steady in what it returns, random in what it is tapped for."""
+
+            def forward(self, image: Tensor, word_mask: Tensor | None = None) -> Out:
+                self.idle(torch.rand_like(image))
+                return super().forward(image)
+
+        teacher = Aside().eval().requires_grad_(False)
+        far = Term(lambda s, t: (s.mean() - t.mean() - 1).square(), "logits", "x")
+        distiller = make(far, teacher=teacher, teacher_taps={"x": "idle"})
+        with pytest.raises(ValueError, match="teacher's tap 'x' changes between two passes"):
+            distiller.check(batch)
 
     def test_teacher_with_nan_or_without_weights(self, batch: dict[str, Any]) -> None:
         teacher = Toy().eval().requires_grad_(False)
@@ -273,9 +287,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("selector", "message"),
         [
-            ("feature", "term 'mse': path 'feature': Out has no 'feature'. Did you mean 'features'"),
-            ("stages.5", "term 'mse': path 'stages.5' asks for item 5 of list at 'stages', which has 2"),
-            ("nothing", "term 'mse': path 'nothing' leads to None"),
+            ("feature", "term 'mse', student: path 'feature': Out has no 'feature'. Did you mean 'features'"),
+            ("stages.5", "term 'mse', student: path 'stages.5' asks for item 5 of list at 'stages', which has 2"),
+            ("nothing", "term 'mse', student: path 'nothing' leads to None"),
             ("logits.0", "is a tensor: end the path there"),
             ("stages.a:b", "neither a number, '\\*' nor a slice"),
             (("stages.*", "logits"), "lists of tensors must have one length"),
@@ -284,6 +298,17 @@ class TestRefusals:
     def test_bad_selector(self, batch: dict[str, Any], selector: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make(Term(mse, selector))(batch)
+
+    def test_errors_of_selectors_say_whose(self, batch: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=r"^term 'mse', teacher: path 'features\.x'"):
+            make(Term(mse, "features", "features.x"))(batch)
+        with pytest.raises(ValueError, match=r"^term 'mse', kwargs: path 'mesk'"):
+            make(Term(mse, "features", kwargs={"mask": "batch.mesk"}))(batch)
+        with pytest.raises(IndexError) as caught:
+            make(Term(mse, "features", lambda out: out.stages[7]))(batch)
+        assert caught.value.__notes__ == ["This is term 'mse' of the Distiller, selecting for teacher."]
+        with pytest.raises(ValueError, match="has 0 items: this network computes none"):
+            follow({"stages": []}, "stages.-1")
 
     def test_bad_terms(self) -> None:
         with pytest.raises(ValueError, match="two are named 'mse'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_reading_too_early_closed_or_unknown(net: Net) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-@pytest.mark.parametrize("paths", [{}, None, {"a.b": "unused"}, {"": "unused"}])
+@pytest.mark.parametrize("paths", [{}, None, {"a.b": "unused"}, {"": "unused"}, {3: "unused"}])
 def test_bad_names(net: Net, paths: object) -> None:
     with pytest.raises(ValueError, match="name"):
         fastkd.Taps(net, paths)  # type: ignore[arg-type]
@@ -114,8 +115,9 @@ def test_bad_names(net: Net, paths: object) -> None:
 def test_what_is_no_module_or_no_path(net: Net) -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got NoneType"):
         fastkd.Taps(None, {"a": "unused"})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"tap 'a': expected a module path or \(path, index\), got 3"):
-        fastkd.Taps(net, {"a": 3})  # type: ignore[dict-item]
+    for target in (3, ("unused", 0, 1), ("unused",)):
+        with pytest.raises(TypeError, match=r"tap 'a': expected a module path or \(path, index\), got [3(]"):
+            fastkd.Taps(net, {"a": target})  # type: ignore[dict-item]
 
 
 def test_wrappers_do_not_change_paths(net: Net) -> None:
@@ -243,7 +245,85 @@ def test_any_module_teaches_by_its_paths() -> None:
 
 
 def test_a_tapped_model_can_be_copied_and_pickled(net: Net) -> None:
-    with fastkd.Taps(net, {"last": "backbone.layers.2.fusion"}):
-        again = pickle.loads(pickle.dumps(net))
-        copy.deepcopy(net)
-    torch.testing.assert_close(again(torch.ones(1, 4)), net(torch.ones(1, 4)))
+    with fastkd.Taps(net, {"last": "backbone.layers.2.fusion"}) as taps:
+        out = net(torch.ones(1, 4))  # whose graph the tap holds
+        for again in (pickle.loads(pickle.dumps(net)), copy.deepcopy(net)):
+            torch.testing.assert_close(again(torch.ones(1, 4)), out)
+        assert taps["last"] is out
+        own = copy.deepcopy((net, taps))  # as in a copied Distiller
+        torch.testing.assert_close(own[0](torch.zeros(1, 4)), own[1]["last"])
+        assert taps["last"] is out
+
+
+def test_hooks_go_with_the_taps(net: Net) -> None:
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+    def loss(out: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return out.sum()
+
+    for _ in range(3):  # as in a notebook
+        distiller = fastkd.Distiller(net, None, loss, inputs=("x",), student_taps={"last": "backbone.layers.2.fusion"})
+        distiller({"x": torch.ones(1, 4)})
+        assert hooks() == 2
+    del distiller
+    assert hooks() == 0
+
+
+class Rectified(nn.Module):
+    """Its activation and its residual write over what the modules before them returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.act(self.first(x)))
+        y += x
+        return y
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+def test_what_was_changed_in_place_is_refused(grad: type) -> None:
+    torch.manual_seed(0)
+    net = Rectified()
+    with grad(), fastkd.Taps(net, {"first": "first", "second": "second", "act": "act"}) as taps:
+        net(torch.randn(8, 4))
+        for name in ("first", "second"):
+            with pytest.raises(RuntimeError, match=rf"'{name}': .* '{name}' returned was changed in place afterwards"):
+                taps[name]
+        assert (taps["act"] >= 0).all()
+
+
+def test_inference_mode_has_no_versions(net: Net) -> None:
+    with torch.inference_mode(), fastkd.Taps(net, {"last": "backbone.layers.2.fusion"}) as taps:
+        assert torch.equal(net(torch.ones(2, 4)), taps["last"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing_gradients_are_the_same(net: Net, reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def gradients(model: nn.Module, run: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        with fastkd.Taps(model, {"block": ("backbone.layers.1", 0)}) as taps:
+            x = torch.ones(2, 4, requires_grad=True)
+            (run(x).sum() + taps["block"].square().sum()).backward()
+        return [p.grad for p in model.backbone.parameters()]
+
+    class Checkpointed(Net):
+        def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
+            for layer in self.backbone.layers:
+                x, _ = checkpoint(layer, x, use_reentrant=reentrant)
+            return x
+
+    other = Checkpointed()
+    other.load_state_dict(net.state_dict())
+    torch.testing.assert_close(gradients(other, other), gradients(net, net))
+
+
+def test_a_part_that_is_not_there_names_its_tap(net: Net) -> None:
+    with (
+        fastkd.Taps(net, {"deep": ("backbone.layers.1", "1.thrice")}),
+        pytest.raises(ValueError, match=r"tap 'deep': path '1\.thrice': dict at '1' has no 'thrice'"),
+    ):
+        net(torch.ones(1, 4))

@@ -96,11 +96,13 @@ def teacher_words(
             )
         if tokenizer is None:
             return {}
-    keep_end = getattr(config, "keep_end", False)
-    return {
-        "teacher_tokenizer": load_tokenizer(tokenizer, keep_end=keep_end),
-        "teacher_max_words": config.max_words,
-    }
+    read = load_tokenizer(tokenizer, keep_end=getattr(config, "keep_end", False))
+    if isinstance(teacher, TextPromptedTeacher) and read.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} has {read.vocab_size} entries, the teacher reads ids of {teacher.vocab_size}: "
+            "it is not its own; pass --teacher-tokenizer with the one that its weights came with"
+        )
+    return {"teacher_tokenizer": read, "teacher_max_words": config.max_words}
 
 
 def shapes_teacher() -> Path:

@@ -31,7 +31,10 @@ class Tokenizer:
 
     def __init__(self, inner: Any, name: str, keep_end: bool = False) -> None:
         if inner.pad_token_id != 0 and not keep_end:
-            raise ValueError(f"tokenizer {name!r} has pad id {inner.pad_token_id}; [PAD] must be the first entry, id 0")
+            raise ValueError(
+                f"tokenizer {name!r} has pad id {inner.pad_token_id}; [PAD] must be the first entry, id 0 "
+                "(CLIP's, for a teacher: keep_end=True)"
+            )
         self.name = name
         self.keep_end = keep_end
         self._inner = inner

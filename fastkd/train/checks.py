@@ -47,9 +47,9 @@ def check(distiller: Distiller, batch: Mapping[str, Any]) -> GradientReport:
     """Refuse, with one error each, what would fail silently in training.
 
     That is: a teacher in train mode, with parameters that require a gradient, without weights, on another device, with
-    NaN in its output, or whose output changes between two passes; a term or task loss that is not a finite scalar or
-    sends no (or a non-finite) gradient to the student; a term that is exactly 0; a tap that never fires. Neither the
-    models, the gradients nor the random state are changed.
+    NaN in its output or taps, or where these change between two passes; a term or task loss that is not a finite
+    scalar or sends no (or a non-finite) gradient to the student; a term that is exactly 0; a tap that never fires.
+    Neither the models, the gradients nor the random state are changed.
 
     Args:
         distiller: what is to be trained, in train mode and on its device.
@@ -165,8 +165,7 @@ def _check_frozen(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def _check_steady(distiller: Distiller, batch: Mapping[str, Any]) -> None:
-    first = list(_tensors(distiller.run_teacher(batch)))
-    second = list(_tensors(distiller.run_teacher(batch)))
+    first, second = _teacher_pass(distiller, batch), _teacher_pass(distiller, batch)
     if not first:
         raise ValueError("teacher returned no tensor: its forward must return a tensor or an object that holds some")
     if len(first) != len(second):
@@ -182,6 +181,16 @@ def _check_steady(distiller: Distiller, batch: Mapping[str, Any]) -> None:
                 f"teacher's {name} changes between two passes over one batch: something in it is random or keeps "
                 "state; make its forward deterministic"
             )
+
+
+def _teacher_pass(distiller: Distiller, batch: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """What the teacher returns, and what its taps catch."""
+    found = list(_tensors(distiller.run_teacher(batch)))
+    taps = distiller._teacher_taps
+    if taps is not None:
+        found += [pair for name in taps for pair in _tensors(taps[name], f"tap {name!r}")]
+        taps.clear()
+    return found
 
 
 def _gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> float:

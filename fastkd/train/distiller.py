@@ -234,13 +234,19 @@ class Distiller(nn.Module):
         return checks.balance(self, batch, shares)
 
     def _term_value(self, term: Term, student: Any, teacher: Any, batch: Mapping[str, Any]) -> Tensor:
+        where = "student"
         try:
             ours = select(term.student, student, self._student_taps)
+            where = "teacher"
             theirs = select(term.student if term.teacher is None else term.teacher, teacher, self._teacher_taps)
+            where = "kwargs"
             sources = {"batch": batch, "student": student, "teacher": teacher}
             kwargs = {key: _look_up(value, sources) for key, value in term.kwargs.items()}
         except (ValueError, RuntimeError) as error:
-            raise type(error)(f"term {term.name!r}: {error}") from error
+            raise type(error)(f"term {term.name!r}, {where}: {error}") from error
+        except Exception as error:  # a selector of the caller's own
+            error.add_note(f"This is term {term.name!r} of the Distiller, selecting for {where}.")
+            raise
         try:
             return self._reduced(term, (*ours, *theirs), kwargs)
         except Exception as error:

@@ -58,7 +58,8 @@ def follow(value: Any, path: str) -> Any:
             value = list(value[_slice(part, path)])
         elif is_list and part.lstrip("-").isdigit():
             if not -len(value) <= int(part) < len(value):
-                raise ValueError(f"path {path!r} asks for item {part} of {where}, which has {len(value)} items")
+                has = f"{len(value)} items" if len(value) else "0 items: this network computes none"
+                raise ValueError(f"path {path!r} asks for item {part} of {where}, which has {has}")
             value = value[int(part)]
         elif hasattr(value, part) and not callable(getattr(value, part)):
             value = getattr(value, part)

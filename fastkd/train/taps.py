@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastkd.train.select import follow, hint
@@ -16,7 +17,9 @@ class Taps(Mapping[str, Any]):
     """Catch what chosen modules of a model return, forward after forward.
 
     A mapping from your names to the latest outputs. Every forward of the model starts afresh, so a tap never shows a
-    value of an earlier forward; a module called several times in one forward shows its last output. Paths are those
+    value of an earlier forward; a module called several times in one forward shows its last output. An output that
+    was changed in place since (by an ``inplace=True`` activation, a ``+=``) is no longer the module's, and refused.
+    The hooks go when the taps are closed or nothing refers to them any more. Paths are those
     of ``model.named_modules()``, written without the ``module.`` of DistributedDataParallel and the ``_orig_mod.`` of
     ``torch.compile``, and the same whether or not the model is wrapped. Make the taps before ``torch.compile``: a
     compiled graph does not see hooks added after it.
@@ -30,7 +33,8 @@ class Taps(Mapping[str, Any]):
         TypeError: a model that is no module, or a path that is no string.
         ValueError: an empty or dotted name, or a path that is no module of the model (with the closest ones).
         KeyError: reading a name that is not a tap.
-        RuntimeError: reading a tap whose module did not run in the latest forward, or a closed one.
+        RuntimeError: reading a tap whose module did not run in the latest forward, whose output was changed in place,
+            or a closed one.
 
     Example:
         >>> with fastkd.Taps(model, {"stage4": "backbone.layers.3.fusion"}) as taps:
@@ -45,13 +49,12 @@ class Taps(Mapping[str, Any]):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         modules = dict(_modules(model))
         self.paths: dict[str, str] = {}
-        self._outputs: dict[str, Any] = {}
+        self._outputs = _Latest()
         self._handles: list[RemovableHandle] = []
-        self._forwards = 0
         found: list[tuple[str, nn.Module, int | str | None]] = []
         for name, target in paths.items():
-            path, index = target if isinstance(target, tuple) else (target, None)
-            if not name or "." in name:
+            path, index = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
+            if not isinstance(name, str) or not name or "." in name:
                 raise ValueError(f"tap name {name!r} must be a non-empty string without dots")
             if not isinstance(path, str):
                 raise TypeError(f"tap {name!r}: expected a module path or (path, index), got {target!r}")
@@ -60,13 +63,9 @@ class Taps(Mapping[str, Any]):
                 raise ValueError(f"tap {name!r}: the model has no module {path!r}.{hint(path, _nearby(path, modules))}")
             self.paths[name] = path
             found.append((name, modules[path], index))
-        self._handles.append(_unwrap(model).register_forward_pre_hook(self._begin))
+        self._handles.append(_unwrap(model).register_forward_pre_hook(_Begin(self._outputs)))
         for name, module, index in found:
             self._handles.append(module.register_forward_hook(_Catch(self._outputs, name, index)))
-
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._outputs.clear()
-        self._forwards += 1
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.paths:
@@ -74,13 +73,20 @@ class Taps(Mapping[str, Any]):
         if name not in self._outputs:
             if not self._handles:
                 raise RuntimeError(f"tap {name!r} is closed")
-            if not self._forwards:
+            if not self._outputs.forwards:
                 raise RuntimeError(f"tap {name!r} has nothing yet: the model has not run since the tap was made")
             raise RuntimeError(
                 f"tap {name!r} never fired: module {self.paths[name]!r} did not run in the latest forward. It may be "
                 "skipped in this mode, replaced after the tap was made, or compiled before it (make the taps first)"
             )
-        return self._outputs[name]
+        value, version = self._outputs[name]
+        if version is not None and _version(value) != version:
+            raise RuntimeError(
+                f"tap {name!r}: what module {self.paths[name]!r} returned was changed in place afterwards, by an "
+                "activation with inplace=True or a '+=', so it is no longer what the module returned: tap the module "
+                "that changed it, which returns the same values, or take away its inplace"
+            )
+        return value
 
     def __contains__(self, name: object) -> bool:
         return name in self.paths  # whether or not it has fired: reading tells
@@ -110,18 +116,63 @@ class Taps(Mapping[str, Any]):
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):  # else its making failed
+            self.close()
+
     def __repr__(self) -> str:
         return f"Taps({self.paths})"
 
 
-class _Catch:
-    """The forward hook of one tap (a class, so that a hooked model can still be pickled and copied)."""
+# Hooks are classes, so that a hooked model can still be pickled and copied, and do not hold the taps, so that the model
+# keeps none alive.
 
-    def __init__(self, outputs: dict[str, Any], name: str, index: int | str | None) -> None:
+
+class _Begin:
+    """The hook before the model's forward."""
+
+    def __init__(self, outputs: _Latest) -> None:
+        self.outputs = outputs
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.outputs.clear()
+        self.outputs.forwards += 1
+
+
+class _Catch:
+    """The forward hook of one tap."""
+
+    def __init__(self, outputs: _Latest, name: str, index: int | str | None) -> None:
         self.outputs, self.name, self.index = outputs, name, index
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.outputs[self.name] = output if self.index is None else follow(output, str(self.index))
+        if self.index is not None:
+            try:
+                output = follow(output, str(self.index))
+            except ValueError as error:
+                raise ValueError(f"tap {self.name!r}: {error}") from error
+        self.outputs[self.name] = output, _version(output)
+
+
+class _Latest(dict[str, tuple[Any, int | None]]):
+    """The latest outputs, each with its version (see _version) when it was caught.
+
+    A copied or pickled model starts without them: a graph's tensors cannot be copied.
+    """
+
+    forwards = 0
+
+    def __deepcopy__(self, memo: Any) -> _Latest:
+        return _Latest()
+
+    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
+        return _Latest, ()
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor's memory was written in place; None where nobody counts."""
+    counted = isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference()
+    return value._version if counted else None
 
 
 def _unwrap(module: nn.Module) -> nn.Module:

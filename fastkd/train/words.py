@@ -63,7 +63,8 @@ def check_term(name: str, loss: Callable[..., Any], kwargs: Mapping[str, Any]) -
         raise ValueError(
             f"term {name!r}: teacher and student are tokenised differently (the batch has words for each), so word j "
             f"of one is not word j of the other, and {', '.join(map(repr, others))} would compare them: only "
-            f"'pixel_pixel' is defined then. Pass terms={{'pixel_pixel': 1.0}} and {pair}"
+            f"'pixel_pixel' is defined then. Pass terms={{'pixel_pixel': 1.0}} and {pair}, as the recipe 'pixel_pixel' "
+            "does; or compare no words, as the recipe 'mask' does"
         )
     mask = options.get("word_mask")
     if mask is not None and not isinstance(mask, tuple | list):

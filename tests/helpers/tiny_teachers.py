@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+KINDS = ("clipseg", "sam3")
+SENTENCES = ["the red square", "the plain thing behind the striped cyan circle"]
 POSITIONS, SIZES = 40, {"clipseg": 48, "sam3": 56}
 # Not those of ImageNet, so that forgetting to renormalise shows.
 MEAN, STD = {"clipseg": [0.48, 0.4, 0.45], "sam3": [0.5, 0.5, 0.5]}, {"clipseg": [0.3, 0.25, 0.2], "sam3": [0.5] * 3}
@@ -101,3 +104,36 @@ def write(kind: str, folder: Path) -> Path:
     images = {"size": SIZES[kind], "image_mean": MEAN[kind], "image_std": STD[kind]}
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     return folder
+
+
+def write_all(root: Path) -> dict[str, Path]:
+    """Kind to its folder."""
+    return {kind: write(kind, root / kind) for kind in KINDS}
+
+
+def load_all(folders: dict[str, Path]) -> dict[str, Any]:
+    """Kind to its teacher, frozen."""
+    from fastkd.models import TextPromptedTeacher
+
+    return {kind: TextPromptedTeacher.from_pretrained(path).requires_grad_(False) for kind, path in folders.items()}
+
+
+def tokens(teacher: Any, max_words: int | None = None) -> tuple[Tensor, Tensor]:
+    """Ids and mask of the two sentences, by the teacher's own tokenizer."""
+    from fastkd.data import load_tokenizer
+
+    tokenizer = load_tokenizer(teacher.config.tokenizer, keep_end=True)
+    return tokenizer(SENTENCES, max_words or teacher.config.max_words)
+
+
+def picture(size: tuple[int, int] = (96, 80), seed: int = 0) -> Tensor:
+    """Two images in [0, 1]."""
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def imagenet(pixels: Tensor) -> Tensor:
+    """The same as a student gets them."""
+    from fastkd.data.dataset import IMAGENET_MEAN, IMAGENET_STD
+
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std

@@ -18,6 +18,7 @@ from fastkd.models.ris import RISOutput
 # What the student's images are normalised by (fastkd.data.dataset, which needs numpy and pillow).
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+_UNDER_WAY = ""  # no name of a module
 
 
 @dataclass
@@ -138,11 +139,13 @@ class TextPromptedTeacher(nn.Module):
     def pixels(self, image: Tensor) -> Tensor:
         """An ImageNet-normalised image (B, 3, H, W) as the network wants it: resized, and normalised its way."""
         size = (self.config.image_size, self.config.image_size)
+        # In half precision only from here on: antialiasing does not know it, and the mean would be rounded.
+        dtype = self._scale.dtype
+        image = image.to(torch.promote_types(dtype, torch.float32))
         # Renormalising is affine per channel, so it may come after the resizing, on what is mostly fewer pixels.
-        image = image.to(self._scale.dtype)
         if image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return image * self._scale + self._shift
+        return (image * self._scale + self._shift).to(dtype)
 
     def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> RISOutput:
         """Segment what the sentence refers to.
@@ -157,7 +160,7 @@ class TextPromptedTeacher(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit, a sentence longer than the text encoder takes; on the CPU also an id
-                outside the vocabulary, or a sentence with no valid token.
+                outside the vocabulary, or a sentence with no valid token or no end mark.
             TypeError: a wrong dtype.
         """
         text = self.text_config
@@ -166,6 +169,8 @@ class TextPromptedTeacher(nn.Module):
             word_mask = self._up_to_end(input_ids)
         device = next(self.network.parameters()).device
         word_mask = check_inputs(image, input_ids, word_mask, None, limits, device)
+        self._check_ends(input_ids)
+        self._seen[_UNDER_WAY] = True
         try:
             found = self.run(self.pixels(image), input_ids, word_mask)
         finally:
@@ -192,6 +197,18 @@ class TextPromptedTeacher(nn.Module):
         """Keep ``what(args, output)`` of a module's latest call in ``self._seen[name]``, during a forward."""
         module.register_forward_hook(_Watch(self._seen, name, what))
 
+    def _check_ends(self, input_ids: Tensor) -> None:
+        """Refuse ids of another tokenizer: most are in this vocabulary too, and would be another sentence."""
+        ends = self.ends(input_ids)
+        if ends is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not bool(ends.any(1).all()):
+            row = int((~ends.any(1)).nonzero()[0, 0])
+            raise ValueError(
+                f"input_ids: sentence {row} has no end mark (id {self.text_config.eos_token_id}), which CLIP's text "
+                "encoders need: use the teacher's own tokenizer (load_tokenizer(..., keep_end=True))"
+            )
+
     def _up_to_end(self, input_ids: Tensor) -> Tensor:
         ends = self.ends(input_ids)
         if ends is None:
@@ -207,7 +224,8 @@ class _Watch:
         self.seen, self.name, self.what = seen, name, what
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.seen[self.name] = self.what(args, output)
+        if _UNDER_WAY in self.seen:  # else the network was called by itself, and nobody would let go of its maps
+            self.seen[self.name] = self.what(args, output)
 
 
 def first_input(args: Any, output: Any) -> Any:

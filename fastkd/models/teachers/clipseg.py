@@ -40,8 +40,8 @@ class CLIPSegTeacher(TextPromptedTeacher):
     def __init__(self, network: Any, config: TeacherConfig) -> None:
         super().__init__(network, config)
         patch = network.config.vision_config.patch_size
-        if config.image_size < patch:
-            raise ValueError(f"image_size must be at least one patch of {patch} pixels, got {config.image_size}")
+        if config.image_size % patch:  # what is left over would be cut off, and the mask stretched over it
+            raise ValueError(f"image_size must be a multiple of the patch of {patch} pixels, got {config.image_size}")
         self._grid = (config.image_size // patch,) * 2
         self.watch("words", network.clip.text_model, whole_output)
         self.watch("features", network.decoder.transposed_convolution, first_input)
@@ -55,13 +55,6 @@ class CLIPSegTeacher(TextPromptedTeacher):
 
     def run(self, pixels: Tensor, input_ids: Tensor, word_mask: Tensor) -> Found:
         """Run the network on images that are as it wants them."""
-        ends = self.ends(input_ids)
-        if ends is not None and input_ids.device.type == "cpu" and not bool(ends.any(1).all()):
-            row = int((~ends.any(1)).nonzero()[0, 0])
-            raise ValueError(
-                f"input_ids: sentence {row} has no end mark (id {self.text_config.eos_token_id}), which CLIPSeg reads "
-                "the sentence from: use its own tokenizer (load_tokenizer(..., keep_end=True))"
-            )
         out = self.network(input_ids=input_ids, pixel_values=pixels, attention_mask=word_mask.long())
         count = len(self.network.decoder.layers)  # type: ignore[union-attr, arg-type]
         tokens = [self._seen[f"layer{number}"] for number in range(count)]

@@ -26,15 +26,19 @@ def supported() -> dict[str, type[TextPromptedTeacher]]:
 
 
 def model_type_of(path: str | Path) -> str | None:
-    """The ``model_type`` of a folder's or hub name's configuration; None where there is none, as in fastkd's own."""
+    """The ``model_type`` of a folder's or hub name's configuration; None where there is none, as in fastkd's own.
+
+    Raises:
+        ValueError: a hub name whose configuration could not be fetched.
+    """
     folder = Path(path).expanduser()
     if _is_hub_name(str(path)):
         from huggingface_hub import hf_hub_download
 
         try:
             folder = Path(hf_hub_download(str(path), checkpoint.CONFIG_FILE)).parent
-        except Exception:  # whoever loads the model tells what is wrong
-            return None
+        except Exception as error:
+            raise _not_fetched(str(path), error) from error
     if not (folder / checkpoint.CONFIG_FILE).is_file():
         return None
     found = checkpoint.read_config(folder).get("model_type")
@@ -66,12 +70,17 @@ def _folder(path: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED))
-    except Exception as error:  # the hub's and the network's errors are of many kinds
-        kind, text = type(error).__name__, (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{name!r} is no folder here, and could not be fetched from the hub ({kind}: {text}): "
-            "give the path of a folder, or look at the name, the network and the licence that may have to be accepted"
-        ) from error
+    except Exception as error:
+        raise _not_fetched(name, error) from error
+
+
+def _not_fetched(name: str, error: Exception) -> ValueError:
+    """One error for what the hub and the network raise, which is of many kinds."""
+    kind, text = type(error).__name__, (str(error).splitlines() or [""])[0]
+    return ValueError(
+        f"{name!r} is no folder here, and could not be fetched from the hub ({kind}: {text}): "
+        "give the path of a folder, or look at the name, the network and the licence that may have to be accepted"
+    )
 
 
 def _class_for(cls: type[TextPromptedTeacher], folder: Path) -> type[TextPromptedTeacher]:
@@ -96,7 +105,10 @@ def _class_for(cls: type[TextPromptedTeacher], folder: Path) -> type[TextPrompte
 
 
 def _network(model: Any, folder: Path) -> Any:
-    """The network with every weight from the file: transformers alone would fill gaps with random numbers."""
+    """The network with every weight from the file and every weight of the file in it.
+
+    transformers alone would fill gaps with random numbers, and leave out layers that the configuration lacks.
+    """
     import torch
 
     if not any(folder.glob("*.safetensors")):
@@ -108,27 +120,32 @@ def _network(model: Any, folder: Path) -> Any:
     except Exception as error:  # a damaged file or a bad configuration raises almost anything
         kind, text = type(error).__name__, (str(error).splitlines() or [""])[0]
         raise ValueError(f"{folder} can't be loaded by transformers ({kind}: {text})") from error
-    gaps = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if gaps:
-        few = ", ".join(gaps[:6]) + (", ..." if len(gaps) > 6 else "")
-        raise ValueError(
-            f"{folder}: its weights do not fill {model.__name__}: {len(gaps)} missing or misshapen ({few})"
-        )
+    gaps = [*report["missing_keys"], *report["mismatched_keys"]]
+    # Older files hold the numbers of positions, 0, 1, 2, ..., which are no weights.
+    left = [key for key in report["unexpected_keys"] if not str(key).endswith("position_ids")]
+    for keys, what in ((gaps, "missing or misshapen"), (left, "without a place in it")):
+        if keys:
+            few = ", ".join(sorted(map(str, keys))[:6]) + (", ..." if len(keys) > 6 else "")
+            raise ValueError(
+                f"{folder}: its weights do not fit {model.__name__} as its {checkpoint.CONFIG_FILE} describes it: "
+                f"{len(keys)} {what} ({few})"
+            )
     return network
 
 
 def _config(cls: type[TextPromptedTeacher], network: Any, folder: Path, given: dict[str, Any]) -> TeacherConfig:
     images = _preprocessor(folder)
     size = given.get("image_size", _side(images.get("size")) or network.config.vision_config.image_size)
-    mean = given.get("image_mean", images.get("image_mean", cls.default_mean))
-    std = given.get("image_std", images.get("image_std", cls.default_std))
+    mean = _triple(given.get("image_mean", images.get("image_mean", cls.default_mean)))
+    std = _triple(given.get("image_std", images.get("image_std", cls.default_std)))
     limit = network.config.text_config.max_position_embeddings
     words = given.get("max_words", min(_WORDS, limit))
     tokenizer = given.get("tokenizer", str(folder) if _has_tokenizer(folder) else None)
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"image_size must be a whole number of at least 1, got {size!r}")
     for name, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) != 3 or (name == "image_std" and min(values) <= 0):
+        numbers = len(values) == 3 and all(isinstance(value, int | float) for value in values)
+        if not numbers or (name == "image_std" and min(values) <= 0):
             raise ValueError(f"{name} must be three numbers{' above 0' if name == 'image_std' else ''}, got {values!r}")
     if not isinstance(words, int) or not 3 <= words <= limit:
         raise ValueError(f"max_words must be from 3 to {limit}, the text encoder's places, got {words!r}")
@@ -145,9 +162,16 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
             except ValueError as error:
                 raise ValueError(f"{path} is not JSON: {error}") from error
             values = values.get("image_processor", values) if isinstance(values, dict) else {}
+            if values.get("do_normalize") is False:
+                values = {**values, "image_mean": 0.0, "image_std": 1.0}
             if "image_mean" in values or "size" in values:
                 return values
     return {}
+
+
+def _triple(value: Any) -> tuple[Any, ...]:
+    """Three of a number, which image processors take for one of each colour."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * 3
 
 
 def _side(size: Any) -> int | None:
