@@ -412,6 +412,18 @@ def test_text_weights_from_a_folder(tmp_path):
         RISModel(tiny(text={**TEXT, "hidden_size": 32}), text_weights=tmp_path / "bert")
 
 
+@pytest.mark.parametrize(("text_model", "limit"), [("bert", 12), ("roberta", 10), ("mpnet", 10)])
+def test_the_longest_sentence_is_what_the_table_of_positions_holds(text_model, limit):
+    """RoBERTa's and MPNet's positions begin after the padding id, 1."""
+    model = build(tiny(text_model=text_model)).eval()
+    image, ids, _ = inputs(1, words=limit)
+    ids = ids.clamp(min=2)
+    assert model.text_encoder.max_words == limit
+    assert model(image, ids).logits.isfinite().all()
+    with pytest.raises(ValueError, match=f"the text encoder takes {limit}: cut it"):
+        model(image, torch.cat([ids, ids[:, :1]], dim=1))
+
+
 # What is refused
 
 
@@ -434,12 +446,25 @@ def test_bad_configurations():
         tiny(decoder_width="64")
     with pytest.raises(ValueError, match="out_indices must be whole numbers"):
         tiny(out_indices=3)
+    for field, wrong, says in (
+        ("backbone", 5, "a string"),
+        ("text_model", None, "a string"),
+        ("tokenizer", 5, "a string or None"),
+        ("backbone_args", [1], "a dict of arguments"),
+        ("text", None, "a dict of arguments"),
+        ("coordinates", "no", "true or false"),
+        ("fusion_heads", True, "whole numbers"),
+        ("out_indices", [True, 2, 3], "whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=f"{field} must be {says}"):
+            tiny(**{field: wrong})
     with pytest.raises(ValueError, match="'bert' has no argument 'hiden_size'; did you mean hidden_size"):
         RISModel(tiny(text={"hiden_size": 16}))
     with pytest.raises(FileNotFoundError, match="no folder of text weights at /nowhere"):
         RISModel(tiny(), text_weights="/nowhere")
-    with pytest.raises(ValueError, match="no such encoder"):
-        RISModel(tiny(text_model="bart_of_avon"))
+    with pytest.raises(ValueError, match="has no encoder 'distillbert'; close matches: distilbert") as unknown:
+        RISModel(tiny(text_model="distillbert"))
+    assert len(str(unknown.value)) < 200  # transformers' own message lists its models, several hundred
     with pytest.raises(TypeError, match="JSON"):
         tiny(backbone_args={"act_layer": torch.nn.ReLU})
     with pytest.raises(TypeError, match="RISConfig"):

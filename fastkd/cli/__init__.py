@@ -19,12 +19,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
     plain = warnings.formatwarning
 
-    def one_line(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    def one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
         if issubclass(category, FastKDWarning):
             return f"fastkd: warning: {message}\n"  # where in the code it arose helps nobody here
-        return plain(message, category, *where)
+        return plain(message, category, *where, **line)
 
-    warnings.formatwarning = one_line
+    warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
         build_app().cli(prog="fastkd", args=args)
     except KeyboardInterrupt:

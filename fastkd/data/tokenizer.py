@@ -75,7 +75,8 @@ class Tokenizer:
                 lost = self._inner.decode(row[max_words:], skip_special_tokens=True) or "[SEP]"
                 warnings.warn(
                     f"a sentence of {len(row)} word pieces was cut to max_words={max_words}: "
-                    f"{_brief(sentences[number], 80)} lost {_brief(lost, 200)} (said once; raise max_words to keep long sentences whole)",
+                    f"{_brief(sentences[number], 80)} lost {_brief(lost, 200)} "
+                    "(said once; raise max_words to keep long sentences whole)",
                     FastKDWarning,
                     stacklevel=2,
                 )

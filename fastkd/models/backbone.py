@@ -85,7 +85,8 @@ class StagedBackbone(nn.Module):
             )
         for module in chain.modules():
             if isinstance(module, PatchEmbed) and not module.strict_img_size:
-                module.dynamic_img_pad = True  # Swin pads its windows and mergings; so the first patches as well
+                # Swin pads its windows and mergings; so the first patches as well. (Final is for torch.jit alone.)
+                setattr(module, "dynamic_img_pad", True)  # noqa: B010
         takes_any = "strict_img_size" in inspect.signature(type(network)).parameters
         self._any_size = "backbone_args={'strict_img_size': False} lets it take any" if takes_any else ""
         self.blocks = nn.ModuleDict(dict(chain.items()))
