@@ -389,6 +389,18 @@ def test_backbone_weights_from_a_file(tmp_path, suffix):
         RISModel(tiny("resnet"), backbone_weights=tmp_path / "nowhere.pth")
 
 
+def test_backbone_weights_of_another_family_are_refused(tmp_path):
+    name, args, _ = FAMILIES["resnet"]
+    source = timm.create_model(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+    torch.save(source.state_dict(), tmp_path / "resnet.pth")
+    for family in ("swin", "efficientnet"):
+        with pytest.raises(ValueError, match=r"resnet\.pth: "):
+            RISModel(tiny(family), backbone_weights=tmp_path / "resnet.pth")
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "parts.pth")
+    with pytest.raises(ValueError, match=r"parts\.pth: timm cannot translate these keys for a ConvNeXt \(KeyError"):
+        RISModel(tiny("convnext"), backbone_weights=tmp_path / "parts.pth")
+
+
 def test_backbone_weights_with_code_are_refused(tmp_path):
     class Payload:
         def __reduce__(self):

@@ -38,6 +38,7 @@ def predict(
     from fastkd.report.overlays import as_png, overlay, write_together
     from fastkd.train.runtime import pick_device
 
+    image, out = image.expanduser(), out.expanduser()
     pixels = read_image(image)  # first: it fails soonest
     check_folder("out", out)
     loaded = load_local(model).to(pick_device(device))

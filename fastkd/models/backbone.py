@@ -169,7 +169,13 @@ def _load_weights(network: nn.Module, path: Path) -> set[str]:
     state = read_state_dict(path)
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if translate is not None:
-        state = translate(state, network)
+        try:
+            state = translate(state, network)
+        except Exception as error:  # it takes the keys for granted that tell it which publication this is
+            raise ValueError(
+                f"{path}: timm cannot translate these keys for a {type(network).__name__} "
+                f"({type(error).__name__}: {error})"
+            ) from error
     own = network.state_dict()
     wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if wrong:
