@@ -80,8 +80,9 @@ def export_onnx(
         seed: of the random images and sentences.
 
     Raises:
-        ValueError: a name that does not end in .onnx or whose .json is another's (a model's config.json), a size the backbone does not take, a tolerance that is not
-            positive, a model too large for one file, not in fp32, or with parameters its configuration does not have.
+        ValueError: a name that does not end in .onnx or whose .json is another's (a model's config.json), a size the
+            backbone does not take, a tolerance that is not positive, a model too large for one file, not in fp32, or
+            with parameters its configuration does not have.
         TypeError: something else than a RISModel.
         ArithmeticError: onnxruntime and torch differ by more than the tolerance.
         RuntimeError: torch cannot trace this model, or parameters were lost on the way.
