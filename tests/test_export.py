@@ -171,7 +171,7 @@ def test_a_distilled_student_exports_as_many(tmp_path):
 @pytest.mark.parametrize(
     ("backbone", "args", "out_indices", "size"),
     [
-        ("swin_tiny_patch4_window7_224", SWIN, (0, 1), (36, 52)),
+        ("swin_tiny_patch4_window7_224", SWIN, (0, 1), (33, 47)),
         ("mobilenetv4_conv_small_035", {}, (1, 2), (33, 47)),
         ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}, (0, 1), (33, 47)),
     ],
@@ -264,8 +264,18 @@ def test_refusals(student, tmp_path):
     for kind, message, change in cases:
         with pytest.raises(kind, match=message):
             export_onnx(**{"model": student, "path": tmp_path / "student.onnx", **change})
+    strict = build("swin_tiny_patch4_window7_224", {**SWIN, "strict_img_size": True}, (0, 1))
+    (tmp_path / "config.json").write_text('{"backbone": "resnet18"}')
+    (tmp_path / "taken.json").mkdir()
+    with pytest.raises(ValueError, match=r"config\.onnx would replace .*config\.json, which no export wrote"):
+        export_onnx(student, tmp_path / "config.onnx")
+    with pytest.raises(IsADirectoryError, match=r"taken\.json is a folder"):
+        export_onnx(student, tmp_path / "taken.onnx")  # else the network would be there, its metadata not
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "taken.json"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "taken.json").rmdir()
     with pytest.raises(ValueError, match="does not take an image of"):
-        export_onnx(build("swin_tiny_patch4_window7_224", SWIN, (0, 1)), tmp_path / "student.onnx", size=(33, 32))
+        export_onnx(strict, tmp_path / "student.onnx", size=(33, 32))
     assert not list(tmp_path.iterdir())
 
 
@@ -290,6 +300,9 @@ def test_command(student, exported, tmp_path, capsys, monkeypatch):
     assert f"{student.parameter_count()['total']:,} parameters" in said
     assert "batch of 3: differs from torch by" in said
     assert {p.name for p in path.parent.iterdir()} == {"student.onnx", "student.json", "student.vocab.txt"}
+    assert main([*args, "--onnx", str(path)]) == 0  # an earlier one is replaced
+    assert main([*args, "--onnx", str(path / "below.onnx")]) == 2
+    assert f"onnx: {path} is a file" in capsys.readouterr().err
 
     refused = tmp_path / "refused.onnx"
     assert main([*args, "--onnx", str(refused), "--tolerance", "1e-15"]) == 2

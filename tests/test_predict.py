@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from fastkd.cli._common import shapes_teacher
 from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer, make_shapes
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import predict, tokenizer_of
+from fastkd.evaluate.prediction import read_image
 from fastkd.models import RISModel
 from fastkd.models.inputs import word_limit
 
@@ -74,6 +77,23 @@ def test_other_sizes_and_kinds_of_image(teacher, scene):
     assert grey.mask.shape == (64, 64)
 
 
+def test_wide_pixels_are_scaled_or_refused(tmp_path):
+    """Pillow's own conversion cuts them off at 255: all white."""
+    grey = np.arange(48 * 40, dtype=np.uint16).reshape(40, 48) * 34
+    for name in ("grey.png", "grey.tif"):
+        Image.fromarray(grey).save(tmp_path / name)
+        got = read_image(tmp_path / name)
+        assert np.array_equal(got, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    big_endian = Image.frombytes("I;16B", (48, 40), grey.astype(">u2").tobytes())
+    assert np.array_equal(read_image(big_endian), got)
+    for kind in (np.float32, np.int32):
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "wide.tif")
+        with pytest.raises(
+            ValueError, match=r"wide\.tif is not an image that can be read .*32 bits and no known range"
+        ):
+            read_image(tmp_path / "wide.tif")
+
+
 def test_the_orientation_of_a_photograph_is_applied(teacher, scene, tmp_path):
     path, sentence = scene
     upright = Image.open(path).resize((80, 64))
@@ -115,6 +135,24 @@ def test_a_long_sentence_is_cut_and_the_warning_says_what(teacher, scene):
         predict(teacher, scene[0], sentence)
 
 
+def test_a_very_long_sentence_is_told_briefly(teacher, scene, tmp_path, capsys, monkeypatch):
+    with pytest.warns(FastKDWarning, match="2002 word pieces") as seen:
+        predict(teacher, scene[0], "small " * 2000)
+    assert len(str(seen[0].message)) < 500
+
+    # On the command line it is one line, without the code that it arose in.
+    show = lambda message, category, *where: sys.stderr.write(warnings.formatwarning(message, category, *where))
+    plain = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show)
+        assert main(["predict", str(scene[0]), "small " * 20, "--model", "shapes", "--out", str(tmp_path)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(said) == 1
+    assert said[0].startswith("fastkd: warning: a sentence of 22 word pieces was cut to max_words=20: ")
+    assert warnings.formatwarning is plain
+
+
 def test_the_position_table_bounds_the_sentence(teacher):
     assert word_limit(teacher) == 20
     config = teacher.config
@@ -130,6 +168,8 @@ def test_refusals(teacher, scene, tmp_path):
     for empty in ("", "  "):
         with pytest.raises(ValueError, match="the sentence is empty"):
             predict(teacher, path, empty)
+    with pytest.raises(ValueError, match="holds no word"):
+        predict(teacher, path, "\u200b")  # a space of no width
     with pytest.raises(TypeError, match="sentence must be a string, got list"):
         predict(teacher, path, [sentence])
     with pytest.raises(TypeError, match="image must be uint8, got float32"):
@@ -168,6 +208,23 @@ def test_command(teacher, scene, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"score {found.score:.3f} (mean probability over the mask)" in said
     assert re.search(r"[\d.]+ % of the image", said)
+
+
+def test_both_pictures_or_none(scene, tmp_path, capsys):
+    path, sentence = scene
+    (tmp_path / f"{path.stem}-overlay.png").mkdir()
+    args = ["predict", str(path), sentence, "--model", "shapes", "--out"]
+    assert main([*args, str(tmp_path)]) == 2
+    assert "overlay.png is a folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [f"{path.stem}-overlay.png"]
+
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        assert main([*args, str(tmp_path / out)]) == 2
+        error = capsys.readouterr().err
+        assert f"out: {tmp_path / 'file'} is a file" in error
+        assert error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,12 @@ TEXT = {
 }
 
 
+ODD = [(65, 79), (33, 47)]
+
+
 def sizes(family: str) -> list[tuple[int, int]]:
-    """Wide, and odd where the backbone allows that: Swin's patches must divide the image."""
-    return [(40, 76), (64, 36)] if family.startswith("swin") else [(65, 79), (33, 47)]
+    """Those of which timm itself takes a family's: of Swin, what its patches divide."""
+    return [(40, 76), (64, 36)] if family.startswith("swin") else ODD
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,7 +102,7 @@ def test_early_fusion_at_any_size(family):
     config = RISConfig(backbone=name, backbone_args=args, out_indices=out_indices, text=TEXT, decoder_width=8)
     model = RISModel(config).eval()
     ids, other = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 9, 3]])
-    for height, width in sizes(family):
+    for height, width in ODD:
         image = torch.randn(1, 3, height, width)
         out, changed = model(image, ids), model(image, other)
         assert out.logits.shape == (1, 2, height, width)
@@ -119,6 +122,20 @@ def test_early_fusion_at_any_size(family):
     assert first.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["swin", "swinv2"])
+@pytest.mark.parametrize(("height", "width"), [(33, 47), (1, 3)])
+def test_swin_pads_what_its_patches_do_not_divide(family, height, width):
+    name, args, out_indices = FAMILIES[family]
+    torch.manual_seed(0)
+    backbone = StagedBackbone(name, args, out_indices).eval()
+    image = torch.randn(1, 3, height, width)
+    padded = torch.nn.functional.pad(image, (0, -width % 4, 0, -height % 4))
+    with torch.no_grad():
+        for a, b in zip(*(backbone(x, lambda i, m: (m, m)) for x in (image, padded)), strict=True):
+            assert torch.equal(a, b)
+            assert a.isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["mobilenetv4", "efficientnet", "tiny_vit"])
 def test_the_fused_map_feeds_the_next_stage(family):
     name, args, out_indices = FAMILIES[family]
@@ -134,6 +151,21 @@ def test_the_fused_map_feeds_the_next_stage(family):
 def test_what_cannot_be_walked_or_sized_is_told():
     with pytest.raises(ValueError, match=r"'hrnet_w18_small' cannot be walked.*Swin, ConvNeXt"):
         StagedBackbone("hrnet_w18_small", {}, FINE)
+    with pytest.raises(ValueError, match=r"'sam2_hiera_tiny' .*parameters of its own \(pos_embed, pos_embed_window\)"):
+        StagedBackbone("sam2_hiera_tiny", {}, FINE)  # walked, its maps would lack the positions without a word
+    lists = StagedBackbone("selecsls42", {}, (1, 2))
+    with pytest.raises(ValueError, match="gives a list, not a map"):
+        lists(torch.zeros(1, 3, 64, 96), lambda i, x: (x, x))
+    tokens = StagedBackbone("levit_128s", {}, (0, 1))
+    with pytest.raises(ValueError, match="unpack") as unpacked:
+        tokens(torch.zeros(1, 3, 224, 224), lambda i, x: (x, x))
+    assert "token sequences (LeViT) cannot be fused" in " ".join(unpacked.value.__notes__)
+    blocks = StagedBackbone("halonet26t", {}, LATER)
+    with pytest.raises(ValueError, match=r"\(64, 96\): 'stages_2' works on blocks that must divide its map$"):
+        blocks(torch.zeros(1, 3, 64, 96), lambda i, x: (x, x))
+    strict = StagedBackbone(FAMILIES["swin"][0], {**SWIN, "strict_img_size": True}, FINE)
+    with pytest.raises(ValueError, match=r"\(33, 64\): .*doesn't match model.*'strict_img_size': False.* take any"):
+        strict(torch.zeros(1, 3, 33, 64), lambda i, x: (x, x))
     fixed = StagedBackbone("coatnet_pico_rw_224", {}, (1, 2))
     with pytest.raises(RuntimeError) as raised:
         StagedBackbone("coatnet_pico_rw_224", {}, LATER)(torch.zeros(1, 3, 64, 96), lambda i, x: (x, x))

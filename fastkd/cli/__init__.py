@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
+
+from fastkd.errors import FastKDWarning
 
 _SAID_WELL = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, KeyError)
 
@@ -13,6 +17,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line on stderr and status 2 (``FASTKD_TRACEBACK=1`` shows more)."""
     from fastkd.cli._app import build_app
 
+    plain = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if issubclass(category, FastKDWarning):
+            return f"fastkd: warning: {message}\n"  # where in the code it arose helps nobody here
+        return plain(message, category, *where, **line)
+
+    warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
         build_app().cli(prog="fastkd", args=args)
     except KeyboardInterrupt:
@@ -25,6 +37,8 @@ def main(args: Sequence[str] | None = None) -> int:
         kind = "" if isinstance(error, _SAID_WELL) else f"{type(error).__name__}: "
         print(f"fastkd: error: {kind}{message}", *getattr(error, "__notes__", ()), sep="\n  ", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = plain
     return 0
 
 

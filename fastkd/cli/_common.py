@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,15 @@ def teacher_words(
             "it is not its own; pass --teacher-tokenizer with the one that its weights came with"
         )
     return {"teacher_tokenizer": read, "teacher_max_words": config.max_words}
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse an output folder that can't be made or written into, before any work is done for it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option}: {there} is a file, so {folder} can't be a folder to write into")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{option}: {there} can't be written into")
 
 
 def shapes_teacher() -> Path:

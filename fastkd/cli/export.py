@@ -32,7 +32,7 @@ def export(
     """
     import torch
 
-    from fastkd.cli._common import load_local
+    from fastkd.cli._common import check_folder, load_local
     from fastkd.data import load_tokenizer
     from fastkd.evaluate.prediction import tokenizer_source
     from fastkd.models import RISModel
@@ -40,6 +40,8 @@ def export(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    onnx = onnx.expanduser()
+    check_folder("onnx", onnx.parent)
     student = load_local(model)
     if not isinstance(student, RISModel):
         raise ValueError(f"{model} is a {type(student).__name__}; only students (RISModel folders) are exported")

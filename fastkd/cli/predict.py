@@ -31,18 +31,16 @@ def predict(
             configuration names.
         device: "auto", "cpu", "cuda", ...
     """
-    import io
-
-    from PIL import Image
-
-    from fastkd.cli._common import load_local
+    from fastkd.cli._common import check_folder, load_local
     from fastkd.data import load_tokenizer
     from fastkd.evaluate.prediction import predict as run
     from fastkd.evaluate.prediction import read_image, tokenizer_of
-    from fastkd.report.overlays import save_overlay, write_atomic
+    from fastkd.report.overlays import as_png, overlay, write_together
     from fastkd.train.runtime import pick_device
 
+    image, out = image.expanduser(), out.expanduser()
     pixels = read_image(image)  # first: it fails soonest
+    check_folder("out", out)
     loaded = load_local(model).to(pick_device(device))
     if tokenizer is not None:
         words = load_tokenizer(tokenizer, keep_end=getattr(loaded.config, "keep_end", False))
@@ -50,14 +48,11 @@ def predict(
         words = tokenizer_of(loaded, Path(model).expanduser())
     found = run(loaded, pixels, sentence, words)
 
-    buffer = io.BytesIO()
-    Image.fromarray(found.mask.astype("uint8") * 255).save(buffer, "PNG", optimize=True)
-    mask = write_atomic(out / f"{image.stem}-mask.png", buffer.getvalue())
-    overlay = save_overlay(
-        found.image, found.mask, out / f"{image.stem}-overlay.png", longest=max(*found.mask.shape, 384)
-    )
+    mask, picture = out / f"{image.stem}-mask.png", out / f"{image.stem}-overlay.png"
+    drawn = overlay(found.image, found.mask, longest=max(*found.mask.shape, 384))
+    write_together({mask: as_png(found.mask.astype("uint8") * 255), picture: as_png(drawn)})
     if found.mask.any():
         print(f"score {found.score:.3f} (mean probability over the mask), {100 * found.share:.1f} % of the image")
     else:
         print("score 0: nothing in this image is what the sentence says")
-    print(f"mask     {mask}\noverlay  {overlay}")
+    print(f"mask     {mask}\noverlay  {picture}")

@@ -69,13 +69,17 @@ class Tokenizer:
         rows = self._inner(list(sentences), add_special_tokens=True, return_attention_mask=False)["input_ids"]
         input_ids = torch.full((len(rows), max_words), self._inner.pad_token_id or 0, dtype=torch.int64)
         word_mask = torch.zeros(len(rows), max_words, dtype=torch.bool)
+        marks = self._inner.num_special_tokens_to_add()
         for number, row in enumerate(rows):
+            if len(row) <= marks:  # a space of no width, say
+                raise ValueError(f"sentence {number} ({sentences[number]!r}) holds no word: leave it out")
             if len(row) > max_words and not self._warned:
                 self._warned = True
                 lost = self._inner.decode(row[max_words:], skip_special_tokens=True) or "[SEP]"
                 warnings.warn(
-                    f"a sentence of {len(row)} word pieces was cut to max_words={max_words}: {sentences[number]!r} "
-                    f"lost {lost!r} (said once; raise max_words to keep long sentences whole)",
+                    f"a sentence of {len(row)} word pieces was cut to max_words={max_words}: "
+                    f"{_brief(sentences[number], 80)} lost {_brief(lost, 200)} "
+                    "(said once; raise max_words to keep long sentences whole)",
                     FastKDWarning,
                     stacklevel=2,
                 )
@@ -88,6 +92,10 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
+
+
+def _brief(text: str, limit: int) -> str:
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
 
 
 def load_tokenizer(source: str | os.PathLike[str] = "shapes", *, keep_end: bool = False) -> Tokenizer:

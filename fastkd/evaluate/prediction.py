@@ -130,15 +130,15 @@ def tokenizer_source(model: nn.Module, folder: str | os.PathLike[str] | None = N
 
 
 def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
-    """An image as (H, W, 3) uint8 RGB; a file's EXIF orientation is applied.
+    """An image as (H, W, 3) uint8 RGB; a file's EXIF orientation is applied, and 16 bits of grey become 8.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that Pillow cannot read, or an array of another shape.
+        ValueError: a file that Pillow cannot read, pixels of 32 bits, or an array of another shape.
         TypeError: an array that is not uint8.
     """
     if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
+        return _rgb(image)
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"image must be (H, W, 3), got shape {image.shape}")
@@ -152,8 +152,17 @@ def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.n
         raise ValueError(f"{path} is a folder: give one image")
     try:
         with Image.open(path) as opened:
-            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+            return _rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise ValueError(
             f"{path} is not an image that can be read ({type(error).__name__}: {error}): give a JPEG, PNG, WebP, ..."
         ) from error
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Pillow cuts wide pixels off at 255, which leaves little but white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits and no known range; save it with 8 or 16")
+    return np.array(image.convert("RGB"))

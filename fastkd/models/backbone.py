@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 Fuse = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+_CAN_BE_WALKED = (
+    "the families of Swin, ConvNeXt, ResNet, RegNet, EfficientNet, MobileNet, EfficientViT, FastViT, TinyViT, RepViT, "
+    "PVT and bring-your-own-blocks can"
+)
 
 
 class StagedBackbone(nn.Module):
@@ -39,6 +45,7 @@ class StagedBackbone(nn.Module):
         self, name: str, args: dict[str, Any], out_indices: Sequence[int], weights: str | Path | None = None
     ) -> None:
         super().__init__()
+        from timm.layers import PatchEmbed
         from timm.models import FeatureListNet
         from timm.models._features import FeatureInfo
 
@@ -53,6 +60,12 @@ class StagedBackbone(nn.Module):
         stages = len(info.info if isinstance(info, FeatureInfo) else info)
         if min(out_indices) < 0 or max(out_indices) >= stages:
             raise ValueError(f"out_indices={tuple(out_indices)}: backbone {name!r} has stages 0 to {stages - 1}")
+        own = [n for n, _ in network.named_parameters(recurse=False)]
+        if own:
+            raise ValueError(
+                f"backbone {name!r} cannot be walked as a chain of modules: it adds parameters of its own "
+                f"({_some(own)}) between them; {_CAN_BE_WALKED}"
+            )
         chain = None
         for flatten in (True, False):  # which of the two a family needs is known only to its own builder
             try:
@@ -68,9 +81,14 @@ class StagedBackbone(nn.Module):
         if chain is None:
             raise ValueError(
                 f"backbone {name!r} cannot be walked as a chain of modules, so fusion cannot sit between its stages; "
-                "the families of Swin, ConvNeXt, ResNet, RegNet, EfficientNet, MobileNet, EfficientViT, FastViT, "
-                "TinyViT, RepViT, PVT and bring-your-own-blocks can"
+                f"{_CAN_BE_WALKED}"
             )
+        for module in chain.modules():
+            if isinstance(module, PatchEmbed) and not module.strict_img_size:
+                # Swin pads its windows and mergings; so the first patches as well. (Final is for torch.jit alone.)
+                setattr(module, "dynamic_img_pad", True)  # noqa: B010
+        takes_any = "strict_img_size" in inspect.signature(type(network)).parameters
+        self._any_size = "backbone_args={'strict_img_size': False} lets it take any" if takes_any else ""
         self.blocks = nn.ModuleDict(dict(chain.items()))
         self.channels_last = str(chain.output_fmt) in ("NHWC", "Format.NHWC")
         self.channels: list[int] = list(chain.feature_info.channels())
@@ -98,21 +116,21 @@ class StagedBackbone(nn.Module):
             try:
                 x = block(x)
             except AssertionError as error:  # timm's way to say that a size does not fit
+                why = [str(error).rstrip(".") or f"{name!r} works on blocks that must divide its map", self._any_size]
                 raise ValueError(
-                    f"the backbone does not take an image of {tuple(image.shape[-2:])}: {error}"
+                    f"the backbone does not take an image of {tuple(image.shape[-2:])}: {'; '.join(filter(None, why))}"
                 ) from error
             except (RuntimeError, ValueError) as error:
                 error.add_note(
                     f"Raised by {name!r} of the backbone at an image of {tuple(image.shape[-2:])}; networks with "
                     "tables of positions take only the size they were built for: give it in "
-                    "backbone_args, or choose another."
+                    "backbone_args, or choose another. Networks of token sequences (LeViT) cannot be fused."
                 )
                 raise
             if name in self._ends:
-                if x.dim() != 4:
-                    raise ValueError(
-                        f"stage {name!r} gives {tuple(x.shape)}, not a map: choose a hierarchical backbone"
-                    )
+                if not isinstance(x, Tensor) or x.dim() != 4:
+                    given = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                    raise ValueError(f"stage {name!r} gives {given}, not a map: choose a hierarchical backbone")
                 x = x.permute(0, 3, 1, 2) if self.channels_last else x
                 out, x = fuse(len(maps), x)
                 maps.append(out)
@@ -151,7 +169,13 @@ def _load_weights(network: nn.Module, path: Path) -> set[str]:
     state = read_state_dict(path)
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if translate is not None:
-        state = translate(state, network)
+        try:
+            state = translate(state, network)
+        except Exception as error:  # it takes the keys for granted that tell it which publication this is
+            raise ValueError(
+                f"{path}: timm cannot translate these keys for a {type(network).__name__} "
+                f"({type(error).__name__}: {error})"
+            ) from error
     own = network.state_dict()
     wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if wrong:

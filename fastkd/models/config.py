@@ -48,8 +48,18 @@ class RISConfig:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kind, what in (
+            ("backbone", str, "a string"),
+            ("text_model", str, "a string"),
+            ("tokenizer", str | None, "a string or None"),
+            ("backbone_args", dict, "a dict of arguments"),
+            ("text", dict, "a dict of arguments"),
+            ("coordinates", bool, "true or false"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
         self.out_indices = _whole_numbers("out_indices", self.out_indices)
-        if not isinstance(self.fusion_heads, int):
+        if not isinstance(self.fusion_heads, int) or isinstance(self.fusion_heads, bool):
             self.fusion_heads = _whole_numbers("fusion_heads", self.fusion_heads)
         if not self.out_indices or any(b <= a for a, b in zip(self.out_indices, self.out_indices[1:], strict=False)):
             raise ValueError(f"out_indices must be increasing stage numbers, got {self.out_indices}")
@@ -102,6 +112,6 @@ def _positive(value: object) -> bool:
 
 
 def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(number, int) for number in value):
+    if not isinstance(value, list | tuple) or not all(type(number) is int for number in value):
         raise ValueError(f"{name} must be whole numbers, such as [0, 1, 2, 3], got {value!r}")
     return tuple(value)

@@ -80,16 +80,18 @@ def export_onnx(
         seed: of the random images and sentences.
 
     Raises:
-        ValueError: a name that does not end in .onnx, a size the backbone does not take, a tolerance that is not
-            positive, a model too large for one file, not in fp32, or with parameters its configuration does not have.
+        ValueError: a name that does not end in .onnx or whose .json is another's (a model's config.json), a size the
+            backbone does not take, a tolerance that is not positive, a model too large for one file, not in fp32, or
+            with parameters its configuration does not have.
         TypeError: something else than a RISModel.
         ArithmeticError: onnxruntime and torch differ by more than the tolerance.
         RuntimeError: torch cannot trace this model, or parameters were lost on the way.
         ImportError: onnx, onnxruntime or onnxscript is missing.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".onnx":
         raise ValueError(f"path: {path} must end in .onnx")
+    _check_targets(path)
     if not isinstance(model, RISModel):
         raise TypeError(
             f"export takes a RISModel, got {type(model).__name__}: a Distiller's student is distiller.student"
@@ -150,6 +152,22 @@ def export_onnx(
     finally:
         temporary.unlink(missing_ok=True)
         model.to(was_on).train(was_training)
+
+
+def _check_targets(path: Path) -> None:
+    """Refuse to take the place of a folder, or of a .json that no export wrote."""
+    metadata = path.with_suffix(".json")
+    for target in (path, metadata, path.with_suffix(".vocab.txt")):
+        if target.is_dir():
+            raise IsADirectoryError(f"path: {target} is a folder: give another name")
+    if not metadata.exists():
+        return
+    try:
+        earlier = str(json.loads(metadata.read_text(encoding="utf-8"))["format"]).startswith("fastkd.onnx/")
+    except (ValueError, KeyError, TypeError):
+        earlier = False
+    if not earlier:
+        raise ValueError(f"path: {path.name} would replace {metadata}, which no export wrote: give another name")
 
 
 def undistilled_parameters(model: RISModel) -> int:
@@ -256,7 +274,7 @@ def _facts(
 
     words = word_limit(model)
     return {
-        "format": "fastkd.onnx/1",
+        "format": "fastkd.onnx/1",  # _check_targets knows an earlier export by it
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
         "sha256": hashlib.sha256(onnx_file.read_bytes()).hexdigest(),

@@ -29,17 +29,21 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model_type: str, args: dict[str, Any], weights: str | Path | None = None) -> None:
         super().__init__()
-        from transformers import AutoConfig, AutoModel
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
         folder = Path(weights) if weights is not None else None
         if folder is not None and str(weights).startswith((".", "/", "~")) and not folder.is_dir():
             raise FileNotFoundError(f"no folder of text weights at {folder}; give one written by save_pretrained")
+        if model_type not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
+            hint = f"; close matches: {', '.join(near)}" if near else ""
+            raise ValueError(f"text_model: transformers has no encoder {model_type!r}{hint}")
         try:
             default = AutoConfig.for_model(model_type)
             config = AutoConfig.for_model(model_type, **args)
             found = AutoModel._model_mapping[type(config)]
         except (ValueError, KeyError) as error:
-            raise ValueError(f"text_model={model_type!r}: transformers has no such encoder ({error})") from error
+            raise ValueError(f"text_model={model_type!r}: transformers has no encoder for it ({error})") from error
         unknown = [name for name in args if not hasattr(default, name)]  # transformers would keep and ignore it
         if unknown:
             close = difflib.get_close_matches(unknown[0], list(default.to_dict()), n=3)
@@ -67,6 +71,10 @@ class TextEncoder(nn.Module):
         self.vocab_size: int = config.vocab_size
         self.pad_id: int = config.pad_token_id or 0
         self.max_words: int | None = getattr(config, "max_position_embeddings", None)
+        for name, table in self.model.named_modules():
+            # RoBERTa and its kin count positions from the padding id on.
+            if name.endswith("position_embeddings") and isinstance(getattr(table, "padding_idx", None), int):
+                self.max_words = table.num_embeddings - table.padding_idx - 1
 
     def forward(self, input_ids: Tensor, word_mask: Tensor) -> Tensor:
         """Word vectors (B, T, D) from ids (B, T) and a bool mask (B, T), True where a word is."""

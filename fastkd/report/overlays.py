@@ -122,9 +122,14 @@ def save_overlay(
     """
     array = as_image(image)
     drawn = overlay(array, as_mask(mask, array.shape[:2]), colour, longest)
+    return write_atomic(path, as_png(drawn))
+
+
+def as_png(picture: np.ndarray) -> bytes:
+    """A picture (H, W, 3), or a grey one (H, W), uint8, as the content of a PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(drawn).save(buffer, "PNG", optimize=True)
-    return write_atomic(path, buffer.getvalue())
+    Image.fromarray(picture).save(buffer, "PNG")  # optimised, one of 12 megapixels took 23 s instead of 3, for 8 % less
+    return buffer.getvalue()
 
 
 def data_uri(picture: np.ndarray) -> str:
@@ -141,17 +146,26 @@ def data_uri(picture: np.ndarray) -> str:
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
     """Write beside the target and rename: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"path: {path} is a folder: give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({Path(path): content})
+    return Path(path)
+
+
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Write several files, all in full under other names before the first is renamed."""
+    for path in contents:
+        if path.is_dir():
+            raise IsADirectoryError(f"path: {path} is a folder: give the name of a file")
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporaries[path].write_bytes(content)
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
-    return path
+        for temporary in temporaries.values():
+            if temporary.exists():
+                temporary.unlink()
 
 
 def _numpy(value: Any) -> np.ndarray:
