@@ -57,12 +57,13 @@ def test_distill_with_the_shipped_teacher_and_every_term(shapes, tmp_path, capsy
     assert all(weight > 0 for weight in start["weights"].values())
 
 
-def test_demo_end_to_end(tmp_path, capsys):
+def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastkd.cli.demo._cost", lambda *args: 2.4)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0
     results = json.loads((out / "results.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["alone", "distilled", "alone, equal time"]
-    assert results["runs"][0]["steps"] == results["runs"][1]["steps"] == 3
+    assert [run["steps"] for run in results["runs"]] == [3, 3, 7]  # as many as distillation took the time of
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["alone"]["parameters"] == rows["distilled"]["parameters"] < rows["teacher"]["parameters"]
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -73,6 +74,31 @@ def test_demo_end_to_end(tmp_path, capsys):
     assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0  # again, on the same data
     assert (out / "data" / "shapes.json").stat().st_mtime_ns == written
     assert "made earlier" in capsys.readouterr().out
+
+
+def test_the_cost_of_distillation_does_not_follow_the_load_of_the_machine(monkeypatch):
+    from fastkd.cli.demo import _cost
+    from fastkd.train import TrainConfig, TrainResult
+
+    load = iter([90, 1, 1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # of twelve turns; one falls into a change
+
+    def pretend(subject, dataset, config, **rest):
+        return TrainResult(steps=config.steps, seconds=next(load) * {"alone": 1.0, "distilled": 2.4}[subject])
+
+    monkeypatch.setattr("fastkd.train.train", pretend)
+    assert _cost(["alone", "distilled"], [], TrainConfig()) == pytest.approx(2.4)
+
+
+def test_the_cost_of_distillation_is_measured(shapes):
+    from fastkd.cli._common import build_model, open_split, shapes_teacher
+    from fastkd.cli.demo import _cost
+    from fastkd.models import RISModel
+    from fastkd.train import TrainConfig
+
+    teacher = RISModel.from_pretrained(shapes_teacher())
+    dataset = open_split(shapes, "train", teacher, sentences="random", seed=0)
+    students = [build_model("shapes-student", 0), build_model("shapes-teacher", 0)]
+    assert 1.5 < _cost(students, dataset, TrainConfig(batch_size=4), rounds=1) < 100
 
 
 def test_a_model_configuration_that_is_no_json(shapes, tmp_path, capsys):

@@ -19,7 +19,8 @@ def pieces_of(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
 
 def test_tokenizer_pads_splits_and_lower_cases() -> None:
     tokenizer = load_tokenizer("shapes")
-    ids, mask = tokenizer(["the RED circle", "a wok, please"], 20)
+    with pytest.warns(FastKDWarning, match="cannot spell all of 'wok,'"):
+        ids, mask = tokenizer(["the RED circle", "a wok, please"], 20)
     assert ids.shape == mask.shape == (2, 20)
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
     assert pieces_of(ids[0], mask[0]) == ["[CLS]", "the", "red", "circle", "[SEP]"]
@@ -42,6 +43,16 @@ def test_a_long_sentence_is_cut_with_one_warning(recwarn: pytest.WarningsRecorde
     with pytest.warns(FastKDWarning, match=r"lost '\[SEP\]'"):
         load_tokenizer("shapes")(["red red"], 3)
     tokenizer([sentence], 5)  # said once: a second warning would be an error here
+    assert not [w for w in recwarn if issubclass(w.category, FastKDWarning)]
+
+
+def test_words_that_the_vocabulary_cannot_spell_are_named_once(recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = load_tokenizer("shapes")
+    with pytest.warns(
+        FastKDWarning, match=r"'shapes' cannot spell all of 'кружка 💥' in 'the кружка 💥 left': .* \[UNK\]"
+    ):
+        tokenizer(["the red circle", "the кружка 💥 left"], 20)
+    tokenizer(["💥"], 20)
     assert not [w for w in recwarn if issubclass(w.category, FastKDWarning)]
 
 

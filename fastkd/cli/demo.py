@@ -104,7 +104,11 @@ def _compare(
     out: Path,
     overwrite: bool,
 ) -> dict[str, Run]:
-    """The student alone, distilled, and alone for as long, from the same initial weights and data order."""
+    """The student alone, distilled, and alone for as long, from the same initial weights and data order.
+
+    "For as long" is a number of steps, by what a step of each costs (:func:`_cost`), so that the schedule runs to its
+    end.
+    """
     from dataclasses import replace
 
     from fastkd import Distiller
@@ -119,29 +123,51 @@ def _compare(
     val_set = open_split(root, "val", teacher, sentences="all")
     train_set.fill_cache()
 
-    def run(name: str, config: TrainConfig, distil: bool) -> Run:
+    def subject(distil: bool) -> tuple[RISModel, Any]:
         student = build_model("shapes-student", seed)
-        subject: Any = student
-        if distil:
-            subject = Distiller(student, teacher, segmentation_loss, recipe(list(shares)))
-            balance_on(subject, train_set, shares, config)
+        if not distil:
+            return student, student
+        distiller = Distiller(student, teacher, segmentation_loss, recipe(list(shares)))
+        balance_on(distiller, train_set, shares, config)
+        return student, distiller
+
+    def run(name: str, config: TrainConfig, distil: bool) -> Run:
+        student, trained = subject(distil)
         folder = out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "-")
         title = f"{name}, seed {seed}"
         result = train(
-            subject, train_set, config, val_dataset=val_set, out_dir=folder, title=title, overwrite=overwrite
+            trained, train_set, config, val_dataset=val_set, out_dir=folder, title=title, overwrite=overwrite
         )
         score = evaluate(student, test, channels_last=config.channels_last)
         print(f"{title}: {score}", flush=True)
         return Run(result, score, student)
 
+    cost = _cost([subject(distil)[1] for distil in (False, True)], train_set, config)
+    print(f"seed {seed}: a step of distillation takes as long as {cost:.2f} steps of the student alone", flush=True)
     alone = run(ALONE, config, False)
     distilled = run(DISTILLED, config, True)
-    # As many steps as fit into the time that distillation took; the schedule follows the clock.
-    seconds = distilled.training.seconds
-    steps = round(config.steps * seconds / alone.training.seconds * 1.5)
-    rarer = max(1, round(eval_every * seconds / alone.training.seconds))
-    longer = run(LONGER, replace(config, steps=steps, max_seconds=seconds, eval_every=rarer), False)
+    steps, rarer = (max(1, round(number * cost)) for number in (config.steps, eval_every))
+    limit = config.max_seconds and config.max_seconds * cost
+    longer = run(LONGER, replace(config, steps=steps, eval_every=rarer, max_seconds=limit), False)
     return {ALONE: alone, DISTILLED: distilled, LONGER: longer}
+
+
+def _cost(subjects: Sequence[Any], train_set: ReferDataset, config: TrainConfig, rounds: int = 5) -> float:
+    """How many steps of the first of two subjects take as long as one of the second.
+
+    The two take turns of ten steps, and of the turns' ratios this is the median: other work on the machine slows both
+    down, whereas runs of minutes, one after the other, may meet different loads. The subjects are changed by it.
+    """
+    from dataclasses import replace
+    from statistics import median
+
+    from fastkd.train import train
+
+    probe = replace(config, steps=10, log_every=10, eval_every=None, check=False)
+    turns = [
+        [train(subject, train_set, probe, progress=False).seconds for subject in subjects] for _ in range(1 + rounds)
+    ]
+    return median(second / first for first, second in turns[1:])  # the first turn warms up
 
 
 def _rows(

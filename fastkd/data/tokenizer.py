@@ -21,7 +21,8 @@ class Tokenizer:
 
     A longer sentence keeps its first ``max_words`` ids (its ``[SEP]`` is cut off, as in LAVT) with one warning. With
     ``keep_end`` it keeps its end mark in the last place instead, and the padding id may be any: so do CLIP's text
-    encoders want it, which read a sentence from its end mark.
+    encoders want it, which read a sentence from its end mark. One more warning names the words of the first sentence
+    that holds some the vocabulary can't spell.
 
     Example::
 
@@ -38,7 +39,9 @@ class Tokenizer:
         self.name = name
         self.keep_end = keep_end
         self._inner = inner
-        self._warned = False
+        self._warned: set[str] = set()
+        # CLIP's is its end mark, and its pieces cover every byte
+        self._unknown = None if inner.unk_token_id in (None, inner.eos_token_id) else inner.unk_token_id
 
     @property
     def vocab_size(self) -> int:
@@ -73,15 +76,21 @@ class Tokenizer:
         for number, row in enumerate(rows):
             if len(row) <= marks:  # a space of no width, say
                 raise ValueError(f"sentence {number} ({sentences[number]!r}) holds no word: leave it out")
-            if len(row) > max_words and not self._warned:
-                self._warned = True
+            if len(row) > max_words:
                 lost = self._inner.decode(row[max_words:], skip_special_tokens=True) or "[SEP]"
-                warnings.warn(
+                self._warn_once(
+                    "cut",
                     f"a sentence of {len(row)} word pieces was cut to max_words={max_words}: "
                     f"{_brief(sentences[number], 80)} lost {_brief(lost, 200)} "
                     "(said once; raise max_words to keep long sentences whole)",
-                    FastKDWarning,
-                    stacklevel=2,
+                )
+            if self._unknown in row:
+                strange = [w for w in sentences[number].split() if self._unknown in self._inner(w)["input_ids"]]
+                self._warn_once(
+                    "unknown",
+                    f"tokenizer {self.name!r} cannot spell all of {_brief(' '.join(strange), 80)} in "
+                    f"{_brief(sentences[number], 80)}: the model reads {self._inner.unk_token} there "
+                    "(said once; is it the model's tokenizer and language?)",
                 )
             kept = row[:max_words]
             if self.keep_end:
@@ -89,6 +98,11 @@ class Tokenizer:
             input_ids[number, : len(kept)] = torch.tensor(kept)
             word_mask[number, : len(kept)] = True
         return input_ids, word_mask
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, FastKDWarning, stacklevel=3)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
