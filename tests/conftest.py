@@ -128,3 +128,25 @@ def _quiet_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_backends, "_warned", set(_backends.BACKENDS))
     monkeypatch.delenv("FASTKD_BACKEND", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Tiny random teachers of transformers, one folder of each kind."""
+    import tiny_teachers
+
+    return tiny_teachers.write_all(tmp_path_factory.mktemp("teachers"))
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_folders: dict[str, Any]) -> dict[str, Any]:
+    """The same, loaded."""
+    import tiny_teachers
+
+    return tiny_teachers.load_all(tiny_folders)
+
+
+@pytest.fixture(params=("clipseg", "sam3"))
+def teacher(request: pytest.FixtureRequest, teachers: dict[str, Any]) -> Any:
+    """Each of them (tiny_teachers.KINDS, which is not imported for other tests)."""
+    return teachers[request.param]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,21 +17,6 @@ from tiny_teachers import imagenet, picture, tokens
 
 from fastkd import Taps
 from fastkd.models import SAM3Teacher, TextPromptedTeacher
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return tiny.write_all(tmp_path_factory.mktemp("teachers"))
-
-
-@pytest.fixture(scope="module")
-def teachers(folders) -> dict[str, Any]:
-    return tiny.load_all(folders)
-
-
-@pytest.fixture(params=tiny.KINDS)
-def teacher(request, teachers) -> Any:
-    return teachers[request.param]
 
 
 class TestNetworksOwnNumbers:
@@ -91,8 +74,8 @@ class TestNetworksOwnNumbers:
         text = teacher.network.get_text_features(input_ids=ids, attention_mask=mask.long())
         torch.testing.assert_close(out.words, text.pooler_output)
 
-    def test_sam3s_pixel_word_logits_are_its_attention(self, folders) -> None:
-        teacher = SAM3Teacher.from_pretrained(folders["sam3"])
+    def test_sam3s_pixel_word_logits_are_its_attention(self, tiny_folders) -> None:
+        teacher = SAM3Teacher.from_pretrained(tiny_folders["sam3"])
         teacher.network.set_attn_implementation("eager")  # which returns its attention
         ids, mask = tokens(teacher)
         layers = teacher.network.detr_encoder.layers
@@ -105,8 +88,8 @@ class TestNetworksOwnNumbers:
                 attention = logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
                 torch.testing.assert_close(attention, taps[f"a{i}"], rtol=1e-4, atol=1e-5)
 
-    def test_sam3s_masks(self, folders, teachers) -> None:
-        semantic = TextPromptedTeacher.from_pretrained(folders["sam3"], masks="semantic")
+    def test_sam3s_masks(self, tiny_folders, teachers) -> None:
+        semantic = TextPromptedTeacher.from_pretrained(tiny_folders["sam3"], masks="semantic")
         ids, mask = tokens(semantic)
         out = semantic(imagenet(picture()), ids, mask)
         head = semantic.network.mask_decoder.semantic_projection
@@ -161,11 +144,11 @@ class TestCall:
         assert out.logits.dtype == torch.float32
         assert (out.logits - expected).norm() < 0.05 * expected.norm()
 
-    def test_copies_are_independent_and_nothing_is_kept(self, teacher, folders) -> None:
+    def test_copies_are_independent_and_nothing_is_kept(self, teacher, tiny_folders) -> None:
         ids, mask = tokens(teacher)
         image = imagenet(picture())
         expected = teacher(image, ids, mask)
-        fresh = TextPromptedTeacher.from_pretrained(folders[teacher.config.model_type])
+        fresh = TextPromptedTeacher.from_pretrained(tiny_folders[teacher.config.model_type])
         for again in (copy.deepcopy(teacher), pickle.loads(pickle.dumps(fresh))):
             out = again(image, ids, mask)
             torch.testing.assert_close(out.stages, expected.stages)

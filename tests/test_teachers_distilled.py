@@ -16,7 +16,6 @@ from torch import Tensor
 pytest.importorskip("timm", reason="needs the [ris] extra")
 pytest.importorskip("transformers", reason="needs the [ris] extra")
 
-import tiny_teachers as tiny
 
 from fastkd import Distiller, Term, losses
 from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer, make_shapes
@@ -39,21 +38,6 @@ STUDENT = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return tiny.write_all(tmp_path_factory.mktemp("teachers"))
-
-
-@pytest.fixture(scope="module")
-def teachers(folders) -> dict[str, Any]:
-    return tiny.load_all(folders)
-
-
-@pytest.fixture(params=tiny.KINDS)
-def teacher(request, teachers) -> Any:
-    return teachers[request.param]
-
-
-@pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "data"
     make_shapes(root, images=40, image_size=64)
@@ -67,7 +51,7 @@ def student() -> RISModel:
 
 
 @pytest.fixture(scope="module")
-def batches(scenes, folders) -> dict[str, Any]:
+def batches(scenes, tiny_folders) -> dict[str, Any]:
     """A batch with the student's words alone, and one with the teacher's too."""
 
     def batch(**teacher: Any) -> dict[str, Any]:
@@ -75,7 +59,7 @@ def batches(scenes, folders) -> dict[str, Any]:
         data = ReferDataset(refs, load_tokenizer("shapes"), image_size=64, max_words=20, **teacher)
         return collate([data[i] for i in range(4)])
 
-    theirs = load_tokenizer(folders["sam3"], keep_end=True)
+    theirs = load_tokenizer(tiny_folders["sam3"], keep_end=True)
     return {
         "alone": batch(),
         "both": batch(teacher_tokenizer=theirs, teacher_max_words=32),
@@ -88,10 +72,10 @@ ONE_HEAD = ("pixel_word_logits.0", lambda out: out.pixel_word_logits[1][:, :1]) 
 
 
 class TestDifferentTokenizers:
-    def test_dataset_gives_both(self, batches, folders) -> None:
+    def test_dataset_gives_both(self, batches, tiny_folders) -> None:
         batch, alone = batches["both"], batches["alone"]
         assert batch["teacher_input_ids"].shape == batch["teacher_word_mask"].shape == (4, 32)
-        ids, mask = load_tokenizer(folders["sam3"], keep_end=True)(batch["sentence"], 32)
+        ids, mask = load_tokenizer(tiny_folders["sam3"], keep_end=True)(batch["sentence"], 32)
         assert torch.equal(batch["teacher_input_ids"], ids)
         assert torch.equal(batch["teacher_word_mask"], mask)
         for key in alone:
@@ -247,60 +231,43 @@ class TestCommands:
 
         return main([str(one) for one in arguments])
 
-    def test_distil_and_evaluate(self, folders, scenes, tmp_path, capsys) -> None:
-        (tmp_path / "student.json").write_text(json.dumps(STUDENT))
-        common = ["distill", "--data", scenes, "--student", tmp_path / "student.json", *self.SHORT]
+    def distill(self, scenes: Path, folder: Path, student: dict[str, Any]) -> list[Any]:
+        (folder / "student.json").write_text(json.dumps(student))
+        return ["distill", "--data", scenes, "--student", folder / "student.json", *self.SHORT]
+
+    def test_distil_and_evaluate(self, tiny_folders, scenes, tmp_path, capsys) -> None:
+        common = self.distill(scenes, tmp_path, STUDENT)
         for kind, terms in {"clipseg": ["mask=0.3"], "sam3": ["mask=0.3", "pixel_pixel=0.1"]}.items():
             out = tmp_path / kind
-            code = self.run(*common, "--teacher", folders[kind], "--out", out, "--terms", *terms)
+            code = self.run(*common, "--teacher", tiny_folders[kind], "--out", out, "--terms", *terms)
             assert code == 0, capsys.readouterr().err
             assert json.loads((out / "best" / "config.json").read_text())["tokenizer"] == "shapes"  # the student's own
-            assert self.run("evaluate", "--data", scenes, "--model", folders[kind], "--split", "val") == 0
+            assert self.run("evaluate", "--data", scenes, "--model", tiny_folders[kind], "--split", "val") == 0
             assert "mIoU" in capsys.readouterr().out
 
-    def test_clear_refusals(self, folders, scenes, tmp_path, capsys) -> None:
-        (tmp_path / "student.json").write_text(json.dumps(STUDENT))
-        common = [
-            "distill",
-            "--data",
-            scenes,
-            "--student",
-            tmp_path / "student.json",
-            "--out",
-            tmp_path / "o",
-            *self.SHORT,
-        ]
-        assert self.run(*common, "--teacher", folders["sam3"]) == 2  # the default term compares words
+    def test_clear_refusals(self, tiny_folders, scenes, tmp_path, capsys) -> None:
+        common = [*self.distill(scenes, tmp_path, STUDENT), "--out", tmp_path / "o"]
+        assert self.run(*common, "--teacher", tiny_folders["sam3"]) == 2  # the default term compares words
         error = capsys.readouterr().err
         assert "tokenised differently" in error
         assert "compare no words, as the recipe 'mask' does" in error  # what --terms takes
-        assert self.run(*common, "--teacher", folders["clipseg"], "--terms", "pixel_pixel=0.1") == 2
+        assert self.run(*common, "--teacher", tiny_folders["clipseg"], "--terms", "pixel_pixel=0.1") == 2
         assert "term 'pixel_pixel', teacher: " in (error := capsys.readouterr().err)
         assert "0 items: this network computes none" in error
-        bare = shutil.copytree(folders["clipseg"], tmp_path / "bare")
+        bare = shutil.copytree(tiny_folders["clipseg"], tmp_path / "bare")
         (bare / "tokenizer.json").unlink()
         assert self.run(*common, "--teacher", bare, "--terms", "mask=0.3") == 2
         assert "pass --teacher-tokenizer" in capsys.readouterr().err
         foreign = ["--teacher-tokenizer", "shapes", "--terms", "mask=0.3"]
-        assert self.run(*common, "--teacher", folders["sam3"], *foreign) == 2
+        assert self.run(*common, "--teacher", tiny_folders["sam3"], *foreign) == 2
         assert "entries, the teacher reads ids of 315: it is not its own" in capsys.readouterr().err
-        given = ["--teacher-tokenizer", folders["clipseg"], "--terms", "mask=0.3"]
+        given = ["--teacher-tokenizer", tiny_folders["clipseg"], "--terms", "mask=0.3"]
         assert self.run(*common, "--teacher", bare, *given) == 0, capsys.readouterr().err
 
     def test_a_teacher_of_fastkd_with_another_vocabulary(self, scenes, tmp_path, capsys) -> None:
         other = copy.deepcopy(STUDENT)
         other["text"]["vocab_size"] = 200
-        (tmp_path / "student.json").write_text(json.dumps(other))
-        common = [
-            "distill",
-            "--data",
-            scenes,
-            "--student",
-            tmp_path / "student.json",
-            "--out",
-            tmp_path / "o",
-            *self.SHORT,
-        ]
+        common = [*self.distill(scenes, tmp_path, other), "--out", tmp_path / "o"]
         assert self.run(*common) == 2
         assert "the student's vocabulary has 200 words, the teacher's 160" in capsys.readouterr().err
         assert self.run(*common, "--teacher-tokenizer", "shapes") == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,18 +22,8 @@ from fastkd.data.dataset import IMAGENET_MEAN
 from fastkd.models import CLIPSegTeacher, SAM3Teacher, TextPromptedTeacher
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return tiny.write_all(tmp_path_factory.mktemp("teachers"))
-
-
-@pytest.fixture(scope="module")
-def teachers(folders) -> dict[str, Any]:
-    return tiny.load_all(folders)
-
-
 class TestLoading:
-    def test_the_configuration_picks_the_class(self, folders, teachers) -> None:
+    def test_the_configuration_picks_the_class(self, tiny_folders, teachers) -> None:
         assert type(teachers["clipseg"]) is CLIPSegTeacher
         assert type(teachers["sam3"]) is SAM3Teacher
         for kind, teacher in teachers.items():
@@ -42,12 +31,12 @@ class TestLoading:
             config = teacher.config
             assert (config.model_type, config.image_size, config.max_words) == (kind, tiny.SIZES[kind], 32)
             assert config.image_mean == tuple(tiny.MEAN[kind])
-            assert config.tokenizer == str(folders[kind])
+            assert config.tokenizer == str(tiny_folders[kind])
             assert teacher.parameter_count()["total"] == sum(p.numel() for p in teacher.network.parameters())
 
-    def test_without_a_preprocessor_the_class_knows(self, folders, tmp_path) -> None:
+    def test_without_a_preprocessor_the_class_knows(self, tiny_folders, tmp_path) -> None:
         for kind, (size, mean) in {"clipseg": (32, IMAGENET_MEAN), "sam3": (56, (0.5, 0.5, 0.5))}.items():
-            folder = shutil.copytree(folders[kind], tmp_path / kind)
+            folder = shutil.copytree(tiny_folders[kind], tmp_path / kind)
             (folder / "preprocessor_config.json").unlink()
             (folder / "tokenizer.json").unlink()
             config = TextPromptedTeacher.from_pretrained(folder).config
@@ -62,32 +51,32 @@ class TestLoading:
         config = TextPromptedTeacher.from_pretrained(tmp_path / "clipseg", **options).config
         assert {key: getattr(config, key) for key in options} == options
 
-    def test_half_precision_files_load_as_float32(self, folders, teachers, tmp_path) -> None:
+    def test_half_precision_files_load_as_float32(self, tiny_folders, teachers, tmp_path) -> None:
         copy.deepcopy(teachers["sam3"].network).half().save_pretrained(tmp_path)
         teacher = TextPromptedTeacher.from_pretrained(tmp_path)
         assert {p.dtype for p in teacher.parameters()} == {torch.float32}
 
-    def test_sam3_video_gives_its_detector(self, folders, teachers, tmp_path) -> None:
+    def test_sam3_video_gives_its_detector(self, tiny_folders, teachers, tmp_path) -> None:
         from safetensors.torch import load_file, save_file
 
-        state = {f"detector_model.{k}": v for k, v in load_file(folders["sam3"] / "model.safetensors").items()}
+        state = {f"detector_model.{k}": v for k, v in load_file(tiny_folders["sam3"] / "model.safetensors").items()}
         state["tracker_model.something"] = torch.zeros(3)
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        detector = json.loads((folders["sam3"] / "config.json").read_text())
+        detector = json.loads((tiny_folders["sam3"] / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "sam3_video", "detector_config": detector}))
         teacher = TextPromptedTeacher.from_pretrained(tmp_path)
         ids, mask = tokens(teachers["sam3"])
         out, expected = (t(imagenet(picture()), ids, mask) for t in (teacher, teachers["sam3"]))
         torch.testing.assert_close(out.logits, expected.logits)
 
-    def test_by_name(self, folders, monkeypatch) -> None:
+    def test_by_name(self, tiny_folders, monkeypatch) -> None:
         import huggingface_hub
 
         asked = {}
 
         def fetch(name: str, **options: Any) -> str:
             asked.update(options, name=name)
-            return str(folders["clipseg"])
+            return str(tiny_folders["clipseg"])
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
         assert type(TextPromptedTeacher.from_pretrained("owner/clipseg")) is CLIPSegTeacher
@@ -117,12 +106,12 @@ class TestLoading:
         ):
             load_teacher("owner/sam")
 
-    def test_as_transformers_processors_write_it(self, folders, tmp_path) -> None:
+    def test_as_transformers_processors_write_it(self, tiny_folders, tmp_path) -> None:
         from transformers import AutoProcessor, CLIPSegProcessor, Sam3ImageProcessor, Sam3Processor, ViTImageProcessor
 
         kinds = {"clipseg": (CLIPSegProcessor, ViTImageProcessor), "sam3": (Sam3Processor, Sam3ImageProcessor)}
         for kind, (processor, image_processor) in kinds.items():
-            folder = shutil.copytree(folders[kind], tmp_path / kind)
+            folder = shutil.copytree(tiny_folders[kind], tmp_path / kind)
             for name in ("preprocessor_config.json", "tokenizer.json"):
                 (folder / name).unlink()
             side, mean, std = tiny.SIZES[kind], tiny.MEAN[kind], tiny.STD[kind]
@@ -141,8 +130,8 @@ class TestLoading:
             assert torch.equal(mask[:, :words], theirs["attention_mask"].bool())
             assert not mask[:, words:].any()
 
-    def test_what_a_preprocessor_may_say(self, folders, tmp_path) -> None:
-        folder = shutil.copytree(folders["clipseg"], tmp_path / "c")
+    def test_what_a_preprocessor_may_say(self, tiny_folders, tmp_path) -> None:
+        folder = shutil.copytree(tiny_folders["clipseg"], tmp_path / "c")
 
         def config(**values: Any) -> Any:
             (folder / "preprocessor_config.json").write_text(json.dumps({"size": 48, **values}))
@@ -170,29 +159,29 @@ class TestLoading:
         with pytest.raises(ValueError, match=message):
             TextPromptedTeacher.from_pretrained(tmp_path)
 
-    def test_wrong_class_or_place(self, folders, tmp_path) -> None:
+    def test_wrong_class_or_place(self, tiny_folders, tmp_path) -> None:
         with pytest.raises(ValueError, match="has model_type 'sam3', CLIPSegTeacher takes 'clipseg'"):
-            CLIPSegTeacher.from_pretrained(folders["sam3"])
+            CLIPSegTeacher.from_pretrained(tiny_folders["sam3"])
         with pytest.raises(FileNotFoundError, match="no folder"):
             TextPromptedTeacher.from_pretrained(tmp_path / "none")
-        shutil.copy(folders["sam3"] / "config.json", tmp_path)
+        shutil.copy(tiny_folders["sam3"] / "config.json", tmp_path)
         with pytest.raises(FileNotFoundError, match=r"no weights in .*: expected safetensors"):
             TextPromptedTeacher.from_pretrained(tmp_path)
 
-    def test_positions_of_older_files_are_no_weights(self, folders, teachers, tmp_path) -> None:
+    def test_positions_of_older_files_are_no_weights(self, tiny_folders, teachers, tmp_path) -> None:
         from safetensors.torch import load_file, save_file
 
-        folder = shutil.copytree(folders["clipseg"], tmp_path / "c")
+        folder = shutil.copytree(tiny_folders["clipseg"], tmp_path / "c")
         positions = {"clip.text_model.embeddings.position_ids": torch.arange(40)[None]}
         state = load_file(folder / "model.safetensors") | positions
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         teacher = TextPromptedTeacher.from_pretrained(folder)
         torch.testing.assert_close(teacher.state_dict(), teachers["clipseg"].state_dict())
 
-    def test_weights_that_do_not_fill_it(self, folders, tmp_path) -> None:
+    def test_weights_that_do_not_fill_it(self, tiny_folders, tmp_path) -> None:
         from safetensors.torch import load_file, save_file
 
-        folder = shutil.copytree(folders["clipseg"], tmp_path / "c")
+        folder = shutil.copytree(tiny_folders["clipseg"], tmp_path / "c")
         file = folder / "model.safetensors"
         state = load_file(file)
         save_file({k: v for k, v in state.items() if k != "decoder.film_mul.bias"}, file, metadata={"format": "pt"})
@@ -227,23 +216,23 @@ class TestLoading:
             ("clipseg", {"max_words": 77}, "max_words must be from 3 to 40"),
         ],
     )
-    def test_bad_options(self, folders, kind, options, message) -> None:
+    def test_bad_options(self, tiny_folders, kind, options, message) -> None:
         with pytest.raises(ValueError, match=message):
-            TextPromptedTeacher.from_pretrained(folders[kind], **options)
+            TextPromptedTeacher.from_pretrained(tiny_folders[kind], **options)
 
-    def test_a_transformers_without_it(self, folders, monkeypatch) -> None:
+    def test_a_transformers_without_it(self, tiny_folders, monkeypatch) -> None:
         import transformers
 
         monkeypatch.setattr("fastkd.models.teachers.files._NETWORKS", {SAM3Teacher: "Sam4Model"})
         with pytest.raises(ImportError, match=rf"Sam4Model, which transformers {transformers.__version__} does not"):
-            TextPromptedTeacher.from_pretrained(folders["sam3"])
+            TextPromptedTeacher.from_pretrained(tiny_folders["sam3"])
 
 
-def test_clips_tokenizer_keeps_the_end_mark(folders, tmp_path) -> None:
+def test_clips_tokenizer_keeps_the_end_mark(tiny_folders, tmp_path) -> None:
     end = len(tiny.tokenizer()) - 1
     with pytest.raises(ValueError, match=rf"has pad id {end}.* \(CLIP's, for a teacher: keep_end=True\)"):
-        load_tokenizer(folders["clipseg"])
-    tokenizer = load_tokenizer(folders["clipseg"], keep_end=True)
+        load_tokenizer(tiny_folders["clipseg"])
+    tokenizer = load_tokenizer(tiny_folders["clipseg"], keep_end=True)
     with pytest.warns(fastkd.FastKDWarning, match="was cut to max_words=6"):
         ids, mask = tokenizer(SENTENCES, 6)
     assert ids[0].tolist()[0] == end - 1
