@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -89,16 +90,18 @@ def test_the_cost_of_distillation_does_not_follow_the_load_of_the_machine(monkey
     assert _cost(["alone", "distilled"], [], TrainConfig()) == pytest.approx(2.4)
 
 
-def test_the_cost_of_distillation_is_measured(shapes):
+def test_the_cost_of_distillation_is_measured_in_turns(shapes):
     from fastkd.cli._common import build_model, open_split, shapes_teacher
     from fastkd.cli.demo import _cost
     from fastkd.models import RISModel
     from fastkd.train import TrainConfig
 
-    teacher = RISModel.from_pretrained(shapes_teacher())
-    dataset = open_split(shapes, "train", teacher, sentences="random", seed=0)
-    students = [build_model("shapes-student", 0), build_model("shapes-teacher", 0)]
-    assert 1.5 < _cost(students, dataset, TrainConfig(batch_size=4), rounds=1) < 100
+    dataset = open_split(shapes, "train", RISModel.from_pretrained(shapes_teacher()), sentences="random", seed=0)
+    students, steps = [build_model("shapes-student", 0) for _ in range(2)], []
+    for number, student in enumerate(students):
+        student.register_forward_hook(lambda *call, number=number: steps.append(number))
+    assert 0 < _cost(students, dataset, TrainConfig(batch_size=4), rounds=1) < math.inf
+    assert steps == [0] * 10 + [1] * 10 + [0] * 10 + [1] * 10
 
 
 def test_a_model_configuration_that_is_no_json(shapes, tmp_path, capsys):
