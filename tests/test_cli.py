@@ -81,10 +81,11 @@ def test_the_cost_of_distillation_does_not_follow_the_load_of_the_machine(monkey
     from fastkd.cli.demo import _cost
     from fastkd.train import TrainConfig, TrainResult
 
-    load = iter([90, 1, 1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # of twelve turns; one falls into a change
+    load = iter([1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # of ten turns; one falls into a change
 
     def pretend(subject, dataset, config, **rest):
-        return TrainResult(steps=config.steps, seconds=next(load) * {"alone": 1.0, "distilled": 2.4}[subject])
+        seconds = next(load) * {"alone": 1.0, "distilled": 2.4}[subject]
+        return TrainResult(history=[{"seconds": 7.0}, {"seconds": 7.0 + seconds}])
 
     monkeypatch.setattr("fastkd.train.train", pretend)
     assert _cost(["alone", "distilled"], [], TrainConfig()) == pytest.approx(2.4)
@@ -100,8 +101,8 @@ def test_the_cost_of_distillation_is_measured_in_turns(shapes):
     students, steps = [build_model("shapes-student", 0) for _ in range(2)], []
     for number, student in enumerate(students):
         student.register_forward_hook(lambda *call, number=number: steps.append(number))
-    assert 0 < _cost(students, dataset, TrainConfig(batch_size=4), rounds=1) < math.inf
-    assert steps == [0] * 10 + [1] * 10 + [0] * 10 + [1] * 10
+    assert 0 < _cost(students, dataset, TrainConfig(batch_size=1), rounds=2) < math.inf
+    assert steps == ([0] * 25 + [1] * 25) * 2
 
 
 def test_a_model_configuration_that_is_no_json(shapes, tmp_path, capsys):

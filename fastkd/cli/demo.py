@@ -155,19 +155,22 @@ def _compare(
 def _cost(subjects: Sequence[Any], train_set: ReferDataset, config: TrainConfig, rounds: int = 5) -> float:
     """How many steps of the first of two subjects take as long as one of the second.
 
-    The two take turns of ten steps, and of the turns' ratios this is the median: other work on the machine slows both
-    down, whereas runs of minutes, one after the other, may meet different loads. The subjects are changed by it.
+    The two take turns of twenty steps, and of the turns' ratios this is the median: other work on the machine slows
+    both down, whereas runs of minutes, one after the other, may meet different loads. The subjects are changed by it.
     """
     from dataclasses import replace
     from statistics import median
 
     from fastkd.train import train
 
-    probe = replace(config, steps=10, log_every=10, eval_every=None, check=False)
-    turns = [
-        [train(subject, train_set, probe, progress=False).seconds for subject in subjects] for _ in range(1 + rounds)
-    ]
-    return median(second / first for first, second in turns[1:])  # the first turn warms up
+    probe = replace(config, steps=25, log_every=5, eval_every=None, max_seconds=None, check=False)
+
+    def turn(subject: Any) -> float:
+        lines = train(subject, train_set, probe, progress=False).history
+        return lines[-1]["seconds"] - lines[0]["seconds"]  # without the first steps, which prepare
+
+    turns = [[turn(subject) for subject in subjects] for _ in range(rounds)]
+    return median(second / first for first, second in turns)
 
 
 def _rows(
