@@ -283,6 +283,14 @@ def test_foreign_files(vision, text, tmp_path):
         read_checkpoint(tmp_path)
 
 
+def test_weights_that_are_not_finite(vision, text, tmp_path):
+    name = "classifier.conv1_1.bias"
+    torch.save(checkpoint(vision | {name: torch.tensor([0.0, torch.nan])}, text), tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=rf"nan.pth holds NaN or Inf in 1 of its tensors \({name}\)"):
+        convert(tmp_path / "nan.pth", tmp_path / "t.safetensors")
+    assert not (tmp_path / "t.safetensors").exists()
+
+
 def test_destinations(released, tmp_path):
     with pytest.raises(ValueError, match=r"must be named \*\.safetensors"):
         convert(released, tmp_path / "teacher.pth")

@@ -52,8 +52,8 @@ def convert(
         FileExistsError: The destination exists and ``overwrite`` is False.
         OSError: The destination is a folder, or can't be written.
         ValueError: A damaged or foreign source, objects other than weights and settings in it (all are named), weights
-            that do not fit LAVT exactly, a destination that is no ``.safetensors``, or more words than the text encoder
-            has places for.
+            that do not fit LAVT exactly or are not finite, a destination that is no ``.safetensors``, or more words
+            than the text encoder has places for.
 
     Example::
 
@@ -78,6 +78,9 @@ def convert(
         image_size=image_size,
         max_words=max_words,
     )
+    if broken := [k for k, v in model.state_dict().items() if v.is_floating_point() and not bool(v.isfinite().all())]:
+        some = ", ".join(broken[:6]) + (", ..." if len(broken) > 6 else "")
+        raise ValueError(f"{source} holds NaN or Inf in {len(broken)} of its tensors ({some}): its training went wrong")
     places = (model.config.text or {}).get("max_position_embeddings", max_words)
     if max_words > places:
         raise ValueError(f"max_words must be at most {places}, the places of the text encoder, got {max_words}")
