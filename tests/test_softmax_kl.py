@@ -142,6 +142,7 @@ def test_extremes_of_low_precision(place: Any, dtype: torch.dtype) -> None:
     seed=st.integers(0, 2**16),
 )
 @example(batch=1, rows=1, cols=1025, temperature=1.0, scale=1.0, dtype=torch.float32, seed=0)
+@example(batch=3, rows=13, cols=299, temperature=0.296875, scale=30.0, dtype=torch.float32, seed=665)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(
     place: Any, batch: int, rows: int, cols: int, temperature: float, scale: float, dtype: torch.dtype, seed: int
@@ -152,7 +153,11 @@ def test_any_shape(
     exact_loss, exact_grad = oracle(student, teacher, temperature, weight)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     magnitude = torch.tensor(8 * scale / temperature + math.log(cols) + 1)
-    assert error(loss, exact_loss) <= 16 * rounding(magnitude, accumulate)
+    allowed = 16 * rounding(magnitude, accumulate)
+    if place.backend == "reference":  # the plain formula itself, whose error grows with the loss where kernels' doesn't
+        plain = error(eager(student.to(accumulate), teacher.to(accumulate), temperature)[0], exact_loss)
+        allowed = max(allowed, 2 * plain)
+    assert error(loss, exact_loss) <= allowed
     statistics = 16 * rounding(magnitude, accumulate) / temperature
     assert error(grad, exact_grad) <= 1.01 * rounding(exact_grad, dtype) + statistics + 1e-7 * (dtype == torch.float16)
 
