@@ -76,18 +76,19 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     problems = []
     for what, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
         if names:
-            problems.append(f"{len(names)} {what} ({_some(sorted(names))})")
+            problems.append(f"{len(names)} {what} ({some(sorted(names))})")
     shapes = [
         f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
         for k in sorted(own.keys() & state.keys())
         if own[k].shape != state[k].shape
     ]
     if shapes:
-        problems.append(f"{len(shapes)} of another shape ({_some(shapes)})")
+        problems.append(f"{len(shapes)} of another shape ({some(shapes)})")
     if problems:
         raise ValueError(f"{source} does not fit this model: {'; '.join(problems)}. Nothing was loaded.")
     model.load_state_dict(state)
 
 
-def _some(names: list[str], limit: int = 6) -> str:
+def some(names: list[str], limit: int = 6) -> str:
+    """The first of many names, for an error."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

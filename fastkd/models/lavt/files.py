@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.models import checkpoint
 from fastkd.models.lavt.config import LAVTConfig
 from fastkd.models.lavt.model import LAVT
 from fastkd.models.lavt.released import read_checkpoint
@@ -79,8 +80,10 @@ def convert(
         max_words=max_words,
     )
     if broken := [k for k, v in model.state_dict().items() if v.is_floating_point() and not bool(v.isfinite().all())]:
-        some = ", ".join(broken[:6]) + (", ..." if len(broken) > 6 else "")
-        raise ValueError(f"{source} holds NaN or Inf in {len(broken)} of its tensors ({some}): its training went wrong")
+        raise ValueError(
+            f"{source} holds NaN or Inf in {len(broken)} of its tensors ({checkpoint.some(broken)}): its training went "
+            "wrong"
+        )
     places = (model.config.text or {}).get("max_position_embeddings", max_words)
     if max_words > places:
         raise ValueError(f"max_words must be at most {places}, the places of the text encoder, got {max_words}")

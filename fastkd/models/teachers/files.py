@@ -125,7 +125,7 @@ def _network(model: Any, folder: Path) -> Any:
     left = [key for key in report["unexpected_keys"] if not str(key).endswith("position_ids")]
     for keys, what in ((gaps, "missing or misshapen"), (left, "without a place in it")):
         if keys:
-            few = ", ".join(sorted(map(str, keys))[:6]) + (", ..." if len(keys) > 6 else "")
+            few = checkpoint.some(sorted(map(str, keys)))
             raise ValueError(
                 f"{folder}: its weights do not fit {model.__name__} as its {checkpoint.CONFIG_FILE} describes it: "
                 f"{len(keys)} {what} ({few})"
