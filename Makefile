@@ -6,11 +6,14 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 SOURCES := pyproject.toml setup.py $(shell find fastkd kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help demo test check format bench teacher wheelhouse clean
+VERSIONS ?= oldest torch-2.14 torch-2.15
+
+.PHONY: help demo test test-versions check format bench teacher wheelhouse clean
 
 help:
 	@echo "make demo        install into $(VENV), then distil a small student and write runs/demo/report.html"
 	@echo "make test        install into $(VENV), then run the tests on the installed package"
+	@echo "make test-versions  the same under each of tests/versions/*.txt, in an environment of its own (.venv-NAME)"
 	@echo "make check       format, lint and types, without changing anything"
 	@echo "make bench       the speed comparisons (pytest --benchmark-only)"
 	@echo "make teacher     train the demo's teacher anew (about an hour)"
@@ -38,6 +41,13 @@ demo: $(VENV)/.ris
 test: $(VENV)/.test
 	FASTKD_TEST_INSTALLED=1 $(BIN)/pytest $(TEST_WORKERS) $(TEST_ARGS)
 
+# Constraints hold for the build's own requirements too.
+test-versions:
+	for name in $(VERSIONS); do \
+		PIP_CONSTRAINT=$(CURDIR)/tests/versions/$$name.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/tests/versions/$$name.txt \
+			$(MAKE) test VENV=.venv-$$name || exit 1; \
+	done
+
 check: $(VENV)/.test $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -64,4 +74,4 @@ wheelhouse: $(BIN)/python
 	$(BIN)/python -m pip download --dest wheelhouse --only-binary=:all: scikit-build-core pybind11 cmake ninja setuptools wheel pytest pytest-benchmark pytest-timeout hypothesis tyro
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

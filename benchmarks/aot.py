@@ -2,8 +2,8 @@
 
     python benchmarks/aot.py [--json FILE] [--targets 80 90 100 120] [--dtypes fp32 bf16]
 
-Registers, local memory (spills), shared memory and the number of matrix instructions come from ``cuobjdump``, which
-ships inside Triton.
+Registers, spills, shared memory and the number of matrix instructions come from ``cuobjdump``, which ships inside
+Triton. ``aot_versions.py`` does the same for every supported version of Triton.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aot_cases import TARGETS
+from aot_cases import TARGETS, Case
 from aot_pixel_word import pixel_word_cases
 from aot_relation import relation_cases
 from aot_softmax_kl import softmax_kl_cases
@@ -30,6 +31,9 @@ from aot_softmax_kl import softmax_kl_cases
 DTYPES = ("fp32", "fp16", "bf16", "fp64")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that one block may have, by compute capability × 10."""
+
+RESULTS = Path(__file__).parent / "results" / "triton"
+"""One file of facts for each version of Triton, as ``aot_versions.py`` writes them."""
 
 CASES = {"softmax_kl": softmax_kl_cases, "relation": relation_cases, "pixel_word": pixel_word_cases}
 
@@ -60,9 +64,18 @@ def compile_case(
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTC[A-Z]*MMA|HMMA|QMMA)\b")
 """Those of sm_90, of sm_100, and of the warps of all others."""
 
+SPILL = re.compile(r"\b(?:LDL|STL)\b")
+"""Loads and stores of local memory. A stack alone, which may be alignment or a call's frame, costs nothing; and LOCAL
+of ``-res-usage`` stays 0 when registers are spilled."""
+
+
+def instructions(sass: str) -> dict[str, Any]:
+    """Count a kernel's accesses to local memory ("spills") and its matrix instructions, by name."""
+    return {"spills": len(SPILL.findall(sass)), "matrix_instructions": dict(Counter(MATRIX_INSTRUCTION.findall(sass)))}
+
 
 def resources(cubin: bytes) -> dict[str, Any]:
-    """Registers, bytes of stack, shared and local memory, and matrix instructions by name, of the kernel in a cubin."""
+    """Return what the kernel in a cubin takes: registers, bytes of stack, shared and local memory, and instructions."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -77,35 +90,44 @@ def resources(cubin: bytes) -> dict[str, Any]:
     if set(found) != {"REG", "STACK", "SHARED", "LOCAL"}:
         raise RuntimeError(f"cuobjdump -res-usage said something else than expected: {text!r}")
     used = {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "local": found["LOCAL"]}
-    return used | {"matrix_instructions": dict(Counter(MATRIX_INSTRUCTION.findall(sass)))}
+    return used | instructions(sass)
+
+
+def identity(dtype: str, case: Case, target: int) -> dict[str, Any]:
+    """Return what tells the row of a case and a chip from the others: kernel, dtype, constants, warps, chip."""
+    named = {n: value for n, value in case[3].items() if n.isupper() and isinstance(value, int | str)}
+    return {"kernel": case[0], "dtype": dtype, **named, "warps": case[4], "target": f"sm_{target}"}
 
 
 def fact(family: str, dtype: str, index: int, target: int) -> dict[str, Any]:
     """What one case of a family costs on one chip."""
-    name, kernel, types, constants, warps, *more = list(CASES[family](dtype))[index]
+    case = list(CASES[family](dtype))[index]
+    _, kernel, types, constants, warps, *more = case
     options = {k: v for more in more for k, v in more.items() if k != "but"}
     compiled = compile_case(kernel, types, constants, warps, target, **options)
-    named = {n: value for n, value in constants.items() if n.isupper() and isinstance(value, int | str)}
-    row = {"kernel": name, "dtype": dtype, **named, "warps": warps, "target": f"sm_{target}"}
-    row |= resources(compiled.asm["cubin"])
+    row = identity(dtype, case, target) | resources(compiled.asm["cubin"])
     row["shared"] = max(row["shared"], compiled.metadata.shared)
     row["shared_limit"] = SHARED_LIMIT[target]
-    row["ok"] = row["local"] == 0 and row["stack"] == 0 and row["shared"] <= row["shared_limit"]
+    row["ok"] = row["local"] == 0 and row["spills"] == 0 and row["shared"] <= row["shared_limit"]
     return row
+
+
+def cases_of(
+    family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = ""
+) -> Iterator[tuple[str, int, int, Case]]:
+    """Yield (dtype, index, target, case) of every kernel and block shape that a chip uses."""
+    for dtype in dtypes:
+        for i, case in enumerate(CASES[family](dtype)):
+            if re.search(match, f"{case[0]} {block_of(case[3])}"):
+                excluded = case[5].get("but", ()) if len(case) > 5 else ()
+                yield from ((dtype, i, target, case) for target in targets if target not in excluded)
 
 
 def facts(
     family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], jobs: int | None = None, match: str = ""
 ) -> Iterator[dict[str, Any]]:
     """One row per kernel, block shape, dtype and chip, from ``jobs`` compilers at a time."""
-    cases = [
-        (family, dtype, i, target)
-        for dtype in dtypes
-        for i, case in enumerate(CASES[family](dtype))
-        for target in targets
-        if not (len(case) > 5 and target in case[5].get("but", ()))
-        and re.search(match, f"{case[0]} {block_of(case[3])}")
-    ]
+    cases = [(family, dtype, i, target) for dtype, i, target, _ in cases_of(family, targets, dtypes, match)]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(fact, *zip(*cases, strict=True)) if cases else ()
 
@@ -131,20 +153,31 @@ def main(argv: list[str] | None = None) -> int:
         "--match", default="", help="only kernels and block shapes, as printed, that this pattern finds"
     )
     parser.add_argument("--jobs", type=int, help="compilers at a time; as many as processors by default")
+    parser.add_argument("--list", action="store_true", help="only print what would be compiled, one JSON object a line")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
+    if args.list:
+        for family in args.families:
+            for dtype, _, target, case in cases_of(family, tuple(args.targets), tuple(args.dtypes), args.match):
+                print(json.dumps(identity(dtype, case, target)))
+        return 0
     print(
         f"{'kernel':22} {'method':10} {'dtype':5} {'block':>13} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} "
-        f"{'local':>6} matrix instructions"
+        f"{'spills':>6} matrix instructions"
     )
     rows = []
     for family in args.families:
         rows += print_facts(facts(family, tuple(args.targets), tuple(args.dtypes), args.jobs, args.match))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        args.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        write_facts(args.json, {"triton": version("triton")}, rows)
     return 0 if all(row["ok"] for row in rows) else 1
+
+
+def write_facts(file: Path, environment: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Write the rows, one a line, and the versions that they are of."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    file.write_text(f'{{"environment": {json.dumps(environment)}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def print_facts(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -153,7 +186,7 @@ def print_facts(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
         print(
             f"{row['kernel']:22} {row.get('DISTANCE', ''):10} {row['dtype']:5} {block_of(row):>13} {row['warps']:>5} "
-            f"{row['target']:>6} {row['registers']:>5} {row['shared']:>7} {row['local'] + row['stack']:>6} {matrix}"
+            f"{row['target']:>6} {row['registers']:>5} {row['shared']:>7} {row['spills']:>6} {matrix}"
             f"{'' if row['ok'] else '  <- no'}",
             flush=True,
         )

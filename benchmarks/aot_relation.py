@@ -30,7 +30,7 @@ def relation_cases(dtype: str) -> Iterator[Case]:
     h_type = "bf16" if dtype == "bf16" else "fp32"
     common = {"COSINE": True, "NEGATE": False, "KEEP": False, "KEPT": False, "MIRROR": True, "SPLIT": dtype == "bf16"}
 
-    def case(name: str, kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3, **options: Any) -> Case:
+    def case(name: str, kernel: Any, constants: dict[str, Any], launch: dict[str, Any], **options: Any) -> Case:
         constants = {n: constants[n] for n in kernel.arg_names if n.isupper()}
         rows_inner = constants.get("STUDENT_ROWS_INNER", False)
         types = {}
@@ -47,45 +47,42 @@ def relation_cases(dtype: str) -> Iterator[Case]:
                 constants[argument] = 1
             else:
                 types[argument] = "constexpr" if argument.isupper() else "i32"
-        return f"relation.{name}", kernel, types, constants, warps, {"num_stages": stages, **options}
+        return f"relation.{name}", kernel, types, constants, launch["num_warps"], launch | options
 
     def method(name: str) -> dict[str, Any]:
         return {**common, "DISTANCE": name, "PLANES": PLANES[name], "PRECISION": forward.PRECISION[dtype]}
 
-    registers = forward.ROW_LAUNCH["maxnreg"]
     for layout in (channels, pixels):
-        yield case("scales", forward.scales_kernel, {**layout, **forward.SCALE_BLOCK}, 4, maxnreg=registers)
+        yield case("scales", forward.scales_kernel, {**layout, **forward.SCALE_BLOCK}, forward.ROW_LAUNCH)
     for name in PLANES:
         blocks = {**forward.MERGE_BLOCK, "ROWS": 128, "COLS": 64}
-        yield case("merge", merge.merge_kernel, {**method(name), **blocks}, 4, maxnreg=registers)
+        yield case("merge", merge.merge_kernel, {**method(name), **blocks}, forward.ROW_LAUNCH)
     for name in ("kl", "row_cosine"):
         block = {"BLOCK": backward.COEFFICIENTS_BLOCK}
-        yield case("coefficients", derivative.coefficients_kernel, {**method(name), **block}, 4)
-    unfused = {"enable_fp_fusion": False}
+        yield case("coefficients", derivative.coefficients_kernel, {**method(name), **block}, {"num_warps": 4})
     for i, regime in enumerate(REGIMES[dtype]):
-        tiles, launch = regime.tiles.constants(), (regime.tiles.warps, regime.tiles.stages)
+        tiles, launch, crowded = regime.tiles.constants(), regime.tiles.launch(), regime.crowded.launch()
+        unfused = regime.crowded.launch(fused=False)
         methods = [name for name in PLANES if name != "kl maxima" or regime is REGIMES[dtype][-1]]
-        crowded = (regime.crowded.warps, regime.crowded.stages)
         for name in methods:
             with_maxima = crowded if name == "kl maxima" else launch
-            yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **tiles}, *with_maxima)
+            yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **tiles}, with_maxima)
         kept = {**channels, **method("kl"), **tiles}
-        yield case("tiles", forward.tiles_kernel, {**kept, "KEEP": True}, *launch)
-        yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **tiles}, *launch)
-        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, *crowded, **unfused)
+        yield case("tiles", forward.tiles_kernel, {**kept, "KEEP": True}, launch)
+        yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **tiles}, launch)
+        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, unfused)
         but = [target for target in TARGETS if i + 1 < len(REGIMES[dtype]) and target // 10 in SMALL_BACKWARD[dtype]]
         for name in methods:
             constants = {**channels, **method(name), **tiles}
-            yield case("derivative", derivative.derivative_kernel, constants, *crowded, **unfused, but=but)
+            yield case("derivative", derivative.derivative_kernel, constants, unfused, but=but)
         stripe = {**pixels, **method("kl"), **tiles, "MIRROR": False}
-        yield case("derivative", derivative.derivative_kernel, stripe, *crowded, **unfused, but=but)
+        yield case("derivative", derivative.derivative_kernel, stripe, unfused, but=but)
         if regime.wide is not None:
             narrow = [target for target in TARGETS if target // 10 in NARROW_CAPABILITIES]
-            wide, launch = regime.wide.constants(), (regime.wide.warps, regime.wide.stages)
+            wide, launch = regime.wide.constants(), regime.wide.launch()
             for name in WIDE_METHODS:
-                yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **wide}, *launch, but=narrow)
-            yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **wide}, *launch, but=narrow)
+                yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **wide}, launch, but=narrow)
+            yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **wide}, launch, but=narrow)
         product = {**method("kl"), **tiles, **backward.product_constants(regime.product, dtype)}
         for layout in (channels, pixels):
-            launch = (regime.product.warps, regime.product.stages)
-            yield case("product", backward.product_kernel, {**layout, **product}, *launch)
+            yield case("product", backward.product_kernel, {**layout, **product}, regime.product.launch())

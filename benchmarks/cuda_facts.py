@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_facts.py [--json FILE] [--module PATH] [--match PATTERN]
 
-Registers, local memory (spills), stack, shared memory and the number of matrix instructions come from ``cuobjdump``,
+Registers, spills, local memory, stack, shared memory and the number of matrix instructions come from ``cuobjdump``,
 which ships inside Triton and with CUDA. Shared memory that a launch asks for is not in the module: what it may be at
 most is checked by the launches themselves.
 """
@@ -10,20 +10,19 @@ most is checked by the launches themselves.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from aot import MATRIX_INSTRUCTION
+from aot import instructions, write_facts
 
+from fastkd._native import build_info
 from fastkd.ops._backends import IMPLEMENTED
 
 SHARED_LIMIT = 48 * 1024
@@ -67,9 +66,8 @@ def facts_of(cubin: Path) -> list[dict[str, Any]]:
     if chip is None:
         raise RuntimeError(f"cuobjdump named a cubin otherwise than expected: {cubin.name}")
     usage = USAGE.findall(run(tool("cuobjdump"), "-res-usage", str(cubin)))
-    matrix: dict[str, Counter[str]] = {}
-    for part in run(tool("cuobjdump"), "--dump-sass", str(cubin)).split("Function : ")[1:]:
-        matrix[part.split(maxsplit=1)[0]] = Counter(MATRIX_INSTRUCTION.findall(part))
+    sass = run(tool("cuobjdump"), "--dump-sass", str(cubin)).split("Function : ")[1:]
+    counts = {part.split(maxsplit=1)[0]: instructions(part) for part in sass}
     names = [name for name, *_ in usage if OWN in name]
     readable = dict(zip(names, demangled(names), strict=True))
     return [
@@ -77,8 +75,8 @@ def facts_of(cubin: Path) -> list[dict[str, Any]]:
             "kernel": readable[name],
             "target": f"sm_{chip[1]}",
             **dict(zip(("registers", "stack", "shared", "local"), map(int, numbers), strict=True)),
-            "matrix_instructions": dict(matrix[name]),
-            "ok": int(numbers[1]) == 0 and int(numbers[3]) == 0 and int(numbers[2]) <= SHARED_LIMIT,
+            **counts[name],
+            "ok": counts[name]["spills"] == 0 and int(numbers[3]) == 0 and int(numbers[2]) <= SHARED_LIMIT,
         }
         for name, *numbers in usage
         if name in readable
@@ -110,20 +108,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="only kernels whose name this pattern finds")
     args = parser.parse_args(argv)
     module = args.module or installed()
-    print(f"{'kernel':64} {'chip':>6} {'regs':>5} {'shared':>7} {'local':>6} matrix instructions")
+    print(f"{'kernel':64} {'chip':>6} {'regs':>5} {'shared':>7} {'spills':>6} matrix instructions")
     rows = []
     for row in facts(module, args.match):
         counts = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
         print(
             f"{row['kernel']:64} {row['target']:>6} {row['registers']:>5} {row['shared']:>7} "
-            f"{row['local'] + row['stack']:>6} {counts}{'' if row['ok'] else '  <- no'}"
+            f"{row['spills']:>6} {counts}{'' if row['ok'] else '  <- no'}"
         )
         rows.append(row)
     print(f"{module.name}: {module.stat().st_size / 2**20:.1f} MiB")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        args.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        write_facts(
+            args.json, {"compiler": build_info()["cuda"]["compiler"] if args.module is None else "unknown"}, rows
+        )
     return 0 if rows and all(row["ok"] for row in rows) else 1
 
 

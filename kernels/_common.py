@@ -55,6 +55,12 @@ def capability(x: Tensor) -> int:
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
 
 
+MOST_REGISTERS = {"maxnreg": 255}
+"""Launch option of kernels that would spill otherwise under some version of Triton. Left to itself ptxas stops at the
+register count with which one more program fits a multiprocessor, even if that is one or two registers too few; with a
+stated limit it takes what the kernel needs."""
+
+
 def cdiv(a: int, b: int) -> int:
     """⌈a / b⌉ for positive integers."""
     return -(-a // b)

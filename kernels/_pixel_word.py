@@ -42,6 +42,13 @@ class Blocks(NamedTuple):
     columns: int
     warps: int
     stages: int = 3
+    registers: int | None = None
+    """The most for a thread, where ptxas's own choice spills (``_common.MOST_REGISTERS``). With 128, two programs of 8
+    warps share a multiprocessor."""
+
+    def launch(self) -> dict[str, Any]:
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 def padded(words: int) -> int:
@@ -66,7 +73,7 @@ def terms_blocks(words: int, capability: int) -> Blocks:
         16: Blocks(32, 32, 4, 2),
         32: Blocks(16, 32, 4, some),
         64: Blocks(32, 32, 8, some),
-        128: Blocks(16, 16, 8, 1),
+        128: Blocks(16, 16, 8, 1, registers=128),
     }[words]
 
 
@@ -89,8 +96,9 @@ def pixels_blocks(words: int, half: bool) -> Blocks:
 
 def words_blocks(words: int, half: bool) -> Blocks:
     """Of ``words_kernel``."""
-    warps = 4 if words <= 32 else 8
-    return Blocks(64 if words <= 64 else 32, 64, warps, 3 if words <= 64 else 2) if half else Blocks(32, 32, warps, 2)
+    if half:
+        return Blocks(64 if words <= 64 else 32, 64, 4 if words <= 32 else 8, 3 if words <= 64 else 2)
+    return Blocks(32, 32, 4 if words <= 64 else 8, 2)
 
 
 MERGE = Blocks(0, 0, 8)

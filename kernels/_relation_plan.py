@@ -26,12 +26,15 @@ class Blocks(NamedTuple):
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
+    """The most for a thread, where ptxas's own choice spills (``_common.MOST_REGISTERS``)."""
 
     def constants(self) -> dict[str, Any]:
         return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth}
 
     def launch(self, fused: bool = True) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": fused}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": fused, **limit}
 
 
 class Regime(NamedTuple):
@@ -48,17 +51,17 @@ class Regime(NamedTuple):
 
     @property
     def crowded(self) -> Blocks:
-        return self.tiles._replace(warps=self.crowded_warps, stages=self.crowded_stages)
+        return self.tiles._replace(warps=self.crowded_warps, stages=self.crowded_stages, registers=None)
 
 
 REGIMES: dict[str, tuple[Regime, ...]] = {
     "bf16": (
         Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 32, 8, 4), 8, wide=Blocks(128, 128, 64, 8, 3)),
-        Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 128, 32, 4, 4), 8),
+        Regime(Blocks(64, 64, 64, 4, 3, registers=255), Blocks(64, 128, 32, 4, 4), 8),
     ),
     "fp16": (
         Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2), 8, wide=Blocks(128, 128, 64, 8, 3)),
-        Regime(Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 32, 4, 2), 8),
+        Regime(Blocks(64, 64, 64, 4, 3, registers=255), Blocks(64, 64, 32, 4, 2), 8),
     ),
     "fp32": (Regime(Blocks(64, 32, 16, 8, 3), Blocks(64, 32, 16, 4, 3), 8, 2),),
 }

@@ -320,8 +320,7 @@ def forward(
                 BD=blocks.columns,
                 DOT=DOT[dot],
                 COSINE=cosine,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
+                **blocks.launch(),
             )
         blocks = terms_blocks(words, capability(loss))
         later = words > blocks.columns and bool(terms & SECOND_ORDER.value)
@@ -339,9 +338,8 @@ def forward(
                 BN=blocks.pixels,
                 TP=words,
                 TERMS=first_order if later else terms,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
                 enable_fp_fusion=FUSED,
+                **blocks.launch(),
             )
         if later:
             grams_kernel[(batch, programs, words // blocks.columns)](
@@ -353,9 +351,8 @@ def forward(
                 BN=blocks.pixels,
                 TP=words,
                 SLAB=blocks.columns,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
                 enable_fp_fusion=FUSED,
+                **blocks.launch(),
             )
         merge_kernel[(batch,)](
             partials,

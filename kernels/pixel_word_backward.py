@@ -239,9 +239,8 @@ def backward(
             TP=padded(most),
             SLAB=min(padded(most), blocks.columns),
             TERMS=terms,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
             enable_fp_fusion=FUSED,
+            **blocks.launch(),
         )
         if from_logits:
             return
@@ -269,8 +268,7 @@ def backward(
                 BN=blocks.pixels,
                 TP=padded(count),
                 BD=blocks.columns,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
+                **blocks.launch(),
             )
         if grad_words.numel():
             blocks = words_blocks(padded(count), half)
@@ -292,8 +290,7 @@ def backward(
                 BN=blocks.pixels,
                 TP=padded(count),
                 BD=blocks.columns,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
+                **blocks.launch(),
             )
             merge_words_kernel[(batch, count)](
                 sums,

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels._common import LOG2E, capability, cdiv, launching_on
+from fastkd.kernels._common import LOG2E, MOST_REGISTERS, capability, cdiv, launching_on
 from fastkd.kernels._relation_merge import merge_kernel
 from fastkd.kernels._relation_plan import PLANES, Blocks, Plan, method_of
 from fastkd.kernels._relation_tiles import (
@@ -244,8 +244,8 @@ def tiles_kernel(
 
 SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 64}
 MERGE_BLOCK = {"BLOCK": 64, "SLOTS": 16}
-ROW_LAUNCH = {"num_warps": 4, "maxnreg": 255}
-"""Of the kernels without products. Left to itself the compiler stops at 48 or 64 registers there, and spills one."""
+ROW_LAUNCH = {"num_warps": 4, **MOST_REGISTERS}
+"""Of the kernels without products."""
 
 
 class Options(Protocol):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from fastkd.kernels._common import LOG2E, cdiv, float64, launching_on, round_to
+from fastkd.kernels._common import LOG2E, MOST_REGISTERS, cdiv, float64, launching_on, round_to
 from torch import Tensor
 
 
@@ -293,6 +293,7 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
             SPLIT=parts > 1,
             num_warps=blocks.warps,
             enable_fp_fusion=True,
+            **MOST_REGISTERS,
         )
         if parts > 1:
             merge_kernel[(batch * rows,)](

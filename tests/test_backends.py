@@ -185,6 +185,21 @@ def test_without_a_triton_that_will_do(fresh: pytest.MonkeyPatch, module: object
         choose("softmax_kl", "triton", X)
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)]
+)
+def test_an_interpreter_that_this_numpy_breaks(fresh: pytest.MonkeyPatch, triton: str, numpy: str, works: bool) -> None:
+    """Triton 3.6 converts arrays of one element to Python numbers, which numpy 2.4 refuses."""
+    fresh.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
+    fresh.setitem(sys.modules, "numpy", types.SimpleNamespace(__version__=numpy))
+    fresh.setitem(sys.modules, "fastkd.kernels._common", types.SimpleNamespace(INTERPRETED=True))
+    reason = _backends.why_not("triton")
+    if works:
+        assert reason is None
+    else:
+        assert reason == "the interpreter of Triton 3.6.0 needs numpy below 2.4, found 2.4.0; pip install 'numpy<2.4'"
+
+
 def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTKD_BACKEND", "reference")
     assert choose("softmax_kl", "auto", X) == "reference"

@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,17 @@ def test_no_machine_specific_or_inexact_compiler_flags() -> None:
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_file():
             assert not re.search(r"march=native|fast-math|use_fast_math|Ofast", path.read_text()), path
+
+
+def test_lower_bounds_are_the_versions_that_were_tried() -> None:
+    """``make test-versions`` runs the suite under tests/versions/oldest.txt, which pins every bound."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    required = [*project["build-system"]["requires"], *project["project"]["dependencies"], *chain(*extras.values())]
+    bounds = dict(re.sub(r"\[.*\]", "", requirement).split(">=") for requirement in required)
+    lines = (ROOT / "tests" / "versions" / "oldest.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert set(pins) == set(bounds)
+    for name, bound in bounds.items():
+        missing = pins[name].count(".") - bound.count(".")
+        assert pins[name] == bound + missing * ".0", name

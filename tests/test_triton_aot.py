@@ -1,10 +1,12 @@
 """Every Triton kernel and block shape compiles for every supported chip, without spills, within its shared memory.
 
-Products of bfloat16 numbers go through the chip's matrix instructions.
+Products of bfloat16 numbers go through the chip's matrix instructions. The tables in benchmarks/results/triton hold the
+facts for every version of Triton that kernels and blocks were chosen for; the tests compile with the installed one.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,24 +20,34 @@ pytest.importorskip("triton", reason="Triton is not installed")
 PRODUCTS = ("relation.tiles", "relation.derivative", "relation.product")
 MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "aot.py"
+TABLES = {file.stem: file for file in (SCRIPT.parent / "results" / "triton").glob("*.json")}
+FACTS = ("registers", "stack", "shared", "local", "spills", "matrix_instructions", "shared_limit", "ok")
+
+
+def run(*arguments: str, **variables: str) -> str:
+    """Run the script in another process, since the kernels may be interpreted in this one, and return its output."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    paths = (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))  # a safe path (conftest.py) lacks the script's folder
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    return done.stdout + done.stderr
 
 
 def compile_all(cache: Path, tmp_path: Path, *arguments: str) -> list[dict]:
-    """In a process of its own: in this one the kernels may be interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    paths = (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))  # a safe path (conftest.py) lacks the script's folder
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     file = tmp_path / "aot.json"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", str(file), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    assert file.exists(), done.stdout + done.stderr
-    return json.loads(file.read_text())
+    output = run("--json", str(file), *arguments, TRITON_CACHE_DIR=str(cache))
+    assert file.exists(), output
+    return json.loads(file.read_text())["rows"]
+
+
+def identity(row: dict) -> str:
+    """Which kernel, block shape, dtype and chip a row is about."""
+    return json.dumps({key: value for key, value in row.items() if key not in FACTS})
+
+
+def table(version: str) -> dict[str, dict]:
+    return {identity(row): row for row in json.loads(TABLES[version].read_text())["rows"]}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +94,25 @@ def test_pixel_word_does_not_spill(
 
 
 def check(rows: list[dict], targets: tuple[str, ...]) -> None:
+    """Nothing spills. Register counts are the compiler's affair, and only the message of a failure compares them."""
     assert {row["target"] for row in rows} == {f"sm_{t}" for t in targets}
     for row in rows:
-        assert row["local"] == 0, row
-        assert row["stack"] == 0, row
         assert row["shared"] <= row["shared_limit"], row
+    spilled = [row for row in rows if row["spills"] or row["local"]]
+    if not spilled:
+        return
+    version = importlib.metadata.version("triton")
+    if version not in TABLES:
+        pytest.xfail(f"{len(spilled)} kernels spill under Triton {version}, which the blocks were not chosen for")
+    known = table(version)
+    pytest.fail("\n".join(f"{row}\n  committed: {known.get(identity(row))}" for row in spilled))
+
+
+def test_the_tables_are_of_todays_kernels_and_every_supported_triton() -> None:
+    today = {identity(json.loads(line)) for line in run("--list").splitlines()}
+    assert len(today) > 900
+    assert {"3.6", "3.7", "3.8", "3.9"} <= {version.rpartition(".")[0] for version in TABLES}
+    for version in TABLES:
+        rows = table(version)
+        assert set(rows) == today, version
+        assert not [row for row in rows.values() if not row["ok"]], version

@@ -227,7 +227,7 @@ def _absent(backend: str) -> str | None:
             found = importlib.import_module("triton").__version__
         except Exception as error:
             return f"Triton cannot be imported ({_first_line(error)}); pip install triton"
-        if tuple(int(n) for n in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+        if _numbers(found) < OLDEST_TRITON:
             oldest = ".".join(map(str, OLDEST_TRITON))
             return f"Triton {found} is older than {oldest}; pip install --upgrade torch, which brings the one it wants"
         try:
@@ -235,6 +235,11 @@ def _absent(backend: str) -> str | None:
         except Exception as error:
             return f"fastkd.kernels cannot be imported: {type(error).__name__}: {_first_line(error)}"
         if kernels.INTERPRETED:
+            numpy = importlib.import_module("numpy").__version__
+            if _numbers(found) < (3, 7) and _numbers(numpy) >= (2, 4):
+                return (
+                    f"the interpreter of Triton {found} needs numpy below 2.4, found {numpy}; pip install 'numpy<2.4'"
+                )
             return None
         return None if torch.cuda.is_available() else _no_gpu()
     try:
@@ -247,6 +252,11 @@ def _absent(backend: str) -> str | None:
         if module.device_count() == 0:
             return _no_device(module.driver_version(), module.runtime_version())
     return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the major and the minor version."""
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
 
 
 def _no_device(driver: int, runtime: int) -> str:
