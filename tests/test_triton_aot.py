@@ -77,7 +77,7 @@ def test_no_spills(cache: Path, tmp_path: Path, family: str, dtype: str, targets
 
 
 # All numbers of words on the two chips that differ most, and those that most sentences are padded to on every chip. The
-# rest of the table takes minutes and is in benchmarks/results/aot.json.
+# rest takes minutes and is in the tables.
 @pytest.mark.parametrize(
     ("dtype", "targets", "match"),
     [("bf16", ("90", "120"), ""), ("bf16", ("80", "100"), r" \d+x32(x|$)"), ("fp32", ("120",), "")],
