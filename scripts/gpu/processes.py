@@ -1,0 +1,68 @@
+"""Commands that end at a limit, with whatever they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+TIMED_OUT = 124
+
+
+def run(
+    command: Sequence[str],
+    seconds: float,
+    *,
+    on_line: Callable[[str], None] = print,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> int:
+    """Run a command, handing on each line that it prints at once; return its status, or ``TIMED_OUT``.
+
+    At the limit, or when this process is interrupted, the command's whole process group is ended: politely, and 5
+    seconds later not so. ``tick`` is called a few times a second meanwhile.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env, cwd=cwd,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    reader = threading.Thread(target=_hand_on, args=(process.stdout, on_line), daemon=True)
+    reader.start()
+    end = time.monotonic() + seconds
+    try:
+        while (status := process.poll()) is None:
+            if time.monotonic() > end:
+                return TIMED_OUT
+            tick()
+            time.sleep(0.1)
+        return status
+    finally:
+        stop(process)
+        reader.join(timeout=2)
+        tick()
+
+
+def stop(process: subprocess.Popen[str], patience: float = 5) -> None:
+    """End a process and those of its group."""
+    for sign, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, sign)
+        except (ProcessLookupError, PermissionError):
+            break
+        if process.poll() is not None and sign == signal.SIGTERM:
+            continue  # it has ended by itself: what it left behind is not waited for
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            continue
+    process.poll()
+
+
+def _hand_on(lines: Iterable[str], on_line: Callable[[str], None]) -> None:
+    for line in lines:
+        on_line(line.rstrip("\n"))
