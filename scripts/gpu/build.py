@@ -3,8 +3,8 @@
     python scripts/gpu/build.py CACHE --wheels FOLDER [--targets 90]
 
 CACHE/build gets the package, CACHE/tools the packages that the build and the tests lack here, out of the folder of
-wheels. If the CUDA kernels cannot be built, the package without them is installed, so that Triton's can be checked; that
-is a failure all the same. Needs no network.
+wheels. If the CUDA kernels cannot be built, the package without them is installed, so that Triton's can be checked; it
+counts as a failure. Needs no network.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def same(folder: Path, want: dict[str, str]) -> bool:
 
 
 def packages(folder: Path, target: Path) -> bool:
-    """Install what is lacking; return whether the build has what it needs. The tests say by themselves what they lack."""
+    """Install what is lacking; return whether the build has what it needs (the tests state what they lack)."""
     ready = []
     for wanted in wheels.requirements():
         why = None
@@ -63,7 +63,7 @@ def install(folder: Path, targets: str, with_cuda: str) -> bool:
     shutil.rmtree(partial, ignore_errors=True)
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--upgrade", "--target", str(partial), "-v"]
     env = os.environ | {"FASTKD_CUDA": with_cuda} | ({"FASTKD_CUDA_TARGETS": targets} if targets else {})
-    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, "."], cwd=ROOT, env=env, check=False)
+    done = subprocess.run([wheels.PYTHON, "-m", "pip", "install", *options, "."], cwd=ROOT, env=env, check=False)
     if done.returncode != 0:
         return False
     shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-import build  # noqa: E402
 import cache  # noqa: E402
 import processes  # noqa: E402
 import report  # noqa: E402
@@ -119,9 +117,9 @@ class Check:
             wheels = os.environ.get("WHEELHOUSE", str(ROOT / "wheelhouse"))
             return [*python, str(HERE / "build.py"), str(self.cache), "--wheels", wheels, "--targets", self.targets]
         if part in ("benchmarks", "autotune"):
-            script, out, options = ROOT / "benchmarks" / "resumable.py", "benchmarks.jsonl", ["--limit", seconds]
-            options += ["--sweeps", *(["autotune"] if part == "autotune" else ["own", "compile"])]
-            return [*python, str(script), str(self.out / out), "--device", "cuda", "--id", self.timing_id, *options]
+            sweeps = ["--sweeps", *(["autotune"] if part == "autotune" else ["own", "compile"])]
+            options = ["--device", "cuda", "--limit", seconds, "--id", self.timing_id, *sweeps]
+            return [*python, str(HERE / "measure_works.py"), str(self.out / "benchmarks.jsonl"), *options]
         script = {"first_light": "first_light.py", "tests": "kernel_tests.py", "sanitizer": "sanitizer.py"}[part]
         options = ["--seconds", seconds, "--id", self.id, *(jobs if part != "sanitizer" else [])]
         return [*python, str(HERE / script), str(self.out / f"{part}.jsonl"), *options]
@@ -184,10 +182,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     chosen = args.parts or PARTS
     args.parts = [part for part in (*PARTS, *BY_NAME) if part in chosen]
     args.parts.sort(key=lambda part: part == "sanitizer")  # last, of what is left
-    for name in ("resume", "cache"):
-        path = getattr(args, name)
-        if path is not None and name == "resume" and not path.is_dir():
-            parser.error(f"--resume: {path} is not a folder")
+    if args.resume is not None and not args.resume.is_dir():
+        parser.error(f"--resume: {args.resume} is not a folder")
     return args
 
 
@@ -210,10 +206,6 @@ def prepare(args: argparse.Namespace) -> None:
             cache.unpack(archive, folder)
 
 
-def interrupted(number: int, frame: Any) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     gpu = find_gpu()
@@ -225,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     if subprocess.run(sees, cwd=tempfile.gettempdir(), check=False).returncode != 0:
         print(f"gpu_check: {python} has no torch that sees the GPU; set PYTHON to one that has", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, interrupted)
+    processes.end_on_sigterm()
     prepare(args)
     check = Check(args, gpu)
     try:

@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import wheels  # noqa: E402
-from processes import TIMED_OUT, stop  # noqa: E402
+from processes import TIMED_OUT, end_on_sigterm, start, stop  # noqa: E402
 from records import Row, Tail, append  # noqa: E402
 
 ROOT = HERE.parents[1]
@@ -83,10 +83,7 @@ class Pool:
         options = ["--record", str(self.args.out), "--record-id", self.args.id, "--claims", str(self.folder)]
         command = pytest_command(self.args.files, self.args.select, *options, "--worker", name, "--tb=short")
         with log.open("w") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=self.args.root,
-                start_new_session=True,
-            )  # fmt: skip
+            process = start(command, stdout=file, env=environment(), cwd=self.args.root)
         self.workers.append(Worker(name, process, log))
 
     def look(self) -> None:
@@ -198,6 +195,7 @@ def main() -> int:
     if lacks := wheels.lacking(wheels.requirements()[1]):
         print("packages that the tests need:", *(f"  {lack}" for lack in lacks), sep="\n")
         return 1
+    end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         return run(args, Path(folder))
 

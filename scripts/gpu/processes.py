@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 TIMED_OUT = 124
+PR_SET_PDEATHSIG = 1
 
 
 def run(
@@ -26,10 +29,7 @@ def run(
     At the limit, or when this process is interrupted, the command's whole process group is ended: politely, and 5
     seconds later not so. ``tick`` is called a few times a second meanwhile.
     """
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env, cwd=cwd,
-        start_new_session=True,
-    )  # fmt: skip
+    process = start(command, stdout=subprocess.PIPE, env=env, cwd=cwd)
     assert process.stdout is not None
     reader = threading.Thread(target=_hand_on, args=(process.stdout, on_line), daemon=True)
     reader.start()
@@ -45,6 +45,27 @@ def run(
         stop(process)
         reader.join(timeout=2)
         tick()
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a command in a process group, which ends with this process, even if that is killed."""
+    together = {"stderr": subprocess.STDOUT, "text": True, "errors": "replace", "process_group": 0}
+    return subprocess.Popen(command, preexec_fn=_end_with_parent, **together | options)
+
+
+def _end_with_parent() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):  # Linux
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does: what it has started is ended too."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def stop(process: subprocess.Popen[str], patience: float = 5) -> None:

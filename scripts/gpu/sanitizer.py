@@ -62,6 +62,7 @@ def main() -> int:
     end = time.monotonic() + args.seconds
     clean = {r["tool"] for r in read(args.out) if r.get("status") == 0 and r.get("run") == args.id}
     failed = False
+    processes.end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         todo = [tool for tool in TOOLS if tool not in clean]
         for i, tool in enumerate(todo):

@@ -2,13 +2,14 @@
 
     python scripts/gpu/wheels.py fetch FOLDER [--python-version 3.12] [--machine x86_64]
 
-downloads their wheels for that Python, whatever this one is (`make wheelhouse`). The bounds are those of pyproject.toml.
+downloads their wheels for that Python, whatever this one is (`make wheelhouse`). The bounds are pyproject.toml's.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import re
 import shlex
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("PYTHON", sys.executable)
 TOOLS = ("cmake", "ninja")  # a command on PATH will do as well
 TESTS = ("hypothesis", "pytest")
 GLIBC = ("_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12", "_2_5", "1")  # pip matches each exactly
@@ -89,7 +91,7 @@ def install(lacks: Sequence[Lack], wheels: Path, target: Path) -> str | None:
     """Install what is lacking from a folder of wheels into ``target``; return None, or why not and what to do."""
     wanted = [lack.requirement for lack in lacks]
     options = ["--quiet", "--no-index", "--find-links", str(wheels), "--target", str(target), "--upgrade"]
-    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, *wanted], capture_output=True, text=True)
+    done = subprocess.run([PYTHON, "-m", "pip", "install", *options, *wanted], capture_output=True, text=True)
     if done.returncode == 0:
         return None
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
