@@ -82,7 +82,7 @@ class Recorder:
             replace(self.claims / f"selected-{self.worker}", {"selected": len(items), "before": len(before)})
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed and self.record and self.claim(f"{report.nodeid} (collection)"):
+        if report.failed and self.record and self.claim(report.nodeid):
             self.write(report.nodeid, "error", 0.0, report.longreprtext)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:

@@ -94,12 +94,13 @@ def install(lacks: Sequence[Lack], wheels: Path, target: Path) -> str | None:
     done = subprocess.run([PYTHON, "-m", "pip", "install", *options, *wanted], capture_output=True, text=True)
     if done.returncode == 0:
         return None
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     command = shlex.join(["python3", *fetch_command("wheelhouse", wanted, version)])
     lines = [
         f"packages that are missing or too old for Python {version}:",
         *(f"  {lack}" for lack in lacks),
-        f"and {wheels} does not have them: " + (done.stderr.strip().splitlines() or ["pip failed"])[-1],
+        f"and {wheels} does not have them: {errors[0]}",
         f"fetch them on a machine with a network, with `make wheelhouse WHEELHOUSE_PYTHON={version}` or",
         f"  {command}",
     ]
