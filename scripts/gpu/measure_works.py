@@ -88,6 +88,7 @@ class Session:
         note = {} if status == 0 else {"note": f"its process: {why}"}
         if note:
             print(f"  {note['note']}", flush=True)
+            self.add(about | {"rows": run.missing(work, names, rows, note["note"])})
         self.add(about | {"ended": status == 0, "seconds": round(time.monotonic() - begin, 1)} | note)
         own = works.own(work.family, self.kind)
         for row in [row for row in rows if not row["ok"]]:
