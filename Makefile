@@ -17,7 +17,7 @@ help:
 	@echo "make check       format, lint and types, without changing anything"
 	@echo "make bench       the speed comparisons (pytest --benchmark-only)"
 	@echo "make teacher     train the demo's teacher anew (about an hour)"
-	@echo "make wheelhouse  the wheels scripts/gpu_check.sh needs on a machine without a network"
+	@echo "make wheelhouse  wheels for scripts/gpu_check.sh on a machine without a network (Python $(WHEELHOUSE_PYTHON))"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The driver of scripts/gpu_check.sh: the parts in order, each with a limit, and what is kept between calls.
+"""Run the parts of scripts/gpu_check.sh in order, each with a limit, and keep their results for the next call.
 
     scripts/gpu_check.sh OUT_DIR [PART...] [--seconds 530] [--cache FOLDER|ARCHIVE] [--resume OLD_OUT_DIR] [--jobs N]
 
@@ -28,18 +28,18 @@ ROOT = HERE.parents[1]
 PARTS = ("first_light", "tests", "benchmarks", "sanitizer")
 BY_NAME = ("autotune",)
 SHARES = {"tests": 2.0, "benchmarks": 4.0, "autotune": 4.0, "sanitizer": 0.0}
-"""Of the time that is left. What a part leaves, the later ones have; the sanitizer has nothing but that."""
+"""Of the remaining time. What a part does not use, the later ones get; the sanitizer gets nothing else."""
 
 BUILD_LIMIT = 200  # seconds: without a build there is nothing to check
-FIRST_LIGHT_LIMIT = 120  # the build's seconds count, but
-FIRST_LIGHT_LEAST = 40  # it has at least these
+FIRST_LIGHT_LIMIT = 120  # including the build
+FIRST_LIGHT_LEAST = 40  # however long the build took
 LEAST = 10  # seconds with which a part is not worth starting
 PACKING = 12  # seconds that the end takes
 CHIPS = ("80", "86", "89", "90", "100", "120")  # other chips run what is built for their generation: build all
 
 
 class Check:
-    """One call: where things are, and what the parts have come to."""
+    """One call: its folders, its limits and the results of its parts."""
 
     def __init__(self, args: argparse.Namespace, gpu: dict[str, str]) -> None:
         self.begin = time.monotonic()
@@ -66,7 +66,7 @@ class Check:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def part(self, name: str, limit: float, command: list[str], **more: Any) -> bool:
+    def part(self, name: str, limit: float, command: list[str], env: dict[str, str] | None = None) -> bool:
         """Run a part and add its row; return whether it passed."""
         self.say(f"== {name} (at most {limit:.0f} s)")
         begin, lines = time.monotonic(), []
@@ -76,7 +76,7 @@ class Check:
             self.say(line)
 
         try:
-            status = processes.run(command, limit, on_line=on_line, env=self.env | more.get("env", {}), cwd=str(ROOT))
+            status = processes.run(command, limit, on_line=on_line, env=self.env | (env or {}), cwd=str(ROOT))
         except OSError as error:
             on_line(f"{name} could not be started: {error}")
             status = 127
@@ -106,8 +106,8 @@ class Check:
             elif limit < LEAST and self.left < LEAST:
                 self.skip(name, "no time was left; the next call goes on from here")
             else:
-                kernels = {"TRITON_CACHE_DIR": str(self.cache / "triton-tests")} if name == "tests" else {}
-                self.part(name, limit, self.command(name, limit), env=kernels)
+                apart = kernel_caches(self.cache / "tests") if name == "tests" else {}
+                self.part(name, limit, self.command(name, limit), apart)
 
     def command(self, part: str, limit: float) -> list[str]:
         """Return the command of a part; it ends by itself a little before the limit, having written what it has."""
@@ -125,15 +125,15 @@ class Check:
         return [*python, str(HERE / script), str(self.out / f"{part}.jsonl"), *options]
 
     def pack(self) -> list[str]:
-        left_out = cache.pack(self.cache, self.out / "cache.tar.gz")
+        skipped = cache.pack(self.cache, self.out / "cache.tar.gz")
         size = (self.out / "cache.tar.gz").stat().st_size / 2**20
-        self.say(f"cache.tar.gz: {size:.1f} MiB" + (f", without {', '.join(left_out)}" if left_out else ""))
-        return left_out
+        self.say(f"cache.tar.gz: {size:.1f} MiB" + (f", without {', '.join(skipped)}" if skipped else ""))
+        return skipped
 
     def finish(self) -> None:
-        """Pack the cache; a folder of it in the output folder goes, if all of it is in the archive."""
-        left_out = self.pack()
-        if self.out in self.cache.parents and not left_out:
+        """Pack the cache; if everything fits, remove its folder from the output folder, which then has few files."""
+        skipped = self.pack()
+        if self.out in self.cache.parents and not skipped:
             shutil.rmtree(self.cache, ignore_errors=True)
         written = " ".join(sorted(path.name for path in self.out.iterdir() if path.is_file()))
         self.say(f"written to {self.out}: {written}")
@@ -144,17 +144,24 @@ def environment(folder: Path) -> dict[str, str]:
     """Return the variables of every part: the build, the packages and the caches of this folder."""
     build_, tools = folder / "build", folder / "tools"
     path = [str(tools / "bin"), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(p for p in (str(build_), str(tools), os.environ.get("PYTHONPATH")) if p),
-        "PATH": os.pathsep.join(path),
-        "PYTHONUNBUFFERED": "1",
-        "TRITON_CACHE_DIR": str(folder / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "CUDA_CACHE_PATH": str(folder / "cuda"),
-        "FASTKD_TEST_INSTALLED": "1",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PIP_ROOT_USER_ACTION": "ignore",
-    }
+    return (
+        os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(p for p in (str(build_), str(tools), os.environ.get("PYTHONPATH")) if p),
+            "PATH": os.pathsep.join(path),
+            "PYTHONUNBUFFERED": "1",
+            "FASTKD_TEST_INSTALLED": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_ROOT_USER_ACTION": "ignore",
+        }
+        | kernel_caches(folder)
+    )
+
+
+def kernel_caches(folder: Path) -> dict[str, str]:
+    """Return the variables that have compiled kernels kept in this folder."""
+    names = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda"}
+    return {variable: str(folder / name) for variable, name in names.items()}
 
 
 def find_gpu() -> dict[str, str] | None:
@@ -181,7 +188,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"unknown part {part!r}; there are {', '.join((*PARTS, *BY_NAME))}")
     chosen = args.parts or PARTS
     args.parts = [part for part in (*PARTS, *BY_NAME) if part in chosen]
-    args.parts.sort(key=lambda part: part == "sanitizer")  # last, of what is left
+    args.parts.sort(key=lambda part: part == "sanitizer")  # last, in the remaining time
     if args.resume is not None and not args.resume.is_dir():
         parser.error(f"--resume: {args.resume} is not a folder")
     return args

@@ -1,4 +1,4 @@
-"""The kernel tests on a GPU, in several processes, with a limit: what has passed already is not run again.
+"""Run the kernel tests on a GPU, in several processes, with a limit; what has passed is not run again.
 
     python scripts/gpu/kernel_tests.py OUT.jsonl [--seconds 300] [--id TEXT] [--jobs 8] [--files FILE...]
 
@@ -34,7 +34,7 @@ KERNEL_TESTS = [
     *("tests/test_contract_gradients.py", "tests/test_contract_memory.py", "tests/test_contract_random.py"),
     *("tests/test_contract_torch.py", "tests/test_contract_values.py"),
 ]
-"""What launches kernels. They import neither the trainer nor the data sets, whose packages a GPU machine may lack."""
+"""The tests that launch kernels. None imports the trainer or the data sets, whose packages a GPU machine may lack."""
 
 MOST_RESTARTS = 30
 UNUSED = "backend is not in use"  # a skip that on a GPU is a failure: its kernels were not built, or do not load
@@ -64,7 +64,7 @@ class Worker:
 
 
 class Pool:
-    """The processes, and what they have found so far."""
+    """The processes, and the results so far."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
@@ -116,7 +116,7 @@ class Pool:
                 self.lost(worker, "crashed", f"its process ended with status {status}", seconds)
 
     def lost(self, worker: Worker, outcome: str, why: str, seconds: float) -> None:
-        """Record the test that ended a process, give back what else it had claimed, and start another one."""
+        """Record the test that ended a process, release its other claims, and start another process."""
         self.look()
         tail = worker.log.read_text(errors="replace")[-3000:]
         if worker.at and worker.at not in self.finished:

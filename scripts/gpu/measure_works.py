@@ -1,4 +1,4 @@
-"""The benchmarks' works in order of value, within a limit: what is measured already is not measured again.
+"""Measure the benchmarks' works in order of value, within a limit; what has been measured is not measured again.
 
     python scripts/gpu/measure_works.py OUT.jsonl [--limit 400] [--id TEXT] [--sweeps own compile] [--works SUBSTRING]
     python scripts/gpu/measure_works.py OUT.jsonl --fold FOLDER     # as FAMILY.json, the format of benchmarks/results
@@ -34,7 +34,7 @@ LEAST = 8  # seconds with which a work is not worth starting
 
 
 class Session:
-    """What one call measures, and what it finds in the file."""
+    """The works of one call, and the lines of the file."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args

@@ -1,4 +1,4 @@
-"""Commands that end at a limit, with whatever they started."""
+"""Run commands that end at a limit, together with whatever they started."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 TIMED_OUT = 124
+LIBC = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
 PR_SET_PDEATHSIG = 1
 
 
@@ -26,8 +27,8 @@ def run(
 ) -> int:
     """Run a command, handing on each line that it prints at once; return its status, or ``TIMED_OUT``.
 
-    At the limit, or when this process is interrupted, the command's whole process group is ended: politely, and 5
-    seconds later not so. ``tick`` is called a few times a second meanwhile.
+    At the limit, or when this process is interrupted, the command's whole process group gets SIGTERM, and SIGKILL 5
+    seconds later. ``tick`` is called a few times a second meanwhile.
     """
     process = start(command, stdout=subprocess.PIPE, env=env, cwd=cwd)
     assert process.stdout is not None
@@ -54,9 +55,8 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
 
 
 def _end_with_parent() -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):  # Linux
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if hasattr(LIBC, "prctl"):  # Linux
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_on_sigterm() -> None:

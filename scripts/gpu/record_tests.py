@@ -1,7 +1,7 @@
-"""pytest plugin (``-p record_tests``): a line per finished test, written at once, and work shared between processes.
+"""pytest plugin (``-p record_tests``): write a line per finished test at once, and share tests between processes.
 
-What has passed with the same sources is not run again. Every process collects all tests and claims the next free one,
-in the same order for all; :mod:`kernel_tests` starts them.
+What has passed with the same sources is not run again. Every process collects all tests, in the same order, and claims
+the next free one. :mod:`kernel_tests` starts the processes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def backend_of(item: pytest.Item) -> str | None:
 
 
 class Recorder:
-    """What one process keeps of its tests."""
+    """Selects the tests, shares them with the other processes and records their outcomes."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.record: Path | None = config.getoption("record")

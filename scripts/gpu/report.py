@@ -1,4 +1,4 @@
-"""How each part of scripts/gpu_check.sh ended, in the format of benchmarks/results."""
+"""Record the result of each part of scripts/gpu_check.sh, in the format of benchmarks/results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_NOTE = 2000
 
 
 class Rows:
-    """The file of the parts' rows: each part's last, written as it ends."""
+    """The file with one row per part, rewritten as each part ends."""
 
     def __init__(self, path: Path, run: str, gpu: dict[str, str]) -> None:
         self.path, self.run = path, run
@@ -39,13 +39,13 @@ class Rows:
         """Add a part's row; ``status`` None: it was not run."""
         milliseconds = round(1000 * seconds)
         words = {None: "", 0: "", TIMED_OUT: "stopped at its time limit; "}
-        said = [line.strip() for line in lines if line.strip()][-8:]
+        last = [line.strip() for line in lines if line.strip()][-8:]
         row = {
             "work": part,
             "id": self.run,
             "ms": {"p20": milliseconds, "median": milliseconds, "p80": milliseconds},
             "ok": status == 0,
-            "note": words.get(status, f"exit status {status}; ") + " | ".join(said)[-MOST_NOTE:],
+            "note": words.get(status, f"exit status {status}; ") + " | ".join(last)[-MOST_NOTE:],
         }
         self.rows = [old for old in self.rows if old["work"] != part] + [row]
         replace(self.path, {"environment": self.environment, "rows": self.rows})

@@ -1,4 +1,4 @@
-"""compute-sanitizer over the calls of sanitize.py, tool by tool; a tool that found nothing is not run again.
+"""Run sanitize.py under each tool of compute-sanitizer; a tool that found nothing is not run again.
 
     python scripts/gpu/sanitizer.py OUT.jsonl [--seconds 100] [--id TEXT]
 
@@ -68,7 +68,7 @@ def main() -> int:
         for i, tool in enumerate(todo):
             seconds = (end - time.monotonic()) / (len(todo) - i)
             if seconds < LEAST:
-                print(f"{tool}: no time was left")
+                print(f"{tool}: not run: no time was left")
                 failed = True
             else:
                 failed |= not watch(tool, args, seconds, Path(folder))

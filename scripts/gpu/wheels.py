@@ -1,4 +1,4 @@
-"""The packages that the GPU check needs beside torch: what is missing or too old here, and how to get it.
+"""Find which packages the GPU check lacks in addition to torch, and fetch or install them.
 
     python scripts/gpu/wheels.py fetch FOLDER [--python-version 3.12] [--machine x86_64]
 
