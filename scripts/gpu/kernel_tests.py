@@ -142,9 +142,9 @@ class Pool:
 
     def sizes(self) -> tuple[int, int]:
         """Return how many tests were selected, and how many had passed before."""
-        first = self.folder / "selected-0"
-        data = json.loads(first.read_text()) if first.exists() else {"selected": 0, "before": 0}
-        return data["selected"], data["before"]
+        found = [json.loads(path.read_text()) for path in self.folder.glob("selected-*")]
+        # A process that collects late finds what the others have run by then: the first one's numbers count.
+        return max((data["selected"] for data in found), default=0), min((data["before"] for data in found), default=0)
 
 
 def run(args: argparse.Namespace, folder: Path) -> int:
