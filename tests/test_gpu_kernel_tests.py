@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import stand_in
 
-sys.path.append(str(stand_in.SCRIPTS))
-kernel_tests, records = pytest.importorskip("kernel_tests"), pytest.importorskip("records")
+kernel_tests, records = map(stand_in.script, ("kernel_tests", "records"))
 
 ABSENT = """
 import sys

@@ -14,10 +14,7 @@ from typing import Any
 import pytest
 import stand_in
 
-sys.path.append(str(stand_in.SCRIPTS))
-sys.path.append(str(stand_in.ROOT / "benchmarks"))
-measure_works, records = pytest.importorskip("measure_works"), pytest.importorskip("records")
-works, table = pytest.importorskip("works"), pytest.importorskip("table")
+measure_works, records, run, table, works = map(stand_in.script, ("measure_works", "records", "run", "table", "works"))
 
 SCRIPT = str(stand_in.SCRIPTS / "measure_works.py")
 # Instead of benchmarks/run.py's process: adds the lines that it is given, and ends or hangs after some of them.
@@ -38,7 +35,7 @@ def lines_of(work: Any, names: list[str]) -> list[Any]:
     lines: list[Any] = []
     for mode in work.modes:
         more = {"ok": True, "error_vs_fp64": 1e-3}
-        rows = [measure_works.run.blank_row(work, mode, name) | more for name in names]
+        rows = [run.blank_row(work, mode, name) | more for name in names]
         for row in rows:
             row["ms"] = dict.fromkeys(("p20", "median", "p80"), ms.get(row["provider"], 1.0))
         lines.append({"rows": rows})
@@ -83,6 +80,16 @@ def test_ratios_are_of_one_run() -> None:
     assert {r["provider"]: r["ms"]["median"] for r in rows if r["sweep"] == "compile"} == {"compile": 6.0, "eager": 8.0}
 
 
+def test_a_mode_that_cannot_run_is_a_row_and_the_others_are_measured() -> None:
+    """On a CPU: a CUDA graph cannot be recorded."""
+    work = works.Work("softmax_kl", "channel_distribution_kd", (1, 4, 4, 4), modes=works.GPU_MODES)
+    rows = {rows[0]["mode"]: rows for rows in run.compare(work, "cpu", 0.05, ["eager", "reference"])}
+    assert list(rows) == ["forward", "both", "graph"]
+    assert all(row["ok"] and row["ms"]["median"] > 0 for row in rows["forward"] + rows["both"])
+    assert not any(row["ok"] for row in rows["graph"])
+    assert all(row["note"] for row in rows["graph"])
+
+
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A session of stand-ins for the works' processes."""
@@ -94,7 +101,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         plan.write_text(json.dumps([{"ceilings": CEILINGS}] if work is None else lines_of(work, names)))
         return [sys.executable, str(child), str(path), str(plan)]
 
-    monkeypatch.setattr(measure_works.run, "child_command", command)
+    monkeypatch.setattr(run, "child_command", command)
     monkeypatch.setattr(measure_works.measure, "environment", lambda device: {"device": "pretended", "commit": "0"})
 
     def make(*arguments: str) -> Any:

@@ -173,11 +173,11 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(pool.counts.items())) or "none"
     print(f"tests: {words}; {ran} of {selected} ran, {before} had passed before", flush=True)
     failed = any(pool.counts[outcome] for outcome in ("failed", "error", "crashed", "hung"))
-    unused = any(UNUSED in why for why in pool.skips)
+    unused = any(UNUSED in why for why in pool.skips) or not (pool.counts["passed"] or before)
     if stopped:
         print(f"stopped at the limit of {args.seconds:.0f} s: the next call goes on from here")
         return TIMED_OUT
-    return 1 if failed or unused or pool.broken or not (selected or before) else 0
+    return 1 if failed or unused or pool.broken else 0
 
 
 def main() -> int:
@@ -193,8 +193,9 @@ def main() -> int:
     args = parser.parse_args()
     args.out = args.out.resolve()
     if lacks := wheels.lacking(wheels.requirements()[1]):
-        print("packages that the tests need:", *(f"  {lack}" for lack in lacks), sep="\n")
-        return 1
+        print("packages that the tests lack:", *(f"  {lack}" for lack in lacks), sep="\n", flush=True)
+        if wheels.installed("pytest") is None:
+            return 1
     end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         return run(args, Path(folder))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "gpu"
@@ -57,12 +59,20 @@ def test_wrong():
 """
 
 
+def script(name: str) -> Any:
+    """Import one of scripts/gpu, or of the benchmarks."""
+    for path in (str(SCRIPTS), str(ROOT / "benchmarks")):
+        if path not in sys.path:
+            sys.path.append(path)
+    return importlib.import_module(name)
+
+
 def checkout(folder: Path, kernels: str = KERNELS) -> Path:
     """Make the checkout, with ``kernels`` as the only tests that are not empty."""
     (folder / "scripts" / "gpu").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "gpu_check.sh", folder / "scripts")
-    for script in SCRIPTS.glob("*.py"):
-        shutil.copy(script, folder / "scripts" / "gpu")
+    for path in SCRIPTS.glob("*.py"):
+        shutil.copy(path, folder / "scripts" / "gpu")
     for name in ("first_light", "sanitize", "measure_works"):
         (folder / "scripts" / "gpu" / f"{name}.py").write_text(LINES % name)
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -70,14 +80,9 @@ def checkout(folder: Path, kernels: str = KERNELS) -> Path:
     (folder / "fastkd" / "__init__.py").write_text("")
     tests = folder / "tests"
     tests.mkdir()
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        from kernel_tests import KERNEL_TESTS
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    for name in KERNEL_TESTS:
+    for name in script("kernel_tests").KERNEL_TESTS:
         (folder / name).write_text("")
-    (folder / KERNEL_TESTS[0]).write_text(kernels)
+    (folder / "tests" / "test_relation_cuda.py").write_text(kernels)
     tools = folder / "tools"
     tools.mkdir()
     for name, text in {"nvidia-smi": NVIDIA_SMI, "python": PYTHON, "compute-sanitizer": SANITIZER}.items():
