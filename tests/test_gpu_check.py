@@ -98,6 +98,11 @@ def test_named_parts_alone_and_a_build_that_fails(tmp_path: Path) -> None:
     assert "no compiler here" in (out / "log.txt").read_text()
     assert rows["autotune"]["note"] == "not run: the build failed"
 
+    assert stand_in.check(folder, str(out), "autotune").returncode == 0
+    (folder / "fastkd" / "new.py").write_text("")  # an earlier build is not that of these sources
+    assert stand_in.check(folder, str(out), "autotune", PIP_FAILS="1").returncode == 1
+    assert parts(out)["autotune"]["note"] == "not run: the build failed"
+
 
 SLOW = """
 import time

@@ -66,7 +66,6 @@ def install(folder: Path, targets: str, with_cuda: str) -> bool:
     done = subprocess.run([wheels.PYTHON, "-m", "pip", "install", *options, "."], cwd=ROOT, env=env, check=False)
     if done.returncode != 0:
         return False
-    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return True
 
@@ -87,6 +86,7 @@ def main() -> int:
     if same(folder, want):
         print("this build is in the cache")
         return 0
+    shutil.rmtree(folder, ignore_errors=True)  # of other sources: if these cannot be built, nothing is to be checked
     if not ready:
         return 1
     built = install(folder, args.targets, cuda())
