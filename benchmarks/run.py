@@ -111,7 +111,7 @@ def error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 def child_command(
     work: works.Work | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool
 ) -> list[str]:
-    """The command that measures one work, or the ceilings alone, and adds lines to a file as it goes: see ``child``."""
+    """Return the command that measures one work, or the ceilings alone, in its own process: see ``child``."""
     one = ["--device", device, "--seconds", str(seconds), "--one-to", str(path), *(["--ceilings"] if ceilings else [])]
     if work is not None:
         one += ["--family", work.family, "--dtype", work.dtype_name, "--one", work.name, "--providers", *names]
@@ -142,7 +142,7 @@ def in_its_own_process(
 
 
 def missing(work: works.Work, names: list[str], rows: Rows, note: str) -> Rows:
-    """Rows that say why they are not measured, for what ``rows`` lack."""
+    """Return a row with ``note`` for each mode and provider that ``rows`` lack."""
     there = {(row["mode"], row["provider"]) for row in rows}
     blank = [blank_row(work, mode, name) for mode in work.modes for name in names if (mode, name) not in there]
     return [row | {"note": note} for row in blank]

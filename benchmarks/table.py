@@ -46,10 +46,10 @@ def against_targets(todo: list[works.Work], rows: list[Row]) -> str:
 
 
 def of_one_run(rows: list[Row]) -> dict[str, Row]:
-    """The rows by provider, as if all were of the first sweep.
+    """Return the rows by provider, with the times of later sweeps scaled to the first one.
 
-    A later sweep measured eager again, beside its own providers: their times are multiplied by how much faster or
-    slower eager was in the first one.
+    A later sweep measures eager again, in turn with its other providers: their times are multiplied by the ratio of
+    eager's times in the first sweep and in theirs.
     """
     eager = {r.get("sweep", "own"): r for r in rows if r["provider"] == "eager" and r["ok"]}
     found: dict[str, Row] = {}

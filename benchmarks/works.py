@@ -60,7 +60,7 @@ class Work:
 
     @property
     def judged(self) -> str:
-        """The mode that the targets are about."""
+        """Return the mode to which the targets apply."""
         return "graph" if self.small else "both"
 
     @property
@@ -178,10 +178,10 @@ FIRST = [
     ("pixel_relation_kd", (2, 128, 120, 120)),
     ("channel_kd", (32, 1024, 15, 15)),
 ]
-"""The works on a GPU that tell most, across the families; the others follow."""
+"""The most valuable works on a GPU, in order; the others follow."""
 
 SWEEPS = ("own", "compile", "autotune")
-"""What is measured in one go, first to last: fastkd's kernels, then what takes minutes to compile. Each has eager."""
+"""The sweeps over all works, in order: fastkd's kernels first, then what takes minutes to compile. Each has eager."""
 
 TRAINED_IN = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
 
@@ -197,7 +197,7 @@ def works(family: str, device_type: str, dtypes: tuple[torch.dtype, ...] | None 
 
 
 def by_value(device_type: str, dtypes: tuple[torch.dtype, ...] | None = None) -> list[Work]:
-    """Every family's works, those that tell most first."""
+    """Return the works of all families in order of value."""
     found = [work for family in WORKS for work in works(family, device_type, dtypes)]
     rank = {which: i for i, which in enumerate(FIRST)}
     return sorted(found, key=lambda work: rank.get((work.loss, work.shape), len(rank)))
@@ -217,7 +217,7 @@ def providers(work: Work, device_type: str, autotune: bool = False) -> list[str]
 
 
 def swept(work: Work, device_type: str, sweep: str) -> list[str]:
-    """Those of them that one sweep measures, in turn: eager is in each, so that every ratio to it is of one run."""
+    """Return the providers that one sweep measures in turn; eager is in each, so that a ratio to it is of one run."""
     everyone = providers(work, device_type, autotune=True)
     others = {"compile": ("eager", "compile", "reference"), "autotune": ("eager", "compile_max")}
     if sweep == "own":

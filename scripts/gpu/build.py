@@ -1,4 +1,4 @@
-"""Build fastkd and install it into a folder of its own, unless that folder holds the same build already.
+"""Build fastkd and install it into the cache folder, unless that holds the same build already.
 
     python scripts/gpu/build.py CACHE --wheels FOLDER [--targets 90]
 

@@ -105,8 +105,8 @@ class Check:
             elif limit < LEAST and self.left < LEAST:
                 self.skip(name, "no time was left; the next call goes on from here")
             else:
-                apart = kernel_caches(self.cache / "tests") if name == "tests" else {}
-                self.part(name, limit, self.command(name, limit), apart)
+                own = kernel_caches(self.cache / "tests") if name == "tests" else {}
+                self.part(name, limit, self.command(name, limit), own)
 
     def command(self, part: str, limit: float) -> list[str]:
         """Return the command of a part; it ends by itself a little before the limit, having written what it has."""

@@ -161,7 +161,6 @@ def run(args: argparse.Namespace, folder: Path) -> int:
             if time.monotonic() - shown > 15:
                 shown = time.monotonic()
                 print(f"{sum(pool.counts.values())} of {pool.sizes()[0]} tests", flush=True)
-        stopped = bool(pool.workers)
     finally:
         for worker in pool.workers:
             stop(worker.process, patience=1)
@@ -174,7 +173,7 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     print(f"tests: {words}; {ran} of {selected} ran, {before} had passed before", flush=True)
     failed = any(pool.counts[outcome] for outcome in ("failed", "error", "crashed", "hung"))
     unused = any(UNUSED in why for why in pool.skips) or not (pool.counts["passed"] or before)
-    if stopped:
+    if pool.workers and (ran < selected or not selected):
         print(f"stopped at the limit of {args.seconds:.0f} s: the next call goes on from here")
         return TIMED_OUT
     return 1 if failed or unused or pool.broken else 0

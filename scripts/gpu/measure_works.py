@@ -4,7 +4,7 @@
     python scripts/gpu/measure_works.py OUT.jsonl --fold FOLDER     # as FAMILY.json, the format of benchmarks/results
 
 The first sweep measures fastkd's kernels and eager for all works, the second torch.compile, the reference and eager
-again. Each work has a process of its own, as in benchmarks/run.py; one that dies or hangs costs its own limit. Adds a
+again. Each work has its own process, as in benchmarks/run.py; one that dies or hangs costs its own limit. Adds a
 line as each mode of a work is measured: {"id", "family", "work", "sweep", "rows"}, one as a work ends ({"ended"}), and
 one with the environment and one with the ceilings per run.
 """
