@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A few files of tests at a time; what a file's tests share is made once. Each worker takes 2 to 4 GB.
 TEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
+# The Python of the machine with the GPU, whatever this one is.
+WHEELHOUSE ?= wheelhouse
+WHEELHOUSE_PYTHON ?= 3.12
 SOURCES := pyproject.toml setup.py $(shell find fastkd kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null)
 
 VERSIONS ?= oldest torch-2.14 torch-2.15
@@ -17,7 +20,7 @@ help:
 	@echo "make check       format, lint and types, without changing anything"
 	@echo "make bench       the speed comparisons (pytest --benchmark-only)"
 	@echo "make teacher     train the demo's teacher anew (about an hour)"
-	@echo "make wheelhouse  the wheels scripts/gpu_check.sh needs on a machine without a network"
+	@echo "make wheelhouse  wheels for scripts/gpu_check.sh on a machine without a network (Python $(WHEELHOUSE_PYTHON))"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -71,7 +74,7 @@ teacher: $(VENV)/.ris
 	$(BIN)/python scripts/pack_teacher.py runs/teacher/best fastkd/models/assets/shapes-teacher
 
 wheelhouse: $(BIN)/python
-	$(BIN)/python -m pip download --dest wheelhouse --only-binary=:all: scikit-build-core pybind11 cmake ninja setuptools wheel pytest pytest-benchmark pytest-timeout hypothesis tyro
+	$(BIN)/python scripts/gpu/wheels.py fetch $(WHEELHOUSE) --python-version $(WHEELHOUSE_PYTHON)
 
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ import works
 Rows = list[dict[str, Any]]
 
 
-def compare(work: works.Work, device: str, seconds: float, autotune: bool = False) -> Rows:
-    """One row per provider and mode; a provider that cannot run is a row with ``ok: false`` and a note."""
+SHARES = {"forward": 0.3, "both": 0.7, "graph": 0.4}  # of the time that a work has
+
+
+def compare(work: works.Work, device: str, seconds: float, names: list[str]) -> Iterator[Rows]:
+    """Yield, mode by mode, a row per provider; one that cannot run is a row with ``ok: false`` and a note."""
     inputs = work.inputs(device)
     exact = formulas.exact_gradients(work, inputs)
-    names = works.providers(work, torch.device(device).type, autotune)
     failed = {name: why for name in names if (why := works.unavailable(name, work.family, device)) is not None}
     errors, losses = {}, {}
     for name in [name for name in names if name not in failed]:
@@ -41,27 +44,37 @@ def compare(work: works.Work, device: str, seconds: float, autotune: bool = Fals
             losses[name] = works.loss_of(work, name)
             errors[name] = error(works.step_of(work, name, "both", inputs, losses[name])(), exact)
         except Exception as reason:  # out of memory, a compiler that is missing, ...: a row that says so
-            failed[name] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
+            failed[name] = in_words(reason)
     del exact
-    rows: Rows = []
+    whole = sum(SHARES[mode] for mode in work.modes)
     for mode in work.modes:
-        steps = {name: works.step_of(work, name, mode, inputs, losses[name]) for name in names if name not in failed}
         both = mode != "forward"
-        share = 0.7 if both else 0.3
+        steps, failed_here = {}, dict(failed)
+        for name in [name for name in names if name not in failed]:
+            try:
+                steps[name] = works.step_of(work, name, mode, inputs, losses[name])
+            except Exception as reason:  # a CUDA graph that cannot be recorded
+                failed_here[name] = in_words(reason)
+        share = SHARES[mode] / whole
         times = measure.alternate(steps, device, share * seconds, least=5 if both else 3, slow={"eager_nn"})
+        rows: Rows = []
         for name in names:
             row = blank_row(work, mode, name)
-            row |= {"error_vs_fp64": errors.get(name), "ok": name not in failed, "note": failed.get(name, "")}
-            if name not in failed:
+            row |= {"error_vs_fp64": errors.get(name), "ok": name in steps, "note": failed_here.get(name, "")}
+            if name in steps:
                 row["ms"] = measure.summary(times[name])
-                if both or name != "eager_nn":
+                if mode != "graph" and (both or name != "eager_nn"):  # a graph's memory is its own
                     row["peak_extra_bytes"] = memory.peak_extra_bytes(steps[name], device)
                 if both and name != "eager_nn" and device == "cpu":
                     row["peak_resident_bytes"] = memory.peak_resident_bytes(steps[name])
                 if name == "eager_nn":
                     row["note"] = "sample by sample: the batch's N×N matrices would not fit"
             rows.append(row)
-    return rows
+        yield rows
+
+
+def in_words(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
 
 
 def blank_row(work: works.Work, mode: str, provider: str) -> dict[str, Any]:
@@ -95,19 +108,44 @@ def error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     return max(((g.double() - e).norm() / e.norm()).item() for g, e in pairs)
 
 
-def in_its_own_process(work: works.Work, device: str, seconds: float, autotune: bool) -> dict[str, Any]:
+def child_command(
+    work: works.Work | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool
+) -> list[str]:
+    """Return the command that measures one work, or the ceilings alone, in its own process: see ``child``."""
+    one = ["--device", device, "--seconds", str(seconds), "--one-to", str(path), *(["--ceilings"] if ceilings else [])]
+    if work is not None:
+        one += ["--family", work.family, "--dtype", work.dtype_name, "--one", work.name, "--providers", *names]
+    return [sys.executable, __file__, *one]
+
+
+def child(work: works.Work | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool) -> None:
+    """Measure one work, in this process: a line ``{"ceilings"}`` if asked for, and ``{"rows"}`` after each mode."""
+    with path.open("a", encoding="utf-8") as file:
+        if ceilings:
+            print(json.dumps({"ceilings": measure.ceilings(device)}), file=file, flush=True)
+        for rows in compare(work, device, seconds, names) if work is not None else ():
+            print(json.dumps({"rows": rows}), file=file, flush=True)
+
+
+def in_its_own_process(
+    work: works.Work, device: str, seconds: float, names: list[str], ceilings: bool
+) -> dict[str, Any]:
     """``{"rows", "ceilings"}`` of one work. Allocators, threads and compiled graphs of others don't touch it."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.json"
-        arguments = ["--device", device, "--seconds", str(seconds), "--dtype", work.dtype_name]
-        arguments += ["--autotune"] if autotune else []
-        one = ["--family", work.family, "--one", work.name, "--one-to", str(path)]
-        done = subprocess.run([sys.executable, __file__, *arguments, *one], check=False)
-        if path.exists():
-            return json.loads(path.read_text())
+        path = Path(folder) / "lines.jsonl"
+        done = subprocess.run(child_command(work, device, seconds, names, path, ceilings), check=False)
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for line in lines for row in line.get("rows", [])]
+    found = {name: rate for line in lines for name, rate in line.get("ceilings", {}).items()}
     note = f"its process ended with status {done.returncode}"
-    names = works.providers(work, torch.device(device).type, autotune)
-    return {"rows": [blank_row(work, m, n) | {"note": note} for m in work.modes for n in names], "ceilings": {}}
+    return {"rows": rows + missing(work, names, rows, note), "ceilings": found}
+
+
+def missing(work: works.Work, names: list[str], rows: Rows, note: str) -> Rows:
+    """Return a row with ``note`` for each mode and provider that ``rows`` lack."""
+    there = {(row["mode"], row["provider"]) for row in rows}
+    blank = [blank_row(work, mode, name) for mode in work.modes for name in names if (mode, name) not in there]
+    return [row | {"note": note} for row in blank]
 
 
 def earlier(path: Path, now: set[str], best: dict[str, float]) -> Rows:
@@ -144,21 +182,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="print every provider and mode")
     parser.add_argument("--out", type=Path, help="folder for FAMILY.json; default: benchmarks/results/DEVICE")
     parser.add_argument("--keep", action="store_true", help="keep what FAMILY.json holds of works not measured now")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--one-to", type=Path, help=argparse.SUPPRESS)
+    for name, options in {"one": {}, "one-to": {"type": Path}, "providers": {"nargs": "+"}}.items():
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **options)
+    parser.add_argument("--ceilings", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     dtypes = tuple(getattr(torch, name) for name in args.dtype) if args.dtype else None
     chosen = {
         family: [w for w in works.works(family, torch.device(args.device).type, dtypes) if args.works in w.name]
         for family in args.family
     }
-    if args.one is not None:
-        (work,) = [w for w in chosen[args.family[0]] if w.name == args.one]
-        result = {
-            "ceilings": measure.ceilings(args.device),
-            "rows": compare(work, args.device, args.seconds, args.autotune),
-        }
-        args.one_to.write_text(json.dumps(result))
+    if args.one_to is not None:
+        (work,) = [w for w in chosen[args.family[0]] if w.name == args.one] if args.one else [None]
+        child(work, args.device, args.seconds, args.providers, args.one_to, args.ceilings)
         return 0
 
     env = measure.environment(args.device) | {"ceilings": {}}
@@ -169,7 +204,9 @@ def main(argv: list[str] | None = None) -> int:
         path = (args.out or measure.RESULTS / measure.slug(env)) / f"{family}.json"
         results[family] = earlier(path, {work.name for work in todo}, best) if args.keep else []
         for work in todo:
-            result = in_its_own_process(work, args.device, args.seconds, args.autotune)
+            names = works.providers(work, torch.device(args.device).type, args.autotune)
+            again = not best or args.device == "cpu"  # other load makes a CPU's best hard to see: the best of all
+            result = in_its_own_process(work, args.device, args.seconds, names, again)
             results[family] += result["rows"]
             best |= {name: max(rate, best.get(name, 0)) for name, rate in result["ceilings"].items()}
             for name in [name for name in results if results[name]]:  # a later ceiling changes earlier shares

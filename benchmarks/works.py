@@ -42,7 +42,8 @@ class Work:
     teacher_width: int | None = None  # if it is not the student's
     maps: bool = False  # cross_modal_kd: pixels as (B, D, H, W) maps, else as (B, N, D) tokens
     autocast: bool = False  # on a GPU, to its dtype: the plain formulas' softmaxes are fp32 then
-    graph: bool = False  # too small for anything but launches to count: recorded in a CUDA graph
+    small: bool = False  # launches are what takes the time: the target is the CUDA graph's
+    modes: tuple[str, ...] = ("forward", "both")
     target: Target = field(default=Target(), compare=False)
 
     @property
@@ -51,7 +52,6 @@ class Work:
         if self.teacher_width is not None:
             sizes[1] += f"to{self.teacher_width}"
         parts = [self.loss, self.distance, "x".join(sizes), "maps" if self.maps else "", self.dtype_name]
-        parts.append("graph" if self.graph else "")
         return " ".join(part for part in parts if part)
 
     @property
@@ -59,8 +59,9 @@ class Work:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        return ("graph",) if self.graph else ("forward", "both")
+    def judged(self) -> str:
+        """Return the mode to which the targets apply."""
+        return "graph" if self.small else "both"
 
     @property
     def relation_sizes(self) -> tuple[int, int, int, int]:
@@ -147,7 +148,7 @@ GPU_WORKS: dict[str, list[Work]] = {
             Work("softmax_kl", "channel_distribution_kd", shape, target=_COPY)
             for shape in [(32, 512, 30, 30), (16, 512, 60, 60), (16, 128, 120, 120)]
         ),
-        Work("softmax_kl", "channel_distribution_kd", (2, 64, 15, 15), graph=True, target=_NO_SLOWER),
+        Work("softmax_kl", "channel_distribution_kd", (2, 64, 15, 15), small=True, target=_NO_SLOWER),
     ],
     "relation": [
         *(
@@ -155,18 +156,32 @@ GPU_WORKS: dict[str, list[Work]] = {
             for shape in [(32, 512, 30, 30), (16, 512, 60, 60), (32, 1024, 15, 15)]
         ),
         *(Work(*_KL, shape, distance="kl", target=_PIXELS) for shape in [(8, 256, 60, 60), (2, 128, 120, 120)]),
-        Work("relation", "channel_kd", (2, 64, 15, 15), distance="kl", graph=True, target=_NO_SLOWER),
-        Work(*_KL, (2, 64, 15, 15), distance="kl", graph=True, target=_NO_SLOWER),
+        Work("relation", "channel_kd", (2, 64, 15, 15), distance="kl", small=True, target=_NO_SLOWER),
+        Work(*_KL, (2, 64, 15, 15), distance="kl", small=True, target=_NO_SLOWER),
     ],
     "pixel_word": [
         *(
             Work("pixel_word", "cross_modal_kd", shape, target=_ROWS_COPY)
             for shape in [(16, 14400, 20, 128), (32, 3600, 20, 256)]
         ),
-        Work("pixel_word", "cross_modal_kd", (2, 225, 20, 64), graph=True, target=_NO_SLOWER),
+        Work("pixel_word", "cross_modal_kd", (2, 225, 20, 64), small=True, target=_NO_SLOWER),
     ],
 }
 """The works of each family on a GPU."""
+
+GPU_MODES = ("forward", "both", "graph")
+FIRST = [
+    ("pixel_relation_kd", (8, 256, 60, 60)),
+    ("cross_modal_kd", (16, 14400, 20, 128)),
+    ("channel_kd", (32, 512, 30, 30)),
+    ("channel_distribution_kd", (16, 512, 60, 60)),
+    ("pixel_relation_kd", (2, 128, 120, 120)),
+    ("channel_kd", (32, 1024, 15, 15)),
+]
+"""The most valuable works on a GPU, in order; the others follow."""
+
+SWEEPS = ("own", "compile", "autotune")
+"""The sweeps over all works, in order: fastkd's kernels first, then what takes minutes to compile. Each has eager."""
 
 TRAINED_IN = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
 
@@ -175,10 +190,17 @@ def works(family: str, device_type: str, dtypes: tuple[torch.dtype, ...] | None 
     """The works of a family on a kind of device; a family without any there has an empty list."""
     gpu = device_type == "cuda"
     return [
-        replace(work, dtype=dtype, autocast=gpu and dtype.itemsize == 2)
+        replace(work, dtype=dtype, autocast=gpu and dtype.itemsize == 2, modes=GPU_MODES if gpu else work.modes)
         for dtype in dtypes or TRAINED_IN[device_type]
         for work in (GPU_WORKS if gpu else WORKS).get(family, [])
     ]
+
+
+def by_value(device_type: str, dtypes: tuple[torch.dtype, ...] | None = None) -> list[Work]:
+    """Return the works of all families in order of value."""
+    found = [work for family in WORKS for work in works(family, device_type, dtypes)]
+    rank = {which: i for i, which in enumerate(FIRST)}
+    return sorted(found, key=lambda work: rank.get((work.loss, work.shape), len(rank)))
 
 
 def own(family: str, device_type: str) -> list[str]:
@@ -190,8 +212,17 @@ def own(family: str, device_type: str) -> list[str]:
 def providers(work: Work, device_type: str, autotune: bool = False) -> list[str]:
     """Who may compute a work on a kind of device, whether or not it works here."""
     nn = ["eager_nn"] if work.target.eager_nn is not None else []
-    compiled = [] if work.graph else ["compile", *(["compile_max"] if autotune else [])]
+    compiled = ["compile", *(["compile_max"] if autotune else [])]
     return [*nn, "eager", *compiled, "reference", *own(work.family, device_type)]
+
+
+def swept(work: Work, device_type: str, sweep: str) -> list[str]:
+    """Return the providers that one sweep measures in turn; eager is in each, so that a ratio to it is of one run."""
+    everyone = providers(work, device_type, autotune=True)
+    others = {"compile": ("eager", "compile", "reference"), "autotune": ("eager", "compile_max")}
+    if sweep == "own":
+        return [name for name in everyone if name not in ("compile", "compile_max", "reference")]
+    return [name for name in everyone if name in others[sweep]]
 
 
 def unavailable(provider: str, family: str, device: str) -> str | None:

@@ -1,25 +1,35 @@
-"""scripts/gpu_check.sh where there is no GPU, and its parts' bookkeeping with stand-ins for the tools."""
+"""scripts/gpu_check.sh where there is no GPU; its parts, limits and resuming with stand-ins for the tools."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import stand_in
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+cache, records, wheels = map(stand_in.script, ("cache", "records", "wheels"))
 
+SCRIPT = stand_in.ROOT / "scripts" / "gpu_check.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def check(*arguments: str, path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | environment | ({"PATH": path} if path else {})
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHON": sys.executable}
     return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, env=env, timeout=120)
+
+
+def parts(out: Path) -> dict[str, dict]:
+    return {row["work"]: row for row in json.loads((out / "check.json").read_text())["rows"]}
+
+
+# --- wrong use, no GPU ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU here")
@@ -30,40 +40,200 @@ def test_without_a_gpu_it_says_so_and_exits_3(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_folder_it_says_how(tmp_path: Path) -> None:
+def test_without_a_folder_it_says_how() -> None:
     done = check()
     assert done.returncode == 2
-    assert "usage: scripts/gpu_check.sh OUT_DIR" in done.stderr
+    assert "usage: scripts/gpu_check.sh" in done.stderr
+    assert "OUT_DIR" in done.stderr
 
 
 def test_an_unknown_part_is_named(tmp_path: Path) -> None:
     done = check(str(tmp_path / "out"), "benchmark")
     assert done.returncode == 2
-    assert "unknown part 'benchmark'; there are tests, sanitizer, benchmarks, autotune" in done.stderr
+    assert "unknown part 'benchmark'; there are first_light, tests, benchmarks, sanitizer, autotune" in done.stderr
 
 
-@pytest.mark.parametrize("parts", [("tests", "sanitizer", "benchmarks"), ("autotune",)], ids=["all", "named"])
-def test_a_part_that_fails_is_a_row_and_the_rest_still_runs(tmp_path: Path, parts: tuple[str, ...]) -> None:
-    """A pretended GPU and a python whose every build, test and benchmark fails."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: pretended'\n")
-    (tools / "python").write_text(
-        '#!/bin/sh\ncase "$*" in\n'
-        f'  *gpu_check_row*) shift; exec {sys.executable} "$@" ;;\n'
-        "  *is_available*) exit 0 ;;\n"
-        '  *) echo "refused: $1 $2 $3"; exit 1 ;;\nesac\n'
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    out = tmp_path / "out"
-    named = parts if len(parts) == 1 else ()
-    done = check(str(out), *named, path=f"{tools}:{os.environ['PATH']}", PYTHON=str(tools / "python"))
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_fails_stops_no_other_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    folder, out = stand_in.checkout(tmp_path / "repo"), tmp_path / "out"
+    done = stand_in.check(folder, str(out), "--jobs", "1", "--seconds", "120", SANITIZER_FINDS="racecheck")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert {f.name for f in out.iterdir()} == {"build.json", "log.txt", *(f"{part}.json" for part in parts)}
-    for part in ("build", *parts):
-        (row,) = json.loads((out / f"{part}.json").read_text())["rows"]
-        assert row["work"] == part
-        assert row["ok"] is False
-        assert row["note"]
-    assert "refused" in (out / "log.txt").read_text()
+    rows = parts(out)
+    assert list(rows) == ["build", "first_light", "tests", "benchmarks", "sanitizer"]
+    assert {name: row["ok"] for name, row in rows.items()} == {
+        "build": True, "first_light": True, "tests": False, "benchmarks": True, "sanitizer": False,
+    }  # fmt: skip
+    assert "sums are wrong" in done.stdout
+    assert "4 passed" in rows["tests"]["note"]
+    tests = records.read(out / "tests.jsonl")
+    assert sorted(row["outcome"] for row in tests) == ["failed"] + 4 * ["passed"]
+    assert "sums are wrong" in next(row["text"] for row in tests if row["outcome"] == "failed")
+    watched = records.read(out / "sanitizer.jsonl")
+    assert [(row["tool"], row["status"]) for row in watched if "status" in row] == [("memcheck", 0), ("racecheck", 9)]
+    assert [row["tool"] for row in watched if row.get("check") == "sanitize"] == ["memcheck"]
+    files = {path.name for path in out.iterdir()}
+    results = {"first_light.jsonl", "tests.jsonl", "benchmarks.jsonl", "sanitizer.jsonl"}
+    assert files == {"check.json", "log.txt", "cache.tar.gz", *results}  # a machine may give back 8 files, no folder
+
+    # On another machine, in another folder: no build, no test that has passed, no tool that found nothing.
+    other = tmp_path / "other"
+    done = stand_in.check(folder, str(other), "--resume", str(out), "--jobs", "1", "--cache", str(tmp_path / "cache"))
+    assert done.returncode == 1
+    assert (folder / "pip.log").read_text() == "built\n"
+    assert [r["outcome"] for r in records.read(other / "tests.jsonl")[5:]] == ["failed"]
+    again = records.read(other / "sanitizer.jsonl")[len(watched) :]
+    assert {row["tool"] for row in again} == {"racecheck"}
+    assert (tmp_path / "cache" / "build" / "fastkd").is_dir()
+
+
+def test_named_parts_alone_and_a_build_that_fails(tmp_path: Path) -> None:
+    folder, out = stand_in.checkout(tmp_path / "repo"), tmp_path / "out"
+    done = stand_in.check(folder, str(out), "autotune", PIP_FAILS="1")
+    assert done.returncode == 1
+    rows = parts(out)
+    assert list(rows) == ["build", "autotune"]
+    assert not any(row["ok"] for row in rows.values())
+    assert "no compiler here" in (out / "log.txt").read_text()
+    assert rows["autotune"]["note"] == "not run: the build failed"
+
+    assert stand_in.check(folder, str(out), "autotune").returncode == 0
+    (folder / "fastkd" / "new.py").write_text("")  # an earlier build is not that of these sources
+    assert stand_in.check(folder, str(out), "autotune", PIP_FAILS="1").returncode == 1
+    assert parts(out)["autotune"]["note"] == "not run: the build failed"
+
+
+SLOW = """
+import time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("i", range(3))
+def test_quick(i):
+    pass
+
+def test_wrong():
+    assert 1 + 1 == 3, "sums are wrong"
+
+def test_slow():
+    time.sleep(100)
+
+def test_last():
+    pass
+"""
+
+
+def test_the_limit_is_kept_and_what_is_left_has_no_time(tmp_path: Path) -> None:
+    folder, out = stand_in.checkout(tmp_path / "repo", SLOW), tmp_path / "out"
+    begin = time.monotonic()
+    done = stand_in.check(folder, str(out), "tests", "sanitizer", "--jobs", "1", "--seconds", "36")
+    assert time.monotonic() - begin < 70
+    assert done.returncode == 1
+    rows = parts(out)
+    assert "stopped at its time limit" in rows["tests"]["note"]
+    assert "4 of 6 ran" in rows["tests"]["note"]
+    assert "no time was left" in rows["sanitizer"]["note"]
+    assert len(records.read(out / "tests.jsonl")) == 4
+
+
+def test_killed_it_keeps_every_line_and_repeats_nothing(tmp_path: Path) -> None:
+    folder, out = stand_in.checkout(tmp_path / "repo", SLOW), tmp_path / "out"
+    command = ["bash", str(folder / "scripts" / "gpu_check.sh"), str(out), "tests", "--jobs", "1"]
+    with (tmp_path / "printed").open("w") as printed:
+        process = subprocess.Popen(command, stdout=printed, env=stand_in.environment(folder))
+        try:
+            end = time.monotonic() + 120
+            while len(records.read(out / "tests.jsonl")) < 4 and time.monotonic() < end:
+                time.sleep(0.1)
+            time.sleep(0.5)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    before = records.read(out / "tests.jsonl")
+    assert [row["outcome"] for row in before] == ["passed"] * 3 + ["failed"]
+    assert "sums are wrong" in before[3]["text"]
+    assert "sums are wrong" in (tmp_path / "printed").read_text()
+    assert "sums are wrong" in (out / "log.txt").read_text()
+    time.sleep(1)
+    assert not running(folder)  # what it had started is gone too
+
+    path = folder / "scripts" / "gpu" / "record_tests.py"  # not what is tested: no reason to repeat anything
+    path.write_text(path.read_text() + "\n")
+    done = stand_in.check(folder, str(out), "tests", "--jobs", "1", "--seconds", "30")
+    assert "stopped at its time limit" in parts(out)["tests"]["note"], done.stdout
+    assert [row["test"].rpartition("::")[2] for row in records.read(out / "tests.jsonl")[4:]] == ["test_wrong"]
+    assert (folder / "pip.log").read_text() == "built\n"
+
+
+def running(folder: Path) -> list[str]:
+    """The commands of processes that mention a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+        if str(folder) in command:
+            found.append(command)
+    return found
+
+
+# --- wheels -----------------------------------------------------------------------------------------------------------
+
+
+def test_versions_that_are_missing_or_too_old_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    installed = {
+        "scikit-build-core": "0.11.5",
+        "pybind11": "3.0.1",
+        "cmake": "3.22.1",
+        "pytest": "9.0",
+        "setuptools": "77",
+    }
+    monkeypatch.setattr(wheels, "installed", installed.get)
+    build, tests = wheels.requirements()
+    assert [str(lack) for lack in wheels.lacking([*build, *tests])] == [
+        "scikit-build-core: found 0.11.5, needs >= 1.0",
+        "cmake: found 3.22.1, needs >= 3.24",
+        "ninja: not found, needs >= 1.11",
+        "hypothesis: not found, needs >= 6.100",
+    ]
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    why = wheels.install(wheels.lacking(tests), tmp_path, tmp_path / "tools")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert "hypothesis: not found, needs >= 6.100" in why
+    assert f"make wheelhouse WHEELHOUSE_PYTHON={python}" in why
+    assert f"python3 -m pip download --dest=wheelhouse --only-binary=:all: --python-version={python}" in why
+
+
+def test_bounds_are_those_of_the_project(tmp_path: Path) -> None:
+    text = (stand_in.ROOT / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(text.replace('"pybind11>=3.0"]', '"pybind11>=7.5"]'))
+    assert "pybind11>=7.5" in wheels.requirements(tmp_path / "pyproject.toml")[0]
+
+
+# --- the cache in one file --------------------------------------------------------------------------------------------
+
+
+def test_the_cache_fits_its_file_and_may_move(tmp_path: Path) -> None:
+    folder, archive, moved = tmp_path / "cache", tmp_path / "cache.tar.gz", tmp_path / "moved"
+    kernel = folder / "triton" / "KEY"
+    kernel.mkdir(parents=True)
+    (folder / "build").mkdir()
+    (folder / "build" / "module.so").write_bytes(os.urandom(1000))
+    files = {f"k.{kind}": str(kernel / f"k.{kind}") for kind in ("cubin", "json", "ttir")}
+    for path in files.values():
+        Path(path).write_bytes(os.urandom(1000))
+    (kernel / "__grp__k.json").write_text(json.dumps({"child_paths": files}))
+    (folder / "inductor").mkdir()
+    (folder / "inductor" / "large").write_bytes(os.urandom(20_000))
+    assert cache.pack(folder, archive, most=10_000) == ["1 files of inductor"]
+    assert archive.stat().st_size < 10_000
+    cache.unpack(archive, moved)
+    found = {str(path.relative_to(moved)) for path in moved.rglob("*") if path.is_file()}
+    assert found == {"build/module.so", "triton/KEY/k.cubin", "triton/KEY/k.json", "triton/KEY/__grp__k.json"}
+    group = json.loads((moved / "triton" / "KEY" / "__grp__k.json").read_text())["child_paths"]
+    assert group == {name: str(moved / "triton" / "KEY" / name) for name in ("k.cubin", "k.json")}

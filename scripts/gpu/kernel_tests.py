@@ -1,0 +1,204 @@
+"""Run the kernel tests on a GPU, in several processes, with a limit; what has passed is not run again.
+
+    python scripts/gpu/kernel_tests.py OUT.jsonl [--seconds 300] [--id TEXT] [--jobs 8] [--files FILE...]
+
+One flushed line per finished test ({"test", "outcome", "seconds", "text", "id"}), and each failure is printed at once.
+A test that ends its process or hangs is a line, and its process is replaced. Exit status: 0 all passed, 1 some failed,
+124 stopped at the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import wheels  # noqa: E402
+from processes import TIMED_OUT, end_on_sigterm, start, stop  # noqa: E402
+from records import Row, Tail, append  # noqa: E402
+
+ROOT = HERE.parents[1]
+KERNEL_TESTS = [
+    *("tests/test_relation_cuda.py", "tests/test_pixel_word_cuda.py", "tests/test_pixel_word_kernels.py"),
+    *("tests/test_softmax_kl.py", "tests/test_relation_triton.py", "tests/test_pixel_word_triton.py"),
+    *("tests/test_contract.py", "tests/test_contract_determinism.py", "tests/test_contract_errors.py"),
+    *("tests/test_contract_gradients.py", "tests/test_contract_memory.py", "tests/test_contract_random.py"),
+    *("tests/test_contract_torch.py", "tests/test_contract_values.py"),
+]
+"""The tests that launch kernels. None imports the trainer or the data sets, whose packages a GPU machine may lack."""
+
+MOST_RESTARTS = 30
+UNUSED = "backend is not in use"  # a skip that on a GPU is a failure: its kernels were not built, or do not load
+
+
+def pytest_command(files: list[str], select: str, *options: str) -> list[str]:
+    """Return the command that collects or runs the kernel tests."""
+    plugins = ["-p", "record_tests", "-p", "no:cacheprovider"]
+    return [sys.executable, "-P", "-m", "pytest", "-q", "-m", select, *plugins, *options, *files]
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of pytest's processes: this folder's plugin, and none that is installed by chance."""
+    path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), str(HERE)) if p)
+    return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass
+class Worker:
+    """One of pytest's processes."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+    at: str = ""  # the test that it runs, since when
+    since: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """The processes, and the results so far."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.tail = Tail(args.out)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.skips: collections.Counter[str] = collections.Counter()
+        self.finished: set[str] = set()
+        self.workers: list[Worker] = []
+        self.started = self.restarts = 0
+        self.broken = False  # pytest itself did not work
+
+    def start(self) -> None:
+        name = str(self.started)
+        self.started += 1
+        log = self.folder / f"log-{name}"
+        options = ["--record", str(self.args.out), "--record-id", self.args.id, "--claims", str(self.folder)]
+        command = pytest_command(self.args.files, self.args.select, *options, "--worker", name, "--tb=short")
+        with log.open("w") as file:
+            process = start(command, stdout=file, env=environment(), cwd=self.args.root)
+        self.workers.append(Worker(name, process, log))
+
+    def look(self) -> None:
+        """Count and print what has ended since the last look."""
+        for row in self.tail.rows():
+            self.counts[row["outcome"]] += 1
+            self.finished.add(row["test"])
+            text = row.get("text", "")
+            if row["outcome"] == "skipped":
+                self.skips[text] += 1
+            elif row["outcome"] != "passed":
+                print(f"{row['outcome']}: {row['test']} ({row['seconds']:.1f} s)\n{text}\n", flush=True)
+
+    def tend(self) -> None:
+        """Replace processes that have died, and end those that hang."""
+        for worker in list(self.workers):
+            running = self.folder / f"running-{worker.name}"
+            at = running.read_text() if running.exists() else ""
+            if at != worker.at:
+                worker.at, worker.since = at, time.monotonic()
+            status = worker.process.poll()
+            seconds = time.monotonic() - worker.since
+            if status is None and not (at and seconds > self.args.test_seconds):
+                continue
+            self.workers.remove(worker)
+            if status is None:
+                stop(worker.process, patience=1)
+                self.lost(worker, "hung", f"no end after {seconds:.0f} s", seconds)
+            elif status not in (0, 1, 5):  # 5: nothing was left to run
+                self.lost(worker, "crashed", f"its process ended with status {status}", seconds)
+
+    def lost(self, worker: Worker, outcome: str, why: str, seconds: float) -> None:
+        """Record the test that ended a process, release its other claims, and start another process."""
+        self.look()
+        tail = worker.log.read_text(errors="replace")[-3000:]
+        if worker.at and worker.at not in self.finished:
+            row: Row = {"test": worker.at, "outcome": outcome, "seconds": round(seconds, 3), "text": f"{why}\n{tail}"}
+            append(self.args.out, row | {"id": self.args.id})
+            self.look()
+        elif not worker.at:
+            self.broken = True
+            print(f"pytest: {why}\n{tail}", flush=True)
+            return
+        for claim in self.folder.glob("claim-*"):
+            try:
+                held = json.loads(claim.read_text())
+            except ValueError:  # being written
+                continue
+            if held["worker"] == worker.name and held["test"] not in self.finished:
+                claim.unlink()
+        self.restarts += 1
+        if self.restarts <= MOST_RESTARTS:
+            self.start()
+        else:
+            self.broken = True
+
+    def sizes(self) -> tuple[int, int]:
+        """Return how many tests were selected, and how many had passed before."""
+        found = [json.loads(path.read_text()) for path in self.folder.glob("selected-*")]
+        # A process that collects late finds what the others have run by then: the first one's numbers count.
+        return max((data["selected"] for data in found), default=0), min((data["before"] for data in found), default=0)
+
+
+def run(args: argparse.Namespace, folder: Path) -> int:
+    end = time.monotonic() + args.seconds
+    pool = Pool(args, folder)
+    try:
+        for _ in range(args.jobs):
+            pool.start()
+        shown = time.monotonic()
+        while pool.workers and time.monotonic() < end:
+            time.sleep(0.1)
+            pool.look()
+            pool.tend()
+            if time.monotonic() - shown > 15:
+                shown = time.monotonic()
+                print(f"{sum(pool.counts.values())} of {pool.sizes()[0]} tests", flush=True)
+    finally:
+        for worker in pool.workers:
+            stop(worker.process, patience=1)
+        pool.look()
+    selected, before = pool.sizes()
+    ran = sum(pool.counts.values())
+    for why, count in pool.skips.most_common(5):
+        print(f"skipped {count}: {why}")
+    words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(pool.counts.items())) or "none"
+    print(f"tests: {words}; {ran} of {selected} ran, {before} had passed before", flush=True)
+    failed = any(pool.counts[outcome] for outcome in ("failed", "error", "crashed", "hung"))
+    unused = any(UNUSED in why for why in pool.skips) or not (pool.counts["passed"] or before)
+    if pool.workers and (ran < selected or not selected):
+        print(f"stopped at the limit of {args.seconds:.0f} s: the next call goes on from here")
+        return TIMED_OUT
+    return 1 if failed or unused or pool.broken else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--files", nargs="+", default=KERNEL_TESTS, help="default: the kernel tests")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--test-seconds", type=float, default=120, help="the most that one test may take")
+    parser.add_argument("--id", default="", help="what is tested; what passed with the same is skipped")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--select", default="gpu", help="pytest's -m")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tests")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    if lacks := wheels.lacking(wheels.requirements()[1]):
+        print("packages that the tests lack:", *(f"  {lack}" for lack in lacks), sep="\n", flush=True)
+        if wheels.installed("pytest") is None:
+            return 1
+    end_on_sigterm()
+    with tempfile.TemporaryDirectory() as folder:
+        return run(args, Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""pytest plugin (``-p record_tests``): write a line per finished test at once, and share tests between processes.
+
+What has passed with the same sources is not run again. Every process collects all tests, in the same order, and claims
+the next free one. :mod:`kernel_tests` starts the processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import Row, append, digest, read, replace
+
+STICKY = 70
+"""The exit status of a process whose CUDA context is lost: every later test in it would fail."""
+
+SHARED = ("conftest.py", "tests/conftest.py", "tests/helpers")
+MOST_TEXT = 20_000
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("record_tests")
+    group.addoption("--record", type=Path, help="file for the lines; without it the plugin only selects")
+    group.addoption("--record-id", default="", help="what was tested: a line with another one is an older state's")
+    group.addoption("--claims", type=Path, help="folder that the processes share")
+    group.addoption("--worker", default="0", help="this process's name")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Recorder(config), "test-recorder")
+
+
+def stage(nodeid: str) -> int:
+    """Return when a test runs: kernels without JIT, Triton's, then the contract in the same order."""
+    return 2 * ("test_contract" in nodeid) + ("triton" in nodeid)
+
+
+def backend_of(item: pytest.Item) -> str | None:
+    """Return the backend that a test's place or setting names."""
+    for value in getattr(getattr(item, "callspec", None), "params", {}).values():
+        backend = getattr(getattr(value, "place", value), "backend", None)
+        if backend is not None:
+            return backend
+    return None
+
+
+class Recorder:
+    """Selects the tests, shares them with the other processes and records their outcomes."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.record: Path | None = config.getoption("record")
+        self.id: str = config.getoption("record_id")
+        self.claims: Path | None = config.getoption("claims")
+        self.worker: str = config.getoption("worker")
+        self.root = config.rootpath
+        self.reports: list[pytest.TestReport] = []
+
+    @functools.cache  # noqa: B019 - one recorder per process
+    def sources(self, file: str) -> str:
+        """Return the id of what a test file tests, and of the file and what it shares with others."""
+        return f"{self.id}-{digest(self.root, [*SHARED, file])}"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        rows = read(self.record) if self.record else []
+        passed = {(row["test"], row["id"]) for row in rows if row.get("outcome") == "passed"}
+        plain = [item for item in items if backend_of(item) == "reference"]
+        dropped = set(map(id, plain))
+        before = [i for i in items if id(i) not in dropped and (i.nodeid, self.sources(file_of(i.nodeid))) in passed]
+        dropped |= set(map(id, before))
+        if dropped:
+            config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
+        items[:] = sorted((item for item in items if id(item) not in dropped), key=lambda item: stage(item.nodeid))
+        if self.claims:
+            replace(self.claims / f"selected-{self.worker}", {"selected": len(items), "before": len(before)})
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and self.record and self.claim(report.nodeid):
+            self.write(report.nodeid, "error", 0.0, report.longreprtext)
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if self.claims is None or session.config.option.collectonly:
+            return None
+        mine = (item for item in session.items if self.claim(item.nodeid))
+        item = next(mine, None)
+        while item is not None:
+            following = next(mine, None)  # pytest tears down what the next test does not share
+            assert self.claims is not None
+            (self.claims / f"running-{self.worker}").write_text(item.nodeid)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item = following
+        (self.claims / f"running-{self.worker}").unlink(missing_ok=True)
+        return True
+
+    def claim(self, test: str) -> bool:
+        """Return whether a test is this process's: whoever makes the file first has it."""
+        if self.claims is None:
+            return True
+        try:
+            path = self.claims / f"claim-{hashlib.sha1(test.encode()).hexdigest()}"
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        os.write(handle, json.dumps({"worker": self.worker, "test": test}).encode())
+        os.close(handle)
+        return True
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[Any]:
+        result = yield
+        synchronize()  # an error of this test's kernels is this test's
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.reports.append(report)
+        if report.when != "teardown":
+            return
+        reports, self.reports = self.reports, []
+        worst = next((r for r in reports if r.failed), None) or next((r for r in reports if r.skipped), reports[-1])
+        text = "" if worst.passed else reason(worst)
+        self.write(report.nodeid, worst.outcome, sum(r.duration for r in reports), text)
+        if worst.failed:
+            try:
+                synchronize()
+            except RuntimeError:
+                sys.stdout.flush()
+                os._exit(STICKY)
+
+    def write(self, test: str, outcome: str, seconds: float, text: str) -> None:
+        if self.record is None:
+            return
+        row: Row = {"test": test, "outcome": outcome, "seconds": round(seconds, 3)}
+        row |= {"text": text[-MOST_TEXT:]} if text else {}
+        append(self.record, row | {"id": self.sources(file_of(test))})
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def reason(report: pytest.TestReport) -> str:
+    """Return why a test failed or was skipped, with what it printed."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    return report.longreprtext + "".join(f"\n---- {name}\n{text}" for name, text in report.sections if text.strip())
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

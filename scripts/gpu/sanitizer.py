@@ -1,0 +1,79 @@
+"""Run sanitize.py under each tool of compute-sanitizer; a tool that found nothing is not run again.
+
+    python scripts/gpu/sanitizer.py OUT.jsonl [--seconds 100] [--id TEXT]
+
+Writes a line per call that ended ({"tool", ...sanitize.py's own}) and one per tool ({"tool", "ok", "status", "text"}).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import processes  # noqa: E402
+from records import Tail, append, read  # noqa: E402
+
+TOOLS = ("memcheck", "racecheck")
+FOUND = 9  # the exit status that the tools are asked to end with if they find something
+LEAST = 5  # seconds with which a tool is not worth starting
+
+
+def watch(tool: str, args: argparse.Namespace, seconds: float, folder: Path) -> bool:
+    """Run one tool, copying the calls' lines as they come; return whether it ended and found nothing."""
+    calls = folder / f"{tool}.jsonl"
+    tail, lines = Tail(calls), []
+
+    def copy() -> None:
+        for row in tail.rows():
+            append(args.out, {"tool": tool, "run": args.id} | row)
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    options = ["--kernel-name", "kernel_substring=fastkd", "--error-exitcode", str(FOUND), "--target-processes", "all"]
+    command = ["compute-sanitizer", "--tool", tool, *options, sys.executable, str(HERE / "sanitize.py"), str(calls)]
+    # Without torch's caching allocator, so that an access beyond a tensor is one beyond an allocation.
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    status = processes.run(command, seconds, on_line=on_line, env=env, tick=copy)
+    words = "stopped at the limit" if status == processes.TIMED_OUT else f"exit {status}"
+    print(f"{tool}: {words}", flush=True)
+    text = "" if status == 0 else "\n".join(lines[-100:])
+    append(args.out, {"tool": tool, "run": args.id, "ok": status == 0, "status": status, "text": text})
+    return status == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--id", default="")
+    args = parser.parse_args()
+    if shutil.which("compute-sanitizer") is None:
+        print("compute-sanitizer is not installed (it comes with CUDA)")
+        return 1
+    end = time.monotonic() + args.seconds
+    clean = {r["tool"] for r in read(args.out) if r.get("status") == 0 and r.get("run") == args.id}
+    failed = False
+    processes.end_on_sigterm()
+    with tempfile.TemporaryDirectory() as folder:
+        todo = [tool for tool in TOOLS if tool not in clean]
+        for i, tool in enumerate(todo):
+            seconds = (end - time.monotonic()) / (len(todo) - i)
+            if seconds < LEAST:
+                print(f"{tool}: not run: no time was left")
+                failed = True
+            else:
+                failed |= not watch(tool, args, seconds, Path(folder))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
