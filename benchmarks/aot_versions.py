@@ -27,12 +27,17 @@ def environment(folder: Path, version: str) -> Path:
     if (folder / "complete").exists():
         return python
     venv.EnvBuilder(clear=True, symlinks=True).create(folder)
-    site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
+    install = (sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps")
+    subprocess.run((*install, f"triton=={version}"), check=True)  # before the parent's own Triton can be seen
     # Later on sys.path than the environment's own packages; addsitedir also follows the .pth files found there.
     parents = "".join(f"import site; site.addsitedir({path!r})\n" for path in sys.path if path.endswith("-packages"))
+    site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
     Path(site, "zz_parent.pth").write_text(parents, encoding="utf-8")
-    install = (sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps")
-    subprocess.run((*install, f"triton=={version}"), check=True)
+    found = subprocess.run(
+        (str(python), "-c", "import triton; print(triton.__version__)"), capture_output=True, text=True
+    )
+    if found.stdout.strip() != version:
+        raise RuntimeError(f"{folder}: expected Triton {version}, found {found.stdout.strip() or found.stderr}")
     (folder / "complete").touch()  # last: an installation that was interrupted is made again
     return python
 
