@@ -3,10 +3,10 @@
     python scripts/gpu/first_light.py OUT.jsonl [--id TEXT] [--seconds 120] [--jobs N] [--device cuda]
         [--families ...] [--backends ...] [--dtypes ...] [--sizes ...]
 
-Each check (first_light_checks.py) is a line of OUT.jsonl as soon as it has ended, with what went wrong if something did.
-Checks that the file has as ok under the same --id are skipped, failed ones run again: a run that was killed goes on
-where it was. Checks run in child processes, a check that crashes, hangs or leaves the GPU unusable does not keep the
-others from running. Needs torch, Triton, numpy and fastkd alone.
+Each check (first_light_checks.py) is a line of OUT.jsonl as soon as it has ended, with the error if it failed. Checks
+that the file has as ok under the same --id are skipped, failed ones run again: a run that was killed goes on where it
+was. Checks run in child processes: one that crashes, hangs or leaves the GPU unusable does not keep the others from
+running. Needs torch, Triton, numpy and fastkd alone.
 
 On a CPU (--device cpu) Triton's interpreter and the CUDA kernels built for the host stand in, for the small size.
 
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     import children
     import first_light_checks as first_light
+    import torch
 
     if options.device == "cpu" and "cuda" in options.backends:
         from emulation import emulated
@@ -54,10 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
             dtype = (check.dtype or "fp32") if check.backend == "triton" else ""
             groups.setdefault((check.backend, dtype, check.family), []).append(check)
 
+    def run(check: first_light.Check) -> rows.Row:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))  # for the oracle
+        return first_light.run(check, options.device)
+
     ended = failed = 0
     for check, result in children.run_all(
         list(groups.values()),
-        lambda check: first_light.run(check, options.device),
+        run,
         jobs=options.jobs,
         limit=options.check_seconds,
         deadline=begin + options.seconds,

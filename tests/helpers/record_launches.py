@@ -49,10 +49,10 @@ class Recording:
 @contextmanager
 def recorded(capability: int = 90) -> Iterator[Recording]:
     """Within it the Triton backend takes CPU tensors, as if they were on a chip of this compute capability."""
+    from fastkd.kernels import _common, pixel_word, relation
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from fastkd.kernels import _common, pixel_word, relation
     from fastkd.ops import _backends
 
     if _common.INTERPRETED:
@@ -65,9 +65,7 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
         self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: bool
     ) -> Any:
         functions.add(self)
-        recording.specialisations.append(
-            Specialisation(_name(self), self, signature, constants, options, attributes)
-        )
+        recording.specialisations.append(Specialisation(_name(self), self, signature, constants, options, attributes))
         kernel = self.device_caches[device][0][key] = object()
         return kernel
 
