@@ -74,7 +74,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def test_each_check_is_a_line(tmp_path: Path, built: Path) -> None:
-    said = first_light(tmp_path / "out.jsonl", built, "--dtypes", "bf16", "fp32", "--id", "one")
+    printed = first_light(tmp_path / "out.jsonl", built, "--dtypes", "bf16", "fp32", "--id", "one")
     found = read(tmp_path / "out.jsonl")
     assert {row["check"] for row in found} == {
         f"{family} {backend} {one}"
@@ -89,7 +89,7 @@ def test_each_check_is_a_line(tmp_path: Path, built: Path) -> None:
         if row["size"] == "small":
             assert 0 < row["error_vs_fp64"] <= row["allowed"] < 1e-2
             assert row["graph"] == "not captured: no GPU"
-    assert "18 checks, 18 passed, 0 failed, 0 had passed before, 0 not run" in said
+    assert "18 checks, 18 passed, 0 failed, 0 had passed before, 0 not run" in printed
 
 
 FAULTS = """
@@ -131,7 +131,7 @@ _relation_call._Native.forward = restless
 def test_a_fault_is_a_line_with_its_text_and_the_rest_goes_on(tmp_path: Path, built: Path) -> None:
     out = tmp_path / "out.jsonl"
     options = ("--dtypes", "bf16", "fp32", "--check-seconds", "4")
-    said = first_light(out, built, *options, plant=FAULTS, status=1)
+    printed = first_light(out, built, *options, plant=FAULTS, status=1)
     first = {row["check"]: row for row in read(out)}
     assert len(first) == 18
     failed = {name: row["error"] for name, row in first.items() if not row["ok"]}
@@ -150,14 +150,16 @@ def test_a_fault_is_a_line_with_its_text_and_the_rest_goes_on(tmp_path: Path, bu
     assert "pixel_word cuda fp32" in passes  # after the one that hung
     for name, text in texts.items():
         assert text in failed.pop(name)
-        assert f"FAILED {name}: " in said
+        assert f"FAILED {name}: " in printed
     failed.pop("softmax_kl triton self-test", None)  # its second sample holds what memory happened to hold
     assert not failed
     assert any("in hanging" in line for line in first["pixel_word cuda bf16 small"]["trace"])
     assert any("in crashing" in line for line in first["pixel_word triton bf16 small"]["trace"])
     assert any("in raising" in line for line in first["relation triton bf16 small"]["trace"])
 
-    said = first_light(out, built, "--dtypes", "bf16", "fp32")  # mended: what failed is run again, and nothing else
+    printed = first_light(
+        out, built, "--dtypes", "bf16", "fp32"
+    )  # without faults: what failed is run again, and nothing else
     again = read(out)[len(first) :]
     assert {row["check"] for row in again} == {name for name, row in first.items() if not row["ok"]}
     assert all(row["ok"] for row in again)
@@ -195,13 +197,12 @@ def test_a_killed_run_keeps_what_it_has_and_the_next_repeats_nothing(tmp_path: P
 
     with open(out, "ab") as file:  # as if it had been killed within a line
         file.write(b'{"check": "softmax_kl triton')
-    said = first_light(out, built, *ONE)
-    assert f"4 checks, {4 - len(kept)} passed, 0 failed, {len(kept)} had passed before" in said
+    printed = first_light(out, built, *ONE)
+    assert f"4 checks, {4 - len(kept)} passed, 0 failed, {len(kept)} had passed before" in printed
     lines = [line for line in out.read_text().splitlines() if line.endswith("}")]
     assert sorted(json.loads(line)["check"] for line in lines) == [
         f"softmax_kl triton {one}" for one in ("bf16 small", "fp16 small", "fp32 small", "self-test")
     ]
-    assert "4 had passed before, 0 not run" in first_light(out, built, *ONE)
     assert "4 passed, 0 failed, 0 had passed before" in first_light(out, built, *ONE, "--id", "another build")
 
 
@@ -216,10 +217,10 @@ def test_what_there_was_no_time_for_is_counted(tmp_path: Path, built: Path) -> N
     out = tmp_path / "out.jsonl"
     plant = SLOW.replace("0.4", "30")
     os.environ["PIDS"] = str(tmp_path / "pids")
-    said = first_light(out, built, *ONE, "--jobs", "1", "--seconds", "6", plant=plant, status=1)
+    printed = first_light(out, built, *ONE, "--jobs", "1", "--seconds", "6", plant=plant, status=1)
     (row,) = read(out)
     assert row["error"] == "stopped: the time for all checks was over"
-    assert "1 failed, 0 had passed before, 3 not run within 6 s" in said
+    assert "1 failed, 0 had passed before, 3 not run within 6 s" in printed
 
 
 # --- what Triton is asked to compile ----------------------------------------------------------------------------------
@@ -294,29 +295,38 @@ sys.exit(sanitize.main(sys.argv[1:]))
 """
 
 
-def test_the_cases_for_sanitizers_run(tmp_path: Path, built: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    names = finished(start(SANITIZE, "--list")).splitlines()
-    assert {name.split()[0] for name in names} == {"softmax_kl", "relation", "pixel_word"}
-    finished(start(SANITIZE, out, "--device", "cpu", **{READY: str(built)}))
-    assert [row["case"] for row in read(out)] == names
-    assert all(row["ok"] for row in read(out))
-    finished(start(SANITIZE, out, "--device", "cpu", "--only", "words", **{READY: str(built)}))
-    assert len(read(out)) == len(names)  # all had ended
-
-
-def test_an_error_is_a_line_and_the_last(tmp_path: Path, built: Path) -> None:
-    plant = "import sanitize\ndef broken(*_, **__): raise RuntimeError('planted')\n"
-    plant += "sanitize.CASES[1] = sanitize.CASES[1]._replace(function=broken)\n"
-    out = tmp_path / "out.jsonl"
-    finished(start(plant + SANITIZE, out, "--device", "cpu", **{READY: str(built)}), status=1)
-    assert [(row["ok"], row.get("error")) for row in read(out)] == [(True, None), (False, "RuntimeError: planted")]
-
-
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     monkeypatch.syspath_prepend(FOLDERS[0])
     return importlib.import_module("first_light_checks"), importlib.import_module("sanitize")
+
+
+def test_the_cases_for_sanitizers_run(
+    tmp_path: Path, built: Path, scripts: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, sanitize = tmp_path / "out.jsonl", scripts[1]
+    assert sanitize.main(["--list"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert {name.split()[0] for name in names} == {"softmax_kl", "relation", "pixel_word"}
+    finished(start(SANITIZE, out, "--device", "cpu", **{READY: str(built)}))
+    assert [row["case"] for row in read(out)] == names
+    assert all(row["ok"] for row in read(out))
+    assert sanitize.main([str(out), "--device", "cpu", "--only", "words"]) == 0
+    assert len(read(out)) == len(names)  # all had ended
+
+
+def test_an_error_is_a_line_and_the_last(
+    tmp_path: Path, built: Path, scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("planted")
+
+    sanitize = scripts[1]
+    good, bad, *rest = sanitize.CASES
+    monkeypatch.setattr(sanitize, "CASES", [good, bad._replace(function=broken), *rest])
+    out = tmp_path / "out.jsonl"
+    assert sanitize.main([str(out), "--device", "cpu"]) == 1
+    assert [(row["ok"], row.get("error")) for row in read(out)] == [(True, None), (False, "RuntimeError: planted")]
 
 
 def test_bands_and_large_tiles_are_what_they_are_called(scripts: tuple[Any, Any], built: Path) -> None:

@@ -23,11 +23,13 @@ Row = dict[str, Any]
 FORK = multiprocessing.get_context("fork")  # what this process has imported is imported; it must not use the GPU itself
 PR_SET_PDEATHSIG = 1
 LINES_OF_TRACE = 12
+JOIN_SECONDS = 5
+"""How long a killed process is waited for: one that the GPU's driver holds may never end."""
 
 
 @dataclass
 class _Child(Generic[T]):
-    """A process with its tasks, the first of which is the one that runs, once it has said so."""
+    """A process with its tasks; the first of them runs once the process has reported that it begins."""
 
     tasks: deque[T]
     process: Any = None
@@ -43,18 +45,21 @@ class _Child(Generic[T]):
         far.close()
 
     def kill(self) -> None:
-        """End it and what it has started, for example a compiler."""
+        """Kill it and what it has started, for example a compiler."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             self.process.kill()  # it has not yet made a group of its own
-        self.process.join()
+        self.process.join(JOIN_SECONDS)
         self.connection.close()
 
     def stuck_at(self) -> list[str]:
-        """Where it hangs: its Python frames, innermost first."""
-        os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(0.3)
+        """Return its Python frames, innermost first."""
+        try:
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(0.3)
+        except ProcessLookupError:  # it has just ended
+            pass
         return self.trace()
 
     def trace(self) -> list[str]:
@@ -113,14 +118,14 @@ def run_all(
 
 
 def _received(child: _Child[T]) -> Iterator[tuple[T, Row]]:
-    """What a child says; the generator's value is whether the process is over."""
+    """Handle a child's message; the generator's value is whether the process is over."""
     try:
         message = child.connection.recv()
     except (EOFError, ConnectionError):
-        child.process.join()
+        child.process.join(JOIN_SECONDS)
         if child.tasks:
             code = child.process.exitcode
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            how = f"signal {signal.Signals(-code).name}" if (code or 0) < 0 else f"exit status {code}"
             yield _failed(child, f"the process ended: {how}", child.trace())
             child.tasks.popleft()  # whether or not it had begun: a process that dies before must not be started forever
         return True
@@ -141,7 +146,7 @@ def _failed(child: _Child[T], error: str, trace: list[str]) -> tuple[T, Row]:
 def _work(
     tasks: list[T], run: Callable[[T], Row], broken: Callable[[], bool], connection: Connection, traces: Any
 ) -> None:
-    """The child's part: before a task None, after it the row and whether another process has to go on."""
+    """Run the tasks in the child; send None before each, then its row and whether another process must go on."""
     os.setsid()
     _die_with_the_parent()
     faulthandler.enable(traces, all_threads=False)
@@ -163,7 +168,7 @@ def _work(
 
 
 def described(error: Exception) -> Row:
-    """An exception as a row has it: type and message, and the last lines of its traceback."""
+    """Return an exception's part of a row: type and message, and the last lines of its traceback."""
     trace = "".join(traceback.format_tb(error.__traceback__)).splitlines()
     text = f"{type(error).__name__}: {error}".strip()
     return {"error": text[:4000], "trace": trace[-LINES_OF_TRACE:]}

@@ -55,13 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
             dtype = (check.dtype or "fp32") if check.backend == "triton" else ""
             groups.setdefault((check.backend, dtype, check.family), []).append(check)
 
+    def order(key: tuple[str, ...]) -> tuple[str, int]:  # every family and backend before the next dtype
+        return key[0], ("", "fp32", "bf16", "fp16").index(key[1])
+
     def run(check: first_light.Check) -> rows.Row:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))  # for the oracle
         return first_light.run(check, options.device)
 
     ended = failed = 0
     for check, result in children.run_all(
-        list(groups.values()),
+        [groups[key] for key in sorted(groups, key=order)],
         run,
         jobs=options.jobs,
         limit=options.check_seconds,
@@ -104,4 +107,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # without waiting for a process that the GPU's driver does not let go of

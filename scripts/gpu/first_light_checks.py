@@ -108,7 +108,7 @@ class Check:
 
     @contextmanager
     def environment(self, problem: Problem) -> Iterator[None]:
-        """Within it the workspace has the size that the regime wants."""
+        """Give the workspace the size that the regime wants."""
         setting = {}
         if REGIMES[self.family][self.size].bands:
             setting["FASTKD_WORKSPACE_MIB"] = least_workspace(problem, self.backend)
@@ -117,7 +117,7 @@ class Check:
 
 
 def least_workspace(problem: Problem, backend: str) -> str:
-    """The MiB that the error of a workspace that is too small names."""
+    """Return the MiB that the error of a workspace that is too small names."""
     with mock.patch.dict(os.environ, {"FASTKD_WORKSPACE_MIB": "0.0001"}):
         try:
             problem.loss(backend)
@@ -135,7 +135,7 @@ def checks(
     dtypes: Sequence[str] = tuple(DTYPES),
     sizes: Sequence[str] = SIZES,
 ) -> list[Check]:
-    """The checks, in the order in which one process would run them."""
+    """Return the checks, in the order in which one process would run them."""
     return [
         check
         for backend in backends
@@ -148,7 +148,7 @@ def checks(
 
 
 def run(check: Check, device: str) -> dict[str, Any]:
-    """What is to be written of a check: at least ``ok``, and ``error`` where it is false."""
+    """Run a check and return its row: at least "ok", and "error" where that is False."""
     with ExitStack() as stack:
         if device == "cpu":
             stack.enter_context(_stand_in(check.backend))
@@ -169,7 +169,11 @@ def _run(check: Check, problem: Problem, device: str) -> dict[str, Any]:
         got = problem.run(check.backend, weight)
     outputs = against_fp64(problem, check.backend, got, weight)
     worst = max(outputs, key=lambda x: x.error / x.allowed)
-    row: dict[str, Any] = {"worst": worst.name, "error_vs_fp64": _number(worst.error), "allowed": worst.allowed}
+    row: dict[str, Any] = {
+        "worst": worst.name,
+        "error_vs_fp64": _number(worst.error),
+        "allowed": _number(worst.allowed),
+    }
     wrong = [_mismatch(x, mine) for x, mine in zip(outputs, got, strict=True) if not x.error <= x.allowed]
     wrong += _differences("a second run", problem.run(check.backend, weight), got)
     if device == "cpu":
@@ -185,7 +189,7 @@ def _run(check: Check, problem: Problem, device: str) -> dict[str, Any]:
 
 
 def unusable(device: str) -> bool:
-    """Whether an error has left this process without a GPU, as an illegal access does."""
+    """Return whether an error has left this process without a GPU, as an illegal access does."""
     if device == "cpu":
         return False
     try:
@@ -197,7 +201,7 @@ def unusable(device: str) -> bool:
 
 
 def _replayed(problem: Problem, backend: str, weight: Tensor) -> list[Tensor]:
-    """Losses and gradients as a graph of forward and backward computes them, into memory that holds NaN."""
+    """Return losses and gradients of a CUDA graph of forward and backward, replayed into memory that holds NaN."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with poisoned(math.nan), torch.cuda.graph(graph):
@@ -210,14 +214,14 @@ def _replayed(problem: Problem, backend: str, weight: Tensor) -> list[Tensor]:
 
 
 def _mismatch(output: Output, got: Tensor) -> str:
-    """Where an output is furthest from what it ought to be."""
+    """Return the text of an output's largest error."""
     got = got.detach().cpu().double()
-    apart = (got - output.exact).abs().nan_to_num(math.inf)
-    index = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
-    many = int((apart > output.allowed).sum())
+    errors = (got - output.exact).abs().nan_to_num(math.inf)
+    index = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
+    many = int((errors > output.allowed).sum())
     return (
-        f"{output.name}: off by {output.error:.3g}, allowed {output.allowed:.3g}, in {many} of {apart.numel()} "
-        f"entries, most at {index} of {tuple(apart.shape)}: {got[index]:.9g} for {output.exact[index]:.9g}"
+        f"{output.name}: off by {output.error:.3g}, allowed {output.allowed:.3g}, in {many} of {errors.numel()} "
+        f"entries, most at {index} of {tuple(errors.shape)}: {got[index]:.9g} for {output.exact[index]:.9g}"
     )
 
 
@@ -234,14 +238,14 @@ def _number(x: float) -> float | None:
 
 
 def _indexed(device: str) -> torch.device:
-    """With the index that tensors made on ``device`` have."""
+    """Return ``device`` with the index that tensors made on it have."""
     found = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 @contextmanager
 def _stand_in(backend: str) -> Iterator[None]:
-    """On CPU tensors: the CUDA kernels built for the host, or Triton's interpreter."""
+    """Run kernels on CPU tensors: those of CUDA built for the host, or Triton's interpreter."""
     with ExitStack() as stack:
         stack.enter_context(threads(1))
         if backend == "cuda":

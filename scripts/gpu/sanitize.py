@@ -3,7 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --kernel-name kernel_substring=fastkd \\
         --error-exitcode 9 python -P scripts/gpu/sanitize.py OUT.jsonl
 
-and the same with ``--tool racecheck``. Without torch's cache each tensor is an allocation of its own, so an access
+and the same with ``--tool racecheck``. Without torch's cache each tensor is its own allocation, so an access
 beyond it is an error. Inputs are made on the CPU and copied; nothing is compared. Each case is a line of OUT.jsonl as
 soon as it has ended. Cases that the file has as ok under the same --id are skipped; what the tool has found is in its
 own output and exit status, so start with a new file once it has found something.
@@ -108,6 +108,7 @@ CASES = [
 
 
 def call(case: Case, device: str) -> dict[str, Any]:
+    """Run a case and return its row: at least "ok", and "error" where that is False."""
     generator = torch.Generator().manual_seed(0)
     own = len(case.shapes) // 2
     inputs = []

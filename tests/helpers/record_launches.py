@@ -42,13 +42,13 @@ class Recording:
     specialisations: list[Specialisation] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """How many specialisations there are of each kernel."""
+        """Return how many specialisations there are of each kernel."""
         return dict(sorted(Counter(one.kernel for one in self.specialisations).items()))
 
 
 @contextmanager
 def recorded(capability: int = 90) -> Iterator[Recording]:
-    """Within it the Triton backend takes CPU tensors, as if they were on a chip of this compute capability."""
+    """Record, with CPU tensors in place of those on a chip of this compute capability, in Triton's backend alone."""
     from fastkd.kernels import _common, pixel_word, relation
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
