@@ -93,7 +93,7 @@ def test_each_check_is_a_line(tmp_path: Path, built: Path) -> None:
 
 
 FAULTS = """
-import torch
+import first_light_checks, torch
 from fastkd.kernels import relation, softmax_kl
 from fastkd.ops import _pixel_word_call, _pixel_word_triton, _relation_call
 
@@ -120,6 +120,13 @@ def restless(self, student, teacher, loss, *args, honest=_relation_call._Native.
     if calls.count(student.dtype) == 2 and student.dtype == torch.bfloat16:
         loss[0, 0] = torch.nextafter(loss[0, 0], torch.tensor(9.0))
 
+def noted(check, device, honest=first_light_checks.run):
+    with open(os.environ["PIDS"], "a") as file:
+        file.write(f"{check.name}: {os.getpid()}\\n")
+    return honest(check, device)
+
+first_light_checks.run = noted
+first_light_checks.unusable = lambda device: True  # as after an illegal access
 softmax_kl.backward = unwritten
 relation.forward = raising
 _pixel_word_call.forward = hanging
@@ -128,9 +135,12 @@ _relation_call._Native.forward = restless
 """
 
 
-def test_a_fault_is_a_line_with_its_text_and_the_rest_goes_on(tmp_path: Path, built: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    options = ("--dtypes", "bf16", "fp32", "--check-seconds", "4")
+def test_a_fault_is_a_line_with_its_text_and_the_rest_goes_on(
+    tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, pids = tmp_path / "out.jsonl", tmp_path / "pids"
+    monkeypatch.setenv("PIDS", str(pids))
+    options = ("--dtypes", "bf16", "fp32", "--check-seconds", "10")
     printed = first_light(out, built, *options, plant=FAULTS, status=1)
     first = {row["check"]: row for row in read(out)}
     assert len(first) == 18
@@ -142,7 +152,7 @@ def test_a_fault_is_a_line_with_its_text_and_the_rest_goes_on(tmp_path: Path, bu
         "relation triton bf16 small": "RuntimeError: planted fault",
         "relation triton fp32 small": "RuntimeError: planted fault",
         "relation triton self-test": "its self-test failed on cpu: RuntimeError: planted fault",
-        "pixel_word cuda bf16 small": "hung: killed after 4 s",
+        "pixel_word cuda bf16 small": "hung: killed after 10 s",
         "pixel_word triton bf16 small": "the process ended: signal SIGSEGV",
         "relation cuda bf16 small": bits,
     }
@@ -157,9 +167,11 @@ def test_a_fault_is_a_line_with_its_text_and_the_rest_goes_on(tmp_path: Path, bu
     assert any("in crashing" in line for line in first["pixel_word triton bf16 small"]["trace"])
     assert any("in raising" in line for line in first["relation triton bf16 small"]["trace"])
 
-    printed = first_light(
-        out, built, "--dtypes", "bf16", "fp32"
-    )  # without faults: what failed is run again, and nothing else
+    process = dict(line.split(": ") for line in pids.read_text().splitlines())
+    assert process["relation triton fp32 small"] != process["relation triton self-test"]  # which left it unusable
+    assert process["softmax_kl cuda fp32 small"] == process["softmax_kl cuda self-test"]
+
+    first_light(out, built, "--dtypes", "bf16", "fp32")  # without faults: what failed is run again, and nothing else
     again = read(out)[len(first) :]
     assert {row["check"] for row in again} == {name for name, row in first.items() if not row["ok"]}
     assert all(row["ok"] for row in again)
@@ -171,7 +183,7 @@ honest = first_light_checks.run
 def slow(check, device):
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{os.getpid()}\\n")
-    time.sleep(0.4)
+    time.sleep(1.0)
     return honest(check, device)
 first_light_checks.run = slow
 """
@@ -213,10 +225,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_what_there_was_no_time_for_is_counted(tmp_path: Path, built: Path) -> None:
+def test_what_there_was_no_time_for_is_counted(tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.jsonl"
-    plant = SLOW.replace("0.4", "30")
-    os.environ["PIDS"] = str(tmp_path / "pids")
+    plant = SLOW.replace("1.0", "30")
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
     printed = first_light(out, built, *ONE, "--jobs", "1", "--seconds", "6", plant=plant, status=1)
     (row,) = read(out)
     assert row["error"] == "stopped: the time for all checks was over"
