@@ -22,46 +22,17 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import BASIC, CASES, DTYPES, Problem
-from contract_tools import Recorder, arithmetic, error, needs, rounding, roundings
+from contract_errors import against_fp64
+from contract_tools import Recorder, needs
 
 from fastkd.ops import _backends
 
 
 def check_errors(problem: Problem, backend: str) -> None:
     """Point 9, on the losses of the rows and on the gradients of their weighted sum."""
-    dtype = problem.args[0].dtype
     weight = problem.weight()
-    got, exact = problem.run(backend, weight), problem.exact(weight)
-    assert [x.dtype for x in got] == [arithmetic(dtype)] + [dtype] * problem.students
-    assert [x.shape for x in got[1:]] == [x.shape for x in problem.args[: problem.students]]
-    errors = [error(a, b) for a, b in zip(got, exact, strict=True)]
-    stored = [1.01 * rounding(b, a.dtype) for a, b in zip(got, exact, strict=True)]
-    noise = fp32_noise(problem, weight)
-    # The hard ceiling. fp16 and bf16 inputs too are computed in fp32, so theirs is fp32's, and the gradient's rounding
-    # with that of what it is made from.
-    ceilings = [stored[0]] + [roundings(problem.case.family, backend, dtype) * one for one in stored[1:]]
-    smaller = torch.finfo(arithmetic(dtype)).eps / torch.finfo(torch.float32).eps
-    # In fp64 a log-sum-exp is one number, in fp32 it is kept in more digits: the exponential of a large one shows it.
-    saturated = 4 * problem.condition() * rounding(problem.slope(), dtype) if dtype == torch.float64 else 0.0
-    for mine, storing, one in zip(errors, ceilings, noise, strict=True):
-        assert mine <= storing + 8 * smaller * one + saturated
-    if dtype == torch.float64:
-        return  # there the plain formula is the oracle
-    # An entry or two can make the plain formula exact by luck, hence the noise.
-    plain = [error(a, b) for a, b in zip(problem.plain(weight), exact, strict=True)]
-    for mine, storing, one, users in zip(errors, stored, noise, plain, strict=True):
-        assert mine <= 2 * users + storing + 2 * one
-
-
-def fp32_noise(problem: Problem, weight: torch.Tensor) -> list[float]:
-    """How far fp32 arithmetic may be expected to be from the losses and gradients: the plain formula's error in it."""
-    problem = problem.mapped(lambda x: x.float())
-    exact, plain = problem.exact(weight), problem.plain(weight)
-    largest = max(1e-6, *(b.abs().max().item() for b in exact[1:]))  # where one gradient is 0, what cancels is not
-    sizes = [problem.magnitude()] + [problem.condition() * largest] * problem.students
-    noise = [error(a, b) for a, b in zip(plain, exact, strict=True)]
-    assert all(one <= 1e-4 * size + 1e-6 for one, size in zip(noise, sizes, strict=True))  # a case that means something
-    return [max(one, rounding(size, torch.float32)) for one, size in zip(noise, sizes, strict=True)]
+    for output in against_fp64(problem, backend, problem.run(backend, weight), weight):
+        assert output.error <= output.allowed, output[:3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

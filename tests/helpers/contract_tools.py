@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def needs(setting: Any, dtype: torch.dtype) -> None:
     """Skips what a backend without ``dtype`` cannot be asked; that it says so is in ``test_contract_errors.py``."""
     if not setting.takes(dtype):
+        import pytest  # scripts/gpu uses this file where pytest is not installed
+
         pytest.skip(f"the {setting.place.backend} backend of {setting.case.family} has no {dtype}")
 
 
@@ -95,20 +97,25 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def poisoned(value: float) -> Iterator[None]:
-    """Memory that torch hands out uninitialised holds ``value``, in every floating dtype, as far as it fits."""
+    """Memory that torch hands out uninitialised holds ``value``, in every floating dtype, as far as it fits.
+
+    Bytes, which are workspaces, are all ones: NaN, whatever a kernel takes them for.
+    """
 
     def filled(make: Any) -> Any:
         def poison(*args: Any, **kwargs: Any) -> Any:
             x = make(*args, **kwargs)
             if x.is_floating_point() and x.device.type != "meta":
                 x.fill_(value if value != value else min(value, torch.finfo(x.dtype).max))
+            elif x.dtype == torch.uint8 and x.device.type != "meta":
+                x.fill_(255)
             return x
 
         return poison
 
-    with pytest.MonkeyPatch.context() as patch:
+    with ExitStack() as stack:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")):
-            patch.setattr(owner, name, filled(getattr(owner, name)))
+            stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
         yield
 
 
@@ -133,7 +140,6 @@ def quick_interpreter(checks_overflow: bool = False) -> Iterator[None]:
             return as_it_is(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(function, "__call__", call)
-        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=checks_overflow))
+    options = replace(builder.options, sanitize_overflow=checks_overflow)
+    with mock.patch.object(function, "__call__", call), mock.patch.object(builder, "options", options):
         yield

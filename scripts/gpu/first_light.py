@@ -1,0 +1,112 @@
+"""First light: whether every family runs right on every backend of this GPU, in two minutes.
+
+    python scripts/gpu/first_light.py OUT.jsonl [--id TEXT] [--seconds 120] [--jobs N] [--device cuda]
+        [--families ...] [--backends ...] [--dtypes ...] [--sizes ...]
+
+Each check (first_light_checks.py) is a line of OUT.jsonl as soon as it has ended, with the error if it failed. Checks
+that the file has as ok under the same --id are skipped, failed ones run again: a run that was killed goes on where it
+was. Checks run in child processes: one that crashes, hangs or leaves the GPU unusable does not keep the others from
+running. Needs torch, Triton, numpy and fastkd alone.
+
+On a CPU (--device cpu) Triton's interpreter and the CUDA kernels built for the host stand in, for the small size.
+
+Exit status: 0 all checks passed, 1 some failed or there was no time for them, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # a safe path (python -P) has neither
+
+import rows  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    begin = time.monotonic()
+    options = parse(arguments)
+    if options.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    import children
+    import first_light_checks as first_light
+    import torch
+
+    if options.device == "cpu" and "cuda" in options.backends:
+        from emulation import emulated
+
+        try:
+            with emulated():  # built once for all children
+                pass
+        except RuntimeError as error:
+            print(f"first light: {error}", file=sys.stderr)
+            return 2
+    wanted = first_light.checks(options.families, options.backends, options.dtypes, options.sizes)
+    names = [check.name for check in wanted]
+    passed = {row.get("check") for row in rows.read(options.out) if row.get("ok") and row.get("id") == options.id}
+    groups: dict[tuple[str, ...], list[first_light.Check]] = {}
+    for check in wanted:
+        if check.name not in passed:
+            # Triton compiles in each process: one for each dtype. The self-test shares kernels with fp32.
+            dtype = (check.dtype or "fp32") if check.backend == "triton" else ""
+            groups.setdefault((check.backend, dtype, check.family), []).append(check)
+
+    def order(key: tuple[str, ...]) -> tuple[str, int]:  # every family and backend before the next dtype
+        return key[0], ("", "fp32", "bf16", "fp16").index(key[1])
+
+    def run(check: first_light.Check) -> rows.Row:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))  # for the oracle
+        return first_light.run(check, options.device)
+
+    ended = failed = 0
+    for check, result in children.run_all(
+        [groups[key] for key in sorted(groups, key=order)],
+        run,
+        jobs=options.jobs,
+        limit=options.check_seconds,
+        deadline=begin + options.seconds,
+        broken=lambda: first_light.unusable(options.device),
+    ):
+        ended += 1
+        about = {"check": check.name, "family": check.family, "backend": check.backend, "dtype": check.dtype}
+        row = about | {"size": check.size or "self-test"} | result | {"id": options.id}
+        rows.append(options.out, row)
+        if not row["ok"]:
+            failed += 1
+            print(f"FAILED {check.name}: {row['error'].splitlines()[0]}", flush=True)
+    skipped = sum(name in passed for name in names)
+    missing = len(names) - skipped - ended
+    print(
+        f"first light: {len(names)} checks, {ended - failed} passed, {failed} failed, {skipped} had passed before, "
+        f"{missing} not run within {options.seconds:g} s; {time.monotonic() - begin:.0f} s",
+        flush=True,
+    )
+    return 1 if failed or missing else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT.jsonl")
+    parser.add_argument("--id", default="", help="what was built, for example a commit: rows of another are not reused")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for all checks together")
+    parser.add_argument("--check-seconds", type=float, default=60.0, help="for one check, compilation included")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes at a time")
+    parser.add_argument("--device", default="cuda")
+    families, backends = ["softmax_kl", "relation", "pixel_word"], ["cuda", "triton"]
+    dtypes, sizes = ["bf16", "fp16", "fp32"], ["small", "odd width", "maps", "bands", "128-tile"]
+    for name, choices in (("families", families), ("backends", backends), ("dtypes", dtypes), ("sizes", sizes)):
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices)
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and options.sizes == sizes:
+        options.sizes = ["small"]
+    return options
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # without waiting for a process that the GPU's driver does not let go of

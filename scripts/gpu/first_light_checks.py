@@ -1,0 +1,257 @@
+"""What first light checks: every family on every backend of a GPU, in every dtype, at one size of each regime.
+
+A check runs a loss forward and backward on poisoned memory, compares with fp64, runs it once more, and once inside a
+CUDA graph. Losses, oracle and allowances are the contract suite's (tests/helpers). Sizes share what Triton has to
+compile: "small" and "odd width" are one layout in one block; the others are maps in large blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from contract_cases import BASIC, Case, Problem, Shapes, Size
+from contract_errors import Output, against_fp64
+from contract_tools import assert_same, poisoned, quick_interpreter, threads
+from torch import Tensor
+
+from fastkd import losses
+from fastkd.ops import _backends
+
+BACKENDS = ("cuda", "triton")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = ("small", "odd width", "maps", "bands", "128-tile")
+"""The cheapest first."""
+
+
+class Regime(NamedTuple):
+    """Inputs that send a call one way through its kernels."""
+
+    case: Case
+    size: Size
+    bands: bool = False  # the least workspace: a launch takes some of a problem's rows
+    channels_last: bool = False  # how maps lie in memory
+
+
+def _case(family: str, loss: Any, shapes: Shapes | None = None) -> Case:
+    """The family's basic case, with another loss or other inputs."""
+    return replace(BASIC[family], loss=loss, shapes=shapes or BASIC[family].shapes)
+
+
+def _pixels_as_maps(b: int, h: int, w: int, t: int, d_s: int, d_t: int) -> list[tuple[int, ...]]:
+    return [(b, d_s, h, w), (b, t, d_s), (b, d_t, h, w), (b, t, d_t)]
+
+
+def _maps_of_two_widths(b: int, c_s: int, c_t: int, h: int, w: int) -> list[tuple[int, ...]]:
+    return [(b, c_s, h, w), (b, c_t, h, w)]
+
+
+_CHANNELS = _case("relation", losses.channel_kd)
+_PIXELS = _case("relation", losses.pixel_relation_kd, _maps_of_two_widths)
+_WORDS = _case("pixel_word", losses.cross_modal_kd)
+_WORDS_OF_MAPS = _case("pixel_word", losses.cross_modal_kd, _pixels_as_maps)
+_ROWS = _case("softmax_kl", losses.channel_distribution_kd)
+
+REGIMES: dict[str, dict[str, Regime]] = {
+    "softmax_kl": {
+        "small": Regime(_ROWS, (2, 3, 4, 5)),
+        "odd width": Regime(_ROWS, (2, 37, 7, 7)),
+        "maps": Regime(_case("softmax_kl", losses.logit_kd), (2, 19, 12, 10), channels_last=True),
+        "bands": Regime(_ROWS, (2, 3, 131, 201)),  # rows of 26331 are shared by 6 programs
+        "128-tile": Regime(_ROWS, (3, 200, 51, 61)),  # long rows, a program or a block of threads to each
+    },
+    # From 264 tiles of 128 × 128 on the kernels take such. 88 times 240 rows have 264 of them, 18 times 624 have 270,
+    # 3880 have 496. With so many rows the sums of a forward are more than a row block of a backward: bands in both.
+    "relation": {
+        "small": Regime(_CHANNELS, (2, 5, 3, 3, 3, 3)),
+        "odd width": Regime(_CHANNELS, (2, 71, 5, 7, 3, 5)),
+        "maps": Regime(_PIXELS, (18, 32, 48, 24, 26)),
+        "bands": Regime(_PIXELS, (1, 32, 32, 40, 97), bands=True),
+        "128-tile": Regime(_PIXELS, (88, 32, 32, 15, 16)),
+    },
+    "pixel_word": {
+        "small": Regime(_WORDS, (2, 37, 5, 3, 7)),
+        "odd width": Regime(_WORDS, (3, 131, 15, 33, 7)),
+        "maps": Regime(_WORDS_OF_MAPS, (2, 18, 22, 72, 40, 24)),
+        "bands": Regime(_WORDS, (2, 4101, 13, 9, 9)),  # pixels are shared by 64 programs, some to each
+        "128-tile": Regime(_WORDS_OF_MAPS, (2, 30, 30, 128, 40, 40)),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One loss at one size, in one dtype, on one backend; without a size, the backend's own self-test."""
+
+    family: str
+    backend: str
+    dtype: str = ""
+    size: str = ""
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.family, self.backend, *([self.dtype, self.size] if self.size else ["self-test"])])
+
+    def problem(self, device: str) -> Problem:
+        regime = REGIMES[self.family][self.size]
+        problem = regime.case.problem_of(regime.size, dtype=DTYPES[self.dtype], device=device)
+        if regime.channels_last:
+            problem = problem.mapped(lambda x: x.contiguous(memory_format=torch.channels_last))
+        return problem
+
+    @contextmanager
+    def environment(self, problem: Problem) -> Iterator[None]:
+        """Give the workspace the size that the regime wants."""
+        setting = {}
+        if REGIMES[self.family][self.size].bands:
+            setting["FASTKD_WORKSPACE_MIB"] = least_workspace(problem, self.backend)
+        with mock.patch.dict(os.environ, setting):
+            yield
+
+
+def least_workspace(problem: Problem, backend: str) -> str:
+    """Return the MiB that the error of a workspace that is too small names."""
+    with mock.patch.dict(os.environ, {"FASTKD_WORKSPACE_MIB": "0.0001"}):
+        try:
+            problem.loss(backend)
+        except ValueError as error:
+            found = re.search(r"set it to at least ([\d.]+\d)", str(error))
+            if found:
+                return found[1]
+            raise
+    raise AssertionError("a workspace of 0.0001 MiB was enough")
+
+
+def checks(
+    families: Sequence[str] = tuple(REGIMES),
+    backends: Sequence[str] = BACKENDS,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    sizes: Sequence[str] = SIZES,
+) -> list[Check]:
+    """Return the checks, in the order in which one process would run them."""
+    return [
+        check
+        for backend in backends
+        for family in families
+        for check in (
+            Check(family, backend),
+            *(Check(family, backend, dtype, size) for size in SIZES if size in sizes for dtype in dtypes),
+        )
+    ]
+
+
+def run(check: Check, device: str) -> dict[str, Any]:
+    """Run a check and return its row: at least "ok", and "error" where that is False."""
+    with ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(_stand_in(check.backend))
+        if not check.size:
+            reason = _backends._misplaced(check.backend, torch.device(device).type)
+            reason = reason or _backends.why_not(check.backend, check.family, _indexed(device))
+            return {"ok": reason is None} | ({} if reason is None else {"error": reason})
+        # One kernel that is wrong must not hide which others are.
+        _backends._reasons[(check.backend, check.family, str(_indexed(device)))] = None
+        problem = check.problem(device)
+        stack.enter_context(check.environment(problem))
+        return _run(check, problem, device)
+
+
+def _run(check: Check, problem: Problem, device: str) -> dict[str, Any]:
+    weight = problem.weight()
+    with poisoned(math.nan):
+        got = problem.run(check.backend, weight)
+    outputs = against_fp64(problem, check.backend, got, weight)
+    worst = max(outputs, key=lambda x: x.error / x.allowed)
+    row: dict[str, Any] = {
+        "worst": worst.name,
+        "error_vs_fp64": _number(worst.error),
+        "allowed": _number(worst.allowed),
+    }
+    wrong = [_mismatch(x, mine) for x, mine in zip(outputs, got, strict=True) if not x.error <= x.allowed]
+    wrong += _differences("a second run", problem.run(check.backend, weight), got)
+    if device == "cpu":
+        row["graph"] = "not captured: no GPU"
+    else:
+        try:
+            wrong += _differences("the replay of a CUDA graph", _replayed(problem, check.backend, weight), got)
+            row["graph"] = "captured"
+        except Exception as error:
+            wrong.append(f"in a CUDA graph: {type(error).__name__}: {error}")
+            row["graph"] = "failed"
+    return row | {"ok": not wrong} | ({"error": "; ".join(wrong)} if wrong else {})
+
+
+def unusable(device: str) -> bool:
+    """Return whether an error has left this process without a GPU, as an illegal access does."""
+    if device == "cpu":
+        return False
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def _replayed(problem: Problem, backend: str, weight: Tensor) -> list[Tensor]:
+    """Return losses and gradients of a CUDA graph of forward and backward, replayed into memory that holds NaN."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with poisoned(math.nan), torch.cuda.graph(graph):
+        got = problem.run(backend, weight)
+    for x in got:
+        x.fill_(math.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    return got
+
+
+def _mismatch(output: Output, got: Tensor) -> str:
+    """Return the text of an output's largest error."""
+    got = got.detach().cpu().double()
+    errors = (got - output.exact).abs().nan_to_num(math.inf)
+    index = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
+    many = int((errors > output.allowed).sum())
+    return (
+        f"{output.name}: off by {output.error:.3g}, allowed {output.allowed:.3g}, in {many} of {errors.numel()} "
+        f"entries, most at {index} of {tuple(errors.shape)}: {got[index]:.9g} for {output.exact[index]:.9g}"
+    )
+
+
+def _differences(what: str, got: Sequence[Tensor], want: Sequence[Tensor]) -> list[str]:
+    try:
+        assert_same(list(got), list(want))
+    except AssertionError as error:
+        return [f"{what} gave other bits: {' '.join(str(error).split())}"]
+    return []
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def _indexed(device: str) -> torch.device:
+    """Return ``device`` with the index that tensors made on it have."""
+    found = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
+
+
+@contextmanager
+def _stand_in(backend: str) -> Iterator[None]:
+    """Run kernels on CPU tensors: those of CUDA built for the host, or Triton's interpreter."""
+    with ExitStack() as stack:
+        stack.enter_context(threads(1))
+        if backend == "cuda":
+            from emulation import emulated
+
+            stack.enter_context(emulated())
+        else:
+            stack.enter_context(quick_interpreter())
+        yield

@@ -1,0 +1,184 @@
+"""The calls of the CUDA kernels that compute-sanitizer watches, forward and backward, without a test runner.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --kernel-name kernel_substring=fastkd \\
+        --error-exitcode 9 python -P scripts/gpu/sanitize.py OUT.jsonl
+
+and the same with ``--tool racecheck``. Without torch's cache each tensor is its own allocation, so an access
+beyond it is an error. Inputs are made on the CPU and copied; nothing is compared. Each case is a line of OUT.jsonl as
+soon as it has ended. Cases that the file has as ok under the same --id are skipped; what the tool has found is in its
+own output and exit status, so start with a new file once it has found something.
+
+    sanitize.py OUT.jsonl [--id TEXT] [--only SUBSTRING] [--seconds N] [--device cuda]
+    sanitize.py --list
+
+Exit status: 0 all cases ended, 1 one failed or there was no time for all, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # a safe path (python -P) has neither
+
+import rows  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from fastkd.ops import _backends  # noqa: E402
+from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits  # noqa: E402
+from fastkd.ops.relation import relation  # noqa: E402
+from fastkd.ops.softmax_kl import softmax_kl  # noqa: E402
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Case(NamedTuple):
+    """One call: the student's inputs, as many of the teacher's, and options."""
+
+    name: str
+    function: Callable[..., Any]
+    shapes: Sequence[tuple[int, ...]]
+    dtype: torch.dtype
+    options: dict[str, Any]
+    maps: bool = False  # (B, K, R) in memory
+    masked: bool = False
+    workspace_mib: float | None = None
+
+    @property
+    def family(self) -> str:
+        return self.name.split()[0]
+
+
+def _rows(name: str, dtype: torch.dtype, *shape: int) -> Case:
+    return Case(f"softmax_kl {name}", softmax_kl, [shape] * 2, dtype, {"temperature": 2.0})
+
+
+def _relation(
+    name: str, dtype: torch.dtype, batch: int, count: int, *widths: int, maps: bool = False,
+    workspace_mib: float | None = None, **options: Any,
+) -> Case:  # fmt: skip
+    shapes = [(batch, count, widths[0]), (batch, count, widths[-1])]
+    return Case(f"relation {name}", relation, shapes, dtype, options, maps=maps, workspace_mib=workspace_mib)
+
+
+def _words(
+    name: str, dtype: torch.dtype, b: int, n: int, t: int, *widths: int, maps: bool = False, masked: bool = False,
+    **options: Any,
+) -> Case:  # fmt: skip
+    shapes = [shape for d in (widths[0], widths[-1]) for shape in ((b, n, d), (b, t, d))]
+    return Case(f"pixel_word {name}", pixel_word, shapes, dtype, options, maps=maps, masked=masked)
+
+
+CASES = [
+    _rows("bf16 short rows of odd width", BF16, 2, 37, 49),
+    _rows("bf16 long rows", BF16, 2, 5, 8193),
+    _rows("fp16 long rows of odd width", FP16, 3, 7, 2085),
+    _rows("fp32 rows of odd width", FP32, 2, 11, 417),
+    _relation("fp32 tiles of 64 x 64", FP32, 2, 150, 24),
+    _relation("fp32 kept tiles", FP32, 2, 100, 40, keep=True),
+    _relation("fp32 bands of the backward", FP32, 1, 700, 24, workspace_mib=1.0),
+    _relation("fp32 across samples", FP32, 3, 71, 35, cross=True),
+    _relation("fp32 maxima", FP32, 2, 71, 35, temperature=0.03),
+    _relation("bf16 odd width", BF16, 2, 71, 35, distance="row_cosine"),
+    _relation("fp16 odd width", FP16, 2, 71, 35, 21, distance="mse", similarity="dot"),
+    _relation("bf16 bands of both", BF16, 1, 1400, 24, workspace_mib=0.3),
+    _relation("fp16 bands of the backward, maps", FP16, 1, 700, 24, maps=True, workspace_mib=0.75),
+    # 88 times three tiles are 264, from which on they have 128 rows and columns.
+    _relation("bf16 tiles of 128 x 128", BF16, 88, 150, 16),
+    _relation("bf16 kept tiles of 128 x 128, maps", BF16, 264, 72, 16, 24, maps=True, keep=True),
+    _relation("fp16 tiles of 128 x 128", FP16, 264, 72, 16, distance="mse"),
+    _words("bf16 20 words", BF16, 2, 225, 20, 64),
+    _words("bf16 70 words", BF16, 2, 131, 70, 40),
+    _words("bf16 128 words of maps", BF16, 2, 196, 128, 32, 48, maps=True),
+    _words("fp16 40 words, odd width", FP16, 3, 131, 40, 33, 7),
+    _words("fp32 40 words", FP32, 2, 131, 40, 24),
+    _words("fp32 cosine of maps, masked", FP32, 2, 131, 13, 9, maps=True, masked=True, similarity="cosine"),
+    _words("bf16 many pixels", BF16, 1, 20011, 20, 16),
+    Case("pixel_word fp16 logits of 100 words", pixel_word_from_logits, [(2, 131, 100)] * 2, FP16, {}),
+]
+
+
+def call(case: Case, device: str) -> dict[str, Any]:
+    """Run a case and return its row: at least "ok", and "error" where that is False."""
+    generator = torch.Generator().manual_seed(0)
+    own = len(case.shapes) // 2
+    inputs = []
+    for i, (b, n, d) in enumerate(case.shapes):
+        maps = case.maps and (case.family == "relation" or i % 2 == 0)  # words are rows
+        drawn = torch.randn((b, d, n) if maps else (b, n, d), generator=generator).to(case.dtype).to(device)
+        inputs.append((drawn.mT if maps else drawn).requires_grad_(i < own))
+    masks = {}
+    if case.masked:
+        (b, n, _), (_, t, _) = case.shapes[:2]
+        words, pixels = (torch.arange(b * k).reshape(b, k) % 4 != 0 for k in (t, n))
+        words, pixels = words.to(device), pixels.to(device)
+        masks = {"student_word_mask": words, "teacher_word_mask": words, "pixel_mask": pixels}
+    limit = {} if case.workspace_mib is None else {"FASTKD_WORKSPACE_MIB": str(case.workspace_mib)}
+    with mock.patch.dict(os.environ, limit):
+        losses = case.function(*inputs, **case.options, **masks, backend="cuda")
+        losses = list(losses.values()) if isinstance(losses, dict) else [losses]
+        weights = [(torch.rand(x.shape, generator=generator) + 0.25).to(device) for x in losses]
+        results: list[Tensor] = [*losses, *torch.autograd.grad(losses, inputs[:own], weights)]
+    wrong = [i for i, x in enumerate(results) if not x.detach().cpu().isfinite().all()]  # waits for the kernels
+    return {"ok": not wrong} | ({"error": f"not finite: results {wrong}"} if wrong else {})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    begin = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT.jsonl")
+    parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the names of the cases to be run")
+    parser.add_argument("--id", default="", help="what was built, for example a commit: rows of another are not reused")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case is begun after so many")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if options.only in case.name]
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    if options.out is None:
+        parser.error("OUT.jsonl is missing")
+    if not cases:
+        parser.error(f"--only: no case has {options.only!r} in its name; --list prints them")
+
+    passed = {row.get("case") for row in rows.read(options.out) if row.get("ok") and row.get("id") == options.id}
+    cases = [case for case in cases if case.name not in passed]
+    with ExitStack() as stack:
+        device = options.device
+        if device == "cpu":
+            from emulation import emulated
+
+            stack.enter_context(emulated())
+        else:
+            device = f"cuda:{torch.cuda.current_device()}"
+        for family in {case.family for case in cases}:  # without the self-test: these cases are one
+            _backends._reasons[("cuda", family, device)] = None
+        for case in cases:
+            start = time.monotonic()
+            if start - begin > options.seconds:
+                print(f"no time for {case.name} and those after it")
+                return 1
+            try:
+                row = call(case, device)
+            except Exception as error:  # an illegal access: nothing runs after it
+                row = {"ok": False, "error": f"{type(error).__name__}: {error}"[:4000]}
+            row = {"case": case.name} | row | {"seconds": round(time.monotonic() - start, 2), "id": options.id}
+            rows.append(options.out, row)
+            print(f"{case.name}: {'ended' if row['ok'] else 'FAILED: ' + row['error']}", flush=True)
+            if not row["ok"]:
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

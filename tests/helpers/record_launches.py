@@ -1,0 +1,122 @@
+"""Record what Triton would compile and launch, without a GPU: a stand-in for Triton's driver.
+
+Triton's own launch code, binder and specialiser run; nothing is compiled or executed. In a process in which Triton does
+not interpret (kernels are interpreted or compiled for the life of a process):
+
+    with recorded() as recording:
+        some_loss(*cpu_tensors, backend="triton")  # what they hold does not matter, nor what comes out
+    recording.launches  # [(kernel, grid)], in order
+    recording.specialisations  # [Specialisation], each once
+
+Works with Triton 3.6 to 3.9.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+
+class Specialisation(NamedTuple):
+    """One kernel as Triton would compile it: the arguments of ``triton.compiler.ASTSource`` and the options."""
+
+    kernel: str  # module.function
+    function: Any
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    options: Any
+    attributes: Any
+
+
+@dataclass
+class Recording:
+    """What was launched, and what would have been compiled for it."""
+
+    launches: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    specialisations: list[Specialisation] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many specialisations there are of each kernel."""
+        return dict(sorted(Counter(one.kernel for one in self.specialisations).items()))
+
+
+@contextmanager
+def recorded(capability: int = 90) -> Iterator[Recording]:
+    """Record, with CPU tensors in place of those on a chip of this compute capability, in Triton's backend alone."""
+    from fastkd.kernels import _common, pixel_word, relation
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from fastkd.ops import _backends
+
+    if _common.INTERPRETED:
+        raise RuntimeError("Triton interprets in this process (TRITON_INTERPRET): there is nothing to be compiled")
+    recording = Recording()
+    launch = JITFunction.run
+    functions = set()
+
+    def compiled(
+        self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: bool
+    ) -> Any:
+        functions.add(self)
+        recording.specialisations.append(Specialisation(_name(self), self, signature, constants, options, attributes))
+        kernel = self.device_caches[device][0][key] = object()
+        return kernel
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        recording.launches.append((_name(self), tuple(grid)))
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)  # all but the launch itself
+
+    before = driver._active
+    driver.set_active(_StandIn(capability))
+    replaced = [
+        (torch.cuda, "device", lambda device: nullcontext()),
+        *((module, "capability", lambda x: capability // 10) for module in (pixel_word, relation)),
+        (JITFunction, "_do_compile", compiled),
+        (JITFunction, "run", run),
+        (_backends, "why_not", lambda *args, **kwargs: None),
+        (_backends, "_misplaced", lambda *args, **kwargs: None),
+    ]
+    try:
+        with ExitStack() as stack:
+            for owner, name, value in replaced:
+                stack.enter_context(mock.patch.object(owner, name, value))
+            yield recording
+    finally:
+        driver._active = before
+        for function in functions:
+            function.device_caches.clear()  # of kernels that are none
+
+
+def _name(function: Any) -> str:
+    return f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}"
+
+
+class _StandIn:
+    """The part of a driver that a launch asks before it has a kernel."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
