@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # a safe path (python -P) has neither
 
-import rows  # noqa: E402
+import records  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
     wanted = first_light.checks(options.families, options.backends, options.dtypes, options.sizes)
     names = [check.name for check in wanted]
-    passed = {row.get("check") for row in rows.read(options.out) if row.get("ok") and row.get("id") == options.id}
+    passed = {row.get("check") for row in records.read(options.out) if row.get("ok") and row.get("id") == options.id}
     groups: dict[tuple[str, ...], list[first_light.Check]] = {}
     for check in wanted:
         if check.name not in passed:
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     def order(key: tuple[str, ...]) -> tuple[str, int]:  # every family and backend before the next dtype
         return key[0], ("", "fp32", "bf16", "fp16").index(key[1])
 
-    def run(check: first_light.Check) -> rows.Row:
+    def run(check: first_light.Check) -> records.Row:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))  # for the oracle
         return first_light.run(check, options.device)
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         ended += 1
         about = {"check": check.name, "family": check.family, "backend": check.backend, "dtype": check.dtype}
         row = about | {"size": check.size or "self-test"} | result | {"id": options.id}
-        rows.append(options.out, row)
+        records.append(options.out, row)
         if not row["ok"]:
             failed += 1
             print(f"FAILED {check.name}: {row['error'].splitlines()[0]}", flush=True)

@@ -29,7 +29,7 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # a safe path (python -P) has neither
 
-import rows  # noqa: E402
+import records  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not cases:
         parser.error(f"--only: no case has {options.only!r} in its name; --list prints them")
 
-    passed = {row.get("case") for row in rows.read(options.out) if row.get("ok") and row.get("id") == options.id}
+    passed = {row.get("case") for row in records.read(options.out) if row.get("ok") and row.get("id") == options.id}
     cases = [case for case in cases if case.name not in passed]
     with ExitStack() as stack:
         device = options.device
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as error:  # an illegal access: nothing runs after it
                 row = {"ok": False, "error": f"{type(error).__name__}: {error}"[:4000]}
             row = {"case": case.name} | row | {"seconds": round(time.monotonic() - start, 2), "id": options.id}
-            rows.append(options.out, row)
+            records.append(options.out, row)
             print(f"{case.name}: {'ended' if row['ok'] else 'FAILED: ' + row['error']}", flush=True)
             if not row["ok"]:
                 return 1
