@@ -48,7 +48,7 @@ def pixel_word_kernels(dtype: str, words: int, *, maps: bool, cosine: bool) -> I
     for kernel, constants, blocks in cases:
         name = kernel.__name__.removesuffix("_kernel")
         constants = dict(constants)
-        options = {**blocks.launch(), "enable_fp_fusion": shared.FUSED or name not in COMPARING}
+        options = blocks.launch(shared.FUSED or name not in COMPARING)
         if name in ("terms", "grams"):
             options["but"] = [target for target, own in terms_of.items() if own != blocks]
         absent = () if cosine else ABSENT.get(name, ())

@@ -46,9 +46,9 @@ class Blocks(NamedTuple):
     """The most for a thread, where ptxas's own choice spills (``_common.MOST_REGISTERS``). With 128, two programs of 8
     warps share a multiprocessor."""
 
-    def launch(self) -> dict[str, Any]:
+    def launch(self, fused: bool = True) -> dict[str, Any]:
         limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": fused, **limit}
 
 
 def padded(words: int) -> int:

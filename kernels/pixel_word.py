@@ -338,8 +338,7 @@ def forward(
                 BN=blocks.pixels,
                 TP=words,
                 TERMS=first_order if later else terms,
-                enable_fp_fusion=FUSED,
-                **blocks.launch(),
+                **blocks.launch(FUSED),
             )
         if later:
             grams_kernel[(batch, programs, words // blocks.columns)](
@@ -351,8 +350,7 @@ def forward(
                 BN=blocks.pixels,
                 TP=words,
                 SLAB=blocks.columns,
-                enable_fp_fusion=FUSED,
-                **blocks.launch(),
+                **blocks.launch(FUSED),
             )
         merge_kernel[(batch,)](
             partials,

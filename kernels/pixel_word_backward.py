@@ -239,8 +239,7 @@ def backward(
             TP=padded(most),
             SLAB=min(padded(most), blocks.columns),
             TERMS=terms,
-            enable_fp_fusion=FUSED,
-            **blocks.launch(),
+            **blocks.launch(FUSED),
         )
         if from_logits:
             return
@@ -304,4 +303,5 @@ def backward(
                 BD=MERGE_WORDS.columns,
                 SOME=8,
                 num_warps=MERGE_WORDS.warps,
+                enable_fp_fusion=True,
             )

@@ -244,7 +244,7 @@ def tiles_kernel(
 
 SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 64}
 MERGE_BLOCK = {"BLOCK": 64, "SLOTS": 16}
-ROW_LAUNCH = {"num_warps": 4, **MOST_REGISTERS}
+ROW_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True, **MOST_REGISTERS}
 """Of the kernels without products."""
 
 

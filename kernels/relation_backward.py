@@ -189,6 +189,7 @@ def backward(
             NEGATE=call.negate,
             BLOCK=COEFFICIENTS_BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         for launch in grid.launches(call.plan.backward_bytes(), limit):
             mirror = launch.band == grid.blocks

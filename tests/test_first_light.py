@@ -247,7 +247,8 @@ def of(recording):
     types = sorted({t for one in recording.specialisations for t in one.signature.values() if t.startswith("*")})
     rows = sorted({v for one in recording.specialisations for k, v in one.constants.items()
                    if one.kernel == "relation.tiles_kernel" and one.function.arg_names[k[0]] == "ROWS"})
-    return {"count": len(recording.specialisations), "kernels": recording.counts(), "types": types, "tile rows": rows}
+    return {"count": len(recording.specialisations), "kernels": recording.counts(), "types": types, "tile rows": rows,
+            "unstated": sorted(recording.unstated)}
 
 found = {}
 with recorded(90) as recording:
@@ -288,6 +289,7 @@ def test_few_specialisations_are_asked_for() -> None:
     assert set(light["kernels"]) == KERNELS
     assert {"*bf16", "*fp16", "*fp32"} <= set(light["types"])
     assert light["tile rows"] == [64, 128]
+    assert light["unstated"] == found["works"]["unstated"] == []
     assert 3 * 17 <= light["count"] <= 80, light
     for dtype in ("bf16", "fp16", "fp32"):
         bands, whole = (found[f"relation triton {dtype} {size}"] for size in ("bands", "128-tile"))

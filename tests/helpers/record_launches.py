@@ -40,6 +40,8 @@ class Recording:
 
     launches: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     specialisations: list[Specialisation] = field(default_factory=list)
+    unstated: set[str] = field(default_factory=set)
+    """Kernels launched without ``enable_fp_fusion``, whose default depends on Triton's version."""
 
     def counts(self) -> dict[str, int]:
         """Return how many specialisations there are of each kernel."""
@@ -71,6 +73,8 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         recording.launches.append((_name(self), tuple(grid)))
+        if "enable_fp_fusion" not in kwargs:
+            recording.unstated.add(_name(self))
         return launch(self, *args, grid=grid, warmup=True, **kwargs)  # all but the launch itself
 
     before = driver._active
