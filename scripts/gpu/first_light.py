@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # So that torch.cuda.is_available() does not initialise CUDA here: children that are forked later could not use it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import children
     import first_light_checks as first_light
     import torch
