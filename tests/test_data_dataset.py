@@ -15,8 +15,6 @@ from PIL import Image
 
 from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 HEIGHT, WIDTH = 12, 20
 SENTENCES = ("red circle", "leftmost circle", "the one on top")
 

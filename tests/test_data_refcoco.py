@@ -17,8 +17,6 @@ from fastkd.data import RefCOCO
 from fastkd.data.masks import rasterise
 from fastkd.errors import FastKDWarning
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 HEIGHT, WIDTH = 12, 20
 LEFT = [1, 2, 7, 2, 7, 8, 1, 8]  # columns 1-6, rows 2-7
 RIGHT = [5, 4, 11, 4, 11, 10, 5, 10]  # columns 5-10, rows 4-9

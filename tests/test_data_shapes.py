@@ -19,8 +19,6 @@ from fastkd.data.shapes import KIND_SHARES, language, scene, sentence_kinds, voc
 from fastkd.data.shapes.contours import mask_polygons
 from fastkd.data.shapes.render import render
 
-# numpy's complaint about pycocotools' own arrays
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 IMAGES, SIZE, SEED = 120, 64, 3
 
 

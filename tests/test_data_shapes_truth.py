@@ -18,7 +18,6 @@ from pycocotools import mask as coco_mask
 from fastkd.data import make_shapes
 from fastkd.data.shapes import KIND_SHARES, sentence_kinds, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 IMAGES, SIZE, SEED = 150, 64, 4
 
 

@@ -84,15 +84,17 @@ class TestRISMetrics:
 
     def test_sums_are_exact_beyond_float32(self) -> None:
         metrics = RISMetrics()
-        metrics.intersections.append(torch.tensor([2**24 + 1] * 3))
-        metrics.unions.append(torch.tensor([2**24 + 3] * 3))
+        metrics.update(*masks(0))
+        metrics.intersections[:] = [torch.tensor([2**24 + 1] * 3)]
+        metrics.unions[:] = [torch.tensor([2**24 + 3] * 3)]
         assert float(metrics.compute()["oIoU"]) == 100 * (2**24 + 1) / (2**24 + 3)
 
     def test_reset(self) -> None:
         metrics = RISMetrics()
         metrics.update(*masks(0))
         metrics.reset()
-        with pytest.raises(ValueError, match="RISMetrics has no samples"):
+        torchmetrics_own = pytest.warns(UserWarning, match="called before the ``update`` method")
+        with torchmetrics_own, pytest.raises(ValueError, match="RISMetrics has no samples"):
             metrics.compute()
 
     def test_bad_input(self) -> None:
