@@ -2,9 +2,9 @@
 
     python benchmarks/run.py [--family relation] [--works SUBSTRING] [--dtype bfloat16] [--seconds 10] [--out FOLDER]
 
-Each work runs in a process of its own, where all providers are timed in turn, round after round, and compared by
+Each work runs in its own process, where all providers are timed in turn, round after round, and compared by
 medians. Prints one line per work and kernel of fastkd, forward and backward; a figure that misses its target, in
-parentheses, is marked ``!``, beside the ratio at the limit. ``--all`` prints every provider and mode. See
+parentheses, is marked ``!``, next to the ratio at the limit. ``--all`` prints every provider and mode. See
 docs/benchmarks.md.
 """
 
@@ -52,8 +52,12 @@ def compare(work: works.Work, device: str, seconds: float, names: list[str]) -> 
         steps, failed_here = {}, dict(failed)
         for name in [name for name in names if name not in failed]:
             try:
-                steps[name] = works.step_of(work, name, mode, inputs, losses[name])
-            except Exception as reason:  # a CUDA graph that cannot be recorded
+                step = works.step_of(work, name, mode, inputs, losses[name])
+                if device.startswith("cuda"):
+                    step()
+                    measure.synchronize(device)
+                steps[name] = step
+            except Exception as reason:  # a CUDA graph that cannot be recorded, a kernel that cannot be launched
                 failed_here[name] = in_words(reason)
         share = SHARES[mode] / whole
         times = measure.alternate(steps, device, share * seconds, least=5 if both else 3, slow={"eager_nn"})

@@ -13,7 +13,7 @@ OTHERS = ("eager_nn", "eager", "compile", "compile_max", "reference")
 def against_targets(todo: list[works.Work], rows: list[Row]) -> str:
     """One line per work and kernel of fastkd, forward and backward, in the mode that its targets are about.
 
-    ``!`` marks what misses its target, beside the ratio that a kernel exactly at the work's limit would have.
+    ``!`` marks what misses its target, next to the ratio that a kernel exactly at the work's limit would have.
     """
     head = ["work", "kernel", "ms", "x eager", "x compile", "x eager NxN", "extra memory", "of limit", "error"]
     tuned = any(r["provider"] == "compile_max" for r in rows)

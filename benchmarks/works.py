@@ -279,9 +279,12 @@ def _recorded(step: Step) -> Step:
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    finally:  # a capture that fails leaves its stream the current one
+        torch.cuda.set_stream(stream)
     return graph.replay
 
 

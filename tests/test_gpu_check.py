@@ -167,6 +167,31 @@ def test_killed_it_keeps_every_line_and_repeats_nothing(tmp_path: Path) -> None:
     assert (folder / "pip.log").read_text() == "built\n"
 
 
+@pytest.mark.parametrize(("status", "found", "repeated"), [(124, False, False), (124, True, True), (9, False, True)])
+def test_calls_that_the_sanitizer_watched_in_a_stopped_run_are_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, found: bool, repeated: bool
+) -> None:
+    """Unless that run had found something: its calls are watched again."""
+    sanitizer = stand_in.script("sanitizer")
+    out, tools = tmp_path / "out.jsonl", tmp_path / "tools"
+    tools.mkdir()
+    (tools / "compute-sanitizer").write_text(
+        f'#!/bin/sh\nshift 8\nfor last; do :; done\ncat "$last" > {tmp_path}/seen\n'
+    )
+    (tools / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    call = {"tool": "memcheck", "run": "a", "case": "relation bf16", "ok": True, "id": ""}
+    for row in (call, {"tool": "memcheck", "run": "a", "ok": False, "status": status, "found": found, "text": ""}):
+        records.append(out, row)
+    arguments = sanitizer.argparse.Namespace(out=out, id="a")
+    folder = tmp_path / "calls"
+    folder.mkdir()
+    (folder / "memcheck.jsonl").touch()
+    assert sanitizer.watch("memcheck", arguments, 60, folder)
+    seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    assert seen == ([] if repeated else [{"case": "relation bf16", "ok": True, "id": ""}])
+
+
 def running(folder: Path) -> list[str]:
     """The commands of processes that mention a folder."""
     found = []
@@ -191,14 +216,14 @@ def test_versions_that_are_missing_or_too_old_are_named(
         "pybind11": "3.0.1",
         "cmake": "3.22.1",
         "pytest": "9.0",
-        "setuptools": "77",
+        "setuptools": "77.0.3",
     }
     monkeypatch.setattr(wheels, "installed", installed.get)
     build, tests = wheels.requirements()
     assert [str(lack) for lack in wheels.lacking([*build, *tests])] == [
         "scikit-build-core: found 0.11.5, needs >= 1.0",
         "cmake: found 3.22.1, needs >= 3.24",
-        "ninja: not found, needs >= 1.11",
+        "ninja: not found, needs >= 1.11.1",
         "hypothesis: not found, needs >= 6.100",
     ]
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)

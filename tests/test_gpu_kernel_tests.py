@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,38 @@ def test_a_backend_that_is_not_in_use_is_a_failure(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "skipped 1: the cuda backend is not in use on cuda: no build" in done.stdout
+
+
+LARGE = """
+import time
+from itertools import pairwise
+from pathlib import Path
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("i", range(3))
+def test_offsets_beyond_32_bits(i):
+    begin = time.time()
+    time.sleep(0.4)
+    Path(f"span-{i}").write_text(f"{begin} {time.time()}")
+
+def test_prints_much():
+    print("dump " * 50_000)
+    assert 1 + 1 == 3, "sums are wrong"
+"""
+
+
+def test_large_tests_run_one_at_a_time_and_a_dump_hides_no_error(tmp_path: Path) -> None:
+    (tmp_path / "test_large.py").write_text(LARGE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    script, out = str(stand_in.SCRIPTS / "kernel_tests.py"), tmp_path / "tests.jsonl"
+    options = ["--root", str(tmp_path), "--jobs", "2", "--files", "test_large.py"]
+    done = subprocess.run([sys.executable, script, str(out), *options], capture_output=True, text=True, timeout=120)
+    assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
+    spans = sorted(tuple(map(float, file.read_text().split())) for file in tmp_path.glob("span-*"))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    (text,) = (row["text"] for row in records.read(out) if row["outcome"] == "failed")
+    assert "sums are wrong" in text
+    assert "dump" in text
+    assert len(text) < 10_000

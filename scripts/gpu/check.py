@@ -31,7 +31,7 @@ SHARES = {"tests": 2.0, "benchmarks": 4.0, "autotune": 4.0, "sanitizer": 0.0}
 
 BUILD_LIMIT = 200  # seconds: without a build there is nothing to check
 FIRST_LIGHT_LIMIT = 120  # including the build
-FIRST_LIGHT_LEAST = 40  # however long the build took
+FIRST_LIGHT_LEAST = 80  # however long the build took
 LEAST = 10  # seconds with which a part is not worth starting
 PACKING = 12  # seconds that the end takes
 CHIPS = ("80", "86", "89", "90", "100", "120")  # other chips run what is built for their generation: build all
@@ -102,7 +102,7 @@ class Check:
                 limit = min(self.left, max(FIRST_LIGHT_LEAST, FIRST_LIGHT_LIMIT - spent))
             if not (self.cache / "build" / "fastkd").exists():
                 self.skip(name, "the build failed")
-            elif limit < LEAST and self.left < LEAST:
+            elif limit < LEAST:
                 self.skip(name, "no time was left; the next call goes on from here")
             else:
                 own = kernel_caches(self.cache / "tests") if name == "tests" else {}
@@ -123,16 +123,15 @@ class Check:
         options = ["--seconds", seconds, "--id", self.id, *(jobs if part != "sanitizer" else [])]
         return [*python, str(HERE / script), str(self.out / f"{part}.jsonl"), *options]
 
-    def pack(self) -> list[str]:
+    def pack(self) -> None:
         skipped = cache.pack(self.cache, self.out / "cache.tar.gz")
         size = (self.out / "cache.tar.gz").stat().st_size / 2**20
         self.say(f"cache.tar.gz: {size:.1f} MiB" + (f", without {', '.join(skipped)}" if skipped else ""))
-        return skipped
 
     def finish(self) -> None:
-        """Pack the cache; if everything fits, remove its folder from the output folder, which then has few files."""
-        skipped = self.pack()
-        if self.out in self.cache.parents and not skipped:
+        """Pack the cache, and remove its folder from the output folder, which then has few files."""
+        self.pack()
+        if self.out in self.cache.parents:
             shutil.rmtree(self.cache, ignore_errors=True)
         written = " ".join(sorted(path.name for path in self.out.iterdir() if path.is_file()))
         self.say(f"written to {self.out}: {written}")
@@ -180,7 +179,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=530, help="limit of the whole call")
     parser.add_argument("--cache", type=Path, help="folder of the build and of compiled kernels (OUT_DIR/cache)")
     parser.add_argument("--resume", type=Path, help="an earlier call's OUT_DIR: its files come first")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 14), help="processes at a time")
     args = parser.parse_intermixed_args(argv)
     for part in args.parts:
         if part not in (*PARTS, *BY_NAME):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -17,11 +16,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from processes import end_with_parent
+
 T = TypeVar("T")
 Row = dict[str, Any]
 
 FORK = multiprocessing.get_context("fork")  # what this process has imported is imported; it must not use the GPU itself
-PR_SET_PDEATHSIG = 1
 LINES_OF_TRACE = 12
 JOIN_SECONDS = 5
 """How long a killed process is waited for: one that the GPU's driver holds may never end."""
@@ -148,7 +148,7 @@ def _work(
 ) -> None:
     """Run the tasks in the child; send None before each, then its row and whether another process must go on."""
     os.setsid()
-    _die_with_the_parent()
+    end_with_parent()
     faulthandler.enable(traces, all_threads=False)
     faulthandler.register(signal.SIGUSR1, traces, all_threads=True)
     for task in tasks:
@@ -172,11 +172,3 @@ def described(error: Exception) -> Row:
     trace = "".join(traceback.format_tb(error.__traceback__)).splitlines()
     text = f"{type(error).__name__}: {error}".strip()
     return {"error": text[:4000], "trace": trace[-LINES_OF_TRACE:]}
-
-
-def _die_with_the_parent() -> None:
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before
-            os._exit(1)

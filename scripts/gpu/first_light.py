@@ -96,7 +96,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--id", default="", help="what was built, for example a commit: rows of another are not reused")
     parser.add_argument("--seconds", type=float, default=120.0, help="for all checks together")
     parser.add_argument("--check-seconds", type=float, default=60.0, help="for one check, compilation included")
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes at a time")
     parser.add_argument("--device", default="cuda")
     families, backends = ["softmax_kl", "relation", "pixel_word"], ["cuda", "triton"]
     dtypes, sizes = ["bf16", "fp16", "fp32"], ["small", "odd width", "maps", "bands", "128-tile"]

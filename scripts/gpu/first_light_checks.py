@@ -202,10 +202,13 @@ def unusable(device: str) -> bool:
 
 def _replayed(problem: Problem, backend: str, weight: Tensor) -> list[Tensor]:
     """Return losses and gradients of a CUDA graph of forward and backward, replayed into memory that holds NaN."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch.cuda.synchronize()
-    with poisoned(math.nan), torch.cuda.graph(graph):
-        got = problem.run(backend, weight)
+    try:
+        with poisoned(math.nan), torch.cuda.graph(graph):
+            got = problem.run(backend, weight)
+    finally:  # a capture that fails leaves its stream the current one
+        torch.cuda.set_stream(stream)
     for x in got:
         x.fill_(math.nan)
     graph.replay()

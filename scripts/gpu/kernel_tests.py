@@ -1,6 +1,6 @@
 """Run the kernel tests on a GPU, in several processes, with a limit; what has passed is not run again.
 
-    python scripts/gpu/kernel_tests.py OUT.jsonl [--seconds 300] [--id TEXT] [--jobs 8] [--files FILE...]
+    python scripts/gpu/kernel_tests.py OUT.jsonl [--seconds 300] [--id TEXT] [--jobs 14] [--files FILE...]
 
 One flushed line per finished test ({"test", "outcome", "seconds", "text", "id"}), and each failure is printed at once.
 A test that ends its process or hangs is a line, and its process is replaced. Exit status: 0 all passed, 1 some failed,
@@ -37,6 +37,7 @@ KERNEL_TESTS = [
 """The tests that launch kernels. None imports the trainer or the data sets, whose packages a GPU machine may lack."""
 
 MOST_RESTARTS = 30
+MOST_TEXTS = 50  # failures that are printed whole; the others' texts are in the file
 UNUSED = "backend is not in use"  # a skip that on a GPU is a failure: its kernels were not built, or do not load
 
 
@@ -73,7 +74,7 @@ class Pool:
         self.skips: collections.Counter[str] = collections.Counter()
         self.finished: set[str] = set()
         self.workers: list[Worker] = []
-        self.started = self.restarts = 0
+        self.started = self.restarts = self.failures = 0
         self.broken = False  # pytest itself did not work
 
     def start(self) -> None:
@@ -95,7 +96,9 @@ class Pool:
             if row["outcome"] == "skipped":
                 self.skips[text] += 1
             elif row["outcome"] != "passed":
-                print(f"{row['outcome']}: {row['test']} ({row['seconds']:.1f} s)\n{text}\n", flush=True)
+                self.failures += 1
+                shown = f"{text}\n" if self.failures <= MOST_TEXTS else "".join(text.splitlines()[-1:])
+                print(f"{row['outcome']}: {row['test']} ({row['seconds']:.1f} s)\n{shown}", flush=True)
 
     def tend(self) -> None:
         """Replace processes that have died, and end those that hang."""
@@ -186,7 +189,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--test-seconds", type=float, default=120, help="the most that one test may take")
     parser.add_argument("--id", default="", help="what is tested; what passed with the same is skipped")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 14))
     parser.add_argument("--select", default="gpu", help="pytest's -m")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tests")
     args = parser.parse_args()

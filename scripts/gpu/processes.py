@@ -51,10 +51,11 @@ def run(
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     """Start a command in a process group, which ends with this process, even if that is killed."""
     together = {"stderr": subprocess.STDOUT, "text": True, "errors": "replace", "process_group": 0}
-    return subprocess.Popen(command, preexec_fn=_end_with_parent, **together | options)
+    return subprocess.Popen(command, preexec_fn=end_with_parent, **together | options)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it ends."""
     if hasattr(LIBC, "prctl"):  # Linux
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -6,6 +6,8 @@ the next free one. :mod:`kernel_tests` starts the processes.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -22,7 +24,9 @@ STICKY = 70
 """The exit status of a process whose CUDA context is lost: every later test in it would fail."""
 
 SHARED = ("conftest.py", "tests/conftest.py", "tests/helpers")
-MOST_TEXT = 20_000
+MOST_TEXT = 4_000
+LARGE = ("test_offsets_beyond_32_bits", "test_gradients_of_far_strides")
+"""Tests that take many GB each, which one process at a time runs."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,7 +87,7 @@ class Recorder:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed and self.record and self.claim(report.nodeid):
-            self.write(report.nodeid, "error", 0.0, report.longreprtext)
+            self.write(report.nodeid, "error", 0.0, report.longreprtext[-MOST_TEXT:])
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         if self.claims is None or session.config.option.collectonly:
@@ -92,12 +96,26 @@ class Recorder:
         item = next(mine, None)
         while item is not None:
             following = next(mine, None)  # pytest tears down what the next test does not share
-            assert self.claims is not None
-            (self.claims / f"running-{self.worker}").write_text(item.nodeid)
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            running = self.claims / f"running-{self.worker}"
+            with self.memory(item.nodeid):
+                running.write_text(item.nodeid)
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                running.unlink()  # a process that waits for memory does not hang
             item = following
-        (self.claims / f"running-{self.worker}").unlink(missing_ok=True)
         return True
+
+    @contextlib.contextmanager
+    def memory(self, test: str) -> Iterator[None]:
+        """Let one process at a time run a test that needs much memory, and free what it leaves cached."""
+        if self.claims is None or not any(name in test for name in LARGE):
+            yield
+            return
+        with (self.claims / "memory").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     def claim(self, test: str) -> bool:
         """Return whether a test is this process's: whoever makes the file first has it."""
@@ -137,7 +155,7 @@ class Recorder:
         if self.record is None:
             return
         row: Row = {"test": test, "outcome": outcome, "seconds": round(seconds, 3)}
-        row |= {"text": text[-MOST_TEXT:]} if text else {}
+        row |= {"text": text} if text else {}
         append(self.record, row | {"id": self.sources(file_of(test))})
 
 
@@ -149,7 +167,10 @@ def reason(report: pytest.TestReport) -> str:
     """Return why a test failed or was skipped, with what it printed."""
     if report.skipped and isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
-    return report.longreprtext + "".join(f"\n---- {name}\n{text}" for name, text in report.sections if text.strip())
+    printed = "".join(f"\n---- {name}\n{text}" for name, text in report.sections if text.strip())
+    if len(printed) > MOST_TEXT // 2:  # a compiler's dump must not displace the error
+        printed = f"{printed[: MOST_TEXT // 4]}\n...\n{printed[-MOST_TEXT // 4 :]}"
+    return report.longreprtext[-MOST_TEXT:] + printed
 
 
 def synchronize() -> None:

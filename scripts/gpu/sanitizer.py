@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,8 +27,16 @@ LEAST = 5  # seconds with which a tool is not worth starting
 
 
 def watch(tool: str, args: argparse.Namespace, seconds: float, folder: Path) -> bool:
-    """Run one tool, copying the calls' lines as they come; return whether it ended and found nothing."""
+    """Run one tool, copying the calls' lines as they come; return whether it ended and found nothing.
+
+    Calls that it has watched before, in a run that only ran out of time, are skipped.
+    """
     calls = folder / f"{tool}.jsonl"
+    before = [row for row in read(args.out) if row["tool"] == tool and row["run"] == args.id]
+    if all(row.get("status") in (None, 0, processes.TIMED_OUT) and not row.get("found") for row in before):
+        for row in before:
+            if "case" in row and row["ok"]:
+                append(calls, {key: value for key, value in row.items() if key not in ("tool", "run")})
     tail, lines = Tail(calls), []
 
     def copy() -> None:
@@ -45,8 +54,10 @@ def watch(tool: str, args: argparse.Namespace, seconds: float, folder: Path) -> 
     status = processes.run(command, seconds, on_line=on_line, env=env, tick=copy)
     words = "stopped at the limit" if status == processes.TIMED_OUT else f"exit {status}"
     print(f"{tool}: {words}", flush=True)
-    text = "" if status == 0 else "\n".join(lines[-100:])
-    append(args.out, {"tool": tool, "run": args.id, "ok": status == 0, "status": status, "text": text})
+    found = any(re.match(r"=========     (Invalid|Warning|Error|Potential|Race)", line) for line in lines)
+    text = "" if status == 0 else "\n".join(lines if len(lines) <= 100 else [*lines[:70], "...", *lines[-30:]])
+    row = {"tool": tool, "run": args.id, "ok": status == 0, "status": status, "found": found, "text": text}
+    append(args.out, row)
     return status == 0
 
 

@@ -64,9 +64,10 @@ def installed(name: str) -> str | None:
         try:
             text = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
-            return None
+            text = ""
         version = re.search(r"\d+(\.\d+)+", text)
-        return version[0] if version else None
+        if version:
+            return version[0]  # else it may be installed as a package, which scikit-build-core finds too
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
