@@ -289,6 +289,88 @@ def test_an_unusable_segmentation_is_named_before_training(tmp_path: Path, segme
     assert len(RefCOCO(tmp_path, split="val")) == 1  # the other split doesn't use it
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (float("nan"), "NaN or infinite"),
+        (float("inf"), "NaN or infinite"),
+        (10**400, "NaN or infinite"),
+        (2.5e8, r"coordinate of 2.5e\+08, far outside its 12 x 20 image"),
+        (-1e300, "far outside"),
+    ],
+)
+def test_a_polygon_that_would_crash_c_code_is_named(tmp_path: Path, number: float, message: str) -> None:
+    write_set(tmp_path, segmentations={1: [RIGHT, [1, 2, 7, 2, 7, number, 1, 8]]})
+    with pytest.raises(ValueError, match=rf"annotation 1 \(ref 0\) has a polygon .*{message}"):
+        RefCOCO(tmp_path)
+    with pytest.raises(ValueError, match=f"my object has a polygon .*{message}"):
+        rasterise([[1, 2, 7, 2, 7, number, 1, 8]], HEIGHT, WIDTH, what="my object")
+
+
+def test_an_endless_outline_is_named() -> None:
+    zigzag = [0.0, 0.0, 150.0, 1.0] * 50_000
+    with pytest.raises(ValueError, match=r"outline is 1.5e\+07 pixels long"):
+        rasterise([zigzag], HEIGHT, WIDTH)
+
+
+def test_a_polygon_that_leaves_its_image_is_cut_off(tmp_path: Path) -> None:
+    write_set(tmp_path, segmentations={1: [[-3.5, -2, 4, -2, 4, 30, -3.5, 30]]})
+    assert np.array_equal(RefCOCO(tmp_path).mask(0), box(0, 0, 4, HEIGHT))
+
+
+def compressed(mask: np.ndarray) -> str:
+    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+
+
+def test_compressed_rles_are_decoded_as_pycocotools_does() -> None:
+    rng = np.random.default_rng(0)
+    for density in (0.02, 0.5, 0.98):
+        for height, width in ((1, 7), (9, 1), (40, 70), (300, 200)):
+            truth = rng.random((height, width)) < density
+            truth[-1, -1] = True  # some pixel
+            rle = {"size": [height, width], "counts": compressed(truth)}
+            assert np.array_equal(rasterise(rle, height, width), truth)
+    block = np.zeros((3000, 2000), dtype=bool)
+    block[10:2000, 700:1900] = True  # runs of more than 20 bits
+    assert np.array_equal(rasterise({"size": [3000, 2000], "counts": compressed(block)}, 3000, 2000), block)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:-1], "can't be decoded .its last number is cut off"),
+        (lambda text: text + "9", "do not fill 12 x 20 pixels"),
+        (lambda text: "94", "do not fill 12 x 20 pixels"),
+        (lambda text: text[:-1] + "o", "can't be decoded .its last number is cut off"),
+        (lambda text: text + "o" * 30, "can't be decoded .a number of more than 40 bits"),
+        (lambda text: "~" + text, "can't be decoded .character '~'"),
+        (lambda text: "é" + text, "can't be decoded"),
+        (lambda text: "O" + text, "can't be decoded .a run whose length"),
+        (lambda text: [240.5], "can't be decoded .a run whose length"),
+        (lambda text: [float("nan"), 240], "can't be decoded .a run whose length"),
+        (lambda text: [[240]], "can't be decoded"),
+        (lambda text: ["2", "x"], "can't be decoded"),
+        (lambda text: [2**70], "do not fill"),
+        (lambda text: 240, "can't be decoded .counts of type int"),
+    ],
+)
+def test_a_damaged_rle_is_named_before_training(tmp_path: Path, damage: Any, message: str) -> None:
+    counts = damage(compressed(box(3, 1, 9, 5)))
+    write_set(tmp_path, segmentations={1: {"size": [HEIGHT, WIDTH], "counts": counts}})
+    with pytest.raises(ValueError, match=rf"annotation 1 \(ref 0\) has an RLE .*({message})"):
+        RefCOCO(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(0, WIDTH), (HEIGHT, -1), (10**6, 10**6)])
+def test_an_impossible_image_size_is_named(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = write_set(tmp_path) / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"height": size[0], "width": size[1]}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="image 1 cannot be "):
+        RefCOCO(tmp_path)
+
+
 def test_a_mask_without_pixels_or_of_another_size_is_an_error(tmp_path: Path) -> None:
     write_set(tmp_path, segmentations={1: [[30, 30, 40, 30, 40, 40]]})
     with pytest.raises(ValueError, match=r"annotation 1 \(ref 0\) covers no pixel of its 12 x 20 image"):

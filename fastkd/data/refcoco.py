@@ -27,6 +27,7 @@ PUBLISHED_REFS = {
     ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
     ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
 }
+_LARGEST = 2**30  # pixels of an image; pycocotools counts them in 32 bits
 SENTENCE_FIELDS = ("sent", "raw", "raw.lower")
 
 
@@ -209,13 +210,19 @@ class RefCOCO:
         for number, image in self._images.items():
             if not (isinstance(image["height"], int) and isinstance(image["width"], int)):
                 raise ValueError(f"{path}: height and width of image {number} must be integers: fetch the file again")
+            if min(image["height"], image["width"]) < 1 or image["height"] * image["width"] > _LARGEST:
+                raise ValueError(
+                    f"{path}: image {number} cannot be {image['height']} x {image['width']} (height x width): "
+                    "fetch the file again"
+                )
         for ref in self.refs:
             if ref.image_id not in self._images:
                 raise ValueError(f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to")
             if ref.ann_id not in self._segmentations:
                 raise ValueError(f"{path} has no annotation {ref.ann_id}, which ref {ref.ref_id} refers to")
         for ann_id, ref in annotations.items():
-            check_segmentation(self._segmentations[ann_id], f"{path}: annotation {ann_id} (ref {ref.ref_id})")
+            what = f"{path}: annotation {ann_id} (ref {ref.ref_id})"
+            check_segmentation(self._segmentations[ann_id], what, self.image_size(ref.image_id))
 
     def _check_count(self, path: Path) -> None:
         published = PUBLISHED_REFS.get((self.name, self.split_by), {}).get(self.split)
