@@ -361,6 +361,69 @@ def test_a_damaged_rle_is_named_before_training(tmp_path: Path, damage: Any, mes
         RefCOCO(tmp_path)
 
 
+def edit_instances(root: Path, **more: list[dict]) -> Path:
+    """Append entries to the lists of instances.json."""
+    path = root / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: entries + more.get(key, []) for key, entries in content.items()}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"annotations": [{"id": 1, "image_id": 2, "category_id": 7, "segmentation": [LEFT]}]},
+            "annotation 1 .image_id",
+        ),
+        (
+            {"annotations": [{"id": 1, "image_id": 1, "category_id": 7, "segmentation": [RIGHT]}]},
+            "annotation 1 .segment",
+        ),
+        (
+            {"annotations": [{"id": 1, "image_id": 1, "category_id": 8, "segmentation": [LEFT]}]},
+            "annotation 1 .category",
+        ),
+        ({"images": [{"id": 1, "file_name": "b.jpg", "height": HEIGHT, "width": WIDTH}]}, "image 1 .file_name differs"),
+        (
+            {"images": [{"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "height": 13, "width": WIDTH}]},
+            "image 1 .height differs: 12 and 13",
+        ),
+        ({"categories": [{"id": 7, "name": "square"}]}, "category 7 .name differs: 'circle' and 'square'"),
+    ],
+)
+def test_two_different_entries_of_one_id_are_named(tmp_path: Path, more: dict, message: str) -> None:
+    edit_instances(write_set(tmp_path), **more)
+    with pytest.raises(ValueError, match=rf"instances\.json has two different entries for {message}"):
+        RefCOCO(tmp_path)
+
+
+def test_exact_repetitions_and_ambiguous_ids_that_no_ref_uses_are_harmless(tmp_path: Path) -> None:
+    path = write_set(tmp_path) / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    unused = [{"id": 5, "image_id": i, "category_id": 7, "segmentation": [LEFT]} for i in (1, 2)]
+    edit_instances(
+        tmp_path,
+        annotations=[{**content["annotations"][0], "area": 36.0}, *unused],
+        images=content["images"],
+        categories=content["categories"],
+    )
+    assert np.array_equal(RefCOCO(tmp_path).mask(0), box(1, 2, 7, 8))
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        (a_ref(3, "train", image_id=2, ann_id=1), "annotation 1 has image_id 1, but ref 3, which refers to it, has 2"),
+        ({**a_ref(3, "train"), "category_id": 9}, "annotation 1 has category_id 7, but ref 3, .* has 9"),
+    ],
+)
+def test_a_ref_that_contradicts_its_annotation_is_named(tmp_path: Path, ref: dict, message: str) -> None:
+    write_set(tmp_path, [a_ref(0, "train"), ref])
+    with pytest.raises(ValueError, match=message):
+        RefCOCO(tmp_path)
+
+
 @pytest.mark.parametrize("size", [(0, WIDTH), (HEIGHT, -1), (10**6, 10**6)])
 def test_an_impossible_image_size_is_named(tmp_path: Path, size: tuple[int, int]) -> None:
     path = write_set(tmp_path) / "refcoco/instances.json"
@@ -413,6 +476,14 @@ def test_damaged_json_and_missing_entries_are_named(tmp_path: Path) -> None:
         ([{**a_ref(0, "train"), "ann_id": [1]}], r"ref number 0 has ann_id = \[1\], where int is expected"),
         ([{k: v for k, v in a_ref(0, "train").items() if k != "split"}], "split = None, where str is expected"),
         ([a_ref(0, "train"), a_ref(0, "train")], "ref_id 0 more than once"),
+        (
+            [a_ref(0, "train"), {**a_ref(1, "train"), "sentences": a_ref(0, "train")["sentences"]}],
+            "sent_id 0 more than",
+        ),
+        (
+            [{**a_ref(0, "train"), "sentences": [{"sent": t, "sent_id": 8} for t in ("red", "left")]}],
+            "sent_id 8 more than once",
+        ),
         ([a_ref(0, "train", sentences=())], "ref 0 has no sentence"),
         ([a_ref(0, "train", sentences=("fine", " "))], "sentence 1 of ref 0 is empty in the field 'sent'"),
         ([{**a_ref(0, "train"), "sentences": [{"raw": "x"}]}], "a sentence of ref 0 has no 'sent'"),

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastkd.data._files import find_images, read_instances, read_refs
+from fastkd.data._join import check_agreement, check_unique, index
 from fastkd.data.masks import RULES, check_segmentation, rasterise
 
 SPLITS = {
@@ -55,7 +56,9 @@ class RefCOCO:
     """One split of RefCOCO, RefCOCO+ or RefCOCOg, read from the published files.
 
     The refs pickle is read by an unpickler that refuses every class, as utf-8 and, with a warning, as latin1. Files,
-    segmentations and sentences are checked when the object is made; images and masks are read when asked for.
+    segmentations and sentences are checked when the object is made; images and masks are read when asked for. Refused
+    are an id that stands for two different images or annotations, a ref or sentence id that occurs twice, and a ref
+    whose image or category is not its annotation's; an image or annotation that is repeated exactly is harmless.
     gRefCOCO (lists of annotations, no-target sentences) is not read.
 
     Args:
@@ -72,7 +75,7 @@ class RefCOCO:
     Raises:
         FileNotFoundError: a file or image is missing; the message names what was tried and the layout.
         pickle.UnpicklingError: the refs file names a class or is damaged.
-        ValueError: unknown option or split, damaged content, empty segmentation, wrong count.
+        ValueError: unknown option or split, damaged or contradictory content, unusable segmentation, wrong count.
 
     Example::
 
@@ -107,10 +110,8 @@ class RefCOCO:
             there = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in every).items()))
             raise ValueError(f"{path} has no ref of split {split!r}; it has {there or 'no refs at all'}")
         self.refs: list[Ref] = [_ref(ref, sentence_field, path) for ref in chosen]
+        check_unique(self.refs, path)
         self._by_id = {ref.ref_id: ref for ref in self.refs}
-        if len(self._by_id) != len(self.refs):
-            twice = Counter(ref.ref_id for ref in self.refs).most_common(1)[0][0]
-            raise ValueError(f"{path} has ref_id {twice} more than once")
         if check_counts:
             self._check_count(path)
         self._load_instances(self.root / name / "instances.json")
@@ -194,15 +195,14 @@ class RefCOCO:
         images = {ref.image_id for ref in self.refs}
         annotations = {ref.ann_id: ref for ref in self.refs}
         try:
-            self._images: dict[int, dict[str, Any]] = {
-                i["id"]: {key: i[key] for key in ("file_name", "height", "width")}
-                for i in content["images"]
-                if i["id"] in images
-            }
-            self._segmentations: dict[int, Any] = {
-                a["id"]: a["segmentation"] for a in content["annotations"] if a["id"] in annotations
-            }
-            self.categories: dict[int, str] = {c["id"]: c["name"] for c in content.get("categories", ())}
+            fields = ("file_name", "height", "width")
+            found = index(content["images"], "image", path, fields, images)
+            self._images: dict[int, dict[str, Any]] = {i: {key: found[i][key] for key in fields} for i in found}
+            fields = ("segmentation", "image_id", "category_id")
+            objects = index(content["annotations"], "annotation", path, fields, annotations)
+            self._segmentations: dict[int, Any] = {a: objects[a]["segmentation"] for a in objects}
+            names = index(content.get("categories", ()), "category", path, ("name",))
+            self.categories: dict[int, str] = {c: names[c]["name"] for c in names}
         except KeyError as error:
             raise ValueError(f"{path} has an entry without the field {error}: fetch the file again") from error
         except TypeError as error:
@@ -220,6 +220,7 @@ class RefCOCO:
                 raise ValueError(f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to")
             if ref.ann_id not in self._segmentations:
                 raise ValueError(f"{path} has no annotation {ref.ann_id}, which ref {ref.ref_id} refers to")
+            check_agreement(ref, objects[ref.ann_id], path)
         for ann_id, ref in annotations.items():
             what = f"{path}: annotation {ann_id} (ref {ref.ref_id})"
             check_segmentation(self._segmentations[ann_id], what, self.image_size(ref.image_id))
