@@ -129,6 +129,26 @@ def test_nothing_found_scores_0(teacher, scene, monkeypatch):
     assert found.share == 0
 
 
+def test_nan_is_not_nothing_found(teacher, scene):
+    with torch.no_grad():
+        bias = teacher.decoder.classifier.bias
+        old = bias.clone()
+        try:
+            bias[0] = torch.nan
+            with pytest.raises(FloatingPointError, match=r"NaN, so .*NaN or Inf \(decoder\.classifier\.bias\)"):
+                predict(teacher, *scene)
+        finally:
+            bias.copy_(old)
+
+
+def test_a_tokenizer_larger_than_the_word_table_is_refused(teacher, scene, tmp_path):
+    pieces, rows = load_tokenizer("shapes").pieces(), teacher.text_encoder.vocab_size
+    more = [f"word{number}" for number in range(rows + 1 - len(pieces))]
+    (tmp_path / "vocab.txt").write_text("\n".join([*pieces, *more]) + "\n")
+    with pytest.raises(ValueError, match=rf"has {rows + 1} entries, the model's word table {rows} rows"):
+        predict(teacher, scene[0], scene[1], load_tokenizer(tmp_path))
+
+
 def test_a_long_sentence_is_cut_and_the_warning_says_what(teacher, scene):
     sentence = "the " + "small " * 17 + "red circle"
     with pytest.warns(FastKDWarning, match=r"22 word pieces was cut to max_words=20: .* lost 'circle'"):

@@ -63,7 +63,9 @@ def predict(
 
     Raises:
         FileNotFoundError: no such image.
-        ValueError: not an image, an empty sentence, or a model that names no tokenizer.
+        ValueError: not an image, an empty sentence, a model that names no tokenizer, or a tokenizer that is larger than
+            the model's word table.
+        FloatingPointError: the model computes NaN.
         TypeError: an array that is not uint8, or a sentence that is no string.
 
     Example:
@@ -72,7 +74,8 @@ def predict(
         >>> found.score, found.mask.shape
     """
     from fastkd.data.dataset import normalise
-    from fastkd.models.inputs import word_limit
+    from fastkd.evaluate._finite import blame, undecided
+    from fastkd.models.inputs import check_host_ids, check_vocabulary, word_limit
 
     if not isinstance(sentence, str):
         raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")
@@ -81,7 +84,9 @@ def predict(
     pixels = read_image(image)
     config: Any = model.config
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
+    check_vocabulary(model, tokenizer)
     input_ids, word_mask = tokenizer([sentence], word_limit(model))
+    check_host_ids(input_ids, model)
     square = Image.fromarray(pixels).resize((config.image_size,) * 2, Image.Resampling.BILINEAR)
     where = next(model.parameters())
     batch = normalise(np.array(square))[None].to(where.device, where.dtype)
@@ -90,6 +95,8 @@ def predict(
     try:
         with torch.inference_mode():
             logits = model(batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
+            if bool(undecided(logits)[0]):
+                raise FloatingPointError(f"the model's logits hold NaN, so there is no mask to decide: {blame(model)}")
             logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]
             probability = logits.softmax(0)[1].cpu().numpy()
             mask = logits.argmax(0).bool().cpu().numpy()
