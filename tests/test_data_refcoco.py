@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from fastkd.data import RefCOCO
+from fastkd.data.images import read_image
 from fastkd.data.masks import rasterise
 from fastkd.errors import FastKDWarning
 
@@ -166,6 +167,60 @@ def test_rle_masks(tmp_path: Path, rule: str, compressed: bool) -> None:
         segmentation = {"size": [HEIGHT, WIDTH], "counts": runs.tolist()}
     write_set(tmp_path, segmentations={1: segmentation})
     assert np.array_equal(RefCOCO(tmp_path, mask_rule=rule).mask(0), truth)
+
+
+# ---- images
+
+
+def with_image(root: Path, picture: Image.Image, shown: tuple[int, int] = (HEIGHT, WIDTH), **options: Any) -> RefCOCO:
+    """A set whose image 1 is ``picture``, of a size ``shown`` in instances.json (height, width)."""
+    path = write_set(root) / "images/train2014/COCO_train2014_000000000001.jpg"
+    picture.save(path, "PNG", **options)  # lossless; readers look at the content, not at the name
+    content = json.loads((root / "refcoco/instances.json").read_text())
+    content["images"][0] |= {"height": shown[0], "width": shown[1]}
+    (root / "refcoco/instances.json").write_text(json.dumps(content))
+    return RefCOCO(root)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_images_are_upright_by_their_orientation(tmp_path: Path) -> None:
+    upright, exif = noise(HEIGHT, WIDTH, 3), Image.Exif()
+    turns = {3: np.rot90(upright, 2), 2: upright[:, ::-1], 6: np.rot90(upright, 1), 8: np.rot90(upright, -1)}
+    for number, stored in turns.items():
+        exif[0x0112] = number
+        data = with_image(tmp_path / str(number), Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+        assert np.array_equal(data.image(1), upright)
+        assert np.array_equal(read_image(data.image_path(1)), upright)
+
+
+def test_masks_drawn_on_the_bitmap_of_a_turned_photograph_are_named(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = with_image(tmp_path, Image.fromarray(noise(HEIGHT, WIDTH, 3)), exif=exif)
+    with pytest.raises(ValueError, match=r"by its EXIF orientation, 20 x 12, but instances\.json has .* 12 x 20"):
+        data.image(1)
+
+
+def test_wide_pixels_are_scaled_and_transparent_ones_keep_their_colour(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
+    served = with_image(tmp_path / "wide", Image.fromarray(grey)).image(1)
+    assert np.array_equal(served, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    colours = noise(HEIGHT, WIDTH, 4)
+    assert np.array_equal(with_image(tmp_path / "clear", Image.fromarray(colours)).image(1), colours[..., :3])
+    palette = Image.fromarray(noise(HEIGHT, WIDTH, 3)).quantize(16)
+    expected = np.asarray(palette.convert("RGB"))
+    data = with_image(tmp_path / "palette", palette, transparency=bytes(range(16)))
+    assert np.array_equal(data.image(1), expected)
+
+
+def test_pixels_of_32_bits_are_named(tmp_path: Path) -> None:
+    data = RefCOCO(write_set(tmp_path))
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.float32)).save(data.image_path(1), "TIFF")
+    with pytest.raises(ValueError, match=r"000001\.jpg is not an image that can be read .*32 bits and no known range"):
+        data.image(1)
 
 
 # ---- refs pickles

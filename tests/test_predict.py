@@ -22,6 +22,7 @@ from fastkd.evaluate import predict, tokenizer_of
 from fastkd.evaluate.prediction import read_image
 from fastkd.models import RISModel
 from fastkd.models.inputs import word_limit
+from fastkd.report.overlays import as_image
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,9 @@ def test_the_orientation_of_a_photograph_is_applied(teacher, scene, tmp_path):
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     found = predict(teacher, tmp_path / "turned.png", sentence)
     assert np.array_equal(found.image, np.asarray(upright))
+    with Image.open(tmp_path / "turned.png") as opened:  # an image that Pillow opened is no other
+        assert np.array_equal(read_image(opened), np.asarray(upright))
+        assert np.array_equal(as_image(opened), np.asarray(upright))
 
 
 def test_the_mode_and_the_weights_stay(teacher, scene):

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from fastkd.data._files import find_images, read_instances, read_refs
 from fastkd.data._join import check_agreement, check_unique, index
+from fastkd.data.images import WidePixels, is_turned, read_image
 from fastkd.data.masks import RULES, check_segmentation, rasterise
 
 SPLITS = {
@@ -152,20 +152,28 @@ class RefCOCO:
         return entry["height"], entry["width"]
 
     def image(self, image_id: int) -> np.ndarray:
-        """The image, (H, W, 3) uint8 RGB.
+        """The image, (H, W, 3) uint8 RGB, as `fastkd.evaluate.predict` reads it: upright by its EXIF orientation.
 
         Raises:
             ValueError: the file is damaged, or its size isn't the one in instances.json.
         """
         path = self.image_path(image_id)
         try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {path} can't be decoded ({error}): the file is damaged, fetch it again") from error
+            pixels = read_image(path)
+        except ValueError as error:
+            if isinstance(error.__cause__, WidePixels):
+                raise
+            raise ValueError(
+                f"image {path} can't be decoded ({error.__cause__ or error}): the file is damaged, fetch it again"
+            ) from error
         if pixels.shape[:2] != self.image_size(image_id):
+            if pixels.shape[1::-1] == self.image_size(image_id) and is_turned(path):
+                height, width = pixels.shape[:2]
+                raise ValueError(
+                    f"image {path} is shown upright by its EXIF orientation, {height} x {width}, but instances.json has "
+                    f"the size of its bitmap, {width} x {height} (height x width): the masks were drawn on the bitmap "
+                    "as stored, so remove the orientation tag from these files"
+                )
             raise ValueError(
                 f"image {path} is {pixels.shape[0]} x {pixels.shape[1]} but instances.json says "
                 f"{' x '.join(map(str, self.image_size(image_id)))} (height x width): these files don't belong together"
