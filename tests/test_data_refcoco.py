@@ -416,6 +416,105 @@ def test_a_damaged_rle_is_named_before_training(tmp_path: Path, damage: Any, mes
         RefCOCO(tmp_path)
 
 
+def test_a_mask_as_a_list_of_rles(tmp_path: Path) -> None:
+    left, right = box(3, 1, 9, 5), box(7, 2, 12, 8)
+    rles = [{"size": [HEIGHT, WIDTH], "counts": compressed(mask)} for mask in (left, right)]
+    for count, union, lavt in ((1, left, left), (2, left | right, left ^ right)):
+        write_set(tmp_path, segmentations={1: rles[:count]})
+        assert np.array_equal(RefCOCO(tmp_path).mask(0), union)
+        assert np.array_equal(RefCOCO(tmp_path, mask_rule="lavt").mask(0), lavt)
+    write_set(tmp_path, segmentations={1: [rles[0], LEFT]})
+    with pytest.raises(ValueError, match=r"annotation 1 \(ref 0\) mixes RLEs with list in one list"):
+        RefCOCO(tmp_path)
+
+
+def rename_images(root: Path, folder: str) -> Path:
+    """Put a folder before every file_name of instances.json."""
+    path = root / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = folder + image["file_name"]
+    path.write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folder", "images", "image_root"),
+    [
+        ("train2014/", "images/train2014", None),
+        ("train2014/", "train2014", None),
+        ("day/one/", "images/train2014/day/one", None),
+        ("JPEGImages/", "photos/JPEGImages", "photos"),
+        ("JPEGImages/", "photos/JPEGImages", "photos/JPEGImages"),
+    ],
+)
+def test_file_names_with_a_folder(tmp_path: Path, folder: str, images: str, image_root: str | None) -> None:
+    rename_images(write_set(tmp_path, images=images), folder)
+    data = RefCOCO(tmp_path, image_root=None if image_root is None else tmp_path / image_root)
+    assert data.image_path(1) == tmp_path / images / "COCO_train2014_000000000001.jpg"
+    assert data.image(1).shape == (HEIGHT, WIDTH, 3)
+    data.image_path(2).unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 images are missing, such as .*000002\.jpg"):
+        RefCOCO(tmp_path, image_root=data.image_root)
+
+
+@pytest.mark.parametrize("folder", ["/etc/", "../", "train2014/../../"])
+def test_file_names_that_lead_elsewhere_are_refused(tmp_path: Path, folder: str) -> None:
+    rename_images(write_set(tmp_path), folder)
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        RefCOCO(tmp_path)
+
+
+def test_unusable_refs_are_skipped_and_counted_on_request(tmp_path: Path) -> None:
+    refs = [
+        a_ref(0, "train"),
+        a_ref(1, "train", sentences=()),
+        a_ref(2, "train", sentences=("fine", " ")),
+        a_ref(3, "train", sentences=("",)),
+        a_ref(4, "train", ann_id=3, image_id=2),
+        a_ref(5, "train", ann_id=9),
+        a_ref(6, "train", image_id=9),
+        a_ref(7, "train", ann_id=2, image_id=2),
+        a_ref(8, "val", sentences=()),
+    ]
+    write_set(tmp_path, refs, segmentations={3: []})
+    with pytest.raises(ValueError, match=r"ref 1 has no sentence; leave .* skip_unusable=True \(--skip-unusable\)"):
+        RefCOCO(tmp_path)
+    with pytest.warns(FastKDWarning, match=r"3 refs are used; skipped 2 × ref without a sentence \(such as: .*ref 1 "):
+        data = RefCOCO(tmp_path, skip_unusable=True)
+    assert [ref.ref_id for ref in data] == [0, 2, 7]
+    assert [s.text for s in data.ref(2).sentences] == ["fine"]
+    expected = {
+        "ref without a sentence": 2,
+        "empty sentence": 2,
+        "ref with an unusable segmentation": 1,
+        "ref without an annotation": 1,
+        "ref without an image": 1,
+    }
+    assert data.skipped == expected
+    data.image_path(2).unlink()
+    with pytest.warns(FastKDWarning, match=r"1 × ref without its image file \(such as: .*000002\.jpg of ref 7"):
+        data = RefCOCO(tmp_path, skip_unusable=True)
+    assert data.skipped == expected | {"ref without its image file": 1}
+    assert [ref.ref_id for ref in data] == [0, 2]
+    assert "1 images" in repr(data)
+    with pytest.raises(ValueError, match="nothing is left after skipping 1 × ref without a sentence"):
+        RefCOCO(tmp_path, split="val", skip_unusable=True)
+
+
+def test_skipping_changes_nothing_of_a_whole_set_and_excuses_no_contradiction(tmp_path: Path) -> None:
+    data = RefCOCO(write_set(tmp_path), skip_unusable=True)
+    assert (len(data), data.skipped) == (2, {})
+    write_set(tmp_path, [a_ref(0, "train"), a_ref(1, "train", image_id=2)])
+    with pytest.raises(ValueError, match="annotation 1 has image_id 1"):
+        RefCOCO(tmp_path, skip_unusable=True)
+    write_set(tmp_path)
+    for path in (tmp_path / "images/train2014").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="images are missing"):
+        RefCOCO(tmp_path, skip_unusable=True)
+
+
 def edit_instances(root: Path, **more: list[dict]) -> Path:
     """Append entries to the lists of instances.json."""
     path = root / "refcoco/instances.json"

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastkd.data._files import find_images, read_instances, read_refs
 from fastkd.data._join import check_agreement, check_unique, index
+from fastkd.data._skip import Skips
 from fastkd.data.images import WidePixels, is_turned, read_image
 from fastkd.data.masks import RULES, check_segmentation, rasterise
 
@@ -70,6 +71,9 @@ class RefCOCO:
         image_root: the folder of the JPEG files. Left out, the usual four places under ``root`` are tried.
         mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels that exactly one polygon covers.
         sentence_field: ``"sent"`` (lower-case, no punctuation), ``"raw"``, or ``"raw.lower"``.
+        skip_unusable: skip refs without a sentence, with an empty or damaged segmentation, or whose annotation, image
+            or image file is missing, and empty sentences, instead of raising. What was skipped is counted in the
+            attribute ``skipped`` (reason to number) and reported in one `FastKDWarning`. Contradictions still raise.
         check_counts: raise unless the number of refs is the published one (for the real sets).
 
     Raises:
@@ -97,6 +101,7 @@ class RefCOCO:
         image_root: str | os.PathLike[str] | None = None,
         mask_rule: str = "union",
         sentence_field: str = "sent",
+        skip_unusable: bool = False,
         check_counts: bool = False,
     ) -> None:
         _check_options(name, split_by, split, mask_rule, sentence_field)
@@ -109,14 +114,27 @@ class RefCOCO:
         if not chosen:
             there = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in every).items()))
             raise ValueError(f"{path} has no ref of split {split!r}; it has {there or 'no refs at all'}")
-        self.refs: list[Ref] = [_ref(ref, sentence_field, path) for ref in chosen]
-        check_unique(self.refs, path)
-        self._by_id = {ref.ref_id: ref for ref in self.refs}
         if check_counts:
-            self._check_count(path)
-        self._load_instances(self.root / name / "instances.json")
-        needed = sorted({str(image["file_name"]) for image in self._images.values()})
-        self.image_root = find_images(self.root, image_root, needed)
+            self._check_count(path, len(chosen))
+        skips = Skips(skip_unusable)
+        self._images: dict[int, dict[str, Any]] = {}
+        refs = [made for ref in chosen if (made := _ref(ref, sentence_field, path, skips)) is not None]
+        check_unique(refs, path)
+        refs = self._load_instances(self.root / name / "instances.json", refs, skips)
+        needed = sorted({str(self._images[ref.image_id]["file_name"]) for ref in refs})
+        self.image_root, missing = find_images(self.root, image_root, needed, skip_unusable)
+        self.refs: list[Ref] = []
+        for ref in refs:
+            file = str(self._images[ref.image_id]["file_name"])
+            if file in missing:
+                skips.add("ref without its image file", f"{self.image_root / file} of ref {ref.ref_id} is missing")
+            else:
+                self.refs.append(ref)
+        self._by_id = {ref.ref_id: ref for ref in self.refs}
+        used = {ref.image_id for ref in self.refs}
+        self._images = {number: image for number, image in self._images.items() if number in used}
+        self.skipped: dict[str, int] = dict(skips.counts)
+        skips.report(f"{path}, split {split!r}", len(self.refs))
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -170,9 +188,9 @@ class RefCOCO:
             if pixels.shape[1::-1] == self.image_size(image_id) and is_turned(path):
                 height, width = pixels.shape[:2]
                 raise ValueError(
-                    f"image {path} is shown upright by its EXIF orientation, {height} x {width}, but instances.json has "
-                    f"the size of its bitmap, {width} x {height} (height x width): the masks were drawn on the bitmap "
-                    "as stored, so remove the orientation tag from these files"
+                    f"image {path} is shown upright by its EXIF orientation, {height} x {width}, but instances.json "
+                    f"has the size of its bitmap, {width} x {height} (height x width): the masks were drawn on the "
+                    "bitmap as stored, so remove the orientation tag from these files"
                 )
             raise ValueError(
                 f"image {path} is {pixels.shape[0]} x {pixels.shape[1]} but instances.json says "
@@ -198,14 +216,14 @@ class RefCOCO:
         except KeyError:
             raise KeyError(f"image_id {image_id!r} is not in split {self.split!r} of {self.name}") from None
 
-    def _load_instances(self, path: Path) -> None:
+    def _load_instances(self, path: Path, refs: list[Ref], skips: Skips) -> list[Ref]:
+        """Read what the refs refer to, and return those that can be used."""
         content = read_instances(path)
-        images = {ref.image_id for ref in self.refs}
-        annotations = {ref.ann_id: ref for ref in self.refs}
+        images, annotations = {ref.image_id for ref in refs}, {ref.ann_id for ref in refs}
         try:
             fields = ("file_name", "height", "width")
             found = index(content["images"], "image", path, fields, images)
-            self._images: dict[int, dict[str, Any]] = {i: {key: found[i][key] for key in fields} for i in found}
+            self._images = {i: {key: found[i][key] for key in fields} for i in found}
             fields = ("segmentation", "image_id", "category_id")
             objects = index(content["annotations"], "annotation", path, fields, annotations)
             self._segmentations: dict[int, Any] = {a: objects[a]["segmentation"] for a in objects}
@@ -223,26 +241,36 @@ class RefCOCO:
                     f"{path}: image {number} cannot be {image['height']} x {image['width']} (height x width): "
                     "fetch the file again"
                 )
-        for ref in self.refs:
+        usable = []
+        for ref in refs:
             if ref.image_id not in self._images:
-                raise ValueError(f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to")
+                message = f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to"
+                skips.add("ref without an image", message)
+                continue
             if ref.ann_id not in self._segmentations:
-                raise ValueError(f"{path} has no annotation {ref.ann_id}, which ref {ref.ref_id} refers to")
+                message = f"{path} has no annotation {ref.ann_id}, which ref {ref.ref_id} refers to"
+                skips.add("ref without an annotation", message)
+                continue
             check_agreement(ref, objects[ref.ann_id], path)
-        for ann_id, ref in annotations.items():
-            what = f"{path}: annotation {ann_id} (ref {ref.ref_id})"
-            check_segmentation(self._segmentations[ann_id], what, self.image_size(ref.image_id))
+            what = f"{path}: annotation {ref.ann_id} (ref {ref.ref_id})"
+            try:
+                check_segmentation(self._segmentations[ref.ann_id], what, self.image_size(ref.image_id))
+            except ValueError as error:
+                skips.add("ref with an unusable segmentation", str(error))
+                continue
+            usable.append(ref)
+        return usable
 
-    def _check_count(self, path: Path) -> None:
+    def _check_count(self, path: Path, count: int) -> None:
         published = PUBLISHED_REFS.get((self.name, self.split_by), {}).get(self.split)
         if published is None:
             raise ValueError(
                 f"check_counts: no published count is known for {self.name} ({self.split_by}) {self.split}; "
                 "pass check_counts=False"
             )
-        if published != len(self.refs):
+        if published != count:
             raise ValueError(
-                f"{path} has {len(self.refs)} refs of split {self.split!r}, but the published set has {published}: "
+                f"{path} has {count} refs of split {self.split!r}, but the published set has {published}: "
                 "fetch the file again, or pass check_counts=False for another set in this layout"
             )
 
@@ -269,7 +297,7 @@ def _in_split(of_ref: str, split: str) -> bool:
     return of_ref == split
 
 
-def _ref(ref: dict[str, Any], field: str, path: Path) -> Ref:
+def _ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref | None:
     sentences = []
     for sentence in ref["sentences"]:
         key = field.partition(".")[0]
@@ -280,11 +308,16 @@ def _ref(ref: dict[str, Any], field: str, path: Path) -> Ref:
             )
         text = sentence[key].lower() if field == "raw.lower" else sentence[key]
         if not text.strip():
-            raise ValueError(
+            skips.add(
+                "empty sentence",
                 f"{path}: sentence {sentence['sent_id']} of ref {ref['ref_id']} is empty in the field {key!r}; "
-                "try another sentence_field, or leave the sentence out of the file"
+                "try another sentence_field, or leave the sentence out of the file",
             )
+            continue
         sentences.append(Sentence(sentence["sent_id"], text))
     if not sentences:
-        raise ValueError(f"{path}: ref {ref['ref_id']} has no sentence")
+        skips.add(
+            "ref without a sentence", f"{path}: ref {ref['ref_id']} has no sentence; leave the ref out of the file"
+        )
+        return None
     return Ref(ref["ref_id"], ref["ann_id"], ref["image_id"], ref["category_id"], ref["split"], tuple(sentences))
