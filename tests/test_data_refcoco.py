@@ -591,6 +591,11 @@ def test_an_impossible_image_size_is_named(tmp_path: Path, size: tuple[int, int]
 def test_a_mask_without_pixels_or_of_another_size_is_an_error(tmp_path: Path) -> None:
     write_set(tmp_path, segmentations={1: [[30, 30, 40, 30, 40, 40]]})
     with pytest.raises(ValueError, match=r"annotation 1 \(ref 0\) covers no pixel of its 12 x 20 image"):
+        RefCOCO(tmp_path)
+    write_set(tmp_path, segmentations={1: [[-9, 2, -1, 2, -1, 8, -9, 8], LEFT]})  # one part inside is enough
+    assert np.array_equal(RefCOCO(tmp_path).mask(0), box(1, 2, 7, 8))
+    write_set(tmp_path, segmentations={1: {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}})
+    with pytest.raises(ValueError, match=r"annotation 1 \(ref 0\) covers no pixel of its 12 x 20 image"):
         RefCOCO(tmp_path).mask(0)
     write_set(tmp_path, segmentations={1: {"size": [5, 5], "counts": [3, 4, 18]}})
     with pytest.raises(ValueError, match=r"RLE of size \[5, 5\] for an image of \[12, 20\]"):

@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 RULES = ("union", "lavt")
 _HINT = "leave this annotation's refs out, or restore instances.json from its source"
+_NO_PIXEL = "{what} covers no pixel of its {height} x {width} image: the segmentation is empty or outside"
 _FAR = 10.0  # image sides; polygons may leave their image, by far less than this
 _LONGEST_OUTLINE = 1e7  # pixels; rasterising takes 40 bytes for each
 
@@ -38,6 +39,15 @@ def check_segmentation(segmentation: Any, what: str, size: tuple[int, int] | Non
         return
     for polygon in segmentation:
         _check_polygon(polygon, what, size)
+    if size is not None and all(_is_outside(polygon, size) for polygon in segmentation):
+        raise ValueError(_NO_PIXEL.format(what=what, height=size[0], width=size[1]))
+
+
+def _is_outside(polygon: list[float], size: tuple[int, int]) -> bool:
+    """Return whether a polygon lies wholly to one side of its image."""
+    height, width = size
+    x, y = polygon[0::2], polygon[1::2]
+    return max(x) < 0 or max(y) < 0 or min(x) > width or min(y) > height
 
 
 def _check_rle(rle: dict[str, Any], what: str, size: tuple[int, int] | None) -> None:
@@ -96,9 +106,7 @@ def rasterise(
     covered = layers.sum(axis=2, dtype=np.int64)
     mask: np.ndarray = covered > 0 if rule == "union" else covered == 1
     if rule == "union" and not mask.any():
-        raise ValueError(
-            f"{what} covers no pixel of its {height} x {width} image: the segmentation is empty or outside"
-        )
+        raise ValueError(_NO_PIXEL.format(what=what, height=height, width=width))
     return mask
 
 
