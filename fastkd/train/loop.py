@@ -109,7 +109,7 @@ def train(
         ValueError: what `Distiller.check` refuses, a batch that does not fit the data or the processes, masks with
             values other than 0 and 1, or word ids beyond a model's word table.
         FileExistsError: ``out_dir`` holds an earlier run.
-        FloatingPointError: a loss or gradient that is not finite; the message names the term and the step.
+        FloatingPointError: a loss or gradient that is not finite, or a validation with NaN; the message names where.
 
     Example:
         >>> result = train(distiller, train_set, TrainConfig(steps=600), val_dataset=val_set, out_dir="runs/distilled")
