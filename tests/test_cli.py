@@ -8,6 +8,7 @@ import math
 import pytest
 
 from fastkd.cli import main
+from fastkd.errors import FastKDWarning
 
 pytest.importorskip("timm", reason="needs the [ris] extra")
 
@@ -43,6 +44,25 @@ def test_train_then_evaluate(shapes, tmp_path, capsys):
     assert score["protocol"] == "lavt"
     assert set(score["metrics"]) >= {"oIoU", "mIoU", "P@0.5", "P@0.9"}
     assert "mIoU" in capsys.readouterr().out
+
+
+def test_a_set_with_unusable_refs_is_skipped_in_part_on_request(shapes, tmp_path, capsys):
+    import pickle
+    import shutil
+
+    root = tmp_path / "gaps"
+    shutil.copytree(shapes, root)
+    path = root / "refcoco" / "refs(unc).p"
+    refs = pickle.loads(path.read_bytes())
+    part = [ref for ref in refs if ref["split"] == "val"]
+    part[0]["sentences"] = []
+    path.write_bytes(pickle.dumps(refs))
+    args = ["evaluate", "--data", str(root), "--model", "shapes", "--device", "cpu"]
+    assert main(args) == 2
+    assert f"ref {part[0]['ref_id']} has no sentence" in capsys.readouterr().err
+    with pytest.warns(FastKDWarning, match=f"{len(part) - 1} refs are used; skipped 1 × ref without a sentence"):
+        assert main([*args, "--skip-unusable"]) == 0
+    assert f"of {len(part) - 1} refs" in capsys.readouterr().out
 
 
 def test_distill_with_the_shipped_teacher_and_every_term(shapes, tmp_path, capsys):

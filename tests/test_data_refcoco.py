@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from fastkd.data import RefCOCO
+from fastkd.data.images import read_image
 from fastkd.data.masks import rasterise
 from fastkd.errors import FastKDWarning
 
@@ -168,6 +169,60 @@ def test_rle_masks(tmp_path: Path, rule: str, compressed: bool) -> None:
     assert np.array_equal(RefCOCO(tmp_path, mask_rule=rule).mask(0), truth)
 
 
+# ---- images
+
+
+def with_image(root: Path, picture: Image.Image, shown: tuple[int, int] = (HEIGHT, WIDTH), **options: Any) -> RefCOCO:
+    """A set whose image 1 is ``picture``, of a size ``shown`` in instances.json (height, width)."""
+    path = write_set(root) / "images/train2014/COCO_train2014_000000000001.jpg"
+    picture.save(path, "PNG", **options)  # lossless; readers look at the content, not at the name
+    content = json.loads((root / "refcoco/instances.json").read_text())
+    content["images"][0] |= {"height": shown[0], "width": shown[1]}
+    (root / "refcoco/instances.json").write_text(json.dumps(content))
+    return RefCOCO(root)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_images_are_upright_by_their_orientation(tmp_path: Path) -> None:
+    upright, exif = noise(HEIGHT, WIDTH, 3), Image.Exif()
+    turns = {3: np.rot90(upright, 2), 2: upright[:, ::-1], 6: np.rot90(upright, 1), 8: np.rot90(upright, -1)}
+    for number, stored in turns.items():
+        exif[0x0112] = number
+        data = with_image(tmp_path / str(number), Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+        assert np.array_equal(data.image(1), upright)
+        assert np.array_equal(read_image(data.image_path(1)), upright)
+
+
+def test_masks_drawn_on_the_bitmap_of_a_turned_photograph_are_named(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = with_image(tmp_path, Image.fromarray(noise(HEIGHT, WIDTH, 3)), exif=exif)
+    with pytest.raises(ValueError, match=r"by its EXIF orientation, 20 x 12, but instances\.json has .* 12 x 20"):
+        data.image(1)
+
+
+def test_wide_pixels_are_scaled_and_transparent_ones_keep_their_colour(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
+    served = with_image(tmp_path / "wide", Image.fromarray(grey)).image(1)
+    assert np.array_equal(served, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    colours = noise(HEIGHT, WIDTH, 4)
+    assert np.array_equal(with_image(tmp_path / "clear", Image.fromarray(colours)).image(1), colours[..., :3])
+    palette = Image.fromarray(noise(HEIGHT, WIDTH, 3)).quantize(16)
+    expected = np.asarray(palette.convert("RGB"))
+    data = with_image(tmp_path / "palette", palette, transparency=bytes(range(16)))
+    assert np.array_equal(data.image(1), expected)
+
+
+def test_pixels_of_32_bits_are_named(tmp_path: Path) -> None:
+    data = RefCOCO(write_set(tmp_path))
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.float32)).save(data.image_path(1), "TIFF")
+    with pytest.raises(ValueError, match=r"000001\.jpg is not an image that can be read .*32 bits and no known range"):
+        data.image(1)
+
+
 # ---- refs pickles
 
 
@@ -289,8 +344,257 @@ def test_an_unusable_segmentation_is_named_before_training(tmp_path: Path, segme
     assert len(RefCOCO(tmp_path, split="val")) == 1  # the other split doesn't use it
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (float("nan"), "NaN or infinite"),
+        (float("inf"), "NaN or infinite"),
+        (10**400, "NaN or infinite"),
+        (2.5e8, r"coordinate of 2.5e\+08, far outside its 12 x 20 image"),
+        (-1e300, "far outside"),
+    ],
+)
+def test_a_polygon_that_would_crash_c_code_is_named(tmp_path: Path, number: float, message: str) -> None:
+    write_set(tmp_path, segmentations={1: [RIGHT, [1, 2, 7, 2, 7, number, 1, 8]]})
+    with pytest.raises(ValueError, match=rf"annotation 1 \(ref 0\) has a polygon .*{message}"):
+        RefCOCO(tmp_path)
+    with pytest.raises(ValueError, match=f"my object has a polygon .*{message}"):
+        rasterise([[1, 2, 7, 2, 7, number, 1, 8]], HEIGHT, WIDTH, what="my object")
+
+
+def test_an_endless_outline_is_named() -> None:
+    zigzag = [0.0, 0.0, 150.0, 1.0] * 50_000
+    with pytest.raises(ValueError, match=r"outline is 1.5e\+07 pixels long"):
+        rasterise([zigzag], HEIGHT, WIDTH)
+
+
+def test_a_polygon_that_leaves_its_image_is_cut_off(tmp_path: Path) -> None:
+    write_set(tmp_path, segmentations={1: [[-3.5, -2, 4, -2, 4, 30, -3.5, 30]]})
+    assert np.array_equal(RefCOCO(tmp_path).mask(0), box(0, 0, 4, HEIGHT))
+
+
+def compressed(mask: np.ndarray) -> str:
+    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+
+
+def test_compressed_rles_are_decoded_as_pycocotools_does() -> None:
+    rng = np.random.default_rng(0)
+    for density in (0.02, 0.5, 0.98):
+        for height, width in ((1, 7), (9, 1), (40, 70), (300, 200)):
+            truth = rng.random((height, width)) < density
+            truth[-1, -1] = True  # some pixel
+            rle = {"size": [height, width], "counts": compressed(truth)}
+            assert np.array_equal(rasterise(rle, height, width), truth)
+    block = np.zeros((3000, 2000), dtype=bool)
+    block[10:2000, 700:1900] = True  # runs of more than 20 bits
+    assert np.array_equal(rasterise({"size": [3000, 2000], "counts": compressed(block)}, 3000, 2000), block)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:-1], "can't be decoded .its last number is cut off"),
+        (lambda text: text + "9", "do not fill 12 x 20 pixels"),
+        (lambda text: "94", "do not fill 12 x 20 pixels"),
+        (lambda text: text[:-1] + "o", "can't be decoded .its last number is cut off"),
+        (lambda text: text + "o" * 30, "can't be decoded .a number of more than 40 bits"),
+        (lambda text: "~" + text, "can't be decoded .character '~'"),
+        (lambda text: "é" + text, "can't be decoded"),
+        (lambda text: "O" + text, "can't be decoded .a run whose length"),
+        (lambda text: [240.5], "can't be decoded .a run whose length"),
+        (lambda text: [float("nan"), 240], "can't be decoded .a run whose length"),
+        (lambda text: [[240]], "can't be decoded"),
+        (lambda text: ["2", "x"], "can't be decoded"),
+        (lambda text: [2**70], "do not fill"),
+        (lambda text: 240, "can't be decoded .counts of type int"),
+    ],
+)
+def test_a_damaged_rle_is_named_before_training(tmp_path: Path, damage: Any, message: str) -> None:
+    counts = damage(compressed(box(3, 1, 9, 5)))
+    write_set(tmp_path, segmentations={1: {"size": [HEIGHT, WIDTH], "counts": counts}})
+    with pytest.raises(ValueError, match=rf"annotation 1 \(ref 0\) has an RLE .*({message})"):
+        RefCOCO(tmp_path)
+
+
+def test_a_mask_as_a_list_of_rles(tmp_path: Path) -> None:
+    left, right = box(3, 1, 9, 5), box(7, 2, 12, 8)
+    rles = [{"size": [HEIGHT, WIDTH], "counts": compressed(mask)} for mask in (left, right)]
+    for count, union, lavt in ((1, left, left), (2, left | right, left ^ right)):
+        write_set(tmp_path, segmentations={1: rles[:count]})
+        assert np.array_equal(RefCOCO(tmp_path).mask(0), union)
+        assert np.array_equal(RefCOCO(tmp_path, mask_rule="lavt").mask(0), lavt)
+    write_set(tmp_path, segmentations={1: [rles[0], LEFT]})
+    with pytest.raises(ValueError, match=r"annotation 1 \(ref 0\) mixes RLEs with list in one list"):
+        RefCOCO(tmp_path)
+
+
+def rename_images(root: Path, folder: str) -> Path:
+    """Put a folder before every file_name of instances.json."""
+    path = root / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = folder + image["file_name"]
+    path.write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folder", "images", "image_root"),
+    [
+        ("train2014/", "images/train2014", None),
+        ("train2014/", "train2014", None),
+        ("day/one/", "images/train2014/day/one", None),
+        ("JPEGImages/", "photos/JPEGImages", "photos"),
+        ("JPEGImages/", "photos/JPEGImages", "photos/JPEGImages"),
+    ],
+)
+def test_file_names_with_a_folder(tmp_path: Path, folder: str, images: str, image_root: str | None) -> None:
+    rename_images(write_set(tmp_path, images=images), folder)
+    data = RefCOCO(tmp_path, image_root=None if image_root is None else tmp_path / image_root)
+    assert data.image_path(1) == tmp_path / images / "COCO_train2014_000000000001.jpg"
+    assert data.image(1).shape == (HEIGHT, WIDTH, 3)
+    data.image_path(2).unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 images are missing, such as .*000002\.jpg"):
+        RefCOCO(tmp_path, image_root=data.image_root)
+
+
+@pytest.mark.parametrize("folder", ["/etc/", "../", "train2014/../../"])
+def test_file_names_that_lead_elsewhere_are_refused(tmp_path: Path, folder: str) -> None:
+    rename_images(write_set(tmp_path), folder)
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        RefCOCO(tmp_path)
+
+
+def test_unusable_refs_are_skipped_and_counted_on_request(tmp_path: Path) -> None:
+    refs = [
+        a_ref(0, "train"),
+        a_ref(1, "train", sentences=()),
+        a_ref(2, "train", sentences=("fine", " ")),
+        a_ref(3, "train", sentences=("",)),
+        a_ref(4, "train", ann_id=3, image_id=2),
+        a_ref(5, "train", ann_id=9),
+        a_ref(6, "train", image_id=9),
+        a_ref(7, "train", ann_id=2, image_id=2),
+        a_ref(8, "val", sentences=()),
+    ]
+    write_set(tmp_path, refs, segmentations={3: []})
+    with pytest.raises(ValueError, match=r"ref 1 has no sentence; leave .* skip_unusable=True \(--skip-unusable\)"):
+        RefCOCO(tmp_path)
+    with pytest.warns(FastKDWarning, match=r"3 refs are used; skipped 2 × ref without a sentence \(such as: .*ref 1 "):
+        data = RefCOCO(tmp_path, skip_unusable=True)
+    assert [ref.ref_id for ref in data] == [0, 2, 7]
+    assert [s.text for s in data.ref(2).sentences] == ["fine"]
+    expected = {
+        "ref without a sentence": 2,
+        "empty sentence": 2,
+        "ref with an unusable segmentation": 1,
+        "ref without an annotation": 1,
+        "ref without an image": 1,
+    }
+    assert data.skipped == expected
+    data.image_path(2).unlink()
+    with pytest.warns(FastKDWarning, match=r"1 × ref without its image file \(such as: .*000002\.jpg of ref 7"):
+        data = RefCOCO(tmp_path, skip_unusable=True)
+    assert data.skipped == expected | {"ref without its image file": 1}
+    assert [ref.ref_id for ref in data] == [0, 2]
+    assert "1 images" in repr(data)
+    with pytest.raises(ValueError, match="nothing is left after skipping 1 × ref without a sentence"):
+        RefCOCO(tmp_path, split="val", skip_unusable=True)
+
+
+def test_skipping_changes_nothing_of_a_whole_set_and_excuses_no_contradiction(tmp_path: Path) -> None:
+    data = RefCOCO(write_set(tmp_path), skip_unusable=True)
+    assert (len(data), data.skipped) == (2, {})
+    write_set(tmp_path, [a_ref(0, "train"), a_ref(1, "train", image_id=2)])
+    with pytest.raises(ValueError, match="annotation 1 has image_id 1"):
+        RefCOCO(tmp_path, skip_unusable=True)
+    write_set(tmp_path)
+    for path in (tmp_path / "images/train2014").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="images are missing"):
+        RefCOCO(tmp_path, skip_unusable=True)
+
+
+def edit_instances(root: Path, **more: list[dict]) -> Path:
+    """Append entries to the lists of instances.json."""
+    path = root / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: entries + more.get(key, []) for key, entries in content.items()}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"annotations": [{"id": 1, "image_id": 2, "category_id": 7, "segmentation": [LEFT]}]},
+            "annotation 1 .image_id",
+        ),
+        (
+            {"annotations": [{"id": 1, "image_id": 1, "category_id": 7, "segmentation": [RIGHT]}]},
+            "annotation 1 .segment",
+        ),
+        (
+            {"annotations": [{"id": 1, "image_id": 1, "category_id": 8, "segmentation": [LEFT]}]},
+            "annotation 1 .category",
+        ),
+        ({"images": [{"id": 1, "file_name": "b.jpg", "height": HEIGHT, "width": WIDTH}]}, "image 1 .file_name differs"),
+        (
+            {"images": [{"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "height": 13, "width": WIDTH}]},
+            "image 1 .height differs: 12 and 13",
+        ),
+        ({"categories": [{"id": 7, "name": "square"}]}, "category 7 .name differs: 'circle' and 'square'"),
+    ],
+)
+def test_two_different_entries_of_one_id_are_named(tmp_path: Path, more: dict, message: str) -> None:
+    edit_instances(write_set(tmp_path), **more)
+    with pytest.raises(ValueError, match=rf"instances\.json has two different entries for {message}"):
+        RefCOCO(tmp_path)
+
+
+def test_exact_repetitions_and_ambiguous_ids_that_no_ref_uses_are_harmless(tmp_path: Path) -> None:
+    path = write_set(tmp_path) / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    unused = [{"id": 5, "image_id": i, "category_id": 7, "segmentation": [LEFT]} for i in (1, 2)]
+    edit_instances(
+        tmp_path,
+        annotations=[{**content["annotations"][0], "area": 36.0}, *unused],
+        images=content["images"],
+        categories=content["categories"],
+    )
+    assert np.array_equal(RefCOCO(tmp_path).mask(0), box(1, 2, 7, 8))
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        (a_ref(3, "train", image_id=2, ann_id=1), "annotation 1 has image_id 1, but ref 3, which refers to it, has 2"),
+        ({**a_ref(3, "train"), "category_id": 9}, "annotation 1 has category_id 7, but ref 3, .* has 9"),
+    ],
+)
+def test_a_ref_that_contradicts_its_annotation_is_named(tmp_path: Path, ref: dict, message: str) -> None:
+    write_set(tmp_path, [a_ref(0, "train"), ref])
+    with pytest.raises(ValueError, match=message):
+        RefCOCO(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(0, WIDTH), (HEIGHT, -1), (10**6, 10**6)])
+def test_an_impossible_image_size_is_named(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = write_set(tmp_path) / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"height": size[0], "width": size[1]}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="image 1 cannot be "):
+        RefCOCO(tmp_path)
+
+
 def test_a_mask_without_pixels_or_of_another_size_is_an_error(tmp_path: Path) -> None:
     write_set(tmp_path, segmentations={1: [[30, 30, 40, 30, 40, 40]]})
+    with pytest.raises(ValueError, match=r"annotation 1 \(ref 0\) covers no pixel of its 12 x 20 image"):
+        RefCOCO(tmp_path)
+    write_set(tmp_path, segmentations={1: [[-9, 2, -1, 2, -1, 8, -9, 8], LEFT]})  # one part inside is enough
+    assert np.array_equal(RefCOCO(tmp_path).mask(0), box(1, 2, 7, 8))
+    write_set(tmp_path, segmentations={1: {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}})
     with pytest.raises(ValueError, match=r"annotation 1 \(ref 0\) covers no pixel of its 12 x 20 image"):
         RefCOCO(tmp_path).mask(0)
     write_set(tmp_path, segmentations={1: {"size": [5, 5], "counts": [3, 4, 18]}})
@@ -331,6 +635,14 @@ def test_damaged_json_and_missing_entries_are_named(tmp_path: Path) -> None:
         ([{**a_ref(0, "train"), "ann_id": [1]}], r"ref number 0 has ann_id = \[1\], where int is expected"),
         ([{k: v for k, v in a_ref(0, "train").items() if k != "split"}], "split = None, where str is expected"),
         ([a_ref(0, "train"), a_ref(0, "train")], "ref_id 0 more than once"),
+        (
+            [a_ref(0, "train"), {**a_ref(1, "train"), "sentences": a_ref(0, "train")["sentences"]}],
+            "sent_id 0 more than",
+        ),
+        (
+            [{**a_ref(0, "train"), "sentences": [{"sent": t, "sent_id": 8} for t in ("red", "left")]}],
+            "sent_id 8 more than once",
+        ),
         ([a_ref(0, "train", sentences=())], "ref 0 has no sentence"),
         ([a_ref(0, "train", sentences=("fine", " "))], "sentence 1 of ref 0 is empty in the field 'sent'"),
         ([{**a_ref(0, "train"), "sentences": [{"raw": "x"}]}], "a sentence of ref 0 has no 'sent'"),

@@ -56,6 +56,21 @@ def test_words_that_the_vocabulary_cannot_spell_are_named_once(recwarn: pytest.W
     assert not [w for w in recwarn if issubclass(w.category, FastKDWarning)]
 
 
+def test_marks_that_are_typed_are_text(tmp_path: Path) -> None:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*specials, "[", "]", "sep", "pad", "mask", "red"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer._inner.save_pretrained(tmp_path / "saved")
+    for one in (tokenizer, load_tokenizer(tmp_path / "saved")):
+        ids, mask = one(["red [SEP] red", "[PAD]", "[MASK] red"], 10)
+        assert [[pieces[i] for i in row[real]] for row, real in zip(ids, mask, strict=True)] == [
+            ["[CLS]", "red", "[", "sep", "]", "red", "[SEP]"],
+            ["[CLS]", "[", "pad", "]", "[SEP]"],
+            ["[CLS]", "[", "mask", "]", "red", "[SEP]"],
+        ]
+
+
 def test_tokenizer_from_files(tmp_path: Path) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", *"xyz", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "##dish"]) + "\n")
@@ -99,6 +114,7 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
         ([], 20, ValueError, "sentences is empty"),
         ("red circle", 20, TypeError, "sentences must be a list of strings"),
         ([3], 20, TypeError, "sentences must be a list of strings"),
+        (["red", "red \udc80"], 20, ValueError, "sentence 1 .* holds half a character"),
         (["red"], 2, ValueError, "max_words must be an integer of at least 3"),
     ):
         with pytest.raises(error, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,6 +209,73 @@ class TestEvaluate:
         with pytest.raises(ValueError, match=r"logits \(10, 2, 4, 9\) do not fit masks \(10, 7, 9\)"):
             evaluate(Small(), Scenes(), collate=collate)
 
+    @pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32])
+    def test_masks_of_0_and_1_are_taken_in_any_dtype_and_others_named(self, kind: torch.dtype) -> None:
+        class Stored(Scenes):
+            top = 1
+
+            def __getitem__(self, i: int) -> dict[str, Any]:
+                sample = super().__getitem__(i)
+                return {**sample, "mask": sample["mask"].to(kind) * self.top}
+
+        data = Stored()
+        assert evaluate(Echo(), data, collate=collate).metrics == evaluate(Echo(), Scenes(), collate=collate).metrics
+        data.top = 255
+        with pytest.raises(ValueError, match=r"mask must be bool or hold only 0 and 1, got .* with 255: use mask > 0"):
+            evaluate(Echo(), data, collate=collate)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_nan_is_no_score(self, value: float) -> None:
+        class Broken(Scenes):
+            def __getitem__(self, i: int) -> dict[str, Any]:
+                sample = super().__getitem__(i)
+                return {**sample, "image": sample["image"] * (value if i == 7 else 1)}
+
+        class Both(Echo):
+            def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
+                return super().forward(image, input_ids).abs() + image[:, :1].abs()
+
+        with pytest.raises(
+            FloatingPointError, match=r"NaN for ref_id 2, sent_id 107, 'number 7': its weights .*finite"
+        ):
+            evaluate(Both(), Broken(), batch_size=4, collate=collate)
+        assert evaluate(Both(), Scenes(), collate=collate).sentences == 10
+
+    def test_infinite_logits_that_differ_are_a_decision(self) -> None:
+        class Sure(Echo):
+            def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
+                return super().forward(image, input_ids) * torch.inf
+
+        class Scaled(Echo):
+            def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
+                a, b = super().forward(image, input_ids).unbind(1)
+                return torch.stack([a - b, b], 1) * torch.inf  # -inf and inf, or the other way round
+
+        data = Scenes()
+        assert evaluate(Scaled(), data, collate=collate).metrics == evaluate(Echo(), data, collate=collate).metrics
+        with pytest.raises(FloatingPointError, match="NaN"):
+            evaluate(Sure(), data, collate=collate)  # 0 times inf
+
+    def test_broken_weights_are_named(self) -> None:
+        model = Echo()
+        model.register_parameter("gain", nn.Parameter(torch.tensor(torch.nan)))
+        model.scale = model.gain
+        with pytest.raises(FloatingPointError, match=r"its weights hold NaN or Inf \((gain|scale).*earlier checkpoint"):
+            evaluate(model, Scenes(), collate=collate)
+
+    def test_words_beyond_the_table_are_refused_before_the_model_runs(self) -> None:
+        class Worded(Echo):
+            vocab_size = 3
+
+        with pytest.raises(ValueError, match="input_ids run from 0 to 3, the vocabulary has 3 words"):
+            evaluate(Worded(), Scenes(), collate=collate)
+        data, Worded.vocab_size = Scenes(), 50
+        data.tokenizer = SimpleNamespace(vocab_size=51, name="other")
+        with pytest.raises(ValueError, match=r"tokenizer \('other'\) has 51 entries, the model's word table 50 rows"):
+            evaluate(Worded(), data, collate=collate)
+        data.tokenizer.vocab_size = 50
+        assert evaluate(Worded(), data, collate=collate).sentences == 10
+
     @pytest.mark.gpu
     def test_gpu_gives_the_cpus_scores(self) -> None:
         data = Scenes()
@@ -241,6 +309,26 @@ class TestSegmentationLoss:
         loss = segmentation_loss(logits, {"mask": torch.zeros(1, 4, 4, dtype=torch.bool)})
         assert loss.dtype == torch.float32
         assert torch.isfinite(loss)
+
+    @pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32])
+    def test_only_0_and_1_are_masks(self, kind: torch.dtype) -> None:
+        torch.manual_seed(0)
+        logits, mask = torch.randn(2, 2, 5, 4), torch.rand(2, 5, 4) < 0.3
+        assert torch.equal(
+            segmentation_loss(logits, {"mask": mask.to(kind)}), segmentation_loss(logits, {"mask": mask})
+        )
+        with pytest.raises(ValueError, match=r"mask must be bool or hold only 0 and 1, got .* with 255"):
+            segmentation_loss(logits, {"mask": mask.to(kind) * 255})
+        with pytest.raises(ValueError, match=r"with 0\.25: use"):
+            segmentation_loss(logits, {"mask": mask.float() * 0.25})
+
+    def test_a_traced_loss_becomes_nan_where_it_cannot_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits, mask = torch.randn(2, 2, 5, 4), torch.ones(2, 5, 4, dtype=torch.uint8)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.isfinite(segmentation_loss(logits, {"mask": mask}))
+        mask[0, 0, 0] = 255
+        for dice_weight in (0.0, 1.0):
+            assert torch.isnan(segmentation_loss(logits, {"mask": mask}, dice_weight=dice_weight))
 
     def test_bad_shapes(self) -> None:
         with pytest.raises(ValueError, match=r"logits must be \(B, 2, H, W\), got \(1, 1, 4, 4\)"):

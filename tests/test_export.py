@@ -256,7 +256,7 @@ def test_refusals(student, tmp_path):
         (TypeError, "distiller.student", {"model": torch.nn.Linear(1, 1)}),
         (
             ValueError,
-            "word table 40: it is not",
+            "word table 40 rows: it is not",
             {"model": build(text={**TEXT, "vocab_size": 40}), "tokenizer": pieces},
         ),
         (ValueError, r"call model\.float\(\)", {"model": copy.deepcopy(student).half()}),

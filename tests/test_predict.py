@@ -22,6 +22,7 @@ from fastkd.evaluate import predict, tokenizer_of
 from fastkd.evaluate.prediction import read_image
 from fastkd.models import RISModel
 from fastkd.models.inputs import word_limit
+from fastkd.report.overlays import as_image
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,9 @@ def test_the_orientation_of_a_photograph_is_applied(teacher, scene, tmp_path):
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     found = predict(teacher, tmp_path / "turned.png", sentence)
     assert np.array_equal(found.image, np.asarray(upright))
+    with Image.open(tmp_path / "turned.png") as opened:  # an image that Pillow opened is no other
+        assert np.array_equal(read_image(opened), np.asarray(upright))
+        assert np.array_equal(as_image(opened), np.asarray(upright))
 
 
 def test_the_mode_and_the_weights_stay(teacher, scene):
@@ -127,6 +131,26 @@ def test_nothing_found_scores_0(teacher, scene, monkeypatch):
     assert not found.mask.any()
     assert found.score == 0
     assert found.share == 0
+
+
+def test_nan_is_not_nothing_found(teacher, scene):
+    with torch.no_grad():
+        bias = teacher.decoder.classifier.bias
+        old = bias.clone()
+        try:
+            bias[0] = torch.nan
+            with pytest.raises(FloatingPointError, match=r"NaN, so .*NaN or Inf \(decoder\.classifier\.bias\)"):
+                predict(teacher, *scene)
+        finally:
+            bias.copy_(old)
+
+
+def test_a_tokenizer_larger_than_the_word_table_is_refused(teacher, scene, tmp_path):
+    pieces, rows = load_tokenizer("shapes").pieces(), teacher.text_encoder.vocab_size
+    more = [f"word{number}" for number in range(rows + 1 - len(pieces))]
+    (tmp_path / "vocab.txt").write_text("\n".join([*pieces, *more]) + "\n")
+    with pytest.raises(ValueError, match=rf"has {rows + 1} entries, the model's word table {rows} rows"):
+        predict(teacher, scene[0], scene[1], load_tokenizer(tmp_path))
 
 
 def test_a_long_sentence_is_cut_and_the_warning_says_what(teacher, scene):

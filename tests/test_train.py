@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -445,6 +446,36 @@ class TestSettings:
     def test_non_finite_on_the_gpu_is_found_at_the_next_line(self) -> None:
         with pytest.raises(FloatingPointError, match="the task loss is nan at step"):
             run(toy(), Scenes(poison=3), check=False, device="cuda", steps=40, log_every=10)
+
+
+class Stored(Scenes):
+    """Masks as image files hold them."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        sample = super().__getitem__(i)
+        return {**sample, "mask": sample["mask"].to(torch.uint8) * 255}
+
+
+def test_masks_of_255_are_refused_and_a_loss_of_ones_own_may_take_them() -> None:
+    with pytest.raises(ValueError, match=r"mask must be bool or hold only 0 and 1, got torch.uint8 with 255"):
+        run(toy(), Stored(), check=False)
+    with pytest.raises(ValueError, match=r"mask must be bool or hold only 0 and 1, got torch.uint8 with 255"):
+        run(toy(), val_dataset=Stored(), steps=1)
+    own = lambda output, batch: F.cross_entropy(output, (batch["mask"] > 0).long())
+    assert run(toy(), Stored(), steps=1, task_loss=own).steps == 1
+
+
+def test_word_ids_beyond_a_table_are_refused_before_the_batch_moves() -> None:
+    student = distiller()
+    student.student.vocab_size, student.teacher.vocab_size = 8, 8
+    assert run(student, steps=1).steps == 1
+    student.teacher.vocab_size = 7
+    with pytest.raises(ValueError, match=r"input_ids run from \d to 7, the vocabulary has 7 words"):
+        run(student, steps=1)
+    data = Scenes()
+    data.tokenizer = SimpleNamespace(vocab_size=9, name="other")
+    with pytest.raises(ValueError, match=r"tokenizer \('other'\) has 9 entries, the student's word table 8 rows"):
+        run(student, data)
 
 
 def test_real_models_data_and_losses(tmp_path: Path) -> None:

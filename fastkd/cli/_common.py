@@ -136,6 +136,7 @@ def open_split(
     ``teacher`` is what `teacher_words` returns.
     """
     from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
+    from fastkd.models.inputs import check_vocabulary, word_limit
 
     config = model.config
     source = tokenizer or config.tokenizer
@@ -144,12 +145,14 @@ def open_split(
             "the model's configuration names no tokenizer, and word ids mean nothing without one: pass --tokenizer "
             "with the path of its vocab.txt"
         )
+    words = load_tokenizer(source, keep_end=getattr(config, "keep_end", False))
+    check_vocabulary(model, words)
     small = config.image_size <= 128  # decoded images of a small set fit in memory
     return ReferDataset(
         RefCOCO(root, split=split, **where),
-        load_tokenizer(source, keep_end=getattr(config, "keep_end", False)),
+        words,
         image_size=config.image_size,
-        max_words=config.max_words,
+        max_words=word_limit(model),
         sentences=sentences,
         seed=seed,
         cache=small,

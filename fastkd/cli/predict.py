@@ -33,8 +33,9 @@ def predict(
     """
     from fastkd.cli._common import check_folder, load_local
     from fastkd.data import load_tokenizer
+    from fastkd.data.images import read_image
     from fastkd.evaluate.prediction import predict as run
-    from fastkd.evaluate.prediction import read_image, tokenizer_of
+    from fastkd.evaluate.prediction import tokenizer_of
     from fastkd.report.overlays import as_png, overlay, write_together
     from fastkd.train.runtime import pick_device
 

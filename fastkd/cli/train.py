@@ -28,12 +28,14 @@ class DataArgs:
         split_by: who split it: unc, google or umd.
         tokenizer: path of the vocab.txt (or tokenizer folder) that the word ids come from, or "shapes"; where left out,
             what the model's configuration names, or else the teacher's.
+        skip_unusable: skip refs without a sentence, mask or image file, and say how many; an error where left out.
     """
 
     data: Path
     dataset: str = "refcoco"
     split_by: str = "unc"
     tokenizer: str | None = None
+    skip_unusable: bool = False
 
     def open(
         self, split: str, model: Any, *, sentences: str, seed: int = 0, teacher: dict[str, Any] | None = None
@@ -51,6 +53,7 @@ class DataArgs:
             teacher=teacher,
             name=self.dataset,
             split_by=self.split_by,
+            skip_unusable=self.skip_unusable,
         )
 
 

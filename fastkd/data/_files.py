@@ -89,23 +89,54 @@ def read_instances(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_images(root: Path, image_root: str | os.PathLike[str] | None, needed: list[str]) -> Path:
-    """The folder that holds the image files ``needed``; all must be there."""
+def find_images(
+    root: Path, image_root: str | os.PathLike[str] | None, needed: list[str], partial: bool = False
+) -> tuple[Path, set[str]]:
+    """Return the folder that holds the image files ``needed``, and which are missing: none, unless ``partial``.
+
+    A name may have folders in it; then it may also begin beside the usual folder, as "train2014/x.jpg" does.
+
+    Raises:
+        FileNotFoundError: no such folder; without ``partial``, one with a file missing too.
+        ValueError: a name that leads out of its folder.
+    """
     folders = [root / folder for folder in IMAGE_FOLDERS] if image_root is None else [Path(image_root)]
-    best: tuple[int, Path] | None = None
+    with_folder = [name for name in needed if "/" in name]
+    for name in with_folder:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"instances.json has file_name {name!r}, which leads out of the folder of the images")
+    if with_folder:
+        folders += [folder.parent for folder in folders]
+    best: tuple[set[str], Path] | None = None
     for folder in folders:
         if not folder.is_dir():
             continue
-        missing = set(needed) - set(os.listdir(folder))
+        missing = _missing(folder, needed)
         if not missing:
-            return folder
-        if best is None or len(missing) < best[0]:
-            best = (len(missing), folder / min(missing))
+            return folder, missing
+        if best is None or len(missing) < len(best[0]):
+            best = missing, folder
+    if partial and best is not None and len(best[0]) < len(needed):
+        return best[1], best[0]
     tried = "\n".join(f"  {folder}" for folder in folders)
     if best is not None:
-        raise FileNotFoundError(f"{best[0]} of {len(needed)} images are missing, such as {best[1]}; tried:\n{tried}")
-    mend = "put the images there, or pass image_root" if image_root is None else "image_root is not a folder"
-    raise FileNotFoundError(f"no folder of images; tried:\n{tried}\n{mend}")
+        count, example = len(best[0]), best[1] / min(best[0])
+        raise FileNotFoundError(f"{count} of {len(needed)} images are missing, such as {example}; tried:\n{tried}")
+    hint = "put the images there, or pass image_root" if image_root is None else "image_root is not a folder"
+    raise FileNotFoundError(f"no folder of images; tried:\n{tried}\n{hint}")
+
+
+def _missing(folder: Path, needed: list[str]) -> set[str]:
+    """Return the names that no file of the folder, or of the folder inside that they name, has."""
+    there: dict[str, set[str]] = {}
+    missing = set()
+    for name in needed:
+        inside, _, file = name.rpartition("/")
+        if inside not in there:
+            there[inside] = set(os.listdir(folder / inside)) if (folder / inside).is_dir() else set()
+        if file not in there[inside]:
+            missing.add(name)
+    return missing
 
 
 def _bytes(path: Path) -> bytes:

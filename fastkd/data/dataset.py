@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fastkd.data.images import to_square
 from fastkd.data.refcoco import Ref, RefCOCO, Sentence
 from fastkd.data.tokenizer import Tokenizer
 
@@ -146,10 +147,7 @@ class ReferDataset(Dataset[Sample]):
     def _image(self, image_id: int) -> np.ndarray:
         if self._images is not None and image_id in self._images:
             return self._images[image_id]
-        pixels = self.refcoco.image(image_id)
-        if pixels.shape[:2] != (self.image_size, self.image_size):
-            resized = Image.fromarray(pixels).resize((self.image_size,) * 2, Image.Resampling.BILINEAR)
-            pixels = np.array(resized)
+        pixels = to_square(self.refcoco.image(image_id), self.image_size)
         if self._images is not None:
             self._images[image_id] = pixels
         return pixels

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from fastkd.data._files import find_images, read_instances, read_refs
+from fastkd.data._join import check_agreement, check_unique, index
+from fastkd.data._skip import Skips
+from fastkd.data.images import WidePixels, is_turned, read_image
 from fastkd.data.masks import RULES, check_segmentation, rasterise
 
 SPLITS = {
@@ -27,6 +29,7 @@ PUBLISHED_REFS = {
     ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
     ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
 }
+_LARGEST = 2**30  # pixels of an image; pycocotools counts them in 32 bits
 SENTENCE_FIELDS = ("sent", "raw", "raw.lower")
 
 
@@ -54,7 +57,9 @@ class RefCOCO:
     """One split of RefCOCO, RefCOCO+ or RefCOCOg, read from the published files.
 
     The refs pickle is read by an unpickler that refuses every class, as utf-8 and, with a warning, as latin1. Files,
-    segmentations and sentences are checked when the object is made; images and masks are read when asked for.
+    segmentations and sentences are checked when the object is made; images and masks are read when asked for. Refused
+    are an id that stands for two different images or annotations, a ref or sentence id that occurs twice, and a ref
+    whose image or category is not its annotation's; an image or annotation that is repeated exactly is harmless.
     gRefCOCO (lists of annotations, no-target sentences) is not read.
 
     Args:
@@ -66,12 +71,15 @@ class RefCOCO:
         image_root: the folder of the JPEG files. Left out, the usual four places under ``root`` are tried.
         mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels that exactly one polygon covers.
         sentence_field: ``"sent"`` (lower-case, no punctuation), ``"raw"``, or ``"raw.lower"``.
+        skip_unusable: skip refs without a sentence, with an empty or damaged segmentation, or whose annotation, image
+            or image file is missing, and empty sentences, instead of raising. What was skipped is counted in the
+            attribute ``skipped`` (reason to number) and reported in one `FastKDWarning`. Contradictions still raise.
         check_counts: raise unless the number of refs is the published one (for the real sets).
 
     Raises:
         FileNotFoundError: a file or image is missing; the message names what was tried and the layout.
         pickle.UnpicklingError: the refs file names a class or is damaged.
-        ValueError: unknown option or split, damaged content, empty segmentation, wrong count.
+        ValueError: unknown option or split, damaged or contradictory content, unusable segmentation, wrong count.
 
     Example::
 
@@ -93,6 +101,7 @@ class RefCOCO:
         image_root: str | os.PathLike[str] | None = None,
         mask_rule: str = "union",
         sentence_field: str = "sent",
+        skip_unusable: bool = False,
         check_counts: bool = False,
     ) -> None:
         _check_options(name, split_by, split, mask_rule, sentence_field)
@@ -105,16 +114,27 @@ class RefCOCO:
         if not chosen:
             there = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in every).items()))
             raise ValueError(f"{path} has no ref of split {split!r}; it has {there or 'no refs at all'}")
-        self.refs: list[Ref] = [_ref(ref, sentence_field, path) for ref in chosen]
-        self._by_id = {ref.ref_id: ref for ref in self.refs}
-        if len(self._by_id) != len(self.refs):
-            twice = Counter(ref.ref_id for ref in self.refs).most_common(1)[0][0]
-            raise ValueError(f"{path} has ref_id {twice} more than once")
         if check_counts:
-            self._check_count(path)
-        self._load_instances(self.root / name / "instances.json")
-        needed = sorted({str(image["file_name"]) for image in self._images.values()})
-        self.image_root = find_images(self.root, image_root, needed)
+            self._check_count(path, len(chosen))
+        skips = Skips(skip_unusable)
+        self._images: dict[int, dict[str, Any]] = {}
+        refs = [made for ref in chosen if (made := _ref(ref, sentence_field, path, skips)) is not None]
+        check_unique(refs, path)
+        refs = self._load_instances(self.root / name / "instances.json", refs, skips)
+        needed = sorted({str(self._images[ref.image_id]["file_name"]) for ref in refs})
+        self.image_root, missing = find_images(self.root, image_root, needed, skip_unusable)
+        self.refs: list[Ref] = []
+        for ref in refs:
+            file = str(self._images[ref.image_id]["file_name"])
+            if file in missing:
+                skips.add("ref without its image file", f"{self.image_root / file} of ref {ref.ref_id} is missing")
+            else:
+                self.refs.append(ref)
+        self._by_id = {ref.ref_id: ref for ref in self.refs}
+        used = {ref.image_id for ref in self.refs}
+        self._images = {number: image for number, image in self._images.items() if number in used}
+        self.skipped: dict[str, int] = dict(skips.counts)
+        skips.report(f"{path}, split {split!r}", len(self.refs))
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -150,20 +170,28 @@ class RefCOCO:
         return entry["height"], entry["width"]
 
     def image(self, image_id: int) -> np.ndarray:
-        """The image, (H, W, 3) uint8 RGB.
+        """The image, (H, W, 3) uint8 RGB, as `fastkd.evaluate.predict` reads it: upright by its EXIF orientation.
 
         Raises:
             ValueError: the file is damaged, or its size isn't the one in instances.json.
         """
         path = self.image_path(image_id)
         try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {path} can't be decoded ({error}): the file is damaged, fetch it again") from error
+            pixels = read_image(path)
+        except ValueError as error:
+            if isinstance(error.__cause__, WidePixels):
+                raise
+            raise ValueError(
+                f"image {path} can't be decoded ({error.__cause__ or error}): the file is damaged, fetch it again"
+            ) from error
         if pixels.shape[:2] != self.image_size(image_id):
+            if pixels.shape[1::-1] == self.image_size(image_id) and is_turned(path):
+                height, width = pixels.shape[:2]
+                raise ValueError(
+                    f"image {path} is shown upright by its EXIF orientation, {height} x {width}, but instances.json "
+                    f"has the size of its bitmap, {width} x {height} (height x width): the masks were drawn on the "
+                    "bitmap as stored, so remove the orientation tag from these files"
+                )
             raise ValueError(
                 f"image {path} is {pixels.shape[0]} x {pixels.shape[1]} but instances.json says "
                 f"{' x '.join(map(str, self.image_size(image_id)))} (height x width): these files don't belong together"
@@ -188,20 +216,19 @@ class RefCOCO:
         except KeyError:
             raise KeyError(f"image_id {image_id!r} is not in split {self.split!r} of {self.name}") from None
 
-    def _load_instances(self, path: Path) -> None:
+    def _load_instances(self, path: Path, refs: list[Ref], skips: Skips) -> list[Ref]:
+        """Read what the refs refer to, and return those that can be used."""
         content = read_instances(path)
-        images = {ref.image_id for ref in self.refs}
-        annotations = {ref.ann_id: ref for ref in self.refs}
+        images, annotations = {ref.image_id for ref in refs}, {ref.ann_id for ref in refs}
         try:
-            self._images: dict[int, dict[str, Any]] = {
-                i["id"]: {key: i[key] for key in ("file_name", "height", "width")}
-                for i in content["images"]
-                if i["id"] in images
-            }
-            self._segmentations: dict[int, Any] = {
-                a["id"]: a["segmentation"] for a in content["annotations"] if a["id"] in annotations
-            }
-            self.categories: dict[int, str] = {c["id"]: c["name"] for c in content.get("categories", ())}
+            fields = ("file_name", "height", "width")
+            found = index(content["images"], "image", path, fields, images)
+            self._images = {i: {key: found[i][key] for key in fields} for i in found}
+            fields = ("segmentation", "image_id", "category_id")
+            objects = index(content["annotations"], "annotation", path, fields, annotations)
+            self._segmentations: dict[int, Any] = {a: objects[a]["segmentation"] for a in objects}
+            names = index(content.get("categories", ()), "category", path, ("name",))
+            self.categories: dict[int, str] = {c: names[c]["name"] for c in names}
         except KeyError as error:
             raise ValueError(f"{path} has an entry without the field {error}: fetch the file again") from error
         except TypeError as error:
@@ -209,24 +236,41 @@ class RefCOCO:
         for number, image in self._images.items():
             if not (isinstance(image["height"], int) and isinstance(image["width"], int)):
                 raise ValueError(f"{path}: height and width of image {number} must be integers: fetch the file again")
-        for ref in self.refs:
+            if min(image["height"], image["width"]) < 1 or image["height"] * image["width"] > _LARGEST:
+                raise ValueError(
+                    f"{path}: image {number} cannot be {image['height']} x {image['width']} (height x width): "
+                    "fetch the file again"
+                )
+        usable = []
+        for ref in refs:
             if ref.image_id not in self._images:
-                raise ValueError(f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to")
+                message = f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to"
+                skips.add("ref without an image", message)
+                continue
             if ref.ann_id not in self._segmentations:
-                raise ValueError(f"{path} has no annotation {ref.ann_id}, which ref {ref.ref_id} refers to")
-        for ann_id, ref in annotations.items():
-            check_segmentation(self._segmentations[ann_id], f"{path}: annotation {ann_id} (ref {ref.ref_id})")
+                message = f"{path} has no annotation {ref.ann_id}, which ref {ref.ref_id} refers to"
+                skips.add("ref without an annotation", message)
+                continue
+            check_agreement(ref, objects[ref.ann_id], path)
+            what = f"{path}: annotation {ref.ann_id} (ref {ref.ref_id})"
+            try:
+                check_segmentation(self._segmentations[ref.ann_id], what, self.image_size(ref.image_id))
+            except ValueError as error:
+                skips.add("ref with an unusable segmentation", str(error))
+                continue
+            usable.append(ref)
+        return usable
 
-    def _check_count(self, path: Path) -> None:
+    def _check_count(self, path: Path, count: int) -> None:
         published = PUBLISHED_REFS.get((self.name, self.split_by), {}).get(self.split)
         if published is None:
             raise ValueError(
                 f"check_counts: no published count is known for {self.name} ({self.split_by}) {self.split}; "
                 "pass check_counts=False"
             )
-        if published != len(self.refs):
+        if published != count:
             raise ValueError(
-                f"{path} has {len(self.refs)} refs of split {self.split!r}, but the published set has {published}: "
+                f"{path} has {count} refs of split {self.split!r}, but the published set has {published}: "
                 "fetch the file again, or pass check_counts=False for another set in this layout"
             )
 
@@ -253,7 +297,7 @@ def _in_split(of_ref: str, split: str) -> bool:
     return of_ref == split
 
 
-def _ref(ref: dict[str, Any], field: str, path: Path) -> Ref:
+def _ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref | None:
     sentences = []
     for sentence in ref["sentences"]:
         key = field.partition(".")[0]
@@ -264,11 +308,16 @@ def _ref(ref: dict[str, Any], field: str, path: Path) -> Ref:
             )
         text = sentence[key].lower() if field == "raw.lower" else sentence[key]
         if not text.strip():
-            raise ValueError(
+            skips.add(
+                "empty sentence",
                 f"{path}: sentence {sentence['sent_id']} of ref {ref['ref_id']} is empty in the field {key!r}; "
-                "try another sentence_field, or leave the sentence out of the file"
+                "try another sentence_field, or leave the sentence out of the file",
             )
+            continue
         sentences.append(Sentence(sentence["sent_id"], text))
     if not sentences:
-        raise ValueError(f"{path}: ref {ref['ref_id']} has no sentence")
+        skips.add(
+            "ref without a sentence", f"{path}: ref {ref['ref_id']} has no sentence; leave the ref out of the file"
+        )
+        return None
     return Ref(ref["ref_id"], ref["ann_id"], ref["image_id"], ref["category_id"], ref["split"], tuple(sentences))

@@ -69,7 +69,9 @@ class Tokenizer:
         for number, sentence in enumerate(sentences):
             if not sentence.strip():
                 raise ValueError(f"sentence {number} is empty: leave it out")
-        rows = self._inner(list(sentences), add_special_tokens=True, return_attention_mask=False)["input_ids"]
+            if not sentence.isascii() and any("\ud800" <= sign <= "\udfff" for sign in sentence):
+                raise ValueError(f"sentence {number} ({sentence!r:.120}) holds half a character (a lone surrogate)")
+        rows = self._encode(list(sentences), add_special_tokens=True)
         input_ids = torch.full((len(rows), max_words), self._inner.pad_token_id or 0, dtype=torch.int64)
         word_mask = torch.zeros(len(rows), max_words, dtype=torch.bool)
         marks = self._inner.num_special_tokens_to_add()
@@ -85,7 +87,7 @@ class Tokenizer:
                     "(said once; raise max_words to keep long sentences whole)",
                 )
             if self._unknown in row:
-                strange = [w for w in sentences[number].split() if self._unknown in self._inner(w)["input_ids"]]
+                strange = [w for w in sentences[number].split() if self._unknown in self._encode([w])[0]]
                 self._warn_once(
                     "unknown",
                     f"tokenizer {self.name!r} cannot spell all of {_brief(' '.join(strange), 80)} in "
@@ -98,6 +100,10 @@ class Tokenizer:
             input_ids[number, : len(kept)] = torch.tensor(kept)
             word_mask[number, : len(kept)] = True
         return input_ids, word_mask
+
+    def _encode(self, sentences: list[str], **options: Any) -> list[list[int]]:
+        """Return the ids of each sentence. "[SEP]" in a sentence is text: only the tokenizer itself sets marks."""
+        return self._inner(sentences, return_attention_mask=False, split_special_tokens=True, **options)["input_ids"]
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:

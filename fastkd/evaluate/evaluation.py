@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd.evaluate._finite import blame, undecided
 from fastkd.evaluate.metrics import RISMetrics
 from fastkd.evaluate.protocols import Protocol
 from fastkd.evaluate.protocols import protocol as named_protocol
+from fastkd.models.inputs import check_host_ids, check_vocabulary
 from fastkd.train.runtime import autocast, pick_device, pick_precision, to_device
+from fastkd.train.task import check_mask
 
 
 @dataclass
@@ -121,7 +124,9 @@ def evaluate(
 
     Raises:
         ValueError: an empty dataset, one that draws sentences at random, a size the protocol does not allow, logits
-            that do not fit the masks, an unknown protocol.
+            that do not fit the masks, masks with values other than 0 and 1, word ids or a tokenizer beyond the model's
+            word table, an unknown protocol.
+        FloatingPointError: logits with NaN, which no mask can be read from; the message names the sample.
         NotImplementedError: a known protocol that is not available yet.
 
     Example:
@@ -129,6 +134,7 @@ def evaluate(
     """
     rules = named_protocol(protocol)
     check_dataset(dataset, rules)
+    check_vocabulary(model, getattr(dataset, "tokenizer", None))
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else pick_device(device)
     precision = pick_precision(precision, where)
@@ -149,22 +155,35 @@ def evaluate(
     ref_ids: list[Any] = []
     sent_ids: list[Any] = []
     resolution = (0, 0)
+    failure = ""
     modes = {module: module.training for module in model.modules()}
     start = time.perf_counter()
     try:
         model.eval().to(where)
         with torch.inference_mode():
             for batch in loader:
+                check_host_ids(batch.get("input_ids"), model)
+                check_mask(batch["mask"])
                 batch = to_device(batch, where, channels_last)
                 with autocast(precision, where):
                     logits = _logits(model, batch)
-                metrics.update(logits[:, 1] > logits[:, 0], batch["mask"])
+                nan = undecided(logits)
+                if bool(nan.any()):
+                    failure = _name(batch, int(nan.nonzero()[0, 0]))
+                    break
+                metrics.update(logits[:, 1] > logits[:, 0], batch["mask"].bool())
                 ref_ids.extend(batch.get("ref_id", ()))
                 sent_ids.extend(batch.get("sent_id", ()))
                 resolution = (logits.shape[2], logits.shape[3])
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if shares and ranks > 1:  # all stop, or the others would wait for this one
+        failures = [""] * ranks
+        torch.distributed.all_gather_object(failures, failure)
+        failure = next(filter(None, failures), "")
+    if failure:
+        raise FloatingPointError(f"the model's logits hold NaN for {failure}: {blame(model)}")
     sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64)
     scores = {name: float(value) for name, value in metrics.compute().items()}
     refs = set(ref_ids)
@@ -197,6 +216,13 @@ def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     if logits.ndim != 4 or logits.shape[1] != 2 or (logits.shape[0], *logits.shape[2:]) != tuple(mask.shape):
         raise ValueError(f"logits {tuple(logits.shape)} do not fit masks {tuple(mask.shape)}; expected (B, 2, H, W)")
     return logits
+
+
+def _name(batch: dict[str, Any], row: int) -> str:
+    """Return how an error calls a sample of a batch."""
+    known = [f"{key} {batch[key][row]}" for key in ("ref_id", "sent_id", "image_id") if key in batch]
+    sentence = f", {batch['sentence'][row]!r:.80}" if "sentence" in batch else ""
+    return (", ".join(known) or f"sample {row} of a batch") + sentence
 
 
 def check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:

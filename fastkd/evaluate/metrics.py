@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fastkd.train.task import check_mask
+
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -44,7 +46,7 @@ class RISMetrics(Metric):
 
         Args:
             prediction: (B, H, W) bool or 0/1 integers.
-            truth: (B, H, W) bool or 0/1 integers.
+            truth: (B, H, W) bool or 0/1.
 
         Raises:
             ValueError: shapes that differ or are not (B, H, W); masks that are not bool or hold other values than 0, 1.
@@ -79,10 +81,9 @@ class RISMetrics(Metric):
 
 
 def _binary(mask: Tensor, name: str) -> Tensor:
-    if mask.dtype == torch.bool:
-        return mask
-    if mask.is_floating_point() or ((mask != 0) & (mask != 1)).any():
+    if name == "prediction" and mask.is_floating_point():
         raise ValueError(f"{name} must be bool or hold only 0 and 1, got {mask.dtype}; use logits.argmax(1)")
+    check_mask(mask, name)
     return mask.bool()
 
 

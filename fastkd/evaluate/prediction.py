@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
+
+from fastkd.data.images import read_image, to_square
 
 if TYPE_CHECKING:
     from fastkd.data import Tokenizer
@@ -56,14 +58,17 @@ def predict(
     Args:
         model: a `fastkd.models.RISModel`, or any model with a ``config`` and a call like it. Runs where its weights
             are, in eval mode; put back into the mode it came in.
-        image: the path of an image, a PIL image, or (H, W, 3) uint8 RGB.
+        image: the path of an image, a PIL image, or (H, W, 3) uint8 RGB; read as the training data are, upright by
+            its EXIF orientation.
         sentence: what to look for. One that is longer than the model allows is cut, with a `FastKDWarning` that says
             what was lost.
         tokenizer: the model's own; the one its configuration names where left out.
 
     Raises:
         FileNotFoundError: no such image.
-        ValueError: not an image, an empty sentence, or a model that names no tokenizer.
+        ValueError: not an image, an empty sentence, a model that names no tokenizer, or a tokenizer that is larger than
+            the model's word table.
+        FloatingPointError: the model computes NaN.
         TypeError: an array that is not uint8, or a sentence that is no string.
 
     Example:
@@ -72,7 +77,8 @@ def predict(
         >>> found.score, found.mask.shape
     """
     from fastkd.data.dataset import normalise
-    from fastkd.models.inputs import word_limit
+    from fastkd.evaluate._finite import blame, undecided
+    from fastkd.models.inputs import check_host_ids, check_vocabulary, word_limit
 
     if not isinstance(sentence, str):
         raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")
@@ -81,15 +87,18 @@ def predict(
     pixels = read_image(image)
     config: Any = model.config
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
+    check_vocabulary(model, tokenizer)
     input_ids, word_mask = tokenizer([sentence], word_limit(model))
-    square = Image.fromarray(pixels).resize((config.image_size,) * 2, Image.Resampling.BILINEAR)
+    check_host_ids(input_ids, model)
     where = next(model.parameters())
-    batch = normalise(np.array(square))[None].to(where.device, where.dtype)
+    batch = normalise(to_square(pixels, config.image_size))[None].to(where.device, where.dtype)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             logits = model(batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
+            if bool(undecided(logits)[0]):
+                raise FloatingPointError(f"the model's logits hold NaN, so there is no mask to decide: {blame(model)}")
             logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]
             probability = logits.softmax(0)[1].cpu().numpy()
             mask = logits.argmax(0).bool().cpu().numpy()
@@ -127,42 +136,3 @@ def tokenizer_source(model: nn.Module, folder: str | os.PathLike[str] | None = N
         return str(folder)
     config: Any = model.config
     return config.tokenizer
-
-
-def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
-    """An image as (H, W, 3) uint8 RGB; a file's EXIF orientation is applied, and 16 bits of grey become 8.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that Pillow cannot read, pixels of 32 bits, or an array of another shape.
-        TypeError: an array that is not uint8.
-    """
-    if isinstance(image, Image.Image):
-        return _rgb(image)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"image must be (H, W, 3), got shape {image.shape}")
-        if image.dtype != np.uint8:
-            raise TypeError(f"image must be uint8, got {image.dtype}")
-        return image
-    path = Path(image)
-    if not path.exists():
-        raise FileNotFoundError(f"no image at {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give one image")
-    try:
-        with Image.open(path) as opened:
-            return _rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
-        raise ValueError(
-            f"{path} is not an image that can be read ({type(error).__name__}: {error}): give a JPEG, PNG, WebP, ..."
-        ) from error
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    """Pillow cuts wide pixels off at 255, which leaves little but white."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits and no known range; save it with 8 or 16")
-    return np.array(image.convert("RGB"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.inputs import word_limit
+from fastkd.models.inputs import check_vocabulary, word_limit
 from fastkd.models.ris import RISModel
 
 if TYPE_CHECKING:
@@ -116,11 +116,7 @@ def export_onnx(
             f"the model has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2: export a smaller one"
         )
 
-    if tokenizer is not None and tokenizer.vocab_size > model.text_encoder.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's word table {model.text_encoder.vocab_size}: "
-            "it is not this model's own"
-        )
+    check_vocabulary(model, tokenizer)
     network = _Network(model)
     was_training, was_on = model.training, model.decoder.classifier.weight.device
     dtypes = {p.dtype for p in model.parameters()}

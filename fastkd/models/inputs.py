@@ -35,6 +35,44 @@ def word_limit(model: torch.nn.Module) -> int:
     return min(config.max_words, table) if isinstance(table, int) else config.max_words
 
 
+def table_size(model: torch.nn.Module) -> int | None:
+    """Return the number of rows of a model's word table, or None where it has none or does not tell."""
+    for wrapper in ("module", "_orig_mod"):
+        model = getattr(model, wrapper, model)
+    for owner in (getattr(model, "text_encoder", None), model):
+        rows = getattr(owner, "vocab_size", None)
+        if isinstance(rows, int):
+            return rows
+    return None
+
+
+def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model") -> None:
+    """Refuse a tokenizer that has ids beyond the model's word table; a GPU would end the process at the first of them.
+
+    Raises:
+        ValueError: naming both sizes. A model or tokenizer that does not tell its size passes.
+    """
+    rows, entries = table_size(model), getattr(tokenizer, "vocab_size", None)
+    if rows is not None and isinstance(entries, int) and entries > rows:
+        own = getattr(getattr(model, "config", None), "tokenizer", None)
+        raise ValueError(
+            f"the tokenizer ({getattr(tokenizer, 'name', None)!r}) has {entries} entries, the {whose}'s word table "
+            f"{rows} rows: it is not this model's own" + (f" ({own!r})" if isinstance(own, str) else "")
+        )
+
+
+def check_host_ids(input_ids: Any, model: torch.nn.Module) -> None:
+    """Refuse ids beyond the model's word table while they are still on the CPU, where looking costs nothing.
+
+    Raises:
+        ValueError: naming the range of the ids.
+    """
+    rows = table_size(model)
+    if rows is None or not isinstance(input_ids, Tensor) or input_ids.device.type != "cpu" or input_ids.numel() == 0:
+        return
+    _check_range(input_ids, rows, getattr(getattr(model, "config", None), "tokenizer", None))
+
+
 def check_inputs(
     image: Tensor,
     input_ids: Tensor | None,
@@ -96,10 +134,15 @@ def _check_ids(input_ids: Tensor, batch: int, limits: WordLimits) -> None:
         raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
     if limits.max_words is not None and input_ids.shape[1] > limits.max_words:
         raise ValueError(f"input_ids has {input_ids.shape[1]} words, the text encoder takes {limits.max_words}: cut it")
-    if _can_look(input_ids) and not (0 <= int(input_ids.min()) <= int(input_ids.max()) < limits.vocab_size):
+    if _can_look(input_ids):
+        _check_range(input_ids, limits.vocab_size, limits.tokenizer)
+
+
+def _check_range(input_ids: Tensor, rows: int, tokenizer: str | None) -> None:
+    if not (0 <= int(input_ids.min()) <= int(input_ids.max()) < rows):
         raise ValueError(
             f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}, the vocabulary has "
-            f"{limits.vocab_size} words: is the tokenizer this model's own ({limits.tokenizer!r})?"
+            f"{rows} words: is the tokenizer this model's own ({tokenizer!r})?"
         )
 
 

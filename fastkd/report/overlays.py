@@ -22,7 +22,9 @@ PANEL = 384  # longest side of a panel of the page, in pixels: twice its size on
 def as_image(image: Any, name: str = "image") -> np.ndarray:
     """Any accepted image as (H, W, 3) uint8."""
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        from fastkd.data.images import read_image
+
+        return read_image(image)
     array = _numpy(image)
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)

@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
 from fastkd.evaluate.protocols import PROTOCOLS
+from fastkd.models.inputs import check_vocabulary
 from fastkd.train.checkpoint import save_student
 from fastkd.train.checks import gradient_report
 from fastkd.train.config import TrainConfig
 from fastkd.train.distiller import Distiller
+from fastkd.train.host import check_batch, check_tokenizers
 from fastkd.train.log import Progress, RunLog, environment
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
 from fastkd.train.runtime import Clock, autocast, pick_device, pick_precision, to_device
@@ -104,9 +106,10 @@ def train(
         Steps, seconds, evaluations. The model is left trained, on the device it was trained on, in eval mode.
 
     Raises:
-        ValueError: what `Distiller.check` refuses, or a batch that does not fit the data or the processes.
+        ValueError: what `Distiller.check` refuses, a batch that does not fit the data or the processes, masks with
+            values other than 0 and 1, or word ids beyond a model's word table.
         FileExistsError: ``out_dir`` holds an earlier run.
-        FloatingPointError: a loss or gradient that is not finite; the message names the term and the step.
+        FloatingPointError: a loss or gradient that is not finite, or a validation with NaN; the message names where.
 
     Example:
         >>> result = train(distiller, train_set, TrainConfig(steps=600), val_dataset=val_set, out_dir="runs/distilled")
@@ -175,6 +178,7 @@ class _Run:
     def go(self, val_dataset: Dataset[Any] | None) -> None:
         """Train from the first step to the last."""
         config, distiller = self.config, self.distiller
+        check_tokenizers(distiller, self.dataset)
         torch.manual_seed(config.seed * 1009 + self.accelerator.process_index)  # dropout
         distiller.to(self.device)
         if config.channels_last:
@@ -233,12 +237,14 @@ class _Run:
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
             for batch in loader:
+                check_batch(self.distiller, batch)
                 yield to_device(batch, self.device, self.config.channels_last)
 
     def _begin(self, first: dict[str, Any], val_dataset: Dataset[Any] | None) -> None:
         """Check the first batch and the validation set, and say in the log what is about to run."""
         if val_dataset is not None:  # now, and not after an hour of training
             check_dataset(val_dataset, PROTOCOLS["lavt"])
+            check_vocabulary(self.distiller.student, getattr(val_dataset, "tokenizer", None))
         distiller, report = self.distiller, None
         if self.config.check:
             with autocast(self.precision, self.device):

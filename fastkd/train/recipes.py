@@ -143,12 +143,17 @@ def balance_on(
         The weights of all terms.
     """
     from fastkd.data import collate
+    from fastkd.train.host import check_batch, check_tokenizers
     from fastkd.train.runtime import autocast, pick_device, to_device
 
+    check_tokenizers(distiller, dataset)
     size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
     device = pick_device(config.device)
     distiller.to(device).train()
     starts = range(0, min(batches * size, len(dataset) - size + 1), size)  # type: ignore[arg-type]
-    samples = [to_device(collate([dataset[i] for i in range(s, s + size)]), device, False) for s in starts]
+    collated = [collate([dataset[i] for i in range(s, s + size)]) for s in starts]
+    for batch in collated:
+        check_batch(distiller, batch)
+    samples = [to_device(batch, device, False) for batch in collated]
     with autocast(config.precision, device):
         return distiller.balance(samples, shares)

@@ -10,6 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def check_mask(mask: Tensor, name: str = "mask") -> None:
+    """Raise ``ValueError`` for a mask with values other than 0 and 1; a bool mask is not even looked at."""
+    if mask.dtype == torch.bool:
+        return
+    strange = (mask != 0) & (mask != 1)
+    if bool(strange.any()):
+        values = torch.unique(mask[strange])
+        some = ", ".join(f"{value:g}" for value in values[:3].tolist()) + (", ..." if len(values) > 3 else "")
+        raise ValueError(
+            f"{name} must be bool or hold only 0 and 1, got {mask.dtype} with {some}: use mask > 0 for masks of 0 and "
+            "255, mask > 0.5 for soft ones"
+        )
+
+
 def segmentation_loss(
     output: Any,
     batch: Mapping[str, Any],
@@ -29,12 +43,13 @@ def segmentation_loss(
 
     Args:
         output: model output with ``logits`` (B, 2, H, W), or the logits themselves; channel 1 is the referred object.
-        batch: holds ``mask`` (B, H, W), bool or 0/1.
+        batch: holds ``mask`` (B, H, W), bool or 0/1. Other values are an error on the CPU; elsewhere, and in a traced
+            graph, where looking would wait for the device, they make the loss NaN, never a wrong number.
         class_weights: weights of background and object pixels; (0.9, 1.1) is the usual choice on RefCOCO.
         dice_weight: 0 leaves dice out.
 
     Raises:
-        ValueError: logits that are not (B, 2, H, W), or a mask of another size.
+        ValueError: logits that are not (B, 2, H, W), a mask of another size, or one with values other than 0 and 1.
 
     Example:
         >>> distiller = fastkd.Distiller(student, teacher, segmentation_loss, terms)
@@ -49,6 +64,10 @@ def segmentation_loss(
             f"expected {(logits.shape[0], *logits.shape[2:])}"
         )
     truth = mask.flatten(1).to(torch.float32)
+    if mask.dtype != torch.bool:
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_mask(mask, "segmentation_loss: mask")
+        truth = torch.where((truth == 0) | (truth == 1), truth, torch.nan)
     # Two classes: the softmax of (a, b) is the sigmoid of b − a.
     margin = (logits[:, 1].float() - logits[:, 0].float()).flatten(1)
     background, target = class_weights
