@@ -176,8 +176,8 @@ def test_a_lack_of_memory_is_not_remembered(fresh: pytest.MonkeyPatch, trouble: 
 
     fresh.setattr(family, "self_test", raises)
     inputs = torch.zeros(1, 1, 4096), torch.ones(1, 1, 4096)
-    said = "tried again at the next call" if passes else "Said once"
-    with pytest.warns(fastkd.FastKDWarning, match=f"the cpu backend is left out.*self-test failed on cpu.*{said}"):
+    message = "tried again at the next call" if passes else "Said once"
+    with pytest.warns(fastkd.FastKDWarning, match=f"the cpu backend is left out.*self-test failed on cpu.*{message}"):
         assert _backends.choose("softmax_kl", "auto", *inputs) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

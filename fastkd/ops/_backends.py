@@ -1,7 +1,7 @@
 """Which backend computes a call: the table of what exists, what works here, and what ``"auto"`` prefers.
 
 Every operator in this package starts with :func:`choose`. Nothing is imported or compiled before a call needs it. A
-backend is tried once per device with a tiny self-test against the reference, in a thread of its own, which has none of
+backend is tried once per device with a tiny self-test against the reference, in its own thread, which has none of
 the caller's torch state; a failure is remembered, warned of once and shown by ``fastkd.info()``.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from fastkd._compile import constant_result
 from fastkd.errors import BackendUnavailable, FastKDWarning
 from fastkd.ops import _workspace
+from fastkd.ops._surroundings import transformed, wrapper
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 """Every backend's name: plain torch, C++, Triton, CUDA C++."""
@@ -51,6 +52,9 @@ OLDEST_TRITON = (3, 6)
 WITHOUT_FP64 = {("relation", "triton"), ("relation", "cuda"), ("pixel_word", "triton")}
 """(family, backend) without fp64: a GPU's matrix units have none worth having. "auto" goes on to the next backend."""
 
+TRANSFORM = "transform"
+"""Stands for a call inside vmap, torch.func or forward mode, which no kernel has rules for."""
+
 _lock = threading.RLock()
 _reasons: dict[tuple[str, str | None, str | None], str | None] = {}  # (backend, family, device) -> reason, None = works
 _testing: set[tuple[str, str | None, str | None]] = set()
@@ -73,7 +77,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
+def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: tuple[Tensor | None, ...] = ()) -> str:
     """Return the backend that computes this call: "reference", "cpu", "triton" or "cuda".
 
     Args:
@@ -81,7 +85,9 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
         backend: what the caller asked for. "auto" takes ``FASTKD_BACKEND`` if it is set (and the family has it), else
             the fastest for the device, dtype and size of ``student``; another name is used or refused, never replaced.
         student: the tensor whose device, dtype and size decide.
-        others: further inputs; a dtype that a backend does not know sends "auto" to the next one.
+        others: further inputs; a dtype that a backend does not know sends "auto" to the next one. Inside vmap,
+            torch.func transforms and forward mode, and for wrapper classes such as DTensor, it takes the reference.
+        masks: boolean inputs, of which the class alone counts.
 
     Raises:
         ValueError: ``backend`` (or ``FASTKD_BACKEND``) is not a backend's name.
@@ -96,7 +102,8 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
     kind = "" if all(dtype in KERNEL_DTYPES for dtype in dtypes) else "other"
     if not kind and torch.float64 in dtypes:
         kind = "fp64"
-    return _resolve(family, backend, student.device.type, student.device.index, kind, small)
+    around = TRANSFORM if transformed(student, *others) else wrapper(student, *others, *masks)
+    return _resolve(family, backend, student.device.type, student.device.index, kind, small, around)
 
 
 def why_not(backend: str, family: str | None = None, device: str | torch.device | None = None) -> str | None:
@@ -137,10 +144,19 @@ def wished(family: str) -> str:
 
 
 @constant_result
-def _resolve(family: str, backend: str, device_type: str, device_index: int | None, dtypes: str, small: bool) -> str:
+def _resolve(
+    family: str,
+    backend: str,
+    device_type: str,
+    device_index: int | None,
+    dtypes: str,
+    small: bool,
+    around: str = "",
+) -> str:
     """:func:`choose` on plain values: under torch.compile its answer is a constant of the compiled graph.
 
-    ``dtypes`` is "other" if a kernel knows not all of the inputs' dtypes, "fp64" if one is that, else empty.
+    ``dtypes`` is "other" if a kernel knows not all of the inputs' dtypes, "fp64" if one is that, else empty. ``around``
+    is what keeps kernels from this call on any machine: TRANSFORM, the name of a wrapper class, else empty.
     """
     exist = IMPLEMENTED[family]
     device = device_type if device_index is None else f"{device_type}:{device_index}"
@@ -150,7 +166,7 @@ def _resolve(family: str, backend: str, device_type: str, device_index: int | No
         asked = wished(family)
         said = f"FASTKD_BACKEND={asked}"
     if asked == "auto":
-        return _prefer(family, device_type, device, dtypes, small)
+        return _prefer(family, device_type, device, dtypes, small or bool(around))
     if asked not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if asked not in exist:
@@ -159,6 +175,16 @@ def _resolve(family: str, backend: str, device_type: str, device_index: int | No
         )
     if asked == "reference":
         return asked
+    if around == TRANSFORM:
+        raise BackendUnavailable(
+            f"{said}: {family}'s kernels have no rules for vmap, torch.func transforms and forward-mode AD, and the "
+            "derivative would be 0; use backend='auto' or 'reference' there"
+        )
+    if around:
+        raise BackendUnavailable(
+            f"{said}: {family}'s kernels take plain tensors, got {around}, whose values lie in other tensors; pass "
+            "those (for a DTensor x.to_local() or x.full_tensor()), or use backend='auto' or 'reference'"
+        )
     if dtypes == "other":
         names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
         raise BackendUnavailable(f"{said}: the kernels take {names}; convert the inputs or use backend='reference'")
@@ -172,9 +198,12 @@ def _resolve(family: str, backend: str, device_type: str, device_index: int | No
     return asked
 
 
-def _prefer(family: str, device_type: str, device: str, dtypes: str, small: bool) -> str:
-    """What "auto" means: the first preferred backend that works; one warning for each that ought to and doesn't."""
-    if small or dtypes == "other":
+def _prefer(family: str, device_type: str, device: str, dtypes: str, plain: bool) -> str:
+    """What "auto" means: the first preferred backend that works; one warning for each that ought to and doesn't.
+
+    ``plain`` asks for plain torch: the input is small, or not for kernels.
+    """
+    if plain or dtypes == "other":
         return "reference"
     for name in PREFERENCE.get(device_type, ()):
         if name not in IMPLEMENTED[family] or (dtypes == "fp64" and (family, name) in WITHOUT_FP64):
