@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import _backends
+from fastkd.ops._surroundings import check_dense, savable, values_exist
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` may be looked at without a device synchronisation or a graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Return whether ``tensor`` has values that can be looked at without a device synchronisation or a graph break."""
+    return tensor.device.type == "cpu" and values_exist(tensor)
 
 
 def option(name: str, value: object, choices: Sequence[str | None]) -> None:
@@ -41,6 +42,7 @@ def floating(name: str, tensor: object, dims: Sequence[int], layout: str) -> Non
     """``tensor`` must be a non-empty floating-point tensor with one of ``dims`` numbers of dimensions."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {layout}, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}; convert it with .float()")
     if tensor.dim() not in dims:
@@ -93,6 +95,7 @@ def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor,
         raise ValueError(f"weight: expected {wanted}, got {value!r}")
     if not isinstance(value, Tensor):
         raise TypeError(f"weight: expected {wanted}, got {type(value).__name__}")
+    check_dense("weight", value)
     if not value.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
     if tuple(value.shape) != shape:
@@ -108,16 +111,17 @@ def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor,
 
 
 def bool_mask(name: str, mask: object, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
-    """``mask`` must be a boolean tensor of one of ``shapes`` on the device of ``like``."""
+    """``mask`` must be a boolean tensor of one of ``shapes`` on the device of ``like``; return one to compute with."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a bool tensor of shape {_either(shapes)}, got {type(mask).__name__}")
+    check_dense(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor (True = valid), got {mask.dtype}; convert it with .bool()")
     if tuple(mask.shape) not in shapes:
         raise ValueError(f"{name}: expected shape {_either(shapes)}, got {tuple(mask.shape)}")
     if mask.device != like.device:
         raise ValueError(f"{name}: is on {mask.device}, but the inputs are on {like.device}; move it with .to(device)")
-    return mask
+    return savable(mask)[0]
 
 
 def _either(shapes: Sequence[tuple[int, ...]]) -> str:

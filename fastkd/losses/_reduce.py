@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd.ops._surroundings import savable
 from fastkd.reference._numerics import compute_dtype
 
 ATTENTION_TEMPERATURE = 0.5
@@ -20,7 +21,7 @@ def channel_attention(teacher_rows: Tensor) -> Tensor:
 def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """ "none": w·row; "sum": Σ w·row; "mean": Σ w·row / Σ w."""
     if weight is not None:
-        weight = weight.to(rows.dtype)
+        weight = savable(weight)[0].to(rows.dtype)
         rows = rows * weight
     if reduction == "none":
         return rows

@@ -269,8 +269,8 @@ def _pixel_mask(
 ) -> Tensor | None:
     if mask is None:
         return None
-    _checks.bool_mask("pixel_mask", mask, [(batch, pixels), *((batch, *m) for m in maps)], like)
-    flat = mask.reshape(batch, pixels)
+    shapes = [(batch, pixels), *((batch, *m) for m in maps)]
+    flat = _checks.bool_mask("pixel_mask", mask, shapes, like).reshape(batch, pixels)
     _checks.every_sample_valid("pixel_mask", flat, "pixel")
     return flat
 

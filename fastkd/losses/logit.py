@@ -71,8 +71,8 @@ def logit_kd(
         if len(shape) == 2:
             raise ValueError(f"pixel_mask: logits of shape {shape} have no pixels; leave pixel_mask out")
         flat = (shape[0], student.shape[2])
-        _checks.bool_mask("pixel_mask", pixel_mask, [(shape[0], *shape[2:]), flat][: len(shape) - 2], student)
-        mask = pixel_mask.reshape(flat)
+        shapes = [(shape[0], *shape[2:]), flat][: len(shape) - 2]
+        mask = _checks.bool_mask("pixel_mask", pixel_mask, shapes, student).reshape(flat)
         if _checks.values_visible(mask) and not bool(mask.any()):
             raise ValueError("pixel_mask: no valid pixel in the batch; leave this loss out for such a batch")
         zero = torch.zeros((), dtype=student.dtype, device=student.device)

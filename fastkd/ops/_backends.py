@@ -1,24 +1,28 @@
 """Which backend computes a call: the table of what exists, what works here, and what ``"auto"`` prefers.
 
 Every operator in this package starts with :func:`choose`. Nothing is imported or compiled before a call needs it. A
-backend is tried once per device with a tiny self-test against the reference; a failure is remembered, warned of once
-and shown by ``fastkd.info()``.
+backend is tried once per device with a tiny self-test against the reference, in its own thread, which has none of
+the caller's torch state; a failure is remembered, warned of once and shown by ``fastkd.info()``.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from fastkd._compile import constant_result
 from fastkd.errors import BackendUnavailable, FastKDWarning
+from fastkd.ops import _workspace
+from fastkd.ops._surroundings import transformed, wrapper
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 """Every backend's name: plain torch, C++, Triton, CUDA C++."""
@@ -48,13 +52,32 @@ OLDEST_TRITON = (3, 6)
 WITHOUT_FP64 = {("relation", "triton"), ("relation", "cuda"), ("pixel_word", "triton")}
 """(family, backend) without fp64: a GPU's matrix units have none worth having. "auto" goes on to the next backend."""
 
+TRANSFORM = "transform"
+"""Stands for a call inside vmap, torch.func or forward mode, which no kernel has rules for."""
+
 _lock = threading.RLock()
 _reasons: dict[tuple[str, str | None, str | None], str | None] = {}  # (backend, family, device) -> reason, None = works
 _testing: set[tuple[str, str | None, str | None]] = set()
 _warned: set[str] = set()
+_prober = threading.local()  # .active is True in the thread of a self-test
 
 
-def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
+class _Passing(str):
+    """A reason that may be gone at the next call, such as a lack of memory: not remembered."""
+
+
+def _after_fork() -> None:
+    """Replace the lock in a forked child, where the thread that held it does not exist."""
+    global _lock
+    _lock = threading.RLock()
+    _testing.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: tuple[Tensor | None, ...] = ()) -> str:
     """Return the backend that computes this call: "reference", "cpu", "triton" or "cuda".
 
     Args:
@@ -62,7 +85,9 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
         backend: what the caller asked for. "auto" takes ``FASTKD_BACKEND`` if it is set (and the family has it), else
             the fastest for the device, dtype and size of ``student``; another name is used or refused, never replaced.
         student: the tensor whose device, dtype and size decide.
-        others: further inputs; a dtype that a backend does not know sends "auto" to the next one.
+        others: further inputs; a dtype that a backend does not know sends "auto" to the next one. Inside vmap,
+            torch.func transforms and forward mode, and for wrapper classes such as DTensor, it takes the reference.
+        masks: boolean inputs, of which the class alone counts.
 
     Raises:
         ValueError: ``backend`` (or ``FASTKD_BACKEND``) is not a backend's name.
@@ -77,7 +102,8 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor) -> str:
     kind = "" if all(dtype in KERNEL_DTYPES for dtype in dtypes) else "other"
     if not kind and torch.float64 in dtypes:
         kind = "fp64"
-    return _resolve(family, backend, student.device.type, student.device.index, kind, small)
+    around = TRANSFORM if transformed(student, *others) else wrapper(student, *others, *masks)
+    return _resolve(family, backend, student.device.type, student.device.index, kind, small, around)
 
 
 def why_not(backend: str, family: str | None = None, device: str | torch.device | None = None) -> str | None:
@@ -93,7 +119,8 @@ def why_not(backend: str, family: str | None = None, device: str | torch.device 
     key = (backend, family, None if device is None else str(device))
     if key in _reasons:
         return _reasons[key]
-    with _lock:
+    # The thread of a self-test works for a caller that holds the lock and waits for it.
+    with nullcontext() if getattr(_prober, "active", False) else _lock:
         if key in _reasons or key in _testing:  # a self-test asks about the backend it is testing
             return _reasons.get(key)
         _testing.add(key)
@@ -102,7 +129,7 @@ def why_not(backend: str, family: str | None = None, device: str | torch.device 
         finally:
             _testing.discard(key)
         # While a CUDA graph is recorded nothing may be launched and read back, so that answer is not remembered.
-        if not _capturing(device):
+        if not isinstance(reason, _Passing) and not _capturing(device):
             _reasons[key] = reason
     return reason
 
@@ -117,10 +144,19 @@ def wished(family: str) -> str:
 
 
 @constant_result
-def _resolve(family: str, backend: str, device_type: str, device_index: int | None, dtypes: str, small: bool) -> str:
+def _resolve(
+    family: str,
+    backend: str,
+    device_type: str,
+    device_index: int | None,
+    dtypes: str,
+    small: bool,
+    around: str = "",
+) -> str:
     """:func:`choose` on plain values: under torch.compile its answer is a constant of the compiled graph.
 
-    ``dtypes`` is "other" if a kernel knows not all of the inputs' dtypes, "fp64" if one is that, else empty.
+    ``dtypes`` is "other" if a kernel knows not all of the inputs' dtypes, "fp64" if one is that, else empty. ``around``
+    is what keeps kernels from this call on any machine: TRANSFORM, the name of a wrapper class, else empty.
     """
     exist = IMPLEMENTED[family]
     device = device_type if device_index is None else f"{device_type}:{device_index}"
@@ -130,7 +166,7 @@ def _resolve(family: str, backend: str, device_type: str, device_index: int | No
         asked = wished(family)
         said = f"FASTKD_BACKEND={asked}"
     if asked == "auto":
-        return _prefer(family, device_type, device, dtypes, small)
+        return _prefer(family, device_type, device, dtypes, small or bool(around))
     if asked not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if asked not in exist:
@@ -139,6 +175,16 @@ def _resolve(family: str, backend: str, device_type: str, device_index: int | No
         )
     if asked == "reference":
         return asked
+    if around == TRANSFORM:
+        raise BackendUnavailable(
+            f"{said}: {family}'s kernels have no rules for vmap, torch.func transforms and forward-mode AD, and the "
+            "derivative would be 0; use backend='auto' or 'reference' there"
+        )
+    if around:
+        raise BackendUnavailable(
+            f"{said}: {family}'s kernels take plain tensors, got {around}, whose values lie in other tensors; pass "
+            "those (for a DTensor x.to_local() or x.full_tensor()), or use backend='auto' or 'reference'"
+        )
     if dtypes == "other":
         names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
         raise BackendUnavailable(f"{said}: the kernels take {names}; convert the inputs or use backend='reference'")
@@ -152,9 +198,12 @@ def _resolve(family: str, backend: str, device_type: str, device_index: int | No
     return asked
 
 
-def _prefer(family: str, device_type: str, device: str, dtypes: str, small: bool) -> str:
-    """What "auto" means: the first preferred backend that works; one warning for each that ought to and doesn't."""
-    if small or dtypes == "other":
+def _prefer(family: str, device_type: str, device: str, dtypes: str, plain: bool) -> str:
+    """What "auto" means: the first preferred backend that works; one warning for each that ought to and doesn't.
+
+    ``plain`` asks for plain torch: the input is small, or not for kernels.
+    """
+    if plain or dtypes == "other":
         return "reference"
     for name in PREFERENCE.get(device_type, ()):
         if name not in IMPLEMENTED[family] or (dtypes == "fp64" and (family, name) in WITHOUT_FP64):
@@ -162,11 +211,14 @@ def _prefer(family: str, device_type: str, device: str, dtypes: str, small: bool
         reason = why_not(name, family, device)
         if reason is None:
             return name
-        if name not in _warned:
-            _warned.add(name)
+        # A passing reason is warned of once too, and does not silence a later, lasting one.
+        passing = isinstance(reason, _Passing)
+        if name not in _warned and not (passing and f"{name}, passing" in _warned):
+            _warned.add(f"{name}, passing" if passing else name)
             warnings.warn(
                 f"fastkd: the {name} backend is left out, slower ones are used on {device}: {reason}. "
-                "Said once; fastkd.info() shows it again, backend=... or FASTKD_BACKEND=... picks another.",
+                + ("It is tried again at the next call; " if passing else "Said once; fastkd.info() shows it again, ")
+                + "backend=... or FASTKD_BACKEND=... picks another.",
                 FastKDWarning,
                 stacklevel=4,
             )
@@ -194,9 +246,40 @@ def _capturing(device: str | torch.device | None) -> bool:
 
 
 def _probe(backend: str, family: str | None, device: torch.device | None) -> str | None:
-    """Import ``backend``, look for a device it can use and, given a family and a device, run its self-test there."""
+    """Import ``backend``, look for a device it can use and, given a family and a device, run its self-test there.
+
+    All of it runs in a new thread: the caller may be under inference mode, functional transforms, fake tensors, hooks
+    for saved tensors, a default device or a tracer, and each of these belongs to a thread.
+    """
+    if _capturing(device):  # asked of the caller's stream
+        family = None
+    if getattr(_prober, "active", False):
+        return _examine(backend, family, device)
+    answers: list[str | None] = []
+
+    def work() -> None:
+        _prober.active = True
+        # A caller whose first call comes on a GPU has initialised CUDA; a new thread starts on device 0.
+        on_gpu = device is not None and device.type == "cuda" and torch.cuda.is_initialized()
+        try:
+            with torch.cuda.device(device) if on_gpu else nullcontext(), _workspace.default_limit():
+                answers.append(_examine(backend, family, device))
+        except Exception as error:
+            answers.append(_failure(error, f"it cannot be tried on {device}: "))
+
+    thread = threading.Thread(target=work, name="fastkd self-test", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:  # no more threads
+        return _Passing(f"its self-test cannot run now: {_first_line(error)}")
+    thread.join()
+    return answers[0]
+
+
+def _examine(backend: str, family: str | None, device: torch.device | None) -> str | None:
+    """Do the work of :func:`_probe`, in the thread that this runs in."""
     reason = _absent(backend)
-    if reason is not None or family is None or device is None or _capturing(device):
+    if reason is not None or family is None or device is None:
         return reason
     if backend == "triton" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -210,14 +293,31 @@ def _probe(backend: str, family: str | None, device: torch.device | None) -> str
         lacks = _no_code(targets, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
         if lacks is not None:
             return lacks
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    # The caller may be under fake tensors, a default device, functional transforms, ...: the self-test is real.
     try:
-        with _disable_current_modes(), torch.no_grad():
+        with torch.no_grad():
             return importlib.import_module(f"fastkd.ops.{family}").self_test(backend, device)
     except Exception as error:  # whatever a broken installation raises is a reason, and the program goes on
-        return f"its self-test failed on {device}: {type(error).__name__}: {_first_line(error)}"
+        return _failure(error, f"its self-test failed on {device}: ")
+
+
+def _failure(error: Exception, prefix: str) -> str:
+    """Return the reason that an exception makes: a passing one if it reports that memory is short."""
+    reason = f"{prefix}{type(error).__name__}: {_first_line(error)}"
+    return _Passing(reason) if _out_of_memory(error) else reason
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Return whether this exception, or one that it was raised from, says that memory (or a thread) was short."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):
+            return True
+        # torch's CPU allocator and the native modules raise plain RuntimeErrors
+        if re.search(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", str(error), re.I):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _absent(backend: str) -> str | None:
@@ -226,6 +326,8 @@ def _absent(backend: str) -> str | None:
         try:
             found = importlib.import_module("triton").__version__
         except Exception as error:
+            if _out_of_memory(error):
+                raise
             return f"Triton cannot be imported ({_first_line(error)}); pip install triton"
         if _numbers(found) < OLDEST_TRITON:
             oldest = ".".join(map(str, OLDEST_TRITON))
@@ -233,7 +335,7 @@ def _absent(backend: str) -> str | None:
         try:
             kernels = importlib.import_module("fastkd.kernels._common")
         except Exception as error:
-            return f"fastkd.kernels cannot be imported: {type(error).__name__}: {_first_line(error)}"
+            return _failure(error, "fastkd.kernels cannot be imported: ")
         if kernels.INTERPRETED:
             numpy = importlib.import_module("numpy").__version__
             if _numbers(found) < (3, 7) and _numbers(numpy) >= (2, 4):
@@ -245,7 +347,7 @@ def _absent(backend: str) -> str | None:
     try:
         module = importlib.import_module("fastkd._native").load(backend)
     except ImportError as error:
-        return _first_line(error)
+        return _Passing(_first_line(error)) if _out_of_memory(error) else _first_line(error)
     if backend == "cuda" and not _emulated():
         if not torch.cuda.is_available():
             return _no_gpu()

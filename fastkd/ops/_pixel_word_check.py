@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkd.ops._surroundings import check_dense
 from fastkd.reference.pixel_word import TERMS
 
 
@@ -14,6 +15,7 @@ def check(tensors: dict[str, Tensor], words: tuple[int, int], temperature: float
     """Raise for named inputs that do not fit each other or the options."""
     first, *_ = student, teacher = [x for name, x in tensors.items() if not name.endswith("words")]
     for name, x in tensors.items():
+        check_dense(name, x)
         if x.dim() != 3 or not x.is_floating_point():
             raise ValueError(f"{name}: expected a floating tensor of 3 dimensions, got {x.dtype} {tuple(x.shape)}")
         if x.device != first.device:

@@ -18,8 +18,9 @@ from fastkd.errors import BackendUnavailable
 from fastkd.ops import _pixel_word_call, _pixel_word_triton
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import distinct, statistics_dtype
-from fastkd.ops._pixel_word_call import MOST_WORDS, fit, gradient_like, layout
+from fastkd.ops._pixel_word_call import MOST_WORDS, Masks, fit, gradient_like, layout
 from fastkd.ops._pixel_word_check import check
+from fastkd.ops._surroundings import refuse_tangent, savable
 from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
 from fastkd.reference.pixel_word import pixel_word_from_logits as reference_from_logits
@@ -76,13 +77,15 @@ def pixel_word(
                 f"{side}_pixels and {side}_words: expected (B, N, D) and (B, T, D), got {tuple(v.shape)} and "
                 f"{tuple(w.shape)}"
             )
-    chosen = _choose(backend, max(student_words.shape[1], teacher_words.shape[1]), *features)
+    chosen = _choose(backend, max(student_words.shape[1], teacher_words.shape[1]), masks, *features)
+    (v_s, w_s, v_t, w_t), masks = savable(*features), _savable_masks(masks)
+    features = (v_s, w_s, v_t, w_t)
     if chosen == "reference":
         return reference(
             *features,
-            student_word_mask=student_word_mask,
-            teacher_word_mask=teacher_word_mask,
-            pixel_mask=pixel_mask,
+            student_word_mask=masks[0],
+            teacher_word_mask=masks[1],
+            pixel_mask=masks[2],
             similarity=similarity,
             temperature=temperature,
             terms=terms,
@@ -105,24 +108,30 @@ def pixel_word_from_logits(
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check(logits, (student_logits.shape[2], teacher_logits.shape[2]), temperature, terms)
     words = max(student_logits.shape[2], teacher_logits.shape[2])
-    chosen = _choose(backend, words, student_logits, teacher_logits)
+    masks = (student_word_mask, teacher_word_mask, pixel_mask)
+    chosen = _choose(backend, words, masks, student_logits, teacher_logits)
+    (student_logits, teacher_logits), masks = savable(student_logits, teacher_logits), _savable_masks(masks)
     if chosen == "reference":
         return reference_from_logits(
             student_logits,
             teacher_logits,
-            student_word_mask=student_word_mask,
-            teacher_word_mask=teacher_word_mask,
-            pixel_mask=pixel_mask,
+            student_word_mask=masks[0],
+            teacher_word_mask=masks[1],
+            pixel_mask=masks[2],
             temperature=temperature,
             terms=terms,
         )
-    masks = (student_word_mask, teacher_word_mask, pixel_mask)
     return _terms((student_logits, None, teacher_logits, None), masks, False, temperature, terms, chosen)
 
 
-def _choose(backend: str, words: int, *inputs: Tensor) -> str:
+def _savable_masks(masks: Masks) -> Masks:
+    student, teacher, pixels = (None if m is None else savable(m)[0] for m in masks)
+    return student, teacher, pixels
+
+
+def _choose(backend: str, words: int, masks: Masks, *inputs: Tensor) -> str:
     """The backend of this call; some take so many words and no more."""
-    chosen = choose("pixel_word", backend, *inputs)
+    chosen = choose("pixel_word", backend, *inputs, masks=masks)
     most = MOST_WORDS.get(chosen, words)
     if words <= most:
         return chosen
@@ -198,6 +207,7 @@ class _PixelWord(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         cosine, temperature, terms, backend = ctx.options
+        refuse_tangent("pixel_word", backend, grad_loss)
         needs = ctx.needs_input_grad[:2]
         arguments = (grad_loss, *ctx.saved_tensors, ctx.teacher_width, cosine, temperature, terms, *needs, backend)
         if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient

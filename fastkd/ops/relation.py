@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkd.ops._backends import choose, wished
 from fastkd.ops._relation_call import Options, backward, forward, outputs
 from fastkd.ops._relation_forms import choose_form
+from fastkd.ops._surroundings import check_dense, refuse_tangent, savable
 from fastkd.reference.relation import relation as reference
 from fastkd.reference.relation import relation_mse_gram
 
@@ -53,6 +54,7 @@ def relation(
         fastkd.BackendUnavailable: the backend asked for by name cannot compute this here.
     """
     _check(student, teacher, temperature)
+    student, teacher = savable(student, teacher)
     chosen = choose("relation", backend, student, teacher)
     columns = student.shape[1] * (student.shape[0] if cross else 1)
     width = max(student.shape[2], teacher.shape[2])
@@ -87,6 +89,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
     for name, given in (("student", student), ("teacher", teacher)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a tensor (B, R, K), got {type(given).__name__}")
+        check_dense(name, given)
         if not given.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {given.dtype}")
         if given.dim() != 3 or given.shape[2] == 0:
@@ -117,6 +120,7 @@ class _Relation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        refuse_tangent("relation", ctx.options[-1], grad_loss)
         arguments = (grad_loss, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
             return _RelationGradient.apply(*arguments), None, None
@@ -183,8 +187,7 @@ def self_test(backend: str, device: torch.device) -> str | None:
     """Run ``backend`` once on a few short rows on ``device``; return what is wrong with it, or None."""
     wave = torch.arange(2 * 7 * 9, dtype=torch.float64).reshape(2, 7, 9)
     exact_student, exact_teacher = (wave.sin() * 3).requires_grad_(), wave.cos() * 2
-    # A caller's hooks for saved tensors are not for these.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+    with torch.enable_grad():
         exact = reference(exact_student, exact_teacher, temperature=0.5)
         (exact_grad,) = torch.autograd.grad(exact.sum(), exact_student)
     student, teacher = (x.detach().to(device, torch.float32) for x in (exact_student, exact_teacher))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import dtype_name, launch_on, native, operands, statistics_dtype
+from fastkd.ops._surroundings import check_dense, refuse_tangent, savable
 from fastkd.reference.softmax_kl import softmax_kl as reference
 
 
@@ -41,6 +42,7 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float, backend:
         fastkd.BackendUnavailable: the backend asked for by name cannot compute this here.
     """
     _check(student, teacher, temperature)
+    student, teacher = savable(student, teacher)
     chosen = choose("softmax_kl", backend, student, teacher)
     if chosen == "reference":
         return reference(student, teacher, temperature)
@@ -53,6 +55,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
     for name, given in (("student", student), ("teacher", teacher)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a tensor (B, R, N), got {type(given).__name__}")
+        check_dense(name, given)
     if student.dim() != 3 or student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher: expected the same shape (B, R, N), got {tuple(student.shape)} and "
@@ -84,6 +87,7 @@ class _SoftmaxKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_tangent("softmax_kl", ctx.backend, grad_loss)
         arguments = (grad_loss, *ctx.saved_tensors, ctx.temperature, ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
             return _SoftmaxKLGradient.apply(*arguments), None, None, None
