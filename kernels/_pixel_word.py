@@ -101,7 +101,7 @@ def words_blocks(words: int, half: bool) -> Blocks:
     return Blocks(32, 32, 4 if words <= 64 else 8, 2)
 
 
-MERGE = Blocks(0, 0, 8)
+MERGE = Blocks(0, 0, 8, registers=255)
 """Of ``merge_kernel``, which takes a sample whole."""
 
 MERGE_WORDS = Blocks(0, 128, 4)

@@ -368,6 +368,5 @@ def forward(
             TP=words,
             TERMS=terms,
             MOST=MOST_SUMS,
-            num_warps=MERGE.warps,
-            enable_fp_fusion=FUSED,
+            **MERGE.launch(FUSED),
         )

@@ -147,7 +147,7 @@ def test_functional_transforms_say_so_or_work(basic_setting: Any) -> None:
     try:
         got = torch.func.grad(scalar)(problem.args[0])
     except RuntimeError as error:
-        if basic_setting.place.backend == "reference" or "functorch" not in str(error):
+        if basic_setting.place.backend == "reference" or "no rules for vmap, torch.func transforms" not in str(error):
             raise
     else:
         problem.assert_near([got] * n, [want] * n)
