@@ -109,8 +109,8 @@ def check(rows: list[dict], targets: tuple[str, ...]) -> None:
 
 
 def test_the_tables_are_of_todays_kernels_and_every_supported_triton() -> None:
-    today = {identity(json.loads(line)) for line in run("--list").splitlines()}
-    assert len(today) > 900
+    today = {identity(json.loads(line)) for line in run("--list").splitlines() if line.startswith("{")}
+    assert len(today) > 800
     assert {"3.6", "3.7", "3.8", "3.9"} <= {version.rpartition(".")[0] for version in TABLES}
     for version in TABLES:
         rows = table(version)
