@@ -1,4 +1,4 @@
-"""Write the facts of ``aot.py`` for every supported version of Triton, each installed into an environment of its own.
+"""Write the facts of ``aot.py`` for every supported version of Triton, each installed into its own environment.
 
     python benchmarks/aot_versions.py [--versions 3.6.0 3.9.0] [--environments DIR] [--out DIR] [-- ARGUMENTS OF aot.py]
 

@@ -94,7 +94,7 @@ def find_images(
 ) -> tuple[Path, set[str]]:
     """Return the folder that holds the image files ``needed``, and which are missing: none, unless ``partial``.
 
-    A name may have folders in it; then it may also begin beside the usual folder, as "train2014/x.jpg" does.
+    A name may have folders in it; then it may also start next to the usual folder, as "train2014/x.jpg" does.
 
     Raises:
         FileNotFoundError: no such folder; without ``partial``, one with a file missing too.

@@ -11,7 +11,7 @@ _HINT = "; or skip and count what cannot be used: skip_unusable=True (--skip-unu
 
 
 class Skips:
-    """What was skipped, counted by reason; raises instead unless ``wanted``."""
+    """Count what is skipped, by reason; raise instead unless ``wanted``."""
 
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted
