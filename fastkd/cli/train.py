@@ -28,7 +28,7 @@ class DataArgs:
         split_by: who split it: unc, google or umd.
         tokenizer: path of the vocab.txt (or tokenizer folder) that the word ids come from, or "shapes"; where left out,
             what the model's configuration names, or else the teacher's.
-        skip_unusable: skip refs without a sentence, mask or image file, and say how many; an error where left out.
+        skip_unusable: skip refs without a sentence, mask or image file, and report how many; else an error.
     """
 
     data: Path
