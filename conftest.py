@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
+NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False here"
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
@@ -33,7 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False here")
+    skip = pytest.mark.skip(reason=NO_GPU)
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Give all skips for want of a GPU the same place, so that the summary lists them in one line."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple) and report.longrepr[2].endswith(NO_GPU):
+        report.longrepr = (str(item.config.rootpath / "tests"), None, report.longrepr[2])
+    return report

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -59,6 +60,15 @@ def _parameter(value: Any) -> Any:
     place = getattr(value, "place", value)
     name = f"{place.backend}@{place.device}" + (f" {value.case.name}" if value is not place else "")
     return pytest.param(value, id=name, marks=[pytest.mark.gpu] if place.device == "cuda" else [])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Drop the cases to which a test's ``applies`` marks say that it does not apply."""
+    items[:] = [item for item in items if all(_applies(item, mark.args[0]) for mark in item.iter_markers("applies"))]
+
+
+def _applies(item: Any, predicate: Callable[..., bool]) -> bool:
+    return predicate(**{name: item.callspec.params[name] for name in inspect.signature(predicate).parameters})
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import pytest
 import torch
 from contract_cases import BASIC, CASES, DTYPES, Problem
 from contract_errors import against_fp64
-from contract_tools import Recorder, needs
+from contract_tools import Recorder
 
 from fastkd.ops import _backends
 
@@ -35,19 +35,17 @@ def check_errors(problem: Problem, backend: str) -> None:
         assert output.error <= output.allowed, output[:3]
 
 
+@pytest.mark.applies(lambda setting, dtype: setting.takes(dtype))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_fp64(setting: Any, dtype: torch.dtype) -> None:
-    needs(setting, dtype)
     for size in setting.case.sizes:
         problem = setting.case.problem(size, dtype=dtype, device=setting.place.device)
         check_errors(problem, setting.place.backend)
 
 
+@pytest.mark.applies(lambda setting, dtype: setting.case.is_kl and setting.takes(dtype))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_at_any_temperature(setting: Any, dtype: torch.dtype) -> None:
-    if setting.case.options.get("distance", "kl") != "kl":
-        pytest.skip("no temperature in this distance")
-    needs(setting, dtype)
     for temperature in (0.05, 1.0, 4.0, 20.0):
         problem = setting.case.at(temperature=temperature).problem(dtype=dtype, device=setting.place.device)
         check_errors(problem, setting.place.backend)

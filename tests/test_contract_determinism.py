@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import DTYPES, Problem
-from contract_tools import assert_same, needs, threads
+from contract_cases import DTYPES, Case, Problem
+from contract_tools import assert_same, threads
 
 
 def sliced(problem: Problem, samples: slice | list[int]) -> Problem:
@@ -16,9 +16,9 @@ def sliced(problem: Problem, samples: slice | list[int]) -> Problem:
     return Problem(problem.case, [x[samples] for x in problem.args], {k: cut(m) for k, m in problem.masks.items()})
 
 
+@pytest.mark.applies(lambda setting, dtype: setting.takes(dtype))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_time(setting: Any, dtype: torch.dtype) -> None:
-    needs(setting, dtype)
     for size in setting.case.sizes:
         problem = setting.case.problem(size, dtype=dtype, device=setting.place.device)
         weight = problem.weight()
@@ -28,10 +28,9 @@ def test_same_bits_every_time(setting: Any, dtype: torch.dtype) -> None:
             assert_same(moved.run(setting.place.backend, weight), first)
 
 
+@pytest.mark.applies(lambda kernel_setting: kernel_setting.place.backend == "cpu")
 def test_same_bits_whatever_the_threads(kernel_setting: Any) -> None:
     """Also at sizes where more threads are put to work."""
-    if kernel_setting.place.backend != "cpu":
-        pytest.skip("threads are the CPU's")
     case = kernel_setting.case
     sizes = [*case.sizes.values(), busy(case)]
     for size in sizes:
@@ -62,10 +61,9 @@ def busy(case: Any) -> tuple[int, ...]:
     return (3, 1100, 13) if "from_logits" in case.name else (3, 1100, 13, 24, 24)
 
 
+@pytest.mark.applies(lambda setting: not setting.case.pools_the_batch)
 def test_a_sample_does_not_depend_on_the_others(setting: Any) -> None:
     """Its numbers alone are its numbers in a batch, up to the order in which a library's product adds."""
-    if setting.case.pools_the_batch:
-        pytest.skip("the definition pools the batch")
     problem = setting.case.problem(device=setting.place.device)
     whole = problem.run(setting.place.backend)
     batch = problem.args[0].shape[0]
@@ -80,11 +78,14 @@ def test_a_sample_does_not_depend_on_the_others(setting: Any) -> None:
             problem.assert_near(alone, mine)
 
 
+def has_a_loss_per_sample(case: Case) -> bool:
+    return not case.options.get("across_batch") and "patches" not in case.options
+
+
+@pytest.mark.applies(lambda setting: has_a_loss_per_sample(setting.case))
 def test_the_order_of_the_samples_does_not_matter(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
     rows, *grads = problem.run(setting.place.backend)
-    if rows.shape[0] != 2:
-        pytest.skip("one relation for the batch, or patches")
     turned = sliced(problem, [1, 0]).run(setting.place.backend)
     want = [x.flip(0) for x in (rows, *grads)]
     if setting.case.pools_the_batch:
@@ -93,11 +94,10 @@ def test_the_order_of_the_samples_does_not_matter(setting: Any) -> None:
         assert_same(turned, want)
 
 
+@pytest.mark.applies(lambda setting: not setting.case.pools_the_batch)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_one_sample_holds_does_not_reach_another(setting: Any, value: float) -> None:
     """Not a bit of it, whether it is finite or not."""
-    if setting.case.pools_the_batch:
-        pytest.skip("the definition pools the batch")
     problem = setting.case.problem(device=setting.place.device)
     weight = problem.weight()
     want = problem.run(setting.place.backend, weight)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem, Setting
+from contract_cases import Case, Problem, Setting
 from contract_tools import Recorder
 
 import fastkd
@@ -68,10 +68,9 @@ def test_empty_batch(setting: Any) -> None:
     refused(problem, setting.place.backend, ValueError, "is empty")
 
 
+@pytest.mark.applies(lambda setting: setting.case.has_masks)
 def test_masks(setting: Any) -> None:
     problem, backend = setting.case.problem(device=setting.place.device), setting.place.backend
-    if not problem.masks:
-        pytest.skip("no masks in this case")
     for name, mask in problem.masks.items():
         one = mask[0] if isinstance(mask, tuple) else mask
         put = lambda m, mask=mask: (m, mask[1]) if isinstance(mask, tuple) else m
@@ -92,10 +91,9 @@ def test_a_backend_that_cannot_is_refused_by_name(basic_setting: Setting) -> Non
             refused(problem, backend, fastkd.BackendUnavailable, rf"{backend}.*(Use|use|reference)")
 
 
+@pytest.mark.applies(lambda kernel_setting: not kernel_setting.takes(torch.float64))
 def test_a_dtype_that_a_backend_lacks(kernel_setting: Any) -> None:
     """Refused by name with the mend; "auto" goes on to a backend that has it."""
-    if kernel_setting.takes(torch.float64):
-        pytest.skip("this backend has fp64")
     case, (backend, device) = kernel_setting
     problem = case.problem(dtype=torch.float64, device=device)
     for double in (problem, problem.replaced(problem.args[0].float(), *problem.args[1:])):
@@ -106,12 +104,16 @@ def test_a_dtype_that_a_backend_lacks(kernel_setting: Any) -> None:
         torch.testing.assert_close(got, double.loss("reference"), rtol=1e-9, atol=1e-12)
 
 
+def is_widened(case: Case) -> bool:
+    """Return whether the inputs are widened before a kernel sees them."""
+    return "guide" in case.options or bool(case.options.get("centered"))
+
+
+@pytest.mark.applies(lambda kernel_setting: not is_widened(kernel_setting.case))
 def test_dtypes_that_no_kernel_takes(kernel_setting: Any) -> None:
     """fp8 is the reference's: refused by name, taken under "auto"."""
     problem = kernel_setting.case.problem(device=kernel_setting.place.device)
     problem = problem.mapped(lambda x: x.to(torch.float8_e4m3fn))
-    if "guide" in kernel_setting.case.options or kernel_setting.case.options.get("centered"):
-        pytest.skip("these are widened before a kernel sees them")
     refused(
         problem, kernel_setting.place.backend, fastkd.BackendUnavailable, "the kernels take .*convert", products=True
     )

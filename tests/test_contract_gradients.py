@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import Case, Problem, Setting
-from contract_tools import Recorder, assert_same, needs, saved_for_backward, tensors_in
+from contract_tools import Recorder, assert_same, saved_for_backward, tensors_in
 from torch import Tensor
 
 
@@ -24,9 +24,9 @@ def backwards(problem: Problem, loss: Tensor, weight: Tensor | None = None, **op
     return list(torch.autograd.grad(loss, problem.args[: problem.students], weight, **options))
 
 
+@pytest.mark.applies(lambda setting: setting.takes(torch.float64))
 def test_gradcheck(setting: Any) -> None:
     """On the kernels themselves, in fp64: every row's derivative with respect to every input."""
-    needs(setting, torch.float64)
     problem = leaves_of(setting, size="tiny", dtype=torch.float64)
     n = problem.students
     assert torch.autograd.gradcheck(
@@ -212,13 +212,12 @@ def test_a_teacher_that_requires_grad_is_an_error(setting: Any) -> None:
             problem.replaced(*args).loss(setting.place.backend)
 
 
+@pytest.mark.applies(lambda setting: setting.case.has_equal_shapes)
 def test_the_gradient_near_the_teacher_is_relatively_exact(setting: Any) -> None:
     """Where the loss itself is rounding alone, what trains the student is not."""
     case: Case = setting.case
     problem = case.problem(device=setting.place.device)
     n = problem.students
-    if [x.shape for x in problem.args[:n]] != [x.shape for x in problem.args[n:]]:
-        pytest.skip("the student cannot be near a teacher of another shape")
     teacher = problem.args[n:]
     near = problem.replaced(*(t + 1e-3 * s for s, t in zip(problem.args[:n], teacher, strict=True)), *teacher)
     got, exact, plain = (x[1:] for x in (near.run(setting.place.backend), near.exact(), near.plain()))

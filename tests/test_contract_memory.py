@@ -72,10 +72,9 @@ def test_layouts(setting: Any, layout: str) -> None:
         problem.assert_near(mixed.run(setting.place.backend, weight), want)
 
 
+@pytest.mark.applies(lambda setting: setting.case.has_masks)
 def test_masks_of_any_layout(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
-    if not problem.masks:
-        pytest.skip("no masks in this case")
     want = problem.run(setting.place.backend)
 
     def strided(mask: Any) -> Any:
@@ -142,6 +141,7 @@ def test_offsets_beyond_32_bits(kernel_setting: Any, side: str) -> None:
             del storage, args
 
 
+@pytest.mark.applies(lambda kernel_setting: not kernel_setting.case.options.get("across_batch"))
 def test_gradients_of_far_strides(kernel_setting: Any) -> None:
     """A row gradient whose entries lie 2³¹ elements apart."""
     problem = kernel_setting.case.problem(device=kernel_setting.place.device).leaves()
@@ -149,8 +149,6 @@ def test_gradients_of_far_strides(kernel_setting: Any) -> None:
         pytest.skip("needs 43 GB of GPU memory")
     rows = problem.loss(kernel_setting.place.backend)
     weight = problem.weight().to(rows.dtype)
-    if rows.shape[0] < 2:
-        pytest.skip("one row")
     storage = torch.empty(2**31 + rows.numel(), device=rows.device)
     far = storage.as_strided(rows.shape, (2**31 // (rows.shape[0] - 1), *rows.stride()[1:])).copy_(weight)
     inputs = problem.args[: problem.students]

@@ -95,13 +95,13 @@ def test_compiled_by_inductor_equals_eager(basic_kernel_setting: Any) -> None:
     check_compiled(basic_kernel_setting)
 
 
+# cross_image relates a fixed number of images: B² pairs.
+@pytest.mark.applies(lambda compiled_setting: not compiled_setting.case.options.get("cross_image"))
 def test_one_graph_for_all_batch_sizes_equal_to_eager(compiled_setting: Any) -> None:
     """The first batch size is one graph, all others are a second. ``fullgraph`` raises where one would break."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     setting, case = compiled_setting, compiled_setting.case
-    if case.options.get("cross_image"):
-        pytest.skip("cross_image relates a fixed number of images: B² pairs")
     counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
 
@@ -158,10 +158,9 @@ def twin_of(problem: Problem, backend: str, **more: Any) -> torch.nn.Module:
     return problem.case.twin(**problem.case.options, backend=backend, **more)
 
 
+@pytest.mark.applies(lambda setting: setting.case.twin is not None)
 def test_twins_are_pickled_and_copied(setting: Any, tmp_path: Path) -> None:
     problem = setting.case.problem(device=setting.place.device)
-    if setting.case.twin is None:
-        pytest.skip("a function without a module")
     want = problem.loss(setting.place.backend, "mean")
     made = twin_of(problem, setting.place.backend)
     torch.save(made, tmp_path / "twin.pt")
@@ -173,12 +172,10 @@ def test_twins_are_pickled_and_copied(setting: Any, tmp_path: Path) -> None:
 # --- a CUDA graph, another device's stream ----------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
+@pytest.mark.applies(lambda kernel_setting: kernel_setting.place.device == "cuda")
 def test_in_a_cuda_graph(kernel_setting: Any) -> None:
     """Nothing is synchronised or read back; the replay reads what the inputs hold by then."""
     backend = kernel_setting.place.backend
-    if kernel_setting.place.device != "cuda":
-        pytest.skip("CUDA's")
     problem = kernel_setting.case.problem(device="cuda").leaves()
     own = problem.args[: problem.students]
     problem.run(backend)  # compiles what is compiled on first use
@@ -198,10 +195,8 @@ def test_in_a_cuda_graph(kernel_setting: Any) -> None:
     assert_same([loss.detach(), *grads], other.run(backend))
 
 
-@pytest.mark.gpu
+@pytest.mark.applies(lambda kernel_setting: kernel_setting.place.device == "cuda")
 def test_no_host_synchronisation(kernel_setting: Any) -> None:
-    if kernel_setting.place.device != "cuda":
-        pytest.skip("CUDA's")
     problem = kernel_setting.case.problem(device="cuda")
     problem.run(kernel_setting.place.backend)
     torch.cuda.set_sync_debug_mode("error")
@@ -211,10 +206,8 @@ def test_no_host_synchronisation(kernel_setting: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
+@pytest.mark.applies(lambda kernel_setting: kernel_setting.place.device == "cuda")
 def test_on_the_current_stream_of_another_device(kernel_setting: Any) -> None:
-    if kernel_setting.place.device != "cuda":
-        pytest.skip("CUDA's")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     problem = kernel_setting.case.problem(device="cuda:1")

@@ -21,9 +21,10 @@ INF, NAN = math.inf, math.nan
 TEMPERATURES = (0.05, 1.0, 20.0)
 
 
-def takes_logits(case: Case) -> bool:
-    """Its inputs go straight into a softmax, so that −inf means "impossible" and 1e4 is an ordinary number."""
-    return case.loss is cross_modal_kd_from_logits or (case.family == "softmax_kl" and not case.options.get("guide"))
+def has_several_logits(case: Case) -> bool:
+    """Return whether a softmax has logits left when one of them is impossible."""
+    one_channel = case.loss is logit_kd and case.shapes(*case.sizes["small"])[0][1] < 3
+    return case.takes_logits and not one_channel
 
 
 def first_order(case: Case) -> Case:
@@ -72,11 +73,10 @@ def weight_of(case: Case) -> float:
 # --- large and extreme numbers ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.applies(lambda setting: setting.case.takes_logits)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_large_logits(setting: Any, temperature: float) -> None:
     """Rows at ±1e4, each side at its own level: what counts is the differences within a row."""
-    if not takes_logits(setting.case) or setting.case.options.get("weight"):
-        pytest.skip("its inputs are not logits")
     problem = first_order(setting.case).at(temperature=temperature).problem(device=setting.place.device, scale=3.0)
     levels = torch.tensor([1e4, -1e4, 9e3, -7e3, 0.0], device=setting.place.device)
     args = []
@@ -111,11 +111,10 @@ def test_the_ends_of_fp16(setting: Any, dtype: torch.dtype) -> None:
                 assert grad[want.abs().to(grad.device) < 6e4].isfinite().all()
 
 
+@pytest.mark.applies(lambda setting: setting.case.has_cosines)
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
 def test_cosines_do_not_depend_on_the_scale(setting: Any, scale: float) -> None:
     """Norms far from 1, whose squares are at the ends of fp32."""
-    if setting.case.options.get("similarity", "cosine" if setting.case.family == "relation" else "") != "cosine":
-        pytest.skip("no cosines in this case")
     problem = setting.case.problem(device=setting.place.device)
     scaled = problem.mapped(lambda x: x * (scale if scale > 1 else 1e-6))
     want, got = problem.run(setting.place.backend)[0], scaled.run(setting.place.backend)[0]
@@ -141,14 +140,11 @@ def test_rows_of_zeros(setting: Any) -> None:
 # --- −inf, one-hot, NaN and Inf ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.applies(lambda setting: has_several_logits(setting.case))
 def test_minus_infinity_logits(setting: Any) -> None:
     """Impossible to both: 0. To the teacher alone: 0·log 0 = 0. To the student alone: inf."""
     case = first_order(setting.case).at(temperature=0.7)
-    if not takes_logits(case) or case.options.get("weight"):
-        pytest.skip("its inputs are not logits")
     problem = case.problem(device=setting.place.device)
-    if case.loss is logit_kd and problem.args[0].shape[1] < 3:
-        pytest.skip("too few classes")
     column = 1 if case.loss is logit_kd else -1
     for whose, is_finite in (("both", True), ("teacher", True), ("student", False)):
         args = [x.clone() for x in problem.args]
@@ -165,15 +161,12 @@ def test_minus_infinity_logits(setting: Any) -> None:
                 torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.applies(lambda setting: has_several_logits(setting.case))
 @pytest.mark.parametrize("peak", [1e4, INF])
 def test_one_hot_teachers(setting: Any, peak: float) -> None:
     case = first_order(setting.case)
     case = case.at(terms={"pixel_to_word": 1.0}) if "terms" in case.options else case
-    if not takes_logits(case) or case.options.get("weight"):
-        pytest.skip("its inputs are not logits")
     problem = case.problem(device=setting.place.device)
-    if case.loss is logit_kd and problem.args[0].shape[1] < 3:
-        pytest.skip("too few classes")
     teacher = torch.full_like(problem.args[1], -peak)
     teacher.select(1 if case.loss is logit_kd else -1, 1).fill_(1e4 if peak != INF else 0.0)
     hot = problem.replaced(problem.args[0], teacher)
@@ -231,12 +224,11 @@ def padded(problem: Problem, pixels: int, words: int, fill: float) -> Problem:
     return Problem(case, args, masks)
 
 
+@pytest.mark.applies(lambda setting: setting.case.has_masks)
 @pytest.mark.parametrize("fill", [0.0, 1e30, NAN, INF, -INF])
 @pytest.mark.parametrize(("pixels", "words"), [(3, 0), (0, 2), (40, 70)])
 def test_more_masked_pixels_and_words_change_nothing(setting: Any, pixels: int, words: int, fill: float) -> None:
     problem = setting.case.problem(device=setting.place.device)
-    if not problem.masks:
-        pytest.skip("no masks in this case")
     loss, *grads = problem.run(setting.place.backend)
     more = padded(problem, pixels, words, fill)
     more_loss, *more_grads = more.run(setting.place.backend)
@@ -249,11 +241,10 @@ def test_more_masked_pixels_and_words_change_nothing(setting: Any, pixels: int, 
     torch.testing.assert_close(total, sum(x.abs().sum() for x in kept))  # all else is 0, and not NaN
 
 
+@pytest.mark.applies(lambda setting: setting.case.has_masks)
 @pytest.mark.parametrize("fill", [1e30, NAN, INF, -INF])
 def test_what_masked_pixels_and_words_hold_changes_nothing(setting: Any, fill: float) -> None:
     problem = setting.case.problem(device=setting.place.device)
-    if not problem.masks:
-        pytest.skip("no masks in this case")
     want = problem.run(setting.place.backend)
     n, case = problem.students, setting.case
     word = problem.masks.get("word_mask")
@@ -274,10 +265,9 @@ def test_what_masked_pixels_and_words_hold_changes_nothing(setting: Any, fill: f
     problem.assert_near(problem.replaced(*args).run(setting.place.backend), want)
 
 
+@pytest.mark.applies(lambda setting: setting.case.has_masks)
 def test_a_mask_of_one_pixel_and_one_word(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
-    if not problem.masks:
-        pytest.skip("no masks in this case")
 
     def only(mask: Any) -> Any:
         if isinstance(mask, tuple):
@@ -292,10 +282,9 @@ def test_a_mask_of_one_pixel_and_one_word(setting: Any) -> None:
     one.assert_near(got, one.exact(), least=1.0)
 
 
+@pytest.mark.applies(lambda setting: setting.case.has_masks)
 def test_masks_that_are_all_true_are_no_masks(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
-    if not problem.masks:
-        pytest.skip("no masks in this case")
     full = lambda m: tuple(torch.ones_like(x) for x in m) if isinstance(m, tuple) else torch.ones_like(m)
     masked = Problem(problem.case, problem.args, {k: full(m) for k, m in problem.masks.items()})
     bare = Problem(problem.case, problem.args, {})

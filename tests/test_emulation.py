@@ -37,10 +37,9 @@ def order(name: str) -> Iterator[None]:
             module.set_order("forward")
 
 
+@pytest.mark.applies(lambda kernel_setting: kernel_setting.place == ("cuda", "cpu"))
 def test_same_bits_in_any_order(kernel_setting: Any) -> None:
     """Threads and blocks take turns in another order, and asynchronous copies arrive as soon as they may."""
-    if kernel_setting.place != ("cuda", "cpu"):
-        pytest.skip("only the CUDA kernels on the host have an order")
     for size in kernel_setting.case.sizes:
         problem = kernel_setting.case.problem(size, device="cpu")
         weight = problem.weight()
@@ -207,12 +206,10 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", list(BUGS))
+@pytest.mark.parametrize(("rig", "name"), [(bug.kind, name) for name, bug in BUGS.items()], indirect=["rig"])
 @pytest.mark.timeout(1800)
 def test_a_planted_bug_is_found(rig: Rig, name: str) -> None:
     bug = BUGS[name]
-    if bug.kind != rig.kind:
-        pytest.skip(f"for the {bug.kind} sanitizer")
     with planted(rig.sources / bug.file, bug.right, bug.wrong, rig.make):
         done = rig.contract(str(TESTS / bug.test), "-k", f"cuda and {bug.where}")
     assert done.returncode != 0, done.stdout

@@ -23,6 +23,10 @@ Size = tuple[int, ...]
 Shapes = Callable[..., list[tuple[int, ...]]]
 
 
+def _no_masks(args: Sequence[Tensor]) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Case:
     """One loss with one set of options."""
@@ -34,12 +38,41 @@ class Case:
     shapes: Shapes  # size -> shapes of the inputs: the student's, then as many of the teacher's
     sizes: Mapping[str, Size]  # "small", and one for every other regime of the kernels
     options: dict[str, Any] = field(default_factory=dict)
-    masks: Callable[[Sequence[Tensor]], dict[str, Any]] = lambda args: {}
+    masks: Callable[[Sequence[Tensor]], dict[str, Any]] = _no_masks
     pools_the_batch: bool = False  # a sample's numbers depend on the other samples
 
     @property
     def temperature(self) -> float:
         return self.options.get("temperature", 1.0)
+
+    @property
+    def has_masks(self) -> bool:
+        return self.masks is not _no_masks
+
+    @property
+    def is_kl(self) -> bool:
+        """Return whether the distance is a KL, which has a temperature."""
+        return self.options.get("distance", "kl") == "kl"
+
+    @property
+    def has_cosines(self) -> bool:
+        return self.options.get("similarity", "cosine" if self.family == "relation" else "") == "cosine"
+
+    @property
+    def takes_logits(self) -> bool:
+        """Return whether the inputs go straight into a softmax, so that −inf means "impossible"."""
+        if self.options.get("weight"):
+            return False
+        return self.loss is losses.cross_modal_kd_from_logits or (
+            self.family == "softmax_kl" and not self.options.get("guide")
+        )
+
+    @property
+    def has_equal_shapes(self) -> bool:
+        """Return whether the teacher's inputs have the shapes of the student's."""
+        shapes = self.shapes(*self.sizes["small"])
+        n = len(shapes) // 2
+        return shapes[:n] == shapes[n:]
 
     def at(self, **options: Any) -> Case:
         return replace(self, options=self.options | options)
@@ -220,7 +253,7 @@ def _distribution(name: str, options: dict[str, Any] | None = None, sizes: Mappi
 def _logit(name: str, sizes: Mapping[str, Size], mask: bool = False) -> Case:
     masks = lambda args: {"pixel_mask": _holes(args[0].shape[0], *args[0].shape[2:], device=args[0].device)}
     return Case(f"logit_kd {name}", "softmax_kl", losses.logit_kd, losses.LogitKD, maps, sizes,
-                {"temperature": 2.0}, masks if mask else lambda args: {})  # fmt: skip
+                {"temperature": 2.0}, masks if mask else _no_masks)  # fmt: skip
 
 
 GUIDED = {"small": (2, 3, 4, 5), "more": (1, 9, 6, 7)}
@@ -322,7 +355,7 @@ def _cross_modal(name: str, sizes: Mapping[str, Size] | None = None, masked: boo
         "pixel_mask": _holes(*_pixels_of(args[0]), device=args[0].device),
     }
     return Case(f"cross_modal_kd {name}", "pixel_word", losses.cross_modal_kd, losses.CrossModalKD, shapes, sizes,
-                {"terms": ALL_TERMS} | options, masks if masked else lambda args: {})  # fmt: skip
+                {"terms": ALL_TERMS} | options, masks if masked else _no_masks)  # fmt: skip
 
 
 def _from_logits(name: str, sizes: Mapping[str, Size], heads: int | None, masked: bool = False) -> Case:
@@ -332,7 +365,7 @@ def _from_logits(name: str, sizes: Mapping[str, Size], heads: int | None, masked
         "pixel_mask": _holes(args[0].shape[0], args[0].shape[-2], device=args[0].device),
     }
     return Case(f"cross_modal_kd_from_logits {name}", "pixel_word", losses.cross_modal_kd_from_logits, None, shapes,
-                sizes, {"terms": ALL_TERMS, "temperature": 0.7}, masks if masked else lambda args: {})  # fmt: skip
+                sizes, {"terms": ALL_TERMS, "temperature": 0.7}, masks if masked else _no_masks)  # fmt: skip
 
 
 def _other_tokens() -> Case:

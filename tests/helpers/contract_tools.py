@@ -13,14 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def needs(setting: Any, dtype: torch.dtype) -> None:
-    """Skips what a backend without ``dtype`` cannot be asked; that it says so is in ``test_contract_errors.py``."""
-    if not setting.takes(dtype):
-        import pytest  # scripts/gpu uses this file where pytest is not installed
-
-        pytest.skip(f"the {setting.place.backend} backend of {setting.case.family} has no {dtype}")
-
-
 def error(got: Tensor, exact: Tensor) -> float:
     """The largest; inf for a NaN, which no allowance covers."""
     assert got.shape == exact.shape
