@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import pytest
 from contract_tools import assert_same
 from emulation import CSRC, READY, build, emulated, tool
-from planting import planted
+from planting import planted, update
+from shared_build import shared_folder
 
 TESTS = Path(__file__).parent
 ORDERS = ("forward", "reverse", "random")
@@ -112,8 +113,7 @@ def _library(name: str) -> str:
 
 
 @pytest.fixture(scope="module", params=list(SANITIZERS))
-def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
-    folder = tmp_path_factory.mktemp(request.param)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     try:
         for name in ("cmake", "ninja"):
             tool(name)
@@ -123,10 +123,11 @@ def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             pass
     except (OSError, RuntimeError) as error:
         pytest.skip(str(error))
-    rig = Rig(request.param, folder / "csrc", folder / "build")
-    shutil.copytree(CSRC, rig.sources)
-    rig.make()
-    return rig
+    with shared_folder(f"emulated-{request.param}", CSRC) as folder:
+        rig = Rig(request.param, folder / "csrc", folder / "build")
+        update(CSRC, rig.sources)
+        rig.make()
+        yield rig
 
 
 # Every case at all its sizes, in every dtype, forward and backward; in any layout and with masks where addresses are

@@ -11,11 +11,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from planting import planted
+from planting import planted, update
+from shared_build import shared_folder
 
 pytestmark = pytest.mark.timeout(1800)  # a minute where nothing else runs; compilers on a busy machine take ten
 
@@ -83,12 +85,18 @@ class Rig(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=list(SANITIZERS))
-def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp(request.param)
-    rig = Rig(request.param, folder / "csrc", folder / "build")
-    shutil.copytree(CSRC, rig.sources)
+    with shared_folder(f"sanitizers-{request.param}", CSRC) as folder:
+        rig = Rig(request.param, folder / "csrc", folder / "build")
+        update(CSRC, rig.sources)
+        configure(rig)
+        rig.make()
+        yield rig
+
+
+def configure(rig: Rig) -> None:
     options = [f"-DFASTKD_SANITIZE={SANITIZERS[rig.kind]}"]
     if not rig.every_isa:
         options.append("-DFASTKD_ISA_X86=OFF")
@@ -99,8 +107,6 @@ def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if "cannot link with -fsanitize" in done.stderr or "needs GCC" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout + done.stderr
-    rig.make()
-    return rig
 
 
 def test_kernels_are_clean(rig: Rig) -> None:

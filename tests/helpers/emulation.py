@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from shared_build import shared_folder
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 READY = "FASTKD_TEST_EMULATED"  # a folder with the module, built already
@@ -69,7 +69,7 @@ def _module() -> ModuleType:
 @functools.cache
 def _built() -> ModuleType:
     ready = os.environ.get(READY)
-    folder = Path(ready) if ready else build(Path(tempfile.mkdtemp(prefix="fastkd-emulated-")))
+    folder = Path(ready) if ready else _built_folder()
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     # By another name: pybind11 would hand out this module wherever the real one's name is imported later.
     spec = importlib.util.spec_from_file_location("emulated._cuda", path)
@@ -78,6 +78,15 @@ def _built() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _built_folder() -> Path:
+    with shared_folder("emulated", CSRC) as folder:
+        complete = folder / "complete"
+        if not complete.exists():
+            build(folder)
+            complete.touch()
+    return folder
 
 
 def build(folder: Path, sources: Path = CSRC, *options: str) -> Path:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def update(sources: Path, copy: Path) -> None:
+    """Make ``copy`` equal to the sources, touching only files that differ: no others are compiled again."""
+    for path in (path for path in sources.rglob("*") if path.is_file()):
+        target = copy / path.relative_to(sources)
+        if not target.is_file() or target.read_bytes() != path.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
 
 
 @contextmanager
