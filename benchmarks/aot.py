@@ -3,7 +3,8 @@
     python benchmarks/aot.py [--json FILE] [--targets 80 90 100 120] [--dtypes fp32 bf16]
 
 Registers, spills, shared memory and the number of matrix instructions come from ``cuobjdump``, which ships inside
-Triton. ``aot_versions.py`` does the same for every supported version of Triton.
+Triton. What FILE holds already for the same code is not compiled again. ``aot_versions.py`` does the same for every
+supported version of Triton.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from aot_cases import TARGETS, Case
 from aot_pixel_word import pixel_word_cases
 from aot_relation import relation_cases
 from aot_softmax_kl import softmax_kl_cases
+from aot_source import digest
 
 DTYPES = ("fp32", "fp16", "bf16", "fp64")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -98,9 +100,18 @@ def resources(cubin: bytes) -> dict[str, Any]:
 
 
 def identity(dtype: str, case: Case, target: int) -> dict[str, Any]:
-    """Return what tells the row of a case and a chip from the others: kernel, dtype, constants, warps, chip."""
+    """Return what tells the row of a case and a chip from the others: kernel, dtype, constants, warps, chip, code."""
     named = {n: value for n, value in case[3].items() if n.isupper() and isinstance(value, int | str)}
-    return {"kernel": case[0], "dtype": dtype, **named, "warps": case[4], "target": f"sm_{target}"}
+    chip = {"target": f"sm_{target}", "source": digest(case)}
+    return {"kernel": case[0], "dtype": dtype, **named, "warps": case[4], **chip}
+
+
+FACTS = ("registers", "stack", "shared", "local", "spills", "matrix_instructions", "shared_limit", "ok")
+
+
+def key(row: dict[str, Any]) -> str:
+    """Return the identity of a row without its facts, as a string."""
+    return json.dumps({name: value for name, value in row.items() if name not in FACTS})
 
 
 def fact(family: str, dtype: str, index: int, target: int) -> dict[str, Any]:
@@ -119,21 +130,44 @@ def fact(family: str, dtype: str, index: int, target: int) -> dict[str, Any]:
 def cases_of(
     family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = ""
 ) -> Iterator[tuple[str, int, int, Case]]:
-    """Yield (dtype, index, target, case) of every kernel and block shape that a chip uses."""
+    """Yield (dtype, index, target, case) of every kernel and block shape that a chip uses, each once."""
+    seen = set()
     for dtype in dtypes:
         for i, case in enumerate(CASES[family](dtype)):
-            if re.search(match, f"{case[0]} {block_of(case[3])}"):
-                excluded = case[5].get("but", ()) if len(case) > 5 else ()
-                yield from ((dtype, i, target, case) for target in targets if target not in excluded)
+            if not re.search(match, f"{case[0]} {block_of(case[3])}"):
+                continue
+            excluded = case[5].get("but", ()) if len(case) > 5 else ()
+            for target in (target for target in targets if target not in excluded):
+                name = key(identity(dtype, case, target))
+                if name not in seen:
+                    seen.add(name)
+                    yield dtype, i, target, case
 
 
 def facts(
-    family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], jobs: int | None = None, match: str = ""
+    family: str, cases: list[tuple[str, int, int, Case]], known: dict[str, dict[str, Any]], jobs: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One row per kernel, block shape, dtype and chip, from ``jobs`` compilers at a time."""
-    cases = [(family, dtype, i, target) for dtype, i, target, _ in cases_of(family, targets, dtypes, match)]
+    """Yield one row per case and chip: from ``known`` where it has it, else from ``jobs`` compilers at a time."""
+    keys = [key(identity(dtype, case, target)) for dtype, _, target, case in cases]
+    missing = [
+        (family, dtype, i, target) for (dtype, i, target, _), k in zip(cases, keys, strict=True) if k not in known
+    ]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(fact, *zip(*cases, strict=True)) if cases else ()
+        compiled = pool.map(fact, *zip(*missing, strict=True)) if missing else iter(())
+        for k in keys:
+            yield known[k] if k in known else next(compiled)
+
+
+def sample(cases: list[tuple[str, int, int, Case]]) -> list[tuple[str, int, int, Case]]:
+    """Return one block shape of each kernel for each chip: of bf16 where it has that, and the middle one."""
+    groups: dict[tuple[str, int], list[tuple[str, int, int, Case]]] = {}
+    for entry in cases:
+        groups.setdefault((entry[3][0], entry[2]), []).append(entry)
+    chosen = []
+    for group in groups.values():
+        trained = [entry for entry in group if entry[0] == "bf16"] or group
+        chosen.append(trained[len(trained) // 2])
+    return chosen
 
 
 SIZES = ("ROWS", "COLS", "PARTS", "BLOCK", "WIDTH", "DEPTH", "BN", "TP", "BD", "SLAB")
@@ -157,24 +191,40 @@ def main(argv: list[str] | None = None) -> int:
         "--match", default="", help="only kernels and block shapes, as printed, that this pattern finds"
     )
     parser.add_argument("--jobs", type=int, help="compilers at a time; as many as processors by default")
+    parser.add_argument("--sample", action="store_true", help="only one block shape of each kernel for each chip")
+    parser.add_argument("--all", action="store_true", help="compile also what FILE holds for the same code")
     parser.add_argument("--list", action="store_true", help="only print what would be compiled, one JSON object a line")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
+    selected = {
+        family: list(cases_of(family, tuple(args.targets), tuple(args.dtypes), args.match)) for family in args.families
+    }
+    if args.sample:
+        selected = {family: sample(cases) for family, cases in selected.items()}
     if args.list:
-        for family in args.families:
-            for dtype, _, target, case in cases_of(family, tuple(args.targets), tuple(args.dtypes), args.match):
+        for cases in selected.values():
+            for dtype, _, target, case in cases:
                 print(json.dumps(identity(dtype, case, target)))
         return 0
     print(
         f"{'kernel':22} {'method':10} {'dtype':5} {'block':>13} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} "
         f"{'spills':>6} matrix instructions"
     )
+    known = {} if args.all or not args.json else known_facts(args.json)
     rows = []
-    for family in args.families:
-        rows += print_facts(facts(family, tuple(args.targets), tuple(args.dtypes), args.jobs, args.match))
+    for family, cases in selected.items():
+        rows += print_facts(facts(family, cases, known, args.jobs))
     if args.json:
         write_facts(args.json, {"triton": version("triton")}, rows)
     return 0 if all(row["ok"] for row in rows) else 1
+
+
+def known_facts(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a file by their key, if they are of the installed Triton."""
+    table = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if table.get("environment", {}).get("triton") != version("triton"):
+        return {}
+    return {key(row): row for row in table["rows"]}
 
 
 def write_facts(file: Path, environment: dict[str, str], rows: list[dict[str, Any]]) -> None:
