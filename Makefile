@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A few files of tests at a time; what a file's tests share is made once. Each worker takes 2 to 4 GB.
-TEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
+# Each worker runs its share in order, and takes over some of another's when it has none left. It takes 2 to 4 GB.
+TEST_WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # The Python of the machine with the GPU, whatever this one is.
 WHEELHOUSE ?= wheelhouse
 WHEELHOUSE_PYTHON ?= 3.12

@@ -7,34 +7,45 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+from shared_build import shared_folder
 
+import fastkd
 from fastkd import _native
 from fastkd.ops._backends import IMPLEMENTED
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cuda_facts.py"
+READERS = (SCRIPT, SCRIPT.with_name("aot.py"))
 FAMILIES = [family for family, backends in IMPLEMENTED.items() if "cuda" in backends]
 TABLES = {file.stem: file for file in (SCRIPT.parent / "results" / "nvcc").glob("*.json")}
 LARGEST = 25 * 2**20  # bytes of the module, uncompressed
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def rows() -> list[dict]:
     """In a process of its own, where no test has put another module in the place of ``fastkd._cuda``."""
     if not _native.build_info().get("cuda", {}).get("built"):
         pytest.skip("fastkd was installed without CUDA kernels")
     if shutil.which("cuobjdump") is None:
         pytest.importorskip("triton", reason="cuobjdump is missing: neither CUDA's tools nor Triton, which brings it")
-    file = tmp_path_factory.mktemp("facts") / "cuda.json"
+    module = Path(fastkd.__file__).parent / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with shared_folder("cuda-facts", module, *(path.read_text() for path in READERS)) as folder:
+        file = folder / "cuda.json"
+        if not file.exists():
+            read_facts(module, folder / "unfinished.json")
+            (folder / "unfinished.json").rename(file)
+        return json.loads(file.read_text())["rows"]
+
+
+def read_facts(module: Path, file: Path) -> None:
     paths = (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", str(file)], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, str(SCRIPT), "--module", str(module), "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert file.exists(), done.stdout + done.stderr
-    return json.loads(file.read_text())["rows"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,7 @@ def root() -> Path:
 
 @contextmanager
 def shared_folder(name: str, sources: Path, *options: str) -> Iterator[Path]:
-    """Hold the folder of these sources and options, with this compiler and this Python; other processes wait.
+    """Hold the folder of these sources (a folder or a file), options, compiler and Python; other processes wait.
 
     It may be empty, complete, or what a killed process left of it.
     """
@@ -44,7 +44,7 @@ def _digest(sources: Path, options: tuple[str, ...]) -> str:
     flags = [f"{name}={os.environ.get(name, '')}" for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
     stated = (sys.prefix, sysconfig.get_config_var("EXT_SUFFIX"), compiler.stdout, *flags, *options)
     digest = hashlib.sha256("\0".join(map(str, stated)).encode())
-    for path in sorted(path for path in sources.rglob("*") if path.is_file()):
+    for path in sorted(path for path in (sources, *sources.rglob("*")) if path.is_file()):
         digest.update(f"\0{path.relative_to(sources)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
