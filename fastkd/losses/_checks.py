@@ -7,12 +7,12 @@ are put together where they are raised, because under ``torch.compile`` a batch 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fastkd._compile import finite
 from fastkd.ops import _backends
 from fastkd.ops._surroundings import check_dense, savable, values_exist
 
@@ -34,7 +34,7 @@ def temperature(value: object, name: str = "temperature") -> None:
     """``value`` must be a finite Python number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}; for a tensor pass its .item()")
-    if not (math.isfinite(value) and value > 0):
+    if not (finite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
 
@@ -149,6 +149,6 @@ def term_weights(terms: object, known: Sequence[str]) -> dict[str, float]:
         option("terms", term, known)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise TypeError(f"terms[{term!r}]: expected a Python number, got {type(weight).__name__}")
-        if not (math.isfinite(weight) and weight >= 0):
+        if not (finite(weight) and weight >= 0):
             raise ValueError(f"terms[{term!r}]: expected a finite weight ≥ 0, got {weight!r}")
     return dict(terms)

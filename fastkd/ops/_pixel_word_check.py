@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkd._compile import finite
 from fastkd.ops._surroundings import check_dense
 from fastkd.reference.pixel_word import TERMS
 
@@ -35,5 +36,5 @@ def check(tensors: dict[str, Tensor], words: tuple[int, int], temperature: float
         raise ValueError(f"terms: expected some of {', '.join(TERMS)}, got {list(terms)}")
     if words[0] != words[1] and set(terms) != {"pixel_pixel"}:
         raise ValueError(f"terms: {words[0]} and {words[1]} words leave only 'pixel_pixel', got {list(terms)}")
-    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+    if not (isinstance(temperature, int | float) and finite(temperature) and temperature > 0):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")

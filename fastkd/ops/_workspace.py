@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._compile import constant_result
+
 DEFAULT_MIB = 32.0
 
 _thread = threading.local()  # .default is True where the environment does not count
@@ -27,6 +29,7 @@ def default_limit() -> Iterator[None]:
         _thread.default = False
 
 
+@constant_result
 def limit() -> int:
     """The most bytes of scratch memory a kernel may take: ``FASTKD_WORKSPACE_MIB``, 32 MiB by default."""
     text = "" if getattr(_thread, "default", False) else os.environ.get("FASTKD_WORKSPACE_MIB", "")

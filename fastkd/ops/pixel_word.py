@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._compile import operator_argument
 from fastkd.errors import BackendUnavailable
-from fastkd.ops import _pixel_word_call, _pixel_word_triton
 from fastkd.ops._backends import choose
-from fastkd.ops._launch import distinct, statistics_dtype
-from fastkd.ops._pixel_word_call import MOST_WORDS, Masks, fit, gradient_like, layout
+from fastkd.ops._launch import distinct
+from fastkd.ops._operators import operator, saved
+from fastkd.ops._pixel_word_call import MOST_WORDS, Masks
 from fastkd.ops._pixel_word_check import check
+from fastkd.ops._pixel_word_operators import backward as _backward
+from fastkd.ops._pixel_word_operators import forward as _forward
 from fastkd.ops._surroundings import refuse_tangent, savable
 from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 from fastkd.reference.pixel_word import pixel_word as reference
 from fastkd.reference.pixel_word import pixel_word_from_logits as reference_from_logits
 
-PIXEL_TO_WORD, WORD_TO_PIXEL, PIXEL_PIXEL, WORD_WORD = (1 << i for i in range(len(TERMS)))
-SECOND_ORDER = PIXEL_PIXEL | WORD_WORD
+_SAVED = 10  # tensors of a forward, without the temperature's
 
 
 def pixel_word(
@@ -143,11 +145,6 @@ def _choose(backend: str, words: int, masks: Masks, *inputs: Tensor) -> str:
     )
 
 
-def _kernels(backend: str) -> Any:
-    """What computes: a module with ``forward`` and ``backward``, filling the outputs that they are given."""
-    return _pixel_word_triton if backend == "triton" else _pixel_word_call
-
-
 def _terms(
     features: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     masks: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -157,11 +154,12 @@ def _terms(
     backend: str,
 ) -> dict[str, Tensor]:
     bits = sum(1 << TERMS.index(term) for term in set(terms))
-    options = (cosine, temperature, bits)
+    given = operator_argument(temperature)
+    options = (cosine, given, bits)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in features):
         loss = _PixelWord.apply(*distinct(*features, *masks), *options, backend)
     else:
-        loss = torch.ops.fastkd.pixel_word_forward(*features, *masks, *options, False, backend)[0]
+        loss = operator("pixel_word_forward", given)(*features, *masks, *options, False, backend)[0]
     columns = loss.unbind(1)
     return {term: columns[TERMS.index(term)] for term in terms}
 
@@ -180,12 +178,12 @@ class _PixelWord(torch.autograd.Function):
         teacher_word_mask: Tensor | None,
         pixel_mask: Tensor | None,
         cosine: bool,
-        temperature: float,
+        temperature: float | Tensor,
         terms: int,
         backend: str,
     ) -> Tensor:
         masks = (student_word_mask, teacher_word_mask, pixel_mask)
-        loss, *kept = torch.ops.fastkd.pixel_word_forward(
+        loss, *kept = operator("pixel_word_forward", temperature)(
             student_pixels,
             student_words,
             teacher_pixels,
@@ -199,21 +197,24 @@ class _PixelWord(torch.autograd.Function):
         )
         # Of the teacher's features the logits are left; where logits are given, they are kept as they are.
         teacher_logits = None if student_words is not None else teacher_pixels
-        ctx.save_for_backward(student_pixels, student_words, teacher_logits, *masks, *kept)
+        tensors, ctx.temperature = saved(temperature)
+        ctx.save_for_backward(student_pixels, student_words, teacher_logits, *masks, *kept, *tensors)
         ctx.teacher_width = 0 if student_words is None else teacher_pixels.shape[2]
-        ctx.options = (cosine, temperature, terms, backend)
+        ctx.options = (cosine, terms, backend)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        cosine, temperature, terms, backend = ctx.options
+        cosine, terms, backend = ctx.options
         refuse_tangent("pixel_word", backend, grad_loss)
         needs = ctx.needs_input_grad[:2]
-        arguments = (grad_loss, *ctx.saved_tensors, ctx.teacher_width, cosine, temperature, terms, *needs, backend)
+        inputs, tensors = ctx.saved_tensors[:_SAVED], ctx.saved_tensors[_SAVED:]
+        temperature = tensors[0] if tensors else ctx.temperature
+        arguments = (grad_loss, *inputs, ctx.teacher_width, cosine, temperature, terms, *needs, backend)
         if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
-            grads = _PixelWordGradient.apply(*arguments)
+            grads = _PixelWordGradient.apply(temperature, *arguments)
         else:
-            grads = torch.ops.fastkd.pixel_word_backward(*arguments)
+            grads = operator("pixel_word_backward", temperature)(*arguments)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9)
 
 
@@ -221,155 +222,15 @@ class _PixelWordGradient(torch.autograd.Function):
     """The gradient as a function of its own, so that differentiating it again ends in a clear error, not in zeros."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, temperature: float | Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         ctx.backend = arguments[-1]
-        return torch.ops.fastkd.pixel_word_backward(*arguments)
+        return operator("pixel_word_backward", temperature)(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
             f'pixel_word: the {ctx.backend} backend is differentiable once; for double backward use backend="reference"'
         )
-
-
-# --- the operators ----------------------------------------------------------------------------------------------------
-
-_MASKS = "Tensor? student_word_mask, Tensor? teacher_word_mask, Tensor? pixel_mask"
-_OPTIONS = "bool cosine, float temperature, int terms"
-_KEPT = "Tensor logits, Tensor norms, Tensor columns, Tensor grams"
-torch.library.define(
-    "fastkd::pixel_word_forward",
-    f"(Tensor student_pixels, Tensor? student_words, Tensor teacher_pixels, Tensor? teacher_words, {_MASKS}, "
-    f"{_OPTIONS}, bool keep, str backend) -> (Tensor loss, {_KEPT})",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "fastkd::pixel_word_backward",
-    f"(Tensor grad_loss, Tensor student_pixels, Tensor? student_words, Tensor? teacher_logits, {_MASKS}, {_KEPT}, "
-    f"SymInt teacher_width, {_OPTIONS}, bool for_pixels, bool for_words, str backend) "
-    "-> (Tensor grad_pixels, Tensor grad_words)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _forward(
-    student_pixels: Tensor,
-    student_words: Tensor | None,
-    teacher_pixels: Tensor,
-    teacher_words: Tensor | None,
-    student_word_mask: Tensor | None,
-    teacher_word_mask: Tensor | None,
-    pixel_mask: Tensor | None,
-    cosine: bool,
-    temperature: float,
-    terms: int,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    features = (student_pixels, student_words, teacher_pixels, teacher_words)
-    masks = (student_word_mask, teacher_word_mask, pixel_mask)
-    options = (cosine, temperature, terms)
-    loss, *kept = _forward_fake(*features, *masks, *options, keep, backend)
-    if loss.numel():
-        _kernels(backend).forward(features, masks, options, kept, loss, backend)
-    return loss, *kept
-
-
-def _forward_fake(
-    student_pixels: Tensor,
-    student_words: Tensor | None,
-    teacher_pixels: Tensor,
-    teacher_words: Tensor | None,
-    student_word_mask: Tensor | None,
-    teacher_word_mask: Tensor | None,
-    pixel_mask: Tensor | None,
-    cosine: bool,
-    temperature: float,
-    terms: int,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    features = [x for x in (student_pixels, student_words, teacher_pixels, teacher_words) if x is not None]
-    dtype, device = statistics_dtype(*features), student_pixels.device
-    batch, pixels = student_pixels.shape[:2]
-    if student_words is None or teacher_words is None:
-        words = (student_pixels.shape[2], teacher_pixels.shape[2])
-    else:
-        words = (student_words.shape[1], teacher_words.shape[1])
-    most = max(words) if words[0] != words[1] else words[0]
-    # What each is for: csrc/common/pixel_word.h. Of a column's log Σ e^u two parts are kept on a GPU.
-    parts, columns_dtype = (2, torch.float64) if backend == "cpu" else (4, dtype)
-    shapes = {
-        "logits": (batch, words[0] + words[1], pixels) if student_words is not None else None,
-        "norms": (batch, pixels) if cosine else None,
-        "columns": (batch, parts, words[0]) if terms & WORD_TO_PIXEL else None,
-        "grams": (batch, 3, most, most) if terms & SECOND_ORDER else None,
-    }
-    kept = (
-        torch.empty(
-            shape if keep and shape is not None else (0,),
-            dtype=columns_dtype if name == "columns" else dtype,
-            device=device,
-        )
-        for name, shape in shapes.items()
-    )
-    return torch.empty((batch, len(TERMS)), dtype=dtype, device=device), *kept
-
-
-def _backward(
-    grad_loss: Tensor,
-    student_pixels: Tensor,
-    student_words: Tensor | None,
-    teacher_logits: Tensor | None,
-    student_word_mask: Tensor | None,
-    teacher_word_mask: Tensor | None,
-    pixel_mask: Tensor | None,
-    logits: Tensor,
-    norms: Tensor,
-    columns: Tensor,
-    grams: Tensor,
-    teacher_width: int,
-    cosine: bool,
-    temperature: float,
-    terms: int,
-    for_pixels: bool,
-    for_words: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    # The arithmetic is that of the forward, which may be fp64 for the teacher's sake alone.
-    dtype = grad_loss.dtype
-    pixels, words = fit(student_pixels, student_words, dtype, backend)
-    grad_pixels = gradient_like(pixels if for_pixels else None, student_pixels)
-    shape, like = (words.shape, words) if for_words and words is not None else ((0,), pixels)
-    grad_words = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if grad_pixels.numel() or grad_words.numel():
-        masks, options = (student_word_mask, teacher_word_mask, pixel_mask), (cosine, temperature, terms)
-        kept = (logits, norms, columns, grams)
-        _kernels(backend).backward(
-            pixels, words, teacher_logits, teacher_width, masks, options, kept, grad_loss, grad_pixels, grad_words,
-            backend,
-        )  # fmt: skip
-    words_dtype = dtype if student_words is None else student_words.dtype
-    return grad_pixels.to(student_pixels.dtype), grad_words.to(words_dtype)
-
-
-def _backward_fake(
-    grad_loss: Tensor, student_pixels: Tensor, student_words: Tensor | None, *others: Any
-) -> tuple[Tensor, Tensor]:
-    for_pixels, for_words, _ = others[-3:]
-    pixels = layout(student_pixels) if for_pixels else None
-    grad_pixels = gradient_like(pixels, student_pixels)
-    words_dtype = grad_loss.dtype if student_words is None else student_words.dtype
-    words = student_words.shape if for_words and student_words is not None else (0,)
-    return grad_pixels, torch.empty(words, dtype=words_dtype, device=student_pixels.device)
-
-
-for _name, _real, _fake in (
-    ("fastkd::pixel_word_forward", _forward, _forward_fake),
-    ("fastkd::pixel_word_backward", _backward, _backward_fake),
-):
-    torch.library.impl(_name, ("cpu", "cuda"), _real)
-    torch.library.register_fake(_name, _fake)
 
 
 def self_test(backend: str, device: torch.device) -> str | None:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._compile import finite, operator_argument
 from fastkd.ops._backends import choose, wished
+from fastkd.ops._operators import Work, operator, register, saved
 from fastkd.ops._relation_call import Options, backward, forward, outputs
 from fastkd.ops._relation_forms import choose_form
 from fastkd.ops._surroundings import check_dense, refuse_tangent, savable
@@ -79,10 +81,11 @@ def relation(
     form = choose_form(*sizes, dtype, distance, keep and not cross, chosen)
     if form == "kept" and not differentiated:  # for a backward that will not come
         form = "tiles"
-    options = (similarity, distance, float(temperature), negate, cross, form, chosen)
+    given = operator_argument(temperature)
+    options = (similarity, distance, given, negate, cross, form, chosen)
     if differentiated:
-        return _Relation.apply(student, teacher, options)
-    return torch.ops.fastkd.relation_forward(student, teacher, *options)[0]
+        return _Relation.apply(student, teacher, *options)
+    return operator("relation_forward", given)(student, teacher, *options)[0]
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
@@ -102,7 +105,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         raise ValueError(
             f"teacher: expected on the student's device {student.device}, got {teacher.device}; use teacher.to(...)"
         )
-    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+    if not (isinstance(temperature, int | float) and finite(temperature) and temperature > 0):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     if torch.is_grad_enabled() and teacher.requires_grad:
         raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
@@ -112,28 +115,43 @@ class _Relation(torch.autograd.Function):
     """Saves the inputs, a few numbers per row, and the small matrices of the form."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: tuple[Any, ...]) -> Tensor:
-        loss, statistics, kept = torch.ops.fastkd.relation_forward(student, teacher, *options)
-        ctx.save_for_backward(student, teacher, statistics, kept)
-        ctx.options = options
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        similarity: str,
+        distance: str,
+        temperature: float | Tensor,
+        *others: Any,
+    ) -> Tensor:
+        options = (similarity, distance, temperature, *others)
+        loss, statistics, kept = operator("relation_forward", temperature)(student, teacher, *options)
+        tensors, ctx.temperature = saved(temperature)
+        ctx.save_for_backward(student, teacher, statistics, kept, *tensors)
+        ctx.similarity, ctx.distance, ctx.others = similarity, distance, others
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        refuse_tangent("relation", ctx.options[-1], grad_loss)
-        arguments = (grad_loss, *ctx.saved_tensors, *ctx.options)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_tangent("relation", ctx.others[-1], grad_loss)
+        student, teacher, statistics, kept, *tensors = ctx.saved_tensors
+        temperature = tensors[0] if tensors else ctx.temperature
+        options = (ctx.similarity, ctx.distance, temperature, *ctx.others)
+        arguments = (grad_loss, student, teacher, statistics, kept, *options)
         if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
-            return _RelationGradient.apply(*arguments), None, None
-        return torch.ops.fastkd.relation_backward(*arguments), None, None
+            grad = _RelationGradient.apply(temperature, *arguments)
+        else:
+            grad = operator("relation_backward", temperature)(*arguments)
+        return (grad, *(None,) * (1 + len(options)))
 
 
 class _RelationGradient(torch.autograd.Function):
     """The gradient as a function of its own, so that differentiating it again ends in a clear error, not in zeros."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, temperature: float | Tensor, *arguments: Any) -> Tensor:
         ctx.backend = arguments[-1]
-        return torch.ops.fastkd.relation_backward(*arguments)
+        return operator("relation_backward", temperature)(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -143,18 +161,6 @@ class _RelationGradient(torch.autograd.Function):
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
-
-_OPTIONS = "str similarity, str distance, float temperature, bool negate, bool cross, str form, str backend"
-torch.library.define(
-    "fastkd::relation_forward",
-    f"(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor loss, Tensor statistics, Tensor kept)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "fastkd::relation_backward",
-    f"(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, Tensor kept, {_OPTIONS}) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _forward(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,12 +181,17 @@ def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(student)
 
 
-for _name, _real, _fake in (
-    ("fastkd::relation_forward", _forward, _forward_fake),
-    ("fastkd::relation_backward", _backward, _backward_fake),
-):
-    torch.library.impl(_name, ("cpu", "cuda"), _real)
-    torch.library.register_fake(_name, _fake)
+_OPTIONS = "str similarity, str distance, float temperature, bool negate, bool cross, str form, str backend"
+register(
+    "relation_forward",
+    f"(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor loss, Tensor statistics, Tensor kept)",
+    Work(_forward, _forward_fake),
+)
+register(
+    "relation_backward",
+    f"(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, Tensor kept, {_OPTIONS}) -> Tensor",
+    Work(_backward, _backward_fake),
+)
 
 
 def self_test(backend: str, device: torch.device) -> str | None:

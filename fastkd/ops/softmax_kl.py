@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._compile import finite, number_of, operator_argument
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import dtype_name, launch_on, native, operands, statistics_dtype
+from fastkd.ops._operators import Work, operator, register, saved
 from fastkd.ops._surroundings import check_dense, refuse_tangent, savable
 from fastkd.reference.softmax_kl import softmax_kl as reference
 
@@ -46,9 +48,10 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float, backend:
     chosen = choose("softmax_kl", backend, student, teacher)
     if chosen == "reference":
         return reference(student, teacher, temperature)
+    given = operator_argument(temperature)
     if torch.is_grad_enabled() and student.requires_grad:
-        return _SoftmaxKL.apply(student, teacher, temperature, chosen)
-    return torch.ops.fastkd.softmax_kl_forward(student, teacher, temperature, chosen)[0]
+        return _SoftmaxKL.apply(student, teacher, given, chosen)
+    return operator("softmax_kl_forward", given)(student, teacher, given, chosen)[0]
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
@@ -69,7 +72,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         raise ValueError(
             f"teacher: expected on the student's device {student.device}, got {teacher.device}; use teacher.to(...)"
         )
-    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+    if not (isinstance(temperature, int | float) and finite(temperature) and temperature > 0):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     if torch.is_grad_enabled() and teacher.requires_grad:
         raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
@@ -79,19 +82,22 @@ class _SoftmaxKL(torch.autograd.Function):
     """Saves the inputs and a few numbers per row; the gradient is recomputed from them."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, backend: str) -> Tensor:
-        loss, statistics = torch.ops.fastkd.softmax_kl_forward(student, teacher, temperature, backend)
-        ctx.save_for_backward(student, teacher, statistics)
-        ctx.temperature, ctx.backend = temperature, backend
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
+        loss, statistics = operator("softmax_kl_forward", temperature)(student, teacher, temperature, backend)
+        tensors, ctx.temperature = saved(temperature)
+        ctx.save_for_backward(student, teacher, statistics, *tensors)
+        ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         refuse_tangent("softmax_kl", ctx.backend, grad_loss)
-        arguments = (grad_loss, *ctx.saved_tensors, ctx.temperature, ctx.backend)
+        student, teacher, statistics, *tensors = ctx.saved_tensors
+        temperature = tensors[0] if tensors else ctx.temperature
+        arguments = (grad_loss, student, teacher, statistics, temperature, ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
             return _SoftmaxKLGradient.apply(*arguments), None, None, None
-        return torch.ops.fastkd.softmax_kl_backward(*arguments), None, None, None
+        return operator("softmax_kl_backward", temperature)(*arguments), None, None, None
 
 
 class _SoftmaxKLGradient(torch.autograd.Function):
@@ -104,11 +110,12 @@ class _SoftmaxKLGradient(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         statistics: Tensor,
-        temperature: float,
+        temperature: float | Tensor,
         backend: str,
     ) -> Tensor:
         ctx.backend = backend
-        return torch.ops.fastkd.softmax_kl_backward(grad_loss, student, teacher, statistics, temperature, backend)
+        arguments = (grad_loss, student, teacher, statistics, temperature, backend)
+        return operator("softmax_kl_backward", temperature)(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -119,39 +126,29 @@ class _SoftmaxKLGradient(torch.autograd.Function):
 
 # --- the operators ----------------------------------------------------------------------------------------------------
 
-torch.library.define(
-    "fastkd::softmax_kl_forward",
-    "(Tensor student, Tensor teacher, float temperature, str backend) -> (Tensor loss, Tensor statistics)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "fastkd::softmax_kl_backward",
-    "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, float temperature, str backend) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
-
-def _forward(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(student: Tensor, teacher: Tensor, temperature: float | Tensor, backend: str) -> tuple[Tensor, Tensor]:
     loss, statistics = _forward_fake(student, teacher, temperature, backend)
     if loss.numel():
         student, teacher = operands(student, teacher)
-        _kernels(backend).forward(student, teacher, loss, statistics, temperature)
+        _kernels(backend).forward(student, teacher, loss, statistics, number_of(temperature))
     return loss, statistics
 
 
 def _backward(
-    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, temperature: float, backend: str
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, temperature: float | Tensor, backend: str
 ) -> Tensor:
     dtype = student.dtype
     grad_loss = grad_loss.to(statistics_dtype(student, teacher))
     student, teacher = operands(student, teacher)
     grad_student = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if grad_student.numel():
-        _kernels(backend).backward(grad_loss, student, teacher, statistics, grad_student, temperature)
+        tau = number_of(temperature)
+        _kernels(backend).backward(grad_loss, student, teacher, statistics, grad_student, tau)
     return grad_student.to(dtype)
 
 
-def _forward_fake(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+def _forward_fake(student: Tensor, teacher: Tensor, temperature: float | Tensor, backend: str) -> tuple[Tensor, Tensor]:
     shape, dtype = student.shape[:2], statistics_dtype(student, teacher)
     loss = torch.empty(shape, dtype=dtype, device=student.device)
     # What the backward needs of each row's log Σ e^{x/τ}. Triton keeps the maximum and the sum relative to it. The C++
@@ -164,12 +161,16 @@ def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-for _name, _real, _fake in (
-    ("fastkd::softmax_kl_forward", _forward, _forward_fake),
-    ("fastkd::softmax_kl_backward", _backward, _backward_fake),
-):
-    torch.library.impl(_name, ("cpu", "cuda"), _real)
-    torch.library.register_fake(_name, _fake)
+register(
+    "softmax_kl_forward",
+    "(Tensor student, Tensor teacher, float temperature, str backend) -> (Tensor loss, Tensor statistics)",
+    Work(_forward, _forward_fake),
+)
+register(
+    "softmax_kl_backward",
+    "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, float temperature, str backend) -> Tensor",
+    Work(_backward, _backward_fake),
+)
 
 
 # --- the backends -----------------------------------------------------------------------------------------------------
