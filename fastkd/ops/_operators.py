@@ -1,4 +1,4 @@
-"""Registration of operators with torch: definition, kernels and fake of each, in two overloads.
+"""Registration of operators with torch: definition, kernels, fake and FLOP formula of each, in two overloads.
 
 A definition lives as long as the process, the package may not: ``importlib.reload`` and a second import after
 ``sys.modules`` was emptied run this again. So torch is given functions that look their work up in a table kept where
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.ops import _flops
+
 NAMESPACE = "fastkd"
 
 
@@ -21,6 +23,7 @@ class Work(NamedTuple):
 
     kernels: Callable[..., Any]
     fake: Callable[..., Any]
+    flops: Callable[..., int]
 
 
 def register(name: str, schema: str, work: Work) -> None:
@@ -52,6 +55,9 @@ def register(name: str, schema: str, work: Work) -> None:
     def fake(*arguments: Any, **named: Any) -> Any:
         return table[name][1].fake(*arguments, **named)
 
+    def flops(*arguments: Any, out_shape: Any = None, **named: Any) -> int:
+        return table[name][1].flops(*arguments, **named)
+
     # A replayed CUDA graph would keep the number that the tensor held while it was recorded.
     unsafe = (torch.Tag.cudagraph_unsafe,)
     for overload, text, tags in (
@@ -61,6 +67,7 @@ def register(name: str, schema: str, work: Work) -> None:
         torch.library.define(f"{NAMESPACE}::{name}{overload}", text, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.impl(f"{NAMESPACE}::{name}{overload}", ("cpu", "cuda"), kernels)
         torch.library.register_fake(f"{NAMESPACE}::{name}{overload}", fake)
+    _flops.register(getattr(getattr(torch.ops, NAMESPACE), name), flops)
 
 
 def operator(name: str, temperature: float | Tensor) -> Callable[..., Any]:

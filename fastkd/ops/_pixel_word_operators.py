@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._compile import number_of
-from fastkd.ops import _pixel_word_call, _pixel_word_triton
+from fastkd.ops import _flops, _pixel_word_call, _pixel_word_triton
 from fastkd.ops._launch import statistics_dtype
 from fastkd.ops._operators import Work, register
 from fastkd.ops._pixel_word_call import fit, gradient_like, layout
@@ -143,12 +143,12 @@ register(
     "pixel_word_forward",
     f"(Tensor student_pixels, Tensor? student_words, Tensor teacher_pixels, Tensor? teacher_words, {_MASKS}, "
     f"{_OPTIONS}, bool keep, str backend) -> (Tensor loss, {_KEPT})",
-    Work(forward, forward_fake),
+    Work(forward, forward_fake, _flops.pixel_word_forward),
 )
 register(
     "pixel_word_backward",
     f"(Tensor grad_loss, Tensor student_pixels, Tensor? student_words, Tensor? teacher_logits, {_MASKS}, {_KEPT}, "
     f"SymInt teacher_width, {_OPTIONS}, bool for_pixels, bool for_words, str backend) "
     "-> (Tensor grad_pixels, Tensor grad_words)",
-    Work(backward, backward_fake),
+    Work(backward, backward_fake, _flops.pixel_word_backward),
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd._compile import finite, operator_argument
+from fastkd.ops import _flops
 from fastkd.ops._backends import choose, wished
 from fastkd.ops._operators import Work, operator, register, saved
 from fastkd.ops._relation_call import Options, backward, forward, outputs
@@ -185,12 +186,12 @@ _OPTIONS = "str similarity, str distance, float temperature, bool negate, bool c
 register(
     "relation_forward",
     f"(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor loss, Tensor statistics, Tensor kept)",
-    Work(_forward, _forward_fake),
+    Work(_forward, _forward_fake, _flops.relation_forward),
 )
 register(
     "relation_backward",
     f"(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, Tensor kept, {_OPTIONS}) -> Tensor",
-    Work(_backward, _backward_fake),
+    Work(_backward, _backward_fake, _flops.relation_backward),
 )
 
 

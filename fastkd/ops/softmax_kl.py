@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastkd._compile import finite, number_of, operator_argument
+from fastkd.ops import _flops
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import dtype_name, launch_on, native, operands, statistics_dtype
 from fastkd.ops._operators import Work, operator, register, saved
@@ -164,12 +165,12 @@ def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
 register(
     "softmax_kl_forward",
     "(Tensor student, Tensor teacher, float temperature, str backend) -> (Tensor loss, Tensor statistics)",
-    Work(_forward, _forward_fake),
+    Work(_forward, _forward_fake, _flops.softmax_kl),
 )
 register(
     "softmax_kl_backward",
     "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, float temperature, str backend) -> Tensor",
-    Work(_backward, _backward_fake),
+    Work(_backward, _backward_fake, _flops.softmax_kl),
 )
 
 
