@@ -233,6 +233,16 @@ def test_a_failure_is_remembered_and_warned_of_once(fresh: pytest.MonkeyPatch) -
         choose("softmax_kl", "cpu", X)
 
 
+def test_a_self_test_that_exits_is_a_reason(fresh: pytest.MonkeyPatch) -> None:
+    """SystemExit ends a thread without a word."""
+
+    def exits(backend: str) -> None:
+        raise SystemExit("this build of the library is no longer supported")
+
+    fresh.setattr(_backends, "_absent", exits)
+    assert str(why_not("triton")).endswith("SystemExit: this build of the library is no longer supported")
+
+
 def test_a_self_test_that_raises_or_is_wrong_is_a_reason(fresh: pytest.MonkeyPatch) -> None:
     import importlib
 

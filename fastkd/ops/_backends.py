@@ -264,7 +264,7 @@ def _probe(backend: str, family: str | None, device: torch.device | None) -> str
         try:
             with torch.cuda.device(device) if on_gpu else nullcontext(), _workspace.default_limit():
                 answers.append(_examine(backend, family, device))
-        except Exception as error:
+        except BaseException as error:  # SystemExit too would end the thread without an answer
             answers.append(_failure(error, f"it cannot be tried on {device}: "))
 
     thread = threading.Thread(target=work, name="fastkd self-test", daemon=True)
@@ -300,7 +300,7 @@ def _examine(backend: str, family: str | None, device: torch.device | None) -> s
         return _failure(error, f"its self-test failed on {device}: ")
 
 
-def _failure(error: Exception, prefix: str) -> str:
+def _failure(error: BaseException, prefix: str) -> str:
     """Return the reason that an exception makes: a passing one if it reports that memory is short."""
     reason = f"{prefix}{type(error).__name__}: {_first_line(error)}"
     return _Passing(reason) if _out_of_memory(error) else reason
