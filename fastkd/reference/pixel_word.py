@@ -24,7 +24,7 @@ def pixel_word(
     teacher_word_mask: Tensor | None = None,
     pixel_mask: Tensor | None = None,
     similarity: str = "scaled_dot",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     terms: Sequence[str] = TERMS,
 ) -> dict[str, Tensor]:
     """The cross-modal terms of two networks' pixels V (B, N, D) and words L (B, T, D), each of shape (B,).
@@ -54,7 +54,7 @@ def pixel_word_from_logits(
     student_word_mask: Tensor | None = None,
     teacher_word_mask: Tensor | None = None,
     pixel_mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     terms: Sequence[str] = TERMS,
 ) -> dict[str, Tensor]:
     """The cross-modal terms of two sets of pixel–word logits M (B, N, T), each of shape (B,).

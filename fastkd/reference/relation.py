@@ -18,7 +18,7 @@ def relation(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     negate: bool = False,
     cross: bool = False,
 ) -> Tensor:
