@@ -10,6 +10,7 @@ from fastkd.losses._compute import learned, softmax_kl
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
 from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.reference._products import product
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
 GUIDES = (None, "own", "teacher")
@@ -96,12 +97,12 @@ def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tens
     with full_precision(student.device):
         p_t = _attention(teacher, temperature)
         p_s = _attention(student, temperature) if guide == "own" else p_t
-        return p_s @ student, p_t @ teacher
+        return product(p_s, student), product(p_t, teacher)
 
 
 def _attention(rows: Tensor, temperature: float | Tensor) -> Tensor:
     unit = normalise_rows(rows)
-    return torch.softmax(unit @ unit.mT / temperature, -1)
+    return torch.softmax(product(unit, unit.mT) / temperature, -1)
 
 
 class ChannelDistributionKD(LossModule):

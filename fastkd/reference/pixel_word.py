@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.reference._products import product
 from fastkd.reference.softmax_kl import kl, softmax_kl
 
 SIMILARITIES = ("scaled_dot", "cosine")
@@ -109,10 +110,10 @@ def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict
         square = _norm2(a.mT @ a) + _norm2(b.mT @ b) - 2 * _norm2(a.mT @ b)
         return {"pixel_pixel": (square / n.double().square()).to(dtype)}
     d = a - b
-    d_a, b_d = d.mT @ a, b.mT @ d
+    d_a, b_d = product(d.mT, a), product(b.mT, d)
     if "pixel_pixel" in terms:
-        d_d = d.mT @ d
-        square = ((a.mT @ a + b.mT @ b) * d_d).sum((1, 2)) + 2 * (d_a * b_d).sum((1, 2))
+        d_d = product(d.mT, d)
+        square = ((product(a.mT, a) + product(b.mT, b)) * d_d).sum((1, 2)) + 2 * (d_a * b_d).sum((1, 2))
         results["pixel_pixel"] = square / n.square()
     if "word_word" in terms:
         results["word_word"] = _norm2(d_a + b_d) / n.square()
@@ -125,8 +126,8 @@ def _logits(
     """M (B, N, T). Masked rows are emptied first: 0·NaN would carry their NaN into the other operand's gradient."""
     v, w = _masked(pixels, pixel_mask, 1), _masked(words, word_mask, 1)
     if similarity == "cosine":
-        return normalise_rows(v) @ normalise_rows(w).mT
-    return v @ w.mT / v.shape[-1] ** 0.5
+        return product(normalise_rows(v), normalise_rows(w).mT)
+    return product(v, w.mT) / v.shape[-1] ** 0.5
 
 
 def _masked(x: Tensor, mask: Tensor | None, dim: int, value: float = 0.0) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.reference._products import product
 from fastkd.reference.softmax_kl import softmax_kl
 
 SIMILARITIES = ("cosine", "mean", "dot")
@@ -89,17 +90,17 @@ def _similarities(rows: Tensor, similarity: str, cross: bool) -> Tensor:
     """(B, R, K) to (B, R, R), or (B, R, B, R) between all samples."""
     x = _scaled(rows, similarity)
     if not cross:
-        return x @ x.mT
+        return product(x, x.mT)
     flat = x.flatten(0, 1)
-    return (flat @ flat.T).reshape(*x.shape[:2], *x.shape[:2])
+    return product(flat, flat.T).reshape(*x.shape[:2], *x.shape[:2])
 
 
 def _gram(x: Tensor, y: Tensor, pooled: bool) -> Tensor:
     """XᵀY per sample, or its sum over the samples."""
-    gram = x.mT @ y
+    gram = product(x.mT, y)
     return gram.sum(0, keepdim=True) if pooled else gram
 
 
 def _form(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
     """x_i M y_iᵀ for every row i."""
-    return (x @ matrix * y).sum(-1)
+    return (product(x, matrix) * y).sum(-1)
