@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd._compile import constant_result
+from fastkd.reference._numerics import computes_fp64
 
 WIDE = ("cpu",)
 """Device types where fp64 products cost no more than about three times fp32 ones; others take six products of bf16."""
@@ -25,7 +26,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     """
     if x.dtype != torch.float32 or not _lowered(x.device.type):
         return x @ y
-    if x.device.type in WIDE:
+    if x.device.type in WIDE and computes_fp64(x.device):
         return (x.double() @ y.double()).float()
     return (_Parts if torch.compiler.is_compiling() else _TransformedParts).apply(x, y)
 

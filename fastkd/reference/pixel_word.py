@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.reference._numerics import compute_dtype, computes_fp64, full_precision, normalise_rows
 from fastkd.reference._products import product
 from fastkd.reference.softmax_kl import kl, softmax_kl
 
@@ -65,7 +65,8 @@ def pixel_word_from_logits(
 
     - "pixel_to_word": the mean over valid pixels of KL(A_T[i] ‖ A_S[i]), without the factor τ²;
     - "word_to_pixel": the mean over valid words of KL(Q_T[:, j] ‖ Q_S[:, j]), without the factor τ²;
-    - "pixel_pixel": ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², from T×T matrices: no N×N matrix is held;
+    - "pixel_pixel": ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², from T×T matrices: no N×N matrix is held (but for networks that
+      differ in T, on a device without fp64);
     - "word_word": ‖A_Sᵀ A_S − A_Tᵀ A_T‖²_F / n².
 
     The two networks may differ in T if "pixel_pixel" is the only term. fp32 (fp64 if an input is fp64).
@@ -102,9 +103,12 @@ def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict
     """Squared Frobenius distances of the Gram matrices of a and b over n², through T×T matrices.
 
     With d = a − b: aaᵀ − bbᵀ = d aᵀ + b dᵀ and aᵀa − bᵀb = dᵀa + bᵀd. Every product holds d, so nothing cancels as the
-    student nears the teacher. Where the widths differ there is no d; ‖aᵀa‖² + ‖bᵀb‖² − 2‖aᵀb‖² is taken in fp64.
+    student nears the teacher. Where the widths differ there is no d; ‖aᵀa‖² + ‖bᵀb‖² − 2‖aᵀb‖² is taken in fp64, or on
+    a device without fp64 ‖aaᵀ − bbᵀ‖² from N×N matrices.
     """
     dtype, results = a.dtype, {}
+    if a.shape[2] != b.shape[2] and not computes_fp64(a.device):
+        return {"pixel_pixel": _norm2(product(a, a.mT) - product(b, b.mT)) / n.square()}
     if a.shape[2] != b.shape[2]:
         a, b = a.double(), b.double()
         square = _norm2(a.mT @ a) + _norm2(b.mT @ b) - 2 * _norm2(a.mT @ b)

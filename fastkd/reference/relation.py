@@ -58,7 +58,7 @@ def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cros
     With A = X_S, B = X_T and D = A − B, row i of AAᵀ − BBᵀ is d_i Aᵀ + b_i Dᵀ, hence its squared norm is
     d_i(AᵀA)d_iᵀ + b_i(DᵀD)b_iᵀ + 2 d_i(AᵀD)b_iᵀ. Every summand holds D twice, so nothing cancels as the student nears
     the teacher. Where the widths differ D does not exist and a_i(AᵀA)a_iᵀ + b_i(BᵀB)b_iᵀ − 2 a_i(AᵀB)b_iᵀ is used,
-    which does cancel and is therefore computed in fp64.
+    which does cancel and is therefore computed in fp64, on a device that can (``_numerics.computes_fp64``).
     """
     dtype = compute_dtype(student, teacher)
     same_width = student.shape[-1] == teacher.shape[-1]
