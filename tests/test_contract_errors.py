@@ -38,7 +38,7 @@ def test_options(setting: Any) -> None:
     problem, backend = setting.case.problem(device=setting.place.device), setting.place.backend
     for value in (0, 0.0, -1.0, math.inf, math.nan):
         refused(problem, backend, ValueError, "temperature: expected a finite number", temperature=value)
-    refused(problem, backend, TypeError, "temperature: expected a Python number", temperature=torch.tensor(1.0))
+    refused(problem, backend, TypeError, "temperature: expected a real number", temperature=torch.ones(2))
     refused(problem, backend, ValueError, "reduction: expected one of .*'avg'", reduction="avg")
     refused(problem, "gpu", ValueError, "backend: expected one of .*'gpu'")
     for name in ("similarity", "distance", "guide"):

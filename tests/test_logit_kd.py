@@ -173,3 +173,54 @@ def test_the_module_equals_the_function():
         module(student, teacher, pixel_mask=mask),
         logit_kd(student, teacher, temperature=2.0, reduction="sum", pixel_mask=mask),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_classes_in_any_dimension(k, backend):
+    student, teacher = logits(k)
+    f = lambda s, t, **more: logit_kd(s, t, temperature=2.0, backend=backend, **more)
+    rows = f(student, teacher, reduction="none")
+    mask = some_pixels()
+    for dim in (0, 2, 3, -1):
+        s, t = (x.movedim(1, dim).contiguous() for x in (student, teacher))
+        leaf = s.requires_grad_()
+        torch.testing.assert_close(f(leaf, t, class_dim=dim, reduction="none"), rows)
+        got = f(leaf, t, class_dim=dim, pixel_mask=mask)
+        torch.testing.assert_close(got, f(student, teacher, pixel_mask=mask))
+        other = student.detach().requires_grad_()
+        (want,) = torch.autograd.grad(f(other, teacher, pixel_mask=mask), other)
+        torch.testing.assert_close(torch.autograd.grad(got, leaf)[0].movedim(dim, 1), want)
+    # Tokens of a language model: (B, T, V).
+    words = [x.flatten(2).mT.contiguous() for x in (student, teacher)]
+    torch.testing.assert_close(f(*words, class_dim=-1, reduction="none"), rows.flatten(1))
+    assert f(*words, reduction="none").shape == (2, k)  # by default V counts as the pixels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_mark_rows_to_skip_in_every_layout(backend):
+    student, teacher = logits(4)
+    mask, f = some_pixels(), lambda s, t, **more: logit_kd(s, t, backend=backend, **more)
+    labels = torch.where(mask, torch.arange(12).view(2, 2, 3), 255)
+    rows = f(student, teacher, reduction="none")
+    want = rows[mask].mean()
+    torch.testing.assert_close(f(student, teacher, labels=labels, ignore_index=255), want)
+    torch.testing.assert_close(f(student, teacher, labels=labels.where(mask, -100).int()), want)
+    torch.testing.assert_close(LogitKD(ignore_index=255, backend=backend)(student, teacher, labels=labels), want)
+    flat = (student.flatten(2), teacher.flatten(2))
+    torch.testing.assert_close(f(*flat, labels=labels.flatten(1), ignore_index=255), want)
+    words = LogitKD(class_dim=-1, ignore_index=255, backend=backend)
+    torch.testing.assert_close(words(flat[0].mT, flat[1].mT, labels=labels.flatten(1)), want)
+    both = mask.clone()
+    both[0, 1] = False
+    got = f(student, teacher, labels=labels, ignore_index=255, pixel_mask=both)
+    torch.testing.assert_close(got, rows[mask & both].mean())
+    # One row per sample, (B, K): a mask and labels of shape (B,). What a skipped row holds does not count.
+    vectors = [x.flatten(2).movedim(1, 2).flatten(0, 1) for x in (student, teacher)]
+    vectors[0] = torch.where(mask.view(12, 1), vectors[0], math.nan).requires_grad_()
+    for more in ({"pixel_mask": mask.view(12)}, {"labels": labels.view(12), "ignore_index": 255}):
+        loss = f(*vectors, **more)
+        torch.testing.assert_close(loss, want)
+        (grad,) = torch.autograd.grad(loss, vectors[0])
+        assert torch.isfinite(grad).all()
+        assert (grad[~mask.view(12)] == 0).all()

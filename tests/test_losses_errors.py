@@ -66,7 +66,10 @@ def test_common_errors(f):
     fails(ValueError, r"temperature: .* got -1\.0", temperature=-1.0)
     fails(ValueError, r"temperature: .* got inf", temperature=math.inf)
     fails(ValueError, r"temperature: .* got nan", temperature=math.nan)
-    fails(TypeError, r"temperature: expected a Python number, got Tensor.*\.item\(\)", temperature=torch.tensor(1.0))
+    fails(TypeError, r"temperature: expected a real number or a tensor that holds one, got a tensor of shape \(2,\)",
+          temperature=torch.ones(2))  # fmt: skip
+    fails(TypeError, "temperature: expected a real number .*, got str", temperature="1")
+    fails(ValueError, "temperature: expected a finite number above 0, got 0", temperature=torch.tensor(0.0))
     fails(TypeError, r"temperature: .* got bool", temperature=True)
     fails(ValueError, r"backend: expected one of .*got 'gpu'", backend="gpu")
     fails(TypeError, rf"{student}: expected a floating-point tensor, got torch.int64.*\.float\(\)",
@@ -190,7 +193,13 @@ def test_masks(f):
     fails(ValueError, "pixel_mask: no valid pixel", pixel_mask=~full)
     if f is logit_kd:
         vectors = {"student": maps(2, 3), "teacher": maps(2, 3)}
-        fails(ValueError, r"pixel_mask: logits of shape \(2, 3\) have no pixels", pixel_mask=full, **vectors)
+        fails(ValueError, r"pixel_mask: expected shape \(2,\), got \(2, 16\)", pixel_mask=full, **vectors)
+        fails(TypeError, "labels: expected a tensor of integers, got torch.bool", labels=full)
+        fails(ValueError, "labels: no valid pixel in the batch", labels=full.long(), ignore_index=1)
+        fails(ValueError, "pixel_mask and labels: no valid pixel", labels=full.long(), ignore_index=1, pixel_mask=full)
+        fails(ValueError, "ignore_index: 255 marks rows by their labels; pass labels=", ignore_index=255)
+        fails(ValueError, "class_dim: expected a dimension of logits of shape .*, got 4", class_dim=4)
+        fails(TypeError, "class_dim: expected an int, got float", class_dim=1.0)
         return
     one_empty = full.clone()
     one_empty[1] = False
@@ -221,7 +230,11 @@ def test_terms(f):
     fails(TypeError, "terms: expected None or a dict .*, got list", ["pixel_pixel"])
     fails(ValueError, r"terms\['pixel_pixel'\]: expected a finite weight ≥ 0, got -1", {"pixel_pixel": -1})
     fails(ValueError, r"terms\['pixel_pixel'\]: .* got nan", {"pixel_pixel": math.nan})
-    fails(TypeError, r"terms\['pixel_pixel'\]: expected a Python number, got str", {"pixel_pixel": "1"})
+    fails(
+        TypeError,
+        r"terms\['pixel_pixel'\]: expected a real number or a tensor that holds one, got str",
+        {"pixel_pixel": "1"},
+    )
 
 
 def test_unknown_similarity_of_cross_modal_kd():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fastkd.reference._numerics import computes_fp64
 from fastkd.train.task import check_mask
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -60,7 +61,10 @@ class RISMetrics(Metric):
         self.unions.append((ours | theirs).flatten(1).sum(1, dtype=torch.int64))
 
     def compute(self) -> dict[str, Tensor]:
-        """``{"oIoU": …, "mIoU": …, "P@0.5": …, …, "P@0.9": …}`` in percent, float64 scalars."""
+        """``{"oIoU": …, "mIoU": …, "P@0.5": …, …, "P@0.9": …}`` in percent, float64 scalars.
+
+        They are on the CPU where the masks' device has no float64.
+        """
         intersection, union = self._counts()
         iou = _iou(intersection, union)
         result = {"oIoU": _iou(intersection.sum(), union.sum()), "mIoU": iou.mean()}
@@ -77,6 +81,8 @@ class RISMetrics(Metric):
         intersection, union = (torch.cat(s) if isinstance(s, list) and s else s for s in both)
         if len(intersection) == 0:
             raise ValueError("RISMetrics has no samples: call update(prediction, truth) first; is the dataset empty?")
+        if not computes_fp64(intersection.device):
+            return intersection.cpu(), union.cpu()
         return intersection, union
 
 

@@ -7,14 +7,16 @@ are put together where they are raised, because under ``torch.compile`` a batch 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd._compile import finite
 from fastkd.ops import _backends
-from fastkd.ops._surroundings import check_dense, savable, values_exist
+from fastkd.ops._surroundings import check_dense, savable, transformed, values_exist
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -30,12 +32,42 @@ def option(name: str, value: object, choices: Sequence[str | None]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def temperature(value: object, name: str = "temperature") -> None:
-    """``value`` must be a finite Python number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}; for a tensor pass its .item()")
+def number(name: str, value: Any) -> float | Tensor:
+    """Return a Python number for ``value``: a number of Python or numpy, or a tensor or array that holds one.
+
+    A tensor whose gradient is asked for (by ``backward``, or by a transform of torch.func or forward mode) is returned
+    as a tensor of no dimensions.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        check_dense(name, value)
+        if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+            shown = f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+            raise TypeError(f"{name}: expected a real number or a tensor that holds one, got {shown}")
+        if (torch.is_grad_enabled() and value.requires_grad) or transformed(value):
+            return savable(value)[0].reshape(())
+        return value.item()
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # numpy's scalars, and its arrays of one number
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a real number or a tensor that holds one, got {kind}")
+    return float(value)
+
+
+def temperature(value: Any, name: str = "temperature") -> float | Tensor:
+    """``value`` must be a finite number above 0; return it as :func:`number` does."""
+    given = number(name, value)
+    if isinstance(given, Tensor):
+        if not values_visible(given):
+            return given
+        value = given.item()
+    else:
+        value = given
     if not (finite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    return given
 
 
 def floating(name: str, tensor: object, dims: Sequence[int], layout: str) -> None:
@@ -117,11 +149,29 @@ def bool_mask(name: str, mask: object, shapes: Sequence[tuple[int, ...]], like: 
     check_dense(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor (True = valid), got {mask.dtype}; convert it with .bool()")
-    if tuple(mask.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {_either(shapes)}, got {tuple(mask.shape)}")
-    if mask.device != like.device:
-        raise ValueError(f"{name}: is on {mask.device}, but the inputs are on {like.device}; move it with .to(device)")
-    return savable(mask)[0]
+    return _placed(name, mask, shapes, like)
+
+
+def integers(name: str, tensor: object, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    """The same of a tensor of integers."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor of integers of shape {_either(shapes)}, got {type(tensor).__name__}"
+        )
+    check_dense(name, tensor)
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: expected a tensor of integers, got {tensor.dtype}")
+    return _placed(name, tensor, shapes, like)
+
+
+def _placed(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {_either(shapes)}, got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: is on {tensor.device}, but the inputs are on {like.device}; move it with .to(device)"
+        )
+    return savable(tensor)[0]
 
 
 def _either(shapes: Sequence[tuple[int, ...]]) -> str:
@@ -145,10 +195,15 @@ def term_weights(terms: object, known: Sequence[str]) -> dict[str, float]:
         raise TypeError(f"terms: expected None or a dict such as {{{known[0]!r}: 1.0}}, got {type(terms).__name__}")
     if not terms:
         raise ValueError(f"terms: is empty; name at least one of {', '.join(map(repr, known))}")
+    weights: dict[str, float] = {}
     for term, weight in terms.items():
         option("terms", term, known)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise TypeError(f"terms[{term!r}]: expected a Python number, got {type(weight).__name__}")
-        if not (finite(weight) and weight >= 0):
-            raise ValueError(f"terms[{term!r}]: expected a finite weight ≥ 0, got {weight!r}")
-    return dict(terms)
+        given = number(f"terms[{term!r}]", weight)
+        if isinstance(given, Tensor):
+            raise ValueError(
+                f"terms[{term!r}]: requires grad; to learn it, pass return_terms=True and weight the terms returned"
+            )
+        if not (finite(given) and given >= 0):
+            raise ValueError(f"terms[{term!r}]: expected a finite weight ≥ 0, got {given!r}")
+        weights[term] = given
+    return weights

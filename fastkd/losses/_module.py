@@ -13,16 +13,40 @@ from fastkd.reference._numerics import compute_dtype
 
 
 class LossModule(nn.Module):
-    """A loss with its options as attributes of the same names."""
+    """A loss with its options as attributes of the same names, which may be assigned anything the argument takes.
+
+    An ``nn.Parameter`` is a parameter of the module: optimised, and in its state dict. Another tensor is a buffer that
+    follows ``.to(device)`` and is not saved. One that was computed from parameters keeps its graph, so that gradients
+    reach them; a copy or a pickle of the module holds its values alone.
+    """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value, persistent=False)  # follows .to(device)
-            else:
-                setattr(self, name, value)
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dict__.get("_names", ()) or isinstance(getattr(type(self), name, None), property):
+            super().__setattr__(name, value)  # a property: the option is parametrised
+            return
+        self.__dict__.pop(name, None)
+        self._parameters.pop(name, None)
+        self._buffers.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value, persistent=False)
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return state | {
+            "_buffers": {
+                name: value.detach() if value is not None and value.grad_fn is not None else value
+                for name, value in self._buffers.items()
+            }
+        }
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
@@ -48,18 +72,38 @@ class ChannelAligner(nn.Module):
         self.linear = nn.Linear(student_channels, teacher_channels, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map the channels, dimension 1, of ``features``."""
+        """Map the channels, dimension 1, of ``features``.
+
+        ``linear`` is called as a module, so that hooks, parametrisations and what replaces or wraps it (LoRA, FSDP)
+        count. Its weight is read from outside only to compute in a wider dtype than its own, and only of a plain
+        ``nn.Linear``; anything else gets the features in the dtype of its parameters.
+        """
         _checks.floating("student", features, (3, 4), "(B, C, H, W) or (B, C, N)")
-        weight = self.linear.weight
-        _checks.same_device(student=features, aligner=weight)
-        if features.shape[1] != self.linear.in_features:
+        width = getattr(self.linear, "in_features", None)
+        if isinstance(width, int) and features.shape[1] != width:
             raise ValueError(
-                f"student: expected {self.linear.in_features} channels in dimension 1 (student_channels), "
+                f"student: expected {width} channels in dimension 1 (student_channels), "
                 f"got shape {tuple(features.shape)}"
             )
-        # Autocast, where it is on, has the last word.
-        dtype = weight.dtype if features.dtype == weight.dtype else compute_dtype(features, weight)
-        return F.linear(features.movedim(1, -1).to(dtype), weight.to(dtype)).movedim(-1, 1)
+        rows = features.movedim(1, -1)
+        if _is_plain(self.linear):
+            weight = self.linear.weight
+            _checks.same_device(student=features, aligner=weight)
+            # Autocast, where it is on, overrides these dtypes.
+            dtype = weight.dtype if features.dtype == weight.dtype else compute_dtype(features, weight)
+            if dtype != weight.dtype:
+                bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
+                return F.linear(rows.to(dtype), weight.to(dtype), bias).movedim(-1, 1)
+        else:
+            own = (p.dtype for p in self.linear.parameters() if p.is_floating_point())
+            dtype = next(own, features.dtype)
+        return self.linear(rows.to(dtype)).movedim(-1, 1)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Return whether ``linear`` computes ``F.linear`` of its own weight and nothing else."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not any(hooks)
 
 
 def make_aligner(student_channels: int | None, teacher_channels: int | None) -> ChannelAligner | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastkd.losses import _checks
+from fastkd.losses._compute import relation
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
-from fastkd.ops.relation import relation
 from fastkd.reference._numerics import compute_dtype
 from fastkd.reference.relation import DISTANCES, SIMILARITIES
 
@@ -20,7 +20,7 @@ def channel_kd(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     negate: bool = False,
     centered: bool = False,
     weight: Tensor | str | None = None,
@@ -69,7 +69,7 @@ def channel_kd(
     Example:
         >>> loss = channel_kd(student_map, teacher_map.detach(), across_batch=True, centered=True)
     """
-    _check_options(similarity, distance, temperature, patches, across_batch, reduction)
+    temperature = _check_options(similarity, distance, temperature, patches, across_batch, reduction)
     _checks.floating("student", student, (3, 4), LAYOUT)
     _checks.floating("teacher", teacher, (3, 4), LAYOUT)
     _checks.teacher("teacher", teacher)
@@ -109,11 +109,11 @@ def channel_kd(
 
 
 def _check_options(
-    similarity: str, distance: str, temperature: float, patches: int, across_batch: bool, reduction: str
-) -> None:
+    similarity: str, distance: str, temperature: float | Tensor, patches: int, across_batch: bool, reduction: str
+) -> float | Tensor:
     _checks.option("similarity", similarity, SIMILARITIES)
     _checks.option("distance", distance, DISTANCES)
-    _checks.temperature(temperature)
+    temperature = _checks.temperature(temperature)
     _checks.option("reduction", reduction, _checks.REDUCTIONS)
     if isinstance(patches, bool) or not isinstance(patches, int):
         raise TypeError(f"patches: expected a positive int, got {type(patches).__name__}")
@@ -123,6 +123,7 @@ def _check_options(
         raise ValueError(
             f"patches: across_batch=True makes one relation of the batch, so patches must be 1, not {patches}"
         )
+    return temperature
 
 
 def _rows(name: str, features: Tensor, centered: bool, patches: int, across_batch: bool) -> Tensor:
@@ -159,7 +160,7 @@ class ChannelKD(LossModule):
         *,
         similarity: str = "cosine",
         distance: str = "kl",
-        temperature: float = 0.1,
+        temperature: float | Tensor = 0.1,
         negate: bool = False,
         centered: bool = False,
         weight: Tensor | str | None = None,

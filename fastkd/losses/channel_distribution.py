@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fastkd.losses import _checks
+from fastkd.losses._compute import learned, softmax_kl
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
-from fastkd.ops.softmax_kl import softmax_kl
 from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.reference._products import product
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
 GUIDES = (None, "own", "teacher")
@@ -19,9 +20,9 @@ def channel_distribution_kd(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
     guide: str | None = None,
-    guide_temperature: float = 0.1,
+    guide_temperature: float | Tensor = 0.1,
     weight: Tensor | str | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -57,7 +58,7 @@ def channel_distribution_kd(
     Example:
         >>> loss = channel_distribution_kd(student_map, teacher_map.detach(), guide="teacher")
     """
-    _check_options(temperature, guide, guide_temperature, reduction)
+    temperature, guide_temperature = _check_options(temperature, guide, guide_temperature, reduction)
     _checks.floating("student", student, (3, 4), LAYOUT)
     _checks.floating("teacher", teacher, (3, 4), LAYOUT)
     _checks.teacher("teacher", teacher)
@@ -77,29 +78,31 @@ def channel_distribution_kd(
         weight = channel_attention(rows_t)
     if guide is not None:
         rows_s, rows_t = _mix(rows_s, rows_t, guide, guide_temperature)
-    rows = softmax_kl(rows_s, rows_t, temperature=temperature, backend=backend)
+    formula = learned(backend, temperature, guide_temperature if guide is not None else 1.0)
+    rows = softmax_kl(rows_s, rows_t, temperature=temperature, formula=formula, backend=backend)
     return reduce_rows(rows * temperature**2, weight, reduction)
 
 
-def _check_options(temperature: float, guide: str | None, guide_temperature: float, reduction: str) -> None:
-    _checks.temperature(temperature)
+def _check_options(
+    temperature: float | Tensor, guide: str | None, guide_temperature: float | Tensor, reduction: str
+) -> tuple[float | Tensor, float | Tensor]:
     _checks.option("guide", guide, GUIDES)
-    _checks.temperature(guide_temperature, "guide_temperature")
     _checks.option("reduction", reduction, _checks.REDUCTIONS)
+    return _checks.temperature(temperature), _checks.temperature(guide_temperature, "guide_temperature")
 
 
-def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float) -> tuple[Tensor, Tensor]:
+def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     with full_precision(student.device):
         p_t = _attention(teacher, temperature)
         p_s = _attention(student, temperature) if guide == "own" else p_t
-        return p_s @ student, p_t @ teacher
+        return product(p_s, student), product(p_t, teacher)
 
 
-def _attention(rows: Tensor, temperature: float) -> Tensor:
+def _attention(rows: Tensor, temperature: float | Tensor) -> Tensor:
     unit = normalise_rows(rows)
-    return torch.softmax(unit @ unit.mT / temperature, -1)
+    return torch.softmax(product(unit, unit.mT) / temperature, -1)
 
 
 class ChannelDistributionKD(LossModule):
@@ -112,9 +115,9 @@ class ChannelDistributionKD(LossModule):
     def __init__(
         self,
         *,
-        temperature: float = 4.0,
+        temperature: float | Tensor = 4.0,
         guide: str | None = None,
-        guide_temperature: float = 0.1,
+        guide_temperature: float | Tensor = 0.1,
         weight: Tensor | str | None = None,
         reduction: str = "mean",
         backend: str = "auto",

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from torch import Tensor
 
 from fastkd.losses import _checks
+from fastkd.losses._compute import pixel_word, pixel_word_from_logits
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
-from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits
 from fastkd.reference.pixel_word import SIMILARITIES, TERMS
 
 DEFAULT_TERMS: Mapping[str, float] = MappingProxyType(
@@ -31,7 +31,7 @@ def cross_modal_kd(
     word_mask: WordMask | None = None,
     pixel_mask: Tensor | None = None,
     similarity: str = "scaled_dot",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     terms: Mapping[str, float] | None = None,
     reduction: str = "mean",
     return_terms: bool = False,
@@ -80,7 +80,7 @@ def cross_modal_kd(
         ...     v_t, l_t = teacher_taps(image, words)
         >>> loss = cross_modal_kd(v_s, l_s, v_t, l_t, word_mask=word_mask)
     """
-    weights = _check_options(temperature, terms, reduction, similarity)
+    weights, temperature = _check_options(temperature, terms, reduction, similarity)
     tensors = {
         "student_pixels": student_pixels,
         "student_words": student_words,
@@ -133,7 +133,7 @@ def cross_modal_kd_from_logits(
     *,
     word_mask: WordMask | None = None,
     pixel_mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     terms: Mapping[str, float] | None = None,
     reduction: str = "mean",
     return_terms: bool = False,
@@ -163,7 +163,7 @@ def cross_modal_kd_from_logits(
     Example:
         >>> loss = cross_modal_kd_from_logits(m_s, m_t.detach(), word_mask=word_mask, terms={"pixel_to_word": 1.0})
     """
-    weights = _check_options(temperature, terms, reduction)
+    weights, temperature = _check_options(temperature, terms, reduction)
     layout = "(B, N, T) or (B, heads, N, T)"
     _checks.floating("student_logits", student_logits, (3, 4), layout)
     _checks.floating("teacher_logits", teacher_logits, (3, 4), layout)
@@ -204,12 +204,12 @@ def cross_modal_kd_from_logits(
 
 
 def _check_options(
-    temperature: float, terms: Mapping[str, float] | None, reduction: str, similarity: str = "scaled_dot"
-) -> dict[str, float]:
+    temperature: float | Tensor, terms: Mapping[str, float] | None, reduction: str, similarity: str = "scaled_dot"
+) -> tuple[dict[str, float], float | Tensor]:
     _checks.option("similarity", similarity, SIMILARITIES)
-    _checks.temperature(temperature)
     _checks.option("reduction", reduction, _checks.REDUCTIONS)
-    return dict(DEFAULT_TERMS) if terms is None else _checks.term_weights(terms, TERMS)
+    weights = dict(DEFAULT_TERMS) if terms is None else _checks.term_weights(terms, TERMS)
+    return weights, _checks.temperature(temperature)
 
 
 def _check_sizes(
@@ -276,7 +276,11 @@ def _pixel_mask(
 
 
 def _combine(
-    results: dict[str, Tensor], weights: dict[str, float], temperature: float, reduction: str, return_terms: bool
+    results: dict[str, Tensor],
+    weights: dict[str, float],
+    temperature: float | Tensor,
+    reduction: str,
+    return_terms: bool,
 ) -> Tensor | dict[str, Tensor]:
     terms = {term: value * temperature**2 if term in FIRST_ORDER else value for term, value in results.items()}
     if return_terms:
@@ -293,13 +297,13 @@ class CrossModalKD(LossModule):
         self,
         *,
         similarity: str = "scaled_dot",
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         terms: Mapping[str, float] | None = None,
         reduction: str = "mean",
         return_terms: bool = False,
         backend: str = "auto",
     ) -> None:
-        weights = _check_options(temperature, terms, reduction, similarity)
+        weights, _ = _check_options(temperature, terms, reduction, similarity)
         super().__init__(
             {
                 "similarity": similarity,

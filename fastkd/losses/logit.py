@@ -6,24 +6,29 @@ import torch
 from torch import Tensor
 
 from fastkd.losses import _checks
+from fastkd.losses._compute import learned, softmax_kl
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
 from fastkd.ops._backends import choose, wished
-from fastkd.ops.softmax_kl import softmax_kl
 from fastkd.reference.softmax_kl import softmax_kl as reference_softmax_kl
 
 LAYOUT = "(B, K, H, W), (B, K, N) or (B, K)"
 FEW_CLASSES = 8
 """Below this, "auto" takes plain torch on the CPU: for K = 2 it was measured 5 times as fast as copying the classes of
 each pixel side by side for the C++ kernel, at K = 8 and 12 as fast, at K = 16 slower."""
+IGNORE_INDEX = -100
+"""The label that marks a row to skip where none is named, as in ``torch.nn.functional.cross_entropy``."""
 
 
 def logit_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    class_dim: int = 1,
     pixel_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -33,11 +38,15 @@ def logit_kd(
     channel (K = 1) is read as the two-class logits (0, z), that is, as a sigmoid.
 
     Args:
-        student_logits: (B, K, H, W), (B, K, N) or (B, K), any floating dtype; the softmax runs over dimension 1.
+        student_logits: (B, K, H, W), (B, K, N) or (B, K), any floating dtype; the softmax runs over ``class_dim``.
         teacher_logits: the same shape. Must not require grad.
         temperature: τ > 0.
-        pixel_mask: None or bool, (B, H, W) or (B, N): True = valid. What masked pixels hold touches neither loss nor
-            gradient.
+        class_dim: the dimension of the K classes. Shapes do not tell it: logits of a language model, (B, T, V), need
+            ``class_dim=-1``.
+        pixel_mask: None or bool, the shape of the logits without K, or (B, N): True = valid. What masked pixels hold
+            touches neither loss nor gradient.
+        labels: None or integers of the mask's shape; rows labelled ``ignore_index`` are masked.
+        ignore_index: the label to skip; another than -100 needs ``labels``.
         reduction: "mean" over all valid pixels of the batch, "sum", or "none": the shape of the logits without K, 0 at
             masked pixels.
         backend: "auto", or the name of a backend.
@@ -52,8 +61,9 @@ def logit_kd(
 
     Example:
         >>> loss = logit_kd(student(x), teacher(x).detach(), temperature=2.0, pixel_mask=labels != 255)
+        >>> loss = logit_kd(words_s, words_t.detach(), class_dim=-1, labels=targets)  # (B, T, V), targets (B, T)
     """
-    _check_options(temperature, reduction)
+    temperature = _check_options(temperature, class_dim, ignore_index, reduction)
     _checks.floating("student_logits", student_logits, (2, 3, 4), LAYOUT)
     _checks.floating("teacher_logits", teacher_logits, (2, 3, 4), LAYOUT)
     _checks.teacher("teacher_logits", teacher_logits)
@@ -65,50 +75,94 @@ def logit_kd(
         (shape, tuple(teacher_logits.shape)),
         "resize one to the other's size; the classes must be the same",
     )
-    student, teacher = student_logits.reshape(*shape[:2], -1), teacher_logits.reshape(*shape[:2], -1)  # (B, K, N)
-    mask = None
-    if pixel_mask is not None:
-        if len(shape) == 2:
-            raise ValueError(f"pixel_mask: logits of shape {shape} have no pixels; leave pixel_mask out")
-        flat = (shape[0], student.shape[2])
-        shapes = [(shape[0], *shape[2:]), flat][: len(shape) - 2]
-        mask = _checks.bool_mask("pixel_mask", pixel_mask, shapes, student).reshape(flat)
-        if _checks.values_visible(mask) and not bool(mask.any()):
-            raise ValueError("pixel_mask: no valid pixel in the batch; leave this loss out for such a batch")
+    if not -len(shape) <= class_dim < len(shape):
+        raise ValueError(f"class_dim: expected a dimension of logits of shape {shape}, got {class_dim}")
+    student, teacher = (x.movedim(class_dim, 1) for x in (student_logits, teacher_logits))
+    outer = (student.shape[0], *student.shape[2:])  # the shape of the logits without K
+    student, teacher = (x.reshape(*x.shape[:2], -1) for x in (student, teacher))  # (B, K, N)
+    mask = _valid(pixel_mask, labels, ignore_index, outer, student)
+    if mask is not None:
         zero = torch.zeros((), dtype=student.dtype, device=student.device)
         student = torch.where(mask.unsqueeze(1), student, zero)
         teacher = torch.where(mask.unsqueeze(1), teacher, zero.to(teacher.dtype))
-    if shape[1] == 1:
+    if student.shape[1] == 1:
         student = torch.cat([torch.zeros_like(student), student], 1)
         teacher = torch.cat([torch.zeros_like(teacher), teacher], 1)
 
     # Plain torch takes the softmax over dimension 1 where it lies; the kernels want a row's classes side by side.
+    formula = learned(backend, temperature)
     if backend == "auto" and student.shape[1] < FEW_CLASSES and student.device.type == "cpu":
         backend = "reference" if wished("softmax_kl") == "auto" else "auto"
-    if choose("softmax_kl", backend, student, teacher) == "reference":
+    if formula or choose("softmax_kl", backend, student, teacher) == "reference":
         rows = reference_softmax_kl(student, teacher, temperature, dim=1)
     else:
-        rows = softmax_kl(student.mT, teacher.mT, temperature=temperature, backend=backend)
+        rows = softmax_kl(student.mT, teacher.mT, temperature=temperature, formula=False, backend=backend)
     rows = rows * temperature**2
     if mask is not None and reduction == "mean":
         return rows.sum() / mask.sum()  # masked rows are 0: both sides are equal there
     if reduction == "none":
-        return rows.reshape(shape[0], *shape[2:])
+        return rows.reshape(outer)
     return reduce_rows(rows, None, reduction)
 
 
-def _check_options(temperature: float, reduction: str) -> None:
-    _checks.temperature(temperature)
+def _valid(
+    pixel_mask: Tensor | None, labels: Tensor | None, ignore_index: int, outer: tuple[int, ...], like: Tensor
+) -> Tensor | None:
+    """The (B, N) mask of the rows that count, or None where all do."""
+    flat = (like.shape[0], like.shape[2])
+    shapes = [outer, flat][: len(outer)]
+    mask = None
+    if pixel_mask is not None:
+        mask = _checks.bool_mask("pixel_mask", pixel_mask, shapes, like).reshape(flat)
+    if labels is not None:
+        labelled = _checks.integers("labels", labels, shapes, like).reshape(flat) != ignore_index
+        mask = labelled if mask is None else mask & labelled
+    elif ignore_index != IGNORE_INDEX:
+        raise ValueError(f"ignore_index: {ignore_index} marks rows by their labels; pass labels= as well")
+    if mask is not None and _checks.values_visible(mask) and not bool(mask.any()):
+        name = "pixel_mask" if labels is None else "labels" if pixel_mask is None else "pixel_mask and labels"
+        raise ValueError(f"{name}: no valid pixel in the batch; leave this loss out for such a batch")
+    return mask
+
+
+def _check_options(temperature: float | Tensor, class_dim: int, ignore_index: int, reduction: str) -> float | Tensor:
+    for name, value in (("class_dim", class_dim), ("ignore_index", ignore_index)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     _checks.option("reduction", reduction, _checks.REDUCTIONS)
+    return _checks.temperature(temperature)
 
 
 class LogitKD(LossModule):
     """:func:`logit_kd` as a module; see there for the arguments."""
 
-    def __init__(self, *, temperature: float = 1.0, reduction: str = "mean", backend: str = "auto") -> None:
-        _check_options(temperature, reduction)
-        super().__init__({"temperature": temperature, "reduction": reduction, "backend": backend})
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        class_dim: int = 1,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        _check_options(temperature, class_dim, ignore_index, reduction)
+        super().__init__(
+            {
+                "temperature": temperature,
+                "class_dim": class_dim,
+                "ignore_index": ignore_index,
+                "reduction": reduction,
+                "backend": backend,
+            }
+        )
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, *, pixel_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        pixel_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """The loss."""
-        return logit_kd(student_logits, teacher_logits, pixel_mask=pixel_mask, **self._options())
+        return logit_kd(student_logits, teacher_logits, pixel_mask=pixel_mask, labels=labels, **self._options())

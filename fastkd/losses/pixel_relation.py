@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastkd.losses import _checks
+from fastkd.losses._compute import relation
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
-from fastkd.ops.relation import relation
 from fastkd.reference.relation import DISTANCES, SIMILARITIES
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
@@ -19,7 +19,7 @@ def pixel_relation_kd(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     cross_image: bool = False,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -57,7 +57,7 @@ def pixel_relation_kd(
     Example:
         >>> loss = pixel_relation_kd(student_map, teacher_map.detach(), distance="mse")
     """
-    _check_options(similarity, distance, temperature, reduction)
+    temperature = _check_options(similarity, distance, temperature, reduction)
     _checks.floating("student", student, (3, 4), LAYOUT)
     _checks.floating("teacher", teacher, (3, 4), LAYOUT)
     _checks.teacher("teacher", teacher)
@@ -81,11 +81,11 @@ def pixel_relation_kd(
     return reduce_rows(rows, weight, reduction)
 
 
-def _check_options(similarity: str, distance: str, temperature: float, reduction: str) -> None:
+def _check_options(similarity: str, distance: str, temperature: float | Tensor, reduction: str) -> float | Tensor:
     _checks.option("similarity", similarity, SIMILARITIES)
     _checks.option("distance", distance, DISTANCES)
-    _checks.temperature(temperature)
     _checks.option("reduction", reduction, _checks.REDUCTIONS)
+    return _checks.temperature(temperature)
 
 
 class PixelRelationKD(LossModule):
@@ -99,7 +99,7 @@ class PixelRelationKD(LossModule):
         *,
         similarity: str = "cosine",
         distance: str = "kl",
-        temperature: float = 0.1,
+        temperature: float | Tensor = 0.1,
         cross_image: bool = False,
         weight: Tensor | None = None,
         reduction: str = "mean",

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.ops import _fork  # noqa: F401 - OpenMP threads across forks
+
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """All in the dtype that they promote to; copies only what differs."""

@@ -19,6 +19,7 @@ from fastkd.ops._operators import Work, operator, register, saved
 from fastkd.ops._relation_call import Options, backward, forward, outputs
 from fastkd.ops._relation_forms import choose_form
 from fastkd.ops._surroundings import check_dense, refuse_tangent, savable
+from fastkd.reference._numerics import computes_fp64
 from fastkd.reference.relation import relation as reference
 from fastkd.reference.relation import relation_mse_gram
 
@@ -46,8 +47,9 @@ def relation(
         backend: "auto", "reference", "cpu", "triton" or "cuda". All but the reference are differentiable once. The mean
             squared error of narrow rows is computed from K×K Gram matrices, which costs less time and memory than R×R
             tiles: on a CPU where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16, on a GPU in
-            plain torch, under "auto" alone, where K ≤ 1/2; a backend asked for, here or by ``FASTKD_BACKEND``, computes
-            all itself, "reference" always by the plain formula. "triton" and "cuda" take no fp64.
+            plain torch, under "auto" alone, where K ≤ 1/2 (and the device has fp64, if the widths differ); a backend
+            asked for, here or by ``FASTKD_BACKEND``, computes all itself, "reference" always by the plain formula.
+            "triton" and "cuda" take no fp64.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
@@ -62,9 +64,8 @@ def relation(
     columns = student.shape[1] * (student.shape[0] if cross else 1)
     width = max(student.shape[2], teacher.shape[2])
     narrow = distance == "mse" and 2 * width <= columns
-    # Unequal widths are combined in fp64, which Apple's GPUs do not have.
-    free = backend == "auto" and chosen != "cpu" and student.device.type != "mps"
-    if narrow and free and wished("relation") == "auto":
+    free = backend == "auto" and chosen != "cpu"
+    if narrow and free and wished("relation") == "auto" and _gram_possible(student, teacher):
         return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
     if chosen == "reference":
         return reference(
@@ -87,6 +88,11 @@ def relation(
     if differentiated:
         return _Relation.apply(student, teacher, *options)
     return operator("relation_forward", given)(student, teacher, *options)[0]
+
+
+def _gram_possible(student: Tensor, teacher: Tensor) -> bool:
+    """Return whether plain torch has the Gram form: unequal widths are combined in fp64."""
+    return student.shape[2] == teacher.shape[2] or computes_fp64(student.device)
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:

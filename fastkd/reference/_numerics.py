@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastkd._compile import constant_result
 
@@ -16,6 +17,43 @@ NORM_FLOOR = 1e-12
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: fp64 if any tensor is fp64, else fp32 (also for fp16, bf16 and fp8 inputs)."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+_fp64: dict[torch.device, bool] = {}
+
+
+def computes_fp64(device: torch.device) -> bool:
+    """Return whether ``device`` computes in fp64, as Apple's GPUs and some of Intel's do not; tried once per device."""
+    return _computes_fp64(device.type, device.index)
+
+
+@constant_result
+def _computes_fp64(device_type: str, index: int | None) -> bool:
+    """:func:`computes_fp64` on plain values: under torch.compile its answer is a constant of the compiled graph."""
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    tracing = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+    if any(torch._C._get_dispatch_mode(key) is not None for key in tracing):
+        with _disable_current_modes():  # fake tensors would say yes, and a tracer write the trial down
+            return _computes_fp64(device_type, index)
+    if torch._C._len_torch_dispatch_stack():  # a dispatch mode answers for itself, not for the device
+        return _try_fp64(device)
+    if device not in _fp64:
+        _fp64[device] = _try_fp64(device)
+    return _fp64[device]
+
+
+def _try_fp64(device: torch.device) -> bool:
+    try:
+        ones = torch.ones(2, dtype=torch.float32, device=device)
+    except (RuntimeError, AssertionError):  # of fake tensors alone: this machine lacks the device
+        return True
+    try:
+        (ones.double() * 2).sum()
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError):  # which of them is the device's choice
+        return False
+    return True
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.reference._numerics import compute_dtype, computes_fp64, full_precision, normalise_rows
+from fastkd.reference._products import product
 from fastkd.reference.softmax_kl import kl, softmax_kl
 
 SIMILARITIES = ("scaled_dot", "cosine")
@@ -24,7 +25,7 @@ def pixel_word(
     teacher_word_mask: Tensor | None = None,
     pixel_mask: Tensor | None = None,
     similarity: str = "scaled_dot",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     terms: Sequence[str] = TERMS,
 ) -> dict[str, Tensor]:
     """The cross-modal terms of two networks' pixels V (B, N, D) and words L (B, T, D), each of shape (B,).
@@ -54,7 +55,7 @@ def pixel_word_from_logits(
     student_word_mask: Tensor | None = None,
     teacher_word_mask: Tensor | None = None,
     pixel_mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     terms: Sequence[str] = TERMS,
 ) -> dict[str, Tensor]:
     """The cross-modal terms of two sets of pixel–word logits M (B, N, T), each of shape (B,).
@@ -64,7 +65,8 @@ def pixel_word_from_logits(
 
     - "pixel_to_word": the mean over valid pixels of KL(A_T[i] ‖ A_S[i]), without the factor τ²;
     - "word_to_pixel": the mean over valid words of KL(Q_T[:, j] ‖ Q_S[:, j]), without the factor τ²;
-    - "pixel_pixel": ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², from T×T matrices: no N×N matrix is held;
+    - "pixel_pixel": ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², from T×T matrices: no N×N matrix is held (but for networks that
+      differ in T, on a device without fp64);
     - "word_word": ‖A_Sᵀ A_S − A_Tᵀ A_T‖²_F / n².
 
     The two networks may differ in T if "pixel_pixel" is the only term. fp32 (fp64 if an input is fp64).
@@ -101,18 +103,21 @@ def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict
     """Squared Frobenius distances of the Gram matrices of a and b over n², through T×T matrices.
 
     With d = a − b: aaᵀ − bbᵀ = d aᵀ + b dᵀ and aᵀa − bᵀb = dᵀa + bᵀd. Every product holds d, so nothing cancels as the
-    student nears the teacher. Where the widths differ there is no d; ‖aᵀa‖² + ‖bᵀb‖² − 2‖aᵀb‖² is taken in fp64.
+    student nears the teacher. Where the widths differ there is no d; ‖aᵀa‖² + ‖bᵀb‖² − 2‖aᵀb‖² is taken in fp64, or on
+    a device without fp64 ‖aaᵀ − bbᵀ‖² from N×N matrices.
     """
     dtype, results = a.dtype, {}
+    if a.shape[2] != b.shape[2] and not computes_fp64(a.device):
+        return {"pixel_pixel": _norm2(product(a, a.mT) - product(b, b.mT)) / n.square()}
     if a.shape[2] != b.shape[2]:
         a, b = a.double(), b.double()
         square = _norm2(a.mT @ a) + _norm2(b.mT @ b) - 2 * _norm2(a.mT @ b)
         return {"pixel_pixel": (square / n.double().square()).to(dtype)}
     d = a - b
-    d_a, b_d = d.mT @ a, b.mT @ d
+    d_a, b_d = product(d.mT, a), product(b.mT, d)
     if "pixel_pixel" in terms:
-        d_d = d.mT @ d
-        square = ((a.mT @ a + b.mT @ b) * d_d).sum((1, 2)) + 2 * (d_a * b_d).sum((1, 2))
+        d_d = product(d.mT, d)
+        square = ((product(a.mT, a) + product(b.mT, b)) * d_d).sum((1, 2)) + 2 * (d_a * b_d).sum((1, 2))
         results["pixel_pixel"] = square / n.square()
     if "word_word" in terms:
         results["word_word"] = _norm2(d_a + b_d) / n.square()
@@ -125,8 +130,8 @@ def _logits(
     """M (B, N, T). Masked rows are emptied first: 0·NaN would carry their NaN into the other operand's gradient."""
     v, w = _masked(pixels, pixel_mask, 1), _masked(words, word_mask, 1)
     if similarity == "cosine":
-        return normalise_rows(v) @ normalise_rows(w).mT
-    return v @ w.mT / v.shape[-1] ** 0.5
+        return product(normalise_rows(v), normalise_rows(w).mT)
+    return product(v, w.mT) / v.shape[-1] ** 0.5
 
 
 def _masked(x: Tensor, mask: Tensor | None, dim: int, value: float = 0.0) -> Tensor:

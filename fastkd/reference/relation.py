@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.reference._products import product
 from fastkd.reference.softmax_kl import softmax_kl
 
 SIMILARITIES = ("cosine", "mean", "dot")
@@ -18,7 +19,7 @@ def relation(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     negate: bool = False,
     cross: bool = False,
 ) -> Tensor:
@@ -57,7 +58,7 @@ def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cros
     With A = X_S, B = X_T and D = A − B, row i of AAᵀ − BBᵀ is d_i Aᵀ + b_i Dᵀ, hence its squared norm is
     d_i(AᵀA)d_iᵀ + b_i(DᵀD)b_iᵀ + 2 d_i(AᵀD)b_iᵀ. Every summand holds D twice, so nothing cancels as the student nears
     the teacher. Where the widths differ D does not exist and a_i(AᵀA)a_iᵀ + b_i(BᵀB)b_iᵀ − 2 a_i(AᵀB)b_iᵀ is used,
-    which does cancel and is therefore computed in fp64.
+    which does cancel and is therefore computed in fp64, on a device that can (``_numerics.computes_fp64``).
     """
     dtype = compute_dtype(student, teacher)
     same_width = student.shape[-1] == teacher.shape[-1]
@@ -89,17 +90,17 @@ def _similarities(rows: Tensor, similarity: str, cross: bool) -> Tensor:
     """(B, R, K) to (B, R, R), or (B, R, B, R) between all samples."""
     x = _scaled(rows, similarity)
     if not cross:
-        return x @ x.mT
+        return product(x, x.mT)
     flat = x.flatten(0, 1)
-    return (flat @ flat.T).reshape(*x.shape[:2], *x.shape[:2])
+    return product(flat, flat.T).reshape(*x.shape[:2], *x.shape[:2])
 
 
 def _gram(x: Tensor, y: Tensor, pooled: bool) -> Tensor:
     """XᵀY per sample, or its sum over the samples."""
-    gram = x.mT @ y
+    gram = product(x.mT, y)
     return gram.sum(0, keepdim=True) if pooled else gram
 
 
 def _form(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
     """x_i M y_iᵀ for every row i."""
-    return (x @ matrix * y).sum(-1)
+    return (product(x, matrix) * y).sum(-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd.reference._numerics import compute_dtype
 
 
-def softmax_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int = -1) -> Tensor:
+def softmax_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int = -1) -> Tensor:
     """KL(softmax(teacher/τ) ‖ softmax(student/τ)) over ``dim``, without the factor τ².
 
     Args:

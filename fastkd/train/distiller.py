@@ -35,7 +35,8 @@ class Term:
         weight: factor of the term in the loss.
         name: how logs and errors call it; the loss's name where left out.
         kwargs: further arguments of the loss. A string that begins with ``batch.``, ``student.`` or ``teacher.`` is
-            looked up there at every step, also within a tuple or list; any other value is passed as it is.
+            looked up there at every step, also within a tuple or list; any other value is passed as it is, and an
+            ``nn.Parameter`` trains with the student.
 
     Raises:
         ValueError: a weight that is not finite or is negative, a name with a dot.
@@ -157,6 +158,14 @@ class Distiller(nn.Module):
                 raise ValueError(f"terms: two are named {term.name!r}; give each Term its own name=")
             self.terms[term.name] = replace(term)
         self.term_modules = nn.ModuleDict({t.name: t.loss for t in terms if isinstance(t.loss, nn.Module)})
+        learned = {
+            f"{t.name}_{key}": value
+            for t in terms
+            for key, value in t.kwargs.items()
+            if isinstance(value, nn.Parameter)
+        }
+        if learned:
+            self.term_parameters = nn.ParameterDict(learned)
         self._student_taps = _as_taps(student, student_taps)
         self._teacher_taps = _as_taps(teacher, teacher_taps)
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
 from fastkd.evaluate.protocols import PROTOCOLS
 from fastkd.models.inputs import check_vocabulary
+from fastkd.reference._numerics import computes_fp64
 from fastkd.train.checkpoint import save_student
 from fastkd.train.checks import gradient_report
 from fastkd.train.config import TrainConfig
@@ -322,10 +323,11 @@ class _Run:
         """One line of the log: means over the steps since the last one."""
         self.flush()
         seconds = self.clock.seconds
-        rows = torch.tensor(self.window, dtype=torch.float64, device=self.device).mean(0)
+        rows = torch.tensor(self.window, dtype=torch.float64).mean(0)
         self.window.clear()
         if self.accelerator.num_processes > 1:
-            rows = self.accelerator.reduce(rows, "mean")
+            dtype = torch.float64 if computes_fp64(self.device) else torch.float32
+            rows = self.accelerator.reduce(rows.to(self.device, dtype), "mean")
         means = dict(zip(self.names, rows.tolist(), strict=True))
         line = {
             "step": self.step,
