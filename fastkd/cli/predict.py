@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from fastkd._console import show
+
 
 def predict(
     image: Annotated[Path, tyro.conf.Positional],
@@ -53,7 +55,7 @@ def predict(
     drawn = overlay(found.image, found.mask, longest=max(*found.mask.shape, 384))
     write_together({mask: as_png(found.mask.astype("uint8") * 255), picture: as_png(drawn)})
     if found.mask.any():
-        print(f"score {found.score:.3f} (mean probability over the mask), {100 * found.share:.1f} % of the image")
+        show(f"score {found.score:.3f} (mean probability over the mask), {100 * found.share:.1f} % of the image")
     else:
-        print("score 0: nothing in this image is what the sentence says")
-    print(f"mask     {mask}\noverlay  {picture}")
+        show("score 0: nothing in this image is what the sentence says")
+    show(f"mask     {mask}\noverlay  {picture}")

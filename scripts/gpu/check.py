@@ -53,7 +53,7 @@ class Check:
         # Checks hold for every GPU of a chip, times for one kind of card.
         self.id = "-".join([digest(ROOT, PACKAGE), f"sm{gpu['chip']}", *versions])
         self.timing_id = f"{self.id}-{gpu['name'].replace(' ', '_')}"
-        self.log = (self.out / "log.txt").open("a", buffering=1, errors="replace")
+        self.log = (self.out / "log.txt").open("a", buffering=1, encoding="utf-8", errors="replace")
         self.rows = report.Rows(self.out / "check.json", self.id, gpu)
         self.failed = False
 
