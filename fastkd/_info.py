@@ -101,8 +101,10 @@ def _driver() -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
+    from fastkd._machine import cores
+
     found: list[dict[str, Any]] = [
-        {"name": "cpu", "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        {"name": "cpu", "machine": platform.machine(), "cores": cores(), "threads": torch.get_num_threads()}
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

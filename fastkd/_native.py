@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import json
 from pathlib import Path
 from types import ModuleType
@@ -29,9 +30,15 @@ def build_info() -> dict[str, Any]:
         ['cpu', 'cuda']
     """
     try:
-        return json.loads(Path(__file__).with_name("_build_info.json").read_text(encoding="utf-8"))
+        return json.loads(Path(__file__).with_name(_build_info_name()).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+
+
+def _build_info_name() -> str:
+    """Return the name of the file with this Python's facts; another's, installed from the same tree, has its own."""
+    tag = importlib.machinery.EXTENSION_SUFFIXES[0].split(".")[1]
+    return f"_build_info.{tag}.json"
 
 
 def load(name: str) -> ModuleType:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 
 import fastkd
 from fastkd._console import plain
+from fastkd._machine import cores
 
 
 class RunLog:
@@ -47,7 +47,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "cpus": os.cpu_count(),
+        "cpus": cores(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

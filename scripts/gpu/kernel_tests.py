@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import wheels  # noqa: E402
-from processes import TIMED_OUT, end_on_sigterm, start, stop  # noqa: E402
+from processes import TIMED_OUT, cores, end_on_sigterm, start, stop  # noqa: E402
 from records import Row, Tail, append  # noqa: E402
 
 ROOT = HERE.parents[1]
@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--test-seconds", type=float, default=120, help="the most that one test may take")
     parser.add_argument("--id", default="", help="what is tested; what passed with the same is skipped")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 14))
+    parser.add_argument("--jobs", type=int, default=min(cores(), 14))
     parser.add_argument("--select", default="gpu", help="pytest's -m")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tests")
     args = parser.parse_args()
