@@ -284,3 +284,71 @@ def test_compilers_fit_the_processors_and_the_memory(cores, memory, requested, j
     limits = {"cores": lambda: cores, "memory": lambda: memory}
     monkeypatch.setitem(setup["jobs"].__globals__, "runpy", type("Limits", (), {"run_path": lambda path: limits}))
     assert setup["jobs"]() == jobs
+
+
+def a_package(folder: Path) -> Path:
+    """A copy of fastkd's sources, without what an installation makes."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_info*", "assets")
+    return Path(shutil.copytree(ROOT / "fastkd", folder / "fastkd", ignore=ignore))
+
+
+def record(site: Path, **origin: Any) -> None:
+    """Record an installation of fastkd in a folder of packages, as pip does."""
+    facts = site / "fastkd-9.9.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: fastkd\nVersion: 9.9\n")
+    (facts / "RECORD").write_text("")
+    if origin:
+        (facts / "direct_url.json").write_text(json.dumps(origin))
+
+
+def reasons(tree: Path, site: Path) -> dict[str, str]:
+    """Why the compiled module and the Triton kernels are unavailable for a Python started in ``tree``."""
+    code = f"""
+import functools, json, sys
+from importlib.metadata import distributions
+from fastkd import _native
+_native.distributions = functools.partial(distributions, path={[str(tree), str(site)]!r})  # not this machine's
+answer = {{"hides": str(_native.hidden()), "kernels": _native.not_installed("fastkd.kernels")}}
+try:
+    _native.load("cpu")
+except ImportError as error:
+    print(json.dumps(answer | {{"cpu": str(error)}}))
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_checkout_that_hides_the_installed_package_is_named_with_both_fixes(tmp_path):
+    tree, site = tmp_path / "checkout", tmp_path / "site"
+    a_package(tree)
+    (tree / "fastkd.egg-info").mkdir()  # what building leaves there is not an installation
+    (tree / "fastkd.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: fastkd\nVersion: 9.8\n")
+    alone = reasons(tree, site)
+    assert alone["hides"] == "None"
+    assert alone["cpu"].endswith("this source tree was never installed; run `pip install -e .` in it")
+
+    installed = a_package(site)
+    record(site)
+    found = reasons(tree, site)
+    assert found["hides"] == str(installed)
+    for name in ("cpu", "kernels"):
+        assert (
+            f"source tree {tree}, which was never installed and hides the installed package {installed}" in found[name]
+        )
+        assert "start Python in another folder or with `python -P`" in found[name]
+        assert "run `pip install -e .` in the source tree" in found[name]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_editable_installation_is_hidden_by_another_tree_alone(own, tmp_path):
+    tree, other, site = tmp_path / "checkout", tmp_path / "other tree", tmp_path / "site"
+    a_package(tree)
+    a_package(other)
+    record(site, url=(tree if own else other).as_uri(), dir_info={"editable": True})
+    found = reasons(tree, site)
+    assert found["hides"] == ("None" if own else str(other / "fastkd"))
