@@ -47,6 +47,17 @@ def plain(text: str, encoding: str) -> str:
     return text.encode(encoding, _HANDLER).decode(encoding, "replace")
 
 
+def typed(text: str) -> str:
+    """Return an argument of the command line as text, where the locale (``LC_ALL=C``) left it as bytes: UTF-8's.
+
+    Names of files stay as they are: that form is the one that finds them.
+    """
+    try:
+        return text.encode("ascii", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 @contextlib.contextmanager
 def plain_characters() -> Iterator[None]:
     """Let standard output and error show plain characters, rather than fail, for those that their encoding lacks.

@@ -66,6 +66,8 @@ def test_a_wheel_holds_the_sources_whatever_earlier_builds_left(tree):
             (left / name).write_text("left = True\n")
     (tree / "fastkd" / f"_cpu.{OTHER}.so").write_text("another Python's")
     (tree / "fastkd" / f"_build_info.{OTHER}.json").write_text("{}")
+    (tree / "fastkd.egg-info").mkdir()
+    (tree / "fastkd.egg-info" / "SOURCES.txt").write_text(f"fastkd/removed.py\nfastkd/_cpu.{OTHER}.so\n")
     environment = {"CXX": "/nowhere/c++", "FASTKD_CUDA": "0", "MAX_JOBS": "1"}  # nothing is compiled
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "out"],

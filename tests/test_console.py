@@ -67,6 +67,14 @@ def test_file_names_keep_the_bytes_that_the_locale_could_not_decode():
     assert "\udcc3\udca9".encode("utf-8", _console._HANDLER) == "é".encode()
 
 
+def test_arguments_that_the_locale_could_not_decode_are_text_again():
+    for text in ("the café", "a cup", "猫"):
+        assert _console.typed(text.encode().decode("ascii", "surrogateescape")) == text
+        assert _console.typed(text) == text
+    latin = b"caf\xe9".decode("ascii", "surrogateescape")
+    assert _console.typed(latin) == latin
+
+
 def test_what_the_user_chose_for_such_characters_stays(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="xmlcharrefreplace")
     monkeypatch.setattr(sys, "stdout", stream)

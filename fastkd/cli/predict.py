@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fastkd._console import show
+from fastkd._console import show, typed
 
 
 def predict(
@@ -49,7 +49,7 @@ def predict(
         words = load_tokenizer(tokenizer, keep_end=getattr(loaded.config, "keep_end", False))
     else:
         words = tokenizer_of(loaded, Path(model).expanduser())
-    found = run(loaded, pixels, sentence, words)
+    found = run(loaded, pixels, typed(sentence), words)
 
     mask, picture = out / f"{image.stem}-mask.png", out / f"{image.stem}-overlay.png"
     drawn = overlay(found.image, found.mask, longest=max(*found.mask.shape, 384))
