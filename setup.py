@@ -4,30 +4,34 @@ Never imports torch, and needs no flag, GPU or compiler: what cannot be built is
 csrc/CMakeLists.txt and ``fastkd.info()``). The environment variables it honours:
 
     FASTKD_CUDA   "auto" (default): CUDA kernels if nvcc works; "1": fail without them; "0": leave them out
-    MAX_JOBS      compiler processes at a time; by default bounded by cores and memory
+    MAX_JOBS      compiler processes at a time; by default what this machine's or container's cores and memory allow
 """
 
 from __future__ import annotations
 
 import os
+import runpy
+import shutil
+from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 
+ROOT = Path(__file__).resolve().parent
 GIB_PER_JOB = 1.5  # what nvcc takes at its worst, with room
 
 
 def jobs() -> int:
-    """Compiler processes that fit this machine: its usable cores, and its memory."""
-    if asked := os.environ.get("MAX_JOBS"):
-        if not asked.isdigit() or asked == "0":
-            raise SystemExit(f"MAX_JOBS: expected a whole number above 0, got {asked!r}")
-        return int(asked)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return cores
-    return max(1, min(cores, int(memory / GIB_PER_JOB)))
+    """Return how many compiler processes fit this machine or container: its usable cores, and its memory."""
+    if requested := os.environ.get("MAX_JOBS"):
+        if not requested.isdigit() or requested == "0":
+            raise SystemExit(f"MAX_JOBS: expected a whole number above 0, got {requested!r}")
+        return int(requested)
+    machine = runpy.run_path(str(ROOT / "fastkd" / "_machine.py"))
+    memory = machine["memory"]()
+    cores: int = machine["cores"]()
+    return cores if memory is None else max(1, min(cores, int(memory / 2**30 / GIB_PER_JOB)))
 
 
 def check_switches() -> None:
@@ -37,19 +41,46 @@ def check_switches() -> None:
         raise SystemExit(f"FASTKD_CUDA: expected auto, 0 or 1, got {cuda!r}")
 
 
-check_switches()
-os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs()))
+class Build(build):
+    """Build into an empty folder: what an earlier build left in it, of another version, would get into the wheel."""
 
-setup(
-    packages=[
-        *find_packages(include=["fastkd", "fastkd.*"]),
-        "fastkd.data.assets",  # no Python inside: named, so that setuptools takes them for what they are
-        "fastkd.models.assets",
-        "fastkd.kernels",
-        *(f"fastkd.kernels.{name}" for name in find_packages("kernels")),
-    ],
-    package_dir={"fastkd.kernels": "kernels"},
-    package_data={"": ["py.typed", "**/*.txt", "**/*.json", "**/*.safetensors", "**/*.html"]},
-    exclude_package_data={"fastkd": ["_build_info.json"]},
-    cmake_source_dir="csrc",
-)
+    def run(self) -> None:
+        """Run the command."""
+        if self.build_lib in (self.build_purelib, self.build_platlib):  # the folder of builds, not a user's own
+            clear(self.build_lib)
+        super().run()
+
+
+class BdistWheel(bdist_wheel):
+    """Likewise for the folder that is packed, which a build that was killed leaves behind."""
+
+    def run(self) -> None:
+        """Run the command."""
+        if self.bdist_dir and ROOT in Path(self.bdist_dir).resolve().parents:
+            clear(self.bdist_dir)
+        super().run()
+
+
+def clear(folder: str) -> None:
+    """Remove a folder with all that is in it, if it exists."""
+    if os.path.lexists(folder):
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    check_switches()
+    os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs()))
+    setup(
+        packages=[
+            *find_packages(include=["fastkd", "fastkd.*"]),
+            "fastkd.data.assets",  # no Python inside: named, so that setuptools takes them for what they are
+            "fastkd.models.assets",
+            "fastkd.kernels",
+            *(f"fastkd.kernels.{name}" for name in find_packages("kernels")),
+        ],
+        package_dir={"fastkd.kernels": "kernels"},
+        package_data={"": ["py.typed", "**/*.txt", "**/*.json", "**/*.safetensors", "**/*.html"]},
+        exclude_package_data={"fastkd": ["_build_info*.json"]},
+        cmake_source_dir="csrc",
+        cmdclass={"build": Build, "bdist_wheel": BdistWheel},
+    )

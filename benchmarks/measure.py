@@ -160,7 +160,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def cpu_name() -> str:
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()

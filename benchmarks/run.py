@@ -27,6 +27,8 @@ import table
 import torch
 import works
 
+from fastkd._console import plain_characters
+
 Rows = list[dict[str, Any]]
 
 
@@ -138,7 +140,7 @@ def in_its_own_process(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lines.jsonl"
         done = subprocess.run(child_command(work, device, seconds, names, path, ceilings), check=False)
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     rows = [row for line in lines for row in line.get("rows", [])]
     found = {name: rate for line in lines for name, rate in line.get("ceilings", {}).items()}
     note = f"its process ended with status {done.returncode}"
@@ -173,6 +175,7 @@ def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:
                 row[f"share_of_{of}"] = round(1e3 * limits.seconds(alone, ceilings, dtype) / ms, 3)
 
 
+@plain_characters()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", default=list(works.WORKS), choices=list(works.WORKS))

@@ -20,6 +20,8 @@ import run
 import torch
 import works
 
+from fastkd._console import plain_characters
+
 SIDES = (30, 45, 60, 90, 120)
 EAGER_MOST = 60  # N×N matrices of larger maps take gigabytes
 
@@ -58,6 +60,7 @@ def fit(quantity: str, rows: list[tuple[int, dict[str, Any]]]) -> list[dict[str,
     return fits
 
 
+@plain_characters()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

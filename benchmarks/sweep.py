@@ -20,6 +20,8 @@ import torch
 import works
 from works import Work
 
+from fastkd._console import plain_characters
+
 NOISE = 1.03  # a kernel that is this much slower is not called slower
 MAPS = [
     (1, 4, 2, 2),
@@ -88,6 +90,7 @@ def crossover(rows: run.Rows, kernel: str, other: str) -> int | None:
     return least
 
 
+@plain_characters()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", default=list(works.WORKS), choices=list(works.WORKS))

@@ -22,6 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastkd._console import plain_characters
 from fastkd.models import RISModel, list_presets, preset
 
 BEGIN, END = "<!-- zoo: begin (written by benchmarks/zoo.py) -->", "<!-- zoo: end -->"
@@ -83,6 +84,7 @@ def write_between(path: Path, text: str) -> None:
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
+@plain_characters()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", help="left out: every one that is made for photographs")

@@ -25,7 +25,11 @@ class Info(dict[str, Any]):
     """A dict of plain values (it goes through JSON) that prints as a short text."""
 
     def __str__(self) -> str:
-        lines = ["fastkd " + self["versions"]["fastkd"], "", "versions"]
+        lines = ["fastkd " + self["versions"]["fastkd"]]
+        if self["hides"] is not None:
+            lines.append(f"  {self['package']} hides the installed {self['hides']}: start Python in another folder")
+            lines.append("  or with `python -P` to use the installed one")
+        lines += ["", "versions"]
         lines += [f"  {name:16} {value}" for name, value in self["versions"].items() if name != "fastkd"]
         lines += ["", "devices"]
         lines += [f"  {device['name']:16} {_words(device, 'name')}" for device in self["devices"]]
@@ -36,7 +40,7 @@ class Info(dict[str, Any]):
         for name, row in self["build"].items():
             lines.append(f"  {name:16} {_words(row) if isinstance(row, dict) else row}")
         if not self["build"]:
-            lines.append("  nothing: a source tree that was not installed")
+            lines.append("  nothing: a source tree that was not installed; `pip install -e .` in it does so")
         if self["environment"]:
             lines += ["", "environment"]
             lines += [f"  {name}={value}" for name, value in self["environment"].items()]
@@ -52,7 +56,8 @@ def info() -> Info:
     """Return what a report of a problem needs: versions, devices, backends in use and why others are not.
 
     Returns:
-        A dict of plain values with the keys ``versions``, ``devices``, ``backends`` (name to ``in_use`` and
+        A dict of plain values with the keys ``package`` (its folder), ``hides`` (the folder of an installed fastkd that
+        it keeps from being found, or None), ``versions``, ``devices``, ``backends`` (name to ``in_use`` and
         ``why_not``), ``build``, ``environment`` and ``optional``; ``print`` shows it as text.
 
     Example:
@@ -61,8 +66,12 @@ def info() -> Info:
         {'in_use': True, 'why_not': None}
     """
     import fastkd
+    from fastkd import _native
 
+    hides = _native.hidden()
     return Info(
+        package=str(_native.HERE),
+        hides=None if hides is None else str(hides),
         versions=_versions(fastkd.__version__),
         devices=_devices(),
         backends=_backends(),
@@ -101,8 +110,10 @@ def _driver() -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
+    from fastkd._machine import cores
+
     found: list[dict[str, Any]] = [
-        {"name": "cpu", "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        {"name": "cpu", "machine": platform.machine(), "cores": cores(), "threads": torch.get_num_threads()}
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import json
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
+HERE = Path(__file__).parent.resolve()  # the file itself may be a link into a source tree
 MODULES = ("cpu", "cuda")
 
 
@@ -29,9 +34,52 @@ def build_info() -> dict[str, Any]:
         ['cpu', 'cuda']
     """
     try:
-        return json.loads(Path(__file__).with_name("_build_info.json").read_text(encoding="utf-8"))
+        return json.loads((HERE / _build_info_name()).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+
+
+def _build_info_name() -> str:
+    """Return the name of the file with this Python's facts; another's, installed from the same tree, has its own."""
+    tag = importlib.machinery.EXTENSION_SUFFIXES[0].split(".")[1]
+    return f"_build_info.{tag}.json"
+
+
+def hidden() -> Path | None:
+    """Return the folder of an installed fastkd that this one, found first on the path, hides; None if there is none.
+
+    The usual reason is a program started inside a checkout: Python looks for packages in the current folder first.
+    """
+    for found in distributions(name="fastkd"):
+        try:
+            package = _package_of(found)
+            if package is not None and package != HERE and (package / "__init__.py").is_file():
+                return package
+        except (OSError, ValueError):  # a damaged record of an installation
+            continue
+    return None
+
+
+def not_installed(name: str) -> str:
+    """Return why a part of fastkd that an installation makes, by the module's name, is not there, and the fixes."""
+    installed = hidden()
+    if installed is None:
+        return f"{name} is not there: this source tree was never installed; run `pip install -e .` in it"
+    return (
+        f"{name} is not there: Python took fastkd from the source tree {HERE.parent}, which was never installed and "
+        f"hides the installed package {installed}; start Python in another folder or with `python -P` to use that one, "
+        "or run `pip install -e .` in the source tree to use this one"
+    )
+
+
+def _package_of(found: Distribution) -> Path | None:
+    """Return the folder of a distribution's package: installed, or the source tree of an editable installation."""
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        return Path(url2pathname(urlsplit(origin["url"]).path)).resolve() / "fastkd"
+    if found.read_text("RECORD") is None:  # not an installation: what building leaves in a source tree
+        return None
+    return Path(str(found.locate_file("fastkd"))).resolve()
 
 
 def load(name: str) -> ModuleType:
@@ -54,7 +102,7 @@ def load(name: str) -> ModuleType:
 def _reason(name: str, error: ImportError) -> str:
     info = build_info().get(name)
     if info is None:
-        return f"fastkd._{name} is not there: this source tree was never installed; run `pip install -e .` in it"
+        return not_installed(f"fastkd._{name}")
     if not info["built"]:
         switch = "FASTKD_CUDA=1 " if name == "cuda" else ""
         return (

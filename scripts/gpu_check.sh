@@ -19,5 +19,6 @@ if ! "$PYTHON" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))'; th
     echo "gpu_check: $PYTHON does not run, or is older than Python 3.11; set PYTHON to one that has torch" >&2
     exit 2
 fi
-export PYTHON
+# What is printed and logged is UTF-8, whatever the terminal can show: no character of it ends a check.
+export PYTHON PYTHONUTF8=1 PYTHONIOENCODING=utf-8
 exec "$PYTHON" "$root/scripts/gpu/check.py" "$@"

@@ -7,6 +7,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,6 +296,7 @@ def test_info_tells_why() -> None:
     found = fastkd.info()
     assert set(found["backends"]) == set(_backends.BACKENDS)
     assert found["backends"]["reference"] == {"in_use": True, "why_not": None}
+    assert Path(found["package"]) == Path(fastkd.__file__).parent.resolve()
     for name, row in found["backends"].items():
         assert row["in_use"] == (row["why_not"] is None), name
     text = str(found)

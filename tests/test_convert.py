@@ -80,6 +80,13 @@ def forward(model):
         return model(image, torch.randint(1, VOCABULARY, (2, 6), generator=generator)).logits
 
 
+def test_a_checkpoint_whose_name_is_no_text_in_this_locale(released, tmp_path):
+    source, target = released.rename(tmp_path / os.fsdecode(b"caf\xe9.pth")), tmp_path / "teacher.safetensors"
+    assert main(["convert", str(source), str(target)]) == 0
+    with safe_open(target, "pt") as file:
+        assert file.metadata()["source"] == "caf?.pth"
+
+
 @pytest.mark.parametrize("layout", ["lavt", "lavt_one"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_both_layouts(layout, wrapped, vision, text, tmp_path, capsys):

@@ -169,7 +169,7 @@ class TestEvaluate:
         assert model.training
         assert model.seen == 10
         assert json.loads(json.dumps(result.to_dict()))["metrics"]["mIoU"] == pytest.approx(result.miou)
-        for part in ("lavt", "val", "10 sentences of 4 refs", "7×9", "argmax", "IoU >= X"):
+        for part in ("lavt", "val", "10 sentences of 4 refs", "7x9", "argmax", "IoU >= X"):
             assert part in str(result)
 
     def test_batches_and_workers_do_not_matter(self) -> None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -61,12 +62,13 @@ def student():
 
 @pytest.fixture(scope="module")
 def exported(student, tmp_path_factory):
-    path = tmp_path_factory.mktemp("onnx") / "made" / "student.onnx"
+    # A new folder, of a name that is no text in this locale.
+    path = tmp_path_factory.mktemp("onnx") / os.fsdecode(b"mad\xe9") / "student.onnx"
     return export_onnx(student, path, size=(40, 56), tokenizer=load_tokenizer("shapes"))
 
 
 def run(path, image, ids, mask):
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     return torch.from_numpy(
         session.run(["logits"], {"image": image.numpy(), "input_ids": ids.numpy(), "word_mask": mask.numpy()})[0]
     )
@@ -118,15 +120,15 @@ def test_the_metadata_say_how_to_call_it(student, exported):
         "student.onnx",
         "student.vocab.txt",
     ]
-    graph = onnx.load(str(exported.onnx)).graph
+    graph = onnx.load_from_string(exported.onnx.read_bytes()).graph
     shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
     assert shapes["image"][1:] == [3, 40, 56]
     assert isinstance(shapes["image"][0], str)
-    onnx.checker.check_model(str(exported.onnx))
+    onnx.checker.check_model(exported.onnx.read_bytes())
 
 
 def test_the_file_holds_the_parameters_of_an_undistilled_student(student, exported):
-    graph = onnx.load(str(exported.onnx)).graph
+    graph = onnx.load_from_string(exported.onnx.read_bytes()).graph
     buffers = {name for name, _ in student.named_buffers()}
     sizes = {i.name.removeprefix("model."): math.prod(i.dims) for i in graph.initializer}
     fresh = RISModel(student.config)

@@ -142,7 +142,8 @@ def test_kernels_and_data_are_part_of_the_package() -> None:
     installed = {str(path) for path in files("fastkd") or ()}
     if not any(path.startswith("fastkd/") for path in installed):
         pytest.skip("an editable installation: the sources are the package")
-    assert {"fastkd/py.typed", "fastkd/kernels/__init__.py", "fastkd/_build_info.json"} <= installed
+    assert {"fastkd/py.typed", "fastkd/kernels/__init__.py"} <= installed
+    assert sum(path.startswith("fastkd/_build_info.") for path in installed) == 1
     assert not any(path.startswith(("kernels/", "tests/", "csrc/")) for path in installed)
 
 
@@ -169,8 +170,9 @@ def test_misspelt_build_switches_are_refused(environment: dict[str, str], messag
 
 
 def test_no_machine_specific_or_inexact_compiler_flags() -> None:
+    undo = {ROOT / "csrc" / "cmake" / "Exact.cmake", ROOT / "csrc" / "cpu" / "kernels.h"}  # see test_build.py
     for path in (ROOT / "csrc").rglob("*"):
-        if path.is_file():
+        if path.is_file() and path not in undo:
             assert not re.search(r"march=native|fast-math|use_fast_math|Ofast", path.read_text()), path
 
 

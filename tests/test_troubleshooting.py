@@ -21,7 +21,7 @@ def quoted() -> list[str]:
 
 @pytest.fixture(scope="module")
 def sources() -> str:
-    files = [*ROOT.glob("fastkd/**/*.py"), *ROOT.glob("csrc/**/*.cmake"), ROOT / "setup.py"]
+    files = [*ROOT.glob("fastkd/**/*.py"), *ROOT.glob("csrc/**/*.cmake"), *ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"]
     text = "\n".join(file.read_text("utf-8") for file in files)
     joined = re.sub(r"[\"']\s*\n\s*f?[\"']", "", text)  # adjacent literals are one message
     return joined.replace("{{", "{").replace("}}", "}")

@@ -1,6 +1,5 @@
-# What was built and why something was not: printed as a summary, kept as fastkd/_build_info.json.
+# What was built and why something was not: printed as a summary, kept as fastkd/_build_info.<tag of the Python>.json.
 
-set(BUILD_INFO_FILE "${CMAKE_CURRENT_BINARY_DIR}/_build_info.json")
 set(BUILD_INFO_JSON "{}")
 set(BUILD_INFO_SUMMARY "")
 
@@ -36,21 +35,23 @@ macro(summary text)
 endmacro()
 
 function(build_info_write)
-  file(WRITE "${BUILD_INFO_FILE}" "${BUILD_INFO_JSON}\n")
-  # Modules of an earlier build, with other switches, must not survive beside this one's.
-  install(CODE [[
-    file(GLOB stale "${CMAKE_INSTALL_PREFIX}/fastkd/_cpu.*" "${CMAKE_INSTALL_PREFIX}/fastkd/_cuda.*")
-    list(FILTER stale INCLUDE REGEX "\\.(so|pyd|dylib)$")
-    if(stale)
-      file(REMOVE ${stale})
-    endif()
-  ]])
+  # Several Pythons may be installed in place from one tree: each has modules and facts of its own, by its tag.
+  set(tag "${SKBUILD_SOABI}")
+  if(NOT tag)
+    set(tag "${Python_SOABI}")
+  endif()
+  set(file "${CMAKE_CURRENT_BINARY_DIR}/_build_info.${tag}.json")
+  file(WRITE "${file}" "${BUILD_INFO_JSON}\n")
+  # Modules of an earlier build for this Python, with other switches, must not survive next to this build's.
+  foreach(name IN ITEMS _cpu.${tag}.so _cpu.${tag}.pyd _cuda.${tag}.so _cuda.${tag}.pyd _build_info.${tag}.json)
+    install(CODE "file(REMOVE \"\${CMAKE_INSTALL_PREFIX}/fastkd/${name}\")")
+  endforeach()
   foreach(module IN ITEMS _cpu _cuda)
     if(TARGET ${module})
       install(TARGETS ${module} LIBRARY DESTINATION fastkd)
     endif()
   endforeach()
-  install(FILES "${BUILD_INFO_FILE}" DESTINATION fastkd)
+  install(FILES "${file}" DESTINATION fastkd)
   if(TARGET _cpu) # for editors: the build folder itself is temporary
     install(CODE "file(COPY \"${CMAKE_BINARY_DIR}/compile_commands.json\" DESTINATION \"${CMAKE_SOURCE_DIR}/../build\")")
   endif()

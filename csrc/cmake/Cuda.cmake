@@ -90,6 +90,8 @@ target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads=2>
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0) # every driver for it unpacks this; those for 12 may not
   target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
 endif()
+exact_options(_cuda)
+exact_cuda(_cuda)
 set_target_properties(_cuda PROPERTIES
   CUDA_ARCHITECTURES "${architectures};${newest}-virtual"
   CUDA_RUNTIME_LIBRARY Static)

@@ -28,6 +28,8 @@ target_include_directories(_cuda BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tes
 target_compile_definitions(_cuda PRIVATE FASTKD_EMULATED "FASTKD_CUDA_TARGETS=\"host\"")
 target_compile_options(_cuda PRIVATE ${emulation_flags})
 target_link_libraries(_cuda PRIVATE emulation)
+exact_options(_cuda)
+exact_options(emulation)
 
 foreach(sanitizer IN LISTS FASTKD_SANITIZE)
   if(NOT sanitizer MATCHES "^(address|undefined|thread)$")

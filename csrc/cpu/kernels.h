@@ -9,6 +9,13 @@
 #include "cpu/isa.h"
 #include "cpu/relation_plan.h"
 
+// cmake/Exact.cmake undoes what the environment asks for; a build without it ends here.
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    defined(__NO_SIGNED_ZEROS__)
+#error "fastkd needs exact arithmetic: remove -ffast-math, -Ofast and their like, or append -fno-fast-math \
+-fno-unsafe-math-optimizations -fno-finite-math-only -fno-associative-math -fno-reciprocal-math -fsigned-zeros"
+#endif
+
 namespace fastkd::cpu {
 
 // Kernels share out rows, or chunks of pixels, over `threads` OpenMP threads. Each is summed by one of them in a fixed

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from fastkd._console import show
+
 
 def convert(
     source: Annotated[Path, tyro.conf.Positional],
@@ -31,5 +33,5 @@ def convert(
     facts = run(
         source, destination, tokenizer=tokenizer, image_size=image_size, max_words=max_words, overwrite=overwrite
     )
-    print(f"{destination}: LAVT, layout {facts['layout']}, fusion heads {facts['fusion_heads']}")
-    print(f"config: {facts['config']}\nsource: {facts['source']}, sha256 {facts['source_sha256']}")
+    show(f"{destination}: LAVT, layout {facts['layout']}, fusion heads {facts['fusion_heads']}")
+    show(f"config: {facts['config']}\nsource: {facts['source']}, sha256 {facts['source_sha256']}")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkd._console import show
 from fastkd.cli.train import Config
 from fastkd.train.config import TrainConfig
 
@@ -66,7 +67,7 @@ def demo(
     root = _data(out, images, teacher.config.image_size)
     test = open_split(root, test_split, teacher, sentences="all")
     teacher_score = evaluate(teacher, test, channels_last=config.channels_last)
-    print(f"teacher on {test_split}: {teacher_score}", flush=True)
+    show(f"teacher on {test_split}: {teacher_score}")
 
     runs: dict[str, list[Run]] = {ALONE: [], DISTILLED: [], LONGER: []}
     for seed in seeds:
@@ -74,8 +75,9 @@ def demo(
             runs[name].append(run)
 
     rows = _rows(teacher, teacher_score, runs, seeds)
+    page = _write(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, shares, test_split)
     console_table(rows, title=f"Procedural referring segmentation, {test_split}: {len(test)} sentences (%)")
-    _write(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, shares, test_split)
+    show(f"report: {page}")
 
 
 def _data(out: Path, images: int, size: int) -> Path:
@@ -85,12 +87,10 @@ def _data(out: Path, images: int, size: int) -> Path:
     settings = root / "shapes.json"
     wanted = {"images": images, "image_size": size, "seed": 0}
     if settings.is_file() and wanted.items() <= json.loads(settings.read_text(encoding="utf-8")).items():
-        print(f"data: {root}, made earlier")
+        show(f"data: {root}, made earlier")
         return root
     counts = shapes.make_shapes(root, images=images, image_size=size, seed=0, overwrite=True)
-    print(
-        f"data: {counts['images']} images, {counts['refs']} refs, {counts['sentences']} sentences in {root}", flush=True
-    )
+    show(f"data: {counts['images']} images, {counts['refs']} refs, {counts['sentences']} sentences in {root}")
     return root
 
 
@@ -139,11 +139,11 @@ def _compare(
             trained, train_set, config, val_dataset=val_set, out_dir=folder, title=title, overwrite=overwrite
         )
         score = evaluate(student, test, channels_last=config.channels_last)
-        print(f"{title}: {score}", flush=True)
+        show(f"{title}: {score}")
         return Run(result, score, student)
 
     cost = _cost([subject(distil)[1] for distil in (False, True)], train_set, config)
-    print(f"seed {seed}: a step of distillation takes as long as {cost:.2f} steps of the student alone", flush=True)
+    show(f"seed {seed}: a step of distillation takes as long as {cost:.2f} steps of the student alone")
     alone = run(ALONE, config, False)
     distilled = run(DISTILLED, config, True)
     steps, rarer = (max(1, round(number * cost)) for number in (config.steps, eval_every))
@@ -235,7 +235,7 @@ def _write(
     teacher_score: EvalResult,
     terms: Mapping[str, float],
     test_split: str,
-) -> None:
+) -> Path:
     from fastkd.report import curves_from_log, write_report
 
     curves = [
@@ -270,7 +270,7 @@ def _write(
         f"protocol {teacher_score.protocol} at {teacher_score.resolution[0]}×{teacher_score.resolution[1]}, seeds "
         f"{', '.join(map(str, seeds))}. Curves: split val, seed {seeds[0]}.",
     ]
-    path = write_report(
+    return write_report(
         out / "report.html",
         title="fastkd demo: referring segmentation of procedural scenes",
         rows=rows,
@@ -278,4 +278,3 @@ def _write(
         examples=examples,
         notes=notes,
     )
-    print(f"report: {path}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastkd._console import show
+
 
 def export(
     model: str,
@@ -51,7 +53,7 @@ def export(
     done = export_onnx(
         student, onnx, size=(rows, rows if width is None else width), tokenizer=words, tolerance=tolerance
     )
-    print(f"{done.onnx}: {done.parameters:,} parameters, {done.onnx.stat().st_size / 1e6:.1f} MB")
+    show(f"{done.onnx}: {done.parameters:,} parameters, {done.onnx.stat().st_size / 1e6:.1f} MB")
     for batch, difference in done.differences.items():
-        print(f"batch of {batch}: differs from torch by {difference:.1e} of the largest logit (allowed: {tolerance:g})")
-    print(f"{done.metadata}" + (f", {done.vocabulary}" if done.vocabulary is not None else ""))
+        show(f"batch of {batch}: differs from torch by {difference:.1e} of the largest logit (allowed: {tolerance:g})")
+    show(f"{done.metadata}" + (f", {done.vocabulary}" if done.vocabulary is not None else ""))

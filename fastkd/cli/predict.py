@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from fastkd._console import show, typed
+
 
 def predict(
     image: Annotated[Path, tyro.conf.Positional],
@@ -47,13 +49,13 @@ def predict(
         words = load_tokenizer(tokenizer, keep_end=getattr(loaded.config, "keep_end", False))
     else:
         words = tokenizer_of(loaded, Path(model).expanduser())
-    found = run(loaded, pixels, sentence, words)
+    found = run(loaded, pixels, typed(sentence), words)
 
     mask, picture = out / f"{image.stem}-mask.png", out / f"{image.stem}-overlay.png"
     drawn = overlay(found.image, found.mask, longest=max(*found.mask.shape, 384))
     write_together({mask: as_png(found.mask.astype("uint8") * 255), picture: as_png(drawn)})
     if found.mask.any():
-        print(f"score {found.score:.3f} (mean probability over the mask), {100 * found.share:.1f} % of the image")
+        show(f"score {found.score:.3f} (mean probability over the mask), {100 * found.share:.1f} % of the image")
     else:
-        print("score 0: nothing in this image is what the sentence says")
-    print(f"mask     {mask}\noverlay  {picture}")
+        show("score 0: nothing in this image is what the sentence says")
+    show(f"mask     {mask}\noverlay  {picture}")

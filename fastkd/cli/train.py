@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from fastkd._console import show
 from fastkd.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -139,6 +140,6 @@ def _run(
         shares = parse_terms(terms)
         subject = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
         weights = balance_on(subject, train_set, shares, config)
-        print("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
+        show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
     result = run(subject, train_set, config, val_dataset=val_set, out_dir=out, overwrite=overwrite)
-    print(f"best on val: {result.best}\nstudent: {out / 'best'}")
+    show(f"best on val: {result.best}\nstudent: {out / 'best'}")

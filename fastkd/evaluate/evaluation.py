@@ -89,7 +89,7 @@ class EvalResult:
         h, w = self.resolution
         return (
             f"{scores}  [{self.protocol}: {where + ', ' if where else ''}{self.sentences} sentences{refs}, "
-            f"{h}×{w}, {self.decision}, {self.threshold}]"
+            f"{h}x{w}, {self.decision}, {self.threshold}]"
         )
 
 

@@ -239,7 +239,8 @@ def _compare(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # notes on what it does not fold are no news
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # As bytes: onnxruntime takes no path that the locale could not decode.
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     differences = {}
     for batch in batch_sizes:
         example = _example(model, batch, height, width, seed)

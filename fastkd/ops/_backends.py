@@ -334,6 +334,10 @@ def _absent(backend: str) -> str | None:
             return f"Triton {found} is older than {oldest}; pip install --upgrade torch, which brings the one it wants"
         try:
             kernels = importlib.import_module("fastkd.kernels._common")
+        except ModuleNotFoundError as error:
+            if error.name != "fastkd.kernels":
+                return _failure(error, "fastkd.kernels cannot be imported: ")
+            return importlib.import_module("fastkd._native").not_installed("fastkd.kernels")
         except Exception as error:
             return _failure(error, "fastkd.kernels cannot be imported: ")
         if kernels.INTERPRETED:

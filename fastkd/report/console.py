@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastkd._console import plain
 from fastkd.report import text
 from fastkd.report.records import ResultRow, baseline_of, check_rows, gain, summary
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 def console_table(rows: Sequence[ResultRow], *, title: str = "Results (%)", console: Console | None = None) -> None:
     """Print result rows as a table; gains stand under the metric of a row that names a baseline.
 
-    One model per line where the terminal is wide enough, else one model per column.
+    One model per line where the terminal is wide enough, else one model per column. Characters that the console's
+    encoding lacks are shown as plain ones.
 
     Args:
         rows: the lines of the table, in order.
@@ -34,57 +36,56 @@ def console_table(rows: Sequence[ResultRow], *, title: str = "Results (%)", cons
     from rich.measure import Measurement
     from rich.text import Text
 
-    grid = _grid(rows)
     console = console or Console()
+
+    def shown(words: str, style: str) -> Text:
+        return Text(plain(words, console.encoding), style=style)
+
+    grid = _grid(rows, console.encoding)
     console.print()
-    console.print(Text(title, style="bold"))
+    console.print(shown(title, "bold"))
     table = _table(grid)
     if Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width:
         table = _table([list(column) for column in zip(*grid, strict=True)])
     console.print(table)
     for row in rows:
         if row.note:
-            console.print(Text(f"{row.name}: {row.note}", style="dim"))
+            console.print(shown(f"{row.name}: {row.note}", "dim"))
     for name in dict.fromkeys(row.baseline for row in rows if row.baseline):
         gainers = ", ".join(row.name for row in rows if row.baseline == name)
-        console.print(Text(f"Second line of {gainers}: gain over {name}, in points.", style="dim"))
+        console.print(shown(f"Second line of {gainers}: gain over {name}, in points.", "dim"))
 
 
-def _grid(rows: Sequence[ResultRow]) -> list[list[Text]]:
+def _grid(rows: Sequence[ResultRow], encoding: str) -> list[list[Text]]:
     """The cells, header first; `Text` throughout, so that a name with square brackets is not taken for markup."""
     from rich.text import Text
 
     metrics = check_rows(rows)
     header = ["", "parameters", *metrics, "steps", "training"]
-    grid = [[Text(name, style="bold") for name in header]]
+    grid = [[Text(plain(name, encoding), style="bold") for name in header]]
     for row in rows:
         steps = f"{row.steps:,}" if row.steps is not None else "–"
-        grid.append(
-            [
-                Text(row.name, style="bold"),
-                Text(text.count(row.parameters)),
-                *(_metric(row, metric, rows) for metric in metrics),
-                Text(steps),
-                Text(text.duration(row.train_seconds)),
-            ]
-        )
+        cells = [text.count(row.parameters), steps, text.duration(row.train_seconds)]
+        parameters, *training = (Text(plain(cell, encoding)) for cell in cells)
+        name = Text(plain(row.name, encoding), style="bold")
+        grid.append([name, parameters, *(_metric(row, metric, rows, encoding) for metric in metrics), *training])
     return grid
 
 
-def _metric(row: ResultRow, metric: str, rows: Sequence[ResultRow]) -> Text:
+def _metric(row: ResultRow, metric: str, rows: Sequence[ResultRow], encoding: str) -> Text:
     from rich.text import Text
 
     if metric not in row.metrics:
-        return Text("–")
+        return Text(plain("–", encoding))
     mean, spread = summary(row.metrics[metric])
-    cell = Text(text.number(mean))
+    cell = Text(plain(text.number(mean), encoding))
     if spread is not None:
-        cell.append(f" ± {text.number(spread)}", style="dim")
+        cell.append(plain(f" ± {text.number(spread)}", encoding), style="dim")
     baseline = baseline_of(row, rows)
     if baseline is not None and metric in baseline.metrics:
         difference, _ = gain(row.metrics[metric], baseline.metrics[metric])
         style = "green" if difference > 0 else "red" if difference < 0 else "dim"
-        cell.append(f"\n{text.signed(difference)}", style=style)
+        cell.append(f"\n{plain(text.signed(difference), encoding)}", style=style)
     return cell
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ def describe() -> dict[str, str]:
     import torch
 
     import fastkd
+    from fastkd._machine import cores
 
     found = {"fastkd": fastkd.__version__, "Python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "timm", "transformers"):
@@ -22,7 +22,7 @@ def describe() -> dict[str, str]:
             continue
     found["System"] = f"{platform.system()} {platform.machine()}"
     found["Processor"] = processor()
-    found["Cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    found["Cores"] = str(cores())
     found["Threads"] = str(torch.get_num_threads())
     found["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return found
@@ -31,7 +31,7 @@ def describe() -> dict[str, str]:
 def processor() -> str:
     """The processor's model name, as far as the system tells it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.lower().startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:

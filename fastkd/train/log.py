@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd._console import plain
+from fastkd._machine import cores
 
 
 class RunLog:
@@ -45,20 +47,24 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "cpus": os.cpu_count(),
+        "cpus": cores(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 class Progress:
-    """A progress bar with the time left and the losses; plain lines now and then where there is no terminal."""
+    """A progress bar with the time left and the losses; plain lines now and then where there is no terminal.
+
+    A terminal that goes away takes the progress with it, not the run.
+    """
 
     def __init__(self, steps: int, title: str, shown: bool) -> None:
-        self.steps, self.title, self.shown = steps, title, shown
+        self.steps, self.title = steps, plain(title, getattr(sys.stderr, "encoding", None) or "utf-8")
+        self.shown = shown and sys.stderr is not None
         self._bar: Any = None
         self._line_at = time.monotonic()
-        if shown and sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
 
@@ -73,7 +79,7 @@ class Progress:
                 console=Console(stderr=True),
                 refresh_per_second=2,
             )
-            self._task = self._bar.add_task(title, total=steps, losses="")
+            self._task = self._bar.add_task(self.title, total=steps, losses="")
             self._bar.start()
 
     def update(self, step: int, losses: Mapping[str, float], seconds: float, fraction: float) -> None:
@@ -92,15 +98,19 @@ class Progress:
         """A line of its own."""
         if not self.shown:
             return
-        if self._bar is not None:
-            self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False)
-        else:
-            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False)
+            else:
+                print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+        except OSError:
+            self.shown = False
 
     def close(self) -> None:
         """Take the bar down."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
 
 def _finite(value: Any) -> Any:

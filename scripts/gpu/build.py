@@ -38,7 +38,7 @@ def cuda() -> str:
 
 def same(folder: Path, want: dict[str, str]) -> bool:
     try:
-        return json.loads((folder / STAMP).read_text()) == want
+        return json.loads((folder / STAMP).read_text(encoding="utf-8")) == want
     except (OSError, ValueError):
         return False
 

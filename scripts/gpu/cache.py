@@ -62,10 +62,10 @@ def unpack(archive: Path, folder: Path) -> None:
                 tar.extract(member, folder, filter="data")
     for group in folder.rglob("__grp__*.json"):
         try:
-            data = json.loads(group.read_text())
+            data = json.loads(group.read_text(encoding="utf-8"))
             present = {name: str(group.parent / name) for name in data["child_paths"]}
         except (ValueError, KeyError):
             group.unlink()
             continue
         data["child_paths"] = {name: path for name, path in present.items() if Path(path).exists()}
-        group.write_text(json.dumps(data))
+        group.write_text(json.dumps(data), encoding="utf-8")

@@ -53,7 +53,7 @@ class Check:
         # Checks hold for every GPU of a chip, times for one kind of card.
         self.id = "-".join([digest(ROOT, PACKAGE), f"sm{gpu['chip']}", *versions])
         self.timing_id = f"{self.id}-{gpu['name'].replace(' ', '_')}"
-        self.log = (self.out / "log.txt").open("a", buffering=1, errors="replace")
+        self.log = (self.out / "log.txt").open("a", buffering=1, encoding="utf-8", errors="replace")
         self.rows = report.Rows(self.out / "check.json", self.id, gpu)
         self.failed = False
 
@@ -179,7 +179,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=530, help="limit of the whole call")
     parser.add_argument("--cache", type=Path, help="folder of the build and of compiled kernels (OUT_DIR/cache)")
     parser.add_argument("--resume", type=Path, help="an earlier call's OUT_DIR: its files come first")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 14), help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=min(processes.cores(), 14), help="processes at a time")
     args = parser.parse_intermixed_args(argv)
     for part in args.parts:
         if part not in (*PARTS, *BY_NAME):

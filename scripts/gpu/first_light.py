@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # a safe path (python -P) has neither
 
 import records  # noqa: E402
+from processes import cores  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         return key[0], ("", "fp32", "bf16", "fp16").index(key[1])
 
     def run(check: first_light.Check) -> records.Row:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))  # for the oracle
+        torch.set_num_threads(max(1, cores() // options.jobs))  # for the oracle
         return first_light.run(check, options.device)
 
     ended = failed = 0
@@ -96,7 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--id", default="", help="what was built, for example a commit: rows of another are not reused")
     parser.add_argument("--seconds", type=float, default=120.0, help="for all checks together")
     parser.add_argument("--check-seconds", type=float, default=60.0, help="for one check, compilation included")
-    parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=min(14, cores()), help="processes at a time")
     parser.add_argument("--device", default="cuda")
     families, backends = ["softmax_kl", "relation", "pixel_word"], ["cuda", "triton"]
     dtypes, sizes = ["bf16", "fp16", "fp32"], ["small", "odd width", "maps", "bands", "128-tile"]

@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import wheels  # noqa: E402
-from processes import TIMED_OUT, end_on_sigterm, start, stop  # noqa: E402
+from processes import TIMED_OUT, cores, end_on_sigterm, start, stop  # noqa: E402
 from records import Row, Tail, append  # noqa: E402
 
 ROOT = HERE.parents[1]
@@ -83,7 +83,7 @@ class Pool:
         log = self.folder / f"log-{name}"
         options = ["--record", str(self.args.out), "--record-id", self.args.id, "--claims", str(self.folder)]
         command = pytest_command(self.args.files, self.args.select, *options, "--worker", name, "--tb=short")
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             process = start(command, stdout=file, env=environment(), cwd=self.args.root)
         self.workers.append(Worker(name, process, log))
 
@@ -104,7 +104,7 @@ class Pool:
         """Replace processes that have died, and end those that hang."""
         for worker in list(self.workers):
             running = self.folder / f"running-{worker.name}"
-            at = running.read_text() if running.exists() else ""
+            at = running.read_text(encoding="utf-8") if running.exists() else ""
             if at != worker.at:
                 worker.at, worker.since = at, time.monotonic()
             status = worker.process.poll()
@@ -121,7 +121,7 @@ class Pool:
     def lost(self, worker: Worker, outcome: str, why: str, seconds: float) -> None:
         """Record the test that ended a process, release its other claims, and start another process."""
         self.look()
-        tail = worker.log.read_text(errors="replace")[-3000:]
+        tail = worker.log.read_text(encoding="utf-8", errors="replace")[-3000:]
         if worker.at and worker.at not in self.finished:
             row: Row = {"test": worker.at, "outcome": outcome, "seconds": round(seconds, 3), "text": f"{why}\n{tail}"}
             append(self.args.out, row | {"id": self.args.id})
@@ -132,7 +132,7 @@ class Pool:
             return
         for claim in self.folder.glob("claim-*"):
             try:
-                held = json.loads(claim.read_text())
+                held = json.loads(claim.read_text(encoding="utf-8"))
             except ValueError:  # being written
                 continue
             if held["worker"] == worker.name and held["test"] not in self.finished:
@@ -145,7 +145,7 @@ class Pool:
 
     def sizes(self) -> tuple[int, int]:
         """Return how many tests were selected, and how many had passed before."""
-        found = [json.loads(path.read_text()) for path in self.folder.glob("selected-*")]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("selected-*")]
         # A process that collects late finds what the others have run by then: the first one's numbers count.
         return max((data["selected"] for data in found), default=0), min((data["before"] for data in found), default=0)
 
@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--test-seconds", type=float, default=120, help="the most that one test may take")
     parser.add_argument("--id", default="", help="what is tested; what passed with the same is skipped")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 14))
+    parser.add_argument("--jobs", type=int, default=min(cores(), 14))
     parser.add_argument("--select", default="gpu", help="pytest's -m")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tests")
     args = parser.parse_args()

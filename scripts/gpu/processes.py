@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 TIMED_OUT = 124
 LIBC = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
 PR_SET_PDEATHSIG = 1
+cores: Callable[[], int] = runpy.run_path(str(Path(__file__).resolve().parents[2] / "fastkd" / "_machine.py"))["cores"]
+"""How many processors this process may keep busy; read from the sources, as fastkd may not be installed yet."""
 
 
 def run(

@@ -98,7 +98,7 @@ class Recorder:
             following = next(mine, None)  # pytest tears down what the next test does not share
             running = self.claims / f"running-{self.worker}"
             with self.memory(item.nodeid):
-                running.write_text(item.nodeid)
+                running.write_text(item.nodeid, encoding="utf-8")
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 running.unlink()  # a process that waits for memory does not hang
             item = following

@@ -56,7 +56,7 @@ def digest(root: Path, names: Iterable[str]) -> str:
     for name in names:
         path = root / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            made = "__pycache__" in file.parts or file.suffix in (".so", ".pyd") or file.name == "_build_info.json"
+            made = "__pycache__" in file.parts or file.suffix in (".so", ".pyd") or file.name.startswith("_build_info")
             if file.is_file() and not made:
                 sha.update(f"{file.relative_to(root)}\0".encode())
                 sha.update(hashlib.sha256(file.read_bytes()).digest())

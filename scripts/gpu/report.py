@@ -31,7 +31,7 @@ class Rows:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         try:
-            self.rows: list[Row] = json.loads(path.read_text())["rows"]
+            self.rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
         except (OSError, ValueError, KeyError):
             self.rows = []
 

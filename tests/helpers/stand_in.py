@@ -80,6 +80,7 @@ def checkout(folder: Path, kernels: str = KERNELS) -> Path:
     (folder / "fastkd").mkdir()
     (folder / "fastkd" / "__init__.py").write_text("")
     shutil.copy(ROOT / "fastkd" / "errors.py", folder / "fastkd")  # pyproject.toml's warning filters name its class
+    shutil.copy(ROOT / "fastkd" / "_machine.py", folder / "fastkd")  # the scripts read it
     tests = folder / "tests"
     tests.mkdir()
     for name in script("kernel_tests").KERNEL_TESTS:

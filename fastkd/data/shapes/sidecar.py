@@ -16,4 +16,4 @@ def sentence_kinds(root: str | os.PathLike[str]) -> dict[int, str]:
     path = Path(root) / "shapes.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} doesn't exist: root {str(root)!r} is not a set written by make_shapes")
-    return {int(sent_id): kind for sent_id, kind in json.loads(path.read_text())["sentences"].items()}
+    return {int(sent_id): kind for sent_id, kind in json.loads(path.read_text(encoding="utf-8"))["sentences"].items()}

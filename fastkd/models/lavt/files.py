@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd._console import typed
 from fastkd.models import checkpoint
 from fastkd.models.lavt.config import LAVTConfig
 from fastkd.models.lavt.model import LAVT
@@ -92,7 +93,7 @@ def convert(
     origin = {
         "layout": found.layout,
         "fusion_heads": "-".join(map(str, found.fusion_heads)),
-        "source": source.name,
+        "source": typed(source.name).encode("utf-8", "replace").decode(),
         "source_sha256": digest,
     }
     return write(model, destination, origin)

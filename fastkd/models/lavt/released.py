@@ -105,8 +105,10 @@ def _load(path: Path) -> Any:
         warnings.simplefilter("ignore", UserWarning)  # torch's, on pickle protocols that torch.save doesn't use
         if foreign := _foreign_objects(path):
             raise _refusal(path, foreign)
+        # torch maps no file whose name the locale could not decode (lone surrogates stand for its bytes).
+        decoded = not any("\ud800" <= character <= "\udfff" for character in str(path))
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=decoded and zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:  # torch's message advises to run the code in the file: it is not shown
             names, protocol = contents(path)
             if foreign := [name for name in names if not of_tensors(name)]:
