@@ -15,7 +15,7 @@ from fastkd.evaluate._finite import blame, undecided
 from fastkd.evaluate.metrics import RISMetrics
 from fastkd.evaluate.protocols import Protocol
 from fastkd.evaluate.protocols import protocol as named_protocol
-from fastkd.models.inputs import check_host_ids, check_vocabulary
+from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary
 from fastkd.train.runtime import autocast, pick_device, pick_precision, to_device
 from fastkd.train.task import check_mask
 
@@ -125,7 +125,7 @@ def evaluate(
     Raises:
         ValueError: an empty dataset, one that draws sentences at random, a size the protocol does not allow, logits
             that do not fit the masks, masks with values other than 0 and 1, word ids or a tokenizer beyond the model's
-            word table, an unknown protocol.
+            word table, images normalised otherwise than the model wants them, an unknown protocol.
         FloatingPointError: logits with NaN, which no mask can be read from; the message names the sample.
         NotImplementedError: a known protocol that is not available yet.
 
@@ -135,6 +135,7 @@ def evaluate(
     rules = named_protocol(protocol)
     check_dataset(dataset, rules)
     check_vocabulary(model, getattr(dataset, "tokenizer", None))
+    check_normalisation(model, dataset)
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else pick_device(device)
     precision = pick_precision(precision, where)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastkd.data.tokenizer import has_tokenizer
 from fastkd.models import checkpoint
 from fastkd.models.ris import _is_hub_name
 from fastkd.models.teachers.adapter import TeacherConfig, TextPromptedTeacher
@@ -140,7 +141,7 @@ def _config(cls: type[TextPromptedTeacher], network: Any, folder: Path, given: d
     std = _triple(given.get("image_std", images.get("image_std", cls.default_std)))
     limit = network.config.text_config.max_position_embeddings
     words = given.get("max_words", min(_WORDS, limit))
-    tokenizer = given.get("tokenizer", str(folder) if _has_tokenizer(folder) else None)
+    tokenizer = given.get("tokenizer", str(folder) if has_tokenizer(folder) else None)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"image_size must be a whole number of at least 1, got {size!r}")
     for name, values in (("image_mean", mean), ("image_std", std)):
@@ -179,7 +180,3 @@ def _side(size: Any) -> int | None:
         sides = [side for side in size.values() if isinstance(side, int)]
         return max(sides, default=None)
     return size if isinstance(size, int) else None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or all((folder / n).is_file() for n in ("vocab.json", "merges.txt"))
