@@ -79,7 +79,7 @@ def predict(
     """
     from fastkd.data.dataset import normalise
     from fastkd.evaluate._finite import blame, undecided
-    from fastkd.models.inputs import check_host_ids, check_vocabulary, normalisation, word_limit
+    from fastkd.models.inputs import check_host_ids, check_vocabulary, normalisation, run_model, word_limit
 
     if not isinstance(sentence, str):
         raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")
@@ -93,12 +93,12 @@ def predict(
     check_host_ids(input_ids, model)
     where = next(model.parameters())
     square = normalise(to_square(pixels, config.image_size), *(normalisation(model) or ()))
-    batch = square[None].to(where.device, where.dtype)
+    batch = square[None].to(where.device)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            logits = model(batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
+            logits = run_model(model, batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
             if bool(undecided(logits)[0]):
                 raise FloatingPointError(f"the model's logits hold NaN, so there is no mask to decide: {blame(model)}")
             logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]

@@ -99,6 +99,33 @@ def _short(values: Any) -> str:
     return f"mean ({mean}) and deviation ({std})"
 
 
+def own_type(model: torch.nn.Module) -> torch.dtype | None:
+    """Return float16, bfloat16 or float64 where all floating-point parameters have that type; None otherwise."""
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+    first = next(kinds, torch.float32)
+    return None if first == torch.float32 or any(kind != first for kind in kinds) else first
+
+
+def run_model(model: torch.nn.Module, *args: Any, **inputs: Any) -> Any:
+    """Call a model; one whose weights are not float32 computes in their type, whatever the caller's autocast.
+
+    Its floating-point inputs are cast to that type, unless it states ``casts_inputs``: that its forward takes float32
+    images itself.
+    """
+    kind = own_type(model)
+    if kind is None:
+        return model(*args, **inputs)
+    if not getattr(unwrapped(model), "casts_inputs", False):
+        args = tuple(_cast(value, kind) for value in args)
+        inputs = {name: _cast(value, kind) for name, value in inputs.items()}
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        return model(*args, **inputs)
+
+
+def _cast(value: Any, kind: torch.dtype) -> Any:
+    return value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def table_size(model: torch.nn.Module) -> int | None:
     """Return the number of rows of a model's word table, or None where it has none or does not tell."""
     model = unwrapped(model)

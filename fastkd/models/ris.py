@@ -6,7 +6,7 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,8 @@ class RISModel(
         again = RISModel.from_pretrained("student")
     """
 
+    casts_inputs: ClassVar = True
+
     def __init__(
         self,
         config: RISConfig,
@@ -124,7 +126,8 @@ class RISModel(
         """Segment what the sentence refers to.
 
         Args:
-            image: (B, 3, H, W), normalised by the configuration's ``image_mean`` and ``image_std``.
+            image: (B, 3, H, W), normalised by the configuration's ``image_mean`` and ``image_std``; it is cast to the
+                weights' type.
             input_ids: (B, T) integer word ids; or
             words: (B, T, D) word vectors, in place of ``input_ids``: the text encoder is then not run.
             word_mask: (B, T) bool, True where a word is. None: every id that is not the padding id, or every vector.
@@ -138,8 +141,9 @@ class RISModel(
         text = self.text_encoder
         limits = WordLimits(text.width, text.vocab_size, text.max_words, text.pad_id, self.config.tokenizer)
         word_mask = check_inputs(image, input_ids, word_mask, words, limits, self.decoder.classifier.weight.device)
-        if words is None:
-            words = self.text_encoder(input_ids, word_mask)
+        kind = self.decoder.classifier.weight.dtype
+        image = image.to(kind)
+        words = self.text_encoder(input_ids, word_mask) if words is None else words.to(kind)
         logits: list[Tensor] = []
 
         def fuse(index: int, x: Tensor) -> tuple[Tensor, Tensor]:

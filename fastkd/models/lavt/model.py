@@ -53,6 +53,7 @@ class LAVT(nn.Module):
         mask = out.logits.argmax(1)              # (B, 480, 480)
     """
 
+    casts_inputs: ClassVar = True
     image_normalisation: ClassVar = (IMAGENET_MEAN, IMAGENET_STD)
 
     def __init__(self, config: LAVTConfig) -> None:
@@ -105,7 +106,11 @@ class LAVT(nn.Module):
                 f"image is {tuple(image.shape[-2:])}, which leaves one pixel in the last stage, and InstanceNorm over "
                 f"one pixel is undefined; give more than {8 * PATCH} pixels"
             )
-        if words is None:
+        kind = self.classifier.conv1_1.weight.dtype
+        image = image.to(kind)
+        if words is not None:
+            words = words.to(kind)
+        else:
             assert self.text_encoder is not None
             words = self.text_encoder(input_ids=input_ids, attention_mask=word_mask.long()).last_hidden_state
         stages, pixel_word_logits = self.backbone(image, words, word_mask)

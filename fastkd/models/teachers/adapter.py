@@ -81,6 +81,7 @@ class TextPromptedTeacher(nn.Module):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
+    casts_inputs: ClassVar = True
     image_normalisation: ClassVar = (IMAGENET_MEAN, IMAGENET_STD)  # of the images it is given, not of the network's
     default_mean: ClassVar[tuple[float, ...]]
     default_std: ClassVar[tuple[float, ...]]
