@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd.models import hub
+
 Fuse = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 _CAN_BE_WALKED = (
@@ -160,8 +162,19 @@ def _create(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
     args.setdefault("num_classes", 0)
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
-    except (TypeError, AssertionError, ValueError, IndexError) as error:
-        raise ValueError(f"timm cannot build {name!r} with backbone_args={args}: {error}") from error
+    except Exception as error:
+        if pretrained and (why := hub.reason(error)):
+            raise ValueError(
+                f"timm's weights of {name!r} could not be fetched ({why}); or pass the file of the weights as "
+                "backbone_weights"
+            ) from error
+        if pretrained and "No pretrained weights" in str(error):
+            raise ValueError(
+                f"timm publishes no weights of {name!r}: leave backbone_weights out, pass a file, or choose another"
+            ) from error
+        if isinstance(error, TypeError | AssertionError | ValueError | IndexError):
+            raise ValueError(f"timm cannot build {name!r} with backbone_args={args}: {error}") from error
+        raise
 
 
 def _normalisation(network: nn.Module, weights: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

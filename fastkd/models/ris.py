@@ -14,7 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from fastkd.errors import FastKDWarning
-from fastkd.models import checkpoint
+from fastkd.models import checkpoint, hub
 from fastkd.models.backbone import StagedBackbone
 from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD, RISConfig
 from fastkd.models.decoder import TopDownDecoder
@@ -213,14 +213,20 @@ class RISModel(
 
         Raises:
             FileNotFoundError: No such folder, or a file missing in it.
-            ValueError: A configuration or weights that do not fit; all names are told and nothing is loaded.
+            ValueError: A configuration or weights that do not fit (all names are told and nothing is loaded), or a hub
+                name that could not be fetched.
         """
         folder = Path(pretrained_model_name_or_path).expanduser()
-        if not folder.is_dir() and not _is_hub_name(str(pretrained_model_name_or_path)):
+        if not folder.is_dir() and not hub.is_hub_name(str(pretrained_model_name_or_path)):
             checkpoint.read_config(folder)  # raises: tells what was looked for
         if folder.is_dir():
             return cls._from_folder(folder, kwargs.get("map_location", "cpu"))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except Exception as error:
+            if hub.reason(error) is None:  # it was fetched, and is not a model of fastkd's
+                raise
+            raise hub.not_fetched(str(pretrained_model_name_or_path), error) from error
 
     @classmethod
     def _from_pretrained(
@@ -264,7 +270,3 @@ class RISModel(
         model = cls(config)
         checkpoint.load_strictly(model, state, str(folder / checkpoint.WEIGHTS_FILE))
         return model.to(map_location).eval()
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()
