@@ -211,6 +211,19 @@ class TestTokenizer:
         assert loaded.config.tokenizer == str(folder)  # absolute: it stays right when the current folder changes
         assert tokenizer_of(loaded).pieces() == shapes.pieces()
 
+    def test_text_weights_bring_theirs(self, tmp_path):
+        small().text_encoder.model.save_pretrained(tmp_path / "bert")
+        torch.manual_seed(0)
+        assert RISModel(RISConfig(**SMALL), text_weights=tmp_path / "bert").config.tokenizer is None
+        load_tokenizer("shapes").save(tmp_path / "bert")
+        model = RISModel(RISConfig(**SMALL), text_weights=tmp_path / "bert")
+        assert tokenizer_of(model).pieces() == load_tokenizer("shapes").pieces()
+        named = RISModel(RISConfig(**SMALL, tokenizer="shapes"), text_weights=tmp_path / "bert")
+        assert named.config.tokenizer == "shapes"
+        shutil.move(save(model, tmp_path / "student"), tmp_path / "moved")
+        shutil.rmtree(tmp_path / "bert")
+        assert tokenizer_of(RISModel.from_pretrained(tmp_path / "moved")).lower_case
+
     def test_padding_is_the_text_encoders(self, scenes, tmp_path):
         pieces = [*"abc", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *load_tokenizer("shapes").pieces()[5:]]
         pieces = list(dict.fromkeys(pieces))

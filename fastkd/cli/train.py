@@ -28,7 +28,8 @@ class DataArgs:
         split_by: who split it: unc, google or umd.
         tokenizer: path of the vocab.txt (or tokenizer folder) that the word ids come from, or "shapes"; where left out,
             the one in the model's folder or that its configuration names, or else the teacher's.
-        skip_unusable: skip refs without a sentence, mask or image file, and report how many; else an error.
+        skip_unusable: skip refs without a sentence, a mask or an image file that can be decoded, and report how many;
+            else an error. Every image is decoded once to find out.
     """
 
     data: Path

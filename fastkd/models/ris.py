@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from fastkd.data.tokenizer import FILES as TOKENIZER_FILES
+from fastkd.data.tokenizer import has_tokenizer, load_tokenizer, locate_tokenizer
 from fastkd.errors import FastKDWarning
 from fastkd.models import checkpoint, hub
 from fastkd.models.backbone import StagedBackbone
@@ -73,8 +75,8 @@ class RISModel(
         config: The architecture, e.g. ``preset("shapes-student")``.
         backbone_weights: None, ``"timm"`` for timm's published weights, or the path of a timm state dict. The mean and
             deviation that timm states for them become the configuration's, unless it has its own.
-        text_weights: None, or a transformers folder or hub name. Neither name is kept in the configuration: a saved
-            model is complete in itself.
+        text_weights: None, or a transformers folder or hub name. A tokenizer in the folder becomes the configuration's,
+            unless it names one. Neither name of weights is kept: a saved model is complete in itself.
 
     Attributes:
         config: The configuration, with the numbers that images are normalised by.
@@ -106,6 +108,8 @@ class RISModel(
         if config.image_mean is None:
             mean, std = self.backbone.normalisation or (IMAGENET_MEAN, IMAGENET_STD)
             config = replace(config, image_mean=mean, image_std=std)
+        if config.tokenizer is None and text_weights is not None and has_tokenizer(Path(text_weights)):
+            config = replace(config, tokenizer=str(Path(text_weights).absolute()))
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.text_encoder = TextEncoder(config.text_model, config.text, text_weights)
@@ -184,8 +188,6 @@ class RISModel(
 
     def _own_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer to save along; None where there is none, or it ships with fastkd."""
-        from fastkd.data.tokenizer import load_tokenizer
-
         named = self.config.tokenizer if self.tokenizer is None else self.tokenizer.name
         if named in (None, "shapes"):
             return None
@@ -243,8 +245,6 @@ class RISModel(
     ) -> RISModel:
         from huggingface_hub import snapshot_download
 
-        from fastkd.data import tokenizer
-
         folder = snapshot_download(
             model_id,
             revision=revision,
@@ -252,14 +252,12 @@ class RISModel(
             force_download=force_download,
             local_files_only=local_files_only,
             token=token,
-            allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, *tokenizer.FILES],
+            allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, *TOKENIZER_FILES],
         )
         return cls._from_folder(Path(folder), map_location)
 
     @classmethod
     def _from_folder(cls, folder: Path, map_location: str | torch.device) -> RISModel:
-        from fastkd.data.tokenizer import locate_tokenizer
-
         values = checkpoint.read_config(folder)
         try:
             config = RISConfig.from_dict(values)
