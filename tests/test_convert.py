@@ -22,12 +22,17 @@ pytest.importorskip("timm", reason="needs the [ris] extra")
 pytest.importorskip("transformers", reason="needs the [ris] extra")
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import fastkd
 from fastkd.cli import main
+from fastkd.data import load_tokenizer
 from fastkd.data import shapes as shapes_module
-from fastkd.models import LAVT
+from fastkd.errors import FastKDWarning
+from fastkd.evaluate import tokenizer_of
+from fastkd.models import LAVT, RISModel
 from fastkd.models.lavt import convert, read_checkpoint
+from fastkd.models.lavt.files import read as read_converted
 
 WIDTH, VOCABULARY = 64, 160  # the vocabulary of the shapes presets
 
@@ -151,12 +156,35 @@ def test_old_torch_files(vision, text, tmp_path):
     """torch before 1.6 wrote no zip archive."""
     torch.save(checkpoint(vision, text), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(tmp_path / "old.pth")
-    facts = convert(
-        tmp_path / "old.pth", tmp_path / "t.safetensors", tokenizer="vocab.txt", image_size=384, max_words=15
-    )
+    with pytest.warns(FastKDWarning, match="only the tokenizer's name is recorded: .*'vocab.txt' is no file"):
+        facts = convert(
+            tmp_path / "old.pth", tmp_path / "t.safetensors", tokenizer="vocab.txt", image_size=384, max_words=15
+        )
     config = LAVT.from_pretrained(tmp_path / "t.safetensors").config
     assert (config.tokenizer, config.image_size, config.max_words) == ("vocab.txt", 384, 15)
     assert facts["layout"] == "lavt"
+
+
+def test_the_tokenizer_is_in_the_file(released, scenes, tmp_path, monkeypatch, capsys):
+    """Named by a relative path that leads to another vocabulary, or nowhere, later."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(load_tokenizer("shapes").pieces()[5:])]
+    monkeypatch.chdir(tmp_path)
+    Path("vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    assert main(["convert", str(released), "t.safetensors", "--tokenizer", "vocab.txt", "--image-size", "64"]) == 0
+    Path("vocab.txt").unlink()
+    teacher = LAVT.from_pretrained("t.safetensors")
+    assert tokenizer_of(teacher).pieces() == tokenizer_of(teacher, "t.safetensors").pieces() == pieces
+    Path("student.json").write_text(json.dumps(STUDENT))
+    distil = ["distill", "--data", str(scenes), "--out", "run", "--teacher", "t.safetensors", "--student"]
+    settings = ["--terms", "logit=0.2", "--steps", "1", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
+    assert main([*distil, "student.json", *settings]) == 0, capsys.readouterr().err
+    assert tokenizer_of(RISModel.from_pretrained("run/best")).pieces() == pieces  # the student has taken it over
+    config, state, _ = read_converted(Path("t.safetensors"))
+    for damaged in ("[]", "{", '{"../x": ""}'):
+        metadata = {"model": "lavt", "config": json.dumps(config.to_dict()), "tokenizer_files": damaged}
+        save_file(state, "damaged.safetensors", metadata=metadata)
+        with pytest.raises(ValueError, match="the tokenizer in its metadata can't be read"):
+            LAVT.from_pretrained("damaged.safetensors")
 
 
 # What is refused

@@ -307,13 +307,22 @@ def test_missing_images_name_what_was_tried(tmp_path: Path) -> None:
 
 
 def test_a_corrupt_jpeg_is_named(tmp_path: Path) -> None:
-    path = write_set(tmp_path) / "images/train2014/COCO_train2014_000000000001.jpg"
+    refs = [a_ref(0, "train"), a_ref(5, "train", ann_id=2, image_id=2), a_ref(7, "train")]
+    path = write_set(tmp_path, refs) / "images/train2014/COCO_train2014_000000000001.jpg"
     content = path.read_bytes()
+    message = r"000000000001\.jpg of ref 0, ref 7 can't be decoded .*fetch it again; or skip .*skip_unusable=True"
     for damaged in (content[: len(content) // 2], b"GIF? no", b""):
         path.write_bytes(damaged)
         data = RefCOCO(tmp_path)
-        with pytest.raises(ValueError, match=r"000000000001\.jpg can't be decoded .*fetch it again"):
+        with pytest.raises(ValueError, match=message):
             data.image(1)
+        with pytest.warns(
+            FastKDWarning, match=r"1 refs are used; skipped 2 × ref with a damaged image \(such as: .*ref 0"
+        ):
+            data = RefCOCO(tmp_path, skip_unusable=True)
+        assert [ref.ref_id for ref in data] == [5]
+        assert data.skipped == {"ref with a damaged image": 2}
+        assert data.image(2).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:

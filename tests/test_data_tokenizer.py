@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastkd.data import load_tokenizer
+from fastkd.data import Tokenizer, load_tokenizer
 from fastkd.errors import FastKDWarning
 
 
@@ -71,6 +74,95 @@ def test_marks_that_are_typed_are_text(tmp_path: Path) -> None:
         ]
 
 
+CASED = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Bath", "bath", "Left", "left", "mug", "##s"]
+LOWER = [piece.lower() if piece[0] != "[" else piece for piece in (*CASED[:6], *"xyz", "left", "mug", "##s")]
+
+
+def spelt(tokenizer: Tokenizer, pieces: list[str], sentence: str = "Left Bath mugs") -> list[str]:
+    ids, mask = tokenizer([sentence], 10)
+    return [pieces[i] for i in ids[0][mask[0]]]
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize(
+    ("pieces", "configuration", "cased"),
+    [
+        (CASED, {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}, True),
+        (CASED, None, True),  # seen in the pieces
+        (CASED, {"model_max_length": 512}, True),
+        (CASED, {"do_lower_case": True}, False),
+        (LOWER, None, False),
+        ([*LOWER, "ℂ", "[unused1]", "[X]"], None, False),  # no capital that lower-casing changes
+        ([*LOWER, *(f"w{number}" for number in range(200)), "A"], None, False),  # a stray
+    ],
+)
+def test_casing_is_the_vocabularys(
+    tmp_path: Path, pieces: list[str], configuration: dict[str, Any] | None, cased: bool, by_file: bool
+) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    if configuration is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(configuration))
+    tokenizer = load_tokenizer(tmp_path / "vocab.txt" if by_file else tmp_path)
+    words = ["Left", "Bath", "mug", "##s"] if cased else ["left", "bath", "mug", "##s"]
+    assert spelt(tokenizer, pieces) == ["[CLS]", *words, "[SEP]"]
+    assert tokenizer.lower_case is not cased
+    tokenizer.save(tmp_path / "saved")
+    assert spelt(load_tokenizer(tmp_path / "saved"), pieces) == ["[CLS]", *words, "[SEP]"]
+    other = load_tokenizer(tmp_path, lower_case=cased)
+    assert other.lower_case is cased
+
+
+def test_accents_follow_the_configuration(tmp_path: Path) -> None:
+    pieces = [*LOWER, "café", "cafe"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    assert spelt(load_tokenizer(tmp_path), pieces, "Café")[1] == "cafe"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"strip_accents": False}))
+    assert spelt(load_tokenizer(tmp_path), pieces, "Café")[1] == "café"
+    for content in ("{", "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json .*remove it"):
+            load_tokenizer(tmp_path)
+
+
+def test_padding_ids_other_than_0(tmp_path: Path) -> None:
+    pieces = ["red", "[UNK]", "[CLS]", "[PAD]", "[SEP]", "[MASK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_id == 3
+    ids, mask = tokenizer(["red", "red red"], 5)
+    assert ids.tolist() == [[2, 0, 4, 3, 3], [2, 0, 0, 4, 3]]
+    assert mask.sum(1).tolist() == [3, 4]
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.pad_id, again(["red"], 5)[0].tolist()) == (3, [[2, 0, 4, 3, 3]])
+
+
+@pytest.mark.parametrize("marks", [("[PAD]", "[UNK]", "[CLS]", "[SEP]"), ("<pad>", "<unk>", "<s>", "</s>")])
+def test_a_folder_with_only_a_tokenizer_json(tmp_path: Path, marks: tuple[str, ...]) -> None:
+    """Nothing next to it states which mark is which."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import models, pre_tokenizers, processors
+
+    pieces = ["red", marks[1], marks[2], marks[3], marks[0], "mug", *"[]<>/s", "SEP"]
+    inner = Inner(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token=marks[1]))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.add_special_tokens(list(marks))
+    around = [(mark, pieces.index(mark)) for mark in marks[2:]]
+    inner.post_processor = processors.TemplateProcessing(single=f"{marks[2]} $A {marks[3]}", special_tokens=around)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"backbone": "resnet18"}))  # a model of fastkd's is no matter
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_id == 4
+    ids, mask = tokenizer(["red mug", f"red {marks[3]}"], 8)
+    assert ids[0].tolist() == [2, 0, 5, 3, 4, 4, 4, 4]
+    assert mask[0].tolist() == [True] * 4 + [False] * 4
+    assert (ids[1][mask[1]] == pieces.index(marks[3])).sum() == 1  # a mark that is typed is text
+    with pytest.warns(FastKDWarning, match=f"cannot spell all of 'blue'.*reads {re.escape(marks[1])}"):
+        tokenizer(["blue"], 8)
+    with pytest.raises(ValueError, match=r"lower_case is for a vocab\.txt"):
+        load_tokenizer(tmp_path, lower_case=True)
+
+
 def test_tokenizer_from_files(tmp_path: Path) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", *"xyz", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "##dish"]) + "\n")
@@ -87,7 +179,6 @@ def test_tokenizer_from_files(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("red\ngreen\n", r"lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]"),
-        ("[UNK]\n[PAD]\n[CLS]\n[SEP]\n", r"\[PAD\] must be the first entry"),
         ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\nred\n", "an entry twice"),
     ],
 )

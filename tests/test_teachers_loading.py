@@ -230,8 +230,6 @@ class TestLoading:
 
 def test_clips_tokenizer_keeps_the_end_mark(tiny_folders, tmp_path) -> None:
     end = len(tiny.tokenizer()) - 1
-    with pytest.raises(ValueError, match=rf"has pad id {end}.* \(CLIP's, for a teacher: keep_end=True\)"):
-        load_tokenizer(tiny_folders["clipseg"])
     tokenizer = load_tokenizer(tiny_folders["clipseg"], keep_end=True)
     with pytest.warns(fastkd.FastKDWarning, match="was cut to max_words=6"):
         ids, mask = tokenizer(SENTENCES, 6)

@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from fastkd.models import LAVT, RISModel, TextPromptedTeacher
 
 
-def build_model(what: str, seed: int) -> RISModel:
-    """A new model from a preset's name or a config.json, or a saved one from its folder."""
+def build_model(what: str, seed: int, tokenizer: str | None = None) -> RISModel:
+    """Return a new model from a preset's name or a config.json, or a saved one from its folder.
+
+    A new one pads as its tokenizer does (the one given, or else its configuration's).
+    """
     import torch
 
+    from fastkd.data import load_tokenizer
     from fastkd.models import RISConfig, RISModel, list_presets, preset
 
     path = Path(what)
@@ -26,12 +30,21 @@ def build_model(what: str, seed: int) -> RISModel:
     if path.suffix == ".json":
         if not path.is_file():
             raise FileNotFoundError(f"no model configuration at {path}")
-        return RISModel(RISConfig.from_dict(_read_json(path)))
-    if what not in list_presets() and ("/" in what or "\\" in what):
+        config = RISConfig.from_dict(_read_json(path))
+        if config.tokenizer == ".":  # as in the folders that save_pretrained writes
+            config.tokenizer = str(path.parent.absolute())
+    elif what not in list_presets() and ("/" in what or "\\" in what):
         raise FileNotFoundError(
             f"no model folder at {path}; give a folder, a .json or a preset ({', '.join(list_presets())})"
         )
-    return RISModel(preset(what))
+    else:
+        config = preset(what)
+    source = tokenizer or config.tokenizer
+    if source is not None:
+        pad = load_tokenizer(source).pad_id
+        if pad:
+            config.text.setdefault("pad_token_id", pad)
+    return RISModel(config)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -131,22 +144,22 @@ def open_split(
     teacher: dict[str, Any] | None = None,
     **where: Any,
 ) -> ReferDataset:
-    """One split, at the size that the model was made for, and with its tokenizer or the one given.
+    """Return one split, at the size and normalisation that the model was made for, with its tokenizer or the one given.
 
     ``teacher`` is what `teacher_words` returns.
     """
     from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
-    from fastkd.models.inputs import check_vocabulary, word_limit
+    from fastkd.evaluate import tokenizer_of
+    from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
+    from fastkd.models.inputs import check_vocabulary, normalisation, word_limit
 
     config = model.config
-    source = tokenizer or config.tokenizer
-    if source is None:
-        raise ValueError(
-            "the model's configuration names no tokenizer, and word ids mean nothing without one: pass --tokenizer "
-            "with the path of its vocab.txt"
-        )
-    words = load_tokenizer(source, keep_end=getattr(config, "keep_end", False))
+    if tokenizer is None:
+        words = tokenizer_of(model)
+    else:
+        words = load_tokenizer(tokenizer, keep_end=getattr(config, "keep_end", False))
     check_vocabulary(model, words)
+    image_mean, image_std = normalisation(model) or (IMAGENET_MEAN, IMAGENET_STD)
     small = config.image_size <= 128  # decoded images of a small set fit in memory
     return ReferDataset(
         RefCOCO(root, split=split, **where),
@@ -156,6 +169,8 @@ def open_split(
         sentences=sentences,
         seed=seed,
         cache=small,
+        image_mean=image_mean,
+        image_std=image_std,
         **(teacher or {}),
     )
 

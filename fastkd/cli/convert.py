@@ -23,7 +23,7 @@ def convert(
     Args:
         source: the checkpoint (.pth), in either of the published layouts.
         destination: the .safetensors file to write.
-        tokenizer: path of the vocab.txt (or tokenizer folder) it was trained with; recorded, for ``fastkd evaluate``.
+        tokenizer: path of the vocab.txt (or tokenizer folder) it was trained with; it becomes part of the file.
         image_size: the size it was trained at; recorded.
         max_words: word ids per sentence it was trained with; recorded.
         overwrite: replace the destination.

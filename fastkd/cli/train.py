@@ -28,8 +28,9 @@ class DataArgs:
         dataset: which of the sets in it: refcoco, refcoco+ or refcocog.
         split_by: who split it: unc, google or umd.
         tokenizer: path of the vocab.txt (or tokenizer folder) that the word ids come from, or "shapes"; where left out,
-            what the model's configuration names, or else the teacher's.
-        skip_unusable: skip refs without a sentence, mask or image file, and report how many; else an error.
+            the one in the model's folder or that its configuration names, or else the teacher's.
+        skip_unusable: skip refs without a sentence, a mask or an image file that can be decoded, and report how many;
+            else an error. Every image is decoded once to find out.
     """
 
     data: Path
@@ -127,12 +128,12 @@ def _run(
     from fastkd.train import train as run
     from fastkd.train.recipes import balance_on, recipe
 
-    model = build_model(model_name, config.seed)
+    model = build_model(model_name, config.seed, data.tokenizer)
     teacher = None if teacher_name is None else load_teacher(teacher_name)
     apart = {} if teacher is None else teacher_words(model, teacher, teacher_tokenizer)
-    # Kept with the student, which is of no use without it.
-    theirs = None if teacher is None or apart else teacher.config.tokenizer
-    model.config.tokenizer = data.tokenizer or model.config.tokenizer or theirs
+    model.config.tokenizer = data.tokenizer or model.config.tokenizer
+    if model.config.tokenizer is None and teacher is not None and not apart:
+        model.config.tokenizer, model.tokenizer = teacher.config.tokenizer, getattr(teacher, "tokenizer", None)
     train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=apart)
     val_set = data.open("val", model, sentences="all")
     subject: Any = model

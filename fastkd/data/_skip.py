@@ -7,7 +7,7 @@ from collections import Counter
 
 from fastkd.errors import FastKDWarning
 
-_HINT = "; or skip and count what cannot be used: skip_unusable=True (--skip-unusable)"
+SKIP_HINT = "; or skip and count what cannot be used: skip_unusable=True (--skip-unusable)"
 
 
 class Skips:
@@ -25,7 +25,7 @@ class Skips:
             ValueError: ``message``, unless skipping is wanted.
         """
         if not self.wanted:
-            raise ValueError(message + _HINT)
+            raise ValueError(message + SKIP_HINT)
         self.counts[reason] += 1
         self._examples.setdefault(reason, message)
 

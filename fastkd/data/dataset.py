@@ -14,9 +14,7 @@ from torch.utils.data import Dataset
 from fastkd.data.images import to_square
 from fastkd.data.refcoco import Ref, RefCOCO, Sentence
 from fastkd.data.tokenizer import Tokenizer
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
 
 Sample = dict[str, Any]
 
@@ -24,7 +22,7 @@ Sample = dict[str, Any]
 class ReferDataset(Dataset[Sample]):
     """Samples of a :class:`RefCOCO` split, resized to a square whatever their aspect.
 
-    Images are resized bilinearly and normalised by ImageNet's mean and deviation; masks are resized by nearest
+    Images are resized bilinearly and normalised by ``image_mean`` and ``image_std``; masks are resized by nearest
     neighbour. A sample is a dict: ``image`` float32 (3, S, S), ``input_ids`` int64 (T,), ``word_mask`` bool (T,),
     ``mask`` bool (S, S), ``ref_id``, ``sent_id``, ``image_id``, ``sentence``; S is ``image_size``, T ``max_words``.
 
@@ -41,6 +39,9 @@ class ReferDataset(Dataset[Sample]):
         teacher_max_words: length of ``teacher_input_ids``; ``max_words`` where left out.
         cache: keep decoded and resized images and masks in memory, (S, S, 3) + (S, S) bytes each, as they are first
             read; workers of a DataLoader each keep their own unless :meth:`fill_cache` ran before.
+        image_mean: mean of red, green and blue, in [0, 1], that images are normalised by: the model's
+            ``config.image_mean``. ImageNet's where left out.
+        image_std: their deviation.
 
     Example::
 
@@ -62,6 +63,8 @@ class ReferDataset(Dataset[Sample]):
         cache: bool = False,
         teacher_tokenizer: Tokenizer | None = None,
         teacher_max_words: int | None = None,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         if not isinstance(refcoco, RefCOCO):
             raise TypeError(
@@ -82,7 +85,13 @@ class ReferDataset(Dataset[Sample]):
             raise ValueError(f"sentences must be 'random' (one a ref and epoch) or 'all'; got {sentences!r}")
         if not isinstance(image_size, int) or image_size < 1:
             raise ValueError(f"image_size must be a positive integer; got {image_size!r}")
+        if len(image_mean) != 3 or len(image_std) != 3 or not min(image_std) > 0:
+            raise ValueError(
+                "image_mean and image_std must be three numbers each, image_std above 0; got "
+                f"{image_mean!r} and {image_std!r}"
+            )
         self.refcoco, self.tokenizer = refcoco, tokenizer
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.image_size, self.max_words, self.sentences, self.seed = image_size, max_words, sentences, seed
         self.teacher_tokenizer, self.teacher_max_words = teacher_tokenizer, teacher_max_words
         self._pairs = [(ref, sentence) for ref in refcoco for sentence in ref.sentences]
@@ -109,7 +118,7 @@ class ReferDataset(Dataset[Sample]):
             raise IndexError(f"index {index} is out of range: the dataset has {len(self)} samples")
         ref, sentence = self._pick(index % len(self))
         return {
-            "image": normalise(self._image(ref.image_id)),
+            "image": normalise(self._image(ref.image_id), self.image_mean, self.image_std),
             **self._tokens(sentence.text),
             "mask": torch.from_numpy(self._mask(ref.ref_id).copy()),  # never a view of the cache
             "ref_id": ref.ref_id,
@@ -164,11 +173,13 @@ class ReferDataset(Dataset[Sample]):
         return mask
 
 
-def normalise(pixels: np.ndarray) -> torch.Tensor:
-    """An RGB image (H, W, 3) uint8 as float32 (3, H, W), normalised by ImageNet's mean and deviation."""
+def normalise(
+    pixels: np.ndarray, image_mean: Sequence[float] = IMAGENET_MEAN, image_std: Sequence[float] = IMAGENET_STD
+) -> torch.Tensor:
+    """Return an RGB image (H, W, 3) uint8 as float32 (3, H, W), normalised by a mean and deviation in [0, 1]."""
     image = torch.from_numpy(pixels).permute(2, 0, 1).float()
-    mean = torch.tensor(IMAGENET_MEAN).mul_(255.0)[:, None, None]
-    std = torch.tensor(IMAGENET_STD).mul_(255.0)[:, None, None]
+    mean = torch.tensor(image_mean).mul_(255.0)[:, None, None]
+    std = torch.tensor(image_std).mul_(255.0)[:, None, None]
     return image.sub_(mean).div_(std).contiguous()
 
 

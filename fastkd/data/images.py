@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,20 @@ def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.n
         raise ValueError(
             f"{path} is not an image that can be read ({type(error).__name__}: {error}): give a JPEG, PNG, WebP, ..."
         ) from error
+
+
+def find_damaged(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the files that :func:`read_image` cannot read, with the reasons; each is decoded once."""
+
+    def look(path: Path) -> tuple[Path, str]:
+        try:
+            read_image(path)
+        except (ValueError, OSError) as error:
+            return path, str(error.__cause__ or error)
+        return path, ""
+
+    with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
+        return {path: why for path, why in threads.map(look, paths) if why}
 
 
 def is_turned(path: str | os.PathLike[str]) -> bool:

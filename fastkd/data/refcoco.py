@@ -13,8 +13,8 @@ import numpy as np
 
 from fastkd.data._files import find_images, read_instances, read_refs
 from fastkd.data._join import check_agreement, check_unique, index
-from fastkd.data._skip import Skips
-from fastkd.data.images import WidePixels, is_turned, read_image
+from fastkd.data._skip import SKIP_HINT, Skips
+from fastkd.data.images import WidePixels, find_damaged, is_turned, read_image
 from fastkd.data.masks import RULES, check_segmentation, rasterise
 
 SPLITS = {
@@ -72,8 +72,9 @@ class RefCOCO:
         mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels that exactly one polygon covers.
         sentence_field: ``"sent"`` (lower-case, no punctuation), ``"raw"``, or ``"raw.lower"``.
         skip_unusable: skip refs without a sentence, with an empty or damaged segmentation, or whose annotation, image
-            or image file is missing, and empty sentences, instead of raising. What was skipped is counted in the
-            attribute ``skipped`` (reason to number) and reported in one `FastKDWarning`. Contradictions still raise.
+            or image file is missing or damaged, and empty sentences, instead of raising. What was skipped is counted in
+            the attribute ``skipped`` (reason to number) and reported in one `FastKDWarning`. Contradictions still
+            raise. Every image of the split is then decoded once when the object is made.
         check_counts: raise unless the number of refs is the published one (for the real sets).
 
     Raises:
@@ -121,15 +122,7 @@ class RefCOCO:
         refs = [made for ref in chosen if (made := _ref(ref, sentence_field, path, skips)) is not None]
         check_unique(refs, path)
         refs = self._load_instances(self.root / name / "instances.json", refs, skips)
-        needed = sorted({str(self._images[ref.image_id]["file_name"]) for ref in refs})
-        self.image_root, missing = find_images(self.root, image_root, needed, skip_unusable)
-        self.refs: list[Ref] = []
-        for ref in refs:
-            file = str(self._images[ref.image_id]["file_name"])
-            if file in missing:
-                skips.add("ref without its image file", f"{self.image_root / file} of ref {ref.ref_id} is missing")
-            else:
-                self.refs.append(ref)
+        self.refs = self._with_images(refs, image_root, skips)
         self._by_id = {ref.ref_id: ref for ref in self.refs}
         used = {ref.image_id for ref in self.refs}
         self._images = {number: image for number, image in self._images.items() if number in used}
@@ -181,9 +174,8 @@ class RefCOCO:
         except ValueError as error:
             if isinstance(error.__cause__, WidePixels):
                 raise
-            raise ValueError(
-                f"image {path} can't be decoded ({error.__cause__ or error}): the file is damaged, fetch it again"
-            ) from error
+            users = [f"ref {ref.ref_id}" for ref in self.refs if ref.image_id == image_id]
+            raise ValueError(_damaged(path, error.__cause__ or error, ", ".join(users)) + SKIP_HINT) from error
         if pixels.shape[:2] != self.image_size(image_id):
             if pixels.shape[1::-1] == self.image_size(image_id) and is_turned(path):
                 height, width = pixels.shape[:2]
@@ -209,6 +201,24 @@ class RefCOCO:
             rule=self.mask_rule,
             what=f"annotation {ref.ann_id} (ref {ref_id})",
         )
+
+    def _with_images(self, refs: list[Ref], image_root: str | os.PathLike[str] | None, skips: Skips) -> list[Ref]:
+        """Find the folder of the images; return the refs whose image file is there and, if that was asked, whole."""
+        files = {ref.ref_id: str(self._images[ref.image_id]["file_name"]) for ref in refs}
+        needed = sorted(set(files.values()))
+        self.image_root, missing = find_images(self.root, image_root, needed, skips.wanted)
+        there = [self.image_root / file for file in needed if file not in missing]
+        damaged = find_damaged(there) if skips.wanted else {}
+        usable = []
+        for ref in refs:
+            path = self.image_root / files[ref.ref_id]
+            if files[ref.ref_id] in missing:
+                skips.add("ref without its image file", f"{path} of ref {ref.ref_id} is missing")
+            elif path in damaged:
+                skips.add("ref with a damaged image", _damaged(path, damaged[path], f"ref {ref.ref_id}"))
+            else:
+                usable.append(ref)
+        return usable
 
     def _entry(self, image_id: int) -> dict[str, Any]:
         try:
@@ -289,6 +299,10 @@ def _check_options(name: str, split_by: str, split: str, mask_rule: str, sentenc
         raise ValueError(
             f"sentence_field must be one of {', '.join(map(repr, SENTENCE_FIELDS))}; got {sentence_field!r}"
         )
+
+
+def _damaged(path: Path, why: object, users: str) -> str:
+    return f"image {path} of {users} can't be decoded ({why}): the file is damaged, fetch it again"
 
 
 def _in_split(of_ref: str, split: str) -> bool:

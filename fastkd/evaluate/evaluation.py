@@ -15,9 +15,11 @@ from fastkd.evaluate._finite import blame, undecided
 from fastkd.evaluate.metrics import RISMetrics
 from fastkd.evaluate.protocols import Protocol
 from fastkd.evaluate.protocols import protocol as named_protocol
-from fastkd.models.inputs import check_host_ids, check_vocabulary
+from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary, own_type, run_model
 from fastkd.train.runtime import autocast, pick_device, pick_precision, to_device
 from fastkd.train.task import check_mask
+
+_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
 @dataclass
@@ -34,7 +36,7 @@ class EvalResult:
         resolution: (H, W) the masks were compared at.
         decision: how logits became masks.
         threshold: how P@X compares.
-        precision: arithmetic of the network.
+        precision: arithmetic of the network: "fp32", "bf16", "fp16" or "fp64".
         seconds: wall-clock seconds, loading included.
         sample_iou: (sentences,) float64 IoU in [0, 1], in dataset order.
         ref_ids: ref of each sample, where the batches tell.
@@ -117,7 +119,7 @@ def evaluate(
         batch_size: samples per forward.
         protocol: "lavt" (the dataset's own size) or "lavt480".
         device: where to run; the model's own device where left out.
-        precision: "fp32", "bf16" or "auto".
+        precision: "fp32", "bf16" or "auto"; a model whose weights are not float32 computes in their type.
         workers: processes that load data.
         collate: list of samples to batch; `fastkd.data.collate` where left out.
         channels_last: hand images over channels-last.
@@ -125,7 +127,7 @@ def evaluate(
     Raises:
         ValueError: an empty dataset, one that draws sentences at random, a size the protocol does not allow, logits
             that do not fit the masks, masks with values other than 0 and 1, word ids or a tokenizer beyond the model's
-            word table, an unknown protocol.
+            word table, images normalised otherwise than the model wants them, an unknown protocol.
         FloatingPointError: logits with NaN, which no mask can be read from; the message names the sample.
         NotImplementedError: a known protocol that is not available yet.
 
@@ -135,9 +137,11 @@ def evaluate(
     rules = named_protocol(protocol)
     check_dataset(dataset, rules)
     check_vocabulary(model, getattr(dataset, "tokenizer", None))
+    check_normalisation(model, dataset)
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else pick_device(device)
     precision = pick_precision(precision, where)
+    weights = own_type(model)
     if collate is None:
         from fastkd.data import collate
     shares = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -201,7 +205,7 @@ def evaluate(
         resolution=resolution,
         decision=rules.decision,
         threshold=rules.threshold,
-        precision=precision,
+        precision=precision if weights is None else _PRECISION[weights],
         seconds=time.perf_counter() - start,
         sample_iou=sample_iou,
         ref_ids=ref_ids,
@@ -210,7 +214,7 @@ def evaluate(
 
 
 def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    output = model(**{key: batch[key] for key in ("image", "input_ids", "word_mask") if key in batch})
+    output = run_model(model, **{key: batch[key] for key in ("image", "input_ids", "word_mask") if key in batch})
     logits = output if isinstance(output, Tensor) else output.logits
     mask = batch["mask"]
     if logits.ndim != 4 or logits.shape[1] != 2 or (logits.shape[0], *logits.shape[2:]) != tuple(mask.shape):

@@ -52,7 +52,8 @@ def predict(
 ) -> Prediction:
     """Segment what a sentence refers to.
 
-    The image is resized to the square that the model was made for and normalised, as in training; the logits are
+    The image is resized to the square that the model was made for and normalised by its own mean and deviation, as in
+    training; the logits are
     resized back (bilinearly) before the decision, so the mask has the image's own size.
 
     Args:
@@ -78,7 +79,7 @@ def predict(
     """
     from fastkd.data.dataset import normalise
     from fastkd.evaluate._finite import blame, undecided
-    from fastkd.models.inputs import check_host_ids, check_vocabulary, word_limit
+    from fastkd.models.inputs import check_host_ids, check_vocabulary, normalisation, run_model, word_limit
 
     if not isinstance(sentence, str):
         raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")
@@ -91,12 +92,13 @@ def predict(
     input_ids, word_mask = tokenizer([sentence], word_limit(model))
     check_host_ids(input_ids, model)
     where = next(model.parameters())
-    batch = normalise(to_square(pixels, config.image_size))[None].to(where.device, where.dtype)
+    square = normalise(to_square(pixels, config.image_size), *(normalisation(model) or ()))
+    batch = square[None].to(where.device)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            logits = model(batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
+            logits = run_model(model, batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
             if bool(undecided(logits)[0]):
                 raise FloatingPointError(f"the model's logits hold NaN, so there is no mask to decide: {blame(model)}")
             logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]
@@ -109,7 +111,7 @@ def predict(
 
 
 def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The tokenizer that goes with a model: from its folder where one lies there, else the one its configuration names.
+    """Return the tokenizer that goes with a model: its folder's, or that it was trained with, or that its config names.
 
     Args:
         model: a model with a ``config``.
@@ -119,8 +121,11 @@ def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None)
         ValueError: there is none in the folder and the configuration names none.
         FileNotFoundError: the one that is named is not there.
     """
-    from fastkd.data import load_tokenizer
+    from fastkd.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
+    handed_over = getattr(model, "tokenizer", None)
+    if isinstance(handed_over, Tokenizer) and (folder is None or not has_tokenizer(Path(folder))):
+        return handed_over
     source = tokenizer_source(model, folder)
     if source is None:
         raise ValueError(
@@ -131,8 +136,8 @@ def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None)
 
 
 def tokenizer_source(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> str | None:
-    """What `tokenizer_of` would load, or None."""
-    if folder is not None and any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        return str(folder)
+    """Return what `tokenizer_of` would load, or None."""
+    from fastkd.data.tokenizer import locate_tokenizer
+
     config: Any = model.config
-    return config.tokenizer
+    return config.tokenizer if folder is None else locate_tokenizer(config.tokenizer, Path(folder))

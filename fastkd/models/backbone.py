@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from fastkd.models import hub
 
 Fuse = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
@@ -35,6 +38,8 @@ class StagedBackbone(nn.Module):
     Attributes:
         channels: Width of each returned stage.
         strides: Input pixels per map pixel of each returned stage.
+        normalisation: Mean and deviation of the images that the weights were trained on, as timm's configuration of
+            this model states them; None for random weights.
 
     Raises:
         ValueError: An unknown name (close matches are offered), arguments timm refuses, a network that is not such a
@@ -54,6 +59,7 @@ class StagedBackbone(nn.Module):
             unused = _load_weights(network, Path(str(weights)))
         else:
             unused = set()
+        self.normalisation = None if weights is None else _normalisation(network, weights)
         info = getattr(network, "feature_info", None)
         if not info:
             raise ValueError(f"backbone {name!r} has no feature stages in timm; choose a hierarchical network")
@@ -156,8 +162,36 @@ def _create(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
     args.setdefault("num_classes", 0)
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
-    except (TypeError, AssertionError, ValueError, IndexError) as error:
-        raise ValueError(f"timm cannot build {name!r} with backbone_args={args}: {error}") from error
+    except Exception as error:
+        if pretrained and (why := hub.reason(error)):
+            raise ValueError(
+                f"timm's weights of {name!r} could not be fetched ({why}); or pass the file of the weights as "
+                "backbone_weights"
+            ) from error
+        if pretrained and "No pretrained weights" in str(error):
+            raise ValueError(
+                f"timm publishes no weights of {name!r}: leave backbone_weights out, pass a file, or choose another"
+            ) from error
+        if isinstance(error, TypeError | AssertionError | ValueError | IndexError):
+            raise ValueError(f"timm cannot build {name!r} with backbone_args={args}: {error}") from error
+        raise
+
+
+def _normalisation(network: nn.Module, weights: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and deviation from the configuration next to a file of weights, or else from timm's of the model."""
+    known: list[Any] = [getattr(network, "pretrained_cfg", None)]
+    beside = Path(str(weights)).parent / "config.json"
+    if weights != "timm" and beside.is_file():  # as in timm's folders on the hub
+        try:
+            values = json.loads(beside.read_text(encoding="utf-8"))
+            known.insert(0, values.get("pretrained_cfg") if isinstance(values, dict) else None)
+        except ValueError:
+            pass  # another file of that name
+    for found in known:
+        mean, std = (found.get("mean"), found.get("std")) if isinstance(found, dict) else (None, None)
+        if mean is not None and std is not None and len(mean) == len(std) == 3:
+            return tuple(mean), tuple(std)
+    return None
 
 
 def _load_weights(network: nn.Module, path: Path) -> set[str]:

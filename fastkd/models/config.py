@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -27,7 +31,12 @@ class RISConfig:
         image_size: The size the model is meant for; any size the backbone allows works.
         max_words: How many word ids the tokenizer should keep.
         tokenizer: Name or path of the tokenizer that goes with the word ids, for
-            :func:`fastkd.data.load_tokenizer`; not used by the model itself.
+            :func:`fastkd.data.load_tokenizer`; not used by the model itself. In a saved model's folder ``"."`` stands
+            for that folder.
+        image_mean: Mean of red, green and blue, in [0, 1], that images are normalised by. None: what timm states for
+            the ``backbone_weights`` that a model is made with; ImageNet's where there are none. A model's own
+            ``config`` always holds numbers.
+        image_std: Their deviation.
 
     Raises:
         ValueError: A field is out of range; the message names it.
@@ -46,6 +55,8 @@ class RISConfig:
     image_size: int = 480
     max_words: int = 20
     tokenizer: str | None = None
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, kind, what in (
@@ -77,6 +88,11 @@ class RISConfig:
             )
         if min(self.heads) < 1:
             raise ValueError(f"fusion_heads must be at least 1, got {self.fusion_heads}")
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("image_mean and image_std belong together: give both, or neither")
+        if self.image_mean is not None and self.image_std is not None:
+            self.image_mean = _colours("image_mean", self.image_mean)
+            self.image_std = _colours("image_std", self.image_std, positive=True)
         try:
             json.dumps(asdict(self))
         except TypeError as error:
@@ -109,6 +125,15 @@ class RISConfig:
 
 def _positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _colours(name: str, value: Any, positive: bool = False) -> tuple[float, ...]:
+    real = isinstance(value, list | tuple) and all(
+        isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value
+    )
+    if not real or len(value) != 3 or (positive and min(value) <= 0):
+        raise ValueError(f"{name} must be three numbers{' above 0' if positive else ''}, got {value!r}")
+    return tuple(float(one) for one in value)
 
 
 def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:

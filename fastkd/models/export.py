@@ -67,8 +67,8 @@ def export_onnx(
     appear together after that, or none does. Every parameter is an initialiser under torch's own name, in fp32;
     runtimes fold what they like when they load it.
 
-    Inputs: ``image`` (B, 3, H, W) float32, ImageNet-normalised; ``input_ids`` (B, T) int64; ``word_mask`` (B, T) bool.
-    Output: ``logits`` (B, 2, H, W), channel 1 the referred object. T is the configuration's ``max_words``.
+    Inputs: ``image`` (B, 3, H, W) float32, normalised as the JSON says; ``input_ids`` (B, T) int64; ``word_mask``
+    (B, T) bool. Output: ``logits`` (B, 2, H, W), channel 1 the referred object. T is the configuration's ``max_words``.
 
     Args:
         model: the student.
@@ -143,7 +143,8 @@ def export_onnx(
                 f"onnxruntime and torch differ by {worst:.2e} of the largest logit, more than tolerance={tolerance:g} "
                 f"(by batch size: {', '.join(f'{b}: {d:.2e}' for b, d in differences.items())}); nothing was written"
             )
-        facts = _facts(model, temporary, height, width, parameters, differences, tolerance, tokenizer)
+        vocabulary = path.with_suffix(".vocab.txt").name
+        facts = _facts(model, temporary, height, width, parameters, differences, tolerance, tokenizer, vocabulary)
         return _publish(path, temporary, facts, tokenizer, parameters, differences)
     finally:
         temporary.unlink(missing_ok=True)
@@ -198,7 +199,7 @@ def _example(model: RISModel, batch: int, height: int, width: int, seed: int) ->
     lengths = torch.randint(1, words + 1, (batch, 1), generator=generator)
     lengths[-1] = words
     mask = torch.arange(words) < lengths
-    return image, ids * mask, mask
+    return image, ids.masked_fill(~mask, model.text_encoder.pad_id), mask
 
 
 def _trace(network: _Network, example: tuple[Tensor, ...]) -> Any:
@@ -265,11 +266,14 @@ def _facts(
     differences: dict[int, float],
     tolerance: float,
     tokenizer: Tokenizer | None,
+    vocabulary: str,
 ) -> dict[str, Any]:
     import fastkd
-    from fastkd.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 
     words = word_limit(model)
+    name = model.config.tokenizer if tokenizer is None else tokenizer.name
+    if tokenizer is not None and name != "shapes":
+        name = vocabulary  # which is written next to the network; a path of this machine helps nobody
     return {
         "format": "fastkd.onnx/1",  # _check_targets knows an earlier export by it
         "fastkd": fastkd.__version__,
@@ -285,11 +289,12 @@ def _facts(
             "channels": "RGB",
             "resize": "bilinear, to height x width whatever the aspect",
             "scale": 1 / 255,
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "mean": list(model.config.image_mean or ()),
+            "std": list(model.config.image_std or ()),
         },
         "tokenizer": {
-            "name": tokenizer.name if tokenizer is not None else model.config.tokenizer,
+            "name": name,
+            "lower_case": None if tokenizer is None else tokenizer.lower_case,
             "vocab_size": tokenizer.vocab_size if tokenizer is not None else model.text_encoder.vocab_size,
             "max_words": words,
             "pad_id": model.text_encoder.pad_id,
@@ -301,7 +306,7 @@ def _facts(
             "by_batch_size": {str(batch): value for batch, value in differences.items()},
             "tolerance": tolerance,
         },
-        "config": model.config.to_dict(),
+        "config": {**model.config.to_dict(), "tokenizer": name},
     }
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastkd.errors import FastKDWarning
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation of red, green and blue, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,94 @@ def word_limit(model: torch.nn.Module) -> int:
     return min(config.max_words, table) if isinstance(table, int) else config.max_words
 
 
-def table_size(model: torch.nn.Module) -> int | None:
-    """Return the number of rows of a model's word table, or None where it has none or does not tell."""
+def unwrapped(model: torch.nn.Module) -> Any:
+    """Return the model inside of DistributedDataParallel and torch.compile."""
     for wrapper in ("module", "_orig_mod"):
         model = getattr(model, wrapper, model)
+    return model
+
+
+def normalisation(model: torch.nn.Module) -> Normalisation | None:
+    """Return the mean and deviation that a model's images are normalised by, or None where it does not tell.
+
+    That is its ``image_normalisation``, or its configuration's ``image_mean`` and ``image_std``.
+    """
+    model = unwrapped(model)
+    known = getattr(model, "image_normalisation", None)
+    if known is None:
+        config = getattr(model, "config", None)
+        known = getattr(config, "image_mean", None), getattr(config, "image_std", None)
+    mean, std = known
+    return None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
+def check_normalisation(model: torch.nn.Module, dataset: Any, whose: str = "model") -> None:
+    """Refuse a dataset whose images are normalised otherwise than the model wants them.
+
+    Raises:
+        ValueError: naming both. A model or dataset that does not tell passes.
+    """
+    wanted = normalisation(model)
+    given = getattr(dataset, "image_mean", None), getattr(dataset, "image_std", None)
+    if wanted is None or None in given or all(_close(a, b) for a, b in zip(wanted, given, strict=True)):
+        return
+    raise ValueError(
+        f"the dataset normalises images by {_short(given)}, the {whose} wants {_short(wanted)}: pass "
+        "image_mean=model.config.image_mean and image_std=model.config.image_std to the dataset"
+    )
+
+
+def renormalise(image: Tensor, given: Normalisation, wanted: Normalisation) -> Tensor:
+    """Return images (B, 3, H, W) that are normalised by ``given`` as ``wanted`` has them."""
+    if image.ndim != 4 or image.shape[1] != 3 or all(_close(a, b) for a, b in zip(given, wanted, strict=True)):
+        return image
+    scale = [ours / theirs for ours, theirs in zip(given[1], wanted[1], strict=True)]
+    shift = [(ours - theirs) / std for ours, theirs, std in zip(given[0], wanted[0], wanted[1], strict=True)]
+    # By numbers: a tensor of them would have to be brought to the device, which waits for it.
+    channels = [image[:, c] * scale[c] + shift[c] for c in range(3)]
+    last = image.is_contiguous(memory_format=torch.channels_last)
+    return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _close(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(abs(x - y) < 1e-6 for x, y in zip(a, b, strict=True))
+
+
+def _short(values: Any) -> str:
+    mean, std = (", ".join(f"{one:g}" for one in part) for part in values)
+    return f"mean ({mean}) and deviation ({std})"
+
+
+def own_type(model: torch.nn.Module) -> torch.dtype | None:
+    """Return float16, bfloat16 or float64 where all floating-point parameters have that type; None otherwise."""
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+    first = next(kinds, torch.float32)
+    return None if first == torch.float32 or any(kind != first for kind in kinds) else first
+
+
+def run_model(model: torch.nn.Module, *args: Any, **inputs: Any) -> Any:
+    """Call a model; one whose weights are not float32 computes in their type, whatever the caller's autocast.
+
+    Its floating-point inputs are cast to that type, unless it states ``casts_inputs``: that its forward takes float32
+    images itself.
+    """
+    kind = own_type(model)
+    if kind is None:
+        return model(*args, **inputs)
+    if not getattr(unwrapped(model), "casts_inputs", False):
+        args = tuple(_cast(value, kind) for value in args)
+        inputs = {name: _cast(value, kind) for name, value in inputs.items()}
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        return model(*args, **inputs)
+
+
+def _cast(value: Any, kind: torch.dtype) -> Any:
+    return value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def table_size(model: torch.nn.Module) -> int | None:
+    """Return the number of rows of a model's word table, or None where it has none or does not tell."""
+    model = unwrapped(model)
     for owner in (getattr(model, "text_encoder", None), model):
         rows = getattr(owner, "vocab_size", None)
         if isinstance(rows, int):
@@ -47,10 +137,13 @@ def table_size(model: torch.nn.Module) -> int | None:
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model") -> None:
-    """Refuse a tokenizer that has ids beyond the model's word table; a GPU would end the process at the first of them.
+    """Refuse a tokenizer that has ids beyond the model's word table, or another padding id than its text encoder.
+
+    A GPU would end the process at the first id beyond the table. The padding id's vector never trains, and some text
+    encoders count positions from it.
 
     Raises:
-        ValueError: naming both sizes. A model or tokenizer that does not tell its size passes.
+        ValueError: naming both sides. A model or tokenizer that does not tell passes.
     """
     rows, entries = table_size(model), getattr(tokenizer, "vocab_size", None)
     if rows is not None and isinstance(entries, int) and entries > rows:
@@ -59,6 +152,21 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model
             f"the tokenizer ({getattr(tokenizer, 'name', None)!r}) has {entries} entries, the {whose}'s word table "
             f"{rows} rows: it is not this model's own" + (f" ({own!r})" if isinstance(own, str) else "")
         )
+
+    ours, theirs = _padding_id(model), getattr(tokenizer, "pad_id", None)
+    if isinstance(ours, int) and isinstance(theirs, int) and ours != theirs:
+        text = (
+            f"the tokenizer ({getattr(tokenizer, 'name', None)!r}) pads with id {theirs}, the {whose}'s text encoder "
+            f"takes id {ours} for padding: give its configuration text={{'pad_token_id': {theirs}}}"
+        )
+        if theirs:
+            raise ValueError(text)
+        warnings.warn(text, FastKDWarning, stacklevel=3)  # not an error: models were trained this way
+
+
+def _padding_id(model: torch.nn.Module) -> Any:
+    text = getattr(unwrapped(model), "text_encoder", None)
+    return getattr(getattr(getattr(text, "model", text), "config", None), "pad_token_id", None)
 
 
 def check_host_ids(input_ids: Any, model: torch.nn.Module) -> None:
@@ -93,7 +201,7 @@ def check_inputs(
     if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
         raise ValueError(f"image must be (B, 3, H, W), no dimension 0, got {tuple(image.shape)}")
     if not image.is_floating_point():
-        raise TypeError(f"image must be floating point and ImageNet-normalised, got {image.dtype}")
+        raise TypeError(f"image must be floating point and normalised, got {image.dtype}")
     if (input_ids is None) == (words is None):
         raise ValueError(f"give either input_ids or words, got {'neither' if words is None else 'both'}")
     if input_ids is not None:

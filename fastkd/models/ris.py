@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from fastkd.models import checkpoint
+from fastkd.data.tokenizer import FILES as TOKENIZER_FILES
+from fastkd.data.tokenizer import has_tokenizer, load_tokenizer, locate_tokenizer
+from fastkd.errors import FastKDWarning
+from fastkd.models import checkpoint, hub
 from fastkd.models.backbone import StagedBackbone
-from fastkd.models.config import RISConfig
+from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD, RISConfig
 from fastkd.models.decoder import TopDownDecoder
 from fastkd.models.fusion import Fusion
 from fastkd.models.inputs import WordLimits, check_inputs
 from fastkd.models.text import TextEncoder
+
+if TYPE_CHECKING:
+    from fastkd.data import Tokenizer
 
 
 @dataclass
@@ -66,9 +73,15 @@ class RISModel(
 
     Args:
         config: The architecture, e.g. ``preset("shapes-student")``.
-        backbone_weights: None, ``"timm"`` for timm's published weights, or the path of a timm state dict.
-        text_weights: None, or a transformers folder or hub name. Neither is kept in the configuration: a saved model is
-            complete in itself.
+        backbone_weights: None, ``"timm"`` for timm's published weights, or the path of a timm state dict. The mean and
+            deviation that timm states for them become the configuration's, unless it has its own.
+        text_weights: None, or a transformers folder or hub name. A tokenizer in the folder becomes the configuration's,
+            unless it names one. Neither name of weights is kept: a saved model is complete in itself.
+
+    Attributes:
+        config: The configuration, with the numbers that images are normalised by.
+        tokenizer: The tokenizer that its word ids come from, where it was handed over (training does so); None: what
+            the configuration names. ``save_pretrained`` writes it into the folder, next to the weights.
 
     Example::
 
@@ -78,6 +91,8 @@ class RISModel(
         model.save_pretrained("student")
         again = RISModel.from_pretrained("student")
     """
+
+    casts_inputs: ClassVar = True
 
     def __init__(
         self,
@@ -89,8 +104,14 @@ class RISModel(
         super().__init__()
         if not isinstance(config, RISConfig):
             raise TypeError(f"config must be a RISConfig (see fastkd.models.preset), got {type(config).__name__}")
-        self.config = config
         self.backbone = StagedBackbone(config.backbone, config.backbone_args, config.out_indices, backbone_weights)
+        if config.image_mean is None:
+            mean, std = self.backbone.normalisation or (IMAGENET_MEAN, IMAGENET_STD)
+            config = replace(config, image_mean=mean, image_std=std)
+        if config.tokenizer is None and text_weights is not None and has_tokenizer(Path(text_weights)):
+            config = replace(config, tokenizer=str(Path(text_weights).absolute()))
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
         self.text_encoder = TextEncoder(config.text_model, config.text, text_weights)
         channels = self.backbone.channels
         self.fusions = nn.ModuleList(
@@ -109,7 +130,8 @@ class RISModel(
         """Segment what the sentence refers to.
 
         Args:
-            image: (B, 3, H, W), ImageNet-normalised.
+            image: (B, 3, H, W), normalised by the configuration's ``image_mean`` and ``image_std``; it is cast to the
+                weights' type.
             input_ids: (B, T) integer word ids; or
             words: (B, T, D) word vectors, in place of ``input_ids``: the text encoder is then not run.
             word_mask: (B, T) bool, True where a word is. None: every id that is not the padding id, or every vector.
@@ -123,8 +145,9 @@ class RISModel(
         text = self.text_encoder
         limits = WordLimits(text.width, text.vocab_size, text.max_words, text.pad_id, self.config.tokenizer)
         word_mask = check_inputs(image, input_ids, word_mask, words, limits, self.decoder.classifier.weight.device)
-        if words is None:
-            words = self.text_encoder(input_ids, word_mask)
+        kind = self.decoder.classifier.weight.dtype
+        image = image.to(kind)
+        words = self.text_encoder(input_ids, word_mask) if words is None else words.to(kind)
         logits: list[Tensor] = []
 
         def fuse(index: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,10 +174,34 @@ class RISModel(
         }
         weights = save_directory / checkpoint.WEIGHTS_FILE
         save_file(state, weights, metadata={"format": "pt"})
-        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
+        values = self.config.to_dict()
+        tokenizer = self._own_tokenizer()
+        if tokenizer is not None:
+            tokenizer.save(save_directory)
+            values["tokenizer"] = "."
+        elif self.tokenizer is not None:
+            values["tokenizer"] = self.tokenizer.name
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         config = save_directory / checkpoint.CONFIG_FILE
         config.write_text(text, encoding="utf-8")
         weights.chmod(config.stat().st_mode)  # safetensors leaves a file that only its owner may read
+
+    def _own_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer to save along; None where there is none, or it ships with fastkd."""
+        named = self.config.tokenizer if self.tokenizer is None else self.tokenizer.name
+        if named in (None, "shapes"):
+            return None
+        if self.tokenizer is not None:
+            return self.tokenizer
+        try:
+            return load_tokenizer(str(named))
+        except (OSError, ValueError) as error:  # weights are worth more than the run that would end here
+            warnings.warn(
+                f"the model is saved without its tokenizer, which the folder should hold: {error}",
+                FastKDWarning,
+                stacklevel=5,
+            )
+            return None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> RISModel:
@@ -168,14 +215,20 @@ class RISModel(
 
         Raises:
             FileNotFoundError: No such folder, or a file missing in it.
-            ValueError: A configuration or weights that do not fit; all names are told and nothing is loaded.
+            ValueError: A configuration or weights that do not fit (all names are told and nothing is loaded), or a hub
+                name that could not be fetched.
         """
         folder = Path(pretrained_model_name_or_path).expanduser()
-        if not folder.is_dir() and not _is_hub_name(str(pretrained_model_name_or_path)):
+        if not folder.is_dir() and not hub.is_hub_name(str(pretrained_model_name_or_path)):
             checkpoint.read_config(folder)  # raises: tells what was looked for
         if folder.is_dir():
             return cls._from_folder(folder, kwargs.get("map_location", "cpu"))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except Exception as error:
+            if hub.reason(error) is None:  # it was fetched, and is not a model of fastkd's
+                raise
+            raise hub.not_fetched(str(pretrained_model_name_or_path), error) from error
 
     @classmethod
     def _from_pretrained(
@@ -199,7 +252,7 @@ class RISModel(
             force_download=force_download,
             local_files_only=local_files_only,
             token=token,
-            allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE],
+            allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, *TOKENIZER_FILES],
         )
         return cls._from_folder(Path(folder), map_location)
 
@@ -210,11 +263,8 @@ class RISModel(
             config = RISConfig.from_dict(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / checkpoint.CONFIG_FILE}: {error}") from error
+        config.tokenizer = locate_tokenizer(config.tokenizer, folder)
         state = checkpoint.read_state_dict(folder / checkpoint.WEIGHTS_FILE)
         model = cls(config)
         checkpoint.load_strictly(model, state, str(folder / checkpoint.WEIGHTS_FILE))
         return model.to(map_location).eval()
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from fastkd.models import checkpoint, hub
 
 
 class TextEncoder(nn.Module):
@@ -56,17 +59,7 @@ class TextEncoder(nn.Module):
         if weights is None:
             self.model = model_class(config, **options)
         else:
-            try:
-                self.model, loaded = model_class.from_pretrained(
-                    str(weights), config=config, output_loading_info=True, **options
-                )
-            except (RuntimeError, OSError) as error:
-                raise ValueError(
-                    f"text weights {str(weights)!r} cannot be loaded into this text encoder: {error}"
-                ) from error
-            if loaded["missing_keys"]:
-                missing = ", ".join(sorted(loaded["missing_keys"])[:6])
-                raise ValueError(f"text weights {str(weights)!r} have no value for {missing}; nothing was loaded")
+            self.model = _load(model_class, config, weights, options)
         self.width: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.pad_id: int = config.pad_token_id or 0
@@ -79,3 +72,35 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, word_mask: Tensor) -> Tensor:
         """Word vectors (B, T, D) from ids (B, T) and a bool mask (B, T), True where a word is."""
         return self.model(input_ids=input_ids, attention_mask=word_mask.long()).last_hidden_state
+
+
+def _load(model_class: Any, config: Any, weights: str | Path, options: dict[str, Any]) -> Any:
+    """Return the encoder with every parameter from the weights.
+
+    Raises:
+        ValueError: weights that cannot be fetched or read, or leave a parameter without a value.
+    """
+    what = f"text weights {str(weights)!r}"
+    try:
+        model, loaded = model_class.from_pretrained(
+            str(weights), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except pickle.UnpicklingError as error:  # torch's message advises to run the code in the file: it is not shown
+        raise ValueError(
+            f"{what} cannot be read: their pickle is damaged, or holds objects other than tensors, which could run "
+            "code. Nothing was run; fetch them again, or save them as safetensors"
+        ) from error
+    except Exception as error:  # a damaged file raises almost anything
+        if isinstance(error, OSError) and not Path(weights).is_dir():
+            raise hub.not_fetched(str(weights), error, causes_kept=False) from error
+        kind, text = type(error).__name__, (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{what} cannot be loaded into this text encoder ({kind}: {text})") from error
+    if loaded["mismatched_keys"]:
+        sizes = [f"{name} is {tuple(theirs)}, not {tuple(ours)}" for name, theirs, ours in loaded["mismatched_keys"]]
+        raise ValueError(
+            f"{what} do not fit this text encoder: {checkpoint.some(sorted(sizes), 3)}; nothing was loaded"
+        )
+    if loaded["missing_keys"]:
+        missing = checkpoint.some(sorted(loaded["missing_keys"]))
+        raise ValueError(f"{what} have no value for {missing}; nothing was loaded")
+    return model

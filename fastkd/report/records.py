@@ -9,6 +9,8 @@ from numbers import Real
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
+
 Metric = float | Sequence[float]
 """One number, or one number per seed."""
 
@@ -119,18 +121,24 @@ class Example:
 
     @classmethod
     def from_sample(
-        cls, sample: Mapping[str, Any], predictions: Mapping[str, Any], ious: Mapping[str, float] | None = None
+        cls,
+        sample: Mapping[str, Any],
+        predictions: Mapping[str, Any],
+        ious: Mapping[str, float] | None = None,
+        *,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
     ) -> Example:
-        """An example from a sample of `fastkd.data.ReferDataset`, whose image is normalised.
+        """Return an example from a sample of `fastkd.data.ReferDataset`, undoing the normalisation of its image.
+
+        ``image_mean`` and ``image_std`` are those of the dataset.
 
         Example:
             >>> mask = student(**batch).logits.argmax(1)[0]
             >>> Example.from_sample(dataset[0], {"student": mask})
         """
-        from fastkd.data.dataset import IMAGENET_MEAN, IMAGENET_STD
-
         image = sample["image"].detach().cpu().float()
-        mean, deviation = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, deviation = (image.new_tensor(values)[:, None, None] for values in (image_mean, image_std))
         return cls((image * deviation + mean).clamp(0, 1), sample["mask"], predictions, sample["sentence"], ious)
 
 

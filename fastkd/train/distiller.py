@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fastkd.models.inputs import normalisation, renormalise, run_model
 from fastkd.train import checks, words
 from fastkd.train.select import Selector, hint, select
 from fastkd.train.taps import Taps
@@ -114,7 +115,9 @@ class Distiller(nn.Module):
         inputs: the keys of the batch that the models take; the models get those that a batch has, and no others. Where
             a batch has ``teacher_input_ids`` (or ``teacher_`` and another of the keys), the teacher gets that under the
             key's own name: the sentence in the words of its own tokenizer. Words are then not the same on both sides,
-            and of the cross-modal terms only ``"pixel_pixel"`` is taken, with a pair of word masks.
+            and of the cross-modal terms only ``"pixel_pixel"`` is taken, with a pair of word masks. The ``image`` is
+            normalised for the student; a teacher whose images are normalised otherwise gets it converted, where both
+            models tell. A model whose weights are not float32 computes in their type.
         student_taps: name to module path (or a `Taps`) for features that the student's output does not hold; terms
             select them by name.
         teacher_taps: the same for the teacher.
@@ -188,7 +191,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> DistillOutput:
         """Run both models and every loss on one batch."""
-        student = self.student(**self.model_inputs(batch))
+        student = run_model(self.student, **self.model_inputs(batch))
         teacher = self.run_teacher(batch)
         apart = words.tokenised_apart(self.inputs, batch)
         task = self.task_loss(student, batch)
@@ -215,7 +218,17 @@ class Distiller(nn.Module):
         if self.teacher.training:
             raise ValueError("teacher is in train mode: its dropout and batch statistics are on; call teacher.eval()")
         with torch.no_grad():
-            return self.teacher(**words.teacher_inputs(self.teacher, self.inputs, batch))
+            return run_model(self.teacher, **self._teacher_inputs(batch))
+
+    def _teacher_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of the batch goes into the teacher, the student's image as the teacher wants it normalised."""
+        assert self.teacher is not None
+        inputs = words.teacher_inputs(self.teacher, self.inputs, batch)
+        ours, theirs = normalisation(self.student), normalisation(self.teacher)
+        image = inputs.get("image")
+        if ours and theirs and isinstance(image, Tensor) and words.PREFIX + "image" not in batch:
+            inputs["image"] = renormalise(image, ours, theirs)
+        return inputs
 
     def check(self, batch: Mapping[str, Any]) -> checks.GradientReport:
         """Refuse, before training, what would otherwise fail silently; see `fastkd.train.checks.check`."""

@@ -26,7 +26,7 @@ from fastkd.train.checkpoint import save_student
 from fastkd.train.checks import gradient_report
 from fastkd.train.config import TrainConfig
 from fastkd.train.distiller import Distiller
-from fastkd.train.host import check_batch, check_tokenizers
+from fastkd.train.host import check_batch, check_tokenizers, keep_tokenizer
 from fastkd.train.log import Progress, RunLog, environment
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
 from fastkd.train.runtime import Clock, autocast, pick_device, pick_precision, to_device
@@ -180,6 +180,7 @@ class _Run:
         """Train from the first step to the last."""
         config, distiller = self.config, self.distiller
         check_tokenizers(distiller, self.dataset)
+        keep_tokenizer(distiller.student, self.dataset)
         torch.manual_seed(config.seed * 1009 + self.accelerator.process_index)  # dropout
         distiller.to(self.device)
         if config.channels_last:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch import Tensor
 
 import fastkd
 from fastkd._console import typed
+from fastkd.data.tokenizer import Tokenizer, load_tokenizer
+from fastkd.errors import FastKDWarning
 from fastkd.models import checkpoint
 from fastkd.models.lavt.config import LAVTConfig
 from fastkd.models.lavt.model import LAVT
 from fastkd.models.lavt.released import read_checkpoint
 
 MODEL = "lavt"
+_TOKENIZER = "tokenizer_files"
 
 
 def convert(
@@ -40,7 +44,8 @@ def convert(
         source: The ``.pth``, in either layout; read as :func:`~fastkd.models.lavt.released.read_checkpoint` does.
         destination: The ``.safetensors`` to write.
         tokenizer: What :func:`fastkd.data.load_tokenizer` should be given for this model, e.g. the path of BERT's
-            uncased ``vocab.txt``; recorded only.
+            uncased ``vocab.txt``; its name and its files become part of the file. Where it is not there, a
+            `FastKDWarning` says that its name alone was recorded.
         image_size: The size it was trained at; recorded only.
         max_words: Word ids it was trained with; recorded only.
         overwrite: Replace an existing file.
@@ -85,6 +90,7 @@ def convert(
             f"{source} holds NaN or Inf in {len(broken)} of its tensors ({checkpoint.some(broken)}): its training went "
             "wrong"
         )
+    model.tokenizer = _tokenizer(tokenizer)
     places = (model.config.text or {}).get("max_position_embeddings", max_words)
     if max_words > places:
         raise ValueError(f"max_words must be at most {places}, the places of the text encoder, got {max_words}")
@@ -115,6 +121,8 @@ def write(model: LAVT, path: Path, origin: dict[str, str]) -> dict[str, str]:
         "config": json.dumps(model.config.to_dict(), sort_keys=True),
         **origin,
     }
+    if model.tokenizer is not None and model.tokenizer.name != "shapes":
+        metadata[_TOKENIZER] = model.tokenizer.to_json()
     state = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in model.state_dict().items()}
     fresh = None
     try:
@@ -133,8 +141,18 @@ def write(model: LAVT, path: Path, origin: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
-def read(path: Path) -> tuple[LAVTConfig, dict[str, Tensor]]:
-    """Configuration and weights of a file that :func:`write` wrote.
+def _tokenizer(name: str | None) -> Tokenizer | None:
+    if name is None:
+        return None
+    try:
+        return load_tokenizer(name)
+    except FileNotFoundError as error:
+        warnings.warn(f"only the tokenizer's name is recorded: {error}", FastKDWarning, stacklevel=3)
+        return None
+
+
+def read(path: Path) -> tuple[LAVTConfig, dict[str, Tensor], Tokenizer | None]:
+    """Return configuration, weights and tokenizer (None where there is none) of a file that :func:`write` wrote.
 
     Raises:
         FileNotFoundError: No such file.
@@ -159,6 +177,13 @@ def read(path: Path) -> tuple[LAVTConfig, dict[str, Tensor]]:
         values = json.loads(metadata["config"])
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-        return LAVTConfig.from_dict(values), state
+        config = LAVTConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: the configuration in its metadata does not describe a LAVT ({error})") from error
+    tokenizer = None
+    if _TOKENIZER in metadata:
+        try:
+            tokenizer = Tokenizer.from_json(metadata[_TOKENIZER], str(config.tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{path}: the tokenizer in its metadata can't be read ({error})") from error
+    return config, state, tokenizer

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from fastkd.models import checkpoint
+from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.models.inputs import WordLimits, check_inputs
 from fastkd.models.lavt.backbone import LAVTBackbone
 from fastkd.models.lavt.config import LAVTConfig
@@ -16,6 +17,9 @@ from fastkd.models.lavt.decoder import LAVTDecoder, resize
 from fastkd.models.lavt.states import add_counters, gather
 from fastkd.models.lavt.swin import PATCH
 from fastkd.models.ris import RISOutput
+
+if TYPE_CHECKING:
+    from fastkd.data import Tokenizer
 
 
 class LAVT(nn.Module):
@@ -49,11 +53,15 @@ class LAVT(nn.Module):
         mask = out.logits.argmax(1)              # (B, 480, 480)
     """
 
+    casts_inputs: ClassVar = True
+    image_normalisation: ClassVar = (IMAGENET_MEAN, IMAGENET_STD)
+
     def __init__(self, config: LAVTConfig) -> None:
         super().__init__()
         if not isinstance(config, LAVTConfig):
             raise TypeError(f"config must be a LAVTConfig, got {type(config).__name__}; see LAVT.from_state_dict")
         self.config = config
+        self.tokenizer: Tokenizer | None = None  # the one in the converted file
         self.backbone = LAVTBackbone(config)
         self.classifier = LAVTDecoder(config.widths, config.hidden)
         self.text_encoder = None if config.text is None else _bert(config.text)
@@ -98,7 +106,11 @@ class LAVT(nn.Module):
                 f"image is {tuple(image.shape[-2:])}, which leaves one pixel in the last stage, and InstanceNorm over "
                 f"one pixel is undefined; give more than {8 * PATCH} pixels"
             )
-        if words is None:
+        kind = self.classifier.conv1_1.weight.dtype
+        image = image.to(kind)
+        if words is not None:
+            words = words.to(kind)
+        else:
             assert self.text_encoder is not None
             words = self.text_encoder(input_ids=input_ids, attention_mask=word_mask.long()).last_hidden_state
         stages, pixel_word_logits = self.backbone(image, words, word_mask)
@@ -178,8 +190,9 @@ class LAVT(nn.Module):
 
         path = Path(path).expanduser()
         if path.suffix == ".safetensors":
-            config, state = files.read(path)
+            config, state, tokenizer = files.read(path)
             model = cls(config)
+            model.tokenizer = tokenizer
             checkpoint.load_strictly(model, state, str(path))
         else:
             found = released.read_checkpoint(path)

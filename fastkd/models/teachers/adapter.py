@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.models.inputs import WordLimits, check_inputs
 from fastkd.models.ris import RISOutput
 
-# What the student's images are normalised by (fastkd.data.dataset, which needs numpy and pillow).
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 _UNDER_WAY = ""  # no name of a module
 
 
@@ -83,6 +81,8 @@ class TextPromptedTeacher(nn.Module):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
+    casts_inputs: ClassVar = True
+    image_normalisation: ClassVar = (IMAGENET_MEAN, IMAGENET_STD)  # of the images it is given, not of the network's
     default_mean: ClassVar[tuple[float, ...]]
     default_std: ClassVar[tuple[float, ...]]
     _scale: Tensor
@@ -93,8 +93,8 @@ class TextPromptedTeacher(nn.Module):
         self.network = network
         self.config = config
         self.own_words = True
-        scale = [i / t for i, t in zip(_IMAGENET_STD, config.image_std, strict=True)]
-        shift = [(i - t) / s for i, t, s in zip(_IMAGENET_MEAN, config.image_mean, config.image_std, strict=True)]
+        scale = [i / t for i, t in zip(IMAGENET_STD, config.image_std, strict=True)]
+        shift = [(i - t) / s for i, t, s in zip(IMAGENET_MEAN, config.image_mean, config.image_std, strict=True)]
         self.register_buffer("_scale", torch.tensor(scale)[:, None, None], persistent=False)
         self.register_buffer("_shift", torch.tensor(shift)[:, None, None], persistent=False)
         self._seen: dict[str, Any] = {}  # what hooks caught in the forward that is under way

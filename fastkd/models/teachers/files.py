@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastkd.models import checkpoint
-from fastkd.models.ris import _is_hub_name
+from fastkd.data.tokenizer import has_tokenizer
+from fastkd.models import checkpoint, hub
 from fastkd.models.teachers.adapter import TeacherConfig, TextPromptedTeacher
 from fastkd.models.teachers.clipseg import CLIPSegTeacher
 from fastkd.models.teachers.sam3 import SAM3Teacher
@@ -32,13 +32,13 @@ def model_type_of(path: str | Path) -> str | None:
         ValueError: a hub name whose configuration could not be fetched.
     """
     folder = Path(path).expanduser()
-    if _is_hub_name(str(path)):
+    if hub.is_hub_name(str(path)):
         from huggingface_hub import hf_hub_download
 
         try:
             folder = Path(hf_hub_download(str(path), checkpoint.CONFIG_FILE)).parent
         except Exception as error:
-            raise _not_fetched(str(path), error) from error
+            raise hub.not_fetched(str(path), error) from error
     if not (folder / checkpoint.CONFIG_FILE).is_file():
         return None
     found = checkpoint.read_config(folder).get("model_type")
@@ -64,23 +64,14 @@ def load(cls: type[TextPromptedTeacher], path: str | Path, options: dict[str, An
 
 def _folder(path: str | Path) -> Path:
     name = str(path)
-    if not _is_hub_name(name):
+    if not hub.is_hub_name(name):
         return Path(path).expanduser()
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED))
     except Exception as error:
-        raise _not_fetched(name, error) from error
-
-
-def _not_fetched(name: str, error: Exception) -> ValueError:
-    """One error for what the hub and the network raise, which is of many kinds."""
-    kind, text = type(error).__name__, (str(error).splitlines() or [""])[0]
-    return ValueError(
-        f"{name!r} is no folder here, and could not be fetched from the hub ({kind}: {text}): "
-        "give the path of a folder, or look at the name, the network and the licence that may have to be accepted"
-    )
+        raise hub.not_fetched(name, error) from error
 
 
 def _class_for(cls: type[TextPromptedTeacher], folder: Path) -> type[TextPromptedTeacher]:
@@ -140,7 +131,7 @@ def _config(cls: type[TextPromptedTeacher], network: Any, folder: Path, given: d
     std = _triple(given.get("image_std", images.get("image_std", cls.default_std)))
     limit = network.config.text_config.max_position_embeddings
     words = given.get("max_words", min(_WORDS, limit))
-    tokenizer = given.get("tokenizer", str(folder) if _has_tokenizer(folder) else None)
+    tokenizer = given.get("tokenizer", str(folder) if has_tokenizer(folder) else None)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"image_size must be a whole number of at least 1, got {size!r}")
     for name, values in (("image_mean", mean), ("image_std", std)):
@@ -179,7 +170,3 @@ def _side(size: Any) -> int | None:
         sides = [side for side in size.values() if isinstance(side, int)]
         return max(sides, default=None)
     return size if isinstance(size, int) else None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or all((folder / n).is_file() for n in ("vocab.json", "merges.txt"))
