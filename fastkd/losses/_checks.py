@@ -65,7 +65,7 @@ def temperature(value: Any, name: str = "temperature") -> float | Tensor:
         value = given.item()
     else:
         value = given
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # as torch.compile traces of a float that changes
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
     return given
 
@@ -203,7 +203,7 @@ def term_weights(terms: object, known: Sequence[str]) -> dict[str, float]:
             raise ValueError(
                 f"terms[{term!r}]: requires grad; to learn it, pass return_terms=True and weight the terms returned"
             )
-        if not (math.isfinite(given) and given >= 0):
+        if not 0 <= given < math.inf:
             raise ValueError(f"terms[{term!r}]: expected a finite weight ≥ 0, got {given!r}")
         weights[term] = given
     return weights
