@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._wrappers import unwrap
+
 
 @dataclass(frozen=True)
 class WordLimits:
@@ -30,6 +32,7 @@ class WordLimits:
 
 def word_limit(model: torch.nn.Module) -> int:
     """How many word ids a model takes: what it was made for, and no more than its table of positions has."""
+    model = unwrap(model)
     config: Any = model.config
     table = getattr(getattr(model, "text_encoder", None), "max_words", None)
     return min(config.max_words, table) if isinstance(table, int) else config.max_words
@@ -37,13 +40,18 @@ def word_limit(model: torch.nn.Module) -> int:
 
 def table_size(model: torch.nn.Module) -> int | None:
     """Return the number of rows of a model's word table, or None where it has none or does not tell."""
-    for wrapper in ("module", "_orig_mod"):
-        model = getattr(model, wrapper, model)
+    model = unwrap(model)
     for owner in (getattr(model, "text_encoder", None), model):
         rows = getattr(owner, "vocab_size", None)
         if isinstance(rows, int):
             return rows
     return None
+
+
+def names_tokenizer(model: torch.nn.Module) -> str | None:
+    """Return the tokenizer that a model's configuration names, or None."""
+    name = getattr(getattr(unwrap(model), "config", None), "tokenizer", None)
+    return name if isinstance(name, str) else None
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model") -> None:
@@ -54,10 +62,10 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model
     """
     rows, entries = table_size(model), getattr(tokenizer, "vocab_size", None)
     if rows is not None and isinstance(entries, int) and entries > rows:
-        own = getattr(getattr(model, "config", None), "tokenizer", None)
+        own = names_tokenizer(model)
         raise ValueError(
             f"the tokenizer ({getattr(tokenizer, 'name', None)!r}) has {entries} entries, the {whose}'s word table "
-            f"{rows} rows: it is not this model's own" + (f" ({own!r})" if isinstance(own, str) else "")
+            f"{rows} rows: it is not this model's own" + (f" ({own!r})" if own is not None else "")
         )
 
 
@@ -70,7 +78,7 @@ def check_host_ids(input_ids: Any, model: torch.nn.Module) -> None:
     rows = table_size(model)
     if rows is None or not isinstance(input_ids, Tensor) or input_ids.device.type != "cpu" or input_ids.numel() == 0:
         return
-    _check_range(input_ids, rows, getattr(getattr(model, "config", None), "tokenizer", None))
+    _check_range(input_ids, rows, names_tokenizer(model))
 
 
 def check_inputs(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from fastkd._wrappers import bare
 from fastkd.models import checkpoint
 from fastkd.models.backbone import StagedBackbone
 from fastkd.models.config import RISConfig
@@ -146,9 +147,11 @@ class RISModel(
         from safetensors.torch import save_file
 
         # Clones, because safetensors refuses tensors that share or only partly fill their storage.
-        state = {
-            k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in self.state_dict().items()
-        }
+        with bare(self) as model:
+            state = {
+                k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+                for k, v in model.state_dict().items()
+            }
         weights = save_directory / checkpoint.WEIGHTS_FILE
         save_file(state, weights, metadata={"format": "pt"})
         text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"

@@ -18,6 +18,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd._wrappers import unwrap
+from fastkd.data._parts import set_epoch, stated
 from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
 from fastkd.evaluate.protocols import PROTOCOLS
 from fastkd.models.inputs import check_vocabulary
@@ -91,8 +93,10 @@ def train(
     and on Ctrl-C) and ``best/`` the one with the best validation mIoU. A checkpoint appears whole or not at all.
 
     Args:
-        model: a `Distiller`, or a bare model to train on ``task_loss`` alone.
-        train_dataset: samples for ``collate``; its ``set_epoch(e)`` is called before each epoch if it has one.
+        model: a `Distiller`, or a bare model to train on ``task_loss`` alone; either may be compiled. Checkpoints have
+            the names of the student itself, whatever wraps it.
+        train_dataset: samples for ``collate``; its ``set_epoch(e)`` is called before each epoch if it has one, else
+            those of the data sets that it holds (ConcatDataset, Subset and other wrappers are looked through).
         config: the settings.
         val_dataset: evaluated with protocol "lavt" every ``eval_every`` steps and at the end.
         out_dir: folder for log and checkpoints; None keeps nothing.
@@ -117,10 +121,14 @@ def train(
     """
     if config is not None and not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig or None, got {type(config).__name__}")
-    distiller = model if isinstance(model, Distiller) else Distiller(model, None, task_loss)
-    if isinstance(model, Distiller) and task_loss is not segmentation_loss:
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):  # `train` wraps it itself
+        model = model.module
+    inner = unwrap(model)
+    distiller = inner if isinstance(inner, Distiller) else Distiller(model, None, task_loss)
+    if distiller is inner and task_loss is not segmentation_loss:
         raise ValueError("task_loss is for a bare model; this Distiller has its own")
     run = _Run(distiller, train_dataset, config or TrainConfig(), collate, title)
+    run.module = model if distiller is inner else distiller  # a compiled one is called as such
     main = run.accelerator.is_main_process
     folder = _prepare(Path(out_dir), overwrite) if out_dir is not None and main else None
     run.result.out_dir, run.overwrite = folder, overwrite
@@ -150,6 +158,7 @@ class _Run:
 
     log: RunLog
     bar: Progress
+    module: nn.Module
     overwrite = False
 
     def __init__(
@@ -191,9 +200,9 @@ class _Run:
 
         optimizer = adamw(distiller, config)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        module: nn.Module = distiller
+        module = self.module
         if self.accelerator.num_processes > 1:
-            module = self.accelerator.prepare_model(distiller)
+            module = self.accelerator.prepare_model(module)
         self.clock.start()
         while self.step < config.steps:
             fraction = self._fraction()
@@ -234,8 +243,7 @@ class _Run:
         )
         for epoch in itertools.count():
             self.order.epoch = epoch
-            if hasattr(self.dataset, "set_epoch"):
-                self.dataset.set_epoch(epoch)
+            set_epoch(self.dataset, epoch)
             for batch in loader:
                 check_batch(self.distiller, batch)
                 yield to_device(batch, self.device, self.config.channels_last)
@@ -244,7 +252,8 @@ class _Run:
         """Check the first batch and the validation set, and say in the log what is about to run."""
         if val_dataset is not None:  # now, and not after an hour of training
             check_dataset(val_dataset, PROTOCOLS["lavt"])
-            check_vocabulary(self.distiller.student, getattr(val_dataset, "tokenizer", None))
+            for tokenizer in stated(val_dataset, "tokenizer"):
+                check_vocabulary(self.distiller.student, tokenizer)
         distiller, report = self.distiller, None
         if self.config.check:
             with autocast(self.precision, self.device):
