@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd.data._loading import batches
 from fastkd.data._parts import leaves, stated
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate._finite import blame, undecided
@@ -166,7 +167,7 @@ def evaluate(
     try:
         model.eval().to(where)
         with torch.inference_mode():
-            for batch in loader:
+            for batch in batches(loader):
                 check_host_ids(batch.get("input_ids"), model)
                 check_mask(batch["mask"])
                 batch = to_device(batch, where, channels_last)

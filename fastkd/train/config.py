@@ -34,9 +34,10 @@ class TrainConfig:
     seed: int = 0
     """Data order and dropout. Whoever makes the model seeds its weights; a dataset has a seed of its own."""
     device: str = "auto"
-    """"auto" (the GPU if there is one), "cpu", "cuda", "cuda:1"."""
+    """"auto" (the GPU if there is one; the CPU under ``accelerate launch --cpu``), "cpu", "cuda", "cuda:1"."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the networks: "auto" is bf16 on a GPU that has it and fp32 elsewhere. Weights stay in fp32."""
+    """Arithmetic of the networks: "auto" is bf16 on a GPU that has it (compute capability 8.0), or where ``accelerate
+    launch`` asks for it, and fp32 elsewhere. Weights stay in fp32."""
     channels_last: bool = False
     """Keep images and convolution weights channels-last: faster convolutions on most devices."""
     workers: int = 0

@@ -47,6 +47,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

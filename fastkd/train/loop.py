@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from fastkd._wrappers import unwrap
+from fastkd.data._loading import batches
 from fastkd.data._parts import set_epoch, stated
 from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
 from fastkd.evaluate.protocols import PROTOCOLS
@@ -28,9 +29,10 @@ from fastkd.train.checks import gradient_report
 from fastkd.train.config import TrainConfig
 from fastkd.train.distiller import Distiller
 from fastkd.train.host import check_batch, check_tokenizers
+from fastkd.train.launch import join
 from fastkd.train.log import Progress, RunLog, environment
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
-from fastkd.train.runtime import Clock, autocast, pick_device, pick_precision, to_device
+from fastkd.train.runtime import Clock, autocast, to_device
 from fastkd.train.task import segmentation_loss
 
 
@@ -85,8 +87,9 @@ def train(
     """Train a student, alone or under a `Distiller`: AdamW, polynomial decay, one process or many.
 
     Started by ``accelerate launch`` or ``torchrun`` it trains data-parallel; ``batch_size`` stays the size of the whole
-    step. The same seed, batch size and initial weights give the same run on one device. Distillation terms are divided
-    like the task loss when micro-batches are accumulated.
+    step. Settings come from ``config`` alone: "auto" follows accelerate's environment (its options and config file),
+    and what contradicts the configuration there is an error. The same seed, batch size and initial weights give the
+    same run on one device. Distillation terms are divided like the task loss when micro-batches are accumulated.
 
     With ``out_dir``, ``log.jsonl`` holds one JSON object per line (event "start" with the settings and the environment,
     then "train", "eval" and at last "end"), ``last/`` the student's latest checkpoint (at every evaluation, at the end,
@@ -110,8 +113,9 @@ def train(
         Steps, seconds, evaluations. The model is left trained, on the device it was trained on, in eval mode.
 
     Raises:
-        ValueError: what `Distiller.check` refuses, a batch that does not fit the data or the processes, masks with
-            values other than 0 and 1, or word ids beyond a model's word table.
+        ValueError: what `Distiller.check` refuses, an environment that contradicts the configuration, a batch that does
+            not fit the data or the processes, masks with values other than 0 and 1, or word ids beyond a model's word
+            table.
         FileExistsError: ``out_dir`` holds an earlier run.
         FloatingPointError: a loss or gradient that is not finite, or a validation with NaN; the message names where.
 
@@ -129,7 +133,7 @@ def train(
         raise ValueError("task_loss is for a bare model; this Distiller has its own")
     run = _Run(distiller, train_dataset, config or TrainConfig(), collate, title)
     run.module = model if distiller is inner else distiller  # a compiled one is called as such
-    main = run.accelerator.is_main_process
+    main = run.processes.is_main_process
     folder = _prepare(Path(out_dir), overwrite) if out_dir is not None and main else None
     run.result.out_dir, run.overwrite = folder, overwrite
     run.log = RunLog(folder / "log.jsonl" if folder else None)
@@ -137,7 +141,8 @@ def train(
     threads = torch.get_num_threads()
     torch.set_num_threads(run.config.threads or threads)
     try:
-        run.go(val_dataset)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+            run.go(val_dataset)
     except BaseException as error:
         run.clock.stop()
         run.log.write("end", reason=type(error).__name__, message=str(error), step=run.step, seconds=run.clock.seconds)
@@ -169,12 +174,11 @@ class _Run:
         collate: Callable[[list[Any]], dict[str, Any]] | None,
         title: str,
     ) -> None:
-        self.accelerator = Accelerator()
+        self.processes, self.device, self.precision = join(config)
+        self.parallel = self.processes.num_processes > 1
         self.distiller, self.dataset, self.config, self.title = distiller, dataset, config, title
-        processes = self.accelerator.num_processes
-        self.device = self.accelerator.device if processes > 1 else pick_device(config.device)
-        self.precision = pick_precision(config.precision, self.device)
-        self.order = BatchOrder(len(dataset), config, self.accelerator.process_index, processes)  # type: ignore[arg-type]
+        index, count = self.processes.process_index, self.processes.num_processes
+        self.order = BatchOrder(len(dataset), config, index, count)  # type: ignore[arg-type]
         self.collate = collate or _default_collate()
         self.names = ["loss", "task", *distiller.terms, "gradient"]
         self.pending: list[Tensor] = []  # per-step values not yet looked at
@@ -188,7 +192,7 @@ class _Run:
         """Train from the first step to the last."""
         config, distiller = self.config, self.distiller
         check_tokenizers(distiller, self.dataset)
-        torch.manual_seed(config.seed * 1009 + self.accelerator.process_index)  # dropout
+        torch.manual_seed(config.seed * 1009 + self.processes.process_index)  # dropout
         distiller.to(self.device)
         if config.channels_last:
             distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -201,8 +205,8 @@ class _Run:
         optimizer = adamw(distiller, config)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         module = self.module
-        if self.accelerator.num_processes > 1:
-            module = self.accelerator.prepare_model(module)
+        if self.parallel:
+            module = self._data_parallel(module)
         self.clock.start()
         while self.step < config.steps:
             fraction = self._fraction()
@@ -231,6 +235,10 @@ class _Run:
         distiller.eval()
         self._end()
 
+    def _data_parallel(self, module: nn.Module) -> DistributedDataParallel:
+        devices = [self.processes.local_process_index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices)
+
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Micro-batches on the device, epoch after epoch."""
         loader = DataLoader(
@@ -244,7 +252,7 @@ class _Run:
         for epoch in itertools.count():
             self.order.epoch = epoch
             set_epoch(self.dataset, epoch)
-            for batch in loader:
+            for batch in batches(loader):
                 check_batch(self.distiller, batch)
                 yield to_device(batch, self.device, self.config.channels_last)
 
@@ -266,7 +274,7 @@ class _Run:
             environment={
                 **environment(self.device),
                 "precision": self.precision,
-                "processes": self.accelerator.num_processes,
+                "processes": self.processes.num_processes,
             },
             parameters={k: sum(p.numel() for p in m.parameters()) for k, m in counts.items() if m is not None},
             samples={"train": len(self.dataset), "val": len(val_dataset) if val_dataset is not None else None},  # type: ignore[arg-type]
@@ -280,11 +288,11 @@ class _Run:
         total: Tensor | None = None
         for micro in range(parts):
             self.batch = next(batches)
-            hold = micro + 1 < parts and self.accelerator.num_processes > 1
-            with self.accelerator.no_sync(module) if hold else nullcontext():
+            last = micro + 1 == parts
+            with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
                 with autocast(self.precision, self.device):
                     output = module(self.batch)
-                self.accelerator.backward(output.loss / parts if parts > 1 else output.loss)
+                (output.loss / parts if parts > 1 else output.loss).backward()
             values = (
                 torch.stack([v.detach().float() for v in (output.loss, output.task, *output.terms.values())]) / parts
             )
@@ -323,7 +331,7 @@ class _Run:
         if self.config.max_seconds is None:
             return fraction
         fraction = max(fraction, self.clock.seconds / self.config.max_seconds)
-        if self.accelerator.num_processes > 1:  # all must stop at one step
+        if self.parallel:  # all must stop at one step
             fraction = float(broadcast(torch.tensor(fraction, device=self.device)))
         return fraction
 
@@ -333,8 +341,8 @@ class _Run:
         seconds = self.clock.seconds
         rows = torch.tensor(self.window, dtype=torch.float64, device=self.device).mean(0)
         self.window.clear()
-        if self.accelerator.num_processes > 1:
-            rows = self.accelerator.reduce(rows, "mean")
+        if self.parallel:
+            rows = reduce(rows, "mean")
         means = dict(zip(self.names, rows.tolist(), strict=True))
         line = {
             "step": self.step,
