@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from train_tools import Scenes, Toy, collate, distiller, read_log, run, same, toy, two_processes
 
 from fastkd import Distiller, Term
+from fastkd.errors import FastKDWarning
 from fastkd.train import TrainConfig, segmentation_loss, train
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
+from fastkd.train.split import warn_of_micro_batches
 
 
 class TestReproducible:
@@ -70,6 +73,19 @@ class TestAccumulation:
         for x, y in zip(a.history, b.history, strict=True):  # the terms are divided too, and reported undivided
             assert x["terms"]["kd"] == pytest.approx(y["terms"]["kd"], rel=1e-4)
             assert x["gradient_norm"] == pytest.approx(y["gradient_norm"], rel=1e-4)
+
+    def test_what_mixes_samples_is_stated(self) -> None:
+        model = distiller()
+        model.student.norm = torch.nn.BatchNorm2d(4)
+        with pytest.warns(FastKDWarning, match=r"1 BatchNorm layers \(norm\) normalise within each micro-batch of 2"):
+            run(model, accumulate=4, steps=1)
+        pooled = distiller()
+        pooled.terms["kd"] = replace(pooled.terms["kd"], kwargs={"cross_image": True})
+        with pytest.warns(FastKDWarning, match=r"accumulate=2: 'kd' \(across_batch or cross_image\) compares within"):
+            warn_of_micro_batches(pooled, TrainConfig(batch_size=8, accumulate=2))
+        model.eval()  # frozen: a warning would be an error here
+        warn_of_micro_batches(model, TrainConfig(batch_size=8, accumulate=4))
+        warn_of_micro_batches(pooled, TrainConfig(batch_size=8))
 
     def test_processes_and_micro_batches_share_one_order(self) -> None:
         config = TrainConfig(batch_size=8, seed=3)

@@ -150,6 +150,9 @@ class TestModels:
             assert taps.paths == {"x": "body"}
         model.text_encoder = SimpleNamespace(vocab_size=7)
         assert table_size(compiled(nn.DataParallel(model))) == 7
+        model.text_encoder = None
+        model.head.vocab_size = 9
+        assert table_size(nn.Sequential(model)) == 9  # a wrapper of somebody's own
 
     def test_a_student_is_not_its_own_teacher(self) -> None:
         model = Net()

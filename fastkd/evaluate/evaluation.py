@@ -191,15 +191,18 @@ def evaluate(
         failure = next(filter(None, failures), "")
     if failure:
         raise FloatingPointError(f"the model's logits hold NaN for {failure}: {blame(model)}")
+    if not len(indices):  # fewer samples than processes: the others' counts cannot be gathered with none at all
+        metrics.update(torch.zeros(0, 1, 1, device=where).bool(), torch.zeros(0, 1, 1, device=where).bool())
     sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64)
     scores = {name: float(value) for name, value in metrics.compute().items()}
     refs = set(ref_ids)
     if refs:
         _warn_unknown(dataset)
     if shares and ranks > 1:
-        gathered: list[set[Any]] = [set()] * ranks
-        torch.distributed.all_gather_object(gathered, refs)
-        refs = set().union(*gathered)
+        gathered: list[tuple[set[Any], tuple[int, int]]] = [(set(), resolution)] * ranks
+        torch.distributed.all_gather_object(gathered, (refs, resolution))
+        refs = set().union(*(part for part, _ in gathered))
+        resolution = max(size for _, size in gathered)
     return EvalResult(
         metrics=scores,
         protocol=rules.name,

@@ -39,9 +39,12 @@ def word_limit(model: torch.nn.Module) -> int:
 
 
 def table_size(model: torch.nn.Module) -> int | None:
-    """Return the number of rows of a model's word table, or None where it has none or does not tell."""
+    """Return the number of rows of a model's word table, or None where it has none or does not tell.
+
+    A model that does not tell may hold one that does, as a wrapper of somebody's own.
+    """
     model = unwrap(model)
-    for owner in (getattr(model, "text_encoder", None), model):
+    for owner in (getattr(model, "text_encoder", None), *model.modules()):
         rows = getattr(owner, "vocab_size", None)
         if isinstance(rows, int):
             return rows

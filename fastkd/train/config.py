@@ -20,7 +20,8 @@ class TrainConfig:
     batch_size: int = 16
     """Samples per optimiser step, over all micro-batches and all processes."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is split into. The result is that of the whole batch, in less memory."""
+    """Micro-batches that a step's batch is split into. The result is that of the whole batch, in less memory, unless
+    something mixes samples: BatchNorm, or a term with ``across_batch`` or ``cross_image``, of which a warning tells."""
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 1e-2
@@ -52,6 +53,9 @@ class TrainConfig:
     """Steps between lines of the log."""
     max_seconds: float | None = None
     """Stop after this much training (evaluation not counted), the learning rate decaying to zero by then."""
+    find_unused_parameters: bool = False
+    """With several processes: look at every step for parameters without a gradient. Needed where it depends on the
+    batch which parameters take part; on by itself where the first batch leaves some out."""
     check: bool = True
     """Run the distiller's checks on the first batch before training."""
 

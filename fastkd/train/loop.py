@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastkd._wrappers import unwrap
 from fastkd.data._loading import batches
 from fastkd.data._parts import set_epoch, stated
-from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
+from fastkd.errors import Terminated
+from fastkd.evaluate.evaluation import check_dataset, evaluate
 from fastkd.evaluate.protocols import PROTOCOLS
 from fastkd.models.inputs import check_vocabulary
 from fastkd.train.checkpoint import save_student
@@ -32,43 +33,11 @@ from fastkd.train.host import check_batch, check_tokenizers
 from fastkd.train.launch import join
 from fastkd.train.log import Progress, RunLog, environment
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
+from fastkd.train.result import TrainResult
 from fastkd.train.runtime import Clock, autocast, to_device
+from fastkd.train.split import check_all_reduced, data_parallel, warn_of_micro_batches
+from fastkd.train.stop import Termination
 from fastkd.train.task import segmentation_loss
-
-
-@dataclass
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        steps: optimiser steps taken.
-        seconds: wall-clock seconds of training, loading included; checks, evaluation and checkpoints excluded.
-        eval_seconds: wall-clock seconds of evaluation.
-        samples_per_second: batch_size · steps / seconds.
-        stopped: "steps" or "max_seconds".
-        history: the "train" lines of the log.
-        evaluations: step and result of every evaluation.
-        out_dir: where log and checkpoints are, or None.
-    """
-
-    steps: int = 0
-    seconds: float = 0.0
-    eval_seconds: float = 0.0
-    samples_per_second: float = 0.0
-    stopped: str = "steps"
-    history: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[tuple[int, EvalResult]] = field(default_factory=list)
-    out_dir: Path | None = None
-
-    @property
-    def best(self) -> EvalResult | None:
-        """The evaluation with the best mIoU."""
-        return max((result for _, result in self.evaluations), key=lambda r: r.miou, default=None)
-
-    @property
-    def last(self) -> EvalResult | None:
-        """The final evaluation."""
-        return self.evaluations[-1][1] if self.evaluations else None
 
 
 def train(
@@ -93,7 +62,8 @@ def train(
 
     With ``out_dir``, ``log.jsonl`` holds one JSON object per line (event "start" with the settings and the environment,
     then "train", "eval" and at last "end"), ``last/`` the student's latest checkpoint (at every evaluation, at the end,
-    and on Ctrl-C) and ``best/`` the one with the best validation mIoU. A checkpoint appears whole or not at all.
+    on Ctrl-C and on SIGTERM) and ``best/`` the one with the best validation mIoU. A checkpoint appears whole or not at
+    all.
 
     Args:
         model: a `Distiller`, or a bare model to train on ``task_loss`` alone; either may be compiled. Checkpoints have
@@ -117,6 +87,7 @@ def train(
             not fit the data or the processes, masks with values other than 0 and 1, or word ids beyond a model's word
             table.
         FileExistsError: ``out_dir`` holds an earlier run.
+        Terminated: SIGTERM, as `SystemExit` with status 143; only where nobody else handles that signal.
         FloatingPointError: a loss or gradient that is not finite, or a validation with NaN; the message names where.
 
     Example:
@@ -140,21 +111,20 @@ def train(
     run.bar = Progress(run.config.steps, title, progress and main)
     threads = torch.get_num_threads()
     torch.set_num_threads(run.config.threads or threads)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
-            run.go(val_dataset)
-    except BaseException as error:
-        run.clock.stop()
-        run.log.write("end", reason=type(error).__name__, message=str(error), step=run.step, seconds=run.clock.seconds)
-        if isinstance(error, KeyboardInterrupt) and folder and run.step:
-            run.flush()
-            save_student(distiller.student, folder / "last")
-            run.bar.say(f"interrupted at step {run.step}; the student is in {folder / 'last'}")
-        raise
-    finally:
-        run.bar.close()
-        run.log.close()
-        torch.set_num_threads(threads)
+    with Termination() as stop:
+        try:
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+                run.go(val_dataset)
+        except BaseException as error:
+            cause = stop.settle(error)
+            run.fail(cause)
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
+            run.bar.close()
+            run.log.close()
+            torch.set_num_threads(threads)
     return run.result
 
 
@@ -206,7 +176,8 @@ class _Run:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         module = self.module
         if self.parallel:
-            module = self._data_parallel(module)
+            with autocast(self.precision, self.device):
+                module = data_parallel(module, distiller, first, config, self.device)
         self.clock.start()
         while self.step < config.steps:
             fraction = self._fraction()
@@ -216,6 +187,7 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * lr_factor(self.step, fraction, config)
             values = self._forward_backward(module, batches)
+            check_all_reduced(module, self.step + 1)
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
             self.pending.append(torch.cat([values, norm.detach().reshape(1).to(values)]))
             if self.device.type == "cpu":
@@ -235,9 +207,17 @@ class _Run:
         distiller.eval()
         self._end()
 
-    def _data_parallel(self, module: nn.Module) -> DistributedDataParallel:
-        devices = [self.processes.local_process_index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices)
+    def fail(self, error: BaseException) -> None:
+        """Write the end of a run that did not come to its end; one that was stopped keeps its student."""
+        self.clock.stop()
+        seconds, folder = self.clock.seconds, self.result.out_dir
+        self.log.write("end", reason=type(error).__name__, message=str(error), step=self.step, seconds=seconds)
+        if isinstance(error, KeyboardInterrupt | Terminated) and folder and self.step:
+            self.flush()
+            save_student(self.distiller.student, folder / "last")
+            self.bar.say(f"interrupted at step {self.step}; the student is in {folder / 'last'}")
+        if isinstance(error, torch.OutOfMemoryError):
+            error.add_note("Raise accumulate (smaller micro-batches), or lower batch_size or the images' size.")
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Micro-batches on the device, epoch after epoch."""
@@ -263,6 +243,8 @@ class _Run:
             for tokenizer in stated(val_dataset, "tokenizer"):
                 check_vocabulary(self.distiller.student, tokenizer)
         distiller, report = self.distiller, None
+        if self.processes.is_main_process:
+            warn_of_micro_batches(distiller, self.config, self.processes.num_processes)
         if self.config.check:
             with autocast(self.precision, self.device):
                 report = distiller.check(first)
