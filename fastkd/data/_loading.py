@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
         ValueError: samples that cannot be stacked.
         WorkerEnded: a worker was killed; the message names the likely cause and the fix.
     """
-    with torch.device("cpu"):
+    with _on_cpu():
         iterator = iter(loader)
     while True:
         try:
-            with torch.device("cpu"):
+            with _on_cpu():
                 batch = next(iterator)
         except StopIteration:
             return
@@ -54,6 +55,11 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
                 raise
             raise plain from error
         yield batch
+
+
+def _on_cpu() -> AbstractContextManager[Any]:
+    is_cpu = torch.get_default_device().type == "cpu"
+    return nullcontext() if is_cpu else torch.device("cpu")  # which slows every call of torch a little
 
 
 def _explained(error: Exception, iterator: Any) -> Exception:
