@@ -314,3 +314,13 @@ def test_command(student, exported, tmp_path, capsys, monkeypatch):
     assert main([*args, "--onnx", str(tmp_path / "refused.bin")]) == 2
     assert "must end in .onnx" in capsys.readouterr().err
     assert not list(tmp_path.glob("refused*"))
+
+
+def test_a_compiled_student_is_exported_as_itself(student, exported, tmp_path):
+    compiled = copy.deepcopy(student)
+    compiled.decoder = torch.compile(compiled.decoder, backend="eager")
+    again = export_onnx(torch.compile(compiled), tmp_path / "student.onnx", size=(40, 56))
+    assert again.parameters == exported.parameters
+    names = [[i.name for i in onnx.load(str(one.onnx)).graph.initializer] for one in (exported, again)]
+    assert names[0] == names[1]
+    assert "_orig_mod" in dict(compiled.decoder.named_children())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 
@@ -407,8 +408,32 @@ def test_backbone_weights_with_code_are_refused(tmp_path):
             return (print, ("code ran",))
 
     torch.save({"a": Payload()}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="no plain state dict"):
+    with pytest.raises(ValueError, match=r"bad\.pth holds objects other than .*: builtins\.print") as error:
         RISModel(tiny("resnet"), backbone_weights=tmp_path / "bad.pth")
+    assert "weights_only" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+
+
+def test_backbone_weights_of_a_training_run(tmp_path):
+    """timm's checkpoints hold their settings as an argparse.Namespace; data-parallel and compiled names."""
+    name, args, _ = FAMILIES["resnet"]
+    source = timm.create_model(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+    state = {f"module._orig_mod.{key}": value for key, value in source.state_dict().items()}
+    settings = argparse.Namespace(model=name, lr=0.1, betas=[0.9, 0.99], output=None)
+    torch.save({"epoch": 3, "state_dict": state, "args": settings, "metric": 71.2}, tmp_path / "best.pth.tar")
+    model = RISModel(tiny("resnet"), backbone_weights=tmp_path / "best.pth.tar")
+    assert torch.equal(model.backbone.blocks["layer3"][0].conv1.weight, source.layer3[0].conv1.weight)
+
+
+def test_a_model_compiled_in_part_is_saved_under_its_own_names(tmp_path):
+    model = build(tiny())
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    torch.compile(model, backend="eager").save_pretrained(tmp_path)
+    again = RISModel.from_pretrained(tmp_path)
+    assert list(again.state_dict()) == list(build(tiny()).state_dict())
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert "_orig_mod" in dict(model.backbone.named_children())  # still compiled
 
 
 def test_text_weights_from_a_folder(tmp_path):

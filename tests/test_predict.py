@@ -274,3 +274,10 @@ def test_bad_input_is_one_line_and_status_2(args, says, scene, tmp_path, capsys)
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrapped_model_predicts_as_itself(teacher, scene):
+    plain = predict(teacher, *scene)
+    assert np.array_equal(predict(torch.optim.swa_utils.AveragedModel(teacher), *scene).mask, plain.mask)
+    with pytest.raises(TypeError, match=r"model must have a config .*; Linear has none"):
+        predict(torch.nn.Linear(2, 2), *scene)

@@ -2,105 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 pytest.importorskip("accelerate", reason="needs the [ris] extra")
 
 from safetensors.torch import load_file
+from train_tools import Scenes, Toy, collate, distiller, read_log, run, same, toy, two_processes
 
 from fastkd import Distiller, Term
+from fastkd.errors import FastKDWarning
 from fastkd.train import TrainConfig, segmentation_loss, train
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
-
-
-class Toy(nn.Module):
-    """Small, with a norm that does not mix samples, so that micro-batches can equal a whole batch."""
-
-    def __init__(self, width: int = 4, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.norm = nn.GroupNorm(2, width)
-        self.words = nn.Embedding(8, width)
-        self.head = nn.Conv2d(width, 2, 1)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
-        x = torch.relu(self.norm(self.stem(image))) + self.words(input_ids).mean(1)[:, :, None, None]
-        return self.head(self.dropout(x))
-
-
-class Scenes(Dataset[dict[str, Any]]):
-    """The mask is where the first channel exceeds a bound that the sentence tells."""
-
-    sentences, split = "all", "val"
-
-    def __init__(self, n: int = 32, poison: int | None = None) -> None:
-        g = torch.Generator().manual_seed(0)
-        self.images = torch.randn(n, 3, 8, 8, generator=g)
-        self.ids = torch.randint(0, 8, (n, 3), generator=g)
-        self.epochs: list[int] = []
-        self.served: list[int] = []
-        self.poison = poison
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epochs.append(epoch)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        self.served.append(i)
-        mask = self.images[i, 0] > 0
-        image = self.images[i] if i != self.poison else torch.full((3, 8, 8), torch.nan)
-        return {"image": image, "input_ids": self.ids[i], "mask": mask, "ref_id": i, "sent_id": i, "sentence": "x"}
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        k: torch.stack([s[k] for s in samples]) if isinstance(v, Tensor) else [s[k] for s in samples]
-        for k, v in samples[0].items()
-    }
-
-
-def toy(seed: int = 0, **kwargs: Any) -> Toy:
-    torch.manual_seed(seed)
-    return Toy(**kwargs)
-
-
-def distiller(seed: int = 0, loss: Any = F.mse_loss, **kwargs: Any) -> Distiller:
-    teacher = toy(100, width=8).eval().requires_grad_(False)
-    select = lambda logits: logits
-    return Distiller(toy(seed, **kwargs), teacher, segmentation_loss, [Term(loss, select, weight=0.5, name="kd")])
-
-
-def run(model: nn.Module, data: Dataset[Any] | None = None, out: Path | None = None, **settings: Any) -> Any:
-    more = {k: settings.pop(k) for k in ("val_dataset", "overwrite", "task_loss") if k in settings}
-    config = TrainConfig(**{"steps": 6, "batch_size": 8, "lr": 1e-2, "device": "cpu", **settings})
-    return train(model, data or Scenes(), config, collate=collate, progress=False, out_dir=out, **more)
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+from fastkd.train.split import warn_of_micro_batches
 
 
 class TestReproducible:
@@ -152,6 +74,19 @@ class TestAccumulation:
             assert x["terms"]["kd"] == pytest.approx(y["terms"]["kd"], rel=1e-4)
             assert x["gradient_norm"] == pytest.approx(y["gradient_norm"], rel=1e-4)
 
+    def test_what_mixes_samples_is_stated(self) -> None:
+        model = distiller()
+        model.student.norm = torch.nn.BatchNorm2d(4)
+        with pytest.warns(FastKDWarning, match=r"1 BatchNorm layers \(norm\) normalise within each micro-batch of 2"):
+            run(model, accumulate=4, steps=1)
+        pooled = distiller()
+        pooled.terms["kd"] = replace(pooled.terms["kd"], kwargs={"cross_image": True})
+        with pytest.warns(FastKDWarning, match=r"accumulate=2: 'kd' \(across_batch or cross_image\) compares within"):
+            warn_of_micro_batches(pooled, TrainConfig(batch_size=8, accumulate=2))
+        model.eval()  # frozen: a warning would be an error here
+        warn_of_micro_batches(model, TrainConfig(batch_size=8, accumulate=4))
+        warn_of_micro_batches(pooled, TrainConfig(batch_size=8))
+
     def test_processes_and_micro_batches_share_one_order(self) -> None:
         config = TrainConfig(batch_size=8, seed=3)
         whole = list(BatchOrder(40, config))
@@ -166,37 +101,10 @@ class TestAccumulation:
         """Data-parallel training and evaluation, on two CPU processes."""
         single = distiller()
         result = run(single, log_every=2, val_dataset=Scenes(15))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        code = f"""
-import os, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-import torch.multiprocessing as mp
-import test_train as t, fastkd.train.loop  # imported once, before the two processes part
-def main(rank):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        two_processes(f"""
     r = t.run(t.distiller(), out=Path({str(tmp_path)!r}), log_every=2, val_dataset=t.Scenes(15))
     assert r.last.sentences == 15 and r.last.refs == 15 and len(r.last.sent_ids) in (7, 8), r.last
-mp.start_processes(main, nprocs=2, start_method="fork")
-"""
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        env = {
-            **os.environ,
-            **address,
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        parent = subprocess.Popen(
-            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-        )
-        try:
-            error = parent.communicate(timeout=500)[1]
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(parent.pid, signal.SIGKILL)  # its two processes as well
-        assert parent.returncode == 0, error[-4000:]
+""")
         log = read_log(tmp_path)
         assert log[0]["environment"]["processes"] == 2
         lines = [line for line in log if line["event"] == "train"]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from fastkd._console import drop_output, plain_characters
-from fastkd.errors import FastKDWarning
+from fastkd.errors import FastKDWarning, Terminated
 
 _SAID_WELL = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, KeyError)
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours of other packages' messages
+_LONGEST = 600
 
 
 @plain_characters()
@@ -34,22 +37,43 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastkd: interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("fastkd: ended by SIGTERM", file=sys.stderr)
+        return 143
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         drop_output()
         return 141
     except Exception as error:
         if os.environ.get("FASTKD_TRACEBACK", "0") not in ("", "0"):
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of one quotes itself
-        kind = "" if isinstance(error, _SAID_WELL) else f"{type(error).__name__}: "
         notes = list(getattr(error, "__notes__", ()))
         if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
             notes.append(f"this locale names files in {error.encoding} alone: set PYTHONUTF8=1, or a UTF-8 locale")
-        print(f"fastkd: error: {kind}{message}", *notes, sep="\n  ", file=sys.stderr)
+        print(f"fastkd: error: {_text(error)}", *notes, sep="\n  ", file=sys.stderr)
         return 2
     finally:
         warnings.formatwarning = plain
     return 0
+
+
+def _text(error: Exception) -> str:
+    """Return an error's message; of one that another package raised, its first line."""
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # str() of one quotes itself
+    message = _ESCAPES.sub("", message).strip()
+    kind = "" if isinstance(error, _SAID_WELL) and message else f"{type(error).__name__}: "
+    if not _is_ours(error):
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        if len(lines) > 1 or len(message) > _LONGEST:
+            return f"{kind}{lines[0][:_LONGEST]} ... (FASTKD_TRACEBACK=1 shows all of it)"
+    return f"{kind}{message}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether fastkd itself raised an error: its messages are short, and every line is meant for the reader."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "fastkd"
 
 
 if __name__ == "__main__":

@@ -189,12 +189,37 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     Keys: ``image`` (B, 3, S, S), ``input_ids`` (B, T), ``word_mask`` (B, T), ``mask`` (B, S, S), with a teacher's
     tokenizer ``teacher_input_ids`` and ``teacher_word_mask``, and the lists ``ref_id``, ``sent_id``, ``image_id``,
     ``sentence``.
+
+    Raises:
+        ValueError: no sample, or samples that differ in their keys or in a tensor's size; the samples are named.
     """
     if len(samples) == 0:
         raise ValueError("collate got an empty batch: give at least one sample")
-    return {
-        key: torch.stack([sample[key] for sample in samples])
-        if isinstance(samples[0][key], torch.Tensor)
-        else [sample[key] for sample in samples]
-        for key in samples[0]
-    }
+    batch: dict[str, Any] = {}
+    for key, first in samples[0].items():
+        lacking = [_called(n, sample) for n, sample in enumerate(samples) if key not in sample]
+        if lacking:
+            raise ValueError(
+                f"collate: {lacking[0]} has no {key!r}, {_called(0, samples[0])} has: sets that are mixed must be made "
+                "with the same options (teacher_tokenizer for one)"
+            )
+        values = [sample[key] for sample in samples]
+        batch[key] = _stack(key, samples) if isinstance(first, torch.Tensor) else values
+    return batch
+
+
+def _stack(key: str, samples: Sequence[Sample]) -> torch.Tensor:
+    shapes = {tuple(sample[key].shape): _called(n, sample) for n, sample in reversed(list(enumerate(samples)))}
+    if len(shapes) > 1:
+        found = " and ".join(f"{shape} in {name}" for shape, name in list(shapes.items())[:3])
+        raise ValueError(
+            f"collate: a batch needs one size of {key!r}, got {found}: give all sets one image_size and one max_words, "
+            "or resize and pad in a collate function of your own"
+        )
+    return torch.stack([sample[key] for sample in samples])
+
+
+def _called(number: int, sample: Sample) -> str:
+    """Return how an error calls a sample."""
+    known = [f"{key} {sample[key]}" for key in ("ref_id", "sent_id", "image_id") if key in sample]
+    return f"sample {number}" + (f" ({', '.join(known)})" if known else "")

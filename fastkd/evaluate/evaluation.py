@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd.data._loading import batches
+from fastkd.data._parts import leaves, stated
+from fastkd.errors import FastKDWarning
 from fastkd.evaluate._finite import blame, undecided
 from fastkd.evaluate.metrics import RISMetrics
 from fastkd.evaluate.protocols import Protocol
@@ -114,8 +118,9 @@ def evaluate(
 
     Args:
         model: takes the batch's ``image``, ``input_ids``, ``word_mask`` and returns ``logits`` (B, 2, H, W). Put back
-            into the mode it came in.
-        dataset: with ``sentences="all"``.
+            into the mode it came in. It may be wrapped, by ``torch.compile`` for one.
+        dataset: with ``sentences="all"``. Subset, ConcatDataset and other wrappers are looked through; referring data
+            that do not state it are evaluated, with a `FastKDWarning`.
         batch_size: samples per forward.
         protocol: "lavt" (the dataset's own size) or "lavt480".
         device: where to run; the model's own device where left out.
@@ -136,8 +141,10 @@ def evaluate(
     """
     rules = named_protocol(protocol)
     check_dataset(dataset, rules)
-    check_vocabulary(model, getattr(dataset, "tokenizer", None))
-    check_normalisation(model, dataset)
+    for tokenizer in stated(dataset, "tokenizer"):
+        check_vocabulary(model, tokenizer)
+    for part in leaves(dataset, "image_mean"):
+        check_normalisation(model, part)
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else pick_device(device)
     precision = pick_precision(precision, where)
@@ -165,7 +172,7 @@ def evaluate(
     try:
         model.eval().to(where)
         with torch.inference_mode():
-            for batch in loader:
+            for batch in batches(loader):
                 check_host_ids(batch.get("input_ids"), model)
                 check_mask(batch["mask"])
                 batch = to_device(batch, where, channels_last)
@@ -175,6 +182,7 @@ def evaluate(
                 if bool(nan.any()):
                     failure = _name(batch, int(nan.nonzero()[0, 0]))
                     break
+                _check_resolution(logits, rules)
                 metrics.update(logits[:, 1] > logits[:, 0], batch["mask"].bool())
                 ref_ids.extend(batch.get("ref_id", ()))
                 sent_ids.extend(batch.get("sent_id", ()))
@@ -188,13 +196,18 @@ def evaluate(
         failure = next(filter(None, failures), "")
     if failure:
         raise FloatingPointError(f"the model's logits hold NaN for {failure}: {blame(model)}")
+    if not len(indices):  # fewer samples than processes: the others' counts cannot be gathered with none at all
+        metrics.update(torch.zeros(0, 1, 1, device=where).bool(), torch.zeros(0, 1, 1, device=where).bool())
     sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64)
     scores = {name: float(value) for name, value in metrics.compute().items()}
     refs = set(ref_ids)
+    if refs:
+        _warn_unknown(dataset)
     if shares and ranks > 1:
-        gathered: list[set[Any]] = [set()] * ranks
-        torch.distributed.all_gather_object(gathered, refs)
-        refs = set().union(*gathered)
+        gathered: list[tuple[set[Any], tuple[int, int]]] = [(set(), resolution)] * ranks
+        torch.distributed.all_gather_object(gathered, (refs, resolution))
+        refs = set().union(*(part for part, _ in gathered))
+        resolution = max(size for _, size in gathered)
     return EvalResult(
         metrics=scores,
         protocol=rules.name,
@@ -233,22 +246,45 @@ def check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
     """Refuse a dataset that the protocol cannot be followed on."""
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("dataset is empty: there is nothing to evaluate; look at its split")
-    sentences = getattr(dataset, "sentences", "all")
-    if sentences != "all":
+    drawn = next((s for s in stated(dataset, "sentences") if s not in (None, "all")), None)
+    if drawn is not None:
         raise ValueError(
-            f"dataset draws sentences={sentences!r}; protocol {rules.name!r} evaluates every one: use sentences='all'"
+            f"dataset draws sentences={drawn!r}; protocol {rules.name!r} evaluates every one: use sentences='all'"
         )
-    size = getattr(dataset, "image_size", None)
-    if rules.resolution is not None and size != rules.resolution:
-        raise ValueError(
-            f"protocol {rules.name!r} is defined at {rules.resolution}×{rules.resolution}, the dataset has "
-            f"image_size={size}; use image_size={rules.resolution} or protocol='lavt'"
+    for size in stated(dataset, "image_size"):
+        if size is not None and rules.resolution not in (None, size):
+            raise _wrong_size(rules, f", the dataset has image_size={size}")
+
+
+def _check_resolution(logits: Tensor, rules: Protocol) -> None:
+    """Refuse masks of a size that the protocol does not allow, from a dataset that does not state its own."""
+    if rules.resolution is not None and tuple(logits.shape[2:]) != (rules.resolution,) * 2:
+        raise _wrong_size(rules, ", the masks are {}×{}".format(*logits.shape[2:]))
+
+
+def _wrong_size(rules: Protocol, got: str) -> ValueError:
+    return ValueError(
+        f"protocol {rules.name!r} is defined at {rules.resolution}×{rules.resolution}{got}; use "
+        f"image_size={rules.resolution} or protocol='lavt'"
+    )
+
+
+def _warn_unknown(dataset: Dataset[Any]) -> None:
+    """Warn of referring data that do not state whether every sentence was evaluated."""
+    silent = {type(part).__name__ for part in leaves(dataset, "sentences") if not hasattr(part, "sentences")}
+    if silent:
+        warnings.warn(
+            f"{', '.join(sorted(silent))} does not state whether it serves every sentence of a ref or draws one; the "
+            "protocol needs all of them. Give it the attribute sentences = 'all' if it serves them all",
+            FastKDWarning,
+            stacklevel=3,
         )
 
 
 def _text(dataset: Dataset[Any], attribute: str) -> str | None:
-    for source in (dataset, getattr(dataset, "refcoco", None)):
-        value = getattr(source, attribute, None)
-        if isinstance(value, str):
-            return value
-    return None
+    """Return what a dataset is called; the names of those it holds, joined, where it has none itself."""
+    found: dict[str, None] = {}
+    for part in leaves(dataset, attribute):
+        values = (getattr(source, attribute, None) for source in (part, getattr(part, "refcoco", None)))
+        found |= dict.fromkeys(value for value in values if isinstance(value, str))
+    return ", ".join(found) or None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from fastkd._wrappers import unwrap
 from fastkd.data.images import read_image, to_square
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def predict(
         ValueError: not an image, an empty sentence, a model that names no tokenizer, or a tokenizer that is larger than
             the model's word table.
         FloatingPointError: the model computes NaN.
-        TypeError: an array that is not uint8, or a sentence that is no string.
+        TypeError: an array that is not uint8, a sentence that is no string, or a model without a ``config``.
 
     Example:
         >>> model = RISModel.from_pretrained("student")
@@ -86,7 +87,7 @@ def predict(
     if not sentence.strip():
         raise ValueError("the sentence is empty: say what to look for, such as 'the left red cup'")
     pixels = read_image(image)
-    config: Any = model.config
+    config: Any = _config(model)
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
     check_vocabulary(model, tokenizer)
     input_ids, word_mask = tokenizer([sentence], word_limit(model))
@@ -123,7 +124,7 @@ def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None)
     """
     from fastkd.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
-    handed_over = getattr(model, "tokenizer", None)
+    handed_over = getattr(unwrap(model), "tokenizer", None)
     if isinstance(handed_over, Tokenizer) and (folder is None or not has_tokenizer(Path(folder))):
         return handed_over
     source = tokenizer_source(model, folder)
@@ -132,12 +133,23 @@ def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None)
             "the model's configuration names no tokenizer, and word ids mean nothing without one: pass it "
             "(--tokenizer, or tokenizer=fastkd.data.load_tokenizer(...)), or put its vocab.txt into the model's folder"
         )
-    return load_tokenizer(source, keep_end=getattr(model.config, "keep_end", False))
+    return load_tokenizer(source, keep_end=getattr(_config(model), "keep_end", False))
 
 
 def tokenizer_source(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> str | None:
     """Return what `tokenizer_of` would load, or None."""
     from fastkd.data.tokenizer import locate_tokenizer
 
-    config: Any = model.config
-    return config.tokenizer if folder is None else locate_tokenizer(config.tokenizer, Path(folder))
+    named = _config(model).tokenizer
+    return named if folder is None else locate_tokenizer(named, Path(folder))
+
+
+def _config(model: nn.Module) -> Any:
+    """Return the configuration of a model, whatever wraps it."""
+    config = getattr(unwrap(model), "config", None)
+    if config is None:
+        raise TypeError(
+            f"model must have a config with image_size, max_words and tokenizer, as a RISModel has; "
+            f"{type(unwrap(model)).__name__} has none: give the model inside it, or set its config"
+        )
+    return config

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
+
+from fastkd._wrappers import bare, plain_names
+from fastkd.models import pickles
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from ``.safetensors``, or from a pickle of nothing but tensors and plain containers.
+    """A state dict from ``.safetensors``, or from a pickle of nothing but tensors, plain containers and settings.
+
+    A training script's checkpoint may hold it under ``state_dict`` or ``model``, next to its ``argparse.Namespace``.
+    Names come without what torch's wrappers add to them.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is damaged, holds objects other than tensors, or holds no state dict.
+        ValueError: The file is damaged, holds objects other than those, or holds no state dict.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
@@ -26,19 +32,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return plain_names(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds; all mean that this file gives no weights
-        raise ValueError(f"{path} holds no plain state dict ({str(error).splitlines()[0]})") from error
+    state = pickles.load(path)
     for key in ("state_dict", "model"):  # how training scripts commonly wrap it
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no plain state dict of tensors")
-    return state
+    return plain_names(state)
 
 
 def read_config(folder: Path) -> dict:
@@ -72,7 +75,12 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     Raises:
         ValueError: The names or shapes are not exactly the model's.
     """
-    own = model.state_dict()
+    with bare(model) as inner:
+        _check_names(inner.state_dict(), state, source)
+        inner.load_state_dict(state)
+
+
+def _check_names(own: Mapping[str, Tensor], state: dict[str, Tensor], source: str) -> None:
     problems = []
     for what, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
         if names:
@@ -86,7 +94,6 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
         problems.append(f"{len(shapes)} of another shape ({some(shapes)})")
     if problems:
         raise ValueError(f"{source} does not fit this model: {'; '.join(problems)}. Nothing was loaded.")
-    model.load_state_dict(state)
 
 
 def some(names: list[str], limit: int = 6) -> str:

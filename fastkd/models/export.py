@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._wrappers import bare, unwrap
 from fastkd.models.inputs import check_vocabulary, word_limit
 from fastkd.models.ris import RISModel
 
@@ -71,7 +72,7 @@ def export_onnx(
     (B, T) bool. Output: ``logits`` (B, 2, H, W), channel 1 the referred object. T is the configuration's ``max_words``.
 
     Args:
-        model: the student.
+        model: the student; ``torch.compile`` and other wrappers around it or its parts are looked through.
         path: the file to write; ``.json`` and ``.vocab.txt`` of the same name come beside it.
         size: (height, width); the configuration's ``image_size`` squared where left out.
         tokenizer: the model's own; recorded, and its vocabulary written.
@@ -88,14 +89,28 @@ def export_onnx(
         RuntimeError: torch cannot trace this model, or parameters were lost on the way.
         ImportError: onnx, onnxruntime or onnxscript is missing.
     """
+    student = unwrap(model) if isinstance(model, nn.Module) else model
+    if not isinstance(student, RISModel):
+        raise TypeError(
+            f"export takes a RISModel, got {type(student).__name__}: a Distiller's student is distiller.student"
+        )
+    with bare(student):  # the tracer and the names of the parameters know no wrappers
+        return _export(student, path, size, tokenizer, tolerance, batch_sizes, seed)
+
+
+def _export(
+    model: RISModel,
+    path: str | os.PathLike[str],
+    size: tuple[int, int] | None,
+    tokenizer: Tokenizer | None,
+    tolerance: float,
+    batch_sizes: Sequence[int],
+    seed: int,
+) -> Exported:
     path = Path(path).expanduser()
     if path.suffix != ".onnx":
         raise ValueError(f"path: {path} must end in .onnx")
     _check_targets(path)
-    if not isinstance(model, RISModel):
-        raise TypeError(
-            f"export takes a RISModel, got {type(model).__name__}: a Distiller's student is distiller.student"
-        )
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0, got {tolerance!r}")
     if len(set(batch_sizes)) < 2 or min(batch_sizes) < 1:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._wrappers import unwrap
 from fastkd.errors import FastKDWarning
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
@@ -36,16 +37,10 @@ class WordLimits:
 
 def word_limit(model: torch.nn.Module) -> int:
     """How many word ids a model takes: what it was made for, and no more than its table of positions has."""
+    model = unwrap(model)
     config: Any = model.config
     table = getattr(getattr(model, "text_encoder", None), "max_words", None)
     return min(config.max_words, table) if isinstance(table, int) else config.max_words
-
-
-def unwrapped(model: torch.nn.Module) -> Any:
-    """Return the model inside of DistributedDataParallel and torch.compile."""
-    for wrapper in ("module", "_orig_mod"):
-        model = getattr(model, wrapper, model)
-    return model
 
 
 def normalisation(model: torch.nn.Module) -> Normalisation | None:
@@ -53,7 +48,7 @@ def normalisation(model: torch.nn.Module) -> Normalisation | None:
 
     That is its ``image_normalisation``, or its configuration's ``image_mean`` and ``image_std``.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     known = getattr(model, "image_normalisation", None)
     if known is None:
         config = getattr(model, "config", None)
@@ -115,7 +110,7 @@ def run_model(model: torch.nn.Module, *args: Any, **inputs: Any) -> Any:
     kind = own_type(model)
     if kind is None:
         return model(*args, **inputs)
-    if not getattr(unwrapped(model), "casts_inputs", False):
+    if not getattr(unwrap(model), "casts_inputs", False):
         args = tuple(_cast(value, kind) for value in args)
         inputs = {name: _cast(value, kind) for name, value in inputs.items()}
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
@@ -127,13 +122,22 @@ def _cast(value: Any, kind: torch.dtype) -> Any:
 
 
 def table_size(model: torch.nn.Module) -> int | None:
-    """Return the number of rows of a model's word table, or None where it has none or does not tell."""
-    model = unwrapped(model)
-    for owner in (getattr(model, "text_encoder", None), model):
+    """Return the number of rows of a model's word table, or None where it has none or does not tell.
+
+    A model that does not tell may hold one that does, as a wrapper of somebody's own.
+    """
+    model = unwrap(model)
+    for owner in (getattr(model, "text_encoder", None), *model.modules()):
         rows = getattr(owner, "vocab_size", None)
         if isinstance(rows, int):
             return rows
     return None
+
+
+def names_tokenizer(model: torch.nn.Module) -> str | None:
+    """Return the tokenizer that a model's configuration names, or None."""
+    name = getattr(getattr(unwrap(model), "config", None), "tokenizer", None)
+    return name if isinstance(name, str) else None
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model") -> None:
@@ -147,10 +151,10 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model
     """
     rows, entries = table_size(model), getattr(tokenizer, "vocab_size", None)
     if rows is not None and isinstance(entries, int) and entries > rows:
-        own = getattr(getattr(model, "config", None), "tokenizer", None)
+        own = names_tokenizer(model)
         raise ValueError(
             f"the tokenizer ({getattr(tokenizer, 'name', None)!r}) has {entries} entries, the {whose}'s word table "
-            f"{rows} rows: it is not this model's own" + (f" ({own!r})" if isinstance(own, str) else "")
+            f"{rows} rows: it is not this model's own" + (f" ({own!r})" if own is not None else "")
         )
 
     ours, theirs = _padding_id(model), getattr(tokenizer, "pad_id", None)
@@ -165,7 +169,7 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model
 
 
 def _padding_id(model: torch.nn.Module) -> Any:
-    text = getattr(unwrapped(model), "text_encoder", None)
+    text = getattr(unwrap(model), "text_encoder", None)
     return getattr(getattr(getattr(text, "model", text), "config", None), "pad_token_id", None)
 
 
@@ -178,7 +182,7 @@ def check_host_ids(input_ids: Any, model: torch.nn.Module) -> None:
     rows = table_size(model)
     if rows is None or not isinstance(input_ids, Tensor) or input_ids.device.type != "cpu" or input_ids.numel() == 0:
         return
-    _check_range(input_ids, rows, getattr(getattr(model, "config", None), "tokenizer", None))
+    _check_range(input_ids, rows, names_tokenizer(model))
 
 
 def check_inputs(

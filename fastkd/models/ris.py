@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from fastkd._wrappers import bare
 from fastkd.data.tokenizer import FILES as TOKENIZER_FILES
 from fastkd.data.tokenizer import has_tokenizer, load_tokenizer, locate_tokenizer
 from fastkd.errors import FastKDWarning
@@ -169,9 +170,11 @@ class RISModel(
         from safetensors.torch import save_file
 
         # Clones, because safetensors refuses tensors that share or only partly fill their storage.
-        state = {
-            k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in self.state_dict().items()
-        }
+        with bare(self) as model:
+            state = {
+                k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+                for k, v in model.state_dict().items()
+            }
         weights = save_directory / checkpoint.WEIGHTS_FILE
         save_file(state, weights, metadata={"format": "pt"})
         values = self.config.to_dict()

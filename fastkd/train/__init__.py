@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from fastkd.train.checks import GradientReport
     from fastkd.train.config import TrainConfig
     from fastkd.train.distiller import Distiller, DistillOutput, Term
-    from fastkd.train.loop import TrainResult, train
+    from fastkd.train.loop import train
+    from fastkd.train.result import TrainResult
     from fastkd.train.taps import Taps
     from fastkd.train.task import segmentation_loss
 
@@ -38,7 +39,7 @@ __getattr__ = lazy_names(
         "Taps": "fastkd.train.taps",
         "Term": "fastkd.train.distiller",
         "TrainConfig": "fastkd.train.config",
-        "TrainResult": "fastkd.train.loop",
+        "TrainResult": "fastkd.train.result",
         "segmentation_loss": "fastkd.train.task",
         "train": "fastkd.train.loop",
     },

@@ -20,7 +20,8 @@ class TrainConfig:
     batch_size: int = 16
     """Samples per optimiser step, over all micro-batches and all processes."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is split into. The result is that of the whole batch, in less memory."""
+    """Micro-batches that a step's batch is split into. The result is that of the whole batch, in less memory, unless
+    something mixes samples: BatchNorm, or a term with ``across_batch`` or ``cross_image``, of which a warning tells."""
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 1e-2
@@ -34,9 +35,10 @@ class TrainConfig:
     seed: int = 0
     """Data order and dropout. Whoever makes the model seeds its weights; a dataset has a seed of its own."""
     device: str = "auto"
-    """"auto" (the GPU if there is one), "cpu", "cuda", "cuda:1"."""
+    """"auto" (the GPU if there is one; the CPU under ``accelerate launch --cpu``), "cpu", "cuda", "cuda:1"."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the networks: "auto" is bf16 on a GPU that has it and fp32 elsewhere. Weights stay in fp32."""
+    """Arithmetic of the networks: "auto" is bf16 on a GPU that has it (compute capability 8.0), or where ``accelerate
+    launch`` asks for it, and fp32 elsewhere. Weights stay in fp32."""
     channels_last: bool = False
     """Keep images and convolution weights channels-last: faster convolutions on most devices."""
     workers: int = 0
@@ -51,6 +53,9 @@ class TrainConfig:
     """Steps between lines of the log."""
     max_seconds: float | None = None
     """Stop after this much training (evaluation not counted), the learning rate decaying to zero by then."""
+    find_unused_parameters: bool = False
+    """With several processes: look at every step for parameters without a gradient. Needed where it depends on the
+    batch which parameters take part; on by itself where the first batch leaves some out."""
     check: bool = True
     """Run the distiller's checks on the first batch before training."""
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fastkd._wrappers import unwrap
 from fastkd.models.inputs import normalisation, renormalise, run_model
 from fastkd.train import checks, words
 from fastkd.train.select import Selector, hint, select
@@ -215,7 +216,7 @@ class Distiller(nn.Module):
         """The teacher's output, without a graph."""
         if self.teacher is None:
             return None
-        if self.teacher.training:
+        if unwrap(self.teacher).training:
             raise ValueError("teacher is in train mode: its dropout and batch statistics are on; call teacher.eval()")
         with torch.no_grad():
             return run_model(self.teacher, **self._teacher_inputs(batch))
@@ -296,7 +297,7 @@ class Distiller(nn.Module):
 
     def extra_repr(self) -> str:
         """Teacher and weights, for ``print``."""
-        teacher = "None" if self.teacher is None else type(self.teacher).__name__
+        teacher = "None" if self.teacher is None else type(unwrap(self.teacher)).__name__
         return f"teacher={teacher}, weights={self.weights}"
 
 
@@ -312,7 +313,7 @@ def _check_arguments(student: Any, teacher: Any, task_loss: Any, terms: Sequence
             raise TypeError(f"terms must be a list of fastkd.Term, got {term!r} in it; wrap a loss as Term(loss, ...)")
     if isinstance(inputs, str):
         raise TypeError(f"inputs must be a sequence of keys, got the string {inputs!r}; pass ({inputs!r},)")
-    if teacher is student:
+    if teacher is not None and unwrap(teacher) is unwrap(student):
         raise ValueError("teacher and student are the same object: there is nothing to learn; pass another model")
     if teacher is None and terms:
         raise ValueError(f"terms need a teacher, got {[t.name for t in terms]} and teacher=None")

@@ -5,36 +5,60 @@ On a GPU looking would wait for the device, and a word id beyond the table would
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd._wrappers import unwrap
+from fastkd.data._parts import leaves, stated
 from fastkd.data.tokenizer import Tokenizer
-from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary, unwrapped
+from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary
 from fastkd.train.distiller import Distiller
 from fastkd.train.task import check_mask, segmentation_loss
 from fastkd.train.words import PREFIX
 
 
 def check_tokenizers(distiller: Distiller, dataset: Any) -> None:
-    """Refuse a dataset whose tokenizers or normalisation are not those of the models that read it.
+    """Refuse a dataset whose tokenizers or normalisation are not those of the models that read it, or are mixed.
 
     Raises:
         ValueError: naming both sides.
     """
-    check_normalisation(distiller.student, dataset, "student")
-    tokenizer = getattr(dataset, "tokenizer", None)
-    check_vocabulary(distiller.student, tokenizer, "student")
+    for part in leaves(dataset, "image_mean"):
+        check_normalisation(distiller.student, part, "student")
+    ours, theirs = stated(dataset, "tokenizer"), stated(dataset, "teacher_tokenizer")
+    for name, tokenizers in (("tokenizer", ours), ("teacher_tokenizer", theirs)):
+        _check_same(name, tokenizers)
+    for tokenizer in ours:
+        check_vocabulary(distiller.student, tokenizer, "student")
     if distiller.teacher is not None:
-        check_vocabulary(distiller.teacher, getattr(dataset, "teacher_tokenizer", None) or tokenizer, "teacher")
+        for tokenizer in ours if None in theirs else theirs:
+            check_vocabulary(distiller.teacher, tokenizer, "teacher")
+
+
+def _check_same(attribute: str, tokenizers: Sequence[Any]) -> None:
+    """Refuse data sets that are mixed although one id stands for another word in each."""
+    known = {id(one): one for one in tokenizers if one is not None}
+    entries = {name: _entries(one) for name, one in known.items()}
+    if len(set(entries.values())) > 1:
+        names = " and ".join(sorted({repr(getattr(one, "name", one)) for one in known.values()}))
+        raise ValueError(
+            f"dataset: the sets it holds have different tokenizers ({attribute}: {names}), so one id would stand for "
+            "several words; make them all with the model's own"
+        )
+
+
+def _entries(tokenizer: Any) -> Any:
+    pieces = getattr(tokenizer, "pieces", None)
+    return tuple(pieces()) if callable(pieces) else getattr(tokenizer, "vocab_size", None)
 
 
 def keep_tokenizer(student: nn.Module, dataset: Any) -> None:
     """Hand the dataset's tokenizer to a `RISModel`, which saves it along with its weights."""
     from fastkd.models import RISModel
 
-    student, tokenizer = unwrapped(student), getattr(dataset, "tokenizer", None)
+    student, tokenizer = unwrap(student), next(iter(stated(dataset, "tokenizer")), None)
     if isinstance(student, RISModel) and isinstance(tokenizer, Tokenizer):
         student.tokenizer = tokenizer
 

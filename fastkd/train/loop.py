@@ -8,17 +8,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from fastkd.evaluate.evaluation import EvalResult, check_dataset, evaluate
+from fastkd._wrappers import unwrap
+from fastkd.data._loading import batches
+from fastkd.data._parts import set_epoch, stated
+from fastkd.errors import Terminated
+from fastkd.evaluate.evaluation import check_dataset, evaluate
 from fastkd.evaluate.protocols import PROTOCOLS
 from fastkd.models.inputs import check_vocabulary
 from fastkd.reference._numerics import computes_fp64
@@ -27,45 +31,14 @@ from fastkd.train.checks import gradient_report
 from fastkd.train.config import TrainConfig
 from fastkd.train.distiller import Distiller
 from fastkd.train.host import check_batch, check_tokenizers, keep_tokenizer
+from fastkd.train.launch import join
 from fastkd.train.log import Progress, RunLog, environment
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
-from fastkd.train.runtime import Clock, autocast, pick_device, pick_precision, to_device
+from fastkd.train.result import TrainResult
+from fastkd.train.runtime import Clock, autocast, to_device
+from fastkd.train.split import check_all_reduced, data_parallel, warn_of_micro_batches
+from fastkd.train.stop import Termination
 from fastkd.train.task import segmentation_loss
-
-
-@dataclass
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        steps: optimiser steps taken.
-        seconds: wall-clock seconds of training, loading included; checks, evaluation and checkpoints excluded.
-        eval_seconds: wall-clock seconds of evaluation.
-        samples_per_second: batch_size · steps / seconds.
-        stopped: "steps" or "max_seconds".
-        history: the "train" lines of the log.
-        evaluations: step and result of every evaluation.
-        out_dir: where log and checkpoints are, or None.
-    """
-
-    steps: int = 0
-    seconds: float = 0.0
-    eval_seconds: float = 0.0
-    samples_per_second: float = 0.0
-    stopped: str = "steps"
-    history: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[tuple[int, EvalResult]] = field(default_factory=list)
-    out_dir: Path | None = None
-
-    @property
-    def best(self) -> EvalResult | None:
-        """The evaluation with the best mIoU."""
-        return max((result for _, result in self.evaluations), key=lambda r: r.miou, default=None)
-
-    @property
-    def last(self) -> EvalResult | None:
-        """The final evaluation."""
-        return self.evaluations[-1][1] if self.evaluations else None
 
 
 def train(
@@ -84,16 +57,20 @@ def train(
     """Train a student, alone or under a `Distiller`: AdamW, polynomial decay, one process or many.
 
     Started by ``accelerate launch`` or ``torchrun`` it trains data-parallel; ``batch_size`` stays the size of the whole
-    step. The same seed, batch size and initial weights give the same run on one device. Distillation terms are divided
-    like the task loss when micro-batches are accumulated.
+    step. Settings come from ``config`` alone: "auto" follows accelerate's environment (its options and config file),
+    and what contradicts the configuration there is an error. The same seed, batch size and initial weights give the
+    same run on one device. Distillation terms are divided like the task loss when micro-batches are accumulated.
 
     With ``out_dir``, ``log.jsonl`` holds one JSON object per line (event "start" with the settings and the environment,
     then "train", "eval" and at last "end"), ``last/`` the student's latest checkpoint (at every evaluation, at the end,
-    and on Ctrl-C) and ``best/`` the one with the best validation mIoU. A checkpoint appears whole or not at all.
+    on Ctrl-C and on SIGTERM) and ``best/`` the one with the best validation mIoU. A checkpoint appears whole or not at
+    all.
 
     Args:
-        model: a `Distiller`, or a bare model to train on ``task_loss`` alone.
-        train_dataset: samples for ``collate``; its ``set_epoch(e)`` is called before each epoch if it has one.
+        model: a `Distiller`, or a bare model to train on ``task_loss`` alone; either may be compiled. Checkpoints have
+            the names of the student itself, whatever wraps it.
+        train_dataset: samples for ``collate``; its ``set_epoch(e)`` is called before each epoch if it has one, else
+            those of the data sets that it holds (ConcatDataset, Subset and other wrappers are looked through).
         config: the settings.
         val_dataset: evaluated with protocol "lavt" every ``eval_every`` steps and at the end.
         out_dir: folder for log and checkpoints; None keeps nothing.
@@ -107,9 +84,11 @@ def train(
         Steps, seconds, evaluations. The model is left trained, on the device it was trained on, in eval mode.
 
     Raises:
-        ValueError: what `Distiller.check` refuses, a batch that does not fit the data or the processes, masks with
-            values other than 0 and 1, or word ids beyond a model's word table.
+        ValueError: what `Distiller.check` refuses, an environment that contradicts the configuration, a batch that does
+            not fit the data or the processes, masks with values other than 0 and 1, or word ids beyond a model's word
+            table.
         FileExistsError: ``out_dir`` holds an earlier run.
+        Terminated: SIGTERM, as `SystemExit` with status 143; only where nobody else handles that signal.
         FloatingPointError: a loss or gradient that is not finite, or a validation with NaN; the message names where.
 
     Example:
@@ -118,31 +97,35 @@ def train(
     """
     if config is not None and not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig or None, got {type(config).__name__}")
-    distiller = model if isinstance(model, Distiller) else Distiller(model, None, task_loss)
-    if isinstance(model, Distiller) and task_loss is not segmentation_loss:
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):  # `train` wraps it itself
+        model = model.module
+    inner = unwrap(model)
+    distiller = inner if isinstance(inner, Distiller) else Distiller(model, None, task_loss)
+    if distiller is inner and task_loss is not segmentation_loss:
         raise ValueError("task_loss is for a bare model; this Distiller has its own")
     run = _Run(distiller, train_dataset, config or TrainConfig(), collate, title)
-    main = run.accelerator.is_main_process
+    run.module = model if distiller is inner else distiller  # a compiled one is called as such
+    main = run.processes.is_main_process
     folder = _prepare(Path(out_dir), overwrite) if out_dir is not None and main else None
     run.result.out_dir, run.overwrite = folder, overwrite
     run.log = RunLog(folder / "log.jsonl" if folder else None)
     run.bar = Progress(run.config.steps, title, progress and main)
     threads = torch.get_num_threads()
     torch.set_num_threads(run.config.threads or threads)
-    try:
-        run.go(val_dataset)
-    except BaseException as error:
-        run.clock.stop()
-        run.log.write("end", reason=type(error).__name__, message=str(error), step=run.step, seconds=run.clock.seconds)
-        if isinstance(error, KeyboardInterrupt) and folder and run.step:
-            run.flush()
-            save_student(distiller.student, folder / "last")
-            run.bar.say(f"interrupted at step {run.step}; the student is in {folder / 'last'}")
-        raise
-    finally:
-        run.bar.close()
-        run.log.close()
-        torch.set_num_threads(threads)
+    with Termination() as stop:
+        try:
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+                run.go(val_dataset)
+        except BaseException as error:
+            cause = stop.settle(error)
+            run.fail(cause)
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
+            run.bar.close()
+            run.log.close()
+            torch.set_num_threads(threads)
     return run.result
 
 
@@ -151,6 +134,7 @@ class _Run:
 
     log: RunLog
     bar: Progress
+    module: nn.Module
     overwrite = False
 
     def __init__(
@@ -161,12 +145,11 @@ class _Run:
         collate: Callable[[list[Any]], dict[str, Any]] | None,
         title: str,
     ) -> None:
-        self.accelerator = Accelerator()
+        self.processes, self.device, self.precision = join(config)
+        self.parallel = self.processes.num_processes > 1
         self.distiller, self.dataset, self.config, self.title = distiller, dataset, config, title
-        processes = self.accelerator.num_processes
-        self.device = self.accelerator.device if processes > 1 else pick_device(config.device)
-        self.precision = pick_precision(config.precision, self.device)
-        self.order = BatchOrder(len(dataset), config, self.accelerator.process_index, processes)  # type: ignore[arg-type]
+        index, count = self.processes.process_index, self.processes.num_processes
+        self.order = BatchOrder(len(dataset), config, index, count)  # type: ignore[arg-type]
         self.collate = collate or _default_collate()
         self.names = ["loss", "task", *distiller.terms, "gradient"]
         self.pending: list[Tensor] = []  # per-step values not yet looked at
@@ -181,7 +164,7 @@ class _Run:
         config, distiller = self.config, self.distiller
         check_tokenizers(distiller, self.dataset)
         keep_tokenizer(distiller.student, self.dataset)
-        torch.manual_seed(config.seed * 1009 + self.accelerator.process_index)  # dropout
+        torch.manual_seed(config.seed * 1009 + self.processes.process_index)  # dropout
         distiller.to(self.device)
         if config.channels_last:
             distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -193,9 +176,10 @@ class _Run:
 
         optimizer = adamw(distiller, config)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        module: nn.Module = distiller
-        if self.accelerator.num_processes > 1:
-            module = self.accelerator.prepare_model(distiller)
+        module = self.module
+        if self.parallel:
+            with autocast(self.precision, self.device):
+                module = data_parallel(module, distiller, first, config, self.device)
         self.clock.start()
         while self.step < config.steps:
             fraction = self._fraction()
@@ -205,6 +189,7 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * lr_factor(self.step, fraction, config)
             values = self._forward_backward(module, batches)
+            check_all_reduced(module, self.step + 1)
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
             self.pending.append(torch.cat([values, norm.detach().reshape(1).to(values)]))
             if self.device.type == "cpu":
@@ -224,6 +209,18 @@ class _Run:
         distiller.eval()
         self._end()
 
+    def fail(self, error: BaseException) -> None:
+        """Write the end of a run that did not come to its end; one that was stopped keeps its student."""
+        self.clock.stop()
+        seconds, folder = self.clock.seconds, self.result.out_dir
+        self.log.write("end", reason=type(error).__name__, message=str(error), step=self.step, seconds=seconds)
+        if isinstance(error, KeyboardInterrupt | Terminated) and folder and self.step:
+            self.flush()
+            save_student(self.distiller.student, folder / "last")
+            self.bar.say(f"interrupted at step {self.step}; the student is in {folder / 'last'}")
+        if isinstance(error, torch.OutOfMemoryError):
+            error.add_note("Raise accumulate (smaller micro-batches), or lower batch_size or the images' size.")
+
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Micro-batches on the device, epoch after epoch."""
         loader = DataLoader(
@@ -236,9 +233,8 @@ class _Run:
         )
         for epoch in itertools.count():
             self.order.epoch = epoch
-            if hasattr(self.dataset, "set_epoch"):
-                self.dataset.set_epoch(epoch)
-            for batch in loader:
+            set_epoch(self.dataset, epoch)
+            for batch in batches(loader):
                 check_batch(self.distiller, batch)
                 yield to_device(batch, self.device, self.config.channels_last)
 
@@ -246,8 +242,11 @@ class _Run:
         """Check the first batch and the validation set, and say in the log what is about to run."""
         if val_dataset is not None:  # now, and not after an hour of training
             check_dataset(val_dataset, PROTOCOLS["lavt"])
-            check_vocabulary(self.distiller.student, getattr(val_dataset, "tokenizer", None))
+            for tokenizer in stated(val_dataset, "tokenizer"):
+                check_vocabulary(self.distiller.student, tokenizer)
         distiller, report = self.distiller, None
+        if self.processes.is_main_process:
+            warn_of_micro_batches(distiller, self.config, self.processes.num_processes)
         if self.config.check:
             with autocast(self.precision, self.device):
                 report = distiller.check(first)
@@ -259,7 +258,7 @@ class _Run:
             environment={
                 **environment(self.device),
                 "precision": self.precision,
-                "processes": self.accelerator.num_processes,
+                "processes": self.processes.num_processes,
             },
             parameters={k: sum(p.numel() for p in m.parameters()) for k, m in counts.items() if m is not None},
             samples={"train": len(self.dataset), "val": len(val_dataset) if val_dataset is not None else None},  # type: ignore[arg-type]
@@ -273,11 +272,11 @@ class _Run:
         total: Tensor | None = None
         for micro in range(parts):
             self.batch = next(batches)
-            hold = micro + 1 < parts and self.accelerator.num_processes > 1
-            with self.accelerator.no_sync(module) if hold else nullcontext():
+            last = micro + 1 == parts
+            with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
                 with autocast(self.precision, self.device):
                     output = module(self.batch)
-                self.accelerator.backward(output.loss / parts if parts > 1 else output.loss)
+                (output.loss / parts if parts > 1 else output.loss).backward()
             values = (
                 torch.stack([v.detach().float() for v in (output.loss, output.task, *output.terms.values())]) / parts
             )
@@ -316,7 +315,7 @@ class _Run:
         if self.config.max_seconds is None:
             return fraction
         fraction = max(fraction, self.clock.seconds / self.config.max_seconds)
-        if self.accelerator.num_processes > 1:  # all must stop at one step
+        if self.parallel:  # all must stop at one step
             fraction = float(broadcast(torch.tensor(fraction, device=self.device)))
         return fraction
 
@@ -326,9 +325,9 @@ class _Run:
         seconds = self.clock.seconds
         rows = torch.tensor(self.window, dtype=torch.float64).mean(0)
         self.window.clear()
-        if self.accelerator.num_processes > 1:
+        if self.parallel:
             dtype = torch.float64 if computes_fp64(self.device) else torch.float32
-            rows = self.accelerator.reduce(rows.to(self.device, dtype), "mean")
+            rows = reduce(rows.to(self.device, dtype), "mean")
         means = dict(zip(self.names, rows.tolist(), strict=True))
         line = {
             "step": self.step,

@@ -61,7 +61,7 @@ class BatchOrder:
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.samples, generator=generator).tolist()
+        order = torch.randperm(self.samples, generator=generator, device="cpu").tolist()
         size, parts = self.config.batch_size, self.config.accumulate * self.ranks
         part = size // parts
         for start in range(0, len(order) - size + 1, size):

@@ -144,16 +144,17 @@ def balance_on(
     """
     from fastkd.data import collate
     from fastkd.train.host import check_batch, check_tokenizers
-    from fastkd.train.runtime import autocast, pick_device, to_device
+    from fastkd.train.launch import requested
+    from fastkd.train.runtime import autocast, to_device
 
     check_tokenizers(distiller, dataset)
     size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
-    device = pick_device(config.device)
+    device, precision = requested(config)
     distiller.to(device).train()
     starts = range(0, min(batches * size, len(dataset) - size + 1), size)  # type: ignore[arg-type]
     collated = [collate([dataset[i] for i in range(s, s + size)]) for s in starts]
     for batch in collated:
         check_batch(distiller, batch)
     samples = [to_device(batch, device, False) for batch in collated]
-    with autocast(config.precision, device):
+    with autocast(precision, device):
         return distiller.balance(samples, shares)

@@ -27,18 +27,27 @@ def pick_device(name: str | torch.device | None) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """``"auto"`` is "bf16" on a GPU that has it, and "fp32" elsewhere."""
+    """``"auto"`` is "bf16" on a GPU with bf16 arithmetic, and "fp32" elsewhere, as where bf16 is only emulated."""
     if name not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {name!r}")
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and _has_bf16(device) else "fp32"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Return whether a GPU has bf16 arithmetic; torch asks the current one, which may be another."""
+    if torch.cuda.device_count() > 1 and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that networks run in: "fp32", "bf16" or "auto", see `pick_precision`."""
+    """The context that networks run in: "fp32", "bf16" or "auto", see `pick_precision`; an outer autocast is off."""
     bf16 = pick_precision(precision, device) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    if not bf16 and not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device, channels_last: bool = False) -> dict[str, Any]:

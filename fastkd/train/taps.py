@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastkd._wrappers import plain_name, unwrap
 from fastkd.train.select import follow, hint
 
 
@@ -20,9 +21,9 @@ class Taps(Mapping[str, Any]):
     value of an earlier forward; a module called several times in one forward shows its last output. An output that
     was changed in place since (by an ``inplace=True`` activation, a ``+=``) is no longer the module's, and refused.
     The hooks go when the taps are closed or nothing refers to them any more. Paths are those
-    of ``model.named_modules()``, written without the ``module.`` of DistributedDataParallel and the ``_orig_mod.`` of
-    ``torch.compile``, and the same whether or not the model is wrapped. Make the taps before ``torch.compile``: a
-    compiled graph does not see hooks added after it.
+    of ``model.named_modules()``, written without the ``module.`` of DistributedDataParallel and AveragedModel and the
+    ``_orig_mod.`` of ``torch.compile``, and the same whether or not the model is wrapped. Make the taps before
+    ``torch.compile``: a compiled graph does not see hooks added after it.
 
     Args:
         model: the model to watch; it may be wrapped.
@@ -63,7 +64,7 @@ class Taps(Mapping[str, Any]):
                 raise ValueError(f"tap {name!r}: the model has no module {path!r}.{hint(path, _nearby(path, modules))}")
             self.paths[name] = path
             found.append((name, modules[path], index))
-        self._handles.append(_unwrap(model).register_forward_pre_hook(_Begin(self._outputs)))
+        self._handles.append(unwrap(model).register_forward_pre_hook(_Begin(self._outputs)))
         for name, module, index in found:
             self._handles.append(module.register_forward_hook(_Catch(self._outputs, name, index)))
 
@@ -175,22 +176,9 @@ def _version(value: Any) -> int | None:
     return value._version if counted else None
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile and data-parallel wrappers."""
-    while True:
-        if "_orig_mod" in module._modules:
-            inner = module._modules["_orig_mod"]
-        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = module.module
-        else:
-            return module
-        assert isinstance(inner, nn.Module)
-        module = inner
-
-
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Path and module of the whole tree, wrappers left out of the paths."""
-    module = _unwrap(module)
+    module = unwrap(module)
     if prefix:
         yield prefix, module
     for name, child in module.named_children():
@@ -199,7 +187,7 @@ def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 def _canonical(path: str, modules: Mapping[str, nn.Module]) -> str:
     """The path without the names that wrappers add."""
-    path = ".".join(part for part in path.split(".") if part != "_orig_mod")
+    path = plain_name(path)
     while path not in modules and path.startswith("module."):
         path = path.removeprefix("module.")
     if path not in modules:  # a wrapped part of the model

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fastkd._wrappers import unwrap
 from fastkd.losses import CrossModalKD, cross_modal_kd, cross_modal_kd_from_logits
 from fastkd.losses.cross_modal import DEFAULT_TERMS
 
@@ -31,15 +32,22 @@ def teacher_inputs(teacher: nn.Module, inputs: Sequence[str], batch: Mapping[str
         ValueError: the teacher reads words of its own tokenizer, and the batch has only the student's.
     """
     apart = tokenised_apart(inputs, batch)
-    if getattr(teacher, "own_words", False) and not apart:
+    if not apart and _has_own_words(teacher):
         raise ValueError(
-            f"teacher {type(teacher).__name__} reads token ids of its own tokenizer, but the batch has no "
+            f"teacher {type(unwrap(teacher)).__name__} reads token ids of its own tokenizer, but the batch has no "
             "'teacher_input_ids': make them with ReferDataset(..., teacher_tokenizer=...); or, if the student has the "
             "same tokenizer, set teacher.own_words = False"
         )
     mine = {key: batch[PREFIX + key] for key in inputs if PREFIX + key in batch}
     shared = [key for key in inputs if key in batch and key not in mine and not (apart and key in _SENTENCE)]
     return {key: mine[key] if key in mine else batch[key] for key in inputs if key in mine or key in shared}
+
+
+def _has_own_words(teacher: nn.Module) -> bool:
+    """Return what the teacher states, or else whether a module inside of it reads words of its own."""
+    teacher = unwrap(teacher)
+    own = getattr(teacher, "own_words", None)
+    return bool(own) if own is not None else any(getattr(m, "own_words", False) is True for m in teacher.modules())
 
 
 def check_term(name: str, loss: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

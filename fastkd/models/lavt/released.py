@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import argparse
 import operator
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastkd.models.lavt.pickles import contents, of_tensors
+from fastkd.models import pickles
 from fastkd.models.lavt.states import TEXT
-
-_ALLOWED = "tensors, plain containers and argparse.Namespace"
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ def read_checkpoint(path: str | Path) -> LAVTCheckpoint:
         found.layout, found.fusion_heads     # ("lavt", (1, 1, 1, 1))
     """
     path = Path(path)
-    values = _load(path)
+    values = pickles.load(path)
     model = values.get("model") if isinstance(values, Mapping) else None
     if not isinstance(model, Mapping):
         got = f"a dict of {_some(values)}" if isinstance(values, Mapping) else f"a {type(values).__name__}"
@@ -94,58 +88,6 @@ def _fusion_heads(path: Path, mha: Any) -> tuple[int, ...]:
     except (TypeError, ValueError):
         raise ValueError(f"{path}: args.mha must be empty or four heads such as '1-2-4-8', got {mha!r}") from None
     return heads
-
-
-def _load(path: Path) -> Any:
-    if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder, no checkpoint; give the file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch's, on pickle protocols that torch.save doesn't use
-        if foreign := _foreign_objects(path):
-            raise _refusal(path, foreign)
-        # torch maps no file whose name the locale could not decode (lone surrogates stand for its bytes).
-        decoded = not any("\ud800" <= character <= "\udfff" for character in str(path))
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=decoded and zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:  # torch's message advises to run the code in the file: it is not shown
-            names, protocol = contents(path)
-            if foreign := [name for name in names if not of_tensors(name)]:
-                raise _refusal(path, foreign) from None
-            if protocol > 2:
-                raise ValueError(
-                    f"{path} was pickled with protocol {protocol}; without running code torch reads protocol 2, "
-                    "torch.save's default: save it again with that"
-                ) from None
-            raise ValueError(_damaged(path, error)) from None
-        except Exception as error:  # a damaged file raises almost anything; all mean that it gives no weights
-            raise ValueError(_damaged(path, error)) from error
-
-
-def _foreign_objects(path: Path) -> list[str]:
-    """Names of classes and functions in the pickle that are not allowed, found by reading it, not by running it."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # no zip archive (torch before 1.6), another protocol, or a damaged file: torch.load tells
-        return []
-
-
-def _refusal(path: Path, names: list[str]) -> ValueError:
-    return ValueError(
-        f"{path} holds objects other than {_ALLOWED}: {', '.join(names)}. Such a file can run code when it is read, so "
-        "it was refused and nothing was run; fetch it from its source, or save it without them"
-    )
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    if path.stat().st_size == 0:
-        why = "it is empty"
-    elif isinstance(error, RuntimeError | EOFError | OSError) and str(error).strip():
-        why = re.split(r"(?<=\w)\. ", str(error).strip().splitlines()[0])[0]  # torch's first sentence
-    else:
-        why = "it is no pickle of tensors"
-    return f"{path} can't be read as a checkpoint ({why}): cut off while downloading, or no torch file"
 
 
 def _some(values: Mapping[Any, Any], limit: int = 6) -> str:

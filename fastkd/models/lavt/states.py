@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._wrappers import plain_name
+
 TEXT = "text_encoder."
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _INDEX, _TABLE = ".attn.relative_position_index", ".attn.relative_position_bias_table"
 _UNUSED = {TEXT + name for name in ("embeddings.position_ids", "embeddings.token_type_ids")} | {
     TEXT + f"pooler.dense.{name}" for name in ("weight", "bias")
@@ -75,9 +76,9 @@ def _named(argument: str, state: Any) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             hint = f'; is it a whole checkpoint? Then give its ["{key}"]' if isinstance(value, Mapping) else ""
             raise TypeError(f"{argument} must hold tensors by name, got {type(value).__name__} for {key!r}{hint}")
-        name = key
-        while name.startswith(_WRAPPERS):
-            name = name.partition(".")[2]
+        name = plain_name(key)
+        while name.startswith("module."):  # of DistributedDataParallel
+            name = name.removeprefix("module.")
         if name in named:
             raise ValueError(f"{argument} has two tensors for {name} (with and without a wrapper's prefix)")
         named[name] = value

@@ -1,0 +1,83 @@
+"""Look through the wrappers that hide a module: torch.compile, data-parallel, averaging and checkpointing ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+_T = TypeVar("_T")
+
+_RESERVED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # names that torch alone gives a child
+_BY_TYPE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+_BY_NAME = {
+    "timm.utils.model_ema.ModelEma",
+    "timm.utils.model_ema.ModelEmaV2",
+    "timm.utils.model_ema.ModelEmaV3",
+    "deepspeed.runtime.engine.DeepSpeedEngine",
+}  # not imported to ask
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside its wrappers."""
+    while (inner := _inner(module)) is not None:
+        module = inner
+    return module
+
+
+@contextmanager
+def bare(module: nn.Module) -> Iterator[nn.Module]:
+    """Give the module inside its wrappers, its parts without theirs as well, until the end of the block.
+
+    Names of parameters are then those that the model's author knows, whatever part of it was wrapped. A forward in the
+    block runs without the wrappers.
+    """
+    root = unwrap(module)
+    wrapped = [
+        (parent, name, child)
+        for parent in list(root.modules())
+        if _inner(parent) is None
+        for name, child in parent._modules.items()
+        if child is not None and _inner(child) is not None
+    ]
+    try:
+        for parent, name, child in wrapped:
+            parent._modules[name] = unwrap(child)
+        yield root
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without the parts that torch's wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _RESERVED)
+
+
+def plain_names(state: Mapping[str, _T]) -> dict[str, _T]:
+    """Return a state dict under the names without wrappers; ``module.`` goes only where every name begins with it.
+
+    Raises:
+        ValueError: two names that differ by a wrapper alone.
+    """
+    plain: dict[str, _T] = {}
+    for name, value in state.items():
+        if plain.setdefault(plain_name(name), value) is not value:
+            raise ValueError(f"two tensors are named {plain_name(name)!r}, one with a wrapper's name in it")
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): value for name, value in plain.items()}
+    return plain
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """Return what a wrapper holds, or None for a module that is no wrapper."""
+    name = next((name for name in _RESERVED if name in module._modules), None)
+    if name is None:
+        kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+        if not isinstance(module, _BY_TYPE) and kinds.isdisjoint(_BY_NAME):
+            return None
+        name = "module"
+    return module._modules.get(name)

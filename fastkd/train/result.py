@@ -1,0 +1,44 @@
+"""What a training run returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastkd.evaluate.evaluation import EvalResult
+
+
+@dataclass
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        steps: optimiser steps taken.
+        seconds: wall-clock seconds of training, loading included; checks, evaluation and checkpoints excluded.
+        eval_seconds: wall-clock seconds of evaluation.
+        samples_per_second: batch_size · steps / seconds.
+        stopped: "steps" or "max_seconds".
+        history: the "train" lines of the log.
+        evaluations: step and result of every evaluation.
+        out_dir: where log and checkpoints are, or None.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    eval_seconds: float = 0.0
+    samples_per_second: float = 0.0
+    stopped: str = "steps"
+    history: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[tuple[int, EvalResult]] = field(default_factory=list)
+    out_dir: Path | None = None
+
+    @property
+    def best(self) -> EvalResult | None:
+        """The evaluation with the best mIoU."""
+        return max((result for _, result in self.evaluations), key=lambda r: r.miou, default=None)
+
+    @property
+    def last(self) -> EvalResult | None:
+        """The final evaluation."""
+        return self.evaluations[-1][1] if self.evaluations else None
