@@ -45,7 +45,7 @@ def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what malloc kept from earlier calls would hide what this one takes
-        CLEAR.write_text("5")  # the highest mark starts again from here
+        CLEAR.write_text("5", encoding="ascii")  # the highest mark starts again from here
         before = _status("VmRSS")
         result = call()
         del result
@@ -55,7 +55,7 @@ def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
 
 
 def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s*(\d+) kB", STATUS.read_text())
+    found = re.search(rf"{name}:\s*(\d+) kB", STATUS.read_text(encoding="utf-8", errors="replace"))
     if found is None:
         raise OSError(f"{STATUS} has no {name}")
     return int(found[1]) * 1024
