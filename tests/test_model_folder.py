@@ -108,8 +108,9 @@ class TestNormalisation:
         evaluate(model, data)
         other = ReferDataset(data.refcoco, data.tokenizer, image_size=64, sentences="all")
         message = r"by mean \(0\.485, .*the model wants mean \(0\.1, 0\.4, 0\.7\).*image_mean=model\.config\.image_mean"
-        with pytest.raises(ValueError, match=message):
-            evaluate(model, other)
+        for hidden in (other, torch.utils.data.Subset(other, [0]), torch.utils.data.ConcatDataset([data, other])):
+            with pytest.raises(ValueError, match=message):
+                evaluate(model, hidden)
         with pytest.raises(ValueError, match="the student wants"):
             train(model, other, TrainConfig(steps=1, batch_size=2, device="cpu"), progress=False)
 
