@@ -29,13 +29,15 @@ def finite(number: float) -> bool:
     return -1.7976931348623157e308 <= number <= 1.7976931348623157e308
 
 
-def operator_argument(number: float) -> float | Tensor:
+def operator_argument(number: float | Tensor) -> float | Tensor:
     """Return ``number`` as operators take it: a float, or a tensor where torch.compile keeps it a variable.
 
     Of a float given to an operator torch.compile makes a constant, and another graph for each value. A tensor that is
     multiplied by the float follows it. ``torch.full`` and ``torch.scalar_tensor`` do not: they cost a graph per value,
     and under inductor of torch 2.14 they go on with the value that was traced.
     """
+    if isinstance(number, Tensor):
+        return number.to("cpu", torch.float64)
     if not torch.compiler.is_compiling():
         return float(number)
     from torch.fx.experimental.symbolic_shapes import has_static_value

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd import losses
 
-Step = Callable[[list[Tensor], dict[str, Any], float], Tensor]
+Step = Callable[[list[Tensor], dict[str, Any], float | Tensor], Tensor]
 TEMPERATURES = {"softmax_kl": (4.0, 3.5, 2.0, 0.6), "relation": (0.2, 0.1, 0.03, 0.02), "pixel_word": (1.5, 1.0, 0.3)}
 """A relation of cosines takes other statistics below 0.04."""
 
@@ -41,7 +41,7 @@ def _forgotten() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def assert_follows(step: Step, problem: Problem, numbers: tuple[float, ...], graphs: int = 2, **options: Any) -> None:
+def assert_follows(step: Step, problem: Problem, numbers: tuple[float | Tensor, ...], graphs: int = 2, **options: Any) -> None:
     """``step``, compiled at most ``graphs`` times, gives eager's loss and gradients for every number."""
     compiled = torch.compile(step, fullgraph=True, **({"backend": "aot_eager"} | options))
     values = set()
@@ -68,6 +68,12 @@ def step_of(setting: Setting, name: str = "temperature") -> Step:
 def test_temperature(basic_setting: Any) -> None:
     problem = basic_setting.case.problem(device=basic_setting.place.device)
     assert_follows(step_of(basic_setting), problem, TEMPERATURES[basic_setting.case.family])
+
+
+def test_temperature_as_a_tensor_costs_one_graph(basic_setting: Any) -> None:
+    problem = basic_setting.case.problem(device=basic_setting.place.device)
+    numbers = tuple(torch.tensor(number) for number in TEMPERATURES[basic_setting.case.family])
+    assert_follows(step_of(basic_setting), problem, numbers, graphs=1)
 
 
 def test_temperature_under_inductor() -> None:

@@ -32,11 +32,11 @@ def option(name: str, value: object, choices: Sequence[str | None]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def number(name: str, value: Any) -> float | Tensor:
+def number(name: str, value: Any, traced: bool = False) -> float | Tensor:
     """Return a Python number for ``value``: a number of Python or numpy, or a tensor or array that holds one.
 
     A tensor whose gradient is asked for (by ``backward``, or by a transform of torch.func or forward mode) is returned
-    as a tensor of no dimensions.
+    as a tensor of no dimensions; with ``traced`` any tensor is under torch.compile: ``.item()`` would break its graph.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
@@ -48,7 +48,7 @@ def number(name: str, value: Any) -> float | Tensor:
             raise TypeError(f"{name}: expected a real number or a tensor that holds one, got {shown}")
         if (torch.is_grad_enabled() and value.requires_grad) or transformed(value):
             return savable(value)[0].reshape(())
-        return value.item()
+        return value.detach().reshape(()) if traced and torch.compiler.is_compiling() else value.item()
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # numpy's scalars, and its arrays of one number
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -58,7 +58,7 @@ def number(name: str, value: Any) -> float | Tensor:
 
 def temperature(value: Any, name: str = "temperature") -> float | Tensor:
     """``value`` must be a finite number above 0; return it as :func:`number` does."""
-    given = number(name, value)
+    given = number(name, value, traced=True)
     if isinstance(given, Tensor):
         if not values_visible(given):
             return given

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastkd.errors import BackendUnavailable
-from fastkd.ops._surroundings import savable
+from fastkd.ops._surroundings import savable, transformed
 from fastkd.ops.pixel_word import pixel_word as _pixel_word
 from fastkd.ops.pixel_word import pixel_word_from_logits as _pixel_word_from_logits
 from fastkd.ops.relation import relation as _relation
@@ -22,12 +22,12 @@ from fastkd.reference.softmax_kl import softmax_kl as _softmax_kl_formula
 
 
 def learned(backend: str, *temperatures: float | Tensor) -> bool:
-    """Return whether a temperature is a tensor, with respect to which the plain formula alone is differentiated.
+    """Return whether a temperature's gradient is asked for, which the plain formula alone has.
 
     Raises:
         BackendUnavailable: a backend of kernels was requested by name.
     """
-    if not any(isinstance(value, Tensor) for value in temperatures):
+    if not any(isinstance(t, Tensor) and (t.requires_grad or transformed(t)) for t in temperatures):
         return False
     if backend not in ("auto", "reference"):
         raise BackendUnavailable(
@@ -42,7 +42,6 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor,
     if formula:
         student, teacher = savable(student, teacher)
         return _softmax_kl_formula(student, teacher, temperature)
-    assert not isinstance(temperature, Tensor)
     return _softmax_kl(student, teacher, temperature=temperature, backend=backend)
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd._compile import finite
-from fastkd.ops._surroundings import check_dense
+from fastkd.ops._surroundings import check_dense, check_temperature
 from fastkd.reference.pixel_word import TERMS
 
 
-def check(tensors: dict[str, Tensor], words: tuple[int, int], temperature: float, terms: Sequence[str]) -> None:
+def check(
+    tensors: dict[str, Tensor], words: tuple[int, int], temperature: float | Tensor, terms: Sequence[str]
+) -> None:
     """Raise for named inputs that do not fit each other or the options."""
     first, *_ = student, teacher = [x for name, x in tensors.items() if not name.endswith("words")]
     for name, x in tensors.items():
@@ -36,5 +37,4 @@ def check(tensors: dict[str, Tensor], words: tuple[int, int], temperature: float
         raise ValueError(f"terms: expected some of {', '.join(TERMS)}, got {list(terms)}")
     if words[0] != words[1] and set(terms) != {"pixel_pixel"}:
         raise ValueError(f"terms: {words[0]} and {words[1]} words leave only 'pixel_pixel', got {list(terms)}")
-    if not (isinstance(temperature, int | float) and finite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    check_temperature(temperature)

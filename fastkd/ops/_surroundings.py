@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from fastkd._compile import constant_result
+from fastkd._compile import constant_result, finite
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -25,6 +25,13 @@ def _any_transform() -> bool:
 
 def _within_func() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
+
+
+def check_temperature(value: object) -> None:
+    """Raise unless ``value`` is a finite number above 0, or a tensor, which torch.compile traces without its value."""
+    if isinstance(value, Tensor) or (isinstance(value, int | float) and finite(value) and value > 0):
+        return
+    raise ValueError(f"temperature: expected a finite number > 0, got {value!r}")
 
 
 def transformed(*tensors: Tensor) -> bool:

@@ -41,7 +41,7 @@ def pixel_word(
     teacher_word_mask: Tensor | None = None,
     pixel_mask: Tensor | None = None,
     similarity: str = "scaled_dot",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     terms: Sequence[str] = TERMS,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def pixel_word_from_logits(
     student_word_mask: Tensor | None = None,
     teacher_word_mask: Tensor | None = None,
     pixel_mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     terms: Sequence[str] = TERMS,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def _terms(
     features: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     masks: tuple[Tensor | None, Tensor | None, Tensor | None],
     cosine: bool,
-    temperature: float,
+    temperature: float | Tensor,
     terms: Sequence[str],
     backend: str,
 ) -> dict[str, Tensor]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._compile import finite, operator_argument
+from fastkd._compile import operator_argument
 from fastkd.ops import _flops
 from fastkd.ops._backends import choose, wished
 from fastkd.ops._operators import Work, operator, register, saved
 from fastkd.ops._relation_call import Options, backward, forward, outputs
 from fastkd.ops._relation_forms import choose_form
-from fastkd.ops._surroundings import check_dense, refuse_tangent, savable
+from fastkd.ops._surroundings import check_dense, check_temperature, refuse_tangent, savable
 from fastkd.reference._numerics import computes_fp64
 from fastkd.reference.relation import relation as reference
 from fastkd.reference.relation import relation_mse_gram
@@ -30,7 +30,7 @@ def relation(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     negate: bool = False,
     cross: bool = False,
     keep: bool = False,
@@ -95,7 +95,7 @@ def _gram_possible(student: Tensor, teacher: Tensor) -> bool:
     return student.shape[2] == teacher.shape[2] or computes_fp64(student.device)
 
 
-def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+def _check(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> None:
     for name, given in (("student", student), ("teacher", teacher)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a tensor (B, R, K), got {type(given).__name__}")
@@ -112,8 +112,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         raise ValueError(
             f"teacher: expected on the student's device {student.device}, got {teacher.device}; use teacher.to(...)"
         )
-    if not (isinstance(temperature, int | float) and finite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    check_temperature(temperature)
     if torch.is_grad_enabled() and teacher.requires_grad:
         raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
 

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._compile import finite, number_of, operator_argument
+from fastkd._compile import number_of, operator_argument
 from fastkd.ops import _flops
 from fastkd.ops._backends import choose
 from fastkd.ops._launch import dtype_name, launch_on, native, operands, statistics_dtype
 from fastkd.ops._operators import Work, operator, register, saved
-from fastkd.ops._surroundings import check_dense, refuse_tangent, savable
+from fastkd.ops._surroundings import check_dense, check_temperature, refuse_tangent, savable
 from fastkd.reference.softmax_kl import softmax_kl as reference
 
 
-def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float, backend: str = "auto") -> Tensor:
+def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor, backend: str = "auto") -> Tensor:
     """Per-row KL(softmax(teacher/τ) ‖ softmax(student/τ)), without the factor τ².
 
     Args:
@@ -55,7 +55,7 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float, backend:
     return operator("softmax_kl_forward", given)(student, teacher, given, chosen)[0]
 
 
-def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+def _check(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> None:
     for name, given in (("student", student), ("teacher", teacher)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a tensor (B, R, N), got {type(given).__name__}")
@@ -73,8 +73,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         raise ValueError(
             f"teacher: expected on the student's device {student.device}, got {teacher.device}; use teacher.to(...)"
         )
-    if not (isinstance(temperature, int | float) and finite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    check_temperature(temperature)
     if torch.is_grad_enabled() and teacher.requires_grad:
         raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
 
@@ -211,7 +210,7 @@ class _Native:
         teacher: Tensor,
         statistics: Tensor,
         grad_student: Tensor,
-        temperature: float,
+        temperature: float | Tensor,
     ) -> None:
         with launch_on(student) as extra:
             native(self.backend).softmax_kl_backward(
