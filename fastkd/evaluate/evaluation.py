@@ -198,7 +198,7 @@ def evaluate(
         raise FloatingPointError(f"the model's logits hold NaN for {failure}: {blame(model)}")
     if not len(indices):  # fewer samples than processes: the others' counts cannot be gathered with none at all
         metrics.update(torch.zeros(0, 1, 1, device=where).bool(), torch.zeros(0, 1, 1, device=where).bool())
-    sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64)
+    sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64, device="cpu")
     scores = {name: float(value) for name, value in metrics.compute().items()}
     refs = set(ref_ids)
     if refs:

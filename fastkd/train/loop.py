@@ -323,7 +323,7 @@ class _Run:
         """One line of the log: means over the steps since the last one."""
         self.flush()
         seconds = self.clock.seconds
-        rows = torch.tensor(self.window, dtype=torch.float64).mean(0)
+        rows = torch.tensor(self.window, dtype=torch.float64, device="cpu").mean(0)
         self.window.clear()
         if self.parallel:
             dtype = torch.float64 if computes_fp64(self.device) else torch.float32
