@@ -44,6 +44,7 @@ def test_in_two_processes() -> None:
     sys.path.insert(0, os.path.dirname(t.__file__) + "/..")
     from test_train_processes import Sometimes
     from fastkd.evaluate import evaluate
+    say = lambda line: os.write(1, (line + chr(10)).encode())  # whole, so that two processes' lines do not mix
     model = t.toy()
     model.spare = torch.nn.Linear(2, 2)
     with warnings.catch_warnings(record=True) as said:
@@ -51,14 +52,14 @@ def test_in_two_processes() -> None:
         result = t.run(model, steps=4, accumulate=2, log_every=1)
     named = [str(w.message) for w in said if "spare" in str(w.message)]
     score = evaluate(model, t.Scenes(1), collate=t.collate, device="cpu")
-    print(f"trained {rank} {result.history[-1]['loss']:.5f} {named}", flush=True)
-    print(f"scored {rank} {score.sentences} {score.resolution} {score.miou:.6f} {len(score.sample_iou)}", flush=True)
+    say(f"trained {rank} {result.history[-1]['loss']:.5f} {named}")
+    say(f"scored {rank} {score.sentences} {score.resolution} {score.miou:.6f} {len(score.sample_iou)}")
     try:
         t.run(Sometimes(), steps=4, check=False)
     except RuntimeError as error:
-        print(f"raised {rank} {error}", flush=True)
+        say(f"raised {rank} {error}")
     steps = t.run(Sometimes(), steps=4, check=False, find_unused_parameters=True).steps
-    print(f"asked {rank} {steps}", flush=True)
+    say(f"asked {rank} {steps}")
 """)
     lines = {tuple(line.split(" ", 2)[:2]): line.split(" ", 2)[2] for line in out.splitlines() if line.count(" ") > 1}
     model = toy()
