@@ -41,7 +41,9 @@ def _forgotten() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def assert_follows(step: Step, problem: Problem, numbers: tuple[float | Tensor, ...], graphs: int = 2, **options: Any) -> None:
+def assert_follows(
+    step: Step, problem: Problem, numbers: tuple[float | Tensor, ...], graphs: int = 2, **options: Any
+) -> None:
     """``step``, compiled at most ``graphs`` times, gives eager's loss and gradients for every number."""
     compiled = torch.compile(step, fullgraph=True, **({"backend": "aot_eager"} | options))
     values = set()
