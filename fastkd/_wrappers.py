@@ -73,7 +73,7 @@ def plain_names(state: Mapping[str, _T]) -> dict[str, _T]:
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    """Return what a wrapper holds, or None for a module that is no wrapper."""
+    """Return what a wrapper holds, or None for a module that is not a wrapper."""
     name = next((name for name in _RESERVED if name in module._modules), None)
     if name is None:
         kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}

@@ -302,8 +302,8 @@ def test_foreign_files(vision, text, tmp_path):
     refused(checkpoint(gone, text), r"1 missing \(classifier.conv2_3.weight\)")
     refused(checkpoint(vision | {"classifier.extra": torch.zeros(1)}, text), r"1 unexpected \(classifier.extra\)")
     for content, why in (
-        (b"<html>404</html>", "it is no pickle of tensors"),
-        (b"hello\n", "it is no pickle of tensors"),
+        (b"<html>404</html>", "it is not a pickle of tensors"),
+        (b"hello\n", "it is not a pickle of tensors"),
         (b"", "it is empty"),
         (b"PK\x03\x04 no archive", ""),
     ):

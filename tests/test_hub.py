@@ -81,10 +81,10 @@ def test_every_way_to_fetch(error, why, wrap, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raises(wrap(error)))
     monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", raises(wrap(error)))
     monkeypatch.setattr(transformers.BertModel, "from_pretrained", raises(caused(error)))
-    with pytest.raises(ValueError, match=f"^'owner/name' is no folder here, .*{why}") as info:
+    with pytest.raises(ValueError, match=f"^'owner/name' is not a folder here, .*{why}") as info:
         RISModel.from_pretrained("owner/name")
     one_line(info)
-    with pytest.raises(ValueError, match=f"^'owner/name' is no folder here, .*{why}") as info:
+    with pytest.raises(ValueError, match=f"^'owner/name' is not a folder here, .*{why}") as info:
         TextEncoder("bert", TEXT, "owner/name")
     one_line(info)
     create = timm.create_model
@@ -101,7 +101,9 @@ def test_every_way_to_fetch(error, why, wrap, monkeypatch):
 def test_offline_is_named_with_the_way_out(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nothing below reaches a network
     for fetch in (RISModel.from_pretrained, lambda name: TextEncoder("bert", TEXT, name)):
-        with pytest.raises(ValueError, match=r"'nobody/nothing' is no folder here, .*HF_HUB_OFFLINE is set.*unset it"):
+        with pytest.raises(
+            ValueError, match=r"'nobody/nothing' is not a folder here, .*HF_HUB_OFFLINE is set.*unset it"
+        ):
             fetch("nobody/nothing")
 
 

@@ -88,7 +88,7 @@ class TestLoading:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
         with pytest.raises(
-            ValueError, match=r"'owner/sam' is no folder here, and could not be .*OSError: 401: gated\)"
+            ValueError, match=r"'owner/sam' is not a folder here, and could not be .*OSError: 401: gated\)"
         ):
             TextPromptedTeacher.from_pretrained("owner/sam")
 
@@ -102,7 +102,7 @@ class TestLoading:
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
         with pytest.raises(
-            ValueError, match=r"'owner/sam' is no folder here, and could not be .*OSError: no network\)"
+            ValueError, match=r"'owner/sam' is not a folder here, and could not be .*OSError: no network\)"
         ):
             load_teacher("owner/sam")
 

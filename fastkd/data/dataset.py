@@ -40,7 +40,7 @@ class ReferDataset(Dataset[Sample]):
         cache: keep decoded and resized images and masks in memory, (S, S, 3) + (S, S) bytes each, as they are first
             read; workers of a DataLoader each keep their own unless :meth:`fill_cache` ran before.
         image_mean: mean of red, green and blue, in [0, 1], that images are normalised by: the model's
-            ``config.image_mean``. ImageNet's where left out.
+            ``config.image_mean``. ImageNet's by default.
         image_std: their deviation.
 
     Example::

@@ -172,7 +172,7 @@ def load_tokenizer(
             ``vocab.txt``; or a folder saved by transformers' ``save_pretrained``, or with a ``tokenizer.json``, or
             with a ``vocab.txt``, or with a ``vocab.json`` and ``merges.txt``.
         keep_end: sentences that are cut keep their end mark, as CLIP's text encoders need; see `Tokenizer`.
-        lower_case: of a ``vocab.txt``: lower-case sentences, or not. Left out: as ``do_lower_case`` in the
+        lower_case: of a ``vocab.txt``: lower-case sentences, or not. Default: as ``do_lower_case`` in the
             ``tokenizer_config.json`` next to it says, and where there is none, unless the vocabulary is a cased one
             (more than 1 % of its pieces have capitals).
 

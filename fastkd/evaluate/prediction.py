@@ -71,7 +71,7 @@ def predict(
         ValueError: not an image, an empty sentence, a model that names no tokenizer, or a tokenizer that is larger than
             the model's word table.
         FloatingPointError: the model computes NaN.
-        TypeError: an array that is not uint8, a sentence that is no string, or a model without a ``config``.
+        TypeError: an array that is not uint8, a sentence that is not a string, or a model without a ``config``.
 
     Example:
         >>> model = RISModel.from_pretrained("student")

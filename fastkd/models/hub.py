@@ -28,7 +28,7 @@ def reason(error: BaseException) -> str | None:
         ),
         (errors.RevisionNotFoundError, "it has no such revision"),
         (errors.RemoteEntryNotFoundError, "it lacks a file that is needed"),
-        (errors.HFValidationError, "it is no name that the hub could have"),
+        (errors.HFValidationError, "the hub cannot have such a name"),
     )
     for kind, text in known:
         if any(isinstance(one, kind) for one in chain):
@@ -53,7 +53,7 @@ def not_fetched(name: str, error: BaseException, *, causes_kept: bool = True) ->
         why = _OFFLINE
     why = why or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return ValueError(
-        f"{name!r} is no folder here, and could not be fetched from the hub ({why}): give the path of a folder, or "
+        f"{name!r} is not a folder here, and could not be fetched from the hub ({why}): give the path of a folder, or "
         "look at the name, the network and the licence that may have to be accepted"
     )
 

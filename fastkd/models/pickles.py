@@ -138,5 +138,5 @@ def _damaged(path: Path, error: Exception) -> str:
     elif isinstance(error, RuntimeError | EOFError | OSError) and str(error).strip():
         why = re.split(r"(?<=\w)\. ", str(error).strip().splitlines()[0])[0]  # torch's first sentence
     else:
-        why = "it is no pickle of tensors"
+        why = "it is not a pickle of tensors"
     return f"{path} can't be read as a checkpoint ({why}): cut off while downloading, or no torch file"

@@ -218,8 +218,8 @@ class RISModel(
 
         Raises:
             FileNotFoundError: No such folder, or a file missing in it.
-            ValueError: A configuration or weights that do not fit (all names are told and nothing is loaded), or a hub
-                name that could not be fetched.
+            ValueError: A configuration or weights that do not fit (all names are listed and nothing is loaded), or a
+                hub name that could not be fetched.
         """
         folder = Path(pretrained_model_name_or_path).expanduser()
         if not folder.is_dir() and not hub.is_hub_name(str(pretrained_model_name_or_path)):
