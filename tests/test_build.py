@@ -20,7 +20,7 @@ from emulation import tool
 from fastkd import _machine
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "fastkd", "kernels")
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "examples", "fastkd", "kernels")
 TAG = "cpython-311-x86_64-linux-gnu"
 OTHER = "cpython-399-x86_64-linux-gnu"
 
