@@ -59,8 +59,8 @@ class RandomImages(Dataset):
 def segformer(width: int) -> SegformerForSemanticSegmentation:
     """Return a small SegFormer with random weights."""
     widths = [width, width, 2 * width, 2 * width]
-    config = SegformerConfig(num_labels=CLASSES, depths=[1] * 4, hidden_sizes=widths, decoder_hidden_size=width)
-    return SegformerForSemanticSegmentation(config)
+    sizes = {"depths": [1] * 4, "num_attention_heads": [2] * 4, "hidden_sizes": widths, "decoder_hidden_size": width}
+    return SegformerForSemanticSegmentation(SegformerConfig(num_labels=CLASSES, **sizes))
 
 
 def main(steps: int = 15) -> list[float]:

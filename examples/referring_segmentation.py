@@ -28,7 +28,7 @@ from fastkd.train import TrainConfig, segmentation_loss, train
 TEACHER = files("fastkd.models") / "assets" / "shapes-teacher"
 
 
-def main(steps: int = 30, images: int = 120) -> dict[str, Any]:
+def main(steps: int = 20, images: int = 80) -> dict[str, Any]:
     """Return the training history, the scores of teacher and student, and one prediction with its image."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
