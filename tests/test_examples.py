@@ -13,10 +13,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-import torch
+import torch.nn.functional as F
 from contract_tools import threads
+from torch import Tensor
 
 import fastkd
 
@@ -55,19 +57,19 @@ def test_loss_in_a_loop(capsys):
         assert values[-1] < 0.8 * values[0], name
 
 
-def test_gram_anchoring():
+def all_patches(student: Tensor, teacher: Tensor, **_: Any) -> Tensor:
+    """Return the mean squared error of the similarities of all patches of a batch, by the plain formula."""
+    rows = (F.normalize(x.mT.flatten(0, 1), dim=1) for x in (student, teacher))  # (B·N, C)
+    return F.mse_loss(*(x @ x.mT for x in rows))
+
+
+def test_gram_anchoring(monkeypatch):
     example = load("gram_anchoring")
     free, anchored = example.main()
     assert 0 < anchored < free / 10
-
-    # What the example calls Gram anchoring is the mean squared error of all patches' similarities.
-    student = torch.randn(3, 16, 10, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(3, 16, 10, dtype=torch.float64)
-    flat = (torch.nn.functional.normalize(x.mT.reshape(30, 16), dim=1) for x in (student, teacher))
-    plain = torch.nn.functional.mse_loss(*(x @ x.mT for x in flat))
-    got = example.pixel_relation_kd(student, teacher, distance="mse", cross_image=True)
-    torch.testing.assert_close(got, plain)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (got, plain)))
+    few = example.main(steps=4)
+    monkeypatch.setattr(example, "pixel_relation_kd", all_patches)
+    assert few == pytest.approx(example.main(steps=4), rel=1e-3)
 
 
 def test_hooks_on_any_model(capsys):
@@ -121,10 +123,13 @@ def test_huggingface_trainer():
 
 def test_referring_segmentation():
     needs("torchvision", "timm", "transformers", "accelerate", "pycocotools", "torchmetrics")
-    result = load("referring_segmentation").main(steps=8, images=40)
-    losses = [line["loss"] for line in result["history"]]
-    assert len(losses) == 8
-    assert sum(losses[-3:]) < sum(losses[:3])
+    result = load("referring_segmentation").main(steps=16, images=40)
+    task = [line["task"] for line in result["history"]]
+    distribution = [line["terms"]["distribution"] for line in result["history"]]
+    assert len(task) == 16
+    for values in (task, distribution):
+        assert sum(values[-4:]) < sum(values[:4])
+    assert all(line["terms"]["cross_modal"] > 0 for line in result["history"])
     assert result["scores"]["teacher"].miou > 40
     assert result["scores"]["student"].sentences == result["scores"]["teacher"].sentences > 0
     found = result["prediction"]
