@@ -1,4 +1,4 @@
-"""What an ahead-of-time compilation depends on, as a digest: rows of facts whose digest is today's need no compiler."""
+"""Digest what an ahead-of-time compilation depends on: rows of facts with today's digest need no compiler."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Tokenizer:
 
     @property
     def lower_case(self) -> bool:
-        """Whether sentences are lower-cased."""
+        """Return whether sentences are lower-cased."""
         normalizer = self._inner.backend_tokenizer.normalizer
         return normalizer is not None and normalizer.normalize_str("A") == "a"
 

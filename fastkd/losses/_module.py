@@ -101,7 +101,7 @@ class ChannelAligner(nn.Module):
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Return whether ``linear`` computes ``F.linear`` of its own weight and nothing else."""
+    """Return whether ``linear`` only computes ``F.linear`` with its weight."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not any(hooks)
 

@@ -180,10 +180,10 @@ def _create(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
 def _normalisation(network: nn.Module, weights: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return mean and deviation from the configuration next to a file of weights, or else from timm's of the model."""
     known: list[Any] = [getattr(network, "pretrained_cfg", None)]
-    beside = Path(str(weights)).parent / "config.json"
-    if weights != "timm" and beside.is_file():  # as in timm's folders on the hub
+    config_file = Path(str(weights)).parent / "config.json"
+    if weights != "timm" and config_file.is_file():  # as in timm's folders on the hub
         try:
-            values = json.loads(beside.read_text(encoding="utf-8"))
+            values = json.loads(config_file.read_text(encoding="utf-8"))
             known.insert(0, values.get("pretrained_cfg") if isinstance(values, dict) else None)
         except ValueError:
             pass  # another file of that name

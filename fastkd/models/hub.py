@@ -1,4 +1,4 @@
-"""What the hub and the network raise, which is of many kinds and pages long, as one reason."""
+"""Turn the many exceptions of the hub and the network into one reason."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def contents(path: Path) -> tuple[list[str], int]:
 
 
 def of_tensors(name: str) -> bool:
-    """Whether a name is one of those that tensors and plain containers are saved with."""
+    """Return whether a name is one of those that tensors and plain containers are saved with."""
     module, _, own = name.replace("__builtin__", "builtins").rpartition(".")
     if module == "torch":  # storages, dtypes, Size; functions are not
         return isinstance(getattr(torch, own, None), type | torch.dtype | torch.layout)

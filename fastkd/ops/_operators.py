@@ -19,7 +19,7 @@ NAMESPACE = "fastkd"
 
 
 class Work(NamedTuple):
-    """What an operator does."""
+    """The implementation of an operator."""
 
     kernels: Callable[..., Any]
     fake: Callable[..., Any]

@@ -19,7 +19,7 @@ SECOND_ORDER = PIXEL_PIXEL | WORD_WORD
 
 
 def _kernels(backend: str) -> Any:
-    """What computes: a module with ``forward`` and ``backward``, filling the outputs that they are given."""
+    """Return what computes: a module with ``forward`` and ``backward``, filling the outputs that they are given."""
     return _pixel_word_triton if backend == "triton" else _pixel_word_call
 
 

@@ -120,7 +120,7 @@ def backward(
 
 
 def _kernels(backend: str) -> Any:
-    """What computes: an object with ``forward`` and ``backward``, filling the outputs that it is given."""
+    """Return what computes: an object with ``forward`` and ``backward``, filling the outputs that it is given."""
     return _Triton() if backend == "triton" else _Native()
 
 

@@ -177,7 +177,7 @@ register(
 
 
 def _kernels(backend: str) -> Any:
-    """What computes: an object with ``forward`` and ``backward``, filling the outputs that it is given."""
+    """Return what computes: an object with ``forward`` and ``backward``, filling the outputs that it is given."""
     return importlib.import_module("fastkd.kernels.softmax_kl") if backend == "triton" else _Native(backend)
 
 

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastkd._wrappers import unwrap
 from fastkd.data._loading import batches
-from fastkd.data._parts import set_epoch, stated
+from fastkd.data._parts import leaves, set_epoch, stated
 from fastkd.errors import Terminated
 from fastkd.evaluate.evaluation import check_dataset, evaluate
 from fastkd.evaluate.protocols import PROTOCOLS
-from fastkd.models.inputs import check_vocabulary
+from fastkd.models.inputs import check_normalisation, check_vocabulary
 from fastkd.reference._numerics import computes_fp64
 from fastkd.train.checkpoint import save_student
 from fastkd.train.checks import gradient_report
@@ -242,6 +242,8 @@ class _Run:
         """Check the first batch and the validation set, and say in the log what is about to run."""
         if val_dataset is not None:  # now, and not after an hour of training
             check_dataset(val_dataset, PROTOCOLS["lavt"])
+            for part in leaves(val_dataset, "image_mean"):
+                check_normalisation(self.distiller.student, part, "student")
             for tokenizer in stated(val_dataset, "tokenizer"):
                 check_vocabulary(self.distiller.student, tokenizer)
         distiller, report = self.distiller, None
