@@ -1,6 +1,6 @@
 """What every CUDA kernel in an installed ``fastkd._cuda`` costs on each chip it was compiled for; no GPU is needed.
 
-    python benchmarks/cuda_facts.py [--json FILE] [--module PATH] [--match PATTERN]
+    python -m benchmarks.cuda_facts [--json FILE] [--module PATH] [--match PATTERN]
 
 Registers, spills, local memory, stack, shared memory and the number of matrix instructions come from ``cuobjdump``,
 which ships inside Triton and with CUDA. Shared memory that a launch asks for is not in the module: what it may be at
@@ -20,10 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from aot import instructions, write_facts
-
+from benchmarks.aot.__main__ import instructions, write_facts
 from fastkd._native import build_info
-from fastkd.ops._backends import IMPLEMENTED
+from fastkd.ops.dispatch import IMPLEMENTED
 
 SHARED_LIMIT = 48 * 1024
 """Bytes of shared memory that a kernel may declare, on every chip."""

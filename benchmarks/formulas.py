@@ -1,6 +1,6 @@
 """Each loss as users write it in plain torch, in the inputs' dtype, and as fastkd's function.
 
-A formula takes the inputs of a work (see works.py) and returns the scalar loss. ``exact`` is the same in double
+A formula takes the inputs of a work (see workloads.py) and returns the scalar loss. ``exact`` is the same in double
 precision, row block by row block where the matrices would not fit.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
-    from works import Work
+    from benchmarks.workloads import Work
 
 Loss = Callable[..., Tensor]
 

@@ -1,6 +1,6 @@
 """Compare every provider of each family on this machine, against the targets, and write the figures.
 
-    python benchmarks/run.py [--family relation] [--works SUBSTRING] [--dtype bfloat16] [--seconds 10] [--out FOLDER]
+    python -m benchmarks [--family relation] [--works SUBSTRING] [--dtype bfloat16] [--seconds 10] [--out FOLDER]
 
 Each work runs in its own process, where all providers are timed in turn, round after round, and compared by
 medians. Prints one line per work and kernel of fastkd, forward and backward; a figure that misses its target, in
@@ -19,14 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import formulas
-import limits
-import measure
-import memory
-import table
 import torch
-import works
 
+from benchmarks import formulas, measure, memory, roofline, table, workloads
 from fastkd._console import plain_characters
 
 Rows = list[dict[str, Any]]
@@ -35,16 +30,16 @@ Rows = list[dict[str, Any]]
 SHARES = {"forward": 0.3, "both": 0.7, "graph": 0.4}  # of the time that a work has
 
 
-def compare(work: works.Work, device: str, seconds: float, names: list[str]) -> Iterator[Rows]:
+def compare(work: workloads.Work, device: str, seconds: float, names: list[str]) -> Iterator[Rows]:
     """Yield, mode by mode, a row per provider; one that cannot run is a row with ``ok: false`` and a note."""
     inputs = work.inputs(device)
     exact = formulas.exact_gradients(work, inputs)
-    failed = {name: why for name in names if (why := works.unavailable(name, work.family, device)) is not None}
+    failed = {name: why for name in names if (why := workloads.unavailable(name, work.family, device)) is not None}
     errors, losses = {}, {}
     for name in [name for name in names if name not in failed]:
         try:
-            losses[name] = works.loss_of(work, name)
-            errors[name] = error(works.step_of(work, name, "both", inputs, losses[name])(), exact)
+            losses[name] = workloads.loss_of(work, name)
+            errors[name] = error(workloads.step_of(work, name, "both", inputs, losses[name])(), exact)
         except Exception as reason:  # out of memory, a compiler that is missing, ...: a row that says so
             failed[name] = in_words(reason)
     del exact
@@ -54,7 +49,7 @@ def compare(work: works.Work, device: str, seconds: float, names: list[str]) -> 
         steps, failed_here = {}, dict(failed)
         for name in [name for name in names if name not in failed]:
             try:
-                step = works.step_of(work, name, mode, inputs, losses[name])
+                step = workloads.step_of(work, name, mode, inputs, losses[name])
                 if device.startswith("cuda"):
                     step()
                     measure.synchronize(device)
@@ -83,8 +78,8 @@ def in_words(reason: Exception) -> str:
     return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
 
 
-def blank_row(work: works.Work, mode: str, provider: str) -> dict[str, Any]:
-    least = limits.minimum(work, mode)
+def blank_row(work: workloads.Work, mode: str, provider: str) -> dict[str, Any]:
+    least = roofline.minimum(work, mode)
     return {
         "work": work.name,
         "loss": work.loss,
@@ -97,7 +92,7 @@ def blank_row(work: works.Work, mode: str, provider: str) -> dict[str, Any]:
         "peak_resident_bytes": None,
         "min_bytes": least["bytes"],
         "min_flop": least["flop"],
-        "min_flop_dtype": limits.arithmetic(work),
+        "min_flop_dtype": roofline.arithmetic(work),
         "min_exp": least["exp"],
         "share_of_limit": None,
         "share_of_copy": None,
@@ -115,16 +110,18 @@ def error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 
 def child_command(
-    work: works.Work | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool
+    work: workloads.Work | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool
 ) -> list[str]:
     """Return the command that measures one work, or the ceilings alone, in its own process: see ``child``."""
     one = ["--device", device, "--seconds", str(seconds), "--one-to", str(path), *(["--ceilings"] if ceilings else [])]
     if work is not None:
         one += ["--family", work.family, "--dtype", work.dtype_name, "--one", work.name, "--providers", *names]
-    return [sys.executable, __file__, *one]
+    return [sys.executable, str(Path(__file__).parent), *one]
 
 
-def child(work: works.Work | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool) -> None:
+def child(
+    work: workloads.Work | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool
+) -> None:
     """Measure one work, in this process: a line ``{"ceilings"}`` if asked for, and ``{"rows"}`` after each mode."""
     with path.open("a", encoding="utf-8") as file:
         if ceilings:
@@ -134,7 +131,7 @@ def child(work: works.Work | None, device: str, seconds: float, names: list[str]
 
 
 def in_its_own_process(
-    work: works.Work, device: str, seconds: float, names: list[str], ceilings: bool
+    work: workloads.Work, device: str, seconds: float, names: list[str], ceilings: bool
 ) -> dict[str, Any]:
     """``{"rows", "ceilings"}`` of one work. Allocators, threads and compiled graphs of others don't touch it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +144,7 @@ def in_its_own_process(
     return {"rows": rows + missing(work, names, rows, note), "ceilings": found}
 
 
-def missing(work: works.Work, names: list[str], rows: Rows, note: str) -> Rows:
+def missing(work: workloads.Work, names: list[str], rows: Rows, note: str) -> Rows:
     """Return a row with ``note`` for each mode and provider that ``rows`` lack."""
     there = {(row["mode"], row["provider"]) for row in rows}
     blank = [blank_row(work, mode, name) for mode in work.modes for name in names if (mode, name) not in there]
@@ -169,16 +166,16 @@ def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:
         if row["ok"] and ceilings:
             least = {key: row[f"min_{key}"] for key in ("bytes", "flop", "exp")}
             dtype, ms = row.get("min_flop_dtype", row["dtype"]), row["ms"]["median"]
-            row["share_of_limit"] = round(1e3 * limits.seconds(least, ceilings, dtype) / ms, 3)
+            row["share_of_limit"] = round(1e3 * roofline.seconds(least, ceilings, dtype) / ms, 3)
             for of, key in (("copy", "bytes"), ("product", "flop")):
                 alone = {k: n if k == key else 0 for k, n in least.items()}
-                row[f"share_of_{of}"] = round(1e3 * limits.seconds(alone, ceilings, dtype) / ms, 3)
+                row[f"share_of_{of}"] = round(1e3 * roofline.seconds(alone, ceilings, dtype) / ms, 3)
 
 
 @plain_characters()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=list(works.WORKS), choices=list(works.WORKS))
+    parser.add_argument("--family", nargs="+", default=list(workloads.WORKS), choices=list(workloads.WORKS))
     parser.add_argument("--works", default="", metavar="SUBSTRING", help="only works whose name has it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", help="float32, bfloat16, float16; default: what the device trains in")
@@ -195,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     dtypes = tuple(getattr(torch, name) for name in args.dtype) if args.dtype else None
     chosen = {
-        family: [w for w in works.works(family, torch.device(args.device).type, dtypes) if args.works in w.name]
+        family: [w for w in workloads.works(family, torch.device(args.device).type, dtypes) if args.works in w.name]
         for family in args.family
     }
     if args.one_to is not None:
@@ -211,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         path = (args.out or measure.RESULTS / measure.slug(env)) / f"{family}.json"
         results[family] = earlier(path, {work.name for work in todo}, best) if args.keep else []
         for work in todo:
-            names = works.providers(work, torch.device(args.device).type, args.autotune)
+            names = workloads.providers(work, torch.device(args.device).type, args.autotune)
             again = not best or args.device == "cpu"  # other load makes a CPU's best hard to see: the best of all
             result = in_its_own_process(work, args.device, args.seconds, names, again)
             results[family] += result["rows"]
@@ -223,10 +220,6 @@ def main(argv: list[str] | None = None) -> int:
     print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in best.items()))
     everything = [row for rows in results.values() for row in rows]
     measured = {row["work"] for row in everything}
-    todo = [w for f in chosen for w in works.works(f, torch.device(args.device).type, dtypes) if w.name in measured]
+    todo = [w for f in chosen for w in workloads.works(f, torch.device(args.device).type, dtypes) if w.name in measured]
     print(table.every_row(everything) if args.all else table.against_targets(todo, everything))
     return 0 if all(row["ok"] for row in everything) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """How time and memory grow with the number of pixels N = 900 ... 14400: fitted exponents.
 
-    python benchmarks/scaling.py [--seconds 4] [--out FOLDER]
+    python -m benchmarks.scaling [--seconds 4] [--out FOLDER]
 
 Time of ``cross_modal_kd`` (4, N, T=20, D=128) and extra memory of ``pixel_relation_kd`` (1, 64, √N, √N), forward and
 backward. An exponent is the slope of a straight line through the logarithms; 1 is linear. Writes scaling.json.
@@ -14,22 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import measure
-import memory
-import run
 import torch
-import works
 
+from benchmarks import measure, memory, run, workloads
 from fastkd._console import plain_characters
 
 SIDES = (30, 45, 60, 90, 120)
 EAGER_MOST = 60  # N×N matrices of larger maps take gigabytes
 
 
-def measured(work: works.Work, names: list[str], device: str, seconds: float, memory_only: bool) -> run.Rows:
+def measured(work: workloads.Work, names: list[str], device: str, seconds: float, memory_only: bool) -> run.Rows:
     inputs = work.inputs(device)
-    failed = {name: why for name in names if (why := works.unavailable(name, work.family, device)) is not None}
-    steps = {name: works.step_of(work, name, "both", inputs) for name in names if name not in failed}
+    failed = {name: why for name in names if (why := workloads.unavailable(name, work.family, device)) is not None}
+    steps = {name: workloads.step_of(work, name, "both", inputs) for name in names if name not in failed}
     times = {} if memory_only else measure.alternate(steps, device, seconds)
     rows = []
     for name in names:
@@ -70,11 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     kind = torch.device(args.device).type
     times, bytes_ = [], []
     for side in SIDES:
-        work = works.Work("pixel_word", "cross_modal_kd", (4, side * side, 20, 128))
-        names = ["eager", *works.own("pixel_word", kind)]
+        work = workloads.Work("pixel_word", "cross_modal_kd", (4, side * side, 20, 128))
+        names = ["eager", *workloads.own("pixel_word", kind)]
         times += [(side * side, row) for row in measured(work, names, args.device, args.seconds, False)]
-        work = works.Work("relation", "pixel_relation_kd", (1, 64, side, side), distance="kl")
-        names = [*(["eager"] if side <= EAGER_MOST else []), *works.own("relation", kind)]
+        work = workloads.Work("relation", "pixel_relation_kd", (1, 64, side, side), distance="kl")
+        names = [*(["eager"] if side <= EAGER_MOST else []), *workloads.own("relation", kind)]
         bytes_ += [(side * side, row) for row in measured(work, names, args.device, args.seconds, True)]
         print(f"  N = {side * side}", flush=True)
     fits = fit("ms", times) + fit("peak_extra_bytes", bytes_)

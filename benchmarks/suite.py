@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import measure
 import pytest
 import torch
-import works
+
+from benchmarks import measure, workloads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -16,16 +16,16 @@ def cases(family: str) -> list[Any]:
     """The family's fp32 works by provider, those of N×N matrices left out: they take seconds and gigabytes a call."""
     return [
         pytest.param(work, provider, id=f"{work.name}-{provider}")
-        for work in works.works(family, "cpu", (torch.float32,))
-        for provider in works.providers(work, DEVICE)
+        for work in workloads.works(family, "cpu", (torch.float32,))
+        for provider in workloads.providers(work, DEVICE)
         if provider != "eager_nn"
     ]
 
 
-def run(benchmark: Any, work: works.Work, provider: str) -> None:
-    if (reason := works.unavailable(provider, work.family, DEVICE)) is not None:
+def run(benchmark: Any, work: workloads.Work, provider: str) -> None:
+    if (reason := workloads.unavailable(provider, work.family, DEVICE)) is not None:
         pytest.skip(f"{provider}: {reason}")
-    step = works.step_of(work, provider, "both", work.inputs(DEVICE))
+    step = workloads.step_of(work, provider, "both", work.inputs(DEVICE))
 
     def call() -> None:
         step()

@@ -1,10 +1,10 @@
 """From which size on is a kernel of fastkd faster? A sweep of small sizes, per loss.
 
-    python benchmarks/sweep.py [--family relation] [--dtype float32] [--seconds 1] [--out FOLDER]
+    python -m benchmarks.sweep [--family relation] [--dtype float32] [--seconds 1] [--out FOLDER]
 
 Times fastkd's kernel, the reference and the plain formula, forward and backward, and prints for each loss the number of
 elements of the student from which the kernel is faster than each of them at every larger size too. The largest of a
-family's is its row of ``MIN_ELEMENTS`` in fastkd/ops/_backends.py. Writes sweep.json.
+family's is its row of ``MIN_ELEMENTS`` in fastkd/ops/dispatch.py. Writes sweep.json.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import measure
-import run
 import torch
-import works
-from works import Work
 
+from benchmarks import measure, run, workloads
+from benchmarks.workloads import Work
 from fastkd._console import plain_characters
 
 NOISE = 1.03  # a kernel that is this much slower is not called slower
@@ -69,8 +67,8 @@ def elements(work: Work) -> int:
 
 def compare(work: Work, names: list[str], device: str, seconds: float) -> run.Rows:
     inputs = work.inputs(device)
-    failed = {name: why for name in names if (why := works.unavailable(name, work.family, device)) is not None}
-    steps = {name: works.step_of(work, name, "both", inputs) for name in names if name not in failed}
+    failed = {name: why for name in names if (why := workloads.unavailable(name, work.family, device)) is not None}
+    steps = {name: workloads.step_of(work, name, "both", inputs) for name in names if name not in failed}
     times = measure.alternate(steps, device, seconds, least=30, most=2000)
     rows = []
     for name in names:
@@ -93,7 +91,7 @@ def crossover(rows: run.Rows, kernel: str, other: str) -> int | None:
 @plain_characters()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=list(works.WORKS), choices=list(works.WORKS))
+    parser.add_argument("--family", nargs="+", default=list(workloads.WORKS), choices=list(workloads.WORKS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each size")
@@ -103,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: run.Rows = []
     crossovers: list[dict[str, Any]] = []
     for family in args.family:
-        kernels = works.own(family, torch.device(args.device).type)
+        kernels = workloads.own(family, torch.device(args.device).type)
         for sizes in sweep(family):
             mine: run.Rows = []
             for work in sizes:

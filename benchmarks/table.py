@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import works
+from benchmarks import workloads
 
 Row = dict[str, Any]
 OTHERS = ("eager_nn", "eager", "compile", "compile_max", "reference")
 
 
-def against_targets(todo: list[works.Work], rows: list[Row]) -> str:
+def against_targets(todo: list[workloads.Work], rows: list[Row]) -> str:
     """One line per work and kernel of fastkd, forward and backward, in the mode that its targets are about.
 
     ``!`` marks what misses its target, next to the ratio that a kernel exactly at the work's limit would have.
@@ -53,7 +53,7 @@ def of_one_run(rows: list[Row]) -> dict[str, Row]:
     """
     eager = {r.get("sweep", "own"): r for r in rows if r["provider"] == "eager" and r["ok"]}
     found: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda r: works.SWEEPS.index(r.get("sweep", "own"))):
+    for row in sorted(rows, key=lambda r: workloads.SWEEPS.index(r.get("sweep", "own"))):
         sweep = row.get("sweep", "own")
         if row["provider"] in found:
             continue
@@ -77,7 +77,7 @@ def every_row(rows: list[Row]) -> str:
     return _aligned(lines)
 
 
-def _share(row: Row, target: works.Target) -> str:
+def _share(row: Row, target: workloads.Target) -> str:
     share = row[f"share_of_{target.of}"]
     if share is None:
         return "-"
@@ -97,14 +97,14 @@ def _ratio(row: Row, base: Row | None, target: float | None) -> str:
     return f"{ratio:.2f} ({target:g}{f'; {ratio / share:.1f} at the limit' if share else ''}) !"
 
 
-def _memory(work: works.Work, row: Row, eager: Row | None) -> str:
+def _memory(work: workloads.Work, row: Row, eager: Row | None) -> str:
     got, target = row["peak_extra_bytes"], work.target.memory
     if got is None or target is None:
         return _mebibytes(got)
     needs_eager = "of eager" in target
     if needs_eager and (eager is None or eager["peak_extra_bytes"] is None):
         return f"{_mebibytes(got)} ({target}: eager was not measured)"
-    limit = works.MEMORY[target](work, eager["peak_extra_bytes"] if eager is not None and needs_eager else 0)
+    limit = workloads.MEMORY[target](work, eager["peak_extra_bytes"] if eager is not None and needs_eager else 0)
     return f"{_mebibytes(got)} ({target}: {_mebibytes(round(limit))})" + ("" if got <= limit else " !")
 
 

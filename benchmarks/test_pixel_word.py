@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import suite
-import works
+
+from benchmarks import suite, workloads
 
 
 @pytest.mark.parametrize(("work", "provider"), suite.cases("pixel_word"))
-def test_forward_and_backward(benchmark: Any, work: works.Work, provider: str) -> None:
+def test_forward_and_backward(benchmark: Any, work: workloads.Work, provider: str) -> None:
     suite.run(benchmark, work, provider)

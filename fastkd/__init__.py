@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastkd import data, evaluate, losses, models, report, train
     from fastkd._info import info
+    from fastkd.distill.distiller import Distiller, Term
+    from fastkd.distill.taps import Taps
     from fastkd.errors import BackendUnavailable, FastKDWarning
-    from fastkd.train.distiller import Distiller, Term
-    from fastkd.train.taps import Taps
 
 try:
     __version__ = version("fastkd")
@@ -25,10 +25,10 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 _MODULES = {"data", "evaluate", "losses", "models", "report", "train"}
 _NAMES = {
     "BackendUnavailable": "fastkd.errors",
-    "Distiller": "fastkd.train.distiller",
+    "Distiller": "fastkd.distill.distiller",
     "FastKDWarning": "fastkd.errors",
-    "Taps": "fastkd.train.taps",
-    "Term": "fastkd.train.distiller",
+    "Taps": "fastkd.distill.taps",
+    "Term": "fastkd.distill.distiller",
     "info": "fastkd._info",
 }
 

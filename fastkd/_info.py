@@ -132,14 +132,16 @@ def _devices() -> list[dict[str, Any]]:
 def _backends() -> dict[str, dict[str, Any]]:
     import torch
 
-    from fastkd.ops import _backends as choice
+    from fastkd.ops import dispatch as choice
 
     found = {}
     for name in choice.BACKENDS:
-        reason = choice.why_not(name)
+        reason = choice.unavailable_reason(name)
         places = {"cpu": "cpu", "cuda": "cuda:0", "triton": "cuda:0"}
         if reason is None and name in places and (name == "cpu" or torch.cuda.is_available()):
-            reason = choice.why_not(name, "softmax_kl", places[name])  # does it also compute the right thing?
+            reason = choice.unavailable_reason(
+                name, "softmax_kl", places[name]
+            )  # does it also compute the right thing?
         found[name] = {"in_use": reason is None, "why_not": reason}
     return found
 

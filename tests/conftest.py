@@ -134,9 +134,9 @@ def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def _quiet_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is absent here (no compiler, no GPU) is a skip of its own tests, not a warning in all others."""
-    from fastkd.ops import _backends
+    from fastkd.ops import dispatch
 
-    monkeypatch.setattr(_backends, "_warned", set(_backends.BACKENDS))
+    monkeypatch.setattr(dispatch, "_warned", set(dispatch.BACKENDS))
     monkeypatch.delenv("FASTKD_BACKEND", raising=False)
 
 

@@ -1,9 +1,9 @@
 # fastkd._cpu: every kernel file compiled once per instruction set; the best one is chosen at run time.
 
 set(cpu_kernels
-  cpu/softmax_kl.cpp cpu/relation.cpp cpu/relation_kept.cpp cpu/relation_gram.cpp cpu/pixel_word_forward.cpp
-  cpu/pixel_word_backward.cpp cpu/vector_exp.cpp)
-set(cpu_common cpu/kernels.cpp cpu/pages.cpp cpu/relation_plan.cpp) # compiled once
+  cpu/softmax_kl/softmax_kl.cpp cpu/relation/streamed.cpp cpu/relation/stored.cpp cpu/relation/gram.cpp cpu/pixel_word/forward.cpp
+  cpu/pixel_word/backward.cpp cpu/exp.cpp)
+set(cpu_common cpu/kernels.cpp cpu/pages.cpp cpu/relation/plan.cpp) # compiled once
 
 function(cpu_skipped reason)
   build_info(cpu built false)

@@ -7,7 +7,7 @@
 #include "common/relation.h"
 #include "common/softmax_kl.h"
 #include "cpu/isa.h"
-#include "cpu/relation_plan.h"
+#include "cpu/relation/plan.h"
 
 // cmake/Exact.cmake undoes what the environment asks for; a build without it ends here.
 #if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \

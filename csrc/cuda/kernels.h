@@ -6,7 +6,7 @@
 #include "common/pixel_word.h"
 #include "common/relation.h"
 #include "common/softmax_kl.h"
-#include "cuda/relation_plan.h"
+#include "cuda/relation/plan.h"
 
 namespace fastkd::cuda {
 

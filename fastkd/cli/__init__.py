@@ -12,7 +12,7 @@ from typing import Any
 from fastkd._console import drop_output, plain_characters
 from fastkd.errors import FastKDWarning, Terminated
 
-_SAID_WELL = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, KeyError)
+_EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, KeyError)
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours of other packages' messages
 _LONGEST = 600
 
@@ -60,7 +60,7 @@ def _text(error: Exception) -> str:
     """Return an error's message; of one that another package raised, its first line."""
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # str() of one quotes itself
     message = _ESCAPES.sub("", message).strip()
-    kind = "" if isinstance(error, _SAID_WELL) and message else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, _EXPECTED_ERRORS) and message else f"{type(error).__name__}: "
     if not _is_ours(error):
         lines = [line.strip() for line in message.splitlines() if line.strip()]
         if len(lines) > 1 or len(message) > _LONGEST:

@@ -57,7 +57,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_teacher(what: str) -> RISModel | LAVT | TextPromptedTeacher:
+def load_model(what: str) -> RISModel | LAVT | TextPromptedTeacher:
     """A teacher with weights, in eval mode and frozen: its folder or hub name, a LAVT's file, or "shapes"."""
     from fastkd.models import LAVT, RISModel, TextPromptedTeacher
     from fastkd.models.teachers.files import model_type_of
@@ -74,10 +74,10 @@ def load_teacher(what: str) -> RISModel | LAVT | TextPromptedTeacher:
 
 
 def load_local(what: str) -> RISModel | LAVT | TextPromptedTeacher:
-    """As :func:`load_teacher`, but from this machine alone: a folder mistyped is never looked up as a hub's name."""
+    """As :func:`load_model`, but from this machine alone: a folder mistyped is never looked up as a hub's name."""
     if what != "shapes" and not Path(what).expanduser().exists():
         raise FileNotFoundError(f"no model at {what}; give a folder written by save_pretrained (a run's best/ is one)")
-    return load_teacher(what)
+    return load_model(what)
 
 
 def teacher_words(

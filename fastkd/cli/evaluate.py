@@ -29,10 +29,10 @@ def evaluate(
         device: "auto", "cpu", "cuda", ...
         out: also write the result as JSON to this file.
     """
-    from fastkd.cli._common import load_teacher
+    from fastkd.cli._common import load_model
     from fastkd.evaluate import evaluate as run
 
-    loaded = load_teacher(model)
+    loaded = load_model(model)
     samples = data.open(split, loaded, sentences="all")
     result = run(loaded, samples, batch_size=batch_size, protocol=protocol, device=device)
     if out is not None:

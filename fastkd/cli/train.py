@@ -102,7 +102,7 @@ def distill(
             set.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
         terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
-            over that of the task's, measured on the first batches; the terms are those of fastkd.train.recipes.TERMS.
+            over that of the task's, measured on the first batches; the terms are those of fastkd.distill.recipes.TERMS.
             With a teacher that has its own tokenizer: ``mask``, and ``pixel_pixel`` if it compares pixels with words.
         teacher_tokenizer: path of the teacher's own tokenizer, where it is not the student's; CLIPSeg's and SAM 3's is
             looked for beside their weights.
@@ -123,13 +123,13 @@ def _run(
     teacher_tokenizer: str | None = None,
 ) -> None:
     from fastkd import Distiller
-    from fastkd.cli._common import build_model, load_teacher, parse_terms, teacher_words
+    from fastkd.cli._common import build_model, load_model, parse_terms, teacher_words
+    from fastkd.distill.recipes import balance_on, recipe
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
-    from fastkd.train.recipes import balance_on, recipe
 
     model = build_model(model_name, config.seed, data.tokenizer)
-    teacher = None if teacher_name is None else load_teacher(teacher_name)
+    teacher = None if teacher_name is None else load_model(teacher_name)
     apart = {} if teacher is None else teacher_words(model, teacher, teacher_tokenizer)
     model.config.tokenizer = data.tokenizer or model.config.tokenizer
     if model.config.tokenizer is None and teacher is not None and not apart:

@@ -1,4 +1,4 @@
-"""Checks of the arguments of the losses: each raises one error that names the argument, what came, and the mend.
+"""Argument checks of the losses: each raises one error that names the argument, the value received, and the fix.
 
 Shapes, dtypes, devices and options are checked everywhere. What a tensor *holds* is looked at on the CPU only: on a GPU
 the look would stall the stream, and under ``torch.compile`` break the graph; there, bad values show as NaN. Messages
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastkd._compile import finite
-from fastkd.ops import _backends
-from fastkd.ops._surroundings import check_dense, savable, transformed, values_exist
+from fastkd.ops import dispatch
+from fastkd.ops.torch_state import check_dense, savable, transformed, values_exist
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -94,8 +94,8 @@ def teacher(name: str, tensor: Tensor) -> None:
 
 def backend(family: str, value: str, student: Tensor) -> None:
     """A backend asked for by name must be able to compute here: refused before guides or weights are computed."""
-    if value != "auto" and (value not in _backends.BACKENDS or student.dtype in _backends.KERNEL_DTYPES):
-        _backends.choose(family, value, student)
+    if value != "auto" and (value not in dispatch.BACKENDS or student.dtype in dispatch.KERNEL_DTYPES):
+        dispatch.choose(family, value, student)
 
 
 def same_device(**tensors: Tensor | None) -> None:
@@ -112,10 +112,10 @@ def same_device(**tensors: Tensor | None) -> None:
             )
 
 
-def same_size(what: str, names: tuple[str, str], sizes: tuple[object, object], mend: str) -> None:
+def same_size(what: str, names: tuple[str, str], sizes: tuple[object, object], hint: str) -> None:
     """Two sizes (or shapes) of student and teacher must agree."""
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{names[0]} and {names[1]}: {what} differ, {sizes[0]} and {sizes[1]}; {mend}")
+        raise ValueError(f"{names[0]} and {names[1]}: {what} differ, {sizes[0]} and {sizes[1]}; {hint}")
 
 
 def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor, attention: bool) -> None:

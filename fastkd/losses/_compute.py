@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from fastkd.errors import BackendUnavailable
-from fastkd.ops._surroundings import savable, transformed
 from fastkd.ops.pixel_word import pixel_word as _pixel_word
 from fastkd.ops.pixel_word import pixel_word_from_logits as _pixel_word_from_logits
+from fastkd.ops.pixel_word.reference import pixel_word as _pixel_word_formula
+from fastkd.ops.pixel_word.reference import pixel_word_from_logits as _pixel_word_from_logits_formula
 from fastkd.ops.relation import relation as _relation
+from fastkd.ops.relation.reference import relation as _relation_formula
 from fastkd.ops.softmax_kl import softmax_kl as _softmax_kl
-from fastkd.reference.pixel_word import pixel_word as _pixel_word_formula
-from fastkd.reference.pixel_word import pixel_word_from_logits as _pixel_word_from_logits_formula
-from fastkd.reference.relation import relation as _relation_formula
-from fastkd.reference.softmax_kl import softmax_kl as _softmax_kl_formula
+from fastkd.ops.softmax_kl.reference import softmax_kl as _softmax_kl_formula
+from fastkd.ops.torch_state import savable, transformed
 
 
 def learned(backend: str, *temperatures: float | Tensor) -> bool:

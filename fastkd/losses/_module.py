@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.losses import _checks
-from fastkd.reference._numerics import compute_dtype
+from fastkd.ops.numerics import compute_dtype
 
 
 class LossModule(nn.Module):

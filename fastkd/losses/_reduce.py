@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.ops._surroundings import savable
-from fastkd.reference._numerics import compute_dtype
+from fastkd.ops.numerics import compute_dtype
+from fastkd.ops.torch_state import savable
 
 ATTENTION_TEMPERATURE = 0.5
 """The temperature of the channel-attention weights."""

@@ -8,8 +8,8 @@ from fastkd.losses import _checks
 from fastkd.losses._compute import relation
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
-from fastkd.reference._numerics import compute_dtype
-from fastkd.reference.relation import DISTANCES, SIMILARITIES
+from fastkd.ops.numerics import compute_dtype
+from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
 
@@ -63,7 +63,7 @@ def channel_kd(
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the mend.
+        ValueError, TypeError: an argument that does not fit; the message names it and the fix.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:

@@ -9,8 +9,8 @@ from fastkd.losses import _checks
 from fastkd.losses._compute import learned, softmax_kl
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
-from fastkd.reference._numerics import compute_dtype, full_precision, normalise_rows
-from fastkd.reference._products import product
+from fastkd.ops.numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.ops.products import product
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
 GUIDES = (None, "own", "teacher")
@@ -52,7 +52,7 @@ def channel_distribution_kd(
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the mend.
+        ValueError, TypeError: an argument that does not fit; the message names it and the fix.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:

@@ -11,7 +11,7 @@ from fastkd.losses import _checks
 from fastkd.losses._compute import pixel_word, pixel_word_from_logits
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
-from fastkd.reference.pixel_word import SIMILARITIES, TERMS
+from fastkd.ops.pixel_word.reference import SIMILARITIES, TERMS
 
 DEFAULT_TERMS: Mapping[str, float] = MappingProxyType(
     {"pixel_to_word": 1.0, "word_to_pixel": 1.0, "pixel_pixel": 3.0, "word_word": 3.0}
@@ -71,7 +71,7 @@ def cross_modal_kd(
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the mend. A sample without a
+        ValueError, TypeError: an argument that does not fit; the message names it and the fix. A sample without a
             valid word or pixel is refused on the CPU; on a GPU, where looking would stall the stream, its loss is NaN.
         BackendUnavailable: ``backend`` cannot compute this here.
 

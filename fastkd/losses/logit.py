@@ -9,8 +9,8 @@ from fastkd.losses import _checks
 from fastkd.losses._compute import learned, softmax_kl
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
-from fastkd.ops._backends import choose, wished
-from fastkd.reference.softmax_kl import softmax_kl as reference_softmax_kl
+from fastkd.ops.dispatch import backend_from_env, choose
+from fastkd.ops.softmax_kl.reference import softmax_kl as reference_softmax_kl
 
 LAYOUT = "(B, K, H, W), (B, K, N) or (B, K)"
 FEW_CLASSES = 8
@@ -55,7 +55,7 @@ def logit_kd(
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the mend. A mask without any
+        ValueError, TypeError: an argument that does not fit; the message names it and the fix. A mask without any
             valid pixel is refused on the CPU; on a GPU, where looking would stall the stream, its mean is NaN.
         BackendUnavailable: ``backend`` cannot compute this here.
 
@@ -92,7 +92,7 @@ def logit_kd(
     # Plain torch takes the softmax over dimension 1 where it lies; the kernels want a row's classes side by side.
     formula = learned(backend, temperature)
     if backend == "auto" and student.shape[1] < FEW_CLASSES and student.device.type == "cpu":
-        backend = "reference" if wished("softmax_kl") == "auto" else "auto"
+        backend = "reference" if backend_from_env("softmax_kl") == "auto" else "auto"
     if formula or choose("softmax_kl", backend, student, teacher) == "reference":
         rows = reference_softmax_kl(student, teacher, temperature, dim=1)
     else:

@@ -8,7 +8,7 @@ from fastkd.losses import _checks
 from fastkd.losses._compute import relation
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
-from fastkd.reference.relation import DISTANCES, SIMILARITIES
+from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
 
@@ -51,7 +51,7 @@ def pixel_relation_kd(
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the mend.
+        ValueError, TypeError: an argument that does not fit; the message names it and the fix.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:

@@ -1,5 +1,5 @@
-"""One room per kernel family: operator schema, fake, autograd and choice of backend.
+"""One folder per kernel family: operator, autograd, the reference formula, and the call of each backend.
 
-Internal: users call :mod:`fastkd.losses`. A family's file has the same name on every floor
-(``fastkd/reference``, ``kernels``, ``csrc/cpu``, ``csrc/cuda``, ``tests``, ``benchmarks``).
+Internal: users call :mod:`fastkd.losses`. A family's folder has the same name in every layer: here, in ``kernels``
+(Triton), ``csrc/cpu`` and ``csrc/cuda``.
 """

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastkd.train.checks import GradientReport
+    from fastkd.distill.checks import GradientReport
+    from fastkd.distill.distiller import Distiller, DistillOutput, Term
+    from fastkd.distill.taps import Taps
     from fastkd.train.config import TrainConfig
-    from fastkd.train.distiller import Distiller, DistillOutput, Term
     from fastkd.train.loop import train
     from fastkd.train.result import TrainResult
-    from fastkd.train.taps import Taps
     from fastkd.train.task import segmentation_loss
 
 __all__ = [
@@ -33,11 +33,11 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "DistillOutput": "fastkd.train.distiller",
-        "Distiller": "fastkd.train.distiller",
-        "GradientReport": "fastkd.train.checks",
-        "Taps": "fastkd.train.taps",
-        "Term": "fastkd.train.distiller",
+        "DistillOutput": "fastkd.distill.distiller",
+        "Distiller": "fastkd.distill.distiller",
+        "GradientReport": "fastkd.distill.checks",
+        "Taps": "fastkd.distill.taps",
+        "Term": "fastkd.distill.distiller",
         "TrainConfig": "fastkd.train.config",
         "TrainResult": "fastkd.train.result",
         "segmentation_loss": "fastkd.train.task",

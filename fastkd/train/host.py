@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fastkd._wrappers import unwrap
 from fastkd.data._parts import leaves, stated
 from fastkd.data.tokenizer import Tokenizer
+from fastkd.distill.distiller import Distiller
+from fastkd.distill.words import PREFIX
 from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary
-from fastkd.train.distiller import Distiller
 from fastkd.train.task import check_mask, segmentation_loss
-from fastkd.train.words import PREFIX
 
 
 def check_tokenizers(distiller: Distiller, dataset: Any) -> None:

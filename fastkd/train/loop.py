@@ -21,15 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 from fastkd._wrappers import unwrap
 from fastkd.data._loading import batches
 from fastkd.data._parts import leaves, set_epoch, stated
+from fastkd.distill.checks import gradient_report
+from fastkd.distill.distiller import Distiller
 from fastkd.errors import Terminated
 from fastkd.evaluate.evaluation import check_dataset, evaluate
 from fastkd.evaluate.protocols import PROTOCOLS
 from fastkd.models.inputs import check_normalisation, check_vocabulary
-from fastkd.reference._numerics import computes_fp64
+from fastkd.ops.numerics import computes_fp64
 from fastkd.train.checkpoint import save_student
-from fastkd.train.checks import gradient_report
 from fastkd.train.config import TrainConfig
-from fastkd.train.distiller import Distiller
 from fastkd.train.host import check_batch, check_tokenizers, keep_tokenizer
 from fastkd.train.launch import join
 from fastkd.train.log import Progress, RunLog, environment

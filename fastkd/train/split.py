@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd._wrappers import plain_name
+from fastkd.distill.checks import _few, undisturbed
+from fastkd.distill.distiller import Distiller, Term
 from fastkd.errors import FastKDWarning
-from fastkd.train.checks import _few, undisturbed
 from fastkd.train.config import TrainConfig
-from fastkd.train.distiller import Distiller, Term
 
 _POOLED = ("across_batch", "cross_image")  # options of losses that compare samples with each other
 

@@ -23,7 +23,7 @@ from contract_tools import assert_same, poisoned, quick_interpreter, threads
 from torch import Tensor
 
 from fastkd import losses
-from fastkd.ops import _backends
+from fastkd.ops import dispatch
 
 BACKENDS = ("cuda", "triton")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -153,11 +153,11 @@ def run(check: Check, device: str) -> dict[str, Any]:
         if device == "cpu":
             stack.enter_context(_stand_in(check.backend))
         if not check.size:
-            reason = _backends._misplaced(check.backend, torch.device(device).type)
-            reason = reason or _backends.why_not(check.backend, check.family, _indexed(device))
+            reason = dispatch._misplaced(check.backend, torch.device(device).type)
+            reason = reason or dispatch.unavailable_reason(check.backend, check.family, _indexed(device))
             return {"ok": reason is None} | ({} if reason is None else {"error": reason})
         # One kernel that is wrong must not hide which others are.
-        _backends._reasons[(check.backend, check.family, str(_indexed(device)))] = None
+        dispatch._reasons[(check.backend, check.family, str(_indexed(device)))] = None
         problem = check.problem(device)
         stack.enter_context(check.environment(problem))
         return _run(check, problem, device)

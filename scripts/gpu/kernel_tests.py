@@ -28,11 +28,15 @@ from records import Row, Tail, append  # noqa: E402
 
 ROOT = HERE.parents[1]
 KERNEL_TESTS = [
-    *("tests/test_relation_cuda.py", "tests/test_pixel_word_cuda.py", "tests/test_pixel_word_kernels.py"),
-    *("tests/test_softmax_kl.py", "tests/test_relation_triton.py", "tests/test_pixel_word_triton.py"),
-    *("tests/test_contract.py", "tests/test_contract_determinism.py", "tests/test_contract_errors.py"),
-    *("tests/test_contract_gradients.py", "tests/test_contract_memory.py", "tests/test_contract_random.py"),
-    *("tests/test_contract_torch.py", "tests/test_contract_values.py"),
+    *("tests/ops/test_relation_cuda.py", "tests/ops/test_pixel_word_cuda.py", "tests/ops/test_pixel_word_kernels.py"),
+    *("tests/ops/test_softmax_kl.py", "tests/ops/test_relation_triton.py", "tests/ops/test_pixel_word_triton.py"),
+    *(
+        "tests/contract/test_backends_agree.py",
+        "tests/contract/test_determinism.py",
+        "tests/contract/test_contract_errors.py",
+    ),
+    *("tests/contract/test_gradients.py", "tests/contract/test_memory.py", "tests/contract/test_random_inputs.py"),
+    *("tests/contract/test_torch_integration.py", "tests/contract/test_special_values.py"),
 ]
 """The tests that launch kernels. None imports the trainer or the data sets, whose packages a GPU machine may lack."""
 

@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = HERE.parents[1] / "benchmarks"
-sys.path[:0] = [str(HERE), str(BENCHMARKS)]
-import measure  # noqa: E402
+sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parents[1]))  # after an installed fastkd
 import processes  # noqa: E402
-import run  # noqa: E402
-import table  # noqa: E402
 import torch  # noqa: E402
-import works  # noqa: E402
 from records import Row, Tail, append, read  # noqa: E402
+
+from benchmarks import measure, run, table, workloads  # noqa: E402
 
 LIMITS = {"own": 60, "compile": 150, "autotune": 300}  # seconds that one work has in a sweep
 LEAST = 8  # seconds with which a work is not worth starting
@@ -41,7 +39,7 @@ class Session:
         self.end = time.monotonic() + args.limit
         self.kind = torch.device(args.device).type
         dtypes = tuple(getattr(torch, name) for name in args.dtype) if args.dtype else None
-        self.works = [w for w in works.by_value(self.kind, dtypes) if args.works in w.name]
+        self.works = [w for w in workloads.by_value(self.kind, dtypes) if args.works in w.name]
         self.lines = [line for line in read(args.out) if line.get("id") == args.id]
 
     @property
@@ -53,14 +51,14 @@ class Session:
         self.lines.append(line)
         append(self.args.out, line)
 
-    def todo(self) -> list[tuple[str, works.Work]]:
+    def todo(self) -> list[tuple[str, workloads.Work]]:
         """Return what has not ended yet, sweep by sweep; in each, what has failed before comes last."""
         ended = {(line["sweep"], line["work"]): line["ended"] for line in self.lines if "ended" in line}
         every = [(sweep, work) for sweep in self.args.sweeps for work in self.works]
         left = [(sweep, work) for sweep, work in every if not ended.get((sweep, work.name))]
         return sorted(left, key=lambda x: (self.args.sweeps.index(x[0]), (x[0], x[1].name) in ended))
 
-    def child(self, work: works.Work | None, names: list[str], about: Row, limit: float) -> int:
+    def child(self, work: workloads.Work | None, names: list[str], about: Row, limit: float) -> int:
         """Measure one work, or the ceilings, in its own process; add its lines as they come; return its status."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "lines.jsonl"
@@ -73,9 +71,9 @@ class Session:
             command = run.child_command(work, self.args.device, self.args.seconds, names, path, work is None)
             return processes.run(command, limit, tick=copy, on_line=lambda line: print(line, flush=True))
 
-    def measure(self, sweep: str, work: works.Work) -> bool:
+    def measure(self, sweep: str, work: workloads.Work) -> bool:
         """Measure one work in one sweep; return whether it ended well."""
-        names = works.swept(work, self.kind, sweep)
+        names = workloads.swept(work, self.kind, sweep)
         about = {"family": work.family, "work": work.name, "sweep": sweep}
         most = self.args.work_seconds or LIMITS[sweep]
         limit, first, begin = min(self.left, most), len(self.lines), time.monotonic()
@@ -90,7 +88,7 @@ class Session:
             print(f"  {note['note']}", flush=True)
             self.add(about | {"rows": run.missing(work, names, rows, note["note"])})
         self.add(about | {"ended": status == 0, "seconds": round(time.monotonic() - begin, 1)} | note)
-        own = works.own(work.family, self.kind)
+        own = workloads.own(work.family, self.kind)
         for row in [row for row in rows if not row["ok"]]:
             print(f"  {row['provider']} {row['mode']}: {row['note']}", flush=True)
         return status == 0 and all(row["ok"] for row in rows if row["provider"] in own)
@@ -112,7 +110,7 @@ class Session:
         return 0 if good and not left else 1
 
 
-def in_short(work: works.Work, rows: list[Row]) -> str:
+def in_short(work: workloads.Work, rows: list[Row]) -> str:
     shown = [r for r in rows if r["mode"] == work.judged and r["ok"]]
     return ", ".join(f"{r['provider']} {r['ms']['median']:.3f} ms" for r in shown) or "no times"
 
@@ -137,7 +135,7 @@ def folded(lines: list[Row]) -> tuple[dict[str, Any], dict[str, list[Row]]]:
     return environment | {"ceilings": ceilings}, families
 
 
-def summary(lines: list[Row], todo: list[works.Work]) -> str:
+def summary(lines: list[Row], todo: list[workloads.Work]) -> str:
     rows = [row for found in folded(lines)[1].values() for row in found]
     measured = {row["work"] for row in rows}
     return table.against_targets([work for work in todo if work.name in measured], rows)
@@ -160,7 +158,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", help="default: what the device trains in")
     parser.add_argument("--works", default="", metavar="SUBSTRING", help="only works whose name has it")
-    parser.add_argument("--sweeps", nargs="+", default=["own", "compile"], choices=works.SWEEPS)
+    parser.add_argument("--sweeps", nargs="+", default=["own", "compile"], choices=workloads.SWEEPS)
     parser.add_argument("--limit", type=float, default=400, help="seconds of the whole call")
     parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on a work, once it is warm")
     parser.add_argument("--work-seconds", type=float, help="limit of one work's process")

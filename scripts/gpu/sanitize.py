@@ -33,7 +33,7 @@ import records  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from fastkd.ops import _backends  # noqa: E402
+from fastkd.ops import dispatch  # noqa: E402
 from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits  # noqa: E402
 from fastkd.ops.relation import relation  # noqa: E402
 from fastkd.ops.softmax_kl import softmax_kl  # noqa: E402
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             device = f"cuda:{torch.cuda.current_device()}"
         for family in {case.family for case in cases}:  # without the self-test: these cases are one
-            _backends._reasons[("cuda", family, device)] = None
+            dispatch._reasons[("cuda", family, device)] = None
         for case in cases:
             start = time.monotonic()
             if start - begin > options.seconds:

@@ -1,6 +1,6 @@
 """What the contract suite runs: every loss in each of its variants, on each backend its family has.
 
-A backend enters every test by its row in ``fastkd.ops._backends.IMPLEMENTED``; a loss or a variant by a ``Case`` here.
+A backend enters every test by its row in ``fastkd.ops.dispatch.IMPLEMENTED``; a loss or a variant by a ``Case`` here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import losses
-from fastkd.ops import _backends
+from fastkd.ops import dispatch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ALL_TERMS = {"pixel_to_word": 1.0, "word_to_pixel": 0.5, "pixel_pixel": 3.0, "word_word": 2.0}
@@ -413,7 +413,7 @@ class Setting(NamedTuple):
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether this backend computes in this dtype."""
-        return dtype != torch.float64 or (self.case.family, self.place.backend) not in _backends.WITHOUT_FP64
+        return dtype != torch.float64 or (self.case.family, self.place.backend) not in dispatch.WITHOUT_FP64
 
 
 DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cpu", "cuda")}
@@ -421,7 +421,7 @@ DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cud
 
 
 def places(family: str) -> list[Place]:
-    return [Place(b, d) for b in _backends.IMPLEMENTED[family] for d in DEVICES[b]]
+    return [Place(b, d) for b in dispatch.IMPLEMENTED[family] for d in DEVICES[b]]
 
 
 INTERPRETED = {
@@ -433,7 +433,7 @@ INTERPRETED = {
 }
 """The sizes beside "small" that Triton's interpreter runs, of families where a call takes up to 3 s in it: one for each
 way that a kernel goes beyond one block. "small" has every case go through its kernels in one block; all ways, options
-and edges of blocks are crossed in ``test_relation_triton.py`` and ``test_pixel_word_triton.py``. On a GPU every size
+and edges of blocks are crossed in ``test_relation_triton.py`` and ``testpixel_word_triton.py``. On a GPU every size
 runs."""
 
 

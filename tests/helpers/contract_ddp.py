@@ -7,7 +7,7 @@ from contract_cases import Problem, settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd.ops import _backends
+from fastkd.ops import dispatch
 
 
 class Student(nn.Module):
@@ -37,7 +37,7 @@ def half(problem: Problem, rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
 def compare(rank: int) -> None:
     compared = 0
     for case, (backend, device) in settings():
-        if device != "cpu" or _backends._misplaced(backend, device) or _backends.why_not(backend):
+        if device != "cpu" or dispatch._misplaced(backend, device) or dispatch.unavailable_reason(backend):
             continue
         problem = case.problem_of((4, *case.sizes["small"][1:]), dtype=torch.float32, device="cpu")
         alone = Student(problem, backend)

@@ -30,15 +30,15 @@ def emulated() -> Iterator[ModuleType]:
         RuntimeError: it cannot be built here, or this machine's GPU runs the kernels themselves; says which.
     """
     import fastkd
-    from fastkd.ops import _backends, _launch
+    from fastkd.ops import dispatch, launch
 
     module = _module()
     places: list[tuple[dict[str, Any], str]] = [(sys.modules, "fastkd._cuda"), (vars(fastkd), "_cuda")]
     hidden = [place.get(key) for place, key in places]
-    answers = _answers(_backends)
+    answers = _answers(dispatch)
     for place, key in places:
         place[key] = module
-    _launch.native.cache_clear()
+    launch.native.cache_clear()
     try:
         yield module
     finally:
@@ -47,9 +47,9 @@ def emulated() -> Iterator[ModuleType]:
                 del place[key]
             else:
                 place[key] = was
-        _launch.native.cache_clear()
-        _answers(_backends)
-        _backends._reasons.update(answers)
+        launch.native.cache_clear()
+        _answers(dispatch)
+        dispatch._reasons.update(answers)
 
 
 def _answers(backends: Any) -> dict[Any, Any]:

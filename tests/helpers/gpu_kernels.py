@@ -12,7 +12,7 @@ from contract_cases import Place
 from contract_tools import quick_interpreter
 from emulation import emulated
 
-from fastkd.ops import _backends
+from fastkd.ops import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -27,7 +27,7 @@ def present(place: Any) -> Iterator[None]:
                 stack.enter_context(emulated())
             except RuntimeError as error:
                 pytest.skip(f"the cuda backend is not in use on CPU tensors: {error}")
-        reason = _backends._misplaced(place.backend, place.device) or _backends.why_not(place.backend)
+        reason = dispatch._misplaced(place.backend, place.device) or dispatch.unavailable_reason(place.backend)
         if reason is not None:
             pytest.skip(f"the {place.backend} backend is not in use on {place.device}: {reason}")
         yield

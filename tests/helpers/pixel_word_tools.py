@@ -10,7 +10,7 @@ from gpu_kernels import DEVICE
 from torch import Tensor
 
 from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits
-from fastkd.reference.pixel_word import TERMS
+from fastkd.ops.pixel_word.reference import TERMS
 
 WEIGHTS = dict(zip(TERMS, (1.0, 0.7, 3.0, 2.0), strict=True))
 Masks = dict[str, Tensor]

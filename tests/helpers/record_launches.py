@@ -51,13 +51,15 @@ class Recording:
 @contextmanager
 def recorded(capability: int = 90) -> Iterator[Recording]:
     """Record, with CPU tensors in place of those on a chip of this compute capability, in Triton's backend alone."""
-    from fastkd.kernels import _common, pixel_word, relation
+    from fastkd.kernels import common
+    from fastkd.kernels.pixel_word import forward as pixel_word
+    from fastkd.kernels.relation import forward as relation
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from fastkd.ops import _backends
+    from fastkd.ops import dispatch
 
-    if _common.INTERPRETED:
+    if common.INTERPRETED:
         raise RuntimeError("Triton interprets in this process (TRITON_INTERPRET): there is nothing to be compiled")
     recording = Recording()
     launch = JITFunction.run
@@ -84,8 +86,8 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
         *((module, "capability", lambda x: capability // 10) for module in (pixel_word, relation)),
         (JITFunction, "_do_compile", compiled),
         (JITFunction, "run", run),
-        (_backends, "why_not", lambda *args, **kwargs: None),
-        (_backends, "_misplaced", lambda *args, **kwargs: None),
+        (dispatch, "unavailable_reason", lambda *args, **kwargs: None),
+        (dispatch, "_misplaced", lambda *args, **kwargs: None),
     ]
     try:
         with ExitStack() as stack:

@@ -10,7 +10,7 @@ from gpu_kernels import DEVICE
 from torch import Tensor
 
 from fastkd.ops.relation import relation
-from fastkd.reference.relation import relation as reference
+from fastkd.ops.relation.reference import relation as reference
 
 # Each method of the kernels, negated or not; 0.03 is below the fixed shift.
 METHODS: dict[str, dict[str, Any]] = {

@@ -62,7 +62,7 @@ def test_wrong():
 
 def script(name: str) -> Any:
     """Import one of scripts/gpu, or of the benchmarks."""
-    for path in (str(SCRIPTS), str(ROOT / "benchmarks")):
+    for path in (str(SCRIPTS), str(ROOT)):
         if path not in sys.path:
             sys.path.append(path)
     return importlib.import_module(name)

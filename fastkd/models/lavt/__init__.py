@@ -11,9 +11,9 @@ from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastkd.models.lavt.config import LAVTConfig
-    from fastkd.models.lavt.files import convert
+    from fastkd.models.lavt.io import convert
     from fastkd.models.lavt.model import LAVT
-    from fastkd.models.lavt.released import LAVTCheckpoint, read_checkpoint
+    from fastkd.models.lavt.published import LAVTCheckpoint, read_checkpoint
 
 __all__ = ["LAVT", "LAVTCheckpoint", "LAVTConfig", "convert", "read_checkpoint"]
 
@@ -21,10 +21,10 @@ __getattr__ = lazy_names(
     __name__,
     {
         "LAVT": "fastkd.models.lavt.model",
-        "LAVTCheckpoint": "fastkd.models.lavt.released",
+        "LAVTCheckpoint": "fastkd.models.lavt.published",
         "LAVTConfig": "fastkd.models.lavt.config",
-        "convert": "fastkd.models.lavt.files",
-        "read_checkpoint": "fastkd.models.lavt.released",
+        "convert": "fastkd.models.lavt.io",
+        "read_checkpoint": "fastkd.models.lavt.published",
     },
 )
 

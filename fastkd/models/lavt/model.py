@@ -14,7 +14,7 @@ from fastkd.models.inputs import WordLimits, check_inputs
 from fastkd.models.lavt.backbone import LAVTBackbone
 from fastkd.models.lavt.config import LAVTConfig
 from fastkd.models.lavt.decoder import LAVTDecoder, resize
-from fastkd.models.lavt.states import add_counters, gather
+from fastkd.models.lavt.state_dict import add_counters, gather
 from fastkd.models.lavt.swin import PATCH
 from fastkd.models.ris import RISOutput
 
@@ -174,7 +174,7 @@ class LAVT(nn.Module):
 
         Args:
             path: ``.safetensors`` written by ``fastkd convert``, or else a checkpoint in one of the two published
-                layouts, read as in :func:`fastkd.models.lavt.released.read_checkpoint`.
+                layouts, read as in :func:`fastkd.models.lavt.published.read_checkpoint`.
             map_location: The device to put it on.
 
         Raises:
@@ -186,16 +186,16 @@ class LAVT(nn.Module):
 
             teacher = LAVT.from_pretrained("teacher.safetensors").requires_grad_(False)
         """
-        from fastkd.models.lavt import files, released
+        from fastkd.models.lavt import io, published
 
         path = Path(path).expanduser()
         if path.suffix == ".safetensors":
-            config, state, tokenizer = files.read(path)
+            config, state, tokenizer = io.read(path)
             model = cls(config)
             model.tokenizer = tokenizer
             checkpoint.load_strictly(model, state, str(path))
         else:
-            found = released.read_checkpoint(path)
+            found = published.read_checkpoint(path)
             model = cls.from_state_dict(
                 found.state, found.fusion_heads, bert_state_dict=found.bert_state, source=str(path)
             )

@@ -70,8 +70,8 @@ class TextPromptedTeacher(nn.Module):
     Attributes:
         network: transformers' module, for :class:`fastkd.Taps` (``"network.clip.vision_model.encoder.layers.3"``).
         config: :class:`TeacherConfig`.
-        own_words: a `Distiller` refuses a batch without ``teacher_input_ids``. Set it to False where the student has
-            the teacher's tokenizer.
+        has_own_tokenizer: a `Distiller` refuses a batch without ``teacher_input_ids``. Set it to False where the
+            student has the teacher's tokenizer.
 
     Example::
 
@@ -92,7 +92,7 @@ class TextPromptedTeacher(nn.Module):
         super().__init__()
         self.network = network
         self.config = config
-        self.own_words = True
+        self.has_own_tokenizer = True
         scale = [i / t for i, t in zip(IMAGENET_STD, config.image_std, strict=True)]
         shift = [(i - t) / s for i, t, s in zip(IMAGENET_MEAN, config.image_mean, config.image_std, strict=True)]
         self.register_buffer("_scale", torch.tensor(scale)[:, None, None], persistent=False)

@@ -1,0 +1,12 @@
+"""``python -m benchmarks`` in a checkout, or ``python PATH/benchmarks`` anywhere: see ``run.py``."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation of the Triton kernels: ``python -m benchmarks.aot``."""

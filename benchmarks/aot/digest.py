@@ -1,0 +1,52 @@
+"""Digest what an ahead-of-time compilation depends on: rows of facts with today's digest need no compiler."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
+from typing import Any
+
+from benchmarks.aot.cases import Case
+
+
+def digest(case: Case) -> str:
+    """Return a hash of the kernel, every device function it calls, its argument types, constants and options.
+
+    Comments, docstrings and layout do not count.
+    """
+    _, kernel, types, constants, warps, *more = case
+    options = {name: value for given in more for name, value in given.items() if name != "but"}
+    stated = [_closure(kernel), *(repr(sorted(part.items())) for part in (types, constants, options)), str(warps)]
+    return hashlib.sha256("\0".join(stated).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _closure(kernel: Any) -> str:
+    """Return the code of a kernel and of what it calls, and the module constants they read."""
+    found: dict[str, str] = {}
+    _collect(kernel, found)
+    return "\n".join(found[name] for name in sorted(found))
+
+
+def _collect(kernel: Any, found: dict[str, str]) -> None:
+    function = kernel.fn
+    name = f"{function.__module__}.{function.__qualname__}"
+    if name in found:
+        return
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    if ast.get_docstring(definition, clean=False) is not None:
+        del definition.body[0]
+    found[name] = ast.unparse(tree)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for used in sorted(names & set(function.__globals__)):
+        value = function.__globals__[used]
+        value = getattr(value, "value", value)  # of a tl.constexpr
+        if hasattr(value, "fn"):
+            _collect(value, found)
+        elif isinstance(value, bool | int | float | str):
+            found[f"{function.__module__}.{used}"] = f"{used} = {value!r}"

@@ -1,0 +1,43 @@
+"""What ``aot.py`` compiles of the family ``softmax_kl``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.aot.cases import Case
+
+
+def softmax_kl_cases(dtype: str) -> Iterator[Case]:
+    """Every block shape in the family's table."""
+    from fastkd.kernels.softmax_kl import forward as family
+
+    acc = "fp64" if dtype == "fp64" else "fp32"
+    itemsize = 8 if dtype == "fp64" else 2
+    longest = family.blocks_for(1 << 20, itemsize).cols
+
+    def case(name: str, constants: dict[str, Any], warps: int, **options: Any) -> Case:
+        kernel = getattr(family, f"{name}_kernel")
+        types = {}
+        for argument in kernel.arg_names:
+            if argument in ("student_ptr", "teacher_ptr", "grad_student_ptr"):
+                types[argument] = f"*{dtype}"
+            elif argument.endswith("_ptr"):
+                types[argument] = f"*{acc}"
+            elif argument == "inv_temperature":
+                types[argument] = "fp64"
+            elif argument.isupper():
+                types[argument] = "constexpr"
+            else:
+                types[argument] = "i64" if "stride" in argument else "i32"
+        return f"softmax_kl.{name}", kernel, types, constants, warps, options
+
+    for cols in (*(blocks.cols for blocks in family.SHORT), longest, longest + 1):
+        blocks = family.blocks_for(cols, itemsize)
+        block = {"ROWS": blocks.rows, "COLS": blocks.cols}
+        loop = cols > blocks.cols
+        for split in (False, True) if loop else (False,):
+            yield case("forward", block | {"LOOP": loop, "SPLIT": split}, blocks.warps, **family.MOST_REGISTERS)
+        if not loop:  # the backward has none
+            yield case("backward", block, blocks.warps)
+    yield case("merge", {"PARTS": family.MOST_PARTS}, 1)

@@ -1,0 +1,105 @@
+"""The presets as a table: parameters, operations, and how long one image and sentence take on this CPU.
+
+    python -m benchmarks.model_table --write docs/models.md     # between the markers; without --write it is printed
+
+FLOP are counted by torch.utils.flop_counter (two for a multiplication with its addition; matrix products, convolutions
+and attention only), for one image of --size squared and 20 word ids. Latency is the median of --repeats forwards in
+eval mode, fp32, random weights, after one that is not counted: CPU time of one thread, which other load on the machine
+changes much less than the time on the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastkd._console import plain_characters
+from fastkd.models import RISModel, list_presets, preset
+
+BEGIN, END = "<!-- model table: begin (written by benchmarks/model_table.py) -->", "<!-- model table: end -->"
+WORDS = 20
+
+
+def measure(name: str, size: int, repeats: int) -> tuple[dict[str, int], int, list[float]]:
+    """Parameters by part, FLOP of one forward, and the milliseconds of each that was timed."""
+    torch.manual_seed(0)
+    model = RISModel(preset(name)).eval()
+    image, ids = torch.randn(1, 3, size, size), torch.ones(1, WORDS, dtype=torch.int64)
+    times = []
+    with torch.inference_mode():
+        # Plain products in place of fused attention, of which the counter knows only some kinds.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(image, ids)
+        for _ in range(repeats):
+            start = time.thread_time()
+            model(image, ids)
+            times.append(time.thread_time() - start)
+    return model.parameter_count(), counter.get_total_flops(), [1e3 * seconds for seconds in times]
+
+
+def table(names: Sequence[str], size: int, repeats: int) -> str:
+    lines = [
+        f"| preset | towers | parameters (M): all | backbone | text | FLOP at {size}² (G) | one thread (ms) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    abouts = list_presets()
+    for name in names:
+        parameters, flop, milliseconds = measure(name, size, repeats)
+        cells = [f"`{name}`", abouts[name].split(": ", 1)[-1]]
+        cells += [f"{parameters[part] / 1e6:.2f}" for part in ("total", "backbone", "text_encoder")]
+        cells += [f"{flop / 1e9:.1f}", f"{statistics.median(milliseconds):.0f}" if milliseconds else "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def description(repeats: int) -> str:
+    from importlib.metadata import version
+
+    from fastkd.report.environment import processor
+
+    isa = torch.backends.cpu.get_cpu_capability()
+    versions = f"torch {torch.__version__}, timm {version('timm')}, transformers {version('transformers')}"
+    return (
+        f"{processor()}, {isa}, CPU time of one thread, fp32, one image, median of {repeats}; "
+        f"{versions}; {date.today().isoformat()}."
+    )
+
+
+def write_between(path: Path, text: str) -> None:
+    page = path.read_text(encoding="utf-8")
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise SystemExit(f"{path} must hold each marker once: {BEGIN} and {END}")
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+@plain_characters()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", help="left out: every one that is made for photographs")
+    parser.add_argument("--size", type=int, default=480)
+    parser.add_argument("--repeats", type=int, default=5, help="0: no latency")
+    parser.add_argument("--write", type=Path, help="a page with the two markers")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    names = args.presets or [name for name in list_presets() if not name.startswith("shapes")]
+    text = f"{table(names, args.size, args.repeats)}\n\n{description(args.repeats)}"
+    if args.write is not None:
+        write_between(args.write, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+// Products of small matrices of bfloat16 as they are: neighbours along the sum lie in pairs, of which one instruction
+// adds two exact products to a float. As small_products.h otherwise; only where bf16_products() says so.
+#pragma once
+
+#include "cpu/gemm/bf16.h"
+#include "cpu/pixel_word/panel.h"
+
+#if defined(FASTKD_BF16_PRODUCTS)
+
+namespace fastkd::cpu::FASTKD_ISA {
+
+constexpr std::int64_t pair_strip = 2 * lanes<float>; // columns of a tile: bfloat16 of one vector, two of pairs
+
+FASTKD_INLINE __m512i load_pairs(const void* from) {
+    return _mm512_loadu_si512(from);
+}
+
+// Of two vectors of bfloat16 the first, or the second, half of the pairs of neighbours.
+FASTKD_INLINE void interleave(__m512i even, __m512i odd, __m512i (&pairs)[2]) {
+    const Words index = lane_index<float>(), first = index | (index + 32) << 16;
+    pairs[0] = _mm512_permutex2var_epi16(even, bit_cast<__m512i>(first), odd);
+    pairs[1] = _mm512_permutex2var_epi16(even, bit_cast<__m512i>(first + 0x100010), odd);
+}
+
+// The right factor of a product, pair by pair: packed already, ...
+struct PackedPairs {
+    const PairWord* data; // [pair][column]
+    std::int64_t row;
+
+    FASTKD_INLINE PackedPairs from(std::int64_t pair, std::int64_t column) const {
+        return {data + pair * row + column, row};
+    }
+    FASTKD_INLINE void load(std::int64_t pair, __m512i (&pairs)[2]) const {
+        pairs[0] = load_pairs(data + pair * row);
+        pairs[1] = load_pairs(data + pair * row + lanes<float>);
+    }
+};
+// ... or rows of which every two are a row of pairs.
+struct PairsOfRows {
+    const BFloat16* data;
+    std::int64_t row;
+
+    FASTKD_INLINE PairsOfRows from(std::int64_t pair, std::int64_t column) const {
+        return {data + 2 * pair * row + column, row};
+    }
+    FASTKD_INLINE void load(std::int64_t pair, __m512i (&pairs)[2]) const {
+        interleave(load_pairs(data + 2 * pair * row), load_pairs(data + (2 * pair + 1) * row), pairs);
+    }
+};
+
+template <int rows, class B, class C>
+FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_tile(Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int64_t depth,
+                                                Store mode) {
+    __m512 sums[rows][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+        sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    }
+    for (std::int64_t k = 0; k < depth; ++k) {
+        __m512i right[2];
+        b.load(k, right);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i) {
+            const __m512i left = _mm512_set1_epi32(static_cast<int>(a.data[i * a.row + k * a.col]));
+            for (int j = 0; j < 2; ++j) {
+                sums[i][j] = _mm512_dpbf16_ps(sums[i][j], bit_cast<__m512bh>(left), bit_cast<__m512bh>(right[j]));
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+        C* to = c + i * c_row;
+        if constexpr (sizeof(C) == sizeof(BFloat16)) {
+            const auto both = bit_cast<Vec<float>>(_mm512_cvtne2ps_pbh(sums[i][1], sums[i][0]));
+            if (mode == Store::stream) {
+                store_stream(reinterpret_cast<float*>(to), both);
+            } else {
+                _mm512_storeu_si512(to, bit_cast<__m512i>(both));
+            }
+        } else {
+            for (int j = 0; j < 2; ++j) {
+                const auto sum = bit_cast<Vec<float>>(sums[i][j]);
+                store(to + j * lanes<float>, mode == Store::add ? load(to + j * lanes<float>) + sum : sum);
+            }
+        }
+    }
+}
+
+template <class B, class C, int most = broadcast_rows>
+FASTKD_INLINE void pair_rows(std::int64_t rows, Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int64_t depth,
+                             Store mode) {
+    if (rows == most) {
+        pair_tile<most>(a, b, c, c_row, depth, mode);
+    } else if constexpr (most > 1) {
+        pair_rows<B, C, most - 1>(rows, a, b, c, c_row, depth, mode);
+    }
+}
+
+// C (rows x cols) = A (rows x depth pairs) B (depth pairs x cols); `cols` is a multiple of pair_strip. Into bfloat16
+// without Store::add.
+template <class B, class C>
+void multiply_pairs(Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int64_t rows, std::int64_t cols,
+                    std::int64_t depth, Store mode, Prefetch fetch = {}) {
+    constexpr bool rounds = sizeof(C) == sizeof(BFloat16);
+    const std::int64_t most_depth = rounds ? depth : 64; // sums of short sums are more exact
+    const std::int64_t strips = (rows + broadcast_rows - 1) / broadcast_rows;
+    const std::int64_t each = strips > 0 ? (rows + strips - 1) / strips : 0;
+    fetch.spread(strips * (cols / pair_strip) * (rounds ? 1 : (depth + most_depth - 1) / most_depth));
+    const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k) __attribute__((always_inline)) {
+        fetch.some();
+        pair_rows(least(each, rows - i), Matrix<PairWord>{a.data + i * a.row + k * a.col, a.row, a.col}, b.from(k, j),
+                  c + i * c_row + j, c_row, least(most_depth, depth - k), k > 0 ? Store::add : mode);
+    };
+    if constexpr (rounds) { // C is large
+        for (std::int64_t i = 0; i < rows; i += each) {
+            for (std::int64_t j = 0; j < cols; j += pair_strip) {
+                tile(i, j, 0);
+            }
+        }
+    } else {
+        for (std::int64_t k = 0; k < depth; k += most_depth) {
+            for (std::int64_t j = 0; j < cols; j += pair_strip) {
+                for (std::int64_t i = 0; i < rows; i += each) {
+                    tile(i, j, k);
+                }
+            }
+        }
+    }
+}
+
+// As dot_tile, of rows of bfloat16.
+FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_dot_tile(const BFloat16* a, std::int64_t a_row, std::int64_t rows,
+                                                    const BFloat16* b, std::int64_t b_row, std::int64_t cols,
+                                                    std::int64_t depth, float* out) {
+    constexpr int count = dot_rows * dot_cols;
+    const BFloat16* left[dot_rows];
+    const BFloat16* right[dot_cols];
+    for (int i = 0; i < dot_rows; ++i) {
+        left[i] = a + least(i, rows - 1) * a_row;
+    }
+    for (int j = 0; j < dot_cols; ++j) {
+        right[j] = b + least(j, cols - 1) * b_row;
+    }
+    __m512 sums[count];
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) {
+        sums[i] = _mm512_setzero_ps();
+    }
+    for (std::int64_t k = 0; k < depth; k += pair_strip) {
+        __m512i right_k[dot_cols];
+#pragma GCC unroll 16
+        for (int j = 0; j < dot_cols; ++j) {
+            right_k[j] = load_pairs(right[j] + k);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < dot_rows; ++i) {
+            const __m512i left_k = load_pairs(left[i] + k);
+#pragma GCC unroll 16
+            for (int j = 0; j < dot_cols; ++j) {
+                sums[i * dot_cols + j] = _mm512_dpbf16_ps(sums[i * dot_cols + j], bit_cast<__m512bh>(left_k),
+                                                          bit_cast<__m512bh>(right_k[j]));
+            }
+        }
+    }
+    static_assert(count == lanes<float>);
+    Vec<float> values[count];
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) {
+        values[i] = bit_cast<Vec<float>>(sums[i]);
+    }
+    add_lanes<float>(values);
+    store(out, values[0]);
+}
+
+// Adds A (rows x depth) B^T (B: cols x depth) to C (rows x cols); `depth` is a multiple of pair_strip.
+FASTKD_NOINLINE void add_transposed_pairs(const BFloat16* a, std::int64_t a_row, const BFloat16* b, std::int64_t b_row,
+                                          float* c, std::int64_t c_row, std::int64_t rows, std::int64_t cols,
+                                          std::int64_t depth, Prefetch fetch) {
+    fetch.spread(((rows + dot_rows - 1) / dot_rows) * ((cols + dot_cols - 1) / dot_cols));
+    for (std::int64_t j = 0; j < cols; j += dot_cols) {
+        const std::int64_t width = least(dot_cols, cols - j);
+        for (std::int64_t i = 0; i < rows; i += dot_rows) {
+            const std::int64_t height = least(dot_rows, rows - i);
+            float tile[dot_rows * dot_cols];
+            fetch.some();
+            pair_dot_tile(a + i * a_row, a_row, height, b + j * b_row, b_row, width, depth, tile);
+            for (std::int64_t y = 0; y < height; ++y) {
+                for (std::int64_t x = 0; x < width; ++x) {
+                    c[(i + y) * c_row + j + x] += tile[y * dot_cols + x];
+                }
+            }
+        }
+    }
+}
+
+// ---- panels of pixels ----------------------------------------------------------------------------------------------
+
+// Which of the pair_strip pixels from `p` on there are, and are valid.
+FASTKD_INLINE __mmask32 pixels_there(const Pixels<float>& pixels, std::int64_t p) {
+    if (pixels.valid == nullptr && pixels.count - p >= pair_strip) {
+        return ~__mmask32{0};
+    }
+    __mmask32 there = 0;
+    for (std::int64_t i = 0; i < pair_strip && p + i < pixels.count; ++i) {
+        there |= __mmask32{pixels.valid == nullptr || pixels.valid[p + i] != 0.0f} << i;
+    }
+    return there;
+}
+// The first `count` of pair_strip elements.
+FASTKD_INLINE __mmask32 first_elements(std::int64_t count) {
+    return count >= pair_strip ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+}
+
+// out[pair of columns][pixel], zero where a column or a valid pixel is missing, as far as whole strips of pixels reach.
+FASTKD_NOINLINE void pack_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns, PairWord* out,
+                                std::int64_t stride) {
+    constexpr int n = lanes<float>;
+    const BFloat16* from = address(array, pixels, BFloat16{});
+    const std::int64_t pairs = (columns + 1) / 2;
+    if (by_pixel(array)) {
+        for (std::int64_t p = 0; p < round_up(pixels.count, pair_strip); p += n) {
+            const __mmask32 there = pixels_there(pixels, p);
+            for (std::int64_t k = 0; k < pairs; k += n) {
+                const __mmask32 whole = first_elements(columns - 2 * k);
+                Vec<float> block[n];
+#pragma GCC unroll 16
+                for (int i = 0; i < n; ++i) {
+                    const bool valid = (there >> i & 1) != 0; // what is masked out is not read
+                    block[i] = bit_cast<Vec<float>>(_mm512_maskz_loadu_epi16(
+                        valid ? whole : 0, from + (valid ? (p + i) * array.pixel : 0) + 2 * k));
+                }
+                transpose<float>(block);
+                PairWord* to = out + k * stride + p;
+                if (pairs - k >= n) {
+#pragma GCC unroll 16
+                    for (int i = 0; i < n; ++i) {
+                        _mm512_storeu_si512(to + i * stride, bit_cast<__m512i>(block[i]));
+                    }
+                } else {
+                    for (int i = 0; i < pairs - k; ++i) {
+                        _mm512_storeu_si512(to + i * stride, bit_cast<__m512i>(block[i]));
+                    }
+                }
+            }
+        }
+        return;
+    }
+    for (std::int64_t p = 0; p < pixels.count; p += pair_strip) {
+        const __mmask32 there = pixels_there(pixels, p);
+        for (std::int64_t k = 0; k < pairs; ++k) {
+            const BFloat16* row = from + 2 * k * array.column + p;
+            const bool odd = 2 * k + 1 < columns;
+            __m512i both[2];
+            interleave(_mm512_maskz_loadu_epi16(there, row),
+                       _mm512_maskz_loadu_epi16(odd ? there : 0, row + (odd ? array.column : 0)), both);
+            _mm512_storeu_si512(out + k * stride + p, both[0]);
+            _mm512_storeu_si512(out + k * stride + p + lanes<float>, both[1]);
+        }
+    }
+}
+
+// The panel as it lies in memory, or copied to `scratch` in whole strips: of columns, or of a map's pixels.
+struct HalfPanel {
+    const BFloat16* data;
+    std::int64_t stride;
+    bool by_pixel;
+};
+
+FASTKD_NOINLINE HalfPanel load_half_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns,
+                                          BFloat16* scratch) {
+    const BFloat16* from = address(array, pixels, BFloat16{});
+    const bool rows = by_pixel(array);
+    const std::int64_t length = rows ? columns : pixels.count, padded = round_up(length, pair_strip);
+    if (pixels.valid == nullptr && length == padded) {
+        return {from, rows ? array.pixel : array.column, rows};
+    }
+    for (std::int64_t i = 0; i < (rows ? pixels.width : columns); ++i) {
+        const bool there = !rows || (i < pixels.count && (pixels.valid == nullptr || pixels.valid[i] != 0.0f));
+        const BFloat16* row = from + (there ? i * (rows ? array.pixel : array.column) : 0);
+        for (std::int64_t j = 0; j < padded; j += pair_strip) {
+            const __mmask32 some = rows ? first_elements(columns - j) : pixels_there(pixels, j);
+            _mm512_storeu_si512(scratch + i * padded + j, _mm512_maskz_loadu_epi16(there ? some : 0, row + j));
+        }
+    }
+    return {scratch, padded, rows};
+}
+
+// Where the gradient of a panel is written: finish_half_panel brings it to memory if it is not there.
+struct HalfPanelOut {
+    BFloat16* data;
+    std::int64_t stride;
+    bool in_memory;
+    Store mode;
+};
+
+FASTKD_INLINE HalfPanelOut start_half_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns,
+                                            bool stream, BFloat16* scratch) {
+    const bool rows = by_pixel(array);
+    const std::int64_t length = rows ? columns : pixels.count, row = rows ? array.pixel : array.column;
+    if (pixels.valid != nullptr || length % pair_strip != 0) {
+        return {scratch, round_up(length, pair_strip), false, Store::set};
+    }
+    BFloat16* to = address(array, pixels, BFloat16{});
+    const bool whole_lines = (reinterpret_cast<std::uintptr_t>(to) | static_cast<std::uintptr_t>(2 * row)) % 64 == 0;
+    return {to, row, true, stream && whole_lines ? Store::stream : Store::set};
+}
+
+FASTKD_NOINLINE void finish_half_panel(const HalfPanelOut& panel, const Array& array, const Pixels<float>& pixels,
+                                       std::int64_t columns) {
+    const bool rows = by_pixel(array);
+    BFloat16* to = address(array, pixels, BFloat16{});
+    for (std::int64_t i = 0; !panel.in_memory && i < (rows ? pixels.count : columns); ++i) {
+        BFloat16* row = to + i * (rows ? array.pixel : array.column);
+        const bool there = !rows || pixels.valid == nullptr || pixels.valid[i] != 0.0f;
+        const std::int64_t length = rows ? columns : pixels.count;
+        for (std::int64_t j = 0; j < length; j += pair_strip) {
+            const __mmask32 some = rows ? ~__mmask32{0} : pixels_there(pixels, j);
+            const __m512i values = load_pairs(panel.data + i * panel.stride + j);
+            _mm512_mask_storeu_epi16(row + j, first_elements(length - j),
+                                     _mm512_maskz_mov_epi16(there ? some : 0, values));
+        }
+    }
+}
+
+// Splits rows of floats into x = high + low, both bfloat16, to 2^-17: rows of each, and pairs (high, low). Zeros where
+// a strip is longer than `width`.
+FASTKD_NOINLINE void split_rows(const float* from, std::int64_t rows, std::int64_t width, std::int64_t stride,
+                                BFloat16* high, BFloat16* low, PairWord* pairs) {
+    for (std::int64_t k = 0; k < rows; ++k) {
+        for (std::int64_t p = 0; p < round_up(width, pair_strip); p += lanes<float>) {
+            const std::int64_t at = k * stride + p;
+            const Vec<float> x = p < width ? load(from + at) : Vec<float>{};
+            store(high + at, x);
+            const Vec<float> rest = x - load(high + at);
+            store(low + at, rest == rest ? rest : Vec<float>{}); // of Inf and NaN the high part is all
+            const Words both = widen(load_raw<Shorts>(high + at)) | widen(load_raw<Shorts>(low + at)) << 16;
+            __builtin_memcpy(pairs + at, &both, sizeof(both));
+        }
+    }
+}
+
+} // namespace fastkd::cpu::FASTKD_ISA
+
+#endif

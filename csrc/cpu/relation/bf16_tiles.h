@@ -1,0 +1,122 @@
+// H of bfloat16 rows, rounded to bfloat16 for its product with the rows as they are.
+//
+// M_ij = bfloat16(H_ij scale_j), so that d/d x^_i = sum_j M_ij x_j. Rounding turns every H_ij x^_j a little; where rows
+// are alike these errors would add up along x^_i, which the rest of the gradient is free of. The projection takes them
+// out, if q is that of the rounded matrix: q_i = sum_j (M_ij/scale_j) E_ij.
+#pragma once
+
+#include "cpu/gemm/bf16.h"
+#include "cpu/relation/tiles.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+
+// A tile of H, `h`, as M: `own` [row][col], rows `own_ld` apart, and unless it is null `mirror`, the transposed tile's:
+// [pair of rows][col], pairs tile.ld apart. `row` and `col` are the scales, the inverse ones times the sign in E. What
+// lies beyond the tile's rows and columns in the last pair is 0.
+struct RoundedTile {
+    BFloat16* own;
+    std::int64_t own_ld;
+    PairWord* mirror;
+};
+struct TileScales {
+    float row[tile_side], col[tile_side], row_inverse[tile_side], col_inverse[tile_side];
+};
+
+#if defined(FASTKD_BF16_PRODUCTS)
+FASTKD_WITH_BF16 FASTKD_NOINLINE void round_tile(Tile<float> tile, const float* h, const TileScales& scales,
+                                                 RoundedTile out, double* q_row, double* q_col) {
+    constexpr int n = lanes<float>;
+    const auto widened = [](__m256i raw) __attribute__((always_inline)) {
+        return bit_cast<Vec<float>>(widen(bit_cast<Shorts>(raw)) << 16);
+    };
+    // Two vectors rounded to one word per lane.
+    const __m512i interleave =
+        _mm512_add_epi32(_mm512_set1_epi32(0x00100000),
+                         _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
+                                            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
+    float col_sums[tile_side] = {};
+    for (std::int64_t r = 0; r < tile.rows; r += 2) {
+        const bool both = r + 1 < tile.rows;
+        const float scale = scales.row[r], scale2 = both ? scales.row[r + 1] : 0;
+        const float inverse = scales.row_inverse[r], inverse2 = both ? scales.row_inverse[r + 1] : 0;
+        Vec<float> along{}, along2{};
+        for (std::int64_t c = 0; c < tile.cols; c += n) {
+            const std::int64_t at = r * tile.ld + c;
+            const Bits<float> valid = bit_cast<Bits<float>>(inside<float>(tile.cols, c));
+            const auto kept = [&](const float* from) __attribute__((always_inline)) {
+                return bit_cast<Vec<float>>(bit_cast<Bits<float>>(load(from)) & valid);
+            };
+            const Vec<float> h1 = load(h + at), h2 = both ? load(h + at + tile.ld) : Vec<float>{};
+            const Vec<float> e1 = kept(tile.e_s + at), e2 = both ? kept(tile.e_s + at + tile.ld) : Vec<float>{};
+            const Vec<float> right = load(scales.col + c), right_inverse = load(scales.col_inverse + c);
+            const __m512i own =
+                bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(h2 * right), bit_cast<__m512>(h1 * right)));
+            const __m256i own1 = _mm512_castsi512_si256(own), own2 = _mm512_extracti64x4_epi64(own, 1);
+            __builtin_memcpy(out.own + r * out.own_ld + c, &own1, sizeof(own1));
+            __builtin_memcpy(out.own + (r + 1) * out.own_ld + c, &own2, sizeof(own2));
+            along += widened(own1) * (e1 * right_inverse);
+            along2 += widened(own2) * (e2 * right_inverse);
+            if (out.mirror != nullptr) {
+                const __m512i other =
+                    bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(h2 * scale2), bit_cast<__m512>(h1 * scale)));
+                const Words words = bit_cast<Words>(_mm512_permutexvar_epi16(interleave, other));
+                __builtin_memcpy(out.mirror + r / 2 * tile.ld + c, &words, sizeof(words));
+                const Vec<float> down = bit_cast<Vec<float>>(words << 16) * (e1 * inverse) +
+                                        bit_cast<Vec<float>>(words & 0xffff0000u) * (e2 * inverse2);
+                store(col_sums + c, load(col_sums + c) + down);
+            }
+        }
+        q_row[r] += sum(along);
+        if (both) {
+            q_row[r + 1] += sum(along2);
+        }
+    }
+    for (std::int64_t c = 0; q_col != nullptr && c < tile.cols; ++c) {
+        q_col[c] += static_cast<double>(col_sums[c]);
+    }
+}
+
+// to[c][pair] = mirror[pair][c], of `pairs` (at least lanes) pairs and columns rounded up to whole vectors; rows of
+// `to`, in words, lie `to_ld` apart.
+FASTKD_NOINLINE void turn_pairs(const PairWord* mirror, std::int64_t ld, std::int64_t pairs, std::int64_t cols,
+                                PairWord* to, std::int64_t to_ld) {
+    constexpr int n = lanes<float>;
+    for (std::int64_t p = 0; p < pairs; p += n) {
+        const std::int64_t first = p + n <= pairs ? p : pairs - n; // the last vectors overlap
+        for (std::int64_t c = 0; c < cols; c += n) {
+            Vec<float> block[n];
+#pragma GCC unroll 16
+            for (int l = 0; l < n; ++l) {
+                block[l] = load_raw<Vec<float>>(mirror + (first + l) * ld + c);
+            }
+            transpose<float>(block);
+#pragma GCC unroll 16
+            for (int l = 0; l < n; ++l) {
+                __builtin_memcpy(to + (c + l) * to_ld + first, &block[l], sizeof(block[l]));
+            }
+        }
+    }
+}
+#else // never asked for: see bf16_products()
+FASTKD_INLINE void round_tile(Tile<float>, const float*, const TileScales&, RoundedTile, double*, double*) {
+}
+FASTKD_INLINE void turn_pairs(const PairWord*, std::int64_t, std::int64_t, std::int64_t, PairWord*, std::int64_t) {
+}
+#endif
+
+// g[r][:] = outer[r] (g[r][:] - along[r] x[r][:]), or 0 where outer[r] is 0 whatever the others hold, with x as packed
+// in pairs of rows, one panel of `width` columns.
+FASTKD_NOINLINE void project_pairs(const PairWord* x, std::int64_t rows, std::int64_t width, const float* outer,
+                                   const float* along, float* g) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const int up = r % 2 == 0 ? 16 : 0;
+        for (std::int64_t c = 0; c < width; c += lanes<float>) {
+            const Words words = load_raw<Words>(x + r / 2 * width + c);
+            const Vec<float> value = bit_cast<Vec<float>>((words << up) & 0xffff0000u);
+            float* to = g + r * width + c;
+            store(to, outer[r] == 0 ? Vec<float>{} : (load(to) - value * along[r]) * outer[r]);
+        }
+    }
+}
+
+} // namespace fastkd::cpu::FASTKD_ISA

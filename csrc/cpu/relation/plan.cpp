@@ -1,0 +1,147 @@
+#include "cpu/relation/plan.h"
+
+#include "cpu/isa.h"
+
+namespace fastkd::cpu {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+    return (a + b - 1) / b;
+}
+std::int64_t round_up(std::int64_t a, std::int64_t b) {
+    return ceil_div(a, b) * b;
+}
+
+// Hands out aligned stretches of the workspace.
+struct Layout {
+    std::int64_t bytes = 0;
+    std::int64_t take(std::int64_t count) {
+        const std::int64_t at = bytes;
+        bytes += round_up(count, 64);
+        return at;
+    }
+};
+
+// Fewer threads take less scratch memory: as many as `limit` allows, at least one.
+template <class Plan>
+auto most_threads(int threads, std::int64_t limit, const Plan& plan_for) {
+    auto plan = plan_for(threads);
+    while (plan.minimum > limit && threads > 1) {
+        plan = plan_for(--threads);
+    }
+    return plan;
+}
+
+RelationPlan plan_relation_on(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                              bool keep, bool backward, int threads, std::int64_t limit) {
+    const std::int64_t size = options.dtype == DType::Float64 ? 8 : 4;
+    RelationPlan plan{};
+    plan.keep = keep;
+    plan.backward = backward;
+    plan.pairs = options.dtype == DType::BFloat16 && bf16_products();
+    plan.problems = options.cross ? 1 : options.batch;
+    plan.groups = options.others();
+    plan.block = keep ? relation::kept_block : streamed_block;
+    plan.group_blocks = ceil_div(options.rows, plan.block);
+    plan.blocks = plan.groups * plan.group_blocks;
+    plan.student_width = round_up(student_width, 16); // whole vectors, whatever their length
+    const std::int64_t rows = plan.blocks * plan.block;
+
+    Layout thread;
+    plan.tiles = thread.take(4 * plan.block * plan.block * size);
+    if (backward) {
+        plan.panel = thread.take(keep ? 2 * rows * 48 * size : plan.block * plan.student_width * size);
+    }
+    plan.thread_bytes = thread.bytes;
+
+    const std::int64_t packed_block =
+        keep ? (backward ? 0 : plan.block * kept_chunk * size)
+             : plan.block * (student_width + teacher_width + (backward ? plan.student_width : 0)) * size;
+    const std::int64_t matrix = keep && backward ? rows * rows * size : 0;
+    const std::int64_t accumulator = !keep && backward ? rows * plan.student_width * size : 0;
+    const std::int64_t row_sums = backward ? rows * 8 : 0;
+    const auto team_limited = [&](std::int64_t resident) {
+        return round_up(resident * packed_block, 64) + round_up(matrix, 64) + round_up(row_sums, 64);
+    };
+    const std::int64_t all = plan.blocks;
+    plan.teams = plan.problems < threads ? plan.problems : threads;
+    // Whole problems per thread where there are enough of them and everything fits; else one problem at a time.
+    if (plan.problems < threads || threads * (plan.thread_bytes + team_limited(all)) > limit) {
+        plan.teams = 1;
+    }
+    plan.team_threads = plan.teams > 1 ? 1 : threads;
+    const std::int64_t scratch = threads * plan.thread_bytes;
+    plan.resident = all;
+    plan.minimum = scratch + plan.teams * team_limited(keep || all < 2 ? all : 2);
+    if (!keep && plan.teams == 1) {
+        while (plan.resident > 2 && scratch + team_limited(plan.resident) > limit) {
+            const std::int64_t fits = packed_block == 0 ? 2 : (limit - scratch - team_limited(0)) / packed_block;
+            plan.resident = fits < plan.resident ? (fits < 2 ? 2 : fits / 2 * 2) : plan.resident - 1;
+        }
+    }
+    Layout team;
+    plan.packs = team.take(plan.resident * packed_block);
+    plan.accumulator = team.take(accumulator);
+    plan.row_sums = team.take(row_sums);
+    plan.matrix = team.take(matrix);
+    plan.team_bytes = team.bytes;
+    plan.bytes = plan.teams * plan.team_bytes + scratch;
+    return plan;
+}
+
+GramPlan plan_gram_on(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                      bool backward, int threads, std::int64_t limit) {
+    GramPlan plan{};
+    plan.backward = backward;
+    plan.problems = options.cross ? 1 : options.batch;
+    plan.samples = options.cross ? options.batch : 1;
+    plan.chunk = gram_chunk;
+    plan.block = streamed_block;
+    plan.student_side = relation::gram_padded(student_width);
+    plan.side = relation::gram_side(student_width, teacher_width);
+    plan.size = relation::gram_double(options.dtype, student_width, teacher_width) ? 8 : 4;
+
+    Layout thread;
+    const std::int64_t part = plan.block * plan.student_side * plan.size;
+    plan.own = thread.take(part);
+    plan.other = thread.take(plan.block * (plan.side - plan.student_side) * plan.size);
+    plan.product = thread.take(backward ? part : plan.block * plan.side * plan.size);
+    if (backward) {
+        plan.product2 = thread.take(part);
+        plan.result = thread.take(part);
+    }
+    plan.thread_bytes = thread.bytes;
+    Layout team;
+    plan.rows = team.take(plan.chunk * plan.side * plan.size);
+    if (backward) {
+        plan.scaled_rows = team.take(plan.chunk * plan.student_side * plan.size);
+        plan.weighted = team.take(plan.student_side * plan.side * plan.size);
+    }
+    plan.team_bytes = team.bytes;
+    plan.teams = plan.problems < threads ? 1 : threads;
+    if (plan.teams * plan.team_bytes + threads * plan.thread_bytes > limit) {
+        plan.teams = 1;
+    }
+    plan.team_threads = plan.teams > 1 ? 1 : threads;
+    plan.bytes = plan.teams * plan.team_bytes + threads * plan.thread_bytes;
+    plan.minimum = plan.bytes;
+    return plan;
+}
+
+} // namespace
+
+RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                           bool keep, bool backward, int threads, std::int64_t limit) {
+    return most_threads(threads, limit, [&](int some) {
+        return plan_relation_on(options, student_width, teacher_width, keep, backward, some, limit);
+    });
+}
+
+GramPlan plan_gram(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                   bool backward, int threads, std::int64_t limit) {
+    return most_threads(threads, limit, [&](int some) {
+        return plan_gram_on(options, student_width, teacher_width, backward, some, limit);
+    });
+}
+
+} // namespace fastkd::cpu

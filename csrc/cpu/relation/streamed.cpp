@@ -1,0 +1,223 @@
+// relation on the CPU, no matrix of rows x rows held. The formulas are those of common/relation.h.
+//
+// The blocks are normalised and packed (all of them, or as many as the workspace holds, half against half); a tile is
+// made, used and forgotten, in the backward once more.
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/relation/blocks.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+template <class S>
+struct Streamed : Relation<S> {
+    using Base = Relation<S>;
+    using T = typename Base::T;
+    using Base::add_tile;
+    using Base::at;
+    using Base::finish_norms;
+    using Base::finish_rows;
+    using Base::first_row;
+    using Base::make_h;
+    using Base::make_m;
+    using Base::options;
+    using Base::plan;
+    using Base::rows_at;
+    using Base::rows_of;
+    using Base::sample;
+    using Base::scales_of;
+    using Base::scratch;
+    using Base::student;
+    using Base::teacher;
+    using Base::typed_scales;
+
+    // Packed blocks: student's and teacher's [width][rows], then the student's [rows][width]; in pairs of the first
+    // index where rows are multiplied so
+    FASTKD_INLINE T* packed(std::int64_t team, std::int64_t slot) const {
+        const std::int64_t width = student.width + teacher.width + (plan.backward ? plan.student_width : 0);
+        return at(team, plan.packs) + slot * plan.block * width;
+    }
+    void pack_block(std::int64_t team, std::int64_t slot, std::int64_t problem, std::int64_t block) const {
+        T* to = packed(team, slot);
+        this->pack_block_of(student, 0, problem, block, 0, student.width, to);
+        this->pack_block_of(teacher, 1, problem, block, 0, teacher.width, to + plan.block * student.width);
+        if (plan.backward) {
+            const S* x = rows_at(student, problem, block);
+            T* by_rows = to + plan.block * (student.width + teacher.width);
+            if constexpr (is_bf16<S>) {
+                if (this->pairs) {
+                    return pack_pairs(x, student.col_stride, student.row_stride, student.width, rows_of(block),
+                                      reinterpret_cast<PairWord*>(by_rows));
+                }
+            }
+            T scales[tile_side];
+            typed_scales(0, problem, block, scales);
+            pack<S>(x, student.col_stride, student.row_stride, student.width, rows_of(block), nullptr, scales, by_rows);
+        }
+    }
+    // Both networks' E into the thread's first two tiles.
+    Tile<T> make_tile(std::int64_t team, std::int64_t thread, std::int64_t problem, std::int64_t slot_i,
+                      std::int64_t slot_j, std::int64_t i, std::int64_t j) const {
+        T* e_s = scratch(thread, plan.tiles);
+        T* e_t = e_s + plan.block * plan.block;
+        const T* x = packed(team, slot_i);
+        const T* y = packed(team, slot_j);
+        const std::int64_t skip = plan.block * student.width;
+        this->multiply_blocks(x, i, y, j, student.width, e_s, false);
+        this->multiply_blocks(x + skip, i, y + skip, j, teacher.width, e_t, false);
+        this->finish_products(problem, i, j, e_s, e_t);
+        return {e_s, e_t, plan.block, rows_of(i), rows_of(j)};
+    }
+
+    // visit(tile, i, j, slot_i, slot_j, thread) for every tile of the problem, streamed.
+    template <class Visit>
+    FASTKD_INLINE void stream(std::int64_t team, std::int64_t problem, const Visit& visit) const {
+        const std::int64_t n = plan.blocks;
+        const std::int64_t half = plan.resident == n ? n : plan.resident / 2;
+        const auto load_blocks = [&](std::int64_t begin, std::int64_t end, std::int64_t slot) {
+            parallel_for(plan.team_threads, end - begin,
+                         [&](std::int64_t k, int) { pack_block(team, slot + k, problem, begin + k); });
+        };
+        for (std::int64_t i = 0; i < n; i += half) {
+            const std::int64_t i_end = i + half < n ? i + half : n;
+            load_blocks(i, i_end, 0);
+            pairs_within(i, i_end, plan.team_threads, [&](std::int64_t a, std::int64_t b, int thread) {
+                const std::int64_t own = plan.teams > 1 ? team : thread;
+                visit(make_tile(team, own, problem, a - i, b - i, a, b), a, b, a - i, b - i, own);
+            });
+            for (std::int64_t j = i_end; j < n; j += half) {
+                const std::int64_t j_end = j + half < n ? j + half : n;
+                load_blocks(j, j_end, half);
+                pairs_between(i, i_end, j, j_end, plan.team_threads, [&](std::int64_t a, std::int64_t b, int thread) {
+                    const std::int64_t own = plan.teams > 1 ? team : thread;
+                    visit(make_tile(team, own, problem, a - i, half + b - j, a, b), a, b, a - i, half + b - j, own);
+                });
+            }
+        }
+    }
+
+    void forward(std::int64_t team, std::int64_t problem, T* loss) const {
+        const int passes = options.distance == Distance::row_cosine ? 2 : 1;
+        for (int pass = 0; pass < passes; ++pass) {
+            stream(team, problem,
+                   [&](Tile<T> tile, std::int64_t i, std::int64_t j, std::int64_t, std::int64_t, std::int64_t thread) {
+                       add_tile(tile, problem, i, j, pass, thread);
+                   });
+            if (pass + 1 < passes) {
+                finish_norms(problem);
+            }
+        }
+        finish_rows(problem, loss);
+    }
+
+    void backward(const Backward& args, std::int64_t team, std::int64_t problem) const {
+        const std::int64_t ld = Panels<T>(student.width).elements();
+        const std::int64_t rows = plan.blocks * plan.block;
+        T* sums = at(team, plan.accumulator); // of H X^
+        double* q = this->template at<double>(team, plan.row_sums);
+        parallel_for(plan.team_threads, plan.blocks, [&](std::int64_t block, int) {
+            __builtin_memset(sums + block * plan.block * ld, 0, plan.block * ld * sizeof(T));
+        });
+        __builtin_memset(q, 0, rows * sizeof(double));
+        const Panels<T> width(student.width);
+        const std::int64_t by_rows = plan.block * (student.width + teacher.width); // in a packed block
+        stream(team, problem,
+               [&](Tile<T> tile, std::int64_t i, std::int64_t j, std::int64_t slot_i, std::int64_t slot_j,
+                   std::int64_t thread) {
+                   T* h = scratch(thread, plan.tiles) + 2 * plan.block * plan.block;
+                   T* own = sums + i * plan.block * ld;
+                   T* other = sums + j * plan.block * ld;
+                   const T* x_own = packed(team, slot_i) + by_rows;
+                   const T* x_other = packed(team, slot_j) + by_rows;
+                   if constexpr (is_bf16<S>) {
+                       if (this->pairs) {
+                           auto* m = reinterpret_cast<BFloat16*>(h + plan.block * plan.block);
+                           auto* mirror = reinterpret_cast<PairWord*>(m + plan.block * plan.block);
+                           make_m(args, tile, problem, i, j, h, {m, plan.block, mirror}, q);
+                           strided_product_pairs(reinterpret_cast<const PairWord*>(m), plan.block / 2, 1, tile.rows,
+                                                 reinterpret_cast<const PairWord*>(x_other), width, pairs_of(tile.cols),
+                                                 own, ld, true);
+                           if (i != j) {
+                               strided_product_pairs(mirror, 1, plan.block, tile.cols,
+                                                     reinterpret_cast<const PairWord*>(x_own), width,
+                                                     pairs_of(tile.rows), other, ld, true);
+                           }
+                           return;
+                       }
+                   }
+                   make_h(args, tile, problem, i, j, h, q);
+                   strided_product<T>(h, tile.ld, 1, tile.rows, x_other, width, tile.cols, own, ld, true);
+                   if (i != j) {
+                       strided_product<T>(h, 1, tile.ld, tile.cols, x_own, width, tile.rows, other, ld, true);
+                   }
+               });
+        parallel_for(plan.team_threads, plan.blocks, [&](std::int64_t block, int thread) {
+            const std::int64_t count = rows_of(block), b = sample(problem, block);
+            const double* scales = scales_of(0, b, first_row(block));
+            T* own = sums + block * plan.block * ld;
+            T* radial = scratch(plan.teams > 1 ? team : thread, plan.panel); // q_i x^_i, in panels over the width
+            const bool cosine = options.similarity == Similarity::cosine;
+            if (cosine) {
+                T factor[tile_side];
+                for (std::int64_t r = 0; r < count; ++r) {
+                    factor[r] = static_cast<T>(q[block * plan.block + r] * scales[r]);
+                }
+                pack<S>(rows_at(student, problem, block), student.col_stride, student.row_stride, student.width, count,
+                        nullptr, factor, radial);
+            }
+            for (std::int64_t r = 0; r < count; ++r) {
+                const T outer = static_cast<T>(outer_scale(options, scales[r]));
+                for (std::int64_t p = 0; p < width.size; ++p) {
+                    const std::int64_t elements = width.width(p) * lanes<T>, begin = width.begin(p);
+                    for (std::int64_t k = 0; k < elements; k += lanes<T>) {
+                        T* to = own + r * ld + begin + k;
+                        const Vec<T> along = cosine ? load(radial + begin * count + r * elements + k) : Vec<T>{};
+                        // A row without a gradient has none whatever the others hold.
+                        store(to, outer == T(0) ? Vec<T>{} : (load(to) - along) * outer);
+                    }
+                }
+            }
+            unpack<S>(own, ld, count, student.width,
+                      static_cast<S*>(args.grad_student) + b * args.out_batch_stride +
+                          first_row(block) * args.out_row_stride,
+                      args.out_row_stride, args.out_col_stride);
+        });
+    }
+};
+
+template <class S>
+void forward(const Forward& args, const RelationPlan& plan, int threads) {
+    Streamed<S> relation{
+        {args.options, plan, args.student, args.teacher, args.statistics, static_cast<char*>(args.workspace)}};
+    relation.clear_statistics();
+    find_scales<S>(args.options, args.student, args.teacher, relation.scales_of(0, 0, 0), threads);
+    relation.use_pairs();
+    auto* loss = static_cast<Compute<S>*>(args.loss);
+    parallel_for(static_cast<int>(plan.teams), plan.problems,
+                 [&](std::int64_t problem, int team) { relation.forward(team, problem, loss); });
+}
+
+template <class S>
+void backward(const Backward& args, const RelationPlan& plan) {
+    Streamed<S> relation{{args.options, plan, args.student, args.teacher,
+                          const_cast<double*>(args.statistics), // read only
+                          static_cast<char*>(args.workspace)}};
+    relation.use_pairs();
+    advise_huge_pages(args.grad_student, args.options.batch * args.options.rows * args.student.width * sizeof(S));
+    parallel_for(static_cast<int>(plan.teams), plan.problems,
+                 [&](std::int64_t problem, int team) { relation.backward(args, team, problem); });
+}
+
+} // namespace
+
+void relation_forward(const Forward& args, const RelationPlan& plan, int threads) {
+    advise_huge_pages(args.workspace, plan.bytes);
+    with_storage(args.options.dtype, [&](auto storage) { forward<decltype(storage)>(args, plan, threads); });
+}
+
+void relation_backward(const Backward& args, const RelationPlan& plan) {
+    advise_huge_pages(args.workspace, plan.bytes);
+    with_storage(args.options.dtype, [&](auto storage) { backward<decltype(storage)>(args, plan); });
+}
+
+} // namespace fastkd::cpu::FASTKD_ISA

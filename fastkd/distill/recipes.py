@@ -1,0 +1,160 @@
+"""Named distillation terms for `fastkd.models` pairs: what `fastkd distill --terms` and the demo use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from fastkd import losses
+from fastkd.distill.distiller import Distiller, Term
+from fastkd.distill.selectors import hint
+from fastkd.train.config import TrainConfig
+
+_WORDS = {"word_mask": "batch.word_mask"}
+
+
+def _first_order() -> Term:
+    terms = {"pixel_to_word": 1.0, "word_to_pixel": 1.0}
+    return Term(losses.cross_modal_kd_from_logits, "pixel_word_logits.*", kwargs={**_WORDS, "terms": terms})
+
+
+def _second_order() -> Term:
+    terms = {"pixel_pixel": 1.0, "word_word": 1.0}
+    return Term(losses.cross_modal_kd_from_logits, "pixel_word_logits.*", kwargs={**_WORDS, "terms": terms})
+
+
+def _channel_distribution() -> Term:
+    return Term(losses.channel_distribution_kd, "decoder_features")
+
+
+def _guided_channel_distribution() -> Term:
+    return Term(losses.channel_distribution_kd, "decoder_features", kwargs={"guide": "teacher"})
+
+
+def _channel() -> Term:
+    return Term(losses.channel_kd, "decoder_features", kwargs={"across_batch": True, "centered": True})
+
+
+def _pixel_relation() -> Term:
+    return Term(losses.pixel_relation_kd, "stages.2")
+
+
+def _logit() -> Term:
+    return Term(losses.logit_kd, "decoder")
+
+
+def _mask() -> Term:
+    return Term(losses.logit_kd, "logits")
+
+
+def _pixel_pixel() -> Term:
+    masks = ("student.word_mask", "teacher.word_mask")
+    return Term(through_words, "pixel_word_logits.-1", kwargs={"word_mask": masks})
+
+
+def through_words(student: Tensor, teacher: Tensor, *, word_mask: tuple[Tensor, Tensor]) -> Tensor:
+    """The "pixel_pixel" term of two networks that share neither words, nor heads, nor a map's size.
+
+    Each network's heads are averaged, and the teacher's logits resized bilinearly to the student's square map: what is
+    left to compare is which pixels attend to the same words.
+
+    Args:
+        student: (B, heads, N, T) pixel–word logits of a square map.
+        teacher: the same, with its own numbers of heads, pixels and words.
+        word_mask: the student's (B, T) and the teacher's.
+
+    Raises:
+        ValueError: a map that is not square.
+    """
+    ours, theirs = student.mean(1), teacher.mean(1)
+    if ours.shape[1] != theirs.shape[1]:
+        theirs = F.interpolate(_square(theirs), size=_square(ours).shape[-2:], mode="bilinear", align_corners=False)
+        theirs = theirs.flatten(2).mT
+    value = losses.cross_modal_kd_from_logits(ours, theirs, word_mask=word_mask, terms={"pixel_pixel": 1.0})
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _square(logits: Tensor) -> Tensor:
+    side = math.isqrt(logits.shape[1])
+    if side * side != logits.shape[1]:
+        raise ValueError(f"pixel_pixel needs square maps to resize, got {logits.shape[1]} pixels: use square images")
+    return logits.mT.unflatten(2, (side, side))
+
+
+TERMS: dict[str, tuple[Callable[[], Term], str]] = {
+    "first_order": (_first_order, "pixel–word attention at every fused stage: cross_modal_kd_from_logits, both KLs"),
+    "second_order": (_second_order, "its Gram matrices: cross_modal_kd_from_logits, pixel_pixel and word_word"),
+    "channel_distribution": (_channel_distribution, "channel_distribution_kd on the decoder's last map"),
+    "guided_channel_distribution": (
+        _guided_channel_distribution,
+        "the same on maps mixed by the teacher's channel attention (guide='teacher')",
+    ),
+    "channel": (_channel, "channel_kd on the decoder's last map, pooled over the batch and centred"),
+    "pixel_relation": (_pixel_relation, "pixel_relation_kd on the third fused stage"),
+    "logit": (_logit, "logit_kd on the decoder's two-channel map"),
+    "mask": (_mask, "logit_kd on the logits at the image's size, with a teacher of any kind"),
+    "pixel_pixel": (
+        _pixel_pixel,
+        "pixels related through words at the last fused stage, whatever the two tokenizers, heads and sizes",
+    ),
+}
+"""Term name to what makes it and what it is. The channel terms need one decoder width on both sides."""
+
+
+def recipe(names: Sequence[str]) -> list[Term]:
+    """The terms of those names, at weight 1; balance them with `Distiller.balance`.
+
+    Raises:
+        ValueError: an unknown name; close matches are offered.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, segmentation_loss, recipe(["first_order", "logit"]))
+        >>> distiller.balance(batch, {"first_order": 0.5, "logit": 0.2})
+    """
+    made = []
+    for name in names:
+        if name not in TERMS:
+            raise ValueError(f"terms: no term named {name!r}.{hint(name, TERMS)}")
+        term = TERMS[name][0]()
+        term.name = name
+        made.append(term)
+    return made
+
+
+def balance_on(
+    distiller: Distiller, dataset: Dataset[Any], shares: Mapping[str, float], config: TrainConfig, batches: int = 4
+) -> dict[str, float]:
+    """`Distiller.balance` on the first samples of a dataset, in the order they are stored.
+
+    Args:
+        distiller: student, teacher and the terms to weigh.
+        dataset: the training set; `fastkd.data.collate` makes its batches.
+        shares: term name to the norm of its weighted gradient over that of the task.
+        config: of the run to come; its batch size, device and precision are used.
+        batches: over how many batches gradient norms are averaged.
+
+    Returns:
+        The weights of all terms.
+    """
+    from fastkd.data import collate
+    from fastkd.train.host import check_batch, check_tokenizers
+    from fastkd.train.launch import requested
+    from fastkd.train.runtime import autocast, to_device
+
+    check_tokenizers(distiller, dataset)
+    size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
+    device, precision = requested(config)
+    distiller.to(device).train()
+    starts = range(0, min(batches * size, len(dataset) - size + 1), size)  # type: ignore[arg-type]
+    collated = [collate([dataset[i] for i in range(s, s + size)]) for s in starts]
+    for batch in collated:
+        check_batch(distiller, batch)
+    samples = [to_device(batch, device, False) for batch in collated]
+    with autocast(precision, device):
+        return distiller.balance(samples, shares)

@@ -1,0 +1,209 @@
+"""Taps: features of a model by module path, caught by forward hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastkd._wrappers import plain_name, unwrap
+from fastkd.distill.selectors import follow, hint
+
+
+class Taps(Mapping[str, Any]):
+    """Catch what chosen modules of a model return, forward after forward.
+
+    A mapping from your names to the latest outputs. Every forward of the model starts afresh, so a tap never shows a
+    value of an earlier forward; a module called several times in one forward shows its last output. An output that
+    was changed in place since (by an ``inplace=True`` activation, a ``+=``) is no longer the module's, and refused.
+    The hooks go when the taps are closed or nothing refers to them any more. Paths are those
+    of ``model.named_modules()``, written without the ``module.`` of DistributedDataParallel and AveragedModel and the
+    ``_orig_mod.`` of ``torch.compile``, and the same whether or not the model is wrapped. Make the taps before
+    ``torch.compile``: a compiled graph does not see hooks added after it.
+
+    Args:
+        model: the model to watch; it may be wrapped.
+        paths: name to module path, or to ``(path, index)`` where the module returns a tuple, list, dict or object and
+            the tap is one part of it (``("encoder", 0)``, ``("encoder", "last_hidden_state")``).
+
+    Raises:
+        TypeError: a model that is no module, or a path that is no string.
+        ValueError: an empty or dotted name, or a path that is no module of the model (with the closest ones).
+        KeyError: reading a name that is not a tap.
+        RuntimeError: reading a tap whose module did not run in the latest forward, whose output was changed in place,
+            or a closed one.
+
+    Example:
+        >>> with fastkd.Taps(model, {"stage4": "backbone.layers.3.fusion"}) as taps:
+        ...     model(image)
+        ...     feature = taps["stage4"]
+    """
+
+    def __init__(self, model: nn.Module, paths: Mapping[str, str | tuple[str, int | str]]) -> None:
+        if not isinstance(paths, Mapping) or not paths:
+            raise ValueError(f"paths must be a non-empty dict of name to module path, got {paths!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        modules = dict(_modules(model))
+        self.paths: dict[str, str] = {}
+        self._outputs = _Latest()
+        self._handles: list[RemovableHandle] = []
+        found: list[tuple[str, nn.Module, int | str | None]] = []
+        for name, target in paths.items():
+            path, index = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
+            if not isinstance(name, str) or not name or "." in name:
+                raise ValueError(f"tap name {name!r} must be a non-empty string without dots")
+            if not isinstance(path, str):
+                raise TypeError(f"tap {name!r}: expected a module path or (path, index), got {target!r}")
+            path = _canonical(path, modules)
+            if path not in modules:
+                raise ValueError(f"tap {name!r}: the model has no module {path!r}.{hint(path, _nearby(path, modules))}")
+            self.paths[name] = path
+            found.append((name, modules[path], index))
+        self._handles.append(unwrap(model).register_forward_pre_hook(_Begin(self._outputs)))
+        for name, module, index in found:
+            self._handles.append(module.register_forward_hook(_Catch(self._outputs, name, index)))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.paths:
+            raise KeyError(f"no tap named {name!r}.{hint(name, self.paths)}")
+        if name not in self._outputs:
+            if not self._handles:
+                raise RuntimeError(f"tap {name!r} is closed")
+            if not self._outputs.forwards:
+                raise RuntimeError(f"tap {name!r} has nothing yet: the model has not run since the tap was made")
+            raise RuntimeError(
+                f"tap {name!r} never fired: module {self.paths[name]!r} did not run in the latest forward. It may be "
+                "skipped in this mode, replaced after the tap was made, or compiled before it (make the taps first)"
+            )
+        value, version = self._outputs[name]
+        if version is not None and _version(value) != version:
+            raise RuntimeError(
+                f"tap {name!r}: what module {self.paths[name]!r} returned was changed in place afterwards, by an "
+                "activation with inplace=True or a '+=', so it is no longer what the module returned: tap the module "
+                "that changed it, which returns the same values, or take away its inplace"
+            )
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.paths  # whether or not it has fired: reading tells
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def clear(self) -> None:
+        """Let go of the latest outputs (and of the graph they hold)."""
+        self._outputs.clear()
+
+    def close(self) -> None:
+        """Remove the hooks; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._outputs.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):  # else its making failed
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"Taps({self.paths})"
+
+
+# Hooks are classes, so that a hooked model can still be pickled and copied, and do not hold the taps, so that the model
+# keeps none alive.
+
+
+class _Begin:
+    """The hook before the model's forward."""
+
+    def __init__(self, outputs: _Latest) -> None:
+        self.outputs = outputs
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.outputs.clear()
+        self.outputs.forwards += 1
+
+
+class _Catch:
+    """The forward hook of one tap."""
+
+    def __init__(self, outputs: _Latest, name: str, index: int | str | None) -> None:
+        self.outputs, self.name, self.index = outputs, name, index
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.index is not None:
+            try:
+                output = follow(output, str(self.index))
+            except ValueError as error:
+                raise ValueError(f"tap {self.name!r}: {error}") from error
+        self.outputs[self.name] = output, _version(output)
+
+
+class _Latest(dict[str, tuple[Any, int | None]]):
+    """The latest outputs, each with its version (see _version) when it was caught.
+
+    A copied or pickled model starts without them: a graph's tensors cannot be copied.
+    """
+
+    forwards = 0
+
+    def __deepcopy__(self, memo: Any) -> _Latest:
+        return _Latest()
+
+    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
+        return _Latest, ()
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor's memory was written in place; None where nobody counts."""
+    counted = isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference()
+    return value._version if counted else None
+
+
+def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of the whole tree, wrappers left out of the paths."""
+    module = unwrap(module)
+    if prefix:
+        yield prefix, module
+    for name, child in module.named_children():
+        yield from _modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _canonical(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The path without the names that wrappers add."""
+    path = plain_name(path)
+    while path not in modules and path.startswith("module."):
+        path = path.removeprefix("module.")
+    if path not in modules:  # a wrapped part of the model
+        bare = ".".join(part for part in path.split(".") if part != "module")
+        path = bare if bare in modules else path
+    return path
+
+
+def _nearby(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Where to look for what was meant: below the longest prefix that exists, same depth first."""
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        prefix = ".".join(parts[:depth])
+        if not prefix or prefix in modules:
+            below = [name for name in modules if not prefix or name.startswith(prefix + ".")]
+            level = [name for name in below if name.count(".") == depth]
+            same = [name for name in below if name.count(".") == len(parts) - 1]
+            return list(dict.fromkeys([*same, *level])) or list(modules)
+    return list(modules)

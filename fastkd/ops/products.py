@@ -1,0 +1,97 @@
+"""Matrix products in fp32 whatever ``torch.set_float32_matmul_precision`` allows torch's own.
+
+At "high" and "medium" torch rounds the operands of fp32 products to TF32 or bf16 where the device gains by it. That
+setting belongs to the process, so it is not switched while other threads, or a backward later, may multiply as well;
+instead the operands take forms that lose nothing by such rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._compile import constant_result
+from fastkd.ops.numerics import computes_fp64
+
+WIDE = ("cpu",)
+"""Device types where fp64 products cost no more than about three times fp32 ones; others take six products of bf16."""
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of matrices or batches of matrices of one dtype, fp32 or fp64, in the arithmetic of that dtype.
+
+    The setting is read when the forward runs (torch.compile guards on it), and holds for the derivatives as well.
+    """
+    if x.dtype != torch.float32 or not _lowered(x.device.type):
+        return x @ y
+    if x.device.type in WIDE and computes_fp64(x.device):
+        return (x.double() @ y.double()).float()
+    return (_Parts if torch.compiler.is_compiling() else _TransformedParts).apply(x, y)
+
+
+@constant_result
+def _lowered(device_type: str) -> bool:
+    """Return whether torch may round the operands of fp32 products on such a device."""
+    settings = []
+    if device_type != "cuda":
+        settings.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+    if device_type != "cpu":
+        settings.append(torch.backends.cuda.matmul.fp32_precision)
+    return any(setting in ("tf32", "bf16") for setting in settings)
+
+
+class _Parts(torch.autograd.Function):
+    """A product of bf16 parts that add up to the operands, as are the products of its derivatives."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        (x1, x2, x3), (y1, y2, y3) = _parts(x), _parts(y)
+        # The parts' products are exact and summed in fp32; those of the three smallest pairs are below its rounding.
+        left = torch.cat([x3, x1, x2, x2, x1, x1], -1)
+        return left @ torch.cat([y1, y3, y2, y1, y2, y1], -2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, y = ctx.saved_tensors
+        apply = _Parts.apply if torch.compiler.is_compiling() else _TransformedParts.apply
+        return (
+            apply(grad, y.mT).sum_to_size(x.shape) if ctx.needs_input_grad[0] else None,
+            apply(x.mT, grad).sum_to_size(y.shape) if ctx.needs_input_grad[1] else None,
+        )
+
+
+class _TransformedParts(_Parts):
+    """The same with the rules of vmap and forward mode, which torch.compile does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, y_tangent: Tensor | None) -> Tensor:
+        x, y = ctx.saved_tensors
+        tangents = [_TransformedParts.apply(x_tangent, y)] if x_tangent is not None else []
+        tangents += [_TransformedParts.apply(x, y_tangent)] if y_tangent is not None else []
+        return sum(tangents[1:], start=tangents[0])
+
+    @staticmethod
+    def vmap(_: Any, in_dims: tuple[int | None, int | None], x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        x, y = (z.unsqueeze(0) if d is None else z.movedim(d, 0) for z, d in zip((x, y), in_dims, strict=True))
+        return _TransformedParts.apply(x, y), 0
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three tensors of 8 significant bits each, as bf16 has, whose sum is ``x``; NaN where ``x`` is infinite.
+
+    The bits are cut off: compilers take a rounding to bf16 and back for nothing.
+    """
+    first = _upper(x)
+    second = _upper(x - first)
+    return first, second, x - first - second
+
+
+def _upper(x: Tensor) -> Tensor:
+    return (x.contiguous().view(torch.int32) & -(2**16)).view(torch.float32)

@@ -1,0 +1,106 @@
+"""``relation`` in plain torch: a distance, row by row, between the self-relation matrices of two row sets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.ops.products import product
+from fastkd.ops.softmax_kl.reference import softmax_kl
+
+SIMILARITIES = ("cosine", "mean", "dot")
+DISTANCES = ("kl", "mse", "row_cosine")
+
+
+def relation(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    similarity: str = "cosine",
+    distance: str = "kl",
+    temperature: float | Tensor = 0.1,
+    negate: bool = False,
+    cross: bool = False,
+) -> Tensor:
+    """Compare E_S = sim(X_S, X_S) with E_T = sim(X_T, X_T) row by row, holding both matrices.
+
+    Args:
+        student: X_S, (B, R, K_S): R rows of width K_S.
+        teacher: X_T, (B, R, K_T).
+        similarity: "cosine" (rows divided by their norms), "mean" (X Xᵀ/K) or "dot" (X Xᵀ).
+        distance: "kl" is KL(softmax(σE_T[r]/τ) ‖ softmax(σE_S[r]/τ)), "mse" the mean squared difference of the rows,
+            "row_cosine" the squared distance of the rows scaled to norm 1.
+        temperature: τ, used by "kl" alone.
+        negate: σ = −1 instead of +1, used by "kl" alone.
+        cross: relate the rows of sample i to the rows of every sample j, and average the B distances of a row.
+
+    Returns:
+        (B, R), fp32 (fp64 if an input is fp64).
+    """
+    dtype = compute_dtype(student, teacher)
+    with full_precision(student.device):
+        e_s = _similarities(student.to(dtype), similarity, cross)
+        e_t = _similarities(teacher.to(dtype), similarity, cross)
+        if distance == "kl":
+            sign = -1.0 if negate else 1.0
+            rows = softmax_kl(sign * e_s, sign * e_t, temperature)
+        elif distance == "mse":
+            rows = (e_s - e_t).square().mean(-1)
+        else:
+            rows = (normalise_rows(e_s) - normalise_rows(e_t)).square().sum(-1)
+        return rows.mean(-1) if cross else rows
+
+
+def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cross: bool = False) -> Tensor:
+    """``relation(..., distance="mse")`` from K×K Gram matrices: no R×R matrix is held.
+
+    With A = X_S, B = X_T and D = A − B, row i of AAᵀ − BBᵀ is d_i Aᵀ + b_i Dᵀ, hence its squared norm is
+    d_i(AᵀA)d_iᵀ + b_i(DᵀD)b_iᵀ + 2 d_i(AᵀD)b_iᵀ. Every summand holds D twice, so nothing cancels as the student nears
+    the teacher. Where the widths differ D does not exist and a_i(AᵀA)a_iᵀ + b_i(BᵀB)b_iᵀ − 2 a_i(AᵀB)b_iᵀ is used,
+    which does cancel and is therefore computed in fp64, on a device that can (``numerics.computes_fp64``).
+    """
+    dtype = compute_dtype(student, teacher)
+    same_width = student.shape[-1] == teacher.shape[-1]
+    work = dtype if same_width else torch.float64
+    with full_precision(student.device):
+        a = _scaled(student.to(work), similarity)
+        b = _scaled(teacher.to(work), similarity)
+        columns = a.shape[1]
+        if cross:  # every row meets the rows of all samples: one Gram matrix for the batch
+            columns = columns * a.shape[0]
+        if same_width:
+            d = a - b
+            rows = _form(d, _gram(a, a, cross), d) + _form(b, _gram(d, d, cross), b)
+            rows = rows + 2 * _form(d, _gram(a, d, cross), b)
+        else:
+            rows = _form(a, _gram(a, a, cross), a) + _form(b, _gram(b, b, cross), b)
+            rows = rows - 2 * _form(a, _gram(a, b, cross), b)
+        return (rows / columns).to(dtype)
+
+
+def _scaled(rows: Tensor, similarity: str) -> Tensor:
+    """Rows whose plain dot products are the similarities."""
+    if similarity == "cosine":
+        return normalise_rows(rows)
+    return rows / rows.shape[-1] ** 0.5 if similarity == "mean" else rows
+
+
+def _similarities(rows: Tensor, similarity: str, cross: bool) -> Tensor:
+    """(B, R, K) to (B, R, R), or (B, R, B, R) between all samples."""
+    x = _scaled(rows, similarity)
+    if not cross:
+        return product(x, x.mT)
+    flat = x.flatten(0, 1)
+    return product(flat, flat.T).reshape(*x.shape[:2], *x.shape[:2])
+
+
+def _gram(x: Tensor, y: Tensor, pooled: bool) -> Tensor:
+    """XᵀY per sample, or its sum over the samples."""
+    gram = product(x.mT, y)
+    return gram.sum(0, keepdim=True) if pooled else gram
+
+
+def _form(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
+    """x_i M y_iᵀ for every row i."""
+    return (product(x, matrix) * y).sum(-1)

@@ -1,0 +1,201 @@
+"""The gradients of ``pixel_word`` with respect to features, from dM: dV = dM L and dL = dMᵀ V."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastkd.kernels.common import round_to
+from fastkd.kernels.pixel_word.tiles import NORM_FLOOR, valid_pixels, valid_words
+
+
+@triton.jit
+def product(x, y, acc, EXACT: tl.constexpr):
+    """x y + acc in about fp32's precision; EXACT: y is of 16 bits, hence x in two parts will do."""
+    y = y.to(tl.float32)
+    if EXACT:
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the digits that TF32 holds
+        acc = tl.dot(x - high, y, acc, input_precision="tf32")
+        return tl.dot(high, y, acc, input_precision="tf32")
+    return tl.dot(x, y, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def inverse_norms(words_ptr, stride_t, stride_d, j, word_ok, width, TP: tl.constexpr, BD: tl.constexpr):
+    """1/|L| of every word; the floor's inverse where it is shorter."""
+    square = tl.zeros((TP,), tl.float32)
+    for start in range(0, width, BD):
+        d = start + tl.arange(0, BD)
+        at = words_ptr + j.to(tl.int64)[:, None] * stride_t + d.to(tl.int64)[None, :] * stride_d
+        w = tl.load(at, mask=word_ok[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+        square += tl.sum(w * w, axis=1)
+    return 1.0 / tl.maximum(tl.sqrt(square), NORM_FLOOR)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dV = dM L, or for the cosine (dM L̂ − V̂ ⟨dM, M⟩)/|V|.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["count"])
+def pixels_kernel(
+    grad_logits_ptr,  # dM (B, T, N)
+    words_ptr,  # L (B, T, D)
+    words_stride_b,
+    words_stride_t,
+    words_stride_d,
+    word_mask_ptr,  # (B, T), or None
+    pixel_mask_ptr,
+    logits_ptr,  # M_S (B, T, N) but for the batch's stride, for the cosine, or None
+    logits_stride_b,
+    features_ptr,  # V (B, N, D), for the cosine, or None
+    features_stride_b,
+    features_stride_n,
+    features_stride_d,
+    norms_ptr,  # (B, N) |V|, for the cosine, or None
+    grad_pixels_ptr,  # dV (B, N, D) to be written
+    grad_pixels_stride_b,
+    grad_pixels_stride_n,
+    grad_pixels_stride_d,
+    pixels,
+    count,
+    width,
+    BN: tl.constexpr,
+    TP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """dV of one block of pixels."""
+    EXACT: tl.constexpr = not words_ptr.dtype.element_ty.is_fp32()
+    sample = tl.program_id(0).to(tl.int64)
+    words_ptr += sample * words_stride_b
+    grad_pixels_ptr += sample * grad_pixels_stride_b
+    j = tl.arange(0, TP)
+    n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    exists = n < pixels
+    pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
+    word_ok = valid_words(word_mask_ptr, sample, count, j)
+    entry = n[:, None] + j.to(tl.int64)[None, :] * pixels
+    both = pixel_ok[:, None] & word_ok[None, :]
+    dm = tl.load(grad_logits_ptr + sample * count * pixels + entry, mask=both, other=0.0)
+    if norms_ptr is not None:
+        norm = tl.load(norms_ptr + sample * pixels + n, mask=exists, other=0.0)
+        inv_v = tl.where(norm > NORM_FLOOR, 1.0 / norm, 0.0)
+        m = tl.load(logits_ptr + sample * logits_stride_b + entry, mask=both, other=0.0)
+        along = tl.sum(dm * m, axis=1) * inv_v
+        dm = dm * inverse_norms(words_ptr, words_stride_t, words_stride_d, j, word_ok, width, TP, BD)[None, :]
+    for start in range(0, width, BD):
+        d = start + tl.arange(0, BD)
+        here = d < width
+        d = d.to(tl.int64)
+        at = words_ptr + j.to(tl.int64)[:, None] * words_stride_t + d[None, :] * words_stride_d
+        w = tl.load(at, mask=word_ok[:, None] & here[None, :], other=0.0)
+        dv = product(dm, w, tl.zeros((BN, BD), tl.float32), EXACT)
+        if norms_ptr is not None:
+            from_v = features_ptr + sample * features_stride_b
+            from_v += n[:, None] * features_stride_n + d[None, :] * features_stride_d
+            v = tl.load(from_v, mask=pixel_ok[:, None] & here[None, :], other=0.0).to(tl.float32)
+            dv = tl.where((inv_v != 0.0)[:, None], (dv - v * along[:, None]) * inv_v[:, None], 0.0)
+        dv = tl.where(pixel_ok[:, None], dv, 0.0)
+        to = grad_pixels_ptr + n[:, None] * grad_pixels_stride_n + d[None, :] * grad_pixels_stride_d
+        tl.store(to, round_to(dv, grad_pixels_ptr.dtype.element_ty), mask=exists[:, None] & here[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dMᵀ V, or dMᵀ V̂: a program takes all words, BD features and one run of pixels. Then the runs' sums, in their order,
+# are one; for the cosine, of each word what lies along L̂ is taken out.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["words", "each", "runs"])
+def words_kernel(
+    grad_logits_ptr,  # dM (B, T, N)
+    features_ptr,  # V (B, N, D)
+    features_stride_b,
+    features_stride_n,
+    features_stride_d,
+    norms_ptr,  # (B, N), for the cosine, or None
+    pixel_mask_ptr,
+    sums_ptr,  # (B, runs, T, D)
+    pixels,
+    words,
+    width,
+    each,
+    runs,
+    BN: tl.constexpr,
+    TP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """``BD`` columns of dMᵀ V over ``each`` blocks of pixels."""
+    sample = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, TP)
+    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    here = d < width
+    grad_logits_ptr += sample * words * pixels
+    features_ptr += sample * features_stride_b
+    EXACT: tl.constexpr = not features_ptr.dtype.element_ty.is_fp32()
+    dl = tl.zeros((TP, BD), tl.float32)
+    first = tl.program_id(1) * each
+    for block in range(first, tl.minimum(first + each, tl.cdiv(pixels, BN))):
+        n = (block * BN + tl.arange(0, BN)).to(tl.int64)
+        pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
+        at = grad_logits_ptr + j.to(tl.int64)[:, None] * pixels + n[None, :]
+        dm = tl.load(at, mask=(j < words)[:, None] & (n < pixels)[None, :], other=0.0)
+        if norms_ptr is not None:
+            norm = tl.load(norms_ptr + sample * pixels + n, mask=n < pixels, other=1.0)
+            dm = dm * (1.0 / tl.maximum(norm, NORM_FLOOR))[None, :]
+        at = features_ptr + n[:, None] * features_stride_n + d.to(tl.int64)[None, :] * features_stride_d
+        v = tl.load(at, mask=pixel_ok[:, None] & here[None, :], other=0.0)
+        dl = product(dm, v, dl, EXACT)
+    at = sums_ptr + ((sample * runs + tl.program_id(1)) * words + j[:, None]) * width + d[None, :]
+    tl.store(at, dl, mask=(j < words)[:, None] & here[None, :])
+
+
+@triton.jit
+def _sum_of_runs(sums_ptr, sample, word, words, width, runs, d, SOME: tl.constexpr, BD: tl.constexpr):
+    """Some features of a word's dMᵀ V."""
+    total = tl.zeros((BD,), tl.float32)
+    for start in range(0, runs, SOME):
+        run = start + tl.arange(0, SOME)
+        at = sums_ptr + ((sample * runs + run[:, None]) * words + word) * width + d[None, :]
+        total += tl.sum(tl.load(at, mask=(run < runs)[:, None] & (d < width)[None, :], other=0.0), axis=0)
+    return total
+
+
+@triton.jit(do_not_specialize=["words", "runs"])
+def merge_words_kernel(
+    sums_ptr,  # (B, runs, T, D)
+    words_ptr,  # L (B, T, D), for the cosine, or None
+    words_stride_b,
+    words_stride_t,
+    words_stride_d,
+    word_mask_ptr,
+    grad_words_ptr,  # (B, T, D) contiguous
+    words,
+    width,
+    runs,
+    BD: tl.constexpr,
+    SOME: tl.constexpr,
+):
+    """The gradient of one word."""
+    sample = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1)
+    ok = valid_words(word_mask_ptr, sample, words, word)
+    along = 0.0
+    inv = 1.0
+    if words_ptr is not None:
+        words_ptr += sample * words_stride_b + word.to(tl.int64) * words_stride_t
+        square = tl.zeros((BD,), tl.float32)
+        inner = tl.zeros((BD,), tl.float32)
+        for start in range(0, width, BD):
+            d = start + tl.arange(0, BD)
+            w = tl.load(words_ptr + d.to(tl.int64) * words_stride_d, mask=d < width, other=0.0).to(tl.float32)
+            square += w * w
+            inner += w * _sum_of_runs(sums_ptr, sample, word, words, width, runs, d, SOME, BD)
+        norm = tl.sqrt(tl.sum(square, axis=0))
+        ok = ok & (norm > NORM_FLOOR)
+        inv = tl.where(ok, 1.0 / norm, 0.0)
+        along = tl.sum(inner, axis=0) * inv * inv
+    for start in range(0, width, BD):
+        d = start + tl.arange(0, BD)
+        dl = _sum_of_runs(sums_ptr, sample, word, words, width, runs, d, SOME, BD)
+        if words_ptr is not None:
+            w = tl.load(words_ptr + d.to(tl.int64) * words_stride_d, mask=d < width, other=0.0).to(tl.float32)
+            dl = (dl - w * along) * inv
+        dl = tl.where(ok, dl, 0.0)
+        at = grad_words_ptr + (sample * words + word) * width + d
+        tl.store(at, round_to(dl, grad_words_ptr.dtype.element_ty), mask=d < width)

@@ -1,0 +1,246 @@
+r"""The backward of ``relation``: H, the derivative by the similarities, and the product H X.
+
+E is symmetric, so with :math:`H_{ij}` = ∂/∂E_ij + ∂/∂E_ji of the losses times their gradients g,
+
+.. math:: \partial / \partial x_i = s_i \Bigl( \sum_j H_{ij} \hat x_j - \hat x_i q_i \Bigr), \qquad
+          q_i = \sum_j H_{ij} E_{ij} = \hat x_i \cdot \sum_j H_{ij} \hat x_j
+
+for cosines, s being the scales 1/max(|x|, 1e-12) and q what makes the gradient orthogonal to x_i; otherwise
+:math:`\sum_j H_{ij} x_j` times 1/K or 1. A row of norm ≤ 1e-12 gets none.
+
+H is written for as many problems, or as many row blocks of one problem, as the workspace holds: whole problems from the
+tiles I ≤ J alone, each stored with its mirror image. Every sum has one owner and a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastkd.kernels.common import cdiv, launching_on, round_to
+from fastkd.kernels.relation.derivative import coefficients_kernel, derivative_kernel
+from fastkd.kernels.relation.forward import Call, Options
+from fastkd.kernels.relation.plan import Blocks
+from fastkd.kernels.relation.tiles import WIDENS, Operand
+from torch import Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The product. For a block of rows i and of columns k
+#
+#     dX_ik = Σ_j (s_i H_ij s_j) x_jk − s_i² q_i x_ik     ("mean" and "dot": without the last term)
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(
+    do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "problems", "first", "last", "n_rows"]
+)
+def product_kernel(
+    h_ptr,  # as derivative_kernel wrote them
+    q_ptr,
+    scale_ptr,  # (2, batch · rows)
+    student_ptr,
+    student_width,
+    student_stride_b,
+    student_stride_r,
+    student_stride_k,
+    grad_ptr,
+    grad_width,
+    grad_stride_b,
+    grad_stride_r,
+    grad_stride_k,
+    row_units,
+    samples,
+    row_blocks,
+    first_problem,
+    problems,
+    first,
+    last,
+    n_rows,
+    STUDENT_UNIT: tl.constexpr,
+    STUDENT_ROWS_INNER: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
+    GRAD_ROWS_INNER: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    COSINE: tl.constexpr,
+    MIRROR: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,  # of the tiles of H
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,  # divides COLS
+):
+    """``ROWS`` rows and ``WIDTH`` columns of the gradient to a program."""
+    Q: tl.constexpr = ROWS // COLS
+    rows = row_units * ROW_UNIT
+    columns = samples * row_blocks * Q
+    band = last - first
+    R_UNIT: tl.constexpr = 1 if STUDENT_ROWS_INNER else STUDENT_UNIT
+    K_UNIT: tl.constexpr = STUDENT_UNIT if STUDENT_ROWS_INNER else 1
+    GRAD_R_UNIT: tl.constexpr = 1 if GRAD_ROWS_INNER else GRAD_UNIT
+    GRAD_K_UNIT: tl.constexpr = GRAD_UNIT if GRAD_ROWS_INNER else 1
+    width = student_width * R_UNIT
+    across_blocks = (width + WIDTH - 1) // WIDTH
+    index = tl.program_id(0)
+    k = index % across_blocks * WIDTH + tl.arange(0, WIDTH)
+    index = index // across_blocks
+    local = index % band
+    here_problem = (index // band).to(tl.int64)
+    problem = first_problem + here_problem
+    row = first + local
+    b_i = problem * samples + row // row_blocks
+    r_i = row % row_blocks * ROWS + tl.arange(0, ROWS)
+    here_i = r_i < rows
+
+    across = columns.to(tl.int64) * COLS
+    down = band.to(tl.int64) * ROWS
+    at_i = local * ROWS + tl.arange(0, ROWS)
+    depth = tl.arange(0, DEPTH)
+    h_row = h_ptr + here_problem * down * across + at_i.to(tl.int64)[:, None] * across + depth[None, :]
+    plane = problems.to(tl.int64) * down * across
+    student_ptr += (k.to(tl.int64) * student_stride_k * K_UNIT)[None, :]
+    step = tl.full((), DEPTH, tl.int64) * student_stride_r * R_UNIT
+    acc = tl.full((ROWS, WIDTH), 0.0, tl.float32)
+    for other in range(0, samples):
+        h_at = h_row + other * (row_blocks * ROWS)
+        x_at = student_ptr + (problem * samples + other) * student_stride_b * STUDENT_UNIT
+        x_at += (depth.to(tl.int64) * student_stride_r * R_UNIT)[:, None]
+        for start in range(0, rows, DEPTH):
+            x = tl.load(x_at, mask=(start + depth < rows)[:, None] & (k < width)[None, :], other=0.0)
+            h = tl.load(h_at)
+            if WIDENS or not SPLIT:
+                x = x.to(tl.float32)
+                h = h.to(tl.float32)
+            acc = tl.dot(h, x, acc, input_precision=PRECISION)
+            if SPLIT:
+                h = tl.load(h_at + plane)
+                if WIDENS:
+                    h = h.to(tl.float32)
+                acc = tl.dot(h, x, acc, input_precision=PRECISION)
+            h_at += DEPTH
+            x_at += step
+
+    mask = here_i[:, None] & (k < width)[None, :]
+    if COSINE:
+        q = tl.full((ROWS,), 0.0, tl.float32)
+        q_row = q_ptr + here_problem * columns * down + at_i
+        for start in range(0, columns, SLOTS):
+            slot = start + tl.arange(0, SLOTS)
+            used = (slot < columns) & (slot % (row_blocks * Q) * COLS < rows)
+            if MIRROR and Q > 1:  # a mirrored tile is ROWS columns wide
+                used = used & ((slot >= row * Q) | (slot % Q == 0))
+            q += tl.sum(tl.load(q_row[None, :] + slot.to(tl.int64)[:, None] * down,
+                                mask=used[:, None] & here_i[None, :], other=0.0), axis=0)  # fmt: skip
+        s = tl.load(scale_ptr + b_i * rows + r_i, mask=here_i, other=0.0)
+        own = b_i * student_stride_b * STUDENT_UNIT + r_i.to(tl.int64) * student_stride_r * R_UNIT
+        x = tl.load(student_ptr + own[:, None], mask=mask, other=0.0).to(tl.float32)
+        acc -= x * s[:, None] * (q * s)[:, None]
+        acc = tl.where((s >= 1e12)[:, None], 0.0, acc)
+    out = grad_ptr + (b_i * grad_stride_b * GRAD_UNIT + r_i.to(tl.int64) * grad_stride_r * GRAD_R_UNIT)[:, None]
+    out += (k.to(tl.int64) * grad_stride_k * GRAD_K_UNIT)[None, :]
+    tl.store(out, round_to(acc, grad_ptr.dtype.element_ty), mask=mask)
+
+
+COEFFICIENTS_BLOCK = 256
+
+
+def product_constants(blocks: Blocks, dtype: str) -> dict[str, Any]:
+    """Of the product's own; bfloat16's H is already split into what is multiplied exactly."""
+    precision = "ieee" if dtype == "bf16" else "tf32x3"
+    return {"WIDTH": blocks.cols, "DEPTH": blocks.depth, "PRECISION": precision, "SLOTS": 16}
+
+
+def backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+    kept: Tensor,
+    grad_student: Tensor,
+    options: Options,
+    limit_for: Callable[[int], int],
+) -> None:
+    """Fill ``grad_student`` (B, R, K) of any strides from a per-row gradient (B, R) of any strides.
+
+    H takes at most ``limit_for`` (what one row block needs) bytes at a time.
+    """
+    call = Call(student, teacher, options, kept.numel() > 0)
+    grid, shape, product = call.plan.backward, call.plan.backward.shape, call.plan.product
+    limit = limit_for(call.plan.least_bytes())
+    scales = statistics[-2:]
+    split = student.dtype == torch.bfloat16
+    out = Operand.of(grad_student)
+    new = lambda size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=student.device)
+    with launching_on(student):
+        coefficients = new(2 * grid.samples * call.n_rows)
+        coefficients_kernel[(cdiv(call.n_rows, COEFFICIENTS_BLOCK), grid.samples)](
+            grad_loss,
+            statistics,
+            coefficients,
+            call.rows,
+            call.n_rows,
+            grid.samples,
+            *grad_loss.stride(),
+            call.inv_temperature,
+            DISTANCE=call.method,
+            NEGATE=call.negate,
+            BLOCK=COEFFICIENTS_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        for launch in grid.launches(call.plan.backward_bytes(), limit):
+            mirror = launch.band == grid.blocks
+            tiles = grid.triangle(launch) if mirror else launch.band * grid.columns
+            size = launch.problems * launch.band * shape.rows * grid.columns
+            h = new((1 + split) * size * shape.cols, torch.bfloat16 if split else torch.float32)
+            q = new(size)
+            place = (
+                call.rows // call.row_unit,
+                grid.samples,
+                grid.row_blocks,
+                launch.first_problem,
+                launch.problems,
+                launch.first,
+                launch.last,
+                call.n_rows,
+            )
+            derivative_kernel[(launch.problems * tiles,)](
+                *call.networks,
+                coefficients,
+                statistics,
+                scales,
+                kept,
+                h,
+                q,
+                *place,
+                tiles,
+                *call.factors,
+                call.inv_temperature,
+                KEPT=mirror and kept.numel() > 0,
+                MIRROR=mirror,
+                SPLIT=split,
+                **call.constants(shape, fused=False),
+            )
+            product_kernel[(launch.problems * launch.band * cdiv(student.shape[2], product.cols),)](
+                h,
+                q,
+                scales,
+                *call.student.arguments,
+                *out.arguments,
+                *place,
+                STUDENT_UNIT=call.student.unit,
+                STUDENT_ROWS_INNER=call.student.rows_inner,
+                GRAD_UNIT=out.unit,
+                GRAD_ROWS_INNER=out.rows_inner,
+                ROW_UNIT=call.row_unit,
+                COSINE=call.cosine,
+                MIRROR=mirror,
+                SPLIT=split,
+                ROWS=shape.rows,
+                COLS=shape.cols,
+                **product_constants(product, call.plan.dtype),
+                **product.launch(),
+            )

@@ -1,0 +1,378 @@
+r"""``relation`` in Triton: a distance, row by row, between the self-relation matrices of two row sets.
+
+With :math:`\hat x_i = x_i / \max(|x_i|, 10^{-12})` ("cosine") and :math:`E_{ij} = \langle \hat x_i, \hat x_j \rangle`
+("mean": :math:`\langle x_i, x_j \rangle / K`, "dot": :math:`\langle x_i, x_j \rangle`) for the student (S) and the
+teacher (T), the loss of row i is
+
+.. math:: \mathrm{KL}(\operatorname{softmax}(\sigma E^T_i/\tau) \| \operatorname{softmax}(\sigma E^S_i/\tau)), \qquad
+          \frac{1}{R} \sum_j (E^S_{ij} - E^T_{ij})^2, \qquad
+          \Bigl| \frac{E^S_i}{|E^S_i|} - \frac{E^T_i}{|E^T_i|} \Bigr|^2 .
+
+The forward is three kernels: norms; tiles of both matrices, one pair of row blocks I ≤ J to a program, each reduced at
+once to a few sums for its rows and, E being symmetric, for its columns as well; and the merging of those sums in a
+fixed order. No matrix is written, except that small ones may be kept for the backward (``relation_backward.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from fastkd.kernels.common import LOG2E, MOST_REGISTERS, capability, cdiv, launching_on
+from fastkd.kernels.relation.merge import merge_kernel
+from fastkd.kernels.relation.plan import PLANES, Blocks, Plan, method_of
+from fastkd.kernels.relation.tiles import (
+    LOWEST,
+    Operand,
+    kept_tile,
+    products,
+    scaled,
+    triangle,
+    unit_of,
+)
+from torch import Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms: scale = 1/max(|x|, 1e-12) of either network's rows. Exactly 1e12 marks a row that gets no gradient.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _scales(
+    x_ptr,
+    width,
+    stride_b,
+    stride_r,
+    stride_k,
+    scale_ptr,
+    row,
+    rows,
+    here,
+    UNIT: tl.constexpr,
+    ROWS_INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    R_UNIT: tl.constexpr = 1 if ROWS_INNER else UNIT
+    K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
+    width = width * R_UNIT
+    k = tl.arange(0, DEPTH)
+    ptr = x_ptr + (row // rows * stride_b * UNIT + row % rows * stride_r * R_UNIT)[:, None]
+    ptr += (k.to(tl.int64) * stride_k * K_UNIT)[None, :]
+    step = tl.full((), DEPTH, tl.int64) * stride_k * K_UNIT
+    squares = tl.full((BLOCK, DEPTH), 0.0, tl.float32)
+    for start in range(0, width, DEPTH):
+        x = tl.load(ptr, mask=here[:, None] & (start + k < width)[None, :], other=0.0).to(tl.float32)
+        squares += x * x
+        ptr += step
+    square = tl.sum(squares, axis=1)
+    tl.store(scale_ptr + row, tl.where(square <= 1e-24, 1e12, 1.0 / tl.sqrt_rn(square)), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows", "n_rows"])
+def scales_kernel(
+    student_ptr,
+    student_width,
+    student_stride_b,
+    student_stride_r,
+    student_stride_k,
+    teacher_ptr,
+    teacher_width,
+    teacher_stride_b,
+    teacher_stride_r,
+    teacher_stride_k,
+    scale_ptr,  # (2, batch · rows)
+    rows,
+    n_rows,  # batch · rows
+    STUDENT_UNIT: tl.constexpr,
+    STUDENT_ROWS_INNER: tl.constexpr,
+    TEACHER_UNIT: tl.constexpr,
+    TEACHER_ROWS_INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``BLOCK`` rows to a program, the student's or the teacher's."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row < n_rows
+    if tl.program_id(1) == 0:
+        _scales(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k, scale_ptr,
+                row, rows, here, STUDENT_UNIT, STUDENT_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
+    else:
+        _scales(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
+                scale_ptr + n_rows.to(tl.int64), row, rows, here,
+                TEACHER_UNIT, TEACHER_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles. From E^S and E^T of one tile, v = σE, κ = log2(e)/τ, d = E^S − E^T, the sums over its columns (AXIS 1, one for
+# each row) or over its rows (AXIS 0):
+#
+#     kl            z_x = Σ f_x, f_x = 2^{κ(v_x − 1)},  a = Σ f_T (v_T − v_S)
+#     kl maxima     m_x = max v_x,  z_x = Σ 2^{κ(v_x − m_x)},  a = Σ 2^{κ(v_T − m_T)} (v_T − v_S)
+#     mse           Σ d²
+#     row_cosine    Σ E^S²,  Σ E^T²,  Σ d²,  Σ d (E^S + E^T),  Σ E^S E^T
+#
+# A teacher's v of −inf has weight 0, and 0·(v_T − v_S) counts as 0 whatever v_S is. NaN and +inf reach the sums.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _sums(e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, NEGATE: tl.constexpr, AXIS: tl.constexpr):
+    if DISTANCE == "kl":
+        v_s = -e_s if NEGATE else e_s
+        v_t = -e_t if NEGATE else e_t
+        f_s = tl.where(valid, tl.exp2((v_s - 1.0) * kappa), 0.0)
+        f_t = tl.where(valid, tl.exp2((v_t - 1.0) * kappa), 0.0)
+        tl.store(out_ptr, tl.sum(f_s, axis=AXIS))
+        tl.store(out_ptr + plane, tl.sum(f_t, axis=AXIS))
+        tl.store(out_ptr + 2 * plane, tl.sum(tl.where(valid, f_t * (v_t - v_s), 0.0), axis=AXIS))
+    elif DISTANCE == "kl maxima":
+        v_s = tl.where(valid, -e_s if NEGATE else e_s, float("-inf"))
+        v_t = tl.where(valid, -e_t if NEGATE else e_t, float("-inf"))
+        m_s = tl.maximum(tl.max(v_s, axis=AXIS), LOWEST)
+        m_t = tl.maximum(tl.max(v_t, axis=AXIS), LOWEST)
+        f_s = tl.exp2((v_s - tl.expand_dims(m_s, AXIS)) * kappa)
+        f_t = tl.exp2((v_t - tl.expand_dims(m_t, AXIS)) * kappa)
+        tl.store(out_ptr, m_s)
+        tl.store(out_ptr + plane, tl.sum(f_s, axis=AXIS))
+        tl.store(out_ptr + 2 * plane, m_t)
+        tl.store(out_ptr + 3 * plane, tl.sum(f_t, axis=AXIS))
+        tl.store(out_ptr + 4 * plane, tl.sum(tl.where(f_t == 0.0, 0.0, f_t * (v_t - v_s)), axis=AXIS))
+    else:
+        d = tl.where(valid, e_s - e_t, 0.0)
+        if DISTANCE == "mse":
+            tl.store(out_ptr, tl.sum(d * d, axis=AXIS))
+        else:
+            e_s = tl.where(valid, e_s, 0.0)
+            e_t = tl.where(valid, e_t, 0.0)
+            tl.store(out_ptr, tl.sum(e_s * e_s, axis=AXIS))
+            tl.store(out_ptr + plane, tl.sum(e_t * e_t, axis=AXIS))
+            tl.store(out_ptr + 2 * plane, tl.sum(d * d, axis=AXIS))
+            tl.store(out_ptr + 3 * plane, tl.sum(d * (e_s + e_t), axis=AXIS))
+            tl.store(out_ptr + 4 * plane, tl.sum(e_s * e_t, axis=AXIS))
+
+
+@triton.jit(
+    do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "first", "last", "tiles", "n_rows"]
+)
+def tiles_kernel(
+    student_ptr,
+    student_width,
+    student_stride_b,
+    student_stride_r,
+    student_stride_k,
+    teacher_ptr,
+    teacher_width,
+    teacher_stride_b,
+    teacher_stride_r,
+    teacher_stride_k,
+    scale_ptr,  # (2, batch · rows)
+    by_row_ptr,  # (problems, PLANES, columns, last − first row blocks of ROWS)
+    by_col_ptr,  # (problems, PLANES, last − first, columns of COLS)
+    kept_ptr,
+    row_units,  # rows / ROW_UNIT
+    samples,  # of a problem
+    row_blocks,  # of a sample
+    first_problem,
+    first,  # this launch's row blocks: [first, last)
+    last,
+    tiles,  # of a problem, in this launch
+    n_rows,  # batch · rows
+    student_factor,
+    teacher_factor,
+    inv_temperature,
+    STUDENT_UNIT: tl.constexpr,
+    STUDENT_ROWS_INNER: tl.constexpr,
+    TEACHER_UNIT: tl.constexpr,
+    TEACHER_ROWS_INNER: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    COSINE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    NEGATE: tl.constexpr,
+    KEEP: tl.constexpr,
+    PLANES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One tile to a program: sums for its rows and, off the diagonal, for its columns."""
+    Q: tl.constexpr = ROWS // COLS
+    rows = row_units * ROW_UNIT
+    columns = samples * row_blocks * Q
+    here_problem = (tl.program_id(0) // tiles).to(tl.int64)  # in this launch
+    problem = first_problem + here_problem
+    row, col = triangle(tl.program_id(0) % tiles, first, last, columns, Q)
+    b_i = problem * samples + row // row_blocks
+    b_j = problem * samples + col // (row_blocks * Q)
+    r_i = row % row_blocks * ROWS + tl.arange(0, ROWS)
+    r_j = col % (row_blocks * Q) * COLS + tl.arange(0, COLS)
+    if col % (row_blocks * Q) * COLS < rows:
+        here_i = r_i < rows
+        here_j = r_j < rows
+        e_s = products(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k,
+                       b_i, r_i, here_i, b_j, r_j, here_j,
+                       STUDENT_UNIT, STUDENT_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
+        e_t = products(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
+                       b_i, r_i, here_i, b_j, r_j, here_j,
+                       TEACHER_UNIT, TEACHER_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
+        scale_i = scale_ptr + b_i * rows + r_i
+        scale_j = scale_ptr + b_j * rows + r_j
+        if COSINE:
+            e_s = scaled(e_s, tl.load(scale_i, mask=here_i, other=0.0), tl.load(scale_j, mask=here_j, other=0.0))
+            e_t = scaled(e_t, tl.load(scale_i + n_rows.to(tl.int64), mask=here_i, other=0.0),
+                         tl.load(scale_j + n_rows.to(tl.int64), mask=here_j, other=0.0))  # fmt: skip
+        else:
+            e_s = e_s * student_factor
+            e_t = e_t * teacher_factor
+        if KEEP:
+            kept = kept_tile(kept_ptr, problem, row, col, columns, row_blocks, ROWS, COLS)
+            tl.store(kept, e_s)
+            tl.store(kept + ROWS * COLS, e_t)
+
+        valid = here_i[:, None] & here_j[None, :]
+        kappa = inv_temperature * LOG2E
+        band = last - first
+        plane = columns.to(tl.int64) * band * ROWS
+        out = by_row_ptr + here_problem * PLANES * plane + (col.to(tl.int64) * band + (row - first)) * ROWS
+        _sums(e_s, e_t, valid, kappa, out + tl.arange(0, ROWS), plane, DISTANCE, NEGATE, 1)
+        if col >= Q * (row + 1):
+            plane = columns.to(tl.int64) * band * COLS
+            out = by_col_ptr + here_problem * PLANES * plane + ((row - first).to(tl.int64) * columns + col) * COLS
+            _sums(e_s, e_t, valid, kappa, out + tl.arange(0, COLS), plane, DISTANCE, NEGATE, 0)
+
+
+SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 64}
+MERGE_BLOCK = {"BLOCK": 64, "SLOTS": 16}
+ROW_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True, **MOST_REGISTERS}
+"""Of the kernels without products."""
+
+
+class Options(Protocol):
+    """What a call asks for: the operator's options."""
+
+    similarity: str
+    distance: str
+    temperature: float
+    negate: bool
+    cross: bool
+
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+PRECISION = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
+"""Products of 16-bit numbers are exact in fp32; each of fp32's is made of three in TF32 (2^-21)."""
+
+
+class Call:
+    """A call's plan, and the arguments that several of its kernels take."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, options: Options, kept: bool) -> None:
+        batch, rows, width = student.shape
+        self.rows, self.n_rows = rows, batch * rows
+        self.method = method_of(options.similarity, options.distance, options.temperature)
+        dtype = DTYPES[student.dtype]
+        self.plan = Plan(batch, rows, options.cross, self.method, dtype, kept, capability(student))
+        self.student, other = Operand.of(student), Operand.of(teacher)
+        self.networks = (*self.student.arguments, *other.arguments)
+        self.layout = {
+            "STUDENT_UNIT": self.student.unit,
+            "STUDENT_ROWS_INNER": self.student.rows_inner,
+            "TEACHER_UNIT": other.unit,
+            "TEACHER_ROWS_INNER": other.rows_inner,
+        }
+        self.row_unit = unit_of(rows, largest=8) if self.student.rows_inner or other.rows_inner else 1
+        self.inv_temperature = 1 / options.temperature
+        self.cosine = options.similarity == "cosine"
+        mean = options.similarity == "mean"
+        self.factors = (1 / width, 1 / teacher.shape[2]) if mean else (1.0, 1.0)
+        self.negate = options.negate and options.distance == "kl"
+
+    def constants(self, shape: Blocks, fused: bool = True) -> dict[str, Any]:
+        """Of the kernels that compute tiles."""
+        return {
+            **self.layout,
+            "ROW_UNIT": self.row_unit,
+            "COSINE": self.cosine,
+            "DISTANCE": self.method,
+            "NEGATE": self.negate,
+            "PRECISION": PRECISION[self.plan.dtype],
+            **shape.constants(),
+            **shape.launch(fused),
+        }
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    loss: Tensor,
+    statistics: Tensor,
+    kept: Tensor,
+    options: Options,
+    limit_for: Callable[[int], int],
+) -> None:
+    """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``kept``.
+
+    Sums of tiles take at most ``limit_for`` (what one row block needs) bytes at a time.
+    """
+    call = Call(student, teacher, options, kept.numel() > 0)
+    grid, shape = call.plan.forward, call.plan.forward.shape
+    planes = PLANES[call.method]
+    limit = limit_for(call.plan.least_bytes())
+    scales = statistics[-2:]
+    with launching_on(student):
+        if call.cosine:
+            scales_kernel[(cdiv(call.n_rows, SCALE_BLOCK["BLOCK"]), 2)](
+                *call.networks, scales, call.rows, call.n_rows, **call.layout, **SCALE_BLOCK, **ROW_LAUNCH
+            )
+        else:
+            scales.zero_()  # an operator's outputs are defined throughout
+        written = shape.rows**2 * grid.row_blocks * (grid.row_blocks + 1) * student.shape[0]
+        if kept.numel() > written or call.rows % shape.rows:
+            kept.zero_()
+        for launch in grid.launches(call.plan.forward_bytes(), limit):
+            sums = planes * launch.problems * launch.band * grid.columns
+            by_row, by_col = (
+                torch.empty(sums * size, dtype=torch.float32, device=student.device)
+                for size in (shape.rows, shape.cols)
+            )
+            tiles = grid.triangle(launch)
+            tiles_kernel[(launch.problems * tiles,)](
+                *call.networks,
+                scales,
+                by_row,
+                by_col,
+                kept,
+                call.rows // call.row_unit,
+                grid.samples,
+                grid.row_blocks,
+                launch.first_problem,
+                launch.first,
+                launch.last,
+                tiles,
+                call.n_rows,
+                *call.factors,
+                call.inv_temperature,
+                KEEP=kept.numel() > 0,
+                PLANES=planes,
+                **call.constants(shape),
+            )
+            merge_kernel[(launch.problems * grid.blocks * (shape.rows // MERGE_BLOCK["BLOCK"]),)](
+                by_row,
+                by_col,
+                statistics,
+                loss,
+                call.rows,
+                call.n_rows,
+                grid.samples,
+                grid.row_blocks,
+                launch.first_problem,
+                launch.first,
+                launch.last,
+                call.inv_temperature,
+                DISTANCE=call.method,
+                PLANES=planes,
+                **MERGE_BLOCK,
+                ROWS=shape.rows,
+                COLS=shape.cols,
+                **ROW_LAUNCH,
+            )

@@ -1,0 +1,344 @@
+r"""``softmax_kl`` in Triton: the KL divergence between the softmaxes of matching rows, reading each input once a pass.
+
+With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}`,
+x being the student's s or the teacher's t,
+
+.. math:: \mathrm{KL}(p_t \| p_s) = \sum_j p_{t,j} \frac{t_j - s_j}{\tau} - \ell_t + \ell_s .
+
+The forward kernel writes one loss and, per row and input, the two parts of ℓ: the maximum m and z = Σ e^{(x−m)/τ}.
+Kept apart they are exact at logits of 1e4 and at τ = 20, where one fp32 number could not hold both. The backward kernel
+needs nothing else but the inputs. Arithmetic is fp32 (fp64 for fp64 inputs). On a GPU 2^x is the hardware's
+approximation (about 2 ulp, subnormal results are 0).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from fastkd.kernels.common import LOG2E, MOST_REGISTERS, cdiv, float64, launching_on, round_to
+from torch import Tensor
+
+
+class Blocks(NamedTuple):
+    """How one kernel instance is cut: ``rows`` × ``cols`` elements at a time, by ``warps`` warps."""
+
+    rows: int
+    cols: int
+    warps: int
+
+
+SHORT = (Blocks(64, 16, 4), Blocks(16, 64, 4), Blocks(4, 256, 4))
+"""Rows that fit one of these blocks: several rows to a program."""
+
+LONG = Blocks(1, 1024, 4)
+"""Longer rows: one row to a program, which loops where needed. The block never widens, so no row length spills."""
+
+PROGRAMS = 512
+"""Fewer rows than this leave part of a large GPU idle in the forward (an H100 has 132 processors): long ones are split
+between programs."""
+
+PART = 4096
+"""The least columns that a part is made for."""
+
+MOST_PARTS = 64
+
+
+def blocks_for(cols: int, itemsize: int) -> Blocks:
+    """The blocks for rows of ``cols`` elements; half as many elements where one takes 8 bytes, i.e. for fp64."""
+    blocks = next((blocks for blocks in SHORT if cols <= blocks.cols), LONG)
+    if itemsize < 8:
+        return blocks
+    return blocks._replace(rows=blocks.rows // 2) if blocks.rows > 1 else blocks._replace(cols=blocks.cols // 2)
+
+
+def parts_for(rows: int, cols: int) -> tuple[int, int]:
+    """How many programs share a row of the forward, and the columns of each: few long rows are split."""
+    parts = max(1, min(PROGRAMS // rows, cols // PART, MOST_PARTS))
+    columns = cdiv(cdiv(cols, parts), LONG.cols) * LONG.cols
+    return cdiv(cols, columns), columns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward. One pass keeps, for either input, a maximum m and z = Σ e^{(x−m)/τ}, and a = Σ e^{(t−m_t)/τ} (t − s); then
+#
+#     KL = a / (z_t τ) + (m_s − m_t)/τ + log z_s − log z_t,      ℓ_x = m_x/τ + log z_x.
+#
+# Each lane of the block keeps its own (m, z, a) over the columns it meets, and lanes are merged once, at the end, in a
+# fixed order. Meeting x, a lane rescales either its sums or the newcomer, whichever is not the larger: one exponential
+# of −|x − m|. Subtracting before scaling by 1/τ keeps (x − m)/τ accurate for large logits at small τ. Parts of a row,
+# where several programs share it, are merged as lanes are, by a second kernel.
+#
+# Edge cases. −inf: weight 0, and 0·(t − s) counts as 0 although t − s may be ±inf or NaN; columns beyond the row are
+# loaded as −inf and vanish the same way. s = −inf where p_t > 0: a = +inf, so is the loss. A row of −inf throughout:
+# z = 0, 0/0 = NaN. NaN: tl.max drops it, but m, e^{...} or z of that lane is NaN and the final sums keep it. +inf: its
+# lane's e^{inf − inf} is NaN in the merge.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _merge(m_s, z_s, m_t, z_t, a, scale):
+    """The sums of all lanes of a row, relative to its maxima."""
+    top_s = tl.max(m_s, axis=1)
+    top_t = tl.max(m_t, axis=1)
+    z_s = tl.sum(z_s * tl.exp2((m_s - top_s[:, None]) * scale), axis=1)
+    weight = tl.exp2((m_t - top_t[:, None]) * scale)
+    z_t = tl.sum(z_t * weight, axis=1)
+    a = tl.sum(tl.where(weight == 0.0, 0.0, a * weight), axis=1)
+    return top_s, z_s, top_t, z_t, a
+
+
+@triton.jit
+def _finish(loss_ptr, statistics_ptr, n_rows, row, here, top_s, z_s, top_t, z_t, a, inv_tau):
+    loss = (a / z_t + (top_s - top_t)) * inv_tau + tl.log(z_s / z_t)
+    tl.store(loss_ptr + row, loss, mask=here)
+    tl.store(statistics_ptr + row, top_s, mask=here)
+    tl.store(statistics_ptr + n_rows.to(tl.int64) + row, z_s, mask=here)
+    tl.store(statistics_ptr + 2 * n_rows.to(tl.int64) + row, top_t, mask=here)
+    tl.store(statistics_ptr + 3 * n_rows.to(tl.int64) + row, z_t, mask=here)
+
+
+@triton.jit(do_not_specialize=["n_rows", "rows_per_batch", "part_cols"])
+def forward_kernel(
+    student_ptr,  # (batch, rows, cols), strides below, inner stride 1
+    teacher_ptr,
+    loss_ptr,  # (batch · rows,) contiguous
+    statistics_ptr,  # (4, batch · rows) contiguous: m_s, z_s, m_t, z_t
+    parts_ptr,  # (parts, 5, batch · rows) contiguous: m_s, z_s, m_t, z_t, a of each part, if there are several
+    n_rows,  # batch · rows
+    rows_per_batch,
+    cols,
+    part_cols,  # columns of a part, a multiple of COLS
+    student_stride_b,
+    student_stride_r,
+    teacher_stride_b,
+    teacher_stride_r,
+    inv_temperature: tl.float64,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LOOP: tl.constexpr,  # cols > COLS
+    SPLIT: tl.constexpr,  # several parts to a row
+):
+    """Losses and ℓ of ``ROWS`` rows to a program, or one part's sums of them, ``COLS`` columns at a time."""
+    ACC: tl.constexpr = loss_ptr.dtype.element_ty
+    inv_tau = float64(inv_temperature).to(ACC)
+    scale = inv_tau * LOG2E
+
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < n_rows
+    b = row // rows_per_batch
+    r = row % rows_per_batch
+    student_row = student_ptr + (b * student_stride_b + r * student_stride_r)[:, None]
+    teacher_row = teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None]
+    lane = tl.arange(0, COLS)[None, :]
+    end = cols
+    if SPLIT:
+        begin = tl.program_id(1) * part_cols
+        student_row += begin
+        teacher_row += begin
+        end = tl.minimum(cols - begin, part_cols)
+    minus_inf = float("-inf")
+    # As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN.
+    LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC.is_fp32() else -1.7976931348623157e308
+
+    mask = here[:, None] & (lane < end)
+    s = tl.load(student_row + lane, mask=mask, other=minus_inf).to(ACC)
+    t = tl.load(teacher_row + lane, mask=mask, other=minus_inf).to(ACC)
+    m_s = tl.where(s == minus_inf, LOWEST, s)
+    m_t = tl.where(t == minus_inf, LOWEST, t)
+    z_s = tl.where(s == minus_inf, 0.0, 1.0).to(ACC)
+    z_t = tl.where(t == minus_inf, 0.0, 1.0).to(ACC)
+    a = tl.where(t == minus_inf, 0.0, t - s)
+
+    if LOOP:
+        for start in range(COLS, end, COLS):
+            j = start + lane
+            mask = here[:, None] & (j < end)
+            s = tl.load(student_row + j, mask=mask, other=minus_inf).to(ACC)
+            t = tl.load(teacher_row + j, mask=mask, other=minus_inf).to(ACC)
+
+            e = tl.exp2(-tl.abs(s - m_s) * scale)
+            new = s > m_s
+            z_s = tl.where(new, z_s * e + 1.0, z_s + e)
+            m_s = tl.where(new, s, m_s)
+
+            e = tl.exp2(-tl.abs(t - m_t) * scale)
+            new = t > m_t
+            old_weight = tl.where(new, e, 1.0)
+            weight = tl.where(new, 1.0, e)
+            z_t = z_t * old_weight + weight
+            a = tl.where(old_weight == 0.0, 0.0, a * old_weight) + tl.where(weight == 0.0, 0.0, weight * (t - s))
+            m_t = tl.where(new, t, m_t)
+
+    top_s, z_s, top_t, z_t, a = _merge(m_s, z_s, m_t, z_t, a, scale)
+    if SPLIT:
+        plane = n_rows.to(tl.int64)
+        to = parts_ptr + tl.program_id(1) * 5 * plane + row
+        tl.store(to, top_s, mask=here)
+        tl.store(to + plane, z_s, mask=here)
+        tl.store(to + 2 * plane, top_t, mask=here)
+        tl.store(to + 3 * plane, z_t, mask=here)
+        tl.store(to + 4 * plane, a, mask=here)
+    else:
+        _finish(loss_ptr, statistics_ptr, n_rows, row, here, top_s, z_s, top_t, z_t, a, inv_tau)
+
+
+@triton.jit(do_not_specialize=["n_rows", "parts"])
+def merge_kernel(
+    parts_ptr,  # (parts, 5, n_rows) contiguous
+    loss_ptr,
+    statistics_ptr,
+    n_rows,
+    parts,
+    inv_temperature: tl.float64,
+    PARTS: tl.constexpr,
+):
+    """Losses and ℓ of one row to a program, from its parts."""
+    ACC: tl.constexpr = loss_ptr.dtype.element_ty
+    inv_tau = float64(inv_temperature).to(ACC)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    part = tl.arange(0, PARTS)[None, :]
+    plane = n_rows.to(tl.int64)
+    at = parts_ptr + row[:, None] + part * 5 * plane
+    here = part < parts
+    LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC.is_fp32() else -1.7976931348623157e308
+    m_s = tl.load(at, mask=here, other=LOWEST)
+    z_s = tl.load(at + plane, mask=here, other=0.0)
+    m_t = tl.load(at + 2 * plane, mask=here, other=LOWEST)
+    z_t = tl.load(at + 3 * plane, mask=here, other=0.0)
+    a = tl.load(at + 4 * plane, mask=here, other=0.0)
+    top_s, z_s, top_t, z_t, a = _merge(m_s, z_s, m_t, z_t, a, inv_tau * LOG2E)
+    _finish(loss_ptr, statistics_ptr, n_rows, row, row < n_rows, top_s, z_s, top_t, z_t, a, inv_tau)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward. ∂ℓ_s/∂s_j = p_{s,j}/τ and the sum in KL is linear in s, so for a row's incoming gradient g
+#
+#     ∂(g·KL)/∂s_j = (g/τ) (p_{s,j} − p_{t,j}),      p_{x,j} = e^{(x_j − m_x)/τ} / z_x.
+#
+# Every element is written by one program, independently of all others: two runs give the same bits.
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
+def backward_kernel(
+    grad_loss_ptr,  # (batch, rows), strides below, possibly 0
+    student_ptr,
+    teacher_ptr,
+    statistics_ptr,  # (4, batch · rows) contiguous
+    grad_student_ptr,  # (batch, rows, cols) contiguous
+    n_rows,
+    rows_per_batch,
+    cols,
+    grad_stride_b,
+    grad_stride_r,
+    student_stride_b,
+    student_stride_r,
+    teacher_stride_b,
+    teacher_stride_r,
+    inv_temperature: tl.float64,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The gradient of one ``ROWS`` × ``COLS`` block to a program."""
+    ACC: tl.constexpr = grad_loss_ptr.dtype.element_ty
+    inv_tau = float64(inv_temperature).to(ACC)
+    scale = inv_tau * LOG2E
+
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < n_rows
+    b = row // rows_per_batch
+    r = row % rows_per_batch
+    j = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    mask = here[:, None] & (j < cols)
+
+    g = tl.load(grad_loss_ptr + b * grad_stride_b + r * grad_stride_r, mask=here, other=0.0).to(ACC)
+    m_s = tl.load(statistics_ptr + row, mask=here, other=0.0)
+    z_s = tl.load(statistics_ptr + n_rows.to(tl.int64) + row, mask=here, other=1.0)
+    m_t = tl.load(statistics_ptr + 2 * n_rows.to(tl.int64) + row, mask=here, other=0.0)
+    z_t = tl.load(statistics_ptr + 3 * n_rows.to(tl.int64) + row, mask=here, other=1.0)
+    s = tl.load(student_ptr + (b * student_stride_b + r * student_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
+    t = tl.load(teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
+
+    p_s = tl.exp2((s - m_s[:, None]) * scale) * (1.0 / z_s)[:, None]
+    p_t = tl.exp2((t - m_t[:, None]) * scale) * (1.0 / z_t)[:, None]
+    grad = (g * inv_tau)[:, None] * (p_s - p_t)
+    # Rows are contiguous in grad_student: row · cols is its offset, in 64 bits like row.
+    tl.store(grad_student_ptr + row[:, None] * cols + j, round_to(grad, grad_student_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, temperature: float) -> None:
+    """Fill ``loss`` (B, R) and ``statistics`` (4, B, R) from inputs (B, R, N) of inner stride 1."""
+    batch, rows, cols = student.shape
+    blocks = blocks_for(cols, student.element_size())
+    parts, part_cols = parts_for(batch * rows, cols) if blocks.rows == 1 else (1, cols)
+    # Five numbers of each part; a tensor that no kernel touches stands for none.
+    sums = loss.new_empty((parts, 5, batch * rows)) if parts > 1 else loss
+    with launching_on(student):
+        forward_kernel[(cdiv(batch * rows, blocks.rows), parts)](
+            student,
+            teacher,
+            loss,
+            statistics,
+            sums,
+            batch * rows,
+            rows,
+            cols,
+            part_cols,
+            student.stride(0),
+            student.stride(1),
+            teacher.stride(0),
+            teacher.stride(1),
+            1.0 / temperature,
+            ROWS=blocks.rows,
+            COLS=blocks.cols,
+            LOOP=cols > blocks.cols,
+            SPLIT=parts > 1,
+            num_warps=blocks.warps,
+            enable_fp_fusion=True,
+            **MOST_REGISTERS,
+        )
+        if parts > 1:
+            merge_kernel[(batch * rows,)](
+                sums,
+                loss,
+                statistics,
+                batch * rows,
+                parts,
+                1.0 / temperature,
+                PARTS=MOST_PARTS,
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
+
+
+def backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+    grad_student: Tensor,
+    temperature: float,
+) -> None:
+    """Fill ``grad_student`` (B, R, N), contiguous, from a per-row gradient (B, R) of any strides."""
+    batch, rows, cols = student.shape
+    blocks = blocks_for(cols, student.element_size())
+    with launching_on(student):
+        backward_kernel[(cdiv(batch * rows, blocks.rows), cdiv(cols, blocks.cols))](
+            grad_loss,
+            student,
+            teacher,
+            statistics,
+            grad_student,
+            batch * rows,
+            rows,
+            cols,
+            grad_loss.stride(0),
+            grad_loss.stride(1),
+            student.stride(0),
+            student.stride(1),
+            teacher.stride(0),
+            teacher.stride(1),
+            1.0 / temperature,
+            ROWS=blocks.rows,
+            COLS=blocks.cols,
+            num_warps=blocks.warps,
+            enable_fp_fusion=True,
+        )

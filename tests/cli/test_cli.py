@@ -1,0 +1,166 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from fastkd.cli import main
+from fastkd.errors import FastKDWarning
+
+pytest.importorskip("timm", reason="needs the [ris] extra")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes") / "data"
+    assert main(["data", "make-shapes", str(root), "--images", "40", "--image-size", "64"]) == 0
+    return root
+
+
+SHORT = ["--steps", "3", "--batch-size", "4", "--threads", "1", "--log-every", "1"]
+
+
+def test_info_prints_text_and_json(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text
+    assert "reference" in text
+    assert main(["info", "--json"]) == 0
+    assert "backends" in json.loads(capsys.readouterr().out)
+
+
+def test_train_then_evaluate(shapes, tmp_path, capsys):
+    out = tmp_path / "alone"
+    assert main(["train", "--data", str(shapes), "--out", str(out), *SHORT]) == 0
+    assert (out / "best" / "model.safetensors").is_file()
+    result = tmp_path / "score.json"
+    args = ["--data", str(shapes), "--model", str(out / "best"), "--split", "testB", "--out", str(result)]
+    assert main(["evaluate", *args]) == 0
+    score = json.loads(result.read_text())
+    assert score["split"] == "testB"
+    assert score["protocol"] == "lavt"
+    assert set(score["metrics"]) >= {"oIoU", "mIoU", "P@0.5", "P@0.9"}
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_a_set_with_unusable_refs_is_skipped_in_part_on_request(shapes, tmp_path, capsys):
+    import pickle
+    import shutil
+
+    root = tmp_path / "gaps"
+    shutil.copytree(shapes, root)
+    path = root / "refcoco" / "refs(unc).p"
+    refs = pickle.loads(path.read_bytes())
+    part = [ref for ref in refs if ref["split"] == "val"]
+    part[0]["sentences"] = []
+    path.write_bytes(pickle.dumps(refs))
+    args = ["evaluate", "--data", str(root), "--model", "shapes", "--device", "cpu"]
+    assert main(args) == 2
+    assert f"ref {part[0]['ref_id']} has no sentence" in capsys.readouterr().err
+    with pytest.warns(FastKDWarning, match=f"{len(part) - 1} refs are used; skipped 1 × ref without a sentence"):
+        assert main([*args, "--skip-unusable"]) == 0
+    assert f"of {len(part) - 1} refs" in capsys.readouterr().out
+
+
+def test_distill_with_the_shipped_teacher_and_every_term(shapes, tmp_path, capsys):
+    from fastkd.distill.recipes import TERMS
+
+    out = tmp_path / "distilled"
+    terms = [f"{name}=0.1" for name in TERMS]
+    assert main(["distill", "--data", str(shapes), "--out", str(out), "--terms", *terms, *SHORT]) == 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["event"] == "train")
+    assert set(first["terms"]) == set(TERMS)
+    start = next(line for line in lines if line["event"] == "start")
+    assert all(weight > 0 for weight in start["weights"].values())
+
+
+def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastkd.cli.demo._cost", lambda *args: 2.4)
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == ["alone", "distilled", "alone, equal time"]
+    assert [run["steps"] for run in results["runs"]] == [3, 3, 7]  # as many as distillation took the time of
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["alone"]["parameters"] == rows["distilled"]["parameters"] < rows["teacher"]["parameters"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "distilled" in page
+    assert page.count("data:image/") >= 12
+    assert "mIoU" in capsys.readouterr().out
+    written = (out / "data" / "shapes.json").stat().st_mtime_ns
+    assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0  # again, on the same data
+    assert (out / "data" / "shapes.json").stat().st_mtime_ns == written
+    assert "made earlier" in capsys.readouterr().out
+
+
+def test_the_cost_of_distillation_does_not_follow_the_load_of_the_machine(monkeypatch):
+    from fastkd.cli.demo import _cost
+    from fastkd.train import TrainConfig, TrainResult
+
+    load = iter([1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # of ten turns; one falls into a change
+
+    def pretend(subject, dataset, config, **rest):
+        seconds = next(load) * {"alone": 1.0, "distilled": 2.4}[subject]
+        return TrainResult(history=[{"seconds": 7.0}, {"seconds": 7.0 + seconds}])
+
+    monkeypatch.setattr("fastkd.train.train", pretend)
+    assert _cost(["alone", "distilled"], [], TrainConfig()) == pytest.approx(2.4)
+
+
+def test_the_cost_of_distillation_is_measured_in_turns(shapes):
+    from fastkd.cli._common import build_model, open_split, shapes_teacher
+    from fastkd.cli.demo import _cost
+    from fastkd.models import RISModel
+    from fastkd.train import TrainConfig
+
+    dataset = open_split(shapes, "train", RISModel.from_pretrained(shapes_teacher()), sentences="random", seed=0)
+    students, steps = [build_model("shapes-student", 0) for _ in range(2)], []
+    for number, student in enumerate(students):
+        student.register_forward_hook(lambda *call, number=number: steps.append(number))
+    assert 0 < _cost(students, dataset, TrainConfig(batch_size=1), rounds=2) < math.inf
+    assert steps == ([0] * 25 + [1] * 25) * 2
+
+
+def test_a_model_configuration_that_is_no_json(shapes, tmp_path, capsys):
+    broken = tmp_path / "model.json"
+    broken.write_text("{not json")
+    assert main(["train", "--data", str(shapes), "--out", str(tmp_path / "out"), "--model", str(broken)]) == 2
+    assert f"{broken} is not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["evaluate", "--data", "{shapes}", "--model", "/nowhere"], "/nowhere"),
+        (["evaluate", "--data", "/nowhere", "--model", "shapes"], "/nowhere"),
+        (["evaluate", "--data", "{shapes}", "--model", "shapes", "--split", "tset"], "tset"),
+        (["evaluate", "--data", "{shapes}", "--model", "shapes", "--protocol", "lavt480"], "480"),
+        (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "shapes-studnet"], "shapes-student"),
+        (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "some/folder"], "some/folder"),
+        (["train", "--data", "{shapes}", "--out", "{tmp}", "--steps", "0"], "steps"),
+        (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "first_ordre=1"], "first_order"),
+        (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "first_order"], "name=share"),
+        (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "logit=-1"], "logit"),
+        (["data", "make-shapes", "{shapes}", "--images", "40"], "overwrite"),
+        (["data", "make-shapes", "{tmp}/new", "--images", "1"], "images"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args, says, shapes, tmp_path, capsys):
+    args = [arg.format(shapes=shapes, tmp=tmp_path) for arg in args]
+    try:
+        status = main(args)
+    except SystemExit as refused:  # what the parser itself refuses
+        status = refused.code
+    assert status == 2
+    error = capsys.readouterr()
+    assert says in error.err + error.out
+
+
+def test_traceback_on_request(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTKD_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", "--data", str(tmp_path / "none"), "--model", "shapes"])

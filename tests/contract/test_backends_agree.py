@@ -1,0 +1,116 @@
+"""The operator contract, for every loss on every backend: right answers. Its other points have files of their own.
+
+| point | tested in |
+|---|---|
+| 1 dtypes, 9 error against fp64 | here |
+| 2 per-row gradients; 3 functional; 8 teachers that require grad | ``test_gradients.py`` |
+| 3 every output element is written; 6 offsets and layouts; memory | ``test_memory.py`` |
+| 4 the same bits every time | ``test_determinism.py`` |
+| 5 streams, CUDA graphs; 7 ``torch.library``, ``torch.compile``, autocast, DDP | ``test_torch_integration.py`` |
+| 8 NaN and Inf; masks, −inf logits, one-hot teachers, extremes | ``test_special_values.py`` |
+| random shapes, strides, dtypes, temperatures | ``test_random_inputs.py`` |
+| bad input | ``test_contract_errors.py``, ``losses/test_losses_errors.py`` |
+
+The cases are in ``helpers/contract_cases.py``, the formulas they are held against in ``helpers/contract_formulas.py``.
+A backend is in all of this by its row in ``fastkd.ops.dispatch.IMPLEMENTED``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from contract_cases import BASIC, CASES, DTYPES, Problem
+from contract_errors import against_fp64
+from contract_tools import Recorder
+
+from fastkd.ops import dispatch
+
+
+def check_errors(problem: Problem, backend: str) -> None:
+    """Point 9, on the losses of the rows and on the gradients of their weighted sum."""
+    weight = problem.weight()
+    for output in against_fp64(problem, backend, problem.run(backend, weight), weight):
+        assert output.error <= output.allowed, output[:3]
+
+
+@pytest.mark.applies(lambda setting, dtype: setting.takes(dtype))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_against_fp64(setting: Any, dtype: torch.dtype) -> None:
+    for size in setting.case.sizes:
+        problem = setting.case.problem(size, dtype=dtype, device=setting.place.device)
+        check_errors(problem, setting.place.backend)
+
+
+@pytest.mark.applies(lambda setting, dtype: setting.case.is_kl and setting.takes(dtype))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_at_any_temperature(setting: Any, dtype: torch.dtype) -> None:
+    for temperature in (0.05, 1.0, 4.0, 20.0):
+        problem = setting.case.at(temperature=temperature).problem(dtype=dtype, device=setting.place.device)
+        check_errors(problem, setting.place.backend)
+
+
+def test_mixed_dtypes_are_promoted(setting: Any) -> None:
+    problem = setting.case.problem(device=setting.place.device)
+    half = [x.half() if i % 2 == 0 else x.bfloat16() for i, x in enumerate(problem.args)]
+    for student, teacher, want in ((torch.float16, torch.bfloat16, torch.float32),
+                                   (torch.float32, torch.float16, torch.float32),
+                                   (torch.bfloat16, torch.float64, torch.float64)):  # fmt: skip
+        if not setting.takes(want):
+            continue
+        n = problem.students
+        mixed = problem.replaced(*(x.to(student) for x in half[:n]), *(x.to(teacher) for x in half[n:]))
+        wide = mixed.mapped(lambda x, want=want: x.to(want))
+        loss, *grads = mixed.run(setting.place.backend)
+        same_loss, *same_grads = wide.run(setting.place.backend)
+        assert loss.dtype == want
+        assert torch.equal(loss, same_loss)
+        for grad, same in zip(grads, same_grads, strict=True):
+            assert grad.dtype == student
+            torch.testing.assert_close(grad, same.to(student), rtol=2 * torch.finfo(student).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("wrong", ["loss off by 1e-4", "gradient off by 1e-3", "gradient of the wrong weights"])
+def test_the_checks_tell_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    honest = Problem.run
+
+    def broken(self: Problem, backend: str, weight: torch.Tensor) -> list[torch.Tensor]:
+        if wrong.endswith("weights"):
+            return honest(self, backend, torch.full_like(weight, weight.mean().item()))
+        loss, *grads = honest(self, backend, weight)
+        return [loss * (1 + 1e-4), *grads] if wrong.startswith("loss") else [loss, *(g * (1 + 1e-3) for g in grads)]
+
+    for case in BASIC.values():
+        check_errors(case.problem(), "reference")
+        with monkeypatch.context() as patch:
+            patch.setattr(Problem, "run", broken)
+            with pytest.raises(AssertionError):
+                check_errors(case.problem(), "reference")
+
+
+def test_kernels_are_called_by_name_and_the_reference_calls_none(setting: Any) -> None:
+    recorder = Recorder()
+    with recorder:
+        setting.case.problem(device=setting.place.device).run(setting.place.backend)
+    assert bool(recorder.calls) == (setting.place.backend != "reference")
+
+
+def test_every_family_and_loss_has_a_case() -> None:
+    from fastkd import losses
+
+    assert {case.family for case in CASES} == set(dispatch.IMPLEMENTED)
+    assert {case.loss.__name__ for case in CASES} == {n for n in losses.__all__ if n.endswith(("_kd", "_logits"))}
+    assert {case.twin for case in CASES} - {None} == {
+        v for n in losses.__all__ if isinstance(v := getattr(losses, n), type)
+    }
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_oracle_equals_the_reference() -> None:
+    """Two independent ways to each number; the loop formulas of ``test_*_kd.py`` are the third."""
+    for case in CASES:
+        for size in case.sizes:
+            problem = case.problem(size, dtype=torch.float64)
+            for got, want in zip(problem.run("reference"), problem.exact(), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)

@@ -1,0 +1,383 @@
+"""scripts/gpu: what runs first on a GPU, here on the stand-ins for one, killed and with faults planted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulation import READY, emulated
+
+from fastkd.ops import dispatch, launch
+from fastkd.ops.relation import plan as relation_plan
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = [str(ROOT / "scripts" / "gpu"), str(ROOT / "tests" / "helpers"), str(ROOT / "benchmarks")]
+BEGIN = """
+import os, signal, sys, time
+sys.path[:0] = os.environ["FOLDERS"].split(os.pathsep)
+for name in ("pytest", "hypothesis", "pycocotools", "tyro"):  # what a machine with a GPU lacks
+    sys.modules[name] = None
+"""
+FIRST_LIGHT = """
+import first_light
+sys.exit(first_light.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The folder of the CUDA kernels built for the host."""
+    try:
+        with emulated() as module:
+            assert module.__file__ is not None
+            return Path(module.__file__).parent
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def start(code: str, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
+    own = {"FOLDERS": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", BEGIN + code, *map(str, arguments)],
+        env=os.environ | own | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    return out
+
+
+def first_light(out: Path, built: Path, *arguments: str, plant: str = "", status: int = 0) -> str:
+    options = ("--device", "cpu", "--jobs", "2", "--seconds", "200", *arguments)
+    stand_ins = {READY: str(built), "TRITON_INTERPRET": "1"}
+    return finished(start(plant + FIRST_LIGHT, out, *options, **stand_ins), status)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """Every line is complete."""
+    assert out.read_bytes().endswith(b"\n")
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_each_check_is_a_line(tmp_path: Path, built: Path) -> None:
+    printed = first_light(tmp_path / "out.jsonl", built, "--dtypes", "bf16", "fp32", "--id", "one")
+    found = read(tmp_path / "out.jsonl")
+    assert {row["check"] for row in found} == {
+        f"{family} {backend} {one}"
+        for family in ("softmax_kl", "relation", "pixel_word")
+        for backend in ("cuda", "triton")
+        for one in ("self-test", "bf16 small", "fp32 small")
+    }
+    assert len(found) == 18
+    for row in found:
+        assert row["ok"], row
+        assert row["id"] == "one"
+        if row["size"] == "small":
+            assert 0 < row["error_vs_fp64"] <= row["allowed"] < 1e-2
+            assert row["graph"] == "not captured: no GPU"
+    assert "18 checks, 18 passed, 0 failed, 0 had passed before, 0 not run" in printed
+
+
+FAULTS = """
+import first_light_checks, torch
+from fastkd.kernels.relation import forward as relation
+from fastkd.kernels.softmax_kl import forward as softmax_kl
+from fastkd.ops.pixel_word import native as pixel_word_native, triton as pixel_word_triton
+from fastkd.ops.relation import native as relation_native
+
+def unwritten(grad_loss, student, teacher, statistics, grad_student, temperature, honest=softmax_kl.backward):
+    honest(grad_loss[:1], student[:1], teacher[:1], statistics[:, :1].contiguous(), grad_student[:1], temperature)
+
+def raising(*args):
+    raise RuntimeError("planted fault")
+
+def hanging(features, *args, honest=pixel_word_native.forward):
+    if features[0].dtype == torch.bfloat16:
+        time.sleep(1000)
+    honest(features, *args)
+
+def crashing(features, *args, honest=pixel_word_triton.forward):
+    if features[0].dtype == torch.bfloat16:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    honest(features, *args)
+
+calls = []
+def restless(self, student, teacher, loss, *args, honest=relation_native._Native.forward):
+    honest(self, student, teacher, loss, *args)
+    calls.append(student.dtype)
+    if calls.count(student.dtype) == 2 and student.dtype == torch.bfloat16:
+        loss[0, 0] = torch.nextafter(loss[0, 0], torch.tensor(9.0))
+
+def noted(check, device, honest=first_light_checks.run):
+    with open(os.environ["PIDS"], "a") as file:
+        file.write(f"{check.name}: {os.getpid()}\\n")
+    return honest(check, device)
+
+first_light_checks.run = noted
+first_light_checks.unusable = lambda device: True  # as after an illegal access
+softmax_kl.backward = unwritten
+relation.forward = raising
+pixel_word_native.forward = hanging
+pixel_word_triton.forward = crashing
+relation_native._Native.forward = restless
+"""
+
+
+def test_a_fault_is_a_line_with_its_text_and_the_rest_goes_on(
+    tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, pids = tmp_path / "out.jsonl", tmp_path / "pids"
+    monkeypatch.setenv("PIDS", str(pids))
+    options = ("--dtypes", "bf16", "fp32", "--check-seconds", "10")
+    printed = first_light(out, built, *options, plant=FAULTS, status=1)
+    first = {row["check"]: row for row in read(out)}
+    assert len(first) == 18
+    failed = {name: row["error"] for name, row in first.items() if not row["ok"]}
+    bits = "a second run gave other bits"
+    texts = {
+        "softmax_kl triton bf16 small": "in 60 of 120 entries, most at (1, 0, 0, 0) of (2, 3, 4, 5): nan for",
+        "softmax_kl triton fp32 small": "gradient of input 0: off by inf, allowed",
+        "relation triton bf16 small": "RuntimeError: planted fault",
+        "relation triton fp32 small": "RuntimeError: planted fault",
+        "relation triton self-test": "its self-test failed on cpu: RuntimeError: planted fault",
+        "pixel_word cuda bf16 small": "hung: killed after 10 s",
+        "pixel_word triton bf16 small": "the process ended: signal SIGSEGV",
+        "relation cuda bf16 small": bits,
+    }
+    passes = {name.rpartition(" ")[0] for name in first} - {name.rpartition(" ")[0] for name in texts}
+    assert "pixel_word cuda fp32" in passes  # after the one that hung
+    for name, text in texts.items():
+        assert text in failed.pop(name)
+        assert f"FAILED {name}: " in printed
+    failed.pop("softmax_kl triton self-test", None)  # its second sample holds what memory happened to hold
+    assert not failed
+    assert any("in hanging" in line for line in first["pixel_word cuda bf16 small"]["trace"])
+    assert any("in crashing" in line for line in first["pixel_word triton bf16 small"]["trace"])
+    assert any("in raising" in line for line in first["relation triton bf16 small"]["trace"])
+
+    process = dict(line.split(": ") for line in pids.read_text().splitlines())
+    assert process["relation triton fp32 small"] != process["relation triton self-test"]  # which left it unusable
+    assert process["softmax_kl cuda fp32 small"] == process["softmax_kl cuda self-test"]
+
+    first_light(out, built, "--dtypes", "bf16", "fp32")  # without faults: what failed is run again, and nothing else
+    again = read(out)[len(first) :]
+    assert {row["check"] for row in again} == {name for name, row in first.items() if not row["ok"]}
+    assert all(row["ok"] for row in again)
+
+
+SLOW = """
+import first_light_checks
+honest = first_light_checks.run
+def slow(check, device):
+    with open(os.environ["PIDS"], "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(1.0)
+    return honest(check, device)
+first_light_checks.run = slow
+"""
+ONE = ("--families", "softmax_kl", "--backends", "triton")
+
+
+def test_a_killed_run_keeps_what_it_has_and_the_next_repeats_nothing(tmp_path: Path, built: Path) -> None:
+    out, pids = tmp_path / "out.jsonl", tmp_path / "pids"
+    options = (out, *ONE, "--device", "cpu", "--jobs", "1")
+    process = start(SLOW + FIRST_LIGHT, *options, TRITON_INTERPRET="1", PIDS=str(pids))
+    limit = time.monotonic() + 120
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 2):
+        assert time.monotonic() < limit, "no line within two minutes"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = read(out)
+    assert 2 <= len(kept) < 4
+    while any(alive(int(pid)) for pid in pids.read_text().split()):
+        assert time.monotonic() < limit, "a child outlived its parent"
+        time.sleep(0.05)
+
+    with open(out, "ab") as file:  # as if it had been killed within a line
+        file.write(b'{"check": "softmax_kl triton')
+    printed = first_light(out, built, *ONE)
+    assert f"4 checks, {4 - len(kept)} passed, 0 failed, {len(kept)} had passed before" in printed
+    lines = [line for line in out.read_text().splitlines() if line.endswith("}")]
+    assert sorted(json.loads(line)["check"] for line in lines) == [
+        f"softmax_kl triton {one}" for one in ("bf16 small", "fp16 small", "fp32 small", "self-test")
+    ]
+    assert "4 passed, 0 failed, 0 had passed before" in first_light(out, built, *ONE, "--id", "another build")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_there_was_no_time_for_is_counted(tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.jsonl"
+    plant = SLOW.replace("1.0", "30")
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    printed = first_light(out, built, *ONE, "--jobs", "1", "--seconds", "6", plant=plant, status=1)
+    (row,) = read(out)
+    assert row["error"] == "stopped: the time for all checks was over"
+    assert "1 failed, 0 had passed before, 3 not run within 6 s" in printed
+
+
+# --- what Triton is asked to compile ----------------------------------------------------------------------------------
+
+RECORD = """
+import importlib, json, torch
+from collections import Counter
+import first_light_checks as checks, works
+from record_launches import recorded
+
+def of(recording):
+    types = sorted({t for one in recording.specialisations for t in one.signature.values() if t.startswith("*")})
+    rows = sorted({v for one in recording.specialisations for k, v in one.constants.items()
+                   if one.kernel == "relation.tiles_kernel" and one.function.arg_names[k[0]] == "ROWS"})
+    return {"count": len(recording.specialisations), "kernels": recording.counts(), "types": types, "tile rows": rows,
+            "unstated": sorted(recording.unstated)}
+
+found = {}
+with recorded(90) as recording:
+    for check in checks.checks(backends=["triton"]):
+        before = len(recording.launches)
+        if check.size:
+            problem = check.problem("cpu")
+            with check.environment(problem):
+                problem.run("triton")
+        else:
+            importlib.import_module(f"fastkd.ops.{check.family}").self_test("triton", torch.device("cpu"))
+        found[check.name] = Counter(name for name, _ in recording.launches[before:])
+found["first light"] = of(recording)
+with recorded(90) as recording:
+    for family in works.GPU_WORKS:
+        for work in works.works(family, "cuda"):
+            inputs = work.inputs("cpu")
+            for mode in {"both", *work.modes} - {"graph"}:
+                works.step_of(work, "triton", mode, inputs)()
+found["works"] = of(recording)
+print(json.dumps(found))
+"""
+KERNELS = {
+    "softmax_kl.forward_kernel", "softmax_kl.merge_kernel", "softmax_kl.backward_kernel", "relation.scales_kernel",
+    "relation.tiles_kernel", "_relation_merge.merge_kernel", "_relation_derivative.coefficients_kernel",
+    "_relation_derivative.derivative_kernel", "relation_backward.product_kernel", "pixel_word.logits_kernel",
+    "pixel_word.terms_kernel", "pixel_word.grams_kernel", "_pixel_word_sums.merge_kernel",
+    "pixel_word_backward.gradient_kernel", "_pixel_word_features.pixels_kernel", "_pixel_word_features.words_kernel",
+    "_pixel_word_features.merge_words_kernel",
+}  # fmt: skip
+BANDED = {"relation.tiles_kernel", "_relation_merge.merge_kernel", "_relation_derivative.derivative_kernel",
+          "relation_backward.product_kernel"}  # fmt: skip
+
+
+def test_few_specialisations_are_asked_for() -> None:
+    found = json.loads(finished(start(RECORD, TRITON_INTERPRET="0")).splitlines()[-1])
+    light = found["first light"]
+    assert set(light["kernels"]) == KERNELS
+    assert {"*bf16", "*fp16", "*fp32"} <= set(light["types"])
+    assert light["tile rows"] == [64, 128]
+    assert light["unstated"] == found["works"]["unstated"] == []
+    assert 3 * 17 <= light["count"] <= 80, light
+    for dtype in ("bf16", "fp16", "fp32"):
+        bands, whole = (found[f"relation triton {dtype} {size}"] for size in ("bands", "128-tile"))
+        assert set(whole.values()) == {1}
+        assert {name for name, count in bands.items() if count > 1} == BANDED
+        assert found[f"softmax_kl triton {dtype} bands"]["softmax_kl.merge_kernel"] == 1
+    # Forward and backward, and the forward alone where it is measured: it keeps nothing.
+    assert set(found["works"]["kernels"]) == KERNELS - {"softmax_kl.merge_kernel", "pixel_word.grams_kernel"}
+    assert 30 <= found["works"]["count"] <= 50, found["works"]
+
+
+# --- sanitize.py ------------------------------------------------------------------------------------------------------
+
+SANITIZE = """
+import sanitize
+sys.exit(sanitize.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    monkeypatch.syspath_prepend(FOLDERS[0])
+    return importlib.import_module("first_light_checks"), importlib.import_module("sanitize")
+
+
+def test_the_cases_for_sanitizers_run(
+    tmp_path: Path, built: Path, scripts: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, sanitize = tmp_path / "out.jsonl", scripts[1]
+    assert sanitize.main(["--list"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert {name.split()[0] for name in names} == {"softmax_kl", "relation", "pixel_word"}
+    finished(start(SANITIZE, out, "--device", "cpu", **{READY: str(built)}))
+    assert [row["case"] for row in read(out)] == names
+    assert all(row["ok"] for row in read(out))
+    assert sanitize.main([str(out), "--device", "cpu", "--only", "words"]) == 0
+    assert len(read(out)) == len(names)  # all had ended
+
+
+def test_an_error_is_a_line_and_the_last(
+    tmp_path: Path, built: Path, scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("planted")
+
+    sanitize = scripts[1]
+    good, bad, *rest = sanitize.CASES
+    monkeypatch.setattr(sanitize, "CASES", [good, bad._replace(function=broken), *rest])
+    out = tmp_path / "out.jsonl"
+    assert sanitize.main([str(out), "--device", "cpu"]) == 1
+    assert [(row["ok"], row.get("error")) for row in read(out)] == [(True, None), (False, "RuntimeError: planted")]
+
+
+def test_bands_and_large_tiles_are_what_they_are_called(scripts: tuple[Any, Any], built: Path) -> None:
+    """A sample's matrices do not fit the workspace; tiles have 128 rows."""
+    checks, sanitize = scripts
+    calls = []  # (name, batch, rows, widths, dtype, MiB)
+    for dtype in checks.DTYPES:
+        for size in ("maps", "bands", "128-tile"):
+            problem = (check := checks.Check("relation", "cuda", dtype, size)).problem("cpu")
+            (b, k_s, h, w), (_, k_t, *_) = (x.shape for x in problem.args)
+            with emulated():
+                assert dispatch.unavailable_reason("cuda", "relation", "cpu") is None
+                with check.environment(problem):
+                    limit = os.environ.get("FASTKD_WORKSPACE_MIB")
+            name = "bands of the backward" if (size, dtype) == ("bands", "fp16") else f"{size} of both, 128"
+            calls.append((name, b, h * w, (k_s, k_t), problem.args[0].dtype, limit))
+    for case in sanitize.CASES:
+        if case.family == "relation":
+            (b, r, k_s), (_, _, k_t) = case.shapes
+            calls.append((case.name, b, r, (k_s, k_t), case.dtype, case.workspace_mib))
+    seen = set()
+    for name, batch, rows, (student, teacher), dtype, limit in calls:
+        if "bands" in name:
+            given = ("cosine", "kl", 0.1, False, False, str(dtype).removeprefix("torch."), "tiles", 0)
+            with emulated():
+                whole = launch.native("cuda").Relation(1, rows, student, teacher, *given, 2**40)
+            ways = [way for way in (False, True) if whole.workspace_bytes(way)[0] > float(limit) * 2**20]
+            assert ways == ([True] if "of the backward" in name else [False, True]), name
+            seen.add(("bands", dtype))
+        else:
+            assert limit is None
+        if "128" in name and dtype.itemsize == 2:
+            blocks = -(-rows // 128)
+            numbers = relation_plan.kept_elements(batch, rows, dtype, "cosine", "kl", 0.1)
+            assert numbers == batch * blocks * (blocks + 1) * 128**2, name
+            seen.add(("128", dtype))
+    assert len(seen) == 3 + 2

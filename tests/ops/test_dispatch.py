@@ -1,0 +1,305 @@
+"""Which backend computes a call: names, reasons, the environment, remembered failures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.ops import dispatch
+from fastkd.ops.dispatch import choose, unavailable_reason
+
+X = torch.zeros(1, 1, 4096)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing tried, nothing warned of."""
+    monkeypatch.setattr(dispatch, "_reasons", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
+    return monkeypatch
+
+
+def test_reference_always_works() -> None:
+    for family in dispatch.IMPLEMENTED:
+        assert choose(family, "reference", X) == "reference"
+    assert unavailable_reason("reference") is None
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, triton, cuda, got 'cdua'"):
+        choose("softmax_kl", "cdua", X)
+    with pytest.raises(ValueError, match="backend"):
+        unavailable_reason("cdua")
+
+
+def test_a_backend_that_a_family_does_not_have() -> None:
+    lacking = [(f, b) for f, has in dispatch.IMPLEMENTED.items() for b in dispatch.BACKENDS if b not in has]
+    for family, backend in lacking:
+        with pytest.raises(fastkd.BackendUnavailable, match=f"{family} has no {backend} backend yet; it has reference"):
+            choose(family, backend, X)
+        assert choose(family, "auto", X) in dispatch.IMPLEMENTED[family]
+
+
+def test_a_dtype_that_a_backend_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by name, with the mend; "auto" takes the next backend. One fp64 input is enough: all are promoted."""
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_misplaced", lambda *_: None)
+    for family, backend in dispatch.WITHOUT_FP64:
+        monkeypatch.setitem(dispatch.PREFERENCE, "cpu", (backend, "cpu", "reference"))
+        assert choose(family, backend, X) == choose(family, "auto", X) == backend
+        for inputs in ((X.double(), X), (X, X.double())):
+            with pytest.raises(
+                fastkd.BackendUnavailable, match=f"backend='{backend}': its {family} kernels take no float64; convert"
+            ):
+                choose(family, backend, *inputs)
+            assert choose(family, "auto", *inputs) == "cpu"
+    assert ("softmax_kl", "triton") not in dispatch.WITHOUT_FP64
+    assert choose("softmax_kl", "triton", X.double()) == "triton"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu() -> None:
+    with pytest.raises(fastkd.BackendUnavailable, match=r"backend='cuda'.*on cpu.*CUDA tensors.*\.cuda\(\)"):
+        choose("softmax_kl", "cuda", X)
+    assert unavailable_reason("cuda")
+
+
+class Module:
+    """A ``fastkd._cuda`` on a machine that is pretended."""
+
+    def __init__(self, devices: int = 1, driver: int = 13000, targets: tuple[str, ...] = ("sm_80", "sm_90")) -> None:
+        self.device_count, self.driver_version, self.runtime_version = lambda: devices, lambda: driver, lambda: 13000
+        self.targets = lambda: list(targets)
+
+
+@pytest.fixture
+def pretended(fresh: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A machine whose torch sees a GPU of that capability, with that module."""
+
+    def pretend(module: Module, capability: tuple[int, int] = (9, 0)) -> None:
+        fresh.setattr(torch.cuda, "is_available", lambda: True)
+        fresh.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        fresh.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        fresh.setattr(torch.cuda, "get_device_name", lambda device: "Pretended GPU")
+        fresh.setitem(sys.modules, "fastkd._cuda", module)
+
+    return pretend
+
+
+def test_a_driver_older_than_the_runtime(pretended: Callable[..., None]) -> None:
+    pretended(Module(devices=0, driver=12080))
+    assert unavailable_reason("cuda") == (
+        "the NVIDIA driver supports CUDA 12.8, fastkd._cuda needs one that supports 13.0: update the driver, or "
+        "reinstall fastkd from the sources with a CUDA 12 toolkit"
+    )
+
+
+def test_a_runtime_that_sees_no_device(pretended: Callable[..., None]) -> None:
+    pretended(Module(devices=0))
+    assert "sees no device, though torch does" in str(unavailable_reason("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "capability", "runs"),
+    [
+        (("sm_80", "sm_90"), (8, 0), True),
+        (("sm_80", "sm_90"), (8, 7), True),  # a newer revision of a generation
+        (("sm_86", "sm_90"), (8, 0), False),  # an older one
+        (("sm_80", "sm_90"), (7, 5), False),
+        (("sm_80", "sm_90"), (10, 0), False),
+        (("sm_80", "sm_90", "compute_90"), (10, 0), True),  # compiled by the driver
+        (("sm_80", "compute_120"), (9, 0), False),
+    ],
+)
+def test_a_chip_that_is_not_in_the_binary(
+    pretended: Callable[..., None],
+    fresh: pytest.MonkeyPatch,
+    targets: tuple[str, ...],
+    capability: tuple[int, int],
+    runs: bool,
+) -> None:
+    """Without code for it the backend is not even tried, and "auto" goes on with the next."""
+    import importlib
+
+    tried = []
+    family = importlib.import_module("fastkd.ops.softmax_kl")
+    fresh.setattr(family, "self_test", lambda backend, device: tried.append(backend))
+    pretended(Module(targets=targets), capability)
+    reason = unavailable_reason("cuda", "softmax_kl", "cuda:0")
+    if runs:
+        assert reason is None
+        assert tried == ["cuda"]
+    else:
+        assert tried == []
+        assert reason == (
+            f"fastkd._cuda was compiled for {', '.join(targets)} and has no code for Pretended GPU (compute capability "
+            f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that knows it"
+        )
+
+
+def test_auto_goes_on_with_triton_where_cuda_fails_its_self_test_and_the_other_way(
+    pretended: Callable[..., None], fresh: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    pretended(Module())
+    fresh.setattr(dispatch, "_absent", lambda backend: None)
+    family = importlib.import_module("fastkd.ops.softmax_kl")
+    for broken, works in (("cuda", "triton"), ("triton", "cuda")):
+        dispatch._reasons.clear()
+        fresh.setattr(family, "self_test", lambda backend, device, wrong=broken: "wrong" if backend == wrong else None)
+        fresh.setattr(dispatch, "_warned", {broken})
+        assert dispatch._resolve("softmax_kl", "auto", "cuda", 0, "", False) == works
+        with pytest.raises(fastkd.BackendUnavailable, match="cannot run softmax_kl on cuda:0: wrong"):
+            dispatch._resolve("softmax_kl", broken, "cuda", 0, "", False)
+
+
+def test_triton_on_cpu_tensors_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(fastkd.BackendUnavailable, match=r"CUDA tensors.*TRITON_INTERPRET=1"):
+        choose("softmax_kl", "triton", X)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, r"Triton cannot be imported \(.*\); pip install triton"),
+        (
+            types.SimpleNamespace(__version__="3.5.1+git1234"),
+            r"Triton 3\.5\.1.* is older than 3\.6; pip install --upgrade",
+        ),
+    ],
+    ids=["absent", "too old"],
+)
+def test_without_a_triton_that_will_do(fresh: pytest.MonkeyPatch, module: object, reason: str) -> None:
+    fresh.setenv("TRITON_INTERPRET", "1")
+    fresh.setitem(sys.modules, "triton", module)  # None makes the import fail
+    with pytest.raises(fastkd.BackendUnavailable, match=reason):
+        choose("softmax_kl", "triton", X)
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)]
+)
+def test_an_interpreter_that_this_numpy_breaks(fresh: pytest.MonkeyPatch, triton: str, numpy: str, works: bool) -> None:
+    """Triton 3.6 converts arrays of one element to Python numbers, which numpy 2.4 refuses."""
+    fresh.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
+    fresh.setitem(sys.modules, "numpy", types.SimpleNamespace(__version__=numpy))
+    fresh.setitem(sys.modules, "fastkd.kernels.common", types.SimpleNamespace(INTERPRETED=True))
+    reason = dispatch.unavailable_reason("triton")
+    if works:
+        assert reason is None
+    else:
+        assert reason == "the interpreter of Triton 3.6.0 needs numpy below 2.4, found 2.4.0; pip install 'numpy<2.4'"
+
+
+def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTKD_BACKEND", "reference")
+    assert choose("softmax_kl", "auto", X) == "reference"
+    monkeypatch.setenv("FASTKD_BACKEND", "auto")
+    assert choose("softmax_kl", "reference", X) == "reference"
+    monkeypatch.setenv("FASTKD_BACKEND", "tritn")
+    with pytest.raises(ValueError, match=r"FASTKD_BACKEND: expected one of auto, .*got 'tritn'"):
+        choose("softmax_kl", "auto", X)
+    monkeypatch.setenv("FASTKD_BACKEND", "cuda")
+    with pytest.raises(fastkd.BackendUnavailable, match="FASTKD_BACKEND=cuda cannot run softmax_kl on cpu"):
+        choose("softmax_kl", "auto", X)
+    monkeypatch.setitem(dispatch.IMPLEMENTED, "relation", ("reference", "cpu"))
+    assert choose("relation", "auto", X) in dispatch.IMPLEMENTED["relation"]  # a family without it goes on
+
+
+def test_a_failure_is_remembered_and_warned_of_once(fresh: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def broken(backend: str, *_: object) -> str:
+        tried.append(backend)
+        return "it is broken"
+
+    fresh.setattr(dispatch, "_probe", broken)
+    with pytest.warns(fastkd.FastKDWarning, match="the cpu backend is left out.*it is broken"):
+        assert choose("softmax_kl", "auto", X) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("softmax_kl", "auto", X) == "reference"
+    assert tried == ["cpu"]
+    with pytest.raises(fastkd.BackendUnavailable, match=r"it is broken.*backend='reference' always works"):
+        choose("softmax_kl", "cpu", X)
+
+
+def test_a_self_test_that_exits_is_a_reason(fresh: pytest.MonkeyPatch) -> None:
+    """SystemExit ends a thread without a word."""
+
+    def exits(backend: str) -> None:
+        raise SystemExit("this build of the library is no longer supported")
+
+    fresh.setattr(dispatch, "_absent", exits)
+    assert str(unavailable_reason("triton")).endswith("SystemExit: this build of the library is no longer supported")
+
+
+def test_a_self_test_that_raises_or_is_wrong_is_a_reason(fresh: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    family = importlib.import_module("fastkd.ops.softmax_kl")
+    fresh.setattr(dispatch, "_absent", lambda backend: None)
+
+    class Wrong:
+        def forward(self, student, teacher, loss, statistics, temperature):  # type: ignore[no-untyped-def]
+            loss.fill_(1.0)
+
+        def backward(self, grad_loss, student, teacher, statistics, grad_student, temperature):  # type: ignore[no-untyped-def]
+            grad_student.zero_()
+
+    fresh.setattr(family, "_kernels", lambda backend: Wrong())
+    assert "wrong loss" in str(unavailable_reason("cpu", "softmax_kl", "cpu"))
+    fresh.setattr(family, "_kernels", lambda backend: 1 / 0)
+    assert "ZeroDivisionError" in str(unavailable_reason("triton", "softmax_kl", "cpu"))
+
+
+def test_other_dtypes_and_devices_use_the_reference() -> None:
+    assert choose("softmax_kl", "auto", torch.zeros(1, 1, 4, device="meta")) == "reference"
+    odd = torch.zeros(1, 1, 4, dtype=torch.float8_e4m3fn)
+    assert choose("softmax_kl", "auto", odd) == "reference"
+    with pytest.raises(fastkd.BackendUnavailable, match=r"float32, float16, bfloat16, float64"):
+        choose("softmax_kl", "cpu", odd)
+
+
+def test_small_inputs_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.MIN_ELEMENTS, ("softmax_kl", "cpu"), 100)
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
+    assert choose("softmax_kl", "auto", torch.zeros(1, 1, 99)) == "reference"
+    assert choose("softmax_kl", "auto", torch.zeros(1, 1, 100)) == "cpu"
+    assert choose("softmax_kl", "cpu", torch.zeros(1, 1, 99)) == "cpu"
+
+
+def test_importing_fastkd_imports_nothing_heavy() -> None:
+    """Not torch for `import fastkd`; not Triton and no compiled module for its losses."""
+    script = (
+        "import sys, fastkd; assert 'torch' not in sys.modules;"
+        "import torch; before = set(sys.modules);"  # some versions of torch import Triton themselves
+        "import fastkd.losses; loaded = set(sys.modules) - before;"
+        "assert loaded.isdisjoint({'triton', 'torch._dynamo', 'fastkd.kernels', 'fastkd._cpu', 'fastkd._cuda',"
+        " 'numpy', 'timm', 'transformers'}), loaded"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_info_tells_why() -> None:
+    found = fastkd.info()
+    assert set(found["backends"]) == set(dispatch.BACKENDS)
+    assert found["backends"]["reference"] == {"in_use": True, "why_not": None}
+    assert Path(found["package"]) == Path(fastkd.__file__).parent.resolve()
+    for name, row in found["backends"].items():
+        assert row["in_use"] == (row["why_not"] is None), name
+    text = str(found)
+    assert torch.__version__ in text
+    for name in dispatch.BACKENDS:
+        assert name in text

@@ -1,0 +1,133 @@
+"""What is particular to the pixel_word kernels in CUDA C++: numbers of words, steps and their edges, layouts, fp64.
+
+On a GPU, or on CPU tensors where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from gpu_kernels import DEVICE, MARKS, kernels_of
+from pixel_word_tools import Kernels, as_maps, check, here, make, masks_of, run
+
+from fastkd.ops.pixel_word.reference import pixel_word as reference
+from fastkd.ops.pixel_word.reference import pixel_word_from_logits as reference_from_logits
+
+pytestmark = [*MARKS, pytest.mark.usefixtures("kernels")]
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    with kernels_of("cuda"):
+        yield
+
+
+cuda, from_logits = Kernels("cuda").features, Kernels("cuda").logits
+
+# 24, 32, 64 and 128 words are what the kernels are compiled for, with fewer too; steps are of 128 pixels (64, 32 where
+# two, four warps share the words), tiles of 16; features come 32 (16-bit) or 16 at a time, and of the words as many as
+# fit in shared memory.
+SHAPES = [
+    (2, 1, 1, 1, 2),
+    (2, 33, 16, 3, 70),
+    (2, 128, 24, 64, 40),
+    (2, 129, 30, 72, 40),
+    (1, 65, 33, 17, 5),
+    (1, 64, 64, 32, 96),
+    (1, 40, 128, 8, 8),
+]
+
+
+@pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_against_fp64(shape: tuple[int, ...], similarity: str) -> None:
+    inputs = here(make(*shape))
+    options = {"similarity": similarity, "temperature": 0.7}
+    check(inputs, cuda, reference, **options, **masks_of(*shape[:3]))
+    check(as_maps(inputs), cuda, reference, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[3], SHAPES[6]], ids=str)
+def test_dtypes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = here(make(*shape, dtype=dtype))
+    check(inputs, cuda, reference)
+    check(as_maps(inputs), cuda, reference, similarity="cosine", **masks_of(*shape[:3]))
+
+
+@pytest.mark.parametrize("shape", [(530, 130, 5, 4), (530, 65, 34, 2), (530, 33, 65, 2)], ids=str)
+def test_several_steps_to_a_program(shape: tuple[int, ...]) -> None:
+    """A batch that leaves one program to a sample: two steps of 128, 64, 32 pixels, the second a short one."""
+    inputs, masks = here(make(*shape)), masks_of(*shape[:3])
+    together = run(cuda, inputs, **masks)
+    check([x[-2:] for x in inputs], cuda, reference, **{name: mask[-2:] for name, mask in masks.items()})
+    weights = torch.linspace(1, 2, shape[0], device=DEVICE)[-2:] / torch.linspace(1, 2, 2, device=DEVICE)
+    apart = run(cuda, [x[-2:] for x in inputs], **{name: mask[-2:] for name, mask in masks.items()})
+    apart[1:] = [x * weights[:, None, None] for x in apart[1:]]  # a sample has a program to each step
+    for got, want in zip(together, apart, strict=True):
+        torch.testing.assert_close(got[-2:], want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("words", [20, 100])
+def test_words_that_do_not_fit_in_shared_memory(words: int, dtype: torch.dtype) -> None:
+    inputs = here(make(1, 150, words, 1100, 520, dtype=dtype))
+    check(inputs, cuda, reference, similarity="cosine", temperature=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 47, 7, 21), (1, 50, 35, 30)], ids=str)
+def test_any_alignment(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Where nothing can be read 16 bytes at a time, in rows and maps, from an odd address on."""
+    inputs = here(make(*shape, dtype=dtype))
+    odd = [torch.cat([x.new_full((1,), NAN), x.flatten()])[1:].view(x.shape) for x in inputs]
+    for got, want in zip(run(cuda, odd), run(cuda, [x.clone() for x in inputs]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    check(as_maps(odd), cuda, reference)
+    padded = [torch.nn.functional.pad(x, (0, 5))[..., : x.shape[2]] for x in inputs]
+    check(padded, cuda, reference, similarity="cosine")
+
+
+@pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1, 2), (3, 70, 20, 33, 17), (1, 41, 128, 9, 9)], ids=str)
+def test_fp64(shape: tuple[int, ...], similarity: str) -> None:
+    inputs = here(make(*shape, dtype=torch.float64))
+    masks = masks_of(*shape[:3])
+    check(inputs, cuda, reference, similarity=similarity, temperature=0.7, **masks)
+    check(as_maps(inputs), cuda, reference, similarity=similarity)
+    logits = [v @ w.mT for v, w in (inputs[:2], inputs[2:])]
+    check(logits, from_logits, reference_from_logits, 1, **masks)
+    mixed = [x.float() if i == 0 else x for i, x in enumerate(inputs)]  # its gradient is of its dtype, not fp64
+    got = run(cuda, mixed, similarity=similarity)
+    want = run(reference, [x.double() for x in mixed], similarity=similarity)
+    assert [x.dtype for x in got] == [torch.float64, torch.float32, torch.float64]
+    torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
+
+
+def test_problems_the_kernels_do_not_index_are_refused() -> None:
+    """An error before any launch, with nothing read or written."""
+    from fastkd.ops.launch import native
+
+    module = native("cuda")
+    memory = torch.zeros(64, device=DEVICE)
+    network = ((memory.data_ptr(), "float32", (0, 0, 1)), memory.data_ptr(), 0, 4, 8, 1.0, False)
+
+    def problem(words: int = 4, width: int = 8, batch: int = 1, pixels: int = 4, address: int = 0) -> Any:
+        own = ((address or memory.data_ptr(), "float32", (0, 0, 1)), *network[1:3], words, width, 1.0, False)
+        return module.PixelWord((own, own, 0, batch, pixels, "float32", False, 15), 0, 2**25)
+
+    problem()
+    for beyond in ({"words": 129}, {"width": 2**28 + 1}, {"pixels": 2**28 + 1}, {"batch": 2**31}):
+        with pytest.raises(ValueError, match="than the kernels index"):
+            problem(**beyond)
+    with pytest.raises(ValueError, match="multiple of the element size 4"):
+        problem(address=memory.data_ptr() + 2)
+    with pytest.raises(ValueError, match="loss: a null pointer"):
+        problem().forward([0, 0, 0, 0], 0, memory.data_ptr())
+    with pytest.raises(RuntimeError, match="pixel_word_forward: cudaErrorInvalidValue"):  # nowhere to put the logits
+        problem().forward([0, 0, 0, 0], memory.data_ptr(), memory.data_ptr())

@@ -1,0 +1,460 @@
+"""What is particular to the relation kernels: their forms, blocks, workspace and instruction sets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd import _native
+from fastkd.ops.relation import native as relation_native
+from fastkd.ops.relation import plan as forms
+from fastkd.ops.relation import relation
+from fastkd.ops.relation.reference import relation as reference
+
+try:
+    cpu = _native.load("cpu")
+except ImportError as error:
+    pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
+
+# Widths and rows around the kernels' blocks (96 and 48 rows), panels (48, 32, 24, ...) and chunks (64 and 256 columns).
+SHAPES = [(2, 3, 5, 4), (1, 1, 1, 1), (1, 100, 33, 33), (2, 97, 64, 80), (1, 193, 70, 300), (1, 48, 257, 257)]
+DISTANCES = ["kl", "mse", "row_cosine"]
+FORMS: dict[str, dict[str, Any]] = {
+    "tiles": {},
+    "kept": {"keep": True},
+    "across samples": {"cross": True},
+}
+ISAS = ["baseline", "avx2", "avx512"]
+
+
+def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def loss_and_gradient(
+    f: Any, student: Tensor, teacher: Tensor, weight: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    loss = f(leaf, teacher, **options)
+    return loss.detach(), torch.autograd.grad((loss * weight).sum(), leaf)[0]
+
+
+def kernel(student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return loss_and_gradient(relation, student, teacher, weight, backend="cpu", **options)
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def without_keep(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k != "keep"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_form_layout_and_distance(shape: tuple[int, int, int, int], form: str) -> None:
+    batch, count, width_s, width_t = shape
+    weight = rows((batch, count), 3)
+    for name, similarity, by_columns in itertools.product(DISTANCES, ("cosine", "mean"), (False, True)):
+        student, teacher = rows((batch, count, width_s), 0), rows((batch, count, width_t), 1)
+        if by_columns:  # as a map (B, K, H, W) seen as rows of pixels
+            student, teacher = student.mT.contiguous().mT, teacher.mT.contiguous().mT
+        options = {"similarity": similarity, "distance": name, "temperature": 0.5, **FORMS[form]}
+        loss, grad = kernel(student, teacher, weight, **options)
+        exact = loss_and_gradient(
+            reference, student.double(), teacher.double(), weight.double(), **without_keep(options)
+        )
+        plain = loss_and_gradient(reference, student, teacher, weight, **without_keep(options))
+        assert grad.stride() == student.stride() or count == 1
+        if count == 1 and name != "mse":
+            assert loss.abs().max() <= 1e-6  # one row has one relation: nothing to compare
+            assert grad.abs().max() <= 1e-6
+            continue
+        for got, eager, right in zip((loss, grad), plain, exact, strict=True):
+            assert distance(got, right) <= 2 * distance(eager, right) + 4e-7, (name, similarity, by_columns)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.05, 20.0])
+@pytest.mark.parametrize("negate", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_cosine_with_and_without_a_fixed_shift(form: str, negate: bool, temperature: float) -> None:
+    """Below τ = 0.02 rows keep their own maxima. Close rows, or softmax at 0.005 would leave nothing to compare."""
+    base = rows((2, 1, 20), 5)
+    student, teacher = (base + 0.1 * rows((2, 110, 20), seed) for seed in (6, 7))
+    weight = rows((2, 110), 3)
+    options = {"temperature": temperature, "negate": negate, **FORMS[form]}
+    loss, grad = kernel(student, teacher, weight, **options)
+    exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **without_keep(options))
+    plain = loss_and_gradient(reference, student, teacher, weight, **without_keep(options))
+    for got, eager, right in zip((loss, grad), plain, exact, strict=True):
+        assert distance(got, right) <= 2 * distance(eager, right) + 4e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("widths", [(20, 20), (20, 13)], ids=str)
+@pytest.mark.parametrize("cross", [False, True])
+def test_gram_form(cross: bool, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """K×K matrices for mse of narrow rows; per-row weights and one weight for all are two ways through the backward."""
+    student, teacher = rows((2, 300, widths[0]), 0, dtype), rows((2, 300, widths[1]), 1, dtype)
+    for similarity in ("cosine", "mean", "dot"):
+        for weight in (rows((2, 300), 3), torch.ones(()).expand(2, 300), torch.full((2, 300), 0.5)):
+            options = {"similarity": similarity, "distance": "mse", "cross": cross}
+            loss, grad = kernel(student, teacher, weight, **options)
+            exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)
+            assert grad.dtype == dtype
+            assert distance(loss, exact[0]) <= (1e-13 if dtype == torch.float64 else 1e-6)
+            # Storing the gradient costs half a unit in the last place, more where fp16 has subnormals only.
+            assert distance(grad, exact[1]) <= {torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 4e-3}[dtype]
+
+
+def alike(kind: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Student and teacher in bfloat16 whose gradients cancel in different ways."""
+    student, teacher = rows(shape, 0, torch.float64), rows(shape, 1, torch.float64)
+    common = rows((shape[0], 4, shape[2]), 2, torch.float64)
+    if kind == "near the teacher":
+        teacher = student + 0.05 * teacher
+    elif kind == "one direction":
+        student, teacher = common[:, :1] + 0.1 * student, common[:, :1] + 0.1 * teacher
+    elif kind == "four directions":
+        common = common[:, torch.arange(shape[1]) % 4]
+        student, teacher = common + 0.1 * student, common + 0.1 * teacher
+    elif kind == "positive":
+        student, teacher = student.relu(), teacher.relu()
+    elif kind == "of many sizes":
+        student = student * torch.logspace(-3, 3, shape[1], dtype=torch.float64)[:, None]
+    return student.bfloat16(), teacher.bfloat16()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kind", ["independent", "near the teacher", "one direction", "four directions", "positive", "of many sizes"]
+)
+def test_bfloat16_gradients_are_as_exact_as_two_roundings(kind: str, form: str) -> None:
+    """H may be rounded before its product with the rows, and the gradient is; √2 roundings if nothing cancels."""
+    student, teacher = alike(kind, (2, 203, 150))
+    weight = rows((2, 203), 3).abs()
+    for by_columns, name, temperature in itertools.product((False, True), ("kl", "row_cosine"), (0.1, 1.0)):
+        if by_columns:
+            student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+        options = {"distance": name, "temperature": temperature, **FORMS[form]}
+        grad = kernel(student, teacher, weight, **options)[1]
+        exact = loss_and_gradient(
+            reference, student.double(), teacher.double(), weight.double(), **without_keep(options)
+        )[1]
+        assert distance(grad, exact) <= 1.6 * distance(exact.bfloat16(), exact), (by_columns, name, temperature)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_of_every_shape(shape: tuple[int, int, int, int], form: str) -> None:
+    batch, count, width_s, width_t = shape
+    student, teacher = rows((batch, count, width_s), 0, torch.bfloat16), rows((batch, count, width_t), 1).bfloat16()
+    weight = rows((batch, count), 3)
+    for similarity, name, by_columns in itertools.product(("cosine", "mean"), DISTANCES, (False, True)):
+        if by_columns:
+            student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+        options = {"similarity": similarity, "distance": name, "temperature": 0.5, **FORMS[form]}
+        grad = kernel(student, teacher, weight, **options)[1]
+        exact = loss_and_gradient(
+            reference, student.double(), teacher.double(), weight.double(), **without_keep(options)
+        )[1]
+        assert (grad.double() - exact).norm() <= 4e-3 * exact.norm() + 1e-6, (similarity, name, by_columns)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_rows_too_large_to_multiply_as_they_are(form: str) -> None:
+    """They are scaled first, in float: the same gradient but for the rounding of H."""
+    student, teacher, weight = (
+        rows((1, 110, 40), 0, torch.bfloat16),
+        rows((1, 110, 40), 1).bfloat16(),
+        rows((1, 110), 2),
+    )
+    grad = kernel(student, teacher, weight, **FORMS[form])[1]
+    far = kernel(student * 2.0**60, teacher, weight * 2.0**60, **FORMS[form])[1]
+    assert distance(far, grad.double()) <= 4e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_rows_of_zeros_and_nan(form: str) -> None:
+    student, teacher = rows((2, 110, 30), 0, torch.bfloat16), rows((2, 110, 30), 1).bfloat16()
+    student[0, 3] = 0
+    student[0, 50, 7] = math.nan
+    loss, grad = kernel(student, teacher, torch.ones(2, 110), **FORMS[form])
+    assert grad[0, 3].abs().max() == 0
+    others = [r for r in range(110) if r != 3]
+    assert loss[0].isnan().all()
+    assert grad[0, others].isnan().all()
+    assert form == "across samples" or (loss[1].isfinite().all() and grad[1].isfinite().all())
+
+
+@pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3])
+def test_gram_form_keeps_its_digits_near_the_teacher(difference: float) -> None:
+    teacher = rows((1, 400, 16), 0)
+    student = teacher + difference * rows((1, 400, 16), 1)
+    wide = torch.cat([teacher, torch.zeros(1, 400, 1)], 2)  # the same relations, but no difference of features
+    weight = torch.ones(1, 400)
+    for target in (teacher, wide):
+        loss, grad = kernel(student, target, weight, distance="mse")
+        exact = loss_and_gradient(reference, student.double(), target.double(), weight.double(), distance="mse")
+        plain = loss_and_gradient(reference, student, target, weight, distance="mse")
+        for got, eager, right in zip((loss, grad), plain, exact, strict=True):
+            assert distance(got, right) <= 2 * distance(eager, right) + 4e-7
+
+
+def plain_formula(student: Tensor, teacher: Tensor, similarity: str) -> Tensor:
+    """All in the inputs' dtype, bfloat16 and fp16 too: what the kernels' errors are held against."""
+
+    def matrix(x: Tensor) -> Tensor:
+        if similarity == "cosine":
+            x = torch.nn.functional.normalize(x, dim=-1)
+        return x @ x.mT / (x.shape[-1] if similarity == "mean" else 1)
+
+    return (matrix(student) - matrix(teacher)).square().mean(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(24, 12), (12, 24), (20, 17)], ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 3e-2, 1.0])
+def test_unequal_widths_near_the_teacher(noise: float, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Relations nearly agree, though channels don't correspond (an orthogonal map) or only in part (padding)."""
+    width, exactness = min(widths), torch.finfo(torch.float64).eps
+    for offset, similarity in ((0.0, "cosine"), (2.0, "cosine"), (0.0, "mean")):
+        base = rows((1, 300, width), 0, torch.float64) + offset * rows((1, 1, width), 1, torch.float64)
+        turned = base @ torch.linalg.qr(rows((widths[0], widths[0]), 2, torch.float64))[0][:width]
+        padded, teacher = (torch.nn.functional.pad(base, (0, size - width)) for size in widths)
+        for mapped in (turned, padded):
+            student = (mapped + noise * rows((1, 300, widths[0]), 3, torch.float64)).to(dtype)
+            teacher, weight = teacher.to(dtype), rows((1, 300), 4)
+            loss, grad = kernel(student, teacher, weight, similarity=similarity, distance="mse")
+            doubles = (student.double(), teacher.double(), weight.double())
+            exact = loss_and_gradient(plain_formula, *doubles, similarity=similarity)
+            plain = loss_and_gradient(plain_formula, student, teacher, weight.to(dtype), similarity=similarity)
+            for got, eager, right in zip((loss, grad), plain, exact, strict=True):
+                stored = torch.finfo(got.dtype).eps * right.abs().max() + torch.finfo(got.dtype).smallest_normal
+                allowed = 2 * (eager.double() - right).abs().max() + stored + 32 * exactness
+                assert (got.double() - right).abs().max() <= allowed, (similarity, offset)
+            size = plain_formula(doubles[0], 0 * doubles[1], similarity).max()  # mean E²
+            arithmetic = torch.float32 if dtype == torch.bfloat16 else torch.float64
+            assert loss.min() >= -32 * torch.finfo(arithmetic).eps * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, "gram"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_change_no_bit(form: str, batch: int, dtype: torch.dtype) -> None:
+    """Threads share a problem (one sample) or take whole ones (three)."""
+    student, teacher = rows((batch, 330, 30), 0, dtype), rows((batch, 330, 30), 1, dtype)
+    weight = rows((batch, 330), 2)
+    options = {"distance": "mse"} if form == "gram" else FORMS[form]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(kernel(student, teacher, weight, **options))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("distance_name", ["kl", "row_cosine"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_small_workspace_gives_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, cross: bool, distance_name: str
+) -> None:
+    """Blocks that don't fit together are packed again, half against half."""
+    student, teacher, weight = rows((2, 700, 40), 0), rows((2, 700, 40), 1), rows((2, 700), 2)
+    options = {"distance": distance_name, "cross": cross}
+    whole = kernel(student, teacher, weight, **options)
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
+    with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
+        relation(student, teacher, backend="cpu", **options)
+    least = str(error.value).split("at least ")[1].split(",")[0]
+    for mib in (least, "1", "1.5"):  # what the error asks for is enough, for the backward too
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
+        for got, want in zip(kernel(student, teacher, weight, **options), whole, strict=True):
+            assert distance(got, want.double()) <= 5e-7
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "many")
+    with pytest.raises(ValueError, match="FASTKD_WORKSPACE_MIB: expected a number of MiB above 0, got 'many'"):
+        kernel(student, teacher, weight, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["kept", "gram"])
+def test_a_form_that_does_not_fit_gives_way_to_tiles(
+    monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype
+) -> None:
+    shape, teacher_width = (2, 400, 200 if form == "kept" else 70), 200 if form == "kept" else 50
+    student, teacher, weight = rows(shape, 0, dtype), rows((2, 400, teacher_width), 1, dtype), rows(shape[:2], 2)
+    options: dict[str, Any] = {"keep": True} if form == "kept" else {"distance": "mse"}
+    arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    relation(student, teacher, backend="cpu")  # a backend's first call tests it
+    chosen: list[str] = []
+    native_call = relation_native._Native._call
+    monkeypatch.setattr(relation_native._Native, "_call", lambda *a: chosen.append(a[-1].form) or native_call(*a))
+
+    def with_limit(forward: int, backward: int | None = None) -> tuple[Tensor, Tensor]:
+        chosen.clear()
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", repr(forward / 2**20))
+        leaf = student.detach().requires_grad_()
+        loss = relation(leaf, teacher, backend="cpu", **options)
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", repr((backward or forward) / 2**20))
+        return loss.detach(), torch.autograd.grad((loss * weight).sum(), leaf)[0]
+
+    def least(name: str) -> int:
+        call = cpu.Relation(
+            *shape, teacher_width, "cosine", options.get("distance", "kl"), 0.1, False, False,
+            str(dtype).removeprefix("torch."), name, 1, 2**40,
+        )  # fmt: skip
+        return max(call.workspace_bytes(backward)[1] for backward in (False, True))
+
+    assert least("tiles") < least(form)
+    whole = with_limit(2**25)
+    assert chosen == [form, form]
+    assert all(map(torch.equal, with_limit(least(form)), whole))  # one thread: the same bits
+    assert chosen == [form, form]
+    tiled = with_limit(least(form) - 64)
+    assert chosen == ["tiles", "tiles"]
+    # The forward decides: a limit raised before the backward does not make it look for matrices that were not kept.
+    for results in (tiled, with_limit(least("tiles")), with_limit(least(form) - 64, 2**25)):
+        for got, want in zip(results, whole, strict=True):
+            assert distance(got, want.double()) <= 1000 * arithmetic.eps + 2 * torch.finfo(got.dtype).eps
+        assert chosen == ["tiles", "tiles"]
+    with pytest.raises(ValueError, match=r"does not hold one block of rows of this call, set it to at least [\d.]+,"):
+        with_limit(2**25, least("tiles"))
+    assert chosen == [form, form]
+    with pytest.raises(ValueError, match="does not hold one block of rows of this call, set it to at least") as error:
+        with_limit(least("tiles") - 64)
+    named = float(str(error.value).split("at least ")[1].split(",")[0])
+    assert least("tiles") <= named * 2**20 < least("tiles") + 0.01 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_the_least_workspace_is_known_before_the_call(dtype: torch.dtype) -> None:
+    for count, student, teacher in ((100, 16, 16), (333, 20, 13), (2000, 100, 300), (48, 7, 9), (1400, 1024, 1000)):
+        for form, distance_name, known in (
+            ("gram", "mse", forms._least_gram(student, teacher, dtype)),
+            ("kept", "kl", forms._least_kept(count, 8 if dtype == torch.float64 else 4)),
+        ):
+            arguments = (1, count, student, teacher, "cosine", distance_name, 0.1, False, False)
+            call = cpu.Relation(*arguments, str(dtype).removeprefix("torch."), form, 1, 1)
+            assert known == max(call.workspace_bytes(backward)[1] for backward in (False, True))
+
+
+@pytest.mark.parametrize("form", ["tiles", "kept", "gram"])
+def test_the_workspace_is_bounded_whatever_the_rows(form: str) -> None:
+    """Beside it a backward over tiles holds one fp32 copy of a sample's gradient."""
+    mib = 2**20
+    for count, width in ((900, 64), (14400, 64), (14400, 512), (100_000, 64)):
+        if form == "kept" and count > 2048:
+            continue
+        call = cpu.Relation(
+            *(8, count, width, width, "cosine", "mse" if form == "gram" else "kl", 0.1, False, False),
+            *("float32", form, 2, 32 * mib),
+        )
+        copy = count * width * 4 + 96 * 64 * 4
+        for backward in (False, True):
+            size, least = call.workspace_bytes(backward)
+            assert least <= 32 * mib
+            assert size <= 32 * mib + (1.1 * copy if backward and form == "tiles" else 0) * 2
+
+
+@pytest.mark.parametrize("form", ["tiles", "kept", "gram"])
+def test_many_threads_take_no_more(form: str) -> None:
+    """As many of them work as the limit has scratch memory for."""
+    for threads in (1, 64, 4096):
+        call = cpu.Relation(
+            *(200, 1024, 400, 300, "cosine", "mse" if form == "gram" else "kl", 0.1, False, False),
+            *("float64", form, threads, 64 * 2**20),
+        )
+        size, least = call.workspace_bytes(True)
+        assert least <= 64 * 2**20
+        assert size <= 64 * 2**20 + threads * (1100 * 416 * 8 if form == "tiles" else 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_kept_matrices_fit_the_default_workspace(dtype: str) -> None:
+    count = math.isqrt(forms.MAX_KEPT_BYTES // (8 if dtype == "float64" else 4))
+    call = cpu.Relation(1, count, 900, 900, "cosine", "kl", 0.1, False, False, dtype, "kept", 2, 32 * 2**20)
+    for backward in (False, True):
+        assert call.workspace_bytes(backward)[1] <= 32 * 2**20
+
+
+def test_kept_matrices_are_small() -> None:
+    for count in (97, 128, 512, 1024):
+        blocks = -(-count // 48)
+        assert blocks * (blocks + 1) * 48 * 48 <= 3 * count * count
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", DISTANCES)
+def test_rows_of_zeros_and_tiny_rows(name: str, form: str) -> None:
+    student, teacher, weight = rows((2, 110, 30), 0), rows((2, 110, 30), 1), torch.ones(2, 110)
+    student[0, 3] = teacher[0, 5] = 0
+    student[1, 7] = 1e-14
+    options = {"distance": name, **FORMS[form]}
+    loss, grad = kernel(student, teacher, weight, **options)
+    want = loss_and_gradient(reference, student, teacher, weight, **without_keep(options))
+    torch.testing.assert_close(loss, want[0], rtol=1e-4, atol=5e-6)
+    torch.testing.assert_close(grad, want[1], rtol=1e-4, atol=5e-6)
+    assert grad[0, 3].abs().max() == grad[1, 7].abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e18])
+def test_norms_beyond_the_range_of_squares(scale: float) -> None:
+    student, teacher, weight = rows((1, 60, 30), 0) * scale, rows((1, 60, 30), 1), torch.ones(1, 60)
+    if scale > 1:
+        loss, _ = kernel(student, teacher, weight)
+        exact, _ = loss_and_gradient(reference, student.double(), teacher.double(), weight.double())
+        assert distance(loss, exact) <= 1e-5
+    else:  # below the floor: no gradient
+        assert kernel(student, teacher, weight)[1].abs().max() == 0
+
+
+def test_equal_networks_give_exactly_nothing() -> None:
+    student, weight = rows((2, 110, 30), 0), rows((2, 110), 1)
+    for form, name in itertools.product(FORMS, ("kl", "mse")):
+        loss, grad = kernel(student, student.clone(), weight, distance=name, **FORMS[form])
+        assert loss.abs().max() == grad.abs().max() == 0
+
+
+def test_native_arguments_are_checked() -> None:
+    good = [1, 4, 5, 5, "cosine", "kl", 0.1, False, False, "float32", "tiles", 1, 2**25]
+    for index, bad, message in (
+        (0, 0, "expected at least 1"),
+        (4, "cos", "similarity: expected cosine, mean or dot, got 'cos'"),
+        (5, "l2", "distance: expected kl, mse or row_cosine, got 'l2'"),
+        (6, 0.0, "temperature"),
+        (9, "int8", "dtype"),
+        (10, "gram", "'gram' is for distance 'mse'"),
+        (10, "all", "form: expected tiles, kept or gram, got 'all'"),
+        (11, 0, "threads: expected 1 to 4096, got 0"),
+    ):
+        arguments = [*good]
+        arguments[index] = bad
+        with pytest.raises(ValueError, match=message):
+            cpu.Relation(*arguments)
+    call = cpu.Relation(*good)
+    with pytest.raises(ValueError, match="student: a null pointer"):
+        call.forward((0, 5, 20, 5, 1), (64, 5, 20, 5, 1), 64, 64, 64, 64)
+
+
+@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="this is such a run")
+@pytest.mark.parametrize("isa", ISAS[:-1])
+def test_lesser_instruction_sets_pass_this_file(isa: str) -> None:
+    if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):
+        pytest.skip(f"{isa} is not below this machine's {cpu.isa()}")
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"FASTKD_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -1,0 +1,268 @@
+"""What is particular to the relation kernels in CUDA C++: tiles and their edges, bands, layouts, workspace, arguments.
+
+Built for the host on CPU tensors where there is no GPU (``emulation.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from gpu_kernels import DEVICE, MARKS, kernels_of
+from relation_tools import DTYPES, FORMS, METHODS, check_kernel, loss_and_gradient, rows, run_kernel
+from torch import Tensor
+
+from fastkd.ops.launch import dtype_name, native
+from fastkd.ops.relation import plan as relation_plan
+from fastkd.ops.relation import relation
+from fastkd.ops.relation.reference import relation as reference
+
+pytestmark = [*MARKS, pytest.mark.usefixtures("kernels")]
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    with kernels_of("cuda"):
+        yield
+
+
+kernel = functools.partial(run_kernel, "cuda")
+check = functools.partial(check_kernel, "cuda")
+
+
+def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
+    """But for the order of sums, and what storing them in another order's digits costs."""
+    for a, b in zip(got, want, strict=True):
+        near = 3e-6 + (torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 0.0)
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-7 + near * b.abs().max().item())
+
+
+def drawn_for(method: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, count, width = shape
+    student, teacher = rows(shape, 0, dtype), rows((batch, count, width + 5), 1, dtype)
+    if "maxima" in method:  # close rows, or a softmax at 0.03 would leave nothing to compare
+        student, teacher = (0.05 * x + rows((batch, 1, x.shape[2]), 2, dtype) for x in (student, teacher))
+    return student, teacher
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edges_of_tiles(dtype: torch.dtype, method: str, form: str) -> None:
+    """Rows and widths a little more than blocks: two row blocks, the last almost empty, and a chunk of one column."""
+    shape = (2 if form == "across samples" else 1, 67, 17 if dtype == torch.float32 else 33)
+    student, teacher = drawn_for(method, shape, dtype)
+    check(student, teacher, rows(shape[:2], 3).abs(), **METHODS[method], **FORMS[form])
+
+
+@pytest.mark.parametrize("form", ["tiles", "kept"])
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(torch.bfloat16, name) for name in ("kl", "mse", "row_cosine")] + [(torch.float16, "kl")],
+    ids=str,
+)
+def test_edges_of_large_tiles(dtype: torch.dtype, method: str, form: str) -> None:
+    """Enough samples for tiles of 128 rows and columns: 89 with three tiles each."""
+    student, teacher = drawn_for(method, (89, 131, 9), dtype)
+    weight = rows((89, 131), 3).abs()
+    want = check(student, teacher, weight, **METHODS[method], **FORMS[form])
+    if method == "kl":
+        columns = [x.mT.contiguous().mT for x in (student, teacher)]
+        assert_near(kernel(*columns, weight, **METHODS[method], **FORMS[form]), want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_row_and_one_column(method: str) -> None:
+    for shape in ((2, 1, 7), (2, 5, 1)):
+        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), least=4.0, **METHODS[method])
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_alignment(dtype: torch.dtype) -> None:
+    """Copies of 16, 8, 4 and 2 bytes at a time, by the divisors of widths, strides and addresses."""
+    weight = rows((2, 70), 2)
+    for width in (40, 36, 34, 35):
+        student, teacher = rows((2, 70, width), 0, dtype), rows((2, 70, width), 1, dtype)
+        want = check(student, teacher, weight)
+        for first in (1, 2, 4):  # elements that the address is off
+            moved = torch.zeros(student.numel() + first, dtype=dtype, device=DEVICE)[first:].view_as(student)
+            moved.copy_(student)
+            assert_near(kernel(moved, teacher, weight), want)
+        spaced = torch.full((2, 70, 2 * width), math.nan, dtype=dtype, device=DEVICE)[..., ::2].copy_(student)
+        assert_near(kernel(spaced, teacher, weight), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cross", [False, True])
+def test_maps_seen_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
+    """Rows are then the inner dimension, of any alignment, on one side or on both; the gradient is laid out alike."""
+    for count, width in ((72, 6), (68, 37), (66, 5), (67, 8)) if not cross else ((11, 5), (72, 9)):
+        student, teacher = rows((2, count, width), 0, dtype), rows((2, count, width + 2), 1, dtype)
+        columns = [x.mT.contiguous().mT for x in (student, teacher)]
+        weight = rows((2, count), 2)
+        want = kernel(student, teacher, weight, cross=cross)
+        for s, t in (columns, (student, columns[1]), (columns[0], teacher)):
+            got = kernel(s, t, weight, cross=cross)
+            assert got[1].stride() == s.stride()
+            assert_near(got, want)
+
+
+# --- workspace --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("method", ["kl", "kl maxima", "row_cosine", "kl of means"])
+def test_a_small_workspace_gives_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, method: str, cross: bool, dtype: torch.dtype
+) -> None:
+    """Bands of row blocks one after another: nothing of the rows' number squared is held at once."""
+    count = 70 if cross else 200  # four row blocks
+    student, teacher = drawn_for(method, (2, count, 20), dtype)
+    weight = rows((2, count), 2)
+    options = {**METHODS[method], "cross": cross}
+    whole = kernel(student, teacher, weight, **options)
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
+    with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
+        relation(student, teacher, backend="cuda", **options)
+    least = float(str(error.value).split("at least ")[1].split(",")[0])
+    for mib in (least, 1.6 * least):  # what the error asks for is enough, for the backward too
+        monkeypatch.setenv("FASTKD_WORKSPACE_MIB", str(mib))
+        assert_near(kernel(student, teacher, weight, **options), whole)
+
+
+def test_matrices_kept_for_a_backward_with_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, weight = rows((1, 200, 20), 0), rows((1, 200, 9), 1), rows((1, 200), 2)
+    want = kernel(student, teacher, weight, keep=True)[1]
+    leaf = student.detach().requires_grad_()
+    loss = relation(leaf, teacher, keep=True, backend="cuda")
+    monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.2")
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf, weight)[0], want, rtol=1e-5, atol=1e-7)
+
+
+SIZES = ((32, 512, 900, 900), (16, 512, 3600, 3600), (32, 1024, 225, 225), (8, 3600, 256, 256), (2, 14400, 128, 128),
+         (8, 512, 900, 900), (1, 1, 3, 5), (300, 2000, 64, 32), (264, 65, 9, 9), (263, 65, 9, 9))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_plans(method: str, dtype: torch.dtype) -> None:
+    """Within the limit, but for the gradient in fp32 that bands add up; what is kept is as long as Python thinks."""
+    limit = 32 * 2**20
+    options = {"similarity": "cosine", "distance": "kl", "temperature": 0.1, "negate": False} | METHODS[method]
+    named = (options["similarity"], options["distance"], options["temperature"])
+    for batch, count, *widths in SIZES:
+        for cross in (False, True):
+            if cross and batch * count > 40000:
+                continue
+            call = native("cuda").Relation(
+                batch, count, *widths, *named, options["negate"], cross, dtype_name(torch.empty(0, dtype=dtype)),
+                "tiles" if cross else "kept", 0, limit,
+            )  # fmt: skip
+            for backward in (False, True):
+                needed, least = call.workspace_bytes(backward)
+                own = batch * (count + 127) * (widths[0] + 127) * 4 if backward else 0
+                assert least <= limit
+                assert needed <= limit + own
+            if not cross:
+                assert call.kept_elements() == relation_plan.kept_elements(batch, count, dtype, *named)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_equal_networks_give_exactly_nothing(form: str, dtype: torch.dtype) -> None:
+    count = 20 if form == "across samples" else 70
+    student, weight = rows((2, count, 30), 0, dtype), rows((2, count), 1)
+    for options in METHODS.values():
+        loss, grad = kernel(student, student.clone(), weight, **options, **FORMS[form])
+        assert loss.abs().max() == grad.abs().max() == 0
+
+
+def test_gradients_keep_their_digits_near_the_teacher() -> None:
+    """H comes of differences: its error shrinks with it."""
+    teacher, direction, weight = rows((1, 66, 30), 0), rows((1, 66, 30), 1), rows((1, 66), 2).abs()
+    for distance in (1e-2, 1e-4):
+        student = teacher + distance * direction
+        for options in (METHODS["kl"], METHODS["kl maxima"], METHODS["mse"], METHODS["row_cosine"]):
+            grad = kernel(student, teacher, weight, **options)[1].double()
+            exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)[1]
+            # What rounding the similarities themselves does, 1e-7, against their differences.
+            assert (grad - exact).abs().max() <= 1e-6 / distance * exact.abs().max()
+
+
+@pytest.mark.parametrize("distance", ["kl", "mse", "row_cosine"])
+def test_rows_of_zeros_and_tiny_rows(distance: str) -> None:
+    student, teacher = rows((2, 66, 30), 0), rows((2, 66, 30), 1)
+    student[0, 3] = teacher[0, 5] = 0
+    student[1, 65] = 1e-14
+    for keep in (False, True):
+        loss, grad = check(student, teacher, torch.ones(2, 66, device=DEVICE), distance=distance, keep=keep)
+        assert grad[0, 3].abs().max() == grad[1, 65].abs().max() == 0
+        assert loss.isfinite().all()
+
+
+def test_norms_far_apart_in_fp16() -> None:
+    """H times the scales of rows has fp32's range: one row of tiny numbers spoils no other's gradient."""
+    student, teacher = rows((1, 66, 30), 0, torch.float16), rows((1, 66, 30), 1, torch.float16)
+    student[0, 7] *= 1e-4
+    student[0, 9] *= 1e3
+    exact = loss_and_gradient(reference, student.double(), teacher.double(), torch.ones(1, 66).double().to(DEVICE))[1]
+    grad = kernel(student, teacher, torch.ones(1, 66, device=DEVICE))[1]
+    for row in range(66):
+        size = exact[0, row].abs().max().item()
+        if size < 6e4:  # else it is beyond fp16
+            assert (grad[0, row].double() - exact[0, row]).abs().max() <= 6e-4 * size + 6e-8
+
+
+def test_infinite_similarities() -> None:
+    """Products of infinities are what they are in plain arithmetic, not the NaN of a sum of three."""
+    student, teacher = rows((1, 70, 30), 0).abs(), rows((1, 70, 30), 1).abs()
+    for value in (math.inf, -math.inf):
+        bad = teacher.clone()
+        bad[0, 4, 7] = value
+        options = {"similarity": "dot", "temperature": 2.0}
+        got = relation(student, bad, backend="cuda", **options)
+        want = reference(student, bad, **options)
+        assert torch.equal(got.isnan(), want.isnan())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_a_kernel_cannot_take() -> None:
+    """Errors before anything is launched."""
+    make = native("cuda").Relation
+    named = ("cosine", "kl", 0.1, False, False)
+    for wrong, said in (
+        ({"dtype": "float64"}, "dtype: expected float32, float16 or bfloat16"),
+        ({"form": "gram"}, "form: "),
+        ({"rows": 0}, "expected at least 1"),
+    ):
+        given = {"rows": 3, "dtype": "float32", "form": "tiles"} | wrong
+        with pytest.raises(ValueError, match=said):
+            make(1, given["rows"], 4, 4, *named, given["dtype"], given["form"], 0, 2**25)
+    x, out = torch.zeros(1, 3, 4, device=DEVICE), torch.zeros(64, dtype=torch.float64, device=DEVICE)
+    call = make(1, 3, 4, 4, *named, "float32", "tiles", 0, 2**25)
+    at = (x.data_ptr(), 4, *x.stride())
+    space = torch.empty(call.workspace_bytes(False)[0], dtype=torch.uint8, device=DEVICE).data_ptr()
+    for student, loss, said in (
+        ((0, *at[1:]), out.data_ptr(), "student: a null pointer"),
+        ((at[0] + 2, *at[1:]), out.data_ptr(), "student: the address is not a multiple"),
+        (at, 0, "loss: a null pointer"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call.forward(student, at, loss, out.data_ptr(), 0, space)
+    for sizes in ((2**31, 3, 4, 4), (2**16, 2**16, 4, 4), (1, 3, 2**31, 4)):
+        huge = make(*sizes, *named, "float32", "tiles", 0, 2**25)
+        with pytest.raises(RuntimeError, match="relation_forward: cudaErrorInvalidValue"):
+            huge.forward((at[0], sizes[2], *at[2:]), at, out.data_ptr(), out.data_ptr(), 0, space)

@@ -1,0 +1,148 @@
+"""The CPU kernels under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+
+A driver without Python (csrc/tests) calls every kernel over hostile shapes, layouts, values and numbers of threads, on
+memory that ends where the tensors do. Bugs planted in a copy of a kernel prove that the rig would find them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from fault_injection import planted, update
+from shared_build import shared_folder
+
+pytestmark = pytest.mark.timeout(1800)  # a minute where nothing else runs; compilers on a busy machine take ten
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SANITIZERS = {"address": "address;undefined", "thread": "thread"}
+ISAS = ["baseline", "avx2", "avx512"]
+WRONG_RESULT, LACKS_ISA = 3, 77
+
+
+def tool(name: str) -> str:
+    """A program beside this Python, or on PATH; else a skip."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+class Ran(NamedTuple):
+    """How a run of the driver ended."""
+
+    stdout: str
+    stderr: str
+    returncode: int
+
+
+class Rig(NamedTuple):
+    """A copy of the sources, and the driver built from it under one kind of sanitizer."""
+
+    kind: str
+    sources: Path
+    build: Path
+
+    @property
+    def every_isa(self) -> bool:
+        """How work is shared out is the same in every instruction set, so ThreadSanitizer watches the smallest."""
+        return self.kind == "address"
+
+    def make(self) -> None:
+        done = subprocess.run([tool("cmake"), "--build", str(self.build)], capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+    def run(self, *isas: str) -> list[Ran]:
+        """The driver on each of these instruction sets, side by side."""
+        done = self._run([str(self.build / "sanitize")], isas)
+        if any("unexpected memory mapping" in d.stderr for d in done):  # too random for ThreadSanitizer's map of them
+            done = self._run([tool("setarch"), platform.machine(), "-R", str(self.build / "sanitize")], isas)
+            if any("unexpected memory mapping" in d.stderr or "setarch" in d.stderr for d in done):
+                pytest.skip(f"ThreadSanitizer cannot run on this system: {done[0].stderr.strip()[:200]}")
+        return done
+
+    @staticmethod
+    def _run(command: list[str], isas: tuple[str, ...]) -> list[Ran]:
+        options = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": ""}
+        running = [
+            subprocess.Popen(
+                command,
+                env=os.environ | options | {"FASTKD_CPU_ISA": isa},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for isa in isas
+        ]
+        return [Ran(*process.communicate(timeout=900), process.returncode) for process in running]
+
+
+@pytest.fixture(scope="module", params=list(SANITIZERS))
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    with shared_folder(f"sanitizers-{request.param}", CSRC) as folder:
+        rig = Rig(request.param, folder / "csrc", folder / "build")
+        update(CSRC, rig.sources)
+        configure(rig)
+        rig.make()
+        yield rig
+
+
+def configure(rig: Rig) -> None:
+    options = [f"-DFASTKD_SANITIZE={SANITIZERS[rig.kind]}"]
+    if not rig.every_isa:
+        options.append("-DFASTKD_ISA_X86=OFF")
+    command = [tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    done = subprocess.run(
+        [*command, "-S", str(rig.sources), "-B", str(rig.build), *options], capture_output=True, text=True
+    )
+    if "cannot link with -fsanitize" in done.stderr or "needs GCC" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_are_clean(rig: Rig) -> None:
+    isas = ISAS if rig.every_isa else ISAS[:1]
+    for isa, done in zip(isas, rig.run(*isas), strict=True):
+        if done.returncode == LACKS_ISA and isa != "baseline":
+            continue
+        assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+        assert f"instruction set {isa}" in done.stdout
+        assert done.stdout.strip().endswith(" right, 0 wrong")
+        assert "WARNING" not in done.stderr
+
+
+BUGS = {
+    # The maximum of a row reads one element beyond it.
+    "address": (
+        "cpu/softmax_kl/softmax_kl.cpp",
+        "state.raise(block_max(s + begin, count),",
+        "state.raise(block_max(s + begin, count + 1),",
+        "heap-buffer-overflow",
+    ),
+    # Every row writes the loss of the next one too, which another thread may own: written again there, mostly later, so
+    # results are mostly right.
+    "thread": (
+        "cpu/softmax_kl/softmax_kl.cpp",
+        "loss[r] = static_cast<T>(",
+        "loss[r] = loss[r + 1 < shape.count() ? r + 1 : r] = static_cast<T>(",
+        "data race",
+    ),
+}
+
+
+def test_a_planted_bug_is_found(rig: Rig) -> None:
+    file, right, wrong, finding = BUGS[rig.kind]
+    with planted(rig.sources / file, right, wrong, rig.make):
+        (done,) = rig.run("baseline")
+    assert done.returncode not in (0, WRONG_RESULT, LACKS_ISA), done.stdout
+    assert finding in done.stderr
+    assert "softmax_kl" in done.stderr

@@ -1,0 +1,190 @@
+"""What an installation consists of: the compiled modules stand alone, and the build says what it did."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import files
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastkd import _native
+
+ROOT = Path(__file__).parents[2]
+
+
+def built(name: str) -> Path:
+    """The file of a compiled module, or a skip with the reason why it was not built."""
+    info = _native.build_info().get(name)
+    if info is None:
+        pytest.skip("this source tree was never installed")
+    if not info["built"]:
+        pytest.skip(f"fastkd._{name} was not built: {info['reason']}")
+    spec = importlib.util.find_spec(f"fastkd._{name}")
+    assert spec is not None, f"the build says fastkd._{name} was built, but it is not installed"
+    assert spec.origin is not None
+    return Path(spec.origin)
+
+
+def output(*command: str | Path, **environment: str) -> str:
+    if shutil.which(str(command[0])) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run(
+        [str(c) for c in command], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_build_info_says_what_was_built_or_why_not() -> None:
+    info = _native.build_info()
+    if not info:
+        pytest.skip("this source tree was never installed")
+    assert set(info) == {"cpu", "cuda"}
+    for name, facts in info.items():
+        assert facts["built"] is (importlib.util.find_spec(f"fastkd._{name}") is not None)
+        assert facts["built"] or len(facts["reason"]) > 10
+    if info["cpu"]["built"]:
+        assert info["cpu"]["isas"][0] == "baseline"
+        assert re.match(r"\w+ \d+", info["cpu"]["compiler"])
+    if info["cuda"]["built"]:
+        targets = info["cuda"]["targets"]
+        assert "sm_103" not in targets
+        assert targets[-1] == targets[-2].replace("sm_", "compute_")  # PTX of the newest
+    json.dumps(info)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_modules_need_neither_torch_nor_a_cuda_library(name: str) -> None:
+    needed = output("readelf", "-d", built(name))
+    libraries = set(re.findall(r"\(NEEDED\).*\[(.+?)\]", needed))
+    allowed = re.compile(r"(libstdc\+\+|libgcc_s|libc|libm|libgomp|libomp|libpthread|libdl|librt|ld-linux[\w-]*)\.so")
+    assert [library for library in libraries if not allowed.match(library)] == []
+    undefined = output("nm", "-D", "--undefined-only", built(name))
+    assert not re.search(r"c10|torch|THP|\bcu[A-Z]|\bcuda[A-Z]", undefined)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_modules_import_without_torch_and_without_a_gpu(name: str) -> None:
+    built(name)
+    code = f"""
+import sys
+sys.modules["torch"] = None  # importing it would fail
+from fastkd import _native
+module = _native.load({name!r})
+print(module.isa() if {name!r} == "cpu" else module.device_count())
+"""
+    said = output(sys.executable, "-c", code, CUDA_VISIBLE_DEVICES="").strip()
+    assert said == "0" if name == "cuda" else said in _native.build_info()["cpu"]["isas"]
+
+
+def test_modules_stand_beside_each_other() -> None:
+    """Both bind the same C++ types, of which each has to have its own."""
+    for name in ("cpu", "cuda"):
+        built(name)
+    for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
+        code = f"""
+import fastkd._{first} as a, fastkd._{second} as b
+print(a.Relation is b.Relation, a.PixelWord is b.PixelWord)
+"""
+        assert output(sys.executable, "-c", code).split() == ["False", "False"]
+
+
+def test_cuda_module_says_its_targets_and_raises_cudas_own_errors() -> None:
+    built("cuda")
+    cuda = _native.load("cuda")
+    assert cuda.targets() == _native.build_info()["cuda"]["targets"]
+    assert cuda.runtime_version() >= 11080
+    if cuda.device_count() == 0:
+        nowhere = (256,) * 5  # never read: the launch is refused
+        with pytest.raises(RuntimeError, match="softmax_kl_forward: cudaError"):
+            cuda.softmax_kl_forward(*nowhere, 1, 1, 4, (4, 4), (4, 4), "float32", 1.0, 0)
+
+
+def test_load_refuses_an_unknown_module() -> None:
+    with pytest.raises(ValueError, match="name: expected 'cpu' or 'cuda', got 'tpu'"):
+        _native.load("tpu")
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({}, "never installed"),
+        ({"cuda": {"built": False, "reason": "no working nvcc was found"}}, "no working nvcc was found.*FASTKD_CUDA=1"),
+        ({"cuda": {"built": True}}, "was built but does not load here: no such symbol"),
+    ],
+)
+def test_a_missing_module_says_why_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, info: dict[str, Any], message: str
+) -> None:
+    def fail(name: str) -> None:
+        raise ImportError("no such symbol")
+
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    monkeypatch.setattr(_native.importlib, "import_module", fail)
+    with pytest.raises(ImportError, match=message):
+        _native.load("cuda")
+
+
+def test_kernels_and_data_are_part_of_the_package() -> None:
+    import fastkd.kernels
+
+    assert Path(fastkd.kernels.__file__).is_file()
+    installed = {str(path) for path in files("fastkd") or ()}
+    if not any(path.startswith("fastkd/") for path in installed):
+        pytest.skip("an editable installation: the sources are the package")
+    assert {"fastkd/py.typed", "fastkd/kernels/__init__.py"} <= installed
+    assert sum(path.startswith("fastkd/_build_info.") for path in installed) == 1
+    assert not any(path.startswith(("kernels/", "tests/", "csrc/")) for path in installed)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FASTKD_CUDA": "yes"}, "FASTKD_CUDA: expected auto, 0 or 1, got 'yes'"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS: expected a whole number above 0, got 'many'"),
+    ],
+)
+def test_misspelt_build_switches_are_refused(environment: dict[str, str], message: str) -> None:
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_no_machine_specific_or_inexact_compiler_flags() -> None:
+    undo = {ROOT / "csrc" / "cmake" / "Exact.cmake", ROOT / "csrc" / "cpu" / "kernels.h"}  # see test_build.py
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file() and path not in undo:
+            assert not re.search(r"march=native|fast-math|use_fast_math|Ofast", path.read_text()), path
+
+
+def test_lower_bounds_are_the_versions_that_were_tried() -> None:
+    """``make test-versions`` runs the suite under tests/versions/oldest.txt, which pins every bound."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    required = [*project["build-system"]["requires"], *project["project"]["dependencies"], *chain(*extras.values())]
+    bounds = dict(re.sub(r"\[.*\]", "", requirement).split(">=") for requirement in required)
+    lines = (ROOT / "tests" / "versions" / "oldest.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert set(pins) == set(bounds)
+    for name, bound in bounds.items():
+        missing = pins[name].count(".") - bound.count(".")
+        assert pins[name] == bound + missing * ".0", name
