@@ -1,0 +1,68 @@
+"""Write files, or replace a folder, as a whole: a reader sees the old content or the complete new one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Yield a temporary path next to each of ``paths``; when the block ends, rename them into place.
+
+    If the block raises, no file is replaced and the temporary ones are removed.
+
+    Example:
+        >>> with replace_files(Path("facts.json")) as (partial,):  # doctest: +SKIP
+        ...     partial.write_text("{}")
+    """
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: expected the name of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partials = tuple(path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths)
+    try:
+        yield partials
+        for partial, path in zip(partials, paths, strict=True):
+            _make_readable(partial)
+            partial.replace(path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; when the block ends, it takes the place of ``path`` and of all its content.
+
+    If the block raises, ``path`` stays as it was and the temporary folder is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    for leftover in (partial, old):  # of a process that had this number and was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            _make_readable(file)
+        if path.exists():
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_readable(path: Path) -> None:
+    """Undo the private mode of files that libraries write under a temporary name of their own."""
+    path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,0 +1,40 @@
+"""Parts of error messages: shortened lists and close matches."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def shortened(names: Sequence[str], limit: int = 3) -> str:
+    """Return ``names`` as text, the first ``limit`` of them.
+
+    Example:
+        >>> shortened(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def close_matches(name: object, known: Iterable[object], limit: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Return the known names that ``name`` may be a misspelling of, the closest first."""
+    return difflib.get_close_matches(str(name), [str(one) for one in known], n=limit, cutoff=cutoff)
+
+
+def suggestion(name: object, known: Iterable[object], limit: int = 12) -> str:
+    """Return a sentence to append to an error: the close matches, or else the known names; "" if there are none.
+
+    Example:
+        >>> suggestion("stage", ["stages", "logits"])
+        " Did you mean 'stages'?"
+        >>> suggestion("x", ["stages", "logits"])
+        " There is: 'stages', 'logits'."
+    """
+    names = [str(one) for one in known]
+    close = close_matches(name, names)
+    if close:
+        return f" Did you mean {' or '.join(map(repr, close))}?"
+    if not names:
+        return ""
+    return f" There is: {', '.join(map(repr, names[:limit]))}{', ...' if len(names) > limit else ''}."
