@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages that the code really has."""
+"""docs/troubleshooting.md quotes only messages that the code contains."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-FOREIGN = ("operator torchvision::nms", "CUDA out of memory", "Inference tensors cannot be saved")  # messages of others
+FOREIGN = ("operator torchvision::nms", "CUDA out of memory", "Inference tensors cannot be saved")  # from other packages
 
 
 def quoted() -> list[str]:
-    """The quotes that open an entry: ``- `one` and `another` ...``."""
+    """Return the quotes that open an entry: ``- `one`, `another` ...``."""
     page = PAGE.read_text("utf-8").replace("\n  ", " ")
     openings = re.findall(r"^- ((?:(?:, | and )?`[^`]+`)+)", page, re.MULTILINE)
     return [quote for text in openings for quote in re.findall(r"`([^`]+)`", text) if not quote.startswith(FOREIGN)]
@@ -34,4 +34,4 @@ def test_page_has_entries() -> None:
 @pytest.mark.parametrize("quote", quoted())
 def test_quoted_message_is_in_the_code(quote: str, sources: str) -> None:
     for piece in re.split(r"\s*…\s*|torch\.int64", quote):
-        assert piece.strip("() ") in sources, f"no message of the code holds {piece!r}: mend docs/troubleshooting.md"
+        assert piece.strip("() ") in sources, f"no message in the code contains {piece!r}: update docs/troubleshooting.md"
