@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-FOREIGN = ("operator torchvision::nms", "CUDA out of memory", "Inference tensors cannot be saved")  # from other packages
+FOREIGN = (
+    "operator torchvision::nms",
+    "CUDA out of memory",
+    "Inference tensors cannot be saved",
+)  # from other packages
 
 
 def quoted() -> list[str]:
@@ -34,4 +38,6 @@ def test_page_has_entries() -> None:
 @pytest.mark.parametrize("quote", quoted())
 def test_quoted_message_is_in_the_code(quote: str, sources: str) -> None:
     for piece in re.split(r"\s*…\s*|torch\.int64", quote):
-        assert piece.strip("() ") in sources, f"no message in the code contains {piece!r}: update docs/troubleshooting.md"
+        assert piece.strip("() ") in sources, (
+            f"no message in the code contains {piece!r}: update docs/troubleshooting.md"
+        )
