@@ -149,8 +149,8 @@ def open_split(
     ``teacher`` is what `teacher_words` returns.
     """
     from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
+    from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
     from fastkd.evaluate import tokenizer_of
-    from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
     from fastkd.models.inputs import check_vocabulary, normalisation, word_limit
 
     config = model.config

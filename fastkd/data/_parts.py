@@ -15,7 +15,7 @@ def set_epoch(dataset: Any, epoch: int) -> None:
             part.set_epoch(epoch)
 
 
-def stated(dataset: Any, name: str) -> list[Any]:
+def declared_values(dataset: Any, name: str) -> list[Any]:
     """Return an attribute of a data set, or else of each that it holds; None stands for one that does not tell."""
     return [getattr(part, name, None) for part in leaves(dataset, name)]
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.images import to_square
 from fastkd.data.refcoco import Ref, RefCOCO, Sentence
 from fastkd.data.tokenizer import Tokenizer
-from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
 
 Sample = dict[str, Any]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastkd.data._loading import batches
-from fastkd.data._parts import leaves, stated
+from fastkd.data._parts import declared_values, leaves
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate._finite import blame, undecided
 from fastkd.evaluate.metrics import RISMetrics
@@ -141,7 +141,7 @@ def evaluate(
     """
     rules = named_protocol(protocol)
     check_dataset(dataset, rules)
-    for tokenizer in stated(dataset, "tokenizer"):
+    for tokenizer in declared_values(dataset, "tokenizer"):
         check_vocabulary(model, tokenizer)
     for part in leaves(dataset, "image_mean"):
         check_normalisation(model, part)
@@ -246,12 +246,12 @@ def check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
     """Refuse a dataset that the protocol cannot be followed on."""
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("dataset is empty: there is nothing to evaluate; look at its split")
-    drawn = next((s for s in stated(dataset, "sentences") if s not in (None, "all")), None)
+    drawn = next((s for s in declared_values(dataset, "sentences") if s not in (None, "all")), None)
     if drawn is not None:
         raise ValueError(
             f"dataset draws sentences={drawn!r}; protocol {rules.name!r} evaluates every one: use sentences='all'"
         )
-    for size in stated(dataset, "image_size"):
+    for size in declared_values(dataset, "image_size"):
         if size is not None and rules.resolution not in (None, size):
             raise _wrong_size(rules, f", the dataset has image_size={size}")
 

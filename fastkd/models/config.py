@@ -8,9 +8,6 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 @dataclass
 class RISConfig:

@@ -14,12 +14,13 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from fastkd._wrappers import bare
+from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.tokenizer import FILES as TOKENIZER_FILES
 from fastkd.data.tokenizer import has_tokenizer, load_tokenizer, locate_tokenizer
 from fastkd.errors import FastKDWarning
 from fastkd.models import checkpoint, hub
 from fastkd.models.backbone import StagedBackbone
-from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD, RISConfig
+from fastkd.models.config import RISConfig
 from fastkd.models.decoder import TopDownDecoder
 from fastkd.models.fusion import Fusion
 from fastkd.models.inputs import WordLimits, check_inputs

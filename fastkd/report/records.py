@@ -9,7 +9,7 @@ from numbers import Real
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
+from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 Metric = float | Sequence[float]
 """One number, or one number per seed."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd._wrappers import unwrap
-from fastkd.data._parts import leaves, stated
+from fastkd.data._parts import declared_values, leaves
 from fastkd.data.tokenizer import Tokenizer
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.words import PREFIX
@@ -27,7 +27,7 @@ def check_tokenizers(distiller: Distiller, dataset: Any) -> None:
     """
     for part in leaves(dataset, "image_mean"):
         check_normalisation(distiller.student, part, "student")
-    ours, theirs = stated(dataset, "tokenizer"), stated(dataset, "teacher_tokenizer")
+    ours, theirs = declared_values(dataset, "tokenizer"), declared_values(dataset, "teacher_tokenizer")
     for name, tokenizers in (("tokenizer", ours), ("teacher_tokenizer", theirs)):
         _check_same(name, tokenizers)
     for tokenizer in ours:
@@ -58,7 +58,7 @@ def keep_tokenizer(student: nn.Module, dataset: Any) -> None:
     """Hand the dataset's tokenizer to a `RISModel`, which saves it along with its weights."""
     from fastkd.models import RISModel
 
-    student, tokenizer = unwrap(student), next(iter(stated(dataset, "tokenizer")), None)
+    student, tokenizer = unwrap(student), next(iter(declared_values(dataset, "tokenizer")), None)
     if isinstance(student, RISModel) and isinstance(tokenizer, Tokenizer):
         student.tokenizer = tokenizer
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastkd._wrappers import unwrap
 from fastkd.data._loading import batches
-from fastkd.data._parts import leaves, set_epoch, stated
+from fastkd.data._parts import declared_values, leaves, set_epoch
 from fastkd.distill.checks import gradient_report
 from fastkd.distill.distiller import Distiller
 from fastkd.errors import Terminated
@@ -244,7 +244,7 @@ class _Run:
             check_dataset(val_dataset, PROTOCOLS["lavt"])
             for part in leaves(val_dataset, "image_mean"):
                 check_normalisation(self.distiller.student, part, "student")
-            for tokenizer in stated(val_dataset, "tokenizer"):
+            for tokenizer in declared_values(val_dataset, "tokenizer"):
                 check_vocabulary(self.distiller.student, tokenizer)
         distiller, report = self.distiller, None
         if self.processes.is_main_process:

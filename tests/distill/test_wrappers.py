@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fastkd import Distiller, Taps, Term
 from fastkd._wrappers import bare, plain_names, unwrap
-from fastkd.data._parts import set_epoch, stated
+from fastkd.data._parts import declared_values, set_epoch
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import evaluate
 from fastkd.models.checkpoint import load_strictly, read_state_dict
@@ -227,7 +227,7 @@ class TestDataSets:
         distiller = Distiller(model, None, segmentation_loss)
         same = [Marked(tokenizer=words(name, "a", "b")) for name in "xy"]
         check_tokenizers(distiller, ConcatDataset(same))
-        assert len(stated(ConcatDataset(same), "tokenizer")) == 2
+        assert len(declared_values(ConcatDataset(same), "tokenizer")) == 2
         with pytest.raises(ValueError, match=r"different tokenizers .*'x' and 'z'"):
             check_tokenizers(distiller, ConcatDataset([same[0], Marked(tokenizer=words("z", "b", "a"))]))
         with pytest.raises(ValueError, match=r"tokenizer \('long'\) has 3 entries, the student's word table 2 rows"):

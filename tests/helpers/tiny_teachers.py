@@ -133,7 +133,7 @@ def picture(size: tuple[int, int] = (96, 80), seed: int = 0) -> Tensor:
 
 def imagenet(pixels: Tensor) -> Tensor:
     """The same as a student gets them."""
-    from fastkd.data.dataset import IMAGENET_MEAN, IMAGENET_STD
+    from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / std

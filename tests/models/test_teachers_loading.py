@@ -18,7 +18,7 @@ from tiny_teachers import SENTENCES, imagenet, picture, tokens
 
 import fastkd
 from fastkd.data import load_tokenizer
-from fastkd.data.dataset import IMAGENET_MEAN
+from fastkd.data.imagenet import IMAGENET_MEAN
 from fastkd.models import CLIPSegTeacher, SAM3Teacher, TextPromptedTeacher
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.models import checkpoint
-from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.models.inputs import WordLimits, check_inputs
 from fastkd.models.lavt.backbone import LAVTBackbone
 from fastkd.models.lavt.config import LAVTConfig

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.models.config import IMAGENET_MEAN, IMAGENET_STD
+from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.models.inputs import WordLimits, check_inputs
 from fastkd.models.ris import RISOutput
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.models.teachers.adapter import (
     Found,
     TeacherConfig,
@@ -34,8 +35,8 @@ class CLIPSegTeacher(TextPromptedTeacher):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("clipseg",)
-    default_mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)
-    default_std: ClassVar[tuple[float, ...]] = (0.229, 0.224, 0.225)
+    default_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
+    default_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
 
     def __init__(self, network: Any, config: TeacherConfig) -> None:
         super().__init__(network, config)
