@@ -1,0 +1,163 @@
+"""The documentation names files that exist, states the code's own facts, and its snippets run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+MAPS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "csrc/README.md")  # pages that name files of the tree
+TOP = ("benchmarks", "csrc", "docs", "examples", "fastkd", "kernels", "scripts", "tests")
+RIS = ("torchvision", "timm", "transformers", "accelerate", "pycocotools", "torchmetrics")
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def snippets(page: str) -> str:
+    """Return all Python snippets of a page as one program."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL))
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, without its header."""
+    lines = read(page).split(f"# {heading}\n", 1)[1].splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows[2:]
+
+
+def named_paths(page: str) -> set[str]:
+    """Return the paths in backticks: those below a top-level folder, and files at the root."""
+    paths = set()
+    for text in re.findall(r"`([^`\s]+)`", read(page)):
+        path = text.rstrip("/").partition(":")[0]
+        if path.split("/")[0] in TOP and "/" in path and not re.search(r"[<>*{}()]|[A-Z]{4}", path.rpartition("/")[2]):
+            paths.add(path)
+    return paths
+
+
+def expanded(page: str) -> set[str]:
+    """Return paths written with alternatives, ``csrc/cpu/relation/{plan,stored}.cpp``, one by one."""
+    paths = set()
+    for head, choices, tail in re.findall(r"`([\w./-]+/)\{([\w.,/ -]+)\}([\w./-]*)`", read(page)):
+        if head.split("/")[0] in TOP:
+            paths |= {head + choice.strip() + tail for choice in choices.split(",")}
+    return paths
+
+
+@pytest.mark.parametrize("page", [page for page in MAPS if (ROOT / page).exists()])
+def test_named_paths_exist(page: str) -> None:
+    named = named_paths(page) | expanded(page)
+    assert named
+    assert sorted(path for path in named if not (ROOT / path).exists()) == []
+
+
+@pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]])
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, (
+                target
+            )
+
+
+def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
+    monkeypatch.chdir(folder)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "snippets", **given}
+    exec(compile(snippets(page), page, "exec"), names)
+    return names
+
+
+def needs_ris() -> None:
+    for package in RIS:
+        pytest.importorskip(package, reason="needs the [ris] extra")
+
+
+def test_distiller_page_runs_and_lists_the_keys_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_ris()
+    names = run("docs/distiller.md", tmp_path, monkeypatch)
+    assert len(names["result"].history) == 2
+    documented = {
+        row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in table("docs/distiller.md", "Output folder")
+    }
+    lines = [json.loads(line) for line in (tmp_path / "runs/distilled/log.jsonl").read_text("utf-8").splitlines()]
+    assert {line["event"] for line in lines} == set(documented)
+    for line in lines:
+        assert set(line) - {"event"} == documented[line["event"]] - {"message"}
+
+
+def test_recipes_table_is_complete() -> None:
+    from fastkd.distill.recipes import TERMS, recipe
+
+    rows = {row[0].strip("`"): row for row in table("docs/distiller.md", "Recipes")}
+    assert list(rows) == list(TERMS)
+    for term in recipe(list(TERMS)):
+        assert rows[term.name][2].strip("`") == term.student
+
+
+def test_train_config_table_is_complete() -> None:
+    from fastkd.train import TrainConfig
+
+    rows = {row[0].strip("`"): row[1] for row in table("docs/distiller.md", "TrainConfig")}
+    fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    assert list(rows) == list(fields)
+    for name, default in fields.items():
+        assert eval(rows[name]) == default, name
+
+
+def test_data_page_runs_and_lists_the_keys_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_ris()
+    names = run("docs/data.md", tmp_path, monkeypatch)
+    from fastkd.data import RefCOCO, ReferDataset, collate
+
+    tokenizer = names["tokenizer"]
+    data = ReferDataset(
+        RefCOCO("data/shapes"), tokenizer, image_size=64, teacher_tokenizer=tokenizer, teacher_max_words=24
+    )
+    sample, batch = data[0], collate([data[0], data[1]])
+    rows = {key: row for row in table("docs/data.md", "Samples and batches") for key in re.findall(r"`(\w+)`", row[0])}
+    assert set(rows) == set(sample) == set(batch)
+    sizes = {"S": 64, "T": 20, "T'": 24, "B": 2, "3": 3}
+    for key, row in rows.items():
+        for value, cell in ((sample[key], row[1]), (batch[key], row[2])):
+            if isinstance(value, torch.Tensor):
+                dtype, _, shape = cell.partition(" ")
+                assert str(value.dtype) == f"torch.{dtype}", key
+                assert tuple(value.shape) == tuple(sizes[name] for name in re.findall(r"[\w']+", shape)), key
+            else:
+                assert cell == (
+                    f"list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
+                )
+
+
+def test_data_page_lists_splits_and_published_counts() -> None:
+    needs_ris()
+    from fastkd.data.refcoco import PUBLISHED_REFS, SPLITS
+    from fastkd.data.shapes import KIND_SHARES
+
+    rows = {(row[0].strip("`"), row[1].strip("`")): row[2:] for row in table("docs/data.md", "RefCOCO on disk")}
+    assert {key: tuple(row[0].split(", ")) for key, row in rows.items()} == SPLITS
+    assert {key: list(map(int, row[1].split(", "))) for key, row in rows.items() if row[1]} == {
+        key: list(counts.values()) for key, counts in PUBLISHED_REFS.items()
+    }
+    shares = {row[0]: float(row[1]) for row in table("docs/data.md", "Procedural shapes")}
+    assert shares == KIND_SHARES
