@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def expanded(page: str) -> set[str]:
         if head.split("/")[0] in TOP:
             paths |= {head + choice.strip() + tail for choice in choices.split(",")}
     return paths
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Avoid that threads wait for one another on small tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("page", [page for page in MAPS if (ROOT / page).exists()])
