@@ -150,8 +150,9 @@ def open_split(
     """
     from fastkd.data import RefCOCO, ReferDataset, load_tokenizer
     from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+    from fastkd.distill.forward import normalisation
     from fastkd.evaluate import tokenizer_of
-    from fastkd.models.inputs import check_vocabulary, normalisation, word_limit
+    from fastkd.models.inputs import check_vocabulary, word_limit
 
     config = model.config
     if tokenizer is None:

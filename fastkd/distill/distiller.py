@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastkd._wrappers import unwrap
 from fastkd.distill import checks, words
+from fastkd.distill.forward import normalisation, renormalise, run_model
 from fastkd.distill.selectors import Selector, hint, select
 from fastkd.distill.taps import Taps
-from fastkd.models.inputs import normalisation, renormalise, run_model
 
 _RESERVED = ("task", "loss", "gradient")  # what logs call other things
 

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastkd.data._loading import batches
 from fastkd.data._parts import declared_values, leaves
+from fastkd.distill.forward import parameter_dtype, run_model
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate._finite import blame, undecided
 from fastkd.evaluate.metrics import RISMetrics
 from fastkd.evaluate.protocols import Protocol
 from fastkd.evaluate.protocols import protocol as named_protocol
-from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary, own_type, run_model
+from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary
 from fastkd.train.runtime import autocast, pick_device, pick_precision, to_device
 from fastkd.train.task import check_mask
 
@@ -148,7 +149,7 @@ def evaluate(
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else pick_device(device)
     precision = pick_precision(precision, where)
-    weights = own_type(model)
+    weights = parameter_dtype(model)
     if collate is None:
         from fastkd.data import collate
     shares = torch.distributed.is_available() and torch.distributed.is_initialized()

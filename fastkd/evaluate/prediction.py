@@ -79,8 +79,9 @@ def predict(
         >>> found.score, found.mask.shape
     """
     from fastkd.data.dataset import normalise
+    from fastkd.distill.forward import normalisation, run_model
     from fastkd.evaluate._finite import blame, undecided
-    from fastkd.models.inputs import check_host_ids, check_vocabulary, normalisation, run_model, word_limit
+    from fastkd.models.inputs import check_host_ids, check_vocabulary, word_limit
 
     if not isinstance(sentence, str):
         raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")

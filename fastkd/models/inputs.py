@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from fastkd._wrappers import unwrap
+from fastkd.distill.forward import normalisation, same_normalisation
 from fastkd.errors import FastKDWarning
-
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and deviation of red, green and blue, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +41,6 @@ def word_limit(model: torch.nn.Module) -> int:
     return min(config.max_words, table) if isinstance(table, int) else config.max_words
 
 
-def normalisation(model: torch.nn.Module) -> Normalisation | None:
-    """Return the mean and deviation that a model's images are normalised by, or None where it does not tell.
-
-    That is its ``image_normalisation``, or its configuration's ``image_mean`` and ``image_std``.
-    """
-    model = unwrap(model)
-    known = getattr(model, "image_normalisation", None)
-    if known is None:
-        config = getattr(model, "config", None)
-        known = getattr(config, "image_mean", None), getattr(config, "image_std", None)
-    mean, std = known
-    return None if mean is None or std is None else (tuple(mean), tuple(std))
-
-
 def check_normalisation(model: torch.nn.Module, dataset: Any, whose: str = "model") -> None:
     """Refuse a dataset whose images are normalised otherwise than the model wants them.
 
@@ -65,7 +49,7 @@ def check_normalisation(model: torch.nn.Module, dataset: Any, whose: str = "mode
     """
     wanted = normalisation(model)
     given = getattr(dataset, "image_mean", None), getattr(dataset, "image_std", None)
-    if wanted is None or None in given or all(_close(a, b) for a, b in zip(wanted, given, strict=True)):
+    if wanted is None or None in given or same_normalisation(wanted, given):
         return
     raise ValueError(
         f"the dataset normalises images by {_short(given)}, the {whose} wants {_short(wanted)}: pass "
@@ -73,52 +57,9 @@ def check_normalisation(model: torch.nn.Module, dataset: Any, whose: str = "mode
     )
 
 
-def renormalise(image: Tensor, given: Normalisation, wanted: Normalisation) -> Tensor:
-    """Return images (B, 3, H, W) that are normalised by ``given`` as ``wanted`` has them."""
-    if image.ndim != 4 or image.shape[1] != 3 or all(_close(a, b) for a, b in zip(given, wanted, strict=True)):
-        return image
-    scale = [ours / theirs for ours, theirs in zip(given[1], wanted[1], strict=True)]
-    shift = [(ours - theirs) / std for ours, theirs, std in zip(given[0], wanted[0], wanted[1], strict=True)]
-    # By numbers: a tensor of them would have to be brought to the device, which waits for it.
-    channels = [image[:, c] * scale[c] + shift[c] for c in range(3)]
-    last = image.is_contiguous(memory_format=torch.channels_last)
-    return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def _close(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(abs(x - y) < 1e-6 for x, y in zip(a, b, strict=True))
-
-
 def _short(values: Any) -> str:
     mean, std = (", ".join(f"{one:g}" for one in part) for part in values)
     return f"mean ({mean}) and deviation ({std})"
-
-
-def own_type(model: torch.nn.Module) -> torch.dtype | None:
-    """Return float16, bfloat16 or float64 where all floating-point parameters have that type; None otherwise."""
-    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
-    first = next(kinds, torch.float32)
-    return None if first == torch.float32 or any(kind != first for kind in kinds) else first
-
-
-def run_model(model: torch.nn.Module, *args: Any, **inputs: Any) -> Any:
-    """Call a model; one whose weights are not float32 computes in their type, whatever the caller's autocast.
-
-    Its floating-point inputs are cast to that type, unless it states ``casts_inputs``: that its forward takes float32
-    images itself.
-    """
-    kind = own_type(model)
-    if kind is None:
-        return model(*args, **inputs)
-    if not getattr(unwrap(model), "casts_inputs", False):
-        args = tuple(_cast(value, kind) for value in args)
-        inputs = {name: _cast(value, kind) for name, value in inputs.items()}
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        return model(*args, **inputs)
-
-
-def _cast(value: Any, kind: torch.dtype) -> Any:
-    return value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def table_size(model: torch.nn.Module) -> int | None:

@@ -18,10 +18,10 @@ from fastkd.cli import main
 from fastkd.cli._common import build_model, open_split
 from fastkd.data import RefCOCO, ReferDataset, Tokenizer, collate, load_tokenizer, make_shapes
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from fastkd.distill.forward import normalisation, renormalise
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import evaluate, predict, tokenizer_of
 from fastkd.models import RISConfig, RISModel, preset
-from fastkd.models.inputs import normalisation, renormalise
 from fastkd.report import Example
 from fastkd.train import TrainConfig, segmentation_loss, train
 
