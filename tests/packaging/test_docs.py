@@ -115,6 +115,42 @@ def test_distiller_page_runs_and_lists_the_keys_of_the_log(tmp_path: Path, monke
         assert set(line) - {"event"} == documented[line["event"]] - {"message"}
 
 
+def test_readme_snippets_run_and_agree(tmp_path: Path) -> None:
+    from fastkd.train import segmentation_loss
+
+    before, after, distil = re.findall(r"^```python\n(.*?)^```", read("README.md"), re.MULTILINE | re.DOTALL)
+    torch.manual_seed(0)
+    maps = {"student_map": torch.randn(2, 3, 8, 8, requires_grad=True), "teacher_map": torch.randn(2, 3, 8, 8)}
+    results = []
+    for code in (before, after):
+        names = {**maps, "task_loss": maps["student_map"].square().mean(), "F": torch.nn.functional}
+        exec(code, names)
+        results.append((names["loss"], *torch.autograd.grad(names["loss"], maps["student_map"])))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+    outputs = {"decoder_features": maps["student_map"], "logits": torch.randn(2, 2, 8, 8, requires_grad=True)}
+    names = {"student": Constant(outputs), "teacher": Constant(outputs).eval().requires_grad_(False)}
+    with torch.no_grad():
+        for parameter in names["teacher"].parameters():
+            parameter.mul_(0.5)
+    names |= {"batch": {"mask": torch.rand(2, 8, 8) > 0.5}}
+    names["segmentation_loss"] = lambda output, batch: segmentation_loss(output["logits"], batch)
+    exec(distil, names)
+    assert all(parameter.grad is not None for parameter in names["student"].parameters())
+
+
+class Constant(torch.nn.Module):
+    """A model that returns its parameters, whatever it gets."""
+
+    def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.outputs = torch.nn.ParameterDict({k: torch.nn.Parameter(v.detach().clone()) for k, v in outputs.items()})
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        return dict(self.outputs)
+
+
 def test_recipes_table_is_complete() -> None:
     from fastkd.distill.recipes import TERMS, recipe
 
