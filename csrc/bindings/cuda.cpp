@@ -35,7 +35,7 @@ struct CudaRelation {
             throw py::value_error("dtype: expected float32, float16 or bfloat16, got 'float64'");
         }
         if (call.form == RelationCall::Form::gram) {
-            throw py::value_error("form: expected tiles or kept, got 'gram'");
+            throw py::value_error("form: expected streamed or stored, got 'gram'");
         }
     }
     static cuda::RelationPlan plan(const RelationCall& call, bool backward) {
@@ -125,8 +125,8 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         py::arg("order"), "In which order threads and blocks take turns.");
 #endif
     define_relation<CudaRelation>(module).def(
-        "kept_elements", [](const RelationCall& call) { return cuda::kept_elements(call.options); },
-        "The length of `kept`, float32, in the form 'kept'.");
+        "stored_elements", [](const RelationCall& call) { return cuda::stored_elements(call.options); },
+        "The length of `stored`, float32, in the form 'stored'.");
     define_softmax_kl(
         module, "stream",
         [](const softmax_kl::Forward& args, std::int64_t stream) {

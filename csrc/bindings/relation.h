@@ -49,7 +49,7 @@ inline relation::Rows parse_rows(const RowsTuple& rows, const char* name, DType 
 
 // The settings of a call, checked once; in Python forward, backward and workspace_bytes are its methods.
 struct RelationCall {
-    enum class Form { tiles, kept, gram };
+    enum class Form { streamed, stored, gram };
     relation::Options options;
     std::int64_t student_width, teacher_width;
     Form form;
@@ -58,14 +58,14 @@ struct RelationCall {
 };
 
 inline RelationCall::Form parse_form(const std::string& name, bool cross, relation::Distance distance) {
-    if (name == "tiles") {
-        return RelationCall::Form::tiles;
+    if (name == "streamed") {
+        return RelationCall::Form::streamed;
     }
-    if (name == "kept") {
+    if (name == "stored") {
         if (cross) {
-            throw py::value_error("form: 'kept' is for relations within a sample, not across samples");
+            throw py::value_error("form: 'stored' is for relations within a sample, not across samples");
         }
-        return RelationCall::Form::kept;
+        return RelationCall::Form::stored;
     }
     if (name == "gram") {
         if (distance != relation::Distance::mse) {
@@ -73,7 +73,7 @@ inline RelationCall::Form parse_form(const std::string& name, bool cross, relati
         }
         return RelationCall::Form::gram;
     }
-    throw py::value_error("form: expected tiles, kept or gram, got '" + name + "'");
+    throw py::value_error("form: expected streamed, stored or gram, got '" + name + "'");
 }
 
 // Kernels has `extra`, the name of what else they take, check(call), which throws, workspace(call, backward) -> (bytes,
@@ -83,7 +83,7 @@ py::class_<RelationCall> define_relation(py::module_& module) {
     return py::class_<RelationCall>(
                module, "Relation", py::module_local(), // _cpu and _cuda each have their own
                "relation of (batch, rows, width) student and teacher, in a workspace of at most "
-               "`limit` bytes. form: 'tiles' holds no matrix of rows x rows, 'kept' keeps them for "
+               "`limit` bytes. form: 'streamed' holds no matrix of rows x rows, 'stored' keeps them for "
                "the backward, 'gram' (CPU) computes mse from matrices of width x width.")
         .def(py::init([](std::int64_t batch, std::int64_t rows, std::int64_t student_width, std::int64_t teacher_width,
                          const std::string& similarity, const std::string& distance, double temperature, bool negate,
@@ -114,7 +114,7 @@ py::class_<RelationCall> define_relation(py::module_& module) {
         .def(
             "forward",
             [](const RelationCall& call, const RowsTuple& student, const RowsTuple& teacher, std::uintptr_t loss,
-               std::uintptr_t statistics, std::uintptr_t kept, std::uintptr_t workspace) {
+               std::uintptr_t statistics, std::uintptr_t stored, std::uintptr_t workspace) {
                 const DType dtype = call.options.dtype;
                 const std::int64_t size = dtype == DType::Float64 ? 8 : 4;
                 relation::Forward args{};
@@ -123,17 +123,18 @@ py::class_<RelationCall> define_relation(py::module_& module) {
                 args.options = call.options;
                 args.loss = parse_pointer(loss, "loss", size);
                 args.statistics = static_cast<double*>(parse_pointer(statistics, "statistics", 8));
-                args.kept = call.form == RelationCall::Form::tiles ? nullptr : parse_pointer(kept, "kept", size);
+                args.stored =
+                    call.form == RelationCall::Form::streamed ? nullptr : parse_pointer(stored, "stored", size);
                 args.workspace = parse_pointer(workspace, "workspace", 8);
                 const py::gil_scoped_release unlocked;
                 Kernels::forward(call, args);
             },
-            py::arg("student"), py::arg("teacher"), py::arg("loss"), py::arg("statistics"), py::arg("kept"),
-            py::arg("workspace"), "Fills loss, statistics and kept (0 where nothing is kept).")
+            py::arg("student"), py::arg("teacher"), py::arg("loss"), py::arg("statistics"), py::arg("stored"),
+            py::arg("workspace"), "Fills loss, statistics and stored (0 where nothing is stored).")
         .def(
             "backward",
             [](const RelationCall& call, std::uintptr_t grad_loss, std::pair<std::int64_t, std::int64_t> grad_strides,
-               const RowsTuple& student, const RowsTuple& teacher, std::uintptr_t statistics, std::uintptr_t kept,
+               const RowsTuple& student, const RowsTuple& teacher, std::uintptr_t statistics, std::uintptr_t stored,
                std::uintptr_t grad_student, std::tuple<std::int64_t, std::int64_t, std::int64_t> out_strides,
                std::uintptr_t workspace) {
                 const DType dtype = call.options.dtype;
@@ -145,7 +146,8 @@ py::class_<RelationCall> define_relation(py::module_& module) {
                 args.teacher = parse_rows(teacher, "teacher", dtype);
                 args.options = call.options;
                 args.statistics = static_cast<const double*>(parse_pointer(statistics, "statistics", 8));
-                args.kept = call.form == RelationCall::Form::tiles ? nullptr : parse_pointer(kept, "kept", size);
+                args.stored =
+                    call.form == RelationCall::Form::streamed ? nullptr : parse_pointer(stored, "stored", size);
                 args.grad_student = parse_pointer(grad_student, "grad_student", element_size(dtype));
                 std::tie(args.out_batch_stride, args.out_row_stride, args.out_col_stride) = out_strides;
                 args.workspace = parse_pointer(workspace, "workspace", 8);
@@ -153,7 +155,7 @@ py::class_<RelationCall> define_relation(py::module_& module) {
                 Kernels::backward(call, args);
             },
             py::arg("grad_loss"), py::arg("grad_strides"), py::arg("student"), py::arg("teacher"),
-            py::arg("statistics"), py::arg("kept"), py::arg("grad_student"), py::arg("out_strides"),
+            py::arg("statistics"), py::arg("stored"), py::arg("grad_student"), py::arg("out_strides"),
             py::arg("workspace"), "Fills grad_student.");
 }
 

@@ -12,7 +12,7 @@ struct CpuRelation {
     static int threads(const RelationCall& call) { return static_cast<int>(call.extra); }
     static cpu::RelationPlan plan(const RelationCall& call, bool backward) {
         return cpu::plan_relation(call.options, call.student_width, call.teacher_width,
-                                  call.form == RelationCall::Form::kept, backward, threads(call), call.limit);
+                                  call.form == RelationCall::Form::stored, backward, threads(call), call.limit);
     }
     static cpu::GramPlan gram_plan(const RelationCall& call, bool backward) {
         return cpu::plan_gram(call.options, call.student_width, call.teacher_width, backward, threads(call),
@@ -36,20 +36,20 @@ struct CpuRelation {
         const cpu::Kernels& kernels = cpu::kernels();
         if (call.form == RelationCall::Form::gram) {
             kernels.relation_gram_forward(args, gram_plan(call, false), threads(call));
-        } else if (call.form == RelationCall::Form::kept) {
-            kernels.relation_kept_forward(args, plan(call, false), threads(call));
+        } else if (call.form == RelationCall::Form::stored) {
+            kernels.relation_stored_forward(args, plan(call, false), threads(call));
         } else {
-            kernels.relation_forward(args, plan(call, false), threads(call));
+            kernels.relation_streamed_forward(args, plan(call, false), threads(call));
         }
     }
     static void backward(const RelationCall& call, const relation::Backward& args) {
         const cpu::Kernels& kernels = cpu::kernels();
         if (call.form == RelationCall::Form::gram) {
             kernels.relation_gram_backward(args, gram_plan(call, true));
-        } else if (call.form == RelationCall::Form::kept) {
-            kernels.relation_kept_backward(args, plan(call, true));
+        } else if (call.form == RelationCall::Form::stored) {
+            kernels.relation_stored_backward(args, plan(call, true));
         } else {
-            kernels.relation_backward(args, plan(call, true));
+            kernels.relation_streamed_backward(args, plan(call, true));
         }
     }
 };

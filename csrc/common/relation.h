@@ -18,8 +18,8 @@
 //
 // since x^_i . sum_j H_ij x^_j = q_i. Rows of norm <= 1e-12 get no gradient.
 //
-// With "cross" the rows of sample b meet the rows of every sample o, each pair a matrix of its own: statistics are kept
-// per (o, b, row), and a row's loss is the mean over o.
+// With "cross" the rows of sample b meet the rows of every sample o, each pair a matrix of its own: statistics are
+// stored per (o, b, row), and a row's loss is the mean over o.
 #pragma once
 
 #include <cmath>
@@ -64,12 +64,12 @@ constexpr double norm_floor = 1e-12;
 //     row_cosine         n, m, loss, |E^T_i|^2/m^2 (1 but where m is floored)
 constexpr int statistic_planes = 5;
 
-// Student's and teacher's E, in tiles of 48 x 48 of the upper triangle, are kept for the backward where `kept` is
+// Student's and teacher's E, in tiles of 48 x 48 of the upper triangle, are stored for the backward where `stored` is
 // given.
-constexpr std::int64_t kept_block = 48;
-FASTKD_HD std::int64_t kept_elements(std::int64_t rows) {
-    const std::int64_t blocks = (rows + kept_block - 1) / kept_block;
-    return blocks * (blocks + 1) * kept_block * kept_block;
+constexpr std::int64_t stored_block = 48;
+FASTKD_HD std::int64_t stored_elements(std::int64_t rows) {
+    const std::int64_t blocks = (rows + stored_block - 1) / stored_block;
+    return blocks * (blocks + 1) * stored_block * stored_block;
 }
 
 // mse without tiles. With A = X^_S, B = X^_T and D = A - B, what the narrower lacks being 0,
@@ -86,7 +86,7 @@ FASTKD_HD std::int64_t kept_elements(std::int64_t rows) {
 // bfloat16 rounds E itself to 8 bits, and the square of that is far above what float makes of |E|^2 (of fp16's 11 bits
 // it is not).
 //
-// `kept` is G, (problems, gram_side, gram_side); a problem is a sample, with cross the batch.
+// `stored` is G, (problems, gram_side, gram_side); a problem is a sample, with cross the batch.
 FASTKD_HD bool gram_double(DType dtype, std::int64_t student_width, std::int64_t teacher_width) {
     return dtype == DType::Float64 || (dtype != DType::BFloat16 && student_width != teacher_width);
 }
@@ -104,7 +104,7 @@ struct Forward {
     Options options;
     void* loss;         // (batch, rows) of float, double for Float64
     double* statistics; // as above
-    void* kept;         // (batch, kept_elements(rows)), or null; else G
+    void* stored;       // (batch, stored_elements(rows)), or null; else G
     void* workspace;
 };
 
@@ -116,7 +116,7 @@ struct Backward {
     Rows teacher;
     Options options;
     const double* statistics;
-    const void* kept;
+    const void* stored;
     void* grad_student; // laid out as the student's strides say, or any other strides that don't overlap
     std::int64_t out_batch_stride;
     std::int64_t out_row_stride;

@@ -23,10 +23,10 @@ namespace fastkd::cpu {
 struct Kernels {
     void (*softmax_kl_forward)(const softmax_kl::Forward& args, int threads);
     void (*softmax_kl_backward)(const softmax_kl::Backward& args, int threads);
-    void (*relation_forward)(const relation::Forward& args, const RelationPlan& plan, int threads);
-    void (*relation_backward)(const relation::Backward& args, const RelationPlan& plan);
-    void (*relation_kept_forward)(const relation::Forward& args, const RelationPlan& plan, int threads);
-    void (*relation_kept_backward)(const relation::Backward& args, const RelationPlan& plan);
+    void (*relation_streamed_forward)(const relation::Forward& args, const RelationPlan& plan, int threads);
+    void (*relation_streamed_backward)(const relation::Backward& args, const RelationPlan& plan);
+    void (*relation_stored_forward)(const relation::Forward& args, const RelationPlan& plan, int threads);
+    void (*relation_stored_backward)(const relation::Backward& args, const RelationPlan& plan);
     void (*relation_gram_forward)(const relation::Forward& args, const GramPlan& plan, int threads);
     void (*relation_gram_backward)(const relation::Backward& args, const GramPlan& plan);
     // What a forward or a backward of this problem takes with so many threads.
@@ -41,10 +41,10 @@ struct Kernels {
     namespace isa {                                                                                                    \
     void softmax_kl_forward(const softmax_kl::Forward& args, int threads);                                             \
     void softmax_kl_backward(const softmax_kl::Backward& args, int threads);                                           \
-    void relation_forward(const relation::Forward& args, const RelationPlan& plan, int threads);                       \
-    void relation_backward(const relation::Backward& args, const RelationPlan& plan);                                  \
-    void relation_kept_forward(const relation::Forward& args, const RelationPlan& plan, int threads);                  \
-    void relation_kept_backward(const relation::Backward& args, const RelationPlan& plan);                             \
+    void relation_streamed_forward(const relation::Forward& args, const RelationPlan& plan, int threads);              \
+    void relation_streamed_backward(const relation::Backward& args, const RelationPlan& plan);                         \
+    void relation_stored_forward(const relation::Forward& args, const RelationPlan& plan, int threads);                \
+    void relation_stored_backward(const relation::Backward& args, const RelationPlan& plan);                           \
     void relation_gram_forward(const relation::Forward& args, const GramPlan& plan, int threads);                      \
     void relation_gram_backward(const relation::Backward& args, const GramPlan& plan);                                 \
     pixel_word::Workspace pixel_word_workspace(const pixel_word::Problem& problem, bool backward, int threads);        \

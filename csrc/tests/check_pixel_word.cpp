@@ -22,7 +22,7 @@ struct Input {
                     S& x = maps ? rows.row(b, d)[p] : rows.row(b, p)[d];
                     exact.push_back(valid ? to_double(x) : 0);
                     if (!valid && own) {
-                        x = stored<S>(std::nan(""));
+                        x = to_storage<S>(std::nan(""));
                     }
                 }
             }
@@ -74,7 +74,7 @@ void compare(const Case& c) {
         for (std::int64_t i = 0, n = c.batch * (words == &words_s ? c.words_s * c.width_s : c.words_t * c.width_t);
              c.bf16_words && i < n; ++i) {
             T& x = words->row(0, 0)[i];
-            x = static_cast<T>(to_double(stored<BFloat16>(to_double(x))));
+            x = static_cast<T>(to_double(to_storage<BFloat16>(to_double(x))));
         }
     }
     Rows<T> grad_loss(c.batch, pixel_word::term_count, 1, layouts(c.batch, 4, 1)[c.threads % 5], Values::normal,

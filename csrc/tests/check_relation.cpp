@@ -13,8 +13,8 @@ using relation::Similarity;
 struct Case {
     relation::Options options;
     std::int64_t width_s, width_t;
-    bool gram, keep, tight; // mse from Gram matrices; tiles kept; the least workspace
-    bool columns;           // features as (batch, width, rows), as maps are
+    bool gram, stored, tight; // mse from Gram matrices; tiles stored; the least workspace
+    bool columns;             // features as (batch, width, rows), as maps are
     Layout student, teacher, grad;
     int threads;
 };
@@ -186,7 +186,7 @@ auto within_limit(bool tight, Plan plan) {
 }
 cpu::RelationPlan tiled_plan(const Case& c, bool backward) {
     return within_limit(c.tight, [&](std::int64_t limit) {
-        return cpu::plan_relation(c.options, c.width_s, c.width_t, c.keep, backward, c.threads, limit);
+        return cpu::plan_relation(c.options, c.width_s, c.width_t, c.stored, backward, c.threads, limit);
     });
 }
 cpu::GramPlan gram_plan(const Case& c, bool backward) {
@@ -195,14 +195,14 @@ cpu::GramPlan gram_plan(const Case& c, bool backward) {
     });
 }
 
-std::int64_t kept_bytes(const Case& c) {
+std::int64_t stored_bytes(const Case& c) {
     const std::int64_t size = c.options.dtype == DType::Float64 ? 8 : 4;
     if (c.gram) {
         const cpu::GramPlan plan = gram_plan(c, false);
         const std::int64_t side = relation::gram_side(c.width_s, c.width_t);
         return plan.problems * side * side * plan.size;
     }
-    return c.keep ? c.options.batch * relation::kept_elements(c.options.rows) * size : 0;
+    return c.stored ? c.options.batch * relation::stored_elements(c.options.rows) * size : 0;
 }
 
 template <class S>
@@ -217,14 +217,14 @@ void compare(Case c) {
     Rows<S> student = tensor(c.student, c.width_s), teacher = tensor(c.teacher, c.width_t);
     if (o.rows > 3 && o.distance != Distance::row_cosine) { // a row without a direction
         for (std::int64_t k = 0; k < c.width_s; ++k) {
-            *(c.columns ? &student.row(0, k)[2] : &student.row(0, 2)[k]) = stored<S>(0);
+            *(c.columns ? &student.row(0, k)[2] : &student.row(0, 2)[k]) = to_storage<S>(0);
         }
     }
     Rows<T> grad_loss(o.batch, o.rows, 1, c.grad, Values::normal, random);
     Buffer<T> loss(o.batch * o.rows);
     const std::int64_t planes = c.gram ? 2 : relation::statistic_planes * o.others() + 2;
     Buffer<double> statistics(planes * o.batch * o.rows);
-    Buffer<char> kept(kept_bytes(c));
+    Buffer<char> stored(stored_bytes(c));
     Buffer<S> grad(o.batch * o.rows * c.width_s);
 
     const cpu::RelationPlan forward_tiled = tiled_plan(c, false), backward_tiled = tiled_plan(c, true);
@@ -237,11 +237,11 @@ void compare(Case c) {
         args.options = o;
         args.loss = loss.data();
         args.statistics = statistics.data();
-        args.kept = kept.size() > 0 ? kept.data() : nullptr;
+        args.stored = stored.size() > 0 ? stored.data() : nullptr;
         args.workspace = workspace.data();
-        c.gram   ? cpu::kernels().relation_gram_forward(args, forward_gram, c.threads)
-        : c.keep ? cpu::kernels().relation_kept_forward(args, forward_tiled, c.threads)
-                 : cpu::kernels().relation_forward(args, forward_tiled, c.threads);
+        c.gram     ? cpu::kernels().relation_gram_forward(args, forward_gram, c.threads)
+        : c.stored ? cpu::kernels().relation_stored_forward(args, forward_tiled, c.threads)
+                   : cpu::kernels().relation_streamed_forward(args, forward_tiled, c.threads);
     }
     {
         Buffer<char> workspace(c.gram ? backward_gram.bytes : backward_tiled.bytes);
@@ -253,15 +253,15 @@ void compare(Case c) {
         args.teacher = described(c, teacher, c.teacher, c.width_t);
         args.options = o;
         args.statistics = statistics.data();
-        args.kept = kept.size() > 0 ? kept.data() : nullptr;
+        args.stored = stored.size() > 0 ? stored.data() : nullptr;
         args.grad_student = grad.data();
         args.out_batch_stride = o.rows * c.width_s;
         args.out_row_stride = c.columns ? 1 : c.width_s;
         args.out_col_stride = c.columns ? o.rows : 1;
         args.workspace = workspace.data();
-        c.gram   ? cpu::kernels().relation_gram_backward(args, backward_gram)
-        : c.keep ? cpu::kernels().relation_kept_backward(args, backward_tiled)
-                 : cpu::kernels().relation_backward(args, backward_tiled);
+        c.gram     ? cpu::kernels().relation_gram_backward(args, backward_gram)
+        : c.stored ? cpu::kernels().relation_stored_backward(args, backward_tiled)
+                   : cpu::kernels().relation_streamed_backward(args, backward_tiled);
     }
 
     Scaled s = scaled(c, student, c.width_s), t = scaled(c, teacher, c.width_t);
@@ -278,9 +278,9 @@ void compare(Case c) {
         std::string(name_of(dtype_of<S>)) + " " + std::to_string(o.batch) + "x" + std::to_string(o.rows) + "x" +
         std::to_string(c.width_s) + " (teacher " + std::to_string(c.width_t) + ") distance " +
         std::to_string(static_cast<int>(o.distance)) + " similarity " + std::to_string(static_cast<int>(o.similarity)) +
-        (c.gram   ? " gram"
-         : c.keep ? " kept"
-                  : " streamed") +
+        (c.gram     ? " gram"
+         : c.stored ? " stored"
+                    : " streamed") +
         (o.cross ? " cross" : "") + (c.tight ? " tight" : "") + (c.columns ? " columns " : " ") + c.student.name + "/" +
         c.teacher.name + ", " + std::to_string(c.threads) + " threads, row ";
     for (std::int64_t i = 0; i < o.batch * o.rows; ++i) {
@@ -311,10 +311,10 @@ void shapes(int offset) {
             const Similarity similarity = similarities[turn / 3 % 3];
             const bool cosine = similarity == Similarity::cosine;
             c.gram = distances[turn % 3] == Distance::mse && turn / 3 % 2 == 0;
-            c.keep = turn % 2 == 0 && !c.gram;
+            c.stored = turn % 2 == 0 && !c.gram;
             c.options = {batch,
                          rows,
-                         !c.keep && turn % 5 == 1,
+                         !c.stored && turn % 5 == 1,
                          similarity,
                          distances[turn % 3],
                          cosine ? (turn % 4 == 3 ? 0.01 : 0.1) : 10.0,

@@ -65,19 +65,19 @@ double to_double(Half x) {
 }
 
 template <>
-double stored<double>(double x) {
+double to_storage<double>(double x) {
     return x;
 }
 template <>
-float stored<float>(double x) {
+float to_storage<float>(double x) {
     return static_cast<float>(x);
 }
 template <>
-BFloat16 stored<BFloat16>(double x) {
+BFloat16 to_storage<BFloat16>(double x) {
     return {static_cast<std::uint16_t>(bits_as<std::uint32_t>(static_cast<float>(x)) >> 16)};
 }
 template <>
-Half stored<Half>(double x) {
+Half to_storage<Half>(double x) {
     const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
     const double size = std::fabs(x);
     if (std::isnan(x)) {

@@ -50,7 +50,7 @@ double to_double(BFloat16 x);
 
 // The nearest value that S holds, near enough for tests: halves are cut off, not rounded.
 template <class S>
-S stored(double x);
+S to_storage(double x);
 
 // Half a unit in the last place of S, relative, and what its subnormals add.
 template <class S>
@@ -127,7 +127,7 @@ class Rows {
         for (std::int64_t b = 0; b < batch; ++b) {
             for (std::int64_t r = 0; r < rows; ++r) {
                 for (std::int64_t c = 0; c < cols; ++c) {
-                    row(b, r)[c] = stored<S>(random.value(kind));
+                    row(b, r)[c] = to_storage<S>(random.value(kind));
                 }
             }
         }

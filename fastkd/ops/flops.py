@@ -2,7 +2,7 @@
 
 A multiplication with its addition counts as two, in matrix products alone, each of which counts in full: the halves of
 symmetric matrices, exponentials and sums are not taken into account, as in torch's own formulas. Operators are counted
-by what their form computes: a backward without kept matrices counts them again.
+by what their form computes: a backward without stored matrices counts them again.
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ def relation_forward(
 
 
 def relation_backward(
-    grad_loss: Shape, student: Shape, teacher: Shape, statistics: Shape, kept: Shape, *options: Any
+    grad_loss: Shape, student: Shape, teacher: Shape, statistics: Shape, stored: Shape, *options: Any
 ) -> int:
-    """H X_S, and X Xᵀ of both networks if they were not kept; of the form "gram" the student's columns of W G.
+    """H X_S, and X Xᵀ of both networks if they were not stored; of the form "gram" the student's columns of W G.
 
     In that form a gradient that differs between rows takes three times as many, which shapes do not tell.
     """
     *_, cross, form, _ = options
     if form == "gram":
         return 2 * student[0] * student[1] * student[2] * (student[2] + teacher[2])
-    again = relation_forward(student, teacher, *options) if form == "tiles" else 0
+    again = relation_forward(student, teacher, *options) if form == "streamed" else 0
     return again + 2 * _relation_pairs(student, cross) * student[2]
 
 

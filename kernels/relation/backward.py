@@ -158,7 +158,7 @@ def backward(
     student: Tensor,
     teacher: Tensor,
     statistics: Tensor,
-    kept: Tensor,
+    stored: Tensor,
     grad_student: Tensor,
     options: Options,
     limit_for: Callable[[int], int],
@@ -167,7 +167,7 @@ def backward(
 
     H takes at most ``limit_for`` (what one row block needs) bytes at a time.
     """
-    call = Call(student, teacher, options, kept.numel() > 0)
+    call = Call(student, teacher, options, stored.numel() > 0)
     grid, shape, product = call.plan.backward, call.plan.backward.shape, call.plan.product
     limit = limit_for(call.plan.least_bytes())
     scales = statistics[-2:]
@@ -212,14 +212,14 @@ def backward(
                 coefficients,
                 statistics,
                 scales,
-                kept,
+                stored,
                 h,
                 q,
                 *place,
                 tiles,
                 *call.factors,
                 call.inv_temperature,
-                KEPT=mirror and kept.numel() > 0,
+                KEPT=mirror and stored.numel() > 0,
                 MIRROR=mirror,
                 SPLIT=split,
                 **call.constants(shape, fused=False),

@@ -266,12 +266,12 @@ PRECISION = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
 class Call:
     """A call's plan, and the arguments that several of its kernels take."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, options: Options, kept: bool) -> None:
+    def __init__(self, student: Tensor, teacher: Tensor, options: Options, stored: bool) -> None:
         batch, rows, width = student.shape
         self.rows, self.n_rows = rows, batch * rows
         self.method = method_of(options.similarity, options.distance, options.temperature)
         dtype = DTYPES[student.dtype]
-        self.plan = Plan(batch, rows, options.cross, self.method, dtype, kept, capability(student))
+        self.plan = Plan(batch, rows, options.cross, self.method, dtype, stored, capability(student))
         self.student, other = Operand.of(student), Operand.of(teacher)
         self.networks = (*self.student.arguments, *other.arguments)
         self.layout = {
@@ -306,15 +306,15 @@ def forward(
     teacher: Tensor,
     loss: Tensor,
     statistics: Tensor,
-    kept: Tensor,
+    stored: Tensor,
     options: Options,
     limit_for: Callable[[int], int],
 ) -> None:
-    """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``kept``.
+    """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``stored``.
 
     Sums of tiles take at most ``limit_for`` (what one row block needs) bytes at a time.
     """
-    call = Call(student, teacher, options, kept.numel() > 0)
+    call = Call(student, teacher, options, stored.numel() > 0)
     grid, shape = call.plan.forward, call.plan.forward.shape
     planes = PLANES[call.method]
     limit = limit_for(call.plan.least_bytes())
@@ -327,8 +327,8 @@ def forward(
         else:
             scales.zero_()  # an operator's outputs are defined throughout
         written = shape.rows**2 * grid.row_blocks * (grid.row_blocks + 1) * student.shape[0]
-        if kept.numel() > written or call.rows % shape.rows:
-            kept.zero_()
+        if stored.numel() > written or call.rows % shape.rows:
+            stored.zero_()
         for launch in grid.launches(call.plan.forward_bytes(), limit):
             sums = planes * launch.problems * launch.band * grid.columns
             by_row, by_col = (
@@ -341,7 +341,7 @@ def forward(
                 scales,
                 by_row,
                 by_col,
-                kept,
+                stored,
                 call.rows // call.row_unit,
                 grid.samples,
                 grid.row_blocks,
@@ -352,7 +352,7 @@ def forward(
                 call.n_rows,
                 *call.factors,
                 call.inv_temperature,
-                KEEP=kept.numel() > 0,
+                KEEP=stored.numel() > 0,
                 PLANES=planes,
                 **call.constants(shape),
             )

@@ -49,7 +49,7 @@ class Regime(NamedTuple):
 
     crowded_stages: int = 3
     wide: Blocks | None = None
-    """For the forward's tiles instead, where few sums are taken of a tile and none is kept."""
+    """For the forward's tiles instead, where few sums are taken of a tile and none is stored."""
 
     @property
     def crowded(self) -> Blocks:
@@ -94,7 +94,7 @@ def statistics_planes(similarity: str, distance: str, temperature: float, others
     return PLANES[method_of(similarity, distance, temperature)] * others + 2
 
 
-def kept_elements(batch: int, rows: int) -> int:
+def stored_elements(batch: int, rows: int) -> int:
     """Room for both networks' tiles I ≤ J, whichever regime is chosen."""
     side = 64 if rows <= 64 else 128
     blocks = (rows + side - 1) // side
@@ -153,7 +153,7 @@ class Plan:
     ``chip`` is its major compute capability.
     """
 
-    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, kept: bool, chip: int) -> None:
+    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, stored: bool, chip: int) -> None:
         self.method, self.dtype = method, dtype
         samples, problems = (batch, 1) if cross else (1, batch)
         # With maxima a row's and a column's own exponentials are alive at once: too many for large tiles.
@@ -163,11 +163,11 @@ class Plan:
         enough = [regime for regime in regimes if grid(regime.tiles).programs >= ENOUGH_PROGRAMS]
         regime = (enough or regimes[-1:])[0]
         self.forward = grid(regime.crowded if method == "kl maxima" else regime.tiles)
-        if regime.wide is not None and not kept and method in WIDE_METHODS and chip not in NARROW_CAPABILITIES:
+        if regime.wide is not None and not stored and method in WIDE_METHODS and chip not in NARROW_CAPABILITIES:
             wide = grid(regime.wide)
             if wide.programs >= ENOUGH_PROGRAMS:
                 self.forward = wide
-        if not kept and chip in SMALL_BACKWARD.get(dtype, ()):
+        if not stored and chip in SMALL_BACKWARD.get(dtype, ()):
             regime = regimes[-1]
         self.backward = grid(regime.crowded)
         self.product = regime.product

@@ -84,7 +84,7 @@ CASES = [
     _rows("fp16 long rows of odd width", FP16, 3, 7, 2085),
     _rows("fp32 rows of odd width", FP32, 2, 11, 417),
     _relation("fp32 tiles of 64 x 64", FP32, 2, 150, 24),
-    _relation("fp32 kept tiles", FP32, 2, 100, 40, keep=True),
+    _relation("fp32 stored tiles", FP32, 2, 100, 40, keep=True),
     _relation("fp32 bands of the backward", FP32, 1, 700, 24, workspace_mib=1.0),
     _relation("fp32 across samples", FP32, 3, 71, 35, cross=True),
     _relation("fp32 maxima", FP32, 2, 71, 35, temperature=0.03),
@@ -94,7 +94,7 @@ CASES = [
     _relation("fp16 bands of the backward, maps", FP16, 1, 700, 24, maps=True, workspace_mib=0.75),
     # 88 times three tiles are 264, from which on they have 128 rows and columns.
     _relation("bf16 tiles of 128 x 128", BF16, 88, 150, 16),
-    _relation("bf16 kept tiles of 128 x 128, maps", BF16, 264, 72, 16, 24, maps=True, keep=True),
+    _relation("bf16 stored tiles of 128 x 128, maps", BF16, 264, 72, 16, 24, maps=True, keep=True),
     _relation("fp16 tiles of 128 x 128", FP16, 264, 72, 16, distance="mse"),
     _words("bf16 20 words", BF16, 2, 225, 20, 64),
     _words("bf16 70 words", BF16, 2, 131, 70, 40),

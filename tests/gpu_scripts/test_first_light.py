@@ -367,7 +367,7 @@ def test_bands_and_large_tiles_are_what_they_are_called(scripts: tuple[Any, Any]
     seen = set()
     for name, batch, rows, (student, teacher), dtype, limit in calls:
         if "bands" in name:
-            given = ("cosine", "kl", 0.1, False, False, str(dtype).removeprefix("torch."), "tiles", 0)
+            given = ("cosine", "kl", 0.1, False, False, str(dtype).removeprefix("torch."), "streamed", 0)
             with emulated():
                 whole = launch.native("cuda").Relation(1, rows, student, teacher, *given, 2**40)
             ways = [way for way in (False, True) if whole.workspace_bytes(way)[0] > float(limit) * 2**20]
@@ -377,7 +377,7 @@ def test_bands_and_large_tiles_are_what_they_are_called(scripts: tuple[Any, Any]
             assert limit is None
         if "128" in name and dtype.itemsize == 2:
             blocks = -(-rows // 128)
-            numbers = relation_plan.kept_elements(batch, rows, dtype, "cosine", "kl", 0.1)
+            numbers = relation_plan.stored_elements(batch, rows, dtype, "cosine", "kl", 0.1)
             assert numbers == batch * blocks * (blocks + 1) * 128**2, name
             seen.add(("128", dtype))
     assert len(seen) == 3 + 2

@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "row_cosine": {"distance": "row_cosine"},
     "row_cosine of products": {"distance": "row_cosine", "similarity": "dot"},
 }
-FORMS: dict[str, dict[str, Any]] = {"tiles": {}, "kept": {"keep": True}, "across samples": {"cross": True}}
+FORMS: dict[str, dict[str, Any]] = {"streamed": {}, "stored": {"keep": True}, "across samples": {"cross": True}}
 # Half a unit of what stores the gradient, of its largest entry.
 STORED = {torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 DTYPES = list(STORED)

@@ -28,8 +28,8 @@ except ImportError as error:
 SHAPES = [(2, 3, 5, 4), (1, 1, 1, 1), (1, 100, 33, 33), (2, 97, 64, 80), (1, 193, 70, 300), (1, 48, 257, 257)]
 DISTANCES = ["kl", "mse", "row_cosine"]
 FORMS: dict[str, dict[str, Any]] = {
-    "tiles": {},
-    "kept": {"keep": True},
+    "streamed": {},
+    "stored": {"keep": True},
     "across samples": {"cross": True},
 }
 ISAS = ["baseline", "avx2", "avx512"]
@@ -290,13 +290,13 @@ def test_a_small_workspace_gives_the_same_numbers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["kept", "gram"])
+@pytest.mark.parametrize("form", ["stored", "gram"])
 def test_a_form_that_does_not_fit_gives_way_to_tiles(
     monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype
 ) -> None:
-    shape, teacher_width = (2, 400, 200 if form == "kept" else 70), 200 if form == "kept" else 50
+    shape, teacher_width = (2, 400, 200 if form == "stored" else 70), 200 if form == "stored" else 50
     student, teacher, weight = rows(shape, 0, dtype), rows((2, 400, teacher_width), 1, dtype), rows(shape[:2], 2)
-    options: dict[str, Any] = {"keep": True} if form == "kept" else {"distance": "mse"}
+    options: dict[str, Any] = {"keep": True} if form == "stored" else {"distance": "mse"}
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     relation(student, teacher, backend="cpu")  # a backend's first call tests it
     chosen: list[str] = []
@@ -318,25 +318,25 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
         )  # fmt: skip
         return max(call.workspace_bytes(backward)[1] for backward in (False, True))
 
-    assert least("tiles") < least(form)
+    assert least("streamed") < least(form)
     whole = with_limit(2**25)
     assert chosen == [form, form]
     assert all(map(torch.equal, with_limit(least(form)), whole))  # one thread: the same bits
     assert chosen == [form, form]
     tiled = with_limit(least(form) - 64)
-    assert chosen == ["tiles", "tiles"]
+    assert chosen == ["streamed", "streamed"]
     # The forward decides: a limit raised before the backward does not make it look for matrices that were not kept.
-    for results in (tiled, with_limit(least("tiles")), with_limit(least(form) - 64, 2**25)):
+    for results in (tiled, with_limit(least("streamed")), with_limit(least(form) - 64, 2**25)):
         for got, want in zip(results, whole, strict=True):
             assert distance(got, want.double()) <= 1000 * arithmetic.eps + 2 * torch.finfo(got.dtype).eps
-        assert chosen == ["tiles", "tiles"]
+        assert chosen == ["streamed", "streamed"]
     with pytest.raises(ValueError, match=r"does not hold one block of rows of this call, set it to at least [\d.]+,"):
-        with_limit(2**25, least("tiles"))
+        with_limit(2**25, least("streamed"))
     assert chosen == [form, form]
     with pytest.raises(ValueError, match="does not hold one block of rows of this call, set it to at least") as error:
-        with_limit(least("tiles") - 64)
+        with_limit(least("streamed") - 64)
     named = float(str(error.value).split("at least ")[1].split(",")[0])
-    assert least("tiles") <= named * 2**20 < least("tiles") + 0.01 * 2**20
+    assert least("streamed") <= named * 2**20 < least("streamed") + 0.01 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -344,19 +344,19 @@ def test_the_least_workspace_is_known_before_the_call(dtype: torch.dtype) -> Non
     for count, student, teacher in ((100, 16, 16), (333, 20, 13), (2000, 100, 300), (48, 7, 9), (1400, 1024, 1000)):
         for form, distance_name, known in (
             ("gram", "mse", forms._least_gram(student, teacher, dtype)),
-            ("kept", "kl", forms._least_kept(count, 8 if dtype == torch.float64 else 4)),
+            ("stored", "kl", forms._least_stored(count, 8 if dtype == torch.float64 else 4)),
         ):
             arguments = (1, count, student, teacher, "cosine", distance_name, 0.1, False, False)
             call = cpu.Relation(*arguments, str(dtype).removeprefix("torch."), form, 1, 1)
             assert known == max(call.workspace_bytes(backward)[1] for backward in (False, True))
 
 
-@pytest.mark.parametrize("form", ["tiles", "kept", "gram"])
+@pytest.mark.parametrize("form", ["streamed", "stored", "gram"])
 def test_the_workspace_is_bounded_whatever_the_rows(form: str) -> None:
     """Beside it a backward over tiles holds one fp32 copy of a sample's gradient."""
     mib = 2**20
     for count, width in ((900, 64), (14400, 64), (14400, 512), (100_000, 64)):
-        if form == "kept" and count > 2048:
+        if form == "stored" and count > 2048:
             continue
         call = cpu.Relation(
             *(8, count, width, width, "cosine", "mse" if form == "gram" else "kl", 0.1, False, False),
@@ -366,10 +366,10 @@ def test_the_workspace_is_bounded_whatever_the_rows(form: str) -> None:
         for backward in (False, True):
             size, least = call.workspace_bytes(backward)
             assert least <= 32 * mib
-            assert size <= 32 * mib + (1.1 * copy if backward and form == "tiles" else 0) * 2
+            assert size <= 32 * mib + (1.1 * copy if backward and form == "streamed" else 0) * 2
 
 
-@pytest.mark.parametrize("form", ["tiles", "kept", "gram"])
+@pytest.mark.parametrize("form", ["streamed", "stored", "gram"])
 def test_many_threads_take_no_more(form: str) -> None:
     """As many of them work as the limit has scratch memory for."""
     for threads in (1, 64, 4096):
@@ -379,13 +379,13 @@ def test_many_threads_take_no_more(form: str) -> None:
         )
         size, least = call.workspace_bytes(True)
         assert least <= 64 * 2**20
-        assert size <= 64 * 2**20 + threads * (1100 * 416 * 8 if form == "tiles" else 0)
+        assert size <= 64 * 2**20 + threads * (1100 * 416 * 8 if form == "streamed" else 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_largest_kept_matrices_fit_the_default_workspace(dtype: str) -> None:
-    count = math.isqrt(forms.MAX_KEPT_BYTES // (8 if dtype == "float64" else 4))
-    call = cpu.Relation(1, count, 900, 900, "cosine", "kl", 0.1, False, False, dtype, "kept", 2, 32 * 2**20)
+    count = math.isqrt(forms.MAX_STORED_BYTES // (8 if dtype == "float64" else 4))
+    call = cpu.Relation(1, count, 900, 900, "cosine", "kl", 0.1, False, False, dtype, "stored", 2, 32 * 2**20)
     for backward in (False, True):
         assert call.workspace_bytes(backward)[1] <= 32 * 2**20
 
@@ -429,7 +429,7 @@ def test_equal_networks_give_exactly_nothing() -> None:
 
 
 def test_native_arguments_are_checked() -> None:
-    good = [1, 4, 5, 5, "cosine", "kl", 0.1, False, False, "float32", "tiles", 1, 2**25]
+    good = [1, 4, 5, 5, "cosine", "kl", 0.1, False, False, "float32", "streamed", 1, 2**25]
     for index, bad, message in (
         (0, 0, "expected at least 1"),
         (4, "cos", "similarity: expected cosine, mean or dot, got 'cos'"),
@@ -437,7 +437,7 @@ def test_native_arguments_are_checked() -> None:
         (6, 0.0, "temperature"),
         (9, "int8", "dtype"),
         (10, "gram", "'gram' is for distance 'mse'"),
-        (10, "all", "form: expected tiles, kept or gram, got 'all'"),
+        (10, "all", "form: expected streamed, stored or gram, got 'all'"),
         (11, 0, "threads: expected 1 to 4096, got 0"),
     ):
         arguments = [*good]

@@ -58,7 +58,7 @@ def test_edges_of_tiles(dtype: torch.dtype, method: str, form: str) -> None:
     check(student, teacher, rows(shape[:2], 3).abs(), **METHODS[method], **FORMS[form])
 
 
-@pytest.mark.parametrize("form", ["tiles", "kept"])
+@pytest.mark.parametrize("form", ["streamed", "stored"])
 @pytest.mark.parametrize(
     ("dtype", "method"),
     [(torch.bfloat16, name) for name in ("kl", "mse", "row_cosine")] + [(torch.float16, "kl")],
@@ -163,7 +163,7 @@ def test_plans(method: str, dtype: torch.dtype) -> None:
                 continue
             call = native("cuda").Relation(
                 batch, count, *widths, *named, options["negate"], cross, dtype_name(torch.empty(0, dtype=dtype)),
-                "tiles" if cross else "kept", 0, limit,
+                "streamed" if cross else "stored", 0, limit,
             )  # fmt: skip
             for backward in (False, True):
                 needed, least = call.workspace_bytes(backward)
@@ -171,7 +171,7 @@ def test_plans(method: str, dtype: torch.dtype) -> None:
                 assert least <= limit
                 assert needed <= limit + own
             if not cross:
-                assert call.kept_elements() == relation_plan.kept_elements(batch, count, dtype, *named)
+                assert call.stored_elements() == relation_plan.stored_elements(batch, count, dtype, *named)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -248,11 +248,11 @@ def test_arguments_that_a_kernel_cannot_take() -> None:
         ({"form": "gram"}, "form: "),
         ({"rows": 0}, "expected at least 1"),
     ):
-        given = {"rows": 3, "dtype": "float32", "form": "tiles"} | wrong
+        given = {"rows": 3, "dtype": "float32", "form": "streamed"} | wrong
         with pytest.raises(ValueError, match=said):
             make(1, given["rows"], 4, 4, *named, given["dtype"], given["form"], 0, 2**25)
     x, out = torch.zeros(1, 3, 4, device=DEVICE), torch.zeros(64, dtype=torch.float64, device=DEVICE)
-    call = make(1, 3, 4, 4, *named, "float32", "tiles", 0, 2**25)
+    call = make(1, 3, 4, 4, *named, "float32", "streamed", 0, 2**25)
     at = (x.data_ptr(), 4, *x.stride())
     space = torch.empty(call.workspace_bytes(False)[0], dtype=torch.uint8, device=DEVICE).data_ptr()
     for student, loss, said in (
@@ -263,6 +263,6 @@ def test_arguments_that_a_kernel_cannot_take() -> None:
         with pytest.raises(ValueError, match=said):
             call.forward(student, at, loss, out.data_ptr(), 0, space)
     for sizes in ((2**31, 3, 4, 4), (2**16, 2**16, 4, 4), (1, 3, 2**31, 4)):
-        huge = make(*sizes, *named, "float32", "tiles", 0, 2**25)
+        huge = make(*sizes, *named, "float32", "streamed", 0, 2**25)
         with pytest.raises(RuntimeError, match="relation_forward: cudaErrorInvalidValue"):
             huge.forward((at[0], sizes[2], *at[2:]), at, out.data_ptr(), out.data_ptr(), 0, space)

@@ -328,7 +328,7 @@ void forward(const Forward& args, const GramPlan& plan, int threads) {
     find_scales<S>(args.options, args.student, args.teacher, scales, threads);
     const Gram<S, A> gram{args.options, plan, args.student, args.teacher, scales, static_cast<char*>(args.workspace)};
     parallel_for(static_cast<int>(plan.teams), plan.problems, [&](std::int64_t problem, int team) {
-        gram.forward(team, problem, static_cast<A*>(args.kept) + problem * plan.side * plan.side,
+        gram.forward(team, problem, static_cast<A*>(args.stored) + problem * plan.side * plan.side,
                      static_cast<Compute<S>*>(args.loss));
     });
 }
@@ -339,7 +339,7 @@ void backward(const Backward& args, const GramPlan& plan) {
         args.options, plan, args.student, args.teacher, args.statistics, static_cast<char*>(args.workspace)};
     advise_huge_pages(args.grad_student, args.options.batch * args.options.rows * args.student.width * sizeof(S));
     parallel_for(static_cast<int>(plan.teams), plan.problems, [&](std::int64_t problem, int team) {
-        gram.backward(args, team, problem, static_cast<const A*>(args.kept) + problem * plan.side * plan.side);
+        gram.backward(args, team, problem, static_cast<const A*>(args.stored) + problem * plan.side * plan.side);
     });
 }
 

@@ -33,15 +33,15 @@ auto most_threads(int threads, std::int64_t limit, const Plan& plan_for) {
 }
 
 RelationPlan plan_relation_on(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
-                              bool keep, bool backward, int threads, std::int64_t limit) {
+                              bool stored, bool backward, int threads, std::int64_t limit) {
     const std::int64_t size = options.dtype == DType::Float64 ? 8 : 4;
     RelationPlan plan{};
-    plan.keep = keep;
+    plan.stored = stored;
     plan.backward = backward;
     plan.pairs = options.dtype == DType::BFloat16 && bf16_products();
     plan.problems = options.cross ? 1 : options.batch;
     plan.groups = options.others();
-    plan.block = keep ? relation::kept_block : streamed_block;
+    plan.block = stored ? relation::stored_block : streamed_block;
     plan.group_blocks = ceil_div(options.rows, plan.block);
     plan.blocks = plan.groups * plan.group_blocks;
     plan.student_width = round_up(student_width, 16); // whole vectors, whatever their length
@@ -50,15 +50,15 @@ RelationPlan plan_relation_on(const relation::Options& options, std::int64_t stu
     Layout thread;
     plan.tiles = thread.take(4 * plan.block * plan.block * size);
     if (backward) {
-        plan.panel = thread.take(keep ? 2 * rows * 48 * size : plan.block * plan.student_width * size);
+        plan.panel = thread.take(stored ? 2 * rows * 48 * size : plan.block * plan.student_width * size);
     }
     plan.thread_bytes = thread.bytes;
 
     const std::int64_t packed_block =
-        keep ? (backward ? 0 : plan.block * kept_chunk * size)
-             : plan.block * (student_width + teacher_width + (backward ? plan.student_width : 0)) * size;
-    const std::int64_t matrix = keep && backward ? rows * rows * size : 0;
-    const std::int64_t accumulator = !keep && backward ? rows * plan.student_width * size : 0;
+        stored ? (backward ? 0 : plan.block * stored_chunk * size)
+               : plan.block * (student_width + teacher_width + (backward ? plan.student_width : 0)) * size;
+    const std::int64_t matrix = stored && backward ? rows * rows * size : 0;
+    const std::int64_t accumulator = !stored && backward ? rows * plan.student_width * size : 0;
     const std::int64_t row_sums = backward ? rows * 8 : 0;
     const auto team_limited = [&](std::int64_t resident) {
         return round_up(resident * packed_block, 64) + round_up(matrix, 64) + round_up(row_sums, 64);
@@ -72,8 +72,8 @@ RelationPlan plan_relation_on(const relation::Options& options, std::int64_t stu
     plan.team_threads = plan.teams > 1 ? 1 : threads;
     const std::int64_t scratch = threads * plan.thread_bytes;
     plan.resident = all;
-    plan.minimum = scratch + plan.teams * team_limited(keep || all < 2 ? all : 2);
-    if (!keep && plan.teams == 1) {
+    plan.minimum = scratch + plan.teams * team_limited(stored || all < 2 ? all : 2);
+    if (!stored && plan.teams == 1) {
         while (plan.resident > 2 && scratch + team_limited(plan.resident) > limit) {
             const std::int64_t fits = packed_block == 0 ? 2 : (limit - scratch - team_limited(0)) / packed_block;
             plan.resident = fits < plan.resident ? (fits < 2 ? 2 : fits / 2 * 2) : plan.resident - 1;
@@ -131,9 +131,9 @@ GramPlan plan_gram_on(const relation::Options& options, std::int64_t student_wid
 } // namespace
 
 RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
-                           bool keep, bool backward, int threads, std::int64_t limit) {
+                           bool stored, bool backward, int threads, std::int64_t limit) {
     return most_threads(threads, limit, [&](int some) {
-        return plan_relation_on(options, student_width, teacher_width, keep, backward, some, limit);
+        return plan_relation_on(options, student_width, teacher_width, stored, backward, some, limit);
     });
 }
 

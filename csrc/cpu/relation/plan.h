@@ -6,14 +6,14 @@
 namespace fastkd::cpu {
 
 constexpr std::int64_t streamed_block =
-    96;                                  // rows; a multiple of every instruction set's panel; two tiles fit a small L2
-constexpr std::int64_t kept_chunk = 256; // columns that a kept relation packs at a time
-constexpr std::int64_t gram_chunk = 256; // rows that G takes at a time
+    96; // rows; a multiple of every instruction set's panel; two tiles fit a small L2
+constexpr std::int64_t stored_chunk = 256; // columns that a stored relation packs at a time
+constexpr std::int64_t gram_chunk = 256;   // rows that G takes at a time
 
 // Rows come in blocks; pairs of blocks are the tiles of the relation matrix. A *problem* is one relation matrix: a
 // sample's, or with `cross` the whole batch's. Threads take whole problems (`teams` of them at a time) or share one.
 struct RelationPlan {
-    bool keep;     // tiles live in `kept`; else each is made, used and forgotten
+    bool stored;   // tiles live in `stored`; else each is made, used and forgotten
     bool backward; // else forward
     bool pairs;    // bfloat16 rows are multiplied as they are, in pairs
     std::int64_t problems, groups, block, group_blocks, blocks;
@@ -31,7 +31,7 @@ struct RelationPlan {
 
 // `limit` bounds the workspace, but for the student's gradient in fp32 (fp64) that a backward over tiles accumulates.
 RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
-                           bool keep, bool backward, int threads, std::int64_t limit);
+                           bool stored, bool backward, int threads, std::int64_t limit);
 
 // mse from Gram matrices: rows are packed `chunk` at a time for G, `block` at a time for the rest.
 struct GramPlan {

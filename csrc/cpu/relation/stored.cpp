@@ -1,7 +1,7 @@
 // relation on the CPU where the matrices are small beside the inputs (channels): the forward keeps their tiles.
 //
-// The rows are packed and multiplied some columns at a time. The backward makes H from the kept tiles and multiplies it
-// with the rows as they come, neither normalised nor corrected: scale_i and q_i go into H.
+// The rows are packed and multiplied some columns at a time. The backward makes H from the stored tiles and multiplies
+// it with the rows as they come, neither normalised nor corrected: scale_i and q_i go into H.
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/relation/blocks.h"
@@ -10,7 +10,7 @@ namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
 template <class S>
-struct Kept : Relation<S> {
+struct Stored : Relation<S> {
     using Base = Relation<S>;
     using T = typename Base::T;
     using Base::add_tile;
@@ -28,8 +28,8 @@ struct Kept : Relation<S> {
 
     // Tiles lie in the order in which they are visited.
     template <class P>
-    FASTKD_INLINE static P* kept_tile(P* kept, std::int64_t blocks, std::int64_t i, std::int64_t j) {
-        return kept + place_within(blocks, i, j) * 2 * relation::kept_block * relation::kept_block;
+    FASTKD_INLINE static P* stored_tile(P* stored, std::int64_t blocks, std::int64_t i, std::int64_t j) {
+        return stored + place_within(blocks, i, j) * 2 * relation::stored_block * relation::stored_block;
     }
     // The next tile comes from far while this one is worked on.
     FASTKD_INLINE void fetch_next(const Tile<T>& tile) const {
@@ -39,12 +39,12 @@ struct Kept : Relation<S> {
             __builtin_prefetch(tile.e_s + size + k, 0, 2);
         }
     }
-    FASTKD_INLINE Tile<T> kept_view(const T* kept, std::int64_t i, std::int64_t j) const {
-        const T* e = kept_tile(kept, plan.blocks, i, j);
+    FASTKD_INLINE Tile<T> stored_view(const T* stored, std::int64_t i, std::int64_t j) const {
+        const T* e = stored_tile(stored, plan.blocks, i, j);
         return {e, e + plan.block * plan.block, plan.block, rows_of(i), rows_of(j)};
     }
 
-    void forward(std::int64_t team, std::int64_t problem, T* kept, T* loss) const {
+    void forward(std::int64_t team, std::int64_t problem, T* stored, T* loss) const {
         const std::int64_t n = plan.blocks;
         struct Pair {
             std::int64_t i, j;
@@ -57,7 +57,7 @@ struct Kept : Relation<S> {
             return Pair{i, i + index};
         };
         const std::int64_t count = n * (n + 1) / 2;
-        const std::int64_t chunk = this->pairs ? 2 * kept_chunk : kept_chunk; // as many bytes
+        const std::int64_t chunk = this->pairs ? 2 * stored_chunk : stored_chunk; // as many bytes
         for (int network = 0; network < 2; ++network) {
             const Rows& rows = network == 0 ? student : teacher;
             for (std::int64_t from = 0; from < rows.width; from += chunk) {
@@ -65,26 +65,26 @@ struct Kept : Relation<S> {
                 T* packs = this->at(team, plan.packs);
                 parallel_for(plan.team_threads, n, [&](std::int64_t block, int) {
                     this->pack_block_of(rows, network, problem, block, from, width,
-                                        packs + block * plan.block * kept_chunk);
+                                        packs + block * plan.block * stored_chunk);
                 });
                 parallel_for(plan.team_threads, count, [&](std::int64_t index, int) {
                     const auto [i, j] = pairs(index);
-                    T* e = kept_tile(kept, n, i, j) + network * plan.block * plan.block;
+                    T* e = stored_tile(stored, n, i, j) + network * plan.block * plan.block;
                     if (from == 0 && (rows_of(i) < plan.block || rows_of(j) < plan.block)) {
                         __builtin_memset(e, 0, plan.block * plan.block * sizeof(T));
                     }
-                    this->multiply_blocks(packs + i * plan.block * kept_chunk, i, packs + j * plan.block * kept_chunk,
-                                          j, width, e, from > 0);
+                    this->multiply_blocks(packs + i * plan.block * stored_chunk, i,
+                                          packs + j * plan.block * stored_chunk, j, width, e, from > 0);
                 });
             }
         }
         const int passes = options.distance == Distance::row_cosine ? 2 : 1;
         for (int pass = 0; pass < passes; ++pass) {
             pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
-                const Tile<T> tile = kept_view(kept, i, j);
+                const Tile<T> tile = stored_view(stored, i, j);
                 fetch_next(tile);
                 if (pass == 0) {
-                    T* e = kept_tile(kept, n, i, j);
+                    T* e = stored_tile(stored, n, i, j);
                     this->finish_products(problem, i, j, e, e + plan.block * plan.block);
                 }
                 add_tile(tile, problem, i, j, pass, plan.teams > 1 ? team : thread);
@@ -96,14 +96,14 @@ struct Kept : Relation<S> {
         finish_rows(problem, loss);
     }
 
-    void backward(const Backward& args, std::int64_t team, std::int64_t problem, const T* kept) const {
+    void backward(const Backward& args, std::int64_t team, std::int64_t problem, const T* stored) const {
         const std::int64_t n = plan.blocks, rows = n * plan.block, ld = rows;
         double* q = this->template at<double>(team, plan.row_sums);
         __builtin_memset(q, 0, rows * sizeof(double));
         T* matrix = this->at(team, plan.matrix); // outer_i (H_ij - q_i delta_ij) scale_j
         const double* scales = scales_of(0, problem, 0);
         pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
-            const Tile<T> tile = kept_view(kept, i, j);
+            const Tile<T> tile = stored_view(stored, i, j);
             fetch_next(tile);
             T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
             T* turned = h + plan.block * plan.block;
@@ -143,14 +143,14 @@ struct Kept : Relation<S> {
         });
     }
     // The same, H and the rows multiplied as bfloat16.
-    void backward_pairs(const Backward& args, std::int64_t team, std::int64_t problem, const T* kept) const {
+    void backward_pairs(const Backward& args, std::int64_t team, std::int64_t problem, const T* stored) const {
         const std::int64_t n = plan.blocks, ld = n * plan.block;
         double* q = this->template at<double>(team, plan.row_sums);
         __builtin_memset(q, 0, ld * sizeof(double));
         auto* matrix = this->template at<BFloat16>(team, plan.matrix); // M
         const auto* words = reinterpret_cast<const PairWord*>(matrix); // pairs of its columns
         pairs_within(0, n, plan.team_threads, [&](std::int64_t i, std::int64_t j, int thread) {
-            const Tile<T> tile = kept_view(kept, i, j);
+            const Tile<T> tile = stored_view(stored, i, j);
             fetch_next(tile);
             T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
             auto* mirror = reinterpret_cast<PairWord*>(h + plan.block * plan.block);
@@ -207,47 +207,48 @@ struct Kept : Relation<S> {
 
 template <class S>
 void forward(const Forward& args, const RelationPlan& plan, int threads) {
-    Kept<S> relation{
+    Stored<S> relation{
         {args.options, plan, args.student, args.teacher, args.statistics, static_cast<char*>(args.workspace)}};
     relation.clear_statistics();
     find_scales<S>(args.options, args.student, args.teacher, relation.scales_of(0, 0, 0), threads);
     relation.use_pairs();
     using T = Compute<S>;
-    auto* kept = static_cast<T*>(args.kept);
+    auto* stored = static_cast<T*>(args.stored);
     auto* loss = static_cast<T*>(args.loss);
-    const std::int64_t size = relation::kept_elements(args.options.rows);
-    advise_huge_pages(kept, args.options.batch * size * sizeof(T));
-    parallel_for(static_cast<int>(plan.teams), plan.problems,
-                 [&](std::int64_t problem, int team) { relation.forward(team, problem, kept + problem * size, loss); });
+    const std::int64_t size = relation::stored_elements(args.options.rows);
+    advise_huge_pages(stored, args.options.batch * size * sizeof(T));
+    parallel_for(static_cast<int>(plan.teams), plan.problems, [&](std::int64_t problem, int team) {
+        relation.forward(team, problem, stored + problem * size, loss);
+    });
 }
 
 template <class S>
 void backward(const Backward& args, const RelationPlan& plan) {
-    Kept<S> relation{{args.options, plan, args.student, args.teacher,
-                      const_cast<double*>(args.statistics), // read only
-                      static_cast<char*>(args.workspace)}};
+    Stored<S> relation{{args.options, plan, args.student, args.teacher,
+                        const_cast<double*>(args.statistics), // read only
+                        static_cast<char*>(args.workspace)}};
     relation.use_pairs();
     advise_huge_pages(args.grad_student, args.options.batch * args.options.rows * args.student.width * sizeof(S));
-    auto* kept = static_cast<const Compute<S>*>(args.kept);
-    const std::int64_t size = relation::kept_elements(args.options.rows);
+    auto* stored = static_cast<const Compute<S>*>(args.stored);
+    const std::int64_t size = relation::stored_elements(args.options.rows);
     parallel_for(static_cast<int>(plan.teams), plan.problems, [&](std::int64_t problem, int team) {
         if constexpr (is_bf16<S>) {
             if (relation.pairs) {
-                return relation.backward_pairs(args, team, problem, kept + problem * size);
+                return relation.backward_pairs(args, team, problem, stored + problem * size);
             }
         }
-        relation.backward(args, team, problem, kept + problem * size);
+        relation.backward(args, team, problem, stored + problem * size);
     });
 }
 
 } // namespace
 
-void relation_kept_forward(const Forward& args, const RelationPlan& plan, int threads) {
+void relation_stored_forward(const Forward& args, const RelationPlan& plan, int threads) {
     advise_huge_pages(args.workspace, plan.bytes);
     with_storage(args.options.dtype, [&](auto storage) { forward<decltype(storage)>(args, plan, threads); });
 }
 
-void relation_kept_backward(const Backward& args, const RelationPlan& plan) {
+void relation_stored_backward(const Backward& args, const RelationPlan& plan) {
     advise_huge_pages(args.workspace, plan.bytes);
     with_storage(args.options.dtype, [&](auto storage) { backward<decltype(storage)>(args, plan); });
 }

@@ -210,12 +210,12 @@ void backward(const Backward& args, const RelationPlan& plan) {
 
 } // namespace
 
-void relation_forward(const Forward& args, const RelationPlan& plan, int threads) {
+void relation_streamed_forward(const Forward& args, const RelationPlan& plan, int threads) {
     advise_huge_pages(args.workspace, plan.bytes);
     with_storage(args.options.dtype, [&](auto storage) { forward<decltype(storage)>(args, plan, threads); });
 }
 
-void relation_backward(const Backward& args, const RelationPlan& plan) {
+void relation_streamed_backward(const Backward& args, const RelationPlan& plan) {
     advise_huge_pages(args.workspace, plan.bytes);
     with_storage(args.options.dtype, [&](auto storage) { backward<decltype(storage)>(args, plan); });
 }

@@ -34,7 +34,7 @@ struct DerivativeArgs {
     const double* scales;
     const float* grad_loss;
     std::int64_t grad_batch_stride, grad_row_stride;
-    const float* kept; // or null
+    const float* stored; // or null
     void* h;
     float* sums; // parts of q, one plane
 };
@@ -135,8 +135,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
         }
     }
     typename B::Accumulated e_s, e_t;
-    if (args.kept != nullptr) {
-        float* const kept = const_cast<float*>(args.kept); // read only
+    if (args.stored != nullptr) {
+        float* const stored = const_cast<float*>(args.stored); // read only
         const auto load = [](typename B::Accumulated& to) {
             return [&to](const float* at, int i, int j) {
                 const Pack<float> pack = load_pack(at);
@@ -146,8 +146,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
                 }
             };
         };
-        visit_kept<B>(kept, cut, tile, 0, load(e_s));
-        visit_kept<B>(kept, cut, tile, 1, load(e_t));
+        visit_stored<B>(stored, cut, tile, 0, load(e_s));
+        visit_stored<B>(stored, cut, tile, 1, load(e_t));
         block_barrier();
     } else {
         multiply_rows<B>(args.student, args.teacher, tile, shared, e_s, e_t);
@@ -312,7 +312,7 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
                                             static_cast<const float*>(args.grad_loss),
                                             args.grad_batch_stride,
                                             args.grad_row_stride,
-                                            static_cast<const float*>(args.kept),
+                                            static_cast<const float*>(args.stored),
                                             h,
                                             floats_at(plan.sums)};
             cudaError_t launched =

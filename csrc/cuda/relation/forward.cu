@@ -1,4 +1,4 @@
-// relation on a GPU, forward. The formulas are those of common/relation.h; no matrix is held but where one is kept.
+// relation on a GPU, forward. The formulas are those of common/relation.h; no matrix is held but where one is stored.
 //
 // Three kernels: scales of the rows; tiles of both networks' matrices, one pair of row blocks I <= J to a block of
 // threads, each reduced at once to a few sums for its rows and, E being symmetric, for its columns; and the merging of
@@ -89,7 +89,7 @@ struct TilesArgs {
     float inv_temperature;
     const double* scales; // (2, all_rows)
     float* sums;
-    float* kept; // or null
+    float* stored; // or null
 };
 
 template <class B>
@@ -163,11 +163,11 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
     const float outside = !softmax ? 0.0f : softmax_kl::minus_infinity<float>() * (args.negate ? -1.0f : 1.0f);
     scale_products<B>(e_s, tile, args.cosine, scales, scales + side, args.student.factor, outside);
     scale_products<B>(e_t, tile, args.cosine, scales + 2 * side, scales + 3 * side, args.teacher.factor, outside);
-    if (args.kept != nullptr) {
-        visit_kept<B>(args.kept, cut, tile, 0, [&](float* at, int i, int j) {
+    if (args.stored != nullptr) {
+        visit_stored<B>(args.stored, cut, tile, 0, [&](float* at, int i, int j) {
             store_pack(at, Pack<float>{{e_s.c[i][j][0], e_s.c[i][j][1], e_s.c[i][j][2], e_s.c[i][j][3]}});
         });
-        visit_kept<B>(args.kept, cut, tile, 1, [&](float* at, int i, int j) {
+        visit_stored<B>(args.stored, cut, tile, 1, [&](float* at, int i, int j) {
             store_pack(at, Pack<float>{{e_t.c[i][j][0], e_t.c[i][j][1], e_t.c[i][j][2], e_t.c[i][j][3]}});
         });
     }
@@ -268,7 +268,7 @@ cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& 
         }
         return for_each_launch(options, plan, [&](const Cut& cut) {
             const TilesArgs tiles{student, teacher,         cut,    plan.method, cosine,
-                                  negate,  inv_temperature, scales, sums,        static_cast<float*>(args.kept)};
+                                  negate,  inv_temperature, scales, sums,        static_cast<float*>(args.stored)};
             const Grid grid{cut.problems * cut.tiles, B::threads, 1, tiles_shared_bytes<B>(plan.method)};
             const cudaError_t launched = launch(tiles_kernel<B>, grid, stream, tiles);
             if (launched != cudaSuccess) {

@@ -108,7 +108,7 @@ RelationPlan plan_relation(const relation::Options& options, std::int64_t studen
     return lay_out(plan, options, backward, limit, 1, low, &counted);
 }
 
-std::int64_t kept_elements(const relation::Options& options) {
+std::int64_t stored_elements(const relation::Options& options) {
     const std::int64_t tile = tile_of(options), blocks = ceil_div(options.rows, tile);
     return options.batch * blocks * (blocks + 1) * tile * tile;
 }

@@ -61,7 +61,7 @@ FASTKD_HD constexpr int product_columns(std::int64_t element_size) {
 RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, bool backward,
                            std::int64_t limit);
 
-// Floats of both networks' kept tiles.
-std::int64_t kept_elements(const relation::Options& options);
+// Floats of both networks' stored tiles.
+std::int64_t stored_elements(const relation::Options& options);
 
 } // namespace fastkd::cuda

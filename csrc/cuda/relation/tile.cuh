@@ -178,12 +178,12 @@ FASTKD_DEVICE void scale_products(typename B::Accumulated& sum, const Tile& tile
     });
 }
 
-// Tiles kept for the backward, in the order of fragments: both kernels' blocks have the same shape.
+// Tiles stored for the backward, in the order of fragments: both kernels' blocks have the same shape.
 template <class B, class Visit>
-FASTKD_DEVICE void visit_kept(float* kept, const Cut& cut, const Tile& tile, int network, const Visit& visit) {
+FASTKD_DEVICE void visit_stored(float* stored, const Cut& cut, const Tile& tile, int network, const Visit& visit) {
     const std::int64_t i = tile.i, number = i * cut.blocks - i * (i - 1) / 2 + (tile.j - i);
     const std::int64_t of_problem = cut.blocks * (cut.blocks + 1) / 2;
-    float* at = kept + ((tile.problem * of_problem + number) * 2 + network) * (B::rows * B::cols) + thread_x() * 4;
+    float* at = stored + ((tile.problem * of_problem + number) * 2 + network) * (B::rows * B::cols) + thread_x() * 4;
 #pragma unroll
     for (int i = 0; i < B::down; ++i) {
 #pragma unroll

@@ -81,8 +81,8 @@ def relation(
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     sizes = (student.shape[1], columns, student.shape[2], teacher.shape[2])
     form = choose_form(*sizes, dtype, distance, keep and not cross, chosen)
-    if form == "kept" and not differentiated:  # for a backward that will not come
-        form = "tiles"
+    if form == "stored" and not differentiated:  # for a backward that will not come
+        form = "streamed"
     given = operator_argument(temperature)
     options = (similarity, distance, given, negate, cross, form, chosen)
     if differentiated:
@@ -131,19 +131,19 @@ class _Relation(torch.autograd.Function):
         *others: Any,
     ) -> Tensor:
         options = (similarity, distance, temperature, *others)
-        loss, statistics, kept = operator("relation_forward", temperature)(student, teacher, *options)
+        loss, statistics, stored = operator("relation_forward", temperature)(student, teacher, *options)
         tensors, ctx.temperature = saved(temperature)
-        ctx.save_for_backward(student, teacher, statistics, kept, *tensors)
+        ctx.save_for_backward(student, teacher, statistics, stored, *tensors)
         ctx.similarity, ctx.distance, ctx.others = similarity, distance, others
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_tangent("relation", ctx.others[-1], grad_loss)
-        student, teacher, statistics, kept, *tensors = ctx.saved_tensors
+        student, teacher, statistics, stored, *tensors = ctx.saved_tensors
         temperature = tensors[0] if tensors else ctx.temperature
         options = (ctx.similarity, ctx.distance, temperature, *ctx.others)
-        arguments = (grad_loss, student, teacher, statistics, kept, *options)
+        arguments = (grad_loss, student, teacher, statistics, stored, *options)
         if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
             grad = _RelationGradient.apply(temperature, *arguments)
         else:
@@ -174,9 +174,9 @@ def _forward(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, T
 
 
 def _backward(
-    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, kept: Tensor, *options: Any
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, stored: Tensor, *options: Any
 ) -> Tensor:
-    return backward(grad_loss, student, teacher, statistics, kept, Options(*options))
+    return backward(grad_loss, student, teacher, statistics, stored, Options(*options))
 
 
 def _forward_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,12 +190,12 @@ def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
 _OPTIONS = "str similarity, str distance, float temperature, bool negate, bool cross, str form, str backend"
 register(
     "relation_forward",
-    f"(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor loss, Tensor statistics, Tensor kept)",
+    f"(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor loss, Tensor statistics, Tensor stored)",
     Work(_forward, _forward_fake, flops.relation_forward),
 )
 register(
     "relation_backward",
-    f"(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, Tensor kept, {_OPTIONS}) -> Tensor",
+    f"(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, Tensor stored, {_OPTIONS}) -> Tensor",
     Work(_backward, _backward_fake, flops.relation_backward),
 )
 
@@ -208,10 +208,10 @@ def self_test(backend: str, device: torch.device) -> str | None:
         exact = reference(exact_student, exact_teacher, temperature=0.5)
         (exact_grad,) = torch.autograd.grad(exact.sum(), exact_student)
     student, teacher = (x.detach().to(device, torch.float32) for x in (exact_student, exact_teacher))
-    for form in ("tiles", "kept"):
+    for form in ("streamed", "stored"):
         options = ("cosine", "kl", 0.5, False, False, form, backend)
-        loss, statistics, kept = _forward(student, teacher, *options)
-        grad = _backward(torch.ones_like(loss), student, teacher, statistics, kept, *options)
+        loss, statistics, stored = _forward(student, teacher, *options)
+        grad = _backward(torch.ones_like(loss), student, teacher, statistics, stored, *options)
         for name, got, right in (("loss", loss, exact), ("gradient", grad, exact_grad)):
             error = (got.cpu().double() - right.detach()).abs().max().item()
             if not error < 1e-5:

@@ -6,11 +6,11 @@ import torch
 
 from fastkd.ops import workspace
 
-KEPT_BLOCK = 48
-"""Side of the tiles in which kept relation matrices are stored, as in ``csrc/common/relation.h``."""
+STORED_BLOCK = 48
+"""Side of the tiles of stored relation matrices, as in ``csrc/common/relation.h``."""
 
-MAX_KEPT_BYTES = 2048 * 2048 * 4
-"""Larger relation matrices are recomputed in the backward even where they may be kept: H would fill the workspace."""
+MAX_STORED_BYTES = 2048 * 2048 * 4
+"""Larger relation matrices are recomputed in the backward even where they may be stored: H would fill the workspace."""
 
 MAX_GRAM_WIDTH = 1024
 """Wider rows would make Gram matrices of more than 32 MiB."""
@@ -21,7 +21,7 @@ ENOUGH_TILES = 264
 FIXED_SHIFT_TEMPERATURE = 0.04
 """From here on cosines need no maxima of their own there."""
 
-_GRAM_CHUNK, _KEPT_CHUNK, _STREAMED_BLOCK = 256, 256, 96  # as in csrc/cpu/relation/plan.h
+_GRAM_CHUNK, _STORED_CHUNK, _STREAMED_BLOCK = 256, 256, 96  # as in csrc/cpu/relation/plan.h
 
 
 def gram_side(width_s: int, width_t: int) -> int:
@@ -34,7 +34,9 @@ def gram_double(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
     return dtype == torch.float64 or (width_s != width_t and dtype != torch.bfloat16)
 
 
-def kept_elements(batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float) -> int:
+def stored_elements(
+    batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float
+) -> int:
     """The numbers that the CUDA kernels keep of a sample's relation matrices, as in ``csrc/cuda/relation/plan.cpp``."""
     blocks = -(-rows // 128)
     maxima = distance == "kl" and not (similarity == "cosine" and temperature >= FIXED_SHIFT_TEMPERATURE)
@@ -47,18 +49,18 @@ def kept_elements(batch: int, rows: int, dtype: torch.dtype, similarity: str, di
 def choose_form(
     rows: int, columns: int, width_s: int, width_t: int, dtype: torch.dtype, distance: str, keep: bool, backend: str
 ) -> str:
-    """Chosen once, for the forward and the backward: "tiles", "kept" or, in C++, "gram"."""
+    """Chosen once, for the forward and the backward: "streamed", "stored" or, in C++, "gram"."""
     width = max(width_s, width_t)
-    keep = keep and rows**2 * _size(dtype) <= MAX_KEPT_BYTES
+    keep = keep and rows**2 * _size(dtype) <= MAX_STORED_BYTES
     if backend in ("triton", "cuda"):
-        return "kept" if keep else "tiles"
+        return "stored" if keep else "streamed"
     if distance == "mse" and width <= MAX_GRAM_WIDTH and _gram_pays(columns, width, width_s == width_t, dtype):
         form, least = "gram", _least_gram(width_s, width_t, dtype)
     elif keep:
-        form, least = "kept", _least_kept(rows, _size(dtype))
+        form, least = "stored", _least_stored(rows, _size(dtype))
     else:
-        return "tiles"
-    return form if least <= workspace.limit() else "tiles"
+        return "streamed"
+    return form if least <= workspace.limit() else "streamed"
 
 
 def _gram_pays(columns: int, width: int, equal: bool, dtype: torch.dtype) -> bool:
@@ -78,12 +80,12 @@ def _least_gram(width_s: int, width_t: int, dtype: torch.dtype) -> int:
     return size * max(forward, backward)
 
 
-def _least_kept(rows: int, size: int) -> int:
+def _least_stored(rows: int, size: int) -> int:
     """The same (``plan_relation``)."""
-    padded = _up(rows, KEPT_BLOCK)
-    forward = padded * _KEPT_CHUNK * size
-    backward = 2 * padded * KEPT_BLOCK * size + padded**2 * size + _up(padded * 8, 64)
-    return 4 * KEPT_BLOCK**2 * size + max(forward, backward)
+    padded = _up(rows, STORED_BLOCK)
+    forward = padded * _STORED_CHUNK * size
+    backward = 2 * padded * STORED_BLOCK * size + padded**2 * size + _up(padded * 8, 64)
+    return 4 * STORED_BLOCK**2 * size + max(forward, backward)
 
 
 def _size(dtype: torch.dtype) -> int:
