@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.aot.__main__ import instructions, write_facts
+from benchmarks.aot.compiler import instructions
+from benchmarks.aot.facts import write_table
 from fastkd._native import build_info
 from fastkd.ops.dispatch import IMPLEMENTED
 
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
     print(f"{module.name}: {module.stat().st_size / 2**20:.1f} MiB")
     if args.json:
-        write_facts(
+        write_table(
             args.json, {"compiler": build_info()["cuda"]["compiler"] if args.module is None else "unknown"}, rows
         )
     return 0 if rows and all(row["ok"] for row in rows) else 1

@@ -1,4 +1,4 @@
-"""Digest what an ahead-of-time compilation depends on: rows of facts with today's digest need no compiler."""
+"""Hash everything an ahead-of-time compilation depends on, so that unchanged kernels are not compiled again."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from benchmarks.aot.cases import Case
 def digest(case: Case) -> str:
     """Return a hash of the kernel, every device function it calls, its argument types, constants and options.
 
-    Comments, docstrings and layout do not count.
+    Comments, docstrings, formatting and the modules that hold the functions do not affect it.
     """
     _, kernel, types, constants, warps, *more = case
-    options = {name: value for given in more for name, value in given.items() if name != "but"}
-    stated = [_closure(kernel), *(repr(sorted(part.items())) for part in (types, constants, options)), str(warps)]
-    return hashlib.sha256("\0".join(stated).encode()).hexdigest()[:12]
+    options = {name: value for group in more for name, value in group.items() if name != "but"}
+    parts = [_closure(kernel), *(repr(sorted(group.items())) for group in (types, constants, options)), str(warps)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 @functools.cache
 def _closure(kernel: Any) -> str:
-    """Return the code of a kernel and of what it calls, and the module constants they read."""
+    """Return the code of a kernel and of every function it calls, and the module constants they read."""
     found: dict[str, str] = {}
     _collect(kernel, found)
-    return "\n".join(found[name] for name in sorted(found))
+    return "\n".join(sorted(set(found.values())))
 
 
 def _collect(kernel: Any, found: dict[str, str]) -> None:
+    """Add the code of a kernel and of everything it uses to ``found``, by qualified name."""
     function = kernel.fn
     name = f"{function.__module__}.{function.__qualname__}"
     if name in found:

@@ -10,14 +10,19 @@ from benchmarks.aot.cases import Case
 
 def softmax_kl_cases(dtype: str) -> Iterator[Case]:
     """Every block shape in the family's table."""
-    from fastkd.kernels.softmax_kl import forward as family
+    from fastkd.kernels.softmax_kl import backward, forward, plan
 
+    kernels = {
+        "forward": forward.forward_kernel,
+        "merge": forward.merge_kernel,
+        "backward": backward.backward_kernel,
+    }
     acc = "fp64" if dtype == "fp64" else "fp32"
     itemsize = 8 if dtype == "fp64" else 2
-    longest = family.blocks_for(1 << 20, itemsize).cols
+    longest = plan.blocks_for(1 << 20, itemsize).cols
 
     def case(name: str, constants: dict[str, Any], warps: int, **options: Any) -> Case:
-        kernel = getattr(family, f"{name}_kernel")
+        kernel = kernels[name]
         types = {}
         for argument in kernel.arg_names:
             if argument in ("student_ptr", "teacher_ptr", "grad_student_ptr"):
@@ -32,12 +37,12 @@ def softmax_kl_cases(dtype: str) -> Iterator[Case]:
                 types[argument] = "i64" if "stride" in argument else "i32"
         return f"softmax_kl.{name}", kernel, types, constants, warps, options
 
-    for cols in (*(blocks.cols for blocks in family.SHORT), longest, longest + 1):
-        blocks = family.blocks_for(cols, itemsize)
+    for cols in (*(blocks.cols for blocks in plan.SHORT), longest, longest + 1):
+        blocks = plan.blocks_for(cols, itemsize)
         block = {"ROWS": blocks.rows, "COLS": blocks.cols}
         loop = cols > blocks.cols
         for split in (False, True) if loop else (False,):
-            yield case("forward", block | {"LOOP": loop, "SPLIT": split}, blocks.warps, **family.MOST_REGISTERS)
+            yield case("forward", block | {"LOOP": loop, "SPLIT": split}, blocks.warps, **forward.MOST_REGISTERS)
         if not loop:  # the backward has none
             yield case("backward", block, blocks.warps)
-    yield case("merge", {"PARTS": family.MOST_PARTS}, 1)
+    yield case("merge", {"PARTS": plan.MOST_PARTS}, 1)

@@ -15,7 +15,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
-from benchmarks.aot.__main__ import RESULTS
+from benchmarks.aot.facts import RESULTS
 
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 """The newest of each minor version from ``fastkd.ops.dispatch.OLDEST_TRITON`` on."""

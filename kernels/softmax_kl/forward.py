@@ -13,51 +13,11 @@ approximation (about 2 ulp, subnormal results are 0).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, MOST_REGISTERS, cdiv, float64, launching_on, round_to
+from fastkd.kernels.common import LOG2E, MOST_REGISTERS, cdiv, float64, launching_on
+from fastkd.kernels.softmax_kl.plan import MOST_PARTS, blocks_for, parts_for
 from torch import Tensor
-
-
-class Blocks(NamedTuple):
-    """How one kernel instance is cut: ``rows`` × ``cols`` elements at a time, by ``warps`` warps."""
-
-    rows: int
-    cols: int
-    warps: int
-
-
-SHORT = (Blocks(64, 16, 4), Blocks(16, 64, 4), Blocks(4, 256, 4))
-"""Rows that fit one of these blocks: several rows to a program."""
-
-LONG = Blocks(1, 1024, 4)
-"""Longer rows: one row to a program, which loops where needed. The block never widens, so no row length spills."""
-
-PROGRAMS = 512
-"""Fewer rows than this leave part of a large GPU idle in the forward (an H100 has 132 processors): long ones are split
-between programs."""
-
-PART = 4096
-"""The least columns that a part is made for."""
-
-MOST_PARTS = 64
-
-
-def blocks_for(cols: int, itemsize: int) -> Blocks:
-    """The blocks for rows of ``cols`` elements; half as many elements where one takes 8 bytes, i.e. for fp64."""
-    blocks = next((blocks for blocks in SHORT if cols <= blocks.cols), LONG)
-    if itemsize < 8:
-        return blocks
-    return blocks._replace(rows=blocks.rows // 2) if blocks.rows > 1 else blocks._replace(cols=blocks.cols // 2)
-
-
-def parts_for(rows: int, cols: int) -> tuple[int, int]:
-    """How many programs share a row of the forward, and the columns of each: few long rows are split."""
-    parts = max(1, min(PROGRAMS // rows, cols // PART, MOST_PARTS))
-    columns = cdiv(cdiv(cols, parts), LONG.cols) * LONG.cols
-    return cdiv(cols, columns), columns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,60 +170,6 @@ def merge_kernel(
     _finish(loss_ptr, statistics_ptr, n_rows, row, row < n_rows, top_s, z_s, top_t, z_t, a, inv_tau)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backward. ∂ℓ_s/∂s_j = p_{s,j}/τ and the sum in KL is linear in s, so for a row's incoming gradient g
-#
-#     ∂(g·KL)/∂s_j = (g/τ) (p_{s,j} − p_{t,j}),      p_{x,j} = e^{(x_j − m_x)/τ} / z_x.
-#
-# Every element is written by one program, independently of all others: two runs give the same bits.
-# ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
-def backward_kernel(
-    grad_loss_ptr,  # (batch, rows), strides below, possibly 0
-    student_ptr,
-    teacher_ptr,
-    statistics_ptr,  # (4, batch · rows) contiguous
-    grad_student_ptr,  # (batch, rows, cols) contiguous
-    n_rows,
-    rows_per_batch,
-    cols,
-    grad_stride_b,
-    grad_stride_r,
-    student_stride_b,
-    student_stride_r,
-    teacher_stride_b,
-    teacher_stride_r,
-    inv_temperature: tl.float64,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """The gradient of one ``ROWS`` × ``COLS`` block to a program."""
-    ACC: tl.constexpr = grad_loss_ptr.dtype.element_ty
-    inv_tau = float64(inv_temperature).to(ACC)
-    scale = inv_tau * LOG2E
-
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = row < n_rows
-    b = row // rows_per_batch
-    r = row % rows_per_batch
-    j = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
-    mask = here[:, None] & (j < cols)
-
-    g = tl.load(grad_loss_ptr + b * grad_stride_b + r * grad_stride_r, mask=here, other=0.0).to(ACC)
-    m_s = tl.load(statistics_ptr + row, mask=here, other=0.0)
-    z_s = tl.load(statistics_ptr + n_rows.to(tl.int64) + row, mask=here, other=1.0)
-    m_t = tl.load(statistics_ptr + 2 * n_rows.to(tl.int64) + row, mask=here, other=0.0)
-    z_t = tl.load(statistics_ptr + 3 * n_rows.to(tl.int64) + row, mask=here, other=1.0)
-    s = tl.load(student_ptr + (b * student_stride_b + r * student_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
-    t = tl.load(teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
-
-    p_s = tl.exp2((s - m_s[:, None]) * scale) * (1.0 / z_s)[:, None]
-    p_t = tl.exp2((t - m_t[:, None]) * scale) * (1.0 / z_t)[:, None]
-    grad = (g * inv_tau)[:, None] * (p_s - p_t)
-    # Rows are contiguous in grad_student: row · cols is its offset, in 64 bits like row.
-    tl.store(grad_student_ptr + row[:, None] * cols + j, round_to(grad, grad_student_ptr.dtype.element_ty), mask=mask)
-
-
 def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, temperature: float) -> None:
     """Fill ``loss`` (B, R) and ``statistics`` (4, B, R) from inputs (B, R, N) of inner stride 1."""
     batch, rows, cols = student.shape
@@ -307,38 +213,3 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
                 num_warps=1,
                 enable_fp_fusion=True,
             )
-
-
-def backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    statistics: Tensor,
-    grad_student: Tensor,
-    temperature: float,
-) -> None:
-    """Fill ``grad_student`` (B, R, N), contiguous, from a per-row gradient (B, R) of any strides."""
-    batch, rows, cols = student.shape
-    blocks = blocks_for(cols, student.element_size())
-    with launching_on(student):
-        backward_kernel[(cdiv(batch * rows, blocks.rows), cdiv(cols, blocks.cols))](
-            grad_loss,
-            student,
-            teacher,
-            statistics,
-            grad_student,
-            batch * rows,
-            rows,
-            cols,
-            grad_loss.stride(0),
-            grad_loss.stride(1),
-            student.stride(0),
-            student.stride(1),
-            teacher.stride(0),
-            teacher.stride(1),
-            1.0 / temperature,
-            ROWS=blocks.rows,
-            COLS=blocks.cols,
-            num_warps=blocks.warps,
-            enable_fp_fusion=True,
-        )

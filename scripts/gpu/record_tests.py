@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def stage(nodeid: str) -> int:
     """Return when a test runs: kernels without JIT, Triton's, then the contract in the same order."""
-    return 2 * ("test_contract" in nodeid) + ("triton" in nodeid)
+    return 2 * nodeid.startswith("tests/contract/") + ("triton" in nodeid)
 
 
 def backend_of(item: pytest.Item) -> str | None:

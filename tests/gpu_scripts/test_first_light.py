@@ -21,10 +21,11 @@ from fastkd.ops.relation import plan as relation_plan
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = [str(ROOT / "scripts" / "gpu"), str(ROOT / "tests" / "helpers"), str(ROOT / "benchmarks")]
+FOLDERS = [str(ROOT / "scripts" / "gpu"), str(ROOT / "tests" / "helpers")]
 BEGIN = """
 import os, signal, sys, time
 sys.path[:0] = os.environ["FOLDERS"].split(os.pathsep)
+sys.path.append(os.environ["CHECKOUT"])  # after an installed fastkd
 for name in ("pytest", "hypothesis", "pycocotools", "tyro"):  # what a machine with a GPU lacks
     sys.modules[name] = None
 """
@@ -46,7 +47,7 @@ def built() -> Path:
 
 
 def start(code: str, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
-    own = {"FOLDERS": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1"}
+    own = {"FOLDERS": os.pathsep.join(FOLDERS), "CHECKOUT": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", BEGIN + code, *map(str, arguments)],
         env=os.environ | own | environment,
@@ -96,7 +97,7 @@ def test_each_check_is_a_line(tmp_path: Path, built: Path) -> None:
 FAULTS = """
 import first_light_checks, torch
 from fastkd.kernels.relation import forward as relation
-from fastkd.kernels.softmax_kl import forward as softmax_kl
+from fastkd.kernels.softmax_kl import backward as softmax_kl
 from fastkd.ops.pixel_word import native as pixel_word_native, triton as pixel_word_triton
 from fastkd.ops.relation import native as relation_native
 
@@ -243,13 +244,14 @@ def test_what_there_was_no_time_for_is_counted(tmp_path: Path, built: Path, monk
 RECORD = """
 import importlib, json, torch
 from collections import Counter
-import first_light_checks as checks, works
+import first_light_checks as checks
+from benchmarks import workloads
 from record_launches import recorded
 
 def of(recording):
     types = sorted({t for one in recording.specialisations for t in one.signature.values() if t.startswith("*")})
     rows = sorted({v for one in recording.specialisations for k, v in one.constants.items()
-                   if one.kernel == "relation.tiles_kernel" and one.function.arg_names[k[0]] == "ROWS"})
+                   if one.kernel == "relation.forward.tiles_kernel" and one.function.arg_names[k[0]] == "ROWS"})
     return {"count": len(recording.specialisations), "kernels": recording.counts(), "types": types, "tile rows": rows,
             "unstated": sorted(recording.unstated)}
 
@@ -266,24 +268,24 @@ with recorded(90) as recording:
         found[check.name] = Counter(name for name, _ in recording.launches[before:])
 found["first light"] = of(recording)
 with recorded(90) as recording:
-    for family in works.GPU_WORKS:
-        for work in works.works(family, "cuda"):
+    for family in workloads.GPU_WORKS:
+        for work in workloads.works(family, "cuda"):
             inputs = work.inputs("cpu")
             for mode in {"both", *work.modes} - {"graph"}:
-                works.step_of(work, "triton", mode, inputs)()
+                workloads.step_of(work, "triton", mode, inputs)()
 found["works"] = of(recording)
 print(json.dumps(found))
 """
 KERNELS = {
-    "softmax_kl.forward_kernel", "softmax_kl.merge_kernel", "softmax_kl.backward_kernel", "relation.scales_kernel",
-    "relation.tiles_kernel", "_relation_merge.merge_kernel", "_relation_derivative.coefficients_kernel",
-    "_relation_derivative.derivative_kernel", "relation_backward.product_kernel", "pixel_word.logits_kernel",
-    "pixel_word.terms_kernel", "pixel_word.grams_kernel", "_pixel_word_sums.merge_kernel",
-    "pixel_word_backward.gradient_kernel", "_pixel_word_features.pixels_kernel", "_pixel_word_features.words_kernel",
-    "_pixel_word_features.merge_words_kernel",
+    "softmax_kl.forward.forward_kernel", "softmax_kl.forward.merge_kernel", "softmax_kl.backward.backward_kernel",
+    "relation.forward.scales_kernel", "relation.forward.tiles_kernel", "relation.merge.merge_kernel",
+    "relation.derivative.coefficients_kernel", "relation.derivative.derivative_kernel",
+    "relation.backward.product_kernel", "pixel_word.forward.logits_kernel", "pixel_word.forward.terms_kernel",
+    "pixel_word.forward.grams_kernel", "pixel_word.merge.merge_kernel", "pixel_word.backward.gradient_kernel",
+    "pixel_word.features.pixels_kernel", "pixel_word.features.words_kernel", "pixel_word.features.merge_words_kernel",
 }  # fmt: skip
-BANDED = {"relation.tiles_kernel", "_relation_merge.merge_kernel", "_relation_derivative.derivative_kernel",
-          "relation_backward.product_kernel"}  # fmt: skip
+BANDED = {"relation.forward.tiles_kernel", "relation.merge.merge_kernel", "relation.derivative.derivative_kernel",
+          "relation.backward.product_kernel"}  # fmt: skip
 
 
 def test_few_specialisations_are_asked_for() -> None:
@@ -298,9 +300,12 @@ def test_few_specialisations_are_asked_for() -> None:
         bands, whole = (found[f"relation triton {dtype} {size}"] for size in ("bands", "128-tile"))
         assert set(whole.values()) == {1}
         assert {name for name, count in bands.items() if count > 1} == BANDED
-        assert found[f"softmax_kl triton {dtype} bands"]["softmax_kl.merge_kernel"] == 1
+        assert found[f"softmax_kl triton {dtype} bands"]["softmax_kl.forward.merge_kernel"] == 1
     # Forward and backward, and the forward alone where it is measured: it keeps nothing.
-    assert set(found["works"]["kernels"]) == KERNELS - {"softmax_kl.merge_kernel", "pixel_word.grams_kernel"}
+    assert set(found["works"]["kernels"]) == KERNELS - {
+        "softmax_kl.forward.merge_kernel",
+        "pixel_word.forward.grams_kernel",
+    }
     assert 30 <= found["works"]["count"] <= 50, found["works"]
 
 

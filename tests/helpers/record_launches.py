@@ -26,7 +26,7 @@ import torch
 class Specialisation(NamedTuple):
     """One kernel as Triton would compile it: the arguments of ``triton.compiler.ASTSource`` and the options."""
 
-    kernel: str  # module.function
+    kernel: str  # family.module.function
     function: Any
     signature: dict[str, str]
     constants: dict[Any, Any]
@@ -101,7 +101,7 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
 
 
 def _name(function: Any) -> str:
-    return f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}"
+    return f"{function.fn.__module__.removeprefix('fastkd.kernels.')}.{function.fn.__name__}"
 
 
 class _StandIn:

@@ -81,11 +81,10 @@ def checkout(folder: Path, kernels: str = KERNELS) -> Path:
     (folder / "fastkd" / "__init__.py").write_text("")
     shutil.copy(ROOT / "fastkd" / "errors.py", folder / "fastkd")  # pyproject.toml's warning filters name its class
     shutil.copy(ROOT / "fastkd" / "_machine.py", folder / "fastkd")  # the scripts read it
-    tests = folder / "tests"
-    tests.mkdir()
     for name in script("kernel_tests").KERNEL_TESTS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
-    (folder / "tests" / "test_relation_cuda.py").write_text(kernels)
+    (folder / "tests" / "ops" / "test_relation_cuda.py").write_text(kernels)
     tools = folder / "tools"
     tools.mkdir()
     for name, text in {"nvidia-smi": NVIDIA_SMI, "python": PYTHON, "compute-sanitizer": SANITIZER}.items():

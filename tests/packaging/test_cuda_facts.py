@@ -18,7 +18,7 @@ from fastkd import _native
 from fastkd.ops.dispatch import IMPLEMENTED
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cuda_facts.py"
-READERS = (SCRIPT, SCRIPT.parent / "aot" / "__main__.py")
+READERS = (SCRIPT, SCRIPT.parent / "aot" / "compiler.py")
 FAMILIES = [family for family, backends in IMPLEMENTED.items() if "cuda" in backends]
 TABLES = {file.stem: file for file in (SCRIPT.parent / "results" / "nvcc").glob("*.json")}
 LARGEST = 25 * 2**20  # bytes of the module, uncompressed

@@ -70,7 +70,9 @@ def test_the_tables_are_of_todays_code_and_every_supported_triton() -> None:
     assert {json.loads(k)["kernel"] for k in today} >= KERNELS
     assert {"3.6", "3.7", "3.8", "3.9"} <= {version.rpartition(".")[0] for version in TABLES}
     for version in TABLES:
-        assert set(table(version)) == today, f"{version}: run benchmarks/aot/versions.py, which compiles what changed"
+        assert set(table(version)) == today, (
+            f"{version}: run `python -m benchmarks.aot.versions` to compile the kernels that changed"
+        )
 
 
 @pytest.mark.parametrize("version", TABLES)
@@ -132,8 +134,8 @@ def kernel(x):
 def test_the_digest_changes_with_the_code_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str, changes: bool
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from aot_source import digest
+    monkeypatch.syspath_prepend(str(SCRIPT.parents[1]))
+    from benchmarks.aot.digest import digest
 
     digests = []
     for i, code in enumerate((CODE, CODE.replace(right, wrong, 1))):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -178,7 +179,10 @@ register(
 
 def _kernels(backend: str) -> Any:
     """Return what computes: an object with ``forward`` and ``backward``, filling the outputs that it is given."""
-    return importlib.import_module("fastkd.kernels.softmax_kl.forward") if backend == "triton" else _Native(backend)
+    if backend != "triton":
+        return _Native(backend)
+    passes = {name: importlib.import_module(f"fastkd.kernels.softmax_kl.{name}") for name in ("forward", "backward")}
+    return SimpleNamespace(**{name: getattr(module, name) for name, module in passes.items()})
 
 
 @dataclass(frozen=True)

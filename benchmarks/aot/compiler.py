@@ -1,0 +1,72 @@
+"""Compile one Triton kernel ahead of time and read its resources from the cubin."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Maximum shared memory per block in bytes, by compute capability × 10."""
+
+MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTC[A-Z]*MMA|HMMA|QMMA)\b")
+"""Matrix instructions: HGMMA and QGMMA on sm_90, UTC*MMA on sm_100, warp-level HMMA and QMMA elsewhere."""
+
+LOCAL = {"loads": re.compile(r"\bLDL\b"), "stores": re.compile(r"\bSTL\b")}
+
+
+def compile_case(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: int, **options: Any
+) -> Any:
+    """Compile one kernel for one chip, specialised as for a launch with aligned pointers and strides."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    aligned = [
+        i
+        for i, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or kind.endswith(":16") or "stride_b" in name
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: kind.removesuffix(":16") for name, kind in types.items()},
+        constexprs={(list(types).index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": warps, "enable_fp_fusion": True, **options}
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def instructions(sass: str) -> dict[str, Any]:
+    """Count the spills (local-memory loads and stores) in a kernel's SASS, and its matrix instructions by name.
+
+    The stack size and LOCAL of ``cuobjdump -res-usage`` do not reveal spills: a stack may only be alignment, and LOCAL
+    stays 0 when registers are spilled. Loads without any store are not spills: on sm_100 ptxas emits one after
+    asynchronous copies.
+    """
+    found = {name: len(pattern.findall(sass)) for name, pattern in LOCAL.items()}
+    spills = found["stores"] + found["loads"] if found["stores"] else 0
+    return {"spills": spills, "matrix_instructions": dict(Counter(MATRIX_INSTRUCTION.findall(sass)))}
+
+
+def resources(cubin: bytes) -> dict[str, Any]:
+    """Return the registers, stack, shared and local memory (bytes), spills and matrix instructions of a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "--dump-sass")
+        )
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    if set(found) != {"REG", "STACK", "SHARED", "LOCAL"}:
+        raise RuntimeError(f"cannot parse the output of cuobjdump -res-usage: {text!r}")
+    used = {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "local": found["LOCAL"]}
+    return used | instructions(sass)

@@ -1,0 +1,124 @@
+"""Tables of compile-time facts: one row per kernel, block shape, dtype and chip, with a digest of the code."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.aot.cases import Case
+from benchmarks.aot.compiler import SHARED_LIMIT, compile_case, resources
+from benchmarks.aot.digest import digest
+from benchmarks.aot.pixel_word import pixel_word_cases
+from benchmarks.aot.relation import relation_cases
+from benchmarks.aot.softmax_kl import softmax_kl_cases
+
+RESULTS = Path(__file__).parents[1] / "results" / "triton"
+"""Folder of the committed tables: one VERSION.json per version of Triton, written by ``benchmarks.aot.versions``."""
+
+CASES = {"softmax_kl": softmax_kl_cases, "relation": relation_cases, "pixel_word": pixel_word_cases}
+FACTS = ("registers", "stack", "shared", "local", "spills", "matrix_instructions", "shared_limit", "ok")
+
+Entry = tuple[str, int, int, Case]
+"""(dtype, index of the case in its family's list, target, case)."""
+
+
+def identity(dtype: str, case: Case, target: int) -> dict[str, Any]:
+    """Return the columns that identify a row: kernel, dtype, constants, warps, chip and code digest."""
+    named = {n: value for n, value in case[3].items() if n.isupper() and isinstance(value, int | str)}
+    chip = {"target": f"sm_{target}", "source": digest(case)}
+    return {"kernel": case[0], "dtype": dtype, **named, "warps": case[4], **chip}
+
+
+def key(row: dict[str, Any]) -> str:
+    """Return the identity of a row, without its facts, as a string."""
+    return json.dumps({name: value for name, value in row.items() if name not in FACTS})
+
+
+def block_label(constants: dict[str, Any]) -> str:
+    """Return a short label of a block shape, such as ``128x64x64k``.
+
+    The sizes are followed by ``+`` for a kernel that loops and one for rows split across programs, ``k`` for stored
+    tiles and ``'`` for rows as the inner dimension.
+    """
+    sizes = [str(constants[size]) for size in SIZES if size in constants]
+    return "x".join(sizes) + "".join(mark for name, mark in MARKS.items() if constants.get(name) is True)
+
+
+SIZES = ("ROWS", "COLS", "PARTS", "BLOCK", "WIDTH", "DEPTH", "BN", "TP", "BD", "SLAB")
+MARKS = {"LOOP": "+", "SPLIT": "+", "KEEP": "k", "KEPT": "k", "STUDENT_ROWS_INNER": "'"}
+
+
+def select(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = "") -> Iterator[Entry]:
+    """Yield every kernel and block shape used on each chip once."""
+    seen = set()
+    for dtype in dtypes:
+        for i, case in enumerate(CASES[family](dtype)):
+            if not re.search(match, f"{case[0]} {block_label(case[3])}"):
+                continue
+            excluded = case[5].get("but", ()) if len(case) > 5 else ()
+            for target in (target for target in targets if target not in excluded):
+                name = key(identity(dtype, case, target))
+                if name not in seen:
+                    seen.add(name)
+                    yield dtype, i, target, case
+
+
+def sample(entries: list[Entry]) -> list[Entry]:
+    """Return one block shape per kernel and chip: the middle one of its bf16 cases, if it has any."""
+    groups: dict[tuple[str, int], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry[3][0], entry[2]), []).append(entry)
+    chosen = []
+    for group in groups.values():
+        trained = [entry for entry in group if entry[0] == "bf16"] or group
+        chosen.append(trained[len(trained) // 2])
+    return chosen
+
+
+def compile_row(family: str, dtype: str, index: int, target: int) -> dict[str, Any]:
+    """Compile one case of a family for one chip and return its row."""
+    case = list(CASES[family](dtype))[index]
+    _, kernel, types, constants, warps, *more = case
+    options = {k: v for more in more for k, v in more.items() if k != "but"}
+    compiled = compile_case(kernel, types, constants, warps, target, **options)
+    row = identity(dtype, case, target) | resources(compiled.asm["cubin"])
+    row["shared"] = max(row["shared"], compiled.metadata.shared)
+    row["shared_limit"] = SHARED_LIMIT[target]
+    row["ok"] = row["local"] == 0 and row["spills"] == 0 and row["shared"] <= row["shared_limit"]
+    return row
+
+
+def rows(
+    family: str, entries: list[Entry], known: dict[str, dict[str, Any]], jobs: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per entry, taken from ``known`` or else compiled by ``jobs`` worker processes."""
+    keys = [key(identity(dtype, case, target)) for dtype, _, target, case in entries]
+    missing = [
+        (family, dtype, i, target) for (dtype, i, target, _), k in zip(entries, keys, strict=True) if k not in known
+    ]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        compiled = pool.map(compile_row, *zip(*missing, strict=True)) if missing else iter(())
+        for k in keys:
+            yield known[k] if k in known else next(compiled)
+
+
+def known_rows(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a table by key, or none if it was written with another version of Triton."""
+    table = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if table.get("environment", {}).get("triton") != version("triton"):
+        return {}
+    return {key(row): row for row in table["rows"]}
+
+
+def write_table(file: Path, environment: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Write a table with one row per line, and the compiler versions it was made with."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = f'{{"environment": {json.dumps(environment)}, "rows": [\n{lines}\n]}}\n'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
