@@ -113,9 +113,10 @@ def _compare(
 
     from fastkd import Distiller
     from fastkd.cli._common import build_model, open_split
-    from fastkd.distill.recipes import balance_on, recipe
+    from fastkd.distill.recipes import recipe
     from fastkd.evaluate import evaluate
     from fastkd.train import segmentation_loss, train
+    from fastkd.train.balance import balance_on
 
     eval_every = config.eval_every or max(1, config.steps // 5)
     config = replace(config, seed=seed, eval_every=eval_every)

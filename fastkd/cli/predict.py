@@ -33,13 +33,13 @@ def predict(
             configuration names.
         device: "auto", "cpu", "cuda", ...
     """
+    from fastkd._runtime import pick_device
     from fastkd.cli._common import check_folder, load_local
     from fastkd.data import load_tokenizer
     from fastkd.data.images import read_image
     from fastkd.evaluate.prediction import predict as run
     from fastkd.evaluate.prediction import tokenizer_of
     from fastkd.report.overlays import as_png, overlay, write_together
-    from fastkd.train.runtime import pick_device
 
     image, out = image.expanduser(), out.expanduser()
     pixels = read_image(image)  # first: it fails soonest

@@ -124,9 +124,10 @@ def _run(
 ) -> None:
     from fastkd import Distiller
     from fastkd.cli._common import build_model, load_model, parse_terms, teacher_words
-    from fastkd.distill.recipes import balance_on, recipe
+    from fastkd.distill.recipes import recipe
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
+    from fastkd.train.balance import balance_on
 
     model = build_model(model_name, config.seed, data.tokenizer)
     teacher = None if teacher_name is None else load_model(teacher_name)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from fastkd import losses
-from fastkd.distill.distiller import Distiller, Term
+from fastkd.distill.distiller import Term
 from fastkd.distill.selectors import hint
-from fastkd.train.config import TrainConfig
 
 _WORDS = {"word_mask": "batch.word_mask"}
 
@@ -125,36 +122,3 @@ def recipe(names: Sequence[str]) -> list[Term]:
         term.name = name
         made.append(term)
     return made
-
-
-def balance_on(
-    distiller: Distiller, dataset: Dataset[Any], shares: Mapping[str, float], config: TrainConfig, batches: int = 4
-) -> dict[str, float]:
-    """`Distiller.balance` on the first samples of a dataset, in the order they are stored.
-
-    Args:
-        distiller: student, teacher and the terms to weigh.
-        dataset: the training set; `fastkd.data.collate` makes its batches.
-        shares: term name to the norm of its weighted gradient over that of the task.
-        config: of the run to come; its batch size, device and precision are used.
-        batches: over how many batches gradient norms are averaged.
-
-    Returns:
-        The weights of all terms.
-    """
-    from fastkd.data import collate
-    from fastkd.train.host import check_batch, check_tokenizers
-    from fastkd.train.launch import requested
-    from fastkd.train.runtime import autocast, to_device
-
-    check_tokenizers(distiller, dataset)
-    size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
-    device, precision = requested(config)
-    distiller.to(device).train()
-    starts = range(0, min(batches * size, len(dataset) - size + 1), size)  # type: ignore[arg-type]
-    collated = [collate([dataset[i] for i in range(s, s + size)]) for s in starts]
-    for batch in collated:
-        check_batch(distiller, batch)
-    samples = [to_device(batch, device, False) for batch in collated]
-    with autocast(precision, device):
-        return distiller.balance(samples, shares)

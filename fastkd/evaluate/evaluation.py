@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd._runtime import autocast, pick_device, pick_precision, to_device
 from fastkd.data._loading import batches
 from fastkd.data._parts import declared_values, leaves
 from fastkd.distill.forward import parameter_dtype, run_model
 from fastkd.errors import FastKDWarning
-from fastkd.evaluate._finite import blame, undecided
+from fastkd.evaluate._values import check_mask, has_nan, nan_cause
 from fastkd.evaluate.metrics import RISMetrics
 from fastkd.evaluate.protocols import Protocol
 from fastkd.evaluate.protocols import protocol as named_protocol
 from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary
-from fastkd.train.runtime import autocast, pick_device, pick_precision, to_device
-from fastkd.train.task import check_mask
 
 _PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
@@ -179,7 +178,7 @@ def evaluate(
                 batch = to_device(batch, where, channels_last)
                 with autocast(precision, where):
                     logits = _logits(model, batch)
-                nan = undecided(logits)
+                nan = has_nan(logits)
                 if bool(nan.any()):
                     failure = _name(batch, int(nan.nonzero()[0, 0]))
                     break
@@ -196,7 +195,7 @@ def evaluate(
         torch.distributed.all_gather_object(failures, failure)
         failure = next(filter(None, failures), "")
     if failure:
-        raise FloatingPointError(f"the model's logits hold NaN for {failure}: {blame(model)}")
+        raise FloatingPointError(f"the model's logits hold NaN for {failure}: {nan_cause(model)}")
     if not len(indices):  # fewer samples than processes: the others' counts cannot be gathered with none at all
         metrics.update(torch.zeros(0, 1, 1, device=where).bool(), torch.zeros(0, 1, 1, device=where).bool())
     sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64, device="cpu")

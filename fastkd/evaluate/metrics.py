@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fastkd.evaluate._values import check_mask
 from fastkd.ops.numerics import computes_fp64
-from fastkd.train.task import check_mask
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -80,7 +80,7 @@ def predict(
     """
     from fastkd.data.dataset import normalise
     from fastkd.distill.forward import normalisation, run_model
-    from fastkd.evaluate._finite import blame, undecided
+    from fastkd.evaluate._values import has_nan, nan_cause
     from fastkd.models.inputs import check_host_ids, check_vocabulary, word_limit
 
     if not isinstance(sentence, str):
@@ -101,8 +101,8 @@ def predict(
     try:
         with torch.inference_mode():
             logits = run_model(model, batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
-            if bool(undecided(logits)[0]):
-                raise FloatingPointError(f"the model's logits hold NaN, so there is no mask to decide: {blame(model)}")
+            if bool(has_nan(logits)[0]):
+                raise FloatingPointError(f"the model's logits hold NaN, which gives no mask: {nan_cause(model)}")
             logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]
             probability = logits.softmax(0)[1].cpu().numpy()
             mask = logits.argmax(0).bool().cpu().numpy()

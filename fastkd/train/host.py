@@ -15,8 +15,9 @@ from fastkd.data._parts import declared_values, leaves
 from fastkd.data.tokenizer import Tokenizer
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.words import PREFIX
+from fastkd.evaluate._values import check_mask
 from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary
-from fastkd.train.task import check_mask, segmentation_loss
+from fastkd.train.task import segmentation_loss
 
 
 def check_tokenizers(distiller: Distiller, dataset: Any) -> None:

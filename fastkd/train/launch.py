@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastkd._runtime import pick_device, pick_precision
 from fastkd.train.config import TrainConfig
-from fastkd.train.runtime import pick_device, pick_precision
 
 if TYPE_CHECKING:
     from accelerate import PartialState

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd._runtime import autocast, to_device
 from fastkd._wrappers import unwrap
 from fastkd.data._loading import batches
 from fastkd.data._parts import declared_values, leaves, set_epoch
@@ -29,13 +30,13 @@ from fastkd.evaluate.protocols import PROTOCOLS
 from fastkd.models.inputs import check_normalisation, check_vocabulary
 from fastkd.ops.numerics import computes_fp64
 from fastkd.train.checkpoint import save_student
+from fastkd.train.clock import Clock
 from fastkd.train.config import TrainConfig
 from fastkd.train.host import check_batch, check_tokenizers, keep_tokenizer
 from fastkd.train.launch import join
 from fastkd.train.log import Progress, RunLog, environment
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
 from fastkd.train.result import TrainResult
-from fastkd.train.runtime import Clock, autocast, to_device
 from fastkd.train.split import check_all_reduced, data_parallel, warn_of_micro_batches
 from fastkd.train.stop import Termination
 from fastkd.train.task import segmentation_loss

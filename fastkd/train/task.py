@@ -9,19 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def check_mask(mask: Tensor, name: str = "mask") -> None:
-    """Raise ``ValueError`` for a mask with values other than 0 and 1; a bool mask is not even looked at."""
-    if mask.dtype == torch.bool:
-        return
-    strange = (mask != 0) & (mask != 1)
-    if bool(strange.any()):
-        values = torch.unique(mask[strange])
-        some = ", ".join(f"{value:g}" for value in values[:3].tolist()) + (", ..." if len(values) > 3 else "")
-        raise ValueError(
-            f"{name} must be bool or hold only 0 and 1, got {mask.dtype} with {some}: use mask > 0 for masks of 0 and "
-            "255, mask > 0.5 for soft ones"
-        )
+from fastkd.evaluate._values import check_mask
 
 
 def segmentation_loss(

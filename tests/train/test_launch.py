@@ -13,10 +13,10 @@ pytest.importorskip("accelerate", reason="needs the [ris] extra")
 from train_tools import Scenes, collate, run, toy
 
 from fastkd import Distiller
-from fastkd.distill.recipes import balance_on
+from fastkd._runtime import autocast, pick_precision
 from fastkd.train import TrainConfig, launch, segmentation_loss
+from fastkd.train.balance import balance_on
 from fastkd.train.launch import requested
-from fastkd.train.runtime import autocast, pick_precision
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,31 @@
+"""Measure training time without evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Clock:
+    """A wall clock that can be paused."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._elapsed = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the clock has run, pauses excluded."""
+        return self._elapsed + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    def start(self) -> None:
+        """Start or resume."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Wait for the device to finish its queued work, then pause."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._elapsed, self._started = self.seconds, None
