@@ -11,10 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastkd import data, evaluate, losses, models, report, train
+    from fastkd import data, distill, evaluate, losses, models, report, train
     from fastkd._info import info
-    from fastkd.distill.distiller import Distiller, Term
-    from fastkd.distill.taps import Taps
+    from fastkd.distill import Distiller, Taps, Term
     from fastkd.errors import BackendUnavailable, FastKDWarning
 
 try:
@@ -22,13 +21,13 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-_MODULES = {"data", "evaluate", "losses", "models", "report", "train"}
+_MODULES = {"data", "distill", "evaluate", "losses", "models", "report", "train"}
 _NAMES = {
     "BackendUnavailable": "fastkd.errors",
-    "Distiller": "fastkd.distill.distiller",
+    "Distiller": "fastkd.distill",
     "FastKDWarning": "fastkd.errors",
-    "Taps": "fastkd.distill.taps",
-    "Term": "fastkd.distill.distiller",
+    "Taps": "fastkd.distill",
+    "Term": "fastkd.distill",
     "info": "fastkd._info",
 }
 
@@ -40,6 +39,7 @@ __all__ = [
     "Term",
     "__version__",
     "data",
+    "distill",
     "evaluate",
     "info",
     "losses",

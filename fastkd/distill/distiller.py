@@ -1,88 +1,26 @@
-"""The distiller: a student, a frozen teacher, a task loss, and the terms that bind them."""
+"""The distiller: a student, a frozen teacher, a task loss and distillation terms as one module."""
 
 from __future__ import annotations
 
-import functools
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from fastkd._messages import suggestion
 from fastkd._wrappers import unwrap
 from fastkd.distill import checks, words
 from fastkd.distill.forward import normalisation, renormalise, run_model
-from fastkd.distill.selectors import Selector, hint, select
+from fastkd.distill.gradients import GradientReport, balanced_weights, preserve_state, report_gradients
 from fastkd.distill.taps import Taps
-
-_RESERVED = ("task", "loss", "gradient")  # what logs call other things
-
-
-@dataclass(eq=False)
-class Term:
-    """One distillation loss: what it compares, and how much it counts.
-
-    The loss is called as ``loss(*student tensors, *teacher tensors, **kwargs)`` and returns a scalar. Where every
-    selected value is a list (``"pixel_word_logits.*"``), it is called once per position and the mean is the term.
-
-    Args:
-        loss: a function of `fastkd.losses`, one of its modules, or your own. A module's parameters (an aligner) train
-            with the student without becoming part of it.
-        student: what to take from the student's output: a path (``"decoder_features"``, ``"stages.3"``, ``"stages.*"``,
-            ``"stages.1:"``, the name of a tap), a callable that takes the output, or a tuple of those.
-        teacher: the same for the teacher; as the student's where left out.
-        weight: factor of the term in the loss.
-        name: how logs and errors call it; the loss's name where left out.
-        kwargs: further arguments of the loss. A string that begins with ``batch.``, ``student.`` or ``teacher.`` is
-            looked up there at every step, also within a tuple or list; any other value is passed as it is, and an
-            ``nn.Parameter`` trains with the student.
-
-    Raises:
-        ValueError: a weight that is not finite or is negative, a name with a dot.
-        TypeError: a loss that cannot be called.
-
-    Example:
-        >>> Term(losses.channel_distribution_kd, "decoder_features", weight=4.0)
-        >>> Term(losses.cross_modal_kd, ("stages.3", "words"), kwargs={"word_mask": "batch.word_mask"})
-    """
-
-    loss: Callable[..., Any]
-    student: Selector
-    teacher: Selector | None = None
-    weight: float = 1.0
-    name: str = ""
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not callable(self.loss):
-            raise TypeError(f"Term: loss must be a function or a module, got {self.loss!r}")
-        self.name = self.name or _name_of(self.loss)
-        if "." in self.name or self.name in _RESERVED:
-            raise ValueError(
-                f"Term: name {self.name!r} must hold no dot and be none of {_RESERVED}; pass another name="
-            )
-        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"Term {self.name!r}: weight must be a finite number >= 0, got {self.weight!r}")
-        if not isinstance(self.kwargs, Mapping):
-            raise TypeError(f"Term {self.name!r}: kwargs must be a dict, got {self.kwargs!r}")
-        for side in ("student", "teacher"):
-            selector = getattr(self, side)
-            if isinstance(selector, list):
-                selector = tuple(selector)
-                setattr(self, side, selector)
-            for one in selector if isinstance(selector, tuple) else (selector,):
-                if not (isinstance(one, str) or callable(one) or (one is None and side == "teacher")):
-                    raise TypeError(
-                        f"Term {self.name!r}: {side} must be a path, a callable or a tuple of them, got {one!r}"
-                    )
+from fastkd.distill.terms import Term, loss_and_options, term_value
 
 
 @dataclass
 class DistillOutput:
-    """What a `Distiller` returns: the loss to call ``backward`` on, and its parts.
+    """Output of a `Distiller`: the loss to call ``backward`` on, and its parts.
 
     Attributes:
         loss: task + Σ weight · term, a scalar.
@@ -102,10 +40,9 @@ class DistillOutput:
 class Distiller(nn.Module):
     """A student that learns from its task and from a frozen teacher, as one module for any training loop.
 
-    The teacher is held outside the module tree: it is not in ``parameters()``, ``state_dict()`` or ``train()``, and
-    data-parallel wrappers do not see it, but ``.to()`` and ``.cuda()`` move it along. It runs under
-    ``torch.no_grad()``. What trains beside the student (aligners of loss modules) is in ``parameters()`` and never in
-    the student.
+    The teacher is kept outside the module tree: ``parameters()``, ``state_dict()``, ``train()`` and data-parallel
+    wrappers skip it, but ``.to()`` and ``.cuda()`` move it. It runs under ``torch.no_grad()``. Parameters of loss
+    modules (aligners) are in ``parameters()`` and never in the student.
 
     Args:
         student: the model that learns.
@@ -113,19 +50,19 @@ class Distiller(nn.Module):
             student alone.
         task_loss: ``task_loss(student_output, batch)`` → scalar.
         terms: the distillation terms, `Term`.
-        inputs: the keys of the batch that the models take; the models get those that a batch has, and no others. Where
-            a batch has ``teacher_input_ids`` (or ``teacher_`` and another of the keys), the teacher gets that under the
-            key's own name: the sentence in the words of its own tokenizer. Words are then not the same on both sides,
-            and of the cross-modal terms only ``"pixel_pixel"`` is taken, with a pair of word masks. The ``image`` is
-            normalised for the student; a teacher whose images are normalised otherwise gets it converted, where both
-            models tell. A model whose weights are not float32 computes in their type.
-        student_taps: name to module path (or a `Taps`) for features that the student's output does not hold; terms
-            select them by name.
+        inputs: keys of the batch to pass to the models as keyword arguments, where the batch has them. If it has
+            ``teacher_input_ids`` (``teacher_`` plus a key), the teacher receives that instead: the sentence tokenised
+            by its own tokenizer. Words then differ between the two sides, so the only cross-modal term accepted is
+            ``"pixel_pixel"``, with a pair of word masks. The ``image`` is normalised for the student and converted for
+            a teacher with another normalisation, if both models declare theirs. A model whose weights are not float32
+            computes in their dtype.
+        student_taps: name to module path (or a `Taps`) for features missing from the student's output; terms select
+            them by name.
         teacher_taps: the same for the teacher.
 
     Raises:
         ValueError: teacher = student, terms without a teacher, two terms of one name, an unknown tap path.
-        TypeError: a model that is no module, a task loss that cannot be called, a term that is no `Term`.
+        TypeError: a model that is not a module, a task loss that is not callable, a term that is not a `Term`.
 
     Example:
         >>> teacher = RISModel.from_pretrained("teacher").eval().requires_grad_(False)
@@ -134,7 +71,7 @@ class Distiller(nn.Module):
         ...     fastkd.Term(losses.cross_modal_kd_from_logits, "pixel_word_logits.*", weight=0.2,
         ...                 kwargs={"word_mask": "batch.word_mask"}),
         ... ])
-        >>> print(distiller.check(batch))  # refuses what would fail silently, shows what each term weighs
+        >>> print(distiller.check(batch))  # finds silent mistakes, shows each term's gradient norm
         >>> distiller(batch).loss.backward()
     """
 
@@ -159,17 +96,17 @@ class Distiller(nn.Module):
         self.terms: dict[str, Term] = {}
         for term in terms:
             if term.name in self.terms:
-                raise ValueError(f"terms: two are named {term.name!r}; give each Term its own name=")
+                raise ValueError(f"terms: two terms are named {term.name!r}; give each Term its own name=")
             self.terms[term.name] = replace(term)
         self.term_modules = nn.ModuleDict({t.name: t.loss for t in terms if isinstance(t.loss, nn.Module)})
-        learned = {
+        parameters = {
             f"{t.name}_{key}": value
             for t in terms
             for key, value in t.kwargs.items()
             if isinstance(value, nn.Parameter)
         }
-        if learned:
-            self.term_parameters = nn.ParameterDict(learned)
+        if parameters:
+            self.term_parameters = nn.ParameterDict(parameters)
         self._student_taps = _as_taps(student, student_taps)
         self._teacher_taps = _as_taps(teacher, teacher_taps)
 
@@ -187,21 +124,21 @@ class Distiller(nn.Module):
         """Change the weights of the named terms."""
         for name in weights:
             if name not in self.terms:
-                raise ValueError(f"weights: no term named {name!r}.{hint(name, self.terms)}")
+                raise ValueError(f"weights: no term named {name!r}.{suggestion(name, self.terms)}")
         self.terms |= {name: replace(self.terms[name], weight=weight) for name, weight in weights.items()}
 
     def forward(self, batch: Mapping[str, Any]) -> DistillOutput:
         """Run both models and every loss on one batch."""
         student = run_model(self.student, **self.model_inputs(batch))
         teacher = self.run_teacher(batch)
-        apart = words.tokenised_apart(self.inputs, batch)
+        words_differ = words.has_teacher_words(self.inputs, batch)
         task = self.task_loss(student, batch)
         loss = task
         terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
-            if apart:
-                words.check_term(name, term.loss, term.kwargs)
-            terms[name] = value = self._term_value(term, student, teacher, batch)
+            if words_differ:
+                words.check_term(name, *loss_and_options(term))
+            terms[name] = value = term_value(term, student, teacher, batch, self._student_taps, self._teacher_taps)
             loss = loss + term.weight * value
         for taps in (self._student_taps, self._teacher_taps):
             if taps is not None:
@@ -209,11 +146,11 @@ class Distiller(nn.Module):
         return DistillOutput(loss, task, terms, student, teacher)
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What of the batch goes into the student."""
+        """Return the student's inputs from a batch."""
         return {key: batch[key] for key in self.inputs if key in batch}
 
     def run_teacher(self, batch: Mapping[str, Any]) -> Any:
-        """The teacher's output, without a graph."""
+        """Return the teacher's output, computed without a graph."""
         if self.teacher is None:
             return None
         if unwrap(self.teacher).training:
@@ -222,27 +159,58 @@ class Distiller(nn.Module):
             return run_model(self.teacher, **self._teacher_inputs(batch))
 
     def _teacher_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what of the batch goes into the teacher, the student's image as the teacher wants it normalised."""
+        """Return the teacher's inputs from a batch, the image converted to the teacher's normalisation."""
         assert self.teacher is not None
         inputs = words.teacher_inputs(self.teacher, self.inputs, batch)
-        ours, theirs = normalisation(self.student), normalisation(self.teacher)
+        source, target = normalisation(self.student), normalisation(self.teacher)
         image = inputs.get("image")
-        if ours and theirs and isinstance(image, Tensor) and words.PREFIX + "image" not in batch:
-            inputs["image"] = renormalise(image, ours, theirs)
+        if source and target and isinstance(image, Tensor) and words.PREFIX + "image" not in batch:
+            inputs["image"] = renormalise(image, source, target)
         return inputs
 
-    def check(self, batch: Mapping[str, Any]) -> checks.GradientReport:
-        """Refuse, before training, what would otherwise fail silently; see `fastkd.distill.checks.check`."""
-        return checks.check(self, batch)
+    def check(self, batch: Mapping[str, Any]) -> GradientReport:
+        """Raise one clear error for each mistake that would go unnoticed in training.
+
+        Those are: a teacher in train mode, with parameters that require a gradient, without weights, on another device,
+        with NaN in its output or taps, or with values that change between two passes; a term or task loss that is not a
+        finite scalar or sends no finite gradient to the student; a term that is exactly 0; a tap that never fires.
+        Models, gradients and random state stay as they are.
+
+        Args:
+            batch: a training batch on the distiller's device; the student should be in train mode.
+
+        Returns:
+            Values, gradient norms and shares of the terms on this batch.
+
+        Raises:
+            ValueError: one of the above.
+            RuntimeError: a tap that never fires.
+        """
+        if self.teacher is not None:
+            checks.check_frozen(self.teacher, self.student)
+            with preserve_state(self):
+                checks.check_deterministic(lambda: self._teacher_tensors(batch))
+        report = self.gradient_report(batch)
+        checks.check_gradients(report)
+        return report
+
+    def gradient_report(self, batch: Mapping[str, Any]) -> GradientReport:
+        """Return values and gradient norms of the task and of every term on one batch, changing nothing."""
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("student has no parameter that requires a gradient: nothing can train")
+        with preserve_state(self), torch.enable_grad():
+            output = self(batch)
+            return report_gradients({"task": output.task, **output.terms}, parameters, self.weights)
 
     def gradient_shares(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """Term name to the norm of its weighted gradient over that of the task, both with respect to the student."""
-        return checks.gradient_report(self, batch).shares
+        """Return term name to the norm of its weighted gradient over the task's, both with respect to the student."""
+        return self.gradient_report(batch).shares
 
     def balance(
         self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], shares: Mapping[str, float]
     ) -> dict[str, float]:
-        """Set the weights of the named terms so that their gradient shares on these batches are as asked.
+        """Set the weights of the named terms so that these batches give them the requested gradient shares.
 
         Args:
             batch: one batch, or several whose gradient norms are averaged.
@@ -254,40 +222,23 @@ class Distiller(nn.Module):
         Example:
             >>> distiller.balance(batch, {"channel_distribution_kd": 0.5})
         """
-        return checks.balance(self, batch, shares)
+        batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        if not batches:
+            raise ValueError("balance: batch is an empty sequence; pass at least one batch")
+        unknown = sorted(set(shares) - set(self.terms))
+        if unknown:
+            raise ValueError(f"balance: no term named {unknown[0]!r}; terms are {list(self.terms)}")
+        self.set_weights(balanced_weights([self.gradient_report(one) for one in batches], shares))
+        return self.weights
 
-    def _term_value(self, term: Term, student: Any, teacher: Any, batch: Mapping[str, Any]) -> Tensor:
-        where = "student"
-        try:
-            ours = select(term.student, student, self._student_taps)
-            where = "teacher"
-            theirs = select(term.student if term.teacher is None else term.teacher, teacher, self._teacher_taps)
-            where = "kwargs"
-            sources = {"batch": batch, "student": student, "teacher": teacher}
-            kwargs = {key: _look_up(value, sources) for key, value in term.kwargs.items()}
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"term {term.name!r}, {where}: {error}") from error
-        except Exception as error:  # a selector of the caller's own
-            error.add_note(f"This is term {term.name!r} of the Distiller, selecting for {where}.")
-            raise
-        try:
-            return self._reduced(term, (*ours, *theirs), kwargs)
-        except Exception as error:
-            error.add_note(f"This is term {term.name!r} of the Distiller.")  # two terms may share one loss
-            raise
-
-    def _reduced(self, term: Term, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        lengths = {len(value) for value in values if isinstance(value, list | tuple)}
-        if not lengths:
-            return _scalar(term.name, term.loss(*values, **kwargs))
-        if len(lengths) > 1 or 0 in lengths or not all(isinstance(value, list | tuple) for value in values):
-            shapes = [len(value) if isinstance(value, list | tuple) else "one tensor" for value in values]
-            none = "; an empty list is what a network computes none of" if 0 in lengths else ""
-            raise ValueError(
-                f"term {term.name!r}: lists of tensors must have one length on both sides, got {shapes}{none}"
-            )
-        each = [_scalar(term.name, term.loss(*tensors, **kwargs)) for tensors in zip(*values, strict=True)]
-        return torch.stack(each).mean()
+    def _teacher_tensors(self, batch: Mapping[str, Any]) -> checks.NamedTensors:
+        """Run the teacher and return every tensor of its output and of its taps."""
+        found = list(checks.named_tensors(self.run_teacher(batch)))
+        if self._teacher_taps is not None:
+            for name in self._teacher_taps:
+                found += checks.named_tensors(self._teacher_taps[name], f"tap {name!r}")
+            self._teacher_taps.clear()
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -296,7 +247,7 @@ class Distiller(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Teacher and weights, for ``print``."""
+        """Return teacher and weights, for ``print``."""
         teacher = "None" if self.teacher is None else type(unwrap(self.teacher)).__name__
         return f"teacher={teacher}, weights={self.weights}"
 
@@ -325,28 +276,3 @@ def _as_taps(model: nn.Module | None, taps: Taps | Mapping[str, Any] | None) -> 
     if model is None:
         raise ValueError("teacher_taps need a teacher, got teacher=None")
     return Taps(model, taps)
-
-
-def _scalar(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"term {name!r}: its loss must return a scalar tensor, got {got}; use reduction='mean'")
-    return value
-
-
-def _look_up(value: Any, sources: Mapping[str, Any]) -> Any:
-    if isinstance(value, str):
-        source, dot, path = value.partition(".")
-        if dot and source in sources:
-            return select(path, sources[source])[0]
-    if type(value) in (tuple, list):
-        return type(value)(_look_up(one, sources) for one in value)
-    return value
-
-
-def _name_of(loss: Callable[..., Any]) -> str:
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    if isinstance(loss, nn.Module):
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(loss).__name__).lower()  # ChannelKD → channel_kd
-    return getattr(loss, "__name__", type(loss).__name__).strip("<>")

@@ -1,4 +1,4 @@
-"""Named distillation terms for `fastkd.models` pairs: what `fastkd distill --terms` and the demo use."""
+"""Named distillation terms for pairs of `fastkd.models`, as used by `fastkd distill --terms` and the demo."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd import losses
-from fastkd.distill.distiller import Term
-from fastkd.distill.selectors import hint
+from fastkd._messages import suggestion
+from fastkd.distill.terms import Term
 
 _WORDS = {"word_mask": "batch.word_mask"}
 
@@ -51,33 +51,34 @@ def _mask() -> Term:
 
 def _pixel_pixel() -> Term:
     masks = ("student.word_mask", "teacher.word_mask")
-    return Term(through_words, "pixel_word_logits.-1", kwargs={"word_mask": masks})
+    return Term(pixel_pixel_kd, "pixel_word_logits.-1", kwargs={"word_mask": masks})
 
 
-def through_words(student: Tensor, teacher: Tensor, *, word_mask: tuple[Tensor, Tensor]) -> Tensor:
-    """The "pixel_pixel" term of two networks that share neither words, nor heads, nor a map's size.
+def pixel_pixel_kd(student: Tensor, teacher: Tensor, *, word_mask: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the "pixel_pixel" loss of two networks with different words, numbers of heads or map sizes.
 
-    Each network's heads are averaged, and the teacher's logits resized bilinearly to the student's square map: what is
-    left to compare is which pixels attend to the same words.
+    Heads are averaged and the teacher's logits resized bilinearly to the student's square map. The loss then compares
+    which pixels attend to the same words.
 
     Args:
         student: (B, heads, N, T) pixel–word logits of a square map.
         teacher: the same, with its own numbers of heads, pixels and words.
-        word_mask: the student's (B, T) and the teacher's.
+        word_mask: masks (B, T) of the student's and of the teacher's words.
 
     Raises:
         ValueError: a map that is not square.
     """
-    ours, theirs = student.mean(1), teacher.mean(1)
+    ours, theirs = student.mean(1), teacher.mean(1)  # (B, N, T)
     if ours.shape[1] != theirs.shape[1]:
         theirs = F.interpolate(_square(theirs), size=_square(ours).shape[-2:], mode="bilinear", align_corners=False)
-        theirs = theirs.flatten(2).mT
+        theirs = theirs.flatten(2).mT  # (B, N, T) with the student's N
     value = losses.cross_modal_kd_from_logits(ours, theirs, word_mask=word_mask, terms={"pixel_pixel": 1.0})
     assert isinstance(value, Tensor)
     return value
 
 
 def _square(logits: Tensor) -> Tensor:
+    """Return logits (B, N, T) as (B, T, √N, √N)."""
     side = math.isqrt(logits.shape[1])
     if side * side != logits.shape[1]:
         raise ValueError(f"pixel_pixel needs square maps to resize, got {logits.shape[1]} pixels: use square images")
@@ -86,7 +87,10 @@ def _square(logits: Tensor) -> Tensor:
 
 TERMS: dict[str, tuple[Callable[[], Term], str]] = {
     "first_order": (_first_order, "pixel–word attention at every fused stage: cross_modal_kd_from_logits, both KLs"),
-    "second_order": (_second_order, "its Gram matrices: cross_modal_kd_from_logits, pixel_pixel and word_word"),
+    "second_order": (
+        _second_order,
+        "Gram matrices of that attention: cross_modal_kd_from_logits, pixel_pixel and word_word",
+    ),
     "channel_distribution": (_channel_distribution, "channel_distribution_kd on the decoder's last map"),
     "guided_channel_distribution": (
         _guided_channel_distribution,
@@ -95,30 +99,30 @@ TERMS: dict[str, tuple[Callable[[], Term], str]] = {
     "channel": (_channel, "channel_kd on the decoder's last map, pooled over the batch and centred"),
     "pixel_relation": (_pixel_relation, "pixel_relation_kd on the third fused stage"),
     "logit": (_logit, "logit_kd on the decoder's two-channel map"),
-    "mask": (_mask, "logit_kd on the logits at the image's size, with a teacher of any kind"),
+    "mask": (_mask, "logit_kd on the logits at the image's size; works with any teacher"),
     "pixel_pixel": (
         _pixel_pixel,
-        "pixels related through words at the last fused stage, whatever the two tokenizers, heads and sizes",
+        "relations of pixels through words at the last fused stage; tokenizers, heads and sizes may differ",
     ),
 }
-"""Term name to what makes it and what it is. The channel terms need one decoder width on both sides."""
+"""Term name to its factory and description. The channel terms need the same decoder width on both sides."""
 
 
 def recipe(names: Sequence[str]) -> list[Term]:
-    """The terms of those names, at weight 1; balance them with `Distiller.balance`.
+    """Return the named terms with weight 1; balance them with `Distiller.balance`.
 
     Raises:
-        ValueError: an unknown name; close matches are offered.
+        ValueError: an unknown name; the message suggests others.
 
     Example:
         >>> distiller = Distiller(student, teacher, segmentation_loss, recipe(["first_order", "logit"]))
         >>> distiller.balance(batch, {"first_order": 0.5, "logit": 0.2})
     """
-    made = []
+    found = []
     for name in names:
         if name not in TERMS:
-            raise ValueError(f"terms: no term named {name!r}.{hint(name, TERMS)}")
+            raise ValueError(f"terms: no term named {name!r}.{suggestion(name, TERMS)}")
         term = TERMS[name][0]()
         term.name = name
-        made.append(term)
-    return made
+        found.append(term)
+    return found

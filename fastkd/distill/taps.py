@@ -1,4 +1,4 @@
-"""Taps: features of a model by module path, caught by forward hooks."""
+"""Taps: read features of a model by module path, through forward hooks."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastkd._messages import suggestion
 from fastkd._wrappers import plain_name, unwrap
-from fastkd.distill.selectors import follow, hint
+from fastkd.distill.selectors import follow
 
 
 class Taps(Mapping[str, Any]):
-    """Catch what chosen modules of a model return, forward after forward.
+    """Record the outputs of chosen modules at every forward of a model.
 
-    A mapping from your names to the latest outputs. Every forward of the model starts afresh, so a tap never shows a
-    value of an earlier forward; a module called several times in one forward shows its last output. An output that
-    was changed in place since (by an ``inplace=True`` activation, a ``+=``) is no longer the module's, and refused.
-    The hooks go when the taps are closed or nothing refers to them any more. Paths are those
-    of ``model.named_modules()``, written without the ``module.`` of DistributedDataParallel and AveragedModel and the
-    ``_orig_mod.`` of ``torch.compile``, and the same whether or not the model is wrapped. Make the taps before
-    ``torch.compile``: a compiled graph does not see hooks added after it.
+    A mapping from your names to the latest outputs. Every forward of the model clears the previous ones; a module that
+    is called several times in one forward shows its last output. Reading an output that was changed in place since (by
+    an ``inplace=True`` activation, a ``+=``) is an error. Closing the taps, or dropping the last reference to them,
+    removes the hooks.
+
+    Paths are those of ``model.named_modules()`` without the prefixes of wrappers: the ``module.`` of
+    DistributedDataParallel and AveragedModel, the ``_orig_mod.`` of ``torch.compile``. Make the taps before
+    ``torch.compile``: a compiled graph ignores hooks added after it.
 
     Args:
         model: the model to watch; it may be wrapped.
-        paths: name to module path, or to ``(path, index)`` where the module returns a tuple, list, dict or object and
-            the tap is one part of it (``("encoder", 0)``, ``("encoder", "last_hidden_state")``).
+        paths: name to module path, or to ``(path, index)`` to record one part of a tuple, list, dict or object
+            (``("encoder", 0)``, ``("encoder", "last_hidden_state")``).
 
     Raises:
-        TypeError: a model that is no module, or a path that is no string.
-        ValueError: an empty or dotted name, or a path that is no module of the model (with the closest ones).
+        TypeError: a model that is not a module, or a path that is not a string.
+        ValueError: an empty or dotted name, or a path that is not a module of the model (the message suggests others).
         KeyError: reading a name that is not a tap.
-        RuntimeError: reading a tap whose module did not run in the latest forward, whose output was changed in place,
-            or a closed one.
+        RuntimeError: reading a tap that is closed, whose module did not run in the latest forward, or whose output was
+            changed in place.
 
     Example:
         >>> with fastkd.Taps(model, {"stage4": "backbone.layers.3.fusion"}) as taps:
@@ -50,7 +52,7 @@ class Taps(Mapping[str, Any]):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         modules = dict(_modules(model))
         self.paths: dict[str, str] = {}
-        self._outputs = _Latest()
+        self._outputs = _Outputs()
         self._handles: list[RemovableHandle] = []
         found: list[tuple[str, nn.Module, int | str | None]] = []
         for name, target in paths.items():
@@ -61,21 +63,23 @@ class Taps(Mapping[str, Any]):
                 raise TypeError(f"tap {name!r}: expected a module path or (path, index), got {target!r}")
             path = _canonical(path, modules)
             if path not in modules:
-                raise ValueError(f"tap {name!r}: the model has no module {path!r}.{hint(path, _nearby(path, modules))}")
+                raise ValueError(
+                    f"tap {name!r}: the model has no module {path!r}.{suggestion(path, _candidates(path, modules))}"
+                )
             self.paths[name] = path
             found.append((name, modules[path], index))
-        self._handles.append(unwrap(model).register_forward_pre_hook(_Begin(self._outputs)))
+        self._handles.append(unwrap(model).register_forward_pre_hook(_ClearHook(self._outputs)))
         for name, module, index in found:
-            self._handles.append(module.register_forward_hook(_Catch(self._outputs, name, index)))
+            self._handles.append(module.register_forward_hook(_RecordHook(self._outputs, name, index)))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.paths:
-            raise KeyError(f"no tap named {name!r}.{hint(name, self.paths)}")
+            raise KeyError(f"no tap named {name!r}.{suggestion(name, self.paths)}")
         if name not in self._outputs:
             if not self._handles:
                 raise RuntimeError(f"tap {name!r} is closed")
             if not self._outputs.forwards:
-                raise RuntimeError(f"tap {name!r} has nothing yet: the model has not run since the tap was made")
+                raise RuntimeError(f"tap {name!r} is empty: the model has not run since the tap was made")
             raise RuntimeError(
                 f"tap {name!r} never fired: module {self.paths[name]!r} did not run in the latest forward. It may be "
                 "skipped in this mode, replaced after the tap was made, or compiled before it (make the taps first)"
@@ -83,14 +87,14 @@ class Taps(Mapping[str, Any]):
         value, version = self._outputs[name]
         if version is not None and _version(value) != version:
             raise RuntimeError(
-                f"tap {name!r}: what module {self.paths[name]!r} returned was changed in place afterwards, by an "
-                "activation with inplace=True or a '+=', so it is no longer what the module returned: tap the module "
-                "that changed it, which returns the same values, or take away its inplace"
+                f"tap {name!r}: the output of module {self.paths[name]!r} was changed in place afterwards, by an "
+                "activation with inplace=True or a '+=', so its original values are lost: tap the module that changed "
+                "it, which returns the same values, or remove its inplace"
             )
         return value
 
     def __contains__(self, name: object) -> bool:
-        return name in self.paths  # whether or not it has fired: reading tells
+        return name in self.paths  # even if it has not fired; reading it raises then
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.paths)
@@ -99,11 +103,11 @@ class Taps(Mapping[str, Any]):
         return len(self.paths)
 
     def clear(self) -> None:
-        """Let go of the latest outputs (and of the graph they hold)."""
+        """Release the latest outputs and their graph."""
         self._outputs.clear()
 
     def close(self) -> None:
-        """Remove the hooks; the model is as it was."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -118,21 +122,21 @@ class Taps(Mapping[str, Any]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_handles"):  # else its making failed
+        if hasattr(self, "_handles"):  # else __init__ failed
             self.close()
 
     def __repr__(self) -> str:
         return f"Taps({self.paths})"
 
 
-# Hooks are classes, so that a hooked model can still be pickled and copied, and do not hold the taps, so that the model
-# keeps none alive.
+# Hooks are classes, so that a hooked model can be pickled and copied. They do not refer to the taps, so that the model
+# does not keep the taps alive.
 
 
-class _Begin:
-    """The hook before the model's forward."""
+class _ClearHook:
+    """Forward pre-hook of the model: clears the outputs of the previous forward."""
 
-    def __init__(self, outputs: _Latest) -> None:
+    def __init__(self, outputs: _Outputs) -> None:
         self.outputs = outputs
 
     def __call__(self, module: nn.Module, args: Any) -> None:
@@ -140,10 +144,10 @@ class _Begin:
         self.outputs.forwards += 1
 
 
-class _Catch:
-    """The forward hook of one tap."""
+class _RecordHook:
+    """Forward hook of a tapped module: records its output."""
 
-    def __init__(self, outputs: _Latest, name: str, index: int | str | None) -> None:
+    def __init__(self, outputs: _Outputs, name: str, index: int | str | None) -> None:
         self.outputs, self.name, self.index = outputs, name, index
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -155,29 +159,29 @@ class _Catch:
         self.outputs[self.name] = output, _version(output)
 
 
-class _Latest(dict[str, tuple[Any, int | None]]):
-    """The latest outputs, each with its version (see _version) when it was caught.
+class _Outputs(dict[str, tuple[Any, int | None]]):
+    """Latest output of every tap with its version (see `_version`) at that time.
 
-    A copied or pickled model starts without them: a graph's tensors cannot be copied.
+    Copies and pickles are empty: tensors that belong to a graph cannot be copied.
     """
 
     forwards = 0
 
-    def __deepcopy__(self, memo: Any) -> _Latest:
-        return _Latest()
+    def __deepcopy__(self, memo: Any) -> _Outputs:
+        return _Outputs()
 
-    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
-        return _Latest, ()
+    def __reduce__(self) -> tuple[type[_Outputs], tuple[()]]:
+        return _Outputs, ()
 
 
 def _version(value: Any) -> int | None:
-    """How often a tensor's memory was written in place; None where nobody counts."""
-    counted = isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference()
-    return value._version if counted else None
+    """Return torch's counter of in-place writes to a tensor, or None where there is none."""
+    has_counter = isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference()
+    return value._version if has_counter else None
 
 
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of the whole tree, wrappers left out of the paths."""
+    """Yield path and module of the whole tree, with wrappers omitted from the paths."""
     module = unwrap(module)
     if prefix:
         yield prefix, module
@@ -186,7 +190,7 @@ def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 
 def _canonical(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """The path without the names that wrappers add."""
+    """Return the path without the names that wrappers add."""
     path = plain_name(path)
     while path not in modules and path.startswith("module."):
         path = path.removeprefix("module.")
@@ -196,8 +200,8 @@ def _canonical(path: str, modules: Mapping[str, nn.Module]) -> str:
     return path
 
 
-def _nearby(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Where to look for what was meant: below the longest prefix that exists, same depth first."""
+def _candidates(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return modules that an unknown path may mean: those below its longest existing prefix, same depth first."""
     parts = path.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         prefix = ".".join(parts[:depth])

@@ -1,12 +1,11 @@
-"""Teachers that read a sentence in words of their own: what they are given, and which terms are defined then.
+"""Teachers with their own tokenizer: the inputs they receive, and the terms that are then defined.
 
-A word-by-word comparison needs one tokenizer on both sides. With two, word j of the teacher is not word j of the
-student, even where both sentences are padded to one length, so nothing in the shapes would show the mistake.
+Comparing word by word needs one tokenizer on both sides. With two, word j of the teacher is not word j of the student,
+and shapes do not reveal the mistake if both sentences are padded to the same length.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,62 +16,64 @@ from fastkd.losses import CrossModalKD, cross_modal_kd, cross_modal_kd_from_logi
 from fastkd.losses.cross_modal import DEFAULT_TERMS
 
 PREFIX = "teacher_"
-_SENTENCE = ("input_ids", "words", "word_mask")  # belong together: never one of the student's beside the teacher's
+_SENTENCE = ("input_ids", "words", "word_mask")  # all three come from the same tokenizer
 
 
-def tokenised_apart(inputs: Sequence[str], batch: Mapping[str, Any]) -> bool:
-    """Whether the batch holds the sentence a second time, for the teacher."""
+def has_teacher_words(inputs: Sequence[str], batch: Mapping[str, Any]) -> bool:
+    """Return whether the batch holds the sentence tokenised for the teacher as well."""
     return any(key in inputs and PREFIX + key in batch for key in _SENTENCE)
 
 
 def teacher_inputs(teacher: nn.Module, inputs: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the batch goes into the teacher: ``teacher_key`` in place of ``key`` where the batch has it.
+    """Return the teacher's inputs: ``teacher_key`` instead of ``key`` if the batch has it.
 
     Raises:
-        ValueError: the teacher reads words of its own tokenizer, and the batch has only the student's.
+        ValueError: the teacher has its own tokenizer, but the batch holds only the student's tokens.
     """
-    apart = tokenised_apart(inputs, batch)
-    if not apart and _has_own_words(teacher):
+    words_differ = has_teacher_words(inputs, batch)
+    if not words_differ and _has_own_tokenizer(teacher):
         raise ValueError(
             f"teacher {type(unwrap(teacher)).__name__} reads token ids of its own tokenizer, but the batch has no "
             "'teacher_input_ids': make them with ReferDataset(..., teacher_tokenizer=...); or, if the student has the "
             "same tokenizer, set teacher.has_own_tokenizer = False"
         )
-    mine = {key: batch[PREFIX + key] for key in inputs if PREFIX + key in batch}
-    shared = [key for key in inputs if key in batch and key not in mine and not (apart and key in _SENTENCE)]
-    return {key: mine[key] if key in mine else batch[key] for key in inputs if key in mine or key in shared}
+    chosen = {}
+    for key in inputs:
+        if PREFIX + key in batch:
+            chosen[key] = batch[PREFIX + key]
+        elif key in batch and not (words_differ and key in _SENTENCE):
+            chosen[key] = batch[key]
+    return chosen
 
 
-def _has_own_words(teacher: nn.Module) -> bool:
-    """Return what the teacher states, or else whether a module inside of it reads words of its own."""
+def _has_own_tokenizer(teacher: nn.Module) -> bool:
+    """Return the teacher's ``has_own_tokenizer``; if it has none, whether any of its modules sets it to True."""
     teacher = unwrap(teacher)
-    own = getattr(teacher, "has_own_tokenizer", None)
-    return (
-        bool(own) if own is not None else any(getattr(m, "has_own_tokenizer", False) is True for m in teacher.modules())
-    )
+    declared = getattr(teacher, "has_own_tokenizer", None)
+    if declared is not None:
+        return bool(declared)
+    return any(getattr(module, "has_own_tokenizer", False) is True for module in teacher.modules())
 
 
-def check_term(name: str, loss: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse a cross-modal term that compares words one by one, or masks the teacher's by the student's.
+def check_term(name: str, loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Reject a cross-modal term that compares word by word, or applies one word mask to both sides.
 
     Raises:
-        ValueError: one of the two.
+        ValueError: either of the two.
     """
-    options: dict[str, Any] = dict(kwargs)
-    while isinstance(loss, functools.partial):
-        options = {**loss.keywords, **options}
-        loss = loss.func
+    terms: Any
     if isinstance(loss, CrossModalKD):
-        options["terms"] = loss.terms
-    elif loss not in (cross_modal_kd, cross_modal_kd_from_logits):
+        terms = loss.terms
+    elif loss in (cross_modal_kd, cross_modal_kd_from_logits):
+        terms = options.get("terms")
+    else:
         return
-    terms = options.get("terms")
-    others = [term for term in (DEFAULT_TERMS if terms is None else terms) if term != "pixel_pixel"]
+    undefined = [term for term in (DEFAULT_TERMS if terms is None else terms) if term != "pixel_pixel"]
     pair = 'word_mask=("student.word_mask", "teacher.word_mask")'
-    if others:
+    if undefined:
         raise ValueError(
             f"term {name!r}: teacher and student are tokenised differently (the batch has words for each), so word j "
-            f"of one is not word j of the other, and {', '.join(map(repr, others))} would compare them: only "
+            f"of one is not word j of the other, and {', '.join(map(repr, undefined))} would compare them: only "
             f"'pixel_pixel' is defined then. Pass terms={{'pixel_pixel': 1.0}} and {pair}, as the recipe 'pixel_pixel' "
             "does; or compare no words, as the recipe 'mask' does"
         )

@@ -1,6 +1,6 @@
-"""Training: the distiller, taps, and a short loop.
+"""Training loop, its settings and result. Needs the ``[ris]`` extra.
 
-`Distiller`, `Term` and `Taps` need torch alone and drop into any loop; `train` needs the ``[ris]`` extra.
+`Distiller`, `Term` and `Taps` are those of `fastkd.distill`, which needs torch alone.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastkd.distill.checks import GradientReport
-    from fastkd.distill.distiller import Distiller, DistillOutput, Term
-    from fastkd.distill.taps import Taps
+    from fastkd.distill import Distiller, DistillOutput, GradientReport, Taps, Term
     from fastkd.train.config import TrainConfig
     from fastkd.train.loop import train
     from fastkd.train.result import TrainResult
@@ -33,11 +31,11 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "DistillOutput": "fastkd.distill.distiller",
-        "Distiller": "fastkd.distill.distiller",
-        "GradientReport": "fastkd.distill.checks",
-        "Taps": "fastkd.distill.taps",
-        "Term": "fastkd.distill.distiller",
+        "DistillOutput": "fastkd.distill",
+        "Distiller": "fastkd.distill",
+        "GradientReport": "fastkd.distill",
+        "Taps": "fastkd.distill",
+        "Term": "fastkd.distill",
         "TrainConfig": "fastkd.train.config",
         "TrainResult": "fastkd.train.result",
         "segmentation_loss": "fastkd.train.task",

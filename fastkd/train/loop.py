@@ -22,7 +22,6 @@ from fastkd._runtime import autocast, to_device
 from fastkd._wrappers import unwrap
 from fastkd.data._loading import batches
 from fastkd.data._parts import declared_values, leaves, set_epoch
-from fastkd.distill.checks import gradient_report
 from fastkd.distill.distiller import Distiller
 from fastkd.errors import Terminated
 from fastkd.evaluate.evaluation import check_dataset, evaluate
@@ -304,7 +303,7 @@ class _Run:
         if bad:
             what = " and ".join("the task loss" if name == "task" else f"term {name!r}" for name in bad)
             return f"{what} is {values[bad[0]]} at step {step}; the run stops, earlier checkpoints are kept"
-        norms = gradient_report(self.distiller, self.batch).norms
+        norms = self.distiller.gradient_report(self.batch).norms
         culprits = [name for name, norm in norms.items() if not math.isfinite(norm)]
         return (
             f"the gradient is {values['gradient']} at step {step} while every loss is finite"

@@ -292,7 +292,7 @@ class TestRefusals:
             ("nothing", "term 'mse', student: path 'nothing' leads to None"),
             ("logits.0", "is a tensor: end the path there"),
             ("stages.a:b", "neither a number, '\\*' nor a slice"),
-            (("stages.*", "logits"), "lists of tensors must have one length"),
+            (("stages.*", "logits"), "lists of tensors must have the same length"),
         ],
     )
     def test_bad_selector(self, batch: dict[str, Any], selector: Any, message: str) -> None:
@@ -307,11 +307,11 @@ class TestRefusals:
         with pytest.raises(IndexError) as caught:
             make(Term(mse, "features", lambda out: out.stages[7]))(batch)
         assert caught.value.__notes__ == ["This is term 'mse' of the Distiller, selecting for teacher."]
-        with pytest.raises(ValueError, match="has 0 items: this network computes none"):
+        with pytest.raises(ValueError, match="has 0 items: this network does not compute it"):
             follow({"stages": []}, "stages.-1")
 
     def test_bad_terms(self) -> None:
-        with pytest.raises(ValueError, match="two are named 'mse'"):
+        with pytest.raises(ValueError, match="two terms are named 'mse'"):
             make(Term(mse, "logits"), Term(mse, "features"))
         with pytest.raises(ValueError, match="weight must be a finite number >= 0, got nan"):
             Term(mse, "logits", weight=float("nan"))

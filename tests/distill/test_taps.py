@@ -290,7 +290,7 @@ def test_what_was_changed_in_place_is_refused(grad: type) -> None:
     with grad(), fastkd.Taps(net, {"first": "first", "second": "second", "act": "act"}) as taps:
         net(torch.randn(8, 4))
         for name in ("first", "second"):
-            with pytest.raises(RuntimeError, match=rf"'{name}': .* '{name}' returned was changed in place afterwards"):
+            with pytest.raises(RuntimeError, match=rf"'{name}': .* '{name}' was changed in place afterwards"):
                 taps[name]
         assert (taps["act"] >= 0).all()
 

@@ -173,7 +173,7 @@ class TestDifferentTokenizers:
         kwargs = {"terms": {"pixel_pixel": 1.0}, **MASKS}
         term = Term(losses.cross_modal_kd_from_logits, "pixel_word_logits.*", name="words", kwargs=kwargs)
         distiller = Distiller(student, teachers["clipseg"], segmentation_loss, [term])
-        with pytest.raises(ValueError, match=r"got \[2, 0\]; an empty list is what a network computes none of"):
+        with pytest.raises(ValueError, match=r"got \[2, 0\]; an empty list means that the network does not compute it"):
             distiller.check(batches["both"])
 
     def test_the_recipes_fit_any_sizes(self, student, teachers, batches) -> None:
@@ -219,7 +219,7 @@ class TestDifferentTokenizers:
         expected = losses.pixel_relation_kd(out.student.stages[0], theirs, backend="reference")
         torch.testing.assert_close(out.terms["pixel_relation_kd"], expected, rtol=1e-4, atol=1e-6)
         inner = {"map": "network.layer3.1.bn2"}  # timm adds the residual to it in place
-        with pytest.raises(RuntimeError, match=r"network\.layer3\.1\.bn2' returned was changed in place"):
+        with pytest.raises(RuntimeError, match=r"network\.layer3\.1\.bn2' was changed in place"):
             Distiller(student, teacher, segmentation_loss, [term], teacher_taps=inner).check(batches["alone"])
 
 
@@ -253,7 +253,7 @@ class TestCommands:
         assert "compare no words, as the recipe 'mask' does" in error  # what --terms takes
         assert self.run(*common, "--teacher", tiny_folders["clipseg"], "--terms", "pixel_pixel=0.1") == 2
         assert "term 'pixel_pixel', teacher: " in (error := capsys.readouterr().err)
-        assert "0 items: this network computes none" in error
+        assert "0 items: this network does not compute it" in error
         bare = shutil.copytree(tiny_folders["clipseg"], tmp_path / "bare")
         (bare / "tokenizer.json").unlink()
         assert self.run(*common, "--teacher", bare, "--terms", "mask=0.3") == 2

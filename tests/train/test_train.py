@@ -200,9 +200,10 @@ class TestLogAndCheckpoints:
                 time.sleep(0.02)
                 return super().__getitem__(i)
 
+        start = time.perf_counter()
         result = run(toy(), val_dataset=Slow(20), eval_every=2)
         assert result.eval_seconds > 3 * 20 * 0.02
-        assert result.seconds < result.eval_seconds
+        assert result.seconds + result.eval_seconds < time.perf_counter() - start
         assert result.samples_per_second == pytest.approx(48 / result.seconds)
 
     def test_max_seconds(self, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""`Term`: one distillation loss, the tensors it compares, and its weight."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.distill.selectors import Selector, select
+
+_RESERVED = ("task", "loss", "gradient")  # other columns of the log
+
+
+@dataclass(eq=False)
+class Term:
+    """One distillation loss: the tensors it compares, and its weight.
+
+    The loss is called as ``loss(*student tensors, *teacher tensors, **kwargs)`` and returns a scalar. If every
+    selected value is a list (``"pixel_word_logits.*"``), it is called once per position and the term is the mean.
+
+    Args:
+        loss: a function of `fastkd.losses`, one of its modules, or your own. A module's parameters (an aligner) train
+            with the student without becoming part of it.
+        student: selects from the student's output: a path (``"decoder_features"``, ``"stages.3"``, ``"stages.*"``,
+            ``"stages.1:"``, the name of a tap), a callable that takes the output, or a tuple of those.
+        teacher: selects from the teacher's output; default: the student's selector.
+        weight: factor of the term in the total loss.
+        name: name in logs and errors; default: derived from the loss.
+        kwargs: further arguments of the loss. A string that begins with ``batch.``, ``student.`` or ``teacher.`` is
+            looked up there at every step, also inside a tuple or list; other values are passed unchanged, and an
+            ``nn.Parameter`` trains with the student.
+
+    Raises:
+        ValueError: a weight that is negative or not finite, or a name with a dot.
+        TypeError: a loss that is not callable.
+
+    Example:
+        >>> Term(losses.channel_distribution_kd, "decoder_features", weight=4.0)
+        >>> Term(losses.cross_modal_kd, ("stages.3", "words"), kwargs={"word_mask": "batch.word_mask"})
+    """
+
+    loss: Callable[..., Any]
+    student: Selector
+    teacher: Selector | None = None
+    weight: float = 1.0
+    name: str = ""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise TypeError(f"Term: loss must be a function or a module, got {self.loss!r}")
+        self.name = self.name or _default_name(self.loss)
+        if "." in self.name or self.name in _RESERVED:
+            raise ValueError(
+                f"Term: name {self.name!r} must not contain a dot or be one of {_RESERVED}; pass another name="
+            )
+        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"Term {self.name!r}: weight must be a finite number >= 0, got {self.weight!r}")
+        if not isinstance(self.kwargs, Mapping):
+            raise TypeError(f"Term {self.name!r}: kwargs must be a dict, got {self.kwargs!r}")
+        for side in ("student", "teacher"):
+            selector = getattr(self, side)
+            if isinstance(selector, list):
+                selector = tuple(selector)
+                setattr(self, side, selector)
+            for part in selector if isinstance(selector, tuple) else (selector,):
+                if not (isinstance(part, str) or callable(part) or (part is None and side == "teacher")):
+                    raise TypeError(
+                        f"Term {self.name!r}: {side} must be a path, a callable or a tuple of them, got {part!r}"
+                    )
+
+
+def term_value(
+    term: Term,
+    student: Any,
+    teacher: Any,
+    batch: Mapping[str, Any],
+    student_taps: Mapping[str, Any] | None = None,
+    teacher_taps: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Select a term's tensors from both outputs and return its loss, a scalar; errors name the term."""
+    side = "student"
+    try:
+        ours = select(term.student, student, student_taps)
+        side = "teacher"
+        theirs = select(term.student if term.teacher is None else term.teacher, teacher, teacher_taps)
+        side = "kwargs"
+        sources = {"batch": batch, "student": student, "teacher": teacher}
+        kwargs = {key: _look_up(value, sources) for key, value in term.kwargs.items()}
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"term {term.name!r}, {side}: {error}") from error
+    except Exception as error:  # raised by the user's own selector
+        error.add_note(f"This is term {term.name!r} of the Distiller, selecting for {side}.")
+        raise
+    try:
+        return _mean_loss(term, (*ours, *theirs), kwargs)
+    except Exception as error:
+        error.add_note(f"This is term {term.name!r} of the Distiller.")  # two terms may share one loss
+        raise
+
+
+def loss_and_options(term: Term) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return a term's loss without `functools.partial` around it, and all keyword arguments it is called with."""
+    loss, options = term.loss, dict(term.kwargs)
+    while isinstance(loss, functools.partial):
+        options = {**loss.keywords, **options}
+        loss = loss.func
+    return loss, options
+
+
+def _mean_loss(term: Term, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    lengths = {len(value) for value in values if isinstance(value, list | tuple)}
+    if not lengths:
+        return _scalar(term.name, term.loss(*values, **kwargs))
+    if len(lengths) > 1 or 0 in lengths or not all(isinstance(value, list | tuple) for value in values):
+        received = [len(value) if isinstance(value, list | tuple) else "one tensor" for value in values]
+        reason = "; an empty list means that the network does not compute it" if 0 in lengths else ""
+        raise ValueError(
+            f"term {term.name!r}: lists of tensors must have the same length on both sides, got {received}{reason}"
+        )
+    each = [_scalar(term.name, term.loss(*tensors, **kwargs)) for tensors in zip(*values, strict=True)]
+    return torch.stack(each).mean()
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim:
+        received = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"term {name!r}: its loss must return a scalar tensor, got {received}; use reduction='mean'")
+    return value
+
+
+def _look_up(value: Any, sources: Mapping[str, Any]) -> Any:
+    if isinstance(value, str):
+        source, dot, path = value.partition(".")
+        if dot and source in sources:
+            return select(path, sources[source])[0]
+    if type(value) in (tuple, list):
+        return type(value)(_look_up(item, sources) for item in value)
+    return value
+
+
+def _default_name(loss: Callable[..., Any]) -> str:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    if isinstance(loss, nn.Module):
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(loss).__name__).lower()  # ChannelKD → channel_kd
+    return getattr(loss, "__name__", type(loss).__name__).strip("<>")
