@@ -90,6 +90,21 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
             )
 
 
+def test_named_commands_exist() -> None:
+    text = "\n".join(read(str(path.relative_to(ROOT))) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    modules = set(re.findall(r"python -m (benchmarks[.\w]*)", text))
+    assert len(modules) > 5
+    for module in modules:
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^|&& |    )make ([a-z-]+)\b", text, re.MULTILINE))
+    assert {"demo", "test", "check"} <= named
+    assert named <= targets
+    commands = {path.stem for path in ROOT.glob("fastkd/cli/[a-z]*.py")} | {"distill"}
+    assert set(re.findall(r"`fastkd ([a-z]+)", text)) <= commands
+
+
 def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
