@@ -13,10 +13,9 @@
 namespace fastkd::bindings {
 
 using PixelArray = std::tuple<std::uintptr_t, std::string, std::array<std::int64_t, 3>>;
-using PixelWordNetwork =
-    std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double, bool>;
+using PixelWordSide = std::tuple<PixelArray, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, double, bool>;
 using PixelWordProblem =
-    std::tuple<PixelWordNetwork, PixelWordNetwork, std::uintptr_t, std::int64_t, std::int64_t, std::string, bool, int>;
+    std::tuple<PixelWordSide, PixelWordSide, std::uintptr_t, std::int64_t, std::int64_t, std::string, bool, int>;
 using PixelWordKept = std::array<std::uintptr_t, 4>;
 
 inline void* parse_optional(std::uintptr_t address, const char* name, std::int64_t alignment) {
@@ -42,22 +41,21 @@ inline pixel_word::Array parse_array(const PixelArray& given, const char* name, 
     return array;
 }
 
-inline pixel_word::Network parse_network(const PixelWordNetwork& given, const char* name, DType dtype,
-                                         bool words_as_pixels) {
+inline pixel_word::Side parse_side(const PixelWordSide& given, const char* name, DType dtype, bool words_as_pixels) {
     const auto& [pixels, words, word_mask, word_count, width, scale, bf16_words] = given;
-    pixel_word::Network network{};
-    network.pixels = parse_array(pixels, name, dtype);
-    network.words = parse_optional(words, name, element_size(words_as_pixels ? network.pixels.dtype : dtype));
-    network.word_mask = static_cast<const std::uint8_t*>(parse_optional(word_mask, name, 1));
-    network.word_count = word_count;
-    network.width = width;
-    network.scale = parse_temperature(scale);
-    network.bf16_words = bf16_words;
+    pixel_word::Side side{};
+    side.pixels = parse_array(pixels, name, dtype);
+    side.words = parse_optional(words, name, element_size(words_as_pixels ? side.pixels.dtype : dtype));
+    side.word_mask = static_cast<const std::uint8_t*>(parse_optional(word_mask, name, 1));
+    side.word_count = word_count;
+    side.width = width;
+    side.scale = parse_temperature(scale);
+    side.bf16_words = bf16_words;
     if (word_count < 1 || width < 0) {
         throw py::value_error(std::string(name) + ": expected at least 1 word and a width of at least 0, got " +
                               std::to_string(word_count) + " and " + std::to_string(width));
     }
-    return network;
+    return side;
 }
 
 // `words_as_pixels`: words have the pixels' dtype, not that of the arithmetic.
@@ -68,8 +66,8 @@ inline pixel_word::Problem parse_problem(const PixelWordProblem& given, bool wor
     if (problem.dtype != DType::Float32 && problem.dtype != DType::Float64) {
         throw py::value_error("dtype: expected float32 or float64 for the arithmetic, got '" + dtype_name + "'");
     }
-    problem.student = parse_network(student, "student", problem.dtype, words_as_pixels);
-    problem.teacher = parse_network(teacher, "teacher", problem.dtype, words_as_pixels);
+    problem.student = parse_side(student, "student", problem.dtype, words_as_pixels);
+    problem.teacher = parse_side(teacher, "teacher", problem.dtype, words_as_pixels);
     problem.pixel_mask = static_cast<const std::uint8_t*>(parse_optional(pixel_mask, "pixel_mask", 1));
     problem.batch = batch;
     problem.pixels = pixels;

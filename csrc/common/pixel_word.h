@@ -49,7 +49,7 @@ struct Array {
     std::int64_t column;
 };
 
-struct Network {
+struct Side {
     Array pixels; // (B, N, width), the logits (B, N, words) if `width` is 0, or nothing in a backward without words
     const void* words; // (B, words, width) contiguous, in the dtype of the arithmetic; on a GPU in that of the pixels
     const std::uint8_t* word_mask; // (B, words), or null
@@ -60,8 +60,8 @@ struct Network {
 };
 
 struct Problem {
-    Network student;
-    Network teacher;
+    Side student;
+    Side teacher;
     const std::uint8_t* pixel_mask; // (B, N), or null
     std::int64_t batch;
     std::int64_t pixels;

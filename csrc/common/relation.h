@@ -24,6 +24,7 @@
 
 #include <cmath>
 
+#include "common/arena.h"
 #include "common/dtype.h"
 
 namespace fastkd::relation {
@@ -68,7 +69,7 @@ constexpr int statistic_planes = 5;
 // given.
 constexpr std::int64_t stored_block = 48;
 FASTKD_HD std::int64_t stored_elements(std::int64_t rows) {
-    const std::int64_t blocks = (rows + stored_block - 1) / stored_block;
+    const std::int64_t blocks = ceil_div(rows, stored_block);
     return blocks * (blocks + 1) * stored_block * stored_block;
 }
 
@@ -91,7 +92,7 @@ FASTKD_HD bool gram_double(DType dtype, std::int64_t student_width, std::int64_t
     return dtype == DType::Float64 || (dtype != DType::BFloat16 && student_width != teacher_width);
 }
 FASTKD_HD std::int64_t gram_padded(std::int64_t width) {
-    return (width + 15) / 16 * 16; // whole vectors, whatever their length
+    return round_up(width, 16); // whole vectors, whatever their length
 }
 FASTKD_HD std::int64_t gram_side(std::int64_t student_width, std::int64_t teacher_width) {
     return gram_padded(student_width) + gram_padded(teacher_width);

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "common/arena.h"
 #include "cpu/simd.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -17,9 +18,6 @@ constexpr int dot_cols = 4;
 
 FASTKD_INLINE std::int64_t least(std::int64_t a, std::int64_t b) {
     return a < b ? a : b;
-}
-FASTKD_INLINE std::int64_t round_up(std::int64_t a, std::int64_t multiple) {
-    return (a + multiple - 1) / multiple * multiple;
 }
 
 // A matrix of which an element is at data[i row + k col].
@@ -41,7 +39,7 @@ struct Prefetch {
     std::int64_t each = 0;
 
     FASTKD_INLINE void spread(std::int64_t tiles) {
-        each = (rows * ((bytes + 63) / 64) + tiles - 1) / (tiles > 0 ? tiles : 1);
+        each = (rows * ceil_div(bytes, 64) + tiles - 1) / (tiles > 0 ? tiles : 1);
     }
     FASTKD_INLINE void some() {
         for (std::int64_t i = 0; i < each && rows > 0; ++i) {
@@ -125,9 +123,9 @@ void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_
               std::int64_t cols, std::int64_t depth, Walk walk, Store mode, Prefetch fetch = {}) {
     constexpr std::int64_t most_depth = 128; // sums of short sums are more exact, and a strip of B stays in the L1
     constexpr std::int64_t strip = 2 * lanes<T>;
-    const std::int64_t strips = (rows + broadcast_rows - 1) / broadcast_rows;
-    const std::int64_t each = strips > 0 ? (rows + strips - 1) / strips : 0;
-    fetch.spread(strips * ((cols + strip - 1) / strip) * ((depth + most_depth - 1) / most_depth));
+    const std::int64_t strips = ceil_div(rows, broadcast_rows);
+    const std::int64_t each = strips > 0 ? ceil_div(rows, strips) : 0;
+    fetch.spread(strips * ceil_div(cols, strip) * ceil_div(depth, most_depth));
     // Where C is large its memory is on its way two tiles before it is written, or every store would wait for it.
     const auto prefetch_tile = [&](std::int64_t i, std::int64_t j) __attribute__((always_inline)) {
         i += j < cols ? 0 : each;
@@ -246,7 +244,7 @@ template <class T, class C>
 void multiply_transposed(const T* a, std::int64_t a_row, const T* b, std::int64_t b_row, C* c, std::int64_t c_row,
                          std::int64_t rows, std::int64_t cols, std::int64_t depth, bool accumulate,
                          bool symmetric = false, Prefetch fetch = {}) {
-    fetch.spread(((rows + dot_rows - 1) / dot_rows) * ((cols + dot_cols - 1) / dot_cols));
+    fetch.spread(ceil_div(rows, dot_rows) * ceil_div(cols, dot_cols));
     for (std::int64_t j = 0; j < cols; j += dot_cols) {
         const std::int64_t width = least(dot_cols, cols - j);
         for (std::int64_t i = symmetric ? j / dot_rows * dot_rows : 0; i < rows; i += dot_rows) {

@@ -1,9 +1,9 @@
 // Products of small matrices of bfloat16 as they are: neighbours along the sum lie in pairs, of which one instruction
-// adds two exact products to a float. As small_products.h otherwise; only where bf16_products() says so.
+// adds two exact products to a float. Otherwise as gemm/small.h; used only where bf16_products() is true.
 #pragma once
 
 #include "cpu/gemm/bf16.h"
-#include "cpu/pixel_word/panel.h"
+#include "cpu/gemm/small.h"
 
 #if defined(FASTKD_BF16_PRODUCTS)
 
@@ -103,9 +103,9 @@ void multiply_pairs(Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int6
                     std::int64_t depth, Store mode, Prefetch fetch = {}) {
     constexpr bool rounds = sizeof(C) == sizeof(BFloat16);
     const std::int64_t most_depth = rounds ? depth : 64; // sums of short sums are more exact
-    const std::int64_t strips = (rows + broadcast_rows - 1) / broadcast_rows;
-    const std::int64_t each = strips > 0 ? (rows + strips - 1) / strips : 0;
-    fetch.spread(strips * (cols / pair_strip) * (rounds ? 1 : (depth + most_depth - 1) / most_depth));
+    const std::int64_t strips = ceil_div(rows, broadcast_rows);
+    const std::int64_t each = strips > 0 ? ceil_div(rows, strips) : 0;
+    fetch.spread(strips * (cols / pair_strip) * (rounds ? 1 : ceil_div(depth, most_depth)));
     const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k) __attribute__((always_inline)) {
         fetch.some();
         pair_rows(least(each, rows - i), Matrix<PairWord>{a.data + i * a.row + k * a.col, a.row, a.col}, b.from(k, j),
@@ -176,7 +176,7 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_dot_tile(const BFloat16* a, std::int6
 FASTKD_NOINLINE void add_transposed_pairs(const BFloat16* a, std::int64_t a_row, const BFloat16* b, std::int64_t b_row,
                                           float* c, std::int64_t c_row, std::int64_t rows, std::int64_t cols,
                                           std::int64_t depth, Prefetch fetch) {
-    fetch.spread(((rows + dot_rows - 1) / dot_rows) * ((cols + dot_cols - 1) / dot_cols));
+    fetch.spread(ceil_div(rows, dot_rows) * ceil_div(cols, dot_cols));
     for (std::int64_t j = 0; j < cols; j += dot_cols) {
         const std::int64_t width = least(dot_cols, cols - j);
         for (std::int64_t i = 0; i < rows; i += dot_rows) {
@@ -193,133 +193,9 @@ FASTKD_NOINLINE void add_transposed_pairs(const BFloat16* a, std::int64_t a_row,
     }
 }
 
-// ---- panels of pixels ----------------------------------------------------------------------------------------------
-
-// Which of the pair_strip pixels from `p` on there are, and are valid.
-FASTKD_INLINE __mmask32 pixels_there(const Pixels<float>& pixels, std::int64_t p) {
-    if (pixels.valid == nullptr && pixels.count - p >= pair_strip) {
-        return ~__mmask32{0};
-    }
-    __mmask32 there = 0;
-    for (std::int64_t i = 0; i < pair_strip && p + i < pixels.count; ++i) {
-        there |= __mmask32{pixels.valid == nullptr || pixels.valid[p + i] != 0.0f} << i;
-    }
-    return there;
-}
 // The first `count` of pair_strip elements.
 FASTKD_INLINE __mmask32 first_elements(std::int64_t count) {
     return count >= pair_strip ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-}
-
-// out[pair of columns][pixel], zero where a column or a valid pixel is missing, as far as whole strips of pixels reach.
-FASTKD_NOINLINE void pack_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns, PairWord* out,
-                                std::int64_t stride) {
-    constexpr int n = lanes<float>;
-    const BFloat16* from = address(array, pixels, BFloat16{});
-    const std::int64_t pairs = (columns + 1) / 2;
-    if (by_pixel(array)) {
-        for (std::int64_t p = 0; p < round_up(pixels.count, pair_strip); p += n) {
-            const __mmask32 there = pixels_there(pixels, p);
-            for (std::int64_t k = 0; k < pairs; k += n) {
-                const __mmask32 whole = first_elements(columns - 2 * k);
-                Vec<float> block[n];
-#pragma GCC unroll 16
-                for (int i = 0; i < n; ++i) {
-                    const bool valid = (there >> i & 1) != 0; // what is masked out is not read
-                    block[i] = bit_cast<Vec<float>>(_mm512_maskz_loadu_epi16(
-                        valid ? whole : 0, from + (valid ? (p + i) * array.pixel : 0) + 2 * k));
-                }
-                transpose<float>(block);
-                PairWord* to = out + k * stride + p;
-                if (pairs - k >= n) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < n; ++i) {
-                        _mm512_storeu_si512(to + i * stride, bit_cast<__m512i>(block[i]));
-                    }
-                } else {
-                    for (int i = 0; i < pairs - k; ++i) {
-                        _mm512_storeu_si512(to + i * stride, bit_cast<__m512i>(block[i]));
-                    }
-                }
-            }
-        }
-        return;
-    }
-    for (std::int64_t p = 0; p < pixels.count; p += pair_strip) {
-        const __mmask32 there = pixels_there(pixels, p);
-        for (std::int64_t k = 0; k < pairs; ++k) {
-            const BFloat16* row = from + 2 * k * array.column + p;
-            const bool odd = 2 * k + 1 < columns;
-            __m512i both[2];
-            interleave(_mm512_maskz_loadu_epi16(there, row),
-                       _mm512_maskz_loadu_epi16(odd ? there : 0, row + (odd ? array.column : 0)), both);
-            _mm512_storeu_si512(out + k * stride + p, both[0]);
-            _mm512_storeu_si512(out + k * stride + p + lanes<float>, both[1]);
-        }
-    }
-}
-
-// The panel as it lies in memory, or copied to `scratch` in whole strips: of columns, or of a map's pixels.
-struct HalfPanel {
-    const BFloat16* data;
-    std::int64_t stride;
-    bool by_pixel;
-};
-
-FASTKD_NOINLINE HalfPanel load_half_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns,
-                                          BFloat16* scratch) {
-    const BFloat16* from = address(array, pixels, BFloat16{});
-    const bool rows = by_pixel(array);
-    const std::int64_t length = rows ? columns : pixels.count, padded = round_up(length, pair_strip);
-    if (pixels.valid == nullptr && length == padded) {
-        return {from, rows ? array.pixel : array.column, rows};
-    }
-    for (std::int64_t i = 0; i < (rows ? pixels.width : columns); ++i) {
-        const bool there = !rows || (i < pixels.count && (pixels.valid == nullptr || pixels.valid[i] != 0.0f));
-        const BFloat16* row = from + (there ? i * (rows ? array.pixel : array.column) : 0);
-        for (std::int64_t j = 0; j < padded; j += pair_strip) {
-            const __mmask32 some = rows ? first_elements(columns - j) : pixels_there(pixels, j);
-            _mm512_storeu_si512(scratch + i * padded + j, _mm512_maskz_loadu_epi16(there ? some : 0, row + j));
-        }
-    }
-    return {scratch, padded, rows};
-}
-
-// Where the gradient of a panel is written: finish_half_panel brings it to memory if it is not there.
-struct HalfPanelOut {
-    BFloat16* data;
-    std::int64_t stride;
-    bool in_memory;
-    Store mode;
-};
-
-FASTKD_INLINE HalfPanelOut start_half_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns,
-                                            bool stream, BFloat16* scratch) {
-    const bool rows = by_pixel(array);
-    const std::int64_t length = rows ? columns : pixels.count, row = rows ? array.pixel : array.column;
-    if (pixels.valid != nullptr || length % pair_strip != 0) {
-        return {scratch, round_up(length, pair_strip), false, Store::set};
-    }
-    BFloat16* to = address(array, pixels, BFloat16{});
-    const bool whole_lines = (reinterpret_cast<std::uintptr_t>(to) | static_cast<std::uintptr_t>(2 * row)) % 64 == 0;
-    return {to, row, true, stream && whole_lines ? Store::stream : Store::set};
-}
-
-FASTKD_NOINLINE void finish_half_panel(const HalfPanelOut& panel, const Array& array, const Pixels<float>& pixels,
-                                       std::int64_t columns) {
-    const bool rows = by_pixel(array);
-    BFloat16* to = address(array, pixels, BFloat16{});
-    for (std::int64_t i = 0; !panel.in_memory && i < (rows ? pixels.count : columns); ++i) {
-        BFloat16* row = to + i * (rows ? array.pixel : array.column);
-        const bool there = !rows || pixels.valid == nullptr || pixels.valid[i] != 0.0f;
-        const std::int64_t length = rows ? columns : pixels.count;
-        for (std::int64_t j = 0; j < length; j += pair_strip) {
-            const __mmask32 some = rows ? ~__mmask32{0} : pixels_there(pixels, j);
-            const __m512i values = load_pairs(panel.data + i * panel.stride + j);
-            _mm512_mask_storeu_epi16(row + j, first_elements(length - j),
-                                     _mm512_maskz_mov_epi16(there ? some : 0, values));
-        }
-    }
 }
 
 // Splits rows of floats into x = high + low, both bfloat16, to 2^-17: rows of each, and pairs (high, low). Zeros where

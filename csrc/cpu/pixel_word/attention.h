@@ -4,8 +4,8 @@
 
 #include "common/pixel_word.h"
 #include "common/softmax_kl.h"
-#include "cpu/pixel_word/panel.h"
 #include "cpu/exp.h"
+#include "cpu/pixel_word/panel.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

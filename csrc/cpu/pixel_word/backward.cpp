@@ -152,7 +152,7 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
 // Both gradients from bfloat16 as it is, and dM as the sum of two.
 void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pixels<float>& pixels, std::int64_t words,
                         const Scratch<float>& scratch, float* grad_words) {
-    const Network& student = plan.problem.student;
+    const Side& student = plan.problem.student;
     const std::int64_t stride = plan.panel_pixels, padded = plan.width_student, columns = student.width;
     const std::int64_t strips = round_up(pixels.width, pair_strip);
     auto* high = reinterpret_cast<BFloat16*>(scratch.student); // the logits are not needed any more
@@ -278,7 +278,7 @@ void backward_group(const Backward& args, const Plan<T>& plan) {
     const auto workers = static_cast<int>(plan.threads);
     parallel_for(workers, batch, [&](std::int64_t b, int) { prepare_sample(plan, b, true); });
     parallel_for(workers, plan.threads, [&](std::int64_t thread, int) {
-        Arena arena(plan.scratch + thread * plan.scratch_size);
+        Arena<64> arena(plan.scratch + thread * plan.scratch_size);
         const Scratch<T> scratch = lay_out_scratch(plan, arena, true);
         each_unit(plan, thread, [&](std::int64_t unit) {
             const Coefficients<T> by = coefficients_of(args, plan, unit / plan.chunks, scratch.mix);

@@ -28,7 +28,7 @@ FASTKD_INLINE void absent_logits(const std::int32_t* word, std::int64_t words, s
 
 // One network's logits of a panel, from its features. `norms` receives those of the pixels, for the cosine.
 template <class T>
-void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pixels, const std::int32_t* word,
+void logits_of(const Plan<T>& plan, const Side& side, const Pixels<T>& pixels, const std::int32_t* word,
                std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out, Prefetch fetch,
                bool pairs) {
     const std::int64_t stride = plan.panel_pixels;
@@ -37,9 +37,9 @@ void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pix
         if (pairs) {
             auto* right = reinterpret_cast<PairWord*>(scratch);
             const auto* left = reinterpret_cast<const PairWord*>(packed);
-            pack_panel(network.pixels, pixels, network.width, right, stride);
+            pack_panel(side.pixels, pixels, side.width, right, stride);
             multiply_pairs({left, padded / 2, 1}, PackedPairs{right, stride}, out, stride, words,
-                           round_up(pixels.width, pair_strip), (network.width + 1) / 2, Store::set, fetch);
+                           round_up(pixels.width, pair_strip), (side.width + 1) / 2, Store::set, fetch);
             absent_logits(word, words, pixels.width, stride, out);
             return;
         }
@@ -47,17 +47,17 @@ void logits_of(const Plan<T>& plan, const Network& network, const Pixels<T>& pix
 #endif
     (void)pairs;
     // A wide map is read in place: the copy costs as much memory traffic again, and would not stay in the L1.
-    const bool copy_map = plan.problem.cosine || network.width <= 128;
-    const Panel<T> panel = load_panel(network.pixels, pixels, network.width, padded, copy_map, scratch);
+    const bool copy_map = plan.problem.cosine || side.width <= 128;
+    const Panel<T> panel = load_panel(side.pixels, pixels, side.width, padded, copy_map, scratch);
     if (panel.by_pixel) {
         multiply_transposed(packed, padded, panel.data, panel.stride, out, stride, words, pixels.width, padded, false,
                             false, fetch);
     } else {
-        multiply<T>({packed, padded, 1}, panel.data, panel.stride, out, stride, words, pixels.width, network.width,
+        multiply<T>({packed, padded, 1}, panel.data, panel.stride, out, stride, words, pixels.width, side.width,
                     Walk::down, Store::set, fetch);
     }
     if (plan.problem.cosine) {
-        pixel_norms(panel, network.width, padded, pixels.width, norms);
+        pixel_norms(panel, side.width, padded, pixels.width, norms);
     }
     for (std::int64_t k = 0; plan.problem.cosine && k < words; ++k) {
         T* row = out + k * stride;
@@ -84,9 +84,9 @@ void keep_logits(const Plan<T>& plan, const Pixels<T>& pixels, const Scratch<T>&
                       out + (problem.student.word_count + sample.teacher_word[k]) * problem.pixels);
         }
     }
-    const auto clear = [&](const Network& network, std::int64_t first) __attribute__((always_inline)) {
-        for (std::int64_t w = 0; w < network.word_count; ++w) {
-            if (!has_word(network, pixels.sample, w)) {
+    const auto clear = [&](const Side& side, std::int64_t first) __attribute__((always_inline)) {
+        for (std::int64_t w = 0; w < side.word_count; ++w) {
+            if (!has_word(side, pixels.sample, w)) {
                 __builtin_memset(static_cast<void*>(out + (first + w) * problem.pixels), 0, pixels.count * sizeof(T));
             }
         }
@@ -242,7 +242,7 @@ void forward_group(const Forward& args, const Plan<T>& plan) {
     const auto workers = static_cast<int>(plan.threads);
     parallel_for(workers, batch, [&](std::int64_t b, int) { prepare_sample(plan, b, false); });
     parallel_for(workers, plan.threads, [&](std::int64_t thread, int) {
-        Arena arena(plan.scratch + thread * plan.scratch_size);
+        Arena<64> arena(plan.scratch + thread * plan.scratch_size);
         const Scratch<T> scratch = lay_out_scratch(plan, arena, false);
         each_unit(plan, thread, [&](std::int64_t unit) {
             const ForwardSums sums = sums_of(plan, unit);

@@ -5,37 +5,20 @@
 // are worked on at a time as the workspace holds.
 #pragma once
 
+#include "common/arena.h"
 #include "common/pixel_word.h"
 #include "common/softmax_kl.h"
-#include "cpu/gemm/small_bf16.h"
 #include "cpu/pixel_word/attention.h"
+#include "cpu/pixel_word/panel_bf16.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-using pixel_word::Network;
 using pixel_word::Problem;
+using pixel_word::Side;
 
 constexpr std::int64_t column_padding = 16;              // lanes of the widest vectors: sizes are alike for all
 constexpr std::int64_t partial_bytes = 12 * 1024 * 1024; // of the chunks' sums, beyond the first of each sample
 constexpr std::int64_t stream_bytes = 4 * 1024 * 1024;   // as in softmax_kl.cpp
-
-// Hands out pieces of the workspace; without one, only counts.
-class Arena {
-  public:
-    FASTKD_INLINE explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-    template <class T>
-    FASTKD_INLINE T* take(std::int64_t count) {
-        char* piece = base_ == nullptr ? nullptr : base_ + used_;
-        used_ += round_up(count * static_cast<std::int64_t>(sizeof(T)), 64);
-        return reinterpret_cast<T*>(piece);
-    }
-    FASTKD_INLINE std::int64_t used() const { return used_; }
-
-  private:
-    char* base_;
-    std::int64_t used_ = 0;
-};
 
 // A sample's valid pixels and words. Only the words that some network attends to are computed with, in a dense order.
 struct Sample {
@@ -97,13 +80,13 @@ struct Plan {
                stream_bytes;
     }
     // The memory of the panel after this one.
-    FASTKD_INLINE Prefetch next(const Network& network, const Pixels<T>& pixels) const {
+    FASTKD_INLINE Prefetch next(const Side& side, const Pixels<T>& pixels) const {
         const std::int64_t begin = pixels.begin + panel_pixels;
         if (begin >= problem.pixels) {
             return {};
         }
         const std::int64_t count = least(panel_pixels, problem.pixels - begin);
-        return prefetch_of<T>(network.pixels, {pixels.sample, begin, count, 0, nullptr}, network.width);
+        return prefetch_of<T>(side.pixels, {pixels.sample, begin, count, 0, nullptr}, side.width);
     }
 
     // The chunk's pixels from `begin` on, as many as a panel holds.
@@ -128,17 +111,17 @@ struct Plan {
 
 // Whether a network's features are multiplied as they are: unit vectors, of the cosine, are no bfloat16.
 template <class T>
-FASTKD_INLINE bool multiplies_pairs(const Problem& problem, const Network& network) {
+FASTKD_INLINE bool multiplies_pairs(const Problem& problem, const Side& side) {
 #if defined(FASTKD_BF16_PRODUCTS)
-    return sizeof(T) == sizeof(float) && network.bf16_words && network.pixels.dtype == DType::BFloat16 &&
-           network.width > 0 && !problem.cosine && bf16_products();
+    return sizeof(T) == sizeof(float) && side.bf16_words && side.pixels.dtype == DType::BFloat16 && side.width > 0 &&
+           !problem.cosine && bf16_products();
 #else
-    return (void)problem, (void)network, false;
+    return (void)problem, (void)side, false;
 #endif
 }
 
 template <class T>
-Scratch<T> lay_out_scratch(const Plan<T>& plan, Arena& arena, bool backward) {
+Scratch<T> lay_out_scratch(const Plan<T>& plan, Arena<64>& arena, bool backward) {
     const std::int64_t width = plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
     const std::int64_t rows = plan.words * plan.panel_pixels;
     Scratch<T> scratch{};
@@ -171,8 +154,8 @@ FASTKD_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) {
 template <class T>
 Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int threads) {
     Plan<T> plan{problem};
-    const Network& student = problem.student;
-    const Network& teacher = problem.teacher;
+    const Side& student = problem.student;
+    const Side& teacher = problem.teacher;
     plan.words = larger(student.word_count, teacher.word_count);
     plan.pairs_student = multiplies_pairs<T>(problem, student);
     plan.pairs_teacher = multiplies_pairs<T>(problem, teacher);
@@ -184,13 +167,13 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
         width * (plan.pairs_student ? element_size(DType::BFloat16) : static_cast<std::int64_t>(sizeof(T)));
     plan.panel_pixels =
         by_pixel(problem.student.pixels) ? (row_bytes <= 1024 ? 128 : 64) : (row_bytes <= 2048 ? 256 : 128);
-    const std::int64_t panels = (problem.pixels + plan.panel_pixels - 1) / plan.panel_pixels;
+    const std::int64_t panels = ceil_div(problem.pixels, plan.panel_pixels);
     plan.partial_size = round_up(backward ? plan.words * plan.width_student * static_cast<std::int64_t>(sizeof(T))
                                           : forward_partial_size(problem, plan.words),
                                  64);
-    Arena one(nullptr);
+    Arena<64> one;
     lay_out_scratch(plan, one, backward);
-    plan.scratch_size = one.used();
+    plan.scratch_size = one.bytes();
     const std::int64_t words_size = // packed, with their norms
         (plan.width_student + (backward ? 0 : plan.width_teacher) + 1) * static_cast<std::int64_t>(sizeof(T));
     const std::int64_t sample_size = static_cast<std::int64_t>(sizeof(Sample)) +
@@ -205,13 +188,13 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     std::int64_t each = problem.batch * panels / 64; // panels of a chunk
     each = each < 1 ? 1 : least(each, 8);
     const std::int64_t most = least(left / 2, partial_bytes) / (plan.group * (plan.partial_size + 1)) + 1; // chunks
-    each = each * most < panels ? (panels + most - 1) / most : each;
-    plan.chunks = (panels + each - 1) / each;
+    each = each * most < panels ? ceil_div(panels, most) : each;
+    plan.chunks = ceil_div(panels, each);
     plan.chunk_pixels = each * plan.panel_pixels;
     plan.threads = least(least(threads, plan.group * plan.chunks),
                          1 + (left - plan.group * (plan.chunks - 1) * plan.partial_size) / plan.scratch_size);
 
-    Arena arena(workspace);
+    Arena<64> arena(workspace);
     plan.samples = arena.take<Sample>(plan.group);
     auto* lists = arena.take<std::int32_t>(plan.group * 3 * plan.words);
     for (std::int64_t b = 0; workspace != nullptr && b < plan.group; ++b) {
@@ -223,7 +206,7 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     plan.word_norms = arena.take<T>(plan.group * plan.words);
     plan.partials = arena.take<char>(plan.group * plan.chunks * plan.partial_size);
     plan.scratch = arena.take<char>(plan.threads * plan.scratch_size);
-    plan.workspace = arena.used();
+    plan.workspace = arena.bytes();
     return plan;
 }
 
@@ -249,31 +232,31 @@ FASTKD_INLINE void each_panel(const Plan<T>& plan, std::int64_t unit, T* valid, 
 }
 
 template <class T>
-FASTKD_INLINE ScaledExp<T> exp_of(const Network& network) {
-    return ScaledExp<T>{static_cast<T>(network.scale)};
+FASTKD_INLINE ScaledExp<T> exp_of(const Side& side) {
+    return ScaledExp<T>{static_cast<T>(side.scale)};
 }
 
 // ---- once per sample -----------------------------------------------------------------------------------------------
 
-FASTKD_INLINE bool has_word(const Network& network, std::int64_t sample, std::int64_t word) {
-    return word < network.word_count &&
-           (network.word_mask == nullptr || network.word_mask[sample * network.word_count + word] != 0);
+FASTKD_INLINE bool has_word(const Side& side, std::int64_t sample, std::int64_t word) {
+    return word < side.word_count &&
+           (side.word_mask == nullptr || side.word_mask[sample * side.word_count + word] != 0);
 }
 
 // Rows of words as the products want them: in their dense order, padded with zeros, zero where the network has none.
 template <class T>
-void pack_words(const Network& network, std::int64_t sample, const std::int32_t* word, std::int64_t count,
+void pack_words(const Side& side, std::int64_t sample, const std::int32_t* word, std::int64_t count,
                 std::int64_t padded, bool cosine, T* to, T* norms) {
-    const T* from = static_cast<const T*>(network.words) + sample * network.word_count * network.width;
+    const T* from = static_cast<const T*>(side.words) + sample * side.word_count * side.width;
     for (std::int64_t k = 0; k < count; ++k) {
         T* row = to + k * padded;
-        load_row(from + (word[k] < 0 ? 0 : word[k]) * network.width, word[k] < 0 ? 0 : network.width, row, padded);
+        load_row(from + (word[k] < 0 ? 0 : word[k]) * side.width, word[k] < 0 ? 0 : side.width, row, padded);
         if (!cosine) {
             continue;
         }
         const Panel<T> panel{row, padded, true};
         T norm;
-        pixel_norms(panel, network.width, padded, 1, &norm);
+        pixel_norms(panel, side.width, padded, 1, &norm);
         const T divisor = norm == T(0) ? static_cast<T>(pixel_word::norm_floor) : norm;
         for (std::int64_t c = 0; c < padded; c += lanes<T>) {
             store(row + c, load(row + c) / divisor);
@@ -286,12 +269,12 @@ void pack_words(const Network& network, std::int64_t sample, const std::int32_t*
 
 #if defined(FASTKD_BF16_PRODUCTS)
 // The same of bfloat16: [word][column] for the logits, [word][column][2 copies] for the gradient of the pixels.
-FASTKD_INLINE void pack_word_pairs(const Network& network, std::int64_t sample, const std::int32_t* word,
-                                   std::int64_t count, std::int64_t padded, bool backward, void* to) {
-    const auto* from = static_cast<const float*>(network.words) + sample * network.word_count * network.width;
+FASTKD_INLINE void pack_word_pairs(const Side& side, std::int64_t sample, const std::int32_t* word, std::int64_t count,
+                                   std::int64_t padded, bool backward, void* to) {
+    const auto* from = static_cast<const float*>(side.words) + sample * side.word_count * side.width;
     for (std::int64_t k = 0; k < count; ++k) {
         for (std::int64_t c = 0; c < padded; ++c) {
-            const float x = word[k] >= 0 && c < network.width ? from[word[k] * network.width + c] : 0.0f;
+            const float x = word[k] >= 0 && c < side.width ? from[word[k] * side.width + c] : 0.0f;
             const std::uint32_t bits = bit_cast<std::uint32_t>(x) >> 16;
             if (backward) {
                 static_cast<PairWord*>(to)[k * padded + c] = bits | bits << 16;
@@ -304,20 +287,20 @@ FASTKD_INLINE void pack_word_pairs(const Network& network, std::int64_t sample, 
 #endif
 
 template <class T>
-void pack_words_of(const Plan<T>& plan, const Network& network, std::int64_t b, bool backward) {
+void pack_words_of(const Plan<T>& plan, const Side& side, std::int64_t b, bool backward) {
     const Sample& sample = plan.samples[b];
-    const bool student = &network == &plan.problem.student;
+    const bool student = &side == &plan.problem.student;
     const std::int32_t* word = student ? sample.student_word : sample.teacher_word;
     const std::int64_t padded = student ? plan.width_student : plan.width_teacher;
     T* to = (student ? plan.words_student : plan.words_teacher) + b * plan.words * padded;
 #if defined(FASTKD_BF16_PRODUCTS)
     if (student ? plan.pairs_student : plan.pairs_teacher) {
-        pack_word_pairs(network, b, word, sample.words, padded, backward, to);
+        pack_word_pairs(side, b, word, sample.words, padded, backward, to);
         return;
     }
 #endif
     (void)backward;
-    pack_words(network, b, word, sample.words, padded, plan.problem.cosine, to,
+    pack_words(side, b, word, sample.words, padded, plan.problem.cosine, to,
                student ? plan.word_norms + b * plan.words : nullptr);
 }
 

@@ -14,10 +14,10 @@ inline void advance(Array& array, std::int64_t samples) {
     array.data = advanced(array.data, samples * array.batch * element_size(array.dtype));
 }
 
-inline void advance(Network& network, std::int64_t samples, std::int64_t size) {
-    advance(network.pixels, samples);
-    network.words = advanced(network.words, samples * network.word_count * network.width * size);
-    network.word_mask = advanced(network.word_mask, samples * network.word_count);
+inline void advance(Side& side, std::int64_t samples, std::int64_t size) {
+    advance(side.pixels, samples);
+    side.words = advanced(side.words, samples * side.word_count * side.width * size);
+    side.word_mask = advanced(side.word_mask, samples * side.word_count);
 }
 
 // Samples [first, first + count) of what a forward and a backward share.
@@ -47,7 +47,7 @@ inline Forward part_of(const Forward& all, std::int64_t first, std::int64_t coun
 inline Backward part_of(const Backward& all, std::int64_t first, std::int64_t count) {
     Backward args = shared_part(all, first, count);
     const std::int64_t size = element_size(args.problem.dtype);
-    const Network& student = args.problem.student;
+    const Side& student = args.problem.student;
     args.grad_loss = advanced(args.grad_loss, first * args.grad_loss_strides[0] * size);
     advance(args.grad_pixels, first);
     args.grad_words = advanced(args.grad_words, first * student.word_count * student.width * size);

@@ -1,26 +1,10 @@
 #include "cpu/relation/plan.h"
 
+#include "common/arena.h"
 #include "cpu/isa.h"
 
 namespace fastkd::cpu {
 namespace {
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-    return (a + b - 1) / b;
-}
-std::int64_t round_up(std::int64_t a, std::int64_t b) {
-    return ceil_div(a, b) * b;
-}
-
-// Hands out aligned stretches of the workspace.
-struct Layout {
-    std::int64_t bytes = 0;
-    std::int64_t take(std::int64_t count) {
-        const std::int64_t at = bytes;
-        bytes += round_up(count, 64);
-        return at;
-    }
-};
 
 // Fewer threads take less scratch memory: as many as `limit` allows, at least one.
 template <class Plan>
@@ -47,12 +31,12 @@ RelationPlan plan_relation_on(const relation::Options& options, std::int64_t stu
     plan.student_width = round_up(student_width, 16); // whole vectors, whatever their length
     const std::int64_t rows = plan.blocks * plan.block;
 
-    Layout thread;
-    plan.tiles = thread.take(4 * plan.block * plan.block * size);
+    Arena<64> thread;
+    plan.tiles = thread.take_bytes(4 * plan.block * plan.block * size);
     if (backward) {
-        plan.panel = thread.take(stored ? 2 * rows * 48 * size : plan.block * plan.student_width * size);
+        plan.panel = thread.take_bytes(stored ? 2 * rows * 48 * size : plan.block * plan.student_width * size);
     }
-    plan.thread_bytes = thread.bytes;
+    plan.thread_bytes = thread.bytes();
 
     const std::int64_t packed_block =
         stored ? (backward ? 0 : plan.block * stored_chunk * size)
@@ -79,12 +63,12 @@ RelationPlan plan_relation_on(const relation::Options& options, std::int64_t stu
             plan.resident = fits < plan.resident ? (fits < 2 ? 2 : fits / 2 * 2) : plan.resident - 1;
         }
     }
-    Layout team;
-    plan.packs = team.take(plan.resident * packed_block);
-    plan.accumulator = team.take(accumulator);
-    plan.row_sums = team.take(row_sums);
-    plan.matrix = team.take(matrix);
-    plan.team_bytes = team.bytes;
+    Arena<64> team;
+    plan.packs = team.take_bytes(plan.resident * packed_block);
+    plan.accumulator = team.take_bytes(accumulator);
+    plan.row_sums = team.take_bytes(row_sums);
+    plan.matrix = team.take_bytes(matrix);
+    plan.team_bytes = team.bytes();
     plan.bytes = plan.teams * plan.team_bytes + scratch;
     return plan;
 }
@@ -101,23 +85,23 @@ GramPlan plan_gram_on(const relation::Options& options, std::int64_t student_wid
     plan.side = relation::gram_side(student_width, teacher_width);
     plan.size = relation::gram_double(options.dtype, student_width, teacher_width) ? 8 : 4;
 
-    Layout thread;
+    Arena<64> thread;
     const std::int64_t part = plan.block * plan.student_side * plan.size;
-    plan.own = thread.take(part);
-    plan.other = thread.take(plan.block * (plan.side - plan.student_side) * plan.size);
-    plan.product = thread.take(backward ? part : plan.block * plan.side * plan.size);
+    plan.own = thread.take_bytes(part);
+    plan.other = thread.take_bytes(plan.block * (plan.side - plan.student_side) * plan.size);
+    plan.product = thread.take_bytes(backward ? part : plan.block * plan.side * plan.size);
     if (backward) {
-        plan.product2 = thread.take(part);
-        plan.result = thread.take(part);
+        plan.product2 = thread.take_bytes(part);
+        plan.result = thread.take_bytes(part);
     }
-    plan.thread_bytes = thread.bytes;
-    Layout team;
-    plan.rows = team.take(plan.chunk * plan.side * plan.size);
+    plan.thread_bytes = thread.bytes();
+    Arena<64> team;
+    plan.rows = team.take_bytes(plan.chunk * plan.side * plan.size);
     if (backward) {
-        plan.scaled_rows = team.take(plan.chunk * plan.student_side * plan.size);
-        plan.weighted = team.take(plan.student_side * plan.side * plan.size);
+        plan.scaled_rows = team.take_bytes(plan.chunk * plan.student_side * plan.size);
+        plan.weighted = team.take_bytes(plan.student_side * plan.side * plan.size);
     }
-    plan.team_bytes = team.bytes;
+    plan.team_bytes = team.bytes();
     plan.teams = plan.problems < threads ? 1 : threads;
     if (plan.teams * plan.team_bytes + threads * plan.thread_bytes > limit) {
         plan.teams = 1;

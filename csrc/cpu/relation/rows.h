@@ -87,7 +87,7 @@ template <class S>
 FASTKD_INLINE void find_scales(const Options& options, const Rows& student, const Rows& teacher, double* scales,
                                int threads) {
     constexpr std::int64_t block = 96;
-    const std::int64_t blocks = (options.rows + block - 1) / block;
+    const std::int64_t blocks = ceil_div(options.rows, block);
     parallel_for(threads, 2 * options.batch * blocks, [&](std::int64_t task, int) {
         const std::int64_t network = task % 2, b = task / 2 / blocks, row = task / 2 % blocks * block;
         const std::int64_t count = options.rows - row < block ? options.rows - row : block;

@@ -5,8 +5,8 @@
 #pragma once
 
 #include "common/relation.h"
-#include "cpu/softmax_kl/row.h"
 #include "cpu/gemm/packing.h"
+#include "cpu/softmax_kl/row.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

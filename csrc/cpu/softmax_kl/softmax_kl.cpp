@@ -7,8 +7,8 @@
 #include "common/softmax_kl.h"
 
 #include "cpu/kernels.h"
-#include "cpu/softmax_kl/row.h"
 #include "cpu/pages.h"
+#include "cpu/softmax_kl/row.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {

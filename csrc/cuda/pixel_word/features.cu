@@ -387,7 +387,7 @@ cudaError_t run(const Features& features, std::int64_t batch, int warp_features,
 
 cudaError_t differentiate_features(const Backward& args, const Plan& plan, cudaStream_t stream) {
     const Problem& problem = args.problem;
-    const Network& student = problem.student;
+    const Side& student = problem.student;
     const int chunk = plan.feature_warps * plan.warp_features;
     const Features features{strided(student.pixels, problem.pixels, student.width),
                             strided(args.grad_pixels, problem.pixels, student.width),

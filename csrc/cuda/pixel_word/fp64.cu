@@ -21,7 +21,7 @@ struct Strided {
     }
 };
 
-struct Side {
+struct SideArgs {
     Strided pixels;
     const double* words;
     const std::uint8_t* mask;
@@ -31,7 +31,7 @@ struct Side {
 
 // M of a warp's pixel, a word to a lane.
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads)
-    logits_fp64_kernel(Side side, const std::uint8_t* pixel_mask, double* logits, int rows, std::int64_t pixels,
+    logits_fp64_kernel(SideArgs side, const std::uint8_t* pixel_mask, double* logits, int rows, std::int64_t pixels,
                        std::int64_t blocks, bool cosine) {
     const Lane at;
     const std::int64_t sample = block_x() / blocks, n = block_x() % blocks * block_warps + at.warp;
@@ -355,14 +355,14 @@ cudaError_t compute_logits_fp64(const Problem& problem, void* logits, void* norm
     const int rows = static_cast<int>(problem.student.word_count + problem.teacher.word_count);
     const std::int64_t blocks = (problem.pixels + block_warps - 1) / block_warps;
     for (int i = 0; i < 2; ++i) {
-        const Network& network = i == 0 ? problem.student : problem.teacher;
-        const Side side{strided(network.pixels),
-                        static_cast<const double*>(network.words),
-                        network.word_mask,
-                        i == 0 ? static_cast<double*>(norms) : nullptr,
-                        static_cast<int>(network.word_count),
-                        static_cast<int>(network.width),
-                        i == 0 ? 0 : static_cast<int>(problem.student.word_count)};
+        const Side& network = i == 0 ? problem.student : problem.teacher;
+        const SideArgs side{strided(network.pixels),
+                            static_cast<const double*>(network.words),
+                            network.word_mask,
+                            i == 0 ? static_cast<double*>(norms) : nullptr,
+                            static_cast<int>(network.word_count),
+                            static_cast<int>(network.width),
+                            i == 0 ? 0 : static_cast<int>(problem.student.word_count)};
         const cudaError_t error =
             launch(logits_fp64_kernel, {problem.batch * blocks, block_threads}, stream, side, problem.pixel_mask,
                    static_cast<double*>(logits), rows, problem.pixels, blocks, problem.cosine);
@@ -404,7 +404,7 @@ cudaError_t differentiate_logits_fp64(const Backward& args, const Plan& plan, cu
 
 cudaError_t differentiate_features_fp64(const Backward& args, const Plan& plan, cudaStream_t stream) {
     const Problem& problem = args.problem;
-    const Network& student = problem.student;
+    const Side& student = problem.student;
     const Features features{strided(student.pixels),
                             strided(args.grad_pixels),
                             static_cast<const double*>(student.words),

@@ -267,7 +267,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(words_threads) words_kernel(Words args) 
 
 cudaError_t merge_words(const Backward& args, const Plan& plan, cudaStream_t stream) {
     const Problem& problem = args.problem;
-    const Network& student = problem.student;
+    const Side& student = problem.student;
     const Words words{at_bytes<void>(args.workspace, plan.sums),
                       student.words,
                       student.word_mask,

@@ -15,7 +15,7 @@ constexpr int most_words_bytes = 40 * 1024; // of shared memory: two blocks to a
 
 enum class Access { rows, maps, any }; // 16 bytes of a pixel's features; two pixels of a feature; one element
 
-struct Side {
+struct SideArgs {
     const void* pixels;
     std::int64_t batch, pixel, column; // strides
     const void* words;                 // (B, count, width)
@@ -28,7 +28,7 @@ struct Side {
 };
 
 struct Features {
-    Side sides[2];
+    SideArgs sides[2];
     int side_count;
     const std::uint8_t* pixel_mask;
     float* logits; // (B, rows, N)
@@ -47,7 +47,7 @@ using Bits = Pack<std::uint32_t>;
 
 // Elements `feature` and on of pixels `pixel` and the next, as many as 16 bytes hold; zeros beyond `end` features.
 template <Access access, class S>
-FASTKD_DEVICE void load_features(const Side& side, const S* from, int feature, int end, int pixel, int pixels,
+FASTKD_DEVICE void load_features(const SideArgs& side, const S* from, int feature, int end, int pixel, int pixels,
                                  Bits (&v)[2]) {
     v[0] = v[1] = Bits{};
     if constexpr (access == Access::rows) {
@@ -122,7 +122,7 @@ FASTKD_DEVICE void multiply(float (&c)[4], const Bits (&v)[2], const Bits& l) {
 
 // Words' features [begin, begin + side.chunk) to shared memory; zeros beyond the width and the words.
 template <class S>
-FASTKD_DEVICE void stage_words(const Side& side, std::int64_t sample, int begin, unsigned char* to, int stride) {
+FASTKD_DEVICE void stage_words(const SideArgs& side, std::int64_t sample, int begin, unsigned char* to, int stride) {
     constexpr int size = Pack<S>::size;
     const S* from = static_cast<const S*>(side.words) + sample * side.count * side.width + begin;
     const int packs = side.chunk / size, rows = static_cast<int>(round_up(side.count, tile_words));
@@ -146,7 +146,7 @@ FASTKD_DEVICE void stage_words(const Side& side, std::int64_t sample, int begin,
 
 // 1 / |L| of every word.
 template <class S>
-FASTKD_DEVICE void word_norms(const Side& side, std::int64_t sample, const Lane& at, float* inverse) {
+FASTKD_DEVICE void word_norms(const SideArgs& side, std::int64_t sample, const Lane& at, float* inverse) {
     for (int word = at.warp; word < side.count; word += block_warps) {
         const S* from = static_cast<const S*>(side.words) + (sample * side.count + word) * side.width;
         float square = 0;
@@ -166,9 +166,9 @@ FASTKD_DEVICE void word_norms(const Side& side, std::int64_t sample, const Lane&
 
 // M += V L^T over `end` features from `first` on, which lie in `words`; squares += |V|^2 of the lane's features.
 template <Access access, class S, int most_tiles>
-FASTKD_DEVICE void add_products(const Side& side, const S* from, int first, int end, int pixel, int pixels, bool cosine,
-                                const unsigned char* words, int stride, const Lane& at, float (&m)[most_tiles][4],
-                                float (&squares)[2]) {
+FASTKD_DEVICE void add_products(const SideArgs& side, const S* from, int first, int end, int pixel, int pixels,
+                                bool cosine, const unsigned char* words, int stride, const Lane& at,
+                                float (&m)[most_tiles][4], float (&squares)[2]) {
     constexpr int size = Pack<S>::size, step = 4 * size; // features
     constexpr int group =
         access == Access::any ? 1 : (most_tiles <= 4 ? 4 : 2); // steps whose loads are under way at once
@@ -215,7 +215,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
     const bool second = args.side_count == 2 && block_x() % 2 != 0;
-    const Side& side = second ? args.sides[1] : args.sides[0];
+    const SideArgs& side = second ? args.sides[1] : args.sides[0];
     const std::int64_t run = block_x() / args.side_count, sample = run / args.cut.programs;
     const int program = static_cast<int>(run % args.cut.programs);
     const int stride = row_bytes(side.chunk * static_cast<int>(sizeof(S)));
@@ -299,8 +299,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
     }
 }
 
-Side side_of(const Problem& problem, bool student, float* norms) {
-    const Network& network = student ? problem.student : problem.teacher;
+SideArgs side_of(const Problem& problem, bool student, float* norms) {
+    const Side& network = student ? problem.student : problem.teacher;
     const pixel_word::Array& pixels = network.pixels;
     const std::int64_t size = element_size(pixels.dtype), pack = 16 / size;
     const auto at = reinterpret_cast<std::uintptr_t>(pixels.data);
@@ -334,7 +334,7 @@ template <class S>
 cudaError_t run(const Features& features, std::int64_t batch, cudaStream_t stream) {
     int bytes = 0, words = 0;
     for (int i = 0; i < features.side_count; ++i) {
-        const Side& side = features.sides[i];
+        const SideArgs& side = features.sides[i];
         const int of_side =
             static_cast<int>(round_up(side.count, tile_words)) * row_bytes(side.chunk * static_cast<int>(sizeof(S)));
         bytes = of_side > bytes ? of_side : bytes;

@@ -2,6 +2,7 @@
 // alone, never on the device, so that the bits do not depend on it either.
 #pragma once
 
+#include "common/arena.h"
 #include "common/pixel_word.h"
 
 namespace fastkd::cuda::pixel_word {
@@ -14,10 +15,6 @@ constexpr int tile_words = 8, tile_pixels = 16;
 constexpr int block_warps = 8;
 constexpr int block_threads = 32 * block_warps;
 
-constexpr FASTKD_HD std::int64_t round_up(std::int64_t n, std::int64_t to) {
-    return (n + to - 1) / to * to;
-}
-
 // `each` steps of pixels to a program, `programs` to a sample.
 struct Cut {
     int each;
@@ -26,11 +23,11 @@ struct Cut {
 
 // About `wanted` programs for the whole batch, at most `most` for a sample.
 inline Cut cut(std::int64_t pixels, int step, std::int64_t batch, std::int64_t wanted, std::int64_t most) {
-    const std::int64_t steps = (pixels + step - 1) / step;
+    const std::int64_t steps = ceil_div(pixels, step);
     std::int64_t programs = wanted / batch;
     programs = programs < 1 ? 1 : (programs < most ? programs : most);
-    const std::int64_t each = (steps + programs - 1) / programs;
-    return {static_cast<int>(each), static_cast<int>((steps + each - 1) / each)};
+    const std::int64_t each = ceil_div(steps, programs);
+    return {static_cast<int>(each), static_cast<int>(ceil_div(steps, each))};
 }
 
 // What a program writes of its pixels: the sum of the KLs over words, ColumnSums member by member and word by word, and
@@ -44,7 +41,7 @@ struct Partial {
     int words; // the larger of both counts
 
     static constexpr FASTKD_HD int matrix_tiles(int words) {
-        const int rows = (words + tile_words - 1) / tile_words; // of 16: [A D] has twice as many of 8
+        const int rows = ceil_div(words, tile_words); // of 16: [A D] has twice as many of 8
         return rows * (rows + 1) / 2;
     }
     static constexpr FASTKD_HD std::int64_t size(int words) {
@@ -74,15 +71,6 @@ struct Coefficients {
     T column_kl; // scale g_wp / t
     T unit_x;    // what the halves of scale X count in
     T unit_z;
-};
-
-struct Pieces {
-    std::int64_t used = 0;
-    std::int64_t take(std::int64_t bytes) {
-        const std::int64_t at = used;
-        used = round_up(used + bytes, 256);
-        return at;
-    }
 };
 
 inline int larger_count(const Problem& problem) {
@@ -128,11 +116,11 @@ inline Plan plan_forward(const Problem& problem) {
     plan.terms =
         cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 528, 128);
     const std::int64_t partial = fp64 ? Partial<double>::size(words) : Partial<float>::size(words);
-    Pieces pieces;
-    plan.partials = pieces.take(problem.batch * plan.terms.programs * partial * plan.size);
-    plan.grams = pieces.take(
+    Arena<256> arena;
+    plan.partials = arena.take_bytes(problem.batch * plan.terms.programs * partial * plan.size);
+    plan.grams = arena.take_bytes(
         (problem.terms & pixel_word::second_order) != 0 ? problem.batch * 3 * words * words * plan.size : 0);
-    plan.bytes = pieces.used;
+    plan.bytes = arena.bytes();
     return plan;
 }
 
@@ -148,28 +136,28 @@ inline Plan plan_backward(const Problem& problem) {
     plan.gradient = cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 1056,
                         problem.pixels);
     plan.warp_features = warp_features_of(words, element_size(problem.student.pixels.dtype));
-    const std::int64_t groups = (width + plan.warp_features - 1) / plan.warp_features;
+    const std::int64_t groups = ceil_div(width, plan.warp_features);
     plan.feature_warps = groups >= 3 ? 4 : (groups >= 2 ? 2 : 1);
-    const std::int64_t chunks = (groups + plan.feature_warps - 1) / plan.feature_warps;
+    const std::int64_t chunks = ceil_div(groups, plan.feature_warps);
     const int step = fp64 ? fp64_features_step : block_warps / plan.feature_warps * tile_pixels;
     plan.runs = cut(problem.pixels, step, problem.batch * (features && !fp64 ? chunks : 1), 528, 64);
     const std::int64_t steps = (plan.tiles + 1) / 2; // of 16 words
     const bool second = (problem.terms & pixel_word::second_order) != 0;
-    Pieces pieces;
-    plan.coefficients = pieces.take(problem.batch * 4 * plan.size);
+    Arena<256> arena;
+    plan.coefficients = arena.take_bytes(problem.batch * 4 * plan.size);
     plan.slopes =
-        pieces.take(!second ? 0 : problem.batch * 2 * (fp64 ? words * words * 8 : steps * plan.tiles * 32 * 16));
-    plan.grad_logits = pieces.take(features ? problem.batch * count * problem.pixels * plan.size : 0);
-    plan.own = pieces.take(problem.cosine ? problem.batch * problem.pixels * plan.size : 0);
-    plan.sums = pieces.take(features ? problem.batch * plan.runs.programs * count * width * plan.size : 0);
-    plan.bytes = pieces.used;
+        arena.take_bytes(!second ? 0 : problem.batch * 2 * (fp64 ? words * words * 8 : steps * plan.tiles * 32 * 16));
+    plan.grad_logits = arena.take_bytes(features ? problem.batch * count * problem.pixels * plan.size : 0);
+    plan.own = arena.take_bytes(problem.cosine ? problem.batch * problem.pixels * plan.size : 0);
+    plan.sums = arena.take_bytes(features ? problem.batch * plan.runs.programs * count * width * plan.size : 0);
+    plan.bytes = arena.bytes();
     return plan;
 }
 
 // Whether the kernels can index all of a problem; a launch has fewer than 2^31 blocks.
 inline bool fits(const Problem& problem) {
-    const Network& student = problem.student;
-    const Network& teacher = problem.teacher;
+    const Side& student = problem.student;
+    const Side& teacher = problem.teacher;
     const std::int64_t width = student.width > teacher.width ? student.width : teacher.width;
     if (larger_count(problem) > most_words || problem.pixels > most_length || width > most_length ||
         problem.batch > most_length) {

@@ -66,7 +66,7 @@ inline bool even_pixels(const void* data, std::int64_t size, std::int64_t pixels
 
 // `kept` are the logits of both networks, (B, words of the student + words of the teacher, N), if there are features.
 inline Logits logits_of(const Problem& problem, const void* kept, bool of_student) {
-    const Network& network = of_student ? problem.student : problem.teacher;
+    const Side& network = of_student ? problem.student : problem.teacher;
     Logits logits{network.pixels.data,
                   network.pixels.dtype,
                   network.pixels.batch,

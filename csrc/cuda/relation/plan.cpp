@@ -5,20 +5,6 @@
 namespace fastkd::cuda {
 namespace {
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-    return (a + b - 1) / b;
-}
-
-// Hands out aligned stretches of the workspace.
-struct Layout {
-    std::int64_t bytes = 0;
-    std::int64_t take(std::int64_t count) {
-        const std::int64_t at = bytes;
-        bytes += ceil_div(count, 256) * 256;
-        return at;
-    }
-};
-
 std::int64_t tile_of(const relation::Options& options) {
     const std::int64_t blocks = ceil_div(options.rows, 128) * options.others();
     const std::int64_t tiles = (options.cross ? 1 : options.batch) * (blocks * (blocks + 1) / 2);
@@ -33,16 +19,16 @@ RelationPlan lay_out(RelationPlan plan, const relation::Options& options, bool b
     plan.together = together;
     plan.band = band;
     const std::int64_t slots = together * band * (2 * plan.blocks - band) * plan.tile * 4;
-    Layout layout;
+    Arena<256> arena;
     if (!backward) {
-        plan.sums = layout.take(slots * planes_of(plan.method));
-        plan.bytes = *counted = layout.bytes;
+        plan.sums = arena.take_bytes(slots * planes_of(plan.method));
+        plan.bytes = *counted = arena.bytes();
         return plan;
     }
-    plan.row_sums = layout.take(options.batch * options.rows * 4);
+    plan.row_sums = arena.take_bytes(options.batch * options.rows * 4);
     const std::int64_t size = options.dtype == DType::BFloat16 ? 2 : 4; // of fp16 two bfloat16
-    plan.h = layout.take(together * plan.tiles(0, band) * plan.tile * plan.tile * size);
-    plan.sums = layout.take(slots);
+    plan.h = arena.take_bytes(together * plan.tiles(0, band) * plan.tile * plan.tile * size);
+    plan.sums = arena.take_bytes(slots);
     const std::int64_t products = together * band * plan.width_blocks;
     const std::int64_t longest = ceil_div(plan.blocks * plan.tile, 256); // no shorter sums than over 256 columns
     plan.splits = ceil_div(enough_products, products);
@@ -51,10 +37,10 @@ RelationPlan lay_out(RelationPlan plan, const relation::Options& options, bool b
     for (const std::int64_t most : {longest, roomy > 1 ? roomy : 1}) {
         plan.splits = plan.splits > most ? most : plan.splits;
     }
-    plan.partials = layout.take(plan.splits > 1 || !plan.whole() ? products * plan.splits * block : 0);
-    *counted = layout.bytes;
-    plan.totals = layout.take(plan.whole() ? 0 : plan.blocks * plan.width_blocks * block);
-    plan.bytes = layout.bytes;
+    plan.partials = arena.take_bytes(plan.splits > 1 || !plan.whole() ? products * plan.splits * block : 0);
+    *counted = arena.bytes();
+    plan.totals = arena.take_bytes(plan.whole() ? 0 : plan.blocks * plan.width_blocks * block);
+    plan.bytes = arena.bytes();
     return plan;
 }
 
