@@ -1,4 +1,4 @@
-"""Make ``benchmarks`` importable, whatever folder pytest was started from."""
+"""Make ``benchmarks`` importable from any working directory."""
 
 import sys
 from pathlib import Path

@@ -1,21 +1,20 @@
-"""How it is measured: alternating medians, the machine's ceilings in the same run, environment, results file."""
+"""Measure providers in turn, measure the machine's ceilings, and write results files."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Collection
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastkd import _info
+from fastkd._atomic import replace_files
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,9 +25,9 @@ def synchronize(device: str) -> None:
 
 
 def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """One call, by events on a GPU (after overwriting what its cache holds), by the clock on a CPU."""
+    """Time one call in milliseconds: with events on a GPU (after flushing its L2 cache), with the clock on a CPU."""
     if device.startswith("cuda"):
-        _cold_cache(device)
+        _flush_cache(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -43,33 +42,32 @@ def milliseconds(call: Callable[[], Any], device: str) -> float:
 _buffers: dict[str, torch.Tensor] = {}
 
 
-def _cold_cache(device: str) -> None:
+def _flush_cache(device: str) -> None:
     if device not in _buffers:
         _buffers[device] = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     _buffers[device].fill_(1)
 
 
-def alternate(
+def time_in_turns(
     calls: dict[str, Callable[[], Any]],
     device: str,
     seconds: float,
-    least: int = 5,
-    most: int = 200,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
     slow: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Time the calls in turn, round after round, so that whatever else the machine does hits all of them alike.
+    """Time the calls in turn, round after round, so that other load on the machine affects all of them alike.
 
-    Before a call is timed it is made once uncounted: what the one before it left in the caches, and what memory the
-    allocator had just given back to the system, is not its doing.
-    Two calls of each come first, then up to four rounds in a quarter of the time, none of them counted.
-    Those named in ``slow``, which take seconds a call, are warmed up once and timed in the first two rounds only.
+    Each timed call is preceded by an untimed one of the same provider, so that it does not pay for caches filled and
+    memory returned to the system by the provider before it. Warm-up: two calls each, then up to four rounds in a
+    quarter of the time. Calls named in ``slow`` take seconds; they are warmed up once and timed in two rounds only.
     """
     for name, call in calls.items():
         for _ in range(1 if name in slow else 2):
             call()
     synchronize(device)
     begin = time.perf_counter()
-    for _ in range(4):  # in turn, uncounted: allocators settle on what they keep of each other's memory
+    for _ in range(4):  # untimed: let the allocators reach a steady state
         for name, call in calls.items():
             if name not in slow and time.perf_counter() - begin < seconds / 4:
                 call()
@@ -77,7 +75,7 @@ def alternate(
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     rounds = 0
-    while rounds < least or (time.perf_counter() - begin < seconds and rounds < most):
+    while rounds < min_rounds or (time.perf_counter() - begin < seconds and rounds < max_rounds):
         for name, call in calls.items():
             if name in slow:
                 if rounds >= 2:
@@ -91,7 +89,7 @@ def alternate(
     return times
 
 
-def summary(times: list[float]) -> dict[str, float]:
+def percentiles(times: list[float]) -> dict[str, float]:
     if len(times) == 1:
         return {"p20": times[0], "median": times[0], "p80": times[0]}
     fifths = statistics.quantiles(times, n=5, method="inclusive")
@@ -99,7 +97,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """What this machine does at best right now: bytes copied (read + written), products, exponentials per second."""
+    """Return this machine's best rates: bytes copied (read + written), FLOP of matrix products, exponentials."""
     gpu = device.startswith("cuda")
     n = 2**29 if gpu else 2**25
     a = torch.rand(n, device=device)
@@ -117,7 +115,7 @@ def ceilings(device: str) -> dict[str, float]:
         double = x.double()
         calls["fp32"] = lambda: x @ x
         calls["fp64"] = lambda: double @ double
-    best = {name: min(t) / 1e3 for name, t in alternate(calls, device, seconds=1.5).items()}
+    best = {name: min(t) / 1e3 for name, t in time_in_turns(calls, device, seconds=1.5).items()}
     flop = {name: round(2 * side**3 / best[name]) for name in ("fp32", "bf16", "fp64") if name in best}
     fp64 = {"matmul_fp64_flop_per_s": flop["fp64"]} if "fp64" in flop else {}
     return fp64 | {
@@ -129,64 +127,35 @@ def ceilings(device: str) -> dict[str, float]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where and with what the figures were taken; the ceilings are added by who measures them."""
+    """Return the hardware, the versions and the commit of a run; the caller adds the ceilings."""
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str | None:
         try:
             return subprocess.run(
                 ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-            ).stdout
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    gpu = device.startswith("cuda")
+    facts = _info.environment(device)
+    status = git("status", "--porcelain", "--untracked-files=no")
+    names = ("device", "driver", "cuda", "cpu", "cores", "threads", "torch", "triton", "python")
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else cpu_name(),
-        "driver": _driver() if gpu else None,
-        "cuda": torch.version.cuda,
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "commit": commit.strip() if commit else None,
-        "dirty": bool(status.strip()) if status is not None else None,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{name: facts[name] for name in names},
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "date": facts["date"],
     }
 
 
-def cpu_name() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def slug(env: dict[str, Any]) -> str:
-    """The folder of a device's results: its name in letters, digits and dashes (a CPU's with its cores)."""
+def device_slug(env: dict[str, Any]) -> str:
+    """Return the folder name of a device's results: lower-case letters, digits and dashes; for a CPU also its cores."""
     name = env["device"] if env["device"] != env["cpu"] else f"{env['device']} {env['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(path: Path, env: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": env, "rows": rows} | more, indent=1) + "\n", encoding="utf-8")
-
-
-def _driver() -> str | None:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def write_results(path: Path, env: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write a results file whole or not at all."""
+    with replace_files(path) as (partial,):
+        partial.write_text(json.dumps({"environment": env, "rows": rows} | more, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a call allocates at most, its result included, beyond what lived before it."""
+"""Peak memory that a call allocates, including its result, on top of the memory in use before it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: str) -> int:
-    """By torch's own allocator: every tensor of the call, the workspaces of fastkd's kernels among them."""
-    call()  # what is made once and kept is not the call's
+    """Return the peak according to torch's allocator, which includes the workspaces of fastkd's kernels."""
+    call()  # allocate whatever is cached across calls
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -31,21 +31,23 @@ def peak_extra_bytes(call: Callable[[], Any], device: str) -> int:
         result = call()
     del result
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
+    held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
-        most = max(most, held)
-    return most
+        peak = max(peak, held)
+    return peak
 
 
 def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
-    """By the pages the process holds (Linux with glibc): what libraries allocate beside torch counts too, and
-    pages they keep for later don't. To check :func:`peak_extra_bytes` with."""
+    """Return the peak of resident pages (Linux with glibc), or None elsewhere; a check on :func:`peak_extra_bytes`.
+
+    This includes memory that libraries allocate outside torch, but not pages that they reuse from earlier calls.
+    """
     call()
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what malloc kept from earlier calls would hide what this one takes
-        CLEAR.write_text("5", encoding="ascii")  # the highest mark starts again from here
+        ctypes.CDLL(None).malloc_trim(0)  # else memory cached by malloc would hide this call's allocations
+        CLEAR.write_text("5", encoding="ascii")  # reset the high-water mark
         before = _status("VmRSS")
         result = call()
         del result
@@ -57,5 +59,5 @@ def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
 def _status(name: str) -> int:
     found = re.search(rf"{name}:\s*(\d+) kB", STATUS.read_text(encoding="utf-8", errors="replace"))
     if found is None:
-        raise OSError(f"{STATUS} has no {name}")
+        raise OSError(f"{STATUS} has no field {name}")
     return int(found[1]) * 1024

@@ -1,11 +1,10 @@
-"""The presets as a table: parameters, operations, and how long one image and sentence take on this CPU.
+"""Print the presets as a table: parameters, FLOP and latency of one image and sentence on this CPU.
 
     python -m benchmarks.model_table --write docs/models.md     # between the markers; without --write it is printed
 
-FLOP are counted by torch.utils.flop_counter (two for a multiplication with its addition; matrix products, convolutions
-and attention only), for one image of --size squared and 20 word ids. Latency is the median of --repeats forwards in
-eval mode, fp32, random weights, after one that is not counted: CPU time of one thread, which other load on the machine
-changes much less than the time on the clock.
+torch.utils.flop_counter counts the FLOP of matrix products, convolutions and attention (two per multiply-add) for one
+image of --size squared and 20 word ids. Latency is the median of --repeats forwards after one warm-up, in eval mode and
+fp32 with random weights: CPU time of one thread, which other load on the machine affects much less than wall time.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.table import write_between
 from fastkd._console import plain_characters
 from fastkd.models import RISModel, list_presets, preset
 
@@ -30,13 +30,13 @@ WORDS = 20
 
 
 def measure(name: str, size: int, repeats: int) -> tuple[dict[str, int], int, list[float]]:
-    """Parameters by part, FLOP of one forward, and the milliseconds of each that was timed."""
+    """Return the parameters by part, the FLOP of one forward, and the milliseconds of each timed forward."""
     torch.manual_seed(0)
     model = RISModel(preset(name)).eval()
     image, ids = torch.randn(1, 3, size, size), torch.ones(1, WORDS, dtype=torch.int64)
     times = []
     with torch.inference_mode():
-        # Plain products in place of fused attention, of which the counter knows only some kinds.
+        # The counter supports only some kinds of fused attention: use plain products instead.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(image, ids)
         for _ in range(repeats):
@@ -51,10 +51,10 @@ def table(names: Sequence[str], size: int, repeats: int) -> str:
         f"| preset | towers | parameters (M): all | backbone | text | FLOP at {size}² (G) | one thread (ms) |",
         "|---|---|---|---|---|---|---|",
     ]
-    abouts = list_presets()
+    descriptions = list_presets()
     for name in names:
         parameters, flop, milliseconds = measure(name, size, repeats)
-        cells = [f"`{name}`", abouts[name].split(": ", 1)[-1]]
+        cells = [f"`{name}`", descriptions[name].split(": ", 1)[-1]]
         cells += [f"{parameters[part] / 1e6:.2f}" for part in ("total", "backbone", "text_encoder")]
         cells += [f"{flop / 1e9:.1f}", f"{statistics.median(milliseconds):.0f}" if milliseconds else "–"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -65,38 +65,29 @@ def table(names: Sequence[str], size: int, repeats: int) -> str:
 def description(repeats: int) -> str:
     from importlib.metadata import version
 
-    from fastkd.report.environment import processor
+    from fastkd._info import cpu_name
 
     isa = torch.backends.cpu.get_cpu_capability()
     versions = f"torch {torch.__version__}, timm {version('timm')}, transformers {version('transformers')}"
     return (
-        f"{processor()}, {isa}, CPU time of one thread, fp32, one image, median of {repeats}; "
+        f"{cpu_name()}, {isa}, CPU time of one thread, fp32, one image, median of {repeats}; "
         f"{versions}; {date.today().isoformat()}."
     )
-
-
-def write_between(path: Path, text: str) -> None:
-    page = path.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise SystemExit(f"{path} must hold each marker once: {BEGIN} and {END}")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 @plain_characters()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="*", help="left out: every one that is made for photographs")
+    parser.add_argument("presets", nargs="*", help="default: all presets for photographs")
     parser.add_argument("--size", type=int, default=480)
-    parser.add_argument("--repeats", type=int, default=5, help="0: no latency")
-    parser.add_argument("--write", type=Path, help="a page with the two markers")
+    parser.add_argument("--repeats", type=int, default=5, help="0 skips the latency")
+    parser.add_argument("--write", type=Path, help="page with the two markers")
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = args.presets or [name for name in list_presets() if not name.startswith("shapes")]
     text = f"{table(names, args.size, args.repeats)}\n\n{description(args.repeats)}"
     if args.write is not None:
-        write_between(args.write, text)
+        write_between(args.write, BEGIN, END, text)
     else:
         print(text)
 

@@ -1,9 +1,9 @@
-"""How time and memory grow with the number of pixels N = 900 ... 14400: fitted exponents.
+"""Fit the growth of time and memory with the number of pixels N = 900 ... 14400.
 
     python -m benchmarks.scaling [--seconds 4] [--out FOLDER]
 
 Time of ``cross_modal_kd`` (4, N, T=20, D=128) and extra memory of ``pixel_relation_kd`` (1, 64, √N, √N), forward and
-backward. An exponent is the slope of a straight line through the logarithms; 1 is linear. Writes scaling.json.
+backward. The exponent is the slope of a least-squares line in log–log space; 1 is linear. Writes scaling.json.
 """
 
 from __future__ import annotations
@@ -16,37 +16,41 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, memory, run, workloads
+from benchmarks import measure, memory, providers, run, workloads
 from fastkd._console import plain_characters
 
 SIDES = (30, 45, 60, 90, 120)
-EAGER_MOST = 60  # N×N matrices of larger maps take gigabytes
+EAGER_MAX_SIDE = 60  # N×N matrices of larger maps take gigabytes
 
 
-def measured(work: workloads.Work, names: list[str], device: str, seconds: float, memory_only: bool) -> run.Rows:
-    inputs = work.inputs(device)
-    failed = {name: why for name in names if (why := workloads.unavailable(name, work.family, device)) is not None}
-    steps = {name: workloads.step_of(work, name, "both", inputs) for name in names if name not in failed}
-    times = {} if memory_only else measure.alternate(steps, device, seconds)
+def measure_workload(
+    workload: workloads.Workload, names: list[str], device: str, seconds: float, memory_only: bool
+) -> run.Rows:
+    inputs = workload.inputs(device)
+    failed = {
+        name: why for name in names if (why := providers.unavailable_reason(name, workload.family, device)) is not None
+    }
+    steps = {name: providers.make_step(workload, name, "both", inputs) for name in names if name not in failed}
+    times = {} if memory_only else measure.time_in_turns(steps, device, seconds)
     rows = []
     for name in names:
-        row = run.blank_row(work, "both", name) | {"ok": name not in failed, "note": failed.get(name, "")}
+        row = run.empty_row(workload, "both", name) | {"ok": name not in failed, "note": failed.get(name, "")}
         if name in steps:
             row["peak_extra_bytes"] = memory.peak_extra_bytes(steps[name], device)
-            row["ms"] = None if memory_only else measure.summary(times[name])
+            row["ms"] = None if memory_only else measure.percentiles(times[name])
         rows.append(row)
     return rows
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
-    """The slope of log y over log x, by least squares."""
+    """Return the least-squares slope of log y over log x."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
 def fit(quantity: str, rows: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One fit per provider of the rows' times or memory over N."""
+    """Return one fit per provider of time or memory over N."""
     fits = []
     for name in dict.fromkeys(row["provider"] for _, row in rows):
         mine = [(n, row) for n, row in rows if row["provider"] == name and row["ok"]]
@@ -67,12 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     kind = torch.device(args.device).type
     times, bytes_ = [], []
     for side in SIDES:
-        work = workloads.Work("pixel_word", "cross_modal_kd", (4, side * side, 20, 128))
-        names = ["eager", *workloads.own("pixel_word", kind)]
-        times += [(side * side, row) for row in measured(work, names, args.device, args.seconds, False)]
-        work = workloads.Work("relation", "pixel_relation_kd", (1, 64, side, side), distance="kl")
-        names = [*(["eager"] if side <= EAGER_MOST else []), *workloads.own("relation", kind)]
-        bytes_ += [(side * side, row) for row in measured(work, names, args.device, args.seconds, True)]
+        workload = workloads.Workload("pixel_word", "cross_modal_kd", (4, side * side, 20, 128))
+        names = ["eager", *providers.fastkd_backends(kind)]
+        times += [(side * side, row) for row in measure_workload(workload, names, args.device, args.seconds, False)]
+        workload = workloads.Workload("relation", "pixel_relation_kd", (1, 64, side, side), distance="kl")
+        names = [*(["eager"] if side <= EAGER_MAX_SIDE else []), *providers.fastkd_backends(kind)]
+        bytes_ += [(side * side, row) for row in measure_workload(workload, names, args.device, args.seconds, True)]
         print(f"  N = {side * side}", flush=True)
     fits = fit("ms", times) + fit("peak_extra_bytes", bytes_)
     for found in fits:
@@ -85,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     env = measure.environment(args.device) | {"ceilings": measure.ceilings(args.device)}
     rows = [row for _, row in times + bytes_]
     run.set_shares([row for row in rows if row["ms"]], env["ceilings"])
-    measure.write((args.out or measure.RESULTS / measure.slug(env)) / "scaling.json", env, rows, fits=fits)
+    measure.write_results(
+        (args.out or measure.RESULTS / measure.device_slug(env)) / "scaling.json", env, rows, fits=fits
+    )
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -1,4 +1,4 @@
-"""What the pytest-benchmark suites share: one test per work and provider, forward and backward."""
+"""Parametrize and run the pytest-benchmark suites: one test per workload and provider, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, workloads
+from benchmarks import measure, providers, workloads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cases(family: str) -> list[Any]:
-    """The family's fp32 works by provider, those of N×N matrices left out: they take seconds and gigabytes a call."""
+    """Return a family's fp32 workloads by provider, except ``eager_nn``: N×N matrices take seconds and gigabytes."""
     return [
-        pytest.param(work, provider, id=f"{work.name}-{provider}")
-        for work in workloads.works(family, "cpu", (torch.float32,))
-        for provider in workloads.providers(work, DEVICE)
+        pytest.param(workload, provider, id=f"{workload.name}-{provider}")
+        for workload in workloads.select(family, "cpu", (torch.float32,))
+        for provider in providers.candidates(workload, DEVICE)
         if provider != "eager_nn"
     ]
 
 
-def run(benchmark: Any, work: workloads.Work, provider: str) -> None:
-    if (reason := workloads.unavailable(provider, work.family, DEVICE)) is not None:
-        pytest.skip(f"{provider}: {reason}")
-    step = workloads.step_of(work, provider, "both", work.inputs(DEVICE))
+def run(benchmark: Any, workload: workloads.Workload, provider: str) -> None:
+    if (reason := providers.unavailable_reason(provider, workload.family, DEVICE)) is not None:
+        pytest.skip(f"{provider} is unavailable: {reason}")
+    step = providers.make_step(workload, provider, "both", workload.inputs(DEVICE))
 
     def call() -> None:
         step()
         measure.synchronize(DEVICE)
 
-    benchmark.group = f"{work.family}: {work.name}, forward + backward"
+    benchmark.group = f"{workload.family}: {workload.name}, forward + backward"
     benchmark.extra_info["provider"] = provider
     benchmark.pedantic(call, rounds=10, warmup_rounds=3)

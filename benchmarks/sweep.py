@@ -1,10 +1,10 @@
-"""From which size on is a kernel of fastkd faster? A sweep of small sizes, per loss.
+"""Find the size from which a kernel of fastkd is faster, by a sweep of small sizes per loss.
 
     python -m benchmarks.sweep [--family relation] [--dtype float32] [--seconds 1] [--out FOLDER]
 
 Times fastkd's kernel, the reference and the plain formula, forward and backward, and prints for each loss the number of
-elements of the student from which the kernel is faster than each of them at every larger size too. The largest of a
-family's is its row of ``MIN_ELEMENTS`` in fastkd/ops/dispatch.py. Writes sweep.json.
+student elements from which the kernel is faster than each of them, at every larger size too. The largest number of a
+family is its entry of ``MIN_ELEMENTS`` in fastkd/ops/dispatch.py. Writes sweep.json.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, run, workloads
-from benchmarks.workloads import Work
+from benchmarks import measure, providers, run, workloads
+from benchmarks.workloads import Workload
 from fastkd._console import plain_characters
 
-NOISE = 1.03  # a kernel that is this much slower is not called slower
+NOISE = 1.03  # slowdowns below this ratio count as noise
 MAPS = [
     (1, 4, 2, 2),
     (1, 4, 4, 4),
@@ -50,48 +50,52 @@ TOKENS = [  # N a square, T, D
 ]
 
 
-def sweep(family: str) -> list[list[Work]]:
-    """The works of each loss, smallest first."""
+def sweep(family: str) -> list[list[Workload]]:
+    """Return the workloads of each loss, smallest first."""
     if family == "softmax_kl":
-        return [[Work(family, "channel_distribution_kd", shape) for shape in MAPS]]
+        return [[Workload(family, "channel_distribution_kd", shape) for shape in MAPS]]
     if family == "pixel_word":
-        return [[Work(family, "cross_modal_kd", shape) for shape in TOKENS]]
+        return [[Workload(family, "cross_modal_kd", shape) for shape in TOKENS]]
     losses = [("pixel_relation_kd", "kl"), ("pixel_relation_kd", "mse"), ("channel_kd", "kl"), ("channel_kd", "mse")]
-    return [[Work(family, loss, shape, distance=distance) for shape in MAPS] for loss, distance in losses]
+    return [[Workload(family, loss, shape, distance=distance) for shape in MAPS] for loss, distance in losses]
 
 
-def elements(work: Work) -> int:
-    """What ``choose`` counts: the elements of the student's first input."""
-    return work.inputs("cpu")[0].numel()
+def elements(workload: Workload) -> int:
+    """Return the number of elements of the student's first input, the size that dispatch compares."""
+    return workload.inputs("cpu")[0].numel()
 
 
-def compare(work: Work, names: list[str], device: str, seconds: float) -> run.Rows:
-    inputs = work.inputs(device)
-    failed = {name: why for name in names if (why := workloads.unavailable(name, work.family, device)) is not None}
-    steps = {name: workloads.step_of(work, name, "both", inputs) for name in names if name not in failed}
-    times = measure.alternate(steps, device, seconds, least=30, most=2000)
+def compare(workload: Workload, names: list[str], device: str, seconds: float) -> run.Rows:
+    inputs = workload.inputs(device)
+    failed = {
+        name: why for name in names if (why := providers.unavailable_reason(name, workload.family, device)) is not None
+    }
+    steps = {name: providers.make_step(workload, name, "both", inputs) for name in names if name not in failed}
+    times = measure.time_in_turns(steps, device, seconds, min_rounds=30, max_rounds=2000)
     rows = []
     for name in names:
-        row = run.blank_row(work, "both", name) | {"elements": inputs[0].numel(), "note": failed.get(name, "")}
-        rows.append(row | ({"ok": True, "ms": measure.summary(times[name])} if name in times else {}))
+        row = run.empty_row(workload, "both", name) | {"elements": inputs[0].numel(), "note": failed.get(name, "")}
+        rows.append(row | ({"ok": True, "ms": measure.percentiles(times[name])} if name in times else {}))
     return rows
 
 
 def crossover(rows: run.Rows, kernel: str, other: str) -> int | None:
-    """The least number of elements from which ``kernel`` is never slower than ``other``; None: not at the largest."""
+    """Return the number of elements from which ``kernel`` is never slower than ``other``, or None if there is none."""
     ms = {(r["elements"], r["provider"]): r["ms"]["median"] for r in rows if r["ok"]}
-    least = None
+    smallest = None
     for count in sorted({count for count, _ in ms}, reverse=True):
         if ms[count, kernel] > NOISE * ms[count, other]:
             break
-        least = count
-    return least
+        smallest = count
+    return smallest
 
 
 @plain_characters()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=list(workloads.WORKS), choices=list(workloads.WORKS))
+    parser.add_argument(
+        "--family", nargs="+", default=list(workloads.CPU_WORKLOADS), choices=list(workloads.CPU_WORKLOADS)
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each size")
@@ -101,15 +105,17 @@ def main(argv: list[str] | None = None) -> int:
     rows: run.Rows = []
     crossovers: list[dict[str, Any]] = []
     for family in args.family:
-        kernels = workloads.own(family, torch.device(args.device).type)
+        kernels = providers.fastkd_backends(torch.device(args.device).type)
         for sizes in sweep(family):
             mine: run.Rows = []
-            for work in sizes:
-                work = Work(work.family, work.loss, work.shape, getattr(torch, args.dtype), work.distance)
-                got = compare(work, [*others, *kernels], args.device, args.seconds)
+            for workload in sizes:
+                workload = Workload(
+                    workload.family, workload.loss, workload.shape, getattr(torch, args.dtype), workload.distance
+                )
+                got = compare(workload, [*others, *kernels], args.device, args.seconds)
                 mine += got
-                told = (f"{r['provider']} {1e3 * r['ms']['median']:.0f} µs" for r in got if r["ok"])
-                print(f"{work.name:44} {elements(work):>7} elements: {', '.join(told)}", flush=True)
+                times = (f"{r['provider']} {1e3 * r['ms']['median']:.0f} µs" for r in got if r["ok"])
+                print(f"{workload.name:44} {elements(workload):>7} elements: {', '.join(times)}", flush=True)
             rows += mine
             title = f"{sizes[0].loss} {sizes[0].distance}".strip()
             for kernel in kernels:
@@ -118,11 +124,13 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 found = {other: crossover(mine, kernel, other) for other in others}
                 crossovers.append({"family": family, "loss": title, "kernel": kernel, "faster_from": found})
-                told = (f"{other} from {'no size' if n is None else n} on" for other, n in found.items())
-                print(f"  {title}: {kernel} is faster than {', '.join(told)}")
+                sizes_found = (
+                    f"{other} {'at no size' if n is None else f'from {n} elements'}" for other, n in found.items()
+                )
+                print(f"  {title}: {kernel} is faster than {', '.join(sizes_found)}")
     env = measure.environment(args.device) | {"ceilings": {}}
-    path = (args.out or measure.RESULTS / measure.slug(env)) / "sweep.json"
-    measure.write(path, env, rows, crossovers=crossovers)
+    path = (args.out or measure.RESULTS / measure.device_slug(env)) / "sweep.json"
+    measure.write_results(path, env, rows, crossovers=crossovers)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -12,6 +12,6 @@ import pytest
 from benchmarks import suite, workloads
 
 
-@pytest.mark.parametrize(("work", "provider"), suite.cases("pixel_word"))
-def test_forward_and_backward(benchmark: Any, work: workloads.Work, provider: str) -> None:
-    suite.run(benchmark, work, provider)
+@pytest.mark.parametrize(("workload", "provider"), suite.cases("pixel_word"))
+def test_forward_and_backward(benchmark: Any, workload: workloads.Workload, provider: str) -> None:
+    suite.run(benchmark, workload, provider)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 OPTIONAL = (
     "accelerate",
@@ -79,6 +86,49 @@ def info() -> Info:
         environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTKD_", "TRITON_", "OMP_NUM"))},
         optional={name: _version(name) for name in OPTIONAL},
     )
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Return the versions and hardware that a result depends on, as plain values: for logs, reports and benchmarks."""
+    import torch
+
+    import fastkd
+    from fastkd._machine import cores
+
+    gpu = torch.device(device).type == "cuda"
+    return {
+        "fastkd": fastkd.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "driver": _driver_version() if gpu else None,
+        "device": torch.cuda.get_device_name(device) if gpu else cpu_name(),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's model name, or its architecture where the system does not report a model."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)", text, re.MULTILINE | re.IGNORECASE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, such as "580.65.06", or None where nvidia-smi does not report it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _versions(fastkd_version: str) -> dict[str, str | None]:

@@ -17,6 +17,7 @@ from benchmarks.aot.digest import digest
 from benchmarks.aot.pixel_word import pixel_word_cases
 from benchmarks.aot.relation import relation_cases
 from benchmarks.aot.softmax_kl import softmax_kl_cases
+from fastkd._atomic import replace_files
 
 RESULTS = Path(__file__).parents[1] / "results" / "triton"
 """Folder of the committed tables: one VERSION.json per version of Triton, written by ``benchmarks.aot.versions``."""
@@ -120,5 +121,5 @@ def write_table(file: Path, environment: dict[str, str], rows: list[dict[str, An
     """Write a table with one row per line, and the compiler versions it was made with."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = f'{{"environment": {json.dumps(environment)}, "rows": [\n{lines}\n]}}\n'
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    with replace_files(file) as (partial,):
+        partial.write_text(text, encoding="utf-8")

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastkd
+from fastkd import _info
 from fastkd._console import plain
-from fastkd._machine import cores
 
 
 class RunLog:
@@ -39,18 +36,17 @@ class RunLog:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a run's figures depend on beside its settings."""
+    """Return the versions, hardware and torch settings that a run's results depend on."""
+    facts = _info.environment(device)
+    gpu = device.type == "cuda"
     return {
-        "fastkd": fastkd.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "cpus": cores(),
-        "threads": torch.get_num_threads(),
+        **{name: facts[name] for name in ("fastkd", "torch", "python", "system")},
+        "device": facts["device"] if gpu else str(device),
+        "cuda": facts["cuda"] if gpu else None,
+        "cpus": facts["cores"],
+        "threads": facts["threads"],
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": facts["date"],
     }
 
 

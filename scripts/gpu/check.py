@@ -118,7 +118,7 @@ class Check:
         if part in ("benchmarks", "autotune"):
             sweeps = ["--sweeps", *(["autotune"] if part == "autotune" else ["own", "compile"])]
             options = ["--device", "cuda", "--limit", seconds, "--id", self.timing_id, *sweeps]
-            return [*python, str(HERE / "measure_works.py"), str(self.out / "benchmarks.jsonl"), *options]
+            return [*python, str(HERE / "measure_workloads.py"), str(self.out / "benchmarks.jsonl"), *options]
         script = {"first_light": "first_light.py", "tests": "kernel_tests.py", "sanitizer": "sanitizer.py"}[part]
         options = ["--seconds", seconds, "--id", self.id, *(jobs if part != "sanitizer" else [])]
         return [*python, str(HERE / script), str(self.out / f"{part}.jsonl"), *options]

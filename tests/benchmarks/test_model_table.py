@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import re
 import sys
@@ -221,12 +221,8 @@ def test_a_student_runs(name):
 
 @pytest.fixture(scope="module")
 def model_table():
-    spec = importlib.util.spec_from_file_location("model_table", ROOT / "benchmarks" / "model_table.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["model_table"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["model_table"]
+    sys.path.append(str(ROOT))
+    return importlib.import_module("benchmarks.model_table")
 
 
 def test_the_table_of_the_docs_is_the_code_s(model_table):

@@ -245,7 +245,7 @@ RECORD = """
 import importlib, json, torch
 from collections import Counter
 import first_light_checks as checks
-from benchmarks import workloads
+from benchmarks import providers, workloads
 from record_launches import recorded
 
 def of(recording):
@@ -268,12 +268,12 @@ with recorded(90) as recording:
         found[check.name] = Counter(name for name, _ in recording.launches[before:])
 found["first light"] = of(recording)
 with recorded(90) as recording:
-    for family in workloads.GPU_WORKS:
-        for work in workloads.works(family, "cuda"):
-            inputs = work.inputs("cpu")
-            for mode in {"both", *work.modes} - {"graph"}:
-                workloads.step_of(work, "triton", mode, inputs)()
-found["works"] = of(recording)
+    for family in workloads.GPU_WORKLOADS:
+        for workload in workloads.select(family, "cuda"):
+            inputs = workload.inputs("cpu")
+            for mode in {"both", *workload.modes} - {"graph"}:
+                providers.make_step(workload, "triton", mode, inputs)()
+found["workloads"] = of(recording)
 print(json.dumps(found))
 """
 KERNELS = {
@@ -294,7 +294,7 @@ def test_few_specialisations_are_asked_for() -> None:
     assert set(light["kernels"]) == KERNELS
     assert {"*bf16", "*fp16", "*fp32"} <= set(light["types"])
     assert light["tile rows"] == [64, 128]
-    assert light["unstated"] == found["works"]["unstated"] == []
+    assert light["unstated"] == found["workloads"]["unstated"] == []
     assert 3 * 17 <= light["count"] <= 80, light
     for dtype in ("bf16", "fp16", "fp32"):
         bands, whole = (found[f"relation triton {dtype} {size}"] for size in ("bands", "128-tile"))
@@ -302,11 +302,11 @@ def test_few_specialisations_are_asked_for() -> None:
         assert {name for name, count in bands.items() if count > 1} == BANDED
         assert found[f"softmax_kl triton {dtype} bands"]["softmax_kl.forward.merge_kernel"] == 1
     # Forward and backward, and the forward alone where it is measured: it keeps nothing.
-    assert set(found["works"]["kernels"]) == KERNELS - {
+    assert set(found["workloads"]["kernels"]) == KERNELS - {
         "softmax_kl.forward.merge_kernel",
         "pixel_word.forward.grams_kernel",
     }
-    assert 30 <= found["works"]["count"] <= 50, found["works"]
+    assert 30 <= found["workloads"]["count"] <= 50, found["workloads"]
 
 
 # --- sanitize.py ------------------------------------------------------------------------------------------------------

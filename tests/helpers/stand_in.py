@@ -74,7 +74,7 @@ def checkout(folder: Path, kernels: str = KERNELS) -> Path:
     shutil.copy(ROOT / "scripts" / "gpu_check.sh", folder / "scripts")
     for path in SCRIPTS.glob("*.py"):
         shutil.copy(path, folder / "scripts" / "gpu")
-    for name in ("first_light", "sanitize", "measure_works"):
+    for name in ("first_light", "sanitize", "measure_workloads"):
         (folder / "scripts" / "gpu" / f"{name}.py").write_text(LINES % name)
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "fastkd").mkdir()
