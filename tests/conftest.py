@@ -43,7 +43,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "kernel_place": [p for p in contract.places("softmax_kl") if p.backend != "reference"],
         "setting": contract.settings(),
         "kernel_setting": kernels,
-        "compiled_setting": [s for s in contract.settings() if s in kernels or s.case in contract.FIRST.values()],
+        "compiled_setting": [
+            s for s in contract.settings() if s.place.backend == "cpu" or s.case.name in contract.ONE_PER_LOSS
+        ],
         "basic_setting": contract.settings(list(contract.BASIC.values())),
         "basic_kernel_setting": [s for s in kernels if s.case.name in {case.name for case in contract.BASIC.values()}],
     }
@@ -63,8 +65,16 @@ def _parameter(value: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Drop the cases to which a test's ``applies`` marks say that it does not apply."""
-    items[:] = [item for item in items if all(_applies(item, mark.args[0]) for mark in item.iter_markers("applies"))]
+    """Drop the cases that a test's ``applies`` and ``simulated_cases`` marks exclude."""
+    items[:] = [item for item in items if _is_generated(item)]
+
+
+def _is_generated(item: Any) -> bool:
+    if not all(_applies(item, mark.args[0]) for mark in item.iter_markers("applies")):
+        return False
+    marks = list(item.iter_markers("simulated_cases"))
+    settings = [value for name, value in item.callspec.params.items() if name.endswith("setting")] if marks else []
+    return all(not s.place.is_simulated or s.case.name in mark.args[0] for mark in marks for s in settings)
 
 
 def _applies(item: Any, predicate: Callable[..., bool]) -> bool:
@@ -103,7 +113,7 @@ def kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def compiled_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Each of the kernels', and for each loss its first on the reference: what takes seconds."""
+    """Each on the compiled CPU kernels, and one case of each loss on every other backend: they take seconds."""
     yield from _setting(request)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import BASIC, CASES, DTYPES, Problem
+from contract_cases import BASIC, CASES, DTYPES, REPRESENTATIVE, Problem
 from contract_errors import against_fp64
 from contract_tools import Recorder
 
@@ -43,14 +43,16 @@ def test_error_against_fp64(setting: Any, dtype: torch.dtype) -> None:
         check_errors(problem, setting.place.backend)
 
 
-@pytest.mark.applies(lambda setting, dtype: setting.case.is_kl and setting.takes(dtype))
+@pytest.mark.simulated_cases(REPRESENTATIVE)
+@pytest.mark.applies(lambda setting, dtype: setting.case.is_kl and setting.uses(dtype))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_at_any_temperature(setting: Any, dtype: torch.dtype) -> None:
-    for temperature in (0.05, 1.0, 4.0, 20.0):
+    for temperature in (0.05, 20.0) if setting.place.is_simulated else (0.05, 1.0, 4.0, 20.0):
         problem = setting.case.at(temperature=temperature).problem(dtype=dtype, device=setting.place.device)
         check_errors(problem, setting.place.backend)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_mixed_dtypes_are_promoted(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
     half = [x.half() if i % 2 == 0 else x.bfloat16() for i, x in enumerate(problem.args)]

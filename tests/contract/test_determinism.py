@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import DTYPES, Case, Problem
+from contract_cases import DTYPES, REPRESENTATIVE, Case, Problem
 from contract_tools import assert_same, threads
 
 
@@ -16,14 +16,15 @@ def sliced(problem: Problem, samples: slice | list[int]) -> Problem:
     return Problem(problem.case, [x[samples] for x in problem.args], {k: cut(m) for k, m in problem.masks.items()})
 
 
-@pytest.mark.applies(lambda setting, dtype: setting.takes(dtype))
+@pytest.mark.simulated_cases(REPRESENTATIVE)
+@pytest.mark.applies(lambda setting, dtype: setting.uses(dtype))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_time(setting: Any, dtype: torch.dtype) -> None:
     for size in setting.case.sizes:
         problem = setting.case.problem(size, dtype=dtype, device=setting.place.device)
         weight = problem.weight()
         first = problem.run(setting.place.backend, weight)
-        for _ in range(2):
+        for _ in range(1 if setting.place.is_simulated else 2):
             moved = problem.mapped(lambda x: x.clone())  # other addresses, the same numbers
             assert_same(moved.run(setting.place.backend, weight), first)
 
@@ -61,6 +62,7 @@ def busy(case: Any) -> tuple[int, ...]:
     return (3, 1100, 13) if "from_logits" in case.name else (3, 1100, 13, 24, 24)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: not setting.case.pools_the_batch)
 def test_a_sample_does_not_depend_on_the_others(setting: Any) -> None:
     """Its numbers alone are its numbers in a batch, up to the order in which a library's product adds."""
@@ -82,6 +84,7 @@ def has_a_loss_per_sample(case: Case) -> bool:
     return not case.options.get("across_batch") and "patches" not in case.options
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: has_a_loss_per_sample(setting.case))
 def test_the_order_of_the_samples_does_not_matter(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
@@ -94,7 +97,10 @@ def test_the_order_of_the_samples_does_not_matter(setting: Any) -> None:
         assert_same(turned, want)
 
 
-@pytest.mark.applies(lambda setting: not setting.case.pools_the_batch)
+@pytest.mark.simulated_cases(REPRESENTATIVE)
+@pytest.mark.applies(
+    lambda setting, value: not setting.case.pools_the_batch and not (setting.place.is_simulated and value < 0)
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_one_sample_holds_does_not_reach_another(setting: Any, value: float) -> None:
     """Not a bit of it, whether it is finite or not."""

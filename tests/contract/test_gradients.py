@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Case, Problem, Setting
+from contract_cases import ONE_PER_LOSS, REPRESENTATIVE, Case, Problem, Setting
 from contract_tools import Recorder, assert_same, saved_for_backward, tensors_in
 from torch import Tensor
 
@@ -24,6 +24,7 @@ def backwards(problem: Problem, loss: Tensor, weight: Tensor | None = None, **op
     return list(torch.autograd.grad(loss, problem.args[: problem.students], weight, **options))
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: setting.takes(torch.float64))
 def test_gradcheck(setting: Any) -> None:
     """On the kernels themselves, in fp64: every row's derivative with respect to every input."""
@@ -34,6 +35,7 @@ def test_gradcheck(setting: Any) -> None:
     )
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_each_row_has_its_own_gradient(setting: Any) -> None:
     """Zero for all rows but one gives that row's gradient alone; their sum is the whole."""
     problem = leaves_of(setting)
@@ -50,6 +52,7 @@ def test_each_row_has_its_own_gradient(setting: Any) -> None:
     problem.assert_near(total, problem.exact()[1:], ulps=32)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_gradients_of_any_strides(setting: Any) -> None:
     """Expanded (stride 0, what .sum() and .mean() hand back), transposed, spaced and negative ones, and zeros."""
     problem = leaves_of(setting)
@@ -74,6 +77,7 @@ def test_gradients_of_any_strides(setting: Any) -> None:
     problem.assert_near(backwards(problem, rows.mean()), problem.exact(count.expand(rows.shape))[1:], ulps=32)
 
 
+@pytest.mark.simulated_cases(ONE_PER_LOSS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions(setting: Any, reduction: str) -> None:
     problem = leaves_of(setting)
@@ -89,6 +93,7 @@ def test_reductions(setting: Any, reduction: str) -> None:
     problem.assert_near(backwards(problem, loss), backwards(problem, want), ulps=32)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_only_what_is_asked_for(setting: Any) -> None:
     """One student input may be constant: the other's gradient is what it was."""
     problem = leaves_of(setting)
@@ -102,6 +107,7 @@ def test_only_what_is_asked_for(setting: Any) -> None:
     problem.assert_near(got, problem.run(setting.place.backend)[1:])
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_a_second_backward_gives_the_same_bits(setting: Any) -> None:
     problem = leaves_of(setting)
     rows = problem.loss(setting.place.backend)
@@ -115,6 +121,7 @@ def test_a_second_backward_gives_the_same_bits(setting: Any) -> None:
     assert_same(backwards(problem, rows, weight), kept)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_inputs_and_saved_tensors_are_never_written(setting: Any) -> None:
     problem = leaves_of(setting)
     with saved_for_backward() as saved:
@@ -129,6 +136,7 @@ def test_inputs_and_saved_tensors_are_never_written(setting: Any) -> None:
         torch.testing.assert_close(x.detach(), copy, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_an_input_changed_before_the_backward_is_noticed(kernel_setting: Any) -> None:
     """What the backward reads is what the forward saw: an error, or the right gradient where a copy was kept."""
     problem = kernel_setting.case.problem(device=kernel_setting.place.device).leaves()
@@ -148,6 +156,7 @@ def test_an_input_changed_before_the_backward_is_noticed(kernel_setting: Any) ->
         assert_same(got, want)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_grad_nothing_is_kept(setting: Any, mode: Callable[[], Any]) -> None:
     problem = leaves_of(setting)
@@ -161,6 +170,7 @@ def test_without_grad_nothing_is_kept(setting: Any, mode: Callable[[], Any]) -> 
         assert all("backward" not in str(call[0]) for call in recorder.calls)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_without_grad_nothing_is_computed_for_a_backward(kernel_setting: Any) -> None:
     """What the forward's operators return is then a few numbers per row, in every regime: no matrix."""
     for size in kernel_setting.case.sizes:
@@ -177,6 +187,7 @@ def test_without_grad_nothing_is_computed_for_a_backward(kernel_setting: Any) ->
             assert sum(x.nbytes for x in tensors_in(result)) <= allowed
 
 
+@pytest.mark.simulated_cases(ONE_PER_LOSS)
 def test_a_constant_student_needs_no_backward(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
     problem.loss(setting.place.backend)  # the backend's self-test may save tensors of its own
@@ -186,6 +197,7 @@ def test_a_constant_student_needs_no_backward(setting: Any) -> None:
     assert not saved
 
 
+@pytest.mark.simulated_cases(ONE_PER_LOSS)
 def test_double_backward(setting: Any) -> None:
     """The reference is differentiable twice; a kernel says so, rather than return a silent zero."""
     problem = leaves_of(setting, dtype=torch.float64 if setting.takes(torch.float64) else torch.float32)
@@ -199,6 +211,7 @@ def test_double_backward(setting: Any) -> None:
             penalty.backward()
 
 
+@pytest.mark.simulated_cases(ONE_PER_LOSS)
 def test_a_teacher_that_requires_grad_is_an_error(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device).leaves()
     n = problem.students

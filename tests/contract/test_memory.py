@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import CASES, Case, Problem
+from contract_cases import CASES, REPRESENTATIVE, Case, Problem
 from contract_tools import assert_same, poisoned, saved_for_backward
 from torch import Tensor
 
@@ -58,6 +58,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(setting: Any, layout: str) -> None:
     """Equal to contiguous inputs, on both sides and on one."""
@@ -67,11 +68,15 @@ def test_layouts(setting: Any, layout: str) -> None:
     changed = problem.mapped(LAYOUTS[layout])
     assert_same(changed.args, problem.args)
     n = problem.students
-    for own, teachers in ((changed, changed), (changed, problem), (problem, changed)):
+    sides = [(changed, problem), (problem, changed)]
+    if not setting.place.is_simulated:
+        sides.append((changed, changed))
+    for own, teachers in sides:
         mixed = problem.replaced(*own.args[:n], *teachers.args[n:])
         problem.assert_near(mixed.run(setting.place.backend, weight), want)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: setting.case.has_masks)
 def test_masks_of_any_layout(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
@@ -92,6 +97,7 @@ def test_masks_of_any_layout(setting: Any) -> None:
         problem.assert_near(Problem(problem.case, problem.args, masks).run(setting.place.backend), want)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_expanded_inputs(setting: Any, dim: int) -> None:
     """One teacher sample, row or column for all (stride 0), and of the student, whose gradients then add up."""
@@ -113,6 +119,7 @@ def test_expanded_inputs(setting: Any, dim: int) -> None:
     problem.assert_near(list(got), [x.sum(dim, keepdim=True) for x in whole], ulps=32, least=1.0)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_offsets_beyond_32_bits(kernel_setting: Any, side: str) -> None:
     """Samples, and then rows, more than 2³¹ elements apart. On the CPU the pages between them are never touched."""
@@ -141,6 +148,7 @@ def test_offsets_beyond_32_bits(kernel_setting: Any, side: str) -> None:
             del storage, args
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda kernel_setting: not kernel_setting.case.options.get("across_batch"))
 def test_gradients_of_far_strides(kernel_setting: Any) -> None:
     """A row gradient whose entries lie 2³¹ elements apart."""
@@ -157,6 +165,11 @@ def test_gradients_of_far_strides(kernel_setting: Any) -> None:
     )
 
 
+@pytest.mark.applies(
+    lambda setting, value: (
+        not setting.place.is_simulated or value != value or (value > 0 and setting.case.name in REPRESENTATIVE)
+    )
+)
 @pytest.mark.parametrize("value", [math.nan, 1e30, -3.0])
 def test_every_output_element_is_written(setting: Any, value: float) -> None:
     """The same bits when fresh memory holds NaN or large numbers: nothing of it is read, nothing of it is left."""
@@ -232,6 +245,7 @@ def large(case: Case) -> tuple[int, ...]:
     return (1, 400, 5) if "from_logits" in case.name else (1, 400, 5, 4, 4)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_no_matrix_of_pixels_is_kept_for_the_backward(kernel_setting: Any) -> None:
     case = kernel_setting.case
     problem = case.problem_of(large(case), dtype=torch.float32, device=kernel_setting.place.device).leaves()

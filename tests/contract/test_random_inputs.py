@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from contract_cases import CASES, DTYPES, Case, Problem
 from contract_tools import arithmetic, error, rounding, roundings
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DIMENSIONS = {"channel_distribution_kd": 4, "logit_kd": 4, "channel_kd": 6, "pixel_relation_kd": 5, "cross_modal_kd": 5,
@@ -30,9 +30,14 @@ def sizes(draw: st.DrawFn, case: Case, longer: tuple[int, ...]) -> tuple[int, ..
     return (batch, *others)
 
 
-@given(data=st.data())
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_input(basic_setting: Any, data: st.DataObject) -> None:
+def test_any_input(basic_setting: Any) -> None:
+    examples = 15 if basic_setting.place.is_simulated else 30
+    given(data=st.data())(settings(max_examples=examples, deadline=None, derandomize=True)(check_random_input))(
+        basic_setting
+    )
+
+
+def check_random_input(basic_setting: Any, data: st.DataObject) -> None:
     backend, device = basic_setting.place
     case = data.draw(st.sampled_from([c for c in CASES if c.family == basic_setting.case.family]))
     case = case.at(temperature=data.draw(st.sampled_from([0.05, 0.1, 0.33, 1.0, 4.0, 20.0]) | st.floats(0.05, 20.0)))

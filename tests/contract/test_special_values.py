@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Case, Problem
+from contract_cases import REPRESENTATIVE, Case, Problem
 from contract_tools import error
 from torch import Tensor
 
@@ -45,6 +45,7 @@ def reference_of(problem: Problem) -> list[Tensor]:
 # --- student = teacher ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_student_equal_to_teacher(setting: Any, scale: float) -> None:
     """Loss 0 and gradient 0, to rounding, in every regime."""
@@ -94,10 +95,11 @@ def test_large_logits(setting: Any, temperature: float) -> None:
         assert error(a, b) <= 2 * error(c, b) + 2 * unit * size
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_ends_of_fp16(setting: Any, dtype: torch.dtype) -> None:
     """±65504 throughout: nothing overflows inside, unless the loss's own number is larger than fp16 can hold."""
-    for temperature in TEMPERATURES:
+    for temperature in TEMPERATURES[::2] if setting.place.is_simulated else TEMPERATURES:
         problem = setting.case.at(temperature=temperature).problem(dtype=torch.float32, device=setting.place.device)
         problem = problem.mapped(lambda x: (x.sign() * 65504).to(dtype))
         loss, *grads = problem.run(setting.place.backend)
@@ -111,6 +113,7 @@ def test_the_ends_of_fp16(setting: Any, dtype: torch.dtype) -> None:
                 assert grad[want.abs().to(grad.device) < 6e4].isfinite().all()
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: setting.case.has_cosines)
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
 def test_cosines_do_not_depend_on_the_scale(setting: Any, scale: float) -> None:
@@ -122,6 +125,7 @@ def test_cosines_do_not_depend_on_the_scale(setting: Any, scale: float) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=16 * problem.magnitude() * 6e-8)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_rows_of_zeros(setting: Any) -> None:
     """A dead channel, pixel or word: cosine 0 with all, no gradient, and no NaN."""
     problem = setting.case.problem(device=setting.place.device)
@@ -177,6 +181,8 @@ def test_one_hot_teachers(setting: Any, peak: float) -> None:
     torch.testing.assert_close(grad.cpu().double(), exact, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
+@pytest.mark.applies(lambda setting, value: not (setting.place.is_simulated and value == -INF))
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_nan_and_infinity_propagate(setting: Any, value: float) -> None:
     """One bad number, wherever it stands, shows in the loss of its sample exactly as in the plain formula's."""
@@ -224,7 +230,10 @@ def padded(problem: Problem, pixels: int, words: int, fill: float) -> Problem:
     return Problem(case, args, masks)
 
 
-@pytest.mark.applies(lambda setting: setting.case.has_masks)
+@pytest.mark.simulated_cases(REPRESENTATIVE)
+@pytest.mark.applies(
+    lambda setting, fill: setting.case.has_masks and not (setting.place.is_simulated and fill in (0.0, INF, -INF))
+)
 @pytest.mark.parametrize("fill", [0.0, 1e30, NAN, INF, -INF])
 @pytest.mark.parametrize(("pixels", "words"), [(3, 0), (0, 2), (40, 70)])
 def test_more_masked_pixels_and_words_change_nothing(setting: Any, pixels: int, words: int, fill: float) -> None:
@@ -241,6 +250,7 @@ def test_more_masked_pixels_and_words_change_nothing(setting: Any, pixels: int, 
     torch.testing.assert_close(total, sum(x.abs().sum() for x in kept))  # all else is 0, and not NaN
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: setting.case.has_masks)
 @pytest.mark.parametrize("fill", [1e30, NAN, INF, -INF])
 def test_what_masked_pixels_and_words_hold_changes_nothing(setting: Any, fill: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import CASES, Place, Problem, Setting
+from contract_cases import CASES, ONE_PER_LOSS, REPRESENTATIVE, Place, Problem, Setting
 from contract_tools import Recorder, assert_same
 from torch import Tensor
 
@@ -38,6 +38,7 @@ def calls_of(setting: Setting, problem: Problem) -> list[tuple[Any, tuple[Any, .
     return [(op, args) for op, args, _ in recorder.calls]
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_opcheck(kernel_setting: Any) -> None:
     """Schema (nothing is mutated, nothing aliased), fake, autograd registration, AOT with dynamic shapes."""
     problem = kernel_setting.case.problem(device=kernel_setting.place.device)
@@ -125,6 +126,8 @@ def test_one_graph_for_all_batch_sizes_equal_to_eager(compiled_setting: Any) -> 
     assert counter.frame_count <= 2
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
+@pytest.mark.applies(lambda setting, dtype: setting.uses(dtype))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast(setting: Any, dtype: torch.dtype) -> None:
     """Autocast lowers no product and no sum: the bits are those without it, for inputs of either precision."""
@@ -162,6 +165,7 @@ def twin_of(problem: Problem, backend: str, **more: Any) -> torch.nn.Module:
     return problem.case.twin(**problem.case.options, backend=backend, **more)
 
 
+@pytest.mark.simulated_cases(ONE_PER_LOSS)
 @pytest.mark.applies(lambda setting: setting.case.twin is not None)
 def test_twins_are_pickled_and_copied(setting: Any, tmp_path: Path) -> None:
     problem = setting.case.problem(device=setting.place.device)

@@ -391,8 +391,27 @@ CASES = [*SOFTMAX_KL, *RELATION, *PIXEL_WORD]
 BASIC = {case.family: case for case in reversed(CASES)}
 """The first case of each family, for what does not depend on a loss's options."""
 
-FIRST = {case.loss: case for case in reversed(CASES)}
-"""The first case of each loss."""
+ONE_PER_FAMILY = {case.name for case in BASIC.values()}
+ONE_PER_LOSS = {case.name for case in {case.loss: case for case in reversed(CASES)}.values()}
+REPRESENTATIVE = {
+    "channel_distribution_kd plain",
+    "logit_kd masked",
+    "channel_kd kl",  # rows outermost, cosines, matrices stored
+    "channel_kd kl dot negate",  # maxima of unbounded similarities, a sign
+    "channel_kd mse",
+    "channel_kd row_cosine mean across_batch",
+    "pixel_relation_kd kl unequal widths",  # rows innermost, cosines, nothing stored
+    "pixel_relation_kd kl dot",
+    "pixel_relation_kd mse mean cross_image",
+    "pixel_relation_kd row_cosine",
+    "cross_modal_kd all",
+    "cross_modal_kd cosine masked",
+    "cross_modal_kd other tokens",
+    "cross_modal_kd_from_logits heads masked",
+}
+"""Cases that together reach every branch of the GPU kernels: each distance with rows innermost and outermost, with and
+without cosines, sign, pairs of images and masks, every term. The other cases repeat these branches with other work in
+torch around the kernels, which does not depend on the backend."""
 
 
 # --- where they run ---------------------------------------------------------------------------------------------------
@@ -404,6 +423,11 @@ class Place(NamedTuple):
     backend: str
     device: str
 
+    @property
+    def is_simulated(self) -> bool:
+        """Return whether a GPU's kernels run on CPU tensors, in Triton's interpreter or built for the host."""
+        return self.device == "cpu" and self.backend in ("triton", "cuda")
+
 
 class Setting(NamedTuple):
     """A case, and where it runs."""
@@ -412,8 +436,12 @@ class Setting(NamedTuple):
     place: Place
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Whether this backend computes in this dtype."""
+        """Return whether this backend computes in this dtype."""
         return dtype != torch.float64 or (self.case.family, self.place.backend) not in dispatch.WITHOUT_FP64
+
+    def uses(self, dtype: torch.dtype) -> bool:
+        """Return whether this dtype is a code path of its own: simulated kernels treat fp16 as they treat bf16."""
+        return self.takes(dtype) and not (self.place.is_simulated and dtype == torch.float16)
 
 
 DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cpu", "cuda")}
