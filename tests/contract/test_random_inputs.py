@@ -31,10 +31,12 @@ def sizes(draw: st.DrawFn, case: Case, longer: tuple[int, ...]) -> tuple[int, ..
 
 
 def test_any_input(basic_setting: Any) -> None:
-    examples = 15 if basic_setting.place.is_simulated else 30
-    given(data=st.data())(settings(max_examples=examples, deadline=None, derandomize=True)(check_random_input))(
-        basic_setting
-    )
+    @given(data=st.data())
+    @settings(max_examples=15 if basic_setting.place.is_simulated else 30, deadline=None, derandomize=True)
+    def check_examples(data: st.DataObject) -> None:
+        check_random_input(basic_setting, data)
+
+    check_examples()
 
 
 def check_random_input(basic_setting: Any, data: st.DataObject) -> None:

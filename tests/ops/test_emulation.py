@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from contract_cases import REPRESENTATIVE
 from contract_tools import assert_same
 from emulation import CSRC, READY, build, emulated, tool
 from fault_injection import planted, update
@@ -38,6 +39,7 @@ def order(name: str) -> Iterator[None]:
             module.set_order("forward")
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda kernel_setting: kernel_setting.place == ("cuda", "cpu"))
 def test_same_bits_in_any_order(kernel_setting: Any) -> None:
     """Threads and blocks take turns in another order, and asynchronous copies arrive as soon as they may."""
@@ -140,7 +142,7 @@ WATCHED = {
 
 @pytest.mark.timeout(1800)
 def test_kernels_are_clean(rig: Rig) -> None:
-    files = [str(TESTS / f"test_contract_{name}.py") for name in ("determinism", "memory")]
+    files = [str(TESTS / "contract" / f"test_{name}.py") for name in ("determinism", "memory")]
     done = rig.contract(*files, "-k", f"cuda and ({WATCHED[rig.kind]})")
     said = done.stdout[-4000:] + done.stderr[-6000:]
     assert done.returncode == 0, said
