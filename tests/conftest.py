@@ -30,15 +30,20 @@ os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What the fixtures below run over: the table of backends that fastkd itself keeps, times the contract's cases."""
+    """Parametrise the fixtures below with the backends of ``fastkd.ops.dispatch`` and the contract's cases.
+
+    Without a GPU one of a test's cases on each GPU backend stands for all of them: it is skipped.
+    """
     own = {n.strip() for mark in metafunc.definition.iter_markers("parametrize") for n in _names(mark.args[0])}
-    wanted = set(metafunc.fixturenames) - own  # a test may mean something else by the same name
-    if not any(name.endswith(("place", "setting")) for name in wanted):
+    fixtures = set(metafunc.fixturenames) - own  # a test may mean something else by the same name
+    if not any(name.endswith(("place", "setting")) for name in fixtures):
         return
     import contract_cases as contract
+    import torch
 
     kernels = [s for s in contract.settings() if s.place.backend != "reference"]
-    runs = {
+    basic = contract.settings(list(contract.BASIC.values()))
+    values_of = {
         "place": contract.places("softmax_kl"),
         "kernel_place": [p for p in contract.places("softmax_kl") if p.backend != "reference"],
         "setting": contract.settings(),
@@ -46,35 +51,38 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "compiled_setting": [
             s for s in contract.settings() if s.place.backend == "cpu" or s.case.name in contract.ONE_PER_LOSS
         ],
-        "basic_setting": contract.settings(list(contract.BASIC.values())),
-        "basic_kernel_setting": [s for s in kernels if s.case.name in {case.name for case in contract.BASIC.values()}],
+        "basic_setting": basic,
+        "basic_kernel_setting": [s for s in basic if s.place.backend != "reference"],
     }
-    for name, values in runs.items():
-        if name in wanted:
-            metafunc.parametrize(name, [_parameter(v) for v in values], indirect=True)
+    simulated = [mark.args[0] for mark in metafunc.definition.iter_markers("simulated_cases")]
+    for name, values in values_of.items():
+        if name not in fixtures:
+            continue
+        if simulated:
+            values = [s for s in values if not s.place.is_simulated or all(s.case.name in names for names in simulated)]
+        if not torch.cuda.is_available():
+            first = {_place(v): v for v in reversed(values)}
+            values = [v for v in values if _place(v).device == "cpu" or v == first[_place(v)]]
+        metafunc.parametrize(name, [_parameter(v) for v in values], indirect=True)
 
 
 def _names(names: Any) -> list[str]:
     return names.split(",") if isinstance(names, str) else list(names)
 
 
+def _place(value: Any) -> Any:
+    return getattr(value, "place", value)
+
+
 def _parameter(value: Any) -> Any:
-    place = getattr(value, "place", value)
+    place = _place(value)
     name = f"{place.backend}@{place.device}" + (f" {value.case.name}" if value is not place else "")
     return pytest.param(value, id=name, marks=[pytest.mark.gpu] if place.device == "cuda" else [])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Drop the cases that a test's ``applies`` and ``simulated_cases`` marks exclude."""
-    items[:] = [item for item in items if _is_generated(item)]
-
-
-def _is_generated(item: Any) -> bool:
-    if not all(_applies(item, mark.args[0]) for mark in item.iter_markers("applies")):
-        return False
-    marks = list(item.iter_markers("simulated_cases"))
-    settings = [value for name, value in item.callspec.params.items() if name.endswith("setting")] if marks else []
-    return all(not s.place.is_simulated or s.case.name in mark.args[0] for mark in marks for s in settings)
+    """Drop the cases that a test's ``applies`` marks exclude."""
+    items[:] = [item for item in items if all(_applies(item, mark.args[0]) for mark in item.iter_markers("applies"))]
 
 
 def _applies(item: Any, predicate: Callable[..., bool]) -> bool:

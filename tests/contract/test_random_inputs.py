@@ -72,7 +72,8 @@ def check(problem: Problem, backend: str) -> None:
     largest = max(1e-6, *(x.abs().max().item() for x in exact))
     if problem.case.family == "softmax_kl":  # τ (p_s − p_t), also where both are 1
         largest = max(largest, 0.1 * problem.case.temperature)
-    if problem.case.family == "relation":  # directions turn by 1 / |row|, also where their gradients cancel to 0
+    # Directions turn by 1 / |row|, also where their gradients cancel to 0, as those of rows of one element do.
+    if problem.case.family == "relation" or problem.case.has_cosines:
         largest = max(largest, 1 / smallest_row(problem))
     for grad, want, one in zip(grads, exact, noise, strict=True):
         allowed = 64 * one + 32 * problem.condition() * rounding(largest, torch.float32)
@@ -81,6 +82,10 @@ def check(problem: Problem, backend: str) -> None:
 
 
 def smallest_row(problem: Problem) -> float:
-    rows = [x.double().flatten(2) for x in problem.args]
-    dim = 1 if problem.case.loss.__name__ == "pixel_relation_kd" else 2
+    """Return the norm of the smallest row (channel, pixel or word) of all inputs."""
+    if problem.case.family == "pixel_word":
+        rows, dim = [x.double() for x in problem.args], -1  # (B, N or T, D)
+    else:
+        rows = [x.double().flatten(2) for x in problem.args]  # (B, C, H·W)
+        dim = 1 if problem.case.loss.__name__ == "pixel_relation_kd" else 2
     return max(min(x.norm(dim=dim).min().item() for x in rows), 1e-6)
