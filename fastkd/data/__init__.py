@@ -1,6 +1,6 @@
 """Referring-expression data: a RefCOCO reader, a torch dataset, a tokenizer and a procedural set.
 
-Needs the extra ``[ris]`` (``pip install 'fastkd[ris]'``); nothing is imported before its first use.
+Needs the extra ``[ris]`` (``pip install 'fastkd[ris]'``); names are imported on first use.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastkd.data import shapes
+    from fastkd.data._records import Ref, Sentence
     from fastkd.data.dataset import ReferDataset, collate
-    from fastkd.data.refcoco import Ref, RefCOCO, Sentence
+    from fastkd.data.refcoco import RefCOCO
     from fastkd.data.shapes import make_shapes
     from fastkd.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -31,10 +32,10 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "Ref": "fastkd.data.refcoco",
+        "Ref": "fastkd.data._records",
         "RefCOCO": "fastkd.data.refcoco",
         "ReferDataset": "fastkd.data.dataset",
-        "Sentence": "fastkd.data.refcoco",
+        "Sentence": "fastkd.data._records",
         "Tokenizer": "fastkd.data.tokenizer",
         "collate": "fastkd.data.dataset",
         "load_tokenizer": "fastkd.data.tokenizer",

@@ -1,4 +1,4 @@
-"""Look through data sets that hold others: ConcatDataset, Subset, and wrappers that anybody writes."""
+"""Traverse datasets that contain others: ConcatDataset, Subset and custom wrappers."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from torch.utils.data import Dataset
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:
-    """Tell a data set its epoch; one without ``set_epoch`` hands it on to those that it holds."""
+    """Set the epoch of a dataset, or of the datasets inside it if it has no ``set_epoch``."""
     for part in leaves(dataset, "set_epoch"):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
 
 def declared_values(dataset: Any, name: str) -> list[Any]:
-    """Return an attribute of a data set, or else of each that it holds; None stands for one that does not tell."""
+    """Return an attribute of a dataset, or of each dataset inside it; None where it is not declared."""
     return [getattr(part, name, None) for part in leaves(dataset, name)]
 
 
 def leaves(dataset: Any, name: str = "") -> list[Any]:
-    """Return the innermost data sets; with a name, do not look into one that has the attribute."""
-    return list(_walk(dataset, name, {id(dataset): dataset}).values())
+    """Return the innermost datasets; with ``name``, stop at a dataset that has this attribute."""
+    return list(_collect(dataset, name, {id(dataset): dataset}).values())
 
 
-def _walk(dataset: Any, name: str, seen: dict[int, Any]) -> dict[int, Any]:
-    inside = [] if name and getattr(dataset, name, None) is not None else _held(dataset)
+def _collect(dataset: Any, name: str, seen: dict[int, Any]) -> dict[int, Any]:
+    inside = [] if name and getattr(dataset, name, None) is not None else _contained(dataset)
     if not inside:
         return {id(dataset): dataset}
     found: dict[int, Any] = {}
     for part in inside:
-        if id(part) not in seen:  # held twice, or in a circle
+        if id(part) not in seen:  # shared or cyclic references
             seen[id(part)] = part
-            found |= _walk(part, name, seen)
+            found |= _collect(part, name, seen)
     return found
 
 
-def _held(dataset: Any) -> list[Any]:
-    """Return the data sets among an object's attributes, singly or in a list or dict of them."""
+def _contained(dataset: Any) -> list[Any]:
+    """Return the datasets among an object's attributes, including those in lists and dicts."""
     found: list[Any] = []
     for value in getattr(dataset, "__dict__", {}).values():
         several = list(value.values()) if isinstance(value, Mapping) else value
         if isinstance(several, list | tuple):
-            if several and _is_dataset(several[0]):  # long lists of anything else are not gone through
+            if several and _is_dataset(several[0]):  # do not scan long lists of other objects
                 found.extend(one for one in several if _is_dataset(one))
         elif _is_dataset(value):
             found.append(value)

@@ -1,4 +1,4 @@
-"""Refs that cannot be used: an error, or on request skipped and counted."""
+"""Raise an error for unusable refs, or skip and count them."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from collections import Counter
 
 from fastkd.errors import FastKDWarning
 
-SKIP_HINT = "; or skip and count what cannot be used: skip_unusable=True (--skip-unusable)"
+SKIP_HINT = "; or skip and count unusable refs: skip_unusable=True (--skip-unusable)"
 
 
 class Skips:
-    """Count what is skipped, by reason; raise instead unless ``wanted``."""
+    """Count skipped refs and sentences by reason; raise instead unless ``enabled``."""
 
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
         self.counts: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
 
     def add(self, reason: str, message: str) -> None:
-        """Count one.
+        """Count one skipped item.
 
         Raises:
-            ValueError: ``message``, unless skipping is wanted.
+            ValueError: Skipping is not enabled.
         """
-        if not self.wanted:
+        if not self.enabled:
             raise ValueError(message + SKIP_HINT)
         self.counts[reason] += 1
         self._examples.setdefault(reason, message)
 
-    def report(self, what: str, left: int) -> None:
-        """Warn once of everything that was skipped.
+    def report(self, source: str, left: int) -> None:
+        """Issue one warning about all skipped items; ``left`` is the number of usable refs.
 
         Raises:
-            ValueError: nothing is ``left``.
+            ValueError: No ref is left.
         """
         if not self.counts:
             return
-        lines = [f"{count} × {reason} (such as: {self._examples[reason]})" for reason, count in self.counts.items()]
+        lines = [f"{count} × {reason} (e.g. {self._examples[reason]})" for reason, count in self.counts.items()]
         if not left:
-            raise ValueError(f"{what}: nothing is left after skipping {'; '.join(lines)}")
-        warnings.warn(f"{what}: {left} refs are used; skipped {'; '.join(lines)}", FastKDWarning, stacklevel=4)
+            raise ValueError(f"{source}: no refs are left after skipping {'; '.join(lines)}")
+        warnings.warn(f"{source}: {left} refs are used; skipped {'; '.join(lines)}", FastKDWarning, stacklevel=4)

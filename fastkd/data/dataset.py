@@ -1,4 +1,4 @@
-"""A torch dataset of image, sentence and mask, and how samples become a batch."""
+"""A torch dataset of images, sentences and masks, and its collate function."""
 
 from __future__ import annotations
 
@@ -20,28 +20,33 @@ Sample = dict[str, Any]
 
 
 class ReferDataset(Dataset[Sample]):
-    """Samples of a :class:`RefCOCO` split, resized to a square whatever their aspect.
+    """Samples of a :class:`RefCOCO` split, resized to a square regardless of the aspect ratio.
 
     Images are resized bilinearly and normalised by ``image_mean`` and ``image_std``; masks are resized by nearest
-    neighbour. A sample is a dict: ``image`` float32 (3, S, S), ``input_ids`` int64 (T,), ``word_mask`` bool (T,),
-    ``mask`` bool (S, S), ``ref_id``, ``sent_id``, ``image_id``, ``sentence``; S is ``image_size``, T ``max_words``.
+    neighbour. A sample is a dict, with S = ``image_size`` and T = ``max_words``:
+
+    - ``image`` float32 (3, S, S);
+    - ``input_ids`` int64 (T,) and ``word_mask`` bool (T,), True at ``[CLS]``, word pieces and ``[SEP]``;
+    - ``mask`` bool (S, S), True at the referred object;
+    - ``ref_id``, ``sent_id``, ``image_id`` int, and ``sentence`` str;
+    - with ``teacher_tokenizer`` also ``teacher_input_ids`` int64 and ``teacher_word_mask`` bool, both
+      (``teacher_max_words``,).
 
     Args:
-        refcoco: the split to serve.
-        tokenizer: from :func:`load_tokenizer`.
-        image_size: side of the square in pixels.
-        max_words: length of ``input_ids``, ``[CLS]`` and ``[SEP]`` included.
-        sentences: ``"random"``: one sample a ref, with a sentence drawn by (seed, epoch, index), the same in every
-            run and worker; ``"all"``: one sample a sentence, for evaluation.
-        seed: of the sentence draw.
-        teacher_tokenizer: for a teacher with a tokenizer of its own: samples also hold ``teacher_input_ids`` and
-            ``teacher_word_mask``, the same sentence in its words, which a `Distiller` hands to it.
-        teacher_max_words: length of ``teacher_input_ids``; ``max_words`` where left out.
-        cache: keep decoded and resized images and masks in memory, (S, S, 3) + (S, S) bytes each, as they are first
-            read; workers of a DataLoader each keep their own unless :meth:`fill_cache` ran before.
-        image_mean: mean of red, green and blue, in [0, 1], that images are normalised by: the model's
-            ``config.image_mean``. ImageNet's by default.
-        image_std: their deviation.
+        refcoco: The split to serve.
+        tokenizer: A tokenizer from :func:`load_tokenizer`.
+        image_size: Side of the square in pixels.
+        max_words: Length of ``input_ids``, including ``[CLS]`` and ``[SEP]``.
+        sentences: ``"random"``: one sample per ref, with a sentence drawn by (seed, epoch, index), reproducible across
+            runs and workers; ``"all"``: one sample per sentence, for evaluation.
+        seed: Seed of the sentence draw.
+        teacher_tokenizer: The tokenizer of a teacher that does not use the student's; a `Distiller` passes its ids to
+            the teacher.
+        teacher_max_words: Length of ``teacher_input_ids``; default: ``max_words``.
+        cache: Keep decoded and resized images and masks in memory, (S, S, 3) + (S, S) bytes per sample, once they are
+            read; each DataLoader worker keeps its own copy unless :meth:`fill_cache` ran first.
+        image_mean: Mean of red, green and blue, in [0, 1], for normalising images: the model's ``config.image_mean``.
+        image_std: Their standard deviation.
 
     Example::
 
@@ -67,9 +72,7 @@ class ReferDataset(Dataset[Sample]):
         image_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         if not isinstance(refcoco, RefCOCO):
-            raise TypeError(
-                f"refcoco must be a RefCOCO, got {type(refcoco).__name__}; make one: RefCOCO(root, split=...)"
-            )
+            raise TypeError(f"refcoco must be a RefCOCO, got {type(refcoco).__name__}: pass RefCOCO(root, split=...)")
         teacher_max_words = max_words if teacher_max_words is None else teacher_max_words
         tokenizers = [("tokenizer", "max_words", tokenizer, max_words)]
         if teacher_tokenizer is not None:
@@ -79,15 +82,15 @@ class ReferDataset(Dataset[Sample]):
                 raise TypeError(f"{name} must come from load_tokenizer, got {type(one).__name__}")
             if not isinstance(length, int) or length < 3:
                 raise ValueError(
-                    f"{length_name} must be an integer of at least 3 ([CLS], a word, [SEP]); got {length!r}"
+                    f"{length_name} must be an integer of at least 3 ([CLS], a word, [SEP]), got {length!r}"
                 )
         if sentences not in ("random", "all"):
-            raise ValueError(f"sentences must be 'random' (one a ref and epoch) or 'all'; got {sentences!r}")
+            raise ValueError(f"sentences must be 'random' (one per ref and epoch) or 'all', got {sentences!r}")
         if not isinstance(image_size, int) or image_size < 1:
-            raise ValueError(f"image_size must be a positive integer; got {image_size!r}")
+            raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
         if len(image_mean) != 3 or len(image_std) != 3 or not min(image_std) > 0:
             raise ValueError(
-                "image_mean and image_std must be three numbers each, image_std above 0; got "
+                "image_mean and image_std must be three numbers each, image_std above 0, got "
                 f"{image_mean!r} and {image_std!r}"
             )
         self.refcoco, self.tokenizer = refcoco, tokenizer
@@ -98,7 +101,7 @@ class ReferDataset(Dataset[Sample]):
         self._images: dict[int, np.ndarray] | None = {} if cache else None
         self._masks: dict[int, np.ndarray] | None = {} if cache else None
         self._ids: dict[str, dict[str, torch.Tensor]] = {}
-        # in shared memory, so that workers which live on from epoch to epoch see set_epoch too
+        # in shared memory, so that persistent workers see set_epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -106,21 +109,21 @@ class ReferDataset(Dataset[Sample]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that decides which sentence of a ref is drawn."""
+        """Return the epoch, which determines the sentence drawn from each ref."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, before the loader is iterated."""
+        """Set the epoch; call it before iterating over the loader."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range: the dataset has {len(self)} samples")
-        ref, sentence = self._pick(index % len(self))
+        ref, sentence = self._select(index % len(self))
         return {
             "image": normalise(self._image(ref.image_id), self.image_mean, self.image_std),
             **self._tokens(sentence.text),
-            "mask": torch.from_numpy(self._mask(ref.ref_id).copy()),  # never a view of the cache
+            "mask": torch.from_numpy(self._mask(ref.ref_id).copy()),  # not a view of the cache
             "ref_id": ref.ref_id,
             "sent_id": sentence.sent_id,
             "image_id": ref.image_id,
@@ -128,14 +131,14 @@ class ReferDataset(Dataset[Sample]):
         }
 
     def fill_cache(self) -> None:
-        """Read every image and mask now (with ``cache=True``), so that workers started later share them."""
+        """Read every image and mask (with ``cache=True``), so that workers started later share them."""
         if self._images is None:
-            raise ValueError("fill_cache needs a dataset made with cache=True")
+            raise ValueError("fill_cache needs a dataset with cache=True")
         for ref in self.refcoco:
             self._image(ref.image_id)
             self._mask(ref.ref_id)
 
-    def _pick(self, index: int) -> tuple[Ref, Sentence]:
+    def _select(self, index: int) -> tuple[Ref, Sentence]:
         if self.sentences == "all":
             return self._pairs[index]
         ref = self.refcoco.refs[index]
@@ -176,7 +179,7 @@ class ReferDataset(Dataset[Sample]):
 def normalise(
     pixels: np.ndarray, image_mean: Sequence[float] = IMAGENET_MEAN, image_std: Sequence[float] = IMAGENET_STD
 ) -> torch.Tensor:
-    """Return an RGB image (H, W, 3) uint8 as float32 (3, H, W), normalised by a mean and deviation in [0, 1]."""
+    """Convert an RGB image (H, W, 3) uint8 to float32 (3, H, W) and normalise it; mean and std are in [0, 1]."""
     image = torch.from_numpy(pixels).permute(2, 0, 1).float()
     mean = torch.tensor(image_mean).mul_(255.0)[:, None, None]
     std = torch.tensor(image_std).mul_(255.0)[:, None, None]
@@ -184,24 +187,24 @@ def normalise(
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Samples to a batch: tensors are stacked, ids and sentences become lists.
+    """Collate samples to a batch: stack tensors, collect ids and sentences in lists.
 
-    Keys: ``image`` (B, 3, S, S), ``input_ids`` (B, T), ``word_mask`` (B, T), ``mask`` (B, S, S), with a teacher's
-    tokenizer ``teacher_input_ids`` and ``teacher_word_mask``, and the lists ``ref_id``, ``sent_id``, ``image_id``,
-    ``sentence``.
+    Keys: ``image`` float32 (B, 3, S, S), ``input_ids`` int64 (B, T), ``word_mask`` bool (B, T), ``mask`` bool
+    (B, S, S); the lists ``ref_id``, ``sent_id``, ``image_id``, ``sentence``; with a teacher's tokenizer also
+    ``teacher_input_ids`` int64 and ``teacher_word_mask`` bool.
 
     Raises:
-        ValueError: no sample, or samples that differ in their keys or in a tensor's size; the samples are named.
+        ValueError: There are no samples, or samples differ in their keys or in a tensor's size.
     """
     if len(samples) == 0:
-        raise ValueError("collate got an empty batch: give at least one sample")
+        raise ValueError("collate got an empty batch: pass at least one sample")
     batch: dict[str, Any] = {}
     for key, first in samples[0].items():
-        lacking = [_called(n, sample) for n, sample in enumerate(samples) if key not in sample]
+        lacking = [_describe(n, sample) for n, sample in enumerate(samples) if key not in sample]
         if lacking:
             raise ValueError(
-                f"collate: {lacking[0]} has no {key!r}, {_called(0, samples[0])} has: sets that are mixed must be made "
-                "with the same options (teacher_tokenizer for one)"
+                f"collate: {lacking[0]} has no {key!r}, but {_describe(0, samples[0])} has: create all datasets with "
+                "the same options (such as teacher_tokenizer)"
             )
         values = [sample[key] for sample in samples]
         batch[key] = _stack(key, samples) if isinstance(first, torch.Tensor) else values
@@ -209,17 +212,17 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _stack(key: str, samples: Sequence[Sample]) -> torch.Tensor:
-    shapes = {tuple(sample[key].shape): _called(n, sample) for n, sample in reversed(list(enumerate(samples)))}
+    shapes = {tuple(sample[key].shape): _describe(n, sample) for n, sample in reversed(list(enumerate(samples)))}
     if len(shapes) > 1:
         found = " and ".join(f"{shape} in {name}" for shape, name in list(shapes.items())[:3])
         raise ValueError(
-            f"collate: a batch needs one size of {key!r}, got {found}: give all sets one image_size and one max_words, "
-            "or resize and pad in a collate function of your own"
+            f"collate: a batch needs one size of {key!r}, got {found}: use one image_size and one max_words for all "
+            "datasets, or resize and pad in your own collate function"
         )
     return torch.stack([sample[key] for sample in samples])
 
 
-def _called(number: int, sample: Sample) -> str:
-    """Return how an error calls a sample."""
+def _describe(number: int, sample: Sample) -> str:
+    """Return a description of a sample for an error message."""
     known = [f"{key} {sample[key]}" for key in ("ref_id", "sent_id", "image_id") if key in sample]
     return f"sample {number}" + (f" ({', '.join(known)})" if known else "")

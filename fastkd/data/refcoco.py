@@ -1,11 +1,10 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as they lie on disk."""
+"""Read RefCOCO, RefCOCO+ and RefCOCOg from the published files."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 
 from fastkd.data._files import find_images, read_instances, read_refs
 from fastkd.data._join import check_agreement, check_unique, index
+from fastkd.data._records import Ref, Sentence
 from fastkd.data._skip import SKIP_HINT, Skips
-from fastkd.data.images import WidePixels, find_damaged, is_turned, read_image
+from fastkd.data.images import UnsupportedBitDepth, find_damaged, is_rotated, read_image
 from fastkd.data.masks import RULES, check_segmentation, rasterise
 
 SPLITS = {
@@ -29,58 +29,38 @@ PUBLISHED_REFS = {
     ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
     ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
 }
-_LARGEST = 2**30  # pixels of an image; pycocotools counts them in 32 bits
+_LARGEST = 2**30  # pixels per image; pycocotools counts pixels in 32 bits
 SENTENCE_FIELDS = ("sent", "raw", "raw.lower")
-
-
-@dataclass(frozen=True, slots=True)
-class Sentence:
-    """One referring expression."""
-
-    sent_id: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """One referred object with its sentences; several refs may share an ``ann_id``, never a ``ref_id``."""
-
-    ref_id: int
-    ann_id: int
-    image_id: int
-    category_id: int
-    split: str
-    sentences: tuple[Sentence, ...]
 
 
 class RefCOCO:
     """One split of RefCOCO, RefCOCO+ or RefCOCOg, read from the published files.
 
-    The refs pickle is read by an unpickler that refuses every class, as utf-8 and, with a warning, as latin1. Files,
-    segmentations and sentences are checked when the object is made; images and masks are read when asked for. Refused
-    are an id that stands for two different images or annotations, a ref or sentence id that occurs twice, and a ref
-    whose image or category is not its annotation's; an image or annotation that is repeated exactly is harmless.
-    gRefCOCO (lists of annotations, no-target sentences) is not read.
+    The refs pickle is read by an unpickler that refuses every class, as utf-8 or, with a warning, as latin1. The
+    constructor checks files, segmentations and sentences; images and masks are read on access. It refuses an id shared
+    by two different images or annotations, a repeated ref or sentence id, and a ref whose image or category differs
+    from its annotation's; exact repetitions of an image or annotation are accepted. gRefCOCO (lists of annotations,
+    no-target sentences) is not supported.
 
     Args:
-        root: the folder that holds ``refcoco/``, ``refcoco+/`` or ``refcocog/`` and the images.
+        root: The folder that holds ``refcoco/``, ``refcoco+/`` or ``refcocog/`` and the images.
         name: ``"refcoco"``, ``"refcoco+"`` or ``"refcocog"``.
-        split_by: whose split: ``"unc"``, ``"google"`` or ``"umd"``.
-        split: ``"train"``, ``"val"``, and ``"testA"``, ``"testB"`` or ``"test"``. A ref counts for testA or testB if
-            the letter is in its split, so ``"testAB"`` counts for both.
-        image_root: the folder of the JPEG files. Left out, the usual four places under ``root`` are tried.
-        mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels that exactly one polygon covers.
+        split_by: Origin of the split: ``"unc"``, ``"google"`` or ``"umd"``.
+        split: ``"train"``, ``"val"``, ``"testA"``, ``"testB"`` or ``"test"``. A ref is in testA or testB if its split
+            contains the letter, so ``"testAB"`` is in both.
+        image_root: The folder of the JPEG files; default: the first of four usual folders under ``root``.
+        mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels covered by exactly one polygon.
         sentence_field: ``"sent"`` (lower-case, no punctuation), ``"raw"``, or ``"raw.lower"``.
-        skip_unusable: skip refs without a sentence, with an empty or damaged segmentation, or whose annotation, image
-            or image file is missing or damaged, and empty sentences, instead of raising. What was skipped is counted in
-            the attribute ``skipped`` (reason to number) and reported in one `FastKDWarning`. Contradictions still
-            raise. Every image of the split is then decoded once when the object is made.
-        check_counts: raise unless the number of refs is the published one (for the real sets).
+        skip_unusable: Skip empty sentences, and refs without a sentence, with an unusable segmentation, or with a
+            missing or damaged annotation or image, instead of raising. The attribute ``skipped`` counts them by reason,
+            and one `FastKDWarning` reports them. Contradictions still raise. Decodes every image of the split once.
+        check_counts: Raise unless the number of refs equals the published one.
 
     Raises:
-        FileNotFoundError: a file or image is missing; the message names what was tried and the layout.
-        pickle.UnpicklingError: the refs file names a class or is damaged.
-        ValueError: unknown option or split, damaged or contradictory content, unusable segmentation, wrong count.
+        FileNotFoundError: A file or image is missing; the message lists the paths tried and the expected layout.
+        pickle.UnpicklingError: The refs file names a class or is damaged.
+        ValueError: An option or split is unknown, the content is damaged or contradictory, a segmentation is unusable,
+            or the count is wrong.
 
     Example::
 
@@ -113,13 +93,13 @@ class RefCOCO:
         every = read_refs(path)
         chosen = [ref for ref in every if _in_split(ref["split"], split)]
         if not chosen:
-            there = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in every).items()))
-            raise ValueError(f"{path} has no ref of split {split!r}; it has {there or 'no refs at all'}")
+            splits = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in every).items()))
+            raise ValueError(f"{path} has no ref of split {split!r}; it has {splits or 'no refs'}")
         if check_counts:
             self._check_count(path, len(chosen))
         skips = Skips(skip_unusable)
         self._images: dict[int, dict[str, Any]] = {}
-        refs = [made for ref in chosen if (made := _ref(ref, sentence_field, path, skips)) is not None]
+        refs = [ref for raw in chosen if (ref := _parse_ref(raw, sentence_field, path, skips)) is not None]
         check_unique(refs, path)
         refs = self._load_instances(self.root / name / "instances.json", refs, skips)
         self.refs = self._with_images(refs, image_root, skips)
@@ -143,55 +123,55 @@ class RefCOCO:
 
     @property
     def sentence_count(self) -> int:
-        """Sentences of all refs."""
+        """Return the number of sentences of all refs."""
         return sum(len(ref.sentences) for ref in self.refs)
 
     def ref(self, ref_id: int) -> Ref:
-        """The ref with this id."""
+        """Return a ref by its id."""
         try:
             return self._by_id[ref_id]
         except KeyError:
             raise KeyError(f"ref_id {ref_id!r} is not in split {self.split!r} of {self.name}") from None
 
     def image_path(self, image_id: int) -> Path:
-        """The file of an image, by the name that instances.json gives it."""
+        """Return the path of an image, named by instances.json."""
         return self.image_root / self._entry(image_id)["file_name"]
 
     def image_size(self, image_id: int) -> tuple[int, int]:
-        """Height and width that instances.json gives."""
+        """Return height and width from instances.json."""
         entry = self._entry(image_id)
         return entry["height"], entry["width"]
 
     def image(self, image_id: int) -> np.ndarray:
-        """The image, (H, W, 3) uint8 RGB, as `fastkd.evaluate.predict` reads it: upright by its EXIF orientation.
+        """Return an image, (H, W, 3) uint8 RGB, rotated by its EXIF orientation as in `fastkd.evaluate.predict`.
 
         Raises:
-            ValueError: the file is damaged, or its size isn't the one in instances.json.
+            ValueError: The file is damaged, or its size differs from instances.json.
         """
         path = self.image_path(image_id)
         try:
             pixels = read_image(path)
         except ValueError as error:
-            if isinstance(error.__cause__, WidePixels):
+            if isinstance(error.__cause__, UnsupportedBitDepth):
                 raise
             users = [f"ref {ref.ref_id}" for ref in self.refs if ref.image_id == image_id]
             raise ValueError(_damaged(path, error.__cause__ or error, ", ".join(users)) + SKIP_HINT) from error
         if pixels.shape[:2] != self.image_size(image_id):
-            if pixels.shape[1::-1] == self.image_size(image_id) and is_turned(path):
+            if pixels.shape[1::-1] == self.image_size(image_id) and is_rotated(path):
                 height, width = pixels.shape[:2]
                 raise ValueError(
-                    f"image {path} is shown upright by its EXIF orientation, {height} x {width}, but instances.json "
-                    f"has the size of its bitmap, {width} x {height} (height x width): the masks were drawn on the "
-                    "bitmap as stored, so remove the orientation tag from these files"
+                    f"image {path} is {height} x {width} after its EXIF orientation, but instances.json has the size "
+                    f"of its bitmap, {width} x {height} (height x width): the masks were drawn on the stored bitmap; "
+                    "remove the orientation tag from these files"
                 )
             raise ValueError(
-                f"image {path} is {pixels.shape[0]} x {pixels.shape[1]} but instances.json says "
+                f"image {path} is {pixels.shape[0]} x {pixels.shape[1]}, but its size in instances.json is "
                 f"{' x '.join(map(str, self.image_size(image_id)))} (height x width): these files don't belong together"
             )
         return pixels
 
     def mask(self, ref_id: int) -> np.ndarray:
-        """The referred object at the image's original size, (H, W) bool, by ``mask_rule``."""
+        """Return the mask of the referred object at the image's original size, (H, W) bool."""
         ref = self.ref(ref_id)
         height, width = self.image_size(ref.image_id)
         return rasterise(
@@ -199,16 +179,16 @@ class RefCOCO:
             height,
             width,
             rule=self.mask_rule,
-            what=f"annotation {ref.ann_id} (ref {ref_id})",
+            owner=f"annotation {ref.ann_id} (ref {ref_id})",
         )
 
     def _with_images(self, refs: list[Ref], image_root: str | os.PathLike[str] | None, skips: Skips) -> list[Ref]:
-        """Find the folder of the images; return the refs whose image file is there and, if that was asked, whole."""
+        """Set ``image_root``; return the refs whose image exists and, if skipping is enabled, can be decoded."""
         files = {ref.ref_id: str(self._images[ref.image_id]["file_name"]) for ref in refs}
         needed = sorted(set(files.values()))
-        self.image_root, missing = find_images(self.root, image_root, needed, skips.wanted)
-        there = [self.image_root / file for file in needed if file not in missing]
-        damaged = find_damaged(there) if skips.wanted else {}
+        self.image_root, missing = find_images(self.root, image_root, needed, skips.enabled)
+        present = [self.image_root / file for file in needed if file not in missing]
+        damaged = find_damaged(present) if skips.enabled else {}
         usable = []
         for ref in refs:
             path = self.image_root / files[ref.ref_id]
@@ -227,7 +207,7 @@ class RefCOCO:
             raise KeyError(f"image_id {image_id!r} is not in split {self.split!r} of {self.name}") from None
 
     def _load_instances(self, path: Path, refs: list[Ref], skips: Skips) -> list[Ref]:
-        """Read what the refs refer to, and return those that can be used."""
+        """Read the refs' images and annotations; return the usable refs."""
         content = read_instances(path)
         images, annotations = {ref.image_id for ref in refs}, {ref.ann_id for ref in refs}
         try:
@@ -240,16 +220,18 @@ class RefCOCO:
             names = index(content.get("categories", ()), "category", path, ("name",))
             self.categories: dict[int, str] = {c: names[c]["name"] for c in names}
         except KeyError as error:
-            raise ValueError(f"{path} has an entry without the field {error}: fetch the file again") from error
+            raise ValueError(f"{path} has an entry without the field {error}: download the file again") from error
         except TypeError as error:
-            raise ValueError(f"{path} is not a COCO instances file ({error}): fetch it again") from error
+            raise ValueError(f"{path} is not a COCO instances file ({error}): download it again") from error
         for number, image in self._images.items():
             if not (isinstance(image["height"], int) and isinstance(image["width"], int)):
-                raise ValueError(f"{path}: height and width of image {number} must be integers: fetch the file again")
+                raise ValueError(
+                    f"{path}: height and width of image {number} must be integers: download the file again"
+                )
             if min(image["height"], image["width"]) < 1 or image["height"] * image["width"] > _LARGEST:
                 raise ValueError(
                     f"{path}: image {number} cannot be {image['height']} x {image['width']} (height x width): "
-                    "fetch the file again"
+                    "download the file again"
                 )
         usable = []
         for ref in refs:
@@ -262,9 +244,9 @@ class RefCOCO:
                 skips.add("ref without an annotation", message)
                 continue
             check_agreement(ref, objects[ref.ann_id], path)
-            what = f"{path}: annotation {ref.ann_id} (ref {ref.ref_id})"
+            owner = f"{path}: annotation {ref.ann_id} (ref {ref.ref_id})"
             try:
-                check_segmentation(self._segmentations[ref.ann_id], what, self.image_size(ref.image_id))
+                check_segmentation(self._segmentations[ref.ann_id], owner, self.image_size(ref.image_id))
             except ValueError as error:
                 skips.add("ref with an unusable segmentation", str(error))
                 continue
@@ -281,42 +263,42 @@ class RefCOCO:
         if published != count:
             raise ValueError(
                 f"{path} has {count} refs of split {self.split!r}, but the published set has {published}: "
-                "fetch the file again, or pass check_counts=False for another set in this layout"
+                "download the file again, or pass check_counts=False for another set in this layout"
             )
 
 
 def _check_options(name: str, split_by: str, split: str, mask_rule: str, sentence_field: str) -> None:
     if (name, split_by) not in SPLITS:
         known = ", ".join(f"{n} ({by})" for n, by in SPLITS)
-        raise ValueError(f"name={name!r} with split_by={split_by!r} is not a known set; known: {known}")
+        raise ValueError(f"name={name!r} with split_by={split_by!r} is not a known set; known sets: {known}")
     if split not in SPLITS[name, split_by]:
         raise ValueError(
             f"unknown split {split!r}: {name} ({split_by}) has {', '.join(map(repr, SPLITS[name, split_by]))}"
         )
     if mask_rule not in RULES:
-        raise ValueError(f"mask_rule must be one of {', '.join(map(repr, RULES))}; got {mask_rule!r}")
+        raise ValueError(f"mask_rule must be one of {', '.join(map(repr, RULES))}, got {mask_rule!r}")
     if sentence_field not in SENTENCE_FIELDS:
         raise ValueError(
-            f"sentence_field must be one of {', '.join(map(repr, SENTENCE_FIELDS))}; got {sentence_field!r}"
+            f"sentence_field must be one of {', '.join(map(repr, SENTENCE_FIELDS))}, got {sentence_field!r}"
         )
 
 
-def _damaged(path: Path, why: object, users: str) -> str:
-    return f"image {path} of {users} can't be decoded ({why}): the file is damaged, fetch it again"
+def _damaged(path: Path, reason: object, users: str) -> str:
+    return f"image {path} of {users} can't be decoded ({reason}): the file is damaged, download it again"
 
 
-def _in_split(of_ref: str, split: str) -> bool:
+def _in_split(ref_split: str, split: str) -> bool:
     if split in ("testA", "testB"):
-        return of_ref.startswith("test") and split[-1] in of_ref[4:]
-    return of_ref == split
+        return ref_split.startswith("test") and split[-1] in ref_split[4:]
+    return ref_split == split
 
 
-def _ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref | None:
+def _parse_ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref | None:
     sentences = []
     for sentence in ref["sentences"]:
         key = field.partition(".")[0]
-        whole = isinstance(sentence, dict) and isinstance(sentence.get("sent_id"), int)
-        if not whole or not isinstance(sentence.get(key), str):
+        complete = isinstance(sentence, dict) and isinstance(sentence.get("sent_id"), int)
+        if not complete or not isinstance(sentence.get(key), str):
             raise ValueError(
                 f"{path}: a sentence of ref {ref['ref_id']} has no {key!r} or no 'sent_id': {sentence!r:.200}"
             )
@@ -325,13 +307,13 @@ def _ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref | Non
             skips.add(
                 "empty sentence",
                 f"{path}: sentence {sentence['sent_id']} of ref {ref['ref_id']} is empty in the field {key!r}; "
-                "try another sentence_field, or leave the sentence out of the file",
+                "try another sentence_field, or remove the sentence from the file",
             )
             continue
         sentences.append(Sentence(sentence["sent_id"], text))
     if not sentences:
         skips.add(
-            "ref without a sentence", f"{path}: ref {ref['ref_id']} has no sentence; leave the ref out of the file"
+            "ref without a sentence", f"{path}: ref {ref['ref_id']} has no sentence; remove the ref from the file"
         )
         return None
     return Ref(ref["ref_id"], ref["ann_id"], ref["image_id"], ref["category_id"], ref["split"], tuple(sentences))

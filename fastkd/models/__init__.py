@@ -1,7 +1,7 @@
-"""Teachers and students for referring image segmentation: LAVT, CLIPSeg and SAM 3; timm × transformers with fusion.
+"""Students (timm × transformers with fusion) and teachers (LAVT, CLIPSeg, SAM 3) for referring image segmentation.
 
-Needs the extra ``pip install fastkd[ris]``. Names are imported on first use; the presets and the configuration need
-neither torch nor timm::
+Needs the extra ``pip install 'fastkd[ris]'``. Names are imported on first use; presets and configurations need neither
+torch nor timm::
 
     import fastkd.models as models
 

@@ -1,4 +1,4 @@
-"""Weights on disk: read without running anybody's code, loaded whole or not at all."""
+"""Read weights without running code from the file; load all of them or none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fastkd._messages import shortened
 from fastkd._wrappers import bare, plain_names
 from fastkd.models import pickles
 
@@ -16,14 +17,14 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from ``.safetensors``, or from a pickle of nothing but tensors, plain containers and settings.
+    """Read a state dict from ``.safetensors``, or from a pickle of tensors, plain containers and settings only.
 
-    A training script's checkpoint may hold it under ``state_dict`` or ``model``, next to its ``argparse.Namespace``.
-    Names come without what torch's wrappers add to them.
+    It may be nested under ``state_dict`` or ``model``, as in training checkpoints with an ``argparse.Namespace``. The
+    prefixes of torch's wrappers are removed from the names.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is damaged, holds objects other than those, or holds no state dict.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, holds other objects, or does not hold a state dict.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
@@ -34,21 +35,23 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             return plain_names(load_file(path))
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
+            raise ValueError(
+                f"{path} is not a readable safetensors file ({error}); download or save it again"
+            ) from error
     state = pickles.load(path)
-    for key in ("state_dict", "model"):  # how training scripts commonly wrap it
+    for key in ("state_dict", "model"):  # common layouts of training checkpoints
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no plain state dict of tensors")
+        raise ValueError(f"{path} does not hold a plain state dict of tensors")
     return plain_names(state)
 
 
 def read_config(folder: Path) -> dict:
-    """``config.json`` of a folder written by ``save_pretrained``.
+    """Read ``config.json`` from a folder written by ``save_pretrained``.
 
     Raises:
-        FileNotFoundError: No such folder, or no such file in it.
+        FileNotFoundError: The folder or the file does not exist.
         ValueError: The file is not a JSON object.
     """
     if not folder.is_dir():
@@ -68,12 +71,10 @@ def read_config(folder: Path) -> dict:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load every tensor or none: missing, unexpected and misshapen names are all told before anything is written.
-
-    Floating tensors stored in lower precision are cast to the model's.
+    """Load all tensors, or none if names or shapes differ; cast lower precisions to the model's.
 
     Raises:
-        ValueError: The names or shapes are not exactly the model's.
+        ValueError: Names are missing or unexpected, or shapes differ; the message lists them.
     """
     with bare(model) as inner:
         _check_names(inner.state_dict(), state, source)
@@ -82,20 +83,15 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
 
 def _check_names(own: Mapping[str, Tensor], state: dict[str, Tensor], source: str) -> None:
     problems = []
-    for what, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
+    for problem, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
         if names:
-            problems.append(f"{len(names)} {what} ({some(sorted(names))})")
+            problems.append(f"{len(names)} {problem} ({shortened(sorted(names), 6)})")
     shapes = [
         f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
         for k in sorted(own.keys() & state.keys())
         if own[k].shape != state[k].shape
     ]
     if shapes:
-        problems.append(f"{len(shapes)} of another shape ({some(shapes)})")
+        problems.append(f"{len(shapes)} of another shape ({shortened(shapes, 6)})")
     if problems:
-        raise ValueError(f"{source} does not fit this model: {'; '.join(problems)}. Nothing was loaded.")
-
-
-def some(names: list[str], limit: int = 6) -> str:
-    """The first of many names, for an error."""
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+        raise ValueError(f"{source} does not match this model: {'; '.join(problems)}. Nothing was loaded.")

@@ -1,43 +1,42 @@
-"""What a model is made of, as plain data that goes to JSON and back."""
+"""Model configuration as plain, JSON-serialisable data."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from fastkd._messages import suggestion
+
 
 @dataclass
 class RISConfig:
-    """The architecture of a :class:`~fastkd.models.RISModel`; every field is JSON, no field names weights.
+    """The architecture of a :class:`~fastkd.models.RISModel`; JSON-serialisable, without names of weights.
 
     Args:
         backbone: A timm model name, e.g. ``"swin_tiny_patch4_window7_224"``.
         backbone_args: Arguments for ``timm.create_model``, e.g. ``{"depths": [1, 1, 1, 1]}``. Block lists of timm's
-            bring-your-own-blocks networks are given as dicts: ``{"blocks": [{"type": "basic", "d": 1, "c": 32}]}``.
-        out_indices: The stages that are fused with the sentence, as in timm's ``features_only``; finest first.
+            bring-your-own-blocks networks are dicts: ``{"blocks": [{"type": "basic", "d": 1, "c": 32}]}``.
+        out_indices: The stages to fuse with the sentence, as in timm's ``features_only``; finest first.
         text_model: A transformers model type, e.g. ``"bert"``.
-        text: Arguments of that type's configuration, e.g. ``{"hidden_size": 64, "num_hidden_layers": 2}``.
-        fusion_heads: Heads of the pixel–word attention, one number or one per stage; each divides its stage's width.
-        coordinates: Adds eight normalised coordinates of each pixel's cell to the pixel side of the fusion, which
-            words of place ("left", "top") need in small networks.
-        decoder_width: Width of the decoder's last map, ``RISOutput.decoder_features``.
-        decoder_hidden: Width of the decoder's maps before it; None: the same.
-        image_size: The size the model is meant for; any size the backbone allows works.
-        max_words: How many word ids the tokenizer should keep.
-        tokenizer: Name or path of the tokenizer that goes with the word ids, for
-            :func:`fastkd.data.load_tokenizer`; not used by the model itself. In a saved model's folder ``"."`` stands
-            for that folder.
-        image_mean: Mean of red, green and blue, in [0, 1], that images are normalised by. None: what timm states for
-            the ``backbone_weights`` that a model is made with; ImageNet's where there are none. A model's own
-            ``config`` always holds numbers.
-        image_std: Their deviation.
+        text: Arguments of its configuration, e.g. ``{"hidden_size": 64, "num_hidden_layers": 2}``.
+        fusion_heads: Heads of the pixel–word attention, one number or one per stage; must divide the stage's channels.
+        coordinates: Add eight normalised coordinates of each pixel's cell to the fusion's pixels; small networks need
+            them for spatial words ("left", "top").
+        decoder_width: Channels of the decoder's last map, ``RISOutput.decoder_features``.
+        decoder_hidden: Channels of the decoder's other maps; None: ``decoder_width``.
+        image_size: The intended image size; any size that the backbone supports works.
+        max_words: Number of word ids per sentence.
+        tokenizer: Name or path of the tokenizer, for :func:`fastkd.data.load_tokenizer`; not used by the model itself.
+            In a saved model's folder, ``"."`` is that folder.
+        image_mean: Mean of red, green and blue, in [0, 1], for normalising images. None: timm's for the
+            ``backbone_weights``, ImageNet's without weights. A model's ``config`` always holds numbers.
+        image_std: Their standard deviation.
 
     Raises:
-        ValueError: A field is out of range; the message names it.
-        TypeError: A field that JSON cannot hold.
+        ValueError: A field is out of range.
+        TypeError: A field is not JSON-serialisable.
     """
 
     backbone: str = "resnet18"
@@ -56,7 +55,7 @@ class RISConfig:
     image_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, kind, what in (
+        for name, kind, expected in (
             ("backbone", str, "a string"),
             ("text_model", str, "a string"),
             ("tokenizer", str | None, "a string or None"),
@@ -65,7 +64,7 @@ class RISConfig:
             ("coordinates", bool, "true or false"),
         ):
             if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
         self.out_indices = _whole_numbers("out_indices", self.out_indices)
         if not isinstance(self.fusion_heads, int) or isinstance(self.fusion_heads, bool):
             self.fusion_heads = _whole_numbers("fusion_heads", self.fusion_heads)
@@ -77,19 +76,19 @@ class RISConfig:
                 f"(out_indices={self.out_indices}); give one number or one per stage"
             )
         for name in ("decoder_width", "image_size", "max_words"):
-            if not _positive(getattr(self, name)):
+            if not _is_positive(getattr(self, name)):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        if self.decoder_hidden is not None and not _positive(self.decoder_hidden):
+        if self.decoder_hidden is not None and not _is_positive(self.decoder_hidden):
             raise ValueError(
                 f"decoder_hidden must be None or a whole number of at least 1, got {self.decoder_hidden!r}"
             )
         if min(self.heads) < 1:
             raise ValueError(f"fusion_heads must be at least 1, got {self.fusion_heads}")
         if (self.image_mean is None) != (self.image_std is None):
-            raise ValueError("image_mean and image_std belong together: give both, or neither")
+            raise ValueError("image_mean and image_std belong together: give both or neither")
         if self.image_mean is not None and self.image_std is not None:
-            self.image_mean = _colours("image_mean", self.image_mean)
-            self.image_std = _colours("image_std", self.image_std, positive=True)
+            self.image_mean = _channel_values("image_mean", self.image_mean)
+            self.image_std = _channel_values("image_std", self.image_std, positive=True)
         try:
             json.dumps(asdict(self))
         except TypeError as error:
@@ -97,34 +96,33 @@ class RISConfig:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Fusion heads, one number per stage."""
+        """Return the fusion heads, one number per stage."""
         return (self.fusion_heads,) * len(self.out_indices) if isinstance(self.fusion_heads, int) else self.fusion_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a new dict of JSON values."""
+        """Return the fields as a new dict of JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RISConfig:
-        """The inverse of :meth:`to_dict`; an unknown field is an error that offers close matches.
+        """Build a configuration from :meth:`to_dict`'s values.
 
         Raises:
-            ValueError: An unknown field, or a field out of range.
+            ValueError: A field is unknown or out of range.
         """
         known = [f.name for f in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
-            close = difflib.get_close_matches(unknown[0], known, n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else f"known fields: {', '.join(known)}"
-            raise ValueError(f"RISConfig has no field {', '.join(map(repr, unknown))}; {hint}")
+            hint = suggestion(unknown[0], known, limit=len(known))
+            raise ValueError(f"RISConfig has no field {', '.join(map(repr, unknown))}.{hint}")
         return cls(**values)
 
 
-def _positive(value: object) -> bool:
+def _is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _colours(name: str, value: Any, positive: bool = False) -> tuple[float, ...]:
+def _channel_values(name: str, value: Any, positive: bool = False) -> tuple[float, ...]:
     real = isinstance(value, list | tuple) and all(
         isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value
     )

@@ -1,4 +1,4 @@
-"""From the fused stage maps down to a mask."""
+"""Decode the fused stage maps to a mask."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class TopDownDecoder(nn.Module):
     """A light top-down decoder: 1×1 lateral, upsample, add, 3×3 convolution, batch norm and ReLU at every stage.
 
     Args:
-        channels: Widths of the stage maps, finest first.
-        width: Width of the last map.
-        hidden: Width of the maps before it.
+        channels: Channels of the stage maps, finest first.
+        width: Channels of the last map.
+        hidden: Channels of the intermediate maps.
     """
 
     def __init__(self, channels: Sequence[int], width: int, hidden: int) -> None:
@@ -27,7 +27,7 @@ class TopDownDecoder(nn.Module):
         self.classifier = nn.Conv2d(width, 2, 1)
 
     def forward(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The last map (B, width, h, w) and the two-class map (B, 2, h, w), h and w being the finest stage's."""
+        """Return the last feature map (B, width, h, w) and the logits (B, 2, h, w), at the finest stage's size."""
         y: Tensor | None = None
         for x, lateral, smooth in reversed(list(zip(stages, self.lateral, self.smooth, strict=True))):
             x = lateral(x)

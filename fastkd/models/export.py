@@ -1,4 +1,4 @@
-"""A trained student as ONNX, checked against itself before anything is left on disk."""
+"""Export a student to ONNX and compare it with torch before writing."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._atomic import replace_files
 from fastkd._wrappers import bare, unwrap
-from fastkd.models.inputs import check_vocabulary, word_limit
+from fastkd.models.inputs import check_vocabulary, placement, word_limit
 from fastkd.models.ris import RISModel
 
 if TYPE_CHECKING:
     from fastkd.data import Tokenizer
 
 TOLERANCE = 1e-4
-"""Largest difference from torch that is let through, as a share of the largest logit."""
+"""Largest accepted difference from torch, relative to the largest logit."""
 
 INPUTS = ("image", "input_ids", "word_mask")
 OUTPUT = "logits"
-_CONSTANT = re.compile(r"\.(lifted_tensor|_tensor_constant)_?\d+$")  # how torch calls tensors made in a forward
-_LARGEST = 2**31 - 2**24  # bytes: protobuf's limit of one file, less room for the graph
+_CONSTANT = re.compile(r"\.(lifted_tensor|_tensor_constant)_?\d+$")  # torch's names for tensors created in forward
+_LARGEST = 2**31 - 2**24  # bytes: protobuf's limit per file, minus space for the graph
 
 
 @dataclass
 class Exported:
-    """What :func:`export_onnx` wrote.
+    """Files written by :func:`export_onnx` and their properties.
 
     Attributes:
-        onnx: the network.
-        metadata: the JSON beside it.
-        vocabulary: the tokenizer's pieces, one a line, by id; None where no tokenizer was given.
-        parameters: parameters in the file, which are those of an undistilled student of that configuration.
-        differences: batch size to the largest difference from torch, as a share of the largest logit.
+        onnx: The network.
+        metadata: The JSON file next to it.
+        vocabulary: The tokenizer's pieces, one per line, by id; None without a tokenizer.
+        parameters: Number of parameters in the file, equal to that of an undistilled student of the configuration.
+        differences: Batch size to the largest difference from torch, relative to the largest logit.
     """
 
     onnx: Path
@@ -62,39 +63,37 @@ def export_onnx(
     batch_sizes: Sequence[int] = (1, 3),
     seed: int = 0,
 ) -> Exported:
-    """Write the student as ONNX with a fixed image size and a free batch size, and what is needed to call it.
+    """Export the student to ONNX with a fixed image size and a dynamic batch size.
 
-    The file is run by onnxruntime on random images and sentences and compared with torch at every batch size. All files
-    appear together after that, or none does. Every parameter is an initialiser under torch's own name, in fp32;
-    runtimes fold what they like when they load it.
+    The file is run by onnxruntime on random images and sentences and compared with torch at every batch size. Then the
+    network, its metadata and its vocabulary are written together. Every parameter is an fp32 initialiser under torch's
+    name; constant folding is left to the runtime.
 
-    Inputs: ``image`` (B, 3, H, W) float32, normalised as the JSON says; ``input_ids`` (B, T) int64; ``word_mask``
+    Inputs: ``image`` (B, 3, H, W) float32, normalised as the JSON states; ``input_ids`` (B, T) int64; ``word_mask``
     (B, T) bool. Output: ``logits`` (B, 2, H, W), channel 1 the referred object. T is the configuration's ``max_words``.
 
     Args:
-        model: the student; ``torch.compile`` and other wrappers around it or its parts are looked through.
-        path: the file to write; ``.json`` and ``.vocab.txt`` of the same name come beside it.
-        size: (height, width); the configuration's ``image_size`` squared where left out.
-        tokenizer: the model's own; recorded, and its vocabulary written.
-        tolerance: largest difference allowed between onnxruntime's and torch's logits, as a share of the largest logit.
-        batch_sizes: the batch sizes compared; at least two, or a batch size frozen by mistake would go unseen.
-        seed: of the random images and sentences.
+        model: The student; ``torch.compile`` and other wrappers around it or its parts are removed.
+        path: The file to write; ``.json`` and ``.vocab.txt`` with the same stem are written next to it.
+        size: (height, width); default: the configuration's ``image_size`` for both.
+        tokenizer: The model's own; stored in the metadata, with its vocabulary.
+        tolerance: Largest accepted difference between onnxruntime's and torch's logits, relative to the largest logit.
+        batch_sizes: The batch sizes to compare; at least two, to detect a batch size frozen by mistake.
+        seed: Seed of the random images and sentences.
 
     Raises:
-        ValueError: a name that does not end in .onnx or whose .json is another's (a model's config.json), a size the
-            backbone does not take, a tolerance that is not positive, a model too large for one file, not in fp32, or
-            with parameters its configuration does not have.
-        TypeError: something else than a RISModel.
+        ValueError: The name does not end in .onnx, its .json belongs to something else (a model's config.json), the
+            backbone does not support the size, the tolerance is not positive, or the model is too large for one file,
+            not in fp32, or has parameters that its configuration does not have.
+        TypeError: The model is not a RISModel.
         ArithmeticError: onnxruntime and torch differ by more than the tolerance.
-        RuntimeError: torch cannot trace this model, or parameters were lost on the way.
+        RuntimeError: torch cannot trace the model, or parameters were lost.
         ImportError: onnx, onnxruntime or onnxscript is missing.
     """
     student = unwrap(model) if isinstance(model, nn.Module) else model
     if not isinstance(student, RISModel):
-        raise TypeError(
-            f"export takes a RISModel, got {type(student).__name__}: a Distiller's student is distiller.student"
-        )
-    with bare(student):  # the tracer and the names of the parameters know no wrappers
+        raise TypeError(f"export takes a RISModel, got {type(student).__name__}: pass distiller.student of a Distiller")
+    with bare(student):  # wrappers would change the traced graph and parameter names
         return _export(student, path, size, tokenizer, tolerance, batch_sizes, seed)
 
 
@@ -114,81 +113,89 @@ def _export(
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0, got {tolerance!r}")
     if len(set(batch_sizes)) < 2 or min(batch_sizes) < 1:
-        raise ValueError(f"batch_sizes must be at least two different ones, got {tuple(batch_sizes)}")
+        raise ValueError(f"batch_sizes must hold at least two different sizes, got {tuple(batch_sizes)}")
     height, width = size if size is not None else (model.config.image_size,) * 2
     if min(height, width) < 1:
         raise ValueError(f"size must be (height, width) of at least 1, got {(height, width)}")
-    _need("onnx", "onnxscript", "onnxruntime")
+    _require("onnx", "onnxscript", "onnxruntime")
     expected, held = undistilled_parameters(model), model.parameter_count()["total"]
     if held != expected:
         raise ValueError(
-            f"the model holds {held} parameters, a student of its configuration has {expected}: something was added to "
+            f"the model has {held} parameters, a student of its configuration has {expected}: modules were added to "
             "it. Aligners belong to the Distiller, which keeps them out of the student"
         )
     weights = 4 * sum(v.numel() for v in model.state_dict().values())
     if weights > _LARGEST:
         raise ValueError(
-            f"the model has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2: export a smaller one"
+            f"the model has {weights / 2**30:.1f} GiB of weights, an ONNX file holds at most 2: export a smaller model"
         )
 
     check_vocabulary(model, tokenizer)
-    network = _Network(model)
-    was_training, was_on = model.training, model.decoder.classifier.weight.device
+    network = _LogitsOnly(model)
+    was_training, (device, _) = model.training, placement(model)
     dtypes = {p.dtype for p in model.parameters()}
     if dtypes != {torch.float32}:
         raise ValueError(f"the model's parameters are {', '.join(map(str, dtypes))}: call model.float() first")
+    metadata = path.with_suffix(".json")
+    vocabulary = None if tokenizer is None else path.with_suffix(".vocab.txt")
     model.to("cpu").eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.onnx")
     try:
-        example = _example(model, 2, height, width, seed)
-        with torch.no_grad():
-            model(*example)  # a size that does not fit is told in the model's words, not in the tracer's
-        _trace(network, example).save(str(temporary), external_data=False)
-        parameters = _count(temporary, model)
-        if parameters != expected:
-            raise RuntimeError(
-                f"{parameters} parameters reached the file, a student of this configuration has {expected}; nothing "
-                "was written"
-            )
-        differences = _compare(temporary, model, height, width, batch_sizes, seed)
-        worst = max(differences.values())
-        if not worst <= tolerance:  # NaN fails too
-            raise ArithmeticError(
-                f"onnxruntime and torch differ by {worst:.2e} of the largest logit, more than tolerance={tolerance:g} "
-                f"(by batch size: {', '.join(f'{b}: {d:.2e}' for b, d in differences.items())}); nothing was written"
-            )
-        vocabulary = path.with_suffix(".vocab.txt").name
-        facts = _facts(model, temporary, height, width, parameters, differences, tolerance, tokenizer, vocabulary)
-        return _publish(path, temporary, facts, tokenizer, parameters, differences)
+        with replace_files(path, metadata, *filter(None, [vocabulary])) as partials:
+            example = _example(model, 2, height, width, seed)
+            with torch.no_grad():
+                model(*example)  # report an unsupported size with the model's error, not the tracer's
+            _trace(network, example).save(str(partials[0]), external_data=False)
+            parameters = _count(partials[0], model)
+            if parameters != expected:
+                raise RuntimeError(
+                    f"the file has {parameters} parameters, a student of this configuration has {expected}; nothing "
+                    "was written"
+                )
+            differences = _compare(partials[0], model, height, width, batch_sizes, seed)
+            _check_differences(differences, tolerance)
+            facts = _facts(model, partials[0], height, width, parameters, differences, tolerance, tokenizer, vocabulary)
+            partials[1].write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                partials[2].write_text("".join(f"{piece}\n" for piece in tokenizer.pieces()), encoding="utf-8")
     finally:
-        temporary.unlink(missing_ok=True)
-        model.to(was_on).train(was_training)
+        model.to(device).train(was_training)
+    return Exported(path, metadata, vocabulary, parameters, differences)
+
+
+def _check_differences(differences: dict[int, float], tolerance: float) -> None:
+    worst = max(differences.values())
+    if not worst <= tolerance:  # NaN fails too
+        raise ArithmeticError(
+            f"onnxruntime and torch differ by {worst:.2e} of the largest logit, more than tolerance={tolerance:g} "
+            f"(by batch size: {', '.join(f'{b}: {d:.2e}' for b, d in differences.items())}); nothing was written"
+        )
 
 
 def _check_targets(path: Path) -> None:
-    """Refuse to take the place of a folder, or of a .json that no export wrote."""
+    """Refuse to replace a folder, or a .json that was not written by an export."""
     metadata = path.with_suffix(".json")
     for target in (path, metadata, path.with_suffix(".vocab.txt")):
         if target.is_dir():
-            raise IsADirectoryError(f"path: {target} is a folder: give another name")
+            raise IsADirectoryError(f"path: {target} is a folder: choose another name")
     if not metadata.exists():
         return
     try:
-        earlier = str(json.loads(metadata.read_text(encoding="utf-8"))["format"]).startswith("fastkd.onnx/")
+        is_export = str(json.loads(metadata.read_text(encoding="utf-8"))["format"]).startswith("fastkd.onnx/")
     except (ValueError, KeyError, TypeError):
-        earlier = False
-    if not earlier:
-        raise ValueError(f"path: {path.name} would replace {metadata}, which no export wrote: give another name")
+        is_export = False
+    if not is_export:
+        raise ValueError(
+            f"path: {path.name} would replace {metadata}, which was not written by an export: choose another name"
+        )
 
 
 def undistilled_parameters(model: RISModel) -> int:
-    """Parameters of a student that is built from the configuration alone."""
+    """Return the number of parameters of a student built from the configuration."""
     with torch.device("meta"):
         return RISModel(model.config).parameter_count()["total"]
 
 
-class _Network(nn.Module):
+class _LogitsOnly(nn.Module):
     def __init__(self, model: RISModel) -> None:
         super().__init__()
         self.model = model
@@ -197,7 +204,7 @@ class _Network(nn.Module):
         return self.model(image, input_ids, word_mask).logits
 
 
-def _need(*packages: str) -> None:
+def _require(*packages: str) -> None:
     for name in packages:
         try:
             importlib.import_module(name)
@@ -206,7 +213,7 @@ def _need(*packages: str) -> None:
 
 
 def _example(model: RISModel, batch: int, height: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random images and sentences of all lengths, the last one whole."""
+    """Return random images and sentences of random lengths, the last one of full length."""
     generator = torch.Generator().manual_seed(seed + batch)
     words, vocabulary = word_limit(model), model.text_encoder.vocab_size
     image = torch.randn(batch, 3, height, width, generator=generator)
@@ -217,11 +224,11 @@ def _example(model: RISModel, batch: int, height: int, width: int, seed: int) ->
     return image, ids.masked_fill(~mask, model.text_encoder.pad_id), mask
 
 
-def _trace(network: _Network, example: tuple[Tensor, ...]) -> Any:
+def _trace(network: _LogitsOnly, example: tuple[Tensor, ...]) -> Any:
     batch = torch.export.Dim("batch")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on how torch traces; the comparison decides
+            warnings.simplefilter("ignore")  # tracer warnings; the comparison below decides
             return torch.onnx.export(
                 network.eval(),
                 example,
@@ -229,16 +236,16 @@ def _trace(network: _Network, example: tuple[Tensor, ...]) -> Any:
                 input_names=list(INPUTS),
                 output_names=[OUTPUT],
                 dynamic_shapes={name: {0: batch} for name in INPUTS},
-                optimize=False,  # it would fold and rename parameters, which then could not be counted
+                optimize=False,  # optimization folds and renames parameters, so that they could not be counted
                 verbose=False,
             )
-    except Exception as error:  # the tracer raises many kinds, with pages of text
+    except Exception as error:  # the tracer raises many types, with long texts
         lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
         raise RuntimeError(f"torch cannot trace this model: {lines[0] if lines else type(error).__name__}") from error
 
 
 def _count(path: Path, model: RISModel) -> int:
-    """Parameters in the file: initialisers under the model's name, but for its buffers and numbers in its code."""
+    """Count the parameters in the file: the model's initialisers except buffers and constants of its code."""
     import onnx
 
     buffers = {f"model.{name}" for name, _ in model.named_buffers()}
@@ -254,8 +261,8 @@ def _compare(
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # notes on what it does not fold are no news
-    # As bytes: onnxruntime takes no path that the locale could not decode.
+    options.log_severity_level = 3  # hide notes about constant folding
+    # As bytes: onnxruntime cannot open a path that is not decodable in the locale.
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     differences = {}
     for batch in batch_sizes:
@@ -266,7 +273,7 @@ def _compare(
         got = torch.from_numpy(session.run([OUTPUT], feed)[0])
         if got.shape != expected.shape:
             raise ArithmeticError(
-                f"onnxruntime gives {tuple(got.shape)}, torch {tuple(expected.shape)}; nothing was written"
+                f"onnxruntime returns {tuple(got.shape)}, torch {tuple(expected.shape)}; nothing was written"
             )
         differences[batch] = float((got - expected).abs().max() / expected.abs().max())
     return differences
@@ -281,28 +288,28 @@ def _facts(
     differences: dict[int, float],
     tolerance: float,
     tokenizer: Tokenizer | None,
-    vocabulary: str,
+    vocabulary: Path | None,
 ) -> dict[str, Any]:
     import fastkd
 
     words = word_limit(model)
     name = model.config.tokenizer if tokenizer is None else tokenizer.name
-    if tokenizer is not None and name != "shapes":
-        name = vocabulary  # which is written next to the network; a path of this machine helps nobody
+    if vocabulary is not None and name != "shapes":
+        name = vocabulary.name  # written next to the network; a local path would be useless elsewhere
     return {
-        "format": "fastkd.onnx/1",  # _check_targets knows an earlier export by it
+        "format": "fastkd.onnx/1",  # read by _check_targets
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
         "sha256": hashlib.sha256(onnx_file.read_bytes()).hexdigest(),
         "inputs": {
             "image": {"shape": ["batch", 3, height, width], "dtype": "float32"},
             "input_ids": {"shape": ["batch", words], "dtype": "int64"},
-            "word_mask": {"shape": ["batch", words], "dtype": "bool", "meaning": "true where a word is"},
+            "word_mask": {"shape": ["batch", words], "dtype": "bool", "meaning": "true at words"},
         },
         "outputs": {OUTPUT: {"shape": ["batch", 2, height, width], "dtype": "float32", "object": 1}},
         "image": {
             "channels": "RGB",
-            "resize": "bilinear, to height x width whatever the aspect",
+            "resize": "bilinear, to height x width, ignoring the aspect ratio",
             "scale": 1 / 255,
             "mean": list(model.config.image_mean or ()),
             "std": list(model.config.image_std or ()),
@@ -317,36 +324,9 @@ def _facts(
         },
         "parameters": parameters,
         "difference_from_torch": {
-            "measure": "largest difference of the logits over the largest logit",
+            "measure": "largest absolute difference of the logits / largest absolute logit",
             "by_batch_size": {str(batch): value for batch, value in differences.items()},
             "tolerance": tolerance,
         },
         "config": {**model.config.to_dict(), "tokenizer": name},
     }
-
-
-def _publish(
-    path: Path,
-    temporary: Path,
-    facts: dict[str, Any],
-    tokenizer: Tokenizer | None,
-    parameters: int,
-    differences: dict[int, float],
-) -> Exported:
-    """Everything is written in full under other names before the first rename."""
-    metadata, vocabulary = path.with_suffix(".json"), None
-    contents = {metadata: json.dumps(facts, indent=2) + "\n"}
-    if tokenizer is not None:
-        vocabulary = path.with_suffix(".vocab.txt")
-        contents[vocabulary] = "".join(f"{piece}\n" for piece in tokenizer.pieces())
-    moves = [(temporary, path)]
-    try:
-        for target, text in contents.items():
-            moves.append((target.with_name(f".{target.name}.{os.getpid()}.tmp"), target))
-            moves[-1][0].write_text(text, encoding="utf-8")
-        for source, target in moves:
-            source.replace(target)
-    finally:
-        for source, _ in moves:
-            source.unlink(missing_ok=True)
-    return Exported(path, metadata, vocabulary, parameters, differences)

@@ -1,4 +1,4 @@
-"""Pixel–word fusion: each pixel reads the words it needs, and the result goes on into the vision encoder.
+"""Pixel–word fusion: pixels attend to words, and the result is fed back into the vision encoder.
 
 After Yang et al., "LAVT: Language-Aware Vision Transformer for Referring Image Segmentation", CVPR 2022,
 arXiv 2112.02244.
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 
 def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Each channel of (B, N, C) normalised over the N pixels, without parameters; one pixel alone is left as it is.
+    """Normalise each channel of (B, N, C) over the N pixels, without parameters.
 
-    A single pixel has no spread to divide by: normalising it would erase it, so it passes unchanged.
+    A single pixel (N = 1) has zero variance and would become 0, so it is returned unchanged.
     """
     if x.shape[1] == 1:
         return x
@@ -24,7 +24,7 @@ def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def pixel_coordinates(height: int, width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(H·W, 8): left, top, centre x, centre y, right, bottom of each cell in [-1, 1], then 1/W and 1/H."""
+    """Return (H·W, 8): left, top, centre x, centre y, right, bottom of each cell in [-1, 1], then 1/W and 1/H."""
     left = torch.arange(width, device=device, dtype=dtype) * (2 / width) - 1
     top = torch.arange(height, device=device, dtype=dtype) * (2 / height) - 1
     y, x = torch.meshgrid(top, left, indexing="ij")
@@ -34,17 +34,17 @@ def pixel_coordinates(height: int, width: int, *, device: torch.device, dtype: t
 
 
 class PixelWordAttention(nn.Module):
-    """Every pixel attends to the valid words: logits = q·k / √C per head, softmax over words.
+    """Attention from pixels to valid words: logits = q·k / √C per head, softmax over words.
 
     q = InstanceNorm(f_query(x)), k = f_key(words), v = f_value(words), out = LayerNorm(W(softmax(q·kᵀ/√C) v)).
-    C counts the key channels of all heads, as LAVT does. LAVT ends in an InstanceNorm over the pixels instead: where
-    all pixels read nearly the same, that takes away what they share (the sentence) and magnifies rounding, up to 1/√eps
-    a stage, which made training from scratch diverge.
+    C is the key width of all heads together, as in LAVT. LAVT ends in an InstanceNorm over the pixels instead: when
+    all pixels attend alike, it removes their common value (the sentence) and amplifies rounding errors by up to 1/√eps
+    per stage, which made training from scratch diverge.
 
     Args:
-        channels: C, the width of the pixels.
-        word_channels: D, the width of the words.
-        heads: Divides C.
+        channels: C, the pixels' channels.
+        word_channels: D, the width of a word vector.
+        heads: Must divide C.
     """
 
     def __init__(self, channels: int, word_channels: int, heads: int = 1) -> None:
@@ -53,44 +53,50 @@ class PixelWordAttention(nn.Module):
             raise ValueError(f"fusion_heads={heads} does not divide the stage's {channels} channels")
         self.heads = heads
         self.f_query = nn.Linear(channels, channels)
-        # No bias: it would add the same number to a pixel's logits of all words, which the softmax cancels.
+        # No bias: it would shift a pixel's logits of all words equally, which the softmax cancels.
         self.f_key = nn.Linear(word_channels, channels, bias=False)
         self.f_value = nn.Linear(word_channels, channels)
         self.W = nn.Linear(channels, channels)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, pixels: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What each pixel read, (B, N, C), and the logits (B, heads, N, T) before masking."""
-        query = self._split(instance_norm(self.f_query(pixels)))
-        key, value = self._split(self.f_key(words)), self._split(self.f_value(words))
-        logits = (query * pixels.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        # The least finite number, not -inf: on a GPU a sentence without a valid word isn't refused, but gives no NaN.
-        masked = logits.masked_fill(~word_mask[:, None, None], torch.finfo(logits.dtype).min)
-        read = masked.softmax(dim=-1).to(value.dtype) @ value
-        read = read.transpose(1, 2).flatten(2)
-        return self.norm(self.W(read)), logits
+        """Return the attention output (B, N, C) and the logits (B, heads, N, T) before masking.
 
-    def _split(self, x: Tensor) -> Tensor:
+        Args:
+            pixels: (B, N, C).
+            words: (B, T, D).
+            word_mask: (B, T) bool.
+        """
+        query = self._split_heads(instance_norm(self.f_query(pixels)))  # (B, heads, N, C/heads)
+        key, value = self._split_heads(self.f_key(words)), self._split_heads(self.f_value(words))
+        logits = (query * pixels.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, heads, N, T)
+        # The most negative finite number, not -inf: GPU inputs are not checked, and a sentence without a valid word
+        # must not produce NaN.
+        masked = logits.masked_fill(~word_mask[:, None, None], torch.finfo(logits.dtype).min)
+        out = masked.softmax(dim=-1).to(value.dtype) @ value
+        return self.norm(self.W(out.transpose(1, 2).flatten(2))), logits
+
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Fusion(nn.Module):
-    """Fuses the words into one stage: a map for the decoder, one for the next stage, and the attention's logits.
+    """Fuse the words into one stage.
 
-    read = attention(x, words) + sentence(mean of the valid words);
-    out = LayerNorm(GELU(project_mm(GELU(vis_project(x)) ⊙ read)));
+    lang = attention(x, words) + sentence(mean of the valid words);
+    out = LayerNorm(GELU(project_mm(GELU(vis_project(x)) ⊙ lang)));
     next = x + tanh(gate(out)) ⊙ out, with gate = Linear, ReLU, Linear.
 
-    Two things differ from LAVT, whose encoders come pretrained; both are for training from scratch. LAVT gates the map
-    before its LayerNorm, which keeps the words' part small at first. And it has no sentence branch: without it, words
-    of place were not grounded after 4500 steps.
+    Two changes from LAVT, whose encoders are pretrained, allow training from scratch. LAVT gates the map before its
+    LayerNorm, which keeps the words' contribution small at first. It also has no sentence branch; without one, spatial
+    words were not grounded after 4500 steps.
 
     Args:
-        channels: C of the stage.
-        word_channels: D of the words.
+        channels: C, the stage's channels.
+        word_channels: D, the width of a word vector.
         heads: Heads of the attention.
-        coordinates: Adds a linear map of eight pixel coordinates to x before the attention and the visual branch.
-        feed_next: Whether there is a next stage; without one there is no gate.
+        coordinates: Add a linear map of eight pixel coordinates to x before the attention and the visual branch.
+        feed_next: False for the last stage, which has no gate.
     """
 
     def __init__(
@@ -112,18 +118,24 @@ class Fusion(nn.Module):
         )
 
     def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From a map (B, C, H, W) and words (B, T, D): (out, next) of the map's shape and logits (B, heads, H·W, T)."""
+        """Return (out, next), both (B, C, H, W), and the attention logits (B, heads, H·W, T).
+
+        Args:
+            x: (B, C, H, W).
+            words: (B, T, D).
+            word_mask: (B, T) bool.
+        """
         height, width = x.shape[-2:]
-        pixels = x.flatten(2).transpose(1, 2)
-        placed = pixels
+        pixels = x.flatten(2).transpose(1, 2)  # (B, H·W, C)
+        located = pixels
         if self.coordinates is not None:
-            placed = pixels + self.coordinates(pixel_coordinates(height, width, device=x.device, dtype=x.dtype))
-        read, logits = self.attention(placed, words, word_mask)
-        valid = word_mask.unsqueeze(-1).to(words.dtype)
-        read = read + self.sentence((words * valid).sum(1) / valid.sum(1).clamp(min=1)).unsqueeze(1)
-        fused = self.norm(F.gelu(self.project_mm(F.gelu(self.vis_project(placed)) * read)))
-        onward = pixels if self.gate is None else pixels + self.gate(fused).tanh() * fused
-        return _to_map(fused, height, width), _to_map(onward, height, width), logits
+            located = pixels + self.coordinates(pixel_coordinates(height, width, device=x.device, dtype=x.dtype))
+        lang, logits = self.attention(located, words, word_mask)
+        valid = word_mask.unsqueeze(-1).to(words.dtype)  # (B, T, 1)
+        lang = lang + self.sentence((words * valid).sum(1) / valid.sum(1).clamp(min=1)).unsqueeze(1)
+        fused = self.norm(F.gelu(self.project_mm(F.gelu(self.vis_project(located)) * lang)))
+        following = pixels if self.gate is None else pixels + self.gate(fused).tanh() * fused
+        return _to_map(fused, height, width), _to_map(following, height, width), logits
 
 
 def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:

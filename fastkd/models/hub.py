@@ -1,4 +1,4 @@
-"""Turn the many exceptions of the hub and the network into one reason."""
+"""Reduce the many exceptions of the hub and the network to one reason."""
 
 from __future__ import annotations
 
@@ -6,60 +6,66 @@ import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
-_CLIENTS = ("httpx", "requests.", "urllib3.")  # httpx or httpx2, by the version of huggingface_hub
-_OFFLINE = "HF_HUB_OFFLINE is set and the cache does not hold it: unset it where there is a network"
+_HTTP_CLIENTS = ("httpx", "requests.", "urllib3.")  # httpx or httpx2, depending on huggingface_hub's version
+_OFFLINE = "HF_HUB_OFFLINE is set and it is not cached: unset it if a network is available"
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a text reads as "owner/name" and not as a path of this machine."""
+    """Return whether a text is "owner/name" rather than a local path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()
 
 
-def reason(error: BaseException) -> str | None:
-    """Return why something was not fetched and what to do, or None for an error that is not about fetching."""
+def fetch_failure(error: BaseException) -> str | None:
+    """Return why a download failed and how to fix it; None if the error is not about downloading."""
     from huggingface_hub import constants, errors
 
-    chain = list(_chain(error))
+    chain = list(_causes(error))
     known: tuple[tuple[type[BaseException], str], ...] = (
         (errors.GatedRepoError, "its licence must be accepted on the hub first, and a token given (hf auth login)"),
         (
             errors.RepositoryNotFoundError,
-            "the hub has no such name, or it is private and wants a token (hf auth login)",
+            "the hub has no such name, or it is private and needs a token (hf auth login)",
         ),
         (errors.RevisionNotFoundError, "it has no such revision"),
-        (errors.RemoteEntryNotFoundError, "it lacks a file that is needed"),
-        (errors.HFValidationError, "the hub cannot have such a name"),
+        (errors.RemoteEntryNotFoundError, "it lacks a required file"),
+        (errors.HFValidationError, "it is not a valid hub name"),
     )
     for kind, text in known:
         if any(isinstance(one, kind) for one in chain):
             return text
-    unreached = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, urllib.error.URLError)
-    network = (*unreached, ConnectionError, TimeoutError)
-    if any(isinstance(one, network) or type(one).__module__.startswith(_CLIENTS) for one in chain):
+    unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, urllib.error.URLError)
+    network = (*unreachable, ConnectionError, TimeoutError)
+    if any(isinstance(one, network) or type(one).__module__.startswith(_HTTP_CLIENTS) for one in chain):
         if constants.HF_HUB_OFFLINE:
             return _OFFLINE
-        return "the network does not reach the hub and the cache does not hold it"
+        return "the hub is unreachable and it is not cached"
     if any(isinstance(one, errors.HfHubHTTPError) for one in chain):
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 
 
-def not_fetched(name: str, error: BaseException, *, causes_kept: bool = True) -> ValueError:
-    """Return one error for a name that could not be fetched; ``causes_kept``: by whoever raised ``error``."""
+def fetch_error(name: str, error: BaseException, *, causes_kept: bool = True) -> ValueError:
+    """Return one error for a name that could not be fetched.
+
+    Args:
+        name: The hub name.
+        error: The library's exception.
+        causes_kept: False if the library discards the exception's causes, so that the reason has to be guessed.
+    """
     from huggingface_hub import constants
 
-    why = reason(error)
-    if why is None and not causes_kept and constants.HF_HUB_OFFLINE:
-        why = _OFFLINE
-    why = why or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    reason = fetch_failure(error)
+    if reason is None and not causes_kept and constants.HF_HUB_OFFLINE:
+        reason = _OFFLINE
+    reason = reason or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return ValueError(
-        f"{name!r} is not a folder here, and could not be fetched from the hub ({why}): give the path of a folder, or "
-        "look at the name, the network and the licence that may have to be accepted"
+        f"{name!r} is not a local folder and could not be fetched from the hub ({reason}): pass the path of a folder, "
+        "or check the name, the network and whether a licence must be accepted"
     )
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Give an error and what caused it."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its cause, the cause's cause, ..."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,16 +1,16 @@
-"""Ready-made configurations, from networks that train in minutes on a laptop to full-size ones."""
+"""Preset configurations, from networks that train in minutes on a laptop to full-size ones."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from fastkd._messages import suggestion
 from fastkd.models.config import RISConfig
 
 SHAPES_VOCABULARY = 160
-"""Rows of the shapes presets' word table: room for the procedural set's word pieces."""
+"""Word embeddings of the shapes presets, enough for the procedural set's word pieces."""
 
 
 def _bert(width: int, layers: int, heads: int, *, vocab_size: int = 30522, positions: int = 512, mlp: int = 4) -> dict:
@@ -25,7 +25,7 @@ def _bert(width: int, layers: int, heads: int, *, vocab_size: int = 30522, posit
 
 
 def _shapes(widths: list[int], depths: list[int], text: dict, decoder_hidden: int) -> RISConfig:
-    # 64 px scenes: strides 2, 4, 8, 16. Plain 3×3 residual blocks, because depthwise convolutions are slow on a CPU.
+    # For 64 px scenes: strides 2, 4, 8, 16; plain 3×3 residual blocks because depthwise convolutions are slow on CPUs.
     blocks = [
         {"type": "basic", "d": d, "c": c, "s": 1 if i == 0 else 2, "gs": 0, "br": 1.0}
         for i, (c, d) in enumerate(zip(widths, depths, strict=True))
@@ -35,7 +35,7 @@ def _shapes(widths: list[int], depths: list[int], text: dict, decoder_hidden: in
         backbone_args={"blocks": blocks, "stem_chs": widths[0], "stem_type": "3x3", "num_features": 0},
         out_indices=(0, 1, 2, 3),
         text={**text, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        # Those of the shipped teacher; a student compares its pixel-word logits with it head by head.
+        # As in the shipped teacher: pixel–word logits of teacher and student are compared head by head.
         fusion_heads=(2, 4, 4, 4),
         decoder_width=64,
         decoder_hidden=decoder_hidden,
@@ -95,14 +95,13 @@ def _student(backbone: str, out_indices: tuple[int, ...], text: dict, decoder_wi
     )
 
 
-# The text towers have the shapes of BERT's published miniatures (layers and width) and of MiniLM-L6, so that those
-# weights fit them. Stages of stride 4 to 32.
+# The text encoders have the sizes of the published small BERTs and of MiniLM-L6, so their weights load. Strides: 4–32.
 def _student_5m() -> RISConfig:
     return _student("efficientvit_b0", (0, 1, 2, 3), _bert(128, 2, 2), 48)
 
 
 def _student_5m_mobilenet() -> RISConfig:
-    # Half the width: at full width the last stage's 960 channels make the fusion larger than both towers' layers.
+    # Half width: at full width, the last stage's 960 channels make the fusion larger than both encoders.
     return _student("mobilenetv4_conv_small_050", (1, 2, 3, 4), _bert(128, 2, 2), 48)
 
 
@@ -156,22 +155,20 @@ _PRESETS: dict[str, tuple[str, Callable[[], RISConfig]]] = {
 
 
 def preset(name: str) -> RISConfig:
-    """A fresh configuration by name.
+    """Return a new configuration by name.
 
     Raises:
-        ValueError: No such preset; close matches are offered.
+        ValueError: There is no such preset.
 
     Example::
 
         RISModel(preset("shapes-student"))
     """
     if name not in _PRESETS:
-        close = difflib.get_close_matches(name, _PRESETS, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(_PRESETS)}"
-        raise ValueError(f"no preset {name!r}; {hint}")
+        raise ValueError(f"no preset {name!r}.{suggestion(name, _PRESETS, limit=len(_PRESETS))}")
     return _PRESETS[name][1]()
 
 
 def list_presets() -> dict[str, str]:
-    """Every preset's name and what it is for."""
+    """Return the presets' names and descriptions."""
     return {name: about for name, (about, _) in _PRESETS.items()}

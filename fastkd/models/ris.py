@@ -1,4 +1,4 @@
-"""The model for referring image segmentation: image and sentence in, mask and every tap for distillation out."""
+"""Referring image segmentation model: predict a mask from an image and a sentence."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from fastkd._atomic import replace_files
 from fastkd._wrappers import bare
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.tokenizer import FILES as TOKENIZER_FILES
@@ -23,7 +24,7 @@ from fastkd.models.backbone import StagedBackbone
 from fastkd.models.config import RISConfig
 from fastkd.models.decoder import TopDownDecoder
 from fastkd.models.fusion import Fusion
-from fastkd.models.inputs import WordLimits, check_inputs
+from fastkd.models.inputs import WordLimits, check_inputs, placement
 from fastkd.models.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -32,16 +33,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class RISOutput:
-    """What a model returns; all of it can be distilled.
+    """Output of a model; every field can be distilled.
 
     Attributes:
         logits: (B, 2, H, W) at the image's size; channel 1 is the referred object, the prediction is the argmax.
-        decoder: (B, 2, h, w), the same before the last upsampling.
-        decoder_features: (B, C_dec, h, w), the map the two classes are read from.
+        decoder: (B, 2, h, w), the logits before the last upsampling.
+        decoder_features: (B, C_dec, h, w), the input of the classifier.
         stages: (B, C_i, H_i, W_i) after fusion, finest first.
         words: (B, T, D), the text encoder's output.
-        pixel_word_logits: (B, heads_i, H_i·W_i, T) of each stage's fusion, scaled as in its softmax, before masking.
-        word_mask: (B, T) bool, True where a word is.
+        pixel_word_logits: (B, heads_i, H_i·W_i, T) of each stage's fusion, scaled as in the softmax, before masking.
+        word_mask: (B, T) bool, True at words.
     """
 
     logits: Tensor
@@ -71,19 +72,19 @@ class RISModel(
 ):
     """A timm backbone, a transformers text encoder, pixel–word fusion after every stage and a top-down decoder.
 
-    The fused map of a stage is what the next stage sees, after Yang et al., "LAVT", CVPR 2022, arXiv 2112.02244.
+    The fused map of a stage is the input of the next stage, after Yang et al., "LAVT", CVPR 2022, arXiv 2112.02244.
 
     Args:
         config: The architecture, e.g. ``preset("shapes-student")``.
-        backbone_weights: None, ``"timm"`` for timm's published weights, or the path of a timm state dict. The mean and
-            deviation that timm states for them become the configuration's, unless it has its own.
-        text_weights: None, or a transformers folder or hub name. A tokenizer in the folder becomes the configuration's,
-            unless it names one. Neither name of weights is kept: a saved model is complete in itself.
+        backbone_weights: None, ``"timm"`` for timm's published weights, or the path of a timm state dict. Unless the
+            configuration has ``image_mean`` and ``image_std``, it gets timm's for these weights.
+        text_weights: None, or a transformers folder or hub name. Unless the configuration names a tokenizer, it gets
+            the folder's. The names of weights are not stored: a saved model is self-contained.
 
     Attributes:
-        config: The configuration, with the numbers that images are normalised by.
-        tokenizer: The tokenizer that its word ids come from, where it was handed over (training does so); None: what
-            the configuration names. ``save_pretrained`` writes it into the folder, next to the weights.
+        config: The configuration, including ``image_mean`` and ``image_std``.
+        tokenizer: The tokenizer of its word ids, if set (training sets it); None: the one that the configuration
+            names. ``save_pretrained`` writes it into the folder, next to the weights.
 
     Example::
 
@@ -91,7 +92,7 @@ class RISModel(
         out = model(torch.randn(2, 3, 64, 64), torch.randint(1, 100, (2, 8)))
         mask = out.logits.argmax(1)              # (2, 64, 64)
         model.save_pretrained("student")
-        again = RISModel.from_pretrained("student")
+        loaded = RISModel.from_pretrained("student")
     """
 
     casts_inputs: ClassVar = True
@@ -129,33 +130,33 @@ class RISModel(
         word_mask: Tensor | None = None,
         words: Tensor | None = None,
     ) -> RISOutput:
-        """Segment what the sentence refers to.
+        """Segment the object that the sentence refers to.
 
         Args:
-            image: (B, 3, H, W), normalised by the configuration's ``image_mean`` and ``image_std``; it is cast to the
-                weights' type.
-            input_ids: (B, T) integer word ids; or
-            words: (B, T, D) word vectors, in place of ``input_ids``: the text encoder is then not run.
-            word_mask: (B, T) bool, True where a word is. None: every id that is not the padding id, or every vector.
+            image: (B, 3, H, W), normalised by the configuration's ``image_mean`` and ``image_std``; cast to the
+                weights' dtype.
+            input_ids: (B, T) integer word ids.
+            words: (B, T, D) word vectors, instead of ``input_ids``; the text encoder is skipped.
+            word_mask: (B, T) bool, True at words. None: every id except the padding id, or every vector.
 
         Raises:
-            ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, a sentence longer than
-                the position table, an id outside the vocabulary, or a sentence with no valid word (the last two are
-                looked at on the CPU only, where looking costs nothing).
-            TypeError: A wrong dtype.
+            ValueError: Shapes do not match, both or neither of ``input_ids`` and ``words`` are given, or a sentence
+                exceeds the position embeddings; on the CPU, where the check needs no synchronisation, also an id
+                outside the vocabulary or a sentence without a valid word.
+            TypeError: A tensor has the wrong dtype.
         """
         text = self.text_encoder
         limits = WordLimits(text.width, text.vocab_size, text.max_words, text.pad_id, self.config.tokenizer)
-        word_mask = check_inputs(image, input_ids, word_mask, words, limits, self.decoder.classifier.weight.device)
-        kind = self.decoder.classifier.weight.dtype
-        image = image.to(kind)
-        words = self.text_encoder(input_ids, word_mask) if words is None else words.to(kind)
+        device, dtype = placement(self.decoder)
+        word_mask = check_inputs(image, input_ids, word_mask, words, limits, device)
+        image = image.to(dtype)
+        words = self.text_encoder(input_ids, word_mask) if words is None else words.to(dtype)
         logits: list[Tensor] = []
 
         def fuse(index: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            out, onward, stage_logits = self.fusions[index](x, words, word_mask)
+            out, following, stage_logits = self.fusions[index](x, words, word_mask)
             logits.append(stage_logits)
-            return out, onward
+            return out, following
 
         stages = self.backbone(image, fuse)
         features, decoder = self.decoder(stages)
@@ -163,35 +164,34 @@ class RISModel(
         return RISOutput(full, decoder, features, stages, words, logits, word_mask)
 
     def parameter_count(self) -> dict[str, int]:
-        """Parameters in all and of each part: ``{"total": ..., "backbone": ..., "text_encoder": ..., ...}``."""
+        """Return parameter counts by part: ``{"total": ..., "backbone": ..., "text_encoder": ..., ...}``."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {"total": sum(parts.values()), **parts}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save_file
 
-        # Clones, because safetensors refuses tensors that share or only partly fill their storage.
+        # Clone: safetensors refuses tensors that share their storage or do not fill it.
         with bare(self) as model:
             state = {
                 k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format)
                 for k, v in model.state_dict().items()
             }
-        weights = save_directory / checkpoint.WEIGHTS_FILE
-        save_file(state, weights, metadata={"format": "pt"})
         values = self.config.to_dict()
-        tokenizer = self._own_tokenizer()
+        tokenizer = self._tokenizer_to_save()
         if tokenizer is not None:
             tokenizer.save(save_directory)
             values["tokenizer"] = "."
         elif self.tokenizer is not None:
             values["tokenizer"] = self.tokenizer.name
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        config = save_directory / checkpoint.CONFIG_FILE
-        config.write_text(text, encoding="utf-8")
-        weights.chmod(config.stat().st_mode)  # safetensors leaves a file that only its owner may read
+        files = (save_directory / checkpoint.WEIGHTS_FILE, save_directory / checkpoint.CONFIG_FILE)
+        with replace_files(*files) as (weights, config):
+            save_file(state, weights, metadata={"format": "pt"})
+            config.write_text(text, encoding="utf-8")
 
-    def _own_tokenizer(self) -> Tokenizer | None:
-        """Return the tokenizer to save along; None where there is none, or it ships with fastkd."""
+    def _tokenizer_to_save(self) -> Tokenizer | None:
+        """Return the tokenizer to save with the model; None if there is none or it ships with fastkd."""
         named = self.config.tokenizer if self.tokenizer is None else self.tokenizer.name
         if named in (None, "shapes"):
             return None
@@ -199,9 +199,9 @@ class RISModel(
             return self.tokenizer
         try:
             return load_tokenizer(str(named))
-        except (OSError, ValueError) as error:  # weights are worth more than the run that would end here
+        except (OSError, ValueError) as error:  # do not lose the weights
             warnings.warn(
-                f"the model is saved without its tokenizer, which the folder should hold: {error}",
+                f"the model is saved without its tokenizer, which should be in the folder: {error}",
                 FastKDWarning,
                 stacklevel=5,
             )
@@ -209,7 +209,7 @@ class RISModel(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> RISModel:
-        """Load a model saved by ``save_pretrained``, in eval mode: from a folder, or by hub name where a network is.
+        """Load a model saved by ``save_pretrained`` from a folder or the hub; return it in eval mode.
 
         Args:
             pretrained_model_name_or_path: A folder with ``config.json`` and ``model.safetensors``, or a hub name
@@ -218,21 +218,21 @@ class RISModel(
                 :class:`huggingface_hub.PyTorchModelHubMixin`.
 
         Raises:
-            FileNotFoundError: No such folder, or a file missing in it.
-            ValueError: A configuration or weights that do not fit (all names are listed and nothing is loaded), or a
-                hub name that could not be fetched.
+            FileNotFoundError: The folder or a file in it does not exist.
+            ValueError: The configuration is invalid, the weights do not match it (all names are listed, nothing is
+                loaded), or a hub name could not be fetched.
         """
         folder = Path(pretrained_model_name_or_path).expanduser()
         if not folder.is_dir() and not hub.is_hub_name(str(pretrained_model_name_or_path)):
-            checkpoint.read_config(folder)  # raises: tells what was looked for
+            checkpoint.read_config(folder)  # raises FileNotFoundError
         if folder.is_dir():
             return cls._from_folder(folder, kwargs.get("map_location", "cpu"))
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:
-            if hub.reason(error) is None:  # it was fetched, and is not a model of fastkd's
+            if hub.fetch_failure(error) is None:  # fetched, but not a model of fastkd
                 raise
-            raise hub.not_fetched(str(pretrained_model_name_or_path), error) from error
+            raise hub.fetch_error(str(pretrained_model_name_or_path), error) from error
 
     @classmethod
     def _from_pretrained(

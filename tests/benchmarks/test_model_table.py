@@ -149,27 +149,29 @@ def test_the_fused_map_feeds_the_next_stage(family):
 
 
 def test_what_cannot_be_walked_or_sized_is_told():
-    with pytest.raises(ValueError, match=r"'hrnet_w18_small' cannot be walked.*Swin, ConvNeXt"):
+    with pytest.raises(ValueError, match=r"'hrnet_w18_small' is not a chain of modules.*Swin, ConvNeXt"):
         StagedBackbone("hrnet_w18_small", {}, FINE)
-    with pytest.raises(ValueError, match=r"'sam2_hiera_tiny' .*parameters of its own \(pos_embed, pos_embed_window\)"):
+    with pytest.raises(ValueError, match=r"'sam2_hiera_tiny' .*has parameters \(pos_embed, pos_embed_window\) outside"):
         StagedBackbone("sam2_hiera_tiny", {}, FINE)  # walked, its maps would lack the positions without a word
     lists = StagedBackbone("selecsls42", {}, (1, 2))
-    with pytest.raises(ValueError, match="gives a list, not a map"):
+    with pytest.raises(ValueError, match="returns a list, not a map"):
         lists(torch.zeros(1, 3, 64, 96), lambda i, x: (x, x))
     tokens = StagedBackbone("levit_128s", {}, (0, 1))
     with pytest.raises(ValueError, match="unpack") as unpacked:
         tokens(torch.zeros(1, 3, 224, 224), lambda i, x: (x, x))
     assert "token sequences (LeViT) cannot be fused" in " ".join(unpacked.value.__notes__)
     blocks = StagedBackbone("halonet26t", {}, LATER)
-    with pytest.raises(ValueError, match=r"\(64, 96\): 'stages_2' works on blocks that must divide its map$"):
+    with pytest.raises(ValueError, match=r"\(64, 96\): 'stages_2' needs a map that its blocks divide$"):
         blocks(torch.zeros(1, 3, 64, 96), lambda i, x: (x, x))
     strict = StagedBackbone(FAMILIES["swin"][0], {**SWIN, "strict_img_size": True}, FINE)
-    with pytest.raises(ValueError, match=r"\(33, 64\): .*doesn't match model.*'strict_img_size': False.* take any"):
+    with pytest.raises(
+        ValueError, match=r"\(33, 64\): .*doesn't match model.*'strict_img_size': False.* allows any size"
+    ):
         strict(torch.zeros(1, 3, 33, 64), lambda i, x: (x, x))
     fixed = StagedBackbone("coatnet_pico_rw_224", {}, (1, 2))
     with pytest.raises(RuntimeError) as raised:
         StagedBackbone("coatnet_pico_rw_224", {}, LATER)(torch.zeros(1, 3, 64, 96), lambda i, x: (x, x))
-    assert "(64, 96); networks with tables of positions" in " ".join(raised.value.__notes__)
+    assert "(64, 96); networks with position embeddings" in " ".join(raised.value.__notes__)
     assert len(fixed.channels) == 2
     with pytest.raises(ValueError, match=r"timm cannot build 'fastvit_t8'.*divisible by groups"):
         StagedBackbone("fastvit_t8", {"embed_dims": [8, 12, 16, 24]}, FINE)

@@ -1,4 +1,4 @@
-"""The torch dataset and its batches, on a small hand-made set, and what importing the data room costs."""
+"""The torch dataset and its batches on a small hand-made set; lazy imports of fastkd.data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SENTENCES = ("red circle", "leftmost circle", "the one on top")
 
 
 def write_set(root: Path, refs: int) -> RefCOCO:
-    """Refs 0, 2, 4, ... on two images in turn, three sentences each: sent_id = 10 * ref_id + 0, 1, 2."""
+    """Write refs 0, 2, 4, ... on alternating images, three sentences each: sent_id = 10 * ref_id + 0, 1, 2."""
     rng = np.random.default_rng(0)
     (root / "refcoco").mkdir()
     (root / "train2014").mkdir()
@@ -73,7 +73,7 @@ def test_samples_and_batches(data: RefCOCO) -> None:
     assert batch["word_mask"].sum(dim=1).tolist() == [4, 4]
 
 
-def test_images_are_bilinear_and_normalised_masks_nearest(data: RefCOCO) -> None:
+def test_resizes_images_bilinearly_and_masks_by_nearest(data: RefCOCO) -> None:
     sample = ReferDataset(data, load_tokenizer("shapes"), image_size=30)[0]
     pixels = np.asarray(Image.fromarray(data.image(1)).resize((30, 30), Image.Resampling.BILINEAR)) / 255
     expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -83,7 +83,7 @@ def test_images_are_bilinear_and_normalised_masks_nearest(data: RefCOCO) -> None
     assert np.array_equal(sample["mask"].numpy(), data.mask(0)[rows][:, columns])
 
 
-def test_random_sentences_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+def test_random_sentences_depend_on_seed_epoch_and_index(tmp_path: Path) -> None:
     data, tokenizer = write_set(tmp_path, 60), load_tokenizer("shapes")
 
     def drawn(seed: int, epoch: int) -> list[int]:
@@ -97,28 +97,28 @@ def test_random_sentences_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -
     assert first == drawn(0, 0)
     assert first != drawn(0, 1) != drawn(1, 1)
     counts = np.bincount([s % 10 for s in first], minlength=3)
-    assert counts.min() >= 8, "each of the three sentences should come up"
+    assert counts.min() >= 8, "each of the three sentences should be drawn"
 
 
-def test_cache_gives_the_same_samples_and_no_views_of_itself(data: RefCOCO) -> None:
+def test_cache_returns_equal_independent_samples(data: RefCOCO) -> None:
     tokenizer = load_tokenizer("shapes")
     plain, cached = (ReferDataset(data, tokenizer, image_size=16, cache=c) for c in (False, True))
     cached.fill_cache()
     for path in data.image_root.iterdir():
-        path.write_bytes(b"gone")
+        path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="can't be decoded"):
         plain[0]
     before = collate([cached[0], cached[1]])
-    spoilt = cached[0]
-    spoilt["image"].zero_()
-    spoilt["mask"].fill_(True)
+    modified = cached[0]
+    modified["image"].zero_()
+    modified["mask"].fill_(True)
     after = collate([cached[0], cached[1]])
     assert all(torch.equal(before[k], after[k]) for k in ("image", "mask"))
     with pytest.raises(ValueError, match="cache=True"):
         plain.fill_cache()
 
 
-def test_workers_see_the_epoch_and_give_the_same_samples(tmp_path: Path) -> None:
+def test_persistent_workers_see_the_epoch(tmp_path: Path) -> None:
     dataset = ReferDataset(write_set(tmp_path, 12), load_tokenizer("shapes"), image_size=8)
     pickle.loads(pickle.dumps(dataset))
     loader = torch.utils.data.DataLoader(
@@ -130,11 +130,11 @@ def test_workers_see_the_epoch_and_give_the_same_samples(tmp_path: Path) -> None
         assert seen == [dataset[i]["sent_id"] for i in range(12)]
 
 
-def test_dataset_errors(data: RefCOCO) -> None:
+def test_rejects_bad_arguments(data: RefCOCO) -> None:
     tokenizer = load_tokenizer("shapes")
     for options, message in (
         ({"sentences": "first"}, "sentences must be 'random' .* or 'all'"),
-        ({"image_size": 0}, "image_size must be a positive integer; got 0"),
+        ({"image_size": 0}, "image_size must be a positive integer, got 0"),
         ({"max_words": 2}, "max_words must be an integer of at least 3"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -145,22 +145,19 @@ def test_dataset_errors(data: RefCOCO) -> None:
         collate([])
 
 
-# ---- imports
-
-
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_import_is_lazy_and_a_missing_extra_is_named() -> None:
+def test_imports_are_lazy_and_name_a_missing_extra() -> None:
     out = run_python(
         "import sys, fastkd.data as d, fastkd.data.shapes as s\n"
         "assert not {'torch', 'numpy', 'PIL', 'transformers', 'pycocotools'} & set(sys.modules)\n"
         "sys.modules['pycocotools'] = None\n"
-        "for get in (lambda: d.RefCOCO, lambda: d.ReferDataset):\n"
-        "    try: get()\n"
+        "for access in (lambda: d.RefCOCO, lambda: d.ReferDataset):\n"
+        "    try: access()\n"
         "    except ImportError as e: print(e)\n"
         "try: d.nonsense\n"
         "except AttributeError as e: print(e)\n"

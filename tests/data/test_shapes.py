@@ -1,4 +1,4 @@
-"""The procedural set: its files, its masks, and the truth of its sentences, read back from disk."""
+"""The procedural set: files, masks, images, and proportions of sentences."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from random import Random
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from fastkd.data import RefCOCO, load_tokenizer, make_shapes
+from fastkd.data._assets import SHAPES_VOCABULARY
 from fastkd.data.masks import rasterise
 from fastkd.data.shapes import KIND_SHARES, language, scene, sentence_kinds, vocab, write
 from fastkd.data.shapes.contours import mask_polygons
@@ -48,10 +49,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-# ---- the files
-
-
-def test_layout_is_that_of_refcoco(root: Path, refs: list[dict], instances: dict) -> None:
+def test_layout_matches_refcoco(root: Path, refs: list[dict], instances: dict) -> None:
     assert set(files_of(root)) == {
         "refcoco/instances.json",
         "refcoco/refs(unc).p",
@@ -84,7 +82,7 @@ def test_layout_is_that_of_refcoco(root: Path, refs: list[dict], instances: dict
     assert all(set(a) == keys for a in instances["annotations"])
 
 
-def test_same_seed_same_bytes(tmp_path: Path) -> None:
+def test_same_seed_writes_identical_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         make_shapes(tmp_path / name, images=12, image_size=48, seed=seed)
     a, b, c = (files_of(tmp_path / name) for name in "abc")
@@ -92,7 +90,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert all(a[name] != c[name] for name in a)
 
 
-def test_a_larger_set_begins_with_the_smaller(root: Path, refs: list[dict], instances: dict, tmp_path: Path) -> None:
+def test_larger_set_starts_with_the_smaller(root: Path, refs: list[dict], instances: dict, tmp_path: Path) -> None:
     make_shapes(tmp_path / "few", images=10, image_size=SIZE, seed=SEED)
     few, many = files_of(tmp_path / "few"), files_of(root)
     jpegs = [name for name in few if name.endswith(".jpg")]
@@ -110,7 +108,7 @@ def test_sentences_do_not_depend_on_the_image_size(refs: list[dict], tmp_path: P
     assert big == refs[: len(big)]
 
 
-def test_every_split_is_there_from_four_images_on(tmp_path: Path) -> None:
+def test_four_images_cover_every_split(tmp_path: Path) -> None:
     counts = make_shapes(tmp_path / "four", images=4, image_size=32)
     assert set(counts["refs_by_split"]) == {"train", "val", "testA", "testB"}
     for split in counts["refs_by_split"]:
@@ -118,10 +116,7 @@ def test_every_split_is_there_from_four_images_on(tmp_path: Path) -> None:
     assert Counter(write.split_of(i) for i in range(100)) == {"train": 80, "val": 10, "testA": 5, "testB": 5}
 
 
-# ---- masks
-
-
-def test_polygons_give_the_rendered_masks_back(root: Path, instances: dict) -> None:
+def test_polygons_reproduce_the_rendered_masks(root: Path, instances: dict) -> None:
     several = holed = 0
     by_image = defaultdict(list)
     for annotation in instances["annotations"]:
@@ -143,13 +138,11 @@ def test_polygons_give_the_rendered_masks_back(root: Path, instances: dict) -> N
             holed += bool(_has_hole(truth))
         assert k + 1 == labels.max()
     assert several > 10, "occlusion should split some shapes into several polygons"
-    assert holed > 0, "some shape should have a hole, which polygons can't say directly"
+    assert holed > 0, "some shape should have a hole, which a single polygon cannot represent"
 
 
 def _has_hole(mask: np.ndarray) -> bool:
     picture = Image.fromarray(np.pad(mask, 1).astype(np.uint8))
-    from PIL import ImageDraw
-
     ImageDraw.floodfill(picture, (0, 0), 2)
     return bool((np.asarray(picture) == 0).any())
 
@@ -164,8 +157,8 @@ def test_contours_of_random_masks_are_exact() -> None:
             assert np.array_equal(rasterise(polygons, *mask.shape, rule="lavt"), mask)
 
 
-def test_pictures_show_what_the_annotations_say(root: Path, instances: dict, objects: dict[int, dict]) -> None:
-    """The inner pixels of a plain shape are nearest to its own colour."""
+def test_image_colours_match_the_annotations(root: Path, instances: dict, objects: dict[int, dict]) -> None:
+    """The inner pixels of a plain shape are closest to its declared colour."""
     right = total = 0
     for annotation in instances["annotations"]:
         mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(annotation["segmentation"], SIZE, SIZE))) > 0
@@ -184,7 +177,7 @@ def test_pictures_show_what_the_annotations_say(root: Path, instances: dict, obj
     assert right / total > 0.98
 
 
-def test_scenes_stay_readable() -> None:
+def test_scenes_are_visible_and_often_occluded() -> None:
     counts, hidden = Counter(), 0
     for index in range(200):
         drawn, _ = write.draw(index, 11)
@@ -209,16 +202,13 @@ def test_outlines_have_area_one_and_centre_zero() -> None:
     assert set(scene.SIZES) == {"small", "medium", "large"}
 
 
-# ---- sentences: proportions and words
-
-
-def test_kinds_have_their_documented_shares() -> None:
+def test_kinds_follow_the_documented_shares() -> None:
     assert sum(KIND_SHARES.values()) == pytest.approx(1)
     kinds: Counter[str] = Counter()
     for index in range(400):
-        said = write.draw(index, 1)[1]
-        assert 3 <= len(said) <= 7
-        kinds.update(one.kind for one in said)
+        expressions = write.draw(index, 1)[1]
+        assert 3 <= len(expressions) <= 7
+        kinds.update(one.kind for one in expressions)
     for kind, share in KIND_SHARES.items():
         spread = (share * (1 - share) / kinds.total()) ** 0.5
         assert abs(kinds[kind] / kinds.total() - share) < 4 * spread, kinds
@@ -235,7 +225,7 @@ def test_refs_have_one_to_four_sentences_of_distinct_kinds(root: Path, refs: lis
     assert len({(ref["image_id"], ref["ann_id"]) for ref in refs}) == len(refs)
 
 
-def test_words_are_few_and_known(refs: list[dict]) -> None:
+def test_sentences_use_the_declared_words(refs: list[dict]) -> None:
     sentences = [s["sent"] for ref in refs for s in ref["sentences"]]
     assert max(len(s.split()) for s in sentences) <= language.MAX_WORDS
     assert set(" ".join(sentences).split()) <= language.words()
@@ -244,8 +234,8 @@ def test_words_are_few_and_known(refs: list[dict]) -> None:
     assert all("[UNK]" not in word for word in language.words())
 
 
-def test_shipped_vocabulary_is_in_step_with_the_language() -> None:
-    assert vocab.PATH.read_text().splitlines() == vocab.vocabulary(), "run: python -m fastkd.data.shapes.vocab"
+def test_shipped_vocabulary_matches_the_language() -> None:
+    assert SHAPES_VOCABULARY.read_text().splitlines() == vocab.vocabulary(), "run: python -m fastkd.data.shapes.vocab"
     assert vocab.vocabulary()[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert len(set(vocab.vocabulary())) == len(vocab.vocabulary())
     tokenizer = load_tokenizer("shapes")
@@ -253,10 +243,7 @@ def test_shipped_vocabulary_is_in_step_with_the_language() -> None:
         assert tokenizer([word], 8)[1].sum() == 3, f"{word} should be one piece between [CLS] and [SEP]"
 
 
-# ---- refusals
-
-
-def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_shapes(tmp_path / "old", images=4, image_size=32)
     before = files_of(tmp_path)
     calls = []
@@ -273,16 +260,20 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
     assert calls == [(1, 5), (2, 5), (3, 5)] * 2
 
-    def no_rename(partial: Path, root: Path) -> None:
-        raise OSError("disk")
+    rename = Path.rename
 
-    monkeypatch.setattr(write, "_publish", no_rename)
+    def fail_to_publish(source: Path, target: Path) -> Path:
+        if source.name.endswith(".partial"):
+            raise OSError("disk")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail_to_publish)
     with pytest.raises(OSError, match="disk"):
         make_shapes(tmp_path / "old", images=5, image_size=32, overwrite=True)
     assert files_of(tmp_path) == before
 
 
-def test_overwrites_only_on_request_and_only_its_own(tmp_path: Path) -> None:
+def test_overwrites_only_shapes_sets_on_request(tmp_path: Path) -> None:
     make_shapes(tmp_path / "set", images=4, image_size=32)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         make_shapes(tmp_path / "set", images=4, image_size=32)
@@ -290,7 +281,7 @@ def test_overwrites_only_on_request_and_only_its_own(tmp_path: Path) -> None:
     assert len(list((tmp_path / "set/images/train2014").iterdir())) == 5
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
     (tmp_path / "home").mkdir()
-    make_shapes(tmp_path / "home", images=4, image_size=32)  # an empty folder is fine
+    make_shapes(tmp_path / "home", images=4, image_size=32)  # an empty folder is accepted
     (tmp_path / "home" / "thesis.tex").write_text("dear")
     with pytest.raises(FileExistsError, match=r"thesis\.tex|not a shapes set"):
         make_shapes(tmp_path / "home", images=4, image_size=32, overwrite=True)
@@ -304,16 +295,16 @@ def test_overwrites_only_on_request_and_only_its_own(tmp_path: Path) -> None:
     [
         ({"images": 3}, r"images must be an integer of at least 4.*got 3"),
         ({"images": 10.0}, r"images must be .*got 10\.0"),
-        ({"image_size": 16}, r"image_size must be .* 32 pixels; got 16"),
-        ({"seed": "x"}, r"seed must be an integer; got 'x'"),
+        ({"image_size": 16}, r"image_size must be .* 32 pixels, got 16"),
+        ({"seed": "x"}, r"seed must be an integer, got 'x'"),
     ],
 )
-def test_bad_arguments(tmp_path: Path, arguments: dict, message: str) -> None:
+def test_rejects_bad_arguments(tmp_path: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_shapes(tmp_path / "set", **{"images": 4, "image_size": 32, **arguments})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sentence_kinds_names_what_is_missing(tmp_path: Path) -> None:
+def test_sentence_kinds_reports_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"shapes\.json.*make_shapes"):
         sentence_kinds(tmp_path)

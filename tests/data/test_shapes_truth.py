@@ -1,7 +1,7 @@
-"""The truth of the procedural set's sentences, by a second reading of the words.
+"""Verify the procedural set's sentences with an independent interpreter.
 
-It knows the files alone (masks, attributes, depth) and none of the meanings that made the sentences; only what a shape
-hides is taken from its full outline.
+It uses only the files (masks, attributes, depth), not the meanings that generated the sentences; only occlusion is
+computed from the full outlines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def refs(root: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def worlds(root: Path) -> dict[int, World]:
-    """By image id."""
+    """Return each image's World by image id."""
     objects = {int(k): v for k, v in json.loads((root / "shapes.json").read_text())["objects"].items()}
     by_image = defaultdict(list)
     for annotation in json.loads((root / "refcoco" / "instances.json").read_text())["annotations"]:
@@ -44,7 +44,7 @@ def worlds(root: Path) -> dict[int, World]:
 
 
 class World:
-    """One image as the files tell it."""
+    """One image as described by the files."""
 
     def __init__(self, index: int, annotations: list[dict], objects: dict[int, dict]) -> None:
         self.ids = [a["id"] for a in annotations]
@@ -62,7 +62,7 @@ class World:
 
     def hides(self, over: int, under: int) -> bool:
         both = coco_mask.area(coco_mask.merge([self.full[over], self.full[under]], intersect=True))
-        return self.what[over]["depth"] > self.what[under]["depth"] and both > 16  # of 256 x 256: a touch is no hiding
+        return self.what[over]["depth"] > self.what[under]["depth"] and both > 16  # pixels of 256 x 256: ignore contact
 
     def nouns(self, phrase: str) -> list[int]:
         words = [w for w in phrase.split() if w not in ("the", "shape", "object", "thing")]
@@ -77,7 +77,7 @@ class World:
         return found
 
     def read(self, text: str) -> list[int]:
-        """The shapes that the sentence may mean (under its loosest reading where readings differ)."""
+        """Return the shapes that a sentence may refer to, under its loosest reading."""
         text = text.removeprefix("the ")
         for words, axis, sign in (
             ("leftmost {}|{} furthest to the left|{} on the far left", 0, 1),
@@ -97,14 +97,14 @@ class World:
             noun = match(words, text)
             if noun is not None:
                 return [pick(self.nouns(noun), key=lambda i: self.size[i])]
-        for how in (
+        for relation in (
             "to the left of", "left of", "to the right of", "right of", "above", "below", "under",
             "closest to", "nearest to", "behind", "in front of",
         ):  # fmt: skip
-            if f" {how} the " in text:
-                noun, anchor = text.split(f" {how} the ")
+            if f" {relation} the " in text:
+                noun, anchor = text.split(f" {relation} the ")
                 (to,) = self.nouns(anchor)
-                return self.related(how.removeprefix("to the "), [i for i in self.nouns(noun) if i != to], to)
+                return self.related(relation.removeprefix("to the "), [i for i in self.nouns(noun) if i != to], to)
         half = SIZE / 2
         for words, test in (
             ("{} at the top left|top left {}", lambda x, y: x < half and y < half),
@@ -122,13 +122,13 @@ class World:
                 return [i for i in self.nouns(noun) if test(*self.at[i])]
         return self.nouns(text)
 
-    def related(self, how: str, members: list[int], to: int) -> list[int]:
-        if how == "behind":
+    def related(self, relation: str, members: list[int], to: int) -> list[int]:
+        if relation == "behind":
             return [i for i in members if self.hides(to, i)]
-        if how == "in front of":
+        if relation == "in front of":
             return [i for i in members if self.hides(i, to)]
         x, y = self.at[to]
-        if how in ("closest to", "nearest to"):
+        if relation in ("closest to", "nearest to"):
             return [min(members, key=lambda i: np.hypot(self.at[i][0] - x, self.at[i][1] - y))]
         side = {
             "left of": lambda i: self.at[i][0] < x,
@@ -136,8 +136,8 @@ class World:
             "above": lambda i: self.at[i][1] < y,
             "below": lambda i: self.at[i][1] > y,
             "under": lambda i: self.at[i][1] > y,
-        }[how]
-        return [i for i in members if side(i) or (how == "under" and self.hides(to, i))]
+        }[relation]
+        return [i for i in members if side(i) or (relation == "under" and self.hides(to, i))]
 
 
 def match(patterns: str, text: str) -> str | None:
@@ -148,35 +148,33 @@ def match(patterns: str, text: str) -> str | None:
     return None
 
 
-def test_every_sentence_means_one_shape_and_it_is_the_right_one(
-    root: Path, refs: list[dict], worlds: dict[int, World]
-) -> None:
+def test_every_sentence_refers_to_its_shape_only(root: Path, refs: list[dict], worlds: dict[int, World]) -> None:
     kinds, read = sentence_kinds(root), Counter()
     for ref in refs:
         for sentence in ref["sentences"]:
-            meant = worlds[ref["image_id"]].read(sentence["sent"])
-            assert meant == [ref["ann_id"]], (ref["image_id"], sentence["sent"])
+            found = worlds[ref["image_id"]].read(sentence["sent"])
+            assert found == [ref["ann_id"]], (ref["image_id"], sentence["sent"])
             read[kinds[sentence["sent_id"]]] += 1
     assert set(read) == set(KIND_SHARES)
     assert min(read.values()) > 20
 
 
-def test_the_second_reading_notices_a_wrong_sentence(refs: list[dict], worlds: dict[int, World]) -> None:
-    """Sentences put to the neighbouring image are mostly wrong there, so the test above can fail."""
+def test_interpreter_detects_wrong_sentences(refs: list[dict], worlds: dict[int, World]) -> None:
+    """On the neighbouring image most sentences are wrong, so the previous test can fail."""
     wrong = total = 0
     for ref in refs:
         world = worlds[ref["image_id"] % IMAGES + 1]
         for sentence in ref["sentences"]:
             try:
                 wrong += len(world.read(sentence["sent"])) != 1
-            except (AssertionError, ValueError, IndexError):  # no such shape there
+            except (AssertionError, ValueError, IndexError):  # no such shape
                 wrong += 1
             total += 1
     assert wrong / total > 0.5
 
 
-def test_where_the_words_are_swapped_the_reading_changes(refs: list[dict], worlds: dict[int, World]) -> None:
-    """Left for right, biggest for smallest, behind for in front of: another shape, or none."""
+def test_swapped_words_change_the_referent(refs: list[dict], worlds: dict[int, World]) -> None:
+    """Replacing words by opposites (left, right; biggest, smallest; ...) refers to another shape or none."""
     opposite = {"left": "right", "leftmost": "rightmost", "biggest": "smallest", "above": "below", "top": "bottom"}
     changed = total = 0
     for ref in refs:

@@ -230,5 +230,5 @@ class TestDataSets:
         assert len(declared_values(ConcatDataset(same), "tokenizer")) == 2
         with pytest.raises(ValueError, match=r"different tokenizers .*'x' and 'z'"):
             check_tokenizers(distiller, ConcatDataset([same[0], Marked(tokenizer=words("z", "b", "a"))]))
-        with pytest.raises(ValueError, match=r"tokenizer \('long'\) has 3 entries, the student's word table 2 rows"):
+        with pytest.raises(ValueError, match=r"tokenizer \('long'\) has 3 entries, the student has 2 word embeddings"):
             check_tokenizers(distiller, Subset(Marked(tokenizer=words("long", "a", "b", "c")), range(2)))

@@ -267,11 +267,11 @@ class TestEvaluate:
         class Worded(Echo):
             vocab_size = 3
 
-        with pytest.raises(ValueError, match="input_ids run from 0 to 3, the vocabulary has 3 words"):
+        with pytest.raises(ValueError, match="input_ids range from 0 to 3, but the vocabulary has 3 words"):
             evaluate(Worded(), Scenes(), collate=collate)
         data, Worded.vocab_size = Scenes(), 50
         data.tokenizer = SimpleNamespace(vocab_size=51, name="other")
-        with pytest.raises(ValueError, match=r"tokenizer \('other'\) has 51 entries, the model's word table 50 rows"):
+        with pytest.raises(ValueError, match=r"tokenizer \('other'\) has 51 entries, the model has 50 word embeddings"):
             evaluate(Worded(), data, collate=collate)
         data.tokenizer.vocab_size = 50
         assert evaluate(Worded(), data, collate=collate).sentences == 10

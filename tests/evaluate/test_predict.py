@@ -89,9 +89,7 @@ def test_wide_pixels_are_scaled_or_refused(tmp_path):
     assert np.array_equal(read_image(big_endian), got)
     for kind in (np.float32, np.int32):
         Image.fromarray(grey.astype(kind)).save(tmp_path / "wide.tif")
-        with pytest.raises(
-            ValueError, match=r"wide\.tif is not an image that can be read .*32 bits and no known range"
-        ):
+        with pytest.raises(ValueError, match=r"wide\.tif can't be read as an image .*32 bits and no defined range"):
             read_image(tmp_path / "wide.tif")
 
 
@@ -149,13 +147,13 @@ def test_a_tokenizer_larger_than_the_word_table_is_refused(teacher, scene, tmp_p
     pieces, rows = load_tokenizer("shapes").pieces(), teacher.text_encoder.vocab_size
     more = [f"word{number}" for number in range(rows + 1 - len(pieces))]
     (tmp_path / "vocab.txt").write_text("\n".join([*pieces, *more]) + "\n")
-    with pytest.raises(ValueError, match=rf"has {rows + 1} entries, the model's word table {rows} rows"):
+    with pytest.raises(ValueError, match=rf"has {rows + 1} entries, the model has {rows} word embeddings"):
         predict(teacher, scene[0], scene[1], load_tokenizer(tmp_path))
 
 
 def test_a_long_sentence_is_cut_and_the_warning_says_what(teacher, scene):
     sentence = "the " + "small " * 17 + "red circle"
-    with pytest.warns(FastKDWarning, match=r"22 word pieces was cut to max_words=20: .* lost 'circle'"):
+    with pytest.warns(FastKDWarning, match=r"22 word pieces was truncated to max_words=20: .* lost 'circle'"):
         predict(teacher, scene[0], sentence)
 
 
@@ -173,7 +171,7 @@ def test_a_very_long_sentence_is_told_briefly(teacher, scene, tmp_path, capsys, 
         assert main(["predict", str(scene[0]), "small " * 20, "--model", "shapes", "--out", str(tmp_path)]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(said) == 1
-    assert said[0].startswith("fastkd: warning: a sentence of 22 word pieces was cut to max_words=20: ")
+    assert said[0].startswith("fastkd: warning: a sentence of 22 word pieces was truncated to max_words=20: ")
     assert warnings.formatwarning is plain
 
 
@@ -202,7 +200,7 @@ def test_refusals(teacher, scene, tmp_path):
         predict(teacher, np.zeros((4, 4), np.uint8), sentence)
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"cut\.jpg is not an image that can be read"):
+    with pytest.raises(ValueError, match=r"cut\.jpg can't be read as an image"):
         predict(teacher, cut, sentence)
     name = teacher.config.tokenizer
     try:
@@ -255,13 +253,13 @@ def test_both_pictures_or_none(scene, tmp_path, capsys):
     ("args", "says"),
     [
         (["{tmp}/none.png", "red", "--model", "shapes"], "no image at"),
-        (["{tmp}", "red", "--model", "shapes"], "is a folder: give one image"),
-        (["{tmp}/text.png", "red", "--model", "shapes"], "is not an image that can be read (UnidentifiedImageError"),
+        (["{tmp}", "red", "--model", "shapes"], "is a folder: pass an image file"),
+        (["{tmp}/text.png", "red", "--model", "shapes"], "can't be read as an image (UnidentifiedImageError"),
         (["{scene}", "", "--model", "shapes"], "the sentence is empty"),
         (["{scene}", "red", "--model", "{tmp}/nowhere"], "no model at"),
         (["{scene}", "red", "--model", "some/folder"], "no model at some/folder"),
         (["{scene}", "red", "--model", "{tmp}"], "has no config.json"),
-        (["{scene}", "red", "--model", "shapes", "--tokenizer", "{tmp}/none"], "is no file or folder"),
+        (["{scene}", "red", "--model", "shapes", "--tokenizer", "{tmp}/none"], "does not exist; pass 'shapes'"),
         (["{scene}", "red", "--model", "shapes", "--tokenizer", "{tmp}/text.png"], "it is not a BERT vocabulary"),
         (["{scene}", "red", "--model", "shapes", "--device", "tpu7"], "device must be"),
     ],

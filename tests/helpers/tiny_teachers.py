@@ -1,4 +1,4 @@
-"""Tiny random CLIPSeg, SAM 3 and CLIP tokenizer, written to folders as transformers writes them."""
+"""Tiny random CLIPSeg, SAM 3 and CLIP tokenizer, saved to folders by transformers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 KINDS = ("clipseg", "sam3")
 SENTENCES = ["the red square", "the plain thing behind the striped cyan circle"]
 POSITIONS, SIZES = 40, {"clipseg": 48, "sam3": 56}
-# Not those of ImageNet, so that forgetting to renormalise shows.
+# Different from ImageNet, so that missing renormalisation is detected.
 MEAN, STD = {"clipseg": [0.48, 0.4, 0.45], "sam3": [0.5, 0.5, 0.5]}, {"clipseg": [0.3, 0.25, 0.2], "sam3": [0.5] * 3}
 
 
 def tokenizer() -> Any:
-    """A CLIP tokenizer that knows the letters and, as whole words, the words of the procedural set."""
+    """Return a CLIP tokenizer with letters and the words of the procedural set."""
     from transformers import CLIPTokenizer
 
     from fastkd.data.shapes import vocabulary
@@ -44,7 +44,7 @@ def _text(words: int) -> dict[str, Any]:
 
 
 def clipseg(words: int) -> Any:
-    """CLIPSeg with 8-pixel patches, whose table of positions is for 32 pixels."""
+    """Return a CLIPSeg with 8-pixel patches and position embeddings for 32 pixels."""
     from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
     vision = {
@@ -65,7 +65,7 @@ def clipseg(words: int) -> Any:
 
 
 def sam3(words: int) -> Any:
-    """SAM 3 of 4×4 patches, two DETR encoder layers and five queries."""
+    """Return a SAM 3 with 4×4 patches, two DETR encoder layers and five queries."""
     from transformers import Sam3Config, Sam3Model
 
     backbone = {
@@ -92,12 +92,12 @@ def sam3(words: int) -> Any:
 
 
 def write(kind: str, folder: Path) -> Path:
-    """A folder with configuration, weights, tokenizer and preprocessor_config.json."""
+    """Write configuration, weights, tokenizer and preprocessor_config.json to a folder."""
     words = tokenizer()
     torch.manual_seed(0)
     model = (clipseg if kind == "clipseg" else sam3)(len(words))
     with torch.no_grad():
-        for parameter in model.parameters():  # transformers' start is so small that words hardly count
+        for parameter in model.parameters():  # with transformers' small initial weights, words have almost no effect
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
@@ -107,19 +107,19 @@ def write(kind: str, folder: Path) -> Path:
 
 
 def write_all(root: Path) -> dict[str, Path]:
-    """Kind to its folder."""
+    """Write every kind; return its folder by kind."""
     return {kind: write(kind, root / kind) for kind in KINDS}
 
 
 def load_all(folders: dict[str, Path]) -> dict[str, Any]:
-    """Kind to its teacher, frozen."""
+    """Return a frozen teacher by kind."""
     from fastkd.models import TextPromptedTeacher
 
     return {kind: TextPromptedTeacher.from_pretrained(path).requires_grad_(False) for kind, path in folders.items()}
 
 
 def tokens(teacher: Any, max_words: int | None = None) -> tuple[Tensor, Tensor]:
-    """Ids and mask of the two sentences, by the teacher's own tokenizer."""
+    """Return ids and mask of the two sentences from the teacher's own tokenizer."""
     from fastkd.data import load_tokenizer
 
     tokenizer = load_tokenizer(teacher.config.tokenizer, keep_end=True)
@@ -127,12 +127,12 @@ def tokens(teacher: Any, max_words: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def picture(size: tuple[int, int] = (96, 80), seed: int = 0) -> Tensor:
-    """Two images in [0, 1]."""
+    """Return two random images in [0, 1]."""
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def imagenet(pixels: Tensor) -> Tensor:
-    """The same as a student gets them."""
+    """Normalise images as for a student."""
     from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))

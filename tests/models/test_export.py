@@ -1,4 +1,4 @@
-"""ONNX: the file agrees with torch at batch sizes it was not traced with, holds the student alone, or is not there."""
+"""ONNX export: matches torch at other batch sizes, holds only the student, writes nothing on failure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build(backbone="resnet18", args=RESNET, out_indices=(1, 2), **more) -> RISMo
     torch.manual_seed(0)
     values = {"text": TEXT, "decoder_width": 8, "image_size": 32, "max_words": 8, "tokenizer": "shapes", **more}
     model = RISModel(RISConfig(backbone=backbone, backbone_args=args, out_indices=out_indices, **values))
-    with torch.no_grad():  # statistics and norms that are not the identity
+    with torch.no_grad():  # non-trivial statistics and norms
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
@@ -62,7 +62,7 @@ def student():
 
 @pytest.fixture(scope="module")
 def exported(student, tmp_path_factory):
-    # A new folder, of a name that is no text in this locale.
+    # A new folder whose name is not decodable in this locale.
     path = tmp_path_factory.mktemp("onnx") / os.fsdecode(b"mad\xe9") / "student.onnx"
     return export_onnx(student, path, size=(40, 56), tokenizer=load_tokenizer("shapes"))
 
@@ -75,8 +75,8 @@ def run(path, image, ids, mask):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_agrees_with_torch_at_every_batch_size(student, exported, batch):
-    """On inputs of the test's own, not on those that export compares."""
+def test_matches_torch_at_every_batch_size(student, exported, batch):
+    """Uses other inputs than the export's own comparison."""
     generator = torch.Generator().manual_seed(99 + batch)
     image = torch.randn(batch, 3, 40, 56, generator=generator)
     ids = torch.randint(1, 160, (batch, 8), generator=generator)
@@ -89,7 +89,7 @@ def test_agrees_with_torch_at_every_batch_size(student, exported, batch):
     assert 0 <= max(exported.differences.values()) <= 1e-5
 
 
-def test_the_sentence_matters_and_padding_does_not(exported):
+def test_output_depends_on_the_sentence_but_not_on_padding(exported):
     generator = torch.Generator().manual_seed(5)
     image, mask = torch.randn(1, 3, 40, 56, generator=generator), torch.tensor([[True] * 3 + [False] * 5])
     ids = torch.tensor([[1, 7, 9, 0, 0, 0, 0, 0]])
@@ -100,7 +100,7 @@ def test_the_sentence_matters_and_padding_does_not(exported):
     assert not torch.allclose(other, plain, rtol=1e-3)
 
 
-def test_the_metadata_say_how_to_call_it(student, exported):
+def test_metadata_describe_inputs_and_outputs(student, exported):
     facts = json.loads(exported.metadata.read_text())
     assert exported.metadata.name == "student.json"
     assert facts["inputs"]["image"] == {"shape": ["batch", 3, 40, 56], "dtype": "float32"}
@@ -127,19 +127,19 @@ def test_the_metadata_say_how_to_call_it(student, exported):
     onnx.checker.check_model(exported.onnx.read_bytes())
 
 
-def test_the_file_holds_the_parameters_of_an_undistilled_student(student, exported):
+def test_parameters_equal_those_of_an_undistilled_student(student, exported):
     graph = onnx.load_from_string(exported.onnx.read_bytes()).graph
     buffers = {name for name, _ in student.named_buffers()}
     sizes = {i.name.removeprefix("model."): math.prod(i.dims) for i in graph.initializer}
     fresh = RISModel(student.config)
     assert sum(sizes[name] for name, _ in fresh.named_parameters()) == exported.parameters
     assert exported.parameters == fresh.parameter_count()["total"]
-    foreign = sizes.keys() - {n for n, _ in fresh.named_parameters()} - buffers
-    assert sum(sizes[name] for name in foreign) < 64  # constants of the formulas
+    other = sizes.keys() - {n for n, _ in fresh.named_parameters()} - buffers
+    assert sum(sizes[name] for name in other) < 64  # constants of the code
 
 
-def test_a_distilled_student_exports_as_many(tmp_path):
-    """An aligner trains in the Distiller and is no part of what is saved or exported."""
+def test_a_distilled_student_exports_no_extra_parameters(tmp_path):
+    """Aligners train in the Distiller and are neither saved nor exported."""
     student, teacher = build(), build(args={**RESNET, "channels": [16, 24, 16, 24]})
     before = student.parameter_count()
     aligned = losses.ChannelKD(student_channels=16, teacher_channels=24)
@@ -164,7 +164,7 @@ def test_a_distilled_student_exports_as_many(tmp_path):
     assert done.parameters == before["total"]
     assert done.vocabulary is None
 
-    student.aligner = torch.nn.Conv2d(16, 24, 1)  # what must never happen
+    student.aligner = torch.nn.Conv2d(16, 24, 1)  # must never happen
     with pytest.raises(ValueError, match="Aligners belong to the Distiller"):
         export_onnx(student, tmp_path / "more.onnx")
     assert not (tmp_path / "more.onnx").exists()
@@ -178,7 +178,7 @@ def test_a_distilled_student_exports_as_many(tmp_path):
         ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}, (0, 1), (33, 47)),
     ],
 )
-def test_other_families_at_odd_sizes(backbone, args, out_indices, size, tmp_path):
+def test_exports_other_families_at_odd_sizes(backbone, args, out_indices, size, tmp_path):
     model = build(backbone, args, out_indices)
     done = export_onnx(model, tmp_path / "model.onnx", size=size, batch_sizes=(2, 5))
     assert set(done.differences) == {2, 5}
@@ -187,7 +187,7 @@ def test_other_families_at_odd_sizes(backbone, args, out_indices, size, tmp_path
 
 
 class Program:
-    """The fixture's file in place of a new trace."""
+    """Stand-in for a new trace: the fixture's file."""
 
     def __init__(self, path, edit=lambda proto: None):
         self.proto = onnx.load(str(path))
@@ -198,40 +198,40 @@ class Program:
         onnx.save(self.proto, destination)
 
 
-def refuse(student, exported, monkeypatch, folder, kind, message, edit=lambda proto: None, **options):
+def assert_rejected(student, exported, monkeypatch, folder, kind, message, edit=lambda proto: None, **options):
     monkeypatch.setattr(export, "_trace", lambda network, example: Program(exported.onnx, edit))
     folder.mkdir()
-    (folder / "student.onnx").write_bytes(b"an earlier one")
+    (folder / "student.onnx").write_bytes(b"an earlier file")
     with pytest.raises(kind, match=message):
         export_onnx(student, folder / "student.onnx", size=(40, 56), **options)
     assert [p.name for p in folder.iterdir()] == ["student.onnx"]
-    assert (folder / "student.onnx").read_bytes() == b"an earlier one"
+    assert (folder / "student.onnx").read_bytes() == b"an earlier file"
 
 
-def test_a_difference_above_the_tolerance_leaves_nothing(student, exported, monkeypatch, tmp_path):
+def test_a_difference_above_the_tolerance_writes_nothing(student, exported, monkeypatch, tmp_path):
     changed = copy.deepcopy(student)
     with torch.no_grad():
         changed.fusions[0].attention.f_key.weight.mul_(1.05)
-    refuse(changed, exported, monkeypatch, tmp_path / "a", ArithmeticError, r"more than tolerance=0\.0001")
-    refuse(student, exported, monkeypatch, tmp_path / "b", ArithmeticError, "more than", tolerance=1e-12)
+    assert_rejected(changed, exported, monkeypatch, tmp_path / "a", ArithmeticError, r"more than tolerance=0\.0001")
+    assert_rejected(student, exported, monkeypatch, tmp_path / "b", ArithmeticError, "more than", tolerance=1e-12)
     with torch.no_grad():
         changed.decoder.classifier.bias[0] = torch.nan
-    refuse(changed, exported, monkeypatch, tmp_path / "c", ArithmeticError, "differ by nan")
+    assert_rejected(changed, exported, monkeypatch, tmp_path / "c", ArithmeticError, "differ by nan")
 
 
-def test_parameters_lost_or_added_are_noticed(student, exported, monkeypatch, tmp_path):
+def test_detects_added_parameters(student, exported, monkeypatch, tmp_path):
     def grow(proto):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(torch.zeros(7).numpy(), "model.aligner.weight"))
 
     total = exported.parameters
-    refuse(
-        student, exported, monkeypatch, tmp_path / "a", RuntimeError, f"{total + 7} parameters reached the file", grow
+    assert_rejected(
+        student, exported, monkeypatch, tmp_path / "a", RuntimeError, f"the file has {total + 7} parameters", grow
     )
 
 
-def test_what_cannot_be_traced_is_one_error(student, tmp_path, monkeypatch):
+def test_reports_a_failed_trace_in_one_line(student, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        raise NotImplementedError("no such operator\nand pages more")
+        raise NotImplementedError("no such operator\nand many more lines")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(RuntimeError, match=r"torch cannot trace this model: no such operator$"):
@@ -239,26 +239,26 @@ def test_what_cannot_be_traced_is_one_error(student, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_mode_and_device_stay(student, exported, monkeypatch, tmp_path):
+def test_keeps_the_training_mode(student, exported, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "_trace", lambda network, example: Program(exported.onnx))
-    twin = copy.deepcopy(student).train()
-    export_onnx(twin, tmp_path / "student.onnx", size=(40, 56))
-    assert twin.training
+    model = copy.deepcopy(student).train()
+    export_onnx(model, tmp_path / "student.onnx", size=(40, 56))
+    assert model.training
 
 
-def test_refusals(student, tmp_path):
+def test_rejects_bad_arguments(student, tmp_path):
     pieces = load_tokenizer("shapes")
     cases = [
         (ValueError, r"must end in \.onnx", {"path": tmp_path / "student"}),
         (ValueError, "tolerance must be above 0", {"tolerance": 0.0}),
         (ValueError, "tolerance must be above 0", {"tolerance": math.nan}),
-        (ValueError, "two different ones", {"batch_sizes": (2, 2)}),
-        (ValueError, "two different ones", {"batch_sizes": (0, 2)}),
+        (ValueError, "two different sizes", {"batch_sizes": (2, 2)}),
+        (ValueError, "two different sizes", {"batch_sizes": (0, 2)}),
         (ValueError, r"size must be \(height, width\)", {"size": (0, 32)}),
         (TypeError, "distiller.student", {"model": torch.nn.Linear(1, 1)}),
         (
             ValueError,
-            "word table 40 rows: it is not",
+            "the model has 40 word embeddings: use",
             {"model": build(text={**TEXT, "vocab_size": 40}), "tokenizer": pieces},
         ),
         (ValueError, r"call model\.float\(\)", {"model": copy.deepcopy(student).half()}),
@@ -269,19 +269,21 @@ def test_refusals(student, tmp_path):
     strict = build("swin_tiny_patch4_window7_224", {**SWIN, "strict_img_size": True}, (0, 1))
     (tmp_path / "config.json").write_text('{"backbone": "resnet18"}')
     (tmp_path / "taken.json").mkdir()
-    with pytest.raises(ValueError, match=r"config\.onnx would replace .*config\.json, which no export wrote"):
+    with pytest.raises(
+        ValueError, match=r"config\.onnx would replace .*config\.json, which was not written by an export"
+    ):
         export_onnx(student, tmp_path / "config.onnx")
     with pytest.raises(IsADirectoryError, match=r"taken\.json is a folder"):
-        export_onnx(student, tmp_path / "taken.onnx")  # else the network would be there, its metadata not
+        export_onnx(student, tmp_path / "taken.onnx")  # or the network would be written without its metadata
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "taken.json"]
     (tmp_path / "config.json").unlink()
     (tmp_path / "taken.json").rmdir()
-    with pytest.raises(ValueError, match="does not take an image of"):
+    with pytest.raises(ValueError, match="does not support an image of"):
         export_onnx(strict, tmp_path / "student.onnx", size=(33, 32))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_is_named(student, tmp_path, monkeypatch):
+def test_names_a_missing_package(student, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -298,25 +300,25 @@ def test_command(student, exported, tmp_path, capsys, monkeypatch):
     path = tmp_path / "out" / "student.onnx"
     args = ["export", "--model", str(tmp_path / "model"), "--height", "40", "--width", "56"]
     assert main([*args, "--onnx", str(path)]) == 0
-    said = capsys.readouterr().out
-    assert f"{student.parameter_count()['total']:,} parameters" in said
-    assert "batch of 3: differs from torch by" in said
+    printed = capsys.readouterr().out
+    assert f"{student.parameter_count()['total']:,} parameters" in printed
+    assert "batch of 3: differs from torch by" in printed
     assert {p.name for p in path.parent.iterdir()} == {"student.onnx", "student.json", "student.vocab.txt"}
-    assert main([*args, "--onnx", str(path)]) == 0  # an earlier one is replaced
+    assert main([*args, "--onnx", str(path)]) == 0  # replaces the earlier file
     assert main([*args, "--onnx", str(path / "below.onnx")]) == 2
     assert f"onnx: {path} is a file" in capsys.readouterr().err
 
-    refused = tmp_path / "refused.onnx"
-    assert main([*args, "--onnx", str(refused), "--tolerance", "1e-15"]) == 2
+    rejected = tmp_path / "rejected.onnx"
+    assert main([*args, "--onnx", str(rejected), "--tolerance", "1e-15"]) == 2
     assert "more than tolerance=1e-15" in capsys.readouterr().err
-    assert main(["export", "--model", str(tmp_path / "nowhere"), "--onnx", str(refused)]) == 2
+    assert main(["export", "--model", str(tmp_path / "nowhere"), "--onnx", str(rejected)]) == 2
     assert "no model at" in capsys.readouterr().err
-    assert main([*args, "--onnx", str(tmp_path / "refused.bin")]) == 2
+    assert main([*args, "--onnx", str(tmp_path / "rejected.bin")]) == 2
     assert "must end in .onnx" in capsys.readouterr().err
-    assert not list(tmp_path.glob("refused*"))
+    assert not list(tmp_path.glob("rejected*"))
 
 
-def test_a_compiled_student_is_exported_as_itself(student, exported, tmp_path):
+def test_exports_a_compiled_student(student, exported, tmp_path):
     compiled = copy.deepcopy(student)
     compiled.decoder = torch.compile(compiled.decoder, backend="eager")
     again = export_onnx(torch.compile(compiled), tmp_path / "student.onnx", size=(40, 56))

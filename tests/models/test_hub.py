@@ -1,4 +1,4 @@
-"""Names that cannot be fetched, and weights that cannot be read: one error, whatever the libraries raise."""
+"""Failed downloads and unreadable weights: one short error for the many exceptions of the libraries."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ RESPONSE = SimpleNamespace(headers={}, request=None)
 
 
 class ConnectTimeout(Exception):
-    """As of the client that huggingface_hub asks with; which one depends on its version."""
+    """Exception of the HTTP client, which depends on huggingface_hub's version."""
 
     __module__ = "httpx2"
 
 
 def caused(cause: BaseException) -> Exception:
-    """An error of another library, pages long, with its cause."""
+    """Return a long error of another library with its cause."""
     error = OSError("Something went wrong.\nSee http://hub.example for a page of advice.\n" + "more\n" * 40)
     error.__cause__ = cause
     return error
@@ -47,11 +47,11 @@ REASONS = [
     (errors.RepositoryNotFoundError("404\nlong", response=RESPONSE), "the hub has no such name"),
     (errors.GatedRepoError("403\nlong", response=RESPONSE), "its licence must be accepted"),
     (errors.RevisionNotFoundError("404", response=RESPONSE), "it has no such revision"),
-    (errors.RemoteEntryNotFoundError("404", response=RESPONSE), "it lacks a file"),
-    (errors.LocalEntryNotFoundError("not on disk"), "the network does not reach the hub"),
-    (urllib.error.URLError("no route"), "the network does not reach the hub"),
-    (ConnectTimeout("late"), "the network does not reach the hub"),
-    (ConnectionResetError(), "the network does not reach the hub"),
+    (errors.RemoteEntryNotFoundError("404", response=RESPONSE), "it lacks a required file"),
+    (errors.LocalEntryNotFoundError("not on disk"), "the hub is unreachable"),
+    (urllib.error.URLError("no route"), "the hub is unreachable"),
+    (ConnectTimeout("late"), "the hub is unreachable"),
+    (ConnectionResetError(), "the hub is unreachable"),
 ]
 
 
@@ -61,13 +61,13 @@ def online(monkeypatch):
 
 
 def raises(error):
-    def instead(*args, **options):
+    def function(*args, **options):
         raise error
 
-    return instead
+    return function
 
 
-def one_line(info) -> str:
+def assert_short(info) -> str:
     text = str(info.value)
     assert "\n" not in text
     assert len(text) < 320
@@ -76,48 +76,48 @@ def one_line(info) -> str:
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, caused])
-@pytest.mark.parametrize(("error", "why"), REASONS)
-def test_every_way_to_fetch(error, why, wrap, monkeypatch):
+@pytest.mark.parametrize(("error", "reason"), REASONS)
+def test_reports_failed_downloads(error, reason, wrap, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raises(wrap(error)))
     monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", raises(wrap(error)))
     monkeypatch.setattr(transformers.BertModel, "from_pretrained", raises(caused(error)))
-    with pytest.raises(ValueError, match=f"^'owner/name' is not a folder here, .*{why}") as info:
+    with pytest.raises(ValueError, match=f"^'owner/name' is not a local folder .*{reason}") as info:
         RISModel.from_pretrained("owner/name")
-    one_line(info)
-    with pytest.raises(ValueError, match=f"^'owner/name' is not a folder here, .*{why}") as info:
+    assert_short(info)
+    with pytest.raises(ValueError, match=f"^'owner/name' is not a local folder .*{reason}") as info:
         TextEncoder("bert", TEXT, "owner/name")
-    one_line(info)
+    assert_short(info)
     create = timm.create_model
     monkeypatch.setattr(
         timm,
         "create_model",
         lambda name, pretrained=False, **more: raises(wrap(error))() if pretrained else create(name, **more),
     )
-    with pytest.raises(ValueError, match=rf"timm's weights of 'resnet18' .*{why}.*backbone_weights") as info:
+    with pytest.raises(ValueError, match=rf"timm's weights of 'resnet18' .*{reason}.*backbone_weights") as info:
         RISModel(RISConfig(text=TEXT), backbone_weights="timm")
-    one_line(info)
+    assert_short(info)
 
 
-def test_offline_is_named_with_the_way_out(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nothing below reaches a network
+def test_reports_offline_mode(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no downloads below
     for fetch in (RISModel.from_pretrained, lambda name: TextEncoder("bert", TEXT, name)):
         with pytest.raises(
-            ValueError, match=r"'nobody/nothing' is not a folder here, .*HF_HUB_OFFLINE is set.*unset it"
+            ValueError, match=r"'nobody/nothing' is not a local folder .*HF_HUB_OFFLINE is set.*unset it"
         ):
             fetch("nobody/nothing")
 
 
-def test_errors_that_are_not_about_fetching_stay(monkeypatch):
-    assert hub.reason(ValueError("a configuration")) is None
-    broken = ValueError("its weights do not fit")
+def test_keeps_errors_that_are_not_about_downloads(monkeypatch):
+    assert hub.fetch_failure(ValueError("a configuration")) is None
+    broken = ValueError("its weights do not match")
     missing = errors.RemoteEntryNotFoundError("no config.json", response=RESPONSE)
     monkeypatch.setattr(RISModel, "_from_pretrained", raises(broken))
     monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", raises(missing))
-    with pytest.raises(ValueError, match=r"^its weights do not fit$"):
+    with pytest.raises(ValueError, match=r"^its weights do not match$"):
         RISModel.from_pretrained("owner/name")
 
 
-def test_timm_without_weights_and_a_bad_argument():
+def test_reports_unpublished_timm_weights():
     unpublished = next(name for name in timm.list_models("*resnet*") if not timm.list_models(name, pretrained=True))
     with pytest.raises(ValueError, match=rf"timm publishes no weights of '{unpublished}'"):
         RISModel(RISConfig(backbone=unpublished, text=TEXT), backbone_weights="timm")
@@ -130,7 +130,7 @@ def bert(tmp_path_factory):
     return folder
 
 
-def test_text_weights_that_do_not_fit_are_named(bert):
+def test_rejects_text_weights_of_another_shape(bert):
     with pytest.raises(ValueError, match=r"word_embeddings\.weight is \(40, 16\), not \(50, 16\); nothing was loaded"):
         TextEncoder("bert", {**TEXT, "vocab_size": 50}, bert)
     with pytest.raises(ValueError, match=r"have no value for encoder\.layer\.1"):
@@ -138,10 +138,10 @@ def test_text_weights_that_do_not_fit_are_named(bert):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_text_weights_that_cannot_be_read(bert, tmp_path, name):
-    """Without torch's advice to run what is in the file."""
+def test_rejects_unreadable_text_weights(bert, tmp_path, name):
+    """The error omits torch's suggestion to run the code in the file."""
     (tmp_path / "config.json").write_bytes((bert / "config.json").read_bytes())
-    contents = [b"cut off"]
+    contents = [b"truncated"]
     if name.endswith("bin"):
         torch.save({"settings": argparse.Namespace(lr=0.1)}, tmp_path / "code.pth")
         contents.append((tmp_path / "code.pth").read_bytes())
@@ -149,6 +149,6 @@ def test_text_weights_that_cannot_be_read(bert, tmp_path, name):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"text weights .* cannot be (read: their pickle|loaded)") as info:
             TextEncoder("bert", TEXT, tmp_path)
-        text = one_line(info)
+        text = assert_short(info)
         assert "weights_only" not in text
         assert "\x1b" not in text

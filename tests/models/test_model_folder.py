@@ -1,4 +1,4 @@
-"""What belongs to a model is in its configuration and folder: the normalisation of its images, and its tokenizer."""
+"""A model's folder and configuration include its normalisation and its tokenizer."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def offline_timm(monkeypatch):
-    """Random weights in place of published ones; what timm states about those is its own."""
+    """Replace published weights by random ones; keep timm's configuration of the published ones."""
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: create(name, **more))
 
 
 class TestNormalisation:
-    def test_timms_weights_bring_their_own(self, offline_timm, tmp_path):
+    def test_timm_weights_define_the_normalisation(self, offline_timm, tmp_path):
         model = small_with("timm")
         assert (model.config.image_mean, model.config.image_std) == (HALF, HALF)
         kept = RISModel.from_pretrained(save(model, tmp_path / "kept"))
@@ -66,12 +66,12 @@ class TestNormalisation:
         assert kept.config == model.config
         resnet = small_with("timm", backbone="resnet18", backbone_args={"layers": [1, 1, 1, 1], "channels": [8] * 4})
         assert (resnet.config.image_mean, resnet.config.image_std) == (IMAGENET_MEAN, IMAGENET_STD)
-        assert small_with("timm", **OWN).config.image_mean == OWN["image_mean"]  # stated: the configuration's
+        assert small_with("timm", **OWN).config.image_mean == OWN["image_mean"]  # the configuration overrides timm
 
-    def test_random_weights_and_older_folders_have_imagenets(self, tmp_path):
+    def test_defaults_to_imagenet(self, tmp_path):
         config = RISConfig(**SMALL)
         model = RISModel(config)
-        assert config.image_mean is None  # the caller's stays as it is
+        assert config.image_mean is None  # the caller's configuration is unchanged
         assert (model.config.image_mean, model.config.image_std) == (IMAGENET_MEAN, IMAGENET_STD)
         folder = save(model, tmp_path / "older")
         values = json.loads((folder / "config.json").read_text())
@@ -79,7 +79,7 @@ class TestNormalisation:
         (folder / "config.json").write_text(json.dumps(values))
         assert RISModel.from_pretrained(folder).config.image_mean == IMAGENET_MEAN
 
-    def test_a_file_of_weights_is_timms_or_states_its_own(self, tmp_path):
+    def test_weights_file_uses_its_config_or_timms(self, tmp_path):
         network = timm.create_model(SMALL["backbone"])
         torch.save(network.state_dict(), tmp_path / "weights.pth")
         assert small_with(tmp_path / "weights.pth").config.image_mean == HALF
@@ -91,7 +91,7 @@ class TestNormalisation:
             (tmp_path / "config.json").write_text(json.dumps(content))
             assert small_with(tmp_path / "weights.pth").config.image_mean == mean
 
-    def test_data_prediction_and_evaluation_follow_the_model(self, scenes, tmp_path):
+    def test_data_prediction_and_evaluation_use_the_models_normalisation(self, scenes, tmp_path):
         model = small(**OWN, tokenizer="shapes")
         data = open_split(scenes, "val", model, sentences="all")
         sample = data[0]
@@ -103,34 +103,36 @@ class TestNormalisation:
             expected = model(batch["image"], batch["input_ids"], batch["word_mask"]).logits.softmax(1)[0, 1]
         found = predict(model, pixels, sample["sentence"])
         np.testing.assert_allclose(found.probability, expected.numpy(), atol=1e-5)
-        shown = Example.from_sample(sample, {}, image_mean=data.image_mean, image_std=data.image_std)
-        np.testing.assert_allclose(shown.image.numpy().transpose(1, 2, 0), pixels / 255.0, atol=1e-5)
+        example = Example.from_sample(sample, {}, image_mean=data.image_mean, image_std=data.image_std)
+        np.testing.assert_allclose(example.image.numpy().transpose(1, 2, 0), pixels / 255.0, atol=1e-5)
         evaluate(model, data)
         other = ReferDataset(data.refcoco, data.tokenizer, image_size=64, sentences="all")
-        message = r"by mean \(0\.485, .*the model wants mean \(0\.1, 0\.4, 0\.7\).*image_mean=model\.config\.image_mean"
+        message = (
+            r"by mean \(0\.485, .*the model expects mean \(0\.1, 0\.4, 0\.7\).*image_mean=model\.config\.image_mean"
+        )
         for hidden in (other, torch.utils.data.Subset(other, [0]), torch.utils.data.ConcatDataset([data, other])):
             with pytest.raises(ValueError, match=message):
                 evaluate(model, hidden)
-        with pytest.raises(ValueError, match="the student wants"):
+        with pytest.raises(ValueError, match="the student expects"):
             train(model, other, TrainConfig(steps=1, batch_size=2, device="cpu"), progress=False)
 
-    def test_a_teacher_of_another_normalisation_gets_the_same_picture(self, scenes):
+    def test_distiller_converts_the_teachers_image(self, scenes):
         student, teacher = small(**OWN, tokenizer="shapes"), small(tokenizer="shapes").requires_grad_(False)
         theirs = open_split(scenes, "train", teacher, sentences="all")
         ours = open_split(scenes, "train", student, sentences="all")
         batch, right = collate([ours[0], ours[1]]), collate([theirs[0], theirs[1]])
         distiller = Distiller(student, teacher, segmentation_loss, [Term(losses.logit_kd, "logits")])
-        seen = []
-        teacher.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["image"]), with_kwargs=True)
+        images = []
+        teacher.register_forward_pre_hook(lambda module, args, kwargs: images.append(kwargs["image"]), with_kwargs=True)
         output = distiller(batch)
-        torch.testing.assert_close(seen[0], right["image"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(images[0], right["image"], rtol=0, atol=2e-5)
         torch.testing.assert_close(output.student.logits, student(**distiller.model_inputs(batch)).logits)
-        distiller.run_teacher({**batch, "teacher_image": right["image"] + 1})  # made for the teacher: as it is
-        assert torch.equal(seen[1], right["image"] + 1)
+        distiller.run_teacher({**batch, "teacher_image": right["image"] + 1})  # already made for the teacher
+        assert torch.equal(images[1], right["image"] + 1)
         distiller = Distiller(teacher, small(), segmentation_loss, [Term(losses.logit_kd, "logits")])
-        assert distiller._teacher_inputs(right)["image"] is right["image"]  # nothing to convert: not even a copy
+        assert distiller._teacher_inputs(right)["image"] is right["image"]  # no conversion, no copy
 
-    def test_conversion(self):
+    def test_renormalise(self):
         image = torch.rand(2, 3, 5, 4).contiguous(memory_format=torch.channels_last)
         one, other = (IMAGENET_MEAN, IMAGENET_STD), (OWN["image_mean"], OWN["image_std"])
         mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in one)
@@ -150,19 +152,19 @@ class TestNormalisation:
             ({"image_mean": "abc", "image_std": HALF}, "image_mean must be three numbers"),
         ],
     )
-    def test_refusals(self, changes, message, scenes):
+    def test_rejects_bad_values(self, changes, message, scenes):
         with pytest.raises(ValueError, match=message):
             RISConfig(**changes)
 
-    def test_a_dataset_refuses_other_than_three_colours(self, scenes):
+    def test_dataset_rejects_bad_values(self, scenes):
         for changes in ({"image_mean": (0.5,)}, {"image_std": (0.5, 0.5, 0.0)}):
             with pytest.raises(ValueError, match="image_mean and image_std must be three numbers each"):
                 ReferDataset(RefCOCO(scenes), load_tokenizer("shapes"), **changes)
 
 
 class TestTokenizer:
-    def test_a_run_keeps_its_vocabulary(self, scenes, tmp_path, monkeypatch):
-        """Named by a relative path, while another folder has another vocabulary of that name."""
+    def test_saved_model_keeps_its_vocabulary(self, scenes, tmp_path, monkeypatch):
+        """A relative path, and another folder with another vocabulary of that name."""
         pieces = load_tokenizer("shapes").pieces()
         here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
         for folder, content in ((here, pieces), (elsewhere, [*pieces[:5], *reversed(pieces[5:])])):
@@ -178,30 +180,30 @@ class TestTokenizer:
         monkeypatch.chdir(elsewhere)
         for name in ("moved", "again"):
             model = RISModel.from_pretrained(tmp_path / name)
-            for words in (tokenizer_of(model), tokenizer_of(model, tmp_path / name)):
-                assert words.pieces() == pieces
+            for loaded in (tokenizer_of(model), tokenizer_of(model, tmp_path / name)):
+                assert loaded.pieces() == pieces
             assert open_split(scenes, "val", model, sentences="all").tokenizer.pieces() == pieces
             model.save_pretrained(tmp_path / "again")
         new = build_model(str(tmp_path / "moved" / "config.json"), seed=0)
         assert tokenizer_of(new).pieces() == pieces
 
-    def test_the_datasets_tokenizer_is_saved_with_the_student(self, scenes, tmp_path):
+    def test_training_saves_the_datasets_tokenizer(self, scenes, tmp_path):
         cased = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", "the", *"abcdefgh"]
         (tmp_path / "vocab.txt").write_text("\n".join(cased) + "\n")
-        student = small()  # its configuration names none
+        student = small()  # its configuration names no tokenizer
         for source, name in ((tmp_path / "vocab.txt", "."), ("shapes", "shapes")):
             data = ReferDataset(RefCOCO(scenes), Quiet(load_tokenizer(source)), image_size=64)
             out = tmp_path / f"run-{name}"
             train(student, data, TrainConfig(steps=1, batch_size=2, device="cpu"), out_dir=out, progress=False)
             assert json.loads((out / "last" / "config.json").read_text())["tokenizer"] == name
-            words = tokenizer_of(RISModel.from_pretrained(out / "last"))
-            assert words.pieces() == load_tokenizer(source).pieces()
-            assert words.lower_case is (name == "shapes")
+            loaded = tokenizer_of(RISModel.from_pretrained(out / "last"))
+            assert loaded.pieces() == load_tokenizer(source).pieces()
+            assert loaded.lower_case is (name == "shapes")
 
-    def test_the_folders_own_comes_first_then_a_name_in_it_then_the_name(self, tmp_path, monkeypatch):
+    def test_tokenizer_precedence(self, tmp_path, monkeypatch):
         shapes = load_tokenizer("shapes")
         model = small(tokenizer="words")
-        with pytest.warns(FastKDWarning, match="saved without its tokenizer, .*'words' is no file or folder"):
+        with pytest.warns(FastKDWarning, match="saved without its tokenizer, .*'words' does not exist"):
             folder = save(model, tmp_path / "model")
         assert RISModel.from_pretrained(folder).config.tokenizer == "words"
         shapes.save(folder / "words")
@@ -209,10 +211,10 @@ class TestTokenizer:
         (folder / "vocab.txt").write_text("\n".join(shapes.pieces()) + "\n")
         monkeypatch.chdir(tmp_path)
         loaded = RISModel.from_pretrained("model")
-        assert loaded.config.tokenizer == str(folder)  # absolute: it stays right when the current folder changes
+        assert loaded.config.tokenizer == str(folder)  # absolute, so that it survives a change of directory
         assert tokenizer_of(loaded).pieces() == shapes.pieces()
 
-    def test_text_weights_bring_theirs(self, tmp_path):
+    def test_text_weights_define_the_tokenizer(self, tmp_path):
         small().text_encoder.model.save_pretrained(tmp_path / "bert")
         torch.manual_seed(0)
         assert RISModel(RISConfig(**SMALL), text_weights=tmp_path / "bert").config.tokenizer is None
@@ -225,27 +227,29 @@ class TestTokenizer:
         shutil.rmtree(tmp_path / "bert")
         assert tokenizer_of(RISModel.from_pretrained(tmp_path / "moved")).lower_case
 
-    def test_padding_is_the_text_encoders(self, scenes, tmp_path):
+    def test_padding_ids_must_match(self, scenes, tmp_path):
         pieces = [*"abc", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *load_tokenizer("shapes").pieces()[5:]]
         pieces = list(dict.fromkeys(pieces))
         (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
         tokenizer = load_tokenizer(tmp_path)
         data = ReferDataset(RefCOCO(scenes, split="val"), tokenizer, image_size=64, sentences="all")
-        with pytest.raises(ValueError, match=r"pads with id 3, the model's .* takes id 0 .*\{'pad_token_id': 3\}"):
+        with pytest.raises(
+            ValueError, match=r"pads with id 3, the model's .* expects padding id 0: .*\{'pad_token_id': 3\}"
+        ):
             evaluate(small(), data)
         model = small(text={**TEXT, "pad_token_id": 3})
         evaluate(model, data)
         batch = collate([data[0]])
         with torch.no_grad():
-            implied = model(batch["image"], batch["input_ids"]).logits  # the padding id marks what is no word
+            implied = model(batch["image"], batch["input_ids"]).logits  # the mask is derived from the padding id
             assert torch.equal(implied, model(batch["image"], batch["input_ids"], batch["word_mask"]).logits)
-        with pytest.warns(FastKDWarning, match="pads with id 0, the model's text encoder takes id 3"):
+        with pytest.warns(FastKDWarning, match="pads with id 0, the model's text encoder expects padding id 3"):
             predict(model, np.zeros((64, 64, 3), np.uint8), "a circle", load_tokenizer("shapes"))
         new = build_model("shapes-student", seed=0, tokenizer=str(tmp_path))
         assert new.text_encoder.pad_id == 3
         assert preset("shapes-student").text == build_model("shapes-student", seed=0).config.text
 
-    def test_an_export_says_casing_and_normalisation(self, tmp_path):
+    def test_export_metadata_include_casing_and_normalisation(self, tmp_path):
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
         from fastkd.models.export import _facts
@@ -253,15 +257,17 @@ class TestTokenizer:
         cased = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "The", "the"]
         (tmp_path / "vocab.txt").write_text("\n".join(cased) + "\n")
         model = small(**OWN, text={**TEXT, "pad_token_id": 1}, tokenizer=str(tmp_path))
-        facts = _facts(model, tmp_path / "vocab.txt", 64, 64, 1, {}, 1e-4, load_tokenizer(tmp_path), "x.vocab.txt")
+        facts = _facts(
+            model, tmp_path / "vocab.txt", 64, 64, 1, {}, 1e-4, load_tokenizer(tmp_path), tmp_path / "x.vocab.txt"
+        )
         assert (facts["image"]["mean"], facts["image"]["std"]) == ([0.1, 0.4, 0.7], [0.5, 0.25, 0.125])
         assert facts["tokenizer"]["lower_case"] is False
         assert facts["tokenizer"]["pad_id"] == 1
-        assert facts["tokenizer"]["name"] == facts["config"]["tokenizer"] == "x.vocab.txt"  # no path of this machine
+        assert facts["tokenizer"]["name"] == facts["config"]["tokenizer"] == "x.vocab.txt"  # not a local path
 
 
 class Quiet(Tokenizer):
-    """A tokenizer that does not warn of words it cannot spell."""
+    """A tokenizer that does not warn about unknown words."""
 
     def __init__(self, other: Tokenizer) -> None:
         super().__init__(other._inner, other.name)

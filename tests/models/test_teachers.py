@@ -1,4 +1,4 @@
-"""Teachers from transformers: the network's own numbers behind the student's call."""
+"""Teachers from transformers: outputs match the wrapped networks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fastkd import Taps
 from fastkd.models import SAM3Teacher, TextPromptedTeacher
 
 
-class TestNetworksOwnNumbers:
-    """The adapter on a student's image against transformers' network on the image prepared as its files say."""
+class TestOutputs:
+    """Compare the adapter on a student's image with the network on an image preprocessed by its files."""
 
     def test_mask(self, teacher) -> None:
         kind = teacher.config.model_type
@@ -44,13 +44,13 @@ class TestNetworksOwnNumbers:
         assert out.logits.shape == (2, 2, 96, 80)
         assert torch.equal(out.word_mask, mask)
 
-    def test_an_image_of_its_own_size_is_only_renormalised(self, teacher) -> None:
+    def test_does_not_resize_an_image_of_the_right_size(self, teacher) -> None:
         kind = teacher.config.model_type
         pixels = picture((tiny.SIZES[kind],) * 2)
         mean, std = (torch.tensor(v)[:, None, None] for v in (tiny.MEAN[kind], tiny.STD[kind]))
         torch.testing.assert_close(teacher.pixels(imagenet(pixels)), (pixels - mean) / std)
 
-    def test_clipsegs_maps_and_words(self, teachers) -> None:
+    def test_clipseg_maps_and_words(self, teachers) -> None:
         teacher = teachers["clipseg"]
         ids, mask = tokens(teacher)
         out = teacher(imagenet(picture()), ids, mask)
@@ -63,20 +63,20 @@ class TestNetworksOwnNumbers:
         torch.testing.assert_close(out.words, text.last_hidden_state)
         assert out.pixel_word_logits == []
 
-    def test_sam3s_maps_and_words(self, teachers) -> None:
+    def test_sam3_maps_and_words(self, teachers) -> None:
         teacher = teachers["sam3"]
         ids, mask = tokens(teacher)
         out = teacher(imagenet(picture()), ids, mask)
         assert [tuple(s.shape) for s in out.stages] == [(2, 16, 16, 16), (2, 16, 8, 8), (2, 16, 4, 4)]
         own = teacher.network.vision_encoder(teacher.pixels(imagenet(picture()))).fpn_hidden_states
         torch.testing.assert_close(out.stages[:2], list(own[:2]))
-        assert not torch.allclose(out.stages[2], own[2], atol=1e-2)  # the words went in
+        assert not torch.allclose(out.stages[2], own[2], atol=1e-2)  # fused with the words
         text = teacher.network.get_text_features(input_ids=ids, attention_mask=mask.long())
         torch.testing.assert_close(out.words, text.pooler_output)
 
-    def test_sam3s_pixel_word_logits_are_its_attention(self, tiny_folders) -> None:
+    def test_sam3_pixel_word_logits_match_its_attention(self, tiny_folders) -> None:
         teacher = SAM3Teacher.from_pretrained(tiny_folders["sam3"])
-        teacher.network.set_attn_implementation("eager")  # which returns its attention
+        teacher.network.set_attn_implementation("eager")  # returns the attention
         ids, mask = tokens(teacher)
         layers = teacher.network.detr_encoder.layers
         paths = {f"a{i}": (f"network.detr_encoder.layers.{i}.cross_attn", 1) for i in range(len(layers))}
@@ -88,7 +88,7 @@ class TestNetworksOwnNumbers:
                 attention = logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
                 torch.testing.assert_close(attention, taps[f"a{i}"], rtol=1e-4, atol=1e-5)
 
-    def test_sam3s_masks(self, tiny_folders, teachers) -> None:
+    def test_sam3_mask_selection(self, tiny_folders, teachers) -> None:
         semantic = TextPromptedTeacher.from_pretrained(tiny_folders["sam3"], masks="semantic")
         ids, mask = tokens(semantic)
         out = semantic(imagenet(picture()), ids, mask)
@@ -100,7 +100,7 @@ class TestNetworksOwnNumbers:
 
 
 class TestCall:
-    def test_padding_changes_nothing_and_words_count(self, teacher) -> None:
+    def test_ignores_padding_and_uses_words(self, teacher) -> None:
         image = imagenet(picture())
         short, long = (teacher(image, *tokens(teacher, words)) for words in (20, 30))
         torch.testing.assert_close(short.logits, long.logits, rtol=1e-4, atol=1e-4)
@@ -108,7 +108,7 @@ class TestCall:
         other = teacher(image, ids.flip(0), mask.flip(0))
         assert not torch.allclose(other.logits, long.logits, atol=1e-3)
 
-    def test_without_a_mask_the_sentence_goes_up_to_its_end_mark(self, teacher) -> None:
+    def test_mask_defaults_to_the_end_token(self, teacher) -> None:
         ids, mask = tokens(teacher)
         assert torch.equal(teacher(imagenet(picture()), ids).word_mask, mask)
         teacher = copy.deepcopy(teacher)
@@ -118,13 +118,13 @@ class TestCall:
         with torch.no_grad():
             assert teacher(imagenet(picture()), ids).word_mask.all()
 
-    def test_one_image(self, teacher) -> None:
+    def test_batch_of_one(self, teacher) -> None:
         ids, mask = tokens(teacher)
         both = teacher(imagenet(picture()), ids, mask)
         one = teacher(imagenet(picture())[:1], ids[:1], mask[:1])
         torch.testing.assert_close(one.logits, both.logits[:1], rtol=1e-4, atol=1e-4)
 
-    def test_under_autocast_and_for_smaller_images(self, teacher) -> None:
+    def test_autocast_and_small_images(self, teacher) -> None:
         ids, mask = tokens(teacher)
         for size in ((96, 80), (20, 24)):
             expected = teacher(imagenet(picture(size)), ids, mask).logits
@@ -135,7 +135,7 @@ class TestCall:
             assert (out - expected).norm() < 0.05 * expected.norm()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_in_half_precision(self, teacher, dtype) -> None:
+    def test_half_precision(self, teacher, dtype) -> None:
         ids, mask = tokens(teacher)
         expected = teacher(imagenet(picture()), ids, mask).logits
         half = copy.deepcopy(teacher).to(dtype)
@@ -144,7 +144,7 @@ class TestCall:
         assert out.logits.dtype == torch.float32
         assert (out.logits - expected).norm() < 0.05 * expected.norm()
 
-    def test_copies_are_independent_and_nothing_is_kept(self, teacher, tiny_folders) -> None:
+    def test_copies_are_independent_and_release_activations(self, teacher, tiny_folders) -> None:
         ids, mask = tokens(teacher)
         image = imagenet(picture())
         expected = teacher(image, ids, mask)
@@ -152,15 +152,15 @@ class TestCall:
         for again in (copy.deepcopy(teacher), pickle.loads(pickle.dumps(fresh))):
             out = again(image, ids, mask)
             torch.testing.assert_close(out.stages, expected.stages)
-            assert again._seen is not teacher._seen
-        assert teacher._seen == {}
+            assert again._recorded is not teacher._recorded
+        assert teacher._recorded == {}
         with pytest.raises(ValueError):
             teacher(image[:1], ids, mask)
-        assert teacher._seen == {}
+        assert teacher._recorded == {}
         teacher.network(input_ids=ids, pixel_values=teacher.pixels(image), attention_mask=mask.long())
-        assert teacher._seen == {}
+        assert teacher._recorded == {}
 
-    def test_taps_see_the_network(self, teachers) -> None:
+    def test_taps_reach_the_network(self, teachers) -> None:
         ids, mask = tokens(teachers["clipseg"])
         with Taps(teachers["clipseg"], {"clip": "network.clip.vision_model.encoder.layers.1"}) as taps:
             teachers["clipseg"](imagenet(picture()), ids, mask)
@@ -171,14 +171,14 @@ class TestCall:
     @pytest.mark.parametrize(
         ("change", "kind", "message"),
         [
-            ({"input_ids": torch.full((2, 41), 3)}, ValueError, "has 41 words, the text encoder takes 40"),
-            ({"input_ids": torch.full((2, 5), 10**4)}, ValueError, "is the tokenizer this model's own"),
+            ({"input_ids": torch.full((2, 41), 3)}, ValueError, "has 41 words, the text encoder takes at most 40"),
+            ({"input_ids": torch.full((2, 5), 10**4)}, ValueError, "check that the tokenizer is this model's own"),
             ({"input_ids": torch.ones(2, 5)}, TypeError, "input_ids must be int64"),
             ({"word_mask": torch.zeros(2, 32, dtype=torch.bool)}, ValueError, "no valid word in sample 0"),
             ({"image": torch.rand(2, 1, 8, 8)}, ValueError, r"image must be \(B, 3, H, W\)"),
         ],
     )
-    def test_bad_input(self, teacher, change, kind, message) -> None:
+    def test_rejects_bad_inputs(self, teacher, change, kind, message) -> None:
         ids, mask = tokens(teacher)
         arguments = {"image": imagenet(picture()), "input_ids": ids, "word_mask": mask} | change
         if "input_ids" in change:
@@ -186,7 +186,7 @@ class TestCall:
         with pytest.raises(kind, match=message):
             teacher(**arguments)
 
-    def test_ids_of_another_tokenizer_have_no_end_mark(self, teacher) -> None:
+    def test_rejects_ids_without_an_end_token(self, teacher) -> None:
         end = teacher.vocab_size - 1
-        with pytest.raises(ValueError, match=r"sentence 1 has no end mark .* keep_end=True"):
+        with pytest.raises(ValueError, match=r"sentence 1 has no end token .* keep_end=True"):
             teacher(imagenet(picture()), torch.tensor([[1, 2, end], [1, 2, 3]]))

@@ -379,11 +379,11 @@ def test_word_ids_beyond_a_table_are_refused_before_the_batch_moves() -> None:
     student.student.vocab_size, student.teacher.vocab_size = 8, 8
     assert run(student, steps=1).steps == 1
     student.teacher.vocab_size = 7
-    with pytest.raises(ValueError, match=r"input_ids run from \d to 7, the vocabulary has 7 words"):
+    with pytest.raises(ValueError, match=r"input_ids range from \d to 7, but the vocabulary has 7 words"):
         run(student, steps=1)
     data = Scenes()
     data.tokenizer = SimpleNamespace(vocab_size=9, name="other")
-    with pytest.raises(ValueError, match=r"tokenizer \('other'\) has 9 entries, the student's word table 8 rows"):
+    with pytest.raises(ValueError, match=r"tokenizer \('other'\) has 9 entries, the student has 8 word embeddings"):
         run(student, data)
 
 

@@ -1,8 +1,8 @@
-"""A procedural referring-expression set, written in the layout of RefCOCO.
+"""A procedural referring-expression set in the layout of RefCOCO.
 
-Rooms: ``scene`` (which shapes, where, who hides whom), ``render`` (pixels and labels), ``contours`` (labels to
-polygons), ``meaning`` (what a sentence says about a scene), ``language`` (sentences that single out one shape),
-``write`` (the files), ``sidecar`` (what RefCOCO's files have no place for), ``vocab`` (the word pieces that ship).
+Modules: ``scene`` (shapes, positions, occlusion), ``render`` (pixels and labels), ``contours`` (labels to polygons),
+``meaning`` (semantics of descriptions), ``language`` (sentences that identify one shape), ``write`` (files),
+``sidecar`` (data that RefCOCO's files cannot hold), ``vocab`` (the shipped word pieces).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Masks to polygons: the exact outline along pixel edges, so that rasterising gives the mask back."""
+"""Convert masks to polygons along pixel edges, which rasterise to exactly the same mask."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def mask_polygons(mask: np.ndarray) -> list[list[float]]:
-    """COCO polygons ``[x0, y0, x1, y1, ...]`` that cover exactly the true pixels of ``mask`` (H, W) bool.
+    """Return COCO polygons ``[x0, y0, x1, y1, ...]`` that cover exactly the true pixels of ``mask`` (H, W) bool.
 
-    Coordinates are pixel edges. Polygons don't overlap and have no holes: a part with a hole is cut in two through it.
+    Coordinates are pixel edges. Polygons do not overlap and have no holes: a mask with a hole is split through it.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(rows) == 0:
@@ -17,8 +17,8 @@ def mask_polygons(mask: np.ndarray) -> list[list[float]]:
     outlines, holes = _loops(mask[top : rows[-1] + 1, left : columns[-1] + 1], left, top)
     if not holes:
         return outlines
-    across = holes[0][0::2]
-    cut = int(min(across) + max(across)) // 2
+    xs = holes[0][0::2]
+    cut = int(min(xs) + max(xs)) // 2
     before, after = mask.copy(), mask.copy()
     before[:, cut:] = False
     after[:, :cut] = False
@@ -26,43 +26,43 @@ def mask_polygons(mask: np.ndarray) -> list[list[float]]:
 
 
 def _loops(mask: np.ndarray, left: int, top: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Closed loops along pixel edges, true pixels on the right-hand side: the outer ones, and those around holes.
+    """Return closed loops along pixel edges, with true pixels on the right: outer loops and holes.
 
-    A pixel corner (x, y) is the integer x * stride + y, an edge the step from one to the next.
+    A pixel corner (x, y) is encoded as x * stride + y, an edge as the step to the next corner.
     """
     height, width = mask.shape
     stride = height + 1
-    wide = np.zeros((height + 2, width + 2), dtype=bool)
-    wide[1:-1, 1:-1] = mask
+    padded = np.zeros((height + 2, width + 2), dtype=bool)
+    padded[1:-1, 1:-1] = mask
     right_of = {stride: 1, 1: -stride, -stride: -1, -1: stride}
     starts: list[int] = []
     steps: list[int] = []
     for outside, corner, step in (
-        (wide[:-2, 1:-1], 0, stride),  # top edges run right
-        (wide[1:-1, 2:], stride, 1),  # right edges run down
-        (wide[2:, 1:-1], stride + 1, -stride),  # bottom edges run left
-        (wide[1:-1, :-2], 1, -1),  # left edges run up
+        (padded[:-2, 1:-1], 0, stride),  # top edges run right
+        (padded[1:-1, 2:], stride, 1),  # right edges run down
+        (padded[2:, 1:-1], stride + 1, -stride),  # bottom edges run left
+        (padded[1:-1, :-2], 1, -1),  # left edges run up
     ):
         y, x = np.nonzero(mask & ~outside)
         starts += (x * stride + y + corner).tolist()
         steps += [step] * len(x)
-    way = dict(zip(starts, steps, strict=True))
-    # where two pixels touch at a corner only, two edges start: the dict has kept the second one
-    forks = {start: step for start, step in zip(starts, steps, strict=True) if way[start] != step}
+    edges = dict(zip(starts, steps, strict=True))
+    # Where two pixels touch only at a corner, two edges start; the dict keeps the second one.
+    forks = {start: step for start, step in zip(starts, steps, strict=True) if edges[start] != step}
     outer: list[list[float]] = []
     holes: list[list[float]] = []
-    while way:
-        first = at = min(way)  # nothing lies further left, so one edge starts here
+    while edges:
+        first = at = min(edges)  # the leftmost corner: only one edge starts here
         last = 0
         corners: list[int] = []
         while not corners or at != first:
-            step = way[at]
+            step = edges[at]
             if at in forks:
-                other, step = forks.pop(at), right_of[last]  # keep right, which separates the two pixels
+                other, step = forks.pop(at), right_of[last]  # turn right, which separates the two pixels
                 if other != step:
-                    way[at] = other
+                    edges[at] = other
             else:
-                del way[at]
+                del edges[at]
             if step != last:
                 corners.append(at)
                 last = step

@@ -1,4 +1,4 @@
-"""Sentences that single out one shape of a scene, in fixed proportions of five kinds.
+"""Generate sentences that identify one shape of a scene, in fixed proportions of five kinds.
 
 =============  =====  ==================================================================
 kind           share  example
@@ -10,8 +10,8 @@ superlative    15 %   the biggest green shape
 ordinal        10 %   the second circle from the left
 =============  =====  ==================================================================
 
-The kinds are drawn first, and a scene that has no unambiguous sentence of a drawn kind is drawn again, so the shares
-don't depend on how hard a kind is to find. Every sentence comes from a meaning that was evaluated over the scene.
+The kinds are drawn first, and a scene without an unambiguous sentence of a drawn kind is rejected, so the proportions
+do not depend on the difficulty of a kind. Every sentence expresses a meaning that was evaluated on the scene.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _RANKS = {2: "second", 3: "third", 4: "fourth"}
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """A sentence, its kind, its meaning and the shape it singles out."""
+class Expression:
+    """A sentence with its kind, its meaning and the index of the shape that it identifies."""
 
     text: str
     kind: str
@@ -71,74 +71,74 @@ class Said:
 
 
 def words() -> set[str]:
-    """Every word that a sentence of the set can hold."""
-    said: list[str] = ["the from", *KINDS, *COLOURS, *TEXTURES, *_THINGS, *_RANKS.values(), *m.DIRECTIONS]
+    """Return all words that sentences of the set may contain."""
+    texts: list[str] = ["the from", *KINDS, *COLOURS, *TEXTURES, *_THINGS, *_RANKS.values(), *m.DIRECTIONS]
     tables: list[Iterable[tuple[str, ...]]] = [
         *[_SIZE_WORDS.values(), _EXTREME.values(), _REGION.values(), _RELATION.values(), _SUPERLATIVE.values()]
     ]
-    said += [text for table in tables for forms in table for text in forms]
-    return set(" ".join(said).replace("{}", " ").split())
+    texts += [text for table in tables for forms in table for text in forms]
+    return set(" ".join(texts).replace("{}", " ").split())
 
 
 def draw_kinds(rng: Random) -> list[str]:
-    """The kinds of the sentences that one scene is to have, drawn independently by ``KIND_SHARES``."""
+    """Draw the kinds of one scene's sentences independently by ``KIND_SHARES``."""
     return rng.choices(tuple(KIND_SHARES), tuple(KIND_SHARES.values()), k=rng.randint(*SENTENCES_PER_SCENE))
 
 
-def describe(scene: Scene, kinds: list[str], rng: Random) -> list[Said] | None:
-    """One sentence per entry of ``kinds``, or None where this scene has none of a wanted kind.
+def describe(scene: Scene, kinds: list[str], rng: Random) -> list[Expression] | None:
+    """Return one sentence per entry of ``kinds``, or None if this scene allows none of some kind.
 
-    A shape gets at most four sentences, of distinct kinds; most go to shapes that already have one, so that a scene has
-    few refs with several sentences each.
+    A shape gets at most four sentences, of distinct kinds; shapes that already have one are preferred, so that a scene
+    has few refs with several sentences each.
     """
-    said: list[Said] = []
-    have: dict[int, set[str]] = {}
-    # the rarest kinds first: they have the fewest shapes to choose from
+    expressions: list[Expression] = []
+    kinds_of: dict[int, set[str]] = {}
+    # Rare kinds first: they have the fewest candidate shapes.
     for kind in sorted(kinds, key=lambda k: KIND_SHARES[k]):
-        open_to = [i for i in range(len(scene)) if kind not in have.get(i, ()) and len(have.get(i, ())) < 4]
-        rng.shuffle(open_to)
+        candidates = [i for i in range(len(scene)) if kind not in kinds_of.get(i, ()) and len(kinds_of.get(i, ())) < 4]
+        rng.shuffle(candidates)
         if rng.random() < 0.75:
-            open_to.sort(key=lambda i: i not in have)
-        for target in open_to:
+            candidates.sort(key=lambda i: i not in kinds_of)
+        for target in candidates:
             meaning = _propose(kind, scene, target, rng)
             if meaning is not None:
-                said.append(Said(say(meaning, rng), kind, meaning, target))
-                have.setdefault(target, set()).add(kind)
+                expressions.append(Expression(verbalise(meaning, rng), kind, meaning, target))
+                kinds_of.setdefault(target, set()).add(kind)
                 break
         else:
             return None
-    return said
+    return expressions
 
 
-def say(meaning: m.Meaning, rng: Random) -> str:
-    """One wording of a meaning, lower-case without punctuation."""
+def verbalise(meaning: m.Meaning, rng: Random) -> str:
+    """Return a random wording of a meaning, lower-case, without punctuation."""
     match meaning:
         case m.Noun():
-            text = _say_noun(meaning, rng)
+            text = _verbalise_noun(meaning, rng)
         case m.Extreme():
-            text = rng.choice(_EXTREME[meaning.direction]).format(_say_noun(meaning.noun, rng))
+            text = rng.choice(_EXTREME[meaning.direction]).format(_verbalise_noun(meaning.noun, rng))
         case m.Place():
-            text = rng.choice(_REGION[meaning.region]).format(_say_noun(meaning.noun, rng))
+            text = rng.choice(_REGION[meaning.region]).format(_verbalise_noun(meaning.noun, rng))
         case m.Ordinal():
-            text = f"{_RANKS[meaning.rank]} {_say_noun(meaning.noun, rng)} from the {meaning.direction}"
+            text = f"{_RANKS[meaning.rank]} {_verbalise_noun(meaning.noun, rng)} from the {meaning.direction}"
         case m.Superlative():
-            text = f"{rng.choice(_SUPERLATIVE[meaning.biggest])} {_say_noun(meaning.noun, rng)}"
+            text = f"{rng.choice(_SUPERLATIVE[meaning.biggest])} {_verbalise_noun(meaning.noun, rng)}"
         case m.Relation():
-            how = rng.choice(_RELATION[meaning.relation])
-            text = f"{_say_noun(meaning.noun, rng)} {how} the {_say_noun(meaning.anchor, rng)}"
+            preposition = rng.choice(_RELATION[meaning.relation])
+            text = f"{_verbalise_noun(meaning.noun, rng)} {preposition} the {_verbalise_noun(meaning.anchor, rng)}"
         case _:
             raise TypeError(f"no wording for a meaning of type {type(meaning).__name__}")
     return f"the {text}" if rng.random() < 0.7 else text
 
 
-def _say_noun(noun: m.Noun, rng: Random) -> str:
+def _verbalise_noun(noun: m.Noun, rng: Random) -> str:
     size = rng.choice(_SIZE_WORDS[noun.size]) if noun.size else None
     thing = noun.kind or rng.choice(_THINGS)
     return " ".join(word for word in (size, noun.texture, noun.colour, thing) if word)
 
 
 def _draw_noun(shape: Shape, rng: Random, most: int) -> m.Noun:
-    """Some of the shape's attributes, at most ``most`` of them; a medium size has no word."""
+    """Draw at most ``most`` of the shape's attributes; a medium size has no word."""
     attributes = {"kind": (shape.kind, 0.75), "colour": (shape.colour, 0.55), "texture": (shape.texture, 0.2)}
     if shape.size != "medium":
         attributes["size"] = (shape.size, 0.2)
@@ -149,22 +149,22 @@ def _draw_noun(shape: Shape, rng: Random, most: int) -> m.Noun:
 
 
 def _propose(kind: str, scene: Scene, target: int, rng: Random) -> m.Meaning | None:
-    """A meaning of this kind that singles out ``target``, or None after a few tries."""
+    """Return a meaning of this kind that identifies ``target``, or None after ten attempts."""
     shape = scene.shapes[target]
     for _ in range(10):
         noun = _draw_noun(shape, rng, 3 if kind == "attribute" else 2)
         count = len(noun.members(scene))
-        # beside attributes, the noun alone must leave a choice, or the rest of the sentence would say nothing
+        # Except for attributes, the noun must be ambiguous, or the rest of the sentence would be redundant.
         if (count == 1) != (kind == "attribute") or noun == m.Noun() == (kind == "attribute"):
             continue
         meaning = _complete(kind, noun, count, scene, target, rng)
-        if meaning is not None and m.singled_out(meaning, scene) == target:
+        if meaning is not None and m.identify(meaning, scene) == target:
             return meaning
     return None
 
 
 def _complete(kind: str, noun: m.Noun, count: int, scene: Scene, target: int, rng: Random) -> m.Meaning | None:
-    """Draw the rest of a sentence about ``noun`` that may hold for ``target``."""
+    """Draw the rest of a description of ``noun`` that may apply to ``target``."""
     if kind == "attribute":
         return noun
     if kind == "place":

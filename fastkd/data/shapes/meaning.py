@@ -1,8 +1,8 @@
-"""What a sentence says: small programs that are evaluated over a scene.
+"""Semantics of descriptions: small programs that are evaluated on a scene.
 
-Truth has three values (Kleene): a shape that satisfies the description by a clear margin (``YES``), one that clearly
-doesn't (``NO``), and one that a reader might count either way (``UNCLEAR``). A description singles out a shape when
-that shape is ``YES`` and every other one is ``NO``, so the answer is the same under a strict and a loose reading.
+Truth has three values (Kleene): a shape matches the description by a clear margin (``YES``), clearly does not (``NO``),
+or may be judged either way (``UNCLEAR``). A description identifies a shape if that shape is ``YES`` and all others are
+``NO``, so strict and loose readings agree.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from fastkd.data.shapes.scene import Scene
 
 NO, UNCLEAR, YES = 0, 1, 2
 
-MARGIN = 0.06  # of the image side: 4 pixels of 64
-SIZE_RATIO = 1.18  # of the sides (square roots of areas), for "biggest" and "smallest"
-AREA_RATIO = 1.15  # the visible areas must agree with the order of the sides
+MARGIN = 0.06  # in image sides: 4 pixels of 64
+SIZE_RATIO = 1.18  # between sides (square roots of areas), for "biggest" and "smallest"
+AREA_RATIO = 1.15  # between visible areas, which must be ordered like the sides
 DISTANCE_RATIO = 1.3  # for "nearest to"
-CLEAR_OVERLAP = 0.08  # of the smaller shape, for "behind" and "in front of"
+CLEAR_OVERLAP = 0.08  # share of the smaller shape, for "behind" and "in front of"
 
-DIRECTIONS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign towards smaller values
+DIRECTIONS = {
+    "left": (0, 1),
+    "right": (0, -1),
+    "top": (1, 1),
+    "bottom": (1, -1),
+}  # axis, sign (1: towards smaller values)
 SIDES = ("left of", "right of", "above", "below")
 RELATIONS = (*SIDES, "nearest to", "behind", "in front of")
 _OFFSET = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
@@ -29,16 +34,16 @@ REGIONS = ("left", "right", "top", "bottom", "top left", "top right", "bottom le
 
 
 class Meaning(Protocol):
-    """A description of shapes; ``truth`` gives one value (NO, UNCLEAR, YES) per shape of the scene."""
+    """A description of shapes."""
 
     def truth(self, scene: Scene) -> list[int]:
-        """Truth of the description for each shape."""
+        """Return NO, UNCLEAR or YES for each shape of the scene."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Noun:
-    """Shapes with the given attributes; ``None`` leaves an attribute open. Always clear."""
+    """Shapes with the given attributes; ``None`` matches any value. Never UNCLEAR."""
 
     kind: str | None = None
     colour: str | None = None
@@ -46,7 +51,7 @@ class Noun:
     size: str | None = None
 
     def members(self, scene: Scene) -> list[int]:
-        """The shapes that have all the attributes."""
+        """Return the shapes with all the attributes."""
         kind, colour, texture, size = self.kind, self.colour, self.texture, self.size
         return [
             i
@@ -58,7 +63,7 @@ class Noun:
         ]
 
     def truth(self, scene: Scene) -> list[int]:
-        """YES for the members, NO for the rest."""
+        """Return YES for members, NO for other shapes."""
         return _spread(scene, dict.fromkeys(self.members(scene), YES))
 
 
@@ -70,7 +75,7 @@ class Extreme:
     direction: str
 
     def truth(self, scene: Scene) -> list[int]:
-        """YES where it leads by the margin."""
+        """Return YES for the shape that leads by the margin."""
         axis, sign = DIRECTIONS[self.direction]
         return _spread(scene, _first(self.noun.members(scene), lambda i: sign * scene.centre[i][axis]))
 
@@ -84,7 +89,7 @@ class Ordinal:
     direction: str
 
     def truth(self, scene: Scene) -> list[int]:
-        """YES for the one at that rank if its neighbours in the order are clear of it."""
+        """Return YES for the shape of that rank if its neighbours are a margin away."""
         axis, sign = DIRECTIONS[self.direction]
         at = sorted((sign * scene.centre[i][axis], i) for i in self.noun.members(scene))
         if len(at) < self.rank:
@@ -104,7 +109,7 @@ class Superlative:
     biggest: bool
 
     def truth(self, scene: Scene) -> list[int]:
-        """YES where both the whole and the visible part lead by a ratio."""
+        """Return YES for the shape whose total and visible areas both lead by a ratio."""
         members = self.noun.members(scene)
         if not members:
             return [NO] * len(scene)
@@ -131,20 +136,20 @@ class Place:
     region: str
 
     def truth(self, scene: Scene) -> list[int]:
-        """YES well inside the region, NO well outside."""
+        """Return YES well inside the region, NO well outside."""
         return _spread(scene, {i: _in_region(self.region, scene.centre[i]) for i in self.noun.members(scene)})
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """The members of ``noun`` that stand in a relation to the one shape that ``anchor`` names."""
+    """The members of ``noun`` that have a relation to the only member of ``anchor``."""
 
     noun: Noun
     relation: str
     anchor: Noun
 
     def truth(self, scene: Scene) -> list[int]:
-        """NO everywhere if ``anchor`` doesn't name exactly one shape."""
+        """Return NO for all shapes if ``anchor`` does not have exactly one member."""
         anchors = self.anchor.members(scene)
         if len(anchors) != 1:
             return [NO] * len(scene)
@@ -155,8 +160,8 @@ class Relation:
         return _spread(scene, {i: _related(scene, i, self.relation, to) for i in members})
 
 
-def singled_out(meaning: Meaning, scene: Scene) -> int | None:
-    """The one shape that the description names beyond doubt, or None."""
+def identify(meaning: Meaning, scene: Scene) -> int | None:
+    """Return the shape that the description identifies unambiguously, or None."""
     truth = meaning.truth(scene)
     if truth.count(YES) != 1 or UNCLEAR in truth:
         return None
@@ -190,15 +195,15 @@ def _in_region(region: str, centre: tuple[float, float]) -> int:
 def _related(scene: Scene, i: int, relation: str, to: int) -> int:
     if relation in ("behind", "in front of"):
         under, over = (i, to) if relation == "behind" else (to, i)
-        # NO needs outlines that don't meet at all, even out of sight under a third shape
+        # NO requires outlines that do not overlap at all, not even hidden under a third shape.
         hidden = scene.behind[under][over]
         return YES if hidden >= CLEAR_OVERLAP else NO if scene.overlap[under][over] == 0 else UNCLEAR
     axis, sign = _OFFSET[relation]
     along = sign * (scene.centre[i][axis] - scene.centre[to][axis])
     across = abs(scene.centre[i][1 - axis] - scene.centre[to][1 - axis])
     if relation == "below" and scene.overlap[i][to]:
-        return UNCLEAR  # "under" may also mean covered by
-    # strict reading: within 45 degrees of the direction; loose reading: anywhere on that side
+        return UNCLEAR  # "under" may also mean "covered by"
+    # Strict reading: within 45 degrees of the direction. Loose reading: anywhere on that side.
     return YES if along >= max(MARGIN, across) else NO if along <= -MARGIN / 3 else UNCLEAR
 
 

@@ -1,4 +1,4 @@
-"""Scenes to pixels: an antialiased image and, for each pixel, which shape it belongs to."""
+"""Render scenes: an antialiased image, and the shape that each pixel belongs to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Colour = tuple[int, int, int]
 
 
 def render(scene: Scene, size: int, rng: Random) -> tuple[np.ndarray, np.ndarray]:
-    """Draw ``scene`` at ``size`` x ``size``.
+    """Draw ``scene`` at ``size`` x ``size``; ``rng`` affects only background, tints and noise.
 
-    Returns the image, (size, size, 3) uint8, and the labels, (size, size) uint8: 0 for the background, i + 1 where
-    shape i covers at least half of the pixel and is not hidden. ``rng`` decides the background, tints and noise only.
+    Returns:
+        The image, (size, size, 3) uint8, and the labels, (size, size) uint8: 0 for the background, i + 1 where shape i
+        covers at least half of the pixel and is visible.
     """
     s = SUPERSAMPLE
     canvas = _background(size, rng).resize((size * s, size * s), Image.Resampling.NEAREST)
@@ -36,7 +37,7 @@ def render(scene: Scene, size: int, rng: Random) -> tuple[np.ndarray, np.ndarray
     for index, (left, top, right, bottom) in enumerate(boxes):
         fine = (owner[top:bottom, left:right] == index + 1).view(np.uint8)
         rows = np.add.reduce([fine[k::s] for k in range(s)])
-        cover = np.add.reduce([rows[:, k::s] for k in range(s)])  # of the s * s samples of each pixel
+        cover = np.add.reduce([rows[:, k::s] for k in range(s)])  # of s * s samples per pixel
         labels[top // s : bottom // s, left // s : right // s][2 * cover >= s * s] = index + 1
     pixels = np.asarray(canvas.reduce(s), dtype=np.float32)
     noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
@@ -45,7 +46,7 @@ def render(scene: Scene, size: int, rng: Random) -> tuple[np.ndarray, np.ndarray
 
 
 def _tile(shape: Shape, side: int, rng: Random) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
-    """A shape on its own small picture, its mask, and where that goes; edges are multiples of the supersampling."""
+    """Return an image of one shape, its mask and its position; edges are multiples of the supersampling factor."""
     s = SUPERSAMPLE
     outline = shape.outline() * side
     low = np.maximum(np.floor(outline.min(axis=0) / s).astype(int), 0) * s
@@ -68,7 +69,7 @@ def _tile(shape: Shape, side: int, rng: Random) -> tuple[Image.Image, Image.Imag
 
 
 def _tints(base: Colour, rng: Random) -> tuple[Colour, Colour]:
-    """The colour of a shape and of its texture: darker for light colours, lighter for dark ones."""
+    """Return the colours of a shape and of its texture, darker for light colours and lighter for dark ones."""
     light = rng.uniform(0.9, 1.08)
     r, g, b = (min(255, round(c * light * rng.uniform(0.97, 1.03))) for c in base)
     luma = 0.3 * r + 0.59 * g + 0.11 * b
@@ -104,7 +105,7 @@ def _dots(draw: ImageDraw.ImageDraw, width: int, height: int, period: float, fil
 
 
 def _background(size: int, rng: Random) -> Image.Image:
-    """A greyish plane or gradient."""
+    """Return a greyish plane or gradient."""
     first, second = _grey(rng), _grey(rng)
     if rng.random() < 0.3:
         return Image.new("RGB", (size, size), first)
@@ -122,7 +123,7 @@ def _grey(rng: Random) -> Colour:
 
 
 def _clutter(canvas: Image.Image, rng: Random) -> None:
-    """Thin strokes and faint blobs in greys: nothing that a sentence could mean."""
+    """Draw thin strokes and small blobs in grey, which sentences cannot refer to."""
     draw = ImageDraw.Draw(canvas)
     side = canvas.width
     for _ in range(rng.choice((0, 0, 4, 8, 14))):

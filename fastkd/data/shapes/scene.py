@@ -1,7 +1,7 @@
-"""Scenes: which shapes there are, where, and how much of each is seen.
+"""Scenes: shapes, their positions and their visibility.
 
-All lengths are in units of the image side, so a scene is the same whatever size it is drawn at; x runs to the right and
-y down. Shapes are listed from back to front.
+All lengths are in units of the image side, so a scene does not depend on the image size; x points right and y down.
+Shapes are listed from back to front.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ COLOURS = {
     "cyan": (58, 196, 206),
 }
 TEXTURES = {"plain": 0.5, "striped": 0.25, "dotted": 0.25}
-# side = sqrt(area of the outline); the gaps between the classes make "small" and "big" unmistakable
+# side = sqrt(area of the outline); gaps between the classes make "small" and "big" unambiguous
 SIZES = {"small": (0.145, 0.17), "medium": (0.205, 0.235), "large": (0.28, 0.33)}
 SIZE_SHARES = {"small": 0.35, "medium": 0.4, "large": 0.25}
 
 MIN_VISIBLE_SHARE = 0.4
 MIN_VISIBLE_AREA = 0.009  # 36 pixels of a 64 x 64 image
-GRID = 128  # visibility, centroids and overlaps are counted on this grid, whatever the image size
+GRID = 128  # visibility, centroids and overlaps are measured on this grid for every image size
 _BORDER = 0.015
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One shape: its attributes, and its place, side (square root of the area) and turn (radians)."""
+    """One shape: attributes, position, side (square root of the area) and rotation (radians)."""
 
     kind: str
     colour: str
@@ -49,7 +49,7 @@ class Shape:
     angle: float
 
     def outline(self) -> np.ndarray:
-        """The corners, (n, 2) float64, in units of the image side."""
+        """Return the corners, (n, 2) float64, in units of the image side."""
         cos, sin = math.cos(self.angle), math.sin(self.angle)
         turn = np.array([[cos, sin], [-sin, cos]])
         return unit_outline(self.kind) @ turn * self.side + (self.x, self.y)
@@ -57,11 +57,16 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Shapes from back to front, and what is seen of them, all measured on a fixed grid.
+    """Shapes from back to front and their visibility, measured on a fixed grid.
 
-    ``centre`` is the centroid of the visible part, ``area`` its area (the image is 1), ``visible`` the visible share of
-    the outline. ``overlap[i][j]`` is what the outlines of i and j share, as a share of the smaller one, if j is in
-    front of i (else 0); ``behind[i][j]`` is the part of that where j is seen, and not a third shape.
+    Attributes:
+        shapes: The shapes, from back to front.
+        centre: Centroid of the visible part of each shape.
+        area: Area of the visible part (the image is 1).
+        visible: Visible share of each shape.
+        overlap: ``overlap[i][j]`` is the overlap of shapes i and j, relative to the smaller one, if j is in front of i;
+            otherwise 0.
+        behind: ``behind[i][j]`` is the part of the overlap where j is visible, not hidden by a third shape.
     """
 
     shapes: tuple[Shape, ...]
@@ -85,7 +90,7 @@ def _star(points: int, inner: float) -> list[tuple[float, float]]:
 
 @cache
 def unit_outline(kind: str) -> np.ndarray:
-    """The outline of ``kind`` with area 1, its centroid at the origin."""
+    """Return the outline of ``kind`` with area 1 and its centroid at the origin."""
     arm = 0.36
     corners = {
         "circle": [(math.cos(2 * math.pi * k / 40), math.sin(2 * math.pi * k / 40)) for k in range(40)],
@@ -108,7 +113,7 @@ def unit_outline(kind: str) -> np.ndarray:
 
 def _raster(shape: Shape) -> np.ndarray:
     image = Image.new("L", (GRID, GRID))
-    # a pixel of the grid is hit where its centre is inside; Pillow's integer coordinates are pixel centres
+    # A grid cell is set if its centre is inside; Pillow's integer coordinates are pixel centres.
     corners = (shape.outline() * GRID - 0.5).ravel().tolist()
     ImageDraw.Draw(image).polygon(corners, fill=1)
     return np.asarray(image, dtype=bool)
@@ -126,7 +131,7 @@ def _draw_shape(rng: Random, kinds: list[str], colours: list[str], placed: list[
     angle = rng.uniform(-0.2, 0.2)
     corners = unit_outline(kind)
     reach = float(np.hypot(corners[:, 0], corners[:, 1]).max()) * side * (1.0 if kind != "square" else 0.85) + _BORDER
-    if placed and rng.random() < 0.35:  # near another one, so that one often hides a part of the other
+    if placed and rng.random() < 0.35:  # near another shape, so that occlusion is frequent
         near = rng.choice(placed)
         turn, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.35, 0.6) * (near.side + side)
         x, y = near.x + far * math.cos(turn), near.y + far * math.sin(turn)
@@ -137,20 +142,20 @@ def _draw_shape(rng: Random, kinds: list[str], colours: list[str], placed: list[
 
 
 def draw_scene(rng: Random, *, crowded: bool = False) -> Scene:
-    """A random scene of 3 to 8 shapes (6 to 8 when ``crowded``), every one sufficiently visible.
+    """Draw a random scene of 3 to 8 sufficiently visible shapes (6 to 8 if ``crowded``).
 
-    Kinds and colours come from a few of each, so that most scenes hold several shapes of one kind or colour.
+    Each scene uses a few kinds and colours, so that most scenes have several shapes of one kind or colour.
     """
     fewest = 6 if crowded else 3
     while True:
-        wanted = rng.randint(fewest, 8)
+        count = rng.randint(fewest, 8)
         kinds = rng.sample(KINDS, rng.randint(2, 4))
         colours = rng.sample(tuple(COLOURS), rng.randint(2, 4))
         shapes: list[Shape] = []
-        seen: list[np.ndarray] = []  # the visible part of each shape so far
+        seen: list[np.ndarray] = []  # visible part of each shape so far
         full: list[np.ndarray] = []
-        for _ in range(6 * wanted):
-            if len(shapes) == wanted:
+        for _ in range(6 * count):
+            if len(shapes) == count:
                 break
             shape = _draw_shape(rng, kinds, colours, shapes, crowded)
             mask = _raster(shape)

@@ -1,4 +1,4 @@
-"""Reading ``shapes.json``, which says what RefCOCO's files have no place for."""
+"""Read ``shapes.json``, the data that RefCOCO's files cannot hold."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def sentence_kinds(root: str | os.PathLike[str]) -> dict[int, str]:
-    """The kind (attribute, place, ...) of every sentence of a set written by ``make_shapes``, by ``sent_id``.
+    """Return the kind (attribute, place, ...) of every sentence of a shapes set, by ``sent_id``.
 
     Raises:
-        FileNotFoundError: ``root`` holds no ``shapes.json``, so it isn't such a set.
+        FileNotFoundError: ``root`` has no ``shapes.json``, so it was not written by ``make_shapes``.
     """
     path = Path(root) / "shapes.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} doesn't exist: root {str(root)!r} is not a set written by make_shapes")
+        raise FileNotFoundError(f"{path} doesn't exist: root {str(root)!r} was not written by make_shapes")
     return {int(sent_id): kind for sent_id, kind in json.loads(path.read_text(encoding="utf-8"))["sentences"].items()}

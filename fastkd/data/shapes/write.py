@@ -1,12 +1,10 @@
-"""Writes the procedural set in the layout of RefCOCO on disk."""
+"""Write the procedural set in the layout of RefCOCO."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastkd._atomic import replace_folder
+from fastkd._messages import shortened
 from fastkd.data.shapes.contours import mask_polygons
-from fastkd.data.shapes.language import KIND_SHARES, Said, describe, draw_kinds
+from fastkd.data.shapes.language import KIND_SHARES, Expression, describe, draw_kinds
 from fastkd.data.shapes.render import render
 from fastkd.data.shapes.scene import KINDS, Scene, draw_scene
 
 FORMAT = "fastkd-shapes-1"
-_OURS = {"images", "refcoco", "shapes.json"}
+_ENTRIES = {"images", "refcoco", "shapes.json"}
 
 
 def make_shapes(
@@ -36,26 +36,26 @@ def make_shapes(
 ) -> dict[str, Any]:
     """Write a procedural referring-expression set under ``root`` in the layout of RefCOCO.
 
-    Each image shows 3 to 8 textured shapes that hide parts of one another; each sentence singles out one of them by
-    attribute, place, relation, superlative or ordinal, in the fixed proportions of ``KIND_SHARES``, and was evaluated
-    over its scene: exactly one shape fits, by a margin. The layout::
+    Each image shows 3 to 8 textured, partly occluded shapes. Each sentence identifies one of them by attribute, place,
+    relation, superlative or ordinal, in the fixed proportions of ``KIND_SHARES``; it is evaluated on its scene, so that
+    exactly one shape matches, by a margin. The layout::
 
         root/refcoco/instances.json     COCO style: polygons of the visible part of every shape
         root/refcoco/refs(unc).p        pickled list of dicts, 1 to 4 sentences each
         root/images/train2014/COCO_train2014_%012d.jpg
         root/shapes.json                settings, attributes by annotation id, kinds by sentence id
 
-    Of every 20 images 16 are train, 2 val, 1 testA and 1 testB (crowded: 6 to 8 shapes). Image i depends on ``seed``,
-    i and ``image_size`` alone, so a larger set begins with the smaller one; scene and sentences don't depend on
-    ``image_size``. Two runs write the same bytes (with one version of Pillow).
+    Of every 20 images 16 are train, 2 val, 1 testA and 1 testB (crowded: 6 to 8 shapes). Image i depends only on
+    ``seed``, i and ``image_size``, so a larger set starts with the smaller one; scenes and sentences do not depend on
+    ``image_size``. Two runs write identical bytes (with the same version of Pillow).
 
     Args:
-        root: folder to create. It appears under this name only when all is written.
-        images: how many, at least 4, so that every split has one.
-        image_size: side of the square images in pixels, at least 32.
-        seed: any integer.
-        overwrite: replace an earlier set at ``root``; a folder that holds anything else is never touched.
-        progress: called as ``progress(done, images)`` after each image.
+        root: The folder to create; written atomically.
+        images: Number of images, at least 4, so that every split has one.
+        image_size: Side of the square images in pixels, at least 32.
+        seed: Any integer.
+        overwrite: Replace an earlier set at ``root``; a folder with other files is never replaced.
+        progress: Called as ``progress(done, images)`` after each image.
 
     Returns:
         Counts: images, objects, refs, sentences, ``refs_by_split``, ``sentences_by_kind``.
@@ -66,83 +66,65 @@ def make_shapes(
         train = fastkd.data.RefCOCO("data/shapes", split="train")
     """
     if isinstance(images, bool) or not isinstance(images, int) or images < 4:
-        raise ValueError(f"images must be an integer of at least 4, so that every split has one; got {images!r}")
+        raise ValueError(f"images must be an integer of at least 4, so that every split has one, got {images!r}")
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 32:
-        raise ValueError(f"image_size must be an integer of at least 32 pixels; got {image_size!r}")
+        raise ValueError(f"image_size must be an integer of at least 32 pixels, got {image_size!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer; got {seed!r}")
+        raise ValueError(f"seed must be an integer, got {seed!r}")
     root = Path(root).absolute()
     _check_target(root, overwrite)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.partial-", dir=root.parent))
-    try:
+    with replace_folder(root) as partial:
         counts = _write(partial, images, image_size, seed, progress)
-        _check_target(root, overwrite)  # someone may have written there meanwhile
-        if root.exists():
-            old = partial / "old"
-            root.rename(old)
-            try:
-                _publish(partial, root)
-            except BaseException:
-                old.rename(root)
-                raise
-        else:
-            _publish(partial, root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _check_target(root, overwrite)  # another process may have written there meanwhile
     return counts
-
-
-def _publish(partial: Path, root: Path) -> None:
-    (partial / "new").rename(root)
 
 
 def _check_target(root: Path, overwrite: bool) -> None:
     if not root.exists():
         return
     if not root.is_dir():
-        raise FileExistsError(f"root {str(root)!r} is a file; give the folder to create")
+        raise FileExistsError(f"root {str(root)!r} is a file; pass the folder to create")
     names = {entry.name for entry in root.iterdir()}
     if not names:
         return
-    if names - _OURS or "shapes.json" not in names:
+    if names - _ENTRIES or "shapes.json" not in names:
         raise FileExistsError(
-            f"root {str(root)!r} holds files that are not a shapes set ({', '.join(sorted(names)[:3])}, ...): "
-            "give another folder (overwrite replaces an earlier set only)"
+            f"root {str(root)!r} holds files that are not a shapes set ({shortened(sorted(names))}): pass another "
+            "folder (overwrite replaces an earlier set only)"
         )
     if not overwrite:
         raise FileExistsError(f"root {str(root)!r} already holds a shapes set: pass overwrite=True or another folder")
 
 
 def split_of(index: int) -> str:
-    """The split of image ``index``: of every 20, 16 train, 2 val, 1 testA, 1 testB, the first four one of each."""
+    """Return the split of image ``index``: per 20, 16 train, 2 val, 1 testA, 1 testB; the first four differ."""
     return {1: "val", 2: "testA", 3: "testB", 11: "val"}.get(index % 20, "train")
 
 
-def draw(index: int, seed: int) -> tuple[Scene, list[Said]]:
-    """Scene ``index`` of the set and its sentences; the same whatever the number of images."""
+def draw(index: int, seed: int) -> tuple[Scene, list[Expression]]:
+    """Return scene ``index`` of the set and its sentences, independent of the number of images."""
     rng = Random(f"{FORMAT}/{seed}/{index}/scene")
     kinds = draw_kinds(rng)
     for _ in range(500):
         scene = draw_scene(rng, crowded=split_of(index) == "testB")
-        said = describe(scene, kinds, rng)
-        if said is not None:
-            return scene, said
-    raise RuntimeError(f"no scene for the sentence kinds {kinds} in 500 tries (seed {seed}, image {index})")
+        expressions = describe(scene, kinds, rng)
+        if expressions is not None:
+            return scene, expressions
+    raise RuntimeError(f"no scene for the sentence kinds {kinds} in 500 attempts (seed {seed}, image {index})")
 
 
 def _write(
     folder: Path, images: int, image_size: int, seed: int, progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
-    photos = folder / "new" / "images" / "train2014"
+    photos = folder / "images" / "train2014"
     photos.mkdir(parents=True)
     instances: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     refs: list[dict[str, Any]] = []
     side: dict[str, dict[str, Any]] = {"objects": {}, "sentences": {}}
     for index in range(images):
-        scene, said = draw(index, seed)
-        look = Random(f"{FORMAT}/{seed}/{index}/look")
-        pixels, labels = render(scene, image_size, look)
+        scene, expressions = draw(index, seed)
+        appearance = Random(f"{FORMAT}/{seed}/{index}/look")
+        pixels, labels = render(scene, image_size, appearance)
         name = f"COCO_train2014_{index + 1:012d}.jpg"
         Image.fromarray(pixels).save(photos / name, format="JPEG", quality=92, subsampling=0)
         instances["images"].append(
@@ -170,10 +152,10 @@ def _write(
                 "visible": round(scene.visible[k], 4),
                 "depth": k,
             }
-        _add_refs(refs, side["sentences"], scene, said, index, first, look)
+        _add_refs(refs, side["sentences"], scene, expressions, index, first, appearance)
         if progress is not None:
             progress(index + 1, images)
-    _save(folder / "new", instances, refs, side, {"images": images, "image_size": image_size, "seed": seed})
+    _save(folder, instances, refs, side, {"images": images, "image_size": image_size, "seed": seed})
     kinds = Counter(side["sentences"].values())
     return {
         "images": images,
@@ -203,17 +185,17 @@ def _add_refs(
     refs: list[dict[str, Any]],
     kinds: dict[str, str],
     scene: Scene,
-    said: list[Said],
+    expressions: list[Expression],
     index: int,
     first_ann: int,
     rng: Random,
 ) -> None:
-    by_target: dict[int, list[Said]] = {}
-    for one in said:
+    by_target: dict[int, list[Expression]] = {}
+    for one in expressions:
         by_target.setdefault(one.target, []).append(one)
-    for target, ones in sorted(by_target.items()):
+    for target, group in sorted(by_target.items()):
         sentences: list[dict[str, Any]] = []
-        for one in ones:
+        for one in group:
             sent_id = len(kinds)
             kinds[str(sent_id)] = one.kind
             raw = one.text.capitalize() + "." if rng.random() < 0.5 else one.text
@@ -221,7 +203,7 @@ def _add_refs(
         refs.append(
             {
                 "sent_ids": [sentence["sent_id"] for sentence in sentences],
-                # as in RefCOCO, this is not the name of a file: it carries the annotation too
+                # As in RefCOCO, this is not a file's name: it includes the annotation id.
                 "file_name": f"COCO_train2014_{index + 1:012d}_{first_ann + target}.jpg",
                 "ann_id": first_ann + target,
                 "ref_id": len(refs),
@@ -241,14 +223,14 @@ def _save(
     settings: dict[str, int],
 ) -> None:
     (folder / "refcoco").mkdir()
-    whole: dict[str, Any] = {
+    content: dict[str, Any] = {
         "info": {"description": "fastkd procedural referring shapes", "version": FORMAT, **settings},
         "licenses": [{"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}],
         **instances,
         "categories": [{"supercategory": "shape", "id": k + 1, "name": kind} for k, kind in enumerate(KINDS)],
     }
-    (folder / "refcoco" / "instances.json").write_text(json.dumps(whole, separators=(",", ":")), encoding="utf-8")
-    # protocol 2 is what the published files were written with
+    (folder / "refcoco" / "instances.json").write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+    # The published files use protocol 2.
     (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     sidecar: dict[str, Any] = {"format": FORMAT, **settings, "shares": KIND_SHARES, **side}
     (folder / "shapes.json").write_text(json.dumps(sidecar, separators=(",", ":")), encoding="utf-8")

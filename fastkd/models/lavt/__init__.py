@@ -1,6 +1,6 @@
 """LAVT (Yang et al., CVPR 2022) for its published weights: model, checkpoints, conversion.
 
-Written from the paper's formulas and a description of the checkpoints; no code of the original is in it.
+Implemented from the paper's formulas and a description of the checkpoints; contains no code of the original.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastkd.models.lavt.config import LAVTConfig
-    from fastkd.models.lavt.io import convert
+    from fastkd.models.lavt.conversion import convert
     from fastkd.models.lavt.model import LAVT
     from fastkd.models.lavt.published import LAVTCheckpoint, read_checkpoint
 
@@ -23,7 +23,7 @@ __getattr__ = lazy_names(
         "LAVT": "fastkd.models.lavt.model",
         "LAVTCheckpoint": "fastkd.models.lavt.published",
         "LAVTConfig": "fastkd.models.lavt.config",
-        "convert": "fastkd.models.lavt.io",
+        "convert": "fastkd.models.lavt.conversion",
         "read_checkpoint": "fastkd.models.lavt.published",
     },
 )

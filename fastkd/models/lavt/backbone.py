@@ -1,4 +1,4 @@
-"""LAVT's encoder: four stages of Swin blocks, the words fused in after each, and what was fused gated into the next."""
+"""LAVT's encoder: four Swin stages, each followed by pixel–word fusion and a gate into the next stage."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastkd.models.lavt.swin import PatchEmbed, PatchMerging, SwinBlock, shift_m
 
 
 class Stage(nn.Module):
-    """Swin blocks, fusion with the words, and the way on: x + res_gate(fused) ⊙ fused, halved in size but at the end.
+    """Swin blocks, fusion with the words, and the next stage's input: x + res_gate(fused) ⊙ fused, downsampled.
 
-    res_gate = tanh(Linear(ReLU(Linear(·)))), without biases.
+    res_gate = tanh(Linear(ReLU(Linear(·)))), without biases. The last stage is not downsampled.
     """
 
     def __init__(self, config: LAVTConfig, index: int) -> None:
@@ -26,28 +26,37 @@ class Stage(nn.Module):
         self.fusion = PixelWordFusion(width, config.word_width, config.fusion_heads[index])
         self.res_gate = nn.Sequential(
             nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False), nn.Tanh()
-        )  # the last stage has one too, which nothing reads
+        )  # published checkpoints have one in the last stage too, where it is unused
         self.downsample = PatchMerging(width) if index < 3 else None
 
     def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From a map (B, H, W, C): the fused map (B, H, W, C), the next stage's, and the logits (B, heads, H·W, T)."""
+        """Return the fused map, the next stage's input and the attention logits.
+
+        Args:
+            x: (B, H, W, C).
+            words: (B, T, D).
+            word_mask: (B, T) bool.
+
+        Returns:
+            (B, H, W, C); (B, ⌈H/2⌉, ⌈W/2⌉, 2C), or ``x`` after the blocks in the last stage; (B, heads, H·W, T).
+        """
         height, width = x.shape[1:3]
         allowed = self._allowed(height, width, x.device)
         for block in self.blocks:
             x = block(x, allowed)
         fused, logits = self.fusion(x.flatten(1, 2), words, word_mask)
-        fused = fused.unflatten(1, (height, width))
+        fused = fused.unflatten(1, (height, width))  # (B, H, W, C)
         if self.downsample is None:
             return fused, x, logits
         return fused, self.downsample(x + self.res_gate(fused) * fused), logits
 
     def _allowed(self, height: int, width: int, device: torch.device) -> Tensor:
-        whole = [side + -side % self.window for side in (height, width)]
-        return shift_mask(whole[0], whole[1], self.window, device)
+        padded_height, padded_width = (side + -side % self.window for side in (height, width))
+        return shift_mask(padded_height, padded_width, self.window, device)
 
 
 class LAVTBackbone(nn.Module):
-    """Image and words in, four maps out: LayerNorm of each stage's fused map, at strides 4, 8, 16 and 32.
+    """Fuse words into an image encoder; return the LayerNorm of each stage's fused map, at strides 4, 8, 16 and 32.
 
     After Yang et al., CVPR 2022, and Liu et al., ICCV 2021.
     """
@@ -59,8 +68,14 @@ class LAVTBackbone(nn.Module):
         self.norm0, self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for width in config.widths)
 
     def forward(self, image: Tensor, words: Tensor, word_mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """From (B, 3, H, W), (B, T, D) and (B, T): the maps (B, C_i, H_i, W_i) and logits (B, heads_i, H_i·W_i, T)."""
-        x = self.patch_embed(image)
+        """Return four maps (B, C_i, H_i, W_i) and their attention logits (B, heads_i, H_i·W_i, T).
+
+        Args:
+            image: (B, 3, H, W).
+            words: (B, T, D).
+            word_mask: (B, T) bool.
+        """
+        x = self.patch_embed(image)  # (B, H_0, W_0, C_0)
         maps, all_logits = [], []
         for stage, norm in zip(self.layers, (self.norm0, self.norm1, self.norm2, self.norm3), strict=True):
             fused, x, logits = stage(x, words, word_mask)

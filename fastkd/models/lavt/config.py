@@ -1,4 +1,4 @@
-"""What a LAVT is made of: read from the shapes of its weights, except for what shapes do not show."""
+"""LAVT's configuration, read from the shapes of its weights except for the heads, which shapes do not determine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd._messages import shortened
+
 _BLOCK = re.compile(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.")
 _TEXT_LAYER = re.compile(r"text_encoder\.encoder\.layer\.(\d+)\.")
 _TEXT_SIZES = (
@@ -23,29 +25,28 @@ _TEXT_SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-_TEXT_HEAD_WIDTH = 64  # BERT's, of every size
+_TEXT_HEAD_WIDTH = 64  # in BERT models of every size
 
 
 @dataclass(frozen=True)
 class LAVTConfig:
-    """The architecture of a :class:`~fastkd.models.LAVT`; every field is JSON.
+    """The architecture of a :class:`~fastkd.models.LAVT`; every field is JSON-serialisable.
 
     Args:
-        embed: Width of the first stage; the others double it.
+        embed: Channels of the first stage; each later stage doubles them.
         depths: Swin blocks per stage.
-        heads: Heads of the Swin blocks per stage.
+        heads: Attention heads of the Swin blocks per stage.
         window: Side of the attention windows.
-        fusion_heads: Heads of the pixel–word attention per stage; shapes do not show them.
-        word_width: Width of a word's vector.
-        hidden: Width of the decoder's maps.
-        text: Sizes of the BERT, as transformers' BertConfig names them; None: the model takes word vectors only.
-        image_size: The size the model is meant for; any size works.
-        max_words: How many word ids the tokenizer should keep.
-        tokenizer: Name or path of the tokenizer that goes with the word ids, for
-            :func:`fastkd.data.load_tokenizer`; not used by the model itself.
+        fusion_heads: Heads of the pixel–word attention per stage; shapes do not determine them.
+        word_width: Width of a word vector.
+        hidden: Channels of the decoder's maps.
+        text: Sizes of the BERT, under BertConfig's names; None: the model takes word vectors only.
+        image_size: The intended image size; any size works.
+        max_words: Number of word ids per sentence.
+        tokenizer: Name or path of the tokenizer, for :func:`fastkd.data.load_tokenizer`; not used by the model itself.
 
     Raises:
-        ValueError: A field is out of range; the message names it.
+        ValueError: A field is out of range.
     """
 
     embed: int
@@ -85,27 +86,27 @@ class LAVTConfig:
             _whole_number(f"text[{name!r}]", text[name])
         if text["hidden_size"] != self.word_width:
             raise ValueError(
-                f"the text encoder's words are {text['hidden_size']} wide, the fusion takes {self.word_width}: "
-                "they belong to different models"
+                f"the text encoder's word vectors are {text['hidden_size']} wide, the fusion takes {self.word_width}: "
+                "the weights belong to different models"
             )
         if text["hidden_size"] % text["num_attention_heads"]:
             raise ValueError(f"text: {text['num_attention_heads']} heads do not divide {text['hidden_size']} channels")
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of the four stages."""
+        """Return the channels of the four stages."""
         return tuple(self.embed * 2**stage for stage in range(4))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a new dict of JSON values."""
+        """Return the fields as a new dict of JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LAVTConfig:
-        """The inverse of :meth:`to_dict`.
+        """Build a configuration from :meth:`to_dict`'s values.
 
         Raises:
-            ValueError: Fields missing, unknown or out of range.
+            ValueError: A field is missing, unknown or out of range.
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
@@ -119,16 +120,16 @@ class LAVTConfig:
     def from_state_dict(
         cls, state: Mapping[str, Tensor], fusion_heads: Sequence[int], *, text_heads: int | None = None, **rest: Any
     ) -> LAVTConfig:
-        """Read everything else from the shapes: ``backbone.*`` and ``classifier.*``, and ``text_encoder.*`` if there.
+        """Build a configuration from the shapes of a state dict.
 
         Args:
-            state: Names and tensors, without a ``module.`` in front.
+            state: ``backbone.*``, ``classifier.*`` and optionally ``text_encoder.*``, without the prefix ``module.``.
             fusion_heads: One number per stage.
-            text_heads: Heads of the text encoder; None: one per 64 channels, as in BERT of every size.
+            text_heads: Heads of the text encoder; None: one per 64 channels, as in BERT.
             rest: ``image_size``, ``max_words``, ``tokenizer``.
 
         Raises:
-            ValueError: A key that tells a size is missing, or has a shape that no LAVT has.
+            ValueError: A required key is missing, or its shape does not match a LAVT.
         """
         embed = _shape(state, "backbone.patch_embed.proj.weight", 4)[0]
         depths, heads = [], []
@@ -164,8 +165,8 @@ def _text(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
     if heads is None:
         if width % _TEXT_HEAD_WIDTH:
             raise ValueError(
-                f"the text encoder is {width} wide, which is no multiple of {_TEXT_HEAD_WIDTH}: "
-                "its heads do not show in the shapes, give text_heads="
+                f"the text encoder is {width} wide, which is not a multiple of {_TEXT_HEAD_WIDTH}, so its number of "
+                "heads is unknown: pass text_heads="
             )
         heads = width // _TEXT_HEAD_WIDTH
     sizes = (
@@ -182,18 +183,19 @@ def _text(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
 
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     if name not in state:
-        part = name.partition(".")[0] + "."  # what came in its place, if anything did
-        there = [other for other in state if other.startswith(part)] or list(state)
-        some = ", ".join(there[:4]) or "nothing"
-        raise ValueError(f"no state dict of a LAVT: it has no {name} (it holds {some}{', ...' * (len(there) > 4)})")
+        part = name.partition(".")[0] + "."
+        present = [other for other in state if other.startswith(part)] or list(state)
+        raise ValueError(
+            f"not the state dict of a LAVT: it has no {name} (it holds {shortened(present, 4) or 'nothing'})"
+        )
     shape = tuple(state[name].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise ValueError(f"no state dict of a LAVT: {name} has shape {shape}, expected {dimensions} dimensions")
+        raise ValueError(f"not the state dict of a LAVT: {name} has shape {shape}, expected {dimensions} dimensions")
     return shape
 
 
 def _fusion_heads(value: Any) -> tuple[int, ...]:
-    if isinstance(value, int):  # one number would be ambiguous: wider stages often have more
+    if isinstance(value, int):  # ambiguous: wider stages often have more heads
         raise ValueError(f"fusion_heads must be four whole numbers, one per stage, got {value!r}")
     return _whole_numbers("fusion_heads", value)
 
@@ -207,7 +209,7 @@ def _whole_numbers(name: str, values: Any, shown: str | None = None) -> tuple[in
     try:
         if isinstance(values, str | bytes) or any(isinstance(value, bool) for value in values):
             raise TypeError
-        numbers = tuple(operator.index(value) for value in values)  # numpy's whole numbers too
+        numbers = tuple(operator.index(value) for value in values)  # accepts numpy integers
     except TypeError:
         raise ValueError(f"{name} must be whole numbers, got {shown}") from None
     if any(number < 1 for number in numbers):

@@ -1,4 +1,4 @@
-"""LAVT's decoder: from the coarsest fused map up, each finer one concatenated on the way."""
+"""LAVT's decoder: upsample the coarsest fused map and concatenate each finer one."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, corners aligned with corners."""
+    """Resize bilinearly with aligned corners."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 class LAVTDecoder(nn.Module):
-    """y = stage 4; three times y = ReLU(bn2(conv2(ReLU(bn1(conv1([y resized, stage])))))); then two classes by conv1_1.
+    """Start at y = stage 4; repeat y = ReLU(bn2(conv2(ReLU(bn1(conv1([resize(y), stage])))))); classify by conv1_1.
 
-    The pairs are named after the coarser stage they start from: conv1_4, bn1_4, conv2_4, bn2_4, then _3 and _2.
+    Each pair of convolutions is named after the coarser of its two stages: conv1_4, bn1_4, conv2_4, bn2_4, then _3
+    and _2.
 
     Args:
         widths: Channels of the four stages, finest first.
-        hidden: Width of every map in between.
+        hidden: Channels of all intermediate maps.
     """
 
     def __init__(self, widths: Sequence[int], hidden: int) -> None:
@@ -34,7 +35,7 @@ class LAVTDecoder(nn.Module):
         self.conv1_1 = nn.Conv2d(hidden, 2, 1)
 
     def forward(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The last map (B, hidden, h, w) and the two-class map (B, 2, h, w), h and w being the finest stage's."""
+        """Return the last feature map (B, hidden, h, w) and the logits (B, 2, h, w), at the finest stage's size."""
         y = stages[3]
         for level in (4, 3, 2):
             finer = stages[level - 2]

@@ -1,4 +1,4 @@
-"""LAVT's pixel–word fusion, as it was trained: InstanceNorm over the pixels, and no sentence branch.
+"""LAVT's pixel–word fusion as published: InstanceNorm over the pixels, no sentence branch.
 
 After Yang et al., "LAVT: Language-Aware Vision Transformer for Referring Image Segmentation", CVPR 2022,
 arXiv 2112.02244. (:mod:`fastkd.models.fusion` is the variant for networks trained from scratch.)
@@ -14,39 +14,39 @@ from fastkd.models.fusion import instance_norm
 
 
 class Pointwise(nn.Conv1d):
-    """A 1×1 convolution on (B, N, C_in) → (B, N, C_out); its weight is stored as Conv1d's, (C_out, C_in, 1)."""
+    """A linear layer (B, N, C_in) → (B, N, C_out) that stores its weight as Conv1d does, (C_out, C_in, 1)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same linear map for every pixel or word."""
+        """Apply the same linear map to every pixel or word."""
         return F.linear(x, self.weight[:, :, 0], self.bias)
 
 
 class PixelNorm(nn.Module):
-    """InstanceNorm without parameters: each channel of (B, N, C) over the N pixels."""
+    """InstanceNorm without parameters: normalise each channel of (B, N, C) over the N pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(x − mean) / √(variance + 1e-5).
+        """Return (x − mean) / √(variance + 1e-5).
 
-        The mean is taken off twice. With one word every pixel reads the same, and what rounding leaves of the first
-        mean would be divided by √1e-5.
+        The mean is subtracted twice: with a single word all pixels are equal, and the rounding error of the first
+        subtraction would be divided by √1e-5.
         """
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         return instance_norm(wide - wide.mean(dim=1, keepdim=True)).to(x.dtype)
 
 
 class ImageLanguageAttention(nn.Module):
-    """Every pixel reads the words: lang = InstanceNorm(W(softmax(q·kᵀ/√C + 1e4·mask − 1e4) v)).
+    """Attention from pixels to words: lang = InstanceNorm(W(softmax(q·kᵀ/√C + 1e4·mask − 1e4) v)).
 
-    q = InstanceNorm(f_query(x)), k = f_key(words)·mask, v = f_value(words)·mask. C counts the key channels of all
-    heads; head h has the h-th block of C/heads channels.
+    q = InstanceNorm(f_query(x)), k = f_key(words)·mask, v = f_value(words)·mask. C is the key width of all heads
+    together; head h uses the h-th block of C/heads channels.
 
     Args:
-        width: C of the stage.
-        word_width: D of the words.
-        heads: Divides C.
+        width: C, the stage's channels.
+        word_width: D, the width of a word vector.
+        heads: Must divide C.
     """
 
     def __init__(self, width: int, word_width: int, heads: int) -> None:
@@ -58,21 +58,28 @@ class ImageLanguageAttention(nn.Module):
         self.W = nn.Sequential(Pointwise(width, width), PixelNorm())
 
     def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What each pixel read, (B, N, C), and the logits (B, heads, N, T) before 1e4·mask − 1e4 is added."""
-        valid = word_mask.unsqueeze(-1).to(x.dtype)  # (B, T, 1)
-        query = self._split(self.f_query(x))
-        key, value = self._split(self.f_key(words) * valid), self._split(self.f_value(words) * valid)
-        logits = (query * x.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        masked = logits + (1e4 * valid - 1e4).transpose(1, 2).unsqueeze(1)
-        read = masked.softmax(dim=-1).to(value.dtype) @ value
-        return self.W(read.transpose(1, 2).flatten(2)), logits
+        """Return the attention output (B, N, C) and the logits (B, heads, N, T) before the mask is added.
 
-    def _split(self, x: Tensor) -> Tensor:
+        Args:
+            x: (B, N, C).
+            words: (B, T, D).
+            word_mask: (B, T) bool.
+        """
+        valid = word_mask.unsqueeze(-1).to(x.dtype)  # (B, T, 1)
+        query = self._split_heads(self.f_query(x))  # (B, heads, N, C/heads)
+        key = self._split_heads(self.f_key(words) * valid)  # (B, heads, T, C/heads)
+        value = self._split_heads(self.f_value(words) * valid)
+        logits = (query * x.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, heads, N, T)
+        masked = logits + (1e4 * valid - 1e4).transpose(1, 2).unsqueeze(1)
+        out = masked.softmax(dim=-1).to(value.dtype) @ value
+        return self.W(out.transpose(1, 2).flatten(2)), logits
+
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class PixelWordFusion(nn.Module):
-    """fused = GELU(project_mm(GELU(vis_project(x)) ⊙ lang)), lang what :class:`ImageLanguageAttention` read."""
+    """fused = GELU(project_mm(GELU(vis_project(x)) ⊙ lang)), with lang from :class:`ImageLanguageAttention`."""
 
     def __init__(self, width: int, word_width: int, heads: int) -> None:
         super().__init__()
@@ -81,6 +88,6 @@ class PixelWordFusion(nn.Module):
         self.project_mm = nn.Sequential(Pointwise(width, width), nn.GELU())
 
     def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """From pixels (B, N, C) and words (B, T, D): the fused pixels (B, N, C) and logits (B, heads, N, T)."""
+        """Return the fused pixels (B, N, C) and the logits (B, heads, N, T), from (B, N, C), (B, T, D), (B, T)."""
         lang, logits = self.image_lang_att(x, words, word_mask)
         return self.project_mm(self.vis_project(x) * lang), logits

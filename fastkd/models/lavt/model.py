@@ -1,4 +1,4 @@
-"""LAVT, the teacher: its published weights under its own names, everything that can be distilled in its output."""
+"""LAVT as a teacher, under the names of its published weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.models import checkpoint
-from fastkd.models.inputs import WordLimits, check_inputs
+from fastkd.models.inputs import WordLimits, check_inputs, placement
+from fastkd.models.lavt import io
 from fastkd.models.lavt.backbone import LAVTBackbone
 from fastkd.models.lavt.config import LAVTConfig
 from fastkd.models.lavt.decoder import LAVTDecoder, resize
+from fastkd.models.lavt.published import read_checkpoint
 from fastkd.models.lavt.state_dict import add_counters, gather
 from fastkd.models.lavt.swin import PATCH
 from fastkd.models.ris import RISOutput
@@ -23,27 +25,27 @@ if TYPE_CHECKING:
 
 
 class LAVT(nn.Module):
-    """Language-aware vision transformer: Swin, BERT, and the words fused in after every stage.
+    """Language-aware vision transformer: Swin and BERT, with pixel–word fusion after every stage.
 
     After Yang et al., "LAVT: Language-Aware Vision Transformer for Referring Image Segmentation", CVPR 2022,
-    arXiv 2112.02244, with the blocks of Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030. Written anew from
-    their formulas, for teaching: there is no drop path, so it is not meant to be trained from scratch.
+    arXiv 2112.02244, with the blocks of Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030. Re-implemented
+    from their formulas as a teacher: it has no drop path, so it is not meant for training from scratch.
 
-    Per stage i, with x the blocks' output, w the words and C the width::
+    Per stage i, with x the blocks' output, w the words and C the channels::
 
         lang  = InstanceNorm(W softmax(InstanceNorm(f_query x) · (f_key w)ᵀ / √C) f_value w)
         fused = GELU(project_mm(GELU(vis_project x) ⊙ lang));   stages[i] = LayerNorm(fused)
         next  = merge(x + tanh(gate(fused)) ⊙ fused)
 
-    and the decoder goes from stages[3] up, resizing bilinearly with aligned corners and concatenating. Modules and
-    parameters have the names of published checkpoints. For :class:`fastkd.Taps`, ``("backbone.layers.3.fusion", 0)`` is
-    a fused map as pixels (B, N, C).
+    The decoder starts at stages[3], upsamples bilinearly with aligned corners and concatenates the finer stages.
+    Modules and parameters have the names of published checkpoints. For :class:`fastkd.Taps`,
+    ``("backbone.layers.3.fusion", 0)`` is a fused map as pixels (B, N, C).
 
     Args:
-        config: The architecture; :meth:`from_state_dict` reads it from weights.
+        config: The architecture; :meth:`from_state_dict` derives it from weights.
 
     Raises:
-        TypeError: ``config`` is no LAVTConfig.
+        TypeError: ``config`` is not a LAVTConfig.
 
     Example::
 
@@ -61,7 +63,7 @@ class LAVT(nn.Module):
         if not isinstance(config, LAVTConfig):
             raise TypeError(f"config must be a LAVTConfig, got {type(config).__name__}; see LAVT.from_state_dict")
         self.config = config
-        self.tokenizer: Tokenizer | None = None  # the one in the converted file
+        self.tokenizer: Tokenizer | None = None  # set when the file holds one
         self.backbone = LAVTBackbone(config)
         self.classifier = LAVTDecoder(config.widths, config.hidden)
         self.text_encoder = None if config.text is None else _bert(config.text)
@@ -80,36 +82,35 @@ class LAVT(nn.Module):
         word_mask: Tensor | None = None,
         words: Tensor | None = None,
     ) -> RISOutput:
-        """Segment what the sentence refers to.
+        """Segment the object that the sentence refers to.
 
         Args:
-            image: (B, 3, H, W), ImageNet-normalised, of any size above 32 pixels; the weights were trained at 480×480.
-            input_ids: (B, T) integer word ids, where there is a text encoder; or
-            words: (B, T, D) word vectors, in place of ``input_ids``.
-            word_mask: (B, T) bool, True where a word is. None: every id that is not 0, or every vector.
+            image: (B, 3, H, W), ImageNet-normalised, larger than 32 pixels; the weights were trained at 480×480.
+            input_ids: (B, T) integer word ids, if the model has a text encoder.
+            words: (B, T, D) word vectors, instead of ``input_ids``.
+            word_mask: (B, T) bool, True at words. None: every id except 0, or every vector.
 
         Returns:
             ``logits`` (B, 2, H, W); ``decoder`` (B, 2, h, w), before the last upsampling; ``decoder_features``
             (B, hidden, h, w); ``stages``, four (B, C_i, H_i, W_i); ``words`` (B, T, D); ``pixel_word_logits``, four
-            (B, heads_i, H_i·W_i, T), scaled as in the softmax and before words are masked out; ``word_mask``.
+            (B, heads_i, H_i·W_i, T), scaled as in the softmax, before masking; ``word_mask`` (B, T).
 
         Raises:
-            ValueError: Shapes that do not fit, both or neither of ``input_ids`` and ``words``, ids for a model without
-                text encoder, a sentence longer than the position table; on the CPU also an id outside the vocabulary
-                or a sentence with no valid word.
-            TypeError: A wrong dtype.
+            ValueError: Shapes do not match, both or neither of ``input_ids`` and ``words`` are given, the model has no
+                text encoder for ``input_ids``, or a sentence exceeds the position embeddings; on the CPU also an id
+                outside the vocabulary or a sentence without a valid word.
+            TypeError: A tensor has the wrong dtype.
         """
-        device = self.classifier.conv1_1.weight.device
+        device, dtype = placement(self.classifier)
         word_mask = check_inputs(image, input_ids, word_mask, words, self._limits, device)
         if max(image.shape[-2:]) <= 8 * PATCH:
             raise ValueError(
                 f"image is {tuple(image.shape[-2:])}, which leaves one pixel in the last stage, and InstanceNorm over "
-                f"one pixel is undefined; give more than {8 * PATCH} pixels"
+                f"one pixel is undefined; pass an image larger than {8 * PATCH} pixels"
             )
-        kind = self.classifier.conv1_1.weight.dtype
-        image = image.to(kind)
+        image = image.to(dtype)
         if words is not None:
-            words = words.to(kind)
+            words = words.to(dtype)
         else:
             assert self.text_encoder is not None
             words = self.text_encoder(input_ids=input_ids, attention_mask=word_mask.long()).last_hidden_state
@@ -129,24 +130,24 @@ class LAVT(nn.Module):
         source: str = "state_dict",
         **rest: Any,
     ) -> LAVT:
-        """A model from weights, in eval mode; sizes, depths, heads and window are read from the shapes.
+        """Build a model from weights, in eval mode; derive sizes, depths, heads and window from their shapes.
 
-        Every key is accounted for: ``module.`` in front of names (DDP) is taken off; ``relative_position_index``,
-        ``position_ids`` and a BERT's pooler are dropped; batch norms' counters may be absent; anything else that is
-        missing or unexpected is an error. Weights of lower precision become float32.
+        Every key is accounted for: the prefix ``module.`` (DDP) is removed; ``relative_position_index``,
+        ``position_ids`` and BERT's pooler are dropped; batch-norm counters may be missing; any other missing or
+        unexpected key is an error. Half-precision weights become float32.
 
         Args:
-            state_dict: ``backbone.*`` and ``classifier.*``, and ``text_encoder.*`` where it holds a text encoder.
-            fusion_heads: Heads of the fusion per stage, which shapes do not show: the checkpoint's ``args.mha``.
-            bert_state_dict: The text encoder's weights where they are kept apart, under transformers' BertModel names.
+            state_dict: ``backbone.*`` and ``classifier.*``, and ``text_encoder.*`` if it includes the text encoder.
+            fusion_heads: Heads of the fusion per stage, which shapes do not determine: the checkpoint's ``args.mha``.
+            bert_state_dict: The text encoder's weights if stored separately, under transformers' BertModel names.
             text_heads: Heads of the text encoder; None: one per 64 channels, as in BERT.
-            source: What errors call the weights.
+            source: Name of the weights in error messages.
             rest: ``image_size``, ``max_words`` and ``tokenizer`` of :class:`LAVTConfig`.
 
         Raises:
-            ValueError: Keys missing, unexpected or of another shape (all are named), or ``fusion_heads`` that are not
-                four numbers dividing the stages' widths. Nothing is loaded then.
-            TypeError: Something that is no dict of tensors.
+            ValueError: Keys are missing, unexpected or misshapen (all are listed), or ``fusion_heads`` are not four
+                divisors of the stages' channels. Nothing is loaded.
+            TypeError: An argument is not a dict of tensors.
 
         Example::
 
@@ -155,7 +156,7 @@ class LAVT(nn.Module):
         """
         try:
             state = gather(state_dict, bert_state_dict)
-        except (TypeError, ValueError) as error:  # they name the argument; what was read from a file is named by that
+        except (TypeError, ValueError) as error:  # name the file rather than the argument
             if source == "state_dict":
                 raise
             raise ValueError(f"{source}: {error}") from None
@@ -170,24 +171,22 @@ class LAVT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, map_location: Any = "cpu") -> LAVT:
-        """A model from a file that ``fastkd convert`` wrote, or from a published ``.pth``; in eval mode.
+        """Load a file written by ``fastkd convert`` or a published ``.pth``; return the model in eval mode.
 
         Args:
-            path: ``.safetensors`` written by ``fastkd convert``, or else a checkpoint in one of the two published
-                layouts, read as in :func:`fastkd.models.lavt.published.read_checkpoint`.
-            map_location: The device to put it on.
+            path: ``.safetensors`` written by ``fastkd convert``, or a checkpoint in one of the two published layouts,
+                read by :func:`fastkd.models.lavt.published.read_checkpoint`.
+            map_location: The device to load to.
 
         Raises:
-            FileNotFoundError: No such file.
-            ValueError: A damaged or foreign file, a pickle with anything but tensors and settings in it, or weights
-                that do not fit.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is damaged or is not a LAVT, its pickle holds objects other than tensors and settings,
+                or the weights do not match.
 
         Example::
 
             teacher = LAVT.from_pretrained("teacher.safetensors").requires_grad_(False)
         """
-        from fastkd.models.lavt import io, published
-
         path = Path(path).expanduser()
         if path.suffix == ".safetensors":
             config, state, tokenizer = io.read(path)
@@ -195,7 +194,7 @@ class LAVT(nn.Module):
             model.tokenizer = tokenizer
             checkpoint.load_strictly(model, state, str(path))
         else:
-            found = published.read_checkpoint(path)
+            found = read_checkpoint(path)
             model = cls.from_state_dict(
                 found.state, found.fusion_heads, bert_state_dict=found.bert_state, source=str(path)
             )
@@ -203,11 +202,11 @@ class LAVT(nn.Module):
 
     @property
     def vocab_size(self) -> int | None:
-        """Words the text encoder knows; None without one."""
+        """Return the number of word ids of the text encoder; None without one."""
         return self._limits.vocab_size
 
     def parameter_count(self) -> dict[str, int]:
-        """Parameters in all and of each part: ``{"total": ..., "backbone": ..., "classifier": ..., ...}``."""
+        """Return parameter counts by part: ``{"total": ..., "backbone": ..., "classifier": ..., ...}``."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {"total": sum(parts.values()), **parts}
 

@@ -1,4 +1,4 @@
-"""Published LAVT checkpoints, read without running anybody's code."""
+"""Read published LAVT checkpoints without running code from the file."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd._messages import shortened
 from fastkd.models import pickles
-from fastkd.models.lavt.state_dict import TEXT
+from fastkd.models.lavt.state_dict import TEXT_PREFIX
 
 
 @dataclass(frozen=True)
 class LAVTCheckpoint:
-    """What a checkpoint holds for us.
+    """The weights and settings of a published checkpoint.
 
     Attributes:
         layout: "lavt" (text weights under ``bert_model``) or "lavt_one" (text weights inside ``model``).
         state: The weights under ``model``.
         bert_state: The weights under ``bert_model``, or None.
-        fusion_heads: From ``args.mha``; 1-1-1-1 where it says nothing.
+        fusion_heads: Parsed from ``args.mha``; 1-1-1-1 if it is empty or absent.
     """
 
     layout: str
@@ -34,16 +35,16 @@ class LAVTCheckpoint:
 
 
 def read_checkpoint(path: str | Path) -> LAVTCheckpoint:
-    """Read ``refcoco.pth`` and the like: tensors and settings only, every other object in the pickle is refused.
+    """Read a checkpoint such as ``refcoco.pth``; refuse pickled objects other than tensors and settings.
 
     Args:
         path: A file written by ``torch.save``: a dict with ``model``, ``args`` and, in one of the layouts,
-            ``bert_model``. Optimiser and scheduler are not looked at.
+            ``bert_model``. Optimizer and scheduler states are ignored.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A damaged file, objects other than tensors, plain containers and ``argparse.Namespace`` (all are
-            named, none is made), another layout, or an ``args.mha`` that is no list of heads.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, has another layout, an invalid ``args.mha``, or holds objects other than
+            tensors, plain containers and ``argparse.Namespace`` (all are listed, none is constructed).
 
     Example::
 
@@ -54,30 +55,30 @@ def read_checkpoint(path: str | Path) -> LAVTCheckpoint:
     values = pickles.load(path)
     model = values.get("model") if isinstance(values, Mapping) else None
     if not isinstance(model, Mapping):
-        got = f"a dict of {_some(values)}" if isinstance(values, Mapping) else f"a {type(values).__name__}"
+        got = f"a dict of {_keys(values)}" if isinstance(values, Mapping) else f"a {type(values).__name__}"
         raise ValueError(
-            f"{path} is no LAVT checkpoint: expected a dict with 'model' (and 'bert_model', 'args'), got {got}. "
-            "A bare state dict goes into LAVT.from_state_dict"
+            f"{path} is not a LAVT checkpoint: expected a dict with 'model' (and 'bert_model', 'args'), got {got}. "
+            "Pass a bare state dict to LAVT.from_state_dict"
         )
-    text_inside = any(TEXT in name for name in model if isinstance(name, str))
+    text_inside = any(TEXT_PREFIX in name for name in model if isinstance(name, str))
     bert = values.get("bert_model")
     if bert is not None and not isinstance(bert, Mapping):
         raise ValueError(f"{path}: 'bert_model' must be a state dict, got {type(bert).__name__}")
     if bert is None and not text_inside:
         raise ValueError(
-            f"{path} has no text weights: neither 'bert_model' nor {TEXT}* in 'model'; it holds {_some(values)}"
+            f"{path} has no text weights: neither 'bert_model' nor {TEXT_PREFIX}* in 'model'; found {_keys(values)}"
         )
     if bert is not None and text_inside:
-        raise ValueError(f"{path} has text weights twice: under 'bert_model' and as {TEXT}* in 'model'")
+        raise ValueError(f"{path} has text weights twice: under 'bert_model' and as {TEXT_PREFIX}* in 'model'")
     args = values.get("args", argparse.Namespace())
     if not isinstance(args, argparse.Namespace | Mapping):
         raise ValueError(f"{path}: 'args' must be an argparse.Namespace, got {type(args).__name__}")
     mha = args.get("mha") if isinstance(args, Mapping) else getattr(args, "mha", None)
-    return LAVTCheckpoint("lavt" if bert is not None else "lavt_one", model, bert, _fusion_heads(path, mha))
+    return LAVTCheckpoint("lavt" if bert is not None else "lavt_one", model, bert, _parse_heads(path, mha))
 
 
-def _fusion_heads(path: Path, mha: Any) -> tuple[int, ...]:
-    """``args.mha``: nothing, "4-4-4-4", or the numbers themselves."""
+def _parse_heads(path: Path, mha: Any) -> tuple[int, ...]:
+    """Parse ``args.mha``: None, "", "4-4-4-4", or a sequence of four numbers."""
     if mha is None or mha == "":
         return (1, 1, 1, 1)
     numbers = re.split(r"[-,\s]+", mha.strip()) if isinstance(mha, str) else mha
@@ -90,6 +91,5 @@ def _fusion_heads(path: Path, mha: Any) -> tuple[int, ...]:
     return heads
 
 
-def _some(values: Mapping[Any, Any], limit: int = 6) -> str:
-    names = [str(name) for name in values]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") if names else "nothing"
+def _keys(values: Mapping[Any, Any]) -> str:
+    return shortened([str(name) for name in values], 6) or "nothing"

@@ -1,8 +1,8 @@
-"""The Swin blocks of LAVT: zero padding to whole windows first, then the shift; windows are never made smaller.
+"""LAVT's Swin blocks: pad to whole windows, then shift; windows are never shrunk.
 
 After Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021, arXiv
-2103.14030, in the order that dense prediction uses (timm shifts first and shrinks windows on small maps, which gives
-other numbers). Maps are (B, H, W, C) throughout.
+2103.14030, in the order used for dense prediction. timm shifts first and shrinks windows on small maps, which gives
+different results. Maps are (B, H, W, C) throughout.
 """
 
 from __future__ import annotations
@@ -12,45 +12,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATCH = 4
-"""Side of the patches, and the stride of the first stage."""
+"""Patch size, the stride of the first stage."""
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """(B, H, W, C) with zeros added below and at the right, up to multiples of ``multiple``."""
+    """Zero-pad (B, H, W, C) at the bottom and right to multiples of ``multiple``."""
     below, right = -x.shape[1] % multiple, -x.shape[2] % multiple
     return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
 
 
 def split_windows(x: Tensor, window: int) -> Tensor:
-    """(B, H, W, C) to (B, windows, window², C), row by row; H and W are multiples of the window."""
+    """Split (B, H, W, C) into (B, windows, window², C), row by row; H and W must be multiples of the window."""
     b, h, w, c = x.shape
     tiles = x.view(b, h // window, window, w // window, window, c)
     return tiles.transpose(2, 3).reshape(b, -1, window * window, c)
 
 
 def join_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
-    """The inverse of :func:`split_windows`: (B, windows, window², C) to (B, height, width, C)."""
+    """Invert :func:`split_windows`: (B, windows, window², C) to (B, height, width, C)."""
     b, c = x.shape[0], x.shape[-1]
     tiles = x.view(b, height // window, width // window, window, window, c)
     return tiles.transpose(2, 3).reshape(b, height, width, c)
 
 
 def shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
-    """What may be attended to after the shift, (windows, window², window²) bool, for an H×W map of whole windows.
+    """Return the attention mask after the cyclic shift, (windows, window², window²) bool, True where allowed.
 
-    The shift brings the first window//2 rows (columns) around to the end. A window holds such rows beside others that
-    are far from them in the image; two tokens may meet if both were brought around or neither was, in both directions.
+    The shift wraps the first window//2 rows (columns) around to the end, next to rows that are far from them in the
+    image. Two tokens may attend to each other if both or neither were wrapped, in each direction. Height and width must
+    be multiples of the window.
     """
     shift = window // 2
-    around_y = torch.arange(height, device=device) >= height - shift
-    around_x = torch.arange(width, device=device) >= width - shift
-    region = 2 * around_y[:, None].long() + around_x
+    wrapped_y = torch.arange(height, device=device) >= height - shift
+    wrapped_x = torch.arange(width, device=device) >= width - shift
+    region = 2 * wrapped_y[:, None].long() + wrapped_x  # (H, W)
     inside = split_windows(region[None, :, :, None], window)[0, :, :, 0]
     return inside[:, :, None] == inside[:, None, :]
 
 
 def relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for each pair of tokens in a window, (window², window²) int64.
+    """Return the bias-table row of each pair of tokens in a window, (window², window²) int64.
 
     For tokens i at (y_i, x_i) and j: (y_i − y_j + window − 1)·(2·window − 1) + (x_i − x_j + window − 1).
     """
@@ -60,7 +61,7 @@ def relative_position_index(window: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, H, W) to (B, ⌈H/4⌉, ⌈W/4⌉, C): a 4×4 convolution of stride 4, then LayerNorm; sides are padded to 4."""
+    """(B, 3, H, W) → (B, ⌈H/4⌉, ⌈W/4⌉, C): pad to multiples of 4, 4×4 convolution of stride 4, LayerNorm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Patch vectors of an image."""
+        """Embed the patches of an image."""
         below, right = -image.shape[2] % PATCH, -image.shape[3] % PATCH
         if below or right:
             image = F.pad(image, (0, right, 0, below))
@@ -76,12 +77,12 @@ class PatchEmbed(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """softmax(q·kᵀ / √(C/heads) + bias) v within each window, the bias read from a table by relative position.
+    """Window attention softmax(q·kᵀ / √(C/heads) + bias) v, the bias looked up by relative position.
 
     Args:
         width: C.
-        heads: Divides C.
-        window: Side of a window; the table has (2·window − 1)² rows.
+        heads: Must divide C.
+        window: Side of a window; the bias table has (2·window − 1)² rows.
     """
 
     relative_position_index: Tensor
@@ -96,14 +97,14 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        """(B, windows, N, C) to the same; ``allowed`` (windows, N, N) bool, None: all of a window's tokens."""
+        """Attend within windows of (B, windows, N, C); ``allowed`` is (windows, N, N) bool, None for no mask."""
         b, windows, n, c = x.shape
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, N, N)
         qkv = self.qkv(x).view(b, windows, n, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, N, C/heads)
         if allowed is None:
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        else:  # a mask of its own for each window: windows go with the heads, and the batch shares them
+        else:  # each window has its own mask: merge windows into the heads dimension, broadcast over the batch
             bias = bias.masked_fill(~allowed[:, None], -torch.inf).flatten(0, 1)
             q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
@@ -112,7 +113,7 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear(C, 4C), GELU, Linear(4C, C)."""
+    """MLP: Linear(C, 4C), GELU, Linear(4C, C)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -120,15 +121,15 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)."""
+        """Apply to (..., C)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwinBlock(nn.Module):
     """y = x + attention(norm1(x)), then y + mlp(norm2(y)); odd blocks of a stage shift their windows by window//2.
 
-    norm1(x) is padded with zeros to whole windows and shifted after that. Padding is attended to like any token, as in
-    the networks these weights were trained in.
+    norm1(x) is zero-padded to whole windows and then shifted. Padding tokens are attended to, as in the published
+    model.
     """
 
     def __init__(self, width: int, heads: int, window: int, shifted: bool) -> None:
@@ -141,7 +142,7 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
-        """(B, H, W, C) to the same; ``allowed`` is :func:`shift_mask` of the padded map, used where windows shift."""
+        """Apply to (B, H, W, C); ``allowed`` is :func:`shift_mask` of the padded map, used by shifted blocks."""
         height, width = x.shape[1:3]
         y = pad_to_multiple(self.norm1(x), self.window)
         padded = y.shape[1:3]
@@ -156,9 +157,9 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C): the four pixels of each 2×2 square side by side, LayerNorm, Linear.
+    """(B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 2C): concatenate the pixels of each 2×2 square, LayerNorm, Linear.
 
-    Their order is (even row, even column), (odd, even), (even, odd), (odd, odd); odd sides are padded with zeros.
+    Their order is (even row, even column), (odd, even), (even, odd), (odd, odd); odd sides are zero-padded.
     """
 
     def __init__(self, width: int) -> None:
@@ -167,7 +168,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map of half the size."""
+        """Return the map at half the size."""
         x = pad_to_multiple(x, 2)
         square = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return self.reduction(self.norm(torch.cat(square, dim=-1)))

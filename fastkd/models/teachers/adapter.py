@@ -1,4 +1,4 @@
-"""What every text-prompted segmenter needs to teach: the student's image in its own terms, one output for all."""
+"""Base class of text-prompted teachers: convert the student's image, return `RISModel`'s output."""
 
 from __future__ import annotations
 
@@ -12,39 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd._messages import close_matches
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from fastkd.models import checkpoint
 from fastkd.models.inputs import WordLimits, check_inputs
 from fastkd.models.ris import RISOutput
+from fastkd.models.teachers import files
+from fastkd.models.teachers.files import TeacherConfig
 
-_UNDER_WAY = ""  # no name of a module
-
-
-@dataclass
-class TeacherConfig:
-    """What a text-prompted teacher expects.
-
-    Attributes:
-        model_type: transformers' name of the architecture.
-        image_size: side of the square that images are resized to before the network sees them.
-        image_mean: mean of the red, green and blue that the network was trained with, of values in [0, 1].
-        image_std: their deviation.
-        max_words: token ids per sentence to give it, at most what its text encoder takes.
-        tokenizer: folder of its tokenizer for :func:`fastkd.data.load_tokenizer`, or None.
-        keep_end: its tokenizer must keep the end mark of a sentence that is cut.
-    """
-
-    model_type: str
-    image_size: int
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
-    max_words: int
-    tokenizer: str | None = None
-    keep_end: bool = True
+_IN_FORWARD = ""  # key of `_recorded` while a forward runs; no module has this name
+_ADAPTERS: dict[str, type[TextPromptedTeacher]] = {}
+"""Adapter by transformers' model_type; filled as the subclasses are defined."""
 
 
 @dataclass
-class Found:
-    """What an adapter takes out of its network: mask logits (B, 1, h, w), and the rest as in `RISOutput`."""
+class NetworkOutput:
+    """Output of an adapter's network: mask logits (B, 1, h, w), and the fields of `RISOutput`."""
 
     mask: Tensor
     features: Tensor
@@ -54,24 +37,24 @@ class Found:
 
 
 class TextPromptedTeacher(nn.Module):
-    """A segmenter of transformers that takes a sentence, called as `RISModel` is and with its output.
+    """A text-prompted segmenter of transformers, with the call and the output of `RISModel`.
 
     ``TextPromptedTeacher.from_pretrained(path or name)`` picks the class by the configuration's ``model_type``:
-    "clipseg" is `CLIPSegTeacher`; "sam3" and "sam3_video" (of which the detector is taken) are `SAM3Teacher`.
+    "clipseg" is `CLIPSegTeacher`; "sam3" and "sam3_video" (its detector) are `SAM3Teacher`.
 
-    It takes what the student takes, an ImageNet-normalised image of any size, and itself brings it to the size and the
-    normalisation that the network was trained with: resized bilinearly (antialiased) to a square. It reads token ids
-    of *its own* tokenizer. In a `Distiller` these are the batch's ``teacher_input_ids`` and ``teacher_word_mask``,
-    which ``ReferDataset(..., teacher_tokenizer=...)`` makes.
+    The teacher takes the student's ImageNet-normalised image of any size, resizes it bilinearly (antialiased) to the
+    network's square and applies the network's normalisation. It reads token ids of *its own* tokenizer. In a
+    `Distiller` these are the batch's ``teacher_input_ids`` and ``teacher_word_mask``, which
+    ``ReferDataset(..., teacher_tokenizer=...)`` adds.
 
-    The one mask logit m that such networks have per pixel becomes the two channels [0, m]: their softmax is sigmoid(m),
+    These networks have one mask logit m per pixel, which becomes the two channels [0, m]: their softmax is sigmoid(m),
     their argmax is m > 0.
 
     Attributes:
         network: transformers' module, for :class:`fastkd.Taps` (``"network.clip.vision_model.encoder.layers.3"``).
         config: :class:`TeacherConfig`.
-        has_own_tokenizer: a `Distiller` refuses a batch without ``teacher_input_ids``. Set it to False where the
-            student has the teacher's tokenizer.
+        has_own_tokenizer: If True, a `Distiller` refuses a batch without ``teacher_input_ids``. Set it to False if the
+            student uses the teacher's tokenizer.
 
     Example::
 
@@ -81,12 +64,18 @@ class TextPromptedTeacher(nn.Module):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    casts_inputs: ClassVar = True
-    image_normalisation: ClassVar = (IMAGENET_MEAN, IMAGENET_STD)  # of the images it is given, not of the network's
+    network_class: ClassVar[str]
+    """Name of the network's class in transformers."""
     default_mean: ClassVar[tuple[float, ...]]
     default_std: ClassVar[tuple[float, ...]]
+    casts_inputs: ClassVar = True
+    image_normalisation: ClassVar = (IMAGENET_MEAN, IMAGENET_STD)  # of its input, not of the network's
     _scale: Tensor
     _shift: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _ADAPTERS.update(dict.fromkeys(cls.model_types, cls))
 
     def __init__(self, network: nn.Module, config: TeacherConfig) -> None:
         super().__init__()
@@ -97,147 +86,177 @@ class TextPromptedTeacher(nn.Module):
         shift = [(i - t) / s for i, t, s in zip(IMAGENET_MEAN, config.image_mean, config.image_std, strict=True)]
         self.register_buffer("_scale", torch.tensor(scale)[:, None, None], persistent=False)
         self.register_buffer("_shift", torch.tensor(shift)[:, None, None], persistent=False)
-        self._seen: dict[str, Any] = {}  # what hooks caught in the forward that is under way
+        self._recorded: dict[str, Any] = {}  # activations of the forward in progress
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, map_location: Any = "cpu", **options: Any) -> TextPromptedTeacher:
-        """A teacher with weights, in eval mode and float32.
+        """Load a teacher in eval mode and float32.
 
         Args:
-            path: a folder that transformers' ``save_pretrained`` wrote, or a hub name ("CIDAS/clipseg-rd64-refined"),
-                whose files are fetched where a network is. Tokenizer and ``preprocessor_config.json`` are looked for
-                beside the weights.
-            map_location: the device to put it on.
-            options: ``image_size``, ``image_mean``, ``image_std``, ``max_words`` and ``tokenizer`` in place of what the
-                files say, and what the class takes. Without ``preprocessor_config.json`` the size is the
-                configuration's, and mean and deviation are the class's ``default_mean`` and ``default_std``.
+            path: A folder written by transformers' ``save_pretrained``, or a hub name ("CIDAS/clipseg-rd64-refined").
+                It may include the tokenizer and ``preprocessor_config.json``.
+            map_location: The device to load to.
+            options: ``image_size``, ``image_mean``, ``image_std``, ``max_words`` and ``tokenizer`` override the files;
+                others are passed to the class. Without ``preprocessor_config.json``, the configuration determines the
+                size, and ``default_mean`` and ``default_std`` of the class the normalisation.
 
         Raises:
-            FileNotFoundError: no such folder, or no configuration or weights in it.
-            ValueError: another architecture (those that are known are named), weights that are damaged or do not fill
-                the network, a network name that could not be fetched.
-            ImportError: a transformers that is too old for the architecture.
+            FileNotFoundError: The folder, its configuration or its weights do not exist.
+            ValueError: The architecture is not supported, the weights are damaged or do not match the network, or a
+                hub name could not be fetched.
+            ImportError: The installed transformers lacks the architecture.
         """
-        from fastkd.models.teachers.files import load
+        folder = files.fetch(path)
+        adapter = cls._adapter_for(folder)
+        network = files.load_network(adapter.network_class, folder)
+        given = {key: options.pop(key) for key in files.OPTIONS if key in options}
+        config = files.read_config(network, folder, given, adapter.default_mean, adapter.default_std)
+        return adapter(network, config, **options).to(map_location).eval()
 
-        return load(cls, path, options).to(map_location).eval()
+    @classmethod
+    def _adapter_for(cls, folder: Path) -> type[TextPromptedTeacher]:
+        """Return the subclass for a folder's model_type."""
+        found = files.read_model_type(folder)
+        known = {name: adapter for name, adapter in _ADAPTERS.items() if issubclass(adapter, cls)}
+        if found in known:
+            return known[found]
+        supported = ", ".join(map(repr, known))
+        if found in _ADAPTERS:
+            raise ValueError(f"{folder} has model_type {found!r}, {cls.__name__} takes {supported}")
+        if found is None:
+            raise ValueError(
+                f"{folder}: its {checkpoint.CONFIG_FILE} has no model_type, so it is not a transformers folder "
+                f"(supported: {supported}); load a student or teacher of fastkd with RISModel.from_pretrained"
+            )
+        close = close_matches(found, known, limit=1)
+        raise ValueError(
+            f"{folder} has model_type {found!r}, which has no adapter; supported: {supported}."
+            + (f" Did you mean {close[0]!r}?" if close else "")
+            + " Any other nn.Module can teach through fastkd.Taps and Term selectors"
+        )
 
     @abstractmethod
-    def run(self, pixels: Tensor, input_ids: Tensor, word_mask: Tensor) -> Found:
-        """Run the network on images that are as it wants them."""
+    def run(self, pixels: Tensor, input_ids: Tensor, word_mask: Tensor) -> NetworkOutput:
+        """Run the network.
+
+        Args:
+            pixels: (B, 3, S, S), resized and normalised for the network.
+            input_ids: (B, T) int64.
+            word_mask: (B, T) bool.
+        """
 
     @property
     @abstractmethod
     def text_config(self) -> Any:
-        """transformers' configuration of the text encoder."""
+        """Return transformers' configuration of the text encoder."""
 
     @property
     def vocab_size(self) -> int:
-        """Token ids the text encoder knows."""
+        """Return the number of token ids of the text encoder."""
         return int(self.text_config.vocab_size)
 
     def pixels(self, image: Tensor) -> Tensor:
-        """An ImageNet-normalised image (B, 3, H, W) as the network wants it: resized, and normalised its way."""
+        """Resize an ImageNet-normalised image (B, 3, H, W) for the network and apply its normalisation."""
         size = (self.config.image_size, self.config.image_size)
-        # In half precision only from here on: antialiasing does not know it, and the mean would be rounded.
+        # Cast to half precision last: antialiasing does not support it, and the mean would be rounded.
         dtype = self._scale.dtype
         image = image.to(torch.promote_types(dtype, torch.float32))
-        # Renormalising is affine per channel, so it may come after the resizing, on what is mostly fewer pixels.
+        # Renormalising is affine per channel, so it commutes with resizing, which mostly leaves fewer pixels.
         if image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
         return (image * self._scale + self._shift).to(dtype)
 
     def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> RISOutput:
-        """Segment what the sentence refers to.
+        """Segment the object that the sentence refers to.
 
         Args:
             image: (B, 3, H, W), ImageNet-normalised, of any size.
             input_ids: (B, T) integer ids of the teacher's own tokenizer.
-            word_mask: (B, T) bool, True where a token is. None: up to each sentence's end mark.
+            word_mask: (B, T) bool, True at tokens. None: up to each sentence's end token.
 
         Returns:
-            ``logits`` (B, 2, H, W) and ``decoder`` (B, 2, h, w), both [0, m]; the rest as the class says.
+            ``logits`` (B, 2, H, W) and ``decoder`` (B, 2, h, w), both [0, m]; see the subclass for the other fields.
 
         Raises:
-            ValueError: shapes that do not fit, a sentence longer than the text encoder takes; on the CPU also an id
-                outside the vocabulary, or a sentence with no valid token or no end mark.
-            TypeError: a wrong dtype.
+            ValueError: Shapes do not match, or a sentence exceeds the text encoder's position embeddings; on the CPU
+                also an id outside the vocabulary, or a sentence without a valid token or an end token.
+            TypeError: A tensor has the wrong dtype.
         """
         text = self.text_config
         limits = WordLimits(text.hidden_size, text.vocab_size, text.max_position_embeddings, 0, self.config.tokenizer)
         if word_mask is None and isinstance(input_ids, Tensor) and input_ids.dim() == 2 and input_ids.shape[1]:
-            word_mask = self._up_to_end(input_ids)
+            word_mask = self._mask_up_to_end(input_ids)
         device = next(self.network.parameters()).device
         word_mask = check_inputs(image, input_ids, word_mask, None, limits, device)
-        self._check_ends(input_ids)
-        self._seen[_UNDER_WAY] = True
+        self._check_end_tokens(input_ids)
+        self._recorded[_IN_FORWARD] = True
         try:
-            found = self.run(self.pixels(image), input_ids, word_mask)
+            out = self.run(self.pixels(image), input_ids, word_mask)
         finally:
-            self._seen.clear()
-        # Antialiasing, for students' images that are smaller, does not know half precision.
-        mask = found.mask.to(torch.promote_types(found.mask.dtype, torch.float32))
-        decoder = torch.cat([torch.zeros_like(mask), mask], 1)
+            self._recorded.clear()
+        # Antialiasing (for images smaller than the mask) does not support half precision.
+        mask = out.mask.to(torch.promote_types(out.mask.dtype, torch.float32))
+        decoder = torch.cat([torch.zeros_like(mask), mask], 1)  # (B, 2, h, w)
         logits = F.interpolate(decoder, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        return RISOutput(logits, decoder, found.features, found.stages, found.words, found.pixel_word_logits, word_mask)
+        return RISOutput(logits, decoder, out.features, out.stages, out.words, out.pixel_word_logits, word_mask)
 
     def parameter_count(self) -> dict[str, int]:
-        """Parameters in all and of each part of the network."""
+        """Return parameter counts by part of the network: ``{"total": ..., ...}``."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.network.named_children()}
         return {"total": sum(p.numel() for p in self.parameters()), **parts}
 
     def ends(self, input_ids: Tensor) -> Tensor | None:
-        """(B, T) bool, True at end marks; None where the configuration's end mark is no id of its vocabulary."""
+        """Return (B, T) bool, True at end tokens; None if the configured end token is not in the vocabulary."""
         end = self.text_config.eos_token_id
-        if end == 2:  # CLIP's first configurations name a wrong end mark; theirs is the largest id of a sentence
+        if end == 2:  # CLIP's first configurations declare a wrong id; theirs is the largest id of a sentence
             return input_ids == input_ids.amax(1, keepdim=True)
         return input_ids == end if isinstance(end, int) and end < self.vocab_size else None
 
-    def watch(self, name: str, module: nn.Module, what: Callable[[Any, Any], Any]) -> None:
-        """Keep ``what(args, output)`` of a module's latest call in ``self._seen[name]``, during a forward."""
-        module.register_forward_hook(_Watch(self._seen, name, what))
+    def record(self, name: str, module: nn.Module, select: Callable[[Any, Any], Any]) -> None:
+        """Store ``select(args, output)`` of a module's latest call in ``self._recorded[name]`` during a forward."""
+        module.register_forward_hook(_Recorder(self._recorded, name, select))
 
-    def _check_ends(self, input_ids: Tensor) -> None:
-        """Refuse ids of another tokenizer: most are in this vocabulary too, and would be another sentence."""
+    def _check_end_tokens(self, input_ids: Tensor) -> None:
+        """Refuse ids of another tokenizer, most of which are valid ids here but mean other words."""
         ends = self.ends(input_ids)
         if ends is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return
         if not bool(ends.any(1).all()):
             row = int((~ends.any(1)).nonzero()[0, 0])
             raise ValueError(
-                f"input_ids: sentence {row} has no end mark (id {self.text_config.eos_token_id}), which CLIP's text "
+                f"input_ids: sentence {row} has no end token (id {self.text_config.eos_token_id}), which CLIP's text "
                 "encoders need: use the teacher's own tokenizer (load_tokenizer(..., keep_end=True))"
             )
 
-    def _up_to_end(self, input_ids: Tensor) -> Tensor:
+    def _mask_up_to_end(self, input_ids: Tensor) -> Tensor:
         ends = self.ends(input_ids)
         if ends is None:
             return torch.ones_like(input_ids, dtype=torch.bool)
-        before = ends.cumsum(1) - ends.long()  # end marks to the left: padding may be more of them
+        before = ends.cumsum(1) - ends.long()  # end tokens to the left; padding may repeat the end token
         return before == 0
 
 
-class _Watch:
-    """A forward hook (a class, so that the teacher can be pickled and copied)."""
+class _Recorder:
+    """A forward hook; a class, so that the teacher can be pickled and copied."""
 
-    def __init__(self, seen: dict[str, Any], name: str, what: Callable[[Any, Any], Any]) -> None:
-        self.seen, self.name, self.what = seen, name, what
+    def __init__(self, recorded: dict[str, Any], name: str, select: Callable[[Any, Any], Any]) -> None:
+        self.recorded, self.name, self.select = recorded, name, select
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _UNDER_WAY in self.seen:  # else the network was called by itself, and nobody would let go of its maps
-            self.seen[self.name] = self.what(args, output)
+        if _IN_FORWARD in self.recorded:  # otherwise the network was called directly and nothing would be released
+            self.recorded[self.name] = self.select(args, output)
 
 
 def first_input(args: Any, output: Any) -> Any:
-    """For :meth:`TextPromptedTeacher.watch`: what went into the module."""
+    """Select a module's first input, for :meth:`TextPromptedTeacher.record`."""
     return args[0]
 
 
 def whole_output(args: Any, output: Any) -> Any:
-    """For :meth:`TextPromptedTeacher.watch`: what came out of it."""
+    """Select a module's output, for :meth:`TextPromptedTeacher.record`."""
     return output
 
 
 def as_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Tokens (B, h·w, C) as a map (B, C, h, w)."""
+    """Reshape tokens (B, h·w, C) to a map (B, C, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, size)

@@ -1,35 +1,50 @@
-"""Text-prompted teachers from folders and hub names."""
+"""Read text-prompted teachers from folders and the hub: weights, configuration, preprocessing."""
 
 from __future__ import annotations
 
-import difflib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastkd._messages import shortened
 from fastkd.data.tokenizer import has_tokenizer
 from fastkd.models import checkpoint, hub
-from fastkd.models.teachers.adapter import TeacherConfig, TextPromptedTeacher
-from fastkd.models.teachers.clipseg import CLIPSegTeacher
-from fastkd.models.teachers.sam3 import SAM3Teacher
 
-CLASSES: tuple[type[TextPromptedTeacher], ...] = (CLIPSegTeacher, SAM3Teacher)
-_NETWORKS = {CLIPSegTeacher: "CLIPSegForImageSegmentation", SAM3Teacher: "Sam3Model"}
-_FETCHED = ["*.json", "*.safetensors", "*.txt"]  # weights without pickles, the tokenizer's files, nothing else
-_WORDS = 32  # sentences of referring sets are shorter; CLIP's 77 places are mostly padding
-_OPTIONS = ("image_size", "image_mean", "image_std", "max_words", "tokenizer")
+_FETCHED = ["*.json", "*.safetensors", "*.txt"]  # weights without pickles, tokenizer files
+_MAX_WORDS = 32  # referring expressions are shorter; most of CLIP's 77 positions would be padding
+OPTIONS = ("image_size", "image_mean", "image_std", "max_words", "tokenizer")
+"""Fields of `TeacherConfig` that a caller may override."""
 
 
-def supported() -> dict[str, type[TextPromptedTeacher]]:
-    """transformers' model_type to the class that wraps it."""
-    return {model_type: cls for cls in CLASSES for model_type in cls.model_types}
+@dataclass
+class TeacherConfig:
+    """The inputs that a text-prompted teacher expects.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        image_size: Side of the square that images are resized to.
+        image_mean: Mean of red, green and blue, for values in [0, 1], that the network was trained with.
+        image_std: Their standard deviation.
+        max_words: Token ids per sentence, at most the text encoder's position embeddings.
+        tokenizer: Folder of its tokenizer for :func:`fastkd.data.load_tokenizer`, or None.
+        keep_end: Whether the tokenizer must keep the end token of a truncated sentence.
+    """
+
+    model_type: str
+    image_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    max_words: int
+    tokenizer: str | None = None
+    keep_end: bool = True
 
 
 def model_type_of(path: str | Path) -> str | None:
-    """The ``model_type`` of a folder's or hub name's configuration; None where there is none, as in fastkd's own.
+    """Return the ``model_type`` in the configuration of a folder or hub name; None for fastkd's own models.
 
     Raises:
-        ValueError: a hub name whose configuration could not be fetched.
+        ValueError: The configuration of a hub name could not be fetched.
     """
     folder = Path(path).expanduser()
     if hub.is_hub_name(str(path)):
@@ -38,31 +53,29 @@ def model_type_of(path: str | Path) -> str | None:
         try:
             folder = Path(hf_hub_download(str(path), checkpoint.CONFIG_FILE)).parent
         except Exception as error:
-            raise hub.not_fetched(str(path), error) from error
+            raise hub.fetch_error(str(path), error) from error
     if not (folder / checkpoint.CONFIG_FILE).is_file():
         return None
+    return read_model_type(folder)
+
+
+def read_model_type(folder: Path) -> str | None:
+    """Return the ``model_type`` that a folder's configuration declares, or None.
+
+    Raises:
+        FileNotFoundError: The folder or its configuration does not exist.
+        ValueError: The configuration is not a JSON object.
+    """
     found = checkpoint.read_config(folder).get("model_type")
     return found if isinstance(found, str) else None
 
 
-def load(cls: type[TextPromptedTeacher], path: str | Path, options: dict[str, Any]) -> TextPromptedTeacher:
-    """Build the adapter for a folder or hub name; see `TextPromptedTeacher.from_pretrained`."""
-    import transformers
+def fetch(path: str | Path) -> Path:
+    """Return the folder of ``path``; download it if it is a hub name.
 
-    folder = _folder(path)
-    chosen = _class_for(cls, folder)
-    name = _NETWORKS[chosen]  # type: ignore[type-abstract]
-    if not hasattr(transformers, name):
-        raise ImportError(
-            f"{folder} needs transformers' {name}, which transformers {transformers.__version__} does not have: "
-            "pip install --upgrade transformers"
-        )
-    network = _network(getattr(transformers, name), folder)
-    given = {key: options.pop(key) for key in _OPTIONS if key in options}
-    return chosen(network, _config(chosen, network, folder, given), **options)
-
-
-def _folder(path: str | Path) -> Path:
+    Raises:
+        ValueError: A hub name could not be fetched.
+    """
     name = str(path)
     if not hub.is_hub_name(name):
         return Path(path).expanduser()
@@ -71,66 +84,66 @@ def _folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED))
     except Exception as error:
-        raise hub.not_fetched(name, error) from error
+        raise hub.fetch_error(name, error) from error
 
 
-def _class_for(cls: type[TextPromptedTeacher], folder: Path) -> type[TextPromptedTeacher]:
-    found = checkpoint.read_config(folder).get("model_type")
-    known = {k: v for k, v in supported().items() if issubclass(v, cls)}
-    if found in known:
-        return known[found]
-    everything = ", ".join(map(repr, known))
-    if found in supported():
-        raise ValueError(f"{folder} has model_type {found!r}, {cls.__name__} takes {everything}")
-    if found is None:
-        raise ValueError(
-            f"{folder}: its {checkpoint.CONFIG_FILE} names no model_type, so it is no folder of transformers (there "
-            f"are adapters for {everything}); a student or teacher of fastkd is loaded by RISModel.from_pretrained"
-        )
-    close = difflib.get_close_matches(str(found), known, n=1)
-    raise ValueError(
-        f"{folder} has model_type {found!r}, for which there is no adapter; there are {everything}."
-        + (f" Did you mean a {close[0]!r} checkpoint?" if close else "")
-        + " Any other nn.Module can teach through fastkd.Taps and Term selectors"
-    )
+def load_network(class_name: str, folder: Path) -> Any:
+    """Load a transformers network in float32; require that its parameters and the file's weights match one to one.
 
+    transformers itself would fill missing weights with random numbers and drop layers that the configuration lacks.
 
-def _network(model: Any, folder: Path) -> Any:
-    """The network with every weight from the file and every weight of the file in it.
-
-    transformers alone would fill gaps with random numbers, and leave out layers that the configuration lacks.
+    Raises:
+        FileNotFoundError: The folder holds no safetensors.
+        ValueError: The weights are damaged or do not match the network.
+        ImportError: The installed transformers does not have this class.
     """
     import torch
+    import transformers
 
+    if not hasattr(transformers, class_name):
+        raise ImportError(
+            f"{folder} needs transformers' {class_name}, which transformers {transformers.__version__} does not have: "
+            "pip install --upgrade transformers"
+        )
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"no weights in {folder}: expected safetensors, as save_pretrained writes them")
     try:
-        network, report = model.from_pretrained(
+        network, report = getattr(transformers, class_name).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # a damaged file or a bad configuration raises almost anything
+    except Exception as error:  # damaged files and bad configurations raise many types
         kind, text = type(error).__name__, (str(error).splitlines() or [""])[0]
         raise ValueError(f"{folder} can't be loaded by transformers ({kind}: {text})") from error
-    gaps = [*report["missing_keys"], *report["mismatched_keys"]]
-    # Older files hold the numbers of positions, 0, 1, 2, ..., which are no weights.
-    left = [key for key in report["unexpected_keys"] if not str(key).endswith("position_ids")]
-    for keys, what in ((gaps, "missing or misshapen"), (left, "without a place in it")):
+    missing = [*report["missing_keys"], *report["mismatched_keys"]]
+    # Older files also hold position ids 0, 1, 2, ..., which are not weights.
+    unexpected = [key for key in report["unexpected_keys"] if not str(key).endswith("position_ids")]
+    for keys, problem in ((missing, "missing or misshapen"), (unexpected, "unexpected")):
         if keys:
-            few = checkpoint.some(sorted(map(str, keys)))
             raise ValueError(
-                f"{folder}: its weights do not fit {model.__name__} as its {checkpoint.CONFIG_FILE} describes it: "
-                f"{len(keys)} {what} ({few})"
+                f"{folder}: its weights do not match {class_name} as its {checkpoint.CONFIG_FILE} describes it: "
+                f"{len(keys)} {problem} ({shortened(sorted(map(str, keys)), 6)})"
             )
     return network
 
 
-def _config(cls: type[TextPromptedTeacher], network: Any, folder: Path, given: dict[str, Any]) -> TeacherConfig:
-    images = _preprocessor(folder)
+def read_config(
+    network: Any,
+    folder: Path,
+    given: dict[str, Any],
+    default_mean: tuple[float, ...],
+    default_std: tuple[float, ...],
+) -> TeacherConfig:
+    """Return the teacher's configuration: ``given`` overrides the folder's files, which override the defaults.
+
+    Raises:
+        ValueError: A value is out of range, or a file is not JSON.
+    """
+    images = _read_preprocessor(folder)
     size = given.get("image_size", _side(images.get("size")) or network.config.vision_config.image_size)
-    mean = _triple(given.get("image_mean", images.get("image_mean", cls.default_mean)))
-    std = _triple(given.get("image_std", images.get("image_std", cls.default_std)))
+    mean = _per_channel(given.get("image_mean", images.get("image_mean", default_mean)))
+    std = _per_channel(given.get("image_std", images.get("image_std", default_std)))
     limit = network.config.text_config.max_position_embeddings
-    words = given.get("max_words", min(_WORDS, limit))
+    words = given.get("max_words", min(_MAX_WORDS, limit))
     tokenizer = given.get("tokenizer", str(folder) if has_tokenizer(folder) else None)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"image_size must be a whole number of at least 1, got {size!r}")
@@ -139,12 +152,12 @@ def _config(cls: type[TextPromptedTeacher], network: Any, folder: Path, given: d
         if not numbers or (name == "image_std" and min(values) <= 0):
             raise ValueError(f"{name} must be three numbers{' above 0' if name == 'image_std' else ''}, got {values!r}")
     if not isinstance(words, int) or not 3 <= words <= limit:
-        raise ValueError(f"max_words must be from 3 to {limit}, the text encoder's places, got {words!r}")
+        raise ValueError(f"max_words must be from 3 to {limit}, the text encoder's position embeddings, got {words!r}")
     return TeacherConfig(network.config.model_type, size, tuple(mean), tuple(std), words, tokenizer)
 
 
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    """What the files say about images: ``preprocessor_config.json``, or within ``processor_config.json``."""
+def _read_preprocessor(folder: Path) -> dict[str, Any]:
+    """Return the image settings in ``preprocessor_config.json`` or ``processor_config.json``."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name
         if path.is_file():
@@ -160,8 +173,8 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _triple(value: Any) -> tuple[Any, ...]:
-    """Three of a number, which image processors take for one of each colour."""
+def _per_channel(value: Any) -> tuple[Any, ...]:
+    """Repeat a single number for the three channels, as image processors do."""
     return tuple(value) if isinstance(value, list | tuple) else (value,) * 3
 
 

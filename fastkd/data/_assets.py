@@ -1,0 +1,5 @@
+"""Paths of the files that ship with fastkd.data."""
+
+from pathlib import Path
+
+SHAPES_VOCABULARY = Path(__file__).parent / "assets" / "shapes_vocab.txt"
