@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.aot.compiler import instructions
 from benchmarks.aot.facts import write_table
 from fastkd._native import build_info
-from fastkd.ops.dispatch import IMPLEMENTED
+from fastkd.ops.dispatch import FAMILIES
 
 SHARED_LIMIT = 48 * 1024
 """Bytes of shared memory that a kernel may declare, on every chip."""
@@ -90,7 +90,7 @@ def demangled(names: list[str]) -> list[str]:
     text = run(shutil.which("cu++filt") or shutil.which("c++filt") or "c++filt", *names)
     found = []
     for line in text.splitlines():
-        family = re.search(rf"fastkd::(?:cuda::)?({'|'.join(IMPLEMENTED)})::", line)
+        family = re.search(rf"fastkd::(?:cuda::)?({'|'.join(FAMILIES)})::", line)
         own = rf"({family[1]}::)?" if family else ""
         line = re.sub(rf"fastkd::(cuda::)?{own}|\(anonymous namespace\)::|<unnamed>::|\((int|bool)\)", "", line)
         found.append((f"{family[1]}." if family else "") + re.sub(r"^void |\([^()]*\)( \[clone.*)?$", "", line))

@@ -17,7 +17,7 @@ Step = Callable[[], Any]
 
 def fastkd_backends(device_type: str) -> list[str]:
     """Return the backends with compiled kernels for a device type, available here or not."""
-    return [backend for backend in dispatch.PREFERENCE[device_type] if backend != "reference"]
+    return [backend for backend in dispatch.AUTO_ORDER[device_type] if backend != "reference"]
 
 
 def candidates(workload: Workload, device_type: str, autotune: bool = False) -> list[str]:

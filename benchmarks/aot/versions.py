@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.aot.facts import RESULTS
 
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-"""The newest of each minor version from ``fastkd.ops.dispatch.OLDEST_TRITON`` on."""
+"""The newest of each minor version from ``fastkd.ops.backends.OLDEST_TRITON`` on."""
 
 
 def environment(folder: Path, version: str) -> Path:

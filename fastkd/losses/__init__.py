@@ -1,7 +1,7 @@
-"""Distillation losses as plain functions and as nn.Module twins with the same argument names.
+"""Distillation losses as functions, and as modules with the same argument names.
 
-The functions take any floating dtype on any device, compute in fp32 (fp64 for fp64) and choose a backend per call.
-Their definitions are in docs/maths.md. The teacher's tensors are constants and must not require grad.
+The functions take any floating dtype on any device, compute in fp32 (fp64 for fp64) and select a backend per call.
+docs/maths.md defines them. The teacher's tensors are constants and must not require grad.
 """
 
 from fastkd.losses.channel import ChannelKD, channel_kd

@@ -1,4 +1,4 @@
-"""What the nn.Module twins of the losses share: options kept as attributes, and the train-only channel aligner."""
+"""The base of the losses' module forms, which keeps options as attributes, and the train-only channel aligner."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses import _checks
+from fastkd.ops import checks
 from fastkd.ops.numerics import compute_dtype
 
 
 class LossModule(nn.Module):
-    """A loss with its options as attributes of the same names, which may be assigned anything the argument takes.
+    """A loss with its options as attributes of the same names, which accept the same values as the arguments.
 
-    An ``nn.Parameter`` is a parameter of the module: optimised, and in its state dict. Another tensor is a buffer that
-    follows ``.to(device)`` and is not saved. One that was computed from parameters keeps its graph, so that gradients
-    reach them; a copy or a pickle of the module holds its values alone.
+    An ``nn.Parameter`` becomes a parameter of the module, optimised and in its state dict. Any other tensor becomes a
+    buffer that follows ``.to(device)`` and is not saved. A tensor computed from parameters keeps its graph, so that
+    they receive gradients; a copy or a pickle of the module holds its values only.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class LossModule(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        """The options, for ``repr``."""
+        """Return the options, for ``repr``."""
         return ", ".join(f"{name}={_shown(value)}" for name, value in self._options().items())
 
 
@@ -63,8 +63,8 @@ def _shown(value: Any) -> str:
 class ChannelAligner(nn.Module):
     """A bias-free 1×1 convolution that maps (B, C_S, ...) to (B, C_T, ...).
 
-    It belongs to the loss and is trained with the student, so give its parameters to the optimiser; the student itself
-    gains no parameter and nothing of it remains at inference.
+    It belongs to the loss and is trained with the student, so pass its parameters to the optimiser. The student gains
+    no parameter, and inference does not need the aligner.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
@@ -74,11 +74,11 @@ class ChannelAligner(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map the channels, dimension 1, of ``features``.
 
-        ``linear`` is called as a module, so that hooks, parametrisations and what replaces or wraps it (LoRA, FSDP)
-        count. Its weight is read from outside only to compute in a wider dtype than its own, and only of a plain
-        ``nn.Linear``; anything else gets the features in the dtype of its parameters.
+        ``linear`` is called as a module, so that hooks, parametrisations and replacements or wrappers (LoRA, FSDP)
+        take effect. Only the weight of a plain ``nn.Linear`` is read directly, to compute in a wider dtype than its
+        own; any other module receives the features in the dtype of its parameters.
         """
-        _checks.floating("student", features, (3, 4), "(B, C, H, W) or (B, C, N)")
+        checks.floating("student", features, (3, 4), "(B, C, H, W) or (B, C, N)")
         width = getattr(self.linear, "in_features", None)
         if isinstance(width, int) and features.shape[1] != width:
             raise ValueError(
@@ -88,8 +88,8 @@ class ChannelAligner(nn.Module):
         rows = features.movedim(1, -1)
         if _is_plain(self.linear):
             weight = self.linear.weight
-            _checks.same_device(student=features, aligner=weight)
-            # Autocast, where it is on, overrides these dtypes.
+            checks.same_device(student=features, aligner=weight)
+            # Autocast overrides these dtypes.
             dtype = weight.dtype if features.dtype == weight.dtype else compute_dtype(features, weight)
             if dtype != weight.dtype:
                 bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
@@ -101,13 +101,13 @@ class ChannelAligner(nn.Module):
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Return whether ``linear`` only computes ``F.linear`` with its weight."""
+    """Return whether ``linear`` is an ``nn.Linear`` without hooks or parametrisations."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not any(hooks)
 
 
 def make_aligner(student_channels: int | None, teacher_channels: int | None) -> ChannelAligner | None:
-    """An aligner where the two widths are given and differ, else None."""
+    """Return an aligner if the two widths are given and differ, else None."""
     for name, value in (("student_channels", student_channels), ("teacher_channels", teacher_channels)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name}: expected a positive int or None, got {type(value).__name__}")

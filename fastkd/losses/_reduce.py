@@ -1,4 +1,4 @@
-"""Row weights and reductions, common to the losses."""
+"""Weight and reduce per-row losses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ATTENTION_TEMPERATURE = 0.5
 
 
 def channel_attention(teacher_rows: Tensor) -> Tensor:
-    """C · softmax over channels of ⟨|F_T|⟩_N / 0.5: (B, C, N) to weights (B, C) whose mean over channels is 1."""
+    """Return weights (B, C), C · softmax over channels of ⟨|F_T|⟩_N / 0.5, from (B, C, N); their mean is 1."""
     strength = teacher_rows.to(compute_dtype(teacher_rows)).abs().mean(-1)
     return strength.shape[-1] * torch.softmax(strength / ATTENTION_TEMPERATURE, -1)
 
 
 def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """ "none": w·row; "sum": Σ w·row; "mean": Σ w·row / Σ w."""
+    """Return w·row ("none"), Σ w·row ("sum"), or Σ w·row / Σ w ("mean")."""
     if weight is not None:
         weight = savable(weight)[0].to(rows.dtype)
         rows = rows * weight

@@ -1,14 +1,14 @@
-"""Channel-relation distillation: how a network's channels resemble each other."""
+"""Channel-relation distillation: match the similarities between a network's channels."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd.losses import _checks
-from fastkd.losses._compute import relation
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
+from fastkd.ops import checks
 from fastkd.ops.numerics import compute_dtype
+from fastkd.ops.relation import relation_unchecked
 from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
@@ -43,7 +43,7 @@ def channel_kd(
     - ``distance``, per channel r: "kl" KL(softmax(σE_T[r]/τ) ‖ softmax(σE_S[r]/τ)), without a factor τ²;
       "mse" mean_j (E_S[r, j] − E_T[r, j])²; "row_cosine" ‖E_S[r]/‖E_S[r]‖ − E_T[r]/‖E_T[r]‖‖².
 
-    A relation per sample does not change when all pixels are permuted alike, so alone it says nothing about *where*.
+    A relation per sample is invariant to a permutation of the pixels, so it carries no spatial information by itself.
 
     Args:
         student: (B, C, H, W) or (B, C, N), any floating dtype.
@@ -52,31 +52,31 @@ def channel_kd(
         negate: compare by dissimilarity, as DANet's softmax(rowmax(E) − E) does; used by "kl".
         centered: subtract each channel's mean over the pixels first (with "cosine": Pearson correlation).
         weight: None, a (B, C) tensor ≥ 0, or "attention": C·softmax_C(⟨|F_T|⟩_N / 0.5).
-        patches: p > 1 splits H×W into p×p equal patches, each a sample of its own. Needs (B, C, H, W).
-        across_batch: one relation for the whole batch, its rows the channels over all B·N pixels; ``weight`` is (1, C)
-            then. Under data parallelism every rank has its own.
+        patches: p > 1 splits H×W into p×p equal patches, each a separate sample. Needs (B, C, H, W).
+        across_batch: one relation for the whole batch, whose rows are the channels over all B·N pixels; ``weight`` is
+            then (1, C). Under data parallelism each rank has its own relation.
         reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, C); (B·p², C) with patches, samples outermost and
-            patches in reading order; (1, C) with ``across_batch``.
+            patches in row-major order; (1, C) with ``across_batch``.
         backend: "auto", or the name of a backend.
 
     Returns:
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the fix.
+        ValueError, TypeError: an invalid argument; the message names it and the fix.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
         >>> loss = channel_kd(student_map, teacher_map.detach(), across_batch=True, centered=True)
     """
     temperature = _check_options(similarity, distance, temperature, patches, across_batch, reduction)
-    _checks.floating("student", student, (3, 4), LAYOUT)
-    _checks.floating("teacher", teacher, (3, 4), LAYOUT)
-    _checks.teacher("teacher", teacher)
-    _checks.same_device(student=student, teacher=teacher)
+    checks.floating("student", student, (3, 4), LAYOUT)
+    checks.floating("teacher", teacher, (3, 4), LAYOUT)
+    checks.teacher("teacher", teacher)
+    checks.same_device(student=student, teacher=teacher)
     names = ("student", "teacher")
-    _checks.same_size("batch sizes", names, (student.shape[0], teacher.shape[0]), "give the same samples to both")
-    _checks.same_size(
+    checks.same_size("batch sizes", names, (student.shape[0], teacher.shape[0]), "give the same samples to both")
+    checks.same_size(
         "numbers of channels",
         names,
         (student.shape[1], teacher.shape[1]),
@@ -85,9 +85,9 @@ def channel_kd(
     channels = student.shape[1]
     samples = 1 if across_batch else student.shape[0]
     layout = "(1, C)" if across_batch else "(B, C)"
-    _checks.row_weight(weight, (samples, channels), layout, student, attention=True)
+    checks.row_weight(weight, (samples, channels), layout, student, attention=True)
     if weight is not None:
-        _checks.backend("relation", backend, student)
+        checks.backend("relation", backend, student)
 
     rows_s = _rows("student", student, centered, patches, across_batch)
     rows_t = _rows("teacher", teacher, centered, patches, across_batch)
@@ -95,14 +95,14 @@ def channel_kd(
         weight = channel_attention(_rows("teacher", teacher, False, patches, across_batch))
     elif weight is not None and patches > 1:
         weight = weight.repeat_interleave(patches * patches, 0)
-    rows = relation(
+    rows = relation_unchecked(
         rows_s,
         rows_t,
         similarity=similarity,
         distance=distance,
         temperature=temperature,
         negate=negate,
-        keep=True,  # C×C is small beside C×N
+        keep=True,  # C×C is small compared with C×N
         backend=backend,
     )
     return reduce_rows(rows, weight, reduction)
@@ -111,10 +111,10 @@ def channel_kd(
 def _check_options(
     similarity: str, distance: str, temperature: float | Tensor, patches: int, across_batch: bool, reduction: str
 ) -> float | Tensor:
-    _checks.option("similarity", similarity, SIMILARITIES)
-    _checks.option("distance", distance, DISTANCES)
-    temperature = _checks.temperature(temperature)
-    _checks.option("reduction", reduction, _checks.REDUCTIONS)
+    checks.option("similarity", similarity, SIMILARITIES)
+    checks.option("distance", distance, DISTANCES)
+    temperature = checks.temperature(temperature)
+    checks.option("reduction", reduction, checks.REDUCTIONS)
     if isinstance(patches, bool) or not isinstance(patches, int):
         raise TypeError(f"patches: expected a positive int, got {type(patches).__name__}")
     if patches < 1:
@@ -127,15 +127,15 @@ def _check_options(
 
 
 def _rows(name: str, features: Tensor, centered: bool, patches: int, across_batch: bool) -> Tensor:
-    """Features to the (samples, C, pixels) whose rows are related."""
+    """Return features as (samples, C, pixels), whose rows the relation compares."""
     if centered:
         features = features.to(compute_dtype(features))
         dims = (0, *range(2, features.dim())) if across_batch else tuple(range(2, features.dim()))
         features = features - features.mean(dims, keepdim=True)
     if across_batch:
-        return features.flatten(2).transpose(0, 1).flatten(1).unsqueeze(0)
+        return features.flatten(2).transpose(0, 1).flatten(1).unsqueeze(0)  # (1, C, B·N)
     if patches == 1:
-        return features.flatten(2)
+        return features.flatten(2)  # (B, C, N)
     if features.dim() != 4:
         raise ValueError(f"{name}: patches={patches} needs shape (B, C, H, W), got {tuple(features.shape)}")
     b, c, h, w = features.shape
@@ -144,15 +144,15 @@ def _rows(name: str, features: Tensor, centered: bool, patches: int, across_batc
             f"patches: {patches} does not divide the {name}'s map of {h}×{w}; choose a common divisor, or crop the map"
         )
     split = features.reshape(b, c, patches, h // patches, patches, w // patches)
-    return split.permute(0, 2, 4, 1, 3, 5).reshape(b * patches**2, c, -1)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(b * patches**2, c, -1)  # (B·p², C, N/p²)
 
 
 class ChannelKD(LossModule):
     """:func:`channel_kd` as a module; see there for the arguments.
 
     Given ``student_channels`` and ``teacher_channels`` that differ, it owns a train-only, bias-free 1×1 aligner
-    ``aligner`` (else None). Beware: an aligner that is trained by this loss can satisfy a relation by itself; prefer
-    student and teacher maps of one width.
+    ``aligner`` (else None). Note that an aligner trained by this loss can satisfy a relation by itself; prefer student
+    and teacher maps of equal width.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class ChannelKD(LossModule):
         self.aligner = make_aligner(student_channels, teacher_channels)
 
     def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | str | None = None) -> Tensor:
-        """The loss; ``weight`` given here goes before the module's own."""
+        """Return the loss; a ``weight`` passed here overrides the module's."""
         options = self._options()
         if weight is not None:
             options["weight"] = weight

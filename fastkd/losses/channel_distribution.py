@@ -1,16 +1,16 @@
-"""Channel-wise distribution distillation: where in the image each channel is active."""
+"""Channel-wise distribution distillation: match each channel's distribution over the pixels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastkd.losses import _checks
-from fastkd.losses._compute import learned, softmax_kl
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
+from fastkd.ops import checks
 from fastkd.ops.numerics import compute_dtype, full_precision, normalise_rows
 from fastkd.ops.products import product
+from fastkd.ops.softmax_kl import softmax_kl_unchecked
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
 GUIDES = (None, "own", "teacher")
@@ -30,8 +30,8 @@ def channel_distribution_kd(
     """Compare each channel's softmax over the pixels, optionally after mixing the channels by channel attention.
 
     Without a guide, a reconstruction of CWD ("Channel-wise Knowledge Distillation for Dense Prediction"); the guides
-    are readings of the channel attention in "Channel Attention-Guided Cross-Modal Knowledge Distillation for Referring
-    Image Segmentation" (arXiv 2604.16806). Per channel: τ²·KL(softmax_N(F_T/τ) ‖ softmax_N(F_S/τ)).
+    are interpretations of the channel attention in "Channel Attention-Guided Cross-Modal Knowledge Distillation for
+    Referring Image Segmentation" (arXiv 2604.16806). Per channel: τ²·KL(softmax_N(F_T/τ) ‖ softmax_N(F_S/τ)).
 
     With a guide, P_x = softmax over columns of X̂_xX̂_xᵀ/guide_temperature, X̂ the channels with norm 1, per sample, and
 
@@ -52,46 +52,48 @@ def channel_distribution_kd(
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the fix.
+        ValueError, TypeError: an invalid argument; the message names it and the fix.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
         >>> loss = channel_distribution_kd(student_map, teacher_map.detach(), guide="teacher")
     """
     temperature, guide_temperature = _check_options(temperature, guide, guide_temperature, reduction)
-    _checks.floating("student", student, (3, 4), LAYOUT)
-    _checks.floating("teacher", teacher, (3, 4), LAYOUT)
-    _checks.teacher("teacher", teacher)
-    _checks.same_device(student=student, teacher=teacher)
-    _checks.same_size(
+    checks.floating("student", student, (3, 4), LAYOUT)
+    checks.floating("teacher", teacher, (3, 4), LAYOUT)
+    checks.teacher("teacher", teacher)
+    checks.same_device(student=student, teacher=teacher)
+    checks.same_size(
         "shapes",
         ("student", "teacher"),
         (tuple(student.shape), tuple(teacher.shape)),
         "resize the maps to one size and align the channels, as ChannelDistributionKD's 1×1 aligner does",
     )
-    _checks.row_weight(weight, (student.shape[0], student.shape[1]), "(B, C)", student, attention=True)
+    checks.row_weight(weight, (student.shape[0], student.shape[1]), "(B, C)", student, attention=True)
     if guide is not None or weight is not None:
-        _checks.backend("softmax_kl", backend, student)
+        checks.backend("softmax_kl", backend, student)
 
-    rows_s, rows_t = student.flatten(2), teacher.flatten(2)
+    rows_s, rows_t = student.flatten(2), teacher.flatten(2)  # (B, C, N)
     if isinstance(weight, str):
         weight = channel_attention(rows_t)
     if guide is not None:
         rows_s, rows_t = _mix(rows_s, rows_t, guide, guide_temperature)
-    formula = learned(backend, temperature, guide_temperature if guide is not None else 1.0)
-    rows = softmax_kl(rows_s, rows_t, temperature=temperature, formula=formula, backend=backend)
+        if checks.differentiates_temperature(backend, guide_temperature):
+            backend = "reference"  # the teacher's mixed rows need the gradient too
+    rows = softmax_kl_unchecked(rows_s, rows_t, temperature, backend)
     return reduce_rows(rows * temperature**2, weight, reduction)
 
 
 def _check_options(
     temperature: float | Tensor, guide: str | None, guide_temperature: float | Tensor, reduction: str
 ) -> tuple[float | Tensor, float | Tensor]:
-    _checks.option("guide", guide, GUIDES)
-    _checks.option("reduction", reduction, _checks.REDUCTIONS)
-    return _checks.temperature(temperature), _checks.temperature(guide_temperature, "guide_temperature")
+    checks.option("guide", guide, GUIDES)
+    checks.option("reduction", reduction, checks.REDUCTIONS)
+    return checks.temperature(temperature), checks.temperature(guide_temperature, "guide_temperature")
 
 
 def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return P_S F_S and P_T F_T, or with guide="teacher" P_T F_S and P_T F_T."""
     dtype = compute_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     with full_precision(student.device):
@@ -101,6 +103,7 @@ def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tens
 
 
 def _attention(rows: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return P (B, C, C) of rows (B, C, N)."""
     unit = normalise_rows(rows)
     return torch.softmax(product(unit, unit.mT) / temperature, -1)
 
@@ -138,7 +141,7 @@ class ChannelDistributionKD(LossModule):
         self.aligner = make_aligner(student_channels, teacher_channels)
 
     def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | str | None = None) -> Tensor:
-        """The loss; ``weight`` given here goes before the module's own."""
+        """Return the loss; a ``weight`` passed here overrides the module's."""
         options = self._options()
         if weight is not None:
             options["weight"] = weight

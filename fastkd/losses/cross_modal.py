@@ -1,4 +1,4 @@
-"""Cross-modal distillation: how pixels attend to words, and what that makes of pixel pairs and word pairs."""
+"""Cross-modal distillation: match the attention of pixels to words, and its products over pixel and word pairs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from fastkd.losses import _checks
-from fastkd.losses._compute import pixel_word, pixel_word_from_logits
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
+from fastkd.ops import checks
+from fastkd.ops.pixel_word import pixel_word_unchecked
+from fastkd.ops.pixel_word.plan import Inputs
 from fastkd.ops.pixel_word.reference import SIMILARITIES, TERMS
 
 DEFAULT_TERMS: Mapping[str, float] = MappingProxyType(
     {"pixel_to_word": 1.0, "word_to_pixel": 1.0, "pixel_pixel": 3.0, "word_word": 3.0}
 )
-"""The weights that ``terms=None`` stands for, provisional: see docs/maths.md for their reasons."""
+"""The weights of ``terms=None``, provisional; docs/maths.md gives the reasons."""
 
 FIRST_ORDER = ("pixel_to_word", "word_to_pixel")
 WordMask = Tensor | tuple[Tensor, Tensor]
@@ -49,19 +50,19 @@ def cross_modal_kd(
     - "pixel_pixel" = ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², pixels related through words;
     - "word_word" = ‖A_Sᵀ A_S − A_Tᵀ A_T‖²_F / n², words related through pixels.
 
-    The loss is Σ weight·term. What masked pixels and words hold touches neither loss nor gradient.
+    The loss is Σ weight·term. The values of masked pixels and words affect neither loss nor gradient.
 
     Args:
         student_pixels: (B, N, D_S) or (B, D_S, H, W), any floating dtype.
         student_words: (B, T, D_S).
         teacher_pixels: (B, N, D_T) or (B, D_T, H, W); D_T may differ from D_S. Must not require grad.
         teacher_words: (B, T, D_T). Must not require grad. Its number of words may differ from the student's if
-            "pixel_pixel" is the only term: other tokens are not comparable one by one.
+            "pixel_pixel" is the only term: different tokens cannot be compared one by one.
         word_mask: None or bool (B, T), True = valid. For "pixel_pixel" alone also a pair (student's, teacher's).
         pixel_mask: None or bool (B, N) or (B, H, W), True = valid.
         similarity: "scaled_dot" or "cosine".
         temperature: τ > 0.
-        terms: weights ≥ 0 by term, for example ``{"pixel_to_word": 1.0, "pixel_pixel": 0.5}``: what is not named is not
+        terms: weights ≥ 0 by term, for example ``{"pixel_to_word": 1.0, "pixel_pixel": 0.5}``; other terms are not
             computed. None takes ``DEFAULT_TERMS``.
         reduction: "mean" over the batch, "sum", or "none": (B,).
         return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
@@ -71,8 +72,8 @@ def cross_modal_kd(
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the fix. A sample without a
-            valid word or pixel is refused on the CPU; on a GPU, where looking would stall the stream, its loss is NaN.
+        ValueError, TypeError: an invalid argument; the message names it and the fix. A sample without a valid word or
+            pixel is refused on the CPU; on a GPU, where reading the mask would stall the stream, its loss is NaN.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
@@ -89,18 +90,18 @@ def cross_modal_kd(
     }
     for name, tensor in tensors.items():
         if name.endswith("pixels"):
-            _checks.floating(name, tensor, (3, 4), "(B, N, D) or (B, D, H, W)")
+            checks.floating(name, tensor, (3, 4), "(B, N, D) or (B, D, H, W)")
         else:
-            _checks.floating(name, tensor, (3,), "(B, T, D)")
+            checks.floating(name, tensor, (3,), "(B, T, D)")
         if name.startswith("teacher"):
-            _checks.teacher(name, tensor)
-    _checks.same_device(**tensors)
+            checks.teacher(name, tensor)
+    checks.same_device(**tensors)
     maps = [tuple(p.shape[2:]) for p in (student_pixels, teacher_pixels) if p.dim() == 4]
     student_pixels, teacher_pixels = _as_rows(student_pixels), _as_rows(teacher_pixels)
     for side, v, w in (("student", student_pixels, student_words), ("teacher", teacher_pixels, teacher_words)):
         names = (f"{side}_pixels", f"{side}_words")
-        _checks.same_size("widths D", names, (v.shape[2], w.shape[2]), "project the words or the pixels to one width")
-        _checks.same_size("batch sizes", names, (v.shape[0], w.shape[0]), "give the same samples to both")
+        checks.same_size("widths D", names, (v.shape[2], w.shape[2]), "project the words or the pixels to one width")
+        checks.same_size("batch sizes", names, (v.shape[0], w.shape[0]), "give the same samples to both")
     _check_sizes(
         ("student_pixels", "teacher_pixels"),
         (student_pixels.shape[:2], teacher_pixels.shape[:2]),
@@ -111,19 +112,9 @@ def cross_modal_kd(
     batch, pixels = student_pixels.shape[:2]
     words = (student_words.shape[1], teacher_words.shape[1])
     mask_s, mask_t = _word_masks(word_mask, batch, words, weights, student_words)
-    results = pixel_word(
-        student_pixels,
-        student_words,
-        teacher_pixels,
-        teacher_words,
-        student_word_mask=mask_s,
-        teacher_word_mask=mask_t,
-        pixel_mask=_pixel_mask(pixel_mask, batch, pixels, maps, student_pixels),
-        similarity=similarity,
-        temperature=temperature,
-        terms=tuple(weights),
-        backend=backend,
-    )
+    mask_p = _pixel_mask(pixel_mask, batch, pixels, maps, student_pixels)
+    inputs = Inputs(student_pixels, student_words, teacher_pixels, teacher_words, mask_s, mask_t, mask_p)
+    results = pixel_word_unchecked(inputs, similarity, temperature, tuple(weights), backend)
     return _combine(results, weights, temperature, reduction, return_terms)
 
 
@@ -139,7 +130,7 @@ def cross_modal_kd_from_logits(
     return_terms: bool = False,
     backend: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
-    """:func:`cross_modal_kd` of pixel–word logits M that the networks have computed themselves.
+    """Compare pixel–word logits M that the networks computed themselves, as :func:`cross_modal_kd` does.
 
     Args:
         student_logits: M_S, (B, N, T), before any softmax; or (B, heads, N, T), where every head is compared with the
@@ -165,13 +156,13 @@ def cross_modal_kd_from_logits(
     """
     weights, temperature = _check_options(temperature, terms, reduction)
     layout = "(B, N, T) or (B, heads, N, T)"
-    _checks.floating("student_logits", student_logits, (3, 4), layout)
-    _checks.floating("teacher_logits", teacher_logits, (3, 4), layout)
-    _checks.teacher("teacher_logits", teacher_logits)
-    _checks.same_device(student_logits=student_logits, teacher_logits=teacher_logits)
+    checks.floating("student_logits", student_logits, (3, 4), layout)
+    checks.floating("teacher_logits", teacher_logits, (3, 4), layout)
+    checks.teacher("teacher_logits", teacher_logits)
+    checks.same_device(student_logits=student_logits, teacher_logits=teacher_logits)
     names = ("student_logits", "teacher_logits")
     heads_s, heads_t = tuple(student_logits.shape[1:-2]), tuple(teacher_logits.shape[1:-2])
-    _checks.same_size("heads", names, (heads_s, heads_t), "average each network's heads, or compare (B, N, T) logits")
+    checks.same_size("heads", names, (heads_s, heads_t), "average each network's heads, or compare (B, N, T) logits")
     _check_sizes(
         names,
         ((student_logits.shape[0], student_logits.shape[-2]), (teacher_logits.shape[0], teacher_logits.shape[-2])),
@@ -183,21 +174,13 @@ def cross_modal_kd_from_logits(
     words = (student_logits.shape[-1], teacher_logits.shape[-1])
     mask_s, mask_t = _word_masks(word_mask, batch, words, weights, student_logits)
     mask_p = _pixel_mask(pixel_mask, batch, pixels, [], student_logits)
-    if heads_s:  # every head is a sample of its own
+    if heads_s:  # every head is a separate sample: (B·heads, N, T)
         student_logits, teacher_logits = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
         mask_s, mask_t, mask_p = (
             None if m is None else m.repeat_interleave(heads_s[0], 0) for m in (mask_s, mask_t, mask_p)
         )
-    results = pixel_word_from_logits(
-        student_logits,
-        teacher_logits,
-        student_word_mask=mask_s,
-        teacher_word_mask=mask_t,
-        pixel_mask=mask_p,
-        temperature=temperature,
-        terms=tuple(weights),
-        backend=backend,
-    )
+    inputs = Inputs(student_logits, None, teacher_logits, None, mask_s, mask_t, mask_p)
+    results = pixel_word_unchecked(inputs, "scaled_dot", temperature, tuple(weights), backend)
     if heads_s:
         results = {term: value.reshape(-1, heads_s[0]).mean(1) for term, value in results.items()}
     return _combine(results, weights, temperature, reduction, return_terms)
@@ -206,10 +189,10 @@ def cross_modal_kd_from_logits(
 def _check_options(
     temperature: float | Tensor, terms: Mapping[str, float] | None, reduction: str, similarity: str = "scaled_dot"
 ) -> tuple[dict[str, float], float | Tensor]:
-    _checks.option("similarity", similarity, SIMILARITIES)
-    _checks.option("reduction", reduction, _checks.REDUCTIONS)
-    weights = dict(DEFAULT_TERMS) if terms is None else _checks.term_weights(terms, TERMS)
-    return weights, _checks.temperature(temperature)
+    checks.option("similarity", similarity, SIMILARITIES)
+    checks.option("reduction", reduction, checks.REDUCTIONS)
+    weights = dict(DEFAULT_TERMS) if terms is None else checks.term_weights(terms, TERMS)
+    return weights, checks.temperature(temperature)
 
 
 def _check_sizes(
@@ -219,14 +202,14 @@ def _check_sizes(
     words: tuple[int, int],
     weights: Mapping[str, float],
 ) -> None:
-    _checks.same_size(
+    checks.same_size(
         "(B, N)", pixel_names, (tuple(pixels[0]), tuple(pixels[1])), "resize or pool one to the other's map"
     )
     others = [term for term in weights if term != "pixel_pixel"]
     if words[0] != words[1] and others:
         raise ValueError(
             f"{word_names[0]} and {word_names[1]}: numbers of words differ, {words[0]} and {words[1]}, which only "
-            f"'pixel_pixel' allows, but terms has {', '.join(map(repr, others))}; tokenise alike, or pass "
+            f"'pixel_pixel' allows, but terms has {', '.join(map(repr, others))}; use one tokenizer for both, or pass "
             "terms={'pixel_pixel': 1.0}"
         )
 
@@ -238,7 +221,7 @@ def _as_rows(pixels: Tensor) -> Tensor:
 def _word_masks(
     mask: WordMask | None, batch: int, words: tuple[int, int], weights: Mapping[str, float], like: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The student's and the teacher's word masks, checked."""
+    """Return the checked word masks of student and teacher."""
     if mask is None:
         return None, None
     pair = isinstance(mask, tuple | list)
@@ -259,8 +242,8 @@ def _word_masks(
 
 
 def _word_mask(name: str, mask: object, shape: tuple[int, int], like: Tensor) -> Tensor:
-    checked = _checks.bool_mask(name, mask, [shape], like)
-    _checks.every_sample_valid(name, checked, "word")
+    checked = checks.bool_mask(name, mask, [shape], like)
+    checks.every_sample_valid(name, checked, "word")
     return checked
 
 
@@ -270,8 +253,8 @@ def _pixel_mask(
     if mask is None:
         return None
     shapes = [(batch, pixels), *((batch, *m) for m in maps)]
-    flat = _checks.bool_mask("pixel_mask", mask, shapes, like).reshape(batch, pixels)
-    _checks.every_sample_valid("pixel_mask", flat, "pixel")
+    flat = checks.bool_mask("pixel_mask", mask, shapes, like).reshape(batch, pixels)
+    checks.every_sample_valid("pixel_mask", flat, "pixel")
     return flat
 
 
@@ -325,7 +308,7 @@ class CrossModalKD(LossModule):
         word_mask: WordMask | None = None,
         pixel_mask: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or its terms with ``return_terms``."""
+        """Return the loss, or its terms with ``return_terms``."""
         return cross_modal_kd(
             student_pixels,
             student_words,

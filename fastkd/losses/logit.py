@@ -1,23 +1,23 @@
-"""Logit distillation: the class distribution of every pixel."""
+"""Logit distillation: match the class distribution of every pixel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastkd.losses import _checks
-from fastkd.losses._compute import learned, softmax_kl
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
+from fastkd.ops import checks
 from fastkd.ops.dispatch import backend_from_env, choose
-from fastkd.ops.softmax_kl.reference import softmax_kl as reference_softmax_kl
+from fastkd.ops.softmax_kl import softmax_kl_unchecked
+from fastkd.ops.softmax_kl.reference import softmax_kl as softmax_kl_reference
 
 LAYOUT = "(B, K, H, W), (B, K, N) or (B, K)"
 FEW_CLASSES = 8
-"""Below this, "auto" takes plain torch on the CPU: for K = 2 it was measured 5 times as fast as copying the classes of
-each pixel side by side for the C++ kernel, at K = 8 and 12 as fast, at K = 16 slower."""
+"""With fewer classes "auto" takes plain torch on the CPU: at K = 2 it was measured 5 times as fast as transposing the
+logits for the C++ kernel, at K = 8 and 12 equally fast, at K = 16 slower."""
 IGNORE_INDEX = -100
-"""The label that marks a row to skip where none is named, as in ``torch.nn.functional.cross_entropy``."""
+"""The default label of rows to skip, as in ``torch.nn.functional.cross_entropy``."""
 
 
 def logit_kd(
@@ -35,18 +35,18 @@ def logit_kd(
     """Compare the class distributions of every pixel: τ²·KL(softmax_K(z_T/τ) ‖ softmax_K(z_S/τ)).
 
     A reconstruction of "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), pixel by pixel. A single
-    channel (K = 1) is read as the two-class logits (0, z), that is, as a sigmoid.
+    channel (K = 1) is taken as the two-class logits (0, z), that is, as a sigmoid.
 
     Args:
         student_logits: (B, K, H, W), (B, K, N) or (B, K), any floating dtype; the softmax runs over ``class_dim``.
         teacher_logits: the same shape. Must not require grad.
         temperature: τ > 0.
-        class_dim: the dimension of the K classes. Shapes do not tell it: logits of a language model, (B, T, V), need
-            ``class_dim=-1``.
-        pixel_mask: None or bool, the shape of the logits without K, or (B, N): True = valid. What masked pixels hold
-            touches neither loss nor gradient.
+        class_dim: the dimension of the K classes. It is not inferred from the shape: logits of a language model,
+            (B, T, V), need ``class_dim=-1``.
+        pixel_mask: None or bool, the shape of the logits without K, or (B, N): True = valid. The values of masked
+            pixels affect neither loss nor gradient.
         labels: None or integers of the mask's shape; rows labelled ``ignore_index`` are masked.
-        ignore_index: the label to skip; another than -100 needs ``labels``.
+        ignore_index: the label to skip; any value but -100 needs ``labels``.
         reduction: "mean" over all valid pixels of the batch, "sum", or "none": the shape of the logits without K, 0 at
             masked pixels.
         backend: "auto", or the name of a backend.
@@ -55,8 +55,8 @@ def logit_kd(
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the fix. A mask without any
-            valid pixel is refused on the CPU; on a GPU, where looking would stall the stream, its mean is NaN.
+        ValueError, TypeError: an invalid argument; the message names it and the fix. A mask without any valid pixel
+            is refused on the CPU; on a GPU, where reading it would stall the stream, its mean is NaN.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
@@ -64,12 +64,12 @@ def logit_kd(
         >>> loss = logit_kd(words_s, words_t.detach(), class_dim=-1, labels=targets)  # (B, T, V), targets (B, T)
     """
     temperature = _check_options(temperature, class_dim, ignore_index, reduction)
-    _checks.floating("student_logits", student_logits, (2, 3, 4), LAYOUT)
-    _checks.floating("teacher_logits", teacher_logits, (2, 3, 4), LAYOUT)
-    _checks.teacher("teacher_logits", teacher_logits)
-    _checks.same_device(student_logits=student_logits, teacher_logits=teacher_logits)
+    checks.floating("student_logits", student_logits, (2, 3, 4), LAYOUT)
+    checks.floating("teacher_logits", teacher_logits, (2, 3, 4), LAYOUT)
+    checks.teacher("teacher_logits", teacher_logits)
+    checks.same_device(student_logits=student_logits, teacher_logits=teacher_logits)
     shape = tuple(student_logits.shape)
-    _checks.same_size(
+    checks.same_size(
         "shapes",
         ("student_logits", "teacher_logits"),
         (shape, tuple(teacher_logits.shape)),
@@ -89,17 +89,17 @@ def logit_kd(
         student = torch.cat([torch.zeros_like(student), student], 1)
         teacher = torch.cat([torch.zeros_like(teacher), teacher], 1)
 
-    # Plain torch takes the softmax over dimension 1 where it lies; the kernels want a row's classes side by side.
-    formula = learned(backend, temperature)
+    # Plain torch computes the softmax over dimension 1 in place; the kernels need a row's classes contiguous.
+    differentiated = checks.differentiates_temperature(backend, temperature)
     if backend == "auto" and student.shape[1] < FEW_CLASSES and student.device.type == "cpu":
-        backend = "reference" if backend_from_env("softmax_kl") == "auto" else "auto"
-    if formula or choose("softmax_kl", backend, student, teacher) == "reference":
-        rows = reference_softmax_kl(student, teacher, temperature, dim=1)
+        backend = "reference" if backend_from_env() == "auto" else "auto"
+    if differentiated or choose("softmax_kl", backend, student, teacher) == "reference":
+        rows = softmax_kl_reference(student, teacher, temperature, dim=1)  # (B, N)
     else:
-        rows = softmax_kl(student.mT, teacher.mT, temperature=temperature, formula=False, backend=backend)
+        rows = softmax_kl_unchecked(student.mT, teacher.mT, temperature, backend)
     rows = rows * temperature**2
     if mask is not None and reduction == "mean":
-        return rows.sum() / mask.sum()  # masked rows are 0: both sides are equal there
+        return rows.sum() / mask.sum()  # masked rows are 0
     if reduction == "none":
         return rows.reshape(outer)
     return reduce_rows(rows, None, reduction)
@@ -108,20 +108,20 @@ def logit_kd(
 def _valid(
     pixel_mask: Tensor | None, labels: Tensor | None, ignore_index: int, outer: tuple[int, ...], like: Tensor
 ) -> Tensor | None:
-    """The (B, N) mask of the rows that count, or None where all do."""
+    """Return the (B, N) mask of the valid rows, or None if all are valid."""
     flat = (like.shape[0], like.shape[2])
     shapes = [outer, flat][: len(outer)]
     mask = None
     if pixel_mask is not None:
-        mask = _checks.bool_mask("pixel_mask", pixel_mask, shapes, like).reshape(flat)
+        mask = checks.bool_mask("pixel_mask", pixel_mask, shapes, like).reshape(flat)
     if labels is not None:
-        labelled = _checks.integers("labels", labels, shapes, like).reshape(flat) != ignore_index
+        labelled = checks.integers("labels", labels, shapes, like).reshape(flat) != ignore_index
         mask = labelled if mask is None else mask & labelled
     elif ignore_index != IGNORE_INDEX:
         raise ValueError(f"ignore_index: {ignore_index} marks rows by their labels; pass labels= as well")
-    if mask is not None and _checks.values_visible(mask) and not bool(mask.any()):
+    if mask is not None and checks.readable(mask) and not bool(mask.any()):
         name = "pixel_mask" if labels is None else "labels" if pixel_mask is None else "pixel_mask and labels"
-        raise ValueError(f"{name}: no valid pixel in the batch; leave this loss out for such a batch")
+        raise ValueError(f"{name}: no valid pixel in the batch; skip this loss for such a batch")
     return mask
 
 
@@ -129,8 +129,8 @@ def _check_options(temperature: float | Tensor, class_dim: int, ignore_index: in
     for name, value in (("class_dim", class_dim), ("ignore_index", ignore_index)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    _checks.option("reduction", reduction, _checks.REDUCTIONS)
-    return _checks.temperature(temperature)
+    checks.option("reduction", reduction, checks.REDUCTIONS)
+    return checks.temperature(temperature)
 
 
 class LogitKD(LossModule):
@@ -164,5 +164,5 @@ class LogitKD(LossModule):
         pixel_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         return logit_kd(student_logits, teacher_logits, pixel_mask=pixel_mask, labels=labels, **self._options())

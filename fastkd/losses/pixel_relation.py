@@ -1,13 +1,13 @@
-"""Pixel-relation distillation: how a network's pixels resemble each other, within an image or across the batch."""
+"""Pixel-relation distillation: match the similarities between a network's pixels, within an image or a batch."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd.losses import _checks
-from fastkd.losses._compute import relation
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
+from fastkd.ops import checks
+from fastkd.ops.relation import relation_unchecked
 from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
@@ -27,7 +27,7 @@ def pixel_relation_kd(
 ) -> Tensor:
     """Compare the pixel–pixel relation matrices of student and teacher, row by row.
 
-    The traditional relational baseline: with ``cross_image`` a reconstruction of the mini-batch pixel term of CIRKD
+    The usual relational baseline: with ``cross_image`` a reconstruction of the mini-batch pixel term of CIRKD
     ("Cross-Image Relational Knowledge Distillation for Semantic Segmentation"), with ``distance="mse"`` of the
     pair-wise term of SKDS ("Structured Knowledge Distillation for Semantic Segmentation"): see docs/maths.md.
 
@@ -44,32 +44,32 @@ def pixel_relation_kd(
         cross_image: relate the pixels of image i to the pixels of image j for all B² ordered pairs, with a softmax per
             pair; a row's loss is the mean over j.
         weight: None or a (B, N) tensor ≥ 0.
-        reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, N), pixels in reading order.
+        reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, N), pixels in row-major order.
         backend: "auto", or the name of a backend.
 
     Returns:
         fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and the fix.
+        ValueError, TypeError: an invalid argument; the message names it and the fix.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
         >>> loss = pixel_relation_kd(student_map, teacher_map.detach(), distance="mse")
     """
     temperature = _check_options(similarity, distance, temperature, reduction)
-    _checks.floating("student", student, (3, 4), LAYOUT)
-    _checks.floating("teacher", teacher, (3, 4), LAYOUT)
-    _checks.teacher("teacher", teacher)
-    _checks.same_device(student=student, teacher=teacher)
+    checks.floating("student", student, (3, 4), LAYOUT)
+    checks.floating("teacher", teacher, (3, 4), LAYOUT)
+    checks.teacher("teacher", teacher)
+    checks.same_device(student=student, teacher=teacher)
     names = ("student", "teacher")
-    _checks.same_size("batch sizes", names, (student.shape[0], teacher.shape[0]), "give the same samples to both")
-    _checks.same_size(
+    checks.same_size("batch sizes", names, (student.shape[0], teacher.shape[0]), "give the same samples to both")
+    checks.same_size(
         "maps", names, (tuple(student.shape[2:]), tuple(teacher.shape[2:])), "resize or pool one to the other's size"
     )
-    rows_s, rows_t = student.flatten(2).mT, teacher.flatten(2).mT
-    _checks.row_weight(weight, (rows_s.shape[0], rows_s.shape[1]), "(B, N)", student, attention=False)
-    rows = relation(
+    rows_s, rows_t = student.flatten(2).mT, teacher.flatten(2).mT  # (B, N, C)
+    checks.row_weight(weight, (rows_s.shape[0], rows_s.shape[1]), "(B, N)", student, attention=False)
+    rows = relation_unchecked(
         rows_s,
         rows_t,
         similarity=similarity,
@@ -82,10 +82,10 @@ def pixel_relation_kd(
 
 
 def _check_options(similarity: str, distance: str, temperature: float | Tensor, reduction: str) -> float | Tensor:
-    _checks.option("similarity", similarity, SIMILARITIES)
-    _checks.option("distance", distance, DISTANCES)
-    _checks.option("reduction", reduction, _checks.REDUCTIONS)
-    return _checks.temperature(temperature)
+    checks.option("similarity", similarity, SIMILARITIES)
+    checks.option("distance", distance, DISTANCES)
+    checks.option("reduction", reduction, checks.REDUCTIONS)
+    return checks.temperature(temperature)
 
 
 class PixelRelationKD(LossModule):
@@ -119,7 +119,7 @@ class PixelRelationKD(LossModule):
         )
 
     def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        """The loss; ``weight`` given here goes before the module's own."""
+        """Return the loss; a ``weight`` passed here overrides the module's."""
         options = self._options()
         if weight is not None:
             options["weight"] = weight

@@ -1,9 +1,12 @@
-"""What every operator needs to launch a kernel: its operands made fit, its device and stream, the native modules."""
+"""Launch a kernel: operands of one dtype, device and stream, scratch memory, and the modules that call the kernels."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops import fork  # noqa: F401 - OpenMP threads across forks
+from fastkd.ops import fork  # noqa: F401 - ends OpenMP threads before a fork
+from fastkd.ops.torch_state import constant_result
+
+DEFAULT_WORKSPACE_MIB = 32.0
+
+_thread = threading.local()  # .default_limit is True where FASTKD_WORKSPACE_MIB is ignored
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
-    """All in the dtype that they promote to; copies only what differs."""
+    """Return the tensors in their common dtype; copy only those of another dtype."""
     dtype = tensors[0].dtype
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
     return [x.to(dtype) for x in tensors]
 
 
-def operands(*tensors: Tensor) -> list[Tensor]:
-    """One dtype and inner stride 1, which is all that softmax_kl's kernels ask of their inputs."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in promoted(*tensors)]
-
-
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, a view for each that came before: torch.compile traces no autograd.Function given a tensor twice."""
+    """Return the tensors with repeated ones as views: torch.compile cannot trace a Function given a tensor twice."""
     seen: list[Tensor | None] = []
     for x in tensors:
         seen.append(x.view(x.shape) if x is not None and any(x is y for y in seen) else x)
@@ -36,19 +39,25 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def statistics_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of losses and row statistics: fp32, or fp64 if an input is fp64."""
+    """Return the dtype of losses and row statistics: fp32, or fp64 if an input is fp64."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 @functools.cache
+def calls(family: str, module: str) -> Any:
+    """Return the module ``fastkd.ops.<family>.<module>``, which calls the family's kernels; see ``Backend.module``."""
+    return importlib.import_module(f"fastkd.ops.{family}.{module}")
+
+
+@functools.cache
 def native(backend: str) -> Any:
-    """The extension module of the "cpu" or the "cuda" backend, loaded at the first call."""
+    """Return the extension module of the "cpu" or the "cuda" backend, loaded at the first call."""
     return importlib.import_module("fastkd._native").load(backend)
 
 
 @contextmanager
 def launch_on(x: Tensor) -> Iterator[int]:
-    """Make the device of ``x`` current; yield a native kernel's last argument: the stream's handle, or the threads."""
+    """Make the device of ``x`` current; yield a native kernel's last argument: stream handle, or number of threads."""
     if x.is_cuda:
         with torch.cuda.device(x.device):
             yield torch.cuda.current_stream(x.device).cuda_stream
@@ -56,6 +65,50 @@ def launch_on(x: Tensor) -> Iterator[int]:
         yield torch.get_num_threads()
 
 
-def dtype_name(x: Tensor) -> str:
-    """The dtype as the native kernels name it: "float32", "float16", "bfloat16" or "float64"."""
-    return str(x.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the native modules' name of a dtype: "float32", "float16", "bfloat16" or "float64"."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- scratch memory ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def default_workspace_limit() -> Iterator[None]:
+    """Ignore ``FASTKD_WORKSPACE_MIB`` in this thread: a self-test must not depend on the user's limit."""
+    _thread.default_limit = True
+    try:
+        yield
+    finally:
+        _thread.default_limit = False
+
+
+@constant_result
+def workspace_limit() -> int:
+    """Return the most bytes of scratch memory of a kernel: ``FASTKD_WORKSPACE_MIB``, 32 MiB by default."""
+    text = "" if getattr(_thread, "default_limit", False) else os.environ.get("FASTKD_WORKSPACE_MIB", "")
+    try:
+        value = float(text) if text else DEFAULT_WORKSPACE_MIB
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"FASTKD_WORKSPACE_MIB: expected a number of MiB above 0, got {text!r}")
+    return int(value * 2**20)
+
+
+def check_workspace(minimum: int) -> int:
+    """Return the limit; raise an error that names the smallest sufficient limit if it is below ``minimum`` bytes."""
+    limit = workspace_limit()
+    if minimum > limit:
+        raise ValueError(
+            f"FASTKD_WORKSPACE_MIB: a workspace of {limit / 2**20:.3g} MiB does not hold one block of rows of this "
+            f"call, set it to at least {math.ceil(minimum / 2**20 * 100) / 100}, or use backend='reference'"
+        )
+    return limit
+
+
+def allocate_workspace(call: Any, backward: bool, like: Tensor) -> Tensor:
+    """Return the workspace of a native call, on the device of ``like``; a tensor, so that torch counts it."""
+    needed = [call.workspace_bytes(direction) for direction in (False, True)]  # (bytes, minimum) each
+    check_workspace(max(minimum for _, minimum in needed))  # a forward fails early if its backward would
+    return torch.empty(needed[backward][0], dtype=torch.uint8, device=like.device)

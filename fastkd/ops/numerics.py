@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastkd._compile import constant_result
+from fastkd.ops.torch_state import constant_result
 
 NORM_FLOOR = 1e-12
 """Norms are floored here, so that an all-zero row has cosine 0 with every row instead of NaN."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._compile import constant_result
 from fastkd.ops.numerics import computes_fp64
+from fastkd.ops.torch_state import constant_result
 
 WIDE = ("cpu",)
 """Device types where fp64 products cost no more than about three times fp32 ones; others take six products of bf16."""

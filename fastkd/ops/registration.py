@@ -1,8 +1,8 @@
-"""Registration of operators with torch: definition, kernels, fake and FLOP formula of each, in two overloads.
+"""Register operators with torch: schema, kernels, fake and FLOP formula of each, in two overloads.
 
-A definition lives as long as the process, the package may not: ``importlib.reload`` and a second import after
-``sys.modules`` was emptied run this again. So torch is given functions that look their work up in a table kept where
-the definitions are, in ``torch.ops.fastkd``. The first import defines; each import replaces the entries of the table.
+A definition lives as long as the process; the package may not: ``importlib.reload``, and a second import after
+``sys.modules`` was cleared, run this again. torch is therefore given functions that look up the implementation in a
+table kept with the definitions, in ``torch.ops.fastkd``. The first import defines; each import replaces the entries.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.ops.flops import count_by
+from fastkd.ops.flops import register_flops
+from fastkd.ops.torch_state import has_tangent
 
 NAMESPACE = "fastkd"
 
 
-class Work(NamedTuple):
-    """The implementation of an operator."""
+class Implementation(NamedTuple):
+    """The functions of an operator; each takes the temperature as a float or a tensor."""
 
     kernels: Callable[..., Any]
     fake: Callable[..., Any]
     flops: Callable[..., int]
 
 
-def register(name: str, schema: str, work: Work) -> None:
-    """Make ``torch.ops.fastkd.<name>``, or replace what it does.
+def register(name: str, schema: str, implementation: Implementation) -> None:
+    """Define ``torch.ops.fastkd.<name>``, or replace its implementation.
 
     Args:
         name: without the namespace.
         schema: arguments and results; one argument is "float temperature". The overload "scheduled" takes a 0-d CPU
             tensor for it, which torch.compile can change from call to call.
-        work: takes the temperature as either.
+        implementation: of both overloads.
 
     Raises:
         RuntimeError: the process has an operator of this name with other arguments.
     """
-    table = vars(getattr(torch.ops, NAMESPACE)).setdefault("_work", {})
+    table = vars(getattr(torch.ops, NAMESPACE)).setdefault("_implementations", {})
     defined = name in table
     if defined and table[name][0] != schema:
         raise RuntimeError(
             f"fastkd: this process has imported another version of fastkd, whose operator {name} takes other "
             "arguments; restart the interpreter"
         )
-    table[name] = (schema, work)
+    table[name] = (schema, implementation)
     if defined:
         return
 
@@ -58,7 +59,7 @@ def register(name: str, schema: str, work: Work) -> None:
     def flops(*arguments: Any, out_shape: Any = None, **named: Any) -> int:
         return table[name][1].flops(*arguments, **named)
 
-    # A replayed CUDA graph would keep the number that the tensor held while it was recorded.
+    # A replayed CUDA graph would keep the number that the tensor held during capture.
     unsafe = (torch.Tag.cudagraph_unsafe,)
     for overload, text, tags in (
         ("", schema, ()),
@@ -67,7 +68,7 @@ def register(name: str, schema: str, work: Work) -> None:
         torch.library.define(f"{NAMESPACE}::{name}{overload}", text, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.impl(f"{NAMESPACE}::{name}{overload}", ("cpu", "cuda"), kernels)
         torch.library.register_fake(f"{NAMESPACE}::{name}{overload}", fake)
-    count_by(getattr(getattr(torch.ops, NAMESPACE), name), flops)
+    register_flops(getattr(getattr(torch.ops, NAMESPACE), name), flops)
 
 
 def operator(name: str, temperature: float | Tensor) -> Callable[..., Any]:
@@ -76,6 +77,73 @@ def operator(name: str, temperature: float | Tensor) -> Callable[..., Any]:
     return packet.scheduled if isinstance(temperature, Tensor) else packet.default
 
 
-def saved(temperature: float | Tensor) -> tuple[tuple[Tensor, ...], float | None]:
-    """Return what of the temperature an ``autograd.Function`` saves for its backward: tensors, and a number."""
-    return ((temperature,), None) if isinstance(temperature, Tensor) else ((), temperature)
+# --- the temperature of an operator -----------------------------------------------------------------------------------
+
+
+def operator_argument(number: float | Tensor) -> float | Tensor:
+    """Return ``number`` as operators take it: a float, or a tensor where torch.compile keeps it a variable.
+
+    torch.compile makes a float argument of an operator a constant, with a graph per value. A tensor multiplied by the
+    float stays a variable. ``torch.full`` and ``torch.scalar_tensor`` do not: they cost a graph per value, and under
+    inductor of torch 2.14 they keep the value that was traced.
+    """
+    if isinstance(number, Tensor):
+        return number.to("cpu", torch.float64)
+    if not torch.compiler.is_compiling():
+        return float(number)
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    if has_static_value(number):
+        return float(number)
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+def number_of(argument: float | Tensor) -> float:
+    """Return the value of an argument that :func:`operator_argument` made."""
+    return argument.item() if isinstance(argument, Tensor) else argument
+
+
+def save_temperature(ctx: Any, temperature: float | Tensor) -> tuple[Tensor, ...]:
+    """Keep a float temperature on ``ctx``; return a tensor for ``ctx.save_for_backward`` to save last."""
+    ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+    return (temperature,) if isinstance(temperature, Tensor) else ()
+
+
+def saved_temperature(ctx: Any) -> float | Tensor:
+    """Return the temperature that :func:`save_temperature` saved."""
+    return ctx.saved_tensors[-1] if ctx.temperature is None else ctx.temperature
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def gradient(family: str, temperature: float | Tensor, grad_loss: Tensor, *arguments: Any) -> Any:
+    """Return the result of the operator ``<family>_backward``, whose last argument is the backend.
+
+    Raises:
+        RuntimeError: the gradient is differentiated again, by forward mode now or by a double backward later.
+    """
+    if has_tangent(grad_loss):
+        raise RuntimeError(
+            f"{family}: the gradient of the {arguments[-1]} backend has no rule for forward-mode AD; use "
+            "backend='reference'"
+        )
+    if torch.is_grad_enabled():  # create_graph=True: the gradient may be differentiated
+        return _Gradient.apply(family, temperature, grad_loss, *arguments)
+    return operator(f"{family}_backward", temperature)(grad_loss, *arguments)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward operator as a Function, so that differentiating it raises an error instead of giving zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, family: str, temperature: float | Tensor, *arguments: Any) -> Any:
+        ctx.family, ctx.backend = family, arguments[-1]
+        return operator(f"{family}_backward", temperature)(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.family}: the {ctx.backend} backend is differentiable once; for double backward use "
+            'backend="reference"'
+        )

@@ -1,25 +1,43 @@
-"""The torch state around a call and the kinds of tensors it is given, as far as they decide whether kernels can run.
+"""torch's state around a call (compilation, transforms, inference mode) and kinds of tensors that kernels cannot read.
 
-Kernels read plain, dense memory, and their autograd is an ``autograd.Function`` that knows reverse mode alone.
+Kernels read plain, dense memory, and their autograd is an ``autograd.Function`` with reverse mode only.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from fastkd._compile import constant_result, finite
+F = TypeVar("F", bound=Callable[..., object])
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def constant_result(function: F) -> F:
+    """Run ``function`` while torch.compile traces, and make its result a constant of the graph.
+
+    Equals ``torch.compiler.assume_constant_result``, which imports all of Dynamo when a module is defined.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_finite(number: float) -> bool:
+    """Return whether ``number`` is neither NaN nor infinite, also while torch.compile traces.
+
+    ``math.isfinite`` cannot be traced on a symbolic float, and torch assumes ``number < inf`` of one. The largest float
+    is written out because ``sys.float_info.max`` would become another variable of the graph.
+    """
+    return -1.7976931348623157e308 <= number <= 1.7976931348623157e308
+
+
 @constant_result
 def _any_transform() -> bool:
-    """Return whether a transform of torch.func or forward mode is active; a constant of a compiled graph.
-
-    torch.compile guards on both, and runs transforms that it traces.
-    """
+    """Return whether a torch.func transform or forward mode is active; torch.compile guards on both."""
     return _within_func() or forward_ad._current_level >= 0
 
 
@@ -27,17 +45,11 @@ def _within_func() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def check_temperature(value: object) -> None:
-    """Raise unless ``value`` is a finite number above 0, or a tensor, which torch.compile traces without its value."""
-    if isinstance(value, Tensor) or (isinstance(value, int | float) and finite(value) and value > 0):
-        return
-    raise ValueError(f"temperature: expected a finite number > 0, got {value!r}")
+def is_transformed(*tensors: Tensor) -> bool:
+    """Return whether this call is vmapped or differentiated by anything other than ``backward``.
 
-
-def transformed(*tensors: Tensor) -> bool:
-    """Return whether this call is vmapped or differentiated other than by ``backward``.
-
-    ``requires_grad`` does not tell: inside vmap and torch.func a tensor denies it, in forward mode it has a tangent.
+    ``requires_grad`` does not show it: inside vmap and torch.func it is False, and in forward mode a tensor has a
+    tangent instead.
     """
     if torch.compiler.is_compiling():
         return _any_transform()
@@ -46,49 +58,32 @@ def transformed(*tensors: Tensor) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def refuse_tangent(family: str, backend: str, grad_loss: Tensor) -> None:
-    """Raise where a backward is asked for its derivative by forward mode, which would be lost silently."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad_loss).tangent is not None:
-        raise RuntimeError(
-            f"{family}: the gradient of the {backend} backend has no rule for forward-mode AD; use backend='reference'"
-        )
+def has_tangent(tensor: Tensor) -> bool:
+    """Return whether forward mode differentiates ``tensor``."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def wrapper(*tensors: Tensor | None) -> str:
-    """Return the name of the class of the first tensor that is a wrapper (DTensor, ...), which has no memory; or ""."""
+def wrapper_class_name(*tensors: Tensor | None) -> str:
+    """Return the class name of the first tensor that is a wrapper without memory, such as a DTensor; or ""."""
     for x in tensors:
-        if x is not None and type(x) not in _PLAIN and _dispatches(type(x)):
+        if x is not None and type(x) not in _PLAIN and _is_wrapper(type(x)):
             return type(x).__name__
     return ""
 
 
 @constant_result
-def _dispatches(kind: type) -> bool:
-    """Return whether a class computes its operators itself, other than torch's own stand-ins while tracing."""
-    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
+def _is_wrapper(tensor_class: type) -> bool:
+    """Return whether a class computes operators itself; the classes that torch traces with do not count."""
+    if tensor_class.__torch_dispatch__ is Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
         return False
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    return not issubclass(kind, FakeTensor | FunctionalTensor)
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise TypeError for a nested, sparse or mkldnn tensor."""
-    if tensor.layout is torch.strided and not tensor.is_nested:
-        return
-    layout = str(tensor.layout).removeprefix("torch.").removeprefix("_")
-    if tensor.is_nested:
-        raise TypeError(
-            f"{name}: expected a dense tensor, got a nested one (layout {layout}); pad it with "
-            "torch.nested.to_padded_tensor(x, 0.0) and pass a mask of what is valid where the loss takes one, or call "
-            "the loss once per sample"
-        )
-    raise TypeError(f"{name}: expected a dense tensor, got layout {layout}; convert it with .to_dense()")
+    return not issubclass(tensor_class, FakeTensor | FunctionalTensor)
 
 
 def savable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors, with a copy of each that inference mode made where autograd may have to save it."""
+    """Return the tensors, with inference tensors copied where autograd may have to save them."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tensors
     for x in tensors:  # a generator would double the cost
@@ -97,12 +92,14 @@ def savable(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def values_exist(tensor: Tensor) -> bool:
-    """Return whether the values of ``tensor`` can be looked at: not those of fake, meta, batched or traced tensors."""
+def has_values(tensor: Tensor) -> bool:
+    """Return whether Python can read the values of ``tensor``: not of fake, meta, batched or traced tensors."""
     if torch.compiler.is_compiling() or tensor.is_meta or _within_func() or torch._C._get_tracing_state() is not None:
         return False
-    kind = type(tensor)
-    if kind not in _PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
+    tensor_class = type(tensor)
+    if (
+        tensor_class not in _PLAIN and tensor_class.__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+    ):
         return False
     keys = torch._C._TorchDispatchModeKey
     return torch._C._get_dispatch_mode(keys.FAKE) is None and torch._C._get_dispatch_mode(keys.PROXY) is None

@@ -153,7 +153,7 @@ def run(check: Check, device: str) -> dict[str, Any]:
         if device == "cpu":
             stack.enter_context(_stand_in(check.backend))
         if not check.size:
-            reason = dispatch._misplaced(check.backend, torch.device(device).type)
+            reason = dispatch.BACKENDS[check.backend].device_type_reason(torch.device(device).type)
             reason = reason or dispatch.unavailable_reason(check.backend, check.family, _indexed(device))
             return {"ok": reason is None} | ({} if reason is None else {"error": reason})
         # One kernel that is wrong must not hide which others are.

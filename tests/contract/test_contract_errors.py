@@ -82,12 +82,11 @@ def test_masks(setting: Any) -> None:
 
 
 def test_a_backend_that_cannot_is_refused_by_name(basic_setting: Setting) -> None:
-    """Each backend on the other device's tensors, and those its family lacks: the reason and the mend are told."""
+    """Each backend on the other device's tensors: the error gives the reason and the fix."""
     case, (_, device) = basic_setting
     problem = case.problem(device=device)
     for backend in dispatch.BACKENDS:
-        lacking = backend not in dispatch.IMPLEMENTED[case.family]
-        if lacking or dispatch._misplaced(backend, device) or dispatch.unavailable_reason(backend):
+        if dispatch.BACKENDS[backend].device_type_reason(device) or dispatch.unavailable_reason(backend):
             refused(problem, backend, fastkd.BackendUnavailable, rf"{backend}.*(Use|use|reference)")
 
 

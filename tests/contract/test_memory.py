@@ -217,9 +217,8 @@ print(digest.hexdigest())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MALLOC_PERTURB_ is glibc's")
 def test_the_compiled_kernels_own_memory_is_written_before_it_is_read() -> None:
     """glibc fills what malloc hands out, C++ workspaces too, with a byte of choice: the bits don't change."""
-    lacking = [family for family, has in dispatch.IMPLEMENTED.items() if "cpu" not in has]
-    if lacking or dispatch.unavailable_reason("cpu"):
-        pytest.skip(f"no compiled kernels of {', '.join(lacking) or 'any family'} here")
+    if dispatch.unavailable_reason("cpu"):
+        pytest.skip("no compiled kernels here")
     helpers = str(Path(__file__).parents[1] / "helpers")
     digests = set()
     for byte in ("0", "85", "255"):  # floats of 255 are NaN, of 85 about −1e13

@@ -64,15 +64,15 @@ def test_no_operator_is_left_out() -> None:
     """Every operator that is registered is called by some case, hence checked above."""
     called: set[str] = set()
     for case in CASES:
-        for backend in dispatch.IMPLEMENTED[case.family]:
+        for backend in dispatch.BACKENDS:
             if (
                 backend != "reference"
                 and not dispatch.unavailable_reason(backend)
-                and not dispatch._misplaced(backend, "cpu")
+                and not dispatch.BACKENDS[backend].device_type_reason("cpu")
             ):
                 where = Setting(case, Place(backend, "cpu"))
                 called |= {str(op.name()).split(".")[0] for op, _ in calls_of(where, case.problem())}
-    absent = [b for has in dispatch.IMPLEMENTED.values() for b in has if b != "cuda" and dispatch.unavailable_reason(b)]
+    absent = [b for b in dispatch.BACKENDS if b != "cuda" and dispatch.unavailable_reason(b)]
     if absent:
         pytest.skip(f"not all backends are here: {', '.join(sorted(set(absent)))}")
     assert called == registered()

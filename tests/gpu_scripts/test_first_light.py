@@ -118,8 +118,8 @@ def crashing(features, *args, honest=pixel_word_triton.forward):
     honest(features, *args)
 
 calls = []
-def restless(self, student, teacher, loss, *args, honest=relation_native._Native.forward):
-    honest(self, student, teacher, loss, *args)
+def restless(student, teacher, loss, *args, honest=relation_native.forward):
+    honest(student, teacher, loss, *args)
     calls.append(student.dtype)
     if calls.count(student.dtype) == 2 and student.dtype == torch.bfloat16:
         loss[0, 0] = torch.nextafter(loss[0, 0], torch.tensor(9.0))
@@ -135,7 +135,7 @@ softmax_kl.backward = unwritten
 relation.forward = raising
 pixel_word_native.forward = hanging
 pixel_word_triton.forward = crashing
-relation_native._Native.forward = restless
+relation_native.forward = restless
 """
 
 

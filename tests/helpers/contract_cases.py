@@ -1,6 +1,6 @@
 """What the contract suite runs: every loss in each of its variants, on each backend its family has.
 
-A backend enters every test by its row in ``fastkd.ops.dispatch.IMPLEMENTED``; a loss or a variant by a ``Case`` here.
+A backend enters every test by its entry in ``fastkd.ops.backends.BACKENDS``; a loss or a variant by a ``Case`` here.
 """
 
 from __future__ import annotations
@@ -437,7 +437,8 @@ class Setting(NamedTuple):
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Return whether this backend computes in this dtype."""
-        return dtype != torch.float64 or (self.case.family, self.place.backend) not in dispatch.WITHOUT_FP64
+        without_fp64 = dispatch.BACKENDS[self.place.backend].families_without_fp64
+        return dtype != torch.float64 or self.case.family not in without_fp64
 
     def uses(self, dtype: torch.dtype) -> bool:
         """Return whether this dtype is a code path of its own: simulated kernels treat fp16 as they treat bf16."""
@@ -449,7 +450,7 @@ DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cud
 
 
 def places(family: str) -> list[Place]:
-    return [Place(b, d) for b in dispatch.IMPLEMENTED[family] for d in DEVICES[b]]
+    return [Place(b, d) for b in dispatch.BACKENDS for d in DEVICES[b]]
 
 
 INTERPRETED = {

@@ -40,7 +40,7 @@ def compare(rank: int) -> None:
         if (
             (backend in ("triton", "cuda") and case.name not in ONE_PER_LOSS)
             or device != "cpu"
-            or dispatch._misplaced(backend, device)
+            or dispatch.BACKENDS[backend].device_type_reason(device)
             or dispatch.unavailable_reason(backend)
         ):
             continue

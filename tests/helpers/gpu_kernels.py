@@ -27,7 +27,9 @@ def present(place: Any) -> Iterator[None]:
                 stack.enter_context(emulated())
             except RuntimeError as error:
                 pytest.skip(f"the cuda backend is not in use on CPU tensors: {error}")
-        reason = dispatch._misplaced(place.backend, place.device) or dispatch.unavailable_reason(place.backend)
+        reason = dispatch.BACKENDS[place.backend].device_type_reason(place.device) or dispatch.unavailable_reason(
+            place.backend
+        )
         if reason is not None:
             pytest.skip(f"the {place.backend} backend is not in use on {place.device}: {reason}")
         yield

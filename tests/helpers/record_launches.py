@@ -87,7 +87,7 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
         (JITFunction, "_do_compile", compiled),
         (JITFunction, "run", run),
         (dispatch, "unavailable_reason", lambda *args, **kwargs: None),
-        (dispatch, "_misplaced", lambda *args, **kwargs: None),
+        (dispatch.BACKENDS["triton"], "device_type_reason", lambda device_type: None),
     ]
     try:
         with ExitStack() as stack:

@@ -1,7 +1,9 @@
-"""Which backend computes a call: names, reasons, the environment, remembered failures."""
+"""The choice of a backend: names, reasons, the environment, remembered failures."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 import types
@@ -14,6 +16,7 @@ import torch
 
 import fastkd
 from fastkd.ops import dispatch
+from fastkd.ops.backends import BACKENDS, Backend
 from fastkd.ops.dispatch import choose, unavailable_reason
 
 X = torch.zeros(1, 1, 4096)
@@ -21,39 +24,53 @@ X = torch.zeros(1, 1, 4096)
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Nothing tried, nothing warned of."""
+    """Forget all tests of backends and all warnings."""
     monkeypatch.setattr(dispatch, "_reasons", {})
     monkeypatch.setattr(dispatch, "_warned", set())
     return monkeypatch
 
 
 def test_reference_always_works() -> None:
-    for family in dispatch.IMPLEMENTED:
+    for family in dispatch.FAMILIES:
         assert choose(family, "reference", X) == "reference"
     assert unavailable_reason("reference") is None
 
 
-def test_unknown_names() -> None:
+def test_rejects_unknown_names() -> None:
     with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, triton, cuda, got 'cdua'"):
         choose("softmax_kl", "cdua", X)
     with pytest.raises(ValueError, match="backend"):
         unavailable_reason("cdua")
 
 
-def test_a_backend_that_a_family_does_not_have() -> None:
-    lacking = [(f, b) for f, has in dispatch.IMPLEMENTED.items() for b in dispatch.BACKENDS if b not in has]
-    for family, backend in lacking:
-        with pytest.raises(fastkd.BackendUnavailable, match=f"{family} has no {backend} backend yet; it has reference"):
-            choose(family, backend, X)
-        assert choose(family, "auto", X) in dispatch.IMPLEMENTED[family]
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("family", dispatch.FAMILIES)
+def test_every_family_has_the_functions_of_every_backend(family: str, name: str) -> None:
+    calls = importlib.import_module(f"fastkd.ops.{family}.{BACKENDS[name].module}")
+    native = importlib.import_module(f"fastkd.ops.{family}.native")
+    for function in ("forward", "backward"):
+        assert inspect.signature(getattr(calls, function)) == inspect.signature(getattr(native, function))
 
 
-def test_a_dtype_that_a_backend_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused by name, with the mend; "auto" takes the next backend. One fp64 input is enough: all are promoted."""
+def test_a_new_backend_needs_only_its_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = lambda *_: None
+    monkeypatch.setitem(BACKENDS, "npu", Backend("npu", "npu", never, never, never, frozenset({"relation"})))
+    monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("npu", "reference"))
+    monkeypatch.setattr(dispatch, "_reasons", {("npu", family, "cpu"): None for family in dispatch.FAMILIES})
+    assert choose("softmax_kl", "npu", X) == choose("softmax_kl", "auto", X) == "npu"
+    assert choose("relation", "auto", X.double()) == "reference"
+    assert "npu" in fastkd.info()["backends"]
+
+
+def test_fp64_is_refused_by_name_and_skipped_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fp64 input is enough: all are promoted."""
     monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
-    monkeypatch.setattr(dispatch, "_misplaced", lambda *_: None)
-    for family, backend in dispatch.WITHOUT_FP64:
-        monkeypatch.setitem(dispatch.PREFERENCE, "cpu", (backend, "cpu", "reference"))
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "device_type_reason", lambda *_: None)
+    without_fp64 = [(family, b.name) for b in BACKENDS.values() for family in b.families_without_fp64]
+    assert sorted(without_fp64) == [("pixel_word", "triton"), ("relation", "cuda"), ("relation", "triton")]
+    for family, backend in without_fp64:
+        monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", (backend, "cpu", "reference"))
         assert choose(family, backend, X) == choose(family, "auto", X) == backend
         for inputs in ((X.double(), X), (X, X.double())):
             with pytest.raises(
@@ -61,19 +78,18 @@ def test_a_dtype_that_a_backend_does_not_have(monkeypatch: pytest.MonkeyPatch) -
             ):
                 choose(family, backend, *inputs)
             assert choose(family, "auto", *inputs) == "cpu"
-    assert ("softmax_kl", "triton") not in dispatch.WITHOUT_FP64
     assert choose("softmax_kl", "triton", X.double()) == "triton"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_cuda_without_a_gpu() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_unavailable() -> None:
     with pytest.raises(fastkd.BackendUnavailable, match=r"backend='cuda'.*on cpu.*CUDA tensors.*\.cuda\(\)"):
         choose("softmax_kl", "cuda", X)
     assert unavailable_reason("cuda")
 
 
 class Module:
-    """A ``fastkd._cuda`` on a machine that is pretended."""
+    """A ``fastkd._cuda`` on a simulated machine."""
 
     def __init__(self, devices: int = 1, driver: int = 13000, targets: tuple[str, ...] = ("sm_80", "sm_90")) -> None:
         self.device_count, self.driver_version, self.runtime_version = lambda: devices, lambda: driver, lambda: 13000
@@ -81,29 +97,29 @@ class Module:
 
 
 @pytest.fixture
-def pretended(fresh: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine whose torch sees a GPU of that capability, with that module."""
+def simulate(fresh: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that simulates a GPU of a compute capability and a ``fastkd._cuda``."""
 
-    def pretend(module: Module, capability: tuple[int, int] = (9, 0)) -> None:
+    def install(module: Module, capability: tuple[int, int] = (9, 0)) -> None:
         fresh.setattr(torch.cuda, "is_available", lambda: True)
         fresh.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         fresh.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        fresh.setattr(torch.cuda, "get_device_name", lambda device: "Pretended GPU")
+        fresh.setattr(torch.cuda, "get_device_name", lambda device: "Simulated GPU")
         fresh.setitem(sys.modules, "fastkd._cuda", module)
 
-    return pretend
+    return install
 
 
-def test_a_driver_older_than_the_runtime(pretended: Callable[..., None]) -> None:
-    pretended(Module(devices=0, driver=12080))
+def test_reports_a_driver_older_than_the_runtime(simulate: Callable[..., None]) -> None:
+    simulate(Module(devices=0, driver=12080))
     assert unavailable_reason("cuda") == (
         "the NVIDIA driver supports CUDA 12.8, fastkd._cuda needs one that supports 13.0: update the driver, or "
         "reinstall fastkd from the sources with a CUDA 12 toolkit"
     )
 
 
-def test_a_runtime_that_sees_no_device(pretended: Callable[..., None]) -> None:
-    pretended(Module(devices=0))
+def test_reports_a_runtime_that_sees_no_device(simulate: Callable[..., None]) -> None:
+    simulate(Module(devices=0))
     assert "sees no device, though torch does" in str(unavailable_reason("cuda"))
 
 
@@ -119,20 +135,18 @@ def test_a_runtime_that_sees_no_device(pretended: Callable[..., None]) -> None:
         (("sm_80", "compute_120"), (9, 0), False),
     ],
 )
-def test_a_chip_that_is_not_in_the_binary(
-    pretended: Callable[..., None],
+def test_reports_a_binary_without_code_for_the_gpu(
+    simulate: Callable[..., None],
     fresh: pytest.MonkeyPatch,
     targets: tuple[str, ...],
     capability: tuple[int, int],
     runs: bool,
 ) -> None:
-    """Without code for it the backend is not even tried, and "auto" goes on with the next."""
-    import importlib
-
+    """The self-test does not run without code for the GPU."""
     tried = []
     family = importlib.import_module("fastkd.ops.softmax_kl")
     fresh.setattr(family, "self_test", lambda backend, device: tried.append(backend))
-    pretended(Module(targets=targets), capability)
+    simulate(Module(targets=targets), capability)
     reason = unavailable_reason("cuda", "softmax_kl", "cuda:0")
     if runs:
         assert reason is None
@@ -140,18 +154,16 @@ def test_a_chip_that_is_not_in_the_binary(
     else:
         assert tried == []
         assert reason == (
-            f"fastkd._cuda was compiled for {', '.join(targets)} and has no code for Pretended GPU (compute capability "
+            f"fastkd._cuda was compiled for {', '.join(targets)} and has no code for Simulated GPU (compute capability "
             f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that knows it"
         )
 
 
-def test_auto_goes_on_with_triton_where_cuda_fails_its_self_test_and_the_other_way(
-    pretended: Callable[..., None], fresh: pytest.MonkeyPatch
+def test_auto_falls_back_from_cuda_to_triton_and_vice_versa(
+    simulate: Callable[..., None], fresh: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
-    pretended(Module())
-    fresh.setattr(dispatch, "_absent", lambda backend: None)
+    simulate(Module())
+    fresh.setattr(BACKENDS["triton"], "machine_reason", lambda: None)
     family = importlib.import_module("fastkd.ops.softmax_kl")
     for broken, works in (("cuda", "triton"), ("triton", "cuda")):
         dispatch._reasons.clear()
@@ -162,7 +174,7 @@ def test_auto_goes_on_with_triton_where_cuda_fails_its_self_test_and_the_other_w
             dispatch._resolve("softmax_kl", broken, "cuda", 0, "", False)
 
 
-def test_triton_on_cpu_tensors_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_on_cpu_tensors_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(fastkd.BackendUnavailable, match=r"CUDA tensors.*TRITON_INTERPRET=1"):
         choose("softmax_kl", "triton", X)
@@ -179,7 +191,7 @@ def test_triton_on_cpu_tensors_names_the_mend(monkeypatch: pytest.MonkeyPatch) -
     ],
     ids=["absent", "too old"],
 )
-def test_without_a_triton_that_will_do(fresh: pytest.MonkeyPatch, module: object, reason: str) -> None:
+def test_reports_a_missing_or_old_triton(fresh: pytest.MonkeyPatch, module: object, reason: str) -> None:
     fresh.setenv("TRITON_INTERPRET", "1")
     fresh.setitem(sys.modules, "triton", module)  # None makes the import fail
     with pytest.raises(fastkd.BackendUnavailable, match=reason):
@@ -189,8 +201,10 @@ def test_without_a_triton_that_will_do(fresh: pytest.MonkeyPatch, module: object
 @pytest.mark.parametrize(
     ("triton", "numpy", "works"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)]
 )
-def test_an_interpreter_that_this_numpy_breaks(fresh: pytest.MonkeyPatch, triton: str, numpy: str, works: bool) -> None:
-    """Triton 3.6 converts arrays of one element to Python numbers, which numpy 2.4 refuses."""
+def test_reports_a_numpy_that_breaks_the_interpreter(
+    fresh: pytest.MonkeyPatch, triton: str, numpy: str, works: bool
+) -> None:
+    """Triton 3.6 converts one-element arrays to Python numbers, which numpy 2.4 refuses."""
     fresh.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
     fresh.setitem(sys.modules, "numpy", types.SimpleNamespace(__version__=numpy))
     fresh.setitem(sys.modules, "fastkd.kernels.common", types.SimpleNamespace(INTERPRETED=True))
@@ -212,19 +226,18 @@ def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("FASTKD_BACKEND", "cuda")
     with pytest.raises(fastkd.BackendUnavailable, match="FASTKD_BACKEND=cuda cannot run softmax_kl on cpu"):
         choose("softmax_kl", "auto", X)
-    monkeypatch.setitem(dispatch.IMPLEMENTED, "relation", ("reference", "cpu"))
-    assert choose("relation", "auto", X) in dispatch.IMPLEMENTED["relation"]  # a family without it goes on
 
 
-def test_a_failure_is_remembered_and_warned_of_once(fresh: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_remembered_and_warned_about_once(fresh: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def broken(backend: str, *_: object) -> str:
-        tried.append(backend)
+    def broken(backend: Backend, *_: object) -> str:
+        tried.append(backend.name)
         return "it is broken"
 
-    fresh.setattr(dispatch, "_probe", broken)
-    with pytest.warns(fastkd.FastKDWarning, match="the cpu backend is left out.*it is broken"):
+    fresh.setattr(dispatch, "probe", broken)
+    message = r"the cpu backend is unavailable on cpu \(it is broken\); falling back to a slower one\. Shown once"
+    with pytest.warns(fastkd.FastKDWarning, match=message):
         assert choose("softmax_kl", "auto", X) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -235,26 +248,28 @@ def test_a_failure_is_remembered_and_warned_of_once(fresh: pytest.MonkeyPatch) -
 
 
 def test_a_self_test_that_exits_is_a_reason(fresh: pytest.MonkeyPatch) -> None:
-    """SystemExit ends a thread without a word."""
+    """SystemExit ends a thread silently."""
 
-    def exits(backend: str) -> None:
+    def exits() -> None:
         raise SystemExit("this build of the library is no longer supported")
 
-    fresh.setattr(dispatch, "_absent", exits)
+    fresh.setattr(BACKENDS["triton"], "machine_reason", exits)
     assert str(unavailable_reason("triton")).endswith("SystemExit: this build of the library is no longer supported")
 
 
 def test_a_self_test_that_raises_or_is_wrong_is_a_reason(fresh: pytest.MonkeyPatch) -> None:
-    import importlib
-
     family = importlib.import_module("fastkd.ops.softmax_kl")
-    fresh.setattr(dispatch, "_absent", lambda backend: None)
+    for backend in BACKENDS.values():
+        fresh.setattr(backend, "machine_reason", lambda: None)
 
     class Wrong:
-        def forward(self, student, teacher, loss, statistics, temperature):  # type: ignore[no-untyped-def]
+        def statistics_of(self, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+            return 2, dtype
+
+        def forward(self, student, teacher, loss, *_: object) -> None:  # type: ignore[no-untyped-def]
             loss.fill_(1.0)
 
-        def backward(self, grad_loss, student, teacher, statistics, grad_student, temperature):  # type: ignore[no-untyped-def]
+        def backward(self, grad_loss, student, teacher, statistics, grad_student, *_: object) -> None:  # type: ignore[no-untyped-def]
             grad_student.zero_()
 
     fresh.setattr(family, "_kernels", lambda backend: Wrong())
@@ -280,7 +295,7 @@ def test_small_inputs_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_importing_fastkd_imports_nothing_heavy() -> None:
-    """Not torch for `import fastkd`; not Triton and no compiled module for its losses."""
+    """``import fastkd`` does not import torch, and its losses import neither Triton nor a compiled module."""
     script = (
         "import sys, fastkd; assert 'torch' not in sys.modules;"
         "import torch; before = set(sys.modules);"  # some versions of torch import Triton themselves
@@ -292,7 +307,7 @@ def test_importing_fastkd_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_info_tells_why() -> None:
+def test_info_gives_reasons() -> None:
     found = fastkd.info()
     assert set(found["backends"]) == set(dispatch.BACKENDS)
     assert found["backends"]["reference"] == {"in_use": True, "why_not": None}

@@ -493,12 +493,12 @@ def test_arguments_that_would_go_astray_are_refused(change: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.zeros(2, 9, 4, dtype=torch.int64)}, "student_pixels: expected a floating"),
+        ({0: torch.zeros(2, 9, 4, dtype=torch.int64)}, "student_pixels: expected a floating-point tensor"),
         ({1: torch.zeros(2, 3, 5)}, "student_pixels and student_words"),
         ({2: torch.zeros(2, 8, 4)}, r"same samples and pixels"),
         ({3: torch.zeros(2, 5, 4)}, "leave only 'pixel_pixel'"),
         ({2: torch.zeros(2, 9, 4, requires_grad=True)}, r"teacher_pixels.*detach\(\)"),
-        ({0: torch.zeros(2, 0, 4)}, "no pixel"),
+        ({0: torch.zeros(2, 0, 4)}, "student_pixels: is empty"),
         ({"temperature": 0.0}, "temperature"),
         ({"similarity": "dot"}, "similarity"),
         ({"terms": ("pixels",)}, "terms"),
@@ -510,7 +510,7 @@ def test_bad_input(change: dict[Any, Any], message: str) -> None:
     for index in list(change):
         if isinstance(index, int):
             inputs[index] = change.pop(index)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         pixel_word(*inputs, **change)
 
 

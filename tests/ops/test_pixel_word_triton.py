@@ -14,7 +14,7 @@ from gpu_kernels import MARKS, kernels_of
 from pixel_word_tools import Kernels, as_maps, check, here, make, masks_of, run
 
 from fastkd.ops import dispatch
-from fastkd.ops.pixel_word.native import MOST_WORDS
+from fastkd.ops.pixel_word.plan import MOST_WORDS
 from fastkd.ops.pixel_word.reference import pixel_word as reference
 from fastkd.ops.pixel_word.reference import pixel_word_from_logits as reference_from_logits
 

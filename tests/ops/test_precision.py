@@ -88,7 +88,7 @@ def test_losses_and_gradients_are_those_of_fp32(name, backend, means):
 @pytest.mark.parametrize("width", [16, 12])
 def test_gram_forms(width, means, monkeypatch):
     """What "auto" takes where there are no kernels."""
-    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("reference",))
+    monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("reference",))
     student, teacher = draw(2, 16, 8, 8), draw(2, width, 8, 8, seed=1)
     leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     want = losses.pixel_relation_kd(exact, teacher.double(), distance="mse", backend="reference")

@@ -300,8 +300,8 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     relation(student, teacher, backend="cpu")  # a backend's first call tests it
     chosen: list[str] = []
-    native_call = relation_native._Native._call
-    monkeypatch.setattr(relation_native._Native, "_call", lambda *a: chosen.append(a[-1].form) or native_call(*a))
+    native_call = relation_native._call
+    monkeypatch.setattr(relation_native, "_call", lambda *a: chosen.append(a[-1].form) or native_call(*a))
 
     def with_limit(forward: int, backward: int | None = None) -> tuple[Tensor, Tensor]:
         chosen.clear()
@@ -343,8 +343,8 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
 def test_the_least_workspace_is_known_before_the_call(dtype: torch.dtype) -> None:
     for count, student, teacher in ((100, 16, 16), (333, 20, 13), (2000, 100, 300), (48, 7, 9), (1400, 1024, 1000)):
         for form, distance_name, known in (
-            ("gram", "mse", forms._least_gram(student, teacher, dtype)),
-            ("stored", "kl", forms._least_stored(count, 8 if dtype == torch.float64 else 4)),
+            ("gram", "mse", forms.min_gram_bytes(student, teacher, dtype)),
+            ("stored", "kl", forms.min_stored_bytes(count, dtype)),
         ):
             arguments = (1, count, student, teacher, "cosine", distance_name, 0.1, False, False)
             call = cpu.Relation(*arguments, str(dtype).removeprefix("torch."), form, 1, 1)

@@ -162,7 +162,7 @@ def test_plans(method: str, dtype: torch.dtype) -> None:
             if cross and batch * count > 40000:
                 continue
             call = native("cuda").Relation(
-                batch, count, *widths, *named, options["negate"], cross, dtype_name(torch.empty(0, dtype=dtype)),
+                batch, count, *widths, *named, options["negate"], cross, dtype_name(dtype),
                 "streamed" if cross else "stored", 0, limit,
             )  # fmt: skip
             for backward in (False, True):

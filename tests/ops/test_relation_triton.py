@@ -17,7 +17,6 @@ from gpu_kernels import DEVICE, MARKS, kernels_of
 from relation_tools import DTYPES, FORMS, METHODS, check_kernel, rows, run_kernel
 
 from fastkd.ops import dispatch
-from fastkd.ops.relation import native as relation_native
 from fastkd.ops.relation import relation
 from fastkd.ops.relation.reference import relation as reference
 
@@ -189,11 +188,11 @@ def test_row_cosine_near_and_at_norms_of_nothing() -> None:
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backends whose kernels are called, Triton being what "auto" prefers."""
-    monkeypatch.setitem(dispatch.PREFERENCE, DEVICE, ("triton", "reference"))
+    monkeypatch.setitem(dispatch.AUTO_ORDER, DEVICE, ("triton", "reference"))
     relation(rows((1, 9, 4), 0), rows((1, 9, 4), 1))  # a backend's first call tests it
     names: list[str] = []
-    kernels = relation_native._kernels
-    monkeypatch.setattr(relation_native, "_kernels", lambda backend: names.append(backend) or kernels(backend))
+    kernels = operator._kernels
+    monkeypatch.setattr(operator, "_kernels", lambda backend: names.append(backend) or kernels(backend))
     return names
 
 

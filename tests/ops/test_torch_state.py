@@ -1,4 +1,4 @@
-"""The first call of a process made in some other state of torch's: the backend is there afterwards, and exact."""
+"""The first call of a process under any state of torch: the backend is available afterwards, and exact."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastkd
 from fastkd.losses import channel_kd, cross_modal_kd
-from fastkd.ops import dispatch, workspace
+from fastkd.ops import dispatch, launch
 from fastkd.ops.dispatch import unavailable_reason
 
-FAMILIES = tuple(dispatch.IMPLEMENTED)
+FAMILIES = dispatch.FAMILIES
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Nothing tried yet; skipped where the C++ kernels were not built."""
+    """Forget all tests of backends; skip without the C++ kernels."""
     reason = unavailable_reason("cpu")
     if reason is not None:
         pytest.skip(reason)
@@ -54,7 +54,7 @@ def half_by_default() -> Iterator[None]:
 
 
 def within(transform: Callable[..., Any]) -> Callable[[Callable[[], None]], None]:
-    """Run something inside a transform of torch.func."""
+    """Return a function that runs another inside a transform of torch.func."""
 
     def run(something: Callable[[], None]) -> None:
         def inside(x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def checkpointed(something: Callable[[], None]) -> None:
     checkpoint(inside, torch.ones(3, requires_grad=True), use_reentrant=False).sum().backward()
 
 
-SURROUNDINGS: dict[str, Callable[[Callable[[], None]], None]] = {
+STATES: dict[str, Callable[[Callable[[], None]], None]] = {
     "inference mode": under(torch.inference_mode),
     "no grad": under(torch.no_grad),
     "autocast": under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
@@ -119,14 +119,14 @@ SURROUNDINGS: dict[str, Callable[[Callable[[], None]], None]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
-@pytest.mark.parametrize("where", SURROUNDINGS)
-def test_a_self_test_does_not_see_the_callers_state(fresh: pytest.MonkeyPatch, where: str) -> None:
+@pytest.mark.parametrize("where", STATES)
+def test_self_test_ignores_the_callers_state(fresh: pytest.MonkeyPatch, where: str) -> None:
     answers = []
-    SURROUNDINGS[where](lambda: answers.extend(unavailable_reason("cpu", family, "cpu") for family in FAMILIES))
+    STATES[where](lambda: answers.extend(unavailable_reason("cpu", family, "cpu") for family in FAMILIES))
     assert answers == [None] * len(FAMILIES)
 
 
-def test_the_first_call_under_inference_mode_then_training(fresh: pytest.MonkeyPatch) -> None:
+def test_first_call_under_inference_mode_then_training(fresh: pytest.MonkeyPatch) -> None:
     student, teacher = torch.randn(2, 4, 32, 32), torch.randn(2, 4, 32, 32)
     with torch.inference_mode():
         first = channel_kd(student, teacher, backend="cpu")
@@ -138,8 +138,8 @@ def test_the_first_call_under_inference_mode_then_training(fresh: pytest.MonkeyP
     torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-7)
 
 
-def test_a_self_test_may_ask_about_its_own_backend(fresh: pytest.MonkeyPatch) -> None:
-    """It runs while the caller holds the lock."""
+def test_self_test_may_query_its_own_backend(fresh: pytest.MonkeyPatch) -> None:
+    """The self-test runs while the caller holds the lock."""
     family = importlib.import_module("fastkd.ops.softmax_kl")
     asked = []
 
@@ -162,7 +162,7 @@ def test_a_self_test_may_ask_about_its_own_backend(fresh: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("trouble", "passes"),
+    ("trouble", "transient"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"), True),
         (MemoryError(), True),
@@ -172,7 +172,7 @@ def test_a_self_test_may_ask_about_its_own_backend(fresh: pytest.MonkeyPatch) ->
     ],
     ids=["GPU", "Python", "CPU", "system", "lasting"],
 )
-def test_a_lack_of_memory_is_not_remembered(fresh: pytest.MonkeyPatch, trouble: Exception, passes: bool) -> None:
+def test_out_of_memory_is_not_remembered(fresh: pytest.MonkeyPatch, trouble: Exception, transient: bool) -> None:
     family = importlib.import_module("fastkd.ops.softmax_kl")
     fresh.setattr(dispatch, "_warned", set())
     real = family.self_test
@@ -182,17 +182,19 @@ def test_a_lack_of_memory_is_not_remembered(fresh: pytest.MonkeyPatch, trouble: 
 
     fresh.setattr(family, "self_test", raises)
     inputs = torch.zeros(1, 1, 4096), torch.ones(1, 1, 4096)
-    message = "tried again at the next call" if passes else "Said once"
-    with pytest.warns(fastkd.FastKDWarning, match=f"the cpu backend is left out.*self-test failed on cpu.*{message}"):
+    message = "tried again at the next call" if transient else "Shown once"
+    with pytest.warns(
+        fastkd.FastKDWarning, match=f"the cpu backend is unavailable.*self-test failed on cpu.*{message}"
+    ):
         assert dispatch.choose("softmax_kl", "auto", *inputs) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatch.choose("softmax_kl", "auto", *inputs) == "reference"
     fresh.setattr(family, "self_test", real)
-    assert dispatch.choose("softmax_kl", "auto", *inputs) == ("cpu" if passes else "reference")
+    assert dispatch.choose("softmax_kl", "auto", *inputs) == ("cpu" if transient else "reference")
 
 
-def test_no_more_threads_is_not_remembered(fresh: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_threads_is_not_remembered(fresh: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -203,8 +205,8 @@ def test_no_more_threads_is_not_remembered(fresh: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mib", ["0.000001", "many"])
-def test_a_self_test_does_not_depend_on_the_users_workspace(fresh: pytest.MonkeyPatch, mib: str) -> None:
-    """The call itself says what is wrong; the backend is there once the setting is put right."""
+def test_self_test_ignores_the_workspace_limit(fresh: pytest.MonkeyPatch, mib: str) -> None:
+    """The call raises the error; the backend is available once the setting is valid."""
     fresh.setenv("FASTKD_WORKSPACE_MIB", mib)
     maps = torch.randn(2, 32, 16, 16)
     words = torch.randn(2, 3, 32)
@@ -213,14 +215,14 @@ def test_a_self_test_does_not_depend_on_the_users_workspace(fresh: pytest.Monkey
             call()
     assert [unavailable_reason("cpu", family, "cpu") for family in FAMILIES] == [None] * len(FAMILIES)
     fresh.delenv("FASTKD_WORKSPACE_MIB")
-    assert workspace.limit() == 32 * 2**20
-    assert channel_kd(maps, maps * 2).item() == pytest.approx(0, abs=1e-6)  # cosines do not see the scale
+    assert launch.workspace_limit() == 32 * 2**20
+    assert channel_kd(maps, maps * 2).item() == pytest.approx(0, abs=1e-6)  # cosines are independent of the scale
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_fork_during_a_self_test(fresh: pytest.MonkeyPatch) -> None:
-    """The child can ask although the thread that holds the lock does not exist there."""
+def test_fork_during_a_self_test(fresh: pytest.MonkeyPatch) -> None:
+    """The child can query backends although the thread that holds the lock does not exist there."""
     held, go = threading.Event(), threading.Event()
 
     def hold() -> None:

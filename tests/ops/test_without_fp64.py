@@ -30,7 +30,7 @@ class WithoutDouble(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
     """Other devices than CPUs and NVIDIA's GPUs get plain torch."""
-    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("reference",))
+    monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("reference",))
 
 
 def draw(*shape, seed=0):

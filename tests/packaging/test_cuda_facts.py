@@ -15,11 +15,10 @@ from shared_build import shared_folder
 
 import fastkd
 from fastkd import _native
-from fastkd.ops.dispatch import IMPLEMENTED
+from fastkd.ops.dispatch import FAMILIES
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cuda_facts.py"
 READERS = (SCRIPT, SCRIPT.parent / "aot" / "compiler.py")
-FAMILIES = [family for family, backends in IMPLEMENTED.items() if "cuda" in backends]
 TABLES = {file.stem: file for file in (SCRIPT.parent / "results" / "nvcc").glob("*.json")}
 LARGEST = 25 * 2**20  # bytes of the module, uncompressed
 

@@ -1,4 +1,4 @@
-"""``pixel_word`` as the Triton kernels are given it: features and words where they lie, statistics in fp32."""
+"""Call the Triton kernels of ``pixel_word``: features and words in place, statistics in fp32."""
 
 from __future__ import annotations
 
@@ -9,57 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops.pixel_word.native import Features, Masks, Options, layout, scale_of
+from fastkd.ops.pixel_word.plan import Inputs, Options, Saved, rows_or_maps, scale_of
+from fastkd.ops.registration import number_of
 
 
-def forward(
-    features: Features, masks: Masks, options: Options, kept: Sequence[Tensor], loss: Tensor, backend: str
-) -> None:
-    """Fill ``loss``, and of ``kept`` what is not empty."""
-    cosine, temperature, terms = options
-    student = _network(*features[:2], masks[0], temperature, cosine)
-    teacher = _network(*features[2:], masks[1], temperature, cosine)
-    pixel_mask, valid = _pixel_mask(masks[2])
-    _kernels("forward").forward(student, teacher, pixel_mask, valid, cosine, terms, kept, loss)
+def forward(inputs: Inputs, options: Options, statistics: Sequence[Tensor], loss: Tensor, backend: str) -> None:
+    """Fill ``loss`` and the statistics that are not empty."""
+    student = _side(inputs.student_pixels, inputs.student_words, inputs.student_word_mask, options)
+    teacher = _side(inputs.teacher_pixels, inputs.teacher_words, inputs.teacher_word_mask, options)
+    pixel_mask, valid = _pixel_mask(inputs.pixel_mask)
+    _kernels("forward").forward(student, teacher, pixel_mask, valid, options.cosine, options.terms, statistics, loss)
 
 
 def backward(
-    student_pixels: Tensor,
-    student_words: Tensor | None,
-    teacher_logits: Tensor | None,
+    saved: Saved,
     teacher_width: int,
-    masks: Masks,
     options: Options,
-    kept: Sequence[Tensor],
     grad_loss: Tensor,
     grad_pixels: Tensor,
     grad_words: Tensor,
     backend: str,
 ) -> None:
     """Fill ``grad_pixels`` and ``grad_words``, unless they are empty."""
-    cosine, temperature, terms = options
-    student = _network(student_pixels, student_words, masks[0], temperature, cosine)
-    if teacher_logits is not None:
-        teacher = _network(teacher_logits, None, masks[1], temperature, cosine)
+    student = _side(saved.student_pixels, saved.student_words, saved.student_word_mask, options)
+    if saved.teacher_logits is not None:
+        teacher = _side(saved.teacher_logits, None, saved.teacher_word_mask, options)
     else:
-        words, scale = kept[0].shape[1] - student.word_count, scale_of(teacher_width, temperature, cosine)
-        teacher = _kernels("tiles").Side(None, None, _bytes(masks[1]), words, scale)
-    pixel_mask, valid = _pixel_mask(masks[2])
-    _kernels("backward").backward(student, teacher, pixel_mask, valid, terms, kept, grad_loss, grad_pixels, grad_words)
+        words = saved.logits.shape[1] - student.word_count
+        scale = scale_of(teacher_width, number_of(options.temperature), options.cosine)
+        teacher = _kernels("tiles").Side(None, None, _bytes(saved.teacher_word_mask), words, scale)
+    pixel_mask, valid = _pixel_mask(saved.pixel_mask)
+    _kernels("backward").backward(
+        student, teacher, pixel_mask, valid, options.terms, saved.statistics, grad_loss, grad_pixels, grad_words
+    )
 
 
 def _kernels(name: str) -> Any:
     return importlib.import_module(f"fastkd.kernels.pixel_word.{name}")
 
 
-def _network(pixels: Tensor, words: Tensor | None, mask: Tensor | None, temperature: float, cosine: bool) -> Any:
+def _side(pixels: Tensor, words: Tensor | None, mask: Tensor | None, options: Options) -> Any:
     count, width = (pixels.shape[2], 0) if words is None else (words.shape[1], pixels.shape[2])
-    scale = scale_of(width, temperature, cosine)
-    return _kernels("tiles").Side(layout(pixels), words, _bytes(mask), count, scale)
+    scale = scale_of(width, number_of(options.temperature), options.cosine)
+    return _kernels("tiles").Side(rows_or_maps(pixels), words, _bytes(mask), count, scale)
 
 
 def _pixel_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask, and how many pixels of each sample are valid."""
+    """Return the mask as bytes, and the number of valid pixels of each sample."""
     return _bytes(mask), None if mask is None else mask.sum(1, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-r"""``relation``: a distance, row by row, between the self-relation matrices of two row sets.
+r"""``relation``: a distance, row by row, between the self-relation matrices of two sets of rows.
 
 For rows :math:`X_S \in \mathbb{R}^{B \times R \times K_S}`, :math:`X_T \in \mathbb{R}^{B \times R \times K_T}` and the
 matrices :math:`E_x = \operatorname{sim}(X_x, X_x)` of shape (R, R), one number per row of :math:`E_S` against
@@ -12,16 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._compile import operator_argument
-from fastkd.ops import flops
+from fastkd.ops import checks
+from fastkd.ops.availability import compare
+from fastkd.ops.backends import BACKENDS
 from fastkd.ops.dispatch import backend_from_env, choose
+from fastkd.ops.launch import calls, promoted, statistics_dtype
 from fastkd.ops.numerics import computes_fp64
-from fastkd.ops.registration import Work, operator, register, saved
-from fastkd.ops.relation.native import Options, backward, forward, outputs
-from fastkd.ops.relation.plan import choose_form
+from fastkd.ops.registration import (
+    Implementation,
+    gradient,
+    number_of,
+    operator,
+    operator_argument,
+    register,
+    save_temperature,
+    saved_temperature,
+)
+from fastkd.ops.relation.plan import Options, Sizes, backward_flops, choose_form, forward_flops
 from fastkd.ops.relation.reference import relation as reference
 from fastkd.ops.relation.reference import relation_mse_gram
-from fastkd.ops.torch_state import check_dense, check_temperature, refuse_tangent, savable
+from fastkd.ops.torch_state import savable
 
 
 def relation(
@@ -36,85 +46,99 @@ def relation(
     keep: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Per-row distances (B, R) of the relation matrices of ``student`` (B, R, K_S) and ``teacher`` (B, R, K_T).
+    """Return the per-row distances (B, R) of the relation matrices of ``student`` and ``teacher``.
 
     Args:
-        student: (B, R, K_S), floating, any strides. Gradients flow to it alone.
+        student: (B, R, K_S), floating, any strides. Only the student receives gradients.
         teacher: (B, R, K_T) on the same device; another floating dtype is promoted.
         similarity, distance, temperature, negate, cross: as in :func:`fastkd.ops.relation.reference.relation`.
-        keep: the relation matrices are small beside the rows (channels), so kernels may keep them for the backward
-            instead of computing them twice. Without it no R×R matrix is ever held.
+        keep: the relation matrices are small compared with the rows (channels), so kernels may store them for the
+            backward instead of computing them twice. Without it no R×R matrix is ever held.
         backend: "auto", "reference", "cpu", "triton" or "cuda". All but the reference are differentiable once. The mean
-            squared error of narrow rows is computed from K×K Gram matrices, which costs less time and memory than R×R
-            tiles: on a CPU where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16, on a GPU in
-            plain torch, under "auto" alone, where K ≤ 1/2 (and the device has fp64, if the widths differ); a backend
-            asked for, here or by ``FASTKD_BACKEND``, computes all itself, "reference" always by the plain formula.
+            squared error of narrow rows is computed from K×K Gram matrices, which takes less time and memory than R×R
+            tiles: on a CPU where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16; on a GPU in
+            plain torch, under "auto" only, where K ≤ 1/2 (and the device has fp64, if the widths differ). A backend
+            requested here or by ``FASTKD_BACKEND`` always computes the call itself, "reference" by the plain formula.
             "triton" and "cuda" take no fp64.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that don't fit, a teacher requiring grad.
-        fastkd.BackendUnavailable: the backend asked for by name cannot compute this here.
+        ValueError, TypeError: mismatched shapes, dtypes or devices, or a teacher that requires grad.
+        fastkd.BackendUnavailable: a backend requested by name cannot compute this here.
     """
-    _check(student, teacher, temperature)
+    names = ("student", "teacher")
+    for name, tensor in zip(names, (student, teacher), strict=True):
+        checks.floating(name, tensor, (3,), "(B, R, K) with K ≥ 1", allow_empty=True)
+        if tensor.shape[2] == 0:
+            raise ValueError(f"{name}: expected shape (B, R, K) with K ≥ 1, got {tuple(tensor.shape)}")
+    checks.same_size(
+        "(B, R)", names, (tuple(student.shape[:2]), tuple(teacher.shape[:2])), "give the same rows to both"
+    )
+    checks.same_device(student=student, teacher=teacher)
+    checks.teacher("teacher", teacher)
+    return relation_unchecked(
+        student,
+        teacher,
+        similarity=similarity,
+        distance=distance,
+        temperature=checks.temperature(temperature),
+        negate=negate,
+        cross=cross,
+        keep=keep,
+        backend=backend,
+    )
+
+
+def relation_unchecked(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    similarity: str,
+    distance: str,
+    temperature: float | Tensor,
+    negate: bool = False,
+    cross: bool = False,
+    keep: bool = False,
+    backend: str,
+) -> Tensor:
+    """Compute :func:`relation` of checked arguments."""
     student, teacher = savable(student, teacher)
+    formula: dict[str, Any] = {
+        "similarity": similarity,
+        "distance": distance,
+        "temperature": temperature,
+        "negate": negate,
+        "cross": cross,
+    }
+    if checks.differentiates_temperature(backend, temperature):
+        return reference(student, teacher, **formula)
     chosen = choose("relation", backend, student, teacher)
     columns = student.shape[1] * (student.shape[0] if cross else 1)
     width = max(student.shape[2], teacher.shape[2])
     narrow = distance == "mse" and 2 * width <= columns
-    free = backend == "auto" and chosen != "cpu"
-    if narrow and free and backend_from_env("relation") == "auto" and _gram_possible(student, teacher):
+    free = backend == "auto" and chosen != "cpu"  # the C++ kernels have a Gram form
+    if narrow and free and backend_from_env() == "auto" and _has_torch_gram(student, teacher):
         return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
     if chosen == "reference":
-        return reference(
-            student,
-            teacher,
-            similarity=similarity,
-            distance=distance,
-            temperature=temperature,
-            negate=negate,
-            cross=cross,
-        )
+        return reference(student, teacher, **formula)
     differentiated = torch.is_grad_enabled() and student.requires_grad
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     sizes = (student.shape[1], columns, student.shape[2], teacher.shape[2])
     form = choose_form(*sizes, dtype, distance, keep and not cross, chosen)
-    if form == "stored" and not differentiated:  # for a backward that will not come
+    if form == "stored" and not differentiated:  # no backward will read the matrices
         form = "streamed"
     given = operator_argument(temperature)
-    options = (similarity, distance, given, negate, cross, form, chosen)
+    options = Options(similarity, distance, given, negate, cross, form, chosen)
     if differentiated:
         return _Relation.apply(student, teacher, *options)
     return operator("relation_forward", given)(student, teacher, *options)[0]
 
 
-def _gram_possible(student: Tensor, teacher: Tensor) -> bool:
-    """Return whether plain torch has the Gram form: unequal widths are combined in fp64."""
+def _has_torch_gram(student: Tensor, teacher: Tensor) -> bool:
+    """Return whether plain torch can use Gram matrices: those of unequal widths are combined in fp64."""
     return student.shape[2] == teacher.shape[2] or computes_fp64(student.device)
-
-
-def _check(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> None:
-    for name, given in (("student", student), ("teacher", teacher)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}: expected a tensor (B, R, K), got {type(given).__name__}")
-        check_dense(name, given)
-        if not given.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {given.dtype}")
-        if given.dim() != 3 or given.shape[2] == 0:
-            raise ValueError(f"{name}: expected a shape (B, R, K) with K ≥ 1, got {tuple(given.shape)}")
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"student and teacher: expected the same (B, R), got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"teacher: expected on the student's device {student.device}, got {teacher.device}; use teacher.to(...)"
-        )
-    check_temperature(temperature)
-    if torch.is_grad_enabled() and teacher.requires_grad:
-        raise ValueError("teacher: gradients flow to the student only, got a teacher that requires grad; detach() it")
 
 
 class _Relation(torch.autograd.Function):
@@ -132,88 +156,123 @@ class _Relation(torch.autograd.Function):
     ) -> Tensor:
         options = (similarity, distance, temperature, *others)
         loss, statistics, stored = operator("relation_forward", temperature)(student, teacher, *options)
-        tensors, ctx.temperature = saved(temperature)
-        ctx.save_for_backward(student, teacher, statistics, stored, *tensors)
+        ctx.save_for_backward(student, teacher, statistics, stored, *save_temperature(ctx, temperature))
         ctx.similarity, ctx.distance, ctx.others = similarity, distance, others
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_tangent("relation", ctx.others[-1], grad_loss)
-        student, teacher, statistics, stored, *tensors = ctx.saved_tensors
-        temperature = tensors[0] if tensors else ctx.temperature
+        temperature = saved_temperature(ctx)
         options = (ctx.similarity, ctx.distance, temperature, *ctx.others)
-        arguments = (grad_loss, student, teacher, statistics, stored, *options)
-        if torch.is_grad_enabled():  # create_graph=True: someone may differentiate the gradient
-            grad = _RelationGradient.apply(temperature, *arguments)
-        else:
-            grad = operator("relation_backward", temperature)(*arguments)
+        inputs = ctx.saved_tensors[:4]  # student, teacher, statistics, stored
+        grad = gradient("relation", temperature, grad_loss, *inputs, *options)
         return (grad, *(None,) * (1 + len(options)))
-
-
-class _RelationGradient(torch.autograd.Function):
-    """The gradient as a function of its own, so that differentiating it again ends in a clear error, not in zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, temperature: float | Tensor, *arguments: Any) -> Tensor:
-        ctx.backend = arguments[-1]
-        return operator("relation_backward", temperature)(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            f'relation: the {ctx.backend} backend is differentiable once; for double backward use backend="reference"'
-        )
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
 def _forward(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(student, teacher, Options(*options))
+    given = Options(*options)
+    loss, statistics, stored = _allocate(student, teacher, given)
+    if loss.numel():
+        used = _used_at_temperature(student, teacher, statistics, stored, given)
+        for whole, part in zip((statistics, stored), used[:2], strict=True):
+            if len(part) < len(whole):
+                whole[len(part) :].zero_()  # every element of an operator's output is defined
+        student, teacher = promoted(student, teacher)
+        _kernels(given.backend).forward(student, teacher, loss, *used)
+    return loss, statistics, stored
 
 
 def _backward(
     grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, stored: Tensor, *options: Any
 ) -> Tensor:
-    return backward(grad_loss, student, teacher, statistics, stored, Options(*options))
+    dtype = student.dtype
+    grad_loss = grad_loss.to(statistics_dtype(student, teacher))
+    statistics, stored, given = _used_at_temperature(student, teacher, statistics, stored, Options(*options))
+    student, teacher = promoted(student, teacher)
+    grad_student = torch.empty_like(student)
+    if grad_student.numel():
+        _kernels(given.backend).backward(grad_loss, student, teacher, statistics, stored, grad_student, given)
+    return grad_student.to(dtype)
 
 
 def _forward_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return outputs(student, teacher, Options(*options))
+    return _allocate(student, teacher, Options(*options))
 
 
 def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(student)
 
 
+def _allocate(student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Return unfilled loss, statistics and stored matrices, large enough for any value of a tensor temperature."""
+    if isinstance(options.temperature, Tensor):
+        # High temperatures need no row maxima: take one temperature on each side of that limit.
+        cold, warm = (_sizes(student, teacher, options._replace(temperature=t)) for t in (0.0, float("inf")))
+        sizes = cold._replace(planes=max(cold.planes, warm.planes), stored=_larger(cold.stored, warm.stored))
+    else:
+        sizes = _sizes(student, teacher, options)
+    rows, device = student.shape[:2], student.device
+    return (
+        torch.empty(rows, dtype=statistics_dtype(student, teacher), device=device),
+        torch.empty((sizes.planes, *rows), dtype=sizes.statistics_dtype, device=device),
+        torch.empty((sizes.stored,), dtype=sizes.stored_dtype, device=device),
+    )
+
+
+def _sizes(student: Tensor, teacher: Tensor, options: Options) -> Sizes:
+    return _kernels(options.backend).sizes(student, teacher, options)
+
+
+def _larger(a: int, b: int) -> int:
+    """Return the larger of two sizes; ``max`` would specialise a traced graph to the result of the comparison."""
+    return torch.sym_max(a, b)  # type: ignore[return-value]
+
+
+def _used_at_temperature(
+    student: Tensor, teacher: Tensor, statistics: Tensor, stored: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Options]:
+    """Return the parts of statistics and stored matrices in use at the temperature's value, and options with it."""
+    if not isinstance(options.temperature, Tensor):
+        return statistics, stored, options
+    options = options._replace(temperature=number_of(options.temperature))
+    sizes = _sizes(student, teacher, options)
+    return statistics[: sizes.planes], stored[: sizes.stored], options
+
+
+def _kernels(backend: str) -> Any:
+    """Return the module that calls the backend's kernels, which fill the outputs they are given."""
+    return calls("relation", BACKENDS[backend].module)
+
+
 _OPTIONS = "str similarity, str distance, float temperature, bool negate, bool cross, str form, str backend"
 register(
     "relation_forward",
     f"(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor loss, Tensor statistics, Tensor stored)",
-    Work(_forward, _forward_fake, flops.relation_forward),
+    Implementation(_forward, _forward_fake, forward_flops),
 )
 register(
     "relation_backward",
     f"(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, Tensor stored, {_OPTIONS}) -> Tensor",
-    Work(_backward, _backward_fake, flops.relation_backward),
+    Implementation(_backward, _backward_fake, backward_flops),
 )
 
 
 def self_test(backend: str, device: torch.device) -> str | None:
-    """Run ``backend`` once on a few short rows on ``device``; return what is wrong with it, or None."""
-    wave = torch.arange(2 * 7 * 9, dtype=torch.float64).reshape(2, 7, 9)
+    """Run ``backend`` on a few short rows on ``device``; return the error found, or None."""
+    wave = torch.arange(2 * 7 * 9, dtype=torch.float64).reshape(2, 7, 9)  # (B, R, K)
     exact_student, exact_teacher = (wave.sin() * 3).requires_grad_(), wave.cos() * 2
     with torch.enable_grad():
-        exact = reference(exact_student, exact_teacher, temperature=0.5)
-        (exact_grad,) = torch.autograd.grad(exact.sum(), exact_student)
+        exact_loss = reference(exact_student, exact_teacher, temperature=0.5)
+        (exact_grad,) = torch.autograd.grad(exact_loss.sum(), exact_student)
     student, teacher = (x.detach().to(device, torch.float32) for x in (exact_student, exact_teacher))
     for form in ("streamed", "stored"):
-        options = ("cosine", "kl", 0.5, False, False, form, backend)
+        options = Options("cosine", "kl", 0.5, False, False, form, backend)
         loss, statistics, stored = _forward(student, teacher, *options)
         grad = _backward(torch.ones_like(loss), student, teacher, statistics, stored, *options)
-        for name, got, right in (("loss", loss, exact), ("gradient", grad, exact_grad)):
-            error = (got.cpu().double() - right.detach()).abs().max().item()
-            if not error < 1e-5:
-                return f"its self-test on {device} got a wrong {name} (off by {error:.1e})"
+        reason = compare({"loss": (loss, exact_loss), "gradient": (grad, exact_grad)}, device)
+        if reason is not None:
+            return reason
     return None

@@ -1,10 +1,20 @@
-"""Which form the kernels of ``relation`` take: by size, and by what the workspace holds."""
+"""Options and sizes of a ``relation`` call, and the form that its kernels take.
+
+Sizes are symbolic under torch.compile, so the native plans cannot be asked for them; tests compare these formulas with
+``csrc/cpu/relation/plan.cpp`` and ``csrc/cuda/relation/plan.cpp``.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from fastkd.ops import workspace
+import torch
+from torch import Tensor
+
+from fastkd.ops.launch import workspace_limit
+
+Shape = Sequence[int]
 
 STORED_BLOCK = 48
 """Side of the tiles of stored relation matrices, as in ``csrc/common/relation.h``."""
@@ -16,28 +26,82 @@ MAX_GRAM_WIDTH = 1024
 """Wider rows would make Gram matrices of more than 32 MiB."""
 
 ENOUGH_TILES = 264
-"""Below so many tiles of 128 rows and columns the CUDA kernels take smaller ones, as in csrc/cuda/relation/plan.h."""
+"""With fewer tiles of 128 rows and columns the CUDA kernels take smaller ones, as in ``csrc/cuda/relation/plan.h``."""
 
 FIXED_SHIFT_TEMPERATURE = 0.04
-"""From here on cosines need no maxima of their own there."""
+"""From this temperature on the CUDA kernels need no row maxima of cosines, as in ``csrc/cuda/relation/plan.h``."""
 
 _GRAM_CHUNK, _STORED_CHUNK, _STREAMED_BLOCK = 256, 256, 96  # as in csrc/cpu/relation/plan.h
 
 
+class Options(NamedTuple):
+    """The operators' options, in the order of their schemas."""
+
+    similarity: str
+    distance: str
+    temperature: float | Tensor
+    negate: bool
+    cross: bool
+    form: str  # "streamed", "stored" or, in C++, "gram"
+    backend: str
+
+
+class Sizes(NamedTuple):
+    """Sizes of the tensors that a forward saves for its backward."""
+
+    planes: int  # statistics per row
+    stored: int  # elements of the stored matrices
+    statistics_dtype: torch.dtype
+    stored_dtype: torch.dtype
+
+
+def choose_form(
+    rows: int, columns: int, width_s: int, width_t: int, dtype: torch.dtype, distance: str, keep: bool, backend: str
+) -> str:
+    """Return the form of a forward and its backward: "streamed", "stored" or, in C++, "gram"."""
+    width = max(width_s, width_t)
+    keep = keep and rows**2 * _size(dtype) <= MAX_STORED_BYTES
+    if backend != "cpu":
+        return "stored" if keep else "streamed"
+    if distance == "mse" and width <= MAX_GRAM_WIDTH and _prefers_gram(columns, width, width_s == width_t, dtype):
+        form, minimum = "gram", min_gram_bytes(width_s, width_t, dtype)
+    elif keep:
+        form, minimum = "stored", min_stored_bytes(rows, dtype)
+    else:
+        return "streamed"
+    return form if minimum <= workspace_limit() else "streamed"
+
+
+def _prefers_gram(columns: int, width: int, equal_widths: bool, dtype: torch.dtype) -> bool:
+    """Return whether Gram matrices were measured faster than tiles (docs/decisions.md).
+
+    Tiles multiply bfloat16 faster, and unequal widths of other dtypes need fp64.
+    """
+    if dtype == torch.bfloat16:
+        return columns >= 3 * width
+    return 2 * columns >= 5 * width if equal_widths else columns >= 4 * width
+
+
 def gram_side(width_s: int, width_t: int) -> int:
     """Return the side of the padded Gram matrix of both networks' columns."""
-    return _up(width_s, 16) + _up(width_t, 16)
+    return _round_up(width_s, 16) + _round_up(width_t, 16)
 
 
-def gram_double(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
-    """Whether the Gram matrices of rows of ``dtype`` are fp64, as in ``csrc/common/relation.h``."""
+def has_double_gram(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
+    """Return whether Gram matrices of rows of ``dtype`` are fp64, as in ``csrc/common/relation.h``."""
     return dtype == torch.float64 or (width_s != width_t and dtype != torch.bfloat16)
+
+
+def stored_elements_cpu(batch: int, rows: int) -> int:
+    """Return the number of elements that the C++ kernels store of the relation matrices."""
+    blocks = (rows + STORED_BLOCK - 1) // STORED_BLOCK
+    return batch * blocks * (blocks + 1) * STORED_BLOCK**2
 
 
 def stored_elements(
     batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float
 ) -> int:
-    """The numbers that the CUDA kernels keep of a sample's relation matrices, as in ``csrc/cuda/relation/plan.cpp``."""
+    """Return the number of elements that the CUDA kernels store of the relation matrices."""
     blocks = -(-rows // 128)
     maxima = distance == "kl" and not (similarity == "cosine" and temperature >= FIXED_SHIFT_TEMPERATURE)
     enough = rows > 64 and batch * (blocks * (blocks + 1) // 2) >= ENOUGH_TILES
@@ -46,51 +110,57 @@ def stored_elements(
     return batch * blocks * (blocks + 1) * side**2
 
 
-def choose_form(
-    rows: int, columns: int, width_s: int, width_t: int, dtype: torch.dtype, distance: str, keep: bool, backend: str
-) -> str:
-    """Chosen once, for the forward and the backward: "streamed", "stored" or, in C++, "gram"."""
-    width = max(width_s, width_t)
-    keep = keep and rows**2 * _size(dtype) <= MAX_STORED_BYTES
-    if backend in ("triton", "cuda"):
-        return "stored" if keep else "streamed"
-    if distance == "mse" and width <= MAX_GRAM_WIDTH and _gram_pays(columns, width, width_s == width_t, dtype):
-        form, least = "gram", _least_gram(width_s, width_t, dtype)
-    elif keep:
-        form, least = "stored", _least_stored(rows, _size(dtype))
-    else:
-        return "streamed"
-    return form if least <= workspace.limit() else "streamed"
-
-
-def _gram_pays(columns: int, width: int, equal: bool, dtype: torch.dtype) -> bool:
-    """As measured (docs/decisions.md): tiles multiply bfloat16 faster, and unequal widths of other dtypes take fp64."""
-    if dtype == torch.bfloat16:
-        return columns >= 3 * width
-    return 2 * columns >= 5 * width if equal else columns >= 4 * width
-
-
-def _least_gram(width_s: int, width_t: int, dtype: torch.dtype) -> int:
-    """The least workspace that the form does with, one thread working (``plan_gram``)."""
-    size = 8 if gram_double(width_s, width_t, dtype) else 4
-    student, side = _up(width_s, 16), gram_side(width_s, width_t)
+def min_gram_bytes(width_s: int, width_t: int, dtype: torch.dtype) -> int:
+    """Return the smallest workspace of the form "gram", with one thread (``plan_gram``)."""
+    size = 8 if has_double_gram(width_s, width_t, dtype) else 4
+    student, side = _round_up(width_s, 16), gram_side(width_s, width_t)
     chunk, block = _GRAM_CHUNK * side, _STREAMED_BLOCK * side
     forward = chunk + 2 * block
     backward = chunk + _GRAM_CHUNK * student + student * side + block + 3 * _STREAMED_BLOCK * student
     return size * max(forward, backward)
 
 
-def _least_stored(rows: int, size: int) -> int:
-    """The same (``plan_relation``)."""
-    padded = _up(rows, STORED_BLOCK)
+def min_stored_bytes(rows: int, dtype: torch.dtype) -> int:
+    """Return the smallest workspace of the form "stored", with one thread (``plan_relation``)."""
+    size, padded = _size(dtype), _round_up(rows, STORED_BLOCK)
     forward = padded * _STORED_CHUNK * size
-    backward = 2 * padded * STORED_BLOCK * size + padded**2 * size + _up(padded * 8, 64)
+    backward = 2 * padded * STORED_BLOCK * size + padded**2 * size + _round_up(padded * 8, 64)
     return 4 * STORED_BLOCK**2 * size + max(forward, backward)
+
+
+# --- FLOP (fastkd/ops/flops.py) ---------------------------------------------------------------------------------------
+
+
+def forward_flops(student: Shape, teacher: Shape, *options: Any) -> int:
+    """Return the FLOP of X Xᵀ of both networks; in the form "gram" of ZᵀZ and W G (``csrc/common/relation.h``)."""
+    given, both_widths = Options(*options), student[2] + teacher[2]
+    if given.form == "gram":
+        return 2 * 2 * student[0] * student[1] * both_widths**2
+    return 2 * _row_pairs(student, given.cross) * both_widths
+
+
+def backward_flops(
+    grad_loss: Shape, student: Shape, teacher: Shape, statistics: Shape, stored: Shape, *options: Any
+) -> int:
+    """Return the FLOP of H X_S, and of X Xᵀ of both networks if not stored; of the form "gram" those of W G.
+
+    In the form "gram" a gradient that differs between rows takes three times as many, which shapes do not show.
+    """
+    given = Options(*options)
+    if given.form == "gram":  # the student's columns of W G
+        return 2 * student[0] * student[1] * student[2] * (student[2] + teacher[2])
+    recomputed = forward_flops(student, teacher, *options) if given.form == "streamed" else 0
+    return recomputed + 2 * _row_pairs(student, given.cross) * student[2]
+
+
+def _row_pairs(student: Shape, cross: bool) -> int:
+    batch, rows = student[:2]
+    return (batch * rows) ** 2 if cross else batch * rows**2
 
 
 def _size(dtype: torch.dtype) -> int:
     return 8 if dtype == torch.float64 else 4
 
 
-def _up(count: int, multiple: int) -> int:
+def _round_up(count: int, multiple: int) -> int:
     return (count + multiple - 1) // multiple * multiple

@@ -1,0 +1,167 @@
+"""Inputs, options and sizes of a ``pixel_word`` call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.launch import statistics_dtype
+from fastkd.ops.pixel_word.reference import TERMS
+
+PIXEL_TO_WORD, WORD_TO_PIXEL, PIXEL_PIXEL, WORD_WORD = (1 << i for i in range(len(TERMS)))
+SECOND_ORDER = PIXEL_PIXEL | WORD_WORD
+
+MOST_WORDS = {"triton": 128, "cuda": 128}
+"""These backends hold all words of a pixel in registers; the kernels check the same limit."""
+
+Shape = Sequence[int]
+
+
+class Inputs(NamedTuple):
+    """The tensors of the forward operator, in the order of its schema. Without words, the pixels are the logits."""
+
+    student_pixels: Tensor  # (B, N, D_S)
+    student_words: Tensor | None  # (B, T_S, D_S)
+    teacher_pixels: Tensor  # (B, N, D_T)
+    teacher_words: Tensor | None  # (B, T_T, D_T)
+    student_word_mask: Tensor | None  # (B, T_S)
+    teacher_word_mask: Tensor | None  # (B, T_T)
+    pixel_mask: Tensor | None  # (B, N)
+
+    @property
+    def features(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Pixels and words of student and teacher."""
+        return self[:4]
+
+    @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Masks of the student's words, the teacher's words, and the pixels."""
+        return self[4:]
+
+    @property
+    def word_counts(self) -> tuple[int, int]:
+        """Numbers of words T_S and T_T."""
+        if self.student_words is None or self.teacher_words is None:
+            return self.student_pixels.shape[2], self.teacher_pixels.shape[2]
+        return self.student_words.shape[1], self.teacher_words.shape[1]
+
+
+class Saved(NamedTuple):
+    """The tensors of the backward operator after ``grad_loss``, in the order of its schema."""
+
+    student_pixels: Tensor
+    student_words: Tensor | None
+    teacher_logits: Tensor | None  # given logits; else the teacher's are in ``logits``
+    student_word_mask: Tensor | None
+    teacher_word_mask: Tensor | None
+    pixel_mask: Tensor | None
+    logits: Tensor  # (B, T_S + T_T, N); this and the next three are empty if not needed
+    norms: Tensor  # (B, N)
+    columns: Tensor  # (B, parts, T_S)
+    grams: Tensor  # (B, 3, T, T)
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors that the forward computed for the backward."""
+        return self[6:]
+
+
+class Options(NamedTuple):
+    """The operators' options, in the order of their schemas."""
+
+    cosine: bool
+    temperature: float | Tensor
+    terms: int  # bits: PIXEL_TO_WORD, ...
+
+
+def allocate(inputs: Inputs, options: Options, keep: bool, backend: str) -> tuple[Tensor, ...]:
+    """Return the unfilled loss and statistics of a forward; without ``keep`` the statistics are empty.
+
+    ``csrc/common/pixel_word.h`` defines them.
+    """
+    dtype, device = statistics_dtype(*(x for x in inputs.features if x is not None)), inputs.student_pixels.device
+    batch, pixels = inputs.student_pixels.shape[:2]
+    words = inputs.word_counts
+    most = max(words) if words[0] != words[1] else words[0]
+    # log Σ e^u of a column: in fp64 on the CPU, in two parts on a GPU.
+    parts, columns_dtype = (2, torch.float64) if backend == "cpu" else (4, dtype)
+    shapes = {
+        "logits": (batch, words[0] + words[1], pixels) if inputs.student_words is not None else None,
+        "norms": (batch, pixels) if options.cosine else None,
+        "columns": (batch, parts, words[0]) if options.terms & WORD_TO_PIXEL else None,
+        "grams": (batch, 3, most, most) if options.terms & SECOND_ORDER else None,
+    }
+    statistics = (
+        torch.empty(
+            shape if keep and shape is not None else (0,),
+            dtype=columns_dtype if name == "columns" else dtype,
+            device=device,
+        )
+        for name, shape in shapes.items()
+    )
+    return torch.empty((batch, len(TERMS)), dtype=dtype, device=device), *statistics
+
+
+def convert(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Return pixels and words in dtypes and a layout that ``backend`` takes, for arithmetic in ``dtype``."""
+    if dtype == torch.float64:
+        pixels = pixels.to(dtype)
+    if words is not None and backend == "cuda":  # one dtype for both
+        common = torch.promote_types(pixels.dtype, words.dtype)
+        pixels, words = pixels.to(common), words.to(common)
+    elif words is not None and backend == "cpu":
+        words = words.to(dtype)
+    return rows_or_maps(pixels), words
+
+
+def rows_or_maps(x: Tensor) -> Tensor:
+    """Return (B, N, D) with stride 1 along D (rows of features) or N (maps); copy any other layout."""
+    return x if x.stride(2) == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def gradient_like(x: Tensor | None, like: Tensor) -> Tensor:
+    """Return an unfilled dense gradient in the layout of ``x``; an empty tensor if ``x`` is None."""
+    if x is None:
+        return torch.empty(0, dtype=like.dtype, device=like.device)
+    grad = torch.empty_like(x)
+    if grad.stride(2) == x.stride(2) == 1 or grad.stride(1) == x.stride(1) == 1:
+        return grad
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def scale_of(width: int, temperature: float, cosine: bool) -> float:
+    """Return the factor of dot products, of cosines, or of given logits (``width`` 0)."""
+    return 1 / (temperature * (1 if cosine or width == 0 else width**0.5))
+
+
+# --- FLOP (fastkd/ops/flops.py) ---------------------------------------------------------------------------------------
+
+
+def forward_flops(*arguments: Any) -> int:
+    """Return the FLOP of both networks' logits V Lᵀ, unless given, and of the second order AᵀA, DᵀA and DᵀD."""
+    student_pixels, student_words, teacher_pixels, teacher_words = arguments[:4]  # shapes of Inputs
+    terms = Options(*arguments[7:10]).terms
+    pixels = student_pixels[0] * student_pixels[1]
+    total = 0
+    if student_words is None or teacher_words is None:
+        words = max(student_pixels[2], teacher_pixels[2])
+    else:
+        words = max(student_words[1], teacher_words[1])
+        total += 2 * pixels * (student_words[1] * student_pixels[2] + teacher_words[1] * teacher_pixels[2])
+    return total + (3 * 2 * pixels * words**2 if terms & SECOND_ORDER else 0)
+
+
+def backward_flops(grad_loss: Shape, *arguments: Any) -> int:
+    """Return the FLOP of A X and, of "pixel_pixel", D Z; and of the gradients dM L and dMᵀ V that are needed."""
+    student_pixels, student_words, grams = arguments[0], arguments[1], arguments[9]  # shapes of Saved
+    terms = Options(*arguments[11:14]).terms
+    for_pixels, for_words = arguments[14:16]
+    pixels, total = student_pixels[0] * student_pixels[1], 0
+    if terms & SECOND_ORDER:
+        total += (2 if terms & PIXEL_PIXEL else 1) * 2 * pixels * grams[-1] ** 2
+    if student_words is not None:
+        total += (for_pixels + for_words) * 2 * pixels * student_words[1] * student_pixels[2]
+    return total

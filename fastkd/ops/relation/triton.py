@@ -1,0 +1,47 @@
+"""Call the Triton kernels of ``relation``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import Tensor
+
+from fastkd.ops.launch import check_workspace, statistics_dtype
+from fastkd.ops.relation.plan import Options, Sizes
+
+
+def sizes(student: Tensor, teacher: Tensor, options: Options) -> Sizes:
+    """Return the sizes of statistics and stored matrices."""
+    batch, rows = student.shape[:2]
+    plan, dtype = _kernels("plan"), statistics_dtype(student, teacher)
+    others = batch if options.cross else 1
+    planes = plan.statistics_planes(options.similarity, options.distance, options.temperature, others)
+    stored = plan.stored_elements(batch, rows) if options.form == "stored" else 0
+    return Sizes(planes, stored, dtype, dtype)
+
+
+def forward(
+    student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, stored: Tensor, options: Options
+) -> None:
+    """Fill ``loss``, ``statistics`` and ``stored``."""
+    _kernels("forward").forward(student, teacher, loss, statistics, stored, options, check_workspace)
+
+
+def backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+    stored: Tensor,
+    grad_student: Tensor,
+    options: Options,
+) -> None:
+    """Fill ``grad_student``."""
+    _kernels("backward").backward(
+        grad_loss, student, teacher, statistics, stored, grad_student, options, check_workspace
+    )
+
+
+def _kernels(name: str) -> Any:
+    return importlib.import_module(f"fastkd.kernels.relation.{name}")
