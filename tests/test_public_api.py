@@ -1,0 +1,311 @@
+"""The public API: names, arguments, their order and their defaults, written out as users rely on them.
+
+A failure means that a release would break callers. Add a name or an argument here when you add it to the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+SIGNATURES: dict[str, dict[str, str]] = {
+    "fastkd": {
+        "BackendUnavailable": "exception",
+        "Distiller": (
+            "(student, teacher, task_loss, terms=(), *, inputs=('image', 'input_ids', 'word_mask'), "
+            "student_taps=None, teacher_taps=None)"
+        ),
+        "Distiller.teacher": "property",
+        "Distiller.weights": "property",
+        "Distiller.set_weights": "(self, weights)",
+        "Distiller.forward": "(self, batch)",
+        "Distiller.model_inputs": "(self, batch)",
+        "Distiller.run_teacher": "(self, batch)",
+        "Distiller.check": "(self, batch)",
+        "Distiller.gradient_shares": "(self, batch)",
+        "Distiller.balance": "(self, batch, shares)",
+        "FastKDWarning": "exception",
+        "Taps": "(model, paths)",
+        "Taps.clear": "(self)",
+        "Taps.close": "(self)",
+        "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory)",
+        "data": "module",
+        "distill": "module",
+        "evaluate": "module",
+        "info": "()",
+        "losses": "module",
+        "models": "module",
+        "report": "module",
+        "train": "module",
+    },
+    "fastkd.losses": {
+        "ChannelDistributionKD": (
+            "(*, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, reduction='mean', "
+            "backend='auto', student_channels=None, teacher_channels=None)"
+        ),
+        "ChannelDistributionKD.forward": "(self, student, teacher, *, weight=None)",
+        "ChannelKD": (
+            "(*, similarity='cosine', distance='kl', temperature=0.1, negate=False, centered=False, "
+            "weight=None, patches=1, across_batch=False, reduction='mean', backend='auto', "
+            "student_channels=None, teacher_channels=None)"
+        ),
+        "ChannelKD.forward": "(self, student, teacher, *, weight=None)",
+        "CrossModalKD": (
+            "(*, similarity='scaled_dot', temperature=1.0, terms=None, reduction='mean', "
+            "return_terms=False, backend='auto')"
+        ),
+        "CrossModalKD.forward": (
+            "(self, student_pixels, student_words, teacher_pixels, teacher_words, *, word_mask=None, pixel_mask=None)"
+        ),
+        "DEFAULT_TERMS": "mappingproxy",
+        "LogitKD": "(*, temperature=1.0, class_dim=1, ignore_index=-100, reduction='mean', backend='auto')",
+        "LogitKD.forward": "(self, student_logits, teacher_logits, *, pixel_mask=None, labels=None)",
+        "PixelRelationKD": (
+            "(*, similarity='cosine', distance='kl', temperature=0.1, cross_image=False, weight=None, "
+            "reduction='mean', backend='auto')"
+        ),
+        "PixelRelationKD.forward": "(self, student, teacher, *, weight=None)",
+        "channel_distribution_kd": (
+            "(student, teacher, *, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, "
+            "reduction='mean', backend='auto')"
+        ),
+        "channel_kd": (
+            "(student, teacher, *, similarity='cosine', distance='kl', temperature=0.1, negate=False, "
+            "centered=False, weight=None, patches=1, across_batch=False, reduction='mean', backend='auto')"
+        ),
+        "cross_modal_kd": (
+            "(student_pixels, student_words, teacher_pixels, teacher_words, *, word_mask=None, "
+            "pixel_mask=None, similarity='scaled_dot', temperature=1.0, terms=None, reduction='mean', "
+            "return_terms=False, backend='auto')"
+        ),
+        "cross_modal_kd_from_logits": (
+            "(student_logits, teacher_logits, *, word_mask=None, pixel_mask=None, temperature=1.0, "
+            "terms=None, reduction='mean', return_terms=False, backend='auto')"
+        ),
+        "logit_kd": (
+            "(student_logits, teacher_logits, *, temperature=1.0, class_dim=1, pixel_mask=None, "
+            "labels=None, ignore_index=-100, reduction='mean', backend='auto')"
+        ),
+        "pixel_relation_kd": (
+            "(student, teacher, *, similarity='cosine', distance='kl', temperature=0.1, cross_image=False, "
+            "weight=None, reduction='mean', backend='auto')"
+        ),
+    },
+    "fastkd.data": {
+        "Ref": "(ref_id, ann_id, image_id, category_id, split, sentences)",
+        "RefCOCO": (
+            "(root, name='refcoco', split_by='unc', split='train', *, image_root=None, mask_rule='union', "
+            "sentence_field='sent', skip_unusable=False, check_counts=False)"
+        ),
+        "RefCOCO.sentence_count": "property",
+        "RefCOCO.ref": "(self, ref_id)",
+        "RefCOCO.image_path": "(self, image_id)",
+        "RefCOCO.image_size": "(self, image_id)",
+        "RefCOCO.image": "(self, image_id)",
+        "RefCOCO.mask": "(self, ref_id)",
+        "ReferDataset": (
+            "(refcoco, tokenizer, image_size=480, max_words=20, sentences='random', seed=0, cache=False, "
+            "teacher_tokenizer=None, teacher_max_words=None, image_mean=(0.485, 0.456, 0.406), "
+            "image_std=(0.229, 0.224, 0.225))"
+        ),
+        "ReferDataset.epoch": "property",
+        "ReferDataset.set_epoch": "(self, epoch)",
+        "ReferDataset.fill_cache": "(self)",
+        "Sentence": "(sent_id, text)",
+        "Tokenizer": "(inner, name, keep_end=False)",
+        "Tokenizer.vocab_size": "property",
+        "Tokenizer.lower_case": "property",
+        "Tokenizer.save": "(self, folder)",
+        "Tokenizer.to_json": "(self)",
+        "Tokenizer.from_json": "(cls, text, name)",
+        "Tokenizer.pieces": "(self)",
+        "collate": "(samples)",
+        "load_tokenizer": "(source='shapes', *, keep_end=False, lower_case=None)",
+        "make_shapes": "(root, *, images=5000, image_size=128, seed=0, overwrite=False, progress=None)",
+        "shapes": "module",
+    },
+    "fastkd.models": {
+        "CLIPSegTeacher": "(network, config)",
+        "CLIPSegTeacher.from_pretrained": "(cls, path, *, map_location='cpu', **options)",
+        "CLIPSegTeacher.vocab_size": "property",
+        "CLIPSegTeacher.forward": "(self, image, input_ids, word_mask=None)",
+        "CLIPSegTeacher.parameter_count": "(self)",
+        "LAVT": "(config)",
+        "LAVT.forward": "(self, image, input_ids=None, word_mask=None, words=None)",
+        "LAVT.from_state_dict": (
+            "(cls, state_dict, fusion_heads=(1, 1, 1, 1), *, bert_state_dict=None, text_heads=None, "
+            "source='state_dict', **rest)"
+        ),
+        "LAVT.from_pretrained": "(cls, path, *, map_location='cpu')",
+        "LAVT.vocab_size": "property",
+        "LAVT.parameter_count": "(self)",
+        "LAVTConfig": (
+            "(embed, depths, heads, window, fusion_heads=(1, 1, 1, 1), word_width=768, hidden=512, "
+            "text=None, image_size=480, max_words=20, tokenizer=None)"
+        ),
+        "LAVTConfig.widths": "property",
+        "LAVTConfig.to_dict": "(self)",
+        "LAVTConfig.from_dict": "(cls, values)",
+        "LAVTConfig.from_state_dict": "(cls, state, fusion_heads, *, text_heads=None, **rest)",
+        "RISConfig": (
+            "(backbone='resnet18', backbone_args=factory, out_indices=(1, 2, 3, 4), text_model='bert', "
+            "text=factory, fusion_heads=1, coordinates=True, decoder_width=128, decoder_hidden=None, "
+            "image_size=480, max_words=20, tokenizer=None, image_mean=None, image_std=None)"
+        ),
+        "RISConfig.heads": "property",
+        "RISConfig.to_dict": "(self)",
+        "RISConfig.from_dict": "(cls, values)",
+        "RISModel": "(config, *, backbone_weights=None, text_weights=None)",
+        "RISModel.forward": "(self, image, input_ids=None, word_mask=None, words=None)",
+        "RISModel.parameter_count": "(self)",
+        "RISModel.from_pretrained": "(cls, pretrained_model_name_or_path, **kwargs)",
+        "RISOutput": "(logits, decoder, decoder_features, stages, words, pixel_word_logits, word_mask)",
+        "SAM3Teacher": "(network, config, masks='best')",
+        "SAM3Teacher.from_pretrained": "(cls, path, *, map_location='cpu', **options)",
+        "SAM3Teacher.vocab_size": "property",
+        "SAM3Teacher.forward": "(self, image, input_ids, word_mask=None)",
+        "SAM3Teacher.parameter_count": "(self)",
+        "TextPromptedTeacher": "(network, config)",
+        "TextPromptedTeacher.from_pretrained": "(cls, path, *, map_location='cpu', **options)",
+        "TextPromptedTeacher.vocab_size": "property",
+        "TextPromptedTeacher.forward": "(self, image, input_ids, word_mask=None)",
+        "TextPromptedTeacher.parameter_count": "(self)",
+        "list_presets": "()",
+        "preset": "(name)",
+    },
+    "fastkd.evaluate": {
+        "EvalResult": (
+            "(metrics, protocol, dataset, split, sentences, refs, resolution, decision, threshold, "
+            "precision, seconds, sample_iou, ref_ids=factory, sent_ids=factory)"
+        ),
+        "EvalResult.miou": "property",
+        "EvalResult.oiou": "property",
+        "EvalResult.to_dict": "(self)",
+        "PROTOCOLS": "dict",
+        "Prediction": "(sentence, image, mask, probability, score)",
+        "Prediction.share": "property",
+        "Protocol": "(name, resolution, decision='argmax', threshold='IoU >= X')",
+        "RISMetrics": "(**kwargs)",
+        "RISMetrics.update": "(self, prediction, truth)",
+        "RISMetrics.compute": "(self)",
+        "RISMetrics.sample_iou": "(self)",
+        "evaluate": (
+            "(model, dataset, *, batch_size=32, protocol='lavt', device=None, precision='fp32', workers=0, "
+            "collate=None, channels_last=False)"
+        ),
+        "predict": "(model, image, sentence, tokenizer=None)",
+        "tokenizer_of": "(model, folder=None)",
+    },
+    "fastkd.train": {
+        "DistillOutput": "(loss, task, terms, student, teacher)",
+        "Distiller": (
+            "(student, teacher, task_loss, terms=(), *, inputs=('image', 'input_ids', 'word_mask'), "
+            "student_taps=None, teacher_taps=None)"
+        ),
+        "Distiller.teacher": "property",
+        "Distiller.weights": "property",
+        "Distiller.set_weights": "(self, weights)",
+        "Distiller.forward": "(self, batch)",
+        "Distiller.model_inputs": "(self, batch)",
+        "Distiller.run_teacher": "(self, batch)",
+        "Distiller.check": "(self, batch)",
+        "Distiller.gradient_shares": "(self, batch)",
+        "Distiller.balance": "(self, batch, shares)",
+        "GradientReport": "(values, norms, weights)",
+        "GradientReport.shares": "property",
+        "Taps": "(model, paths)",
+        "Taps.clear": "(self)",
+        "Taps.close": "(self)",
+        "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory)",
+        "TrainConfig": (
+            "(*, steps=1000, batch_size=16, accumulate=1, lr=0.0005, weight_decay=0.01, warmup=0, "
+            "power=0.9, grad_clip=1.0, seed=0, device='auto', precision='auto', channels_last=False, "
+            "workers=0, threads=None, eval_every=None, eval_batch_size=32, log_every=20, max_seconds=None, "
+            "find_unused_parameters=False, check=True)"
+        ),
+        "TrainResult": (
+            "(steps=0, seconds=0.0, eval_seconds=0.0, samples_per_second=0.0, stopped='steps', "
+            "history=factory, evaluations=factory, out_dir=None)"
+        ),
+        "TrainResult.best": "property",
+        "TrainResult.last": "property",
+        "segmentation_loss": "(output, batch, *, class_weights=(0.9, 1.1), dice_weight=1.0)",
+        "train": (
+            "(model, train_dataset, config=None, *, val_dataset=None, out_dir=None, "
+            "task_loss=segmentation_loss, collate=None, title='train', progress=True, overwrite=False)"
+        ),
+    },
+    "fastkd.report": {
+        "CurveSeries": "(run, quantity, steps, values, seconds=None, phase='train')",
+        "Example": "(image, truth, predictions, sentence, ious=None)",
+        "Example.from_sample": (
+            "(cls, sample, predictions, ious=None, *, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, "
+            "0.224, 0.225))"
+        ),
+        "ResultRow": "(name, parameters=None, metrics=factory, steps=None, train_seconds=None, note='', baseline=None)",
+        "console_table": "(rows, *, title='Results (%)', console=None)",
+        "curves_from_log": "(path, *, run=None, metrics=('mIoU',))",
+        "save_overlay": "(image, mask, path, *, colour=(230, 126, 0), longest=None)",
+        "write_report": "(path, *, title, rows, curves=(), examples=(), notes=None, environment=None)",
+    },
+}
+
+
+def signature(function: Any) -> str:
+    """Return names, order, kinds and defaults of the arguments, without annotations."""
+    found = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
+    text = str(found.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+    return re.sub(r"<function (\w+) at 0x\w+>", r"\1", text).replace("<factory>", "factory")
+
+
+def described(value: Any) -> str:
+    """Return a signature, or the kind of a name that is not called."""
+    if isinstance(value, property):
+        return "property"
+    if inspect.ismodule(value):
+        return "module"
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return "exception"
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return signature(value)
+    return type(value).__name__
+
+
+def attribute(package: Any, path: str) -> Any:
+    """Return a name of the package, or a method without binding: ``self`` and ``cls`` are part of the table."""
+    name, _, method = path.partition(".")
+    value = getattr(package, name)
+    if not method:
+        return value
+    found = inspect.getattr_static(value, method)
+    return found.__func__ if isinstance(found, classmethod | staticmethod) else found
+
+
+@pytest.mark.parametrize("package", SIGNATURES)
+def test_signatures_are_unchanged(package: str) -> None:
+    module = importlib.import_module(package)
+    expected = SIGNATURES[package]
+    assert {name: described(attribute(module, name)) for name in expected} == expected
+
+
+@pytest.mark.parametrize("package", SIGNATURES)
+def test_every_public_name_is_in_the_table(package: str) -> None:
+    names = set(importlib.import_module(package).__all__) - {"__version__"}
+    assert names == {name for name in SIGNATURES[package] if "." not in name}
+
+
+def test_default_terms_are_unchanged() -> None:
+    losses = importlib.import_module("fastkd.losses")
+    expected = {"pixel_to_word": 1.0, "word_to_pixel": 1.0, "pixel_pixel": 3.0, "word_word": 3.0}
+    assert dict(losses.DEFAULT_TERMS) == expected
+
+
+def test_keys_of_info_are_unchanged() -> None:
+    found = importlib.import_module("fastkd").info()
+    assert list(found) == ["package", "hides", "versions", "devices", "backends", "build", "environment", "optional"]
+    assert {tuple(row) for row in found["backends"].values()} == {("in_use", "why_not")}
