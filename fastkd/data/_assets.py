@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-SHAPES_VOCABULARY = Path(__file__).parent / "assets" / "shapes_vocab.txt"
+SHAPES_VOCABULARY_FILE = Path(__file__).parent / "assets" / "shapes_vocab.txt"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 _EXIT_TIMEOUT = 1.0  # seconds to wait for a worker's exit status after its connection broke
 
 
-class WorkerEnded(RuntimeError):
+class WorkerExited(RuntimeError):
     """A data-loading worker process exited unexpectedly.
 
     Attributes:
@@ -39,7 +39,7 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
 
     Raises:
         ValueError: Samples cannot be stacked.
-        WorkerEnded: A worker was killed or exited with an error status.
+        WorkerExited: A worker was killed or exited with an error status.
     """
     with _on_cpu():
         iterator = iter(loader)
@@ -76,7 +76,7 @@ def _explain(error: Exception, iterator: Any) -> Exception:
     workers = getattr(iterator, "_workers", [])
     if workers and (isinstance(error, OSError | EOFError) or "DataLoader worker" in text):
         code = _exit_code(workers)
-        return error if code is None else WorkerEnded(code, len(workers))
+        return error if code is None else WorkerExited(code, len(workers))
     return error
 
 

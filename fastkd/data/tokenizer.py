@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkd.data._assets import SHAPES_VOCABULARY
+from fastkd.data._assets import SHAPES_VOCABULARY_FILE
 from fastkd.errors import FastKDWarning
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -183,7 +183,7 @@ def load_tokenizer(
             that defines its own casing, or a file can't be read.
     """
     if source == "shapes":
-        return _from_vocabulary(SHAPES_VOCABULARY, "shapes", keep_end, lower_case)
+        return _from_vocabulary(SHAPES_VOCABULARY_FILE, "shapes", keep_end, lower_case)
     path = Path(source)
     vocabulary = path / "vocab.txt" if path.is_dir() else path
     if path.is_dir() and has_tokenizer(path) and not _has_only_vocabulary(path):

@@ -320,7 +320,7 @@ def _facts(
             "vocab_size": tokenizer.vocab_size if tokenizer is not None else model.text_encoder.vocab_size,
             "max_words": words,
             "pad_id": model.text_encoder.pad_id,
-            "form": "[CLS] pieces [SEP], cut to max_words, padded with pad_id",
+            "form": "[CLS] pieces [SEP], truncated to max_words, padded with pad_id",
         },
         "parameters": parameters,
         "difference_from_torch": {

@@ -37,16 +37,16 @@ def load(path: Path) -> Any:
         raise FileNotFoundError(f"no checkpoint at {path}")
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, about pickle protocols other than torch.save's
-        if foreign := _foreign_objects(path):
-            raise _refusal(path, foreign)
+        if disallowed := _disallowed_names(path):
+            raise _refusal(path, disallowed)
         # torch cannot memory-map a file whose name is not decodable in the locale (lone surrogates encode its bytes).
         decodable = not any("\ud800" <= character <= "\udfff" for character in str(path))
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=decodable and zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:  # not shown: torch's message suggests running the code
             names, protocol = referenced_names(path)
-            if foreign := [name for name in names if not is_allowed(name)]:
-                raise _refusal(path, foreign) from None
+            if disallowed := [name for name in names if not is_allowed(name)]:
+                raise _refusal(path, disallowed) from None
             if protocol > 2:
                 raise ValueError(
                     f"{path} was pickled with protocol {protocol}, but torch's safe loader reads only protocol 2, "
@@ -117,7 +117,7 @@ def _operations(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         return
 
 
-def _foreign_objects(path: Path) -> list[str]:
+def _disallowed_names(path: Path) -> list[str]:
     """Return disallowed classes and functions in a pickle, without running it."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))

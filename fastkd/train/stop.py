@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from fastkd.data._loading import WorkerEnded
+from fastkd.data._loading import WorkerExited
 from fastkd.errors import Terminated
 
 _PATIENCE = 2.0  # seconds between a loading process that was sent SIGTERM and this one, in one group
@@ -51,7 +51,7 @@ class Termination:
             return error
         if (child := getattr(signal, "SIGCHLD", None)) is not None and child not in self._before:
             self._replace(child, signal.SIG_DFL)  # torch's handler raises when a loading process was killed
-        if isinstance(error, WorkerEnded) and error.exitcode == -signal.SIGTERM:
+        if isinstance(error, WorkerExited) and error.exitcode == -signal.SIGTERM:
             until = time.monotonic() + _PATIENCE
             while not self.received and time.monotonic() < until:
                 time.sleep(0.02)

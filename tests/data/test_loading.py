@@ -15,7 +15,7 @@ pytest.importorskip("timm", reason="needs the [ris] extra")
 
 from fastkd.cli import main
 from fastkd.data import collate
-from fastkd.data._loading import WorkerEnded, batches
+from fastkd.data._loading import WorkerExited, batches
 
 
 class Broken(Dataset[Any]):
@@ -84,7 +84,7 @@ class TestWorkers:
 
     def test_reports_a_killed_worker(self) -> None:
         with pytest.raises(
-            WorkerEnded, match=r"was killed by SIGKILL, most often because memory ran out: lower workers=1 "
+            WorkerExited, match=r"was killed by SIGKILL, most often because memory ran out: lower workers=1 "
         ):
             read(lambda: os.kill(os.getpid(), signal.SIGKILL))
 

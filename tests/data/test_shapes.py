@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from fastkd.data import RefCOCO, load_tokenizer, make_shapes
-from fastkd.data._assets import SHAPES_VOCABULARY
+from fastkd.data._assets import SHAPES_VOCABULARY_FILE
 from fastkd.data.masks import rasterise
 from fastkd.data.shapes import KIND_SHARES, language, scene, sentence_kinds, vocab, write
 from fastkd.data.shapes.contours import mask_polygons
@@ -235,7 +235,9 @@ def test_sentences_use_the_declared_words(refs: list[dict]) -> None:
 
 
 def test_shipped_vocabulary_matches_the_language() -> None:
-    assert SHAPES_VOCABULARY.read_text().splitlines() == vocab.vocabulary(), "run: python -m fastkd.data.shapes.vocab"
+    assert SHAPES_VOCABULARY_FILE.read_text().splitlines() == vocab.vocabulary(), (
+        "run: python -m fastkd.data.shapes.vocab"
+    )
     assert vocab.vocabulary()[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert len(set(vocab.vocabulary())) == len(vocab.vocabulary())
     tokenizer = load_tokenizer("shapes")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from train_tools import Scenes, read_log, run, toy
 
 from fastkd.cli import main
-from fastkd.data._loading import WorkerEnded
+from fastkd.data._loading import WorkerExited
 from fastkd.errors import Terminated
 from fastkd.train.stop import Termination
 
@@ -79,7 +79,7 @@ def test_in_another_thread_no_handler_is_set() -> None:
 def test_a_loading_process_that_was_ended_first() -> None:
     """Where a whole group is sent SIGTERM, torch may notice the end of a worker before this process its own signal."""
     before = signal.getsignal(signal.SIGCHLD)
-    lost = WorkerEnded(-signal.SIGTERM, 1)
+    lost = WorkerExited(-signal.SIGTERM, 1)
     with Termination() as stop:
         threading.Timer(0.1, terminate).start()
         assert isinstance(stop.settle(lost), Terminated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import ascii_lowercase, digits
 
-from fastkd.data._assets import SHAPES_VOCABULARY
+from fastkd.data._assets import SHAPES_VOCABULARY_FILE
 from fastkd.data.shapes.language import words
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -21,5 +21,5 @@ def vocabulary() -> list[str]:
 
 
 if __name__ == "__main__":
-    SHAPES_VOCABULARY.write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
-    print(f"{SHAPES_VOCABULARY}: {len(vocabulary())} pieces")
+    SHAPES_VOCABULARY_FILE.write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+    print(f"{SHAPES_VOCABULARY_FILE}: {len(vocabulary())} pieces")
