@@ -1,17 +1,17 @@
-"""Keep a vision transformer's patch features consistent during long training: Gram anchoring.
+"""Gram anchoring: keep a vision transformer's patch features consistent during long training.
 
-DINOv3 (Siméoni et al., 2025, arXiv 2508.10104) found that training for long improves the class token while the patch
-features lose their spatial structure. Its remedy compares the similarities between patches, X Xᵀ of features with
-norm 1, with those of an earlier checkpoint of the same network, the Gram teacher:
+DINOv3 (Siméoni et al., 2025, arXiv 2508.10104) found that long training improves the class token while patch features
+lose their spatial structure. Its remedy compares the similarities between patches, X Xᵀ of unit-norm features, with
+those of an earlier checkpoint of the same network, the Gram teacher:
 
     pixel_relation_kd(student_patches, gram_teacher_patches, distance="mse")
 
-per image; with ``cross_image=True``, as here, every patch of the batch is compared with every other one. The features
-themselves may move, as long as their similarities stay. No matrix of patches × patches is stored.
+within each image; with ``cross_image=True``, as here, between all patches of the batch. The features themselves may
+change as long as their similarities stay. No matrix of patches × patches is stored.
 
-Here a tiny transformer goes on with a task of its class token alone, once without and once with the anchor, and the
-drift of its patch similarities is printed. For your own model: pass the normalised patch tokens without class and
-register tokens, as (B, C, N); refresh the Gram teacher from time to time.
+Here a tiny transformer continues training on a task of its class token, without and with the anchor, and prints the
+drift of its patch similarities. For your own model: pass the patch tokens after the final norm, without class and
+register tokens, as (B, C, N), and replace the Gram teacher by a newer checkpoint from time to time.
 
     python examples/gram_anchoring.py
 """
@@ -50,7 +50,7 @@ class TinyViT(nn.Module):
 
 
 def train(checkpoint: TinyViT, steps: int, weight: float) -> float:
-    """Continue from a checkpoint with the anchor at this weight and return how far patch similarities have drifted."""
+    """Continue from a checkpoint with the anchor at this weight; return the drift of patch similarities."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gram_teacher = copy.deepcopy(checkpoint).to(device).eval().requires_grad_(False)
@@ -64,7 +64,7 @@ def train(checkpoint: TinyViT, steps: int, weight: float) -> float:
             _, anchor = gram_teacher(images)
         task = F.cross_entropy(logits, labels)
         gram = pixel_relation_kd(patches, anchor, distance="mse", cross_image=True)
-        if step == steps:  # measured only
+        if step == steps:  # after the last update: measure only
             break
         optimizer.zero_grad()
         (task + weight * gram).backward()

@@ -1,12 +1,12 @@
-"""Distil between models that you cannot change: `Taps` catch features by module path, `Distiller` adds the losses.
+"""Distil between models that you cannot change: `Taps` read features by module path, `Distiller` adds the losses.
 
-A torchvision MobileNetV3 learns from a ResNet. Neither returns its inner features; taps read them. Their widths differ
-(48 and 256 channels), so the channel-wise term owns a 1×1 aligner, which trains with the student and never becomes part
-of it. Needs ``pip install 'fastkd[ris]'`` (for torchvision); the weights are random.
+A torchvision MobileNetV3 learns from a ResNet. Neither returns intermediate features; taps read them. Their widths
+differ (48 and 256 channels), so the channel-wise term owns a 1×1 aligner, which trains with the student without
+becoming part of it. Needs ``pip install 'fastkd[ris]'`` (for torchvision); the weights are random.
 
 For your own models: list the module paths with ``model.named_modules()``, print the taps' shapes once, and choose
-modules whose maps have one height and width. ``inputs`` names the keys of the batch that both models take as keyword
-arguments; a term's selectors are tap names, paths in the output, or functions of the output.
+modules whose maps have the same height and width. ``inputs`` names the keys of the batch to pass to both models as
+keyword arguments; a term selects tap names, paths in the output, or functions of the output.
 
     python examples/hooks_on_any_model.py
 """
@@ -28,7 +28,7 @@ STUDENT_PATH, TEACHER_PATH = "features.8", "layer3"  # both at 1/16 of the image
 
 
 def task_loss(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the loss of the task itself."""
+    """Return the classification loss."""
     return F.cross_entropy(output, batch["label"])
 
 
@@ -39,7 +39,7 @@ def main(steps: int = 10) -> tuple[fastkd.Distiller, list[float]]:
     student = mobilenet_v3_small(weights=None, num_classes=CLASSES)
     batch = {"x": torch.rand(8, 3, 96, 96), "label": torch.randint(CLASSES, (8,))}
 
-    with torch.no_grad(), fastkd.Taps(teacher, {"map": TEACHER_PATH}) as taps:  # how to look at a feature
+    with torch.no_grad(), fastkd.Taps(teacher, {"map": TEACHER_PATH}) as taps:  # read a feature once
         teacher(batch["x"])
         width = taps["map"].shape[1]
         print(f"teacher's {TEACHER_PATH}: {tuple(taps['map'].shape)}")
@@ -61,8 +61,8 @@ def main(steps: int = 10) -> tuple[fastkd.Distiller, list[float]]:
         student_taps={"map": STUDENT_PATH},
         teacher_taps={"map": TEACHER_PATH},
     )
-    print(distiller.check(batch))  # refuses what would fail silently, and shows what each term weighs
-    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)  # the student's, and the aligner's
+    print(distiller.check(batch))  # finds silent mistakes, shows each term's gradient norm
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)  # of the student and of the aligner
     history = []
     for step in range(steps):
         out = distiller(batch)

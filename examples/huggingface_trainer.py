@@ -1,11 +1,11 @@
-"""Distil under Hugging Face's `transformers.Trainer`: override compute_loss, keep everything else.
+"""Distil under Hugging Face's `transformers.Trainer` by overriding compute_loss.
 
-A tiny SegFormer learns from a wider one on random images. Both are made from a configuration: nothing is downloaded.
+A tiny SegFormer learns from a wider one on random images. Both have random weights; nothing is downloaded.
 Needs ``pip install 'fastkd[ris]'``.
 
-For your own models: replace the two models by ``from_pretrained`` and `RandomImages` by your data set. `logit_kd` wants
-the same classes and size on both sides; `pixel_relation_kd` takes feature maps of different widths. Trainer optimises
-``model.parameters()`` alone: make a loss module that owns an aligner a submodule of the student.
+For your own models: replace the two models by ``from_pretrained`` and `RandomImages` by your data set. `logit_kd` needs
+the same classes and size on both sides; `pixel_relation_kd` accepts feature maps of different widths. Trainer optimises
+only ``model.parameters()``: if a loss module owns an aligner, make it a submodule of the student.
 
     python examples/huggingface_trainer.py
 """
@@ -45,7 +45,7 @@ class DistillationTrainer(Trainer):
 
 
 class RandomImages(Dataset):
-    """Random images; a pixel's label is the quarter of the image that it lies in."""
+    """Random images; the label of a pixel is its quadrant of the image."""
 
     def __len__(self) -> int:
         return 64

@@ -1,11 +1,12 @@
 """Add fused distillation losses to an ordinary PyTorch training loop.
 
 Two small convolutional networks segment random images. The student learns from the labels and from the teacher's last
-feature map: how its channels relate (`channel_kd`) and where each of them is active (`channel_distribution_kd`).
+feature map: the relations between its channels (`channel_kd`) and where each channel is active
+(`channel_distribution_kd`).
 
-For your own models: return (or catch, see hooks_on_any_model.py) a feature map (B, C, H, W) from both networks. Both
-losses need the same C on both sides; their module forms, `ChannelKD` and `ChannelDistributionKD`, own a 1×1 aligner
-for widths that differ. Choose the weights so that each term's gradient is a fraction of the task's.
+For your own models: return a feature map (B, C, H, W) from both networks, or read it with taps
+(hooks_on_any_model.py). Both losses need the same C on both sides; if widths differ, their module forms `ChannelKD` and
+`ChannelDistributionKD` own a 1×1 aligner. Choose weights that keep each term's gradient a fraction of the task's.
 
     python examples/loss_in_a_loop.py
 """
@@ -23,7 +24,7 @@ CHANNEL_WEIGHT, DISTRIBUTION_WEIGHT = 0.5, 2.0
 
 
 class SegmentationNet(nn.Module):
-    """Return the logits and the feature map that they are computed from."""
+    """Small network that returns its logits and its last feature map."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -48,12 +49,12 @@ def main(steps: int = 50) -> list[float]:
     student = SegmentationNet(hidden=8).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     images = F.interpolate(torch.rand(8, 3, 4, 4, device=device), size=32)  # patches of random colours
-    labels = images[:, :, ::2, ::2].argmax(1)  # (B, H/2, W/2): the strongest of red, green and blue
+    labels = images[:, :, ::2, ::2].argmax(1)  # (B, H/2, W/2): index of the strongest colour channel
 
     history = []
     for step in range(steps):
         logits, features = student(images)
-        with torch.no_grad():  # the teacher is a constant: no graph, and half the memory
+        with torch.no_grad():  # the teacher is a constant; its graph would cost memory
             _, teacher_features = teacher(images)
         task = F.cross_entropy(logits, labels)
         relation = channel_kd(features, teacher_features)

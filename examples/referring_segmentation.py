@@ -1,8 +1,8 @@
 """Distil a referring-image-segmentation student end to end: data, training, evaluation, prediction.
 
-Makes a small procedural set in RefCOCO's layout, distils a student of 0.29 M parameters from the shipped teacher for a
-few steps, evaluates both on the validation split, and segments one sentence. A student that is worth something needs
-about 1000 steps and 2500 images (``make demo``). Needs ``pip install 'fastkd[ris]'``.
+Writes a small procedural set in RefCOCO's layout, distils a student of 0.29 M parameters from the shipped teacher for a
+few steps, evaluates both on the validation split, and segments one sentence. A useful student needs about 1000 steps
+and 2500 images (``make demo``). Needs ``pip install 'fastkd[ris]'``.
 
 For your own data: point `RefCOCO` at the folder of RefCOCO, RefCOCO+ or RefCOCOg. For your own teacher: see
 docs/teachers.md; for larger students, `fastkd.models.list_presets()`.
@@ -52,7 +52,7 @@ def main(steps: int = 20, images: int = 80) -> dict[str, Any]:
 
         train_set, val_set = split("train", sentences="random"), split("val", sentences="all")
 
-        words = {"word_mask": "batch.word_mask"}  # looked up in every batch
+        words = {"word_mask": "batch.word_mask"}  # looked up in each batch
         terms = [
             Term(losses.cross_modal_kd_from_logits, "pixel_word_logits.*", name="cross_modal", kwargs=words),
             Term(losses.channel_distribution_kd, "decoder_features", name="distribution"),
@@ -61,7 +61,7 @@ def main(steps: int = 20, images: int = 80) -> dict[str, Any]:
         first = collate([train_set[i] for i in range(8)])
         weights = distiller.balance(
             first, {"cross_modal": 0.5, "distribution": 0.5}
-        )  # half of the task's gradient each
+        )  # gradient norms, relative to the task's
         print("weights", weights)
         settings = TrainConfig(steps=steps, batch_size=8, lr=1e-3, log_every=1)
         result = train(distiller, train_set, settings, progress=False)
@@ -70,7 +70,7 @@ def main(steps: int = 20, images: int = 80) -> dict[str, Any]:
         for name, score in scores.items():
             print(f"{name}: {score}")
         ref = val_set.refcoco.refs[0]
-        image = val_set.refcoco.image(ref.image_id)  # a path or a PIL image will do as well
+        image = val_set.refcoco.image(ref.image_id)  # a path or a PIL image works too
         found: Prediction = predict(student, image, ref.sentences[0].text)
         print(f"{found.sentence!r}: score {found.score:.2f}, {found.share:.0%} of the image")
     return {"history": result.history, "scores": scores, "prediction": found, "image": image}

@@ -13,34 +13,37 @@ from fastkd._console import drop_output, plain_characters
 from fastkd.errors import FastKDWarning, Terminated
 
 _EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, KeyError)
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours of other packages' messages
-_LONGEST = 600
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours in other packages' messages
+_MAX_LENGTH = 600
 
 
 @plain_characters()
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; bad input ends in one line on stderr and status 2 (``FASTKD_TRACEBACK=1`` shows more)."""
+    """Run the command line and return its exit status.
+
+    An error is one line on stderr and status 2; ``FASTKD_TRACEBACK=1`` raises it with its traceback.
+    """
     from fastkd.cli._app import build_app
 
-    plain = warnings.formatwarning
+    format_warning = warnings.formatwarning
 
     def one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
         if issubclass(category, FastKDWarning):
-            return f"fastkd: warning: {message}\n"  # where in the code it arose helps nobody here
-        return plain(message, category, *where, **line)
+            return f"fastkd: warning: {message}\n"  # without the line of code that raised it
+        return format_warning(message, category, *where, **line)
 
     warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
         build_app().cli(prog="fastkd", args=args)
         if sys.stdout is not None:
-            sys.stdout.flush()  # a full disk is an error now, not after this function's answer
+            sys.stdout.flush()  # report a full disk before returning a status
     except KeyboardInterrupt:
         print("fastkd: interrupted", file=sys.stderr)
         return 130
     except Terminated:
         print("fastkd: ended by SIGTERM", file=sys.stderr)
         return 143
-    except BrokenPipeError:  # the reader of the output has ended, as `head` does
+    except BrokenPipeError:  # the reader of the pipe has ended, as `head` does
         drop_output()
         return 141
     except Exception as error:
@@ -48,28 +51,29 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         notes = list(getattr(error, "__notes__", ()))
         if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
-            notes.append(f"this locale names files in {error.encoding} alone: set PYTHONUTF8=1, or a UTF-8 locale")
+            notes.append(f"this locale encodes file names in {error.encoding}: set PYTHONUTF8=1, or a UTF-8 locale")
         print(f"fastkd: error: {_text(error)}", *notes, sep="\n  ", file=sys.stderr)
         return 2
     finally:
-        warnings.formatwarning = plain
+        warnings.formatwarning = format_warning
     return 0
 
 
 def _text(error: Exception) -> str:
-    """Return an error's message; of one that another package raised, its first line."""
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # str() of one quotes itself
+    """Return an error's message, shortened to its first line if another package raised it."""
+    # str() of a KeyError would add quotes.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     message = _ESCAPES.sub("", message).strip()
     kind = "" if isinstance(error, _EXPECTED_ERRORS) and message else f"{type(error).__name__}: "
     if not _is_ours(error):
         lines = [line.strip() for line in message.splitlines() if line.strip()]
-        if len(lines) > 1 or len(message) > _LONGEST:
-            return f"{kind}{lines[0][:_LONGEST]} ... (FASTKD_TRACEBACK=1 shows all of it)"
+        if len(lines) > 1 or len(message) > _MAX_LENGTH:
+            return f"{kind}{lines[0][:_MAX_LENGTH]} ... (FASTKD_TRACEBACK=1 shows all)"
     return f"{kind}{message}"
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Return whether fastkd itself raised an error: its messages are short, and every line is meant for the reader."""
+    """Return whether fastkd itself raised an error; its messages are short and shown whole."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

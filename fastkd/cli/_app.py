@@ -1,4 +1,4 @@
-"""The table of commands. Each command's module says what it does; here they only get their names."""
+"""Names of the commands; each is implemented and documented in its own module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tyro.extras import SubcommandApp
 
 
 def build_app() -> SubcommandApp:
-    """Assemble the application (imports torch-free modules only; each command imports what it runs on)."""
+    """Return the application; commands import torch and the rest when they run."""
     from fastkd.cli import convert, data, demo, evaluate, export, info, predict, train
 
     app = SubcommandApp()

@@ -1,4 +1,4 @@
-"""``fastkd convert``: a published LAVT checkpoint into one safetensors file."""
+"""``fastkd convert``: turn a published LAVT checkpoint into a safetensors file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def convert(
     max_words: int = 20,
     overwrite: bool = False,
 ) -> None:
-    """Turn a published LAVT checkpoint into a teacher: one safetensors file, loaded strictly, nobody's code run.
+    """Convert a published LAVT checkpoint to one safetensors file; loads it strictly and executes no code from it.
 
     Args:
-        source: the checkpoint (.pth), in either of the published layouts.
+        source: the checkpoint (.pth), in either published layout.
         destination: the .safetensors file to write.
-        tokenizer: path of the vocab.txt (or tokenizer folder) it was trained with; it becomes part of the file.
-        image_size: the size it was trained at; recorded.
-        max_words: word ids per sentence it was trained with; recorded.
-        overwrite: replace the destination.
+        tokenizer: path of the vocab.txt (or tokenizer folder) that it was trained with; stored in the file.
+        image_size: image size that it was trained at; stored in the file.
+        max_words: word ids per sentence that it was trained with; stored in the file.
+        overwrite: replace an existing destination.
     """
     from fastkd.models.lavt import convert as run
 

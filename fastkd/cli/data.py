@@ -1,4 +1,4 @@
-"""``fastkd data make-shapes``: a procedural referring-expression set in RefCOCO's layout."""
+"""``fastkd data make-shapes``: write a procedural referring-expression set in RefCOCO's layout."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def make_shapes(
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Write a procedural referring-expression set in exact RefCOCO layout.
+    """Write a procedural referring-expression set in RefCOCO's layout.
 
     Args:
-        root: folder to write; must not exist or be empty unless --overwrite.
+        root: folder to write; without --overwrite it must be empty or not exist.
         images: number of scenes over all splits.
         image_size: side of the square JPEG images, in pixels.
-        seed: the same seed gives the same files.
-        overwrite: replace what is in the folder.
+        seed: random seed; the same seed writes the same files.
+        overwrite: replace the content of the folder.
     """
     from fastkd.data import shapes
 

@@ -1,4 +1,4 @@
-"""``fastkd demo``: a small student distilled from the shipped teacher, against itself trained alone."""
+"""``fastkd demo``: compare a small student distilled from the shipped teacher with the same student trained alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkd._atomic import replace_files
 from fastkd._console import show
-from fastkd.cli.train import Config
+from fastkd.cli._arguments import Config
 from fastkd.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ TRAINING = TrainConfig(steps=1000, batch_size=16, lr=1e-3, warmup=50, channels_l
 
 @dataclass
 class Run:
-    """One trained student: what it took, and what it scored on the test split."""
+    """One trained student, its training and its scores on the test split."""
 
     training: TrainResult
     test: EvalResult
@@ -42,29 +43,31 @@ def demo(
     test_split: str = "testA",
     overwrite: bool = True,
 ) -> None:
-    """Distil a small student from the shipped teacher, and show what that was worth.
+    """Distil a small student from the shipped teacher and compare it with training alone.
 
-    Makes a procedural referring-expression set, then, from the same initial weights and in the same data order, trains
-    the student alone, distilled, and alone again for as long as distillation took. Prints teacher, alone and distilled
-    side by side and writes report.html.
+    Makes a procedural referring-expression set, then trains the student alone, distilled, and alone for as long as
+    distillation took, from the same initial weights and in the same data order. Prints the scores side by side and
+    writes report.html.
 
     Args:
         out: folder for data, runs, results.json and report.html.
         images: number of scenes in the set.
         seeds: one comparison per seed; initial weights and data order follow the seed.
         terms: name=share of each, as in ``fastkd distill``.
-        config: settings of every run; its seed is replaced by each of --seeds.
-        test_split: the split of the table; the curves are on val.
+        config: settings of every run; --seeds replaces its seed.
+        test_split: split of the table; curves are on val.
         overwrite: replace an earlier demo in --out.
     """
-    from fastkd.cli._common import open_split, parse_terms, shapes_teacher
+    from fastkd.cli._arguments import parse_terms
+    from fastkd.cli._data import open_split
+    from fastkd.cli._models import shapes_teacher
     from fastkd.evaluate import evaluate
     from fastkd.models import RISModel
     from fastkd.report import console_table
 
     shares = parse_terms(terms)
     teacher = RISModel.from_pretrained(shapes_teacher()).eval().requires_grad_(False)
-    root = _data(out, images, teacher.config.image_size)
+    root = _make_data(out, images, teacher.config.image_size)
     test = open_split(root, test_split, teacher, sentences="all")
     teacher_score = evaluate(teacher, test, channels_last=config.channels_last)
     show(f"teacher on {test_split}: {teacher_score}")
@@ -74,20 +77,20 @@ def demo(
         for name, run in _compare(root, test, teacher, shares, config, seed, out, overwrite).items():
             runs[name].append(run)
 
-    rows = _rows(teacher, teacher_score, runs, seeds)
-    page = _write(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, shares, test_split)
+    rows = _result_rows(teacher, teacher_score, runs, seeds)
+    page = _write_results(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, shares, test_split)
     console_table(rows, title=f"Procedural referring segmentation, {test_split}: {len(test)} sentences (%)")
     show(f"report: {page}")
 
 
-def _data(out: Path, images: int, size: int) -> Path:
+def _make_data(out: Path, images: int, size: int) -> Path:
     from fastkd.data import shapes
 
     root = out / "data"
     settings = root / "shapes.json"
-    wanted = {"images": images, "image_size": size, "seed": 0}
-    if settings.is_file() and wanted.items() <= json.loads(settings.read_text(encoding="utf-8")).items():
-        show(f"data: {root}, made earlier")
+    requested = {"images": images, "image_size": size, "seed": 0}
+    if settings.is_file() and requested.items() <= json.loads(settings.read_text(encoding="utf-8")).items():
+        show(f"data: {root}, reused")
         return root
     counts = shapes.make_shapes(root, images=images, image_size=size, seed=0, overwrite=True)
     show(f"data: {counts['images']} images, {counts['refs']} refs, {counts['sentences']} sentences in {root}")
@@ -104,15 +107,16 @@ def _compare(
     out: Path,
     overwrite: bool,
 ) -> dict[str, Run]:
-    """The student alone, distilled, and alone for as long, from the same initial weights and data order.
+    """Train the student alone, distilled, and alone for equal time, from the same initial weights and data order.
 
-    "For as long" is a number of steps, by what a step of each costs (:func:`_cost`), so that the schedule runs to its
-    end.
+    Equal time is a number of steps, from the measured cost of a step (`_relative_cost`), so that the learning-rate
+    schedule completes.
     """
     from dataclasses import replace
 
     from fastkd import Distiller
-    from fastkd.cli._common import build_model, open_split
+    from fastkd.cli._data import open_split
+    from fastkd.cli._models import build_model
     from fastkd.distill.recipes import recipe
     from fastkd.evaluate import evaluate
     from fastkd.train import segmentation_loss, train
@@ -124,7 +128,7 @@ def _compare(
     val_set = open_split(root, "val", teacher, sentences="all")
     train_set.fill_cache()
 
-    def subject(distil: bool) -> tuple[RISModel, Any]:
+    def build(distil: bool) -> tuple[RISModel, Any]:
         student = build_model("shapes-student", seed)
         if not distil:
             return student, student
@@ -133,7 +137,7 @@ def _compare(
         return student, distiller
 
     def run(name: str, config: TrainConfig, distil: bool) -> Run:
-        student, trained = subject(distil)
+        student, trained = build(distil)
         folder = out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "-")
         title = f"{name}, seed {seed}"
         result = train(
@@ -143,21 +147,21 @@ def _compare(
         show(f"{title}: {score}")
         return Run(result, score, student)
 
-    cost = _cost([subject(distil)[1] for distil in (False, True)], train_set, config)
-    show(f"seed {seed}: a step of distillation takes as long as {cost:.2f} steps of the student alone")
+    cost = _relative_cost([build(distil)[1] for distil in (False, True)], train_set, config)
+    show(f"seed {seed}: a distillation step takes the time of {cost:.2f} steps of the student alone")
     alone = run(ALONE, config, False)
     distilled = run(DISTILLED, config, True)
-    steps, rarer = (max(1, round(number * cost)) for number in (config.steps, eval_every))
+    steps, interval = (max(1, round(number * cost)) for number in (config.steps, eval_every))
     limit = config.max_seconds and config.max_seconds * cost
-    longer = run(LONGER, replace(config, steps=steps, eval_every=rarer, max_seconds=limit), False)
+    longer = run(LONGER, replace(config, steps=steps, eval_every=interval, max_seconds=limit), False)
     return {ALONE: alone, DISTILLED: distilled, LONGER: longer}
 
 
-def _cost(subjects: Sequence[Any], train_set: ReferDataset, config: TrainConfig, rounds: int = 5) -> float:
-    """How many steps of the first of two subjects take as long as one of the second.
+def _relative_cost(models: Sequence[Any], train_set: ReferDataset, config: TrainConfig, rounds: int = 5) -> float:
+    """Return how many steps of the first model take as long as one of the second; trains both.
 
-    The two take turns of twenty steps, and of the turns' ratios this is the median: other work on the machine slows
-    both down, whereas runs of minutes, one after the other, may meet different loads. The subjects are changed by it.
+    The models alternate every twenty steps and the result is the median of the ratios: other load on the machine then
+    slows both, whereas runs of minutes, one after the other, may meet different loads.
     """
     from dataclasses import replace
     from statistics import median
@@ -166,20 +170,20 @@ def _cost(subjects: Sequence[Any], train_set: ReferDataset, config: TrainConfig,
 
     probe = replace(config, steps=25, log_every=5, eval_every=None, max_seconds=None, check=False)
 
-    def turn(subject: Any) -> float:
-        lines = train(subject, train_set, probe, progress=False).history
-        return lines[-1]["seconds"] - lines[0]["seconds"]  # without the first steps, which prepare
+    def seconds(model: Any) -> float:
+        lines = train(model, train_set, probe, progress=False).history
+        return lines[-1]["seconds"] - lines[0]["seconds"]  # without the first five, which warm up
 
-    turns = [[turn(subject) for subject in subjects] for _ in range(rounds)]
+    turns = [[seconds(model) for model in models] for _ in range(rounds)]
     return median(second / first for first, second in turns)
 
 
-def _rows(
+def _result_rows(
     teacher: RISModel, teacher_score: EvalResult, runs: Mapping[str, Sequence[Run]], seeds: Sequence[int]
 ) -> list[ResultRow]:
     from fastkd.report import ResultRow
 
-    rows = [ResultRow("teacher", _parameters(teacher), teacher_score.metrics, note="shipped, trained beforehand")]
+    rows = [ResultRow("teacher", _parameters(teacher), teacher_score.metrics, note="shipped with fastkd")]
     for name, these in runs.items():
         metrics = {key: [run.test.metrics[key] for run in these] for key in these[0].test.metrics}
         rows.append(
@@ -202,7 +206,7 @@ def _parameters(model: RISModel) -> int:
 def _examples(
     teacher: RISModel, runs: Mapping[str, Sequence[Run]], test: ReferDataset, count: int = 12
 ) -> list[Example]:
-    """Sentences spread evenly over the test split, not picked by how well they went."""
+    """Return examples spread evenly over the test split, whatever their scores."""
     import torch
 
     from fastkd.data import collate
@@ -215,7 +219,7 @@ def _examples(
     for name, model in models.items():
         with torch.inference_mode():
             logits = model.eval()(batch["image"], batch["input_ids"], batch["word_mask"]).logits
-        masks[name] = (logits[:, 1] > logits[:, 0]).numpy()
+        masks[name] = (logits[:, 1] > logits[:, 0]).numpy()  # (B, H, W)
     return [
         Example(
             test.refcoco.image(sample["image_id"]),
@@ -227,7 +231,7 @@ def _examples(
     ]
 
 
-def _write(
+def _write_results(
     out: Path,
     rows: Sequence[ResultRow],
     runs: Mapping[str, Sequence[Run]],
@@ -262,11 +266,12 @@ def _write(
         ],
         "rows": [asdict(row) for row in rows],
     }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    shown = ", ".join(f"{name} (gradient share {share:g})" for name, share in terms.items())
+    with replace_files(out / "results.json") as (partial,):
+        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    term_list = ", ".join(f"{name} (gradient share {share:g})" for name, share in terms.items())
     notes = [
-        f"A student trained alone, the same student distilled with {shown}, and the student alone for as long as "
-        "distillation took. Within a seed all three start from the same weights and see the data in the same order.",
+        f"A student trained alone, the same student distilled with {term_list}, and the student alone for as long as "
+        "distillation took. For each seed, all three start from the same weights and see the data in the same order.",
         f"Table and pictures: split {test_split}, {teacher_score.sentences} sentences, last checkpoint of every run, "
         f"protocol {teacher_score.protocol} at {teacher_score.resolution[0]}×{teacher_score.resolution[1]}, seeds "
         f"{', '.join(map(str, seeds))}. Curves: split val, seed {seeds[0]}.",

@@ -1,4 +1,4 @@
-"""``fastkd export``: a student as ONNX, compared with torch before it is kept."""
+"""``fastkd export``: write a student as ONNX after comparing it with torch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ def export(
     tolerance: float = 1e-4,
     threads: int | None = None,
 ) -> None:
-    """Write a student as ONNX: fixed image size, any batch size, logits out.
+    """Write a student as ONNX with fixed image size, any batch size, and logits as output.
 
-    onnxruntime runs the file on random images and sentences at two batch sizes; where it differs from torch by more
-    than the tolerance nothing is written. Beside NAME.onnx come NAME.json (how to call it) and NAME.vocab.txt.
-    Needs ``pip install 'fastkd[export]'``.
+    onnxruntime first runs the file on random images and sentences at two batch sizes; if it differs from torch by more
+    than the tolerance, nothing is written. NAME.json (calling convention) and NAME.vocab.txt are written next to
+    NAME.onnx. Needs ``pip install 'fastkd[export]'``.
 
     Args:
-        model: a folder written by save_pretrained, such as a run's best/; the teacher is never part of it.
-        onnx: the .onnx file to write; an earlier one is replaced.
-        height: of the image; left out: the size the model was made for.
-        width: of the image; left out: as the height.
-        tokenizer: path of a vocab.txt or of a tokenizer folder; left out: the one in the model's folder, or the one its
-            configuration names, if any.
-        tolerance: largest difference allowed, as a share of the largest logit.
-        threads: of torch and onnxruntime while comparing.
+        model: a folder written by save_pretrained, such as a run's best/; it never contains the teacher.
+        onnx: the .onnx file to write; an existing one is replaced.
+        height: image height; default: the model's image size.
+        width: image width; default: the height.
+        tokenizer: path of a vocab.txt or of a tokenizer folder; default: the one in the model's folder or named by its
+            configuration, if any.
+        tolerance: largest difference allowed, relative to the largest logit.
+        threads: threads of torch and onnxruntime for the comparison.
     """
     import torch
 
-    from fastkd.cli._common import check_folder, load_local
+    from fastkd.cli._arguments import check_folder
+    from fastkd.cli._models import load_local_model
     from fastkd.data import load_tokenizer
     from fastkd.evaluate.prediction import tokenizer_source
     from fastkd.models import RISModel
@@ -44,16 +45,16 @@ def export(
         torch.set_num_threads(threads)
     onnx = onnx.expanduser()
     check_folder("onnx", onnx.parent)
-    student = load_local(model)
+    student = load_local_model(model)
     if not isinstance(student, RISModel):
-        raise ValueError(f"{model} is a {type(student).__name__}; only students (RISModel folders) are exported")
+        raise ValueError(f"{model} is a {type(student).__name__}; only students (RISModel folders) can be exported")
     source = tokenizer or tokenizer_source(student, Path(model).expanduser())
-    words = load_tokenizer(source) if source is not None else None  # the file is whole without it
+    words = load_tokenizer(source) if source is not None else None  # the tokenizer is optional
     rows = student.config.image_size if height is None else height
     done = export_onnx(
         student, onnx, size=(rows, rows if width is None else width), tokenizer=words, tolerance=tolerance
     )
     show(f"{done.onnx}: {done.parameters:,} parameters, {done.onnx.stat().st_size / 1e6:.1f} MB")
     for batch, difference in done.differences.items():
-        show(f"batch of {batch}: differs from torch by {difference:.1e} of the largest logit (allowed: {tolerance:g})")
+        show(f"batch of {batch}: differs from torch by {difference:.1e} of the largest logit (tolerance {tolerance:g})")
     show(f"{done.metadata}" + (f", {done.vocabulary}" if done.vocabulary is not None else ""))

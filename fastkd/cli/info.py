@@ -1,4 +1,4 @@
-"""``fastkd info``: versions, backends, and why a backend is not in use."""
+"""``fastkd info``: versions, devices and backends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json as json_module
 
 
 def info(json: bool = False) -> None:
-    """Show versions, backends, and for each backend that is not in use, why.
+    """Show versions, devices and backends, with the reason for each backend that is not in use.
 
     Args:
         json: print JSON instead of text.

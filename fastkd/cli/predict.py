@@ -1,4 +1,4 @@
-"""``fastkd predict``: what a sentence refers to in one image, as pictures and a score."""
+"""``fastkd predict``: segment one image by one sentence."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from fastkd._atomic import replace_files
 from fastkd._console import show, typed
 
 
@@ -18,44 +19,46 @@ def predict(
     tokenizer: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Segment what a sentence refers to: IMAGE-mask.png, IMAGE-overlay.png and a score.
+    """Segment the object that a sentence refers to; write IMAGE-mask.png and IMAGE-overlay.png, print a score.
 
-    The score is the mean probability of the object over the pixels of the predicted mask (0 where nothing was found):
-    how sure the model is of the pixels it chose, not how good the mask is.
+    The score is the mean probability of the object over the predicted mask, or 0 for an empty mask. It measures the
+    model's confidence in the chosen pixels, not the quality of the mask.
 
     Args:
-        image: the image.
-        sentence: what to look for, such as "the left red cup".
+        image: image file.
+        sentence: referring expression, such as "the left red cup".
         model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), or "shapes" for the
             shipped teacher of the procedural set.
-        out: folder for the two pictures; those of an earlier call on an image of that name are replaced.
-        tokenizer: path of a vocab.txt or of a tokenizer folder; left out: the one in the model's folder, or the one its
-            configuration names.
+        out: folder for the two pictures; earlier ones of the same names are replaced.
+        tokenizer: path of a vocab.txt or of a tokenizer folder; default: the one in the model's folder or named by its
+            configuration.
         device: "auto", "cpu", "cuda", ...
     """
     from fastkd._runtime import pick_device
-    from fastkd.cli._common import check_folder, load_local
-    from fastkd.data import load_tokenizer
+    from fastkd.cli._arguments import check_folder
+    from fastkd.cli._models import load_local_model
     from fastkd.data.images import read_image
+    from fastkd.evaluate.prediction import load_tokenizer_for, tokenizer_of
     from fastkd.evaluate.prediction import predict as run
-    from fastkd.evaluate.prediction import tokenizer_of
-    from fastkd.report.overlays import as_png, overlay, write_together
+    from fastkd.report.overlays import overlay, write_png
 
     image, out = image.expanduser(), out.expanduser()
-    pixels = read_image(image)  # first: it fails soonest
+    pixels = read_image(image)  # first, because it fails soonest
     check_folder("out", out)
-    loaded = load_local(model).to(pick_device(device))
+    loaded = load_local_model(model).to(pick_device(device))
     if tokenizer is not None:
-        words = load_tokenizer(tokenizer, keep_end=getattr(loaded.config, "keep_end", False))
+        chosen = load_tokenizer_for(loaded, tokenizer)
     else:
-        words = tokenizer_of(loaded, Path(model).expanduser())
-    found = run(loaded, pixels, typed(sentence), words)
+        chosen = tokenizer_of(loaded, Path(model).expanduser())
+    found = run(loaded, pixels, typed(sentence), chosen)
 
     mask, picture = out / f"{image.stem}-mask.png", out / f"{image.stem}-overlay.png"
     drawn = overlay(found.image, found.mask, longest=max(*found.mask.shape, 384))
-    write_together({mask: as_png(found.mask.astype("uint8") * 255), picture: as_png(drawn)})
+    with replace_files(mask, picture) as (partial_mask, partial_picture):
+        write_png(found.mask.astype("uint8") * 255, partial_mask)
+        write_png(drawn, partial_picture)
     if found.mask.any():
         show(f"score {found.score:.3f} (mean probability over the mask), {100 * found.share:.1f} % of the image")
     else:
-        show("score 0: nothing in this image is what the sentence says")
+        show("score 0: found nothing in this image that the sentence refers to")
     show(f"mask     {mask}\noverlay  {picture}")

@@ -3,64 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import tyro
+from typing import Any
 
 from fastkd._console import show
+from fastkd.cli._arguments import Config
+from fastkd.cli._data import Data
 from fastkd.train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from fastkd.data import ReferDataset
 
 _CONFIG = TrainConfig()
 _TERMS = ("first_order=0.5",)
-
-
-@dataclass
-class DataArgs:
-    """Where the data are.
-
-    Args:
-        data: folder that holds ``refcoco/`` and ``images/``.
-        dataset: which of the sets in it: refcoco, refcoco+ or refcocog.
-        split_by: who split it: unc, google or umd.
-        tokenizer: path of the vocab.txt (or tokenizer folder) that the word ids come from, or "shapes"; where left out,
-            the one in the model's folder or that its configuration names, or else the teacher's.
-        skip_unusable: skip refs without a sentence, a mask or an image file that can be decoded, and report how many;
-            else an error. Every image is decoded once to find out.
-    """
-
-    data: Path
-    dataset: str = "refcoco"
-    split_by: str = "unc"
-    tokenizer: str | None = None
-    skip_unusable: bool = False
-
-    def open(
-        self, split: str, model: Any, *, sentences: str, seed: int = 0, teacher: dict[str, Any] | None = None
-    ) -> ReferDataset:
-        """One split, at the size and with the tokenizer that the model was made for."""
-        from fastkd.cli._common import open_split
-
-        return open_split(
-            self.data,
-            split,
-            model,
-            sentences=sentences,
-            seed=seed,
-            tokenizer=self.tokenizer,
-            teacher=teacher,
-            name=self.dataset,
-            split_by=self.split_by,
-            skip_unusable=self.skip_unusable,
-        )
-
-
-Data = Annotated[DataArgs, tyro.conf.arg(name="")]
-Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
 def train(
@@ -102,10 +54,11 @@ def distill(
             set.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
         terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
-            over that of the task's, measured on the first batches; the terms are those of fastkd.distill.recipes.TERMS.
-            With a teacher that has its own tokenizer: ``mask``, and ``pixel_pixel`` if it compares pixels with words.
-        teacher_tokenizer: path of the teacher's own tokenizer, where it is not the student's; CLIPSeg's and SAM 3's is
-            looked for beside their weights.
+            divided by that of the task's, measured on the first batches. Names are those of
+            fastkd.distill.recipes.TERMS. For a teacher with its own tokenizer: ``mask``, and ``pixel_pixel`` if it
+            compares pixels with words.
+        teacher_tokenizer: path of the teacher's tokenizer if it differs from the student's; those of CLIPSeg and SAM 3
+            are looked up next to their weights.
         config: the settings.
         overwrite: replace an earlier run in --out.
     """
@@ -123,7 +76,9 @@ def _run(
     teacher_tokenizer: str | None = None,
 ) -> None:
     from fastkd import Distiller
-    from fastkd.cli._common import build_model, load_model, parse_terms, teacher_words
+    from fastkd.cli._arguments import parse_terms
+    from fastkd.cli._data import teacher_tokenizer_options
+    from fastkd.cli._models import build_model, load_model
     from fastkd.distill.recipes import recipe
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
@@ -131,17 +86,17 @@ def _run(
 
     model = build_model(model_name, config.seed, data.tokenizer)
     teacher = None if teacher_name is None else load_model(teacher_name)
-    apart = {} if teacher is None else teacher_words(model, teacher, teacher_tokenizer)
+    teacher_options = {} if teacher is None else teacher_tokenizer_options(model, teacher, teacher_tokenizer)
     model.config.tokenizer = data.tokenizer or model.config.tokenizer
-    if model.config.tokenizer is None and teacher is not None and not apart:
+    if model.config.tokenizer is None and teacher is not None and not teacher_options:
         model.config.tokenizer, model.tokenizer = teacher.config.tokenizer, getattr(teacher, "tokenizer", None)
-    train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=apart)
+    train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
     val_set = data.open("val", model, sentences="all")
-    subject: Any = model
+    trained: Any = model
     if teacher is not None:
         shares = parse_terms(terms)
-        subject = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
-        weights = balance_on(subject, train_set, shares, config)
+        trained = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
+        weights = balance_on(trained, train_set, shares, config)
         show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
-    result = run(subject, train_set, config, val_dataset=val_set, out_dir=out, overwrite=overwrite)
+    result = run(trained, train_set, config, val_dataset=val_set, out_dir=out, overwrite=overwrite)
     show(f"best on val: {result.best}\nstudent: {out / 'best'}")

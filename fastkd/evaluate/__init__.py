@@ -1,6 +1,6 @@
 """Evaluation: metrics, named protocols, `evaluate`, and `predict` for one image.
 
-Needs the ``[ris]`` extra; imported on first use.
+Needs the ``[ris]`` extra; names are imported on first use.
 """
 
 from __future__ import annotations

@@ -28,23 +28,23 @@ _PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp6
 
 @dataclass
 class EvalResult:
-    """What a model scored, and under what conditions.
+    """Scores of a model and the conditions they hold under.
 
     Attributes:
         metrics: ``{"oIoU", "mIoU", "P@0.5", …, "P@0.9"}`` in percent.
         protocol: name of the protocol.
-        dataset: name of the dataset, where it tells.
-        split: split of the dataset, where it tells.
-        sentences: sentences evaluated; each is one sample.
-        refs: distinct referred objects among them, or None where the batches do not tell.
-        resolution: (H, W) the masks were compared at.
-        decision: how logits became masks.
-        threshold: how P@X compares.
+        dataset: name of the dataset, or None if it declares none.
+        split: split of the dataset, or None if it declares none.
+        sentences: number of sentences evaluated, one per sample.
+        refs: number of distinct refs among them, or None if the batches have no ``ref_id``.
+        resolution: (H, W) at which masks were compared.
+        decision: rule that turned logits into masks.
+        threshold: comparison of P@X.
         precision: arithmetic of the network: "fp32", "bf16", "fp16" or "fp64".
         seconds: wall-clock seconds, loading included.
         sample_iou: (sentences,) float64 IoU in [0, 1], in dataset order.
-        ref_ids: ref of each sample, where the batches tell.
-        sent_ids: sentence of each sample, where the batches tell.
+        ref_ids: ref of each sample, if the batches have ``ref_id``.
+        sent_ids: sentence of each sample, if the batches have ``sent_id``.
     """
 
     metrics: dict[str, float]
@@ -73,7 +73,7 @@ class EvalResult:
         return self.metrics["oIoU"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the per-sample lists, ready for JSON."""
+        """Return all but the per-sample lists, ready for JSON."""
         return {
             "metrics": self.metrics,
             "protocol": self.protocol,
@@ -113,28 +113,28 @@ def evaluate(
 ) -> EvalResult:
     """Score a model on every sentence of a dataset.
 
-    Under torch.distributed each process takes its own share of the samples and none is counted twice; all return the
-    same metrics, and `EvalResult.sample_iou` then holds this process's share.
+    Under torch.distributed every process evaluates its share of the samples, without padding; all return the same
+    metrics, and `EvalResult.sample_iou` holds this process's share.
 
     Args:
-        model: takes the batch's ``image``, ``input_ids``, ``word_mask`` and returns ``logits`` (B, 2, H, W). Put back
-            into the mode it came in. It may be wrapped, by ``torch.compile`` for one.
-        dataset: with ``sentences="all"``. Subset, ConcatDataset and other wrappers are looked through; referring data
-            that do not state it are evaluated, with a `FastKDWarning`.
+        model: takes the batch's ``image``, ``input_ids``, ``word_mask`` and returns ``logits`` (B, 2, H, W). Its train
+            or eval mode is restored. It may be wrapped, for example by ``torch.compile``.
+        dataset: a dataset with ``sentences="all"``, also inside Subset, ConcatDataset and other wrappers. Referring
+            data without that attribute are evaluated with a `FastKDWarning`.
         batch_size: samples per forward.
         protocol: "lavt" (the dataset's own size) or "lavt480".
-        device: where to run; the model's own device where left out.
-        precision: "fp32", "bf16" or "auto"; a model whose weights are not float32 computes in their type.
-        workers: processes that load data.
-        collate: list of samples to batch; `fastkd.data.collate` where left out.
-        channels_last: hand images over channels-last.
+        device: device to run on; default: the model's.
+        precision: "fp32", "bf16" or "auto"; a model whose weights are not float32 computes in their dtype.
+        workers: data-loading processes.
+        collate: list of samples to batch; default: `fastkd.data.collate`.
+        channels_last: pass images in channels-last format.
 
     Raises:
-        ValueError: an empty dataset, one that draws sentences at random, a size the protocol does not allow, logits
-            that do not fit the masks, masks with values other than 0 and 1, word ids or a tokenizer beyond the model's
-            word table, images normalised otherwise than the model wants them, an unknown protocol.
-        FloatingPointError: logits with NaN, which no mask can be read from; the message names the sample.
-        NotImplementedError: a known protocol that is not available yet.
+        ValueError: an empty dataset, one that draws sentences at random, a size that the protocol does not allow,
+            logits that do not match the masks, masks with values other than 0 and 1, word ids or a tokenizer beyond the
+            model's word table, a normalisation other than the model's, an unknown protocol.
+        FloatingPointError: NaN in the logits; the message names the sample.
+        NotImplementedError: a known protocol that is not implemented.
 
     Example:
         >>> print(evaluate(student, ReferDataset(refcoco, tokenizer, image_size=64, sentences="all")))
@@ -180,7 +180,7 @@ def evaluate(
                     logits = _logits(model, batch)
                 nan = has_nan(logits)
                 if bool(nan.any()):
-                    failure = _name(batch, int(nan.nonzero()[0, 0]))
+                    failure = _describe_sample(batch, int(nan.nonzero()[0, 0]))
                     break
                 _check_resolution(logits, rules)
                 metrics.update(logits[:, 1] > logits[:, 0], batch["mask"].bool())
@@ -190,19 +190,19 @@ def evaluate(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if shares and ranks > 1:  # all stop, or the others would wait for this one
+    if shares and ranks > 1:  # every process must stop, or the others would wait
         failures = [""] * ranks
         torch.distributed.all_gather_object(failures, failure)
         failure = next(filter(None, failures), "")
     if failure:
         raise FloatingPointError(f"the model's logits hold NaN for {failure}: {nan_cause(model)}")
-    if not len(indices):  # fewer samples than processes: the others' counts cannot be gathered with none at all
+    if not len(indices):  # fewer samples than processes: torchmetrics cannot gather an empty state
         metrics.update(torch.zeros(0, 1, 1, device=where).bool(), torch.zeros(0, 1, 1, device=where).bool())
     sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64, device="cpu")
     scores = {name: float(value) for name, value in metrics.compute().items()}
     refs = set(ref_ids)
     if refs:
-        _warn_unknown(dataset)
+        _warn_undeclared_sentences(dataset)
     if shares and ranks > 1:
         gathered: list[tuple[set[Any], tuple[int, int]]] = [(set(), resolution)] * ranks
         torch.distributed.all_gather_object(gathered, (refs, resolution))
@@ -211,8 +211,8 @@ def evaluate(
     return EvalResult(
         metrics=scores,
         protocol=rules.name,
-        dataset=_text(dataset, "name"),
-        split=_text(dataset, "split"),
+        dataset=_joined_names(dataset, "name"),
+        split=_joined_names(dataset, "split"),
         sentences=len(dataset),  # type: ignore[arg-type]
         refs=len(refs) or None,
         resolution=resolution,
@@ -231,25 +231,25 @@ def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     logits = output if isinstance(output, Tensor) else output.logits
     mask = batch["mask"]
     if logits.ndim != 4 or logits.shape[1] != 2 or (logits.shape[0], *logits.shape[2:]) != tuple(mask.shape):
-        raise ValueError(f"logits {tuple(logits.shape)} do not fit masks {tuple(mask.shape)}; expected (B, 2, H, W)")
+        raise ValueError(f"logits {tuple(logits.shape)} do not match masks {tuple(mask.shape)}; expected (B, 2, H, W)")
     return logits
 
 
-def _name(batch: dict[str, Any], row: int) -> str:
-    """Return how an error calls a sample of a batch."""
-    known = [f"{key} {batch[key][row]}" for key in ("ref_id", "sent_id", "image_id") if key in batch]
+def _describe_sample(batch: dict[str, Any], row: int) -> str:
+    """Return ids and sentence of a sample, for an error message."""
+    ids = [f"{key} {batch[key][row]}" for key in ("ref_id", "sent_id", "image_id") if key in batch]
     sentence = f", {batch['sentence'][row]!r:.80}" if "sentence" in batch else ""
-    return (", ".join(known) or f"sample {row} of a batch") + sentence
+    return (", ".join(ids) or f"sample {row} of a batch") + sentence
 
 
 def check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
-    """Refuse a dataset that the protocol cannot be followed on."""
+    """Raise ``ValueError`` for a dataset that is empty or does not comply with the protocol."""
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("dataset is empty: there is nothing to evaluate; look at its split")
-    drawn = next((s for s in declared_values(dataset, "sentences") if s not in (None, "all")), None)
-    if drawn is not None:
+    other = next((s for s in declared_values(dataset, "sentences") if s not in (None, "all")), None)
+    if other is not None:
         raise ValueError(
-            f"dataset draws sentences={drawn!r}; protocol {rules.name!r} evaluates every one: use sentences='all'"
+            f"dataset has sentences={other!r}; protocol {rules.name!r} evaluates every one: use sentences='all'"
         )
     for size in declared_values(dataset, "image_size"):
         if size is not None and rules.resolution not in (None, size):
@@ -257,7 +257,7 @@ def check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
 
 
 def _check_resolution(logits: Tensor, rules: Protocol) -> None:
-    """Refuse masks of a size that the protocol does not allow, from a dataset that does not state its own."""
+    """Raise ``ValueError`` for masks of a wrong size, from a dataset that does not declare its ``image_size``."""
     if rules.resolution is not None and tuple(logits.shape[2:]) != (rules.resolution,) * 2:
         raise _wrong_size(rules, ", the masks are {}×{}".format(*logits.shape[2:]))
 
@@ -269,20 +269,20 @@ def _wrong_size(rules: Protocol, got: str) -> ValueError:
     )
 
 
-def _warn_unknown(dataset: Dataset[Any]) -> None:
-    """Warn of referring data that do not state whether every sentence was evaluated."""
-    silent = {type(part).__name__ for part in leaves(dataset, "sentences") if not hasattr(part, "sentences")}
-    if silent:
+def _warn_undeclared_sentences(dataset: Dataset[Any]) -> None:
+    """Warn of referring data that do not declare whether they serve every sentence."""
+    undeclared = {type(part).__name__ for part in leaves(dataset, "sentences") if not hasattr(part, "sentences")}
+    if undeclared:
         warnings.warn(
-            f"{', '.join(sorted(silent))} does not state whether it serves every sentence of a ref or draws one; the "
-            "protocol needs all of them. Give it the attribute sentences = 'all' if it serves them all",
+            f"{', '.join(sorted(undeclared))} does not declare whether it serves every sentence of a ref or draws one; "
+            "the protocol needs every one. If it does, give it the attribute sentences = 'all'",
             FastKDWarning,
             stacklevel=3,
         )
 
 
-def _text(dataset: Dataset[Any], attribute: str) -> str | None:
-    """Return what a dataset is called; the names of those it holds, joined, where it has none itself."""
+def _joined_names(dataset: Dataset[Any], attribute: str) -> str | None:
+    """Return a string attribute of a dataset, or those of its parts joined by commas, or None."""
     found: dict[str, None] = {}
     for part in leaves(dataset, attribute):
         values = (getattr(source, attribute, None) for source in (part, getattr(part, "refcoco", None)))

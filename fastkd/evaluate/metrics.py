@@ -21,8 +21,8 @@ class RISMetrics(Metric):
 
         oIoU = ΣI / ΣU,    mIoU = mean of I/U,    P@X = share of samples with I/U ≥ X,
 
-    a sample with U = 0 having IoU 0. I and U are kept per sample as int64, so that sums are exact, processes merge by
-    concatenation, and `sample_iou` can be had afterwards. Feed every sample to exactly one process: padding is counted.
+    where a sample with U = 0 has IoU 0. I and U are stored per sample as int64: sums are exact, processes merge by
+    concatenation, and `sample_iou` is available afterwards. Give every sample to exactly one process; padding counts.
 
     Example:
         >>> metrics = RISMetrics()
@@ -43,14 +43,14 @@ class RISMetrics(Metric):
         self.add_state("unions", default=[], dist_reduce_fx="cat")
 
     def update(self, prediction: Tensor, truth: Tensor) -> None:
-        """Count a batch of masks.
+        """Add a batch of masks.
 
         Args:
             prediction: (B, H, W) bool or 0/1 integers.
             truth: (B, H, W) bool or 0/1.
 
         Raises:
-            ValueError: shapes that differ or are not (B, H, W); masks that are not bool or hold other values than 0, 1.
+            ValueError: shapes that differ or are not (B, H, W); masks with values other than 0 and 1.
         """
         if prediction.shape != truth.shape or prediction.ndim != 3:
             raise ValueError(
@@ -61,9 +61,9 @@ class RISMetrics(Metric):
         self.unions.append((ours | theirs).flatten(1).sum(1, dtype=torch.int64))
 
     def compute(self) -> dict[str, Tensor]:
-        """``{"oIoU": …, "mIoU": …, "P@0.5": …, …, "P@0.9": …}`` in percent, float64 scalars.
+        """Return ``{"oIoU": …, "mIoU": …, "P@0.5": …, …, "P@0.9": …}`` in percent, as float64 scalars.
 
-        They are on the CPU where the masks' device has no float64.
+        They are on the CPU if the masks' device has no float64.
         """
         intersection, union = self._counts()
         iou = _iou(intersection, union)
@@ -72,13 +72,13 @@ class RISMetrics(Metric):
         return {name: 100 * value for name, value in result.items()}
 
     def sample_iou(self) -> Tensor:
-        """(samples,) float64 IoU in [0, 1] of every sample that this process counted, in order."""
+        """Return the IoU of every sample added in this process, in order: (samples,) float64 in [0, 1]."""
         return _iou(*self._counts())
 
     def _counts(self) -> tuple[Tensor, Tensor]:
-        # After a synchronisation the lists have become tensors.
-        both: list[Any] = [self.intersections, self.unions]
-        intersection, union = (torch.cat(s) if isinstance(s, list) and s else s for s in both)
+        # torchmetrics turns the lists into tensors when it synchronises processes.
+        states: list[Any] = [self.intersections, self.unions]
+        intersection, union = (torch.cat(s) if isinstance(s, list) and s else s for s in states)
         if len(intersection) == 0:
             raise ValueError("RISMetrics has no samples: call update(prediction, truth) first; is the dataset empty?")
         if not computes_fp64(intersection.device):

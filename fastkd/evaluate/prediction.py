@@ -1,4 +1,4 @@
-"""One image and one sentence in, a mask and its score out."""
+"""Predict the mask of one sentence in one image."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prediction:
-    """What a sentence refers to in an image, at the image's own size.
+    """Mask that a sentence refers to in an image, at the image's own size.
 
     Attributes:
-        sentence: what was asked.
-        image: (H, W, 3) uint8 RGB, as it was read.
-        mask: (H, W) bool, where the object's logit is the larger of the two.
-        probability: (H, W) float32, the softmax's share of the object.
-        score: mean of ``probability`` over the mask, in [0.5, 1]; 0 where the mask is empty. It says how sure the model
-            is of the pixels it chose, not how good the mask is.
+        sentence: the referring expression.
+        image: (H, W, 3) uint8 RGB, as read.
+        mask: (H, W) bool, True where the object's logit is the larger of the two.
+        probability: (H, W) float32, softmax probability of the object.
+        score: mean of ``probability`` over the mask, in [0.5, 1]; 0 if the mask is empty. It measures the model's
+            confidence in the chosen pixels, not the quality of the mask.
     """
 
     sentence: str
@@ -41,7 +41,7 @@ class Prediction:
 
     @property
     def share(self) -> float:
-        """Share of the image that the mask covers, in [0, 1]."""
+        """Fraction of the image that the mask covers, in [0, 1]."""
         return float(self.mask.mean())
 
 
@@ -51,26 +51,23 @@ def predict(
     sentence: str,
     tokenizer: Tokenizer | None = None,
 ) -> Prediction:
-    """Segment what a sentence refers to.
+    """Segment the object that a sentence refers to.
 
-    The image is resized to the square that the model was made for and normalised by its own mean and deviation, as in
-    training; the logits are
-    resized back (bilinearly) before the decision, so the mask has the image's own size.
+    The image is resized to the model's square input and normalised as in training. The logits are resized back
+    bilinearly before the decision, so the mask has the image's own size.
 
     Args:
-        model: a `fastkd.models.RISModel`, or any model with a ``config`` and a call like it. Runs where its weights
-            are, in eval mode; put back into the mode it came in.
-        image: the path of an image, a PIL image, or (H, W, 3) uint8 RGB; read as the training data are, upright by
-            its EXIF orientation.
-        sentence: what to look for. One that is longer than the model allows is cut, with a `FastKDWarning` that says
-            what was lost.
-        tokenizer: the model's own; the one its configuration names where left out.
+        model: a `fastkd.models.RISModel`, or a model with the same call and a ``config``. Runs in eval mode on the
+            device of its weights; its mode is restored.
+        image: path of an image, a PIL image, or (H, W, 3) uint8 RGB; its EXIF orientation is applied, as in training.
+        sentence: the referring expression. If longer than the model allows it is truncated, with a `FastKDWarning`.
+        tokenizer: the model's tokenizer; default: the one its configuration names.
 
     Raises:
-        FileNotFoundError: no such image.
-        ValueError: not an image, an empty sentence, a model that names no tokenizer, or a tokenizer that is larger than
-            the model's word table.
-        FloatingPointError: the model computes NaN.
+        FileNotFoundError: the image does not exist.
+        ValueError: a file that is not an image, an empty sentence, a model that names no tokenizer, or a tokenizer with
+            more entries than the model's word table.
+        FloatingPointError: NaN in the logits.
         TypeError: an array that is not uint8, a sentence that is not a string, or a model without a ``config``.
 
     Example:
@@ -86,21 +83,21 @@ def predict(
     if not isinstance(sentence, str):
         raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")
     if not sentence.strip():
-        raise ValueError("the sentence is empty: say what to look for, such as 'the left red cup'")
+        raise ValueError("the sentence is empty: pass a referring expression such as 'the left red cup'")
     pixels = read_image(image)
     config: Any = _config(model)
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
     check_vocabulary(model, tokenizer)
     input_ids, word_mask = tokenizer([sentence], word_limit(model))
     check_host_ids(input_ids, model)
-    where = next(model.parameters())
+    device = next(model.parameters()).device
     square = normalise(to_square(pixels, config.image_size), *(normalisation(model) or ()))
-    batch = square[None].to(where.device)
+    batch = square[None].to(device)  # (1, 3, size, size)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            logits = run_model(model, batch, input_ids.to(where.device), word_mask.to(where.device)).logits.float()
+            logits = run_model(model, batch, input_ids.to(device), word_mask.to(device)).logits.float()
             if bool(has_nan(logits)[0]):
                 raise FloatingPointError(f"the model's logits hold NaN, which gives no mask: {nan_cause(model)}")
             logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]
@@ -113,32 +110,39 @@ def predict(
 
 
 def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """Return the tokenizer that goes with a model: its folder's, or that it was trained with, or that its config names.
+    """Return a model's tokenizer: that of its folder, else the one it was trained with, else the one its config names.
 
     Args:
         model: a model with a ``config``.
-        folder: where the model was read from.
+        folder: folder that the model was read from.
 
     Raises:
-        ValueError: there is none in the folder and the configuration names none.
-        FileNotFoundError: the one that is named is not there.
+        ValueError: the folder holds no tokenizer and the configuration names none.
+        FileNotFoundError: the named tokenizer does not exist.
     """
-    from fastkd.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+    from fastkd.data.tokenizer import Tokenizer, has_tokenizer
 
-    handed_over = getattr(unwrap(model), "tokenizer", None)
-    if isinstance(handed_over, Tokenizer) and (folder is None or not has_tokenizer(Path(folder))):
-        return handed_over
+    own = getattr(unwrap(model), "tokenizer", None)
+    if isinstance(own, Tokenizer) and (folder is None or not has_tokenizer(Path(folder))):
+        return own
     source = tokenizer_source(model, folder)
     if source is None:
         raise ValueError(
             "the model's configuration names no tokenizer, and word ids mean nothing without one: pass it "
             "(--tokenizer, or tokenizer=fastkd.data.load_tokenizer(...)), or put its vocab.txt into the model's folder"
         )
+    return load_tokenizer_for(model, source)
+
+
+def load_tokenizer_for(model: nn.Module, source: str) -> Tokenizer:
+    """Load a tokenizer with the end token kept or dropped as the model's configuration requires."""
+    from fastkd.data.tokenizer import load_tokenizer
+
     return load_tokenizer(source, keep_end=getattr(_config(model), "keep_end", False))
 
 
 def tokenizer_source(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> str | None:
-    """Return what `tokenizer_of` would load, or None."""
+    """Return the source that `tokenizer_of` would load from, or None."""
     from fastkd.data.tokenizer import locate_tokenizer
 
     named = _config(model).tokenizer
@@ -146,7 +150,7 @@ def tokenizer_source(model: nn.Module, folder: str | os.PathLike[str] | None = N
 
 
 def _config(model: nn.Module) -> Any:
-    """Return the configuration of a model, whatever wraps it."""
+    """Return a model's configuration, also through wrappers."""
     config = getattr(unwrap(model), "config", None)
     if config is None:
         raise TypeError(

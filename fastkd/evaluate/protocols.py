@@ -1,4 +1,4 @@
-"""Evaluation protocols: a number of referring segmentation means nothing without the name of its protocol."""
+"""Evaluation protocols: scores of referring segmentation are comparable only under the same protocol."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Protocol:
-    """How masks are decided and compared.
+    """Rules by which masks are decided and compared.
 
     Attributes:
-        name: its name.
-        resolution: side of the square the masks are compared at, or None for the dataset's own size.
-        decision: how logits become a mask.
-        threshold: how P@X compares.
+        name: name of the protocol.
+        resolution: side of the square at which masks are compared, or None for the dataset's own size.
+        decision: rule that turns logits into a mask.
+        threshold: comparison of P@X.
     """
 
     name: str
@@ -23,8 +23,8 @@ class Protocol:
 
 
 PROTOCOLS = {"lavt": Protocol("lavt", None), "lavt480": Protocol("lavt480", 480)}
-"""All sentences of every ref; argmax; sample IoU = I/U, 0 where U = 0. "lavt480" at 480×480, the published setting;
-"lavt" at the dataset's own size."""
+"""Both: all sentences of every ref, argmax, sample IoU = I/U and 0 where U = 0. "lavt480" compares at 480×480, the
+published setting, "lavt" at the dataset's own size."""
 
 _PLANNED = {
     "cris_orig": "masks at the original image size, sigmoid > 0.35",
@@ -33,15 +33,15 @@ _PLANNED = {
 
 
 def protocol(name: str) -> Protocol:
-    """The protocol of that name.
+    """Return the named protocol.
 
     Raises:
-        NotImplementedError: a known protocol that is not here yet.
+        NotImplementedError: a known protocol that is not implemented.
         ValueError: an unknown name.
     """
     if name in PROTOCOLS:
         return PROTOCOLS[name]
-    here = ", ".join(map(repr, PROTOCOLS))
+    available = ", ".join(map(repr, PROTOCOLS))
     if name in _PLANNED:
-        raise NotImplementedError(f"protocol {name!r} ({_PLANNED[name]}) is not available yet; available: {here}")
-    raise ValueError(f"unknown protocol {name!r}; available: {here}")
+        raise NotImplementedError(f"protocol {name!r} ({_PLANNED[name]}) is not implemented; available: {available}")
+    raise ValueError(f"unknown protocol {name!r}; available: {available}")

@@ -1,10 +1,10 @@
-"""Pictures and tables of a distillation run: one self-contained HTML page, a console table, mask overlays.
+"""Reports of a distillation run: a self-contained HTML page, a console table, mask overlays.
 
-- `write_report` writes the page: results, curves, example overlays, environment.
-- `console_table` prints the same results in a terminal.
+- `write_report` writes the page: results, curves, examples, environment.
+- `console_table` prints the results in a terminal.
 - `save_overlay` writes one image with a mask drawn over it.
 
-Percentages throughout: a metric of 52.9 means 52.9 %, as published tables have it.
+Metrics are percentages, as in published tables: 52.9 means 52.9 %.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The results table in a terminal."""
+"""Results table for a terminal."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def console_table(rows: Sequence[ResultRow], *, title: str = "Results (%)", console: Console | None = None) -> None:
-    """Print result rows as a table; gains stand under the metric of a row that names a baseline.
+    """Print result rows as a table; a row with a baseline shows its gains under its metrics.
 
-    One model per line where the terminal is wide enough, else one model per column. Characters that the console's
-    encoding lacks are shown as plain ones.
+    One model per line if the terminal is wide enough, else one per column. Characters missing from the console's
+    encoding are replaced by plain ones.
 
     Args:
-        rows: the lines of the table, in order.
-        title: shown above it.
-        console: a ``rich.console.Console``; the terminal where left out.
+        rows: lines of the table, in order.
+        title: heading of the table.
+        console: a ``rich.console.Console``; default: the terminal.
 
     Raises:
-        ValueError: no rows, a repeated name, or a baseline that is not a row.
+        ValueError: no rows, a repeated name, or a baseline that is not among the rows.
 
     Example:
         >>> console_table([ResultRow("alone", 315_000, {"mIoU": 34.1})])
@@ -38,26 +38,26 @@ def console_table(rows: Sequence[ResultRow], *, title: str = "Results (%)", cons
 
     console = console or Console()
 
-    def shown(words: str, style: str) -> Text:
-        return Text(plain(words, console.encoding), style=style)
+    def styled(text: str, style: str) -> Text:
+        return Text(plain(text, console.encoding), style=style)
 
     grid = _grid(rows, console.encoding)
     console.print()
-    console.print(shown(title, "bold"))
+    console.print(styled(title, "bold"))
     table = _table(grid)
     if Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width:
         table = _table([list(column) for column in zip(*grid, strict=True)])
     console.print(table)
     for row in rows:
         if row.note:
-            console.print(shown(f"{row.name}: {row.note}", "dim"))
+            console.print(styled(f"{row.name}: {row.note}", "dim"))
     for name in dict.fromkeys(row.baseline for row in rows if row.baseline):
         gainers = ", ".join(row.name for row in rows if row.baseline == name)
-        console.print(shown(f"Second line of {gainers}: gain over {name}, in points.", "dim"))
+        console.print(styled(f"Second line of {gainers}: gain over {name}, in points.", "dim"))
 
 
 def _grid(rows: Sequence[ResultRow], encoding: str) -> list[list[Text]]:
-    """The cells, header first; `Text` throughout, so that a name with square brackets is not taken for markup."""
+    """Return the cells, header first, as `Text`: square brackets in a name are not markup."""
     from rich.text import Text
 
     metrics = check_rows(rows)

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: the colours are CSS variables, so that one drawing serves light, dark and print."""
+"""Line charts as inline SVG; colours are CSS variables, so that the same drawing serves light, dark and print."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fastkd.report.records import CurveSeries
 
 COLOURS = 6  # --run-1 … --run-6 in the style sheet
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (6, 1.5, 1.4, 1.5), (2, 1.3), (10, 2))
-SMOOTH_FROM = 60  # a training curve with fewer points is drawn as it is
-MAX_POINTS = 400  # a longer curve is thinned: no screen shows more
+SMOOTH_FROM = 60  # points; shorter training curves are not smoothed
+MAX_POINTS = 400  # longer curves are subsampled
 
-# matplotlib draws with these stand-ins, which `_themed` turns into CSS variables.
-_STAND_INS = {"#010204": "var(--muted)", "#010205": "var(--line)"} | {
+# matplotlib draws with these placeholders, which `_themed` replaces by CSS variables.
+_PLACEHOLDERS = {"#010204": "var(--muted)", "#010205": "var(--line)"} | {
     f"#01021{i}": f"var(--run-{i})" for i in range(1, COLOURS + 1)
 }
-_COLOUR_OF = {css: stand_in for stand_in, css in _STAND_INS.items()}
+_COLOUR_OF = {css: placeholder for placeholder, css in _PLACEHOLDERS.items()}
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one run is drawn in every chart."""
+    """Colour and dashes of one run in every chart."""
 
     css: str
     dashes: tuple[float, ...]
@@ -36,20 +36,20 @@ class Style:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: its heading, its description for a screen reader, and the SVG element."""
+    """One chart: its heading and its SVG element, which holds a description for screen readers."""
 
     heading: str
     svg: str
 
 
 def styles(curves: Sequence[CurveSeries]) -> dict[str, Style]:
-    """A colour and a dash for each run; the dash tells them apart in print and without colour vision."""
+    """Return a colour and dashes for each run; dashes distinguish runs in print and without colour vision."""
     runs = dict.fromkeys(series.run for series in curves)
     return {run: Style(f"var(--run-{i % COLOURS + 1})", DASHES[i % len(DASHES)]) for i, run in enumerate(runs)}
 
 
 def charts(curves: Sequence[CurveSeries], phase: str) -> list[Chart]:
-    """The charts of a phase: one per quantity over steps, and for validation one more over seconds."""
+    """Return the charts of a phase: one per quantity over steps; for validation also one over seconds."""
     style = styles(curves)
     drawn = []
     for quantity in dict.fromkeys(series.quantity for series in curves if series.phase == phase):
@@ -69,13 +69,13 @@ def _chart(group: list[CurveSeries], style: dict[str, Style], quantity: str, axi
     for series in group:
         x = np.asarray(series.steps if axis == "steps" else series.seconds, dtype=float)
         y = np.asarray(series.values, dtype=float)
-        look: dict[str, Any] = {"color": _COLOUR_OF[style[series.run].css], "dashes": style[series.run].dashes}
+        line: dict[str, Any] = {"color": _COLOUR_OF[style[series.run].css], "dashes": style[series.run].dashes}
         if not validation and len(y) >= SMOOTH_FROM:
-            axes.plot(*_thinned(x, y), color=look["color"], alpha=0.22, linewidth=0.7)
+            axes.plot(*_subsampled(x, y), color=line["color"], alpha=0.22, linewidth=0.7)
             y = _smoothed(y)
         if validation:
-            look |= {"marker": "o", "markersize": 3.2, "markeredgewidth": 0}
-        axes.plot(*_thinned(x, y), linewidth=1.7, **look)
+            line |= {"marker": "o", "markersize": 3.2, "markeredgewidth": 0}
+        axes.plot(*_subsampled(x, y), linewidth=1.7, **line)
         finite = y[np.isfinite(y)]
         if len(finite):
             last.append(f"{series.run} ends at {finite[-1]:.3g}")
@@ -84,16 +84,18 @@ def _chart(group: list[CurveSeries], style: dict[str, Style], quantity: str, axi
         axes.set_yscale("log")
     axes.set_xlabel("steps" if axis == "steps" else "wall-clock seconds")
     heading = f"{quantity} over {axis}" if validation else quantity
-    described = f"Line chart of {'validation' if validation else 'training'} {quantity} over {axis}: {', '.join(last)}."
+    description = (
+        f"Line chart of {'validation' if validation else 'training'} {quantity} over {axis}: {', '.join(last)}."
+    )
     svg = _themed(figure, salt=f"{quantity} {axis} {group[0].phase}")
-    return Chart(heading, svg.replace("<svg", f'<svg role="img" aria-label="{escape(described)}"', 1))
+    return Chart(heading, svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))
 
 
 def _axes(inches: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # The objects themselves, not pyplot: no global state, no display, no backend switched under the user's feet.
+    # Not pyplot, which needs global state and would change the user's backend.
     figure = Figure(figsize=inches, layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
@@ -112,23 +114,23 @@ def _axes(inches: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def _themed(figure: Any, salt: str) -> str:
-    """The figure as an SVG element that takes its colours and font from the page."""
+    """Return the figure as an SVG element that takes its colours and font from the page."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # no XML declaration, no DTD
     svg = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")  # HTML knows the namespaces
-    svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", svg)  # the viewBox alone: it scales
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")  # implied in HTML
+    svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", svg)  # scalable: only the viewBox remains
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"(?<=\d\.\d\d)\d+", "", svg)  # a hundredth of a point is enough
-    for stand_in, css in _STAND_INS.items():
-        svg = svg.replace(stand_in, css)
-    # Several drawings share one page: their ids must differ. Ids that nothing refers to are dropped.
+    svg = re.sub(r"(?<=\d\.\d\d)\d+", "", svg)  # two decimals, in points
+    for placeholder, css in _PLACEHOLDERS.items():
+        svg = svg.replace(placeholder, css)
+    # Ids must be unique on a page with several drawings; unused ids are dropped.
     prefix = "c" + hashlib.sha256(salt.encode()).hexdigest()[:8]
     used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", svg)
@@ -137,16 +139,16 @@ def _themed(figure: Any, salt: str) -> str:
 
 
 def _smoothed(y: np.ndarray) -> np.ndarray:
-    """Centred moving mean over a thirtieth of the run; near the ends over what there is."""
+    """Return the centred moving mean over a thirtieth of the run, truncated at both ends; NaN is skipped."""
     window = max(3, len(y) // 30) | 1
-    padded = np.ones(window)
+    kernel = np.ones(window)
     valid = np.isfinite(y)
-    total = np.convolve(np.where(valid, y, 0.0), padded, mode="same")
-    weight = np.convolve(valid.astype(float), padded, mode="same")
+    total = np.convolve(np.where(valid, y, 0.0), kernel, mode="same")
+    weight = np.convolve(valid.astype(float), kernel, mode="same")
     return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
 
 
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _subsampled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(x) <= MAX_POINTS:
         return x, y
     keep = np.unique(np.linspace(0, len(x) - 1, MAX_POINTS).round().astype(int))

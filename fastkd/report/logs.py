@@ -1,4 +1,4 @@
-"""Curves from the log that `fastkd.train.train` keeps (``log.jsonl``)."""
+"""Curves from ``log.jsonl``, the log of `fastkd.train.train`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _FIELDS = {"train": ("step", "seconds"), "eval": ("step", "seconds", "metrics")}
 def curves_from_log(
     path: str | os.PathLike[str], *, run: str | None = None, metrics: Sequence[str] = ("mIoU",)
 ) -> list[CurveSeries]:
-    """Read a run's curves: the training loss, the task loss, each unweighted term, and validation metrics.
+    """Return the curves of a run: training loss, task loss, each unweighted term, and validation metrics.
 
     Args:
-        path: a run's folder or its ``log.jsonl``; a run that goes on, or broke off, is read as far as it got.
-        run: the run's name in the charts; the title in the log where left out.
-        metrics: which validation metrics to draw.
+        path: a run's folder or its ``log.jsonl``; the run may be unfinished.
+        run: the run's name in the charts; default: the title in the log.
+        metrics: validation metrics to draw.
 
     Returns:
-        The series, over steps and over wall-clock seconds of training (evaluation not counted).
+        One series per quantity, over steps and over wall-clock seconds of training (evaluation excluded).
 
     Raises:
-        FileNotFoundError: no such log.
-        ValueError: a line that is not of such a log, an unknown metric, or nothing to draw yet.
+        FileNotFoundError: the log does not exist.
+        ValueError: a line that does not belong to such a log, an unknown metric, or no values yet.
 
     Example:
         >>> curves = curves_from_log("runs/alone") + curves_from_log("runs/distilled")
@@ -56,7 +56,7 @@ def curves_from_log(
         found.append(_series(name, metric, evaluations, values, "validation"))
     drawn = [series for series in found if series is not None]
     if not drawn:
-        raise ValueError(f"path: {path} holds no 'train' or 'eval' line yet: nothing to draw")
+        raise ValueError(f"path: {path} holds no 'train' or 'eval' line yet: there is nothing to draw")
     return drawn
 
 
@@ -68,10 +68,10 @@ def _events(path: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
             missing = {"event", *_FIELDS.get(event["event"], ())} - set(event)
             if missing:
-                raise ValueError(f"without {sorted(missing)}")
+                raise ValueError(f"missing {sorted(missing)}")
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
-                break  # cut off in the middle of its last line
+                break  # an unfinished run may end in a partial line
             raise ValueError(
                 f"path: line {number} of {path} is not a line of a fastkd training log ({error})"
             ) from error

@@ -1,4 +1,4 @@
-"""`write_report`: the page, section by section."""
+"""`write_report`: the HTML page, section by section."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd.report import curves as curves_room
-from fastkd.report import environment as environment_room
+from fastkd._atomic import replace_files
 from fastkd.report import overlays, text
+from fastkd.report.curves import SMOOTH_FROM, charts, styles
+from fastkd.report.environment import describe
 from fastkd.report.records import CurveSeries, Example, ResultRow, baseline_of, check_rows, gain, summary
 from fastkd.report.style import PAGE, STYLE
 
@@ -24,13 +25,13 @@ HOW_TO_READ = (
     ),
     (
         "Curves",
-        "A distilled step costs more than a plain one, so validation is drawn over steps and also over wall-clock "
-        "seconds, where every run pays for its own time.",
+        "A step of distillation takes longer than a step of training alone, so validation is drawn over steps and over "
+        "wall-clock seconds of training.",
     ),
     (
         "Pictures",
-        "Blue marks the true mask, orange a predicted one with its IoU against the truth beneath: a middling IoU is "
-        "mostly the right object with a rough outline, an IoU near 0 the wrong object.",
+        "Blue is the true mask, orange a predicted one, with its IoU below. A medium IoU is usually the right object "
+        "with a rough outline, an IoU near 0 the wrong object.",
     ),
 )
 
@@ -45,22 +46,22 @@ def write_report(
     notes: str | Sequence[str] | None = None,
     environment: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write a run's results as one self-contained HTML page (no network, no script, light and dark, printable).
+    """Write results as one self-contained HTML page: no network, no script, light and dark, printable.
 
     Args:
-        path: where to write; its folder is made where missing. The file appears whole or not at all.
-        title: the page's heading.
-        rows: the results table; a row with ``baseline`` shows its gains.
-        curves: training and validation curves, as from `curves_from_log`; the section is left out where empty.
-        examples: images with truth and predictions; the section is left out where empty.
+        path: file to write; its folder is created if missing. An existing file is replaced once the page is complete.
+        title: heading of the page.
+        rows: rows of the results table; those with a ``baseline`` show their gains.
+        curves: training and validation curves, such as those of `curves_from_log`; no section if empty.
+        examples: images with truth and predictions; no section if empty.
         notes: paragraphs under the heading, one string or several.
-        environment: facts to list (``{"CPU": "..."}``); versions, processor and threads of this process where None.
+        environment: facts to list (``{"CPU": "..."}``); default: versions, processor and threads of this process.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: no rows, repeated names, an unknown baseline, masks that do not fit their image.
+        ValueError: no rows, repeated names, an unknown baseline, a mask whose size differs from its image's.
         IsADirectoryError: ``path`` is a folder.
 
     Example:
@@ -72,7 +73,7 @@ def write_report(
         raise IsADirectoryError(
             f"path: {path} is a folder: give the name of a file, such as {Path(path) / 'report.html'}"
         )
-    facts = environment_room.describe() if environment is None else environment
+    facts = describe() if environment is None else environment
     body = "\n".join(
         (
             _heading(title, notes),
@@ -84,7 +85,9 @@ def write_report(
         )
     )
     page = PAGE.substitute(title=escape(title), style=STYLE, body=body)
-    return overlays.write_atomic(path, page.encode())
+    with replace_files(Path(path)) as (partial,):
+        partial.write_bytes(page.encode())
+    return Path(path)
 
 
 def _section(heading: str, content: str) -> str:
@@ -136,19 +139,19 @@ def _metric(row: ResultRow, metric: str, rows: Sequence[ResultRow]) -> str:
     if baseline is None or metric not in baseline.metrics:
         return cell
     difference, spread = gain(row.metrics[metric], baseline.metrics[metric])
-    way = "up" if difference > 0 else "down" if difference < 0 else ""
+    direction = "up" if difference > 0 else "down" if difference < 0 else ""
     more = f" ± {text.number(spread)}" if spread is not None else ""
-    return f'{cell}<span class="gain {way}">{text.signed(difference)}{more}</span>'
+    return f'{cell}<span class="gain {direction}">{text.signed(difference)}{more}</span>'
 
 
 def _table_caption(rows: Sequence[ResultRow]) -> str:
-    said = []
+    sentences = []
     for name in dict.fromkeys(row.baseline for row in rows if row.baseline):
         gainers = " and ".join(row.name for row in rows if row.baseline == name)
-        said.append(f"Coloured: gain of {gainers} over {name}, in points.")
+        sentences.append(f"Coloured: gain of {gainers} over {name}, in points.")
     if any(summary(value)[1] is not None for row in rows for value in row.metrics.values()):
-        said.append("± is the standard deviation over seeds; that of a gain is over the seeds' paired differences.")
-    return f'\n<p class="caption">{escape(" ".join(said))}</p>' if said else ""
+        sentences.append("± is the standard deviation over seeds; for a gain, that of the paired differences.")
+    return f'\n<p class="caption">{escape(" ".join(sentences))}</p>' if sentences else ""
 
 
 def _how_to_read() -> str:
@@ -160,23 +163,21 @@ def _curves(curves: Sequence[CurveSeries]) -> str:
     if not curves:
         return ""
     swatches = []
-    for run, style in curves_room.styles(curves).items():
+    for run, style in styles(curves).items():
         dashes = f' stroke-dasharray="{" ".join(str(d * 1.7) for d in style.dashes)}"' if style.dashes else ""
         line = f'<line x1="0" y1="5" x2="32" y2="5" stroke="{style.css}" stroke-width="2.5"{dashes}/>'
         swatches.append(f'<li><svg viewBox="0 0 32 10" aria-hidden="true">{line}</svg>{escape(run)}</li>')
     parts = ['<ul class="legend" aria-label="Runs">' + "".join(swatches) + "</ul>"]
     for phase, heading, wide in (("validation", "Validation", " wide"), ("train", "Training losses", "")):
-        charts = curves_room.charts(curves, phase)
-        if charts:
+        drawn = charts(curves, phase)
+        if drawn:
             figures = "\n".join(
                 f'<figure class="chart"><figcaption>{escape(chart.heading)}</figcaption>{chart.svg}</figure>'
-                for chart in charts
+                for chart in drawn
             )
             parts.append(f'<h3>{heading}</h3>\n<div class="charts{wide}">\n{figures}\n</div>')
-    if any(series.phase == "train" and len(series.steps) >= curves_room.SMOOTH_FROM for series in curves):
-        parts.append(
-            '<p class="caption">Training: moving mean over a thirtieth of the run; pale, the values themselves.</p>'
-        )
+    if any(series.phase == "train" and len(series.steps) >= SMOOTH_FROM for series in curves):
+        parts.append('<p class="caption">Training: moving mean over a thirtieth of the run; single steps are pale.</p>')
     return _section("Curves", "\n".join(parts))
 
 
@@ -210,10 +211,10 @@ def _panel(
 ) -> str:
     height, width = picture.shape[:2]
     swatch = f'<span class="key {key}"></span>' if key else ""
-    said = "" if score is None else f' <span class="iou">{"empty, " if empty else ""}IoU {text.number(score)}</span>'
+    iou = "" if score is None else f' <span class="iou">{"empty, " if empty else ""}IoU {text.number(score)}</span>'
     return (
         f'<div class="panel"><img src="{overlays.data_uri(picture)}" width="{width}" height="{height}" '
-        f'alt="{escape(alt)}">{swatch}{escape(name)}{said}</div>'
+        f'alt="{escape(alt)}">{swatch}{escape(name)}{iou}</div>'
     )
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of: result rows, curves and examples, checked when they are made."""
+"""Content of a report: result rows, curves and examples; each is checked on construction."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class ResultRow:
     """One line of the results table.
 
     Args:
-        name: what was trained, unique in its table ("teacher", "alone", "distilled").
-        parameters: number of parameters, or None where unknown.
-        metrics: metric name to percentage; a sequence holds one value per seed, shown as mean ± deviation.
+        name: name of the model, unique in its table ("teacher", "alone", "distilled").
+        parameters: number of parameters, or None if unknown.
+        metrics: metric name to percentage; a sequence holds one value per seed, shown as mean ± standard deviation.
         steps: optimiser steps taken.
         train_seconds: wall-clock seconds of training.
         note: one line shown under the name.
-        baseline: the name of the row that this row's gains are counted from, or None for no gains. With one value per
-            seed on both sides the gain is the mean of the paired differences, so keep the seeds in the same order.
+        baseline: name of the row to subtract for this row's gains, or None for no gains. With one value per seed on
+            both sides the gain is the mean of the paired differences, so keep the seeds in the same order.
 
     Example:
         >>> ResultRow("distilled", 400_000, {"oIoU": 51.0, "mIoU": [53.6, 54.5, 53.0]}, steps=600, baseline="alone")
@@ -52,26 +52,26 @@ class ResultRow:
                 )
             if is_percentage(metric) and any(v < 0 or v > 100 for v in values_of(value)):
                 raise ValueError(f"ResultRow {self.name!r}: {metric} must be in percent, 0 to 100, got {value!r}")
-        for what, count in (
+        for name, count in (
             ("parameters", self.parameters),
             ("steps", self.steps),
             ("train_seconds", self.train_seconds),
         ):
             if count is not None and not (math.isfinite(count) and count >= 0):
-                raise ValueError(f"ResultRow {self.name!r}: {what} must be a number >= 0 or None, got {count!r}")
+                raise ValueError(f"ResultRow {self.name!r}: {name} must be a number >= 0 or None, got {count!r}")
 
 
 @dataclass(frozen=True)
 class CurveSeries:
-    """One line of one chart: a quantity of one run, over steps and, where told, over seconds.
+    """One line of a chart: a quantity of one run over steps and, if given, over seconds.
 
     Args:
         run: the run's name; a run keeps its colour and dash in every chart.
-        quantity: what is drawn ("loss", "task", "cross_modal", "mIoU"): series of one quantity share a chart.
+        quantity: quantity drawn ("loss", "task", "cross_modal", "mIoU"); series of one quantity share a chart.
         steps: (n,) optimiser steps.
         values: (n,) values; NaN leaves a gap.
         seconds: (n,) wall-clock seconds since the run began, or None.
-        phase: "train" (over steps) or "validation" (over steps, and over seconds where told).
+        phase: "train" (over steps) or "validation" (over steps, and over seconds if given).
     """
 
     run: str
@@ -86,24 +86,24 @@ class CurveSeries:
         if self.phase not in ("train", "validation"):
             raise ValueError(f"{where}: phase must be 'train' or 'validation', got {self.phase!r}")
         if len(self.steps) == 0:
-            raise ValueError(f"{where}: steps is empty: leave out a series that has no points")
-        for what, other in (("values", self.values), ("seconds", self.seconds)):
+            raise ValueError(f"{where}: steps is empty: skip a series that has no points")
+        for name, other in (("values", self.values), ("seconds", self.seconds)):
             if other is not None and len(other) != len(self.steps):
                 raise ValueError(
-                    f"{where}: {what} has {len(other)} points and steps has {len(self.steps)}: give as many"
+                    f"{where}: {name} has {len(other)} points, but steps has {len(self.steps)}: give the same number"
                 )
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One sentence on one image, with the true mask and what each model predicted.
+    """One sentence on one image, with the true mask and each model's prediction.
 
     Args:
         image: (H, W, 3) uint8, or float in [0, 1] as (H, W, 3) or (3, H, W): array, tensor or PIL image.
         truth: (H, W) mask, bool or 0/1.
         predictions: model name to (H, W) mask, in the order of the columns.
         sentence: the referring expression.
-        ious: model name to IoU in percent; computed from the masks where left out.
+        ious: model name to IoU in percent; default: computed from the masks.
     """
 
     image: Any
@@ -116,7 +116,7 @@ class Example:
         unknown = sorted(set(self.ious or {}) - set(self.predictions))
         if unknown:
             raise ValueError(
-                f"Example {self.sentence!r}: ious names {unknown}, but predictions has {sorted(self.predictions)}"
+                f"Example {self.sentence!r}: ious has {unknown}, but predictions has {sorted(self.predictions)}"
             )
 
     @classmethod
@@ -129,9 +129,9 @@ class Example:
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
     ) -> Example:
-        """Return an example from a sample of `fastkd.data.ReferDataset`, undoing the normalisation of its image.
+        """Return an example from a sample of `fastkd.data.ReferDataset`.
 
-        ``image_mean`` and ``image_std`` are those of the dataset.
+        ``image_mean`` and ``image_std`` are those of the dataset; they undo the normalisation of the image.
 
         Example:
             >>> mask = student(**batch).logits.argmax(1)[0]
@@ -143,23 +143,23 @@ class Example:
 
 
 def is_percentage(metric: str) -> bool:
-    """Whether a metric is one of those that are percentages by definition."""
+    """Return whether a metric is a percentage by definition."""
     return metric in ("oIoU", "mIoU") or metric.startswith("P@")
 
 
 def values_of(metric: Metric) -> list[float]:
-    """The values of a metric, one per seed."""
+    """Return the values of a metric, one per seed."""
     return list(metric) if isinstance(metric, Iterable) else [metric]
 
 
 def summary(metric: Metric) -> tuple[float, float | None]:
-    """Mean, and the standard deviation over seeds (None for a single value)."""
+    """Return the mean and the standard deviation over seeds (None for a single value)."""
     values = values_of(metric)
     return fmean(values), (stdev(values) if len(values) > 1 else None)
 
 
 def gain(metric: Metric, baseline: Metric) -> tuple[float, float | None]:
-    """Mean gain over the baseline, and the standard deviation of the paired differences (None without pairs)."""
+    """Return the mean gain over the baseline and the standard deviation of paired differences (None without pairs)."""
     ours, theirs = values_of(metric), values_of(baseline)
     if len(ours) == len(theirs):
         return summary([a - b for a, b in zip(ours, theirs, strict=True)])
@@ -167,7 +167,7 @@ def gain(metric: Metric, baseline: Metric) -> tuple[float, float | None]:
 
 
 def check_rows(rows: Sequence[ResultRow]) -> list[str]:
-    """Check a table as a whole; return its metric names in order of appearance."""
+    """Check the rows of a table together and return its metric names in order of appearance."""
     if len(rows) == 0:
         raise ValueError("rows is empty: a results table needs at least one ResultRow")
     names = [row.name for row in rows]
@@ -177,11 +177,11 @@ def check_rows(rows: Sequence[ResultRow]) -> list[str]:
     for row in rows:
         if row.baseline is not None and (row.baseline not in names or row.baseline == row.name):
             raise ValueError(
-                f"rows: {row.name!r} counts its gains from {row.baseline!r}, which is not another row of {names}"
+                f"rows: the baseline of {row.name!r} is {row.baseline!r}, which is not another row of {names}"
             )
     return list(dict.fromkeys(metric for row in rows for metric in row.metrics))
 
 
 def baseline_of(row: ResultRow, rows: Sequence[ResultRow]) -> ResultRow | None:
-    """The row that `row` counts its gains from."""
+    """Return the baseline of a row, or None."""
     return next((other for other in rows if other.name == row.baseline), None)

@@ -1,4 +1,4 @@
-"""The page's frame and style sheet, all inline: the report is one file that needs no network and no script."""
+"""HTML skeleton and style sheet of the page, inline, so that the report is one file without scripts or network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as a reader likes them; shared by the page and the terminal."""
+"""Format numbers for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """``52.9``; a dash where there is no number, ``NaN`` where there should have been one."""
+    """Format as ``52.9``; None is a dash, and NaN and Inf are ``NaN``."""
     if value is None:
         return "–"
     return f"{value:.{digits}f}".replace("-", "−") if math.isfinite(value) else "NaN"
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """``+3.2`` or ``−0.4``, with a real minus sign."""
+    """Format as ``+3.2`` or ``−0.4``, with a typographic minus sign."""
     return f"{value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "NaN"
 
 
 def count(value: int | None) -> str:
-    """Parameters: ``3.06 M``, ``315 k``, ``118.9 M``."""
+    """Format a number of parameters: ``3.06 M``, ``315 k``, ``118.9 M``."""
     if value is None:
         return "–"
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -29,7 +29,7 @@ def count(value: int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Format as ``48 s``, ``3 min 20 s`` or ``2 h 05 min``."""
     if seconds is None:
         return "–"
     whole = round(seconds)

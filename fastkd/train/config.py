@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Settings of `fastkd.train.train`. The defaults train a small student; every field has a meaning of its own.
+    """Settings of `fastkd.train.train`; the defaults suit a small student.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -20,48 +20,48 @@ class TrainConfig:
     batch_size: int = 16
     """Samples per optimiser step, over all micro-batches and all processes."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is split into. The result is that of the whole batch, in less memory, unless
-    something mixes samples: BatchNorm, or a term with ``across_batch`` or ``cross_image``, of which a warning tells."""
+    """Micro-batches per step. The result equals that of the whole batch, in less memory, unless samples are mixed: by
+    BatchNorm, or by a term with ``across_batch`` or ``cross_image``, which causes a warning."""
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 1e-2
-    """Decoupled weight decay; never on norms, biases and embedding tables."""
+    """Decoupled weight decay; not applied to norms, biases and embedding tables."""
     warmup: int = 0
     """Steps of linear warm-up before the polynomial decay."""
     power: float = 0.9
     """Exponent of the polynomial decay lr·(1 − progress)^power; 0 keeps lr constant."""
     grad_clip: float | None = 1.0
-    """Largest gradient norm, or None for no clipping."""
+    """Maximum gradient norm, or None for no clipping."""
     seed: int = 0
-    """Data order and dropout. Whoever makes the model seeds its weights; a dataset has a seed of its own."""
+    """Seed of data order and dropout. Seed the initial weights where the model is made; a dataset has its own seed."""
     device: str = "auto"
-    """"auto" (the GPU if there is one; the CPU under ``accelerate launch --cpu``), "cpu", "cuda", "cuda:1"."""
+    """"auto" (the GPU if there is one; the CPU under ``accelerate launch --cpu``), "cpu", "cuda" or "cuda:1"."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the networks: "auto" is bf16 on a GPU that has it (compute capability 8.0), or where ``accelerate
-    launch`` asks for it, and fp32 elsewhere. Weights stay in fp32."""
+    """Arithmetic of the networks: "auto" is bf16 on a GPU that supports it (compute capability 8.0) or if ``accelerate
+    launch`` requests it, else fp32. Weights stay in fp32."""
     channels_last: bool = False
-    """Keep images and convolution weights channels-last: faster convolutions on most devices."""
+    """Store images and convolution weights channels-last, which speeds up convolutions on most devices."""
     workers: int = 0
-    """Processes that load data; 0 loads in the training process."""
+    """Data-loading processes; 0 loads in the training process."""
     threads: int | None = None
-    """CPU threads of torch during the run; None leaves them as they are."""
+    """torch's CPU threads during the run; None keeps the current number."""
     eval_every: int | None = None
-    """Steps between evaluations on the validation set; None evaluates at the end alone."""
+    """Steps between evaluations on the validation set; None evaluates only at the end."""
     eval_batch_size: int = 32
     """Samples per evaluation batch."""
     log_every: int = 20
     """Steps between lines of the log."""
     max_seconds: float | None = None
-    """Stop after this much training (evaluation not counted), the learning rate decaying to zero by then."""
+    """Stop after this many seconds of training (evaluation excluded); the learning rate decays to zero by then."""
     find_unused_parameters: bool = False
-    """With several processes: look at every step for parameters without a gradient. Needed where it depends on the
-    batch which parameters take part; on by itself where the first batch leaves some out."""
+    """With several processes: look for parameters without a gradient at every step. Needed if the parameters in use
+    depend on the batch; switched on automatically if the first batch leaves some without a gradient."""
     check: bool = True
     """Run the distiller's checks on the first batch before training."""
 
     def __post_init__(self) -> None:
-        whole = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "eval_batch_size": 1}
-        for name, least in {**whole, "log_every": 1}.items():
+        counts = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "eval_batch_size": 1}
+        for name, least in {**counts, "log_every": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")

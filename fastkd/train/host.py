@@ -1,6 +1,6 @@
-"""Checks of a batch's values while it is on the host.
+"""Checks of a batch's values before it leaves the host.
 
-On a GPU looking would wait for the device, and a word id beyond the table would end the process.
+On a GPU, reading them would synchronise, and a word id beyond the table would abort the process.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fastkd.train.task import segmentation_loss
 
 
 def check_tokenizers(distiller: Distiller, dataset: Any) -> None:
-    """Refuse a dataset whose tokenizers or normalisation are not those of the models that read it, or are mixed.
+    """Reject a dataset whose tokenizers or normalisation differ from the models', or from each other.
 
     Raises:
-        ValueError: naming both sides.
+        ValueError: the message names both sides.
     """
     for part in leaves(dataset, "image_mean"):
         check_normalisation(distiller.student, part, "student")
@@ -39,14 +39,13 @@ def check_tokenizers(distiller: Distiller, dataset: Any) -> None:
 
 
 def _check_same(attribute: str, tokenizers: Sequence[Any]) -> None:
-    """Refuse data sets that are mixed although one id stands for another word in each."""
-    known = {id(one): one for one in tokenizers if one is not None}
-    entries = {name: _entries(one) for name, one in known.items()}
-    if len(set(entries.values())) > 1:
-        names = " and ".join(sorted({repr(getattr(one, "name", one)) for one in known.values()}))
+    """Reject a mixture of data sets in which the same id stands for different words."""
+    distinct = list({id(one): one for one in tokenizers if one is not None}.values())
+    if len({_entries(one) for one in distinct}) > 1:
+        names = " and ".join(sorted({repr(getattr(one, "name", one)) for one in distinct}))
         raise ValueError(
-            f"dataset: the sets it holds have different tokenizers ({attribute}: {names}), so one id would stand for "
-            "several words; make them all with the model's own"
+            f"dataset: its parts have different tokenizers ({attribute}: {names}), so one id would stand for several "
+            "words; make them all with the model's own tokenizer"
         )
 
 
@@ -56,7 +55,7 @@ def _entries(tokenizer: Any) -> Any:
 
 
 def keep_tokenizer(student: nn.Module, dataset: Any) -> None:
-    """Hand the dataset's tokenizer to a `RISModel`, which saves it along with its weights."""
+    """Give the dataset's tokenizer to a `RISModel`, which saves it with its weights."""
     from fastkd.models import RISModel
 
     student, tokenizer = unwrap(student), next(iter(declared_values(dataset, "tokenizer")), None)
@@ -65,10 +64,10 @@ def keep_tokenizer(student: nn.Module, dataset: Any) -> None:
 
 
 def check_batch(distiller: Distiller, batch: Mapping[str, Any]) -> None:
-    """Refuse masks that `segmentation_loss` does not take, and word ids beyond a model's table.
+    """Reject masks that `segmentation_loss` does not accept, and word ids beyond a model's table.
 
     Raises:
-        ValueError: naming the values.
+        ValueError: the message names the values.
     """
     loss = distiller.task_loss
     mask = batch.get("mask")

@@ -1,8 +1,8 @@
-"""What a launcher asks for through the environment, compared with the trainer's settings.
+"""Requests of a launcher in the environment, compared with the trainer's settings.
 
-``accelerate launch`` turns its options and its config file into environment variables. The trainer reads them here and
-nowhere else, and follows its own settings: what contradicts them is an error, so that a log never states one thing
-while another is computed.
+``accelerate launch`` turns its options and its config file into environment variables. Only this module reads them. The
+trainer follows its own settings and raises an error if the environment contradicts them, so that the settings in a log
+are those that were used.
 """
 
 from __future__ import annotations
@@ -28,73 +28,74 @@ _SHARDED = {
 
 
 def requested(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> tuple[torch.device, str]:
-    """Return device and precision: the configuration's, "auto" by what the environment asks for.
+    """Return device and precision of the configuration; "auto" follows the environment.
 
     Raises:
-        ValueError: the environment asks for something that contradicts the configuration, or that the trainer does not
-            have; the message names the variable.
+        ValueError: the environment contradicts the configuration or requests a feature that the trainer lacks; the
+            message names the variable.
     """
-    for variable, what in _SHARDED.items():
+    for variable, strategy in _SHARDED.items():
         if _flag(environ, variable):
             raise ValueError(
-                f"{variable}={environ[variable]} asks for {what}; the trainer is data-parallel only: start it with "
-                "torchrun or accelerate launch --multi_gpu, or use the Distiller in a loop of your own"
+                f"{variable}={environ[variable]} requests {strategy}; the trainer is data-parallel only: start it with "
+                "torchrun or accelerate launch --multi_gpu, or use the Distiller in your own loop"
             )
     if (backend := environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("", "no"):
         raise ValueError(
-            f"ACCELERATE_DYNAMO_BACKEND={backend} asks for a compiled model; the trainer compiles none: pass "
+            f"ACCELERATE_DYNAMO_BACKEND={backend} requests a compiled model, but the trainer does not compile: pass "
             "torch.compile(student), and start it without --dynamo_backend"
         )
     steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("", "1", str(config.accumulate)):
         raise ValueError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} contradicts accumulate={config.accumulate} of the "
-            "configuration: set one to the other, or unset the variable (batch_size is the whole step's)"
+            "configuration: make them equal, or unset the variable (batch_size counts the whole step)"
         )
     device = pick_device(_device(config.device, environ))
     return device, pick_precision(_precision(config.precision, environ), device)
 
 
 def join(config: TrainConfig) -> tuple[PartialState, torch.device, str]:
-    """Join the other processes of this run, if any; returns them, this process's device, and the precision.
+    """Join the other processes of this run, if any; return them, this process's device, and the precision.
 
     Raises:
-        ValueError: as `requested`, and for processes that could not be joined or are on another kind of device.
+        ValueError: as `requested`; processes that could not be joined or are on another type of device.
     """
     from accelerate import PartialState
 
     device, precision = requested(config)
     state = PartialState(cpu=device.type == "cpu")
-    kind = str(getattr(state.distributed_type, "value", state.distributed_type))
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # of an Accelerator that the caller made
-        raise ValueError(f"accelerate was set up for {kind} in this process; the trainer is data-parallel only")
+    distributed = str(getattr(state.distributed_type, "value", state.distributed_type))
+    if distributed in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # the caller made an Accelerator
+        raise ValueError(f"accelerate was set up for {distributed} in this process; the trainer is data-parallel only")
     if state.num_processes == 1:
-        promised = os.environ.get("WORLD_SIZE", "1")
-        if promised.isdigit() and int(promised) > 1:
+        world_size = os.environ.get("WORLD_SIZE", "1")
+        if world_size.isdigit() and int(world_size) > 1:
             raise ValueError(
-                f"WORLD_SIZE={promised}, but this process joined no other (LOCAL_RANK is "
+                f"WORLD_SIZE={world_size}, but this process joined no other (LOCAL_RANK is "
                 f"{os.environ.get('LOCAL_RANK', 'not set')}), so each would train alone: start them with torchrun or "
                 "accelerate launch, or unset WORLD_SIZE"
             )
         return state, device, precision
     if torch.device(state.device).type != device.type:
         raise ValueError(
-            f"the {state.num_processes} processes were joined on {state.device}, the configuration asks for "
-            f"device={config.device!r}: make no Accelerator before, or set device='auto'"
+            f"the {state.num_processes} processes were joined on {state.device}, but the configuration has "
+            f"device={config.device!r}: do not make an Accelerator before, or set device='auto'"
         )
     if config.device != "auto" and torch.device(config.device).index is not None:
         raise ValueError(
-            f"device={config.device!r} with {state.num_processes} processes: each has its own; set device='auto'"
+            f"device={config.device!r} with {state.num_processes} processes: each needs its own device; set "
+            "device='auto'"
         )
     return state, torch.device(state.device), precision
 
 
 def _device(name: str, environ: Mapping[str, str]) -> str:
     variable = "ACCELERATE_USE_CPU" if _flag(environ, "ACCELERATE_USE_CPU") else "ACCELERATE_TORCH_DEVICE"
-    asked = "cpu" if variable == "ACCELERATE_USE_CPU" else environ.get(variable)
-    if not asked or name == "auto":
-        return asked or name
-    if name.partition(":")[0] != asked.partition(":")[0]:
+    requested_device = "cpu" if variable == "ACCELERATE_USE_CPU" else environ.get(variable)
+    if not requested_device or name == "auto":
+        return requested_device or name
+    if name.partition(":")[0] != requested_device.partition(":")[0]:
         raise ValueError(
             f"{variable}={environ[variable]} contradicts device={name!r} of the configuration: set device='auto', or "
             "unset the variable"
@@ -103,12 +104,12 @@ def _device(name: str, environ: Mapping[str, str]) -> str:
 
 
 def _precision(name: str, environ: Mapping[str, str]) -> str:
-    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if asked in ("", "no"):  # also what accelerate launch sets where nobody asked for anything
+    mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed in ("", "no"):  # the default of accelerate launch
         return name
-    if asked != "bf16":
+    if mixed != "bf16":
         raise ValueError(
-            f"ACCELERATE_MIXED_PRECISION={asked}: the trainer computes in fp32 or bf16; start it with "
+            f"ACCELERATE_MIXED_PRECISION={mixed}: the trainer computes in fp32 or bf16; start it with "
             "--mixed_precision no or bf16, or unset the variable"
         )
     if name == "fp32":

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: a JSONL log and a progress bar."""
+"""Log of a run as JSON lines, and its progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastkd._console import plain
 
 
 class RunLog:
-    """A log of one JSON object per line, each written out at once; with no path it writes nothing."""
+    """Log with one JSON object per line, flushed after each; without a path it writes nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("w", encoding="utf-8") if path is not None else None
@@ -51,9 +51,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 class Progress:
-    """A progress bar with the time left and the losses; plain lines now and then where there is no terminal.
+    """Progress bar with remaining time and losses; without a terminal, a plain line every 15 seconds.
 
-    A terminal that goes away takes the progress with it, not the run.
+    If the terminal disappears, progress ends and the run goes on.
     """
 
     def __init__(self, steps: int, title: str, shown: bool) -> None:
@@ -80,7 +80,7 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, losses: Mapping[str, float], seconds: float, fraction: float) -> None:
-        """Show that so many steps are done, in so many seconds of training, a fraction of the whole."""
+        """Show the completed steps, their seconds of training and the completed fraction of the run."""
         if not self.shown:
             return
         text = "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
@@ -89,10 +89,10 @@ class Progress:
         elif time.monotonic() - self._line_at > 15:
             self._line_at = time.monotonic()
             left = seconds * (1 - fraction) / fraction if fraction else math.nan
-            self.say(f"step {step}/{self.steps}  {seconds:.0f} s, {left:.0f} s left  {text}")
+            self.print(f"step {step}/{self.steps}  {seconds:.0f} s, {left:.0f} s left  {text}")
 
-    def say(self, text: str) -> None:
-        """A line of its own."""
+    def print(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
         if not self.shown:
             return
         try:
@@ -104,14 +104,14 @@ class Progress:
             self.shown = False
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.stop()
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or Infinity: they become null."""
+    """Replace NaN and Infinity, which JSON lacks, by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

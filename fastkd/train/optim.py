@@ -1,4 +1,4 @@
-"""The optimiser's groups and the learning-rate schedule."""
+"""Optimiser, learning-rate schedule and order of samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_e
 
 
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; norms, biases and embedding or position tables are not decayed."""
+    """Return AdamW over the trainable parameters; norms, biases and embedding or position tables are not decayed."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -30,16 +30,16 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def lr_factor(step: int, progress: float, config: TrainConfig) -> float:
-    """What the peak learning rate is multiplied by at a step: linear warm-up, then (1 − progress)^power."""
+    """Return the factor of the peak learning rate: linear warm-up times (1 − progress)^power."""
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     return warm * max(0.0, 1.0 - progress) ** config.power
 
 
 class BatchOrder:
-    """Which samples make up each micro-batch of one process, epoch by epoch.
+    """Batch sampler: indices of each micro-batch of one process in the current epoch.
 
-    The order depends on the seed and the epoch alone: neither on the model, nor on the number of micro-batches,
-    processes or loading workers. What an epoch leaves short of a full batch is dropped.
+    The order depends only on the seed and the epoch, not on the model or the number of micro-batches, processes and
+    loading workers. The incomplete last batch of an epoch is dropped.
     """
 
     def __init__(self, samples: int, config: TrainConfig, rank: int = 0, ranks: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""What a training run returns."""
+"""Result of a training run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fastkd.evaluate.evaluation import EvalResult
 
 @dataclass
 class TrainResult:
-    """What a run came to.
+    """Result of a training run.
 
     Attributes:
         steps: optimiser steps taken.
         seconds: wall-clock seconds of training, loading included; checks, evaluation and checkpoints excluded.
         eval_seconds: wall-clock seconds of evaluation.
         samples_per_second: batch_size · steps / seconds.
-        stopped: "steps" or "max_seconds".
+        stopped: the limit that ended the run, "steps" or "max_seconds".
         history: the "train" lines of the log.
         evaluations: step and result of every evaluation.
-        out_dir: where log and checkpoints are, or None.
+        out_dir: folder of log and checkpoints, or None.
     """
 
     steps: int = 0

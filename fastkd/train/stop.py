@@ -1,4 +1,4 @@
-"""SIGTERM, by which clusters end jobs, ends a run as Ctrl-C does."""
+"""End a run on SIGTERM, the signal of cluster schedulers, in the same way as on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, Self
 from fastkd.data._loading import WorkerExited
 from fastkd.errors import Terminated
 
-_PATIENCE = 2.0  # seconds between a loading process that was sent SIGTERM and this one, in one group
+_PATIENCE = 2.0  # seconds: SIGTERM may reach a loading process before this one
 
 
 class Termination:
-    """Raise `Terminated` on SIGTERM within the block, then put the signal's handler back.
+    """Raise `Terminated` on SIGTERM inside the block and restore the default handler afterwards.
 
-    In the main thread only, where Python handles signals, and only where nobody else handles this one: a handler of the
-    caller's, or of a cluster's library, stays in charge. Forked processes end as they would have.
+    Active only in the main thread, where Python handles signals, and only if no other handler is installed: the
+    caller's, or that of a cluster's library, stays in place. Forked processes end as by default.
     """
 
     def __init__(self) -> None:
@@ -38,22 +38,23 @@ class Termination:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            if number == signal.SIGTERM or not self.received:  # torch's would raise while the process ends
+            if number == signal.SIGTERM or not self.received:  # torch's SIGCHLD handler would raise at exit
                 signal.signal(number, handler)
 
     def settle(self, error: BaseException) -> BaseException:
-        """Return what ended the run, and let no further signal interrupt the block.
+        """Return the exception to raise for a run that ended with ``error``, and ignore further signals.
 
-        Loading processes are often sent SIGTERM together with this one, and their end is noticed first.
+        A scheduler often sends SIGTERM to the loading processes as well. Their end may be noticed first, so this waits
+        for the signal before blaming them.
         """
         self._holding = True
         if not self._before:
             return error
         if (child := getattr(signal, "SIGCHLD", None)) is not None and child not in self._before:
-            self._replace(child, signal.SIG_DFL)  # torch's handler raises when a loading process was killed
+            self._replace(child, signal.SIG_DFL)  # torch's handler raises if a loading process was killed
         if isinstance(error, WorkerExited) and error.exitcode == -signal.SIGTERM:
-            until = time.monotonic() + _PATIENCE
-            while not self.received and time.monotonic() < until:
+            deadline = time.monotonic() + _PATIENCE
+            while not self.received and time.monotonic() < deadline:
                 time.sleep(0.02)
         return Terminated() if self.received and not isinstance(error, KeyboardInterrupt | Terminated) else error
 
@@ -61,7 +62,7 @@ class Termination:
         self._before[number] = signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a forked process that has not set its own
+        if os.getpid() != self._pid:  # a forked process: restore the default and resend
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

@@ -1,4 +1,4 @@
-"""The commands, as a user types them."""
+"""The commands, run as from a shell."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_train_then_evaluate(shapes, tmp_path, capsys):
     assert "mIoU" in capsys.readouterr().out
 
 
-def test_a_set_with_unusable_refs_is_skipped_in_part_on_request(shapes, tmp_path, capsys):
+def test_skip_unusable_skips_refs_and_reports_them(shapes, tmp_path, capsys):
     import pickle
     import shutil
 
@@ -79,12 +79,12 @@ def test_distill_with_the_shipped_teacher_and_every_term(shapes, tmp_path, capsy
 
 
 def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastkd.cli.demo._cost", lambda *args: 2.4)
+    monkeypatch.setattr("fastkd.cli.demo._relative_cost", lambda *args: 2.4)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0
     results = json.loads((out / "results.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["alone", "distilled", "alone, equal time"]
-    assert [run["steps"] for run in results["runs"]] == [3, 3, 7]  # as many as distillation took the time of
+    assert [run["steps"] for run in results["runs"]] == [3, 3, 7]  # 2.4 times as many for equal time
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["alone"]["parameters"] == rows["distilled"]["parameters"] < rows["teacher"]["parameters"]
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -92,28 +92,29 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
     assert page.count("data:image/") >= 12
     assert "mIoU" in capsys.readouterr().out
     written = (out / "data" / "shapes.json").stat().st_mtime_ns
-    assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0  # again, on the same data
+    assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0  # a second time, on the same data
     assert (out / "data" / "shapes.json").stat().st_mtime_ns == written
-    assert "made earlier" in capsys.readouterr().out
+    assert ", reused" in capsys.readouterr().out
 
 
-def test_the_cost_of_distillation_does_not_follow_the_load_of_the_machine(monkeypatch):
-    from fastkd.cli.demo import _cost
+def test_relative_cost_ignores_changes_of_load(monkeypatch):
+    from fastkd.cli.demo import _relative_cost
     from fastkd.train import TrainConfig, TrainResult
 
-    load = iter([1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # of ten turns; one falls into a change
+    load = iter([1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # of ten turns; one turn straddles a change
 
-    def pretend(subject, dataset, config, **rest):
+    def fake_train(subject, dataset, config, **rest):
         seconds = next(load) * {"alone": 1.0, "distilled": 2.4}[subject]
         return TrainResult(history=[{"seconds": 7.0}, {"seconds": 7.0 + seconds}])
 
-    monkeypatch.setattr("fastkd.train.train", pretend)
-    assert _cost(["alone", "distilled"], [], TrainConfig()) == pytest.approx(2.4)
+    monkeypatch.setattr("fastkd.train.train", fake_train)
+    assert _relative_cost(["alone", "distilled"], [], TrainConfig()) == pytest.approx(2.4)
 
 
-def test_the_cost_of_distillation_is_measured_in_turns(shapes):
-    from fastkd.cli._common import build_model, open_split, shapes_teacher
-    from fastkd.cli.demo import _cost
+def test_relative_cost_alternates_the_models(shapes):
+    from fastkd.cli._data import open_split
+    from fastkd.cli._models import build_model, shapes_teacher
+    from fastkd.cli.demo import _relative_cost
     from fastkd.models import RISModel
     from fastkd.train import TrainConfig
 
@@ -121,11 +122,11 @@ def test_the_cost_of_distillation_is_measured_in_turns(shapes):
     students, steps = [build_model("shapes-student", 0) for _ in range(2)], []
     for number, student in enumerate(students):
         student.register_forward_hook(lambda *call, number=number: steps.append(number))
-    assert 0 < _cost(students, dataset, TrainConfig(batch_size=1), rounds=2) < math.inf
+    assert 0 < _relative_cost(students, dataset, TrainConfig(batch_size=1), rounds=2) < math.inf
     assert steps == ([0] * 25 + [1] * 25) * 2
 
 
-def test_a_model_configuration_that_is_no_json(shapes, tmp_path, capsys):
+def test_rejects_a_model_configuration_that_is_not_json(shapes, tmp_path, capsys):
     broken = tmp_path / "model.json"
     broken.write_text("{not json")
     assert main(["train", "--data", str(shapes), "--out", str(tmp_path / "out"), "--model", str(broken)]) == 2
@@ -133,7 +134,7 @@ def test_a_model_configuration_that_is_no_json(shapes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["evaluate", "--data", "{shapes}", "--model", "/nowhere"], "/nowhere"),
         (["evaluate", "--data", "/nowhere", "--model", "shapes"], "/nowhere"),
@@ -149,15 +150,15 @@ def test_a_model_configuration_that_is_no_json(shapes, tmp_path, capsys):
         (["data", "make-shapes", "{tmp}/new", "--images", "1"], "images"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(args, says, shapes, tmp_path, capsys):
+def test_bad_input_is_one_line_and_status_2(args, message, shapes, tmp_path, capsys):
     args = [arg.format(shapes=shapes, tmp=tmp_path) for arg in args]
     try:
         status = main(args)
-    except SystemExit as refused:  # what the parser itself refuses
-        status = refused.code
+    except SystemExit as stop:  # raised by the argument parser
+        status = stop.code
     assert status == 2
     error = capsys.readouterr()
-    assert says in error.err + error.out
+    assert message in error.err + error.out
 
 
 def test_traceback_on_request(monkeypatch, tmp_path):

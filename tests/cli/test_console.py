@@ -160,7 +160,7 @@ def test_progress_without_a_terminal_goes_nowhere(monkeypatch):
     from fastkd.train.log import Progress
 
     monkeypatch.setattr(sys, "stderr", None)
-    Progress(3, "run", True).say("step 1")
+    Progress(3, "run", True).print("step 1")
 
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
@@ -168,7 +168,7 @@ def test_progress_without_a_terminal_goes_nowhere(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Gone())
     progress = Progress(3, "run", True)
-    progress.say("step 1")
+    progress.print("step 1")
     assert not progress.shown
     progress.close()
 

@@ -121,7 +121,7 @@ class TestCommandLine:
     def test_shortens_long_messages_of_other_packages(self, monkeypatch: Any, capsys: Any) -> None:
         other = _raise(RuntimeError("\x1b[1mcannot go on\x1b[0m\n\nrun this:\n  os.environ['X'] = '1'"))
         text = self.error_output(monkeypatch, capsys, other)
-        assert text == "fastkd: error: cannot go on ... (FASTKD_TRACEBACK=1 shows all of it)\n"
+        assert text == "fastkd: error: cannot go on ... (FASTKD_TRACEBACK=1 shows all)\n"
 
     def test_keeps_messages_of_one_line(self, monkeypatch: Any, capsys: Any) -> None:
         text = self.error_output(monkeypatch, capsys, lambda: torch.zeros(2).view(3))

@@ -333,5 +333,5 @@ class TestSegmentationLoss:
     def test_bad_shapes(self) -> None:
         with pytest.raises(ValueError, match=r"logits must be \(B, 2, H, W\), got \(1, 1, 4, 4\)"):
             segmentation_loss(torch.zeros(1, 1, 4, 4), {"mask": torch.zeros(1, 4, 4)})
-        with pytest.raises(ValueError, match=r"mask \(1, 8, 8\) does not fit logits \(1, 2, 4, 4\)"):
+        with pytest.raises(ValueError, match=r"mask \(1, 8, 8\) does not match logits \(1, 2, 4, 4\)"):
             segmentation_loss(torch.zeros(1, 2, 4, 4), {"mask": torch.zeros(1, 8, 8)})

@@ -15,7 +15,7 @@ pytest.importorskip("timm", reason="needs the [ris] extra")
 from PIL import Image
 
 from fastkd.cli import main
-from fastkd.cli._common import shapes_teacher
+from fastkd.cli._models import shapes_teacher
 from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer, make_shapes
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import predict, tokenizer_of

@@ -15,7 +15,8 @@ import timm
 
 from fastkd import Distiller, Term, losses
 from fastkd.cli import main
-from fastkd.cli._common import build_model, open_split
+from fastkd.cli._data import open_split
+from fastkd.cli._models import build_model
 from fastkd.data import RefCOCO, ReferDataset, Tokenizer, collate, load_tokenizer, make_shapes
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.distill.forward import normalisation, renormalise

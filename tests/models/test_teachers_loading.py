@@ -98,7 +98,7 @@ class TestLoading:
         def refuse(name: str, *rest: str, **options: Any) -> str:
             raise OSError("no network")
 
-        from fastkd.cli._common import load_model
+        from fastkd.cli._models import load_model
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
         with pytest.raises(

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("timm", reason="needs the [ris] extra")
 
 from fastkd import Distiller, Term, losses
-from fastkd.cli._common import open_split
+from fastkd.cli._data import open_split
 from fastkd.data import collate, make_shapes
 from fastkd.evaluate import evaluate, predict
 from fastkd.models import LAVT, LAVTConfig, RISModel, preset

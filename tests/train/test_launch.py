@@ -100,10 +100,10 @@ class TestEnvironment:
         monkeypatch.setattr("accelerate.PartialState", lambda cpu: state())
         assert launch.join(TrainConfig(device="cpu"))[1:] == (CPU, "fp32")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(ValueError, match="the 2 processes were joined on cpu, the configuration asks for device="):
+        with pytest.raises(ValueError, match="the 2 processes were joined on cpu, but the configuration has device="):
             launch.join(TrainConfig(device="cuda:1", precision="fp32"))
         state.device = torch.device("cuda", 0)
-        with pytest.raises(ValueError, match="device='cuda:1' with 2 processes: each has its own"):
+        with pytest.raises(ValueError, match="device='cuda:1' with 2 processes: each needs its own device"):
             launch.join(TrainConfig(device="cuda:1", precision="fp32"))
 
 

@@ -1,0 +1,133 @@
+"""Data sets named on the command line, opened with the size, normalisation and tokenizer of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from fastkd.data import ReferDataset
+    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
+
+
+@dataclass
+class DataArgs:
+    """Location of the data.
+
+    Args:
+        data: folder that holds ``refcoco/`` and ``images/``.
+        dataset: one of the sets in it: refcoco, refcoco+ or refcocog.
+        split_by: author of the splits: unc, google or umd.
+        tokenizer: path of the vocab.txt (or tokenizer folder) that defines the word ids, or "shapes"; default: the one
+            in the model's folder or named by its configuration, else the teacher's.
+        skip_unusable: skip refs without a sentence, a mask or a readable image file, and report their number; without
+            this option they are an error. Every image is decoded once to check it.
+    """
+
+    data: Path
+    dataset: str = "refcoco"
+    split_by: str = "unc"
+    tokenizer: str | None = None
+    skip_unusable: bool = False
+
+    def open(
+        self, split: str, model: Any, *, sentences: str, seed: int = 0, teacher: dict[str, Any] | None = None
+    ) -> ReferDataset:
+        """Return one split, prepared for the model; see `open_split`."""
+        return open_split(
+            self.data,
+            split,
+            model,
+            sentences=sentences,
+            seed=seed,
+            tokenizer=self.tokenizer,
+            teacher=teacher,
+            name=self.dataset,
+            split_by=self.split_by,
+            skip_unusable=self.skip_unusable,
+        )
+
+
+Data = Annotated[DataArgs, tyro.conf.arg(name="")]
+
+
+def open_split(
+    root: Path,
+    split: str,
+    model: Any,
+    *,
+    sentences: str,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    teacher: dict[str, Any] | None = None,
+    **refcoco: Any,
+) -> ReferDataset:
+    """Return one split with the model's image size and normalisation, and its tokenizer or the one given.
+
+    ``teacher`` is the result of `teacher_tokenizer_options`; ``refcoco`` are further arguments of `RefCOCO`.
+    """
+    from fastkd.data import RefCOCO, ReferDataset
+    from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+    from fastkd.distill.forward import normalisation
+    from fastkd.evaluate.prediction import load_tokenizer_for, tokenizer_of
+    from fastkd.models.inputs import check_vocabulary, word_limit
+
+    config = model.config
+    loaded = tokenizer_of(model) if tokenizer is None else load_tokenizer_for(model, tokenizer)
+    check_vocabulary(model, loaded)
+    image_mean, image_std = normalisation(model) or (IMAGENET_MEAN, IMAGENET_STD)
+    return ReferDataset(
+        RefCOCO(root, split=split, **refcoco),
+        loaded,
+        image_size=config.image_size,
+        max_words=word_limit(model),
+        sentences=sentences,
+        seed=seed,
+        cache=config.image_size <= 128,  # decoded images of a small set fit in memory
+        image_mean=image_mean,
+        image_std=image_std,
+        **(teacher or {}),
+    )
+
+
+def teacher_tokenizer_options(
+    student: RISModel, teacher: RISModel | LAVT | TextPromptedTeacher, tokenizer: str | None
+) -> dict[str, Any]:
+    """Return `ReferDataset`'s options for a teacher with its own tokenizer; empty if it shares the student's.
+
+    Raises:
+        ValueError: the teacher's word ids differ from the student's and its tokenizer is unknown or does not match, so
+            the teacher would read another sentence.
+    """
+    from fastkd.evaluate.prediction import load_tokenizer_for
+    from fastkd.models import RISModel, TextPromptedTeacher
+
+    if isinstance(teacher, TextPromptedTeacher):
+        tokenizer = tokenizer or teacher.config.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                f"the teacher's folder holds no tokenizer, and a {type(teacher).__name__} has its own token ids: save "
+                "its tokenizer there too, or pass --teacher-tokenizer with that tokenizer's folder"
+            )
+    else:
+        theirs = teacher.text_encoder.vocab_size if isinstance(teacher, RISModel) else teacher.vocab_size
+        ours = student.text_encoder.vocab_size
+        if tokenizer is None and theirs is not None and theirs != ours:
+            raise ValueError(
+                f"the student's vocabulary has {ours} words, the teacher's {theirs}: they read the same word ids, so "
+                "they need the same tokenizer; choose a student with the teacher's, or pass --teacher-tokenizer: terms "
+                "must then not compare them word by word"
+            )
+        if tokenizer is None:
+            return {}
+    loaded = load_tokenizer_for(teacher, tokenizer)
+    if isinstance(teacher, TextPromptedTeacher) and loaded.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} has {loaded.vocab_size} entries, but the teacher's vocabulary "
+            f"{teacher.vocab_size}: it is another tokenizer; pass --teacher-tokenizer with the one "
+            "published with its weights"
+        )
+    return {"teacher_tokenizer": loaded, "teacher_max_words": teacher.config.max_words}

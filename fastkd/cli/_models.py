@@ -1,0 +1,82 @@
+"""Models named on the command line: presets, folders, hub names and checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
+
+
+def build_model(name: str, seed: int, tokenizer: str | None = None) -> RISModel:
+    """Return a new model from a preset's name or a config.json, or a saved one from its folder.
+
+    A new model uses the padding id of its tokenizer (the one given, else that of its configuration).
+    """
+    import torch
+
+    from fastkd.data import load_tokenizer
+    from fastkd.models import RISConfig, RISModel, list_presets, preset
+
+    path = Path(name)
+    if path.is_dir():
+        return RISModel.from_pretrained(path)
+    torch.manual_seed(seed)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise FileNotFoundError(f"no model configuration at {path}")
+        config = RISConfig.from_dict(_read_json(path))
+        if config.tokenizer == ".":  # as save_pretrained writes it
+            config.tokenizer = str(path.parent.absolute())
+    elif name not in list_presets() and ("/" in name or "\\" in name):
+        raise FileNotFoundError(
+            f"no model folder at {path}; give a folder, a .json or a preset ({', '.join(list_presets())})"
+        )
+    else:
+        config = preset(name)
+    source = tokenizer or config.tokenizer
+    if source is not None:
+        pad = load_tokenizer(source).pad_id
+        if pad:
+            config.text.setdefault("pad_token_id", pad)
+    return RISModel(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object with RISConfig's fields, got {type(values).__name__}")
+    return values
+
+
+def load_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
+    """Return a model with weights, in eval mode and frozen: from a folder, hub name or LAVT file, or "shapes"."""
+    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
+    from fastkd.models.teachers.files import model_type_of
+
+    path = shapes_teacher() if name == "shapes" else Path(name).expanduser()
+    model: RISModel | LAVT | TextPromptedTeacher
+    if path.is_file() or path.suffix in (".safetensors", ".pth"):
+        model = LAVT.from_pretrained(path)
+    elif model_type_of(path) is not None:  # a folder of transformers
+        model = TextPromptedTeacher.from_pretrained(path)
+    else:
+        model = RISModel.from_pretrained(path)
+    return model.eval().requires_grad_(False)
+
+
+def load_local_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
+    """Return `load_model` of a local file or folder, or "shapes"; a mistyped path is not looked up on the hub."""
+    if name != "shapes" and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"no model at {name}; give a folder written by save_pretrained (a run's best/ is one)")
+    return load_model(name)
+
+
+def shapes_teacher() -> Path:
+    """Return the folder of the shipped teacher for the procedural set."""
+    return Path(__file__).resolve().parent.parent / "models" / "assets" / "shapes-teacher"
