@@ -1,4 +1,4 @@
-"""Output on consoles that cannot show every character, or that are gone, in processes of their own."""
+"""Output to consoles with a limited encoding, closed pipes and full disks, in separate processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def shapes(tmp_path_factory):
         ("ascii", '34.1 +- 0.2, -3.0 - 64x64 at 50 us... "e" ?'),
     ],
 )
-def test_plain_characters_stand_for_those_that_an_encoding_lacks(encoding, shown):
+def test_missing_characters_are_replaced_by_plain_ones(encoding, shown):
     text = "34.1 ± 0.2, −3.0 – 64×64 at 50 µs… “é” 猫"
     assert _console.plain(text, encoding) == shown
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -62,12 +62,12 @@ def test_plain_characters_stand_for_those_that_an_encoding_lacks(encoding, shown
     assert stream.buffer.getvalue().decode(encoding) == shown
 
 
-def test_file_names_keep_the_bytes_that_the_locale_could_not_decode():
+def test_undecodable_file_names_keep_their_bytes():
     assert "\udcc3\udca9".encode("ascii", _console._HANDLER) == "é".encode()
     assert "\udcc3\udca9".encode("utf-8", _console._HANDLER) == "é".encode()
 
 
-def test_arguments_that_the_locale_could_not_decode_are_text_again():
+def test_undecodable_arguments_become_text():
     for text in ("the café", "a cup", "猫"):
         assert _console.typed(text.encode().decode("ascii", "surrogateescape")) == text
         assert _console.typed(text) == text
@@ -75,7 +75,7 @@ def test_arguments_that_the_locale_could_not_decode_are_text_again():
     assert _console.typed(latin) == latin
 
 
-def test_what_the_user_chose_for_such_characters_stays(monkeypatch):
+def test_error_handler_of_the_user_is_kept(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="xmlcharrefreplace")
     monkeypatch.setattr(sys, "stdout", stream)
     with _console.plain_characters():
@@ -103,7 +103,7 @@ for command in ("", "info", "data", "train", "distill", "evaluate", "predict", "
 
 
 @pytest.mark.parametrize("environment", [CONSOLES[0], CONSOLES[2]])
-def test_a_run_ends_well_and_its_scores_are_shown(environment, shapes, tmp_path):
+def test_training_succeeds_and_prints_scores(environment, shapes, tmp_path):
     out = tmp_path / "größe"
     status, shown, error = run(RUN, "train", "--data", shapes, "--out", out, *SHORT, **environment)
     assert status == 0, error
@@ -112,11 +112,11 @@ def test_a_run_ends_well_and_its_scores_are_shown(environment, shapes, tmp_path)
     assert b"64x64" in shown
     assert "\\x" not in error
     if environment is C_LOCALE:
-        assert os.fsencode(out) in shown  # a path to copy, byte for byte
+        assert os.fsencode(out) in shown  # the path, byte for byte
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_results_are_a_table_of_plain_characters_from_a_script_too(encoding):
+def test_console_table_in_a_script_uses_plain_characters(encoding):
     pytest.importorskip("rich", reason="needs the [ris] extra")
     code = """
 from fastkd.report import ResultRow, console_table
@@ -133,20 +133,20 @@ console_table([ResultRow("größer", None, {"mIoU": [30.0, 32.0]}),
 
 
 KEEPS_FILES = "from fastkd._console import show; show('student: best'); show('again')"
-# Its text is all there is. What it says is of no matter here, and collecting that takes seconds.
+# A command whose only result is its output. The facts are replaced, because collecting them takes seconds.
 INFO = "import fastkd._info; fastkd._info.info = lambda: {'versions': 1}; " + RUN
 
 
-def test_a_reader_that_has_gone_costs_a_run_nothing():
+def test_closed_pipe_does_not_fail_a_run():
     reader, writer = os.pipe()
     os.close(reader)
     assert run(KEEPS_FILES, stdout=writer)[::2] == (0, "")
-    assert run(INFO, "info", stdout=writer)[::2] == (141, "")  # as if SIGPIPE had ended it
+    assert run(INFO, "info", stdout=writer)[::2] == (141, "")  # the status of SIGPIPE
     os.close(writer)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_behind_the_output():
+def test_output_to_a_full_disk():
     with open("/dev/full", "wb") as full:
         status, _, error = run(KEEPS_FILES, stdout=full.fileno())
         assert status == 0, error
@@ -156,24 +156,24 @@ def test_a_full_disk_behind_the_output():
     assert error.startswith("fastkd: error: ")
 
 
-def test_progress_without_a_terminal_goes_nowhere(monkeypatch):
+def test_progress_without_a_terminal_is_silent(monkeypatch):
     from fastkd.train.log import Progress
 
     monkeypatch.setattr(sys, "stderr", None)
     Progress(3, "run", True).print("step 1")
 
-    class Gone(io.StringIO):
+    class ClosedStream(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr(sys, "stderr", ClosedStream())
     progress = Progress(3, "run", True)
     progress.print("step 1")
     assert not progress.shown
     progress.close()
 
 
-def test_a_file_that_the_locale_cannot_name_is_one_line_with_the_fix(tmp_path):
+def test_unencodable_file_name_is_a_one_line_error(tmp_path):
     pytest.importorskip("PIL", reason="needs the [ris] extra")
     code = RUN.replace("sys.argv[1:]", "[*sys.argv[1:-1], sys.argv[-1] + '\\xf8']")
     status, _, error = run(code, "data", "make-shapes", "--images", "4", tmp_path / "n", **C_LOCALE)

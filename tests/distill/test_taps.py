@@ -1,4 +1,4 @@
-"""Taps: features by module path, and loud errors where other tools return nothing."""
+"""Taps: features by module path, and errors instead of missing or stale values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def net() -> Net:
     return Net()
 
 
-def test_values_are_the_modules_outputs(net: Net) -> None:
+def test_values_are_the_outputs_of_the_modules(net: Net) -> None:
     x = torch.randn(2, 4)
     with fastkd.Taps(
         net,
@@ -63,7 +63,7 @@ def test_values_are_the_modules_outputs(net: Net) -> None:
         assert len(taps) == 4
 
 
-def test_every_forward_starts_afresh(net: Net) -> None:
+def test_every_forward_clears_the_previous_outputs(net: Net) -> None:
     taps = fastkd.Taps(net, {"last": "backbone.layers.2.fusion"})
     a = net(torch.ones(1, 4))
     first = taps["last"]
@@ -76,7 +76,7 @@ def test_every_forward_starts_afresh(net: Net) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "offer"),
+    ("path", "close_match"),
     [
         ("backbone.layer.2.fusion", "backbone.layers.2.fusion"),
         ("backbone.layers.2.fusio", "backbone.layers.2.fusion"),
@@ -84,14 +84,14 @@ def test_every_forward_starts_afresh(net: Net) -> None:
         ("unsed", "unused"),
     ],
 )
-def test_unknown_path_offers_close_ones(net: Net, path: str, offer: str) -> None:
+def test_unknown_path_suggests_close_matches(net: Net, path: str, close_match: str) -> None:
     with pytest.raises(ValueError, match=rf"tap 'x': the model has no module '{path}'") as error:
         fastkd.Taps(net, {"x": path})
-    assert offer in str(error.value)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())  # nothing half-hooked
+    assert close_match in str(error.value)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())  # no hook is left
 
 
-def test_reading_too_early_closed_or_unknown(net: Net) -> None:
+def test_reading_an_empty_idle_unknown_or_closed_tap_raises(net: Net) -> None:
     taps = fastkd.Taps(net, {"last": "backbone.layers.2", "idle": "unused"})
     with pytest.raises(RuntimeError, match="the model has not run"):
         taps["last"]
@@ -107,12 +107,12 @@ def test_reading_too_early_closed_or_unknown(net: Net) -> None:
 
 
 @pytest.mark.parametrize("paths", [{}, None, {"a.b": "unused"}, {"": "unused"}, {3: "unused"}])
-def test_bad_names(net: Net, paths: object) -> None:
+def test_rejects_bad_names(net: Net, paths: object) -> None:
     with pytest.raises(ValueError, match="name"):
         fastkd.Taps(net, paths)  # type: ignore[arg-type]
 
 
-def test_what_is_no_module_or_no_path(net: Net) -> None:
+def test_rejects_a_model_or_path_of_the_wrong_type(net: Net) -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got NoneType"):
         fastkd.Taps(None, {"a": "unused"})  # type: ignore[arg-type]
     for target in (3, ("unused", 0, 1), ("unused",)):
@@ -163,8 +163,8 @@ def test_compiled_and_wrapped_parts(net: Net) -> None:
         fastkd.Taps(net, {"x": "backbone.layers.2._orig_mod.fusoin"})
 
 
-def test_a_module_that_is_called_module(net: Net) -> None:
-    net.module = nn.Linear(4, 4)  # a name of the model's own, not a wrapper's
+def test_module_whose_own_name_is_module(net: Net) -> None:
+    net.module = nn.Linear(4, 4)  # the model's own name, not a wrapper's
     net.forward = lambda x: net.module(x)  # type: ignore[method-assign]
     with fastkd.Taps(net, {"own": "module"}) as taps:
         assert taps.paths == {"own": "module"}
@@ -196,7 +196,7 @@ def test_distributed_and_compiled_names(net: Net, tmp_path: Path) -> None:
 
 
 class Matcher(nn.Module):
-    """Somebody's network that returns a mask and nothing else."""
+    """Network that returns only a mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Scores(nn.Module):
         return {"logits": pixels @ words.mT / 6**0.5}
 
 
-def test_any_module_teaches_by_its_paths() -> None:
+def test_distiller_of_models_that_return_only_a_mask() -> None:
     torch.manual_seed(0)
     student, teacher = Matcher(), Matcher().eval().requires_grad_(False)
     paths = {"map": "encoder", "words": "embed", "pixel_words": ("match.scores", "logits")}
@@ -232,7 +232,7 @@ def test_any_module_teaches_by_its_paths() -> None:
         lambda out, batch: nn.functional.cross_entropy(out, batch["mask"]),
         terms,
         student_taps=paths,
-        teacher_taps=fastkd.Taps(teacher, paths),  # before it runs compiled,
+        teacher_taps=fastkd.Taps(teacher, paths),  # made before the model runs compiled
     )
     batch = {
         "image": torch.randn(2, 3, 8, 8),
@@ -241,21 +241,23 @@ def test_any_module_teaches_by_its_paths() -> None:
     }
     report = distiller.check(batch)
     assert all(norm > 0 for norm in report.norms.values())
-    torch.testing.assert_close(report.values["features"], report.values["logits"])  # one thing, tapped in two ways
+    torch.testing.assert_close(
+        report.values["features"], report.values["logits"]
+    )  # the same term from features and from logits
 
 
-def test_a_tapped_model_can_be_copied_and_pickled(net: Net) -> None:
+def test_tapped_model_can_be_copied_and_pickled(net: Net) -> None:
     with fastkd.Taps(net, {"last": "backbone.layers.2.fusion"}) as taps:
-        out = net(torch.ones(1, 4))  # whose graph the tap holds
+        out = net(torch.ones(1, 4))  # the tap holds its graph
         for again in (pickle.loads(pickle.dumps(net)), copy.deepcopy(net)):
             torch.testing.assert_close(again(torch.ones(1, 4)), out)
         assert taps["last"] is out
-        own = copy.deepcopy((net, taps))  # as in a copied Distiller
-        torch.testing.assert_close(own[0](torch.zeros(1, 4)), own[1]["last"])
+        net_copy, taps_copy = copy.deepcopy((net, taps))  # as in a copied Distiller
+        torch.testing.assert_close(net_copy(torch.zeros(1, 4)), taps_copy["last"])
         assert taps["last"] is out
 
 
-def test_hooks_go_with_the_taps(net: Net) -> None:
+def test_hooks_are_removed_with_the_taps(net: Net) -> None:
     def hooks() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
@@ -271,7 +273,7 @@ def test_hooks_go_with_the_taps(net: Net) -> None:
 
 
 class Rectified(nn.Module):
-    """Its activation and its residual write over what the modules before them returned."""
+    """Network whose activation and residual overwrite earlier outputs in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +286,7 @@ class Rectified(nn.Module):
 
 
 @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
-def test_what_was_changed_in_place_is_refused(grad: type) -> None:
+def test_reading_an_output_changed_in_place_raises(grad: type) -> None:
     torch.manual_seed(0)
     net = Rectified()
     with grad(), fastkd.Taps(net, {"first": "first", "second": "second", "act": "act"}) as taps:
@@ -295,13 +297,13 @@ def test_what_was_changed_in_place_is_refused(grad: type) -> None:
         assert (taps["act"] >= 0).all()
 
 
-def test_inference_mode_has_no_versions(net: Net) -> None:
+def test_taps_in_inference_mode(net: Net) -> None:
     with torch.inference_mode(), fastkd.Taps(net, {"last": "backbone.layers.2.fusion"}) as taps:
         assert torch.equal(net(torch.ones(2, 4)), taps["last"])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_under_checkpointing_gradients_are_the_same(net: Net, reentrant: bool) -> None:
+def test_checkpointing_gives_the_same_gradients(net: Net, reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
     def gradients(model: nn.Module, run: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
@@ -321,7 +323,7 @@ def test_under_checkpointing_gradients_are_the_same(net: Net, reentrant: bool) -
     torch.testing.assert_close(gradients(other, other), gradients(net, net))
 
 
-def test_a_part_that_is_not_there_names_its_tap(net: Net) -> None:
+def test_error_of_a_missing_part_names_the_tap(net: Net) -> None:
     with (
         fastkd.Taps(net, {"deep": ("backbone.layers.1", "1.thrice")}),
         pytest.raises(ValueError, match=r"tap 'deep': path '1\.thrice': dict at '1' has no 'thrice'"),

@@ -1,4 +1,4 @@
-"""Teachers from transformers in a Distiller: sentences in words of their own, and the commands."""
+"""Teachers from transformers, with their own tokenizer, in a Distiller and on the command line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def student() -> RISModel:
 
 @pytest.fixture(scope="module")
 def batches(scenes, tiny_folders) -> dict[str, Any]:
-    """A batch with the student's words alone, and one with the teacher's too."""
+    """Return batches with only the student's words, and with the teacher's as well."""
 
     def batch(**teacher: Any) -> dict[str, Any]:
         refs = RefCOCO(scenes, split="train", name="refcoco", split_by="unc")
@@ -63,7 +63,7 @@ def batches(scenes, tiny_folders) -> dict[str, Any]:
     return {
         "alone": batch(),
         "both": batch(teacher_tokenizer=theirs, teacher_max_words=32),
-        "equal": batch(teacher_tokenizer=theirs, teacher_max_words=20),  # T_S = T_T, and still other words
+        "equal": batch(teacher_tokenizer=theirs, teacher_max_words=20),  # the same number of words, but other words
     }
 
 
@@ -72,7 +72,7 @@ ONE_HEAD = ("pixel_word_logits.0", lambda out: out.pixel_word_logits[1][:, :1]) 
 
 
 class TestDifferentTokenizers:
-    def test_dataset_gives_both(self, batches, tiny_folders) -> None:
+    def test_dataset_tokenises_for_both(self, batches, tiny_folders) -> None:
         batch, alone = batches["both"], batches["alone"]
         assert batch["teacher_input_ids"].shape == batch["teacher_word_mask"].shape == (4, 32)
         ids, mask = load_tokenizer(tiny_folders["sam3"], keep_end=True)(batch["sentence"], 32)
@@ -83,18 +83,18 @@ class TestDifferentTokenizers:
             assert same, key
 
     @pytest.mark.parametrize(
-        ("arguments", "kind", "message"),
+        ("arguments", "error", "message"),
         [
             ({"teacher_tokenizer": "shapes"}, TypeError, "teacher_tokenizer must come from load_tokenizer, got str"),
             ({"teacher_tokenizer": len, "teacher_max_words": 2}, ValueError, "teacher_max_words must be an integer"),
         ],
     )
-    def test_dataset_refuses(self, scenes, arguments, kind, message) -> None:
+    def test_dataset_rejects_bad_tokenizer_arguments(self, scenes, arguments, error, message) -> None:
         refs = RefCOCO(scenes, split="train", name="refcoco", split_by="unc")
-        with pytest.raises(kind, match=message):
+        with pytest.raises(error, match=message):
             ReferDataset(refs, load_tokenizer("shapes"), image_size=64, max_words=20, **arguments)
 
-    def test_each_gets_its_own_words(self, student, teachers, batches) -> None:
+    def test_student_and_teacher_get_their_own_words(self, student, teachers, batches) -> None:
         batch = batches["both"]
         distiller = Distiller(student, teachers["sam3"], segmentation_loss, [Term(losses.logit_kd, "logits")])
         out = distiller(batch)
@@ -105,7 +105,7 @@ class TestDifferentTokenizers:
         without = {key: value for key, value in batch.items() if key != "teacher_word_mask"}
         assert torch.equal(distiller.run_teacher(without).word_mask, batch["teacher_word_mask"])  # not the student's
 
-    def test_pixel_pixel_is_defined(self, student, teachers, batches) -> None:
+    def test_pixel_pixel_equals_its_formula(self, student, teachers, batches) -> None:
         batch = batches["both"]
 
         kwargs = {"terms": {"pixel_pixel": 1.0}, **MASKS}
@@ -133,7 +133,7 @@ class TestDifferentTokenizers:
             (losses.CrossModalKD(terms={"pixel_to_word": 1.0}), {}),
         ],
     )
-    def test_word_by_word_terms_are_refused(self, student, teachers, batches, batch, loss, kwargs) -> None:
+    def test_rejects_word_by_word_terms(self, student, teachers, batches, batch, loss, kwargs) -> None:
         term = Term(loss, *ONE_HEAD, name="words", kwargs=kwargs)
         distiller = Distiller(student, teachers["sam3"], segmentation_loss, [term])
         message = (
@@ -144,14 +144,14 @@ class TestDifferentTokenizers:
             with pytest.raises(ValueError, match=message):
                 run(batches[batch])
 
-    def test_one_mask_for_two_sentences_is_refused(self, student, teachers, batches) -> None:
+    def test_rejects_one_mask_for_two_sentences(self, student, teachers, batches) -> None:
         kwargs = {"terms": {"pixel_pixel": 1.0}, "word_mask": "batch.word_mask"}
         term = Term(losses.cross_modal_kd_from_logits, *ONE_HEAD, name="words", kwargs=kwargs)
         distiller = Distiller(student, teachers["sam3"], segmentation_loss, [term])
         with pytest.raises(ValueError, match=r"one word_mask \('batch\.word_mask'\) does not fit both: pass a pair"):
             distiller.check(batches["equal"])
 
-    def test_the_students_ids_are_not_the_teachers(self, student, teacher, batches) -> None:
+    def test_rejects_the_students_ids_for_the_teacher(self, student, teacher, batches) -> None:
         distiller = Distiller(student, teacher, segmentation_loss, recipe(["mask"]))
         message = r"reads token ids of its own tokenizer, but the batch has no 'teacher_input_ids'"
         with pytest.raises(ValueError, match=message):
@@ -166,7 +166,7 @@ class TestDifferentTokenizers:
             "input_ids": ids.clamp(max=159),
             "word_mask": torch.ones_like(ids, dtype=torch.bool),
         }
-        shared.text_config.eos_token_id = 10**6  # the student's ids are cut, and hold no end mark
+        shared.text_config.eos_token_id = 10**6  # the truncated ids of the student hold no end token
         assert Distiller(student, shared, segmentation_loss, recipe(["mask"])).run_teacher(same).logits.shape[0] == 4
 
     def test_a_network_without_pixel_word_logits(self, student, teachers, batches) -> None:
@@ -176,7 +176,7 @@ class TestDifferentTokenizers:
         with pytest.raises(ValueError, match=r"got \[2, 0\]; an empty list means that the network does not compute it"):
             distiller.check(batches["both"])
 
-    def test_the_recipes_fit_any_sizes(self, student, teachers, batches) -> None:
+    def test_recipes_accept_any_sizes(self, student, teachers, batches) -> None:
         distiller = Distiller(student, teachers["sam3"], segmentation_loss, recipe(["mask", "pixel_pixel"]))
         weights = distiller.balance(batches["both"], {"mask": 0.3, "pixel_pixel": 0.1})
         assert all(weight > 0 for weight in weights.values())
@@ -197,7 +197,7 @@ class TestDifferentTokenizers:
         for name in names:
             assert half[name] == pytest.approx(full[name], rel=0.05)
 
-    def test_an_image_only_network_of_timm(self, student, batches) -> None:
+    def test_image_only_network_of_timm(self, student, batches) -> None:
         import timm
 
         class ImageOnly(torch.nn.Module):
@@ -241,16 +241,18 @@ class TestCommands:
             out = tmp_path / kind
             code = self.run(*common, "--teacher", tiny_folders[kind], "--out", out, "--terms", *terms)
             assert code == 0, capsys.readouterr().err
-            assert json.loads((out / "best" / "config.json").read_text())["tokenizer"] == "shapes"  # the student's own
+            assert (
+                json.loads((out / "best" / "config.json").read_text())["tokenizer"] == "shapes"
+            )  # that of the student
             assert self.run("evaluate", "--data", scenes, "--model", tiny_folders[kind], "--split", "val") == 0
             assert "mIoU" in capsys.readouterr().out
 
-    def test_clear_refusals(self, tiny_folders, scenes, tmp_path, capsys) -> None:
+    def test_rejects_terms_and_tokenizers_that_do_not_match(self, tiny_folders, scenes, tmp_path, capsys) -> None:
         common = [*self.distill(scenes, tmp_path, STUDENT), "--out", tmp_path / "o"]
         assert self.run(*common, "--teacher", tiny_folders["sam3"]) == 2  # the default term compares words
         error = capsys.readouterr().err
         assert "tokenised differently" in error
-        assert "compare no words, as the recipe 'mask' does" in error  # what --terms takes
+        assert "compare no words, as the recipe 'mask' does" in error  # a value for --terms
         assert self.run(*common, "--teacher", tiny_folders["clipseg"], "--terms", "pixel_pixel=0.1") == 2
         assert "term 'pixel_pixel', teacher: " in (error := capsys.readouterr().err)
         assert "0 items: this network does not compute it" in error
@@ -260,11 +262,11 @@ class TestCommands:
         assert "pass --teacher-tokenizer" in capsys.readouterr().err
         foreign = ["--teacher-tokenizer", "shapes", "--terms", "mask=0.3"]
         assert self.run(*common, "--teacher", tiny_folders["sam3"], *foreign) == 2
-        assert "entries, the teacher reads ids of 315: it is not its own" in capsys.readouterr().err
+        assert "entries, but the teacher's vocabulary 315: it is another tokenizer" in capsys.readouterr().err
         given = ["--teacher-tokenizer", tiny_folders["clipseg"], "--terms", "mask=0.3"]
         assert self.run(*common, "--teacher", bare, *given) == 0, capsys.readouterr().err
 
-    def test_a_teacher_of_fastkd_with_another_vocabulary(self, scenes, tmp_path, capsys) -> None:
+    def test_fastkd_teacher_with_another_vocabulary(self, scenes, tmp_path, capsys) -> None:
         other = copy.deepcopy(STUDENT)
         other["text"]["vocab_size"] = 200
         common = [*self.distill(scenes, tmp_path, other), "--out", tmp_path / "o"]

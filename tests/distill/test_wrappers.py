@@ -1,4 +1,4 @@
-"""Wrappers hide neither a model nor a data set: compiled and averaged models, Subset and ConcatDataset."""
+"""Models and data sets inside wrappers: compiled and averaged models, Subset and ConcatDataset."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class Marked(Dataset[dict[str, Any]]):
-    """A data set that remembers its epochs."""
+    """Data set that records its epochs."""
 
     def __init__(self, sentences: str | None = "all", **facts: Any) -> None:
         self.epochs: list[int] = []
@@ -62,7 +62,7 @@ class Marked(Dataset[dict[str, Any]]):
 
 
 class Augmented(Dataset[Any]):
-    """A wrapper of somebody's own."""
+    """User-defined wrapper of a data set."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -99,7 +99,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 class TestModels:
     @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-    def test_saved_names_are_the_model_s_own(self, wrap: Any, tmp_path: Path) -> None:
+    def test_saved_names_are_those_of_the_model(self, wrap: Any, tmp_path: Path) -> None:
         model = wrap(Net())
         before = list(model.state_dict())
         save_student(model, tmp_path / "last")
@@ -111,7 +111,7 @@ class TestModels:
         for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
             assert torch.equal(ours, theirs)
 
-    def test_a_child_named_module_is_no_wrapper(self) -> None:
+    def test_child_named_module_is_not_a_wrapper(self) -> None:
         class Holder(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -122,7 +122,7 @@ class TestModels:
         with bare(holder) as inner:
             assert sorted(inner.state_dict()) == [f"module.{name}" for name in NAMES]
 
-    def test_names_in_files(self, tmp_path: Path) -> None:
+    def test_names_read_from_files(self, tmp_path: Path) -> None:
         state = Net().state_dict()
         for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
             save_file({prefix + name: value for name, value in state.items()}, tmp_path / "a.safetensors")
@@ -133,7 +133,7 @@ class TestModels:
         with pytest.raises(ValueError, match=r"two tensors are named 'a\.weight'"):
             plain_names({"a.weight": 1, "a._orig_mod.weight": 2})
 
-    def test_train_keeps_a_compiled_student_under_its_own_names(self, tmp_path: Path) -> None:
+    def test_train_saves_a_compiled_student_under_its_own_names(self, tmp_path: Path) -> None:
         config = TrainConfig(steps=2, batch_size=4, device="cpu")
         plain, wrapped = Net(), Net()
         wrapped.load_state_dict(plain.state_dict())
@@ -144,7 +144,7 @@ class TestModels:
         for name, value in plain.state_dict().items():
             torch.testing.assert_close(state[name], value)
 
-    def test_taps_and_tables(self) -> None:
+    def test_taps_and_word_tables_of_wrapped_models(self) -> None:
         model = Net()
         with Taps(AveragedModel(model), {"x": "body"}) as taps:
             assert taps.paths == {"x": "body"}
@@ -152,14 +152,14 @@ class TestModels:
         assert table_size(compiled(nn.DataParallel(model))) == 7
         model.text_encoder = None
         model.head.vocab_size = 9
-        assert table_size(nn.Sequential(model)) == 9  # a wrapper of somebody's own
+        assert table_size(nn.Sequential(model)) == 9  # a user-defined wrapper
 
-    def test_a_student_is_not_its_own_teacher(self) -> None:
+    def test_rejects_a_wrapped_student_as_teacher(self) -> None:
         model = Net()
         with pytest.raises(ValueError, match="are the same object"):
             Distiller(model, compiled(model), segmentation_loss)
 
-    def test_a_hidden_teacher_reads_words_of_its_own(self) -> None:
+    def test_wrapped_teacher_with_its_own_tokenizer(self) -> None:
         class Clip(Net):
             has_own_tokenizer = True
 
@@ -177,12 +177,12 @@ class TestModels:
             distiller = Distiller(Net(), teacher, segmentation_loss, [Term(nn.MSELoss(), lambda logits: logits)])
             with pytest.raises(ValueError, match="reads token ids of its own tokenizer"):
                 distiller(batch)
-        teacher.has_own_tokenizer = False  # the wrapper's answer overrides
+        teacher.has_own_tokenizer = False  # the wrapper's attribute overrides
         assert distiller(batch).loss.isfinite()
 
 
 class TestDataSets:
-    def test_the_epoch_reaches_every_part(self) -> None:
+    def test_set_epoch_reaches_every_part(self) -> None:
         one, two, three = Marked(), Marked(), Marked()
         mixed = ConcatDataset([Subset(one, range(4)), Augmented(two), StackDataset(a=three), one])
         set_epoch(mixed, 3)
@@ -190,7 +190,7 @@ class TestDataSets:
         train(Net(), ConcatDataset([one, two]), TrainConfig(steps=8, batch_size=4, device="cpu"), collate=collate)
         assert one.epochs == two.epochs == [3, 0, 1]
 
-    def test_a_wrapper_s_own_epoch_overrides(self) -> None:
+    def test_set_epoch_of_a_wrapper_overrides(self) -> None:
         class Late(Augmented):
             def set_epoch(self, epoch: int) -> None:
                 self.source.set_epoch(10 + epoch)
@@ -200,25 +200,25 @@ class TestDataSets:
         assert inner.epochs == [11]
 
     @pytest.mark.parametrize("wrap", [lambda d: Subset(d, range(4)), lambda d: ConcatDataset([Marked(), d]), Augmented])
-    def test_a_hidden_random_draw_is_refused(self, wrap: Any) -> None:
-        with pytest.raises(ValueError, match="dataset draws sentences='random'"):
+    def test_rejects_random_sentences_inside_wrappers(self, wrap: Any) -> None:
+        with pytest.raises(ValueError, match="dataset has sentences='random'"):
             evaluate(Net(), wrap(Marked("random")), collate=collate)
 
-    def test_what_is_unknown_is_stated(self) -> None:
-        with pytest.warns(FastKDWarning, match="Marked does not state whether it serves every sentence"):
+    def test_warns_of_undeclared_sentences(self) -> None:
+        with pytest.warns(FastKDWarning, match="Marked does not declare whether it serves every sentence"):
             evaluate(Net(), Subset(Marked(None), range(4)), collate=collate)
 
-    def test_the_resolution_of_a_protocol_is_looked_for_inside(self) -> None:
+    def test_checks_the_image_size_inside_wrappers(self) -> None:
         for wrapped in (Subset(Marked(image_size=SIZE), range(4)), Augmented(Marked())):
             with pytest.raises(ValueError, match=r"defined at 480×480, the (dataset has image_size=4|masks are 4×4)"):
                 evaluate(Net(), wrapped, collate=collate, protocol="lavt480")
 
-    def test_names_in_the_result(self) -> None:
+    def test_result_joins_the_names_of_parts(self) -> None:
         parts = [Marked(refcoco=SimpleNamespace(name=name, split="val")) for name in ("refcoco", "refcocog")]
         result = evaluate(Net(), ConcatDataset([Subset(part, range(4)) for part in parts]), collate=collate)
         assert (result.dataset, result.split, result.sentences) == ("refcoco, refcocog", "val", 8)
 
-    def test_tokenizers_of_all_parts_are_compared(self) -> None:
+    def test_compares_the_tokenizers_of_all_parts(self) -> None:
         def words(name: str, *pieces: str) -> Any:
             return SimpleNamespace(name=name, vocab_size=len(pieces), pieces=lambda: pieces)
 

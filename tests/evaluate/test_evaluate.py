@@ -1,4 +1,4 @@
-"""Metrics against hand-computed values and a literal loop; evaluation names what it did."""
+"""Metrics against hand-computed values and a loop over pixels; evaluation and its reported conditions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastkd.evaluate import RISMetrics, evaluate
 from fastkd.train import segmentation_loss
 
 
-def literal(predictions: Tensor, truths: Tensor) -> dict[str, float]:
-    """The definitions, pixel by pixel."""
+def metrics_by_loop(predictions: Tensor, truths: Tensor) -> dict[str, float]:
+    """Compute the metrics from their definitions, pixel by pixel."""
     total_i = total_u = 0
     ious = []
     for prediction, truth in zip(predictions.tolist(), truths.tolist(), strict=True):
@@ -43,8 +43,8 @@ def masks(seed: int, n: int = 12) -> tuple[Tensor, Tensor]:
 
 
 class TestRISMetrics:
-    def test_by_hand(self) -> None:
-        # IoU 2/4, 7/10 exactly at a threshold, 0 of nothing, 1.
+    def test_hand_computed_values(self) -> None:
+        # IoU 2/4, 7/10 (exactly at a threshold), 0 of an empty union, 1.
         prediction, truth = torch.zeros(4, 2, 10), torch.zeros(4, 2, 10)
         prediction[0, 0, :3], truth[0, 0, 1:4] = 1, 1
         prediction[1, 0, :7], truth[1, 0, :10] = 1, 1
@@ -66,14 +66,14 @@ class TestRISMetrics:
         assert metrics.sample_iou().tolist() == [0.5, 0.7, 0.0, 1.0]
 
     @pytest.mark.parametrize("seed", range(3))
-    def test_against_a_literal_loop(self, seed: int) -> None:
+    def test_against_a_loop_over_pixels(self, seed: int) -> None:
         prediction, truth = masks(seed)
         metrics = RISMetrics()
         for part in range(0, 12, 5):
             metrics.update(prediction[part : part + 5], truth[part : part + 5].long())
-        assert {k: float(v) for k, v in metrics.compute().items()} == pytest.approx(literal(prediction, truth))
+        assert {k: float(v) for k, v in metrics.compute().items()} == pytest.approx(metrics_by_loop(prediction, truth))
 
-    def test_merging_equals_counting_at_once(self) -> None:
+    def test_merged_states_equal_one_update(self) -> None:
         prediction, truth = masks(5)
         whole, a, b = RISMetrics(), RISMetrics(), RISMetrics()
         whole.update(prediction, truth)
@@ -90,15 +90,15 @@ class TestRISMetrics:
         metrics.unions[:] = [torch.tensor([2**24 + 3] * 3)]
         assert float(metrics.compute()["oIoU"]) == 100 * (2**24 + 1) / (2**24 + 3)
 
-    def test_reset(self) -> None:
+    def test_reset_empties_the_state(self) -> None:
         metrics = RISMetrics()
         metrics.update(*masks(0))
         metrics.reset()
-        torchmetrics_own = pytest.warns(UserWarning, match="called before the ``update`` method")
-        with torchmetrics_own, pytest.raises(ValueError, match="RISMetrics has no samples"):
+        torchmetrics_warning = pytest.warns(UserWarning, match="called before the ``update`` method")
+        with torchmetrics_warning, pytest.raises(ValueError, match="RISMetrics has no samples"):
             metrics.compute()
 
-    def test_bad_input(self) -> None:
+    def test_rejects_bad_shapes_and_values(self) -> None:
         metrics = RISMetrics()
         good = torch.zeros(2, 3, 3, dtype=torch.bool)
         with pytest.raises(ValueError, match=r"both be \(B, H, W\), got \(2, 3, 3\) and \(2, 3, 4\)"):
@@ -110,7 +110,7 @@ class TestRISMetrics:
 
 
 class Echo(nn.Module):
-    """Predicts the sign of the image's first channel."""
+    """Predict the sign of the image's first channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Scenes(Dataset[dict[str, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Leaves word_mask out: models that take none are fine."""
+    """Omit word_mask, which a model need not accept."""
     first = {k: v for k, v in samples[0].items() if k != "word_mask"}
     return {
         k: torch.stack([s[k] for s in samples]) if isinstance(v, Tensor) else [s[k] for s in samples]
@@ -157,10 +157,10 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class TestEvaluate:
-    def test_scores_and_names(self) -> None:
+    def test_result_holds_scores_and_conditions(self) -> None:
         data, model = Scenes(), Echo().train()
         result = evaluate(model, data, batch_size=4, collate=collate)
-        assert result.metrics == pytest.approx(literal(data.prediction[:10], data.truth[:10]))
+        assert result.metrics == pytest.approx(metrics_by_loop(data.prediction[:10], data.truth[:10]))
         assert (result.protocol, result.dataset, result.split) == ("lavt", "toy", "val")
         assert (result.sentences, result.refs, result.resolution) == (10, 4, (7, 9))
         assert result.sent_ids == list(range(100, 110))
@@ -172,7 +172,7 @@ class TestEvaluate:
         for part in ("lavt", "val", "10 sentences of 4 refs", "7x9", "argmax", "IoU >= X"):
             assert part in str(result)
 
-    def test_batches_and_workers_do_not_matter(self) -> None:
+    def test_scores_do_not_depend_on_batch_size_or_workers(self) -> None:
         data = Scenes()
         results = [
             evaluate(Echo(), data, batch_size=size, collate=collate, workers=workers)
@@ -180,14 +180,16 @@ class TestEvaluate:
         ]
         assert all(r.metrics == results[0].metrics for r in results)
 
-    def test_mode_of_every_part_is_put_back(self) -> None:
+    def test_restores_the_mode_of_every_module(self) -> None:
         model = nn.Sequential(Echo(), nn.Dropout()).train()
         model[1].eval()
-        with pytest.raises(TypeError):  # nn.Sequential takes no such arguments: the modes come back even so
+        with pytest.raises(
+            TypeError
+        ):  # nn.Sequential does not accept the arguments; modes are restored after an error too
             evaluate(model, Scenes(), collate=collate)
         assert [m.training for m in model.modules()] == [True, True, False]
 
-    def test_refusals(self) -> None:
+    def test_rejects_bad_arguments(self) -> None:
         with pytest.raises(ValueError, match="dataset is empty"):
             evaluate(Echo(), Scenes(0), collate=collate)
         with pytest.raises(ValueError, match=r"sentences='random'.*use sentences='all'"):
@@ -195,7 +197,7 @@ class TestEvaluate:
         with pytest.raises(ValueError, match="unknown protocol 'lvat'; available: 'lavt', 'lavt480'"):
             evaluate(Echo(), Scenes(), collate=collate, protocol="lvat")
         for name in ("cris_orig", "gres"):
-            with pytest.raises(NotImplementedError, match=f"protocol '{name}'.* is not available yet"):
+            with pytest.raises(NotImplementedError, match=f"protocol '{name}'.* is not implemented"):
                 evaluate(Echo(), Scenes(), collate=collate, protocol=name)
         with pytest.raises(ValueError, match=r"'lavt480' is defined at 480×480, the dataset has image_size=8"):
             evaluate(Echo(), Scenes(), collate=collate, protocol="lavt480")
@@ -206,11 +208,11 @@ class TestEvaluate:
             def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
                 return super().forward(image, input_ids)[:, :, ::2]
 
-        with pytest.raises(ValueError, match=r"logits \(10, 2, 4, 9\) do not fit masks \(10, 7, 9\)"):
+        with pytest.raises(ValueError, match=r"logits \(10, 2, 4, 9\) do not match masks \(10, 7, 9\)"):
             evaluate(Small(), Scenes(), collate=collate)
 
     @pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32])
-    def test_masks_of_0_and_1_are_taken_in_any_dtype_and_others_named(self, kind: torch.dtype) -> None:
+    def test_accepts_masks_of_0_and_1_in_any_dtype_and_rejects_other_values(self, kind: torch.dtype) -> None:
         class Stored(Scenes):
             top = 1
 
@@ -225,7 +227,7 @@ class TestEvaluate:
             evaluate(Echo(), data, collate=collate)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_nan_is_no_score(self, value: float) -> None:
+    def test_nan_logits_raise_and_name_the_sample(self, value: float) -> None:
         class Broken(Scenes):
             def __getitem__(self, i: int) -> dict[str, Any]:
                 sample = super().__getitem__(i)
@@ -241,43 +243,43 @@ class TestEvaluate:
             evaluate(Both(), Broken(), batch_size=4, collate=collate)
         assert evaluate(Both(), Scenes(), collate=collate).sentences == 10
 
-    def test_infinite_logits_that_differ_are_a_decision(self) -> None:
-        class Sure(Echo):
+    def test_infinite_logits_that_differ_are_accepted(self) -> None:
+        class ZeroTimesInf(Echo):
             def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
                 return super().forward(image, input_ids) * torch.inf
 
         class Scaled(Echo):
             def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
                 a, b = super().forward(image, input_ids).unbind(1)
-                return torch.stack([a - b, b], 1) * torch.inf  # -inf and inf, or the other way round
+                return torch.stack([a - b, b], 1) * torch.inf  # (-inf, inf) or (inf, -inf)
 
         data = Scenes()
         assert evaluate(Scaled(), data, collate=collate).metrics == evaluate(Echo(), data, collate=collate).metrics
         with pytest.raises(FloatingPointError, match="NaN"):
-            evaluate(Sure(), data, collate=collate)  # 0 times inf
+            evaluate(ZeroTimesInf(), data, collate=collate)
 
-    def test_broken_weights_are_named(self) -> None:
+    def test_error_names_non_finite_weights(self) -> None:
         model = Echo()
         model.register_parameter("gain", nn.Parameter(torch.tensor(torch.nan)))
         model.scale = model.gain
         with pytest.raises(FloatingPointError, match=r"its weights hold NaN or Inf \((gain|scale).*earlier checkpoint"):
             evaluate(model, Scenes(), collate=collate)
 
-    def test_words_beyond_the_table_are_refused_before_the_model_runs(self) -> None:
-        class Worded(Echo):
+    def test_rejects_word_ids_beyond_the_table_before_running_the_model(self) -> None:
+        class WithVocabulary(Echo):
             vocab_size = 3
 
         with pytest.raises(ValueError, match="input_ids range from 0 to 3, but the vocabulary has 3 words"):
-            evaluate(Worded(), Scenes(), collate=collate)
-        data, Worded.vocab_size = Scenes(), 50
+            evaluate(WithVocabulary(), Scenes(), collate=collate)
+        data, WithVocabulary.vocab_size = Scenes(), 50
         data.tokenizer = SimpleNamespace(vocab_size=51, name="other")
         with pytest.raises(ValueError, match=r"tokenizer \('other'\) has 51 entries, the model has 50 word embeddings"):
-            evaluate(Worded(), data, collate=collate)
+            evaluate(WithVocabulary(), data, collate=collate)
         data.tokenizer.vocab_size = 50
-        assert evaluate(Worded(), data, collate=collate).sentences == 10
+        assert evaluate(WithVocabulary(), data, collate=collate).sentences == 10
 
     @pytest.mark.gpu
-    def test_gpu_gives_the_cpus_scores(self) -> None:
+    def test_gpu_and_cpu_scores_are_equal(self) -> None:
         data = Scenes()
         gpu = evaluate(Echo(), data, collate=collate, device="cuda", precision="fp32")
         assert gpu.metrics == evaluate(Echo(), data, collate=collate).metrics
@@ -297,7 +299,7 @@ class TestSegmentationLoss:
         got = segmentation_loss(logits, {"mask": mask}, dice_weight=0.5)
         assert float(got) == pytest.approx(total, rel=1e-5)
 
-    def test_without_dice_and_weights_it_is_cross_entropy(self) -> None:
+    def test_equals_cross_entropy_without_dice_and_weights(self) -> None:
         torch.manual_seed(0)
         logits, mask = torch.randn(3, 2, 5, 4), torch.rand(3, 5, 4) < 0.3
         got = segmentation_loss(logits, {"mask": mask}, class_weights=(1, 1), dice_weight=0)
@@ -311,7 +313,7 @@ class TestSegmentationLoss:
         assert torch.isfinite(loss)
 
     @pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32])
-    def test_only_0_and_1_are_masks(self, kind: torch.dtype) -> None:
+    def test_rejects_masks_with_values_other_than_0_and_1(self, kind: torch.dtype) -> None:
         torch.manual_seed(0)
         logits, mask = torch.randn(2, 2, 5, 4), torch.rand(2, 5, 4) < 0.3
         assert torch.equal(
@@ -322,7 +324,7 @@ class TestSegmentationLoss:
         with pytest.raises(ValueError, match=r"with 0\.25: use"):
             segmentation_loss(logits, {"mask": mask.float() * 0.25})
 
-    def test_a_traced_loss_becomes_nan_where_it_cannot_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_traced_loss_is_nan_for_invalid_masks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         logits, mask = torch.randn(2, 2, 5, 4), torch.ones(2, 5, 4, dtype=torch.uint8)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert torch.isfinite(segmentation_loss(logits, {"mask": mask}))
@@ -330,7 +332,7 @@ class TestSegmentationLoss:
         for dice_weight in (0.0, 1.0):
             assert torch.isnan(segmentation_loss(logits, {"mask": mask}, dice_weight=dice_weight))
 
-    def test_bad_shapes(self) -> None:
+    def test_rejects_bad_shapes(self) -> None:
         with pytest.raises(ValueError, match=r"logits must be \(B, 2, H, W\), got \(1, 1, 4, 4\)"):
             segmentation_loss(torch.zeros(1, 1, 4, 4), {"mask": torch.zeros(1, 4, 4)})
         with pytest.raises(ValueError, match=r"mask \(1, 8, 8\) does not match logits \(1, 2, 4, 4\)"):

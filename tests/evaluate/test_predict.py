@@ -1,4 +1,4 @@
-"""One image and one sentence: the mask, the score, the pictures, and what is refused."""
+"""Prediction for one image and one sentence: mask, score, pictures and errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scene(scenes):
     return scenes.image_path(ref.image_id), ref.sentences[0].text
 
 
-def test_it_is_what_evaluation_decides(teacher, scenes):
+def test_mask_equals_the_argmax_of_evaluation(teacher, scenes):
     """On images of the model's own size the mask is the argmax that `evaluate` scores."""
     samples = ReferDataset(scenes, load_tokenizer("shapes"), image_size=64, sentences="all")
     hits = []
@@ -60,10 +60,10 @@ def test_it_is_what_evaluation_decides(teacher, scenes):
         assert found.share == pytest.approx(found.mask.mean())
         truth = batch["mask"][0].numpy()
         hits.append((found.mask & truth).sum() / (found.mask | truth).sum())
-    assert np.mean(hits) > 0.3  # over thousands of sentences this teacher has 0.55
+    assert np.mean(hits) > 0.3  # the teacher reaches 0.55 over thousands of sentences
 
 
-def test_other_sizes_and_kinds_of_image(teacher, scene):
+def test_images_of_other_sizes_and_types(teacher, scene):
     path, sentence = scene
     plain = predict(teacher, path, sentence)
     large = Image.open(path).resize((200, 150))
@@ -78,8 +78,8 @@ def test_other_sizes_and_kinds_of_image(teacher, scene):
     assert grey.mask.shape == (64, 64)
 
 
-def test_wide_pixels_are_scaled_or_refused(tmp_path):
-    """Pillow's own conversion cuts them off at 255: all white."""
+def test_wide_pixels_are_scaled_or_rejected(tmp_path):
+    """Pillow's own conversion would clip them at 255, which is all white."""
     grey = np.arange(48 * 40, dtype=np.uint16).reshape(40, 48) * 34
     for name in ("grey.png", "grey.tif"):
         Image.fromarray(grey).save(tmp_path / name)
@@ -93,20 +93,20 @@ def test_wide_pixels_are_scaled_or_refused(tmp_path):
             read_image(tmp_path / "wide.tif")
 
 
-def test_the_orientation_of_a_photograph_is_applied(teacher, scene, tmp_path):
+def test_exif_orientation_is_applied(teacher, scene, tmp_path):
     path, sentence = scene
     upright = Image.open(path).resize((80, 64))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: shown a quarter turn clockwise
+    exif[0x0112] = 6  # turned camera: display rotated a quarter clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     found = predict(teacher, tmp_path / "turned.png", sentence)
     assert np.array_equal(found.image, np.asarray(upright))
-    with Image.open(tmp_path / "turned.png") as opened:  # an image that Pillow opened is no other
+    with Image.open(tmp_path / "turned.png") as opened:  # an image opened by Pillow gives the same
         assert np.array_equal(read_image(opened), np.asarray(upright))
         assert np.array_equal(as_image(opened), np.asarray(upright))
 
 
-def test_the_mode_and_the_weights_stay(teacher, scene):
+def test_preserves_mode_and_weights(teacher, scene):
     teacher.train()
     try:
         before = {k: v.clone() for k, v in teacher.state_dict().items()}
@@ -117,7 +117,7 @@ def test_the_mode_and_the_weights_stay(teacher, scene):
         teacher.eval()
 
 
-def test_nothing_found_scores_0(teacher, scene, monkeypatch):
+def test_empty_mask_scores_0(teacher, scene, monkeypatch):
     with torch.no_grad():
         bias = teacher.decoder.classifier.bias
         old = bias.clone()
@@ -131,19 +131,21 @@ def test_nothing_found_scores_0(teacher, scene, monkeypatch):
     assert found.share == 0
 
 
-def test_nan_is_not_nothing_found(teacher, scene):
+def test_nan_logits_raise(teacher, scene):
     with torch.no_grad():
         bias = teacher.decoder.classifier.bias
         old = bias.clone()
         try:
             bias[0] = torch.nan
-            with pytest.raises(FloatingPointError, match=r"NaN, so .*NaN or Inf \(decoder\.classifier\.bias\)"):
+            with pytest.raises(
+                FloatingPointError, match=r"NaN, which gives no mask: .*NaN or Inf \(decoder\.classifier\.bias\)"
+            ):
                 predict(teacher, *scene)
         finally:
             bias.copy_(old)
 
 
-def test_a_tokenizer_larger_than_the_word_table_is_refused(teacher, scene, tmp_path):
+def test_rejects_a_tokenizer_larger_than_the_word_table(teacher, scene, tmp_path):
     pieces, rows = load_tokenizer("shapes").pieces(), teacher.text_encoder.vocab_size
     more = [f"word{number}" for number in range(rows + 1 - len(pieces))]
     (tmp_path / "vocab.txt").write_text("\n".join([*pieces, *more]) + "\n")
@@ -151,31 +153,31 @@ def test_a_tokenizer_larger_than_the_word_table_is_refused(teacher, scene, tmp_p
         predict(teacher, scene[0], scene[1], load_tokenizer(tmp_path))
 
 
-def test_a_long_sentence_is_cut_and_the_warning_says_what(teacher, scene):
+def test_long_sentence_is_truncated_with_a_warning(teacher, scene):
     sentence = "the " + "small " * 17 + "red circle"
     with pytest.warns(FastKDWarning, match=r"22 word pieces was truncated to max_words=20: .* lost 'circle'"):
         predict(teacher, scene[0], sentence)
 
 
-def test_a_very_long_sentence_is_told_briefly(teacher, scene, tmp_path, capsys, monkeypatch):
+def test_warning_of_a_very_long_sentence_is_short(teacher, scene, tmp_path, capsys, monkeypatch):
     with pytest.warns(FastKDWarning, match="2002 word pieces") as seen:
         predict(teacher, scene[0], "small " * 2000)
     assert len(str(seen[0].message)) < 500
 
-    # On the command line it is one line, without the code that it arose in.
+    # On the command line it is one line, without the source line of the warning.
     show = lambda message, category, *where: sys.stderr.write(warnings.formatwarning(message, category, *where))
     plain = warnings.formatwarning
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", show)
         assert main(["predict", str(scene[0]), "small " * 20, "--model", "shapes", "--out", str(tmp_path)]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert len(said) == 1
-    assert said[0].startswith("fastkd: warning: a sentence of 22 word pieces was truncated to max_words=20: ")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("fastkd: warning: a sentence of 22 word pieces was truncated to max_words=20: ")
     assert warnings.formatwarning is plain
 
 
-def test_the_position_table_bounds_the_sentence(teacher):
+def test_position_table_limits_the_sentence(teacher):
     assert word_limit(teacher) == 20
     config = teacher.config
     try:
@@ -185,13 +187,13 @@ def test_the_position_table_bounds_the_sentence(teacher):
         config.max_words = 20
 
 
-def test_refusals(teacher, scene, tmp_path):
+def test_rejects_bad_arguments(teacher, scene, tmp_path):
     path, sentence = scene
     for empty in ("", "  "):
         with pytest.raises(ValueError, match="the sentence is empty"):
             predict(teacher, path, empty)
     with pytest.raises(ValueError, match="holds no word"):
-        predict(teacher, path, "\u200b")  # a space of no width
+        predict(teacher, path, "\u200b")  # a zero-width space
     with pytest.raises(TypeError, match="sentence must be a string, got list"):
         predict(teacher, path, [sentence])
     with pytest.raises(TypeError, match="image must be uint8, got float32"):
@@ -213,10 +215,10 @@ def test_refusals(teacher, scene, tmp_path):
         teacher.config.tokenizer = name
 
 
-# The command
+# The command line
 
 
-def test_command(teacher, scene, tmp_path, capsys):
+def test_command_writes_mask_and_overlay(teacher, scene, tmp_path, capsys):
     path, sentence = scene
     teacher.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
@@ -225,14 +227,14 @@ def test_command(teacher, scene, tmp_path, capsys):
     mask = Image.open(out / f"{path.stem}-mask.png")
     assert np.array_equal(np.asarray(mask), found.mask * np.uint8(255))
     overlay = Image.open(out / f"{path.stem}-overlay.png")
-    assert overlay.size == (384, 384)  # small images are drawn larger
+    assert overlay.size == (384, 384)  # small images are enlarged
     assert sorted(p.name for p in out.iterdir()) == [f"{path.stem}-mask.png", f"{path.stem}-overlay.png"]
-    said = capsys.readouterr().out
-    assert f"score {found.score:.3f} (mean probability over the mask)" in said
-    assert re.search(r"[\d.]+ % of the image", said)
+    output = capsys.readouterr().out
+    assert f"score {found.score:.3f} (mean probability over the mask)" in output
+    assert re.search(r"[\d.]+ % of the image", output)
 
 
-def test_both_pictures_or_none(scene, tmp_path, capsys):
+def test_writes_both_pictures_or_none(scene, tmp_path, capsys):
     path, sentence = scene
     (tmp_path / f"{path.stem}-overlay.png").mkdir()
     args = ["predict", str(path), sentence, "--model", "shapes", "--out"]
@@ -250,7 +252,7 @@ def test_both_pictures_or_none(scene, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["{tmp}/none.png", "red", "--model", "shapes"], "no image at"),
         (["{tmp}", "red", "--model", "shapes"], "is a folder: pass an image file"),
@@ -264,17 +266,17 @@ def test_both_pictures_or_none(scene, tmp_path, capsys):
         (["{scene}", "red", "--model", "shapes", "--device", "tpu7"], "device must be"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(args, says, scene, tmp_path, capsys):
+def test_bad_input_is_one_line_and_status_2(args, message, scene, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
     args = [arg.format(tmp=tmp_path, scene=scene[0]) for arg in args]
     assert main(["predict", *args, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrapped_model_predicts_as_itself(teacher, scene):
+def test_wrapped_model_predicts_the_same(teacher, scene):
     plain = predict(teacher, *scene)
     assert np.array_equal(predict(torch.optim.swa_utils.AveragedModel(teacher), *scene).mask, plain.mask)
     with pytest.raises(TypeError, match=r"model must have a config .*; Linear has none"):

@@ -1,4 +1,4 @@
-"""The report: one self-contained page, a console table, overlays, curves from a log."""
+"""The report: a self-contained page, a console table, overlays, curves from a log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastkd.report import CurveSeries, Example, ResultRow, console_table, curves_from_log, save_overlay, write_report
-from fastkd.report import page as room
+from fastkd.report import page as report_page
 
 SIZE = 24
 
@@ -53,7 +53,7 @@ def curves() -> list[CurveSeries]:
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the visible text; complains about tags that do not nest."""
+    """Parser that collects tags with attributes and visible text, and asserts that tags nest."""
 
     VOID = ("meta", "img", "br", "hr", "input", "link")
 
@@ -129,7 +129,7 @@ def test_user_text_is_escaped(html: str) -> None:
     assert "<script>alert" not in html
     hostile = ResultRow('<img src="x">', metrics={'"><b>': 1.0}, note="<i>")
     series = CurveSeries('"><script>', "</svg><b>", [1, 2], [1.0, 2.0])
-    parts = room._results([hostile]) + room._curves([series])
+    parts = report_page._results([hostile]) + report_page._curves([series])
     assert not {"img", "script", "b", "i"} & {tag for tag, _ in Page(parts).tags}
 
 
@@ -139,7 +139,7 @@ def test_table_holds_the_numbers_and_gains(html: str) -> None:
         assert words in text, words
     assert "36.0 ± 2.0" in text  # mean and sample deviation of 34, 36, 38
     assert "+11.0 ± 1.0" in text  # paired: 10, 11, 12
-    assert "−1.5" in text  # a loss is shown as one
+    assert "−1.5" in text  # a negative gain
     assert "gain of distilled over alone" in text
     assert html.count('scope="col"') == 7
     assert html.count('scope="row"') == 3 + 2
@@ -156,14 +156,14 @@ def test_curves_are_drawn_over_steps_and_seconds(html: str) -> None:
     used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', html))
     assert used <= set(ids)
     assert "var(--run-1)" in html
-    assert "#01021" not in html  # no stand-in colour is left
+    assert "#01021" not in html  # no placeholder colour is left
 
 
 def test_examples_have_overlays_captions_and_alt_texts(html: str) -> None:
     images = Page(html).all("img")
     assert len(images) == 2 * 4
     assert all(image["alt"] for image in images)
-    assert "The mask predicted by student, IoU 33.3 %" in images[3]["alt"]  # two 8×8 squares half over each other
+    assert "The mask predicted by student, IoU 33.3 %" in images[3]["alt"]  # two 8×8 squares that overlap by half
     pictures = [decoded(image["src"]) for image in images[:4]]
     assert all(max(picture.shape) >= 192 for picture in pictures)
     plain, truth, teacher, student = (picture.astype(int) for picture in pictures)
@@ -183,7 +183,7 @@ def test_given_iou_and_empty_prediction_are_shown(tmp_path: Path) -> None:
     assert "IoU 12.3" in page.text
 
 
-def test_page_without_curves_and_examples_tells_the_environment(tmp_path: Path) -> None:
+def test_page_without_curves_and_examples_lists_the_environment(tmp_path: Path) -> None:
     html = write_report(tmp_path / "r.html", title="t", rows=rows()).read_text("utf-8")
     assert "Curves</h2>" not in html
     assert "Examples</h2>" not in html
@@ -200,12 +200,12 @@ def test_page_without_curves_and_examples_tells_the_environment(tmp_path: Path) 
     ],
     ids=["pil", "chw", "bfloat16", "hwc"],
 )
-def test_images_come_in_many_forms(image: object, tmp_path: Path) -> None:
+def test_overlay_accepts_pil_images_arrays_and_tensors(image: object, tmp_path: Path) -> None:
     path = save_overlay(image, torch.from_numpy(square(2, 2)).long(), tmp_path / "a" / "overlay.png", longest=96)
     assert Image.open(path).size == (96, 96)
 
 
-def test_overlay_marks_the_mask_alone(tmp_path: Path) -> None:
+def test_overlay_colours_only_the_mask(tmp_path: Path) -> None:
     grey = np.full((SIZE, SIZE, 3), 100, np.uint8)
     path = save_overlay(grey, square(8, 8), tmp_path / "overlay.png", colour=(255, 0, 0))
     drawn = np.asarray(Image.open(path)).astype(int)
@@ -221,7 +221,7 @@ def test_example_from_a_dataset_sample_undoes_the_normalisation() -> None:
 
     sample = {"image": normalise(example().image), "mask": torch.from_numpy(square(4, 4)), "sentence": "red"}
     made = Example.from_sample(sample, {"s": square(4, 4)})
-    assert np.abs(room.overlays.as_image(made.image).astype(int) - example().image).max() <= 1
+    assert np.abs(report_page.overlays.as_image(made.image).astype(int) - example().image).max() <= 1
     assert (made.sentence, made.truth is sample["mask"]) == ("red", True)
 
 
@@ -239,7 +239,7 @@ BAD_REPORTS = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_REPORTS.values(), ids=BAD_REPORTS)
-def test_bad_input_is_one_clear_error_and_leaves_the_old_report(arguments: dict, message: str, tmp_path: Path) -> None:
+def test_bad_input_raises_and_keeps_the_old_report(arguments: dict, message: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("old")
     with pytest.raises(ValueError, match=message):
@@ -248,7 +248,7 @@ def test_bad_input_is_one_clear_error_and_leaves_the_old_report(arguments: dict,
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_failing_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, content: bytes) -> int:
         self.open("wb").write(content[:10])
         raise OSError(28, "No space left on device")
@@ -260,7 +260,7 @@ def test_failing_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "old")]
 
 
-def test_path_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_path_that_is_a_folder(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="is a folder"):
         write_report(tmp_path, title="t", rows=rows())
 
@@ -275,13 +275,13 @@ def test_path_that_is_a_folder_is_refused(tmp_path: Path) -> None:
         (lambda: ResultRow("a", parameters=-1), "parameters"),
         (lambda: ResultRow("a", train_seconds=float("nan")), "train_seconds"),
         (lambda: CurveSeries("a", "loss", [], []), "steps is empty"),
-        (lambda: CurveSeries("a", "loss", [1, 2], [1.0]), "values has 1 points and steps has 2"),
+        (lambda: CurveSeries("a", "loss", [1, 2], [1.0]), "values has 1 points, but steps has 2"),
         (lambda: CurveSeries("a", "loss", [1], [1.0], [1.0, 2.0]), "seconds has 2 points"),
         (lambda: CurveSeries("a", "loss", [1], [1.0], phase="test"), "phase"),  # type: ignore[arg-type]
         (lambda: example(ious={"nobody": 3.0}), "nobody"),
     ],
 )
-def test_bad_records_are_refused(make, message: str) -> None:
+def test_rejects_bad_records(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -312,7 +312,7 @@ LOG = """\
 {"event": "end", "step": 4"""
 
 
-def test_curves_come_from_a_log_even_a_broken_off_one(tmp_path: Path) -> None:
+def test_curves_from_an_unfinished_log(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(LOG)
     series = {s.quantity: s for s in curves_from_log(tmp_path, metrics=["mIoU", "oIoU"])}
     assert set(series) == {"loss", "task", "cross_modal", "mIoU", "oIoU"}
@@ -326,7 +326,7 @@ def test_curves_come_from_a_log_even_a_broken_off_one(tmp_path: Path) -> None:
     write_report(tmp_path / "r.html", title="t", rows=rows(), curves=list(series.values()))
 
 
-def test_log_of_the_trainer_itself_is_read(tmp_path: Path) -> None:
+def test_curves_from_the_log_of_the_trainer(tmp_path: Path) -> None:
     from fastkd.train.log import RunLog
 
     log = RunLog(tmp_path / "log.jsonl")
@@ -337,7 +337,7 @@ def test_log_of_the_trainer_itself_is_read(tmp_path: Path) -> None:
     assert [(s.quantity, s.run) for s in curves_from_log(tmp_path)] == [("loss", "alone"), ("task", "alone")]
 
 
-def test_logs_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+def test_rejects_logs_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no log at"):
         curves_from_log(tmp_path)
     log = tmp_path / "log.jsonl"
@@ -353,7 +353,7 @@ def test_logs_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         curves_from_log(log)
 
 
-def test_import_is_lazy_and_a_missing_extra_is_named() -> None:
+def test_import_is_lazy_and_error_names_the_missing_extra() -> None:
     code = (
         "import sys, fastkd.report as r\n"
         "assert not {'torch', 'numpy', 'PIL', 'rich', 'matplotlib'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""Every example runs, learns, and is made of the public interface alone."""
+"""Every example runs, learns, and uses only the public interface."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def needs(*libraries: str) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The tensors are small, and threads wait for one another on a busy machine."""
+    """Run on one thread: the tensors are small, and threads would wait for each other on a busy machine."""
     with threads(1):
         yield
 
@@ -104,7 +104,7 @@ print(json.dumps([example.main(steps=6), first]))
 
 def test_huggingface_trainer():
     needs("transformers", "accelerate")
-    # In its own process: Trainer changes accelerate's state for all that follows.
+    # In its own process: Trainer changes accelerate's global state.
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
         [sys.executable, "-c", HUGGINGFACE, str(EXAMPLES / "huggingface_trainer.py")],
@@ -137,7 +137,7 @@ def test_referring_segmentation():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_examples_use_public_names_alone(path):
+def test_examples_use_only_public_names(path):
     imported = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastkd":
@@ -150,7 +150,7 @@ def test_examples_use_public_names_alone(path):
         assert names <= set(importlib.import_module(module).__all__)
 
 
-def test_the_table_names_every_example():
+def test_table_lists_every_example():
     assert FILES
     table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| \[(\w+\.py)\]\(\1\)", table, re.M)) == {path.name for path in FILES}

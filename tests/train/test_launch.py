@@ -1,4 +1,4 @@
-"""Settings from outside: what a launcher's environment and the caller's torch state may change and may not."""
+"""Effects of a launcher's environment and of the caller's torch state on settings and training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastkd.train.launch import requested
 CPU = torch.device("cpu")
 
 
-def asked(environ: dict[str, str], **settings: Any) -> tuple[str, str]:
+def resolve(environ: dict[str, str], **settings: Any) -> tuple[str, str]:
     device, precision = requested(TrainConfig(**settings), environ)
     return str(device), precision
 
@@ -33,7 +33,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestEnvironment:
-    def test_agreement_and_defaults_of_the_launcher(self) -> None:
+    def test_accepts_defaults_and_agreement_of_the_launcher(self) -> None:
         default = {
             "ACCELERATE_MIXED_PRECISION": "no",
             "ACCELERATE_DYNAMO_BACKEND": "NO",
@@ -41,17 +41,17 @@ class TestEnvironment:
             "ACCELERATE_USE_CPU": "False",
             "ACCELERATE_USE_FSDP": "false",
         }
-        assert asked(default, accumulate=4, device="cpu", precision="bf16") == ("cpu", "bf16")
-        assert asked({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, accumulate=4, device="cpu") == ("cpu", "fp32")
-        assert asked({"ACCELERATE_MIXED_PRECISION": "bf16"}, device="cpu") == ("cpu", "bf16")
+        assert resolve(default, accumulate=4, device="cpu", precision="bf16") == ("cpu", "bf16")
+        assert resolve({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, accumulate=4, device="cpu") == ("cpu", "fp32")
+        assert resolve({"ACCELERATE_MIXED_PRECISION": "bf16"}, device="cpu") == ("cpu", "bf16")
 
-    def test_auto_follows_the_device_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_follows_the_requested_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-        assert asked({}) == ("cuda:0", "bf16")
-        assert asked({"ACCELERATE_USE_CPU": "true"}) == ("cpu", "fp32")
-        assert asked({"ACCELERATE_TORCH_DEVICE": "cpu"}) == ("cpu", "fp32")
+        assert resolve({}) == ("cuda:0", "bf16")
+        assert resolve({"ACCELERATE_USE_CPU": "true"}) == ("cpu", "fp32")
+        assert resolve({"ACCELERATE_TORCH_DEVICE": "cpu"}) == ("cpu", "fp32")
 
     @pytest.mark.parametrize(
         ("variable", "value", "settings"),
@@ -70,24 +70,24 @@ class TestEnvironment:
             ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", {}),
         ],
     )
-    def test_contradictions_are_errors(self, variable: str, value: str, settings: dict[str, Any]) -> None:
+    def test_rejects_contradictions(self, variable: str, value: str, settings: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=f"{variable}={value}"):
-            asked({variable: value}, **settings)
+            resolve({variable: value}, **settings)
 
-    def test_train_and_balance_read_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_train_and_balance_read_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
         with pytest.raises(ValueError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 contradicts accumulate=1"):
             run(toy(), steps=1)
         with pytest.raises(ValueError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 contradicts accumulate=1"):
             balance_on(Distiller(toy(), None, segmentation_loss), Scenes(), {}, TrainConfig(device="cpu"))
 
-    def test_the_gradient_is_not_divided_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_gradient_is_not_divided_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
         plain = run(toy(), accumulate=4, steps=2, log_every=1).history
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
         under = run(toy(), accumulate=4, steps=2, log_every=1).history
         assert [line["gradient_norm"] for line in plain] == [line["gradient_norm"] for line in under]
 
-    def test_processes_that_never_met(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rejects_a_world_size_without_joined_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         alone = type("State", (), {"distributed_type": "NO", "num_processes": 1})
@@ -95,7 +95,7 @@ class TestEnvironment:
         with pytest.raises(ValueError, match="WORLD_SIZE=2, but this process joined no other"):
             launch.join(TrainConfig(device="cpu"))
 
-    def test_devices_of_several_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_each_process_needs_its_own_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         state = type("State", (), {"distributed_type": "MULTI_CPU", "num_processes": 2, "device": CPU})
         monkeypatch.setattr("accelerate.PartialState", lambda cpu: state())
         assert launch.join(TrainConfig(device="cpu"))[1:] == (CPU, "fp32")
@@ -108,7 +108,7 @@ class TestEnvironment:
 
 
 class TestPrecision:
-    def test_emulated_bf16_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_ignores_emulated_bf16(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu = torch.device("cuda", 0)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
         assert pick_precision("auto", gpu) == "fp32"
@@ -117,7 +117,7 @@ class TestPrecision:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (9, 0))[device.index])
         assert [pick_precision("auto", torch.device("cuda", index)) for index in (0, 1)] == ["fp32", "bf16"]
 
-    def test_fp32_is_fp32_inside_an_outer_autocast(self) -> None:
+    def test_fp32_overrides_an_outer_autocast(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             with autocast("fp32", CPU):
                 assert toy()(**_inputs()).dtype == torch.float32
@@ -130,7 +130,7 @@ class TestPrecision:
 
 class TestState:
     @pytest.mark.parametrize("state", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
-    def test_training_does_not_depend_on_the_caller_s_state(self, state: Any) -> None:
+    def test_training_ignores_the_caller_state(self, state: Any) -> None:
         plain = run(toy(), steps=2, log_every=1).history
         model, data = toy(), Scenes()
         with state():

@@ -1,4 +1,4 @@
-"""Two processes that train together: parameters without a gradient, and fewer samples than processes."""
+"""Training in two processes: parameters without a gradient, and fewer samples than processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastkd.evaluate import evaluate
 from fastkd.train.split import without_gradient
 
 
-def test_parameters_without_a_gradient_are_named() -> None:
+def test_without_gradient_names_parameters() -> None:
     model = distiller()
     model.student.spare = torch.compile(nn.Linear(2, 2), backend="eager")
     batch = collate([Scenes()[i] for i in range(4)])
@@ -25,7 +25,7 @@ def test_parameters_without_a_gradient_are_named() -> None:
 
 
 class Sometimes(nn.Module):
-    """A model with a part that only its first forward uses."""
+    """Model with a parameter that only its first two forwards use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,42 +37,42 @@ class Sometimes(nn.Module):
         return logits + self.extra[:, None, None] if self.calls < 3 else logits
 
 
-def test_in_two_processes() -> None:
-    """One start of two processes for everything that needs them."""
+def test_two_processes() -> None:
+    """Start two processes once for all that needs them."""
     out = two_processes("""
     import torch, warnings
     sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")
     from test_processes import Sometimes
     from fastkd.evaluate import evaluate
-    say = lambda line: os.write(1, (line + chr(10)).encode())  # whole, so that two processes' lines do not mix
+    write = lambda line: os.write(1, (line + chr(10)).encode())  # one write per line: lines do not interleave
     model = t.toy()
     model.spare = torch.nn.Linear(2, 2)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = t.run(model, steps=4, accumulate=2, log_every=1)
-    named = [str(w.message) for w in said if "spare" in str(w.message)]
+    named = [str(w.message) for w in caught if "spare" in str(w.message)]
     score = evaluate(model, t.Scenes(1), collate=t.collate, device="cpu")
-    say(f"trained {rank} {result.history[-1]['loss']:.5f} {named}")
-    say(f"scored {rank} {score.sentences} {score.resolution} {score.miou:.6f} {len(score.sample_iou)}")
+    write(f"trained {rank} {result.history[-1]['loss']:.5f} {named}")
+    write(f"scored {rank} {score.sentences} {score.resolution} {score.miou:.6f} {len(score.sample_iou)}")
     try:
         t.run(Sometimes(), steps=4, check=False)
     except RuntimeError as error:
-        say(f"raised {rank} {error}")
+        write(f"raised {rank} {error}")
     steps = t.run(Sometimes(), steps=4, check=False, find_unused_parameters=True).steps
-    say(f"asked {rank} {steps}")
+    write(f"completed {rank} {steps}")
 """)
     lines = {tuple(line.split(" ", 2)[:2]): line.split(" ", 2)[2] for line in out.splitlines() if line.count(" ") > 1}
     model = toy()
     model.spare = nn.Linear(2, 2)
     alone = run(model, steps=4, log_every=1)
-    said = "2 parameters get no gradient on the first batch, so they do not train: student.spare.weight, student"
+    warning = "2 parameters get no gradient on the first batch, so they do not train: student.spare.weight, student"
     for rank in "01":
         loss, _, named = lines["trained", rank].partition(" ")
         assert float(loss) == pytest.approx(alone.history[-1]["loss"], rel=1e-4)
-        assert (said in named) is (rank == "0")
+        assert (warning in named) is (rank == "0")
         assert "1 parameters got no gradient at step 2, although" in lines["raised", rank]
         assert "student.extra" in lines["raised", rank]
-        assert lines["asked", rank] == "4"
+        assert lines["completed", rank] == "4"
     score = evaluate(model, Scenes(1), collate=collate)
     for rank, own in (("0", 1), ("1", 0)):
         sentences, height, width, miou, samples = lines["scored", rank].split()

@@ -1,4 +1,4 @@
-"""SIGTERM keeps what Ctrl-C keeps, in the main thread, and leaves the signal's handlers as they were."""
+"""SIGTERM saves the student like Ctrl-C, only in the main thread, and restores signal handlers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fastkd.errors import Terminated
 from fastkd.train.stop import Termination
 
 
-class Ended(Scenes):
-    """A data set that does something before its 25th sample, in step 4 of batches of 8."""
+class Acting(Scenes):
+    """Data set that calls a function before its 25th sample, in step 4 with batches of 8."""
 
     def __init__(self, act: Callable[[], Any]) -> None:
         super().__init__()
@@ -44,10 +44,10 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_student_is_kept(tmp_path: Path) -> None:
+def test_saves_the_student(tmp_path: Path) -> None:
     model = toy()
     with pytest.raises(Terminated) as stop:
-        run(model, Ended(terminate), tmp_path)
+        run(model, Acting(terminate), tmp_path)
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     end = read_log(tmp_path)[-1]
@@ -56,34 +56,34 @@ def test_the_student_is_kept(tmp_path: Path) -> None:
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
-def test_a_handler_of_the_caller_stays_in_charge() -> None:
+def test_keeps_a_handler_of_the_caller() -> None:
     calls: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
     try:
         handler = signal.getsignal(signal.SIGTERM)
-        assert run(toy(), Ended(terminate)).steps == 6
+        assert run(toy(), Acting(terminate)).steps == 6
         assert calls == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_in_another_thread_no_handler_is_set() -> None:
+def test_sets_no_handler_in_another_thread() -> None:
     seen: list[Any] = []
-    thread = threading.Thread(target=lambda: run(toy(), Ended(lambda: seen.append(signal.getsignal(signal.SIGTERM)))))
+    thread = threading.Thread(target=lambda: run(toy(), Acting(lambda: seen.append(signal.getsignal(signal.SIGTERM)))))
     thread.start()
     thread.join()
     assert seen == [signal.SIG_DFL]
 
 
-def test_a_loading_process_that_was_ended_first() -> None:
-    """Where a whole group is sent SIGTERM, torch may notice the end of a worker before this process its own signal."""
+def test_waits_for_the_signal_if_a_worker_ends_first() -> None:
+    """If a process group gets SIGTERM, torch may notice the end of a worker before this process gets the signal."""
     before = signal.getsignal(signal.SIGCHLD)
     lost = WorkerExited(-signal.SIGTERM, 1)
     with Termination() as stop:
         threading.Timer(0.1, terminate).start()
         assert isinstance(stop.settle(lost), Terminated)
-        terminate()  # a second one does not interrupt what is being kept
+        terminate()  # a second signal does not interrupt saving
         assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
     signal.signal(signal.SIGCHLD, before)
     other = ValueError("no loss")
@@ -92,11 +92,11 @@ def test_a_loading_process_that_was_ended_first() -> None:
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
-def test_at_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def ended(*args: Any, **options: Any) -> None:
+def test_exit_status_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def terminated(*args: Any, **options: Any) -> None:
         raise Terminated
 
-    monkeypatch.setattr("tyro.extras.SubcommandApp.cli", ended)
+    monkeypatch.setattr("tyro.extras.SubcommandApp.cli", terminated)
     assert main(["info"]) == 143
     assert capsys.readouterr().err == "fastkd: ended by SIGTERM\n"
 
@@ -122,22 +122,22 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("whole_group", [True, False])
-def test_a_process_with_loading_processes(whole_group: bool, tmp_path: Path) -> None:
+def test_process_with_workers_ends(whole_group: bool, tmp_path: Path) -> None:
     code = _PROGRAM.format(folder=str(Path(__file__).parents[1] / "helpers"))
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     log = tmp_path / "run" / "log.jsonl"
     try:
-        until = time.monotonic() + 200
-        while time.monotonic() < until and not (log.exists() and '"event": "train"' in log.read_text()):
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not (log.exists() and '"event": "train"' in log.read_text()):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
         error = process.communicate(timeout=100)[1]
         workers = [int(file.name.partition("-")[2]) for file in tmp_path.glob("worker-*")]
-        until = time.monotonic() + 20  # loading processes look for their parent every few seconds
-        while time.monotonic() < until and any(map(_runs, workers)):
+        deadline = time.monotonic() + 20  # workers check for their parent every few seconds
+        while time.monotonic() < deadline and any(map(_runs, workers)):
             time.sleep(0.1)
         alive = [pid for pid in workers if _runs(pid)]
     finally:

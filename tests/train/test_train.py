@@ -1,4 +1,4 @@
-"""The training loop: reproducible, honest in its log, whole in its checkpoints, loud when something is wrong."""
+"""The training loop: reproducibility, accumulation, log, checkpoints, and errors that end a run."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from train_tools import Scenes, Toy, collate, distiller, read_log, run, same, to
 from fastkd import Distiller, Term
 from fastkd.errors import FastKDWarning
 from fastkd.train import TrainConfig, segmentation_loss, train
-from fastkd.train.optim import BatchOrder, adamw, lr_factor
+from fastkd.train.optim import BatchOrder
 from fastkd.train.split import warn_of_micro_batches
 
 
-class TestReproducible:
+class TestReproducibility:
     def test_same_seed_same_weights(self) -> None:
         a, b, c = (distiller(dropout=0.5) for _ in range(3))
         run(a)
-        torch.rand(17)  # whatever the caller drew before
-        run(b, eval_every=2, val_dataset=Scenes())  # and looking in between
+        torch.rand(17)  # the caller's random state has no effect
+        run(b, eval_every=2, val_dataset=Scenes())  # nor has evaluation
         run(c, seed=1)
         assert same(a.student, b.student)
         assert not same(a.student, c.student)
 
-    def test_workers_do_not_matter(self) -> None:
+    def test_result_does_not_depend_on_workers(self) -> None:
         a, b = toy(), toy()
         run(a)
         run(b, workers=1)
@@ -52,10 +52,10 @@ class TestReproducible:
         run(toy(), data, steps=4)
         first, second = data.served[:16], data.served[16:32]
         assert data.epochs == [0, 1]
-        assert len(set(first)) == len(set(second)) == 16  # without replacement; the rest of 20 is dropped
+        assert len(set(first)) == len(set(second)) == 16  # without replacement; the last 4 of 20 are dropped
         assert first != second
 
-    def test_weight_zero_is_the_student_alone(self) -> None:
+    def test_weight_zero_equals_the_student_alone(self) -> None:
         alone, distilled = toy(), distiller()
         distilled.set_weights({"kd": 0.0})
         run(alone)
@@ -65,16 +65,16 @@ class TestReproducible:
 
 class TestAccumulation:
     @pytest.mark.parametrize("parts", [2, 4])
-    def test_equals_the_whole_batch(self, parts: int) -> None:
+    def test_micro_batches_equal_the_whole_batch(self, parts: int) -> None:
         whole, split = distiller(), distiller()
         a, b = run(whole, log_every=1), run(split, accumulate=parts, log_every=1)
         for x, y in zip(whole.student.state_dict().values(), split.student.state_dict().values(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-        for x, y in zip(a.history, b.history, strict=True):  # the terms are divided too, and reported undivided
+        for x, y in zip(a.history, b.history, strict=True):  # terms are divided in the loss, not in the log
             assert x["terms"]["kd"] == pytest.approx(y["terms"]["kd"], rel=1e-4)
             assert x["gradient_norm"] == pytest.approx(y["gradient_norm"], rel=1e-4)
 
-    def test_what_mixes_samples_is_stated(self) -> None:
+    def test_warns_of_layers_and_terms_that_mix_samples(self) -> None:
         model = distiller()
         model.student.norm = torch.nn.BatchNorm2d(4)
         with pytest.warns(FastKDWarning, match=r"1 BatchNorm layers \(norm\) normalise within each micro-batch of 2"):
@@ -83,19 +83,9 @@ class TestAccumulation:
         pooled.terms["kd"] = replace(pooled.terms["kd"], kwargs={"cross_image": True})
         with pytest.warns(FastKDWarning, match=r"accumulate=2: 'kd' \(across_batch or cross_image\) compares within"):
             warn_of_micro_batches(pooled, TrainConfig(batch_size=8, accumulate=2))
-        model.eval()  # frozen: a warning would be an error here
+        model.eval()  # frozen BatchNorm: no warning
         warn_of_micro_batches(model, TrainConfig(batch_size=8, accumulate=4))
         warn_of_micro_batches(pooled, TrainConfig(batch_size=8))
-
-    def test_processes_and_micro_batches_share_one_order(self) -> None:
-        config = TrainConfig(batch_size=8, seed=3)
-        whole = list(BatchOrder(40, config))
-        split = TrainConfig(batch_size=8, accumulate=2, seed=3)
-        ranks = [list(BatchOrder(40, split, rank, 2)) for rank in range(2)]
-        for step, batch in enumerate(whole):
-            parts = [ranks[rank][2 * step + micro] for micro in range(2) for rank in range(2)]
-            assert [i for part in parts for i in part] == batch
-        assert len(BatchOrder(40, split)) == len(ranks[0]) == 10
 
     def test_two_processes_equal_one(self, tmp_path: Path) -> None:
         """Data-parallel training and evaluation, on two CPU processes."""
@@ -140,7 +130,7 @@ class TestLogAndCheckpoints:
         assert result.best.miou == max(r.miou for _, r in result.evaluations)
         assert result.last is result.evaluations[-1][1]
 
-    def test_checkpoints_are_the_students(self, tmp_path: Path) -> None:
+    def test_checkpoints_hold_the_student(self, tmp_path: Path) -> None:
         model = distiller()
         result = run(model, out=tmp_path, eval_every=1, val_dataset=Scenes(), lr=0.3)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "log.jsonl"]
@@ -153,7 +143,7 @@ class TestLogAndCheckpoints:
         best.load_state_dict(load_file(tmp_path / "best" / "model.safetensors"))
         assert evaluate(best, Scenes(), collate=collate).miou == pytest.approx(result.best.miou)
 
-    def test_save_pretrained_is_used_and_a_failing_save_keeps_the_old(self, tmp_path: Path) -> None:
+    def test_failed_save_pretrained_keeps_the_old_checkpoint(self, tmp_path: Path) -> None:
         class Saved(Toy):
             fail = False
 
@@ -173,7 +163,7 @@ class TestLogAndCheckpoints:
         assert (tmp_path / "last" / "model.txt").read_text() == "whole"
         assert read_log(tmp_path)[-1]["reason"] == "OSError"
 
-    def test_an_earlier_run_is_not_overwritten_unasked(self, tmp_path: Path) -> None:
+    def test_overwrites_an_earlier_run_only_on_request(self, tmp_path: Path) -> None:
         run(toy(), out=tmp_path)
         before = (tmp_path / "log.jsonl").read_text()
         with pytest.raises(FileExistsError, match=r"holds an earlier run.*overwrite=True"):
@@ -181,20 +171,20 @@ class TestLogAndCheckpoints:
         assert (tmp_path / "log.jsonl").read_text() == before
         run(toy(), out=tmp_path, overwrite=True)
 
-    def test_an_earlier_best_does_not_pass_for_this_run_s(self, tmp_path: Path) -> None:
+    def test_best_of_an_overwritten_run_is_removed(self, tmp_path: Path) -> None:
         run(toy(), out=tmp_path, val_dataset=Scenes(8))
         assert (tmp_path / "best").is_dir()
         run(toy(), out=tmp_path, overwrite=True)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "log.jsonl"]
 
-    def test_out_dir_and_config_of_the_wrong_kind(self, tmp_path: Path) -> None:
+    def test_rejects_a_bad_out_dir_or_config(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(FileExistsError, match=r"out_dir .*file' is a file; give a folder"):
             run(toy(), out=tmp_path / "file")
         with pytest.raises(TypeError, match="config must be a TrainConfig or None, got dict"):
             train(toy(), Scenes(), {"steps": 2}, collate=collate)
 
-    def test_time_of_evaluation_is_not_training(self) -> None:
+    def test_training_time_excludes_evaluation(self) -> None:
         class Slow(Scenes):
             def __getitem__(self, i: int) -> dict[str, Any]:
                 time.sleep(0.02)
@@ -211,11 +201,11 @@ class TestLogAndCheckpoints:
         assert result.stopped == read_log(tmp_path)[-1]["reason"] == "max_seconds"
         assert 0.5 <= result.seconds < 5
         assert 0 < result.steps < 1_000_000
-        assert result.history[-1]["lr"] < 0.5 * 1e-2  # it decays by time, too
+        assert result.history[-1]["lr"] < 0.5 * 1e-2  # it also decays with time
 
 
-class TestStops:
-    def test_interrupt_keeps_the_student(self, tmp_path: Path) -> None:
+class TestEarlyEnd:
+    def test_interrupt_saves_the_student(self, tmp_path: Path) -> None:
         class Interrupt(Scenes):
             def __getitem__(self, i: int) -> dict[str, Any]:
                 if len(self.served) == 24:
@@ -241,7 +231,7 @@ class TestStops:
 
         def breaks(student: Tensor, teacher: Tensor) -> Tensor:
             calls.append(0)
-            return F.mse_loss(student, teacher) * (float("inf") if len(calls) == 4 else 1.0)  # one call is the check's
+            return F.mse_loss(student, teacher) * (float("inf") if len(calls) == 4 else 1.0)  # call 1: the check
 
         model = distiller(loss=breaks)
         with pytest.raises(FloatingPointError, match=r"term 'kd' is inf at step 3"):
@@ -255,7 +245,7 @@ class TestStops:
             "seconds": 0,
         }
 
-    def test_non_finite_task(self) -> None:
+    def test_non_finite_task_raises(self) -> None:
         with pytest.raises(FloatingPointError, match="the task loss is nan at step"):
             run(toy(), Scenes(poison=int(list(BatchOrder(32, TrainConfig(batch_size=8)))[2][0])), check=False)
 
@@ -271,7 +261,7 @@ class TestStops:
         with pytest.raises(FloatingPointError, match=r"gradient is nan at step 2 .* it comes from 'kd'"):
             run(distiller(loss=cliff))
 
-    def test_checks_come_before_training(self, tmp_path: Path) -> None:
+    def test_checks_run_before_training(self, tmp_path: Path) -> None:
         model = distiller()
         model.teacher.train()
         with pytest.raises(ValueError, match="teacher is in train mode"):
@@ -288,54 +278,12 @@ class TestStops:
             run(toy(), device="cuda" if not torch.cuda.is_available() else "gpu")
 
 
-class TestSettings:
-    @pytest.mark.parametrize(
-        ("setting", "message"),
-        [
-            ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
-            ({"batch_size": 2.5}, "batch_size must be a whole number >= 1, got 2.5"),
-            ({"lr": 0}, "lr must be a finite number > 0, got 0"),
-            ({"lr": None}, "lr must be a finite number > 0, got None"),
-            ({"grad_clip": -1.0}, "grad_clip must be a finite number > 0 or None"),
-            ({"weight_decay": float("nan")}, "weight_decay must be a finite number >= 0"),
-            ({"precision": "fp8"}, "precision must be 'auto', 'fp32' or 'bf16', got 'fp8'"),
-            ({"batch_size": 10, "accumulate": 4}, "batch_size must be a multiple of accumulate"),
-            ({"lr": "0.1"}, "lr must be a finite number > 0, got '0.1'"),
-            ({"weight_decay": None}, "weight_decay must be a finite number >= 0, got None"),
-            ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
-            ({"eval_every": 0}, "eval_every must be a whole number >= 1 or None"),
-        ],
-    )
-    def test_out_of_range(self, setting: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            TrainConfig(**setting)
-
-    def test_schedule(self) -> None:
-        config = TrainConfig(steps=100, warmup=4, power=0.9)
-        factors = [lr_factor(step, step / 100, config) for step in range(100)]
-        assert factors[:4] == pytest.approx([(s + 1) / 5 * (1 - s / 100) ** 0.9 for s in range(4)])
-        assert factors[50] == pytest.approx(0.5**0.9)
-        assert 0 < factors[99] < 0.02
-
-    def test_what_is_decayed(self) -> None:
-        model = Toy()
-        decayed, others = adamw(model, TrainConfig(weight_decay=0.1)).param_groups
-        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-        assert {id(p) for p in decayed["params"]} == {id(model.stem.weight), id(model.head.weight)}
-        names = {id(p): name for name, p in model.named_parameters()}
-        assert {names[id(p)] for p in others["params"]} == {
-            "stem.bias",
-            "norm.weight",
-            "norm.bias",
-            "words.weight",
-            "head.bias",
-        }
-
-    def test_precision_and_layout(self) -> None:
+class TestLearning:
+    def test_bf16_and_channels_last(self) -> None:
         result = run(distiller(), precision="bf16", channels_last=True, threads=1)
         assert all(torch.isfinite(torch.tensor(line["loss"])) for line in result.history)
 
-    def test_it_learns(self) -> None:
+    def test_learns_the_toy_task(self) -> None:
         model = toy(width=8)
         result = run(model, steps=150, lr=3e-2, val_dataset=Scenes(), log_every=50)
         assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
@@ -343,7 +291,7 @@ class TestSettings:
         assert not model.training
 
     @pytest.mark.gpu
-    def test_on_the_gpu(self, tmp_path: Path) -> None:
+    def test_trains_on_the_gpu(self, tmp_path: Path) -> None:
         model = distiller(width=8)
         result = run(model, out=tmp_path, device="auto", steps=60, val_dataset=Scenes(), channels_last=True)
         assert read_log(tmp_path)[0]["environment"]["precision"] == "bf16"
@@ -352,20 +300,20 @@ class TestSettings:
         assert result.history[-1]["loss"] < result.history[0]["loss"]
 
     @pytest.mark.gpu
-    def test_non_finite_on_the_gpu_is_found_at_the_next_line(self) -> None:
+    def test_non_finite_value_on_the_gpu_raises_at_the_next_log_line(self) -> None:
         with pytest.raises(FloatingPointError, match="the task loss is nan at step"):
             run(toy(), Scenes(poison=3), check=False, device="cuda", steps=40, log_every=10)
 
 
 class Stored(Scenes):
-    """Masks as image files hold them."""
+    """Masks of 0 and 255, as in image files."""
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         sample = super().__getitem__(i)
         return {**sample, "mask": sample["mask"].to(torch.uint8) * 255}
 
 
-def test_masks_of_255_are_refused_and_a_loss_of_ones_own_may_take_them() -> None:
+def test_rejects_masks_of_255_unless_the_loss_is_user_defined() -> None:
     with pytest.raises(ValueError, match=r"mask must be bool or hold only 0 and 1, got torch.uint8 with 255"):
         run(toy(), Stored(), check=False)
     with pytest.raises(ValueError, match=r"mask must be bool or hold only 0 and 1, got torch.uint8 with 255"):
@@ -374,7 +322,7 @@ def test_masks_of_255_are_refused_and_a_loss_of_ones_own_may_take_them() -> None
     assert run(toy(), Stored(), steps=1, task_loss=own).steps == 1
 
 
-def test_word_ids_beyond_a_table_are_refused_before_the_batch_moves() -> None:
+def test_rejects_word_ids_beyond_the_table_on_the_host() -> None:
     student = distiller()
     student.student.vocab_size, student.teacher.vocab_size = 8, 8
     assert run(student, steps=1).steps == 1
@@ -387,8 +335,8 @@ def test_word_ids_beyond_a_table_are_refused_before_the_batch_moves() -> None:
         run(student, data)
 
 
-def test_real_models_data_and_losses(tmp_path: Path) -> None:
-    """The pieces together, tiny: shapes data, RIS models, three families of losses."""
+def test_ris_models_on_shapes_with_three_losses(tmp_path: Path) -> None:
+    """Train RIS models on shapes with losses of three families."""
     pytest.importorskip("timm", reason="needs the [ris] extra")
     pytest.importorskip("transformers", reason="needs the [ris] extra")
     from fastkd import data, losses, models
