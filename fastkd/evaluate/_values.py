@@ -1,4 +1,4 @@
-"""Checks of values: masks of 0 and 1, logits without NaN. Needs torch alone."""
+"""Checks of values: masks of 0 and 1, logits without NaN. Needs only torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training loop, its settings and result. Needs the ``[ris]`` extra.
 
-`Distiller`, `Term` and `Taps` are those of `fastkd.distill`, which needs torch alone.
+`Distiller`, `Term` and `Taps` are those of `fastkd.distill`, which needs only torch.
 """
 
 from __future__ import annotations
