@@ -34,7 +34,6 @@ class Import(NamedTuple):
     source: str
     target: str
     line: int
-    deferred: bool  # inside a function, or under TYPE_CHECKING
 
 
 def find_modules(root: Path) -> dict[str, Path]:
@@ -54,7 +53,7 @@ def find_imports(modules: dict[str, Path]) -> Iterator[Import]:
     The exception is TYPE_CHECKING in an ``__init__.py``, which repeats names that are loaded on first use.
     """
     for source, file in modules.items():
-        for node, deferred in _nodes(ast.parse(file.read_text("utf-8")), skip_types=file.name == "__init__.py"):
+        for node in _nodes(ast.parse(file.read_text("utf-8")), skip_types=file.name == "__init__.py"):
             targets: list[str] = []
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
@@ -64,16 +63,15 @@ def find_imports(modules: dict[str, Path]) -> Iterator[Import]:
                 targets = [name if name in modules else str(node.module) for name in names]
             for target in dict.fromkeys(targets):
                 if target in modules and target != source:
-                    yield Import(source, target, node.lineno, deferred)
+                    yield Import(source, target, node.lineno)
 
 
-def _nodes(tree: ast.AST, skip_types: bool, deferred: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+def _nodes(tree: ast.AST, skip_types: bool) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
-        types_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if types_only and skip_types:
+        if skip_types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
-        yield node, deferred
-        yield from _nodes(node, skip_types, deferred or types_only or isinstance(node, ast.FunctionDef))
+        yield node
+        yield from _nodes(node, skip_types)
 
 
 def upward_imports(imports: list[Import]) -> list[str]:
@@ -119,7 +117,7 @@ def test_imports_point_downwards(imports: list[Import]) -> None:
 
 
 def test_no_import_cycles(imports: list[Import]) -> None:
-    assert import_cycle([one for one in imports if not one.deferred]) == []
+    assert import_cycle(imports) == []
 
 
 @pytest.mark.parametrize(
@@ -148,7 +146,7 @@ def test_finds_a_planted_upward_import(tmp_path: Path, file: str, line: str, mes
 def test_finds_a_planted_cycle(tmp_path: Path) -> None:
     plant(tmp_path)
     assert import_cycle(list(find_imports(find_modules(tmp_path)))) == []
-    (tmp_path / "fastkd/losses/other.py").write_text("from fastkd.losses.kd import g\n")
+    (tmp_path / "fastkd/losses/other.py").write_text("def f():\n    from fastkd.losses.kd import g\n")
     (tmp_path / "fastkd/losses/kd.py").write_text("import fastkd.losses.other\n")
     assert set(import_cycle(list(find_imports(find_modules(tmp_path))))) == {"fastkd.losses.kd", "fastkd.losses.other"}
 

@@ -23,7 +23,7 @@ class Taps(Mapping[str, Any]):
     an ``inplace=True`` activation, a ``+=``) is an error. Closing the taps, or dropping the last reference to them,
     removes the hooks.
 
-    Paths are those of ``model.named_modules()`` without the prefixes of wrappers: the ``module.`` of
+    Paths are those of ``model.named_modules()``. The prefixes of wrappers are optional: the ``module.`` of
     DistributedDataParallel and AveragedModel, the ``_orig_mod.`` of ``torch.compile``. Make the taps before
     ``torch.compile``: a compiled graph ignores hooks added after it.
 
