@@ -15,9 +15,9 @@ def index(
     kind: str,
     path: Path,
     fields: Sequence[str],
-    wanted: Collection[int] | None = None,
+    ids: Collection[int] | None = None,
 ) -> dict[int, dict[str, Any]]:
-    """Return the records by ``id``, restricted to ``wanted`` if given.
+    """Return the records by ``id``, restricted to ``ids`` if given.
 
     Records that repeat with equal ``fields`` are accepted.
 
@@ -27,7 +27,7 @@ def index(
     found: dict[int, dict[str, Any]] = {}
     for record in records:
         number = record["id"]
-        if wanted is not None and number not in wanted:
+        if ids is not None and number not in ids:
             continue
         first = found.setdefault(number, record)
         for field in fields:

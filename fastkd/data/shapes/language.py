@@ -88,14 +88,18 @@ def draw_kinds(rng: Random) -> list[str]:
 def describe(scene: Scene, kinds: list[str], rng: Random) -> list[Expression] | None:
     """Return one sentence per entry of ``kinds``, or None if this scene allows none of some kind.
 
-    A shape gets at most four sentences, of distinct kinds; shapes that already have one are preferred, so that a scene
-    has few refs with several sentences each.
+    A shape gets at most `SENTENCES_PER_REF` sentences, of distinct kinds. Shapes that already have one are preferred,
+    so that a scene has few refs with several sentences each.
     """
     expressions: list[Expression] = []
     kinds_of: dict[int, set[str]] = {}
     # Rare kinds first: they have the fewest candidate shapes.
     for kind in sorted(kinds, key=lambda k: KIND_SHARES[k]):
-        candidates = [i for i in range(len(scene)) if kind not in kinds_of.get(i, ()) and len(kinds_of.get(i, ())) < 4]
+        candidates = [
+            i
+            for i in range(len(scene))
+            if kind not in kinds_of.get(i, ()) and len(kinds_of.get(i, ())) < SENTENCES_PER_REF
+        ]
         rng.shuffle(candidates)
         if rng.random() < 0.75:
             candidates.sort(key=lambda i: i not in kinds_of)

@@ -27,8 +27,6 @@ DIRECTIONS = {
     "top": (1, 1),
     "bottom": (1, -1),
 }  # axis, sign (1: towards smaller values)
-SIDES = ("left of", "right of", "above", "below")
-RELATIONS = (*SIDES, "nearest to", "behind", "in front of")
 _OFFSET = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 REGIONS = ("left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right", "middle")
 
