@@ -25,6 +25,10 @@ def _has_gpu() -> bool:
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Test arrays are small and test processes run on every core: more threads would only wait for one another. Tests of
+# threads set their number themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # What tests start in processes of their own is the fastkd that this process found, not the tree they are started in.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 

@@ -33,6 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "across samples": {"cross": True},
 }
 ISAS = ["baseline", "avx2", "avx512"]
+LANE_DEPENDENT = "every_form or every_shape or shift or gram_form or zeros or threads_change"
+"""Tests of code that depends on the number of vector lanes: products, packing, tails, rows of zeros."""
 
 
 def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -221,9 +223,9 @@ def plain_formula(student: Tensor, teacher: Tensor, similarity: str) -> Tensor:
     return (matrix(student) - matrix(teacher)).square().mean(-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("widths", [(24, 12), (12, 24), (20, 17)], ids=str)
-@pytest.mark.parametrize("noise", [0.0, 1e-3, 3e-2, 1.0])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1.0])
 def test_unequal_widths_near_the_teacher(noise: float, widths: tuple[int, int], dtype: torch.dtype) -> None:
     """Relations nearly agree, though channels don't correspond (an orthogonal map) or only in part (padding)."""
     width, exactness = min(widths), torch.finfo(torch.float64).eps
@@ -454,7 +456,7 @@ def test_native_arguments_are_checked() -> None:
 def test_lesser_instruction_sets_pass_this_file(isa: str) -> None:
     if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):
         pytest.skip(f"{isa} is not below this machine's {cpu.isa()}")
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", LANE_DEPENDENT, __file__]
     environment = os.environ | {"FASTKD_CPU_ISA": isa}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:]

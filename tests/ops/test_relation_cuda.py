@@ -58,10 +58,12 @@ def test_edges_of_tiles(dtype: torch.dtype, method: str, form: str) -> None:
     check(student, teacher, rows(shape[:2], 3).abs(), **METHODS[method], **FORMS[form])
 
 
-@pytest.mark.parametrize("form", ["streamed", "stored"])
 @pytest.mark.parametrize(
-    ("dtype", "method"),
-    [(torch.bfloat16, name) for name in ("kl", "mse", "row_cosine")] + [(torch.float16, "kl")],
+    ("dtype", "method", "form"),
+    [
+        *((torch.bfloat16, "kl", "streamed"), (torch.bfloat16, "kl", "stored"), (torch.float16, "kl", "streamed")),
+        *((torch.bfloat16, "mse", "stored"), (torch.bfloat16, "row_cosine", "streamed")),
+    ],
     ids=str,
 )
 def test_edges_of_large_tiles(dtype: torch.dtype, method: str, form: str) -> None:
@@ -69,7 +71,7 @@ def test_edges_of_large_tiles(dtype: torch.dtype, method: str, form: str) -> Non
     student, teacher = drawn_for(method, (89, 131, 9), dtype)
     weight = rows((89, 131), 3).abs()
     want = check(student, teacher, weight, **METHODS[method], **FORMS[form])
-    if method == "kl":
+    if method == "kl" and dtype == torch.bfloat16:
         columns = [x.mT.contiguous().mT for x in (student, teacher)]
         assert_near(kernel(*columns, weight, **METHODS[method], **FORMS[form]), want)
 
