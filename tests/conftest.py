@@ -1,4 +1,4 @@
-"""What every test file may use: the places a kernel runs in, the dtypes, and backends that are absent as skips."""
+"""Fixtures of all tests: backends and devices, contract cases, tiny teachers. Unavailable backends are skipped."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ def _has_gpu() -> bool:
         return False
 
 
-# Triton decides when a kernel is defined, once per process, whether it is compiled or interpreted. With a GPU the tests
-# run what users run; without one the same kernels are interpreted on CPU tensors. Torch is not imported to find out,
-# since some versions of it import Triton.
+# Triton reads this when a kernel is defined, once per process. With a GPU kernels are compiled as for users, without
+# one interpreted on CPU tensors. Detecting the GPU must not import torch, some versions of which import Triton.
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Test arrays are small and test processes run on every core: more threads would only wait for one another. Tests of
-# threads set their number themselves.
+# Arrays in tests are small, and one test process runs per core: more threads would only wait for one another. Tests of
+# threads set the number themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What tests start in processes of their own is the fastkd that this process found, not the tree they are started in.
+# Subprocesses import the fastkd that this process imports, not the one in their working directory.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise the fixtures below with the backends of ``fastkd.ops.dispatch`` and the contract's cases.
 
-    Without a GPU one of a test's cases on each GPU backend stands for all of them: it is skipped.
+    Without a GPU, generate one case per test and GPU backend, which is skipped.
     """
     own = {n.strip() for mark in metafunc.definition.iter_markers("parametrize") for n in _names(mark.args[0])}
-    fixtures = set(metafunc.fixturenames) - own  # a test may mean something else by the same name
+    fixtures = set(metafunc.fixturenames) - own  # a test may parametrise these names itself
     if not any(name.endswith(("place", "setting")) for name in fixtures):
         return
     import contract_cases as contract
@@ -95,59 +94,59 @@ def _applies(item: Any, predicate: Callable[..., bool]) -> bool:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Each backend of softmax_kl, on each device it computes on."""
-    from gpu_kernels import present
+    """Return each backend of softmax_kl on each of its devices."""
+    from gpu_kernels import require_backend
 
-    with present(request.param):
+    with require_backend(request.param):
         yield request.param
 
 
 @pytest.fixture
 def kernel_place(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Each of them but the reference: those that go through a registered operator."""
-    from gpu_kernels import present
+    """Return each ``place`` except the reference's: backends behind a registered operator."""
+    from gpu_kernels import require_backend
 
-    with present(request.param):
+    with require_backend(request.param):
         yield request.param
 
 
 @pytest.fixture
 def setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Each loss in each variant, on each backend of its family, on each device."""
+    """Return each contract case on each backend and device of its family."""
     yield from _setting(request)
 
 
 @pytest.fixture
 def kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Each of them but the reference's."""
+    """Return each ``setting`` except the reference's."""
     yield from _setting(request)
 
 
 @pytest.fixture
 def compiled_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Each on the compiled CPU kernels, and one case of each loss on every other backend: they take seconds."""
+    """Return each case on the C++ backend and one case per loss on the others, for tests that take seconds."""
     yield from _setting(request)
 
 
 @pytest.fixture
 def basic_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """One case of each family, on each backend, on each device."""
+    """Return one case of each family on each backend and device."""
     yield from _setting(request)
 
 
 @pytest.fixture
 def basic_kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Each of them but the reference's."""
+    """Return each ``basic_setting`` except the reference's."""
     yield from _setting(request)
 
 
 def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     from contract_tools import quick_interpreter, threads
-    from gpu_kernels import present
+    from gpu_kernels import require_backend
 
     with ExitStack() as stack:
-        stack.enter_context(present(request.param.place))
-        stack.enter_context(threads(1))  # the arrays are small: waking threads for them is what would take the time
+        stack.enter_context(require_backend(request.param.place))
+        stack.enter_context(threads(1))  # waking threads takes longer than computing these small arrays
         if request.param.place == ("triton", "cpu"):
             stack.enter_context(quick_interpreter())
         yield request.param
@@ -155,7 +154,7 @@ def _setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _quiet_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that is absent here (no compiler, no GPU) is a skip of its own tests, not a warning in all others."""
+    """Suppress warnings about unavailable backends (no compiler, no GPU); their own tests are skipped."""
     from fastkd.ops import dispatch
 
     monkeypatch.setattr(dispatch, "_warned", set(dispatch.BACKENDS))
@@ -164,7 +163,7 @@ def _quiet_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Tiny random teachers of transformers, one folder of each kind."""
+    """Return folders of tiny random teachers in transformers' format, by kind."""
     import tiny_teachers
 
     return tiny_teachers.write_all(tmp_path_factory.mktemp("teachers"))
@@ -172,7 +171,7 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def teachers(tiny_folders: dict[str, Any]) -> dict[str, Any]:
-    """The same, loaded."""
+    """Return the teachers of ``tiny_folders``, by kind."""
     import tiny_teachers
 
     return tiny_teachers.load_all(tiny_folders)
@@ -180,5 +179,5 @@ def teachers(tiny_folders: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(params=("clipseg", "sam3"))
 def teacher(request: pytest.FixtureRequest, teachers: dict[str, Any]) -> Any:
-    """Each of them (tiny_teachers.KINDS, which is not imported for other tests)."""
+    """Return each of ``teachers`` (the kinds of tiny_teachers.KINDS, spelled out to import it lazily)."""
     return teachers[request.param]

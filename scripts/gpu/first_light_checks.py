@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from contract_cases import BASIC, Case, Problem, Shapes, Size
-from contract_errors import Output, against_fp64
+from contract_cases import BASIC
+from contract_errors import Output, compare_with_fp64
+from contract_problems import Case, Problem, Shapes, Size
 from contract_tools import assert_same, poisoned, quick_interpreter, threads
 from torch import Tensor
 
@@ -167,7 +168,7 @@ def _run(check: Check, problem: Problem, device: str) -> dict[str, Any]:
     weight = problem.weight()
     with poisoned(math.nan):
         got = problem.run(check.backend, weight)
-    outputs = against_fp64(problem, check.backend, got, weight)
+    outputs = compare_with_fp64(problem, check.backend, got, weight)
     worst = max(outputs, key=lambda x: x.error / x.allowed)
     row: dict[str, Any] = {
         "worst": worst.name,

@@ -25,7 +25,7 @@ STICKY = 70
 
 SHARED = ("conftest.py", "tests/conftest.py", "tests/helpers")
 MOST_TEXT = 4_000
-LARGE = ("test_offsets_beyond_32_bits", "test_gradients_of_far_strides")
+LARGE = ("test_offsets_beyond_32_bits", "test_row_gradient_offsets_beyond_32_bits")
 """Tests that take many GB each, which one process at a time runs."""
 
 

@@ -1,18 +1,18 @@
-"""The operator contract, for every loss on every backend: right answers. Its other points have files of their own.
+"""Test the operator contract for every loss on every backend: accuracy. Its other points have their own files.
 
 | point | tested in |
 |---|---|
 | 1 dtypes, 9 error against fp64 | here |
 | 2 per-row gradients; 3 functional; 8 teachers that require grad | ``test_gradients.py`` |
 | 3 every output element is written; 6 offsets and layouts; memory | ``test_memory.py`` |
-| 4 the same bits every time | ``test_determinism.py`` |
+| 4 bit-identical results | ``test_determinism.py`` |
 | 5 streams, CUDA graphs; 7 ``torch.library``, ``torch.compile``, autocast, DDP | ``test_torch_integration.py`` |
-| 8 NaN and Inf; masks, −inf logits, one-hot teachers, extremes | ``test_special_values.py`` |
+| 8 NaN and Inf; masks, −inf logits, one-hot teachers, extreme values | ``test_special_values.py`` |
 | random shapes, strides, dtypes, temperatures | ``test_random_inputs.py`` |
 | bad input | ``test_contract_errors.py``, ``losses/test_losses_errors.py`` |
 
-The cases are in ``helpers/contract_cases.py``, the formulas they are held against in ``helpers/contract_formulas.py``.
-A backend takes part by its entry in ``fastkd.ops.backends.BACKENDS``.
+Cases are listed in ``helpers/contract_cases.py``, the formulas they are compared with in
+``helpers/contract_formulas.py``. A backend is tested as soon as it is listed in ``fastkd.ops.backends.BACKENDS``.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import BASIC, CASES, DTYPES, REPRESENTATIVE, Problem
-from contract_errors import against_fp64
+from contract_cases import BASIC, CASES, DTYPES, REPRESENTATIVE
+from contract_errors import compare_with_fp64
+from contract_problems import Problem
 from contract_tools import Recorder
 
 from fastkd.ops import dispatch
 
 
 def check_errors(problem: Problem, backend: str) -> None:
-    """Point 9, on the losses of the rows and on the gradients of their weighted sum."""
+    """Assert point 9 for the per-row losses and the gradients of their weighted sum."""
     weight = problem.weight()
-    for output in against_fp64(problem, backend, problem.run(backend, weight), weight):
+    for output in compare_with_fp64(problem, backend, problem.run(backend, weight), weight):
         assert output.error <= output.allowed, output[:3]
 
 
-@pytest.mark.applies(lambda setting, dtype: setting.takes(dtype))
+@pytest.mark.applies(lambda setting, dtype: setting.supports(dtype))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_fp64(setting: Any, dtype: torch.dtype) -> None:
     for size in setting.case.sizes:
@@ -59,7 +60,7 @@ def test_mixed_dtypes_are_promoted(setting: Any) -> None:
     for student, teacher, want in ((torch.float16, torch.bfloat16, torch.float32),
                                    (torch.float32, torch.float16, torch.float32),
                                    (torch.bfloat16, torch.float64, torch.float64)):  # fmt: skip
-        if not setting.takes(want):
+        if not setting.supports(want):
             continue
         n = problem.students
         mixed = problem.replaced(*(x.to(student) for x in half[:n]), *(x.to(teacher) for x in half[n:]))
@@ -74,7 +75,7 @@ def test_mixed_dtypes_are_promoted(setting: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["loss off by 1e-4", "gradient off by 1e-3", "gradient of the wrong weights"])
-def test_the_checks_tell_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_checks_detect_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     honest = Problem.run
 
     def broken(self: Problem, backend: str, weight: torch.Tensor) -> list[torch.Tensor]:
@@ -91,7 +92,7 @@ def test_the_checks_tell_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, wrong:
                 check_errors(case.problem(), "reference")
 
 
-def test_kernels_are_called_by_name_and_the_reference_calls_none(setting: Any) -> None:
+def test_only_kernel_backends_call_operators(setting: Any) -> None:
     recorder = Recorder()
     with recorder:
         setting.case.problem(device=setting.place.device).run(setting.place.backend)
@@ -103,14 +104,14 @@ def test_every_family_and_loss_has_a_case() -> None:
 
     assert {case.family for case in CASES} == set(dispatch.FAMILIES)
     assert {case.loss.__name__ for case in CASES} == {n for n in losses.__all__ if n.endswith(("_kd", "_logits"))}
-    assert {case.twin for case in CASES} - {None} == {
+    assert {case.module_class for case in CASES} - {None} == {
         v for n in losses.__all__ if isinstance(v := getattr(losses, n), type)
     }
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_oracle_equals_the_reference() -> None:
-    """Two independent ways to each number; the loop formulas of ``test_*_kd.py`` are the third."""
+def test_oracle_equals_reference() -> None:
+    """Compare two independent implementations; the loops in ``tests/losses`` are a third."""
     for case in CASES:
         for size in case.sizes:
             problem = case.problem(size, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The operator contract, for every loss on every backend: point 4, the same bits every time, whoever else is there."""
+"""Test the operator contract for every loss on every backend: point 4, bit-identical and independent of the batch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import DTYPES, REPRESENTATIVE, Case, Problem
+from contract_cases import DTYPES, REPRESENTATIVE
+from contract_problems import Case, Problem
 from contract_tools import assert_same, threads
 
 
 def sliced(problem: Problem, samples: slice | list[int]) -> Problem:
-    """Some samples of the batch alone."""
+    """Return the problem of some samples of the batch."""
     cut = lambda m: tuple(x[samples] for x in m) if isinstance(m, tuple) else m[samples]
     return Problem(problem.case, [x[samples] for x in problem.args], {k: cut(m) for k, m in problem.masks.items()})
 
@@ -30,10 +31,10 @@ def test_same_bits_every_time(setting: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.applies(lambda kernel_setting: kernel_setting.place.backend == "cpu")
-def test_same_bits_whatever_the_threads(kernel_setting: Any) -> None:
-    """Also at sizes where more threads are put to work."""
+def test_same_bits_for_any_number_of_threads(kernel_setting: Any) -> None:
+    """At the small sizes, which one thread computes, and at one that occupies three."""
     case = kernel_setting.case
-    sizes = [*case.sizes.values(), busy(case)]
+    sizes = [*case.sizes.values(), parallel_size(case)]
     for size in sizes:
         problem = case.problem_of(size, dtype=torch.float32, device="cpu")
         weight = problem.weight() if size is not sizes[-1] else None
@@ -42,14 +43,14 @@ def test_same_bits_whatever_the_threads(kernel_setting: Any) -> None:
             with threads(count):
                 results.append(problem.run("cpu", weight))
         for other in results[1:]:
-            if "guide" in case.options:  # mixed by torch's products before the kernel sees them
+            if "guide" in case.options:  # torch multiplies the inputs before the kernel reads them
                 problem.assert_near(other, results[0])
             else:
                 assert_same(other, results[0])
 
 
-def busy(case: Any) -> tuple[int, ...]:
-    """Enough work for three threads, unequally divided."""
+def parallel_size(case: Any) -> tuple[int, ...]:
+    """Return a size that occupies three threads unequally."""
     if case.family == "softmax_kl":
         return (3, 50, 20, 35)
     if case.loss.__name__ == "channel_kd":
@@ -64,8 +65,8 @@ def busy(case: Any) -> tuple[int, ...]:
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: not setting.case.pools_the_batch)
-def test_a_sample_does_not_depend_on_the_others(setting: Any) -> None:
-    """Its numbers alone are its numbers in a batch, up to the order in which a library's product adds."""
+def test_samples_are_independent(setting: Any) -> None:
+    """A sample gives the same numbers alone and in a batch, up to the summation order of torch's products."""
     problem = setting.case.problem(device=setting.place.device)
     whole = problem.run(setting.place.backend)
     batch = problem.args[0].shape[0]
@@ -86,7 +87,7 @@ def has_a_loss_per_sample(case: Case) -> bool:
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: has_a_loss_per_sample(setting.case))
-def test_the_order_of_the_samples_does_not_matter(setting: Any) -> None:
+def test_sample_order_does_not_matter(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
     rows, *grads = problem.run(setting.place.backend)
     turned = sliced(problem, [1, 0]).run(setting.place.backend)
@@ -102,8 +103,8 @@ def test_the_order_of_the_samples_does_not_matter(setting: Any) -> None:
     lambda setting, value: not setting.case.pools_the_batch and not (setting.place.is_simulated and value < 0)
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_one_sample_holds_does_not_reach_another(setting: Any, value: float) -> None:
-    """Not a bit of it, whether it is finite or not."""
+def test_nonfinite_sample_does_not_affect_others(setting: Any, value: float) -> None:
+    """The other samples keep every bit."""
     problem = setting.case.problem(device=setting.place.device)
     weight = problem.weight()
     want = problem.run(setting.place.backend, weight)

@@ -1,7 +1,7 @@
-"""The operator contract, for every loss on every backend: gradients, as autograd may ask for them.
+"""Test the operator contract for every loss on every backend: gradients.
 
-Points 2 (a gradient for each row, of any strides), 3 (nothing is written, a second backward is the same, nothing is
-computed for a backward that cannot come), 7 (double backward) and 8 (a teacher that requires grad).
+Points 2 (per-row gradients of any strides), 3 (no tensor is modified, a second backward is identical, without grad
+nothing is computed for a backward), 7 (double backward) and 8 (a teacher that requires grad).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import ONE_PER_LOSS, REPRESENTATIVE, Case, Problem, Setting
+from contract_cases import ONE_PER_LOSS, REPRESENTATIVE, Setting
+from contract_problems import Case, Problem
 from contract_tools import Recorder, assert_same, saved_for_backward, tensors_in
 from torch import Tensor
 
@@ -25,9 +26,9 @@ def backwards(problem: Problem, loss: Tensor, weight: Tensor | None = None, **op
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-@pytest.mark.applies(lambda setting: setting.takes(torch.float64))
+@pytest.mark.applies(lambda setting: setting.supports(torch.float64))
 def test_gradcheck(setting: Any) -> None:
-    """On the kernels themselves, in fp64: every row's derivative with respect to every input."""
+    """The kernels in fp64: the derivative of every row with respect to every input element."""
     problem = leaves_of(setting, size="tiny", dtype=torch.float64)
     n = problem.students
     assert torch.autograd.gradcheck(
@@ -36,8 +37,8 @@ def test_gradcheck(setting: Any) -> None:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-def test_each_row_has_its_own_gradient(setting: Any) -> None:
-    """Zero for all rows but one gives that row's gradient alone; their sum is the whole."""
+def test_gradient_of_each_row(setting: Any) -> None:
+    """A one-hot row gradient gives the gradient of that row; these add up to the whole gradient."""
     problem = leaves_of(setting)
     rows = problem.loss(setting.place.backend)
     total = [torch.zeros_like(x) for x in problem.args[: problem.students]]
@@ -53,8 +54,8 @@ def test_each_row_has_its_own_gradient(setting: Any) -> None:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-def test_gradients_of_any_strides(setting: Any) -> None:
-    """Expanded (stride 0, what .sum() and .mean() hand back), transposed, spaced and negative ones, and zeros."""
+def test_row_gradients_of_any_strides(setting: Any) -> None:
+    """Expanded (stride 0, as from .sum() and .mean()), transposed, strided and zero row gradients."""
     problem = leaves_of(setting)
     rows = problem.loss(setting.place.backend)
     like = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(rows.device)
@@ -94,8 +95,8 @@ def test_reductions(setting: Any, reduction: str) -> None:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-def test_only_what_is_asked_for(setting: Any) -> None:
-    """One student input may be constant: the other's gradient is what it was."""
+def test_gradient_of_one_input(setting: Any) -> None:
+    """With one student input constant, the gradient of the other is unchanged."""
     problem = leaves_of(setting)
     n = problem.students
     got: list[Tensor] = []
@@ -108,21 +109,21 @@ def test_only_what_is_asked_for(setting: Any) -> None:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-def test_a_second_backward_gives_the_same_bits(setting: Any) -> None:
+def test_second_backward_gives_same_bits(setting: Any) -> None:
     problem = leaves_of(setting)
     rows = problem.loss(setting.place.backend)
     weight = problem.weight().to(rows.dtype)
     first = backwards(problem, rows, weight, retain_graph=True)
     kept = [x.clone() for x in first]
     for x in first:
-        x.fill_(torch.nan)  # whoever kept it as a buffer would show it
+        x.fill_(torch.nan)  # shows if the gradient is kept as a buffer
     assert_same(backwards(problem, rows, weight, retain_graph=True), kept)
     backwards(problem, rows, 2 * weight, retain_graph=True)
     assert_same(backwards(problem, rows, weight), kept)
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-def test_inputs_and_saved_tensors_are_never_written(setting: Any) -> None:
+def test_inputs_and_saved_tensors_are_not_modified(setting: Any) -> None:
     problem = leaves_of(setting)
     with saved_for_backward() as saved:
         rows = problem.loss(setting.place.backend)
@@ -137,8 +138,8 @@ def test_inputs_and_saved_tensors_are_never_written(setting: Any) -> None:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-def test_an_input_changed_before_the_backward_is_noticed(kernel_setting: Any) -> None:
-    """What the backward reads is what the forward saw: an error, or the right gradient where a copy was kept."""
+def test_inplace_change_before_backward_is_detected(kernel_setting: Any) -> None:
+    """The backward raises an error, or returns the right gradient if the forward saved a copy."""
     problem = kernel_setting.case.problem(device=kernel_setting.place.device).leaves()
     n = problem.students
     want = problem.run(kernel_setting.place.backend)[1:]
@@ -158,7 +159,7 @@ def test_an_input_changed_before_the_backward_is_noticed(kernel_setting: Any) ->
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_grad_nothing_is_kept(setting: Any, mode: Callable[[], Any]) -> None:
+def test_no_grad_saves_nothing(setting: Any, mode: Callable[[], Any]) -> None:
     problem = leaves_of(setting)
     want = problem.loss(setting.place.backend).detach()
     with mode(), saved_for_backward() as saved, Recorder() as recorder:
@@ -171,8 +172,8 @@ def test_without_grad_nothing_is_kept(setting: Any, mode: Callable[[], Any]) -> 
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-def test_without_grad_nothing_is_computed_for_a_backward(kernel_setting: Any) -> None:
-    """What the forward's operators return is then a few numbers per row, in every regime: no matrix."""
+def test_no_grad_computes_nothing_for_backward(kernel_setting: Any) -> None:
+    """The forward operators return a few numbers per row at every size, and no matrix."""
     for size in kernel_setting.case.sizes:
         problem = kernel_setting.case.problem(size, device=kernel_setting.place.device)
         with torch.no_grad(), Recorder() as recorder:
@@ -181,16 +182,16 @@ def test_without_grad_nothing_is_computed_for_a_backward(kernel_setting: Any) ->
             rows = sum(x.numel() // x.shape[-1] for x in tensors_in(args) if x.dim() > 1)
             pairs = problem.args[0].shape[0] if kernel_setting.case.options.get("cross_image") else 1
             allowed = 40 * rows * pairs + 64
-            if kernel_setting.case.options.get("distance") == "mse":  # the loss itself may come of K×K Grams, in tiles
+            if kernel_setting.case.options.get("distance") == "mse":  # computed from K×K Gram matrices, in tiles
                 narrow = max(min(x.shape[-1], x.shape[-2]) for x in tensors_in(args) if x.dim() == 3)
                 allowed += 32 * (-(-narrow // 32) * 32) ** 2
             assert sum(x.nbytes for x in tensors_in(result)) <= allowed
 
 
 @pytest.mark.simulated_cases(ONE_PER_LOSS)
-def test_a_constant_student_needs_no_backward(setting: Any) -> None:
+def test_constant_student_saves_nothing(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
-    problem.loss(setting.place.backend)  # the backend's self-test may save tensors of its own
+    problem.loss(setting.place.backend)  # the self-test of the backend saves tensors too
     with saved_for_backward() as saved:
         rows = problem.loss(setting.place.backend)
     assert not rows.requires_grad
@@ -199,8 +200,8 @@ def test_a_constant_student_needs_no_backward(setting: Any) -> None:
 
 @pytest.mark.simulated_cases(ONE_PER_LOSS)
 def test_double_backward(setting: Any) -> None:
-    """The reference is differentiable twice; a kernel says so, rather than return a silent zero."""
-    problem = leaves_of(setting, dtype=torch.float64 if setting.takes(torch.float64) else torch.float32)
+    """The reference is differentiable twice; kernels raise an error instead of returning zeros."""
+    problem = leaves_of(setting, dtype=torch.float64 if setting.supports(torch.float64) else torch.float32)
     grads = backwards(problem, problem.loss(setting.place.backend).sum(), create_graph=True)
     penalty = sum(g.square().sum() for g in grads)
     if setting.place.backend == "reference":
@@ -212,7 +213,7 @@ def test_double_backward(setting: Any) -> None:
 
 
 @pytest.mark.simulated_cases(ONE_PER_LOSS)
-def test_a_teacher_that_requires_grad_is_an_error(setting: Any) -> None:
+def test_rejects_teacher_that_requires_grad(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device).leaves()
     n = problem.students
     for index in range(n, 2 * n):
@@ -226,8 +227,8 @@ def test_a_teacher_that_requires_grad_is_an_error(setting: Any) -> None:
 
 
 @pytest.mark.applies(lambda setting: setting.case.has_equal_shapes)
-def test_the_gradient_near_the_teacher_is_relatively_exact(setting: Any) -> None:
-    """Where the loss itself is rounding alone, what trains the student is not."""
+def test_gradient_near_teacher_is_relatively_accurate(setting: Any) -> None:
+    """Gradients keep their relative accuracy where the loss is as small as its rounding error."""
     case: Case = setting.case
     problem = case.problem(device=setting.place.device)
     n = problem.students

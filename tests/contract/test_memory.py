@@ -1,7 +1,7 @@
-"""The operator contract, for every loss on every backend: memory.
+"""Test the operator contract for every loss on every backend: memory.
 
 Points 3 (every output element is written), 6 (64-bit offsets; strided, offset, channels-last and expanded inputs) and
-2 (what is kept for the backward).
+2 (tensors saved for the backward).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import CASES, REPRESENTATIVE, Case, Problem
+from contract_cases import CASES, REPRESENTATIVE
+from contract_problems import Case, Problem
 from contract_tools import assert_same, poisoned, saved_for_backward
 from torch import Tensor
 
@@ -24,21 +25,21 @@ from fastkd.ops import dispatch
 
 
 def spaced(x: Tensor) -> Tensor:
-    """Every other entry of every dimension of a larger array whose other entries are NaN."""
+    """Return a view with stride 2 in every dimension, between NaNs."""
     wide = x.new_full([2 * size + 1 for size in x.shape], math.nan)
     view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
     return view.copy_(x)
 
 
 def offset(x: Tensor) -> Tensor:
-    """Rows of an odd length that begin one element into their storage."""
+    """Return a view with a storage offset of one and gaps of three NaNs between rows."""
     wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), math.nan)
     view = wide.flatten()[1 : 1 + wide.numel() - 3].as_strided(x.shape, wide.stride(), 1)
     return view.copy_(x)
 
 
 def permuted(order: Callable[[int], tuple[int, ...]]) -> Callable[[Tensor], Tensor]:
-    """Dimensions laid out in another order in memory."""
+    """Return a function that lays out the dimensions in another order in memory."""
 
     def change(x: Tensor) -> Tensor:
         dims = order(x.dim())
@@ -61,7 +62,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(setting: Any, layout: str) -> None:
-    """Equal to contiguous inputs, on both sides and on one."""
+    """Student, teacher or both in another layout give the results of contiguous inputs."""
     problem = setting.case.problem(device=setting.place.device)
     weight = problem.weight()
     want = problem.run(setting.place.backend, weight)
@@ -100,7 +101,7 @@ def test_masks_of_any_layout(setting: Any) -> None:
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_expanded_inputs(setting: Any, dim: int) -> None:
-    """One teacher sample, row or column for all (stride 0), and of the student, whose gradients then add up."""
+    """Stride 0 in the teacher, and in the student, whose gradients then add up."""
     problem = setting.case.problem(device=setting.place.device)
     n = problem.students
     expand = lambda x: x.narrow(dim, 0, 1).expand(x.shape)
@@ -122,10 +123,10 @@ def test_expanded_inputs(setting: Any, dim: int) -> None:
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_offsets_beyond_32_bits(kernel_setting: Any, side: str) -> None:
-    """Samples, and then rows, more than 2³¹ elements apart. On the CPU the pages between them are never touched."""
+    """Strides above 2³¹ elements between samples or rows. On the CPU the pages in between are never touched."""
     device = kernel_setting.place.device
-    apart = 2**31 + 8
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 5 * 2 * apart:
+    distance = 2**31 + 8
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 5 * 2 * distance:
         pytest.skip("needs 22 GB of GPU memory")
     problem = kernel_setting.case.problem(dtype=torch.float16, device=device)
     want = problem.run(kernel_setting.place.backend)
@@ -136,8 +137,8 @@ def test_offsets_beyond_32_bits(kernel_setting: Any, side: str) -> None:
             x = problem.args[index]
             if x.shape[dim] < 2:
                 continue
-            # Two steps of `dim` reach beyond 2³¹ where it has more than two entries; the others stay packed.
-            step = apart if x.shape[dim] == 2 else apart // 2
+            # The last index of `dim` is beyond 2³¹: in two steps where it has more than two entries.
+            step = distance if x.shape[dim] == 2 else distance // 2
             strides = list(x.transpose(0, dim).contiguous().stride())
             strides[0], strides[dim] = strides[dim], strides[0]
             strides[dim] = step
@@ -150,8 +151,8 @@ def test_offsets_beyond_32_bits(kernel_setting: Any, side: str) -> None:
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda kernel_setting: not kernel_setting.case.options.get("across_batch"))
-def test_gradients_of_far_strides(kernel_setting: Any) -> None:
-    """A row gradient whose entries lie 2³¹ elements apart."""
+def test_row_gradient_offsets_beyond_32_bits(kernel_setting: Any) -> None:
+    """A row gradient with a stride of 2³¹ elements."""
     problem = kernel_setting.case.problem(device=kernel_setting.place.device).leaves()
     if kernel_setting.place.device == "cuda" and torch.cuda.mem_get_info()[0] < 5 * 4 * 2**31:
         pytest.skip("needs 43 GB of GPU memory")
@@ -172,7 +173,7 @@ def test_gradients_of_far_strides(kernel_setting: Any) -> None:
 )
 @pytest.mark.parametrize("value", [math.nan, 1e30, -3.0])
 def test_every_output_element_is_written(setting: Any, value: float) -> None:
-    """The same bits when fresh memory holds NaN or large numbers: nothing of it is read, nothing of it is left."""
+    """Results have the same bits when allocated memory is filled with NaN or large numbers."""
     for size in setting.case.sizes:
         problem = setting.case.problem(size, device=setting.place.device)
         weight = problem.weight()
@@ -184,8 +185,8 @@ def test_every_output_element_is_written(setting: Any, value: float) -> None:
         assert all(x.isfinite().all() for x in got)
 
 
-def test_every_output_element_is_written_where_torch_fills(basic_setting: Any) -> None:
-    """The same by torch's own switch, which also fills what C++ operators allocate."""
+def test_every_output_element_is_written_under_torch_fill(basic_setting: Any) -> None:
+    """As above with torch's own switch, which also fills tensors that C++ operators allocate."""
     problem = basic_setting.case.problem(device=basic_setting.place.device)
     want = problem.run(basic_setting.place.backend)
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -215,10 +216,10 @@ print(digest.hexdigest())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MALLOC_PERTURB_ is glibc's")
-def test_the_compiled_kernels_own_memory_is_written_before_it_is_read() -> None:
-    """glibc fills what malloc hands out, C++ workspaces too, with a byte of choice: the bits don't change."""
+def test_cpu_workspaces_are_written_before_read() -> None:
+    """Results have the same bits for any byte with which glibc fills memory from malloc."""
     if dispatch.unavailable_reason("cpu"):
-        pytest.skip("no compiled kernels here")
+        pytest.skip("the C++ kernels are unavailable here")
     helpers = str(Path(__file__).parents[1] / "helpers")
     digests = set()
     for byte in ("0", "85", "255"):  # floats of 255 are NaN, of 85 about −1e13
@@ -231,8 +232,8 @@ def test_the_compiled_kernels_own_memory_is_written_before_it_is_read() -> None:
     assert len(digests) == 1
 
 
-def large(case: Case) -> tuple[int, ...]:
-    """A size at which an N×N matrix is large beside everything else that may be kept."""
+def large_size(case: Case) -> tuple[int, ...]:
+    """Return a size at which an N×N matrix is larger than all other tensors that may be saved."""
     if case.family == "softmax_kl":
         return (2, 3, 20, 20)
     if case.loss.__name__ == "channel_kd":
@@ -245,21 +246,21 @@ def large(case: Case) -> tuple[int, ...]:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-def test_no_matrix_of_pixels_is_kept_for_the_backward(kernel_setting: Any) -> None:
+def test_no_pixel_matrix_is_saved_for_backward(kernel_setting: Any) -> None:
     case = kernel_setting.case
-    problem = case.problem_of(large(case), dtype=torch.float32, device=kernel_setting.place.device).leaves()
+    problem = case.problem_of(large_size(case), dtype=torch.float32, device=kernel_setting.place.device).leaves()
     with saved_for_backward() as saved:
         problem.loss(kernel_setting.place.backend)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
     for x in problem.args:
         storages.pop(x.untyped_storage().data_ptr(), None)
-    # Row statistics, a copy of each input, a small matrix (C×C, T×T, N×T; in whole tiles) or two for each of up to four
-    # patches: far from 400² numbers.
+    # Row statistics, a copy of each input, and for each of up to four patches two small matrices (C×C, T×T or N×T, in
+    # whole tiles): far fewer than 400² numbers.
     allowed = 2 * sum(x.nbytes for x in problem.args) + 32 * 400 * 2 + 4 * 2 * 64 * 64 * 4
     assert sum(storages.values()) <= allowed < 400 * 400 * 4
 
 
-def test_softmax_kl_keeps_inputs_and_row_statistics_only(kernel_place: Any) -> None:
+def test_softmax_kl_saves_inputs_and_row_statistics_only(kernel_place: Any) -> None:
     case = next(c for c in CASES if c.name == "channel_distribution_kd plain")
     problem = case.problem_of((2, 3, 10, 20), dtype=torch.float32, device=kernel_place.device).leaves()
     with saved_for_backward() as saved:

@@ -1,4 +1,4 @@
-"""The operator contract, for every family on every backend: random cases, shapes, layouts, dtypes and temperatures."""
+"""Test the operator contract for every family on every backend: random cases, shapes, layouts, dtypes, temperatures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import itertools
 from typing import Any
 
 import torch
-from contract_cases import CASES, DTYPES, Case, Problem
+from contract_cases import CASES, DTYPES
+from contract_problems import Case, Problem
 from contract_tools import arithmetic, error, rounding, roundings
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ DIMENSIONS = {"channel_distribution_kd": 4, "logit_kd": 4, "channel_kd": 6, "pix
 
 @st.composite
 def sizes(draw: st.DrawFn, case: Case, longer: tuple[int, ...]) -> tuple[int, ...]:
-    """(batch, ...): anything from 1, sometimes ``longer`` in one dimension; even maps where patches cut them."""
+    """Draw a size (batch, ...) with one dimension multiplied by one of ``longer``; even maps for patches."""
     batch = draw(st.integers(1, 3))
     others = [draw(st.integers(1, 9)) for _ in range(DIMENSIONS[case.loss.__name__] - 1)]
     others[draw(st.integers(0, len(others) - 1))] *= draw(st.sampled_from(longer))
@@ -43,10 +44,10 @@ def check_random_input(basic_setting: Any, data: st.DataObject) -> None:
     backend, device = basic_setting.place
     case = data.draw(st.sampled_from([c for c in CASES if c.family == basic_setting.case.family]))
     case = case.at(temperature=data.draw(st.sampled_from([0.05, 0.1, 0.33, 1.0, 4.0, 20.0]) | st.floats(0.05, 20.0)))
-    dtype = data.draw(st.sampled_from([dtype for dtype in DTYPES if basic_setting.takes(dtype)]))
+    dtype = data.draw(st.sampled_from([dtype for dtype in DTYPES if basic_setting.supports(dtype)]))
     scale = data.draw(st.sampled_from([0.1, 1.0, 4.0]))
     seed = data.draw(st.integers(0, 2**16))
-    # Triton's interpreter would take minutes for relations of thousands of pixels.
+    # Triton's interpreter takes minutes for relations of thousands of pixels.
     interpreted = basic_setting.place == ("triton", "cpu") and case.family != "softmax_kl"
     size = data.draw(sizes(case, (1, 1, 2) if interpreted else (1, 1, 5, 16, 31)))
     problem = case.problem_of(size, dtype=dtype, device=device, scale=scale, seed=seed)

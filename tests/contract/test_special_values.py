@@ -1,7 +1,7 @@
-"""The operator contract, for every loss on every backend: values that break careless kernels.
+"""Test the operator contract for every loss on every backend: special values.
 
-Point 8 (NaN and Inf propagate, nothing is clamped away), masks, −inf logits, one-hot teachers, student = teacher, large
-logits, the ends of fp16.
+Point 8 (NaN and Inf propagate), masks, −inf logits, one-hot teachers, student equal to teacher, large logits, fp16
+extremes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import REPRESENTATIVE, Case, Problem
+from contract_cases import REPRESENTATIVE
+from contract_problems import Case, Problem
 from contract_tools import error
 from torch import Tensor
 
@@ -22,13 +23,13 @@ TEMPERATURES = (0.05, 1.0, 20.0)
 
 
 def has_several_logits(case: Case) -> bool:
-    """Return whether a softmax has logits left when one of them is impossible."""
+    """Return whether a softmax has at least two logits that one of −inf leaves."""
     one_channel = case.loss is logit_kd and case.shapes(*case.sizes["small"])[0][1] < 3
     return case.takes_logits and not one_channel
 
 
 def first_order(case: Case) -> Case:
-    """Without the second-order terms, which stay finite where a KL is not."""
+    """Return the case without second-order terms, which are finite where a KL is not."""
     return case.at(terms={"pixel_to_word": 1.0, "word_to_pixel": 1.0}) if "terms" in case.options else case
 
 
@@ -37,7 +38,7 @@ def with_students(problem: Problem, *students: Tensor) -> Problem:
 
 
 def reference_of(problem: Problem) -> list[Tensor]:
-    """In fp64, where the plain formula would take 0·(−inf)."""
+    """Return the reference's results in fp64: the eager formula would compute 0·(−inf)."""
     masks = {k: tuple(m.cpu() for m in v) if isinstance(v, tuple) else v.cpu() for k, v in problem.masks.items()}
     return Problem(problem.case, [x.detach().cpu().double() for x in problem.args], masks).run("reference")
 
@@ -48,20 +49,20 @@ def reference_of(problem: Problem) -> list[Tensor]:
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_student_equal_to_teacher(setting: Any, scale: float) -> None:
-    """Loss 0 and gradient 0, to rounding, in every regime."""
+    """Loss and gradient are 0, up to rounding, at every size."""
     for size in setting.case.sizes:
         problem = setting.case.problem(size, device=setting.place.device, scale=scale)
         n = problem.students
         teacher = problem.args[n:]
         if [x.shape for x in teacher] != [x.shape for x in problem.args[:n]]:
-            teacher = problem.args[:n]  # the same network on both sides
+            teacher = problem.args[:n]  # compare the student with itself
         if len({str(m) for v in problem.masks.values() if isinstance(v, tuple) for m in v}) > 1:
             problem.masks["word_mask"] = (problem.masks["word_mask"][0],) * 2
         tau2 = setting.case.temperature**2
         loss, *grads = problem.replaced(*(x.clone() for x in teacher), *teacher).run(setting.place.backend)
         assert loss.abs().max() <= 4 * problem.magnitude() * torch.finfo(torch.float32).eps
         for grad, x in zip(grads, teacher, strict=True):
-            # An input's gradient is a sum over softmaxes that agree to rounding, times the other operand's size.
+            # The gradient of an input is a sum of softmaxes that agree up to rounding, times the other operand.
             size_of = max(y.abs().max().item() for y in teacher) ** 2 / x.abs().max().item()
             natural = max(tau2, 1.0) / setting.case.temperature * problem.condition() * max(size_of, 1.0)
             assert grad.abs().max() <= 8 * natural * torch.finfo(torch.float32).eps * weight_of(setting.case)
@@ -77,7 +78,7 @@ def weight_of(case: Case) -> float:
 @pytest.mark.applies(lambda setting: setting.case.takes_logits)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_large_logits(setting: Any, temperature: float) -> None:
-    """Rows at ±1e4, each side at its own level: what counts is the differences within a row."""
+    """Rows shifted by up to ±1e4, differently for student and teacher: only differences within a row matter."""
     problem = first_order(setting.case).at(temperature=temperature).problem(device=setting.place.device, scale=3.0)
     levels = torch.tensor([1e4, -1e4, 9e3, -7e3, 0.0], device=setting.place.device)
     args = []
@@ -88,7 +89,7 @@ def test_large_logits(setting: Any, temperature: float) -> None:
         args.append(x.movedim(-1, 1) if setting.case.loss is logit_kd else x)
     problem = problem.replaced(*args)
     got, exact, plain = problem.run(setting.place.backend), problem.exact(), problem.plain()
-    unit = 1e4 / temperature * torch.finfo(torch.float32).eps  # an ulp of the logits / τ themselves
+    unit = 1e4 / temperature * torch.finfo(torch.float32).eps  # one ulp of the logits / τ
     for i, (a, b, c) in enumerate(zip(got, exact, plain, strict=True)):
         size = max(temperature**2, 1.0) if i == 0 else max(b.abs().max().item(), 1e-2)
         assert a.isfinite().all()
@@ -97,8 +98,8 @@ def test_large_logits(setting: Any, temperature: float) -> None:
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_ends_of_fp16(setting: Any, dtype: torch.dtype) -> None:
-    """±65504 throughout: nothing overflows inside, unless the loss's own number is larger than fp16 can hold."""
+def test_fp16_extremes(setting: Any, dtype: torch.dtype) -> None:
+    """Inputs of ±65504 overflow nowhere unless the exact gradient exceeds the range of fp16."""
     for temperature in TEMPERATURES[::2] if setting.place.is_simulated else TEMPERATURES:
         problem = setting.case.at(temperature=temperature).problem(dtype=torch.float32, device=setting.place.device)
         problem = problem.mapped(lambda x: (x.sign() * 65504).to(dtype))
@@ -109,15 +110,15 @@ def test_the_ends_of_fp16(setting: Any, dtype: torch.dtype) -> None:
             error(loss, exact_loss) <= 1e-4 * max(exact_loss.abs().max().item(), 1.0) + 16 * problem.magnitude() * 1e-7
         )
         for grad, want in zip(grads, exact, strict=True):
-            if want.abs().max() < 1e9:  # else what cancels to a small entry is itself beyond fp16
+            if want.abs().max() < 1e9:  # otherwise summands that cancel exceed fp16
                 assert grad[want.abs().to(grad.device) < 6e4].isfinite().all()
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: setting.case.has_cosines)
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
-def test_cosines_do_not_depend_on_the_scale(setting: Any, scale: float) -> None:
-    """Norms far from 1, whose squares are at the ends of fp32."""
+def test_cosines_are_scale_invariant(setting: Any, scale: float) -> None:
+    """Norms whose squares approach the limits of fp32."""
     problem = setting.case.problem(device=setting.place.device)
     scaled = problem.mapped(lambda x: x * (scale if scale > 1 else 1e-6))
     want, got = problem.run(setting.place.backend)[0], scaled.run(setting.place.backend)[0]
@@ -127,7 +128,7 @@ def test_cosines_do_not_depend_on_the_scale(setting: Any, scale: float) -> None:
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_rows_of_zeros(setting: Any) -> None:
-    """A dead channel, pixel or word: cosine 0 with all, no gradient, and no NaN."""
+    """A channel, pixel or word of zeros has cosine 0 with all others, no gradient and no NaN."""
     problem = setting.case.problem(device=setting.place.device)
     for dim in (1, 2):
         args = [x.clone() for x in problem.args]
@@ -146,7 +147,7 @@ def test_rows_of_zeros(setting: Any) -> None:
 
 @pytest.mark.applies(lambda setting: has_several_logits(setting.case))
 def test_minus_infinity_logits(setting: Any) -> None:
-    """Impossible to both: 0. To the teacher alone: 0·log 0 = 0. To the student alone: inf."""
+    """−inf in both, or in the teacher alone (0·log 0 = 0): finite. In the student alone: inf."""
     case = first_order(setting.case).at(temperature=0.7)
     problem = case.problem(device=setting.place.device)
     column = 1 if case.loss is logit_kd else -1
@@ -185,7 +186,7 @@ def test_one_hot_teachers(setting: Any, peak: float) -> None:
 @pytest.mark.applies(lambda setting, value: not (setting.place.is_simulated and value == -INF))
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_nan_and_infinity_propagate(setting: Any, value: float) -> None:
-    """One bad number, wherever it stands, shows in the loss of its sample exactly as in the plain formula's."""
+    """One non-finite input element makes the same losses non-finite as in the reference."""
     problem = setting.case.problem(device=setting.place.device)
     for index, x in enumerate(problem.args):
         for position in (0, -1):
@@ -207,7 +208,7 @@ def test_nan_and_infinity_propagate(setting: Any, value: float) -> None:
 
 
 def padded(problem: Problem, pixels: int, words: int, fill: float) -> Problem:
-    """More masked pixels and words behind, which hold ``fill``."""
+    """Return the problem with masked pixels and words appended that hold ``fill``."""
     case, n = problem.case, problem.students
 
     def more(x: Tensor, dim: int, count: int) -> Tensor:
@@ -236,24 +237,24 @@ def padded(problem: Problem, pixels: int, words: int, fill: float) -> Problem:
 )
 @pytest.mark.parametrize("fill", [0.0, 1e30, NAN, INF, -INF])
 @pytest.mark.parametrize(("pixels", "words"), [(3, 0), (0, 2), (40, 70)])
-def test_more_masked_pixels_and_words_change_nothing(setting: Any, pixels: int, words: int, fill: float) -> None:
+def test_masked_padding_changes_nothing(setting: Any, pixels: int, words: int, fill: float) -> None:
     problem = setting.case.problem(device=setting.place.device)
     loss, *grads = problem.run(setting.place.backend)
     more = padded(problem, pixels, words, fill)
     more_loss, *more_grads = more.run(setting.place.backend)
     kept = [x[tuple(slice(0, size) for size in like.shape)] for x, like in zip(more_grads, grads, strict=True)]
-    if more_loss.shape != loss.shape:  # logit_kd's rows are pixels
+    if more_loss.shape != loss.shape:  # the rows of logit_kd are pixels
         assert (more_loss[..., loss.shape[-1] :] == 0).all()
         more_loss = more_loss[..., : loss.shape[-1]]
     problem.assert_near([more_loss, *kept], [loss, *grads])
     total = sum(x.abs().sum() for x in more_grads)
-    torch.testing.assert_close(total, sum(x.abs().sum() for x in kept))  # all else is 0, and not NaN
+    torch.testing.assert_close(total, sum(x.abs().sum() for x in kept))  # gradients of the padding are 0
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: setting.case.has_masks)
 @pytest.mark.parametrize("fill", [1e30, NAN, INF, -INF])
-def test_what_masked_pixels_and_words_hold_changes_nothing(setting: Any, fill: float) -> None:
+def test_masked_values_change_nothing(setting: Any, fill: float) -> None:
     problem = setting.case.problem(device=setting.place.device)
     want = problem.run(setting.place.backend)
     n, case = problem.students, setting.case
@@ -276,7 +277,7 @@ def test_what_masked_pixels_and_words_hold_changes_nothing(setting: Any, fill: f
 
 
 @pytest.mark.applies(lambda setting: setting.case.has_masks)
-def test_a_mask_of_one_pixel_and_one_word(setting: Any) -> None:
+def test_mask_with_one_valid_pixel_and_word(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
 
     def only(mask: Any) -> Any:
@@ -293,7 +294,7 @@ def test_a_mask_of_one_pixel_and_one_word(setting: Any) -> None:
 
 
 @pytest.mark.applies(lambda setting: setting.case.has_masks)
-def test_masks_that_are_all_true_are_no_masks(setting: Any) -> None:
+def test_all_true_masks_equal_no_masks(setting: Any) -> None:
     problem = setting.case.problem(device=setting.place.device)
     full = lambda m: tuple(torch.ones_like(x) for x in m) if isinstance(m, tuple) else torch.ones_like(m)
     masked = Problem(problem.case, problem.args, {k: full(m) for k, m in problem.masks.items()})

@@ -1,4 +1,4 @@
-"""The operator contract, for every loss on every backend: what the rest of torch asks of an operator.
+"""Test the operator contract for every loss on every backend: integration with torch.
 
 Points 5 (streams, CUDA graphs) and 7 (``torch.library``, ``torch.compile``), autocast, distributed training, pickling.
 """
@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import CASES, ONE_PER_LOSS, REPRESENTATIVE, Place, Problem, Setting
+from contract_cases import CASES, ONE_PER_LOSS, REPRESENTATIVE, Place, Setting
+from contract_problems import Problem
 from contract_tools import Recorder, assert_same
 from torch import Tensor
 
@@ -23,14 +24,14 @@ from fastkd.ops import dispatch
 
 
 def registered() -> set[str]:
-    """The operators of this library that the dispatcher knows; overloads are checked in ``test_schedules.py``."""
+    """Return the names of fastkd's registered operators; ``ops/test_schedules.py`` checks their overloads."""
     import fastkd.losses  # noqa: F401
 
     return {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastkd::")}
 
 
 def calls_of(setting: Setting, problem: Problem) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The operator calls of a forward and a backward, arguments as they came."""
+    """Return the operator calls of a forward and a backward: (operator, arguments)."""
     leaves = problem.leaves()
     with Recorder() as recorder:
         rows = leaves.loss(setting.place.backend)
@@ -40,7 +41,7 @@ def calls_of(setting: Setting, problem: Problem) -> list[tuple[Any, tuple[Any, .
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_opcheck(kernel_setting: Any) -> None:
-    """Schema (nothing is mutated, nothing aliased), fake, autograd registration, AOT with dynamic shapes."""
+    """Schema (no mutation, no aliasing), fake implementation, autograd registration, AOT with dynamic shapes."""
     problem = kernel_setting.case.problem(device=kernel_setting.place.device)
     seen = set()
     for op, args in calls_of(kernel_setting, problem):
@@ -60,8 +61,8 @@ def test_opcheck_of_mixed_dtypes_and_layouts(basic_kernel_setting: Any) -> None:
         torch.library.opcheck(op, tuple(x.detach() if isinstance(x, Tensor) else x for x in args))
 
 
-def test_no_operator_is_left_out() -> None:
-    """Every operator that is registered is called by some case, hence checked above."""
+def test_every_operator_is_checked() -> None:
+    """Every registered operator is called by some case and thus checked above."""
     called: set[str] = set()
     for case in CASES:
         for backend in dispatch.BACKENDS:
@@ -74,7 +75,7 @@ def test_no_operator_is_left_out() -> None:
                 called |= {str(op.name()).split(".")[0] for op, _ in calls_of(where, case.problem())}
     absent = [b for b in dispatch.BACKENDS if b != "cuda" and dispatch.unavailable_reason(b)]
     if absent:
-        pytest.skip(f"not all backends are here: {', '.join(sorted(set(absent)))}")
+        pytest.skip(f"backends unavailable here: {', '.join(sorted(set(absent)))}")
     assert called == registered()
 
 
@@ -102,8 +103,8 @@ def test_compiled_by_inductor_equals_eager(basic_kernel_setting: Any) -> None:
 
 # cross_image relates a fixed number of images: B² pairs.
 @pytest.mark.applies(lambda compiled_setting: not compiled_setting.case.options.get("cross_image"))
-def test_one_graph_for_all_batch_sizes_equal_to_eager(compiled_setting: Any) -> None:
-    """The first batch size is one graph, all others are a second. ``fullgraph`` raises where one would break."""
+def test_one_graph_serves_all_batch_sizes(compiled_setting: Any) -> None:
+    """One graph for the first batch size, a second for all others. ``fullgraph`` raises on a graph break."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     setting, case = compiled_setting, compiled_setting.case
@@ -130,7 +131,7 @@ def test_one_graph_for_all_batch_sizes_equal_to_eager(compiled_setting: Any) -> 
 @pytest.mark.applies(lambda setting, dtype: setting.uses(dtype))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast(setting: Any, dtype: torch.dtype) -> None:
-    """Autocast lowers no product and no sum: the bits are those without it, for inputs of either precision."""
+    """Autocast changes no bit, for inputs of either precision."""
     for given in (torch.float32, dtype):
         problem = setting.case.problem(dtype=given, device=setting.place.device).leaves()
         own = problem.args[: problem.students]
@@ -140,13 +141,13 @@ def test_under_autocast(setting: Any, dtype: torch.dtype) -> None:
         assert rows.dtype == torch.float32
         assert_same([rows.detach(), *torch.autograd.grad(rows.sum(), own, retain_graph=True)], want)
         if setting.place.backend != "reference" and "guide" not in setting.case.options:
-            # Plain torch's own backward formulas are at autocast's mercy if they run inside it; a kernel's is not.
+            # The backward of torch's own operators is autocast if it runs inside the context; a kernel's is not.
             with torch.autocast(setting.place.device, dtype=dtype):
                 assert_same(list(torch.autograd.grad(rows.sum(), own)), want[1:])
 
 
-def test_functional_transforms_say_so_or_work(basic_setting: Any) -> None:
-    """``torch.func.grad`` of the reference works; a kernel gives the same or an error, never other numbers."""
+def test_functional_transforms_work_or_raise(basic_setting: Any) -> None:
+    """``torch.func.grad`` works with the reference; a kernel returns the same gradient or raises an error."""
     problem = basic_setting.case.problem(device=basic_setting.place.device)
     n = problem.students
     want = problem.run(basic_setting.place.backend)[1]
@@ -160,33 +161,33 @@ def test_functional_transforms_say_so_or_work(basic_setting: Any) -> None:
         problem.assert_near([got] * n, [want] * n)
 
 
-def twin_of(problem: Problem, backend: str, **more: Any) -> torch.nn.Module:
-    assert problem.case.twin is not None
-    return problem.case.twin(**problem.case.options, backend=backend, **more)
+def module_of(problem: Problem, backend: str, **more: Any) -> torch.nn.Module:
+    assert problem.case.module_class is not None
+    return problem.case.module_class(**problem.case.options, backend=backend, **more)
 
 
 @pytest.mark.simulated_cases(ONE_PER_LOSS)
-@pytest.mark.applies(lambda setting: setting.case.twin is not None)
-def test_twins_are_pickled_and_copied(setting: Any, tmp_path: Path) -> None:
+@pytest.mark.applies(lambda setting: setting.case.module_class is not None)
+def test_modules_can_be_pickled_and_copied(setting: Any, tmp_path: Path) -> None:
     problem = setting.case.problem(device=setting.place.device)
     want = problem.loss(setting.place.backend, "mean")
-    made = twin_of(problem, setting.place.backend)
-    torch.save(made, tmp_path / "twin.pt")
-    for twin in (made, pickle.loads(pickle.dumps(made)), copy.deepcopy(made),
-                 torch.load(tmp_path / "twin.pt", weights_only=False)):  # fmt: skip
-        assert_same([twin(*problem.args, **problem.masks)], [want])
+    made = module_of(problem, setting.place.backend)
+    torch.save(made, tmp_path / "module.pt")
+    for module in (made, pickle.loads(pickle.dumps(made)), copy.deepcopy(made),
+                 torch.load(tmp_path / "module.pt", weights_only=False)):  # fmt: skip
+        assert_same([module(*problem.args, **problem.masks)], [want])
 
 
-# --- a CUDA graph, another device's stream ----------------------------------------------------------------------------
+# --- CUDA graphs and streams ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.applies(lambda kernel_setting: kernel_setting.place.device == "cuda")
-def test_in_a_cuda_graph(kernel_setting: Any) -> None:
-    """Nothing is synchronised or read back; the replay reads what the inputs hold by then."""
+def test_cuda_graph_capture(kernel_setting: Any) -> None:
+    """Capture synchronises nothing; the replay reads the current values of the inputs."""
     backend = kernel_setting.place.backend
     problem = kernel_setting.case.problem(device="cuda").leaves()
     own = problem.args[: problem.students]
-    problem.run(backend)  # compiles what is compiled on first use
+    problem.run(backend)  # kernels are compiled on first use
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         graph = torch.cuda.CUDAGraph()
@@ -215,7 +216,7 @@ def test_no_host_synchronisation(kernel_setting: Any) -> None:
 
 
 @pytest.mark.applies(lambda kernel_setting: kernel_setting.place.device == "cuda")
-def test_on_the_current_stream_of_another_device(kernel_setting: Any) -> None:
+def test_current_stream_of_another_device(kernel_setting: Any) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     problem = kernel_setting.case.problem(device="cuda:1")
@@ -240,7 +241,7 @@ dist.destroy_process_group()
 
 
 def test_distributed_gradients_are_the_single_process_average(tmp_path: Path) -> None:
-    """Two gloo ranks, each with half the batch, every twin on every backend: see ``helpers/contract_ddp.py``."""
+    """Compare two gloo ranks, each with half the batch, with one process: see ``helpers/contract_ddp.py``."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
     helpers = str(Path(__file__).parents[1] / "helpers")

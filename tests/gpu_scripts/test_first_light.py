@@ -253,7 +253,7 @@ def of(recording):
     rows = sorted({v for one in recording.specialisations for k, v in one.constants.items()
                    if one.kernel == "relation.forward.tiles_kernel" and one.function.arg_names[k[0]] == "ROWS"})
     return {"count": len(recording.specialisations), "kernels": recording.counts(), "types": types, "tile rows": rows,
-            "unstated": sorted(recording.unstated)}
+            "unstated": sorted(recording.without_fp_fusion)}
 
 found = {}
 with recorded(90) as recording:

@@ -1,17 +1,18 @@
-"""What the contract suite runs: every loss in each of its variants, on each backend its family has.
+"""List the cases of the contract suite: every loss with each of its options, on each backend of its family.
 
-A backend enters every test by its entry in ``fastkd.ops.backends.BACKENDS``; a loss or a variant by a ``Case`` here.
+A backend is tested as soon as it is listed in ``fastkd.ops.backends.BACKENDS``, a loss as soon as a ``Case`` here
+names it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import contract_formulas as formulas
 import torch
+from contract_problems import Case, Size, no_masks
 from torch import Tensor
 
 from fastkd import losses
@@ -19,204 +20,10 @@ from fastkd.ops import dispatch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ALL_TERMS = {"pixel_to_word": 1.0, "word_to_pixel": 0.5, "pixel_pixel": 3.0, "word_word": 2.0}
-Size = tuple[int, ...]
-Shapes = Callable[..., list[tuple[int, ...]]]
-
-
-def _no_masks(args: Sequence[Tensor]) -> dict[str, Any]:
-    return {}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One loss with one set of options."""
-
-    name: str
-    family: str
-    loss: Callable[..., Any]
-    twin: type[torch.nn.Module] | None
-    shapes: Shapes  # size -> shapes of the inputs: the student's, then as many of the teacher's
-    sizes: Mapping[str, Size]  # "small", and one for every other regime of the kernels
-    options: dict[str, Any] = field(default_factory=dict)
-    masks: Callable[[Sequence[Tensor]], dict[str, Any]] = _no_masks
-    pools_the_batch: bool = False  # a sample's numbers depend on the other samples
-
-    @property
-    def temperature(self) -> float:
-        return self.options.get("temperature", 1.0)
-
-    @property
-    def has_masks(self) -> bool:
-        return self.masks is not _no_masks
-
-    @property
-    def is_kl(self) -> bool:
-        """Return whether the distance is a KL, which has a temperature."""
-        return self.options.get("distance", "kl") == "kl"
-
-    @property
-    def has_cosines(self) -> bool:
-        return self.options.get("similarity", "cosine" if self.family == "relation" else "") == "cosine"
-
-    @property
-    def takes_logits(self) -> bool:
-        """Return whether the inputs go straight into a softmax, so that −inf means "impossible"."""
-        if self.options.get("weight"):
-            return False
-        return self.loss is losses.cross_modal_kd_from_logits or (
-            self.family == "softmax_kl" and not self.options.get("guide")
-        )
-
-    @property
-    def has_equal_shapes(self) -> bool:
-        """Return whether the teacher's inputs have the shapes of the student's."""
-        shapes = self.shapes(*self.sizes["small"])
-        n = len(shapes) // 2
-        return shapes[:n] == shapes[n:]
-
-    def at(self, **options: Any) -> Case:
-        return replace(self, options=self.options | options)
-
-    def problem(
-        self,
-        size: str = "small",  # or "tiny", for what runs once per input element
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        scale: float = 1.0,
-        seed: int = 0,
-    ) -> Problem:
-        chosen = tuple(min(n, 2) for n in self.sizes["small"]) if size == "tiny" else self.sizes[size]
-        return self.problem_of(chosen, dtype=dtype, device=device, scale=scale, seed=seed)
-
-    def problem_of(self, size: Size, *, dtype: torch.dtype, device: str, scale: float = 1.0, seed: int = 0) -> Problem:
-        generator = torch.Generator().manual_seed(seed)
-        draw = lambda shape: scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-        args = [draw(shape).to(device, dtype) for shape in self.shapes(*size)]
-        return Problem(self, args, self.masks(args))
-
-
-@dataclass
-class Problem:
-    """A case with its inputs."""
-
-    case: Case
-    args: list[Tensor]
-    masks: dict[str, Any]
-
-    @property
-    def students(self) -> int:
-        return len(self.args) // 2
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return self.case.options | self.masks
-
-    def replaced(self, *args: Tensor) -> Problem:
-        return Problem(self.case, list(args), self.masks)
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        return self.replaced(*(change(x) for x in self.args))
-
-    def leaves(self) -> Problem:
-        """The same with student inputs that require grad."""
-        own = [x.detach().requires_grad_(i < self.students) for i, x in enumerate(self.args)]
-        return self.replaced(*own)
-
-    def loss(self, backend: str, reduction: str = "none", **more: Any) -> Tensor:
-        return self.case.loss(*self.args, **self.options, reduction=reduction, backend=backend, **more)
-
-    def run(self, backend: str, weight: Tensor | None = None) -> list[Tensor]:
-        """Per-row losses, and the gradients of their weighted sum with respect to each of the student's inputs."""
-        return self._differentiated(lambda p: p.loss(backend), weight)
-
-    def plain(self, weight: Tensor | None = None) -> list[Tensor]:
-        """The same by the formula that a user writes, in the inputs' dtype."""
-        return self._differentiated(Problem.formula, weight)
-
-    def formula(self) -> Tensor:
-        return getattr(formulas, self.case.loss.__name__)(*self.args, **self.options)
-
-    def exact(self, weight: Tensor | None = None) -> list[Tensor]:
-        """The same in fp64 on the CPU: the oracle."""
-        masks = {k: tuple(m.cpu() for m in v) if isinstance(v, tuple) else v.cpu() for k, v in self.masks.items()}
-        exact = Problem(self.case, [x.detach().cpu().double() for x in self.args], masks)
-        return exact.plain(None if weight is None else weight.cpu().double())
-
-    def _differentiated(self, loss: Callable[[Problem], Tensor], weight: Tensor | None) -> list[Tensor]:
-        leaves = self.leaves()
-        rows = loss(leaves)
-        weight = torch.ones_like(rows) if weight is None else weight.to(rows.device, rows.dtype)
-        return [rows.detach(), *torch.autograd.grad(rows, leaves.args[: self.students], weight)]
-
-    def weight(self) -> Tensor:
-        """A gradient for each row, none like another."""
-        with torch.no_grad():
-            shape = self.formula().shape
-        drawn = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        return (drawn + 0.25).to(self.args[0].device)
-
-    def assert_near(self, got: Sequence[Tensor], want: Sequence[Tensor], ulps: float = 8, least: float = 1e-6) -> None:
-        """Equal but for the order in which fp32 sums are taken: ``ulps`` roundings of the largest summand.
-
-        ``got`` and ``want`` are the losses and gradients, or the gradients alone; ``least`` bounds from below the size
-        of what cancels in a gradient that vanishes.
-        """
-        assert len(got) == len(want)
-        n = self.students
-        largest = max(least, *(x.detach().abs().max().item() for x in want[-n:]))
-        sizes = [self.magnitude()] * (len(want) - n) + [self.condition() * largest] * n
-        for a, b, size in zip(got, want, sizes, strict=True):
-            allowed = (
-                ulps * size * torch.finfo(torch.float32).eps / 2 + torch.finfo(a.dtype).eps * b.detach().abs().max()
-            )
-            torch.testing.assert_close(
-                a.detach().cpu().double(), b.detach().cpu().double(), rtol=0, atol=allowed.item()
-            )
-
-    # How many digits fp32 arithmetic can give here, whoever computes: used for the hard ceilings.
-
-    def condition(self) -> float:
-        """The size of the logarithms whose difference the loss is, or of the largest similarity."""
-        peak, entries = self._peak()
-        distance = self.case.options.get("distance", "kl")
-        return peak / self.case.temperature + math.log(entries) + 1 if distance == "kl" else 4.0
-
-    def slope(self) -> float:
-        """How far a softmax's rounding moves a gradient: the largest input over τ."""
-        return max(x.abs().max().item() for x in self.args) / self.case.temperature
-
-    def magnitude(self) -> float:
-        """The size of the largest summand of a row's loss."""
-        options, loss = self.case.options, self.condition()
-        if options.get("distance", "kl") != "kl":
-            return 4 * self._peak()[0] ** 2 if options["distance"] == "mse" else 4.0
-        if self.case.family != "relation":
-            loss *= max(self.case.temperature**2, 1.0) * sum(options.get("terms", {"": 1.0}).values())
-        return loss * (self.args[0].shape[1] if "weight" in options else 1)  # attention weights are at most C
-
-    def _peak(self) -> tuple[float, int]:
-        """The largest logit or similarity, and how many of them a softmax sums."""
-        args, n = [x.double().cpu() for x in self.args], self.students
-        if self.case.family == "softmax_kl" or self.case.loss is losses.cross_modal_kd_from_logits:
-            return max(x.abs().max().item() for x in args), max(x.numel() // x.shape[0] for x in args)
-        kind = self.case.options.get("similarity", "cosine" if self.case.family == "relation" else "scaled_dot")
-        entries = max(x.numel() // x.shape[0] for x in args)
-        if kind == "cosine":
-            return 1.0, entries
-        if self.case.family == "pixel_word":
-            rows = [x.flatten(2).mT if x.dim() == 4 else x for x in args]
-            pairs = [(rows[0], rows[1]), (rows[n], rows[n + 1])]
-            return max((v @ w.mT).abs().max().item() / v.shape[-1] ** 0.5 for v, w in pairs), entries
-        rows = [x.flatten(2) for x in args]
-        rows = [x.mT for x in rows] if self.case.loss is losses.pixel_relation_kd else rows
-        if self.case.options.get("across_batch"):
-            rows = [x.transpose(0, 1).flatten(1) for x in rows]
-        return max((x.square().mean if kind == "mean" else x.square().sum)(-1).max().item() for x in rows), entries
 
 
 def _holes(*shape: int, device: torch.device) -> Tensor:
-    """A mask with its first and every fourth entry missing, other ones in every sample; never empty."""
+    """Return a mask without every fourth entry, shifted by one from sample to sample, and never empty."""
     index = torch.arange(math.prod(shape[1:])) + torch.arange(shape[0])[:, None]
     mask = index % 4 != 0
     mask[:, -1] |= ~mask.any(1)
@@ -245,15 +52,15 @@ def maps(b: int, c: int, h: int, w: int) -> list[tuple[int, ...]]:
 
 def _distribution(name: str, options: dict[str, Any] | None = None, sizes: Mapping[str, Size] = SOFTMAX_SIZES) -> Case:
     options = {"temperature": 4.0} | (options or {})
-    twin = losses.ChannelDistributionKD
-    return Case(f"channel_distribution_kd {name}", "softmax_kl", losses.channel_distribution_kd, twin, maps, sizes,
-                options)  # fmt: skip
+    module_class = losses.ChannelDistributionKD
+    return Case(f"channel_distribution_kd {name}", "softmax_kl", losses.channel_distribution_kd, module_class, maps,
+                sizes, options)  # fmt: skip
 
 
 def _logit(name: str, sizes: Mapping[str, Size], mask: bool = False) -> Case:
     masks = lambda args: {"pixel_mask": _holes(args[0].shape[0], *args[0].shape[2:], device=args[0].device)}
     return Case(f"logit_kd {name}", "softmax_kl", losses.logit_kd, losses.LogitKD, maps, sizes,
-                {"temperature": 2.0}, masks if mask else _no_masks)  # fmt: skip
+                {"temperature": 2.0}, masks if mask else no_masks)  # fmt: skip
 
 
 GUIDED = {"small": (2, 3, 4, 5), "more": (1, 9, 6, 7)}
@@ -270,7 +77,7 @@ SOFTMAX_KL = [
 
 # --- relation ---------------------------------------------------------------------------------------------------------
 
-# Student's and teacher's maps differ in size. The block of rows that a kernel takes at a time is 32 to 128.
+# Student and teacher maps differ in size. Kernels process 32 to 128 rows per block.
 CHANNEL_SIZES = {
     "small": (2, 5, 3, 4, 2, 4),
     "one channel": (1, 1, 2, 3, 2, 3),
@@ -279,7 +86,7 @@ CHANNEL_SIZES = {
     "wide rows": (1, 3, 19, 29, 19, 29),
 }
 EVEN_SIZES = {"small": (2, 4, 4, 4, 2, 4), "more": (1, 9, 6, 10, 4, 6)}
-# Widths that agree and that don't, rows narrower and wider than their number (narrow ones have a Gram form).
+# Equal and unequal widths, rows narrower and wider than their number (narrow rows have a Gram form).
 PIXEL_SIZES = {
     "small": (2, 4, 4, 3, 4),
     "one pixel": (2, 4, 4, 1, 1),
@@ -355,7 +162,7 @@ def _cross_modal(name: str, sizes: Mapping[str, Size] | None = None, masked: boo
         "pixel_mask": _holes(*_pixels_of(args[0]), device=args[0].device),
     }
     return Case(f"cross_modal_kd {name}", "pixel_word", losses.cross_modal_kd, losses.CrossModalKD, shapes, sizes,
-                {"terms": ALL_TERMS} | options, masks if masked else _no_masks)  # fmt: skip
+                {"terms": ALL_TERMS} | options, masks if masked else no_masks)  # fmt: skip
 
 
 def _from_logits(name: str, sizes: Mapping[str, Size], heads: int | None, masked: bool = False) -> Case:
@@ -365,11 +172,11 @@ def _from_logits(name: str, sizes: Mapping[str, Size], heads: int | None, masked
         "pixel_mask": _holes(args[0].shape[0], args[0].shape[-2], device=args[0].device),
     }
     return Case(f"cross_modal_kd_from_logits {name}", "pixel_word", losses.cross_modal_kd_from_logits, None, shapes,
-                sizes, {"terms": ALL_TERMS, "temperature": 0.7}, masks if masked else _no_masks)  # fmt: skip
+                sizes, {"terms": ALL_TERMS, "temperature": 0.7}, masks if masked else no_masks)  # fmt: skip
 
 
 def _other_tokens() -> Case:
-    """pixel_pixel with T_S ≠ T_T."""
+    """Return a case of "pixel_pixel" with T_S ≠ T_T."""
     shapes = lambda b, n, t_s, t_t, d: [(b, n, d), (b, t_s, d), (b, n, d), (b, t_t, d)]
     masks = lambda args: {"word_mask": tuple(_holes(*args[i].shape[:2], device=args[i].device) for i in (1, 3))}
     sizes = {"small": (2, 6, 4, 7, 3), "more": (1, 50, 9, 20, 6)}
@@ -389,7 +196,7 @@ PIXEL_WORD = [
 
 CASES = [*SOFTMAX_KL, *RELATION, *PIXEL_WORD]
 BASIC = {case.family: case for case in reversed(CASES)}
-"""The first case of each family, for what does not depend on a loss's options."""
+"""The first case of each family, for checks that do not depend on the options of a loss."""
 
 ONE_PER_FAMILY = {case.name for case in BASIC.values()}
 ONE_PER_LOSS = {case.name for case in {case.loss: case for case in reversed(CASES)}.values()}
@@ -409,12 +216,12 @@ REPRESENTATIVE = {
     "cross_modal_kd other tokens",
     "cross_modal_kd_from_logits heads masked",
 }
-"""Cases that together reach every branch of the GPU kernels: each distance with rows innermost and outermost, with and
-without cosines, sign, pairs of images and masks, every term. The other cases repeat these branches with other work in
-torch around the kernels, which does not depend on the backend."""
+"""Cases that together reach every branch of the GPU kernels: each distance, rows innermost and outermost, with and
+without cosines, negation, image pairs, masks, and every term. The other cases differ in torch code around the kernels,
+which is the same for every backend."""
 
 
-# --- where they run ---------------------------------------------------------------------------------------------------
+# --- places and settings ----------------------------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
@@ -430,23 +237,23 @@ class Place(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A case, and where it runs."""
+    """A case on a backend and a device."""
 
     case: Case
     place: Place
 
-    def takes(self, dtype: torch.dtype) -> bool:
+    def supports(self, dtype: torch.dtype) -> bool:
         """Return whether this backend computes in this dtype."""
         without_fp64 = dispatch.BACKENDS[self.place.backend].families_without_fp64
         return dtype != torch.float64 or self.case.family not in without_fp64
 
     def uses(self, dtype: torch.dtype) -> bool:
         """Return whether this dtype is a code path of its own: simulated kernels treat fp16 as they treat bf16."""
-        return self.takes(dtype) and not (self.place.is_simulated and dtype == torch.float16)
+        return self.supports(dtype) and not (self.place.is_simulated and dtype == torch.float16)
 
 
 DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cpu", "cuda")}
-"""On CPU tensors Triton's kernels are interpreted, and CUDA's are built for the host (``emulation.py``)."""
+"""Devices of each backend. On CPU tensors Triton kernels are interpreted and CUDA kernels built for the host."""
 
 
 def places(family: str) -> list[Place]:
@@ -454,16 +261,15 @@ def places(family: str) -> list[Place]:
 
 
 INTERPRETED = {
-    "channel_kd kl": ("rows beyond a block",),  # matrices kept for the backward
+    "channel_kd kl": ("rows beyond a block",),  # matrices stored for the backward
     "channel_kd mse": ("one channel",),
     "channel_kd row_cosine": ("rows beyond a block",),
-    "pixel_relation_kd kl unequal widths": ("blocks and a tail",),  # columns outside, nothing kept
+    "pixel_relation_kd kl unequal widths": ("blocks and a tail",),  # rows innermost, nothing stored
     "cross_modal_kd all": ("more words than a vector",),
 }
-"""The sizes beside "small" that Triton's interpreter runs, of families where a call takes up to 3 s in it: one for each
-way that a kernel goes beyond one block. "small" has every case go through its kernels in one block; all ways, options
-and edges of blocks are crossed in ``test_relation_triton.py`` and ``testpixel_word_triton.py``. On a GPU every size
-runs."""
+"""Sizes in addition to "small" that Triton's interpreter runs for relation and pixel_word, where a call takes up to
+3 s: one for each way in which a kernel exceeds one block. ``ops/test_relation_triton.py`` and
+``ops/test_pixel_word_triton.py`` combine options, forms and block edges. A GPU runs every size."""
 
 
 def settings(cases: Sequence[Case] = CASES) -> list[Setting]:

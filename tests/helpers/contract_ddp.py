@@ -1,9 +1,10 @@
-"""What one rank of the distributed test does."""
+"""Run one rank of the distributed contract test."""
 
 from __future__ import annotations
 
 import torch
-from contract_cases import ONE_PER_LOSS, Problem, settings
+from contract_cases import ONE_PER_LOSS, settings
+from contract_problems import Problem
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -11,7 +12,7 @@ from fastkd.ops import dispatch
 
 
 class Student(nn.Module):
-    """A trainable scale and shift of every input of the student, and the loss after it."""
+    """A trainable scale and shift of the first student input, and the loss of the result."""
 
     def __init__(self, problem: Problem, backend: str) -> None:
         super().__init__()
@@ -19,8 +20,8 @@ class Student(nn.Module):
         generator = torch.Generator().manual_seed(5)
         draw = lambda: nn.Parameter(torch.rand(problem.args[0].shape[1:], generator=generator) + 0.5)
         self.scale, self.shift = draw(), draw()
-        twin = problem.case.twin
-        self.loss = None if twin is None else twin(**problem.case.options, backend=backend)
+        module_class = problem.case.module_class
+        self.loss = None if module_class is None else module_class(**problem.case.options, backend=backend)
 
     def forward(self, args: list[Tensor], masks: dict[str, Tensor]) -> Tensor:
         args = [args[0] * self.scale + self.shift, *args[1:]]
@@ -29,12 +30,13 @@ class Student(nn.Module):
         return Problem(self.case, args, masks).loss(self.backend, "mean")
 
 
-def half(problem: Problem, rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+def half_batch(problem: Problem, rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     cut = lambda m: tuple(x[2 * rank : 2 * rank + 2] for x in m) if isinstance(m, tuple) else m[2 * rank : 2 * rank + 2]
     return [x[2 * rank : 2 * rank + 2] for x in problem.args], {k: cut(m) for k, m in problem.masks.items()}
 
 
 def compare(rank: int) -> None:
+    """Compare the gradients of DistributedDataParallel with those of one process, for every case and backend."""
     compared = 0
     for case, (backend, device) in settings():
         if (
@@ -46,9 +48,9 @@ def compare(rank: int) -> None:
             continue
         problem = case.problem_of((4, *case.sizes["small"][1:]), dtype=torch.float32, device="cpu")
         alone = Student(problem, backend)
-        (sum(alone(*half(problem, r)) for r in range(2)) / 2).backward()
+        (sum(alone(*half_batch(problem, r)) for r in range(2)) / 2).backward()
         together = DistributedDataParallel(Student(problem, backend))
-        together(*half(problem, rank)).backward()
+        together(*half_batch(problem, rank)).backward()
         for a, b in zip(together.module.parameters(), alone.parameters(), strict=True):
             assert a.grad is not None
             assert b.grad is not None

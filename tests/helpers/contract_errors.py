@@ -1,4 +1,4 @@
-"""Point 9 of the operator contract: how far a backend's losses and gradients are from fp64, and how far they may be."""
+"""Measure and bound the errors of losses and gradients against fp64: point 9 of the operator contract."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from contract_cases import Problem
+from contract_problems import Problem
 from contract_tools import arithmetic, error, rounding, roundings
 from torch import Tensor
 
 
 class Output(NamedTuple):
-    """The losses of the rows, or the gradient of one input."""
+    """The error of the per-row losses or of the gradient of one input."""
 
     name: str
     error: float
@@ -20,10 +20,10 @@ class Output(NamedTuple):
     exact: Tensor
 
 
-def against_fp64(problem: Problem, backend: str, got: Sequence[Tensor], weight: Tensor) -> list[Output]:
-    """Compare what ``problem.run(backend, weight)`` returned with the oracle.
+def compare_with_fp64(problem: Problem, backend: str, got: Sequence[Tensor], weight: Tensor) -> list[Output]:
+    """Compare the results ``got`` of ``problem.run(backend, weight)`` with the oracle.
 
-    Allowed are twice the plain formula's error in the inputs' dtype and a hard ceiling, whichever is less.
+    The bound is twice the error of the eager formula in the dtype of the inputs, or a fixed ceiling if that is less.
     """
     dtype = problem.args[0].dtype
     assert [x.dtype for x in got] == [arithmetic(dtype)] + [dtype] * problem.students
@@ -32,15 +32,15 @@ def against_fp64(problem: Problem, backend: str, got: Sequence[Tensor], weight: 
     errors = [error(a, b) for a, b in zip(got, exact, strict=True)]
     stored = [1.01 * rounding(b, a.dtype) for a, b in zip(got, exact, strict=True)]
     noise = fp32_noise(problem, weight, exact)
-    # The hard ceiling. fp16 and bf16 inputs too are computed in fp32, so theirs is fp32's, and the gradient's rounding
-    # with that of what it is made from.
+    # The ceiling. Kernels compute fp16 and bf16 inputs in fp32, so it is that of fp32 and the rounding of the stored
+    # gradient.
     ceilings = [stored[0]] + [roundings(problem.case.family, backend, dtype) * one for one in stored[1:]]
     smaller = torch.finfo(arithmetic(dtype)).eps / torch.finfo(torch.float32).eps
-    # In fp64 a log-sum-exp is one number, in fp32 it is kept in more digits: the exponential of a large one shows it.
+    # A log-sum-exp is one number in fp64, but is kept in more digits than fp32: exponentials amplify the difference.
     saturated = 4 * problem.condition() * rounding(problem.slope(), dtype) if dtype == torch.float64 else 0.0
     allowed = [storing + 8 * smaller * one + saturated for storing, one in zip(ceilings, noise, strict=True)]
-    if dtype != torch.float64:  # there the plain formula is the oracle
-        # An entry or two can make the plain formula exact by luck, hence the noise.
+    if dtype != torch.float64:  # there the eager formula is the oracle
+        # The eager formula may be exact by chance for one or two entries, hence the noise.
         plain = [error(a, b) for a, b in zip(problem.plain(weight), exact, strict=True)]
         bounds = [2 * users + storing + 2 * one for users, storing, one in zip(plain, stored, noise, strict=True)]
         allowed = [min(pair) for pair in zip(allowed, bounds, strict=True)]
@@ -49,13 +49,15 @@ def against_fp64(problem: Problem, backend: str, got: Sequence[Tensor], weight: 
 
 
 def fp32_noise(problem: Problem, weight: Tensor, exact: Sequence[Tensor]) -> list[float]:
-    """How far fp32 arithmetic may be expected to be from the losses and gradients: the plain formula's error in it."""
+    """Return the expected errors of fp32 arithmetic: those of the eager formula, and at least one rounding."""
     if problem.args[0].dtype == torch.float64:
         problem = problem.mapped(lambda x: x.float())
         exact = problem.exact(weight)
     plain = problem.mapped(lambda x: x.float()).plain(weight)
-    largest = max(1e-6, *(b.abs().max().item() for b in exact[1:]))  # where one gradient is 0, what cancels is not
+    largest = max(1e-6, *(b.abs().max().item() for b in exact[1:]))  # summands of a gradient of 0 are not 0
     sizes = [problem.magnitude()] + [problem.condition() * largest] * problem.students
     noise = [error(a, b) for a, b in zip(plain, exact, strict=True)]
-    assert all(one <= 1e-4 * size + 1e-6 for one, size in zip(noise, sizes, strict=True))  # a case that means something
+    assert all(
+        one <= 1e-4 * size + 1e-6 for one, size in zip(noise, sizes, strict=True)
+    )  # else the case is ill-conditioned
     return [max(one, rounding(size, torch.float32)) for one, size in zip(noise, sizes, strict=True)]

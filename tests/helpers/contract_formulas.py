@@ -1,7 +1,7 @@
-"""Every loss once more, as a user writes it: straight from docs/maths.md, in its inputs' dtype, all matrices held.
+"""Compute every loss eagerly from the definitions in docs/maths.md, with all matrices, in the dtype of its inputs.
 
-In fp64 these are the contract suite's oracle; in fp32, fp16 and bf16 they are "the plain formula" whose error a backend
-is held against. They share no line with ``fastkd``. Each returns what the loss returns with ``reduction="none"``.
+In fp64 these formulas are the oracle of the contract suite; in fp32, fp16 and bf16 they are the eager formula, with
+whose error a backend is compared. They share no code with ``fastkd``. Each returns the loss for ``reduction="none"``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WordMask = Tensor | tuple[Tensor, Tensor] | None
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the last dimension."""
+    """Return KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the last dimension."""
     log_p_s, p_t = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
     return F.kl_div(log_p_s, p_t, reduction="none").sum(-1)
 
@@ -117,7 +117,7 @@ def pixel_relation_kd(
 
 
 def cross_modal_sample(m_s: Tensor, m_t: Tensor, temperature: float, terms: Mapping[str, float]) -> Tensor:
-    """Σ weight·term of one sample from its logits (n, t): the valid pixels and words alone."""
+    """Return Σ weight·term of one sample from its logits (n, t) of valid pixels and words."""
     n = m_s.shape[0]
     a_s, a_t = ((m / temperature).softmax(1) for m in (m_s, m_t))
     value = {

@@ -1,4 +1,4 @@
-"""What the contract suite measures with: errors and their allowances, recorded operators, poisoned memory."""
+"""Tools of the contract suite: errors and their bounds, recorded operator calls, poisoned memory."""
 
 from __future__ import annotations
 
@@ -14,38 +14,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """The largest; inf for a NaN, which no allowance covers."""
+    """Return the largest error; inf for a NaN."""
     assert got.shape == exact.shape
     worst = (got.detach().cpu().double() - exact).abs().max().item()
     return worst if worst == worst else float("inf")
 
 
 def rounding(magnitude: float | Tensor, dtype: torch.dtype) -> float:
-    """Half a unit in the last place of ``magnitude``: what storing it in ``dtype`` may cost."""
+    """Return half a unit in the last place of ``magnitude`` in ``dtype``."""
     size = magnitude.abs().max().item() if isinstance(magnitude, Tensor) else magnitude
     return max(size, torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps / 2
 
 
 def roundings(family: str, backend: str, dtype: torch.dtype) -> int:
-    """How many factors of a gradient are rounded to ``dtype``: itself, and for relations of bfloat16 rows in C++ and
-    CUDA the matrix that they are multiplied with, on a CPU where the machine multiplies bfloat16."""
+    """Return how many roundings to ``dtype`` a gradient undergoes.
+
+    Two for relations of bfloat16 in C++ and CUDA, which also round the matrix that the rows are multiplied with (on a
+    CPU with bfloat16 instructions); else one, of the result.
+    """
     return 2 if family == "relation" and backend in ("cpu", "cuda") and dtype == torch.bfloat16 else 1
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums: fp64 for fp64, else fp32."""
+    """Return the dtype of statistics and sums: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
-    """The same bits, NaN included."""
+    """Assert that tensors have the same bits, NaN included."""
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every call of an operator of this library, with its arguments and its results."""
+    """Record the calls of fastkd's operators, with arguments and results, and the names of all other operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ def tensors_in(x: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def saved_for_backward() -> Iterator[list[Tensor]]:
-    """Every tensor that autograd keeps."""
+    """Collect the tensors that autograd saves."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
         yield saved
@@ -89,9 +92,9 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def poisoned(value: float) -> Iterator[None]:
-    """Memory that torch hands out uninitialised holds ``value``, in every floating dtype, as far as it fits.
+    """Fill uninitialised tensors of every floating dtype with ``value``, clamped to its range.
 
-    Bytes, which are workspaces, are all ones: NaN, whatever a kernel takes them for.
+    Byte tensors, which are workspaces, are filled with 255: NaN in every floating dtype.
     """
 
     def filled(make: Any) -> Any:
@@ -113,23 +116,23 @@ def poisoned(value: float) -> Iterator[None]:
 
 @contextmanager
 def quick_interpreter(checks_overflow: bool = False) -> Iterator[None]:
-    """Triton's interpreter in half the time, for thousands of small calls.
+    """Halve the time of Triton's interpreter for thousands of small calls.
 
-    Whenever a kernel calls a function it looks through all of ``triton.language`` once more, which the launch has just
-    done (and for Triton's own functions once is enough); and it checks all integers for overflow, which the tests of
-    single kernels (``test_*_triton.py``) leave it to do.
+    The interpreter patches all of ``triton.language`` whenever a kernel calls a function, although the launch has just
+    done so: here once for each of Triton's own modules. It also checks integers for overflow, which only the tests of
+    single kernels (``ops/test_*_triton.py``) need.
     """
     from triton.runtime import interpreter
 
     function, builder = interpreter.InterpretedFunction, interpreter.interpreter_builder
-    as_it_is = function.__call__
+    original_call = function.__call__
     seen: set[str] = set()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.fn.__module__
         if module.startswith("triton.") and module not in seen:
             seen.add(module)
-            return as_it_is(self, *args, **kwargs)
+            return original_call(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
     options = replace(builder.options, sanitize_overflow=checks_overflow)

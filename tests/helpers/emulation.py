@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on CPU tensors: built for the host from the same sources (csrc/tests/emulation), for tests."""
+"""Run the CUDA C++ kernels on CPU tensors: build the same sources for the host (csrc/tests/emulation)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import torch
 from shared_build import shared_folder
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
-READY = "FASTKD_TEST_EMULATED"  # a folder with the module, built already
+READY = "FASTKD_TEST_EMULATED"  # environment variable: a folder with the built module
 
 
 @contextmanager
 def emulated() -> Iterator[ModuleType]:
-    """Within it ``fastkd._cuda`` is the module built for the host, which takes CPU tensors.
+    """Replace ``fastkd._cuda`` by the module built for the host, which takes CPU tensors.
 
     Raises:
-        RuntimeError: it cannot be built here, or this machine's GPU runs the kernels themselves; says which.
+        RuntimeError: the module cannot be built here, or this machine has a GPU, which runs the kernels itself.
     """
     import fastkd
     from fastkd.ops import dispatch, launch
@@ -35,7 +35,7 @@ def emulated() -> Iterator[ModuleType]:
     module = _module()
     places: list[tuple[dict[str, Any], str]] = [(sys.modules, "fastkd._cuda"), (vars(fastkd), "_cuda")]
     hidden = [place.get(key) for place, key in places]
-    answers = _answers(dispatch)
+    reasons = _pop_cached_reasons(dispatch)
     for place, key in places:
         place[key] = module
     launch.native.cache_clear()
@@ -48,21 +48,21 @@ def emulated() -> Iterator[ModuleType]:
             else:
                 place[key] = was
         launch.native.cache_clear()
-        _answers(dispatch)
-        dispatch._reasons.update(answers)
+        _pop_cached_reasons(dispatch)
+        dispatch._reasons.update(reasons)
 
 
-def _answers(backends: Any) -> dict[Any, Any]:
-    """What is remembered of the backend, which is then forgotten."""
-    found = {key: reason for key, reason in backends._reasons.items() if key[0] == "cuda"}
+def _pop_cached_reasons(dispatch: Any) -> dict[Any, Any]:
+    """Remove and return the cached availability of the backend."""
+    found = {key: reason for key, reason in dispatch._reasons.items() if key[0] == "cuda"}
     for key in found:
-        del backends._reasons[key]
+        del dispatch._reasons[key]
     return found
 
 
 def _module() -> ModuleType:
     if torch.cuda.is_available():
-        raise RuntimeError("this machine's GPU runs the kernels themselves")
+        raise RuntimeError("this machine has a GPU, which runs the kernels itself")
     return _built()
 
 
@@ -71,7 +71,7 @@ def _built() -> ModuleType:
     ready = os.environ.get(READY)
     folder = Path(ready) if ready else _built_folder()
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    # By another name: pybind11 would hand out this module wherever the real one's name is imported later.
+    # Under another name: pybind11 would return this module wherever the real one is imported later.
     spec = importlib.util.spec_from_file_location("emulated._cuda", path)
     assert spec is not None
     assert spec.loader is not None
@@ -90,7 +90,7 @@ def _built_folder() -> Path:
 
 
 def build(folder: Path, sources: Path = CSRC, *options: str) -> Path:
-    """Build the module for the host in ``folder``, which is returned; RuntimeError says why it cannot be."""
+    """Build the module for the host in ``folder`` and return the folder; raise RuntimeError if that fails."""
     configure = [
         *(tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-S", str(sources), "-B", str(folder)),
         *("-DFASTKD_EMULATE=ON", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={_pybind11()}", *options),
@@ -103,10 +103,12 @@ def build(folder: Path, sources: Path = CSRC, *options: str) -> Path:
 
 
 def tool(name: str) -> str:
-    """A program beside this Python, or on PATH."""
+    """Return the path of a program next to this Python or on PATH; raise RuntimeError if there is none."""
     found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
-        raise RuntimeError(f"the kernels are built for the host by {name}, which is not installed")
+        raise RuntimeError(
+            f"building the kernels for the host needs {name}, which is not installed; pip install {name}"
+        )
     return found
 
 
@@ -114,5 +116,5 @@ def _pybind11() -> str:
     try:
         import pybind11
     except ImportError:
-        raise RuntimeError("the kernels built for the host need pybind11, which is not installed") from None
+        raise RuntimeError("building the kernels for the host needs pybind11; pip install pybind11") from None
     return pybind11.get_cmake_dir()

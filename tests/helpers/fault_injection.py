@@ -1,4 +1,4 @@
-"""Bugs planted in copies of the sources, to prove that a rig finds them."""
+"""Plant faults in copies of the sources, to prove that tests detect them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def update(sources: Path, copy: Path) -> None:
-    """Make ``copy`` equal to the sources, touching only files that differ: no others are compiled again."""
+    """Copy the sources to ``copy``, touching only files that differ, so that no others are compiled again."""
     for path in (path for path in sources.rglob("*") if path.is_file()):
         target = copy / path.relative_to(sources)
         if not target.is_file() or target.read_bytes() != path.read_bytes():
@@ -19,9 +19,11 @@ def update(sources: Path, copy: Path) -> None:
 
 @contextmanager
 def planted(path: Path, right: str, wrong: str, make: Callable[[], None]) -> Iterator[None]:
-    """Within it the file has ``wrong`` in place of ``right``, and was built so."""
+    """Replace ``right`` by ``wrong`` in the file, build, and restore the text afterwards."""
     text = path.read_text()
-    assert text.count(right) == 1, f"{path.name} has changed: plant the bug elsewhere"
+    assert text.count(right) == 1, (
+        f"{path.name}: expected one occurrence of {right!r}; adapt the fault to the changed source"
+    )
     path.write_text(text.replace(right, wrong))
     try:
         make()

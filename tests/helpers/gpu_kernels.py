@@ -1,4 +1,4 @@
-"""Where the tests of the kernels for GPUs run: on one, or on CPU tensors, interpreted or built for the host."""
+"""Select where tests run GPU kernels: on a GPU, or on CPU tensors, interpreted or built for the host."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 @contextmanager
-def present(place: Any) -> Iterator[None]:
-    """Skips the test if the backend is absent; CUDA's on CPU tensors is there for as long as the test lasts."""
+def require_backend(place: Any) -> Iterator[None]:
+    """Skip the test if the backend is unavailable; build and install the CUDA backend for CPU tensors."""
     with ExitStack() as stack:
         if place == ("cuda", "cpu"):
             try:
@@ -36,10 +36,10 @@ def present(place: Any) -> Iterator[None]:
 
 
 @contextmanager
-def kernels_of(backend: str) -> Iterator[None]:
-    """The same where this machine runs a GPU's kernels; Triton's interpreter checks for overflow."""
+def require_gpu_kernels(backend: str) -> Iterator[None]:
+    """Require a GPU backend on this machine's device, with overflow checks in Triton's interpreter."""
     with ExitStack() as stack:
-        stack.enter_context(present(Place(backend, DEVICE)))
+        stack.enter_context(require_backend(Place(backend, DEVICE)))
         if (backend, DEVICE) == ("triton", "cpu"):
             stack.enter_context(quick_interpreter(checks_overflow=True))
         yield

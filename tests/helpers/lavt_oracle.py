@@ -1,7 +1,7 @@
-"""LAVT once more, slowly and in float64 numpy, from the formulas: one window, one head, one sample at a time.
+"""Compute LAVT in float64 numpy from its formulas: one window, one head and one sample at a time.
 
-Shares nothing with fastkd. What may attend to what after the shift is found from coordinates, padding is a larger array
-of zeros, and bilinear resizing goes by the corner-aligned coordinates.
+Shares no code with fastkd. The attention mask of shifted windows follows from coordinates, padding is a larger array of
+zeros, and bilinear resizing uses corner-aligned coordinates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def instance_norm(x):  # (N, C), over N
     return centred / np.sqrt((centred**2).mean(0) + 1e-5)
 
 
-def resize(x, height, width):  # (H, W, C), corners on corners
+def resize(x, height, width):  # (H, W, C), aligned corners
     def axis(old, new):
         at = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0)
         low = np.minimum(np.floor(at).astype(int), old - 1)
@@ -45,16 +45,16 @@ def resize(x, height, width):  # (H, W, C), corners on corners
     return rows[:, x0] * (1 - fx)[:, None] + rows[:, x1] * fx[:, None]
 
 
-def convolve(x, weight):  # (H, W, C) with (O, C, 3, 3), zeros around
+def convolve(x, weight):  # (H, W, C) with (O, C, 3, 3), zero padding
     h, w, _ = x.shape
-    around = np.zeros((h + 2, w + 2, x.shape[2]))
-    around[1:-1, 1:-1] = x
-    return sum(around[i : i + h, j : j + w] @ weight[:, :, i, j].T for i in range(3) for j in range(3))
+    padded = np.zeros((h + 2, w + 2, x.shape[2]))
+    padded[1:-1, 1:-1] = x
+    return sum(padded[i : i + h, j : j + w] @ weight[:, :, i, j].T for i in range(3) for j in range(3))
 
 
 @dataclass
 class Oracle:
-    """One sample through LAVT: ``run(image (3, H, W), words (T, D), valid (T,))``."""
+    """LAVT for one sample: ``run(image (3, H, W), words (T, D), valid (T,))``."""
 
     state: dict[str, np.ndarray]
     depths: tuple[int, ...]
@@ -75,20 +75,20 @@ class Oracle:
         return layer_norm(x, self.p(f"{name}.weight"), self.p(f"{name}.bias"))
 
     def attend(self, tokens, where, shifted_where, name, heads):
-        """One window: tokens (N, C), their coordinates in the image and in the shifted map."""
+        """Attend within a window: tokens (N, C) with their coordinates in the image and in the shifted map."""
         n, c = tokens.shape
         table = self.p(f"{name}.relative_position_bias_table")
         q, k, v = np.split(self.affine(tokens, f"{name}.qkv"), 3, axis=1)
-        apart = shifted_where[:, None] - shifted_where[None]  # (N, N, 2)
-        rows = (apart[..., 0] + self.window - 1) * (2 * self.window - 1) + apart[..., 1] + self.window - 1
-        # Neighbours in the window that are no such neighbours in the image must not meet.
-        torn = (apart != where[:, None] - where[None]).any(-1)
+        offset = shifted_where[:, None] - shifted_where[None]  # (N, N, 2)
+        rows = (offset[..., 0] + self.window - 1) * (2 * self.window - 1) + offset[..., 1] + self.window - 1
+        # Tokens that are not at the same offset in the image must not attend to each other.
+        masked = (offset != where[:, None] - where[None]).any(-1)
         out = np.zeros((n, c))
         d = c // heads
         for h in range(heads):
             part = slice(h * d, (h + 1) * d)
             scores = q[:, part] @ k[:, part].T / np.sqrt(d) + table[rows, h]
-            scores[torn] = -np.inf
+            scores[masked] = -np.inf
             out[:, part] = softmax(scores) @ v[:, part]
         return self.affine(out, f"{name}.proj")
 
@@ -154,7 +154,7 @@ class Oracle:
         return self.affine(y, "classifier.conv1_1")
 
     def run(self, image, words, valid):
-        """Logits (H, W, 2) and the decoder's (h, w, 2); stages and pixel-word logits are kept on self."""
+        """Return logits (H, W, 2) and those of the decoder (h, w, 2); store stages and pixel–word logits on self."""
         image, words, valid = (np.asarray(a, np.float64) for a in (image, words, valid))
         x = self.embed(image)
         for i in range(4):
@@ -175,7 +175,7 @@ class Oracle:
 
 
 def lavt_names(embed, depths, heads, window, word_width=768, hidden=None):
-    """Name and shape of every weight of a published checkpoint, vision and decoder, as it lists them."""
+    """Return the name and shape of every vision and decoder weight of a published checkpoint."""
     hidden = hidden or 4 * embed
     widths = [embed * 2**i for i in range(4)]
     names = {"backbone.patch_embed.proj": [(embed, 3, 4, 4), (embed,)]}
@@ -219,7 +219,7 @@ def lavt_names(embed, depths, heads, window, word_width=768, hidden=None):
 
 
 def lavt_weights(shapes):
-    """A number for every weight, drawn by its name: norms near 1, biases of 0.1, the rest scaled by the fan-in."""
+    """Draw every weight, seeded by its name: norms near 1, biases near 0.1, others scaled by the fan-in."""
     state = {}
     for name, shape in shapes.items():
         x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)

@@ -1,4 +1,4 @@
-"""Inputs, runs and error bounds that the files on the pixel_word operator share."""
+"""Inputs, calls and error bounds shared by the tests of the pixel_word operator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Masks = dict[str, Tensor]
 def make(
     b: int, n: int, t: int, d: int, d_teacher: int | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[Tensor]:
-    """Student's pixels and words, teacher's pixels and words, exact in ``dtype``."""
+    """Return pixels and words of student and teacher, drawn in fp64 and rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(b, n, d), (b, t, d), (b, n, d_teacher or d), (b, t, d_teacher or d)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -33,12 +33,12 @@ def make_masks(b: int, n: int, t: int) -> Masks:
 
 
 def as_maps(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The pixels laid out as (B, D, N) maps are."""
+    """Return the inputs with pixels in the memory layout of (B, D, N) maps."""
     return [x.mT.contiguous().mT if i % 2 == 0 else x for i, x in enumerate(inputs)]
 
 
 def run(function: Any, inputs: Sequence[Tensor], leaves: int = 2, **options: Any) -> list[Tensor]:
-    """The terms (B, number of terms), and the gradients of a weighted sum with respect to the first ``leaves``."""
+    """Return the terms (B, number of terms) and the gradients of a weighted sum by the first ``leaves`` inputs."""
     inputs = [x.detach().requires_grad_(i < leaves) for i, x in enumerate(inputs)]
     terms = function(*inputs, **options)
     samples = torch.linspace(1, 2, inputs[0].shape[0], dtype=torch.float64, device=inputs[0].device)
@@ -47,7 +47,7 @@ def run(function: Any, inputs: Sequence[Tensor], leaves: int = 2, **options: Any
 
 
 def check(inputs: Sequence[Tensor], ours: Any, plain: Any, leaves: int = 2, **options: Any) -> None:
-    """At most twice the plain formula's error at the same dtype, but for the rounding of what the terms are made of."""
+    """Assert that errors are at most twice the eager formula's in the same dtype, plus roundings of intermediates."""
     exact = run(plain, [x.double() for x in inputs], leaves, **options)
     theirs = run(plain, inputs, leaves, **options)
     got = run(ours, inputs, leaves, **options)
@@ -60,7 +60,7 @@ def check(inputs: Sequence[Tensor], ours: Any, plain: Any, leaves: int = 2, **op
         stored = torch.finfo(g.dtype).eps
         # A KL is a difference of terms around 1, its gradient one of terms around 1/entries.
         size = max(e.abs().max().item(), 1 / entries if index else 1.0)
-        if g.dtype == torch.float64:  # the plain formula is the exact one
+        if g.dtype == torch.float64:  # the eager formula is the oracle
             assert error <= 32 * arithmetic * size
             continue
         assert error <= 2 * plain_error + (stored + 8 * arithmetic) * size, (index, error, plain_error, size)
@@ -81,7 +81,7 @@ class Kernels:
 
 
 def here(inputs: list[Tensor]) -> list[Tensor]:
-    """Where the kernels of GPUs run."""
+    """Return the inputs on the device on which this machine runs GPU kernels."""
     return [x.to(DEVICE) for x in inputs]
 
 

@@ -1,10 +1,10 @@
-"""Record what Triton would compile and launch, without a GPU: a stand-in for Triton's driver.
+"""Record what Triton would compile and launch, without a GPU, by replacing Triton's driver.
 
-Triton's own launch code, binder and specialiser run; nothing is compiled or executed. In a process in which Triton does
-not interpret (kernels are interpreted or compiled for the life of a process):
+Triton's own launch code, binder and specialiser run; nothing is compiled or executed. Use it in a process in which
+Triton does not interpret kernels (that is fixed per process):
 
     with recorded() as recording:
-        some_loss(*cpu_tensors, backend="triton")  # what they hold does not matter, nor what comes out
+        some_loss(*cpu_tensors, backend="triton")  # inputs are not read, results are undefined
     recording.launches  # [(kernel, grid)], in order
     recording.specialisations  # [Specialisation], each once
 
@@ -24,7 +24,7 @@ import torch
 
 
 class Specialisation(NamedTuple):
-    """One kernel as Triton would compile it: the arguments of ``triton.compiler.ASTSource`` and the options."""
+    """A kernel as Triton would compile it: the arguments of ``triton.compiler.ASTSource`` and the options."""
 
     kernel: str  # family.module.function
     function: Any
@@ -36,21 +36,21 @@ class Specialisation(NamedTuple):
 
 @dataclass
 class Recording:
-    """What was launched, and what would have been compiled for it."""
+    """Recorded launches and the specialisations that they would compile."""
 
     launches: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     specialisations: list[Specialisation] = field(default_factory=list)
-    unstated: set[str] = field(default_factory=set)
-    """Kernels launched without ``enable_fp_fusion``, whose default depends on Triton's version."""
+    without_fp_fusion: set[str] = field(default_factory=set)
+    """Kernels launched without the argument ``enable_fp_fusion``, whose default depends on Triton's version."""
 
     def counts(self) -> dict[str, int]:
-        """Return how many specialisations there are of each kernel."""
+        """Return the number of specialisations of each kernel."""
         return dict(sorted(Counter(one.kernel for one in self.specialisations).items()))
 
 
 @contextmanager
 def recorded(capability: int = 90) -> Iterator[Recording]:
-    """Record, with CPU tensors in place of those on a chip of this compute capability, in Triton's backend alone."""
+    """Record launches of the Triton backend, with CPU tensors in place of those on a chip of this capability."""
     from fastkd.kernels import common
     from fastkd.kernels.pixel_word import forward as pixel_word
     from fastkd.kernels.relation import forward as relation
@@ -60,7 +60,7 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
     from fastkd.ops import dispatch
 
     if common.INTERPRETED:
-        raise RuntimeError("Triton interprets in this process (TRITON_INTERPRET): there is nothing to be compiled")
+        raise RuntimeError("TRITON_INTERPRET is set: Triton compiles nothing here; record in a process without it")
     recording = Recording()
     launch = JITFunction.run
     functions = set()
@@ -76,8 +76,8 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         recording.launches.append((_name(self), tuple(grid)))
         if "enable_fp_fusion" not in kwargs:
-            recording.unstated.add(_name(self))
-        return launch(self, *args, grid=grid, warmup=True, **kwargs)  # all but the launch itself
+            recording.without_fp_fusion.add(_name(self))
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)  # everything except the launch
 
     before = driver._active
     driver.set_active(_StandIn(capability))
@@ -97,7 +97,7 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
     finally:
         driver._active = before
         for function in functions:
-            function.device_caches.clear()  # of kernels that are none
+            function.device_caches.clear()  # they hold placeholders
 
 
 def _name(function: Any) -> str:
@@ -105,7 +105,7 @@ def _name(function: Any) -> str:
 
 
 class _StandIn:
-    """The part of a driver that a launch asks before it has a kernel."""
+    """The methods of a driver that a launch calls before it has a kernel."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability

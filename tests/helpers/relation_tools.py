@@ -1,4 +1,4 @@
-"""Inputs, runs and error bounds that the files on relation's kernels share."""
+"""Inputs, calls and error bounds shared by the tests of the relation kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkd.ops.relation import relation
 from fastkd.ops.relation.reference import relation as reference
 
-# Each method of the kernels, negated or not; 0.03 is below the fixed shift.
+# Every method of the kernels, with and without negation; 0.03 is too small a temperature for the fixed shift.
 METHODS: dict[str, dict[str, Any]] = {
     "kl": {"temperature": 0.2},
     "kl away from its shift": {"temperature": 0.05, "negate": True},
@@ -23,11 +23,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "row_cosine of products": {"distance": "row_cosine", "similarity": "dot"},
 }
 FORMS: dict[str, dict[str, Any]] = {"streamed": {}, "stored": {"keep": True}, "across samples": {"cross": True}}
-# Half a unit of what stores the gradient, of its largest entry.
+# Half a unit in the last place of each dtype that stores gradients, relative to the largest entry.
 STORED = {torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 DTYPES = list(STORED)
 H_IN_BF16 = ("cuda",)
-"""Backends that round to bfloat16, for rows of bfloat16, the matrix that gives the gradient as well."""
+"""Backends that also round the matrix H to bfloat16 for rows of bfloat16."""
 
 
 def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,9 +48,9 @@ def run_kernel(backend: str, student: Tensor, teacher: Tensor, weight: Tensor, *
 def check_kernel(
     backend: str, student: Tensor, teacher: Tensor, weight: Tensor, least: float = 0.1, **options: Any
 ) -> list[Tensor]:
-    """No further from fp64 than twice the plain formula in fp32, a few roundings of the logits, and what is stored.
+    """Assert that errors against fp64 are at most twice the eager formula's in fp32, plus roundings.
 
-    ``least`` bounds from below the size of what cancels in a loss or a gradient that vanishes.
+    ``least`` is a lower bound on the size of summands that cancel.
     """
     condition = 1.0
     if options.get("distance", "kl") == "kl":  # logits and log-sum-exps, whose differences losses are

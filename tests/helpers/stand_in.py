@@ -1,4 +1,4 @@
-"""A checkout of stand-ins for scripts/gpu_check.sh: a pretended GPU, tiny tests, tools that do next to nothing."""
+"""Make a fake checkout for scripts/gpu_check.sh: a fake GPU, tiny tests, and tools that do almost nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPTS = ROOT / "scripts" / "gpu"
 NVIDIA_SMI = """#!/bin/sh
 case "$*" in *query-gpu*) echo "Pretended GPU, 9.0, 580.1" ;; *) echo "GPU 0: pretended" ;; esac
 """
-# A Python whose torch sees a GPU, and whose pip installs nothing but a package named fastkd.
+# A Python whose torch reports a GPU and whose pip installs only an empty package fastkd.
 PYTHON = f"""#!/bin/sh
 case "$*" in
   *is_available*) exit 0 ;;
@@ -36,7 +36,7 @@ SANITIZER = """#!/bin/sh
 shift 8
 exec "$@"
 """
-# One line per call, as the real ones write.
+# Writes one line per call, as the real scripts do.
 LINES = """
 import argparse, json, pathlib
 parser = argparse.ArgumentParser()
@@ -61,7 +61,7 @@ def test_wrong():
 
 
 def script(name: str) -> Any:
-    """Import one of scripts/gpu, or of the benchmarks."""
+    """Import a module of scripts/gpu or of the benchmarks."""
     for path in (str(SCRIPTS), str(ROOT)):
         if path not in sys.path:
             sys.path.append(path)
@@ -69,7 +69,7 @@ def script(name: str) -> Any:
 
 
 def checkout(folder: Path, kernels: str = KERNELS) -> Path:
-    """Make the checkout, with ``kernels`` as the only tests that are not empty."""
+    """Write the checkout; ``kernels`` is the only non-empty test file."""
     (folder / "scripts" / "gpu").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "gpu_check.sh", folder / "scripts")
     for path in SCRIPTS.glob("*.py"):
@@ -94,7 +94,7 @@ def checkout(folder: Path, kernels: str = KERNELS) -> Path:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """Return the variables under which the checkout's script finds its stand-ins."""
+    """Return the environment in which the script of the checkout finds the fake tools."""
     tools = folder / "tools"
     return os.environ | {
         "PATH": f"{tools}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -104,6 +104,6 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 
 def check(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run the checkout's scripts/gpu_check.sh to its end."""
+    """Run scripts/gpu_check.sh of the checkout."""
     command = ["bash", str(folder / "scripts" / "gpu_check.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment(folder, **more), timeout=300)

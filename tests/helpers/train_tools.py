@@ -1,4 +1,4 @@
-"""A small model, a data set it can learn, and short runs of the trainer."""
+"""A small model, a data set that it can learn, and short training runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastkd.train import TrainConfig, segmentation_loss, train
 
 
 class Toy(nn.Module):
-    """Small, with a norm that does not mix samples, so that micro-batches can equal a whole batch."""
+    """A small model whose norm does not mix samples, so that micro-batches add up to the whole batch."""
 
     def __init__(self, width: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Toy(nn.Module):
 
 
 class Scenes(Dataset[dict[str, Any]]):
-    """The mask is where the first channel exceeds a bound that the sentence tells."""
+    """Random images whose mask is where the first channel is positive."""
 
     sentences, split = "all", "val"
 
@@ -99,7 +99,7 @@ _PROGRAM = """
 import os, sys; sys.path.insert(0, {folder!r})
 from pathlib import Path
 import torch.multiprocessing as mp
-import train_tools as t, fastkd.train.loop  # imported once, before the two processes part
+import train_tools as t, fastkd.train.loop  # imported once, before the processes fork
 def main(rank):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
 {body}
@@ -109,9 +109,9 @@ if __name__ == "__main__":
 
 
 def two_processes(body: str) -> str:
-    """Run an indented body of python in two CPU processes that train together; return what they print.
+    """Run an indented Python body in two CPU processes that train together; return their output.
 
-    The body sees its ``rank`` and this module as ``t``.
+    The body may use ``rank`` and this module as ``t``.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -139,6 +139,6 @@ def two_processes(body: str) -> str:
         out, error = parent.communicate(timeout=500)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(parent.pid, signal.SIGKILL)  # its two processes as well
+            os.killpg(parent.pid, signal.SIGKILL)  # with both child processes
     assert parent.returncode == 0, error[-4000:]
     return out

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import Place
-from gpu_kernels import present
+from gpu_kernels import require_backend
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +65,7 @@ def test_every_backend_counts_the_same_products(
     backward: int,
     backend: str,
 ) -> None:
-    with present(Place(backend, "cpu")):
+    with require_backend(Place(backend, "cpu")):
         assert counts(loss, shapes, backend, **options) == (forward, backward)
 
 
@@ -81,7 +81,7 @@ def test_every_backend_counts_the_same_products(
 def test_a_forward_counts_as_the_plain_formula_does(
     loss: Callable[..., Tensor], shapes: list[tuple[int, ...]], options: dict[str, Any]
 ) -> None:
-    with present(Place("cpu", "cpu")):
+    with require_backend(Place("cpu", "cpu")):
         got, want = (counts(loss, shapes, backend, **options) for backend in ("cpu", "reference"))
     assert got[0] == want[0]
     assert want[1] / 2 <= got[1] <= 2 * want[1]
@@ -90,13 +90,13 @@ def test_a_forward_counts_as_the_plain_formula_does(
 def test_gram_matrices_count_as_what_they_are() -> None:
     rows, width = 400, 4
     shapes = [(1, width, 20, 20)] * 2
-    with present(Place("cpu", "cpu")):
+    with require_backend(Place("cpu", "cpu")):
         got = counts(losses.pixel_relation_kd, shapes, "cpu", distance="mse")
     assert got == (4 * rows * (2 * width) ** 2, 2 * rows * width * (2 * width))
 
 
 def test_gradients_that_are_not_needed_are_not_counted() -> None:
-    with present(Place("cpu", "cpu")):
+    with require_backend(Place("cpu", "cpu")):
         v, w, vt, wt = (torch.randn(shape) for shape in FEATURES)
         loss = losses.cross_modal_kd(v.requires_grad_(), w, vt, wt, terms={"pixel_to_word": 1.0}, backend="cpu")
         with FlopCounterMode(display=False) as counter:

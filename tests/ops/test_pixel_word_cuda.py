@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_kernels import DEVICE, MARKS, kernels_of
+from gpu_kernels import DEVICE, MARKS, require_gpu_kernels
 from pixel_word_tools import Kernels, as_maps, check, here, make, masks_of, run
 
 from fastkd.ops.pixel_word.reference import pixel_word as reference
@@ -23,7 +23,7 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture
 def kernels() -> Iterator[None]:
-    with kernels_of("cuda"):
+    with require_gpu_kernels("cuda"):
         yield
 
 

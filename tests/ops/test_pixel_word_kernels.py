@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_kernels import DEVICE, MARKS, kernels_of
+from gpu_kernels import DEVICE, MARKS, require_gpu_kernels
 from pixel_word_tools import Kernels, as_maps, check, here, make, masks_of, run
 
 import fastkd
@@ -25,7 +25,7 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture(params=["triton", "cuda"])
 def on(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    with kernels_of(request.param):
+    with require_gpu_kernels(request.param):
         yield Kernels(request.param)
 
 

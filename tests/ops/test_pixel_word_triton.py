@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_kernels import MARKS, kernels_of
+from gpu_kernels import MARKS, require_gpu_kernels
 from pixel_word_tools import Kernels, as_maps, check, here, make, masks_of, run
 
 from fastkd.ops import dispatch
@@ -29,7 +29,7 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture
 def kernels() -> Iterator[None]:
-    with kernels_of("triton"):
+    with require_gpu_kernels("triton"):
         yield
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_kernels import DEVICE, MARKS, kernels_of
+from gpu_kernels import DEVICE, MARKS, require_gpu_kernels
 from relation_tools import DTYPES, FORMS, METHODS, check_kernel, loss_and_gradient, rows, run_kernel
 from torch import Tensor
 
@@ -25,7 +25,7 @@ pytestmark = [*MARKS, pytest.mark.usefixtures("kernels")]
 
 @pytest.fixture
 def kernels() -> Iterator[None]:
-    with kernels_of("cuda"):
+    with require_gpu_kernels("cuda"):
         yield
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_kernels import DEVICE, MARKS, kernels_of
+from gpu_kernels import DEVICE, MARKS, require_gpu_kernels
 from relation_tools import DTYPES, FORMS, METHODS, check_kernel, rows, run_kernel
 
 from fastkd.ops import dispatch
@@ -32,7 +32,7 @@ pytestmark = [*MARKS, pytest.mark.usefixtures("kernels")]
 
 @pytest.fixture
 def kernels() -> Iterator[None]:
-    with kernels_of("triton"):
+    with require_gpu_kernels("triton"):
         yield
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import BASIC, CASES, Place, Problem, Setting
+from contract_cases import BASIC, CASES, Place, Setting
+from contract_problems import Problem
 from contract_tools import Recorder
-from gpu_kernels import present
+from gpu_kernels import require_backend
 from torch import Tensor, nn
 
 import fastkd
@@ -81,7 +82,7 @@ def test_temperature_as_a_tensor_costs_one_graph(basic_setting: Any) -> None:
 def test_temperature_under_inductor() -> None:
     """Whose constant folding is what could keep an old value."""
     setting = Setting(BASIC["relation"], Place("cpu", "cpu"))
-    with present(setting.place):
+    with require_backend(setting.place):
         assert_follows(step_of(setting), setting.case.problem(), TEMPERATURES["relation"], backend="inductor")
 
 
@@ -107,7 +108,7 @@ def test_the_overload_of_a_schedule_is_an_operator_like_the_other(basic_kernel_s
 def test_temperature_of_the_guide() -> None:
     case = next(case for case in CASES if case.options.get("guide") == "own")
     setting = Setting(case, Place("cpu", "cpu"))
-    with present(setting.place):
+    with require_backend(setting.place):
         assert_follows(step_of(setting, "guide_temperature"), case.problem(), (0.5, 0.2, 0.1))
 
 
@@ -116,7 +117,7 @@ def test_weights_of_terms() -> None:
     step = lambda args, masks, w: Problem(case.at(terms={"pixel_to_word": w, "word_word": 2.0}), args, masks).loss(
         "cpu", "mean"
     )
-    with present(Place("cpu", "cpu")):
+    with require_backend(Place("cpu", "cpu")):
         assert_follows(step, case.problem(), (1.0, 0.5, 0.25, 0.0))
 
 
