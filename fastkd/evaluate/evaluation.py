@@ -134,7 +134,6 @@ def evaluate(
             logits that do not match the masks, masks with values other than 0 and 1, word ids or a tokenizer beyond the
             model's word table, a normalisation other than the model's, an unknown protocol.
         FloatingPointError: NaN in the logits; the message names the sample.
-        NotImplementedError: a known protocol that is not implemented.
 
     Example:
         >>> print(evaluate(student, ReferDataset(refcoco, tokenizer, image_size=64, sentences="all")))
@@ -145,24 +144,24 @@ def evaluate(
         check_vocabulary(model, tokenizer)
     for part in leaves(dataset, "image_mean"):
         check_normalisation(model, part)
-    own = next((p.device for p in model.parameters()), torch.device("cpu"))
-    where = own if device is None else pick_device(device)
-    precision = pick_precision(precision, where)
-    weights = parameter_dtype(model)
+    model_device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    target = model_device if device is None else pick_device(device)
+    precision = pick_precision(precision, target)
+    dtype = parameter_dtype(model)
     if collate is None:
         from fastkd.data import collate
-    shares = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shares else (0, 1)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     indices = range(rank, len(dataset), ranks)  # type: ignore[arg-type]
     loader = DataLoader(
         torch.utils.data.Subset(dataset, indices),
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=where.type == "cuda",
+        pin_memory=target.type == "cuda",
         generator=torch.Generator(),
     )
-    metrics = RISMetrics().to(where)
+    metrics = RISMetrics().to(target)
     ref_ids: list[Any] = []
     sent_ids: list[Any] = []
     resolution = (0, 0)
@@ -170,13 +169,13 @@ def evaluate(
     modes = {module: module.training for module in model.modules()}
     start = time.perf_counter()
     try:
-        model.eval().to(where)
+        model.eval().to(target)
         with torch.inference_mode():
             for batch in batches(loader):
                 check_host_ids(batch.get("input_ids"), model)
                 check_mask(batch["mask"])
-                batch = to_device(batch, where, channels_last)
-                with autocast(precision, where):
+                batch = to_device(batch, target, channels_last)
+                with autocast(precision, target):
                     logits = _logits(model, batch)
                 nan = has_nan(logits)
                 if bool(nan.any()):
@@ -190,20 +189,20 @@ def evaluate(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if shares and ranks > 1:  # every process must stop, or the others would wait
+    if distributed and ranks > 1:  # every process must stop, or the others would wait
         failures = [""] * ranks
         torch.distributed.all_gather_object(failures, failure)
         failure = next(filter(None, failures), "")
     if failure:
         raise FloatingPointError(f"the model's logits hold NaN for {failure}: {nan_cause(model)}")
     if not len(indices):  # fewer samples than processes: torchmetrics cannot gather an empty state
-        metrics.update(torch.zeros(0, 1, 1, device=where).bool(), torch.zeros(0, 1, 1, device=where).bool())
+        metrics.update(torch.zeros(0, 1, 1, device=target).bool(), torch.zeros(0, 1, 1, device=target).bool())
     sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64, device="cpu")
     scores = {name: float(value) for name, value in metrics.compute().items()}
     refs = set(ref_ids)
     if refs:
         _warn_undeclared_sentences(dataset)
-    if shares and ranks > 1:
+    if distributed and ranks > 1:
         gathered: list[tuple[set[Any], tuple[int, int]]] = [(set(), resolution)] * ranks
         torch.distributed.all_gather_object(gathered, (refs, resolution))
         refs = set().union(*(part for part, _ in gathered))
@@ -218,7 +217,7 @@ def evaluate(
         resolution=resolution,
         decision=rules.decision,
         threshold=rules.threshold,
-        precision=precision if weights is None else _PRECISION[weights],
+        precision=precision if dtype is None else _PRECISION[dtype],
         seconds=time.perf_counter() - start,
         sample_iou=sample_iou,
         ref_ids=ref_ids,

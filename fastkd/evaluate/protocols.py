@@ -26,22 +26,13 @@ PROTOCOLS = {"lavt": Protocol("lavt", None), "lavt480": Protocol("lavt480", 480)
 """Both: all sentences of every ref, argmax, sample IoU = I/U and 0 where U = 0. "lavt480" compares at 480×480, the
 published setting, "lavt" at the dataset's own size."""
 
-_PLANNED = {
-    "cris_orig": "masks at the original image size, sigmoid > 0.35",
-    "gres": "sentences without a target, a no-target head",
-}
-
 
 def protocol(name: str) -> Protocol:
     """Return the named protocol.
 
     Raises:
-        NotImplementedError: a known protocol that is not implemented.
         ValueError: an unknown name.
     """
-    if name in PROTOCOLS:
-        return PROTOCOLS[name]
-    available = ", ".join(map(repr, PROTOCOLS))
-    if name in _PLANNED:
-        raise NotImplementedError(f"protocol {name!r} ({_PLANNED[name]}) is not implemented; available: {available}")
-    raise ValueError(f"unknown protocol {name!r}; available: {available}")
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; available: {', '.join(map(repr, PROTOCOLS))}")
+    return PROTOCOLS[name]

@@ -196,9 +196,6 @@ class TestEvaluate:
             evaluate(Echo(), Scenes(sentences="random"), collate=collate)
         with pytest.raises(ValueError, match="unknown protocol 'lvat'; available: 'lavt', 'lavt480'"):
             evaluate(Echo(), Scenes(), collate=collate, protocol="lvat")
-        for name in ("cris_orig", "gres"):
-            with pytest.raises(NotImplementedError, match=f"protocol '{name}'.* is not implemented"):
-                evaluate(Echo(), Scenes(), collate=collate, protocol=name)
         with pytest.raises(ValueError, match=r"'lavt480' is defined at 480×480, the dataset has image_size=8"):
             evaluate(Echo(), Scenes(), collate=collate, protocol="lavt480")
         with pytest.raises(ValueError, match="precision must be"):
