@@ -169,7 +169,7 @@ class TestDifferentTokenizers:
         shared.text_config.eos_token_id = 10**6  # the truncated ids of the student hold no end token
         assert Distiller(student, shared, segmentation_loss, recipe(["mask"])).run_teacher(same).logits.shape[0] == 4
 
-    def test_a_network_without_pixel_word_logits(self, student, teachers, batches) -> None:
+    def test_network_without_pixel_word_logits(self, student, teachers, batches) -> None:
         kwargs = {"terms": {"pixel_pixel": 1.0}, **MASKS}
         term = Term(losses.cross_modal_kd_from_logits, "pixel_word_logits.*", name="words", kwargs=kwargs)
         distiller = Distiller(student, teachers["clipseg"], segmentation_loss, [term])
@@ -188,7 +188,7 @@ class TestDifferentTokenizers:
         with pytest.raises(ValueError, match="pixel_pixel needs square maps to resize, got 20 pixels"):
             term.loss(ours, torch.randn(2, 2, 20, 7), word_mask=masks)
 
-    def test_a_half_precision_teacher(self, student, teachers, batches) -> None:
+    def test_half_precision_teacher(self, student, teachers, batches) -> None:
         names = ["mask", "pixel_pixel"]
         full, half = (
             Distiller(student, network, segmentation_loss, recipe(names)).check(batches["both"]).values
