@@ -11,16 +11,27 @@ import importlib
 import re
 import threading
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from fastkd.ops.launch import default_workspace_limit
 
-if TYPE_CHECKING:
-    from fastkd.ops.backends import Backend
-
 _thread = threading.local()  # .active is True in the thread of a self-test
+
+
+class Probed(Protocol):
+    """The parts of a `Backend` that a probe uses."""
+
+    @property
+    def name(self) -> str:
+        """Value of ``backend=``."""
+
+    def machine_reason(self) -> str | None:
+        """Return why no device of this machine can run the backend, or None."""
+
+    def device_reason(self, device: torch.device, /) -> str | None:
+        """Return why a device of this machine cannot run the backend, or None."""
 
 
 class TransientReason(str):
@@ -37,7 +48,7 @@ def is_capturing(device: str | torch.device | None) -> bool:
     return device is not None and torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def probe(backend: Backend, family: str | None, device: torch.device | None) -> str | None:
+def probe(backend: Probed, family: str | None, device: torch.device | None) -> str | None:
     """Return why ``backend`` cannot be used, or None. The self-test needs a family and a device."""
     if is_capturing(device):  # of the caller's stream
         family = None
@@ -64,7 +75,7 @@ def probe(backend: Backend, family: str | None, device: torch.device | None) -> 
     return answers[0]
 
 
-def _probe_here(backend: Backend, family: str | None, device: torch.device | None) -> str | None:
+def _probe_here(backend: Probed, family: str | None, device: torch.device | None) -> str | None:
     """Do the work of :func:`probe` in the current thread."""
     reason = backend.machine_reason()
     if reason is not None or family is None or device is None:
