@@ -1,7 +1,7 @@
 """fastkd: fast, exact knowledge distillation of dense vision-language models.
 
-The public names are those of ``__all__``; each is imported on first use, so ``import fastkd`` is instant and needs
-neither a GPU nor Triton nor the ``[ris]`` extra.
+The public names are in ``__all__`` and are imported on first use, so ``import fastkd`` is instant and needs no GPU, no
+Triton and no ``[ris]`` extra.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m fastkd`` is the ``fastkd`` command."""
+"""Run the ``fastkd`` command: ``python -m fastkd``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Text on consoles whose encoding lacks some of its characters: plain ones are shown for them."""
+"""Print on consoles whose encoding lacks some characters: substitute plain ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 
-# Where single characters stand for single ones, the frames and columns of tables keep their width.
+# One-to-one substitutions keep the width of frames and table columns.
 _PLAIN = {
     **dict.fromkeys("‐‑‒–—−─━╌╍┄┅┈┉═╴╶╸╺", "-"),
     **dict.fromkeys("│┃┆┇┊┋║╎╏", "|"),
@@ -38,7 +38,7 @@ _PLAIN = {
 
 
 def plain(text: str, encoding: str) -> str:
-    """Return the text with plain characters for those that the encoding lacks.
+    """Return ``text`` with plain characters in place of those that the encoding lacks.
 
     Example:
         >>> plain("34.1 ± 0.2, −3", "ascii")
@@ -47,10 +47,10 @@ def plain(text: str, encoding: str) -> str:
     return text.encode(encoding, _HANDLER).decode(encoding, "replace")
 
 
-def typed(text: str) -> str:
-    """Return an argument of the command line as text, where the locale (``LC_ALL=C``) left it as bytes: UTF-8's.
+def decode_argument(text: str) -> str:
+    """Return a command-line argument decoded as UTF-8 where the locale (``LC_ALL=C``) left surrogate escapes.
 
-    Names of files stay as they are: that form is the one that finds them.
+    Do not apply it to file names: the escaped form is the one that the file system finds.
     """
     try:
         return text.encode("ascii", "surrogateescape").decode("utf-8")
@@ -60,13 +60,13 @@ def typed(text: str) -> str:
 
 @contextlib.contextmanager
 def plain_characters() -> Iterator[None]:
-    """Let standard output and error show plain characters, rather than fail, for those that their encoding lacks.
+    """Substitute plain characters on standard output and error instead of failing on unencodable ones.
 
-    What the user chose for such characters (``PYTHONIOENCODING=ascii:replace``) stays.
+    An error handler that the user chose (``PYTHONIOENCODING=ascii:replace``) is kept.
     """
     changed: list[tuple[io.TextIOWrapper, str]] = []
     for stream in (sys.stdout, sys.stderr):
-        # None without a console; other types (a notebook's) take any text. Python's own choices are these three.
+        # None without a console; other classes (a notebook's) take any text. These three are Python's defaults.
         if isinstance(stream, io.TextIOWrapper) and not stream.closed:
             errors = stream.errors
             if errors in ("strict", "surrogateescape", "backslashreplace"):
@@ -77,12 +77,12 @@ def plain_characters() -> Iterator[None]:
     finally:
         for stream, errors in changed:
             if not stream.closed:
-                with contextlib.suppress(OSError):  # the reader of a pipe may be gone
+                with contextlib.suppress(OSError):  # the reader of a pipe may have closed it
                     stream.reconfigure(errors=errors)
 
 
 def show(text: str) -> None:
-    """Print what a run also keeps in files: an output that cannot be written (any more) does not make the run fail."""
+    """Print text that a run also writes to files; an unwritable standard output does not fail the run."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -93,22 +93,22 @@ def show(text: str) -> None:
 
 
 def drop_output() -> None:
-    """Send this process's standard output nowhere from now on, also what waits in its buffer."""
+    """Discard this process's standard output from now on, including its buffer."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a file descriptor
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Handle an error of encoding; see `codecs.register_error`."""
+    """Substitute an unencodable character; an error handler for `codecs.register_error`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
-    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that the locale could not decode
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that the locale could not decode
         return bytes([ord(character) - 0xDC00]), error.start + 1
     replacement = _PLAIN.get(character)
-    if replacement is None:  # "é" is "e" and an accent
+    if replacement is None:  # "é" decomposes into "e" and an accent
         replacement = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
     if not replacement and not unicodedata.combining(character):
         replacement = "?"

@@ -1,4 +1,4 @@
-"""``fastkd.info()``: versions, devices, backends, and for each backend that is not in use, why."""
+"""``fastkd.info()``: versions, devices, backends, and why a backend is not in use."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OPTIONAL = (
     "torchvision",
     "transformers",
 )
-"""What the extra ``[ris]`` installs, as far as a report of a problem needs it."""
+"""Packages of the extra ``[ris]`` that matter in a bug report."""
 
 
 class Info(dict[str, Any]):
-    """A dict of plain values (it goes through JSON) that prints as a short text."""
+    """A dict of JSON values that prints as a short text."""
 
     def __str__(self) -> str:
         lines = ["fastkd " + self["versions"]["fastkd"]]
@@ -39,15 +39,15 @@ class Info(dict[str, Any]):
         lines += ["", "versions"]
         lines += [f"  {name:16} {value}" for name, value in self["versions"].items() if name != "fastkd"]
         lines += ["", "devices"]
-        lines += [f"  {device['name']:16} {_words(device, 'name')}" for device in self["devices"]]
+        lines += [f"  {device['name']:16} {_joined(device, 'name')}" for device in self["devices"]]
         lines += ["", "backends"]
         for name, row in self["backends"].items():
             lines.append(f"  {name:16} {'in use' if row['in_use'] else 'not in use: ' + row['why_not']}")
         lines += ["", "built with this installation"]
         for name, row in self["build"].items():
-            lines.append(f"  {name:16} {_words(row) if isinstance(row, dict) else row}")
+            lines.append(f"  {name:16} {_joined(row) if isinstance(row, dict) else row}")
         if not self["build"]:
-            lines.append("  nothing: a source tree that was not installed; `pip install -e .` in it does so")
+            lines.append("  nothing: a source tree that was not installed; run `pip install -e .` in it")
         if self["environment"]:
             lines += ["", "environment"]
             lines += [f"  {name}={value}" for name, value in self["environment"].items()]
@@ -60,11 +60,11 @@ class Info(dict[str, Any]):
 
 
 def info() -> Info:
-    """Return what a report of a problem needs: versions, devices, backends in use and why others are not.
+    """Return the facts for a bug report: versions, devices, backends, and why a backend is not in use.
 
     Returns:
         A dict of plain values with the keys ``package`` (its folder), ``hides`` (the folder of an installed fastkd that
-        it keeps from being found, or None), ``versions``, ``devices``, ``backends`` (name to ``in_use`` and
+        it shadows, or None), ``versions``, ``devices``, ``backends`` (name to ``in_use`` and
         ``why_not``), ``build``, ``environment`` and ``optional``; ``print`` shows it as text.
 
     Example:
@@ -146,12 +146,12 @@ def _versions(fastkd_version: str) -> dict[str, str | None]:
 
 
 def _driver() -> str | None:
-    """The newest CUDA that the installed driver runs, such as "13.0"; None without a driver."""
+    """Return the newest CUDA version that the driver supports, such as "CUDA 13.0"; None without a driver."""
     import torch
 
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    get_version = getattr(torch._C, "_cuda_getDriverVersion", None)
     try:
-        number = ask() if ask is not None else 0
+        number = get_version() if get_version is not None else 0
     except RuntimeError:
         return None
     return f"CUDA {number // 1000}.{number % 1000 // 10}" if number else None
@@ -182,14 +182,14 @@ def _devices() -> list[dict[str, Any]]:
 def _backends() -> dict[str, dict[str, Any]]:
     import torch
 
-    from fastkd.ops import dispatch as choice
+    from fastkd.ops import dispatch
 
     found = {}
-    for name in choice.BACKENDS:
-        reason = choice.unavailable_reason(name)
+    for name in dispatch.BACKENDS:
+        reason = dispatch.unavailable_reason(name)
         places = {"cpu": "cpu", "cuda": "cuda:0", "triton": "cuda:0"}
         if reason is None and name in places and (name == "cpu" or torch.cuda.is_available()):
-            reason = choice.unavailable_reason(
+            reason = dispatch.unavailable_reason(
                 name, "softmax_kl", places[name]
             )  # does it also compute the right thing?
         found[name] = {"in_use": reason is None, "why_not": reason}
@@ -209,9 +209,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _words(row: dict[str, Any], *leave_out: str) -> str:
+def _joined(row: dict[str, Any], *omitted: str) -> str:
     return ", ".join(
         f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for key, value in row.items()
-        if key not in leave_out
+        if key not in omitted
     )

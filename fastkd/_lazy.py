@@ -1,4 +1,4 @@
-"""Names that are imported on first use, with one clear error where the ``[ris]`` extra is missing."""
+"""Import public names on first use, with one clear error if the ``[ris]`` extra is missing."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ EXTRA = {
     "torchmetrics",
     "transformers",
 }
-"""Packages that the extra brings, by the name they are imported under."""
+"""Packages of the extra, by import name."""
 
 
 def lazy_names(package: str, names: dict[str, str]) -> Callable[[str], Any]:
-    """A module ``__getattr__`` for ``package``: ``names`` maps a public name to the module that holds it.
+    """Return a module ``__getattr__`` for ``package``; ``names`` maps each public name to its module.
 
-    A value equal to the full name of the asked attribute (``"fastkd.data.shapes"``) means the module itself.
+    A value that equals the attribute's full name (``"fastkd.data.shapes"``) stands for the module itself.
     """
 
     def load(name: str) -> Any:

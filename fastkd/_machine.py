@@ -1,6 +1,6 @@
-"""The processors and the memory that this process may use: the machine's, its affinity, and its container's limits.
+"""Processors and memory available to this process, within its affinity and its container's limits.
 
-Needs the standard library alone: setup.py and scripts read this file before fastkd is installed.
+Uses the standard library only: setup.py and scripts run this file before fastkd is installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _UNLIMITED = 2**60  # cgroup v1 writes "no limit" as the largest multiple of a p
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Return how many processors this process may keep busy, at least 1; half a processor counts as one."""
+    """Return the number of processors available to this process, at least 1; a fraction counts as one."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _groups(root, "cpu"):
         older = (*_numbers(folder / "cpu.cfs_quota_us"), *_numbers(folder / "cpu.cfs_period_us"))  # -1: no quota
@@ -25,13 +25,13 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory that this process can still take without swapping, or None where nothing tells."""
+    """Return the bytes of memory that this process can allocate without swapping, or None if unknown."""
     known = _fields(root / "proc/meminfo").get("MemAvailable:")
     free = [known * 1024] if known is not None else []
     for folder in _groups(root, "memory"):
         limits = [*_numbers(folder / "memory.max"), *_numbers(folder / "memory.limit_in_bytes")]
         used = [*_numbers(folder / "memory.current"), *_numbers(folder / "memory.usage_in_bytes"), 0][0]
-        # Files read once are counted as used until something else needs the memory.
+        # The page cache counts as used, but is freed when memory is needed.
         facts = _fields(folder / "memory.stat")
         kept = facts.get("total_inactive_file", facts.get("inactive_file", 0))
         free += [max(0, limit - max(0, used - kept)) for limit in limits if limit < _UNLIMITED]
@@ -39,18 +39,18 @@ def memory(root: Path = Path("/")) -> int | None:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Give the folders of the control groups that hold for this process, of version 1 and 2, innermost first."""
+    """Yield the folders of this process's control groups, of versions 1 and 2, innermost first."""
     mounts = root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
-        if number == "0" and not names:  # version 2, alone or next to version 1
+        if number == "0" and not names:  # version 2, alone or in addition to version 1
             tops = [mounts, mounts / "unified"]
         elif controller in names.split(","):
             tops = [mounts / names, mounts / controller]
         else:
             continue
-        # In a container the path may be the host's, of which only the container's own part is mounted: at the top.
+        # In a container the path may be the host's; only the container's own part of it is mounted, at the top.
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for top in dict.fromkeys(tops):
             yield from (top.joinpath(*parts[:length]) for length in range(len(parts), -1, -1))
@@ -64,12 +64,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def _numbers(path: Path) -> tuple[int, ...]:
-    """Return the numbers that a file consists of; none for "max" and for a file that is not there."""
+    """Return the numbers in a file; an empty tuple for "max" and for a missing file."""
     words = " ".join(_lines(path)).split()
     return tuple(map(int, words)) if words and all(word.lstrip("-").isdecimal() for word in words) else ()
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Return a file of a name and a number on each line."""
+    """Return the contents of a file with a name and a number on each line."""
     pairs = (line.split()[:2] for line in _lines(path))
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}

@@ -1,7 +1,7 @@
-"""The compiled modules ``fastkd._cpu`` and ``fastkd._cuda``: loading them, and what was built at installation.
+"""Load the compiled modules ``fastkd._cpu`` and ``fastkd._cuda``, and report what the installation built.
 
-Neither module knows torch: they take addresses, sizes and strides (see ``csrc/bindings``), and :mod:`fastkd.ops` is
-their only caller.
+Neither module links to torch: they take addresses, sizes and strides (see ``csrc/bindings``). Only :mod:`fastkd.ops`
+calls them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-HERE = Path(__file__).parent.resolve()  # the file itself may be a link into a source tree
+HERE = Path(__file__).parent.resolve()  # this file may be a link into a source tree
 MODULES = ("cpu", "cuda")
 
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """Return what was built when fastkd was installed, and why something was not.
+    """Return what the installation built, and why a module was not built.
 
-    One entry per module, ``"cpu"`` and ``"cuda"``, each with ``built`` (bool); if built, ``compiler`` and what is in
-    it (``isas`` and ``openmp``, or ``targets``, ``ptx`` and ``runtime``), else ``reason`` (str). Empty for a source
-    tree that was never installed.
+    One entry per module, ``"cpu"`` and ``"cuda"``, each with ``built`` (bool); if built, ``compiler`` and the module's
+    contents (``isas`` and ``openmp``, or ``targets``, ``ptx`` and ``runtime``), else ``reason`` (str). Empty for a
+    source tree that was never installed.
 
     Example:
         >>> sorted(build_info())  # doctest: +SKIP
@@ -40,44 +40,44 @@ def build_info() -> dict[str, Any]:
 
 
 def _build_info_name() -> str:
-    """Return the name of the file with this Python's facts; another's, installed from the same tree, has its own."""
+    """Return the name of this Python's file; another Python installed from the same tree has a separate one."""
     tag = importlib.machinery.EXTENSION_SUFFIXES[0].split(".")[1]
     return f"_build_info.{tag}.json"
 
 
 def hidden() -> Path | None:
-    """Return the folder of an installed fastkd that this one, found first on the path, hides; None if there is none.
+    """Return the folder of an installed fastkd that this one shadows on the path, or None.
 
-    The usual reason is a program started inside a checkout: Python looks for packages in the current folder first.
+    Usually a program was started inside a checkout: Python searches the current folder first.
     """
     for found in distributions(name="fastkd"):
         try:
             package = _package_of(found)
             if package is not None and package != HERE and (package / "__init__.py").is_file():
                 return package
-        except (OSError, ValueError):  # a damaged record of an installation
+        except (OSError, ValueError):  # a damaged installation record
             continue
     return None
 
 
 def not_installed(name: str) -> str:
-    """Return why a part of fastkd that an installation makes, by the module's name, is not there, and the fixes."""
+    """Return why the module ``name``, which an installation creates, is missing, and how to fix it."""
     installed = hidden()
     if installed is None:
-        return f"{name} is not there: this source tree was never installed; run `pip install -e .` in it"
+        return f"{name} is missing: this source tree was never installed; run `pip install -e .` in it"
     return (
-        f"{name} is not there: Python took fastkd from the source tree {HERE.parent}, which was never installed and "
+        f"{name} is missing: Python imported fastkd from the source tree {HERE.parent}, which was never installed and "
         f"hides the installed package {installed}; start Python in another folder or with `python -P` to use that one, "
         "or run `pip install -e .` in the source tree to use this one"
     )
 
 
 def _package_of(found: Distribution) -> Path | None:
-    """Return the folder of a distribution's package: installed, or the source tree of an editable installation."""
+    """Return the package folder of a distribution, in site-packages or in the tree of an editable installation."""
     origin = json.loads(found.read_text("direct_url.json") or "{}")
     if origin.get("dir_info", {}).get("editable"):
         return Path(url2pathname(urlsplit(origin["url"]).path)).resolve() / "fastkd"
-    if found.read_text("RECORD") is None:  # not an installation: what building leaves in a source tree
+    if found.read_text("RECORD") is None:  # not an installation: metadata that a build leaves in a source tree
         return None
     return Path(str(found.locate_file("fastkd"))).resolve()
 
@@ -89,7 +89,7 @@ def load(name: str) -> ModuleType:
 
     Raises:
         ValueError: ``name`` is neither.
-        ImportError: the module was not built, or does not load here; says why, and what to do.
+        ImportError: the module was not built, or does not load here; gives the reason and the fix.
     """
     if name not in MODULES:
         raise ValueError(f"name: expected 'cpu' or 'cuda', got {name!r}")
@@ -107,6 +107,6 @@ def _reason(name: str, error: ImportError) -> str:
         switch = "FASTKD_CUDA=1 " if name == "cuda" else ""
         return (
             f"fastkd._{name} was not built when fastkd was installed: {info['reason']}. "
-            f"Mend that, then reinstall from the sources: {switch}pip install --force-reinstall --no-deps ."
+            f"Fix that, then reinstall from the sources: {switch}pip install --force-reinstall --no-deps ."
         )
     return f"fastkd._{name} was built but does not load here: {error}"

@@ -1,4 +1,4 @@
-"""Look through the wrappers that hide a module: torch.compile, data-parallel, averaging and checkpointing ones."""
+"""Unwrap modules from torch.compile, data parallelism, weight averaging and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.optim.swa_utils import AveragedModel
 
 _T = TypeVar("_T")
 
-_RESERVED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # names that torch alone gives a child
+_RESERVED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # child names that only torch uses
 _BY_TYPE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _BY_NAME = {
     "timm.utils.model_ema.ModelEma",
     "timm.utils.model_ema.ModelEmaV2",
     "timm.utils.model_ema.ModelEmaV3",
     "deepspeed.runtime.engine.DeepSpeedEngine",
-}  # not imported to ask
+}  # compared by name, to avoid the imports
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -29,11 +29,10 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def bare(module: nn.Module) -> Iterator[nn.Module]:
-    """Give the module inside its wrappers, its parts without theirs as well, until the end of the block.
+def unwrapped(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the module inside its wrappers, with its submodules unwrapped until the end of the block.
 
-    Names of parameters are then those that the model's author knows, whatever part of it was wrapped. A forward in the
-    block runs without the wrappers.
+    Within the block, parameter names are those of the model's code, and a forward runs without the wrappers.
     """
     root = unwrap(module)
     wrapped = [
@@ -58,10 +57,10 @@ def plain_name(name: str) -> str:
 
 
 def plain_names(state: Mapping[str, _T]) -> dict[str, _T]:
-    """Return a state dict under the names without wrappers; ``module.`` goes only where every name begins with it.
+    """Return a state dict with the wrappers' parts removed from the names; ``module.`` only if all names have it.
 
     Raises:
-        ValueError: two names that differ by a wrapper alone.
+        ValueError: two names differ only by a wrapper.
     """
     plain: dict[str, _T] = {}
     for name, value in state.items():
@@ -73,7 +72,7 @@ def plain_names(state: Mapping[str, _T]) -> dict[str, _T]:
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    """Return what a wrapper holds, or None for a module that is not a wrapper."""
+    """Return the module inside a wrapper, or None if ``module`` is not a wrapper."""
     name = next((name for name in _RESERVED if name in module._modules), None)
     if name is None:
         kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}

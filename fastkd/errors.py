@@ -1,18 +1,18 @@
-"""The exceptions and warnings that fastkd adds to Python's own."""
+"""fastkd's exceptions and warnings."""
 
 import signal
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend asked for by name cannot run here; the message says why and what would mend it."""
+    """A backend requested by name cannot run here; the message gives the reason and the fix."""
 
 
 class FastKDWarning(UserWarning):
-    """A fastkd warning: a backend that failed and was left out, a sentence that was cut, ..."""
+    """A warning of fastkd, such as an unavailable backend or a truncated sentence."""
 
 
 class Terminated(SystemExit):
-    """Training was ended by SIGTERM, after the student was kept; the process ends with status 143."""
+    """SIGTERM ended the training, after the student was saved; the process exits with status 143."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)

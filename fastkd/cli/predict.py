@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from fastkd._atomic import replace_files
-from fastkd._console import show, typed
+from fastkd._console import decode_argument, show
 
 
 def predict(
@@ -50,7 +50,7 @@ def predict(
         chosen = load_tokenizer_for(loaded, tokenizer)
     else:
         chosen = tokenizer_of(loaded, Path(model).expanduser())
-    found = run(loaded, pixels, typed(sentence), chosen)
+    found = run(loaded, pixels, decode_argument(sentence), chosen)
 
     mask, picture = out / f"{image.stem}-mask.png", out / f"{image.stem}-overlay.png"
     drawn = overlay(found.image, found.mask, longest=max(*found.mask.shape, 384))

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastkd._messages import shortened
-from fastkd._wrappers import bare, plain_names
+from fastkd._wrappers import plain_names, unwrapped
 from fastkd.models import pickles
 
 CONFIG_FILE = "config.json"
@@ -76,7 +76,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     Raises:
         ValueError: Names are missing or unexpected, or shapes differ; the message lists them.
     """
-    with bare(model) as inner:
+    with unwrapped(model) as inner:
         _check_names(inner.state_dict(), state, source)
         inner.load_state_dict(state)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._atomic import replace_files
-from fastkd._wrappers import bare, unwrap
+from fastkd._wrappers import unwrap, unwrapped
 from fastkd.models.inputs import check_vocabulary, placement, word_limit
 from fastkd.models.ris import RISModel
 
@@ -93,7 +93,7 @@ def export_onnx(
     student = unwrap(model) if isinstance(model, nn.Module) else model
     if not isinstance(student, RISModel):
         raise TypeError(f"export takes a RISModel, got {type(student).__name__}: pass distiller.student of a Distiller")
-    with bare(student):  # wrappers would change the traced graph and parameter names
+    with unwrapped(student):  # wrappers would change the traced graph and parameter names
         return _export(student, path, size, tokenizer, tolerance, batch_sizes, seed)
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from fastkd._atomic import replace_files
-from fastkd._wrappers import bare
+from fastkd._wrappers import unwrapped
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.tokenizer import FILES as TOKENIZER_FILES
 from fastkd.data.tokenizer import has_tokenizer, load_tokenizer, locate_tokenizer
@@ -172,7 +172,7 @@ class RISModel(
         from safetensors.torch import save_file
 
         # Clone: safetensors refuses tensors that share their storage or do not fill it.
-        with bare(self) as model:
+        with unwrapped(self) as model:
             state = {
                 k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format)
                 for k, v in model.state_dict().items()

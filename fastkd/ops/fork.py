@@ -1,8 +1,7 @@
-"""OpenMP threads across a fork.
+"""End OpenMP threads before a fork.
 
-A child has none of its parent's threads, but GNU's OpenMP still believes in them there and waits for them forever: in
-torch's own operators as in the C++ kernels, which share its threads. So they are ended before a fork; parent and child
-start new ones when they need some.
+A child process has none of its parent's threads, but GNU's OpenMP still waits for them there, forever, in torch's own
+operators and in the C++ kernels, which share the threads. Parent and child start new ones when they need them.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import Any
 
 import torch
 
-SOFT = 1  # OpenMP's omp_pause_soft: threads end, settings stay
+SOFT = 1  # omp_pause_soft: end the threads, keep the settings
 
 
 @functools.cache
 def _pause() -> Callable[[int], Any] | None:
-    """Return ``omp_pause_resource_all`` of the OpenMP that torch is linked to, or None."""
+    """Return ``omp_pause_resource_all`` of the OpenMP that torch links to, or None."""
     try:
         return ctypes.CDLL(torch._C.__file__).omp_pause_resource_all
     except (AttributeError, OSError):
@@ -34,5 +33,5 @@ def _end_threads() -> None:
         pause(SOFT)
 
 
-if sys.platform == "linux":  # LLVM's OpenMP, of other systems, sees to forks itself
+if sys.platform == "linux":  # LLVM's OpenMP, on other systems, handles forks itself
     os.register_at_fork(before=_end_threads)

@@ -1,8 +1,8 @@
-"""Matrix products in fp32 whatever ``torch.set_float32_matmul_precision`` allows torch's own.
+"""Matrix products in full fp32, independent of ``torch.set_float32_matmul_precision``.
 
-At "high" and "medium" torch rounds the operands of fp32 products to TF32 or bf16 where the device gains by it. That
-setting belongs to the process, so it is not switched while other threads, or a backward later, may multiply as well;
-instead the operands take forms that lose nothing by such rounding.
+At "high" and "medium" torch rounds the operands of fp32 products to TF32 or bf16 where that is faster. The setting is
+global to the process, so changing it would affect other threads and later backwards; instead the operands are split
+into parts that such rounding leaves unchanged.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 from fastkd.ops.numerics import computes_fp64
 from fastkd.ops.torch_state import constant_result
 
-WIDE = ("cpu",)
-"""Device types where fp64 products cost no more than about three times fp32 ones; others take six products of bf16."""
+FAST_FP64 = ("cpu",)
+"""Device types where an fp64 product takes at most about 3 times as long as fp32; others use six products of bf16."""
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y`` of matrices or batches of matrices of one dtype, fp32 or fp64, in the arithmetic of that dtype.
+    """Return ``x @ y`` of (batches of) matrices of one dtype, fp32 or fp64, computed in that dtype.
 
-    The setting is read when the forward runs (torch.compile guards on it), and holds for the derivatives as well.
+    The setting is read by the forward (torch.compile guards on it) and applies to the derivatives too.
     """
-    if x.dtype != torch.float32 or not _lowered(x.device.type):
+    if x.dtype != torch.float32 or not _may_round(x.device.type):
         return x @ y
-    if x.device.type in WIDE and computes_fp64(x.device):
+    if x.device.type in FAST_FP64 and computes_fp64(x.device):
         return (x.double() @ y.double()).float()
     return (_Parts if torch.compiler.is_compiling() else _TransformedParts).apply(x, y)
 
 
 @constant_result
-def _lowered(device_type: str) -> bool:
+def _may_round(device_type: str) -> bool:
     """Return whether torch may round the operands of fp32 products on such a device."""
     settings = []
     if device_type != "cuda":
@@ -43,7 +43,7 @@ def _lowered(device_type: str) -> bool:
 
 
 class _Parts(torch.autograd.Function):
-    """A product of bf16 parts that add up to the operands, as are the products of its derivatives."""
+    """A product, and those of its derivatives, from bf16 parts that sum to the operands."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class _Parts(torch.autograd.Function):
 
 
 class _TransformedParts(_Parts):
-    """The same with the rules of vmap and forward mode, which torch.compile does not trace."""
+    """:class:`_Parts` with the rules of vmap and forward mode, which torch.compile does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor | None, y_tangent: Tensor | None) -> Tensor:
@@ -86,7 +86,7 @@ class _TransformedParts(_Parts):
 def _parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return three tensors of 8 significant bits each, as bf16 has, whose sum is ``x``; NaN where ``x`` is infinite.
 
-    The bits are cut off: compilers take a rounding to bf16 and back for nothing.
+    The bits are truncated: compilers optimise away a rounding to bf16 and back.
     """
     first = _upper(x)
     second = _upper(x - first)

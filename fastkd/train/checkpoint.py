@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastkd._atomic import replace_folder
-from fastkd._wrappers import bare
+from fastkd._wrappers import unwrapped
 
 
 def save_student(student: nn.Module, folder: Path) -> Path:
@@ -17,7 +17,7 @@ def save_student(student: nn.Module, folder: Path) -> Path:
     Calls the model's ``save_pretrained``; a model without one is written as ``model.safetensors``. Parameter names are
     the model's own, without those of wrappers (``torch.compile``, data parallelism, averaging).
     """
-    with replace_folder(folder) as partial, bare(student) as model:
+    with replace_folder(folder) as partial, unwrapped(student) as model:
         save_pretrained: Any = getattr(model, "save_pretrained", None)
         if save_pretrained is not None:
             save_pretrained(partial)

@@ -69,10 +69,10 @@ def test_undecodable_file_names_keep_their_bytes():
 
 def test_undecodable_arguments_become_text():
     for text in ("the café", "a cup", "猫"):
-        assert _console.typed(text.encode().decode("ascii", "surrogateescape")) == text
-        assert _console.typed(text) == text
+        assert _console.decode_argument(text.encode().decode("ascii", "surrogateescape")) == text
+        assert _console.decode_argument(text) == text
     latin = b"caf\xe9".decode("ascii", "surrogateescape")
-    assert _console.typed(latin) == latin
+    assert _console.decode_argument(latin) == latin
 
 
 def test_error_handler_of_the_user_is_kept(monkeypatch):

@@ -18,7 +18,7 @@ pytest.importorskip("accelerate", reason="needs the [ris] extra")
 from safetensors.torch import load_file, save_file
 
 from fastkd import Distiller, Taps, Term
-from fastkd._wrappers import bare, plain_names, unwrap
+from fastkd._wrappers import plain_names, unwrap, unwrapped
 from fastkd.data._parts import declared_values, set_epoch
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import evaluate
@@ -119,7 +119,7 @@ class TestModels:
 
         holder = Holder()
         assert unwrap(holder) is holder
-        with bare(holder) as inner:
+        with unwrapped(holder) as inner:
             assert sorted(inner.state_dict()) == [f"module.{name}" for name in NAMES]
 
     def test_names_read_from_files(self, tmp_path: Path) -> None:

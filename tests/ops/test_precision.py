@@ -40,7 +40,7 @@ def restored():
 @pytest.fixture(params=[("cpu",), ()], ids=["fp64", "parts"])
 def means(request, monkeypatch):
     """Both ways to multiply: that of CPUs, and that of devices where fp64 is slow or missing."""
-    monkeypatch.setattr(products, "WIDE", request.param)
+    monkeypatch.setattr(products, "FAST_FP64", request.param)
 
 
 def draw(*shape, seed=0):
@@ -146,7 +146,7 @@ def test_a_compiled_graph_follows_the_setting(means):
     for setting in ("highest", "medium", "highest"):
         torch.set_float32_matmul_precision(setting)
         torch.testing.assert_close(compiled(x, y), x @ y)
-    protected = (torch.float64, 8) if products.WIDE else (torch.float32, 48)
+    protected = (torch.float64, 8) if products.FAST_FP64 else (torch.float32, 48)
     assert dtypes == [(torch.float32, 8), protected, (torch.float32, 8)]
 
 

@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from pathlib import Path
 
-from fastkd._console import typed
+from fastkd._console import decode_argument
 from fastkd._messages import shortened
 from fastkd.data.tokenizer import Tokenizer, load_tokenizer
 from fastkd.errors import FastKDWarning
@@ -82,7 +82,7 @@ def convert(
     origin = {
         "layout": found.layout,
         "fusion_heads": "-".join(map(str, found.fusion_heads)),
-        "source": typed(source.name).encode("utf-8", "replace").decode(),
+        "source": decode_argument(source.name).encode("utf-8", "replace").decode(),
         "source_sha256": digest,
     }
     return io.write(destination, model.config, state, _load_tokenizer(tokenizer), origin)

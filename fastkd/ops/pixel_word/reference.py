@@ -1,4 +1,4 @@
-"""``pixel_word`` in plain torch: how two networks' pixels attend to words, compared to first and second order."""
+"""``pixel_word`` in plain torch: first- and second-order distances of two networks' pixel–word attention."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def pixel_word(
     temperature: float | Tensor = 1.0,
     terms: Sequence[str] = TERMS,
 ) -> dict[str, Tensor]:
-    """The cross-modal terms of two networks' pixels V (B, N, D) and words L (B, T, D), each of shape (B,).
+    """Return the cross-modal terms (B,) of two networks' pixels V (B, N, D) and words L (B, T, D).
 
     The logits are M = V Lᵀ/√D ("scaled_dot") or the cosines of V and L ("cosine"); the rest is
-    :func:`pixel_word_from_logits`. What masked pixels and words hold, NaN included, touches neither loss nor gradient.
+    :func:`pixel_word_from_logits`. The values of masked pixels and words, even NaN, affect neither loss nor gradient.
     """
     dtype = compute_dtype(student_pixels, student_words, teacher_pixels, teacher_words)
     with full_precision(student_pixels.device):
@@ -58,15 +58,15 @@ def pixel_word_from_logits(
     temperature: float | Tensor = 1.0,
     terms: Sequence[str] = TERMS,
 ) -> dict[str, Tensor]:
-    """The cross-modal terms of two sets of pixel–word logits M (B, N, T), each of shape (B,).
+    """Return the cross-modal terms (B,) of two sets of pixel–word logits M (B, N, T).
 
     With A = softmax over valid words of M/τ (0 for masked words and in the rows of masked pixels), Q = softmax over
     valid pixels of M/τ, and n, t the numbers of valid pixels and words of a sample:
 
     - "pixel_to_word": the mean over valid pixels of KL(A_T[i] ‖ A_S[i]), without the factor τ²;
     - "word_to_pixel": the mean over valid words of KL(Q_T[:, j] ‖ Q_S[:, j]), without the factor τ²;
-    - "pixel_pixel": ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², from T×T matrices: no N×N matrix is held (but for networks that
-      differ in T, on a device without fp64);
+    - "pixel_pixel": ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², from T×T matrices, without an N×N matrix (except for networks
+      with different T on a device without fp64);
     - "word_word": ‖A_Sᵀ A_S − A_Tᵀ A_T‖²_F / n².
 
     The two networks may differ in T if "pixel_pixel" is the only term. fp32 (fp64 if an input is fp64).
@@ -100,11 +100,11 @@ def pixel_word_from_logits(
 
 
 def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict[str, Tensor]:
-    """Squared Frobenius distances of the Gram matrices of a and b over n², through T×T matrices.
+    """Return squared Frobenius distances of the Gram matrices of a and b over n², from T×T matrices.
 
-    With d = a − b: aaᵀ − bbᵀ = d aᵀ + b dᵀ and aᵀa − bᵀb = dᵀa + bᵀd. Every product holds d, so nothing cancels as the
-    student nears the teacher. Where the widths differ there is no d; ‖aᵀa‖² + ‖bᵀb‖² − 2‖aᵀb‖² is taken in fp64, or on
-    a device without fp64 ‖aaᵀ − bbᵀ‖² from N×N matrices.
+    With d = a − b: aaᵀ − bbᵀ = d aᵀ + b dᵀ and aᵀa − bᵀb = dᵀa + bᵀd. Every product has the factor d, so nothing
+    cancels as the student approaches the teacher. If the widths differ, there is no d; ‖aᵀa‖² + ‖bᵀb‖² − 2‖aᵀb‖² is
+    computed in fp64, or on a device without fp64 ‖aaᵀ − bbᵀ‖² from N×N matrices.
     """
     dtype, results = a.dtype, {}
     if a.shape[2] != b.shape[2] and not computes_fp64(a.device):
@@ -127,7 +127,7 @@ def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict
 def _logits(
     pixels: Tensor, words: Tensor, pixel_mask: Tensor | None, word_mask: Tensor | None, similarity: str
 ) -> Tensor:
-    """M (B, N, T). Masked rows are emptied first: 0·NaN would carry their NaN into the other operand's gradient."""
+    """Return M (B, N, T). Masked rows are set to 0 first: 0·NaN would put NaN into the other operand's gradient."""
     v, w = _masked(pixels, pixel_mask, 1), _masked(words, word_mask, 1)
     if similarity == "cosine":
         return product(normalise_rows(v), normalise_rows(w).mT)
@@ -135,7 +135,7 @@ def _logits(
 
 
 def _masked(x: Tensor, mask: Tensor | None, dim: int, value: float = 0.0) -> Tensor:
-    """``value`` wherever the (B, size of ``dim``) mask is False."""
+    """Return ``x`` with ``value`` where the (B, size of ``dim``) mask is False."""
     if mask is None:
         return x
     shape = [mask.shape[0]] + [1] * (x.dim() - 1)

@@ -1,4 +1,4 @@
-"""``relation`` in plain torch: a distance, row by row, between the self-relation matrices of two row sets."""
+"""``relation`` in plain torch: a distance, row by row, between the self-relation matrices of two sets of rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def relation(
     negate: bool = False,
     cross: bool = False,
 ) -> Tensor:
-    """Compare E_S = sim(X_S, X_S) with E_T = sim(X_T, X_T) row by row, holding both matrices.
+    """Compare E_S = sim(X_S, X_S) with E_T = sim(X_T, X_T) row by row; both matrices are stored.
 
     Args:
         student: X_S, (B, R, K_S): R rows of width K_S.
@@ -31,8 +31,8 @@ def relation(
         similarity: "cosine" (rows divided by their norms), "mean" (X Xᵀ/K) or "dot" (X Xᵀ).
         distance: "kl" is KL(softmax(σE_T[r]/τ) ‖ softmax(σE_S[r]/τ)), "mse" the mean squared difference of the rows,
             "row_cosine" the squared distance of the rows scaled to norm 1.
-        temperature: τ, used by "kl" alone.
-        negate: σ = −1 instead of +1, used by "kl" alone.
+        temperature: τ, used by "kl" only.
+        negate: σ = −1 instead of +1, used by "kl" only.
         cross: relate the rows of sample i to the rows of every sample j, and average the B distances of a row.
 
     Returns:
@@ -53,12 +53,12 @@ def relation(
 
 
 def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cross: bool = False) -> Tensor:
-    """``relation(..., distance="mse")`` from K×K Gram matrices: no R×R matrix is held.
+    """Return ``relation(..., distance="mse")`` from K×K Gram matrices, without an R×R matrix.
 
     With A = X_S, B = X_T and D = A − B, row i of AAᵀ − BBᵀ is d_i Aᵀ + b_i Dᵀ, hence its squared norm is
-    d_i(AᵀA)d_iᵀ + b_i(DᵀD)b_iᵀ + 2 d_i(AᵀD)b_iᵀ. Every summand holds D twice, so nothing cancels as the student nears
-    the teacher. Where the widths differ D does not exist and a_i(AᵀA)a_iᵀ + b_i(BᵀB)b_iᵀ − 2 a_i(AᵀB)b_iᵀ is used,
-    which does cancel and is therefore computed in fp64, on a device that can (``numerics.computes_fp64``).
+    d_i(AᵀA)d_iᵀ + b_i(DᵀD)b_iᵀ + 2 d_i(AᵀD)b_iᵀ. Every summand has the factor D twice, so nothing cancels as the
+    student approaches the teacher. If the widths differ, D does not exist; a_i(AᵀA)a_iᵀ + b_i(BᵀB)b_iᵀ −
+    2 a_i(AᵀB)b_iᵀ is used, which does cancel and therefore needs fp64 (``numerics.computes_fp64``).
     """
     dtype = compute_dtype(student, teacher)
     same_width = student.shape[-1] == teacher.shape[-1]
@@ -67,7 +67,7 @@ def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cros
         a = _scaled(student.to(work), similarity)
         b = _scaled(teacher.to(work), similarity)
         columns = a.shape[1]
-        if cross:  # every row meets the rows of all samples: one Gram matrix for the batch
+        if cross:  # every row is compared with the rows of all samples: one Gram matrix for the batch
             columns = columns * a.shape[0]
         if same_width:
             d = a - b
@@ -80,14 +80,14 @@ def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cros
 
 
 def _scaled(rows: Tensor, similarity: str) -> Tensor:
-    """Rows whose plain dot products are the similarities."""
+    """Return rows whose dot products are the similarities."""
     if similarity == "cosine":
         return normalise_rows(rows)
     return rows / rows.shape[-1] ** 0.5 if similarity == "mean" else rows
 
 
 def _similarities(rows: Tensor, similarity: str, cross: bool) -> Tensor:
-    """(B, R, K) to (B, R, R), or (B, R, B, R) between all samples."""
+    """Return the similarities (B, R, R) of rows (B, R, K), or (B, R, B, R) between all samples."""
     x = _scaled(rows, similarity)
     if not cross:
         return product(x, x.mT)
@@ -96,11 +96,11 @@ def _similarities(rows: Tensor, similarity: str, cross: bool) -> Tensor:
 
 
 def _gram(x: Tensor, y: Tensor, pooled: bool) -> Tensor:
-    """XᵀY per sample, or its sum over the samples."""
+    """Return XᵀY per sample, or its sum over the samples."""
     gram = product(x.mT, y)
     return gram.sum(0, keepdim=True) if pooled else gram
 
 
 def _form(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
-    """x_i M y_iᵀ for every row i."""
+    """Return x_i M y_iᵀ for every row i."""
     return (product(x, matrix) * y).sum(-1)

@@ -9,18 +9,18 @@ from fastkd.ops.numerics import compute_dtype
 
 
 def softmax_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int = -1) -> Tensor:
-    """KL(softmax(teacher/τ) ‖ softmax(student/τ)) over ``dim``, without the factor τ².
+    """Return KL(softmax(teacher/τ) ‖ softmax(student/τ)) over ``dim``, without the factor τ².
 
     Args:
         student: logits, any shape and floating dtype.
         teacher: logits of the same shape.
         temperature: τ > 0.
-        dim: the dimension that the softmax runs over.
+        dim: the dimension of the softmax.
 
     Returns:
         The shape of ``student`` without ``dim``, fp32 (fp64 if an input is fp64). Where the teacher's probability is 0
-        the summand is 0 (0·log 0 = 0), also where both logits are −inf; a student probability of 0 under a positive
-        teacher probability gives inf. NaN, +inf, and a row that is −inf throughout give NaN.
+        the summand is 0 (0·log 0 = 0), also where both logits are −inf; a student probability of 0 with a positive
+        teacher probability gives inf. NaN, +inf, and a row of only −inf give NaN.
     """
     dtype = compute_dtype(student, teacher)
     log_p_s = torch.log_softmax(student.to(dtype) / temperature, dim)
@@ -29,7 +29,7 @@ def softmax_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, di
 
 
 def kl(log_p_s: Tensor, log_p_t: Tensor, dim: int = -1) -> Tensor:
-    """Σ p_t (log p_t − log p_s) over ``dim``, a summand being 0 where p_t is."""
+    """Return Σ p_t (log p_t − log p_s) over ``dim``; a summand is 0 where p_t is."""
     p_t = log_p_t.exp()
     # Mask the difference, not the product: 0·(−inf + inf) is NaN, and so would be its gradient.
     ratio = torch.where(p_t == 0, torch.zeros_like(p_t), log_p_t - log_p_s)
