@@ -21,8 +21,8 @@ class DataArgs:
         data: folder that holds ``refcoco/`` and ``images/``.
         dataset: one of the sets in it: refcoco, refcoco+ or refcocog.
         split_by: author of the splits: unc, google or umd.
-        tokenizer: path of the vocab.txt (or tokenizer folder) that defines the word ids, or "shapes"; default: the one
-            in the model's folder or named by its configuration, else the teacher's.
+        tokenizer: path of the vocab.txt (or tokenizer folder) that defines the word ids, or "shapes"; if omitted, the
+            one in the model's folder or named by its configuration, else the teacher's.
         skip_unusable: skip refs without a sentence, a mask or a readable image file, and report their number; without
             this option they are an error. Every image is decoded once to check it.
     """

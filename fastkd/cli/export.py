@@ -25,10 +25,10 @@ def export(
     Args:
         model: a folder written by save_pretrained, such as a run's best/; it never contains the teacher.
         onnx: the .onnx file to write; an existing one is replaced.
-        height: image height; default: the model's image size.
-        width: image width; default: the height.
-        tokenizer: path of a vocab.txt or of a tokenizer folder; default: the one in the model's folder or named by its
-            configuration, if any.
+        height: image height; if omitted, the model's image size.
+        width: image width; if omitted, the height.
+        tokenizer: path of a vocab.txt or of a tokenizer folder; if omitted, the one in the model's folder or named by
+            its configuration, if any.
         tolerance: largest difference allowed, relative to the largest logit.
         threads: threads of torch and onnxruntime for the comparison.
     """

@@ -30,8 +30,8 @@ def predict(
         model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), or "shapes" for the
             shipped teacher of the procedural set.
         out: folder for the two pictures; earlier ones of the same names are replaced.
-        tokenizer: path of a vocab.txt or of a tokenizer folder; default: the one in the model's folder or named by its
-            configuration.
+        tokenizer: path of a vocab.txt or of a tokenizer folder; if omitted, the one in the model's folder or named by
+            its configuration.
         device: "auto", "cpu", "cuda", ...
     """
     from fastkd._runtime import pick_device
