@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastkd._runtime import autocast, pick_device, pick_precision, to_device
 from fastkd.data._loading import batches
-from fastkd.data._parts import declared_values, leaves
+from fastkd.data._nested import declared_values, leaves
 from fastkd.distill.forward import parameter_dtype, run_model
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate._values import check_mask, has_nan, nan_cause

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd._wrappers import unwrap
-from fastkd.data._parts import declared_values, leaves
+from fastkd.data._nested import declared_values, leaves
 from fastkd.data.tokenizer import Tokenizer
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.words import PREFIX

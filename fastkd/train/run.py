@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastkd._runtime import autocast, to_device
 from fastkd.data._loading import batches
-from fastkd.data._parts import declared_values, leaves, set_epoch
+from fastkd.data._nested import declared_values, leaves, set_epoch
 from fastkd.distill.distiller import Distiller
 from fastkd.errors import Terminated
 from fastkd.evaluate.evaluation import check_dataset, evaluate

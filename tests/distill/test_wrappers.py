@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fastkd import Distiller, Taps, Term
 from fastkd._wrappers import plain_names, unwrap, unwrapped
-from fastkd.data._parts import declared_values, set_epoch
+from fastkd.data._nested import declared_values, set_epoch
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import evaluate
 from fastkd.models.checkpoint import load_strictly, read_state_dict

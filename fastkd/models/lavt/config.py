@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd._messages import shortened
+from fastkd._messages import shortened, suggestion
 
 _BLOCK = re.compile(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.")
 _TEXT_LAYER = re.compile(r"text_encoder\.encoder\.layer\.(\d+)\.")
@@ -108,9 +108,11 @@ class LAVTConfig:
         Raises:
             ValueError: A field is missing, unknown or out of range.
         """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"LAVTConfig has no field {', '.join(map(repr, unknown))}")
+            hint = suggestion(unknown[0], known)
+            raise ValueError(f"LAVTConfig has no field {', '.join(map(repr, unknown))}.{hint}")
         missing = [name for name in ("embed", "depths", "heads", "window") if name not in values]
         if missing:
             raise ValueError(f"LAVTConfig needs {', '.join(missing)}")
