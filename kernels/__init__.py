@@ -1,4 +1,4 @@
-"""Triton kernels, one file per family, installed as ``fastkd.kernels``.
+"""Triton kernels, one folder per family, installed as ``fastkd.kernels``.
 
-Imported on first use by ``fastkd.ops`` and by nothing else: Triton is not a dependency of fastkd.
+Only ``fastkd.ops`` imports this package, on first use: Triton is an optional dependency.
 """

@@ -42,9 +42,9 @@ def key(row: dict[str, Any]) -> str:
 
 
 def block_label(constants: dict[str, Any]) -> str:
-    """Return a short label of a block shape, such as ``128x64x64k``.
+    """Return a short label of a block shape, such as ``128x64x64s``.
 
-    The sizes are followed by ``+`` for a kernel that loops and one for rows split across programs, ``k`` for stored
+    The sizes are followed by ``+`` for a kernel that loops and one for rows split across programs, ``s`` for stored
     tiles and ``'`` for rows as the inner dimension.
     """
     sizes = [str(constants[size]) for size in SIZES if size in constants]
@@ -52,7 +52,7 @@ def block_label(constants: dict[str, Any]) -> str:
 
 
 SIZES = ("ROWS", "COLS", "PARTS", "BLOCK", "WIDTH", "DEPTH", "BN", "TP", "BD", "SLAB")
-MARKS = {"LOOP": "+", "SPLIT": "+", "KEEP": "k", "KEPT": "k", "STUDENT_ROWS_INNER": "'"}
+MARKS = {"LOOP": "+", "SPLIT": "+", "STORE": "s", "STORED": "s", "STUDENT_ROWS_INNER": "'"}
 
 
 def select(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = "") -> Iterator[Entry]:

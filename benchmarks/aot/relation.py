@@ -1,4 +1,4 @@
-"""What ``aot.py`` compiles of the family ``relation``."""
+"""Ahead-of-time cases of ``relation``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from benchmarks.aot.cases import TARGETS, Case
 
 
 def relation_cases(dtype: str) -> Iterator[Case]:
-    """Every kernel of the family in every block shape of its table; what differs by method alone, once or twice."""
+    """Yield every kernel in every block shape of its plan; variants of the method only for one or two shapes."""
     from fastkd.kernels.relation import backward, derivative, forward, merge
     from fastkd.kernels.relation.plan import NARROW_CAPABILITIES, PLANES, REGIMES, SMALL_BACKWARD, WIDE_METHODS
 
     if dtype == "fp64":
-        return  # the family has none
-    # Rows of 900 contiguous bfloat16 numbers, a factor of 4; or maps of 3600 pixels.
+        return  # the family has no fp64 kernels
+    # Rows of 900 contiguous bfloat16 elements (divisible by 4), or maps of 3600 pixels.
     channels, pixels = (
         {
             **{f"{side}_UNIT": unit for side in ("STUDENT", "TEACHER", "GRAD")},
@@ -25,7 +25,14 @@ def relation_cases(dtype: str) -> Iterator[Case]:
         for unit, inner in ((4, False), (4 if dtype == "fp32" else 8, True))
     )
     h_type = "bf16" if dtype == "bf16" else "fp32"
-    common = {"COSINE": True, "NEGATE": False, "KEEP": False, "KEPT": False, "MIRROR": True, "SPLIT": dtype == "bf16"}
+    common = {
+        "COSINE": True,
+        "NEGATE": False,
+        "STORE": False,
+        "STORED": False,
+        "MIRROR": True,
+        "SPLIT": dtype == "bf16",
+    }
 
     def case(name: str, kernel: Any, constants: dict[str, Any], launch: dict[str, Any], **options: Any) -> Case:
         constants = {n: constants[n] for n in kernel.arg_names if n.isupper()}
@@ -58,16 +65,16 @@ def relation_cases(dtype: str) -> Iterator[Case]:
         block = {"BLOCK": backward.COEFFICIENTS_BLOCK}
         yield case("coefficients", derivative.coefficients_kernel, {**method(name), **block}, {"num_warps": 4})
     for i, regime in enumerate(REGIMES[dtype]):
-        tiles, launch, crowded = regime.tiles.constants(), regime.tiles.launch(), regime.crowded.launch()
-        unfused = regime.crowded.launch(fused=False)
+        tiles, launch, heavy = regime.tiles.constants(), regime.tiles.launch(), regime.heavy.launch()
+        unfused = regime.heavy.launch(fused=False)
         methods = [name for name in PLANES if name != "kl maxima" or regime is REGIMES[dtype][-1]]
         for name in methods:
-            with_maxima = crowded if name == "kl maxima" else launch
+            with_maxima = heavy if name == "kl maxima" else launch
             yield case("tiles", forward.tiles_kernel, {**channels, **method(name), **tiles}, with_maxima)
-        kept = {**channels, **method("kl"), **tiles}
-        yield case("tiles", forward.tiles_kernel, {**kept, "KEEP": True}, launch)
+        stored = {**channels, **method("kl"), **tiles}
+        yield case("tiles", forward.tiles_kernel, {**stored, "STORE": True}, launch)
         yield case("tiles", forward.tiles_kernel, {**pixels, **method("kl"), **tiles}, launch)
-        yield case("derivative", derivative.derivative_kernel, {**kept, "KEPT": True}, unfused)
+        yield case("derivative", derivative.derivative_kernel, {**stored, "STORED": True}, unfused)
         but = [target for target in TARGETS if i + 1 < len(REGIMES[dtype]) and target // 10 in SMALL_BACKWARD[dtype]]
         for name in methods:
             constants = {**channels, **method(name), **tiles}

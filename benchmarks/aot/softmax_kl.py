@@ -1,4 +1,4 @@
-"""What ``aot.py`` compiles of the family ``softmax_kl``."""
+"""Ahead-of-time cases of ``softmax_kl``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.aot.cases import Case
 
 
 def softmax_kl_cases(dtype: str) -> Iterator[Case]:
-    """Every block shape in the family's table."""
+    """Yield every kernel in every block shape of its plan."""
     from fastkd.kernels.softmax_kl import backward, forward, plan
 
     kernels = {
@@ -19,7 +19,7 @@ def softmax_kl_cases(dtype: str) -> Iterator[Case]:
     }
     acc = "fp64" if dtype == "fp64" else "fp32"
     itemsize = 8 if dtype == "fp64" else 2
-    longest = plan.blocks_for(1 << 20, itemsize).cols
+    long = plan.blocks_for(1 << 20, itemsize).cols
 
     def case(name: str, constants: dict[str, Any], warps: int, **options: Any) -> Case:
         kernel = kernels[name]
@@ -37,12 +37,12 @@ def softmax_kl_cases(dtype: str) -> Iterator[Case]:
                 types[argument] = "i64" if "stride" in argument else "i32"
         return f"softmax_kl.{name}", kernel, types, constants, warps, options
 
-    for cols in (*(blocks.cols for blocks in plan.SHORT), longest, longest + 1):
+    for cols in (*(blocks.cols for blocks in plan.SHORT_ROW_BLOCKS), long, long + 1):
         blocks = plan.blocks_for(cols, itemsize)
         block = {"ROWS": blocks.rows, "COLS": blocks.cols}
         loop = cols > blocks.cols
         for split in (False, True) if loop else (False,):
-            yield case("forward", block | {"LOOP": loop, "SPLIT": split}, blocks.warps, **forward.MOST_REGISTERS)
-        if not loop:  # the backward has none
+            yield case("forward", block | {"LOOP": loop, "SPLIT": split}, blocks.warps, **forward.MAX_REGISTERS)
+        if not loop:  # the backward does not loop
             yield case("backward", block, blocks.warps)
-    yield case("merge", {"PARTS": plan.MOST_PARTS}, 1)
+    yield case("merge", {"PARTS": plan.MAX_PARTS}, 1)

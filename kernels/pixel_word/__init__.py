@@ -1,1 +1,1 @@
-"""``pixel_word`` in Triton."""
+"""Triton kernels of ``pixel_word``: see forward.py and backward.py."""

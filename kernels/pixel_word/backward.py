@@ -1,6 +1,6 @@
-r"""``pixel_word`` in Triton, backward: from the logits, the columns' sums, and G, K, E (see ``pixel_word.py``).
+r"""Backward of ``pixel_word`` in Triton, from the logits, the column sums and G, K, E (see forward.py).
 
-With g_k the gradient of loss k, the second order gives dA = A X + D Z,
+With g_k the incoming gradient of loss k, the second order gives dA = A X + D Z,
 
 .. math:: X = \tfrac{4}{n^2} (g_{ww} W + g_{pp} K), \qquad Z = \tfrac{4}{n^2} g_{pp} (G - K),
 
@@ -9,10 +9,10 @@ since :math:`d\|AA^T - BB^T\|^2 / dA = 4 (DG + BK)` and :math:`d\|W\|^2 / dA = 4
 .. math:: du = A \odot (dA - \langle dA, A\rangle) + \tfrac{g_{pw}}{n} D + \tfrac{g_{wp}}{t} (Q_S - Q_T),
           \qquad dM = s\,du,
 
-and with logits given, that is all. Of features, dV = dM L and dL = dMᵀ V; for the cosine, with V̂ and L̂ of length 1,
-dV = (dM L̂ − V̂ ⟨dM, M⟩)/|V| and dL = (dMᵀ V̂ − L̂ ⟨dMᵀ V̂, L̂⟩)/|L|. dM is kept in fp32 between the two; its products
-with features of 16 bits, which TF32 holds exactly, are of two TF32 products, others of three. Masked pixels and words
-get exactly 0, whatever the others hold.
+which is the result if logits were given. For features, dV = dM L and dL = dMᵀ V; for the cosine, with V̂ and L̂ of
+length 1, dV = (dM L̂ − V̂ ⟨dM, M⟩)/|V| and dL = (dMᵀ V̂ − L̂ ⟨dMᵀ V̂, L̂⟩)/|L|. dM is stored in fp32. Its products with
+16-bit features, which are exact in TF32, take two TF32 products, others three. Masked pixels and words get a gradient
+of exactly 0, even if they hold NaN.
 """
 
 from __future__ import annotations
@@ -22,64 +22,68 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, cdiv, launching_on, round_to
+from fastkd.kernels.common import LOG2E, launching_on, round_to
 from fastkd.kernels.pixel_word.features import merge_words_kernel, pixels_kernel, words_kernel
-from fastkd.kernels.pixel_word.tiles import (
+from fastkd.kernels.pixel_word.plan import (
     FUSED,
-    MERGE_WORDS,
-    MOST_SUMS,
+    MAX_PARTIALS,
+    MERGE_WORDS_BLOCKS,
+    gradient_blocks,
+    padded_words,
+    pixels_blocks,
+    split_pixels,
+    words_blocks,
+)
+from fastkd.kernels.pixel_word.tiles import (
     PIXEL_PIXEL,
     PIXEL_TO_WORD,
     SECOND_ORDER,
-    UNIT,
+    SPLIT_UNIT,
     WORD_TO_PIXEL,
     WORD_WORD,
     Side,
     attention,
     attention_slab,
-    cut,
-    gradient_blocks,
-    halves,
     load_logits,
     logits_of,
-    padded,
-    pixels_blocks,
-    product_of_halves,
+    split_fp16,
+    split_product,
     strides,
     valid_pixels,
     valid_words,
-    words_blocks,
 )
 from torch import Tensor
 
+from fastkd._integers import ceil_div
+
 
 @triton.jit
-def in_units(x):
-    """x / max |x| in halves, and what their products count in."""
+def scaled_halves(x):
+    """Return x / max |x| split into fp16 numbers, and the unit of their products."""
     largest = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-30)
-    high, low = halves(x / largest)
-    return high, low, largest * UNIT
+    high, low = split_fp16(x / largest)
+    return high, low, largest * SPLIT_UNIT
 
 
 @triton.jit
-def slopes(grams_ptr, words, i, j, g_ww, g_pp):
-    """The rows ``i`` of X and of Z."""
+def load_x_and_z(grams_ptr, words, i, j, g_ww, g_pp):
+    """Return rows ``i`` of X and Z, scaled and split into fp16 numbers, with their units."""
     both = (i < words)[:, None] & (j < words)[None, :]
     entry = grams_ptr + i[:, None] * words + j[None, :]
-    turned = grams_ptr + j[None, :] * words + i[:, None]
+    transposed = grams_ptr + j[None, :] * words + i[:, None]
     g = tl.load(entry, mask=both, other=0.0)
     k = tl.load(entry + words * words, mask=both, other=0.0)
-    k_t = tl.load(turned + words * words, mask=both, other=0.0)
+    k_t = tl.load(transposed + words * words, mask=both, other=0.0)
     e = tl.load(entry + 2 * words * words, mask=both, other=0.0)
-    high_x, low_x, unit_x = in_units(g_ww * (k + k_t - e) + g_pp * k)
-    high_z, low_z, unit_z = in_units(g_pp * (g - k))
+    high_x, low_x, unit_x = scaled_halves(g_ww * (k + k_t - e) + g_pp * k)
+    high_z, low_z, unit_z = scaled_halves(g_pp * (g - k))
     return high_x, low_x, unit_x, high_z, low_z, unit_z
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dM, from the logits. Of X and Z only SLAB rows are held at a time, against the same columns of A and D.
+# dM from the logits. Only SLAB rows of X and Z are live at a time, with the same columns of A and D.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["student_count", "teacher_count", "words", "each"])
+@triton.jit(do_not_specialize=["student_count", "teacher_count", "words", "blocks_per_program"])
 def gradient_kernel(
     student_ptr,  # M_S (B, N, T), any strides
     student_stride_b,
@@ -102,19 +106,19 @@ def gradient_kernel(
     grad_loss_ptr,  # (B, 4), any strides
     grad_loss_stride_b,
     grad_loss_stride_term,
-    grad_logits_ptr,  # dM (B, N, T) to be written, any strides
+    grad_logits_ptr,  # output dM (B, N, T), any strides
     grad_logits_stride_b,
     grad_logits_stride_n,
     grad_logits_stride_t,
     pixels,
     words,
-    each,
+    blocks_per_program,
     BN: tl.constexpr,
     TP: tl.constexpr,
     SLAB: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """dM of ``each`` blocks of pixels."""
+    """Compute dM for ``blocks_per_program`` blocks of pixels."""
     sample = tl.program_id(0).to(tl.int64)
     student_ptr += sample * student_stride_b
     teacher_ptr += sample * teacher_stride_b
@@ -147,10 +151,10 @@ def gradient_kernel(
             g_ww = by_n * tl.load(grad_loss_ptr + 3 * grad_loss_stride_term)
         grams_ptr += sample * 3 * words * words
         if SLAB == TP:
-            high_x, low_x, unit_x, high_z, low_z, unit_z = slopes(grams_ptr, words, j, j, g_ww, g_pp)
+            high_x, low_x, unit_x, high_z, low_z, unit_z = load_x_and_z(grams_ptr, words, j, j, g_ww, g_pp)
 
-    first = tl.program_id(1) * each
-    for block in range(first, tl.minimum(first + each, tl.cdiv(pixels, BN))):
+    first = tl.program_id(1) * blocks_per_program
+    for block in range(first, tl.minimum(first + blocks_per_program, tl.cdiv(pixels, BN))):
         n = (block * BN + tl.arange(0, BN)).to(tl.int64)
         pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
         valid_s = pixel_ok[:, None] & student_words[None, :]
@@ -164,25 +168,29 @@ def gradient_kernel(
             b, _, top_t, sum_t = attention(y, valid_t, teacher_scale)
             if SECOND_ORDER & TERMS:
                 if SLAB == TP:
-                    high_a, low_a = halves(a)
-                    high_d, low_d = halves(a - b)
-                    da = unit_x * product_of_halves(high_a, low_a, high_x, low_x, du)
-                    da += unit_z * product_of_halves(high_d, low_d, high_z, low_z, du)
+                    high_a, low_a = split_fp16(a)
+                    high_d, low_d = split_fp16(a - b)
+                    da = unit_x * split_product(high_a, low_a, high_x, low_x, du)
+                    da += unit_z * split_product(high_d, low_d, high_z, low_z, du)
                 else:
                     da = tl.zeros((BN, TP), tl.float32)
                     for start in range(0, TP, SLAB):
                         i = start + tl.arange(0, SLAB)
                         ok = valid_words(student_mask_ptr, sample, student_count, i)
-                        some = load_logits(student_ptr, student_stride_n, student_stride_t, n, i, pixel_ok, ok)
-                        some_a = attention_slab(some, top_s, sum_s, pixel_ok[:, None] & ok[None, :], student_scale)
+                        slab_logits = load_logits(student_ptr, student_stride_n, student_stride_t, n, i, pixel_ok, ok)
+                        slab_a = attention_slab(
+                            slab_logits, top_s, sum_s, pixel_ok[:, None] & ok[None, :], student_scale
+                        )
                         ok = valid_words(teacher_mask_ptr, sample, teacher_count, i)
-                        some = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_t, n, i, pixel_ok, ok)
-                        some_b = attention_slab(some, top_t, sum_t, pixel_ok[:, None] & ok[None, :], teacher_scale)
-                        high_x, low_x, unit_x, high_z, low_z, unit_z = slopes(grams_ptr, words, i, j, g_ww, g_pp)
-                        high_a, low_a = halves(some_a)
-                        high_d, low_d = halves(some_a - some_b)
-                        da += unit_x * product_of_halves(high_a, low_a, high_x, low_x, du)
-                        da += unit_z * product_of_halves(high_d, low_d, high_z, low_z, du)
+                        slab_logits = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_t, n, i, pixel_ok, ok)
+                        slab_b = attention_slab(
+                            slab_logits, top_t, sum_t, pixel_ok[:, None] & ok[None, :], teacher_scale
+                        )
+                        high_x, low_x, unit_x, high_z, low_z, unit_z = load_x_and_z(grams_ptr, words, i, j, g_ww, g_pp)
+                        high_a, low_a = split_fp16(slab_a)
+                        high_d, low_d = split_fp16(slab_a - slab_b)
+                        da += unit_x * split_product(high_a, low_a, high_x, low_x, du)
+                        da += unit_z * split_product(high_d, low_d, high_z, low_z, du)
                 du = a * (da - tl.sum(da * a, axis=1)[:, None])
             if PIXEL_TO_WORD & TERMS:
                 du += g_pw * (a - b)
@@ -192,9 +200,9 @@ def gradient_kernel(
             du += g_wp * (q_s - q_t)
         dm = tl.where(valid_s, student_scale * du, 0.0)
 
-        to = grad_logits_ptr + n[:, None] * grad_logits_stride_n + j.to(tl.int64)[None, :] * grad_logits_stride_t
-        here = (n < pixels)[:, None] & (j < student_count)[None, :]
-        tl.store(to, round_to(dm, grad_logits_ptr.dtype.element_ty), mask=here)
+        out = grad_logits_ptr + n[:, None] * grad_logits_stride_n + j.to(tl.int64)[None, :] * grad_logits_stride_t
+        in_range = (n < pixels)[:, None] & (j < student_count)[None, :]
+        tl.store(out, round_to(dm, grad_logits_ptr.dtype.element_ty), mask=in_range)
 
 
 def backward(
@@ -203,24 +211,24 @@ def backward(
     pixel_mask: Tensor | None,
     valid: Tensor | None,
     terms: int,
-    kept: Any,
+    saved: Any,
     grad_loss: Tensor,
     grad_pixels: Tensor,
     grad_words: Tensor,
 ) -> None:
     """Fill ``grad_pixels`` (B, N, D), any strides, and ``grad_words`` (B, T, D), unless they are empty."""
     assert student.pixels is not None
-    logits, norms, columns, grams = (x if x.numel() else None for x in kept)
+    logits, norms, columns, grams = (x if x.numel() else None for x in saved)
     batch, pixels, width = student.pixels.shape
     count = student.word_count
-    most = max(count, teacher.word_count)
+    max_words = max(count, teacher.word_count)
     from_logits = student.words is None
     grad_logits = grad_pixels
     if not from_logits:
         grad_logits = torch.empty((batch, count, pixels), dtype=torch.float32, device=grad_loss.device).mT
     with launching_on(grad_loss):
-        blocks = gradient_blocks(padded(most))
-        each, programs = cut(pixels, blocks.pixels, batch, pixels)
+        blocks = gradient_blocks(padded_words(max_words))
+        blocks_per_program, programs = split_pixels(pixels, blocks.pixels, batch, pixels)
         gradient_kernel[(batch, programs)](
             *logits_of(student, logits, 0),
             *logits_of(teacher, logits, count),
@@ -233,22 +241,22 @@ def backward(
             grad_logits,
             *grad_logits.stride(),
             pixels,
-            most,
-            each,
+            max_words,
+            blocks_per_program,
             BN=blocks.pixels,
-            TP=padded(most),
-            SLAB=min(padded(most), blocks.columns),
+            TP=padded_words(max_words),
+            SLAB=min(padded_words(max_words), blocks.columns),
             TERMS=terms,
             **blocks.launch(FUSED),
         )
         if from_logits:
             return
         cosine = norms is not None
-        own_features, own_words = (student.pixels, student.words) if cosine else (None, None)
+        cosine_features, cosine_words = (student.pixels, student.words) if cosine else (None, None)
         half = student.pixels.element_size() == 2
         if grad_pixels.numel():
-            blocks = pixels_blocks(padded(count), half)
-            pixels_kernel[(batch, cdiv(pixels, blocks.pixels))](
+            blocks = pixels_blocks(padded_words(count), half)
+            pixels_kernel[(batch, ceil_div(pixels, blocks.pixels))](
                 grad_logits,
                 student.words,
                 *strides(student.words),
@@ -256,8 +264,8 @@ def backward(
                 pixel_mask,
                 logits if cosine else None,
                 0 if logits is None else logits.stride(0),
-                own_features,
-                *strides(own_features),
+                cosine_features,
+                *strides(cosine_features),
                 norms,
                 grad_pixels,
                 *grad_pixels.stride(),
@@ -265,14 +273,14 @@ def backward(
                 count,
                 width,
                 BN=blocks.pixels,
-                TP=padded(count),
+                TP=padded_words(count),
                 BD=blocks.columns,
                 **blocks.launch(),
             )
         if grad_words.numel():
-            blocks = words_blocks(padded(count), half)
-            chunks = cdiv(width, blocks.columns)
-            each, runs = cut(pixels, blocks.pixels, batch * chunks, MOST_SUMS)
+            blocks = words_blocks(padded_words(count), half)
+            chunks = ceil_div(width, blocks.columns)
+            blocks_per_program, runs = split_pixels(pixels, blocks.pixels, batch * chunks, MAX_PARTIALS)
             sums = torch.empty((batch, runs, count, width), dtype=torch.float32, device=grad_loss.device)
             words_kernel[(batch, runs, chunks)](
                 grad_logits,
@@ -284,24 +292,24 @@ def backward(
                 pixels,
                 count,
                 width,
-                each,
+                blocks_per_program,
                 runs,
                 BN=blocks.pixels,
-                TP=padded(count),
+                TP=padded_words(count),
                 BD=blocks.columns,
                 **blocks.launch(),
             )
             merge_words_kernel[(batch, count)](
                 sums,
-                own_words,
-                *strides(own_words),
+                cosine_words,
+                *strides(cosine_words),
                 student.word_mask,
                 grad_words,
                 count,
                 width,
                 runs,
-                BD=MERGE_WORDS.columns,
-                SOME=8,
-                num_warps=MERGE_WORDS.warps,
+                BD=MERGE_WORDS_BLOCKS.columns,
+                CHUNK=8,
+                num_warps=MERGE_WORDS_BLOCKS.warps,
                 enable_fp_fusion=True,
             )

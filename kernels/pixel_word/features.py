@@ -1,4 +1,4 @@
-"""The gradients of ``pixel_word`` with respect to features, from dM: dV = dM L and dL = dMᵀ V."""
+"""Gradients of ``pixel_word`` with respect to features, from dM: dV = dM L and dL = dMᵀ V."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastkd.kernels.pixel_word.tiles import NORM_FLOOR, valid_pixels, valid_word
 
 
 @triton.jit
-def product(x, y, acc, EXACT: tl.constexpr):
-    """x y + acc in about fp32's precision; EXACT: y is of 16 bits, hence x in two parts will do."""
+def fp32_product(x, y, acc, EXACT: tl.constexpr):
+    """Return acc + x y in about fp32 precision. EXACT: y has 16 bits, so splitting x into two parts suffices."""
     y = y.to(tl.float32)
     if EXACT:
-        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the digits that TF32 holds
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # rounded down to TF32
         acc = tl.dot(x - high, y, acc, input_precision="tf32")
         return tl.dot(high, y, acc, input_precision="tf32")
     return tl.dot(x, y, acc, input_precision="tf32x3")
@@ -21,7 +21,7 @@ def product(x, y, acc, EXACT: tl.constexpr):
 
 @triton.jit
 def inverse_norms(words_ptr, stride_t, stride_d, j, word_ok, width, TP: tl.constexpr, BD: tl.constexpr):
-    """1/|L| of every word; the floor's inverse where it is shorter."""
+    """Return 1/max(|L|, NORM_FLOOR) of each word."""
     square = tl.zeros((TP,), tl.float32)
     for start in range(0, width, BD):
         d = start + tl.arange(0, BD)
@@ -32,7 +32,7 @@ def inverse_norms(words_ptr, stride_t, stride_d, j, word_ok, width, TP: tl.const
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dV = dM L, or for the cosine (dM L̂ − V̂ ⟨dM, M⟩)/|V|.
+# dV = dM L, or (dM L̂ − V̂ ⟨dM, M⟩)/|V| for the cosine.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["count"])
 def pixels_kernel(
@@ -43,14 +43,14 @@ def pixels_kernel(
     words_stride_d,
     word_mask_ptr,  # (B, T), or None
     pixel_mask_ptr,
-    logits_ptr,  # M_S (B, T, N) but for the batch's stride, for the cosine, or None
+    logits_ptr,  # M_S (B, T, N) with stride_b, for the cosine, or None
     logits_stride_b,
     features_ptr,  # V (B, N, D), for the cosine, or None
     features_stride_b,
     features_stride_n,
     features_stride_d,
     norms_ptr,  # (B, N) |V|, for the cosine, or None
-    grad_pixels_ptr,  # dV (B, N, D) to be written
+    grad_pixels_ptr,  # output dV (B, N, D)
     grad_pixels_stride_b,
     grad_pixels_stride_n,
     grad_pixels_stride_d,
@@ -61,7 +61,7 @@ def pixels_kernel(
     TP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dV of one block of pixels."""
+    """Compute dV of one block of pixels."""
     EXACT: tl.constexpr = not words_ptr.dtype.element_ty.is_fp32()
     sample = tl.program_id(0).to(tl.int64)
     words_ptr += sample * words_stride_b
@@ -78,30 +78,30 @@ def pixels_kernel(
         norm = tl.load(norms_ptr + sample * pixels + n, mask=exists, other=0.0)
         inv_v = tl.where(norm > NORM_FLOOR, 1.0 / norm, 0.0)
         m = tl.load(logits_ptr + sample * logits_stride_b + entry, mask=both, other=0.0)
-        along = tl.sum(dm * m, axis=1) * inv_v
+        projection = tl.sum(dm * m, axis=1) * inv_v
         dm = dm * inverse_norms(words_ptr, words_stride_t, words_stride_d, j, word_ok, width, TP, BD)[None, :]
     for start in range(0, width, BD):
         d = start + tl.arange(0, BD)
-        here = d < width
+        in_range = d < width
         d = d.to(tl.int64)
         at = words_ptr + j.to(tl.int64)[:, None] * words_stride_t + d[None, :] * words_stride_d
-        w = tl.load(at, mask=word_ok[:, None] & here[None, :], other=0.0)
-        dv = product(dm, w, tl.zeros((BN, BD), tl.float32), EXACT)
+        w = tl.load(at, mask=word_ok[:, None] & in_range[None, :], other=0.0)
+        dv = fp32_product(dm, w, tl.zeros((BN, BD), tl.float32), EXACT)
         if norms_ptr is not None:
             from_v = features_ptr + sample * features_stride_b
             from_v += n[:, None] * features_stride_n + d[None, :] * features_stride_d
-            v = tl.load(from_v, mask=pixel_ok[:, None] & here[None, :], other=0.0).to(tl.float32)
-            dv = tl.where((inv_v != 0.0)[:, None], (dv - v * along[:, None]) * inv_v[:, None], 0.0)
+            v = tl.load(from_v, mask=pixel_ok[:, None] & in_range[None, :], other=0.0).to(tl.float32)
+            dv = tl.where((inv_v != 0.0)[:, None], (dv - v * projection[:, None]) * inv_v[:, None], 0.0)
         dv = tl.where(pixel_ok[:, None], dv, 0.0)
-        to = grad_pixels_ptr + n[:, None] * grad_pixels_stride_n + d[None, :] * grad_pixels_stride_d
-        tl.store(to, round_to(dv, grad_pixels_ptr.dtype.element_ty), mask=exists[:, None] & here[None, :])
+        out = grad_pixels_ptr + n[:, None] * grad_pixels_stride_n + d[None, :] * grad_pixels_stride_d
+        tl.store(out, round_to(dv, grad_pixels_ptr.dtype.element_ty), mask=exists[:, None] & in_range[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dMᵀ V, or dMᵀ V̂: a program takes all words, BD features and one run of pixels. Then the runs' sums, in their order,
-# are one; for the cosine, of each word what lies along L̂ is taken out.
+# dMᵀ V, or dMᵀ V̂ for the cosine: a program processes all words, BD features and one run of pixels. A second kernel adds
+# the sums of the runs in order and, for the cosine, subtracts the component along L̂ from the gradient of each word.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["words", "each", "runs"])
+@triton.jit(do_not_specialize=["words", "blocks_per_program", "runs"])
 def words_kernel(
     grad_logits_ptr,  # dM (B, T, N)
     features_ptr,  # V (B, N, D)
@@ -114,23 +114,23 @@ def words_kernel(
     pixels,
     words,
     width,
-    each,
+    blocks_per_program,
     runs,
     BN: tl.constexpr,
     TP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``BD`` columns of dMᵀ V over ``each`` blocks of pixels."""
+    """Compute ``BD`` columns of dMᵀ V over ``blocks_per_program`` blocks of pixels."""
     sample = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, TP)
     d = tl.program_id(2) * BD + tl.arange(0, BD)
-    here = d < width
+    in_range = d < width
     grad_logits_ptr += sample * words * pixels
     features_ptr += sample * features_stride_b
     EXACT: tl.constexpr = not features_ptr.dtype.element_ty.is_fp32()
     dl = tl.zeros((TP, BD), tl.float32)
-    first = tl.program_id(1) * each
-    for block in range(first, tl.minimum(first + each, tl.cdiv(pixels, BN))):
+    first = tl.program_id(1) * blocks_per_program
+    for block in range(first, tl.minimum(first + blocks_per_program, tl.cdiv(pixels, BN))):
         n = (block * BN + tl.arange(0, BN)).to(tl.int64)
         pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
         at = grad_logits_ptr + j.to(tl.int64)[:, None] * pixels + n[None, :]
@@ -139,18 +139,18 @@ def words_kernel(
             norm = tl.load(norms_ptr + sample * pixels + n, mask=n < pixels, other=1.0)
             dm = dm * (1.0 / tl.maximum(norm, NORM_FLOOR))[None, :]
         at = features_ptr + n[:, None] * features_stride_n + d.to(tl.int64)[None, :] * features_stride_d
-        v = tl.load(at, mask=pixel_ok[:, None] & here[None, :], other=0.0)
-        dl = product(dm, v, dl, EXACT)
+        v = tl.load(at, mask=pixel_ok[:, None] & in_range[None, :], other=0.0)
+        dl = fp32_product(dm, v, dl, EXACT)
     at = sums_ptr + ((sample * runs + tl.program_id(1)) * words + j[:, None]) * width + d[None, :]
-    tl.store(at, dl, mask=(j < words)[:, None] & here[None, :])
+    tl.store(at, dl, mask=(j < words)[:, None] & in_range[None, :])
 
 
 @triton.jit
-def _sum_of_runs(sums_ptr, sample, word, words, width, runs, d, SOME: tl.constexpr, BD: tl.constexpr):
-    """Some features of a word's dMᵀ V."""
+def _sum_runs(sums_ptr, sample, word, words, width, runs, d, CHUNK: tl.constexpr, BD: tl.constexpr):
+    """Return the features ``d`` of a word's dMᵀ V, summed over the runs."""
     total = tl.zeros((BD,), tl.float32)
-    for start in range(0, runs, SOME):
-        run = start + tl.arange(0, SOME)
+    for start in range(0, runs, CHUNK):
+        run = start + tl.arange(0, CHUNK)
         at = sums_ptr + ((sample * runs + run[:, None]) * words + word) * width + d[None, :]
         total += tl.sum(tl.load(at, mask=(run < runs)[:, None] & (d < width)[None, :], other=0.0), axis=0)
     return total
@@ -169,13 +169,13 @@ def merge_words_kernel(
     width,
     runs,
     BD: tl.constexpr,
-    SOME: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """The gradient of one word."""
+    """Compute the gradient of one word per program."""
     sample = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1)
     ok = valid_words(word_mask_ptr, sample, words, word)
-    along = 0.0
+    projection = 0.0
     inv = 1.0
     if words_ptr is not None:
         words_ptr += sample * words_stride_b + word.to(tl.int64) * words_stride_t
@@ -185,17 +185,17 @@ def merge_words_kernel(
             d = start + tl.arange(0, BD)
             w = tl.load(words_ptr + d.to(tl.int64) * words_stride_d, mask=d < width, other=0.0).to(tl.float32)
             square += w * w
-            inner += w * _sum_of_runs(sums_ptr, sample, word, words, width, runs, d, SOME, BD)
+            inner += w * _sum_runs(sums_ptr, sample, word, words, width, runs, d, CHUNK, BD)
         norm = tl.sqrt(tl.sum(square, axis=0))
         ok = ok & (norm > NORM_FLOOR)
         inv = tl.where(ok, 1.0 / norm, 0.0)
-        along = tl.sum(inner, axis=0) * inv * inv
+        projection = tl.sum(inner, axis=0) * inv * inv
     for start in range(0, width, BD):
         d = start + tl.arange(0, BD)
-        dl = _sum_of_runs(sums_ptr, sample, word, words, width, runs, d, SOME, BD)
+        dl = _sum_runs(sums_ptr, sample, word, words, width, runs, d, CHUNK, BD)
         if words_ptr is not None:
             w = tl.load(words_ptr + d.to(tl.int64) * words_stride_d, mask=d < width, other=0.0).to(tl.float32)
-            dl = (dl - w * along) * inv
+            dl = (dl - w * projection) * inv
         dl = tl.where(ok, dl, 0.0)
         at = grad_words_ptr + (sample * words + word) * width + d
         tl.store(at, round_to(dl, grad_words_ptr.dtype.element_ty), mask=d < width)

@@ -1,23 +1,22 @@
-r"""``pixel_word`` in Triton, forward: how two networks' pixels attend to words.
+r"""Forward of ``pixel_word`` in Triton: distances between the pixel–word attention of two networks.
 
-Of one sample: logits M (pixels × words) of student and teacher, given or M = V Lᵀ (or the cosines of V and L), u = s·M
-with the scale s = 1/τ (1/(τ√D) for the scaled product); A and B are the softmaxes over words of u_S and u_T, Q_S and
-Q_T those over pixels, D = A − B; n valid pixels, t valid words. The four losses are
+For one sample, let M (pixels × words) be the logits of student (S) and teacher (T), given or M = V Lᵀ (or the cosines
+of V and L); u = s·M with s = 1/τ (1/(τ√D) for the scaled product); A and B the softmaxes of u_S and u_T over words, Q_S
+and Q_T those over pixels; D = A − B; n the number of valid pixels and t of valid words. The four losses are
 
 .. math:: \tfrac1n \sum_p \mathrm{KL}(B_p \| A_p), \quad \tfrac1t \sum_j \mathrm{KL}(Q_{T,j} \| Q_{S,j}), \quad
           \|AA^T - BB^T\|_F^2 / n^2, \quad \|A^TA - B^TB\|_F^2 / n^2 .
 
-The second two come of three words × words matrices G = AᵀA, K = DᵀA, E = DᵀD, each with a factor D where a difference
-is due, so that nothing cancels as the student nears the teacher: BᵀD = Kᵀ − E, BᵀB = G − K − Kᵀ + E, and
+The last two follow from three words × words matrices G = AᵀA, K = DᵀA and E = DᵀD. Differences enter as factors D, so
+that nothing cancels when the student is close to the teacher: BᵀD = Kᵀ − E, BᵀB = G − K − Kᵀ + E, and
 
 .. math:: \|AA^T - BB^T\|^2 = \langle G + B^TB, E\rangle + 2 \sum_{ij} K_{ij} (B^TD)_{ij}, \quad
           \|A^TA - B^TB\|^2 = \|W\|^2, \; W = K + K^T - E .
 
-Words are padded to a power of two, ``TP``. A word that one network lacks or has masked is one to which it attends with
-probability 0. Arithmetic is fp32: features of 16 bits are multiplied as they are and summed in fp32, those of fp32 in
-three TF32 products, probabilities in three of fp16 (``halves``). Features are read once, for the logits; all else is
-computed from these. No atomics: every program writes its sums, which ``merge_kernel`` adds in order. The backward is in
-``pixel_word_backward.py``.
+Words are padded to a power of two, ``TP``. Missing or masked words have attention probability 0. Arithmetic is fp32:
+16-bit features are multiplied directly with fp32 accumulation, fp32 features as three TF32 products, probabilities as
+three fp16 products (``split_fp16``). Features are read once, for the logits, from which everything else is computed.
+There are no atomics: each program writes its sums, and ``merge_kernel`` adds them in order.
 """
 
 from __future__ import annotations
@@ -27,43 +26,47 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import INTERPRETED, capability, cdiv, launching_on
-from fastkd.kernels.pixel_word.merge import columns_of, merge_kernel, merged
-from fastkd.kernels.pixel_word.tiles import (
+from fastkd.kernels.common import INTERPRETED, capability, launching_on
+from fastkd.kernels.pixel_word.merge import column_sums, merge_columns, merge_kernel
+from fastkd.kernels.pixel_word.plan import (
     FUSED,
+    MAX_PARTIALS,
+    MERGE_BLOCKS,
+    logits_blocks,
+    padded_words,
+    split_pixels,
+    terms_blocks,
+)
+from fastkd.kernels.pixel_word.tiles import (
     LOWEST,
-    MERGE,
-    MOST_SUMS,
     PIXEL_TO_WORD,
     SECOND_ORDER,
-    UNIT,
+    SPLIT_UNIT,
     WORD_TO_PIXEL,
     Side,
     attention,
     attention_slab,
     compute_logits,
-    cut,
     features,
     gram,
-    halves,
     load_logits,
-    logits_blocks,
     logits_of,
-    padded,
     product_dtype,
-    terms_blocks,
+    split_fp16,
     valid_pixels,
     valid_words,
 )
 from torch import Tensor
 
+from fastkd._integers import ceil_div
+
 DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-if INTERPRETED:  # numpy has no products of bfloat16; those of 16 bits are exact in fp32 anyway
+if INTERPRETED:  # numpy cannot multiply bfloat16; products of 16-bit numbers are exact in fp32
     DOT = dict.fromkeys(DOT, tl.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The logits of features, block of pixels by block of pixels, each feature read once.
+# The logits from features, one block of pixels per program; each feature is read once.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["student_count", "teacher_count"])
 def logits_kernel(
@@ -96,17 +99,17 @@ def logits_kernel(
     BN: tl.constexpr,
     TP: tl.constexpr,
     BD: tl.constexpr,
-    DOT: tl.constexpr,  # what features are multiplied in
+    DOT: tl.constexpr,  # dtype of the products
     COSINE: tl.constexpr,
 ):
-    """M of both networks, of one block of pixels."""
+    """Compute M of both networks for one block of pixels."""
     sample = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, TP)
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
-    there = (n < pixels)[:, None]
+    in_range = (n < pixels)[:, None]
     logits_ptr += sample * (student_count + teacher_count) * pixels
-    to = logits_ptr + n[:, None] + j.to(tl.int64)[None, :] * pixels
+    out = logits_ptr + n[:, None] + j.to(tl.int64)[None, :] * pixels
 
     word_ok = valid_words(student_mask_ptr, sample, student_count, j)
     m, norm = compute_logits(
@@ -114,7 +117,7 @@ def logits_kernel(
         student_words_ptr + sample * student_words_stride_b, student_words_stride_t, student_words_stride_d,
         n, j, pixel_ok, word_ok, student_width, BN, TP, BD, DOT, COSINE,
     )  # fmt: skip
-    tl.store(to, m, mask=there & (j < student_count)[None, :])
+    tl.store(out, m, mask=in_range & (j < student_count)[None, :])
     if norms_ptr is not None:
         tl.store(norms_ptr + sample * pixels + n, norm, mask=n < pixels)
 
@@ -124,14 +127,14 @@ def logits_kernel(
         teacher_words_ptr + sample * teacher_words_stride_b, teacher_words_stride_t, teacher_words_stride_d,
         n, j, pixel_ok, word_ok, teacher_width, BN, TP, BD, DOT, COSINE,
     )  # fmt: skip
-    tl.store(to + student_count.to(tl.int64) * pixels, m, mask=there & (j < teacher_count)[None, :])
+    tl.store(out + student_count.to(tl.int64) * pixels, m, mask=in_range & (j < teacher_count)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The terms. A program takes one run of pixels of one sample. What it writes of them, SIZE floats: m_S, z_S, m_T, z_T, a
-# by word, the sum of the KLs over words, and from 8·TP on G, K, E.
+# The terms. Each program processes a contiguous run of pixels of one sample and writes SIZE floats: m_S, z_S, m_T, z_T
+# and a per word, the sum of the KLs over words, and from 8·TP on G, K, E.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["student_count", "teacher_count", "each", "programs"])
+@triton.jit(do_not_specialize=["student_count", "teacher_count", "blocks_per_program", "programs"])
 def terms_kernel(
     student_ptr,  # M (B, N, T), any strides
     student_stride_b,
@@ -150,13 +153,13 @@ def terms_kernel(
     pixel_mask_ptr,  # (B, N), or None
     partials_ptr,  # (B, programs, SIZE)
     pixels,
-    each,  # blocks of pixels to a program
+    blocks_per_program,  # blocks of pixels per program
     programs,
     BN: tl.constexpr,
     TP: tl.constexpr,
-    TERMS: tl.constexpr,  # without the second order, its matrices are grams_kernel's
+    TERMS: tl.constexpr,  # bits of the terms; without the second order if grams_kernel computes G, K, E
 ):
-    """First-order sums and G, K, E of ``each`` blocks of pixels."""
+    """Compute the first-order sums and G, K, E of ``blocks_per_program`` blocks of pixels."""
     sample = tl.program_id(0).to(tl.int64)
     student_ptr += sample * student_stride_b
     teacher_ptr += sample * teacher_stride_b
@@ -174,8 +177,8 @@ def terms_kernel(
     k = tl.zeros((TP, TP), tl.float32)
     e = tl.zeros((TP, TP), tl.float32)
 
-    first = tl.program_id(1) * each
-    for block in range(first, tl.minimum(first + each, tl.cdiv(pixels, BN))):
+    first = tl.program_id(1) * blocks_per_program
+    for block in range(first, tl.minimum(first + blocks_per_program, tl.cdiv(pixels, BN))):
         n = (block * BN + tl.arange(0, BN)).to(tl.int64)
         pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
         x = load_logits(student_ptr, student_stride_n, student_stride_t, n, j, pixel_ok, student_words)
@@ -183,8 +186,8 @@ def terms_kernel(
         valid_s = pixel_ok[:, None] & student_words[None, :]
         valid_t = pixel_ok[:, None] & teacher_words[None, :]
         if WORD_TO_PIXEL & TERMS:
-            n_s, y_s, n_t, y_t, h = columns_of(x, y, valid_s, valid_t, student_scale, teacher_scale)
-            m_s, z_s, m_t, z_t, c = merged(
+            n_s, y_s, n_t, y_t, h = column_sums(x, y, valid_s, valid_t, student_scale, teacher_scale)
+            m_s, z_s, m_t, z_t, c = merge_columns(
                 m_s, z_s, m_t, z_t, c, n_s, y_s, n_t, y_t, h, student_scale, teacher_scale
             )  # fmt: skip
         if (PIXEL_TO_WORD | SECOND_ORDER) & TERMS:
@@ -194,34 +197,34 @@ def terms_kernel(
                 row = tl.sum(tl.where(b == 0.0, 0.0, b * (u_t - u_s)), axis=1) + tl.log(sum_s / sum_t)
                 kl += tl.where(pixel_ok, row, 0.0)
             if SECOND_ORDER & TERMS:
-                high_a, low_a = halves(a)
-                high_d, low_d = halves(a - b)
+                high_a, low_a = split_fp16(a)
+                high_d, low_d = split_fp16(a - b)
                 g = gram(high_a, low_a, high_a, low_a, g)
                 k = gram(high_d, low_d, high_a, low_a, k)
                 e = gram(high_d, low_d, high_d, low_d, e)
 
     SIZE: tl.constexpr = 8 * TP + 3 * TP * TP
-    mine = partials_ptr + (sample * programs + tl.program_id(1)) * SIZE
+    partial = partials_ptr + (sample * programs + tl.program_id(1)) * SIZE
     if WORD_TO_PIXEL & TERMS:
-        tl.store(mine + j, m_s)
-        tl.store(mine + TP + j, z_s)
-        tl.store(mine + 2 * TP + j, m_t)
-        tl.store(mine + 3 * TP + j, z_t)
-        tl.store(mine + 4 * TP + j, c)
+        tl.store(partial + j, m_s)
+        tl.store(partial + TP + j, z_s)
+        tl.store(partial + 2 * TP + j, m_t)
+        tl.store(partial + 3 * TP + j, z_t)
+        tl.store(partial + 4 * TP + j, c)
     if PIXEL_TO_WORD & TERMS:
-        tl.store(mine + 5 * TP, tl.sum(kl, axis=0))
+        tl.store(partial + 5 * TP, tl.sum(kl, axis=0))
     if SECOND_ORDER & TERMS:
-        at = mine + 8 * TP + j[:, None] * TP + j[None, :]
-        tl.store(at, g * UNIT)
-        tl.store(at + TP * TP, k * UNIT)
-        tl.store(at + 2 * TP * TP, e * UNIT)
+        out = partial + 8 * TP + j[:, None] * TP + j[None, :]
+        tl.store(out, g * SPLIT_UNIT)
+        tl.store(out + TP * TP, k * SPLIT_UNIT)
+        tl.store(out + 2 * TP * TP, e * SPLIT_UNIT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# G, K, E of many words, from the logits in memory: more words × words than a program's registers hold, hence SLAB
-# columns to a program.
+# G, K, E for many words, from the logits in memory: words × words exceeds the registers of a program, so each program
+# computes SLAB columns.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["student_count", "teacher_count", "each", "programs"])
+@triton.jit(do_not_specialize=["student_count", "teacher_count", "blocks_per_program", "programs"])
 def grams_kernel(
     student_ptr,  # logits (B, N, T), any strides
     student_stride_b,
@@ -240,13 +243,13 @@ def grams_kernel(
     pixel_mask_ptr,
     partials_ptr,
     pixels,
-    each,
+    blocks_per_program,
     programs,
     BN: tl.constexpr,
     TP: tl.constexpr,
     SLAB: tl.constexpr,
 ):
-    """``SLAB`` columns of G, K and E of ``each`` blocks of pixels."""
+    """Compute ``SLAB`` columns of G, K and E for ``blocks_per_program`` blocks of pixels."""
     sample = tl.program_id(0).to(tl.int64)
     student_ptr += sample * student_stride_b
     teacher_ptr += sample * teacher_stride_b
@@ -260,8 +263,8 @@ def grams_kernel(
     student_slab = valid_words(student_mask_ptr, sample, student_count, i)
     teacher_slab = valid_words(teacher_mask_ptr, sample, teacher_count, i)
 
-    first = tl.program_id(1) * each
-    for block in range(first, tl.minimum(first + each, tl.cdiv(pixels, BN))):
+    first = tl.program_id(1) * blocks_per_program
+    for block in range(first, tl.minimum(first + blocks_per_program, tl.cdiv(pixels, BN))):
         n = (block * BN + tl.arange(0, BN)).to(tl.int64)
         pixel_ok = valid_pixels(pixel_mask_ptr, sample, n, pixels)
         x = load_logits(student_ptr, student_stride_n, student_stride_t, n, j, pixel_ok, student_words)
@@ -270,21 +273,21 @@ def grams_kernel(
         b, _, top_t, sum_t = attention(y, pixel_ok[:, None] & teacher_words[None, :], teacher_scale)
         x = load_logits(student_ptr, student_stride_n, student_stride_t, n, i, pixel_ok, student_slab)
         y = load_logits(teacher_ptr, teacher_stride_n, teacher_stride_t, n, i, pixel_ok, teacher_slab)
-        some_a = attention_slab(x, top_s, sum_s, pixel_ok[:, None] & student_slab[None, :], student_scale)
-        some_b = attention_slab(y, top_t, sum_t, pixel_ok[:, None] & teacher_slab[None, :], teacher_scale)
-        high_a, low_a = halves(a)
-        high_d, low_d = halves(a - b)
-        high_some_a, low_some_a = halves(some_a)
-        high_some_d, low_some_d = halves(some_a - some_b)
-        g = gram(high_a, low_a, high_some_a, low_some_a, g)
-        k = gram(high_d, low_d, high_some_a, low_some_a, k)
-        e = gram(high_d, low_d, high_some_d, low_some_d, e)
+        slab_a = attention_slab(x, top_s, sum_s, pixel_ok[:, None] & student_slab[None, :], student_scale)
+        slab_b = attention_slab(y, top_t, sum_t, pixel_ok[:, None] & teacher_slab[None, :], teacher_scale)
+        high_a, low_a = split_fp16(a)
+        high_d, low_d = split_fp16(a - b)
+        high_slab_a, low_slab_a = split_fp16(slab_a)
+        high_slab_d, low_slab_d = split_fp16(slab_a - slab_b)
+        g = gram(high_a, low_a, high_slab_a, low_slab_a, g)
+        k = gram(high_d, low_d, high_slab_a, low_slab_a, k)
+        e = gram(high_d, low_d, high_slab_d, low_slab_d, e)
 
     SIZE: tl.constexpr = 8 * TP + 3 * TP * TP
-    at = partials_ptr + (sample * programs + tl.program_id(1)) * SIZE + 8 * TP + j[:, None] * TP + i[None, :]
-    tl.store(at, g * UNIT)
-    tl.store(at + TP * TP, k * UNIT)
-    tl.store(at + 2 * TP * TP, e * UNIT)
+    out = partials_ptr + (sample * programs + tl.program_id(1)) * SIZE + 8 * TP + j[:, None] * TP + i[None, :]
+    tl.store(out, g * SPLIT_UNIT)
+    tl.store(out + TP * TP, k * SPLIT_UNIT)
+    tl.store(out + 2 * TP * TP, e * SPLIT_UNIT)
 
 
 def forward(
@@ -294,21 +297,21 @@ def forward(
     valid: Tensor | None,
     cosine: bool,
     terms: int,
-    kept: Any,
+    saved: Any,
     loss: Tensor,
 ) -> None:
-    """Fill ``loss`` (B, 4), and of ``kept`` (logits, norms, columns, grams) what is not empty."""
+    """Fill ``loss`` (B, 4) and the non-empty tensors of ``saved`` (logits, norms, columns, grams)."""
     assert student.pixels is not None
-    logits, norms, columns, grams = (x if x.numel() else None for x in kept)
+    logits, norms, columns, grams = (x if x.numel() else None for x in saved)
     batch, pixels = student.pixels.shape[:2]
-    words = padded(max(student.word_count, teacher.word_count))
+    words = padded_words(max(student.word_count, teacher.word_count))
     with launching_on(loss):
         if student.words is not None:
             dot = product_dtype(student.pixels, student.words, teacher.pixels, teacher.words)
             blocks = logits_blocks(words, dot != torch.float32)
             if logits is None:
                 logits = loss.new_empty((batch, student.word_count + teacher.word_count, pixels))
-            logits_kernel[(batch, cdiv(pixels, blocks.pixels))](
+            logits_kernel[(batch, ceil_div(pixels, blocks.pixels))](
                 *features(student),
                 *features(teacher),
                 pixel_mask,
@@ -323,29 +326,29 @@ def forward(
                 **blocks.launch(),
             )
         blocks = terms_blocks(words, capability(loss))
-        later = words > blocks.columns and bool(terms & SECOND_ORDER.value)
-        each, programs = cut(pixels, blocks.pixels, batch, MOST_SUMS)
+        separate_grams = words > blocks.columns and bool(terms & SECOND_ORDER.value)
+        blocks_per_program, programs = split_pixels(pixels, blocks.pixels, batch, MAX_PARTIALS)
         partials = loss.new_empty((batch, programs, 8 * words + 3 * words * words))
         inputs = (*logits_of(student, logits, 0), *logits_of(teacher, logits, student.word_count), pixel_mask)
         first_order = terms & ~SECOND_ORDER.value
-        if first_order or not later:
+        if first_order or not separate_grams:
             terms_kernel[(batch, programs)](
                 *inputs,
                 partials,
                 pixels,
-                each,
+                blocks_per_program,
                 programs,
                 BN=blocks.pixels,
                 TP=words,
-                TERMS=first_order if later else terms,
+                TERMS=first_order if separate_grams else terms,
                 **blocks.launch(FUSED),
             )
-        if later:
+        if separate_grams:
             grams_kernel[(batch, programs, words // blocks.columns)](
                 *inputs,
                 partials,
                 pixels,
-                each,
+                blocks_per_program,
                 programs,
                 BN=blocks.pixels,
                 TP=words,
@@ -367,6 +370,6 @@ def forward(
             teacher.scale,
             TP=words,
             TERMS=terms,
-            MOST=MOST_SUMS,
-            **MERGE.launch(FUSED),
+            MAX_PROGRAMS=MAX_PARTIALS,
+            **MERGE_BLOCKS.launch(FUSED),
         )

@@ -1,4 +1,4 @@
-"""How the sums that programs take of their pixels become one: columns of ``pixel_word``, Gram matrices, losses."""
+"""Merge the partial sums of ``pixel_word``'s programs: column statistics, Gram matrices and losses."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fastkd.kernels.pixel_word.tiles import (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The KL over pixels, word by word. Of a set of pixels it takes, for either network, the maximum m of M,
-# z = Σ e^{u − s m}, and a = Σ e^{u_T − s m_T} ((u_T − s m_T) − (u_S − s m_S)); then
+# The KL over pixels of each word. A set of pixels is summarised by the maximum m of M and z = Σ e^{u − s m} of each
+# network, and by a = Σ e^{u_T − s m_T} ((u_T − s m_T) − (u_S − s m_S)); then
 #
 #     KL = a/z_T − log z_T + log z_S.
 #
-# Two sets are one by moving both to the larger maxima; moved by h_S, h_T ≤ 0, a becomes e^{h_T} (a + z_T (h_T − h_S)).
-# All is relative to the maxima, so that logits of 1e4 keep their digits. Where e^{h_T} z_T is 0, so is the summand,
-# although h_T − h_S may be infinite: 0·log 0 = 0.
+# To merge two sets, rescale both to the larger maxima: for shifts h_S, h_T ≤ 0, a becomes
+# e^{h_T} (a + z_T (h_T − h_S)). Everything is relative to the maxima, so that logits of 1e4 keep full precision. If
+# e^{h_T} z_T is 0, the term counts as 0 even if h_T − h_S is infinite (0·log 0 = 0).
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
-def columns_of(m_s, m_t, valid_s, valid_t, scale_s, scale_t):
-    """(m_S, z_S, m_T, z_T, a) of one block of pixels."""
+def column_sums(m_s, m_t, valid_s, valid_t, scale_s, scale_t):
+    """Return (m_S, z_S, m_T, z_T, a) of one block of pixels."""
     top_s = tl.maximum(tl.max(tl.where(valid_s, m_s, float("-inf")), axis=0), LOWEST)
     top_t = tl.maximum(tl.max(tl.where(valid_t, m_t, float("-inf")), axis=0), LOWEST)
     u_s = (m_s - top_s[None, :]) * scale_s
@@ -40,20 +40,20 @@ def columns_of(m_s, m_t, valid_s, valid_t, scale_s, scale_t):
 
 
 @triton.jit
-def moved(z_s, z_t, a, h_s, h_t):
-    """z_S, z_T and a relative to maxima that are larger by −h."""
+def rescale(z_s, z_t, a, h_s, h_t):
+    """Return z_S, z_T and a relative to maxima that are larger by −h."""
     w = tl.exp2(h_t * LOG2E)
-    moved_a = tl.where(w * z_t == 0.0, 0.0, w * (a + z_t * (h_t - h_s)))
-    return z_s * tl.exp2(h_s * LOG2E), w * z_t, moved_a
+    rescaled_a = tl.where(w * z_t == 0.0, 0.0, w * (a + z_t * (h_t - h_s)))
+    return z_s * tl.exp2(h_s * LOG2E), w * z_t, rescaled_a
 
 
 @triton.jit
-def merged(m_s, z_s, m_t, z_t, a, n_s, y_s, n_t, y_t, c, scale_s, scale_t):
-    """Two sets of pixels as one."""
+def merge_columns(m_s, z_s, m_t, z_t, a, n_s, y_s, n_t, y_t, c, scale_s, scale_t):
+    """Return the maxima and sums of the union of two sets of pixels."""
     top_s = tl.maximum(m_s, n_s)
     top_t = tl.maximum(m_t, n_t)
-    z_s, z_t, a = moved(z_s, z_t, a, (m_s - top_s) * scale_s, (m_t - top_t) * scale_t)
-    y_s, y_t, c = moved(y_s, y_t, c, (n_s - top_s) * scale_s, (n_t - top_t) * scale_t)
+    z_s, z_t, a = rescale(z_s, z_t, a, (m_s - top_s) * scale_s, (m_t - top_t) * scale_t)
+    y_s, y_t, c = rescale(y_s, y_t, c, (n_s - top_s) * scale_s, (n_t - top_t) * scale_t)
     return top_s, z_s + y_s, top_t, z_t + y_t, a + c
 
 
@@ -67,8 +67,8 @@ def merge_kernel(
     valid_ptr,  # (B,) numbers of valid pixels, or None
     student_mask_ptr,
     loss_ptr,  # (B, 4)
-    columns_ptr,  # (B, 4, T): m_S, z_S, m_T, z_T, to be written, or None
-    grams_ptr,  # (B, 3, words, words): G, K, E, to be written, or None
+    columns_ptr,  # (B, 4, T): output m_S, z_S, m_T, z_T, or None
+    grams_ptr,  # (B, 3, words, words): output G, K, E, or None
     pixels,
     student_count,
     words,  # the larger of both counts
@@ -77,9 +77,9 @@ def merge_kernel(
     teacher_scale,
     TP: tl.constexpr,
     TERMS: tl.constexpr,
-    MOST: tl.constexpr,  # ≥ programs
+    MAX_PROGRAMS: tl.constexpr,  # ≥ programs
 ):
-    """One sample's sums, merged."""
+    """Merge the partial sums of one sample per program."""
     sample = tl.program_id(0).to(tl.int64)
     SIZE: tl.constexpr = 8 * TP + 3 * TP * TP
     partials_ptr += sample * programs * SIZE
@@ -90,7 +90,7 @@ def merge_kernel(
 
     pixel_to_word = 0.0
     if PIXEL_TO_WORD & TERMS:
-        q = tl.arange(0, MOST)
+        q = tl.arange(0, MAX_PROGRAMS)
         pixel_to_word = tl.sum(tl.load(partials_ptr + q * SIZE + 5 * TP, mask=q < programs, other=0.0), axis=0) / n
     tl.store(loss_ptr, pixel_to_word)
 
@@ -102,22 +102,22 @@ def merge_kernel(
         z_s = tl.zeros((TP,), tl.float32)
         z_t = tl.zeros((TP,), tl.float32)
         c = tl.zeros((TP,), tl.float32)
-        SOME: tl.constexpr = 16
-        for start in range(0, programs, SOME):
-            run = start + tl.arange(0, SOME)
+        CHUNK: tl.constexpr = 16
+        for start in range(0, programs, CHUNK):
+            run = start + tl.arange(0, CHUNK)
             sums = partials_ptr + run[:, None] * SIZE + j[None, :]
-            there = (run < programs)[:, None]
-            n_s = tl.load(sums, mask=there, other=LOWEST)
-            y_s = tl.load(sums + TP, mask=there, other=0.0)
-            n_t = tl.load(sums + 2 * TP, mask=there, other=LOWEST)
-            y_t = tl.load(sums + 3 * TP, mask=there, other=0.0)
-            d = tl.load(sums + 4 * TP, mask=there, other=0.0)
+            run_mask = (run < programs)[:, None]
+            n_s = tl.load(sums, mask=run_mask, other=LOWEST)
+            y_s = tl.load(sums + TP, mask=run_mask, other=0.0)
+            n_t = tl.load(sums + 2 * TP, mask=run_mask, other=LOWEST)
+            y_t = tl.load(sums + 3 * TP, mask=run_mask, other=0.0)
+            d = tl.load(sums + 4 * TP, mask=run_mask, other=0.0)
             top_s = tl.max(n_s, axis=0)
             top_t = tl.max(n_t, axis=0)
             h_s = (n_s - top_s[None, :]) * student_scale
             h_t = (n_t - top_t[None, :]) * teacher_scale
-            y_s, y_t, d = moved(y_s, y_t, d, h_s, h_t)
-            m_s, z_s, m_t, z_t, c = merged(
+            y_s, y_t, d = rescale(y_s, y_t, d, h_s, h_t)
+            m_s, z_s, m_t, z_t, c = merge_columns(
                 m_s, z_s, m_t, z_t, c, top_s, tl.sum(y_s, axis=0), top_t, tl.sum(y_t, axis=0), tl.sum(d, axis=0),
                 student_scale, teacher_scale,
             )  # fmt: skip
@@ -125,19 +125,19 @@ def merge_kernel(
         kl = c / z_t + tl.log(z_s / z_t)
         word_to_pixel = tl.sum(tl.where(ok, kl, 0.0), axis=0) / tl.sum(ok.to(tl.float32), axis=0)
         if columns_ptr is not None:
-            at = columns_ptr + sample * 4 * student_count + j
-            here = j < student_count
-            tl.store(at, m_s, mask=here)
-            tl.store(at + student_count, z_s, mask=here)
-            tl.store(at + 2 * student_count, m_t, mask=here)
-            tl.store(at + 3 * student_count, z_t, mask=here)
+            column_out = columns_ptr + sample * 4 * student_count + j
+            column_mask = j < student_count
+            tl.store(column_out, m_s, mask=column_mask)
+            tl.store(column_out + student_count, z_s, mask=column_mask)
+            tl.store(column_out + 2 * student_count, m_t, mask=column_mask)
+            tl.store(column_out + 3 * student_count, z_t, mask=column_mask)
     tl.store(loss_ptr + 1, word_to_pixel)
 
     pixel_pixel = 0.0
     word_word = 0.0
     if SECOND_ORDER & TERMS:
         FLAT: tl.constexpr = 1024 if TP >= 32 else TP * TP
-        SOME_GRAMS: tl.constexpr = 4
+        PROGRAM_CHUNK: tl.constexpr = 4
         pp = tl.zeros((FLAT,), tl.float32)
         ww = tl.zeros((FLAT,), tl.float32)
         for start in range(0, TP * TP, FLAT):
@@ -148,25 +148,25 @@ def merge_kernel(
             k = tl.zeros((FLAT,), tl.float32)
             k_t = tl.zeros((FLAT,), tl.float32)
             e = tl.zeros((FLAT,), tl.float32)
-            for p0 in range(0, programs, SOME_GRAMS):
-                p = p0 + tl.arange(0, SOME_GRAMS)
-                some = (p < programs)[:, None]
+            for p0 in range(0, programs, PROGRAM_CHUNK):
+                p = p0 + tl.arange(0, PROGRAM_CHUNK)
+                program_mask = (p < programs)[:, None]
                 base = partials_ptr + p[:, None] * SIZE + 8 * TP
                 from_p = base + entry[None, :]
-                g += tl.sum(tl.load(from_p, mask=some, other=0.0), axis=0)
-                k += tl.sum(tl.load(from_p + TP * TP, mask=some, other=0.0), axis=0)
-                e += tl.sum(tl.load(from_p + 2 * TP * TP, mask=some, other=0.0), axis=0)
-                turned = base + TP * TP + (column * TP + row)[None, :]
-                k_t += tl.sum(tl.load(turned, mask=some, other=0.0), axis=0)
+                g += tl.sum(tl.load(from_p, mask=program_mask, other=0.0), axis=0)
+                k += tl.sum(tl.load(from_p + TP * TP, mask=program_mask, other=0.0), axis=0)
+                e += tl.sum(tl.load(from_p + 2 * TP * TP, mask=program_mask, other=0.0), axis=0)
+                transposed = base + TP * TP + (column * TP + row)[None, :]
+                k_t += tl.sum(tl.load(transposed, mask=program_mask, other=0.0), axis=0)
             w = k + k_t - e
             pp += (g + (g - w)) * e + 2 * k * (k_t - e)
             ww += w * w
             if grams_ptr is not None:
-                to = grams_ptr + (sample * 3 * words + row) * words + column
-                kept = (row < words) & (column < words)
-                tl.store(to, g, mask=kept)
-                tl.store(to + words * words, k, mask=kept)
-                tl.store(to + 2 * words * words, e, mask=kept)
+                gram_out = grams_ptr + (sample * 3 * words + row) * words + column
+                gram_mask = (row < words) & (column < words)
+                tl.store(gram_out, g, mask=gram_mask)
+                tl.store(gram_out + words * words, k, mask=gram_mask)
+                tl.store(gram_out + 2 * words * words, e, mask=gram_mask)
         if PIXEL_PIXEL & TERMS:
             pixel_pixel = tl.sum(pp, axis=0) / (n * n)
         if WORD_WORD & TERMS:

@@ -1,1 +1,1 @@
-"""``relation`` in Triton."""
+"""Triton kernels of ``relation``: see forward.py and backward.py."""

@@ -1,15 +1,16 @@
-r"""The backward of ``relation``: H, the derivative by the similarities, and the product H X.
+r"""Backward of ``relation`` in Triton: H, the derivative with respect to the similarities, and the product H X.
 
-E is symmetric, so with :math:`H_{ij}` = ∂/∂E_ij + ∂/∂E_ji of the losses times their gradients g,
+E is symmetric. With :math:`H_{ij} = \partial L / \partial E_{ij} + \partial L / \partial E_{ji}`, where L is the sum of
+the losses weighted with their incoming gradients g,
 
 .. math:: \partial / \partial x_i = s_i \Bigl( \sum_j H_{ij} \hat x_j - \hat x_i q_i \Bigr), \qquad
           q_i = \sum_j H_{ij} E_{ij} = \hat x_i \cdot \sum_j H_{ij} \hat x_j
 
-for cosines, s being the scales 1/max(|x|, 1e-12) and q what makes the gradient orthogonal to x_i; otherwise
-:math:`\sum_j H_{ij} x_j` times 1/K or 1. A row of norm ≤ 1e-12 gets none.
+for cosines, where s is the scale 1/max(|x|, 1e-12) and the term with q makes the gradient orthogonal to x_i; otherwise
+the gradient is :math:`\sum_j H_{ij} x_j` times 1/K ("mean") or 1 ("dot"). Rows of norm ≤ 1e-12 get no gradient.
 
-H is written for as many problems, or as many row blocks of one problem, as the workspace holds: whole problems from the
-tiles I ≤ J alone, each stored with its mirror image. Every sum has one owner and a fixed order.
+Each launch writes H for as many whole problems as the workspace holds, computing only tiles I ≤ J and storing each with
+its mirror image, or else for some row blocks of one problem. Each sum is computed by one program in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import cdiv, launching_on, round_to
+from fastkd.kernels.common import launching_on, round_to
 from fastkd.kernels.relation.derivative import coefficients_kernel, derivative_kernel
 from fastkd.kernels.relation.forward import Call, Options
 from fastkd.kernels.relation.plan import Blocks
 from fastkd.kernels.relation.tiles import WIDENS, Operand
 from torch import Tensor
 
+from fastkd._integers import ceil_div
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The product. For a block of rows i and of columns k
+# The product. For a block of rows i and columns k
 #
 #     dX_ik = Σ_j (s_i H_ij s_j) x_jk − s_i² q_i x_ik     ("mean" and "dot": without the last term)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +40,7 @@ from torch import Tensor
     do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "problems", "first", "last", "n_rows"]
 )
 def product_kernel(
-    h_ptr,  # as derivative_kernel wrote them
+    h_ptr,  # written by derivative_kernel
     q_ptr,
     scale_ptr,  # (2, batch · rows)
     student_ptr,
@@ -73,7 +76,7 @@ def product_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,  # divides COLS
 ):
-    """``ROWS`` rows and ``WIDTH`` columns of the gradient to a program."""
+    """Compute ``ROWS`` rows × ``WIDTH`` columns of the gradient per program."""
     Q: tl.constexpr = ROWS // COLS
     rows = row_units * ROW_UNIT
     columns = samples * row_blocks * Q
@@ -88,18 +91,18 @@ def product_kernel(
     k = index % across_blocks * WIDTH + tl.arange(0, WIDTH)
     index = index // across_blocks
     local = index % band
-    here_problem = (index // band).to(tl.int64)
-    problem = first_problem + here_problem
+    local_problem = (index // band).to(tl.int64)
+    problem = first_problem + local_problem
     row = first + local
     b_i = problem * samples + row // row_blocks
     r_i = row % row_blocks * ROWS + tl.arange(0, ROWS)
-    here_i = r_i < rows
+    mask_i = r_i < rows
 
     across = columns.to(tl.int64) * COLS
     down = band.to(tl.int64) * ROWS
     at_i = local * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
-    h_row = h_ptr + here_problem * down * across + at_i.to(tl.int64)[:, None] * across + depth[None, :]
+    h_row = h_ptr + local_problem * down * across + at_i.to(tl.int64)[:, None] * across + depth[None, :]
     plane = problems.to(tl.int64) * down * across
     student_ptr += (k.to(tl.int64) * student_stride_k * K_UNIT)[None, :]
     step = tl.full((), DEPTH, tl.int64) * student_stride_r * R_UNIT
@@ -123,18 +126,18 @@ def product_kernel(
             h_at += DEPTH
             x_at += step
 
-    mask = here_i[:, None] & (k < width)[None, :]
+    mask = mask_i[:, None] & (k < width)[None, :]
     if COSINE:
         q = tl.full((ROWS,), 0.0, tl.float32)
-        q_row = q_ptr + here_problem * columns * down + at_i
+        q_row = q_ptr + local_problem * columns * down + at_i
         for start in range(0, columns, SLOTS):
             slot = start + tl.arange(0, SLOTS)
             used = (slot < columns) & (slot % (row_blocks * Q) * COLS < rows)
             if MIRROR and Q > 1:  # a mirrored tile is ROWS columns wide
                 used = used & ((slot >= row * Q) | (slot % Q == 0))
             q += tl.sum(tl.load(q_row[None, :] + slot.to(tl.int64)[:, None] * down,
-                                mask=used[:, None] & here_i[None, :], other=0.0), axis=0)  # fmt: skip
-        s = tl.load(scale_ptr + b_i * rows + r_i, mask=here_i, other=0.0)
+                                mask=used[:, None] & mask_i[None, :], other=0.0), axis=0)  # fmt: skip
+        s = tl.load(scale_ptr + b_i * rows + r_i, mask=mask_i, other=0.0)
         own = b_i * student_stride_b * STUDENT_UNIT + r_i.to(tl.int64) * student_stride_r * R_UNIT
         x = tl.load(student_ptr + own[:, None], mask=mask, other=0.0).to(tl.float32)
         acc -= x * s[:, None] * (q * s)[:, None]
@@ -148,7 +151,7 @@ COEFFICIENTS_BLOCK = 256
 
 
 def product_constants(blocks: Blocks, dtype: str) -> dict[str, Any]:
-    """Of the product's own; bfloat16's H is already split into what is multiplied exactly."""
+    """Return the constants specific to the product; H of bfloat16 rows is already split into exact factors."""
     precision = "ieee" if dtype == "bf16" else "tf32x3"
     return {"WIDTH": blocks.cols, "DEPTH": blocks.depth, "PRECISION": precision, "SLOTS": 16}
 
@@ -165,7 +168,7 @@ def backward(
 ) -> None:
     """Fill ``grad_student`` (B, R, K) of any strides from a per-row gradient (B, R) of any strides.
 
-    H takes at most ``limit_for`` (what one row block needs) bytes at a time.
+    ``limit_for`` maps the bytes of one row block to the bytes available for H in a launch.
     """
     call = Call(student, teacher, options, stored.numel() > 0)
     grid, shape, product = call.plan.backward, call.plan.backward.shape, call.plan.product
@@ -176,7 +179,7 @@ def backward(
     new = lambda size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=student.device)
     with launching_on(student):
         coefficients = new(2 * grid.samples * call.n_rows)
-        coefficients_kernel[(cdiv(call.n_rows, COEFFICIENTS_BLOCK), grid.samples)](
+        coefficients_kernel[(ceil_div(call.n_rows, COEFFICIENTS_BLOCK), grid.samples)](
             grad_loss,
             statistics,
             coefficients,
@@ -219,12 +222,12 @@ def backward(
                 tiles,
                 *call.factors,
                 call.inv_temperature,
-                KEPT=mirror and stored.numel() > 0,
+                STORED=mirror and stored.numel() > 0,
                 MIRROR=mirror,
                 SPLIT=split,
                 **call.constants(shape, fused=False),
             )
-            product_kernel[(launch.problems * launch.band * cdiv(student.shape[2], product.cols),)](
+            product_kernel[(launch.problems * launch.band * ceil_div(student.shape[2], product.cols),)](
                 h,
                 q,
                 scales,

@@ -1,4 +1,4 @@
-r"""``relation`` in Triton: a distance, row by row, between the self-relation matrices of two row sets.
+r"""Forward of ``relation`` in Triton: a per-row distance between the self-relation matrices of two sets of rows.
 
 With :math:`\hat x_i = x_i / \max(|x_i|, 10^{-12})` ("cosine") and :math:`E_{ij} = \langle \hat x_i, \hat x_j \rangle`
 ("mean": :math:`\langle x_i, x_j \rangle / K`, "dot": :math:`\langle x_i, x_j \rangle`) for the student (S) and the
@@ -8,9 +8,9 @@ teacher (T), the loss of row i is
           \frac{1}{R} \sum_j (E^S_{ij} - E^T_{ij})^2, \qquad
           \Bigl| \frac{E^S_i}{|E^S_i|} - \frac{E^T_i}{|E^T_i|} \Bigr|^2 .
 
-The forward is three kernels: norms; tiles of both matrices, one pair of row blocks I ≤ J to a program, each reduced at
-once to a few sums for its rows and, E being symmetric, for its columns as well; and the merging of those sums in a
-fixed order. No matrix is written, except that small ones may be kept for the backward (``relation_backward.py``).
+The forward has three kernels: the norms; the tiles of both matrices, one pair of blocks I ≤ J per program, each reduced
+immediately to a few sums for its rows and, because E is symmetric, for its columns; and the merge of these sums in a
+fixed order. No matrix is written, except small ones that the backward reads again (form "stored").
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from typing import Any, Protocol
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, MOST_REGISTERS, capability, cdiv, launching_on
+from fastkd.kernels.common import LOG2E, MAX_REGISTERS, capability, launching_on
 from fastkd.kernels.relation.merge import merge_kernel
 from fastkd.kernels.relation.plan import PLANES, Blocks, Plan, method_of
 from fastkd.kernels.relation.tiles import (
     LOWEST,
     Operand,
-    kept_tile,
     products,
     scaled,
+    stored_tile,
     triangle,
     unit_of,
 )
 from torch import Tensor
 
+from fastkd._integers import ceil_div
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Norms: scale = 1/max(|x|, 1e-12) of either network's rows. Exactly 1e12 marks a row that gets no gradient.
+# Norms: scale = 1/max(|x|, 1e-12) of the rows of both networks. A scale of 1e12 marks a row without a gradient.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
-def _scales(
+def _store_scales(
     x_ptr,
     width,
     stride_b,
@@ -49,12 +51,13 @@ def _scales(
     scale_ptr,
     row,
     rows,
-    here,
+    in_range,
     UNIT: tl.constexpr,
     ROWS_INNER: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    """Store the scales of ``row``."""
     R_UNIT: tl.constexpr = 1 if ROWS_INNER else UNIT
     K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
     width = width * R_UNIT
@@ -64,11 +67,11 @@ def _scales(
     step = tl.full((), DEPTH, tl.int64) * stride_k * K_UNIT
     squares = tl.full((BLOCK, DEPTH), 0.0, tl.float32)
     for start in range(0, width, DEPTH):
-        x = tl.load(ptr, mask=here[:, None] & (start + k < width)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(ptr, mask=in_range[:, None] & (start + k < width)[None, :], other=0.0).to(tl.float32)
         squares += x * x
         ptr += step
     square = tl.sum(squares, axis=1)
-    tl.store(scale_ptr + row, tl.where(square <= 1e-24, 1e12, 1.0 / tl.sqrt_rn(square)), mask=here)
+    tl.store(scale_ptr + row, tl.where(square <= 1e-24, 1e12, 1.0 / tl.sqrt_rn(square)), mask=in_range)
 
 
 @triton.jit(do_not_specialize=["rows", "n_rows"])
@@ -93,31 +96,34 @@ def scales_kernel(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """``BLOCK`` rows to a program, the student's or the teacher's."""
+    """Compute the scales of ``BLOCK`` rows per program, of the student or the teacher."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = row < n_rows
+    in_range = row < n_rows
     if tl.program_id(1) == 0:
-        _scales(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k, scale_ptr,
-                row, rows, here, STUDENT_UNIT, STUDENT_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
+        _store_scales(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k, scale_ptr,
+                row, rows, in_range, STUDENT_UNIT, STUDENT_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
     else:
-        _scales(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
-                scale_ptr + n_rows.to(tl.int64), row, rows, here,
+        _store_scales(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
+                scale_ptr + n_rows.to(tl.int64), row, rows, in_range,
                 TEACHER_UNIT, TEACHER_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tiles. From E^S and E^T of one tile, v = σE, κ = log2(e)/τ, d = E^S − E^T, the sums over its columns (AXIS 1, one for
-# each row) or over its rows (AXIS 0):
+# Tiles. With E^S and E^T of one tile, v = σE, κ = log2(e)/τ and d = E^S − E^T, the sums over its columns (AXIS 1: one
+# per row) or over its rows (AXIS 0) are
 #
 #     kl            z_x = Σ f_x, f_x = 2^{κ(v_x − 1)},  a = Σ f_T (v_T − v_S)
 #     kl maxima     m_x = max v_x,  z_x = Σ 2^{κ(v_x − m_x)},  a = Σ 2^{κ(v_T − m_T)} (v_T − v_S)
 #     mse           Σ d²
 #     row_cosine    Σ E^S²,  Σ E^T²,  Σ d²,  Σ d (E^S + E^T),  Σ E^S E^T
 #
-# A teacher's v of −inf has weight 0, and 0·(v_T − v_S) counts as 0 whatever v_S is. NaN and +inf reach the sums.
+# v_T = −inf has weight 0, and 0·(v_T − v_S) counts as 0 for any v_S. NaN and +inf propagate to the sums.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
-def _sums(e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, NEGATE: tl.constexpr, AXIS: tl.constexpr):
+def _store_sums(
+    e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, NEGATE: tl.constexpr, AXIS: tl.constexpr
+):
+    """Store the sums of one tile along AXIS, one plane per sum."""
     if DISTANCE == "kl":
         v_s = -e_s if NEGATE else e_s
         v_t = -e_t if NEGATE else e_t
@@ -169,12 +175,12 @@ def tiles_kernel(
     scale_ptr,  # (2, batch · rows)
     by_row_ptr,  # (problems, PLANES, columns, last − first row blocks of ROWS)
     by_col_ptr,  # (problems, PLANES, last − first, columns of COLS)
-    kept_ptr,
+    stored_ptr,
     row_units,  # rows / ROW_UNIT
     samples,  # of a problem
     row_blocks,  # of a sample
     first_problem,
-    first,  # this launch's row blocks: [first, last)
+    first,  # row blocks of this launch: [first, last)
     last,
     tiles,  # of a problem, in this launch
     n_rows,  # batch · rows
@@ -189,67 +195,67 @@ def tiles_kernel(
     COSINE: tl.constexpr,
     DISTANCE: tl.constexpr,
     NEGATE: tl.constexpr,
-    KEEP: tl.constexpr,
+    STORE: tl.constexpr,
     PLANES: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One tile to a program: sums for its rows and, off the diagonal, for its columns."""
+    """Compute one tile per program: the sums of its rows and, off the diagonal, of its columns."""
     Q: tl.constexpr = ROWS // COLS
     rows = row_units * ROW_UNIT
     columns = samples * row_blocks * Q
-    here_problem = (tl.program_id(0) // tiles).to(tl.int64)  # in this launch
-    problem = first_problem + here_problem
+    local_problem = (tl.program_id(0) // tiles).to(tl.int64)  # in this launch
+    problem = first_problem + local_problem
     row, col = triangle(tl.program_id(0) % tiles, first, last, columns, Q)
     b_i = problem * samples + row // row_blocks
     b_j = problem * samples + col // (row_blocks * Q)
     r_i = row % row_blocks * ROWS + tl.arange(0, ROWS)
     r_j = col % (row_blocks * Q) * COLS + tl.arange(0, COLS)
     if col % (row_blocks * Q) * COLS < rows:
-        here_i = r_i < rows
-        here_j = r_j < rows
+        mask_i = r_i < rows
+        mask_j = r_j < rows
         e_s = products(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k,
-                       b_i, r_i, here_i, b_j, r_j, here_j,
+                       b_i, r_i, mask_i, b_j, r_j, mask_j,
                        STUDENT_UNIT, STUDENT_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
         e_t = products(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
-                       b_i, r_i, here_i, b_j, r_j, here_j,
+                       b_i, r_i, mask_i, b_j, r_j, mask_j,
                        TEACHER_UNIT, TEACHER_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
         scale_i = scale_ptr + b_i * rows + r_i
         scale_j = scale_ptr + b_j * rows + r_j
         if COSINE:
-            e_s = scaled(e_s, tl.load(scale_i, mask=here_i, other=0.0), tl.load(scale_j, mask=here_j, other=0.0))
-            e_t = scaled(e_t, tl.load(scale_i + n_rows.to(tl.int64), mask=here_i, other=0.0),
-                         tl.load(scale_j + n_rows.to(tl.int64), mask=here_j, other=0.0))  # fmt: skip
+            e_s = scaled(e_s, tl.load(scale_i, mask=mask_i, other=0.0), tl.load(scale_j, mask=mask_j, other=0.0))
+            e_t = scaled(e_t, tl.load(scale_i + n_rows.to(tl.int64), mask=mask_i, other=0.0),
+                         tl.load(scale_j + n_rows.to(tl.int64), mask=mask_j, other=0.0))  # fmt: skip
         else:
             e_s = e_s * student_factor
             e_t = e_t * teacher_factor
-        if KEEP:
-            kept = kept_tile(kept_ptr, problem, row, col, columns, row_blocks, ROWS, COLS)
-            tl.store(kept, e_s)
-            tl.store(kept + ROWS * COLS, e_t)
+        if STORE:
+            tile_ptr = stored_tile(stored_ptr, problem, row, col, columns, row_blocks, ROWS, COLS)
+            tl.store(tile_ptr, e_s)
+            tl.store(tile_ptr + ROWS * COLS, e_t)
 
-        valid = here_i[:, None] & here_j[None, :]
+        valid = mask_i[:, None] & mask_j[None, :]
         kappa = inv_temperature * LOG2E
         band = last - first
         plane = columns.to(tl.int64) * band * ROWS
-        out = by_row_ptr + here_problem * PLANES * plane + (col.to(tl.int64) * band + (row - first)) * ROWS
-        _sums(e_s, e_t, valid, kappa, out + tl.arange(0, ROWS), plane, DISTANCE, NEGATE, 1)
+        out = by_row_ptr + local_problem * PLANES * plane + (col.to(tl.int64) * band + (row - first)) * ROWS
+        _store_sums(e_s, e_t, valid, kappa, out + tl.arange(0, ROWS), plane, DISTANCE, NEGATE, 1)
         if col >= Q * (row + 1):
             plane = columns.to(tl.int64) * band * COLS
-            out = by_col_ptr + here_problem * PLANES * plane + ((row - first).to(tl.int64) * columns + col) * COLS
-            _sums(e_s, e_t, valid, kappa, out + tl.arange(0, COLS), plane, DISTANCE, NEGATE, 0)
+            out = by_col_ptr + local_problem * PLANES * plane + ((row - first).to(tl.int64) * columns + col) * COLS
+            _store_sums(e_s, e_t, valid, kappa, out + tl.arange(0, COLS), plane, DISTANCE, NEGATE, 0)
 
 
 SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 64}
 MERGE_BLOCK = {"BLOCK": 64, "SLOTS": 16}
-ROW_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True, **MOST_REGISTERS}
-"""Of the kernels without products."""
+ROW_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True, **MAX_REGISTERS}
+"""Launch options of the kernels without matrix products."""
 
 
 class Options(Protocol):
-    """What a call asks for: the operator's options."""
+    """Options of the operator."""
 
     similarity: str
     distance: str
@@ -260,11 +266,11 @@ class Options(Protocol):
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PRECISION = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
-"""Products of 16-bit numbers are exact in fp32; each of fp32's is made of three in TF32 (2^-21)."""
+"""Precision of products: exact in fp32 for 16-bit inputs; three TF32 products for fp32 (relative error 2^-21)."""
 
 
 class Call:
-    """A call's plan, and the arguments that several of its kernels take."""
+    """The plan of a call, and the arguments shared by its kernels."""
 
     def __init__(self, student: Tensor, teacher: Tensor, options: Options, stored: bool) -> None:
         batch, rows, width = student.shape
@@ -288,7 +294,7 @@ class Call:
         self.negate = options.negate and options.distance == "kl"
 
     def constants(self, shape: Blocks, fused: bool = True) -> dict[str, Any]:
-        """Of the kernels that compute tiles."""
+        """Return the constants and launch options of the kernels that compute tiles."""
         return {
             **self.layout,
             "ROW_UNIT": self.row_unit,
@@ -312,7 +318,7 @@ def forward(
 ) -> None:
     """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``stored``.
 
-    Sums of tiles take at most ``limit_for`` (what one row block needs) bytes at a time.
+    ``limit_for`` maps the bytes of one row block to the bytes available for the sums of a launch.
     """
     call = Call(student, teacher, options, stored.numel() > 0)
     grid, shape = call.plan.forward, call.plan.forward.shape
@@ -321,11 +327,11 @@ def forward(
     scales = statistics[-2:]
     with launching_on(student):
         if call.cosine:
-            scales_kernel[(cdiv(call.n_rows, SCALE_BLOCK["BLOCK"]), 2)](
+            scales_kernel[(ceil_div(call.n_rows, SCALE_BLOCK["BLOCK"]), 2)](
                 *call.networks, scales, call.rows, call.n_rows, **call.layout, **SCALE_BLOCK, **ROW_LAUNCH
             )
         else:
-            scales.zero_()  # an operator's outputs are defined throughout
+            scales.zero_()  # every element of an operator's output is written
         written = shape.rows**2 * grid.row_blocks * (grid.row_blocks + 1) * student.shape[0]
         if stored.numel() > written or call.rows % shape.rows:
             stored.zero_()
@@ -352,7 +358,7 @@ def forward(
                 call.n_rows,
                 *call.factors,
                 call.inv_temperature,
-                KEEP=stored.numel() > 0,
+                STORE=stored.numel() > 0,
                 PLANES=planes,
                 **call.constants(shape),
             )

@@ -1,8 +1,9 @@
-"""What the relation kernels share: operands of any layout, tiles of relation matrices, and the numbering of tiles.
+"""Operands of any layout, tiles of relation matrices, and their numbering.
 
-A *problem* is one pair of relation matrices: a sample's, or with ``cross`` that of all samples' rows together. Every
-sample's rows are cut into blocks of ``ROWS`` (the last may be short), numbered through the problem: block I belongs to
-sample I // row_blocks. Columns are the same rows, in blocks of ``COLS``: ``Q = ROWS // COLS`` of them are a row block.
+A *problem* is one pair of relation matrices (student, teacher): of one sample, or with ``cross`` of the rows of all
+samples. The rows of each sample form blocks of ``ROWS`` (the last may be partial), numbered across the problem: block I
+belongs to sample I // row_blocks. The columns are the same rows in blocks of ``COLS``, ``Q = ROWS // COLS`` per row
+block.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from fastkd.kernels.common import INTERPRETED
 from torch import Tensor
 
 WIDENS = tl.constexpr(INTERPRETED)
-"""The interpreter multiplies no bfloat16."""
+"""Convert bfloat16 operands to fp32: the interpreter cannot multiply bfloat16."""
 
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN."""
+"""Initial value of running maxima: −inf − (−inf) would be NaN."""
 
 
 def unit_of(*numbers: int, largest: int) -> int:
-    """The largest power of two up to ``largest`` that divides all ``numbers``."""
+    """Return the largest power of two up to ``largest`` that divides all ``numbers``."""
     unit = largest
     while any(n % unit for n in numbers):
         unit //= 2
@@ -31,17 +32,17 @@ def unit_of(*numbers: int, largest: int) -> int:
 
 
 class Operand(NamedTuple):
-    """(B, R, K) of any strides, as a kernel is given it: the arguments ``tensor, width, stride_b, stride_r, stride_k``.
+    """A (B, R, K) tensor of any strides as kernel arguments ``tensor, width, stride_b, stride_r, stride_k``.
 
-    Triton only loads several elements at once where it can prove that they are aligned. It looks for factors of 16;
-    a row of 900 has a factor of 4. So strides are passed in units of ``unit`` elements, a constant of the kernel: all
-    but that of the inner dimension, whose length is passed in units instead if it is the width.
+    Triton vectorises loads only if it can prove alignment, and it specialises arguments on divisibility by 16 alone; a
+    row of 900 elements has a factor of 4. Outer strides are therefore passed in units of ``unit`` elements, a constant
+    of the kernel, and so is the width if it is the inner dimension.
     """
 
     tensor: Tensor
     width: int
     strides: tuple[int, int, int]
-    rows_inner: bool  # the rows' stride is 1 and the columns' is not: a map seen as rows of pixels
+    rows_inner: bool  # stride_r is 1 and stride_k is not: a (C, H, W) map viewed as rows of pixels
     unit: int
 
     @classmethod
@@ -73,10 +74,10 @@ def products(
     stride_k,
     b_i,
     r_i,
-    here_i,
+    mask_i,
     b_j,
     r_j,
-    here_j,
+    mask_j,
     UNIT: tl.constexpr,
     ROWS_INNER: tl.constexpr,
     ROWS: tl.constexpr,
@@ -84,7 +85,7 @@ def products(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """⟨x_i, x_j⟩ of the rows r_i of sample b_i and r_j of b_j, summed in fp32; 0 where a row is not ``here``."""
+    """Return ⟨x_i, x_j⟩ of rows r_i of sample b_i and r_j of b_j, accumulated in fp32; 0 where a row is masked."""
     R_UNIT: tl.constexpr = 1 if ROWS_INNER else UNIT
     K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
     width = width * R_UNIT
@@ -98,8 +99,8 @@ def products(
     acc = tl.full((ROWS, COLS), 0.0, tl.float32)
     for start in range(0, width, DEPTH):
         inside = start + k < width
-        a = tl.load(a_ptr, mask=here_i[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_ptr, mask=here_j[None, :] & inside[:, None], other=0.0)
+        a = tl.load(a_ptr, mask=mask_i[:, None] & inside[None, :], other=0.0)
+        b = tl.load(b_ptr, mask=mask_j[None, :] & inside[:, None], other=0.0)
         if WIDENS:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -111,32 +112,32 @@ def products(
 
 @triton.jit
 def triangle(index, first, last, columns, Q: tl.constexpr):
-    """Tile ``index`` (I, J) of the row blocks [first, last), each of which has the tiles J = Q I, ..., columns − 1.
+    """Return tile (I, J) number ``index`` of the row blocks [first, last), each with tiles J = Q I ... columns − 1.
 
-    A row block and its counterpart from the other end have as many tiles as any other such pair.
+    Row blocks are paired from both ends, first with last − 1 and so on: each pair has the same number of tiles.
     """
     pair = 2 * columns - Q * (first + last - 1)
     i = index // pair
     left = index % pair
-    mine = columns - Q * (first + i)
-    row = tl.where(left < mine, first + i, last - 1 - i)
-    return row, Q * row + tl.where(left < mine, left, left - mine)
+    in_first = columns - Q * (first + i)
+    row = tl.where(left < in_first, first + i, last - 1 - i)
+    return row, Q * row + tl.where(left < in_first, left, left - in_first)
 
 
 @triton.jit
 def scaled(product, scale_i, scale_j):
-    """Cosines from dot products."""
+    """Return cosines from dot products and the rows' scales."""
     return product * scale_i[:, None] * scale_j[None, :]
 
 
 @triton.jit
-def kept_tile(kept_ptr, problem, row, col, columns, row_blocks, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where the student's tile (row, col) is kept, as (ROWS, COLS) contiguous numbers; the teacher's follows.
+def stored_tile(stored_ptr, problem, row, col, columns, row_blocks, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return pointers to the student's stored tile (row, col), (ROWS, COLS) contiguous; the teacher's follows it.
 
-    A problem's tiles take (n + 1) n ROWS² numbers, n its row blocks, also where ROWS is twice COLS.
+    The tiles of a problem with n row blocks take (n + 1) n ROWS² elements, also if ROWS is twice COLS.
     """
     Q: tl.constexpr = ROWS // COLS
     tile = row * columns - Q * (row * (row - 1) // 2) + (col - Q * row)
     size = (row_blocks + 1).to(tl.int64) * row_blocks * (ROWS * ROWS)
     cell = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    return kept_ptr + problem * size + tile.to(tl.int64) * (2 * ROWS * COLS) + cell
+    return stored_ptr + problem * size + tile.to(tl.int64) * (2 * ROWS * COLS) + cell

@@ -1,1 +1,1 @@
-"""``softmax_kl`` in Triton."""
+"""Triton kernels of ``softmax_kl``: see forward.py and backward.py."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, cdiv, float64, launching_on, round_to
+from fastkd.kernels.common import LOG2E, float64, launching_on, round_to
 from fastkd.kernels.softmax_kl.plan import blocks_for
 from torch import Tensor
 
+from fastkd._integers import ceil_div
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backward. ∂ℓ_s/∂s_j = p_{s,j}/τ and the sum in KL is linear in s, so for a row's incoming gradient g
+# KL = Σ_j p_{t,j} (t_j − s_j)/τ − ℓ_t + ℓ_s is linear in s but for ℓ_s, and ∂ℓ_s/∂s_j = p_{s,j}/τ. So for the incoming
+# gradient g of a row
 #
 #     ∂(g·KL)/∂s_j = (g/τ) (p_{s,j} − p_{t,j}),      p_{x,j} = e^{(x_j − m_x)/τ} / z_x.
 #
-# Every element is written by one program, independently of all others: two runs give the same bits.
+# Each element is computed by one program, independently of the others, so results are bit-identical between runs.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
 def backward_kernel(
@@ -36,30 +39,30 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The gradient of one ``ROWS`` × ``COLS`` block to a program."""
+    """Compute the gradient of one ``ROWS`` × ``COLS`` block per program."""
     ACC: tl.constexpr = grad_loss_ptr.dtype.element_ty
     inv_tau = float64(inv_temperature).to(ACC)
     scale = inv_tau * LOG2E
 
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = row < n_rows
+    in_range = row < n_rows
     b = row // rows_per_batch
     r = row % rows_per_batch
     j = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
-    mask = here[:, None] & (j < cols)
+    mask = in_range[:, None] & (j < cols)
 
-    g = tl.load(grad_loss_ptr + b * grad_stride_b + r * grad_stride_r, mask=here, other=0.0).to(ACC)
-    m_s = tl.load(statistics_ptr + row, mask=here, other=0.0)
-    z_s = tl.load(statistics_ptr + n_rows.to(tl.int64) + row, mask=here, other=1.0)
-    m_t = tl.load(statistics_ptr + 2 * n_rows.to(tl.int64) + row, mask=here, other=0.0)
-    z_t = tl.load(statistics_ptr + 3 * n_rows.to(tl.int64) + row, mask=here, other=1.0)
+    g = tl.load(grad_loss_ptr + b * grad_stride_b + r * grad_stride_r, mask=in_range, other=0.0).to(ACC)
+    m_s = tl.load(statistics_ptr + row, mask=in_range, other=0.0)
+    z_s = tl.load(statistics_ptr + n_rows.to(tl.int64) + row, mask=in_range, other=1.0)
+    m_t = tl.load(statistics_ptr + 2 * n_rows.to(tl.int64) + row, mask=in_range, other=0.0)
+    z_t = tl.load(statistics_ptr + 3 * n_rows.to(tl.int64) + row, mask=in_range, other=1.0)
     s = tl.load(student_ptr + (b * student_stride_b + r * student_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
     t = tl.load(teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
 
     p_s = tl.exp2((s - m_s[:, None]) * scale) * (1.0 / z_s)[:, None]
     p_t = tl.exp2((t - m_t[:, None]) * scale) * (1.0 / z_t)[:, None]
     grad = (g * inv_tau)[:, None] * (p_s - p_t)
-    # Rows are contiguous in grad_student: row · cols is its offset, in 64 bits like row.
+    # grad_student is contiguous: row · cols is the row's offset (int64, like row).
     tl.store(grad_student_ptr + row[:, None] * cols + j, round_to(grad, grad_student_ptr.dtype.element_ty), mask=mask)
 
 
@@ -75,7 +78,7 @@ def backward(
     batch, rows, cols = student.shape
     blocks = blocks_for(cols, student.element_size())
     with launching_on(student):
-        backward_kernel[(cdiv(batch * rows, blocks.rows), cdiv(cols, blocks.cols))](
+        backward_kernel[(ceil_div(batch * rows, blocks.rows), ceil_div(cols, blocks.cols))](
             grad_loss,
             student,
             teacher,

@@ -1,43 +1,45 @@
-r"""``softmax_kl`` in Triton: the KL divergence between the softmaxes of matching rows, reading each input once a pass.
+r"""Forward of ``softmax_kl`` in Triton: KL between the softmaxes of matching rows; each pass reads each input once.
 
-With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}`,
-x being the student's s or the teacher's t,
+With :math:`p_x = \operatorname{softmax}(x / \tau)` and :math:`\ell_x = \log \sum_j e^{x_j / \tau}`, where x is the
+student's s or the teacher's t,
 
 .. math:: \mathrm{KL}(p_t \| p_s) = \sum_j p_{t,j} \frac{t_j - s_j}{\tau} - \ell_t + \ell_s .
 
-The forward kernel writes one loss and, per row and input, the two parts of ℓ: the maximum m and z = Σ e^{(x−m)/τ}.
-Kept apart they are exact at logits of 1e4 and at τ = 20, where one fp32 number could not hold both. The backward kernel
-needs nothing else but the inputs. Arithmetic is fp32 (fp64 for fp64 inputs). On a GPU 2^x is the hardware's
-approximation (about 2 ulp, subnormal results are 0).
+Per row the forward writes the loss and, for each input, ℓ as two numbers: the maximum m and z = Σ e^{(x−m)/τ}. This is
+exact at logits of 1e4 and at τ = 20, where a single fp32 number is not. The backward needs only these and the inputs.
+Arithmetic is fp32 (fp64 for fp64 inputs). On a GPU 2^x is the hardware approximation (about 2 ulp; subnormal results
+are flushed to 0).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, MOST_REGISTERS, cdiv, float64, launching_on
-from fastkd.kernels.softmax_kl.plan import MOST_PARTS, blocks_for, parts_for
+from fastkd.kernels.common import LOG2E, MAX_REGISTERS, float64, launching_on
+from fastkd.kernels.softmax_kl.plan import MAX_PARTS, blocks_for, parts_for
 from torch import Tensor
+
+from fastkd._integers import ceil_div
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Forward. One pass keeps, for either input, a maximum m and z = Σ e^{(x−m)/τ}, and a = Σ e^{(t−m_t)/τ} (t − s); then
+# One pass accumulates a maximum m and z = Σ e^{(x−m)/τ} of each input, and a = Σ e^{(t−m_t)/τ} (t − s); then
 #
 #     KL = a / (z_t τ) + (m_s − m_t)/τ + log z_s − log z_t,      ℓ_x = m_x/τ + log z_x.
 #
-# Each lane of the block keeps its own (m, z, a) over the columns it meets, and lanes are merged once, at the end, in a
-# fixed order. Meeting x, a lane rescales either its sums or the newcomer, whichever is not the larger: one exponential
-# of −|x − m|. Subtracting before scaling by 1/τ keeps (x − m)/τ accurate for large logits at small τ. Parts of a row,
-# where several programs share it, are merged as lanes are, by a second kernel.
+# Each lane (column of the block) accumulates (m, z, a) over its columns; lanes are merged once at the end, in a fixed
+# order. For each new x a lane rescales its sums or the new term, whichever belongs to the smaller maximum, so that one
+# exponential, of −|x − m|, suffices. Subtracting before scaling by 1/τ keeps (x − m)/τ accurate for large logits at
+# small τ. If several programs share a row, a second kernel merges their parts in the same way.
 #
-# Edge cases. −inf: weight 0, and 0·(t − s) counts as 0 although t − s may be ±inf or NaN; columns beyond the row are
-# loaded as −inf and vanish the same way. s = −inf where p_t > 0: a = +inf, so is the loss. A row of −inf throughout:
-# z = 0, 0/0 = NaN. NaN: tl.max drops it, but m, e^{...} or z of that lane is NaN and the final sums keep it. +inf: its
-# lane's e^{inf − inf} is NaN in the merge.
+# Edge cases. −inf has weight 0, and 0·(t − s) counts as 0 even if t − s is ±inf or NaN; columns past the end of the row
+# are loaded as −inf. s = −inf where p_t > 0 gives a = +inf and an infinite loss. A row of only −inf has z = 0 and the
+# loss 0/0 = NaN. NaN: tl.max ignores it, but m, e^{...} or z of its lane is NaN and reaches the final sums. +inf: the
+# e^{inf − inf} of its lane is NaN in the merge.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
-def _merge(m_s, z_s, m_t, z_t, a, scale):
-    """The sums of all lanes of a row, relative to its maxima."""
+def _merge_lanes(m_s, z_s, m_t, z_t, a, scale):
+    """Merge the lanes of each row: return its maxima and its sums relative to them."""
     top_s = tl.max(m_s, axis=1)
     top_t = tl.max(m_t, axis=1)
     z_s = tl.sum(z_s * tl.exp2((m_s - top_s[:, None]) * scale), axis=1)
@@ -48,13 +50,14 @@ def _merge(m_s, z_s, m_t, z_t, a, scale):
 
 
 @triton.jit
-def _finish(loss_ptr, statistics_ptr, n_rows, row, here, top_s, z_s, top_t, z_t, a, inv_tau):
+def _store_results(loss_ptr, statistics_ptr, n_rows, row, in_range, top_s, z_s, top_t, z_t, a, inv_tau):
+    """Store the loss and the statistics of each row."""
     loss = (a / z_t + (top_s - top_t)) * inv_tau + tl.log(z_s / z_t)
-    tl.store(loss_ptr + row, loss, mask=here)
-    tl.store(statistics_ptr + row, top_s, mask=here)
-    tl.store(statistics_ptr + n_rows.to(tl.int64) + row, z_s, mask=here)
-    tl.store(statistics_ptr + 2 * n_rows.to(tl.int64) + row, top_t, mask=here)
-    tl.store(statistics_ptr + 3 * n_rows.to(tl.int64) + row, z_t, mask=here)
+    tl.store(loss_ptr + row, loss, mask=in_range)
+    tl.store(statistics_ptr + row, top_s, mask=in_range)
+    tl.store(statistics_ptr + n_rows.to(tl.int64) + row, z_s, mask=in_range)
+    tl.store(statistics_ptr + 2 * n_rows.to(tl.int64) + row, top_t, mask=in_range)
+    tl.store(statistics_ptr + 3 * n_rows.to(tl.int64) + row, z_t, mask=in_range)
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_batch", "part_cols"])
@@ -63,7 +66,7 @@ def forward_kernel(
     teacher_ptr,
     loss_ptr,  # (batch · rows,) contiguous
     statistics_ptr,  # (4, batch · rows) contiguous: m_s, z_s, m_t, z_t
-    parts_ptr,  # (parts, 5, batch · rows) contiguous: m_s, z_s, m_t, z_t, a of each part, if there are several
+    parts_ptr,  # (parts, 5, batch · rows) contiguous: m_s, z_s, m_t, z_t, a of each part; unused for one part
     n_rows,  # batch · rows
     rows_per_batch,
     cols,
@@ -76,15 +79,15 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     LOOP: tl.constexpr,  # cols > COLS
-    SPLIT: tl.constexpr,  # several parts to a row
+    SPLIT: tl.constexpr,  # several programs per row
 ):
-    """Losses and ℓ of ``ROWS`` rows to a program, or one part's sums of them, ``COLS`` columns at a time."""
+    """Compute losses and statistics of ``ROWS`` rows per program, or the sums of one part, by ``COLS`` columns."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
     inv_tau = float64(inv_temperature).to(ACC)
     scale = inv_tau * LOG2E
 
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = row < n_rows
+    in_range = row < n_rows
     b = row // rows_per_batch
     r = row % rows_per_batch
     student_row = student_ptr + (b * student_stride_b + r * student_stride_r)[:, None]
@@ -97,10 +100,10 @@ def forward_kernel(
         teacher_row += begin
         end = tl.minimum(cols - begin, part_cols)
     minus_inf = float("-inf")
-    # As a running maximum the lowest finite number stands for −inf, without its −inf − (−inf) = NaN.
+    # Initialise maxima with the lowest finite number: −inf − (−inf) would be NaN.
     LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC.is_fp32() else -1.7976931348623157e308
 
-    mask = here[:, None] & (lane < end)
+    mask = in_range[:, None] & (lane < end)
     s = tl.load(student_row + lane, mask=mask, other=minus_inf).to(ACC)
     t = tl.load(teacher_row + lane, mask=mask, other=minus_inf).to(ACC)
     m_s = tl.where(s == minus_inf, LOWEST, s)
@@ -112,7 +115,7 @@ def forward_kernel(
     if LOOP:
         for start in range(COLS, end, COLS):
             j = start + lane
-            mask = here[:, None] & (j < end)
+            mask = in_range[:, None] & (j < end)
             s = tl.load(student_row + j, mask=mask, other=minus_inf).to(ACC)
             t = tl.load(teacher_row + j, mask=mask, other=minus_inf).to(ACC)
 
@@ -129,17 +132,17 @@ def forward_kernel(
             a = tl.where(old_weight == 0.0, 0.0, a * old_weight) + tl.where(weight == 0.0, 0.0, weight * (t - s))
             m_t = tl.where(new, t, m_t)
 
-    top_s, z_s, top_t, z_t, a = _merge(m_s, z_s, m_t, z_t, a, scale)
+    top_s, z_s, top_t, z_t, a = _merge_lanes(m_s, z_s, m_t, z_t, a, scale)
     if SPLIT:
         plane = n_rows.to(tl.int64)
-        to = parts_ptr + tl.program_id(1) * 5 * plane + row
-        tl.store(to, top_s, mask=here)
-        tl.store(to + plane, z_s, mask=here)
-        tl.store(to + 2 * plane, top_t, mask=here)
-        tl.store(to + 3 * plane, z_t, mask=here)
-        tl.store(to + 4 * plane, a, mask=here)
+        out = parts_ptr + tl.program_id(1) * 5 * plane + row
+        tl.store(out, top_s, mask=in_range)
+        tl.store(out + plane, z_s, mask=in_range)
+        tl.store(out + 2 * plane, top_t, mask=in_range)
+        tl.store(out + 3 * plane, z_t, mask=in_range)
+        tl.store(out + 4 * plane, a, mask=in_range)
     else:
-        _finish(loss_ptr, statistics_ptr, n_rows, row, here, top_s, z_s, top_t, z_t, a, inv_tau)
+        _store_results(loss_ptr, statistics_ptr, n_rows, row, in_range, top_s, z_s, top_t, z_t, a, inv_tau)
 
 
 @triton.jit(do_not_specialize=["n_rows", "parts"])
@@ -152,22 +155,22 @@ def merge_kernel(
     inv_temperature: tl.float64,
     PARTS: tl.constexpr,
 ):
-    """Losses and ℓ of one row to a program, from its parts."""
+    """Compute the loss and statistics of one row per program from its parts."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
     inv_tau = float64(inv_temperature).to(ACC)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     part = tl.arange(0, PARTS)[None, :]
     plane = n_rows.to(tl.int64)
-    at = parts_ptr + row[:, None] + part * 5 * plane
-    here = part < parts
+    part_sums = parts_ptr + row[:, None] + part * 5 * plane
+    in_range = part < parts
     LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC.is_fp32() else -1.7976931348623157e308
-    m_s = tl.load(at, mask=here, other=LOWEST)
-    z_s = tl.load(at + plane, mask=here, other=0.0)
-    m_t = tl.load(at + 2 * plane, mask=here, other=LOWEST)
-    z_t = tl.load(at + 3 * plane, mask=here, other=0.0)
-    a = tl.load(at + 4 * plane, mask=here, other=0.0)
-    top_s, z_s, top_t, z_t, a = _merge(m_s, z_s, m_t, z_t, a, inv_tau * LOG2E)
-    _finish(loss_ptr, statistics_ptr, n_rows, row, row < n_rows, top_s, z_s, top_t, z_t, a, inv_tau)
+    m_s = tl.load(part_sums, mask=in_range, other=LOWEST)
+    z_s = tl.load(part_sums + plane, mask=in_range, other=0.0)
+    m_t = tl.load(part_sums + 2 * plane, mask=in_range, other=LOWEST)
+    z_t = tl.load(part_sums + 3 * plane, mask=in_range, other=0.0)
+    a = tl.load(part_sums + 4 * plane, mask=in_range, other=0.0)
+    top_s, z_s, top_t, z_t, a = _merge_lanes(m_s, z_s, m_t, z_t, a, inv_tau * LOG2E)
+    _store_results(loss_ptr, statistics_ptr, n_rows, row, row < n_rows, top_s, z_s, top_t, z_t, a, inv_tau)
 
 
 def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, temperature: float) -> None:
@@ -175,10 +178,10 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
     batch, rows, cols = student.shape
     blocks = blocks_for(cols, student.element_size())
     parts, part_cols = parts_for(batch * rows, cols) if blocks.rows == 1 else (1, cols)
-    # Five numbers of each part; a tensor that no kernel touches stands for none.
+    # Five sums per part; with one part the kernel does not touch this argument.
     sums = loss.new_empty((parts, 5, batch * rows)) if parts > 1 else loss
     with launching_on(student):
-        forward_kernel[(cdiv(batch * rows, blocks.rows), parts)](
+        forward_kernel[(ceil_div(batch * rows, blocks.rows), parts)](
             student,
             teacher,
             loss,
@@ -199,7 +202,7 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
             SPLIT=parts > 1,
             num_warps=blocks.warps,
             enable_fp_fusion=True,
-            **MOST_REGISTERS,
+            **MAX_REGISTERS,
         )
         if parts > 1:
             merge_kernel[(batch * rows,)](
@@ -209,7 +212,7 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
                 batch * rows,
                 parts,
                 1.0 / temperature,
-                PARTS=MOST_PARTS,
+                PARTS=MAX_PARTS,
                 num_warps=1,
                 enable_fp_fusion=True,
             )

@@ -4,43 +4,43 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastkd.kernels.common import cdiv
+from fastkd._integers import ceil_div, round_up
 
 
 class Blocks(NamedTuple):
-    """How one kernel instance is cut: ``rows`` × ``cols`` elements at a time, by ``warps`` warps."""
+    """Block shape of a kernel instance: ``rows`` × ``cols`` elements per step, computed by ``warps`` warps."""
 
     rows: int
     cols: int
     warps: int
 
 
-SHORT = (Blocks(64, 16, 4), Blocks(16, 64, 4), Blocks(4, 256, 4))
-"""Rows that fit one of these blocks: several rows to a program."""
+SHORT_ROW_BLOCKS = (Blocks(64, 16, 4), Blocks(16, 64, 4), Blocks(4, 256, 4))
+"""Blocks for rows that fit into one block: several rows per program."""
 
-LONG = Blocks(1, 1024, 4)
-"""Longer rows: one row to a program, which loops where needed. The block never widens, so no row length spills."""
+LONG_ROW_BLOCK = Blocks(1, 1024, 4)
+"""Block for longer rows: one row per program, looping over columns. The width is fixed, so no row length spills."""
 
-PROGRAMS = 512
-"""Fewer rows than this leave part of a large GPU idle in the forward (an H100 has 132 processors): long ones are split
-between programs."""
+TARGET_PROGRAMS = 512
+"""Number of programs that keeps a large GPU busy in the forward (an H100 has 132 multiprocessors). If there are fewer
+rows, long ones are split across programs."""
 
-PART = 4096
-"""The least columns that a part is made for."""
+MIN_PART_COLS = 4096
+"""Minimum number of columns per part of a split row."""
 
-MOST_PARTS = 64
+MAX_PARTS = 64
 
 
 def blocks_for(cols: int, itemsize: int) -> Blocks:
-    """The blocks for rows of ``cols`` elements; half as many elements where one takes 8 bytes, i.e. for fp64."""
-    blocks = next((blocks for blocks in SHORT if cols <= blocks.cols), LONG)
+    """Return the block for rows of ``cols`` elements; fp64 (8-byte) rows get half as many elements."""
+    blocks = next((blocks for blocks in SHORT_ROW_BLOCKS if cols <= blocks.cols), LONG_ROW_BLOCK)
     if itemsize < 8:
         return blocks
     return blocks._replace(rows=blocks.rows // 2) if blocks.rows > 1 else blocks._replace(cols=blocks.cols // 2)
 
 
 def parts_for(rows: int, cols: int) -> tuple[int, int]:
-    """How many programs share a row of the forward, and the columns of each: few long rows are split."""
-    parts = max(1, min(PROGRAMS // rows, cols // PART, MOST_PARTS))
-    columns = cdiv(cdiv(cols, parts), LONG.cols) * LONG.cols
-    return cdiv(cols, columns), columns
+    """Return the number of programs per row of the forward and the columns of each; a few long rows are split."""
+    parts = max(1, min(TARGET_PROGRAMS // rows, cols // MIN_PART_COLS, MAX_PARTS))
+    columns = round_up(ceil_div(cols, parts), LONG_ROW_BLOCK.cols)
+    return ceil_div(cols, columns), columns

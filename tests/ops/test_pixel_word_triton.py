@@ -1,6 +1,6 @@
-"""What is particular to the pixel_word kernels in Triton: padded words, blocks and their edges, programs, layouts.
+"""Triton kernels of ``pixel_word``: padded words, blocks and their edges, programs and layouts.
 
-Under the interpreter on CPU tensors where there is no GPU.
+Without a GPU the kernels run under the interpreter on CPU tensors.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import torch
 from gpu_kernels import MARKS, require_gpu_kernels
 from pixel_word_tools import Kernels, as_maps, check, here, make, masks_of, run
 
+from fastkd._integers import ceil_div
 from fastkd.ops import dispatch
 from fastkd.ops.pixel_word.plan import MOST_WORDS
 from fastkd.ops.pixel_word.reference import pixel_word as reference
 from fastkd.ops.pixel_word.reference import pixel_word_from_logits as reference_from_logits
 
 if reason := dispatch.unavailable_reason("triton"):
-    pytest.skip(f"no Triton: {reason}", allow_module_level=True)
+    pytest.skip(f"Triton is unavailable: {reason}", allow_module_level=True)
 
-from fastkd.kernels.pixel_word import tiles as shared
+from fastkd.kernels.pixel_word import plan
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("kernels")]
 INF, NAN = math.inf, math.nan
@@ -35,8 +36,8 @@ def kernels() -> Iterator[None]:
 
 triton, from_logits = Kernels("triton").features, Kernels("triton").logits
 
-# One of each padded number of words, 16 to 128, with less than a block of pixels, whole blocks and one more, features
-# within a block and beyond one. 33 words and more have their Grams by slabs, 65 and more the gradient too.
+# (B, N, T, D_S, D_T) for each padded number of words, 16 to 128: less than a block of pixels, whole blocks, one more; and
+# features within one block or more. From 33 words on Gram matrices are computed in slabs, from 65 on the gradient too.
 SHAPES = [(2, 1, 1, 1, 2), (2, 33, 16, 3, 70), (2, 64, 20, 65, 40), (1, 65, 33, 17, 5), (1, 40, 128, 8, 8)]
 
 
@@ -59,35 +60,37 @@ def test_dtypes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("words", [5, 40])
 @pytest.mark.parametrize("programs", [1, 4])
-def test_several_blocks_and_several_programs(monkeypatch: pytest.MonkeyPatch, programs: int, words: int) -> None:
-    """One program for five blocks and more; a few, of unequal work; the same numbers but for the order of sums."""
+def test_results_do_not_depend_on_the_number_of_programs(
+    monkeypatch: pytest.MonkeyPatch, programs: int, words: int
+) -> None:
+    """One program with five or more blocks, and a few programs with unequal numbers of blocks."""
     inputs, masks = here(make(2, 150, words, 8)), masks_of(2, 150, words)
     many = run(triton, inputs, **masks)
-    monkeypatch.setattr(shared, "PROGRAMS", programs)
+    monkeypatch.setattr(plan, "TARGET_PROGRAMS", programs)
     few = run(triton, inputs, **masks)
     check(inputs, triton, reference, **masks)
     for got, want in zip(few, many, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
-def test_many_partial_sums_are_merged() -> None:
-    """As many programs to a sample as there can be, each with its share of more than 64 blocks."""
+def test_merges_the_maximum_number_of_partial_sums() -> None:
+    """More than 64 blocks of pixels, shared by the maximum number of programs per sample."""
     logits = here(make(1, 32 * 70, 2, 2)[::2])
     check(logits, from_logits, reference_from_logits, 1)
 
 
-def test_blocks_exist_for_all_words() -> None:
-    """Whatever the number of words, a power of two that the tables know, and no more programs than are merged."""
-    assert MOST_WORDS["triton"] == shared.MOST_WORDS
-    for words in range(1, shared.MOST_WORDS + 1):
-        padded = shared.padded(words)
+def test_every_number_of_words_has_blocks() -> None:
+    """Each padded number of words has blocks, and no sample has more programs than ``merge_kernel`` adds."""
+    assert MOST_WORDS["triton"] == plan.MAX_WORDS
+    for words in range(1, plan.MAX_WORDS + 1):
+        padded = plan.padded_words(words)
         assert words <= padded <= max(16, 2 * words)
-        for blocks in (shared.logits_blocks(padded, True), shared.words_blocks(padded, False)):
+        for blocks in (plan.logits_blocks(padded, True), plan.words_blocks(padded, False)):
             assert blocks.pixels >= 16
             assert blocks.columns >= 16
-        assert padded % shared.gradient_blocks(padded).columns == 0
+        assert padded % plan.gradient_blocks(padded).columns == 0
     for pixels in (1, 32, 14_400, 10_000_000):
         for batch in (1, 16, 10_000):
-            each, programs = shared.cut(pixels, 32, batch, shared.MOST_SUMS)
-            assert programs <= shared.MOST_SUMS
-            assert (programs - 1) * each < -(-pixels // 32) <= programs * each
+            per_program, programs = plan.split_pixels(pixels, 32, batch, plan.MAX_PARTIALS)
+            assert programs <= plan.MAX_PARTIALS
+            assert (programs - 1) * per_program < ceil_div(pixels, 32) <= programs * per_program

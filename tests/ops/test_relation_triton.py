@@ -1,6 +1,6 @@
-"""What is particular to the relation kernels in Triton: block shapes and their edges, launches, layouts, workspace.
+"""Triton kernels of ``relation``: block shapes and their edges, launches, layouts and workspace limits.
 
-Under the interpreter on CPU tensors where there is no GPU.
+Without a GPU the kernels run under the interpreter on CPU tensors.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from gpu_kernels import DEVICE, MARKS, require_gpu_kernels
 from relation_tools import DTYPES, FORMS, METHODS, check_kernel, rows, run_kernel
 
+from fastkd._integers import ceil_div
 from fastkd.ops import dispatch
 from fastkd.ops.relation import relation
 from fastkd.ops.relation.reference import relation as reference
 
 if reason := dispatch.unavailable_reason("triton"):
-    pytest.skip(f"no Triton: {reason}", allow_module_level=True)
+    pytest.skip(f"Triton is unavailable: {reason}", allow_module_level=True)
 
 from fastkd.kernels.relation import plan as plans
 
@@ -54,17 +55,17 @@ def all_regimes() -> list[Any]:
 def test_every_block_shape_and_its_edges(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, choice: int, form: str
 ) -> None:
-    """Rows and widths a little more than blocks: two row blocks, of which the last has a block of columns too few."""
+    """Rows and widths slightly exceed a block: two row blocks, and the last lacks a block of columns."""
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     regime = plans.REGIMES[name][choice]
     monkeypatch.setitem(plans.REGIMES, name, (regime,))
-    monkeypatch.setattr(plans, "ENOUGH_PROGRAMS", 1)  # and the wide blocks where there are some
+    monkeypatch.setattr(plans, "MIN_PROGRAMS", 1)  # also select wide blocks
     count, width = regime.tiles.rows + 3, regime.tiles.depth + 1
     methods = METHODS if form == "streamed" and dtype != torch.float16 else {"kl": METHODS["kl"]}
     for method, options in methods.items():
         batch = 2 if form == "across samples" else 1
         student, teacher = rows((batch, count, width), 0, dtype), rows((batch, count, width + 5), 1, dtype)
-        if "maxima" in method:  # close rows, or a softmax at 0.03 would leave nothing to compare
+        if "maxima" in method:  # close rows: otherwise a softmax at temperature 0.03 is one-hot
             student, teacher = (0.05 * x + rows((batch, 1, x.shape[2]), 2, dtype) for x in (student, teacher))
         check(student, teacher, rows((batch, count), 3).abs(), **options, **FORMS[form])
 
@@ -77,8 +78,8 @@ def test_one_row_and_one_column(method: str) -> None:
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("method", ["kl", "kl maxima", "row_cosine"])
-def test_a_small_workspace_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, method: str, cross: bool) -> None:
-    """Sums of some row blocks after others, and H by stripes: nothing of the rows' number is held at once."""
+def test_small_workspace_changes_nothing(monkeypatch: pytest.MonkeyPatch, method: str, cross: bool) -> None:
+    """With several launches per problem (sums and H for some row blocks each) results equal those of one launch."""
     monkeypatch.setitem(plans.REGIMES, "fp32", plans.REGIMES["fp32"][-1:])
     count = 70 if cross else 135
     student, teacher, weight = rows((2, count, 20), 0), rows((2, count, 9), 1), rows((2, count), 2)
@@ -88,14 +89,14 @@ def test_a_small_workspace_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
         relation(student, teacher, backend="triton", **options)
     least = str(error.value).split("at least ")[1].split(",")[0]
-    for mib in (least, "0.15"):  # what the error asks for is enough, for the backward too
+    for mib in (least, "0.15"):  # the minimum stated in the error suffices, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
         for got, want in zip(kernel(student, teacher, weight, **options), whole, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=3e-6 * want.abs().max().item())
 
 
-def test_matrices_kept_for_a_backward_with_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """H by stripes needs tiles below the diagonal, which are not kept: they are computed again."""
+def test_backward_with_less_workspace_recomputes_stored_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """H for some row blocks needs tiles below the diagonal, which are not stored."""
     student, teacher, weight = rows((1, 135, 20), 0), rows((1, 135, 9), 1), rows((1, 135), 2)
     want = kernel(student, teacher, weight, keep=True)[1]
     leaf = student.detach().requires_grad_()
@@ -104,7 +105,7 @@ def test_matrices_kept_for_a_backward_with_less_room(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(torch.autograd.grad(loss, leaf, weight)[0], want, rtol=1e-5, atol=1e-7)
 
 
-def test_launches_cover_everything_once_within_the_workspace() -> None:
+def test_launches_cover_each_row_block_once_within_the_workspace() -> None:
     for batch, count, cross in ((32, 512, False), (16, 1024, False), (8, 3600, False), (2, 14400, False),
                                 (8, 900, True), (1, 1, False), (300, 2000, False)):  # fmt: skip
         for dtype, capability in itertools.product(plans.REGIMES, (9, 10)):
@@ -117,23 +118,23 @@ def test_launches_cover_everything_once_within_the_workspace() -> None:
                         problems = range(launch.first_problem, launch.first_problem + launch.problems)
                         seen += [(p, b) for p in problems for b in range(launch.first, launch.last)]
                     assert seen == [(p, b) for p in range(grid.problems) for b in range(grid.blocks)]
-    # What a training step of the issue's sizes needs at once stays below 32 MiB, one row block well below it.
+    # The largest training step needs far less than 32 MiB for one row block.
     plan = plans.Plan(2, 14400, False, "kl", "bf16", False, 9)
     assert plan.least_bytes() < 8 * 2**20
 
 
-def test_enough_programs_for_a_large_gpu() -> None:
-    """(8, 512, 900): more tiles than an H100 has processors, forward and backward."""
+def test_plan_fills_a_large_gpu() -> None:
+    """(8, 512, 900) has more tiles than an H100 has multiprocessors, forward and backward."""
     for kept in (False, True):
         plan = plans.Plan(8, 512, False, "kl", "bf16", kept, 9)
         assert min(plan.forward.programs, plan.backward.programs) >= 132
-        assert 8 * plan.backward.blocks * plans.cdiv(900, plan.product.cols) >= 132
+        assert 8 * plan.backward.blocks * ceil_div(900, plan.product.cols) >= 132
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cross", [False, True])
-def test_maps_seen_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
-    """Rows are then the inner dimension, of any alignment, on one side or on both; the gradient is laid out alike."""
+def test_maps_viewed_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
+    """Rows are the inner dimension, at any alignment, on one side or both; the gradient has the student's strides."""
     for count, width in ((24, 6), (67, 5)) if not cross else ((11, 5),):
         student, teacher = rows((2, count, width), 0, dtype), rows((2, count, width + 2), 1, dtype)
         columns = [x.mT.contiguous().mT for x in (student, teacher)]
@@ -147,7 +148,7 @@ def test_maps_seen_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_equal_networks_give_exactly_nothing(form: str) -> None:
+def test_equal_networks_have_exactly_zero_loss_and_gradient(form: str) -> None:
     count = 20 if form == "across samples" else 70
     student, weight = rows((2, count, 30), 0, torch.bfloat16), rows((2, count), 1)
     for options in METHODS.values():
@@ -167,7 +168,7 @@ def test_rows_of_zeros_and_tiny_rows(distance: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e17])
-def test_norms_near_the_ends_of_squares(scale: float) -> None:
+def test_norms_with_extreme_squares(scale: float) -> None:
     student, teacher = rows((1, 20, 30), 0), rows((1, 20, 30), 1)
     loss, grad = kernel(student * scale, teacher * scale, torch.ones(1, 20, device=DEVICE))
     want = kernel(student, teacher, torch.ones(1, 20, device=DEVICE))
@@ -175,8 +176,8 @@ def test_norms_near_the_ends_of_squares(scale: float) -> None:
     torch.testing.assert_close(grad * scale, want[1], rtol=1e-3, atol=1e-6)
 
 
-def test_row_cosine_near_and_at_norms_of_nothing() -> None:
-    """|u − v|² of relations near each other keeps its digits; a network of zero rows has relations of norm 0."""
+def test_row_cosine_of_close_and_of_zero_relations() -> None:
+    """|u − v|² keeps its precision for close relations; zero rows have relations of norm 0."""
     teacher = rows((1, 40, 12), 0)
     for difference in (1e-1, 1e-3):
         check(teacher + difference * rows((1, 40, 12), 1), teacher, torch.ones(1, 40, device=DEVICE),
@@ -188,17 +189,17 @@ def test_row_cosine_near_and_at_norms_of_nothing() -> None:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The backends whose kernels are called, Triton being what "auto" prefers."""
+    """Return the list of backends whose kernels are called, with Triton first in the "auto" order."""
     monkeypatch.setitem(dispatch.AUTO_ORDER, DEVICE, ("triton", "reference"))
-    relation(rows((1, 9, 4), 0), rows((1, 9, 4), 1))  # a backend's first call tests it
+    relation(rows((1, 9, 4), 0), rows((1, 9, 4), 1))  # run the self-test
     names: list[str] = []
     forward = triton_calls.forward
     monkeypatch.setattr(triton_calls, "forward", lambda *a: names.append("triton") or forward(*a))
     return names
 
 
-def test_auto_takes_gram_matrices_for_the_mse_of_narrow_rows(called: list[str]) -> None:
-    for width, expected in ((20, []), (21, ["triton"])):  # up to half of the 40 columns
+def test_auto_uses_gram_matrices_for_mse_of_narrow_rows(called: list[str]) -> None:
+    for width, expected in ((20, []), (21, ["triton"])):  # Gram matrices up to width 20, half of the 40 columns
         student, teacher = rows((1, 40, width), 0), rows((1, 40, width), 1)
         got = relation(student, teacher, distance="mse")
         assert called == expected
@@ -206,19 +207,19 @@ def test_auto_takes_gram_matrices_for_the_mse_of_narrow_rows(called: list[str]) 
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("wish", "expected"), [("triton", ["triton"]), ("reference", []), ("", [])])
-def test_a_backend_asked_for_by_the_environment_computes_narrow_rows_too(
-    monkeypatch: pytest.MonkeyPatch, called: list[str], wish: str, expected: list[str], compiled: bool
+@pytest.mark.parametrize(("requested", "expected"), [("triton", ["triton"]), ("reference", []), ("", [])])
+def test_backend_from_the_environment_computes_narrow_rows(
+    monkeypatch: pytest.MonkeyPatch, called: list[str], requested: str, expected: list[str], compiled: bool
 ) -> None:
-    """No Gram matrices then."""
-    monkeypatch.setenv("FASTKD_BACKEND", wish)
+    """Gram matrices are used only without a requested backend."""
+    monkeypatch.setenv("FASTKD_BACKEND", requested)
     gram: list[None] = []
-    made = operator.relation_mse_gram
-    monkeypatch.setattr(operator, "relation_mse_gram", lambda *a, **k: gram.append(None) or made(*a, **k))
+    original = operator.relation_mse_gram
+    monkeypatch.setattr(operator, "relation_mse_gram", lambda *a, **k: gram.append(None) or original(*a, **k))
     student, teacher = rows((1, 40, 5), 0), rows((1, 40, 5), 1)
     call = lambda: relation(student, teacher, distance="mse")
     torch._dynamo.reset()
     got = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)()
     assert called == expected
-    assert len(gram) == (wish == "")
+    assert len(gram) == (requested == "")
     torch.testing.assert_close(got, reference(student, teacher, distance="mse"))

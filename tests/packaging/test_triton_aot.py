@@ -58,7 +58,7 @@ def assert_no_spills(rows: list[dict]) -> None:
 
 def assert_matrix_instructions(rows: list[dict]) -> None:
     """Products of bfloat16 numbers go through the chip's matrix instructions."""
-    products = [row for row in rows if row["dtype"] == "bf16" and row["kernel"] in PRODUCTS and not row.get("KEPT")]
+    products = [row for row in rows if row["dtype"] == "bf16" and row["kernel"] in PRODUCTS and not row.get("STORED")]
     assert {row["kernel"] for row in products} == set(PRODUCTS)
     for row in products:
         assert set(row["matrix_instructions"]) == {MATRIX_INSTRUCTIONS[row["target"]]}, row

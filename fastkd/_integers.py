@@ -1,0 +1,11 @@
+"""Integer arithmetic of sizes, for fastkd and its Triton kernels."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return ⌈a / b⌉ for positive integers."""
+    return -(-a // b)
+
+
+def round_up(a: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is at least ``a``."""
+    return ceil_div(a, multiple) * multiple

@@ -1,0 +1,104 @@
+"""Block shapes of the ``pixel_word`` kernels, and how a launch is divided into programs.
+
+This module does not import Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fastkd._integers import ceil_div
+
+MAX_WORDS = 128
+"""Maximum number of words: more would not fit into the registers of a program."""
+
+TARGET_PROGRAMS = 528
+"""Approximate number of programs per launch: four for each of 132 multiprocessors (H100)."""
+
+MAX_PARTIALS = 64
+"""Maximum number of programs per sample, whose partial sums ``merge_kernel`` adds."""
+
+FUSED = False
+"""No fused multiply-adds where student and teacher are compared: with only one of two equal products rounded, their
+difference would not be 0."""
+
+
+class Blocks(NamedTuple):
+    """Block shape of a kernel: ``pixels`` × ``columns`` (features, or columns of a words × words matrix) per step."""
+
+    pixels: int
+    columns: int
+    warps: int
+    stages: int = 3
+    registers: int | None = None
+    """Register limit per thread, where the default of ptxas spills (``common.MAX_REGISTERS``). With 128, two 8-warp
+    programs share a multiprocessor."""
+
+    def launch(self, fused: bool = True) -> dict[str, Any]:
+        """Return the options of a launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": fused, **limit}
+
+
+def padded_words(words: int) -> int:
+    """Return TP, the number of words padded to a power of two of at least 16, the minimum for tensor cores."""
+    return max(16, 1 << (words - 1).bit_length())
+
+
+# Chosen by ahead-of-time compilation for every chip (benchmarks/aot): no spills, then several programs per
+# multiprocessor. ``half`` means 16-bit features.
+def logits_blocks(words: int, half: bool) -> Blocks:
+    """Return the blocks of ``logits_kernel`` for TP words."""
+    if half:
+        return Blocks(64, 64, 4 if words <= 64 else 8)
+    return Blocks(64 if words <= 64 else 32, 32, 4 if words <= 32 else 8)
+
+
+def terms_blocks(words: int, capability: int) -> Blocks:
+    """Return the blocks of ``terms_kernel`` and, for more words than ``columns``, of ``grams_kernel``."""
+    # With two stages Triton 3.6 spills registers at 32 words on 10.x, and cannot compile grams_kernel at 64.
+    stages = 1 if capability == 10 else 2
+    return {
+        16: Blocks(32, 32, 4, 2),
+        32: Blocks(16, 32, 4, stages),
+        64: Blocks(32, 32, 8, stages),
+        128: Blocks(16, 16, 8, 1, registers=128),
+    }[words]
+
+
+def gradient_blocks(words: int) -> Blocks:
+    """Return the blocks of ``gradient_kernel``."""
+    return {
+        16: Blocks(32, 16, 4, 2),
+        32: Blocks(16, 32, 4, 2),
+        64: Blocks(32, 64, 8, 1),
+        128: Blocks(16, 16, 8, 1),
+    }[words]
+
+
+def pixels_blocks(words: int, half: bool) -> Blocks:
+    """Return the blocks of ``pixels_kernel``."""
+    if words > 64:
+        return Blocks(32 if half else 16, 32, 8, 2)
+    return Blocks(64, 64 if half else 32, 4 if words <= 32 else 8)
+
+
+def words_blocks(words: int, half: bool) -> Blocks:
+    """Return the blocks of ``words_kernel``."""
+    if half:
+        return Blocks(64 if words <= 64 else 32, 64, 4 if words <= 32 else 8, 3 if words <= 64 else 2)
+    return Blocks(32, 32, 4 if words <= 64 else 8, 2)
+
+
+MERGE_BLOCKS = Blocks(0, 0, 8, registers=255)
+"""Blocks of ``merge_kernel``, one program per sample."""
+
+MERGE_WORDS_BLOCKS = Blocks(0, 128, 4)
+"""Blocks of ``merge_words_kernel``."""
+
+
+def split_pixels(pixels: int, block: int, batch: int, max_programs: int) -> tuple[int, int]:
+    """Return the number of pixel blocks per program, and of programs per sample."""
+    blocks = ceil_div(pixels, block)
+    blocks_per_program = ceil_div(blocks, min(max_programs, ceil_div(TARGET_PROGRAMS, batch)))
+    return blocks_per_program, ceil_div(blocks, blocks_per_program)
