@@ -1,6 +1,6 @@
-"""Store a trained model in fp16, for shipping: ``python scripts/pack_teacher.py runs/teacher/best DEST``.
+"""Convert a trained model to fp16 for shipping: ``python scripts/pack_teacher.py runs/teacher/best DEST``.
 
-Loading casts back to the model's own precision.
+Loading casts the weights back to the model's dtype.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ LIMIT = 6 * 2**20
 def main(source: str, destination: str) -> None:
     model = RISModel.from_pretrained(source)
     model.half().save_pretrained(destination)
-    Path(destination, "README.md").unlink(missing_ok=True)  # a model card for a hub, of no use inside a package
+    Path(destination, "README.md").unlink(missing_ok=True)  # model card for a hub
     size = sum(file.stat().st_size for file in Path(destination).iterdir())
     print(f"{destination}: {sum(p.numel() for p in model.parameters())} parameters, {size / 2**20:.2f} MiB")
     if size > LIMIT:
-        sys.exit(f"{destination} is over {LIMIT / 2**20:.0f} MiB: too large to ship")
+        sys.exit(f"{destination} exceeds {LIMIT / 2**20:.0f} MiB, the limit of the package")
 
 
 if __name__ == "__main__":

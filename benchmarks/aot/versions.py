@@ -1,9 +1,9 @@
-"""Write the facts of ``benchmarks.aot`` for every supported version of Triton, each in its own environment.
+"""Write the tables of ``benchmarks.aot`` for every supported version of Triton, each in a separate environment.
 
     python -m benchmarks.aot.versions [--versions 3.6.0 3.9.0] [--environments DIR] [--out DIR] [-- ARGUMENTS]
 
-An environment holds that Triton alone and takes everything else, torch included, from the Python that runs this: the
-kernels need no more of torch than its import. Environments that are there already are used again.
+Each environment contains only that version of Triton and takes everything else from the current Python, including
+torch, which the kernels only import. Existing environments are reused.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
 def environment(folder: Path, version: str) -> Path:
-    """Return the Python of an environment with this version of Triton, made if it is not there yet."""
+    """Return the Python of an environment with this version of Triton, creating it if necessary."""
     python = folder / "bin" / "python"
     if (folder / "complete").exists():
         return python
     venv.EnvBuilder(clear=True, symlinks=True).create(folder)
     install = (sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps")
-    subprocess.run((*install, f"triton=={version}"), check=True)  # before the parent's own Triton can be seen
-    # Later on sys.path than the environment's own packages; addsitedir also follows the .pth files found there.
+    subprocess.run((*install, f"triton=={version}"), check=True)  # before the parent's Triton becomes visible
+    # Place the parent's packages after the environment's on sys.path; addsitedir also processes their .pth files.
     parents = "".join(f"import site; site.addsitedir({path!r})\n" for path in sys.path if path.endswith("-packages"))
     site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
     Path(site, "zz_parent.pth").write_text(parents, encoding="utf-8")
@@ -38,17 +38,17 @@ def environment(folder: Path, version: str) -> Path:
     )
     if found.stdout.strip() != version:
         raise RuntimeError(f"{folder}: expected Triton {version}, found {found.stdout.strip() or found.stderr}")
-    (folder / "complete").touch()  # last: an installation that was interrupted is made again
+    (folder / "complete").touch()  # last, so that an interrupted installation is repeated
     return python
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
-    parser.add_argument("--environments", type=Path, default=Path("build/triton"), help="where they are kept")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="one file VERSION.json each")
+    parser.add_argument("--environments", type=Path, default=Path("build/triton"), help="folder of the environments")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of VERSION.json")
     parser.add_argument(
-        "arguments", nargs="*", metavar="-- ARGUMENTS", help="of benchmarks.aot, such as --families relation"
+        "arguments", nargs="*", metavar="-- ARGUMENTS", help="passed to benchmarks.aot, such as --families relation"
     )
     args = parser.parse_args(argv)
     failed = []
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         if subprocess.run((*command, *args.arguments)).returncode != 0:
             failed.append(version)
     if failed:
-        print(f"kernels spill, or did not compile, under Triton {', '.join(failed)}", file=sys.stderr)
+        print(f"some kernels spill or do not compile under Triton {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

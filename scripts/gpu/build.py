@@ -1,10 +1,10 @@
-"""Build fastkd and install it into the cache folder, unless that holds the same build already.
+"""Build fastkd and install it into the cache folder, unless the same build is already there.
 
     python scripts/gpu/build.py CACHE --wheels FOLDER [--targets 90]
 
-CACHE/build gets the package, CACHE/tools the packages that the build and the tests lack here, out of the folder of
-wheels. If the CUDA kernels cannot be built, the package without them is installed, so that Triton's can be checked; it
-counts as a failure. Needs no network.
+CACHE/build receives the package, CACHE/tools the missing requirements of the build and the tests, from the folder of
+wheels. If the CUDA kernels cannot be built, the package is installed without them, so that the Triton kernels can be
+checked, and the build counts as failed. No network is needed.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import wheels  # noqa: E402
-from records import PACKAGE, digest, replace  # noqa: E402
+from records import PACKAGE, digest, write_json  # noqa: E402
 
 ROOT = HERE.parents[1]
 STAMP = "gpu_check_build.json"
 
 
 def stamp(targets: str, root: Path = ROOT) -> dict[str, str]:
-    """Return what a build is of."""
+    """Return the identity of a build: sources, targets, Python version and FASTKD_CUDA."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return {"sources": digest(root, PACKAGE), "targets": targets, "python": python, "cuda": cuda()}
+    return {"sources": digest(root, PACKAGE), "targets": targets, "python": python, "cuda": cuda_setting()}
 
 
-def cuda() -> str:
+def cuda_setting() -> str:
     return os.environ.get("FASTKD_CUDA", "1")
 
 
-def same(folder: Path, want: dict[str, str]) -> bool:
+def is_current(folder: Path, wanted: dict[str, str]) -> bool:
     try:
-        return json.loads((folder / STAMP).read_text(encoding="utf-8")) == want
+        return json.loads((folder / STAMP).read_text(encoding="utf-8")) == wanted
     except (OSError, ValueError):
         return False
 
 
-def packages(folder: Path, target: Path) -> bool:
-    """Install what is lacking; return whether the build has what it needs (the tests state what they lack)."""
+def install_requirements(folder: Path, target: Path) -> bool:
+    """Install missing requirements; return whether those of the build are met (the tests report theirs)."""
     ready = []
-    for wanted in wheels.requirements():
-        why = None
-        if lacks := wheels.lacking(wanted):
-            print(f"installing from {folder}: " + "; ".join(map(str, lacks)), flush=True)
-            why = wheels.install(lacks, folder, target)
-        ready.append(why is None)
-        if why is not None:
-            print(why, flush=True)
+    for requirements in wheels.requirements():
+        error = None
+        if missing := wheels.find_missing(requirements):
+            print(f"installing from {folder}: " + "; ".join(map(str, missing)), flush=True)
+            error = wheels.install(missing, folder, target)
+        ready.append(error is None)
+        if error is not None:
+            print(error, flush=True)
     return ready[0]
 
 
 def install(folder: Path, targets: str, with_cuda: str) -> bool:
-    """Install the checkout into ``folder``, whole or not at all."""
+    """Install the checkout into ``folder``, completely or not at all."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--upgrade", "--target", str(partial), "-v"]
@@ -77,29 +77,29 @@ def main() -> int:
     parser.add_argument("--targets", default="", help="FASTKD_CUDA_TARGETS")
     args = parser.parse_args()
     folder, tools = args.cache.resolve() / "build", args.cache.resolve() / "tools"
-    # For this process and those that it starts, whether or not the caller has set them.
+    # For this process and its children.
     sys.path.insert(0, str(tools))
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(tools), os.environ.get("PYTHONPATH")) if p)
     os.environ["PATH"] = os.pathsep.join([str(tools / "bin"), os.environ.get("PATH", "")])
-    ready = packages(args.wheels, tools)
-    want = stamp(args.targets)
-    if same(folder, want):
-        print("this build is in the cache")
+    ready = install_requirements(args.wheels, tools)
+    wanted = stamp(args.targets)
+    if is_current(folder, wanted):
+        print("this build is already in the cache")
         return 0
-    shutil.rmtree(folder, ignore_errors=True)  # of other sources: if these cannot be built, nothing is to be checked
+    shutil.rmtree(folder, ignore_errors=True)  # built from other sources
     if not ready:
         return 1
-    built = install(folder, args.targets, cuda())
+    built = install(folder, args.targets, cuda_setting())
     if built:
-        replace(folder / STAMP, want)
-    elif cuda() != "0":
-        print("the CUDA kernels cannot be built; without them, for the other checks:", flush=True)
+        write_json(folder / STAMP, wanted)
+    elif cuda_setting() != "0":
+        print("the CUDA kernels cannot be built; installing without them for the other checks", flush=True)
         if not install(folder, args.targets, "0"):
             return 1
-    shown = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
-    ask = "import fastkd; print(fastkd.info())"
-    works = subprocess.run([sys.executable, "-P", "-c", ask], env=shown, check=False).returncode == 0
-    return 0 if built and works else 1
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
+    code = "import fastkd; print(fastkd.info())"
+    imports = subprocess.run([sys.executable, "-P", "-c", code], env=env, check=False).returncode == 0
+    return 0 if built and imports else 1
 
 
 if __name__ == "__main__":

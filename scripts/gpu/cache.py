@@ -1,6 +1,6 @@
-"""Keep what takes long to make (the installed package, Triton's and Inductor's kernels) in one folder, or in one file.
+"""Pack the build and the compiled kernels of Triton and Inductor into one archive, and unpack it.
 
-The output folder of another machine may come back as few small files only: the archive holds what fits.
+A rented machine may return only a few small files, so the archive has a size limit.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-MOST = 15 * 2**20
+from records import replace_files
+
+MAX_BYTES = 15 * 2**20
 FOLDERS = ("build", "triton", "inductor", "tests")
-"""In order of the time they save. ``tools``, the packages from the wheels, is not kept: it is quickly made again."""
+"""Folders to pack, in order of the time they save. ``tools`` (installed wheels) is quick to recreate."""
 
-OPTIONAL = ("tests",)  # the tests that passed do not run again: what of it fits is kept
-LOADED = (".cubin", ".json", ".so")  # of each of Triton's kernels; the other files are what it was made from
+OPTIONAL = ("tests",)  # omissions are not reported: passed tests do not run again
+LOADED = (".cubin", ".json", ".so")  # files of a Triton kernel that are loaded; others are intermediate
 
 
-def pack(folder: Path, archive: Path, most: int = MOST) -> list[str]:
-    """Write the archive; return which parts of the folder did not fit, with the number of files skipped."""
+def pack(folder: Path, archive: Path, max_bytes: int = MAX_BYTES) -> list[str]:
+    """Write the archive, oldest files first; return the folders with omitted files and their number."""
     chosen, size, skipped = [], 0, []
     for name in FOLDERS:
-        too_many = 0
+        omitted = 0
         for path in _files(folder, name):
             cost = len(zlib.compress(path.read_bytes(), 6)) + 200
-            if size + cost > most:
-                too_many += 1
+            if size + cost > max_bytes:
+                omitted += 1
                 continue
             size += cost
             chosen.append(path)
-        if too_many and name not in OPTIONAL:
-            skipped.append(f"{too_many} files of {name}")
-    partial = archive.with_name(f".{archive.name}")
-    with tarfile.open(partial, "w:gz", compresslevel=6) as tar:
+        if omitted and name not in OPTIONAL:
+            skipped.append(f"{omitted} files of {name}")
+    with replace_files(archive) as (partial,), tarfile.open(partial, "w:gz", compresslevel=6) as tar:
         for path in chosen:
             tar.add(path, str(path.relative_to(folder)), recursive=False)
-    partial.replace(archive)
     return skipped
 
 
 def _files(folder: Path, name: str) -> Iterator[Path]:
-    """Yield the files of a part, oldest first: the first checks needed those."""
+    """Yield the files of a folder, oldest first: the first checks need those."""
     for path in sorted((folder / name).rglob("*"), key=lambda p: (p.lstat().st_mtime, str(p))):
         parts = path.relative_to(folder).parts
         if path.is_file() and "__pycache__" not in parts and ("triton" not in parts[:2] or path.suffix in LOADED):
@@ -50,15 +50,15 @@ def _files(folder: Path, name: str) -> Iterator[Path]:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack an archive; files that exist stay, and so does a build.
+    """Unpack an archive without overwriting existing files or mixing with an existing build.
 
-    Triton lists the files of a kernel by their absolute paths: those lists are rewritten for where the files are now.
+    Triton lists the files of a kernel by absolute path; these lists are rewritten for the new location.
     """
     built = (folder / "build").exists()
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
-            mixed = built and member.name.startswith("build/")
-            if member.isfile() and not mixed and not (folder / member.name).exists():
+            in_build = built and member.name.startswith("build/")
+            if member.isfile() and not in_build and not (folder / member.name).exists():
                 tar.extract(member, folder, filter="data")
     for group in folder.rglob("__grp__*.json"):
         try:

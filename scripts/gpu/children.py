@@ -1,4 +1,4 @@
-"""Run tasks in child processes, so that a crash, a hang or a broken device costs one task and not those after it."""
+"""Run tasks in child processes, so that a crash, a hang or a broken device fails only one task."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from processes import end_with_parent
 T = TypeVar("T")
 Row = dict[str, Any]
 
-FORK = multiprocessing.get_context("fork")  # what this process has imported is imported; it must not use the GPU itself
-LINES_OF_TRACE = 12
+FORK = multiprocessing.get_context("fork")  # children inherit imports; the parent must not initialise CUDA
+MAX_TRACE_LINES = 12
 JOIN_SECONDS = 5
-"""How long a killed process is waited for: one that the GPU's driver holds may never end."""
+"""Time to wait for a killed process; one that is stuck in the GPU driver may never exit."""
 
 
 @dataclass
 class _Child(Generic[T]):
-    """A process with its tasks; the first of them runs once the process has reported that it begins."""
+    """A process and its tasks. The first task runs from when the process reports that it has begun."""
 
     tasks: deque[T]
     process: Any = None
@@ -45,27 +45,28 @@ class _Child(Generic[T]):
         far.close()
 
     def kill(self) -> None:
-        """Kill it and what it has started, for example a compiler."""
+        """Kill the process and its children, such as a compiler."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            self.process.kill()  # it has not yet made a group of its own
+            self.process.kill()  # not yet a process group leader
         self.process.join(JOIN_SECONDS)
         self.connection.close()
 
     def stuck_at(self) -> list[str]:
-        """Return its Python frames, innermost first."""
+        """Return the Python frames of the running process, innermost first."""
         try:
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.3)
-        except ProcessLookupError:  # it has just ended
+        except ProcessLookupError:  # it has just exited
             pass
         return self.trace()
 
     def trace(self) -> list[str]:
+        """Return the frames written by faulthandler."""
         self.traces.seek(0)
         text = self.traces.read().decode(errors="replace")
-        return text.splitlines()[:LINES_OF_TRACE]
+        return text.splitlines()[:MAX_TRACE_LINES]
 
 
 def run_all(
@@ -77,14 +78,14 @@ def run_all(
     deadline: float,
     broken: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[T, Row]]:
-    """Yield each task with its row as it ends, ``run(task)`` with "seconds", or "ok": False and the "error".
+    """Yield each finished task with its row: ``run(task)`` plus "seconds", or "ok": False and an "error".
 
     Args:
-        groups: tasks that share a process, one after the other; ``jobs`` groups run at a time.
-        run: what a task is; called in a child.
+        groups: lists of tasks; the tasks of a group share a process, and ``jobs`` groups run at a time.
+        run: function that runs a task, called in a child.
         limit: seconds after which a task is killed.
-        deadline: when (``time.monotonic()``) all that still run are killed; tasks not begun by then are not yielded.
-        broken: whether this process can do no more after a task that failed: the others go on in a fresh one.
+        deadline: time (``time.monotonic()``) at which running tasks are killed; tasks not begun are not yielded.
+        broken: called in the child after a failed task; if it returns True, the other tasks continue in a new process.
     """
     waiting = deque(_Child(deque(group)) for group in groups if group)
     alive: list[_Child[T]] = []
@@ -111,23 +112,23 @@ def run_all(
                         waiting.appendleft(_Child(child.tasks))
         for child in alive:
             if child.begun is not None:
-                yield _failed(child, "stopped: the time for all checks was over", child.stuck_at())
+                yield _failed(child, "stopped: the time limit of all checks was reached", child.stuck_at())
     finally:
         for child in alive:
             child.kill()
 
 
 def _received(child: _Child[T]) -> Iterator[tuple[T, Row]]:
-    """Handle a child's message; the generator's value is whether the process is over."""
+    """Handle a message of a child; the generator returns whether its process is finished."""
     try:
         message = child.connection.recv()
     except (EOFError, ConnectionError):
         child.process.join(JOIN_SECONDS)
         if child.tasks:
             code = child.process.exitcode
-            how = f"signal {signal.Signals(-code).name}" if (code or 0) < 0 else f"exit status {code}"
-            yield _failed(child, f"the process ended: {how}", child.trace())
-            child.tasks.popleft()  # whether or not it had begun: a process that dies before must not be started forever
+            status = f"signal {signal.Signals(-code).name}" if (code or 0) < 0 else f"exit status {code}"
+            yield _failed(child, f"the process ended: {status}", child.trace())
+            child.tasks.popleft()  # even if it had not begun: do not restart a process forever that dies early
         return True
     if message is None:
         child.begun = time.monotonic()
@@ -146,7 +147,7 @@ def _failed(child: _Child[T], error: str, trace: list[str]) -> tuple[T, Row]:
 def _work(
     tasks: list[T], run: Callable[[T], Row], broken: Callable[[], bool], connection: Connection, traces: Any
 ) -> None:
-    """Run the tasks in the child; send None before each, then its row and whether another process must go on."""
+    """Run the tasks in the child; send None before each, then its row and whether a new process must continue."""
     os.setsid()
     end_with_parent()
     faulthandler.enable(traces, all_threads=False)
@@ -157,18 +158,18 @@ def _work(
         try:
             row = run(task)
         except Exception as error:
-            row = {"ok": False} | described(error)
+            row = {"ok": False} | describe_error(error)
         row["seconds"] = round(time.monotonic() - begin, 2)
         over = not row["ok"] and broken()
         connection.send((row, over))
         if over:
             break
     sys.stdout.flush()
-    os._exit(0)  # without tearing down what a broken device would hang in
+    os._exit(0)  # skip teardown, which hangs on a broken device
 
 
-def described(error: Exception) -> Row:
-    """Return an exception's part of a row: type and message, and the last lines of its traceback."""
+def describe_error(error: Exception) -> Row:
+    """Return an exception as part of a row: type, message and the last lines of its traceback."""
     trace = "".join(traceback.format_tb(error.__traceback__)).splitlines()
     text = f"{type(error).__name__}: {error}".strip()
-    return {"error": text[:4000], "trace": trace[-LINES_OF_TRACE:]}
+    return {"error": text[:4000], "trace": trace[-MAX_TRACE_LINES:]}

@@ -1,16 +1,16 @@
-"""First light: whether every family runs right on every backend of this GPU, in two minutes.
+"""First light: check every kernel family on every backend of this GPU within two minutes.
 
     python scripts/gpu/first_light.py OUT.jsonl [--id TEXT] [--seconds 120] [--jobs N] [--device cuda]
         [--families ...] [--backends ...] [--dtypes ...] [--sizes ...]
 
-Each check (first_light_checks.py) is a line of OUT.jsonl as soon as it has ended, with the error if it failed. Checks
-that the file has as ok under the same --id are skipped, failed ones run again: a run that was killed goes on where it
-was. Checks run in child processes: one that crashes, hangs or leaves the GPU unusable does not keep the others from
-running. Needs torch, Triton, numpy and fastkd alone.
+Each finished check (first_light_checks.py) is appended to OUT.jsonl at once, with its error if it failed. Checks that
+passed under the same --id are skipped and failed ones run again, so a killed run continues where it stopped. Checks run
+in child processes: one that crashes, hangs or leaves the GPU unusable does not stop the others. Needs only torch,
+Triton, numpy and fastkd.
 
-On a CPU (--device cpu) Triton's interpreter and the CUDA kernels built for the host stand in, for the small size.
+With --device cpu, Triton's interpreter and the CUDA kernels built for the host run the small size.
 
-Exit status: 0 all checks passed, 1 some failed or there was no time for them, 2 wrong use.
+Exit status: 0 all checks passed, 1 some failed or did not run in time, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # a safe path (python -P) has neither
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # python -P adds neither
 
 import records  # noqa: E402
 from processes import cores  # noqa: E402
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    # So that torch.cuda.is_available() does not initialise CUDA here: children that are forked later could not use it.
+    # Keep torch.cuda.is_available() from initialising CUDA here, which would break it in the forked children.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import children
     import first_light_checks as first_light
@@ -54,11 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     groups: dict[tuple[str, ...], list[first_light.Check]] = {}
     for check in wanted:
         if check.name not in passed:
-            # Triton compiles in each process: one for each dtype. The self-test shares kernels with fp32.
+            # Each process compiles its Triton kernels: one process per dtype. The self-test shares kernels with fp32.
             dtype = (check.dtype or "fp32") if check.backend == "triton" else ""
             groups.setdefault((check.backend, dtype, check.family), []).append(check)
 
-    def order(key: tuple[str, ...]) -> tuple[str, int]:  # every family and backend before the next dtype
+    def order(key: tuple[str, ...]) -> tuple[str, int]:  # all families and backends before the next dtype
         return key[0], ("", "fp32", "bf16", "fp16").index(key[1])
 
     def run(check: first_light.Check) -> records.Row:
@@ -94,10 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.jsonl")
-    parser.add_argument("--id", default="", help="what was built, for example a commit: rows of another are not reused")
-    parser.add_argument("--seconds", type=float, default=120.0, help="for all checks together")
-    parser.add_argument("--check-seconds", type=float, default=60.0, help="for one check, compilation included")
-    parser.add_argument("--jobs", type=int, default=min(14, cores()), help="processes at a time")
+    parser.add_argument(
+        "--id", default="", help="build under test, such as a commit; rows with another id are not reused"
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="limit of all checks together")
+    parser.add_argument("--check-seconds", type=float, default=60.0, help="limit of one check, including compilation")
+    parser.add_argument("--jobs", type=int, default=min(14, cores()), help="number of processes")
     parser.add_argument("--device", default="cuda")
     families, backends = ["softmax_kl", "relation", "pixel_word"], ["cuda", "triton"]
     dtypes, sizes = ["bf16", "fp16", "fp32"], ["small", "odd width", "maps", "bands", "128-tile"]
@@ -112,4 +114,4 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # without waiting for a process that the GPU's driver does not let go of
+    os._exit(status)  # do not wait for a process stuck in the GPU driver

@@ -1,8 +1,8 @@
-"""What first light checks: every family on every backend of a GPU, in every dtype, at one size of each regime.
+"""Checks of first light: every family on every GPU backend and dtype, at one size per regime of the kernels.
 
-A check runs a loss forward and backward on poisoned memory, compares with fp64, runs it once more, and once inside a
-CUDA graph. Losses, oracle and allowances are the contract suite's (tests/helpers). Sizes share what Triton has to
-compile: "small" and "odd width" are one layout in one block; the others are maps in large blocks.
+A check runs a loss forward and backward on poisoned memory, compares with fp64, runs it again, and once in a CUDA
+graph. Losses, oracle and tolerances come from the contract suite (tests/helpers). Sizes share Triton compilations:
+"small" and "odd width" have one layout and one block shape; the others are maps in large blocks.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from fastkd.ops import dispatch
 BACKENDS = ("cuda", "triton")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = ("small", "odd width", "maps", "bands", "128-tile")
-"""The cheapest first."""
+"""Sizes, the cheapest first."""
 
 
 class Regime(NamedTuple):
-    """Inputs that send a call one way through its kernels."""
+    """Inputs that select one code path of the kernels."""
 
     case: Case
     size: Size
-    bands: bool = False  # the least workspace: a launch takes some of a problem's rows
-    channels_last: bool = False  # how maps lie in memory
+    bands: bool = False  # minimum workspace: a launch covers some rows of a problem
+    channels_last: bool = False  # memory format of maps
 
 
 def _case(family: str, loss: Any, shapes: Shapes | None = None) -> Case:
-    """The family's basic case, with another loss or other inputs."""
+    """Return the family's basic case with another loss or other inputs."""
     return replace(BASIC[family], loss=loss, shapes=shapes or BASIC[family].shapes)
 
 
@@ -65,11 +65,11 @@ REGIMES: dict[str, dict[str, Regime]] = {
         "small": Regime(_ROWS, (2, 3, 4, 5)),
         "odd width": Regime(_ROWS, (2, 37, 7, 7)),
         "maps": Regime(_case("softmax_kl", losses.logit_kd), (2, 19, 12, 10), channels_last=True),
-        "bands": Regime(_ROWS, (2, 3, 131, 201)),  # rows of 26331 are shared by 6 programs
-        "128-tile": Regime(_ROWS, (3, 200, 51, 61)),  # long rows, a program or a block of threads to each
+        "bands": Regime(_ROWS, (2, 3, 131, 201)),  # 6 programs share each row of 26331
+        "128-tile": Regime(_ROWS, (3, 200, 51, 61)),  # long rows, one program or thread block each
     },
-    # From 264 tiles of 128 × 128 on the kernels take such. 88 times 240 rows have 264 of them, 18 times 624 have 270,
-    # 3880 have 496. With so many rows the sums of a forward are more than a row block of a backward: bands in both.
+    # The kernels use 128 × 128 tiles if there are at least 264: 88 × 240 rows have 264 of them, 18 × 624 have 270 and
+    # 3880 have 496. With that many rows the forward's sums exceed a row block of the backward: both run in bands.
     "relation": {
         "small": Regime(_CHANNELS, (2, 5, 3, 3, 3, 3)),
         "odd width": Regime(_CHANNELS, (2, 71, 5, 7, 3, 5)),
@@ -81,7 +81,7 @@ REGIMES: dict[str, dict[str, Regime]] = {
         "small": Regime(_WORDS, (2, 37, 5, 3, 7)),
         "odd width": Regime(_WORDS, (3, 131, 15, 33, 7)),
         "maps": Regime(_WORDS_OF_MAPS, (2, 18, 22, 72, 40, 24)),
-        "bands": Regime(_WORDS, (2, 4101, 13, 9, 9)),  # pixels are shared by 64 programs, some to each
+        "bands": Regime(_WORDS, (2, 4101, 13, 9, 9)),  # 64 programs share the pixels
         "128-tile": Regime(_WORDS_OF_MAPS, (2, 30, 30, 128, 40, 40)),
     },
 }
@@ -89,7 +89,7 @@ REGIMES: dict[str, dict[str, Regime]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One loss at one size, in one dtype, on one backend; without a size, the backend's own self-test."""
+    """One loss at one size and dtype on one backend; without a size, the self-test of the backend."""
 
     family: str
     backend: str
@@ -109,7 +109,7 @@ class Check:
 
     @contextmanager
     def environment(self, problem: Problem) -> Iterator[None]:
-        """Give the workspace the size that the regime wants."""
+        """Set the workspace limit of the regime."""
         setting = {}
         if REGIMES[self.family][self.size].bands:
             setting["FASTKD_WORKSPACE_MIB"] = least_workspace(problem, self.backend)
@@ -118,7 +118,7 @@ class Check:
 
 
 def least_workspace(problem: Problem, backend: str) -> str:
-    """Return the MiB that the error of a workspace that is too small names."""
+    """Return the minimum in MiB that the error about a too small workspace states."""
     with mock.patch.dict(os.environ, {"FASTKD_WORKSPACE_MIB": "0.0001"}):
         try:
             problem.loss(backend)
@@ -136,7 +136,7 @@ def checks(
     dtypes: Sequence[str] = tuple(DTYPES),
     sizes: Sequence[str] = SIZES,
 ) -> list[Check]:
-    """Return the checks, in the order in which one process would run them."""
+    """Return the checks in the order in which a single process would run them."""
     return [
         check
         for backend in backends
@@ -149,7 +149,7 @@ def checks(
 
 
 def run(check: Check, device: str) -> dict[str, Any]:
-    """Run a check and return its row: at least "ok", and "error" where that is False."""
+    """Run a check and return its row: "ok", and "error" if that is False."""
     with ExitStack() as stack:
         if device == "cpu":
             stack.enter_context(_stand_in(check.backend))
@@ -157,7 +157,7 @@ def run(check: Check, device: str) -> dict[str, Any]:
             reason = dispatch.BACKENDS[check.backend].device_type_reason(torch.device(device).type)
             reason = reason or dispatch.unavailable_reason(check.backend, check.family, _indexed(device))
             return {"ok": reason is None} | ({} if reason is None else {"error": reason})
-        # One kernel that is wrong must not hide which others are.
+        # Skip the self-test: one wrong kernel must not hide the others.
         dispatch._reasons[(check.backend, check.family, str(_indexed(device)))] = None
         problem = check.problem(device)
         stack.enter_context(check.environment(problem))
@@ -175,7 +175,7 @@ def _run(check: Check, problem: Problem, device: str) -> dict[str, Any]:
         "error_vs_fp64": _number(worst.error),
         "allowed": _number(worst.allowed),
     }
-    wrong = [_mismatch(x, mine) for x, mine in zip(outputs, got, strict=True) if not x.error <= x.allowed]
+    wrong = [_mismatch(x, value) for x, value in zip(outputs, got, strict=True) if not x.error <= x.allowed]
     wrong += _differences("a second run", problem.run(check.backend, weight), got)
     if device == "cpu":
         row["graph"] = "not captured: no GPU"
@@ -190,7 +190,7 @@ def _run(check: Check, problem: Problem, device: str) -> dict[str, Any]:
 
 
 def unusable(device: str) -> bool:
-    """Return whether an error has left this process without a GPU, as an illegal access does."""
+    """Return whether an error, such as an illegal access, has made the GPU unusable in this process."""
     if device == "cpu":
         return False
     try:
@@ -202,13 +202,13 @@ def unusable(device: str) -> bool:
 
 
 def _replayed(problem: Problem, backend: str, weight: Tensor) -> list[Tensor]:
-    """Return losses and gradients of a CUDA graph of forward and backward, replayed into memory that holds NaN."""
+    """Return losses and gradients of a CUDA graph of both passes, replayed into memory filled with NaN."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch.cuda.synchronize()
     try:
         with poisoned(math.nan), torch.cuda.graph(graph):
             got = problem.run(backend, weight)
-    finally:  # a capture that fails leaves its stream the current one
+    finally:  # a failed capture leaves its own stream current
         torch.cuda.set_stream(stream)
     for x in got:
         x.fill_(math.nan)
@@ -218,22 +218,22 @@ def _replayed(problem: Problem, backend: str, weight: Tensor) -> list[Tensor]:
 
 
 def _mismatch(output: Output, got: Tensor) -> str:
-    """Return the text of an output's largest error."""
+    """Describe the largest error of an output."""
     got = got.detach().cpu().double()
     errors = (got - output.exact).abs().nan_to_num(math.inf)
     index = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
-    many = int((errors > output.allowed).sum())
+    count = int((errors > output.allowed).sum())
     return (
-        f"{output.name}: off by {output.error:.3g}, allowed {output.allowed:.3g}, in {many} of {errors.numel()} "
+        f"{output.name}: off by {output.error:.3g}, allowed {output.allowed:.3g}, in {count} of {errors.numel()} "
         f"entries, most at {index} of {tuple(errors.shape)}: {got[index]:.9g} for {output.exact[index]:.9g}"
     )
 
 
-def _differences(what: str, got: Sequence[Tensor], want: Sequence[Tensor]) -> list[str]:
+def _differences(name: str, got: Sequence[Tensor], want: Sequence[Tensor]) -> list[str]:
     try:
         assert_same(list(got), list(want))
     except AssertionError as error:
-        return [f"{what} gave other bits: {' '.join(str(error).split())}"]
+        return [f"{name} gave different bits: {' '.join(str(error).split())}"]
     return []
 
 
@@ -242,14 +242,14 @@ def _number(x: float) -> float | None:
 
 
 def _indexed(device: str) -> torch.device:
-    """Return ``device`` with the index that tensors made on it have."""
+    """Return ``device`` with the index of the current device."""
     found = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 @contextmanager
 def _stand_in(backend: str) -> Iterator[None]:
-    """Run kernels on CPU tensors: those of CUDA built for the host, or Triton's interpreter."""
+    """Run kernels on CPU tensors: CUDA kernels built for the host, or Triton's interpreter."""
     with ExitStack() as stack:
         stack.enter_context(threads(1))
         if backend == "cuda":

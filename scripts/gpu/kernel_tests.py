@@ -1,9 +1,9 @@
-"""Run the kernel tests on a GPU, in several processes, with a limit; what has passed is not run again.
+"""Run the kernel tests on a GPU in several processes, with a time limit; skip tests that have passed before.
 
     python scripts/gpu/kernel_tests.py OUT.jsonl [--seconds 300] [--id TEXT] [--jobs 14] [--files FILE...]
 
-One flushed line per finished test ({"test", "outcome", "seconds", "text", "id"}), and each failure is printed at once.
-A test that ends its process or hangs is a line, and its process is replaced. Exit status: 0 all passed, 1 some failed,
+Appends one line per finished test ({"test", "outcome", "seconds", "text", "id"}) and prints each failure at once. A
+test that hangs or crashes its process is recorded and the process replaced. Exit status: 0 all passed, 1 some failed,
 124 stopped at the limit.
 """
 
@@ -38,11 +38,11 @@ KERNEL_TESTS = [
     *("tests/contract/test_gradients.py", "tests/contract/test_memory.py", "tests/contract/test_random_inputs.py"),
     *("tests/contract/test_torch_integration.py", "tests/contract/test_special_values.py"),
 ]
-"""The tests that launch kernels. None imports the trainer or the data sets, whose packages a GPU machine may lack."""
+"""Tests that launch kernels. None needs the packages of the trainer or the data sets, which may be missing."""
 
-MOST_RESTARTS = 30
-MOST_TEXTS = 50  # failures that are printed whole; the others' texts are in the file
-UNUSED = "backend is not in use"  # a skip that on a GPU is a failure: its kernels were not built, or do not load
+MAX_RESTARTS = 30
+MAX_FULL_TEXTS = 50  # failures printed in full; the file has the texts of all
+UNAVAILABLE = "backend is not in use"  # such a skip counts as a failure: kernels were not built or do not load
 
 
 def pytest_command(files: list[str], select: str, *options: str) -> list[str]:
@@ -52,24 +52,24 @@ def pytest_command(files: list[str], select: str, *options: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of pytest's processes: this folder's plugin, and none that is installed by chance."""
+    """Return the environment of the pytest processes, with this folder's plugin and no installed ones."""
     path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), str(HERE)) if p)
     return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass
 class Worker:
-    """One of pytest's processes."""
+    """A pytest process."""
 
     name: str
     process: subprocess.Popen[str]
     log: Path
-    at: str = ""  # the test that it runs, since when
+    at: str = ""  # the test it is running
     since: float = field(default_factory=time.monotonic)
 
 
 class Pool:
-    """The processes, and the results so far."""
+    """The pytest processes and the results so far."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
@@ -79,9 +79,10 @@ class Pool:
         self.finished: set[str] = set()
         self.workers: list[Worker] = []
         self.started = self.restarts = self.failures = 0
-        self.broken = False  # pytest itself did not work
+        self.broken = False  # pytest itself failed
 
     def start(self) -> None:
+        """Start a worker."""
         name = str(self.started)
         self.started += 1
         log = self.folder / f"log-{name}"
@@ -91,8 +92,8 @@ class Pool:
             process = start(command, stdout=file, env=environment(), cwd=self.args.root)
         self.workers.append(Worker(name, process, log))
 
-    def look(self) -> None:
-        """Count and print what has ended since the last look."""
+    def collect_results(self) -> None:
+        """Count the results since the last call, and print failures."""
         for row in self.tail.rows():
             self.counts[row["outcome"]] += 1
             self.finished.add(row["test"])
@@ -101,11 +102,11 @@ class Pool:
                 self.skips[text] += 1
             elif row["outcome"] != "passed":
                 self.failures += 1
-                shown = f"{text}\n" if self.failures <= MOST_TEXTS else "".join(text.splitlines()[-1:])
+                shown = f"{text}\n" if self.failures <= MAX_FULL_TEXTS else "".join(text.splitlines()[-1:])
                 print(f"{row['outcome']}: {row['test']} ({row['seconds']:.1f} s)\n{shown}", flush=True)
 
-    def tend(self) -> None:
-        """Replace processes that have died, and end those that hang."""
+    def check_workers(self) -> None:
+        """Replace crashed processes, and kill and replace hanging ones."""
         for worker in list(self.workers):
             running = self.folder / f"running-{worker.name}"
             at = running.read_text(encoding="utf-8") if running.exists() else ""
@@ -118,21 +119,26 @@ class Pool:
             self.workers.remove(worker)
             if status is None:
                 stop(worker.process, patience=1)
-                self.lost(worker, "hung", f"no end after {seconds:.0f} s", seconds)
-            elif status not in (0, 1, 5):  # 5: nothing was left to run
-                self.lost(worker, "crashed", f"its process ended with status {status}", seconds)
+                self.replace_worker(worker, "hung", f"timed out after {seconds:.0f} s", seconds)
+            elif status not in (0, 1, 5):  # 5: no tests left to run
+                self.replace_worker(worker, "crashed", f"the process exited with status {status}", seconds)
 
-    def lost(self, worker: Worker, outcome: str, why: str, seconds: float) -> None:
-        """Record the test that ended a process, release its other claims, and start another process."""
-        self.look()
+    def replace_worker(self, worker: Worker, outcome: str, reason: str, seconds: float) -> None:
+        """Record the test that ended a worker, release the worker's other claims, and start another worker."""
+        self.collect_results()
         tail = worker.log.read_text(encoding="utf-8", errors="replace")[-3000:]
         if worker.at and worker.at not in self.finished:
-            row: Row = {"test": worker.at, "outcome": outcome, "seconds": round(seconds, 3), "text": f"{why}\n{tail}"}
+            row: Row = {
+                "test": worker.at,
+                "outcome": outcome,
+                "seconds": round(seconds, 3),
+                "text": f"{reason}\n{tail}",
+            }
             append(self.args.out, row | {"id": self.args.id})
-            self.look()
+            self.collect_results()
         elif not worker.at:
             self.broken = True
-            print(f"pytest: {why}\n{tail}", flush=True)
+            print(f"pytest: {reason}\n{tail}", flush=True)
             return
         for claim in self.folder.glob("claim-*"):
             try:
@@ -142,19 +148,20 @@ class Pool:
             if held["worker"] == worker.name and held["test"] not in self.finished:
                 claim.unlink()
         self.restarts += 1
-        if self.restarts <= MOST_RESTARTS:
+        if self.restarts <= MAX_RESTARTS:
             self.start()
         else:
             self.broken = True
 
-    def sizes(self) -> tuple[int, int]:
-        """Return how many tests were selected, and how many had passed before."""
+    def selection(self) -> tuple[int, int]:
+        """Return the number of selected tests, and of tests that had passed before."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("selected-*")]
-        # A process that collects late finds what the others have run by then: the first one's numbers count.
+        # Workers that collect later also exclude tests run meanwhile: use the numbers of the first.
         return max((data["selected"] for data in found), default=0), min((data["before"] for data in found), default=0)
 
 
 def run(args: argparse.Namespace, folder: Path) -> int:
+    """Run the tests until the limit; return the exit status."""
     end = time.monotonic() + args.seconds
     pool = Pool(args, folder)
     try:
@@ -163,27 +170,27 @@ def run(args: argparse.Namespace, folder: Path) -> int:
         shown = time.monotonic()
         while pool.workers and time.monotonic() < end:
             time.sleep(0.1)
-            pool.look()
-            pool.tend()
+            pool.collect_results()
+            pool.check_workers()
             if time.monotonic() - shown > 15:
                 shown = time.monotonic()
-                print(f"{sum(pool.counts.values())} of {pool.sizes()[0]} tests", flush=True)
+                print(f"{sum(pool.counts.values())} of {pool.selection()[0]} tests", flush=True)
     finally:
         for worker in pool.workers:
             stop(worker.process, patience=1)
-        pool.look()
-    selected, before = pool.sizes()
+        pool.collect_results()
+    selected, before = pool.selection()
     ran = sum(pool.counts.values())
-    for why, count in pool.skips.most_common(5):
-        print(f"skipped {count}: {why}")
-    words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(pool.counts.items())) or "none"
-    print(f"tests: {words}; {ran} of {selected} ran, {before} had passed before", flush=True)
+    for reason, count in pool.skips.most_common(5):
+        print(f"skipped {count}: {reason}")
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(pool.counts.items())) or "none"
+    print(f"tests: {outcomes}; {ran} of {selected} ran, {before} had passed before", flush=True)
     failed = any(pool.counts[outcome] for outcome in ("failed", "error", "crashed", "hung"))
-    unused = any(UNUSED in why for why in pool.skips) or not (pool.counts["passed"] or before)
+    unavailable = any(UNAVAILABLE in reason for reason in pool.skips) or not (pool.counts["passed"] or before)
     if pool.workers and (ran < selected or not selected):
-        print(f"stopped at the limit of {args.seconds:.0f} s: the next call goes on from here")
+        print(f"stopped at the limit of {args.seconds:.0f} s; the next call continues here")
         return TIMED_OUT
-    return 1 if failed or unused or pool.broken else 0
+    return 1 if failed or unavailable or pool.broken else 0
 
 
 def main() -> int:
@@ -191,15 +198,15 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--files", nargs="+", default=KERNEL_TESTS, help="default: the kernel tests")
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--test-seconds", type=float, default=120, help="the most that one test may take")
-    parser.add_argument("--id", default="", help="what is tested; what passed with the same is skipped")
+    parser.add_argument("--test-seconds", type=float, default=120, help="limit of one test")
+    parser.add_argument("--id", default="", help="build under test; tests that passed with the same id are skipped")
     parser.add_argument("--jobs", type=int, default=min(cores(), 14))
     parser.add_argument("--select", default="gpu", help="pytest's -m")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tests")
     args = parser.parse_args()
     args.out = args.out.resolve()
-    if lacks := wheels.lacking(wheels.requirements()[1]):
-        print("packages that the tests lack:", *(f"  {lack}" for lack in lacks), sep="\n", flush=True)
+    if missing := wheels.find_missing(wheels.requirements()[1]):
+        print("missing packages of the tests:", *(f"  {lack}" for lack in missing), sep="\n", flush=True)
         if wheels.installed("pytest") is None:
             return 1
     end_on_sigterm()

@@ -72,7 +72,7 @@ class Session:
                     self.add(about | line)
 
             command = run.child_command(workload, self.args.device, self.args.seconds, names, path, workload is None)
-            return processes.run(command, limit, tick=copy, on_line=lambda line: print(line, flush=True))
+            return processes.run(command, limit, on_tick=copy, on_line=lambda line: print(line, flush=True))
 
     def measure(self, sweep: str, workload: workloads.Workload) -> bool:
         """Measure one workload in one sweep; return whether all of fastkd's backends succeeded."""

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from processes import TIMED_OUT
-from records import Row, replace
+from records import Row, write_json
 
-MOST_NOTE = 2000
+MAX_NOTE = 2000
 
 
 class Rows:
-    """The file with one row per part, rewritten as each part ends."""
+    """The results file: one row per part, rewritten when a part ends."""
 
     def __init__(self, path: Path, run: str, gpu: dict[str, str]) -> None:
         self.path, self.run = path, run
@@ -36,29 +36,29 @@ class Rows:
             self.rows = []
 
     def add(self, part: str, status: int | None, seconds: float, lines: list[str]) -> None:
-        """Add a part's row; ``status`` None: it was not run."""
+        """Add the row of a part; ``status`` is None if it was not run."""
         milliseconds = round(1000 * seconds)
-        words = {None: "", 0: "", TIMED_OUT: "stopped at its time limit; "}
+        prefixes = {None: "", 0: "", TIMED_OUT: "stopped at its time limit; "}
         last = [line.strip() for line in lines if line.strip()][-8:]
         row = {
             "work": part,
             "id": self.run,
             "ms": {"p20": milliseconds, "median": milliseconds, "p80": milliseconds},
             "ok": status == 0,
-            "note": words.get(status, f"exit status {status}; ") + " | ".join(last)[-MOST_NOTE:],
+            "note": prefixes.get(status, f"exit status {status}; ") + " | ".join(last)[-MAX_NOTE:],
         }
         self.rows = [old for old in self.rows if old["work"] != part] + [row]
-        replace(self.path, {"environment": self.environment, "rows": self.rows})
+        write_json(self.path, {"environment": self.environment, "rows": self.rows})
 
 
 def versions(python: str, env: Mapping[str, str]) -> list[str]:
-    """Return torch's and Triton's versions, as parts of a run's id."""
-    ask = "import importlib.metadata as m; print(*(f'{p}{m.version(p)}' for p in ('torch', 'triton')))"
-    return first_line(python, "-c", ask, env=env).split()
+    """Return the versions of torch and Triton, as parts of a run's id."""
+    code = "import importlib.metadata as m; print(*(f'{p}{m.version(p)}' for p in ('torch', 'triton')))"
+    return first_line(python, "-c", code, env=env).split()
 
 
 def first_line(*command: str, **options: Any) -> str:
-    """Return the first line that a command prints, or nothing."""
+    """Return the first line printed by a command, or "" if it fails."""
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):

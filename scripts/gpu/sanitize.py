@@ -1,17 +1,17 @@
-"""The calls of the CUDA kernels that compute-sanitizer watches, forward and backward, without a test runner.
+"""Call the CUDA kernels forward and backward under compute-sanitizer, without a test runner.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --kernel-name kernel_substring=fastkd \\
         --error-exitcode 9 python -P scripts/gpu/sanitize.py OUT.jsonl
 
-and the same with ``--tool racecheck``. Without torch's cache each tensor is its own allocation, so an access
-beyond it is an error. Inputs are made on the CPU and copied; nothing is compared. Each case is a line of OUT.jsonl as
-soon as it has ended. Cases that the file has as ok under the same --id are skipped; what the tool has found is in its
-own output and exit status, so start with a new file once it has found something.
+and the same with ``--tool racecheck``. Without torch's cache each tensor is a separate allocation, so an out-of-bounds
+access is an error. Inputs are created on the CPU and copied; results are not compared. Each finished case is appended
+to OUT.jsonl at once. Cases that are ok under the same --id are skipped. The tool reports its findings in its output
+and exit status, so start a new file after a finding.
 
     sanitize.py OUT.jsonl [--id TEXT] [--only SUBSTRING] [--seconds N] [--device cuda]
     sanitize.py --list
 
-Exit status: 0 all cases ended, 1 one failed or there was no time for all, 2 wrong use.
+Exit status: 0 all cases finished, 1 one failed or the time ran out, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # a safe path (python -P) has neither
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "helpers")]  # python -P adds neither
 
 import records  # noqa: E402
 import torch  # noqa: E402
@@ -42,7 +42,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Case(NamedTuple):
-    """One call: the student's inputs, as many of the teacher's, and options."""
+    """One call: shapes of the student's inputs followed by the teacher's, and options."""
 
     name: str
     function: Callable[..., Any]
@@ -92,7 +92,7 @@ CASES = [
     _relation("fp16 odd width", FP16, 2, 71, 35, 21, distance="mse", similarity="dot"),
     _relation("bf16 bands of both", BF16, 1, 1400, 24, workspace_mib=0.3),
     _relation("fp16 bands of the backward, maps", FP16, 1, 700, 24, maps=True, workspace_mib=0.75),
-    # 88 times three tiles are 264, from which on they have 128 rows and columns.
+    # 88 × 3 tiles are 264, the minimum number for tiles of 128 × 128.
     _relation("bf16 tiles of 128 x 128", BF16, 88, 150, 16),
     _relation("bf16 stored tiles of 128 x 128, maps", BF16, 264, 72, 16, 24, maps=True, keep=True),
     _relation("fp16 tiles of 128 x 128", FP16, 264, 72, 16, distance="mse"),
@@ -108,14 +108,14 @@ CASES = [
 
 
 def call(case: Case, device: str) -> dict[str, Any]:
-    """Run a case and return its row: at least "ok", and "error" where that is False."""
+    """Run a case and return its row: "ok", and "error" if that is False."""
     generator = torch.Generator().manual_seed(0)
-    own = len(case.shapes) // 2
+    student_inputs = len(case.shapes) // 2
     inputs = []
     for i, (b, n, d) in enumerate(case.shapes):
-        maps = case.maps and (case.family == "relation" or i % 2 == 0)  # words are rows
+        maps = case.maps and (case.family == "relation" or i % 2 == 0)  # words are never maps
         drawn = torch.randn((b, d, n) if maps else (b, n, d), generator=generator).to(case.dtype).to(device)
-        inputs.append((drawn.mT if maps else drawn).requires_grad_(i < own))
+        inputs.append((drawn.mT if maps else drawn).requires_grad_(i < student_inputs))
     masks = {}
     if case.masked:
         (b, n, _), (_, t, _) = case.shapes[:2]
@@ -127,8 +127,8 @@ def call(case: Case, device: str) -> dict[str, Any]:
         losses = case.function(*inputs, **case.options, **masks, backend="cuda")
         losses = list(losses.values()) if isinstance(losses, dict) else [losses]
         weights = [(torch.rand(x.shape, generator=generator) + 0.25).to(device) for x in losses]
-        results: list[Tensor] = [*losses, *torch.autograd.grad(losses, inputs[:own], weights)]
-    wrong = [i for i, x in enumerate(results) if not x.detach().cpu().isfinite().all()]  # waits for the kernels
+        results: list[Tensor] = [*losses, *torch.autograd.grad(losses, inputs[:student_inputs], weights)]
+    wrong = [i for i, x in enumerate(results) if not x.detach().cpu().isfinite().all()]  # .cpu() waits for the kernels
     return {"ok": not wrong} | ({"error": f"not finite: results {wrong}"} if wrong else {})
 
 
@@ -137,9 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT.jsonl")
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the names of the cases to be run")
-    parser.add_argument("--id", default="", help="what was built, for example a commit: rows of another are not reused")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case is begun after so many")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="run only cases whose name contains it")
+    parser.add_argument(
+        "--id", default="", help="build under test, such as a commit; rows with another id are not reused"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if options.only in case.name]
@@ -147,9 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(case.name for case in cases))
         return 0
     if options.out is None:
-        parser.error("OUT.jsonl is missing")
+        parser.error("missing argument OUT.jsonl")
     if not cases:
-        parser.error(f"--only: no case has {options.only!r} in its name; --list prints them")
+        parser.error(f"--only: no case name contains {options.only!r}; --list prints the names")
 
     passed = {row.get("case") for row in records.read(options.out) if row.get("ok") and row.get("id") == options.id}
     cases = [case for case in cases if case.name not in passed]
@@ -161,20 +163,20 @@ def main(arguments: list[str] | None = None) -> int:
             stack.enter_context(emulated())
         else:
             device = f"cuda:{torch.cuda.current_device()}"
-        for family in {case.family for case in cases}:  # without the self-test: these cases are one
+        for family in {case.family for case in cases}:  # skip the self-test
             dispatch._reasons[("cuda", family, device)] = None
         for case in cases:
             start = time.monotonic()
             if start - begin > options.seconds:
-                print(f"no time for {case.name} and those after it")
+                print(f"no time left for {case.name} and later cases")
                 return 1
             try:
                 row = call(case, device)
-            except Exception as error:  # an illegal access: nothing runs after it
+            except Exception as error:  # such as an illegal access, after which nothing runs
                 row = {"ok": False, "error": f"{type(error).__name__}: {error}"[:4000]}
             row = {"case": case.name} | row | {"seconds": round(time.monotonic() - start, 2), "id": options.id}
             records.append(options.out, row)
-            print(f"{case.name}: {'ended' if row['ok'] else 'FAILED: ' + row['error']}", flush=True)
+            print(f"{case.name}: {'finished' if row['ok'] else 'FAILED: ' + row['error']}", flush=True)
             if not row["ok"]:
                 return 1
     return 0

@@ -1,8 +1,9 @@
-"""Run sanitize.py under each tool of compute-sanitizer; a tool that found nothing is not run again.
+"""Run sanitize.py under each tool of compute-sanitizer; skip tools that finished without findings before.
 
     python scripts/gpu/sanitizer.py OUT.jsonl [--seconds 100] [--id TEXT]
 
-Writes a line per call that ended ({"tool", ...sanitize.py's own}) and one per tool ({"tool", "ok", "status", "text"}).
+Appends a line per finished call ({"tool", ...} and the row of sanitize.py) and one per tool ({"tool", "ok", "status",
+"text"}).
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import processes  # noqa: E402
 from records import Tail, append, read  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
-FOUND = 9  # the exit status that the tools are asked to end with if they find something
-LEAST = 5  # seconds with which a tool is not worth starting
+FINDINGS_STATUS = 9  # exit status of the tools after a finding
+MIN_SECONDS = 5  # do not start a tool with less time left
 
 
 def watch(tool: str, args: argparse.Namespace, seconds: float, folder: Path) -> bool:
-    """Run one tool, copying the calls' lines as they come; return whether it ended and found nothing.
+    """Run one tool, copying the lines of its calls at once; return whether it finished without findings.
 
-    Calls that it has watched before, in a run that only ran out of time, are skipped.
+    Calls that passed in an earlier run of the same tool are skipped, if that run had no findings and only timed out.
     """
     calls = folder / f"{tool}.jsonl"
     before = [row for row in read(args.out) if row["tool"] == tool and row["run"] == args.id]
@@ -47,13 +48,20 @@ def watch(tool: str, args: argparse.Namespace, seconds: float, folder: Path) -> 
         lines.append(line)
         print(line, flush=True)
 
-    options = ["--kernel-name", "kernel_substring=fastkd", "--error-exitcode", str(FOUND), "--target-processes", "all"]
+    options = [
+        "--kernel-name",
+        "kernel_substring=fastkd",
+        "--error-exitcode",
+        str(FINDINGS_STATUS),
+        "--target-processes",
+        "all",
+    ]
     command = ["compute-sanitizer", "--tool", tool, *options, sys.executable, str(HERE / "sanitize.py"), str(calls)]
-    # Without torch's caching allocator, so that an access beyond a tensor is one beyond an allocation.
+    # Disable torch's caching allocator, so that an access beyond a tensor is beyond its allocation.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    status = processes.run(command, seconds, on_line=on_line, env=env, tick=copy)
-    words = "stopped at the limit" if status == processes.TIMED_OUT else f"exit {status}"
-    print(f"{tool}: {words}", flush=True)
+    status = processes.run(command, seconds, on_line=on_line, env=env, on_tick=copy)
+    result = "stopped at the limit" if status == processes.TIMED_OUT else f"exit {status}"
+    print(f"{tool}: {result}", flush=True)
     found = any(re.match(r"=========     (Invalid|Warning|Error|Potential|Race)", line) for line in lines)
     text = "" if status == 0 else "\n".join(lines if len(lines) <= 100 else [*lines[:70], "...", *lines[-30:]])
     row = {"tool": tool, "run": args.id, "ok": status == 0, "status": status, "found": found, "text": text}
@@ -78,7 +86,7 @@ def main() -> int:
         todo = [tool for tool in TOOLS if tool not in clean]
         for i, tool in enumerate(todo):
             seconds = (end - time.monotonic()) / (len(todo) - i)
-            if seconds < LEAST:
+            if seconds < MIN_SECONDS:
                 print(f"{tool}: not run: no time was left")
                 failed = True
             else:

@@ -1,4 +1,4 @@
-"""Students: every family of backbones fused between its stages at any size, and the presets' sizes."""
+"""Students: early fusion in every backbone family at any image size, preset sizes, and the table of presets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FINE, LATER = (0, 1, 2, 3), (1, 2, 3, 4)
 SWIN = {
     "embed_dim": 8,
-    "depths": [1, 2, 1, 1],  # two blocks: the second's windows are shifted
+    "depths": [1, 2, 1, 1],  # the second block shifts its windows
     "num_heads": [1, 1, 2, 2],
     "window_size": 4,
     "img_size": 64,
@@ -69,19 +69,19 @@ ODD = [(65, 79), (33, 47)]
 
 
 def sizes(family: str) -> list[tuple[int, int]]:
-    """Those of which timm itself takes a family's: of Swin, what its patches divide."""
+    """Return image sizes that timm accepts for a family; Swin needs multiples of its patch size."""
     return [(40, 76), (64, 36)] if family.startswith("swin") else ODD
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_walk_equals_timm_at_odd_sizes(family):
-    """With a hook that changes nothing, the maps are those of timm's own features_only network."""
+def test_backbone_equals_timm_at_odd_sizes(family):
+    """With an identity hook the maps equal those of timm's features_only network."""
     name, args, out_indices = FAMILIES[family]
     torch.manual_seed(0)
     ours = StagedBackbone(name, args, out_indices).eval()
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
     theirs = timm.create_model(name, features_only=True, out_indices=out_indices, **plain).eval()
-    values = ours.state_dict().values()  # the same modules in the same order under other names
+    values = ours.state_dict().values()  # same modules and order, other names
     theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
     for height, width in sizes(family):
         image = torch.randn(1, 3, height, width)
@@ -96,7 +96,7 @@ def test_walk_equals_timm_at_odd_sizes(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_early_fusion_at_any_size(family):
-    """A word changed reaches every stage after the first; gradients come back to the image's first layer."""
+    """Changing a word changes every stage, and gradients reach the first layer of the backbone."""
     name, args, out_indices = FAMILIES[family]
     torch.manual_seed(0)
     config = RISConfig(backbone=name, backbone_args=args, out_indices=out_indices, text=TEXT, decoder_width=8)
@@ -114,7 +114,7 @@ def test_early_fusion_at_any_size(family):
         walked = model.backbone(image, lambda i, x: (x, x))
         for i, (a, b) in enumerate(zip(out.stages, changed.stages, strict=True)):
             assert a.isfinite().all()
-            assert not torch.equal(a, b), f"stage {i} does not see the sentence"
+            assert not torch.equal(a, b), f"stage {i} ignores the sentence"
         assert [m.shape for m in walked] == [m.shape for m in out.stages]
     out.logits.square().mean().backward()
     first = next(model.backbone.parameters())
@@ -124,7 +124,7 @@ def test_early_fusion_at_any_size(family):
 
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
 @pytest.mark.parametrize(("height", "width"), [(33, 47), (1, 3)])
-def test_swin_pads_what_its_patches_do_not_divide(family, height, width):
+def test_swin_pads_to_multiples_of_its_patches(family, height, width):
     name, args, out_indices = FAMILIES[family]
     torch.manual_seed(0)
     backbone = StagedBackbone(name, args, out_indices).eval()
@@ -137,7 +137,7 @@ def test_swin_pads_what_its_patches_do_not_divide(family, height, width):
 
 
 @pytest.mark.parametrize("family", ["mobilenetv4", "efficientnet", "tiny_vit"])
-def test_the_fused_map_feeds_the_next_stage(family):
+def test_fused_map_feeds_the_next_stage(family):
     name, args, out_indices = FAMILIES[family]
     torch.manual_seed(0)
     backbone = StagedBackbone(name, args, out_indices).eval()
@@ -148,7 +148,7 @@ def test_the_fused_map_feeds_the_next_stage(family):
     assert not torch.allclose(plain[2], changed[2])
 
 
-def test_what_cannot_be_walked_or_sized_is_told():
+def test_rejects_backbones_that_cannot_be_fused():
     with pytest.raises(ValueError, match=r"'hrnet_w18_small' is not a chain of modules.*Swin, ConvNeXt"):
         StagedBackbone("hrnet_w18_small", {}, FINE)
     with pytest.raises(ValueError, match=r"'sam2_hiera_tiny' .*has parameters \(pos_embed, pos_embed_window\) outside"):
@@ -181,7 +181,7 @@ def test_what_cannot_be_walked_or_sized_is_told():
     ("typed", "offered"),
     [("swin_tiny", "swin_tiny_patch4_window7_224"), ("mobilnetv4_conv_small", "mobilenetv4_conv_small")],
 )
-def test_an_unknown_backbone_is_offered_close_matches(typed, offered):
+def test_unknown_backbone_suggests_close_matches(typed, offered):
     with pytest.raises(ValueError, match=rf"has no backbone '{typed}'; close matches: .*{offered}"):
         RISModel(RISConfig(backbone=typed, text=TEXT))
 
@@ -191,25 +191,25 @@ STUDENTS = [name for name in list_presets() if name.startswith("student-")]
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_students_have_the_size_that_they_are_named_by(name):
+def test_students_have_the_size_in_their_name(name):
     config = preset(name)
     with torch.device("meta"):
         model = RISModel(config)
     total = model.parameter_count()["total"]
     assert abs(total / 1e6 / SIZES[name.split("-")[1]] - 1) <= 0.2
     assert model.backbone.strides == [4, 8, 16, 32]
-    said = float(re.match(r"[\d.]+", list_presets()[name]).group())
-    assert abs(total / 1e6 - said) < 0.5
+    stated = float(re.match(r"[\d.]+", list_presets()[name]).group())
+    assert abs(total / 1e6 - stated) < 0.5
 
 
-def test_there_are_students_of_every_size_and_family():
+def test_students_cover_every_size_and_family():
     assert {name.removeprefix("student-") for name in STUDENTS} >= set(SIZES)
     backbones = {preset(name).backbone.split("_")[0].rstrip("0123456789") for name in STUDENTS}
     assert backbones >= {"swin", "convnext", "mobilenetv", "efficientnet", "resnet"}
 
 
 @pytest.mark.parametrize("name", ["student-5m", "student-5m-mobilenet"])
-def test_a_student_runs(name):
+def test_student_runs(name):
     torch.manual_seed(0)
     model = RISModel(preset(name)).eval()
     with torch.inference_mode():
@@ -218,7 +218,7 @@ def test_a_student_runs(name):
     assert out.logits.isfinite().all()
 
 
-# The table in the docs
+# The table of presets in docs/models.md
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def model_table():
     return importlib.import_module("benchmarks.model_table")
 
 
-def test_the_table_of_the_docs_is_the_code_s(model_table):
+def test_documented_table_matches_the_presets(model_table):
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     text = page.split(model_table.BEGIN)[1].split(model_table.END)[0]
     rows = {m[1]: m[2].split("|") for m in re.finditer(r"^\| `([^`]+)` \|(.*)\|$", text, re.MULTILINE)}
@@ -235,13 +235,13 @@ def test_the_table_of_the_docs_is_the_code_s(model_table):
     for name, cells in rows.items():
         with torch.device("meta"):
             parameters = RISModel(preset(name)).parameter_count()
-        told = [float(cell) for cell in cells[1:4]]
-        assert told == [round(parameters[k] / 1e6, 2) for k in ("total", "backbone", "text_encoder")]
+        documented = [float(cell) for cell in cells[1:4]]
+        assert documented == [round(parameters[k] / 1e6, 2) for k in ("total", "backbone", "text_encoder")]
         assert float(cells[4]) > 0
         assert float(cells[5]) > 0
 
 
-def test_the_command_counts_and_writes_between_its_markers(model_table, tmp_path, monkeypatch, capsys):
+def test_command_writes_the_table_between_its_markers(model_table, tmp_path, monkeypatch, capsys):
     parameters, flop, milliseconds = model_table.measure("shapes-student", 64, 1)
     _, larger, none = model_table.measure("shapes-student", 128, 0)
     assert parameters["total"] == RISModel(preset("shapes-student")).parameter_count()["total"]
@@ -254,7 +254,7 @@ def test_the_command_counts_and_writes_between_its_markers(model_table, tmp_path
     page.write_text(f"before\n{model_table.BEGIN}\nold\n{model_table.END}\nafter\n")
     arguments = ["shapes-student", "--size", "64", "--repeats", "1", "--write", str(page)]
     monkeypatch.setattr(sys, "argv", ["model_table.py", *arguments])
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of this process, which has other tests to run
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # keep the setting of this process
     for _ in range(2):
         model_table.main()
     text = page.read_text()

@@ -1,4 +1,4 @@
-"""scripts/gpu: what runs first on a GPU, here on the stand-ins for one, killed and with faults planted."""
+"""scripts/gpu/first_light.py and sanitize.py on simulated GPU kernels, with injected faults and kills."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [str(ROOT / "scripts" / "gpu"), str(ROOT / "tests" / "helpers")]
-BEGIN = """
+PREAMBLE = """
 import os, signal, sys, time
 sys.path[:0] = os.environ["FOLDERS"].split(os.pathsep)
 sys.path.append(os.environ["CHECKOUT"])  # after an installed fastkd
-for name in ("pytest", "hypothesis", "pycocotools", "tyro"):  # what a machine with a GPU lacks
+for name in ("pytest", "hypothesis", "pycocotools", "tyro"):  # not installed on a machine with a GPU
     sys.modules[name] = None
 """
 FIRST_LIGHT = """
@@ -37,7 +37,7 @@ sys.exit(first_light.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def built() -> Path:
-    """The folder of the CUDA kernels built for the host."""
+    """Return the folder of the CUDA kernels built for the host."""
     try:
         with emulated() as module:
             assert module.__file__ is not None
@@ -47,35 +47,35 @@ def built() -> Path:
 
 
 def start(code: str, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
-    own = {"FOLDERS": os.pathsep.join(FOLDERS), "CHECKOUT": str(ROOT), "OMP_NUM_THREADS": "1"}
+    variables = {"FOLDERS": os.pathsep.join(FOLDERS), "CHECKOUT": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", BEGIN + code, *map(str, arguments)],
-        env=os.environ | own | environment,
+        [sys.executable, "-c", PREAMBLE + code, *map(str, arguments)],
+        env=os.environ | variables | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finished(process: subprocess.Popen[str], status: int = 0) -> str:
+def wait_for(process: subprocess.Popen[str], status: int = 0) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, out + err
     return out
 
 
-def first_light(out: Path, built: Path, *arguments: str, plant: str = "", status: int = 0) -> str:
+def first_light(out: Path, built: Path, *arguments: str, code: str = "", status: int = 0) -> str:
     options = ("--device", "cpu", "--jobs", "2", "--seconds", "200", *arguments)
-    stand_ins = {READY: str(built), "TRITON_INTERPRET": "1"}
-    return finished(start(plant + FIRST_LIGHT, out, *options, **stand_ins), status)
+    simulated = {READY: str(built), "TRITON_INTERPRET": "1"}
+    return wait_for(start(code + FIRST_LIGHT, out, *options, **simulated), status)
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """Every line is complete."""
+    """Return the rows, and check that the last line is complete."""
     assert out.read_bytes().endswith(b"\n")
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_each_check_is_a_line(tmp_path: Path, built: Path) -> None:
+def test_each_check_writes_a_line(tmp_path: Path, built: Path) -> None:
     printed = first_light(tmp_path / "out.jsonl", built, "--dtypes", "bf16", "fp32", "--id", "one")
     found = read(tmp_path / "out.jsonl")
     assert {row["check"] for row in found} == {
@@ -101,11 +101,11 @@ from fastkd.kernels.softmax_kl import backward as softmax_kl
 from fastkd.ops.pixel_word import native as pixel_word_native, triton as pixel_word_triton
 from fastkd.ops.relation import native as relation_native
 
-def unwritten(grad_loss, student, teacher, statistics, grad_student, temperature, honest=softmax_kl.backward):
+def partly_unwritten(grad_loss, student, teacher, statistics, grad_student, temperature, honest=softmax_kl.backward):
     honest(grad_loss[:1], student[:1], teacher[:1], statistics[:, :1].contiguous(), grad_student[:1], temperature)
 
 def raising(*args):
-    raise RuntimeError("planted fault")
+    raise RuntimeError("injected fault")
 
 def hanging(features, *args, honest=pixel_word_native.forward):
     if features[0].dtype == torch.bfloat16:
@@ -118,64 +118,66 @@ def crashing(features, *args, honest=pixel_word_triton.forward):
     honest(features, *args)
 
 calls = []
-def restless(student, teacher, loss, *args, honest=relation_native.forward):
+def nondeterministic(student, teacher, loss, *args, honest=relation_native.forward):
     honest(student, teacher, loss, *args)
     calls.append(student.dtype)
     if calls.count(student.dtype) == 2 and student.dtype == torch.bfloat16:
         loss[0, 0] = torch.nextafter(loss[0, 0], torch.tensor(9.0))
 
-def noted(check, device, honest=first_light_checks.run):
+def logged(check, device, honest=first_light_checks.run):
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{check.name}: {os.getpid()}\\n")
     return honest(check, device)
 
-first_light_checks.run = noted
+first_light_checks.run = logged
 first_light_checks.unusable = lambda device: True  # as after an illegal access
-softmax_kl.backward = unwritten
+softmax_kl.backward = partly_unwritten
 relation.forward = raising
 pixel_word_native.forward = hanging
 pixel_word_triton.forward = crashing
-relation_native.forward = restless
+relation_native.forward = nondeterministic
 """
 
 
-def test_a_fault_is_a_line_with_its_text_and_the_rest_goes_on(
+def test_faults_are_recorded_and_other_checks_continue(
     tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, pids = tmp_path / "out.jsonl", tmp_path / "pids"
     monkeypatch.setenv("PIDS", str(pids))
     options = ("--dtypes", "bf16", "fp32", "--check-seconds", "10")
-    printed = first_light(out, built, *options, plant=FAULTS, status=1)
+    printed = first_light(out, built, *options, code=FAULTS, status=1)
     first = {row["check"]: row for row in read(out)}
     assert len(first) == 18
     failed = {name: row["error"] for name, row in first.items() if not row["ok"]}
-    bits = "a second run gave other bits"
+    bits = "a second run gave different bits"
     texts = {
         "softmax_kl triton bf16 small": "in 60 of 120 entries, most at (1, 0, 0, 0) of (2, 3, 4, 5): nan for",
         "softmax_kl triton fp32 small": "gradient of input 0: off by inf, allowed",
-        "relation triton bf16 small": "RuntimeError: planted fault",
-        "relation triton fp32 small": "RuntimeError: planted fault",
-        "relation triton self-test": "its self-test failed on cpu: RuntimeError: planted fault",
+        "relation triton bf16 small": "RuntimeError: injected fault",
+        "relation triton fp32 small": "RuntimeError: injected fault",
+        "relation triton self-test": "its self-test failed on cpu: RuntimeError: injected fault",
         "pixel_word cuda bf16 small": "hung: killed after 10 s",
         "pixel_word triton bf16 small": "the process ended: signal SIGSEGV",
         "relation cuda bf16 small": bits,
     }
     passes = {name.rpartition(" ")[0] for name in first} - {name.rpartition(" ")[0] for name in texts}
-    assert "pixel_word cuda fp32" in passes  # after the one that hung
+    assert "pixel_word cuda fp32" in passes  # runs after the check that hung
     for name, text in texts.items():
         assert text in failed.pop(name)
         assert f"FAILED {name}: " in printed
-    failed.pop("softmax_kl triton self-test", None)  # its second sample holds what memory happened to hold
+    failed.pop("softmax_kl triton self-test", None)  # the second sample contains arbitrary memory
     assert not failed
     assert any("in hanging" in line for line in first["pixel_word cuda bf16 small"]["trace"])
     assert any("in crashing" in line for line in first["pixel_word triton bf16 small"]["trace"])
     assert any("in raising" in line for line in first["relation triton bf16 small"]["trace"])
 
     process = dict(line.split(": ") for line in pids.read_text().splitlines())
-    assert process["relation triton fp32 small"] != process["relation triton self-test"]  # which left it unusable
+    assert (
+        process["relation triton fp32 small"] != process["relation triton self-test"]
+    )  # the self-test made the device unusable
     assert process["softmax_kl cuda fp32 small"] == process["softmax_kl cuda self-test"]
 
-    first_light(out, built, "--dtypes", "bf16", "fp32")  # without faults: what failed is run again, and nothing else
+    first_light(out, built, "--dtypes", "bf16", "fp32")  # without faults: only the failed checks run again
     again = read(out)[len(first) :]
     assert {row["check"] for row in again} == {name for name, row in first.items() if not row["ok"]}
     assert all(row["ok"] for row in again)
@@ -194,7 +196,7 @@ first_light_checks.run = slow
 ONE = ("--families", "softmax_kl", "--backends", "triton")
 
 
-def test_a_killed_run_keeps_what_it_has_and_the_next_repeats_nothing(tmp_path: Path, built: Path) -> None:
+def test_killed_run_keeps_its_results_and_resumes(tmp_path: Path, built: Path) -> None:
     out, pids = tmp_path / "out.jsonl", tmp_path / "pids"
     options = (out, *ONE, "--device", "cpu", "--jobs", "1")
     process = start(SLOW + FIRST_LIGHT, *options, TRITON_INTERPRET="1", PIDS=str(pids))
@@ -211,7 +213,7 @@ def test_a_killed_run_keeps_what_it_has_and_the_next_repeats_nothing(tmp_path: P
         assert time.monotonic() < limit, "a child outlived its parent"
         time.sleep(0.05)
 
-    with open(out, "ab") as file:  # as if it had been killed within a line
+    with open(out, "ab") as file:  # a partial line, as left by a kill
         file.write(b'{"check": "softmax_kl triton')
     printed = first_light(out, built, *ONE)
     assert f"4 checks, {4 - len(kept)} passed, 0 failed, {len(kept)} had passed before" in printed
@@ -229,17 +231,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_what_there_was_no_time_for_is_counted(tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_without_time_are_counted(tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.jsonl"
-    plant = SLOW.replace("1.0", "30")
+    code = SLOW.replace("1.0", "30")
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
-    printed = first_light(out, built, *ONE, "--jobs", "1", "--seconds", "6", plant=plant, status=1)
+    printed = first_light(out, built, *ONE, "--jobs", "1", "--seconds", "6", code=code, status=1)
     (row,) = read(out)
-    assert row["error"] == "stopped: the time for all checks was over"
+    assert row["error"] == "stopped: the time limit of all checks was reached"
     assert "1 failed, 0 had passed before, 3 not run within 6 s" in printed
 
 
-# --- what Triton is asked to compile ----------------------------------------------------------------------------------
+# --- Triton specialisations ------------------------------------------------------------------------------------------
 
 RECORD = """
 import importlib, json, torch
@@ -248,7 +250,7 @@ import first_light_checks as checks
 from benchmarks import providers, workloads
 from record_launches import recorded
 
-def of(recording):
+def summarize(recording):
     types = sorted({t for one in recording.specialisations for t in one.signature.values() if t.startswith("*")})
     rows = sorted({v for one in recording.specialisations for k, v in one.constants.items()
                    if one.kernel == "relation.forward.tiles_kernel" and one.function.arg_names[k[0]] == "ROWS"})
@@ -266,14 +268,14 @@ with recorded(90) as recording:
         else:
             importlib.import_module(f"fastkd.ops.{check.family}").self_test("triton", torch.device("cpu"))
         found[check.name] = Counter(name for name, _ in recording.launches[before:])
-found["first light"] = of(recording)
+found["first light"] = summarize(recording)
 with recorded(90) as recording:
     for family in workloads.GPU_WORKLOADS:
         for workload in workloads.select(family, "cuda"):
             inputs = workload.inputs("cpu")
             for mode in {"both", *workload.modes} - {"graph"}:
                 providers.make_step(workload, "triton", mode, inputs)()
-found["workloads"] = of(recording)
+found["workloads"] = summarize(recording)
 print(json.dumps(found))
 """
 KERNELS = {
@@ -288,8 +290,8 @@ BANDED = {"relation.forward.tiles_kernel", "relation.merge.merge_kernel", "relat
           "relation.backward.product_kernel"}  # fmt: skip
 
 
-def test_few_specialisations_are_asked_for() -> None:
-    found = json.loads(finished(start(RECORD, TRITON_INTERPRET="0")).splitlines()[-1])
+def test_few_specialisations_are_compiled() -> None:
+    found = json.loads(wait_for(start(RECORD, TRITON_INTERPRET="0")).splitlines()[-1])
     light = found["first light"]
     assert set(light["kernels"]) == KERNELS
     assert {"*bf16", "*fp16", "*fp32"} <= set(light["types"])
@@ -301,7 +303,7 @@ def test_few_specialisations_are_asked_for() -> None:
         assert set(whole.values()) == {1}
         assert {name for name, count in bands.items() if count > 1} == BANDED
         assert found[f"softmax_kl triton {dtype} bands"]["softmax_kl.forward.merge_kernel"] == 1
-    # Forward and backward, and the forward alone where it is measured: it keeps nothing.
+    # Both passes, and the forward alone, which saves nothing for a backward.
     assert set(found["workloads"]["kernels"]) == KERNELS - {
         "softmax_kl.forward.merge_kernel",
         "pixel_word.forward.grams_kernel",
@@ -323,36 +325,36 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     return importlib.import_module("first_light_checks"), importlib.import_module("sanitize")
 
 
-def test_the_cases_for_sanitizers_run(
+def test_sanitizer_cases_run_and_resume(
     tmp_path: Path, built: Path, scripts: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, sanitize = tmp_path / "out.jsonl", scripts[1]
     assert sanitize.main(["--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert {name.split()[0] for name in names} == {"softmax_kl", "relation", "pixel_word"}
-    finished(start(SANITIZE, out, "--device", "cpu", **{READY: str(built)}))
+    wait_for(start(SANITIZE, out, "--device", "cpu", **{READY: str(built)}))
     assert [row["case"] for row in read(out)] == names
     assert all(row["ok"] for row in read(out))
     assert sanitize.main([str(out), "--device", "cpu", "--only", "words"]) == 0
-    assert len(read(out)) == len(names)  # all had ended
+    assert len(read(out)) == len(names)  # all had finished before
 
 
-def test_an_error_is_a_line_and_the_last(
+def test_error_is_recorded_and_stops_the_run(
     tmp_path: Path, built: Path, scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **options: Any) -> None:
-        raise RuntimeError("planted")
+        raise RuntimeError("injected")
 
     sanitize = scripts[1]
     good, bad, *rest = sanitize.CASES
     monkeypatch.setattr(sanitize, "CASES", [good, bad._replace(function=broken), *rest])
     out = tmp_path / "out.jsonl"
     assert sanitize.main([str(out), "--device", "cpu"]) == 1
-    assert [(row["ok"], row.get("error")) for row in read(out)] == [(True, None), (False, "RuntimeError: planted")]
+    assert [(row["ok"], row.get("error")) for row in read(out)] == [(True, None), (False, "RuntimeError: injected")]
 
 
-def test_bands_and_large_tiles_are_what_they_are_called(scripts: tuple[Any, Any], built: Path) -> None:
-    """A sample's matrices do not fit the workspace; tiles have 128 rows."""
+def test_band_and_tile_cases_use_bands_and_large_tiles(scripts: tuple[Any, Any], built: Path) -> None:
+    """In band cases the matrices of a sample exceed the workspace; in 128-tile cases tiles have 128 rows."""
     checks, sanitize = scripts
     calls = []  # (name, batch, rows, widths, dtype, MiB)
     for dtype in checks.DTYPES:

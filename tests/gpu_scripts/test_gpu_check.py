@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh where there is no GPU; its parts, limits and resuming with stand-ins for the tools."""
+"""scripts/gpu_check.sh without a GPU; its parts, limits and resuming with fake tools."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, env=env, timeout=120)
 
 
-def parts(out: Path) -> dict[str, dict]:
+def part_rows(out: Path) -> dict[str, dict]:
     return {row["work"]: row for row in json.loads((out / "check.json").read_text())["rows"]}
 
 
-# --- wrong use, no GPU ------------------------------------------------------------------------------------------------
+# --- usage errors, no GPU ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU here")
-def test_without_a_gpu_it_says_so_and_exits_3(tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have a GPU")
+def test_exits_3_without_a_gpu(tmp_path: Path) -> None:
     done = check(str(tmp_path / "out"))
     assert done.returncode == 3
     assert "no NVIDIA GPU" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_folder_it_says_how() -> None:
+def test_missing_folder_prints_the_usage() -> None:
     done = check()
     assert done.returncode == 2
     assert "usage: scripts/gpu_check.sh" in done.stderr
     assert "OUT_DIR" in done.stderr
 
 
-def test_an_unknown_part_is_named(tmp_path: Path) -> None:
+def test_unknown_part_is_rejected(tmp_path: Path) -> None:
     done = check(str(tmp_path / "out"), "benchmark")
     assert done.returncode == 2
-    assert "unknown part 'benchmark'; there are first_light, tests, benchmarks, sanitizer, autotune" in done.stderr
+    assert "unknown part 'benchmark'; expected first_light, tests, benchmarks, sanitizer, autotune" in done.stderr
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def test_a_part_that_fails_stops_no_other_and_the_next_call_goes_on(tmp_path: Path) -> None:
+def test_failed_part_does_not_stop_others_and_the_next_call_resumes(tmp_path: Path) -> None:
     folder, out = stand_in.checkout(tmp_path / "repo"), tmp_path / "out"
     done = stand_in.check(folder, str(out), "--jobs", "1", "--seconds", "120", SANITIZER_FINDS="racecheck")
     assert done.returncode == 1, done.stdout + done.stderr
-    rows = parts(out)
+    rows = part_rows(out)
     assert list(rows) == ["build", "first_light", "tests", "benchmarks", "sanitizer"]
     assert {name: row["ok"] for name, row in rows.items()} == {
         "build": True, "first_light": True, "tests": False, "benchmarks": True, "sanitizer": False,
@@ -75,9 +75,14 @@ def test_a_part_that_fails_stops_no_other_and_the_next_call_goes_on(tmp_path: Pa
     assert [row["tool"] for row in watched if row.get("check") == "sanitize"] == ["memcheck"]
     files = {path.name for path in out.iterdir()}
     results = {"first_light.jsonl", "tests.jsonl", "benchmarks.jsonl", "sanitizer.jsonl"}
-    assert files == {"check.json", "log.txt", "cache.tar.gz", *results}  # a machine may give back 8 files, no folder
+    assert files == {
+        "check.json",
+        "log.txt",
+        "cache.tar.gz",
+        *results,
+    }  # a rented machine may return at most 8 files and no folder
 
-    # On another machine, in another folder: no build, no test that has passed, no tool that found nothing.
+    # On another machine: skips the build, passed tests, and tools without findings.
     other = tmp_path / "other"
     done = stand_in.check(folder, str(other), "--resume", str(out), "--jobs", "1", "--cache", str(tmp_path / "cache"))
     assert done.returncode == 1
@@ -88,20 +93,20 @@ def test_a_part_that_fails_stops_no_other_and_the_next_call_goes_on(tmp_path: Pa
     assert (tmp_path / "cache" / "build" / "fastkd").is_dir()
 
 
-def test_named_parts_alone_and_a_build_that_fails(tmp_path: Path) -> None:
+def test_only_named_parts_run_and_a_failed_build_skips_them(tmp_path: Path) -> None:
     folder, out = stand_in.checkout(tmp_path / "repo"), tmp_path / "out"
     done = stand_in.check(folder, str(out), "autotune", PIP_FAILS="1")
     assert done.returncode == 1
-    rows = parts(out)
+    rows = part_rows(out)
     assert list(rows) == ["build", "autotune"]
     assert not any(row["ok"] for row in rows.values())
     assert "no compiler here" in (out / "log.txt").read_text()
     assert rows["autotune"]["note"] == "not run: the build failed"
 
     assert stand_in.check(folder, str(out), "autotune").returncode == 0
-    (folder / "fastkd" / "new.py").write_text("")  # an earlier build is not that of these sources
+    (folder / "fastkd" / "new.py").write_text("")  # the earlier build no longer matches the sources
     assert stand_in.check(folder, str(out), "autotune", PIP_FAILS="1").returncode == 1
-    assert parts(out)["autotune"]["note"] == "not run: the build failed"
+    assert part_rows(out)["autotune"]["note"] == "not run: the build failed"
 
 
 SLOW = """
@@ -125,20 +130,20 @@ def test_last():
 """
 
 
-def test_the_limit_is_kept_and_what_is_left_has_no_time(tmp_path: Path) -> None:
+def test_limit_is_kept_and_later_parts_are_skipped(tmp_path: Path) -> None:
     folder, out = stand_in.checkout(tmp_path / "repo", SLOW), tmp_path / "out"
     begin = time.monotonic()
     done = stand_in.check(folder, str(out), "tests", "sanitizer", "--jobs", "1", "--seconds", "36")
     assert time.monotonic() - begin < 70
     assert done.returncode == 1
-    rows = parts(out)
+    rows = part_rows(out)
     assert "stopped at its time limit" in rows["tests"]["note"]
     assert "4 of 6 ran" in rows["tests"]["note"]
     assert "no time was left" in rows["sanitizer"]["note"]
     assert len(records.read(out / "tests.jsonl")) == 4
 
 
-def test_killed_it_keeps_every_line_and_repeats_nothing(tmp_path: Path) -> None:
+def test_killed_call_keeps_every_line_and_resumes(tmp_path: Path) -> None:
     folder, out = stand_in.checkout(tmp_path / "repo", SLOW), tmp_path / "out"
     command = ["bash", str(folder / "scripts" / "gpu_check.sh"), str(out), "tests", "--jobs", "1"]
     with (tmp_path / "printed").open("w") as printed:
@@ -157,21 +162,21 @@ def test_killed_it_keeps_every_line_and_repeats_nothing(tmp_path: Path) -> None:
     assert "sums are wrong" in (tmp_path / "printed").read_text()
     assert "sums are wrong" in (out / "log.txt").read_text()
     time.sleep(1)
-    assert not running(folder)  # what it had started is gone too
+    assert not running(folder)  # its child processes are gone too
 
-    path = folder / "scripts" / "gpu" / "record_tests.py"  # not what is tested: no reason to repeat anything
+    path = folder / "scripts" / "gpu" / "record_tests.py"  # not under test: nothing is repeated
     path.write_text(path.read_text() + "\n")
     done = stand_in.check(folder, str(out), "tests", "--jobs", "1", "--seconds", "30")
-    assert "stopped at its time limit" in parts(out)["tests"]["note"], done.stdout
+    assert "stopped at its time limit" in part_rows(out)["tests"]["note"], done.stdout
     assert [row["test"].rpartition("::")[2] for row in records.read(out / "tests.jsonl")[4:]] == ["test_wrong"]
     assert (folder / "pip.log").read_text() == "built\n"
 
 
 @pytest.mark.parametrize(("status", "found", "repeated"), [(124, False, False), (124, True, True), (9, False, True)])
-def test_calls_that_the_sanitizer_watched_in_a_stopped_run_are_not_repeated(
+def test_sanitizer_skips_calls_of_a_timed_out_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, found: bool, repeated: bool
 ) -> None:
-    """Unless that run had found something: its calls are watched again."""
+    """After a run with findings all calls are repeated."""
     sanitizer = stand_in.script("sanitizer")
     out, tools = tmp_path / "out.jsonl", tmp_path / "tools"
     tools.mkdir()
@@ -193,7 +198,7 @@ def test_calls_that_the_sanitizer_watched_in_a_stopped_run_are_not_repeated(
 
 
 def running(folder: Path) -> list[str]:
-    """The commands of processes that mention a folder."""
+    """Return the commands of running processes that mention a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -208,7 +213,7 @@ def running(folder: Path) -> list[str]:
 # --- wheels -----------------------------------------------------------------------------------------------------------
 
 
-def test_versions_that_are_missing_or_too_old_are_named(
+def test_missing_and_old_versions_are_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     installed = {
@@ -220,30 +225,30 @@ def test_versions_that_are_missing_or_too_old_are_named(
     }
     monkeypatch.setattr(wheels, "installed", installed.get)
     build, tests = wheels.requirements()
-    assert [str(lack) for lack in wheels.lacking([*build, *tests])] == [
+    assert [str(package) for package in wheels.find_missing([*build, *tests])] == [
         "scikit-build-core: found 0.11.5, needs >= 1.0",
         "cmake: found 3.22.1, needs >= 3.24",
         "ninja: not found, needs >= 1.11.1",
         "hypothesis: not found, needs >= 6.100",
     ]
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    why = wheels.install(wheels.lacking(tests), tmp_path, tmp_path / "tools")
+    error = wheels.install(wheels.find_missing(tests), tmp_path, tmp_path / "tools")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert "hypothesis: not found, needs >= 6.100" in why
-    assert f"make wheelhouse WHEELHOUSE_PYTHON={python}" in why
-    assert f"python3 -m pip download --dest=wheelhouse --only-binary=:all: --python-version={python}" in why
+    assert "hypothesis: not found, needs >= 6.100" in error
+    assert f"make wheelhouse WHEELHOUSE_PYTHON={python}" in error
+    assert f"python3 -m pip download --dest=wheelhouse --only-binary=:all: --python-version={python}" in error
 
 
-def test_bounds_are_those_of_the_project(tmp_path: Path) -> None:
+def test_bounds_come_from_pyproject(tmp_path: Path) -> None:
     text = (stand_in.ROOT / "pyproject.toml").read_text()
     (tmp_path / "pyproject.toml").write_text(text.replace('"pybind11>=3.0"]', '"pybind11>=7.5"]'))
     assert "pybind11>=7.5" in wheels.requirements(tmp_path / "pyproject.toml")[0]
 
 
-# --- the cache in one file --------------------------------------------------------------------------------------------
+# --- cache archive ----------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_fits_its_file_and_may_move(tmp_path: Path) -> None:
+def test_cache_archive_has_a_size_limit_and_can_move(tmp_path: Path) -> None:
     folder, archive, moved = tmp_path / "cache", tmp_path / "cache.tar.gz", tmp_path / "moved"
     kernel = folder / "triton" / "KEY"
     kernel.mkdir(parents=True)
@@ -255,7 +260,7 @@ def test_the_cache_fits_its_file_and_may_move(tmp_path: Path) -> None:
     (kernel / "__grp__k.json").write_text(json.dumps({"child_paths": files}))
     (folder / "inductor").mkdir()
     (folder / "inductor" / "large").write_bytes(os.urandom(20_000))
-    assert cache.pack(folder, archive, most=10_000) == ["1 files of inductor"]
+    assert cache.pack(folder, archive, max_bytes=10_000) == ["1 files of inductor"]
     assert archive.stat().st_size < 10_000
     cache.unpack(archive, moved)
     found = {str(path.relative_to(moved)) for path in moved.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""scripts/gpu/kernel_tests.py: which tests run on a GPU, and that no test's end is lost, whatever ends a process."""
+"""scripts/gpu/kernel_tests.py: test selection, and results that survive crashes and hangs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Absent:
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r} on the pretended machine", name=name)
+            raise ModuleNotFoundError(f"No module named {name!r} on the simulated machine", name=name)
 
 sys.meta_path.insert(0, Absent())
 import torch
@@ -30,8 +30,8 @@ torch.cuda.is_available = lambda: True
 """
 
 
-def test_collection_where_the_trainer_s_packages_are_absent(tmp_path: Path) -> None:
-    """What is collected on a machine with a GPU that has torch, Triton and pytest alone."""
+def test_collection_without_the_packages_of_the_trainer(tmp_path: Path) -> None:
+    """Collect on a simulated GPU machine with only torch, Triton and pytest."""
     (tmp_path / "sitecustomize.py").write_text(ABSENT)
     env = kernel_tests.environment()
     env["PYTHONPATH"] = os.pathsep.join(
@@ -90,7 +90,7 @@ def test_last():
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_whatever_ends_a_process_costs_one_test(tmp_path: Path, jobs: int) -> None:
+def test_crash_or_hang_fails_only_one_test(tmp_path: Path, jobs: int) -> None:
     (tmp_path / "test_lost.py").write_text(LOST)
     (tmp_path / "test_broken.py").write_text("import a_module_that_is_nowhere\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
@@ -102,7 +102,7 @@ def test_whatever_ends_a_process_costs_one_test(tmp_path: Path, jobs: int) -> No
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr
     rows = {row["test"].rpartition("::")[2]: row for row in records.read(out)}
-    assert len(rows) == len(records.read(out))  # no test twice
+    assert len(rows) == len(records.read(out))  # no test is recorded twice
     assert {name: row["outcome"] for name, row in rows.items()} == {
         "test_broken.py": "error",
         "test_first": "passed",
@@ -116,17 +116,17 @@ def test_whatever_ends_a_process_costs_one_test(tmp_path: Path, jobs: int) -> No
     assert "a_module_that_is_nowhere" in rows["test_broken.py"]["text"]
     assert "illegal memory access" in rows["test_loses_the_context"]["text"]
     assert rows["test_skipped"]["text"] == "no use"
-    for text in ("a_module_that_is_nowhere", "illegal memory access", "test_ends_the_process", "no end after"):
+    for text in ("a_module_that_is_nowhere", "illegal memory access", "test_ends_the_process", "timed out after"):
         assert text in done.stdout
 
-    (tmp_path / "test_lost.py").write_text(LOST.replace("100", "0"))  # the file has changed: what passed runs again
+    (tmp_path / "test_lost.py").write_text(LOST.replace("100", "0"))  # the file changed: passed tests run again
     again = subprocess.run([*command[:-2], "test_lost.py"], capture_output=True, text=True, timeout=120)
     assert "7 of 7 ran, 0 had passed before" in again.stdout
     last = subprocess.run([*command[:-2], "test_lost.py"], capture_output=True, text=True, timeout=120)
     assert "3 of 3 ran, 4 had passed before" in last.stdout
 
 
-def test_a_backend_that_is_not_in_use_is_a_failure(tmp_path: Path) -> None:
+def test_unavailable_backend_counts_as_failure(tmp_path: Path) -> None:
     skip = "pytest.skip('the cuda backend is not in use on cuda: no build')"
     (tmp_path / "test_it.py").write_text(f"import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    {skip}\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
@@ -158,7 +158,7 @@ def test_prints_much():
 """
 
 
-def test_large_tests_run_one_at_a_time_and_a_dump_hides_no_error(tmp_path: Path) -> None:
+def test_large_tests_are_serialised_and_long_output_keeps_the_error(tmp_path: Path) -> None:
     (tmp_path / "test_large.py").write_text(LARGE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     script, out = str(stand_in.SCRIPTS / "kernel_tests.py"), tmp_path / "tests.jsonl"

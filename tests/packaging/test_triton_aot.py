@@ -1,8 +1,8 @@
-"""Every Triton kernel and block shape compiles for every supported chip, without spills, within its shared memory.
+"""Every Triton kernel and block shape compiles for every supported chip without spills, within the shared memory limit.
 
-The tables in benchmarks/results/triton hold the facts of all of them, for every version of Triton that kernels and
-blocks were chosen for, with a digest of the code they are of. The tests check that this is today's code, and compile a
-sample with the installed Triton: everything takes ten minutes.
+The tables in benchmarks/results/triton list all of them for each version of Triton that the block shapes were chosen
+for, with a digest of the code. The tests check that the digests are current, and compile a sample with the installed
+Triton; compiling everything takes ten minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FACTS = ("registers", "stack", "shared", "local", "spills", "matrix_instructions
 
 
 def run(*arguments: str, **variables: str) -> str:
-    """Run the script in another process, since the kernels may be interpreted in this one, and return its output."""
+    """Run ``benchmarks.aot`` in a new process, where kernels are not interpreted, and return its output."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     paths = (str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH"))
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -41,7 +41,7 @@ def run(*arguments: str, **variables: str) -> str:
 
 
 def key(row: dict) -> str:
-    """Return which kernel, block shape, dtype, chip and code a row is about."""
+    """Return the identity of a row: kernel, block shape, dtype, chip and code."""
     return json.dumps({name: value for name, value in row.items() if name not in FACTS})
 
 
@@ -57,14 +57,14 @@ def assert_no_spills(rows: list[dict]) -> None:
 
 
 def assert_matrix_instructions(rows: list[dict]) -> None:
-    """Products of bfloat16 numbers go through the chip's matrix instructions."""
+    """Check that products of bfloat16 numbers use the chip's matrix instructions."""
     products = [row for row in rows if row["dtype"] == "bf16" and row["kernel"] in PRODUCTS and not row.get("STORED")]
     assert {row["kernel"] for row in products} == set(PRODUCTS)
     for row in products:
         assert set(row["matrix_instructions"]) == {MATRIX_INSTRUCTIONS[row["target"]]}, row
 
 
-def test_the_tables_are_of_todays_code_and_every_supported_triton() -> None:
+def test_tables_match_the_current_code_for_every_supported_triton() -> None:
     today = {key(json.loads(line)) for line in run("--list").splitlines() if line.startswith("{")}
     assert len(today) > 800
     assert {json.loads(k)["kernel"] for k in today} >= KERNELS
@@ -76,15 +76,15 @@ def test_the_tables_are_of_todays_code_and_every_supported_triton() -> None:
 
 
 @pytest.mark.parametrize("version", TABLES)
-def test_nothing_spills_in_the_tables(version: str) -> None:
+def test_tables_have_no_spills(version: str) -> None:
     rows = list(table(version).values())
     assert {row["target"] for row in rows} == set(MATRIX_INSTRUCTIONS)
     assert_no_spills(rows)
     assert_matrix_instructions(rows)
 
 
-def test_a_sample_compiled_here(tmp_path: Path) -> None:
-    """Under a version that has a table the facts are the table's, up to registers: another ptxas counts otherwise."""
+def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
+    """Registers are not compared: their number depends on the version of ptxas."""
     file = tmp_path / "aot.json"
     output = run("--sample", "--json", str(file), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert file.exists(), output
@@ -94,7 +94,9 @@ def test_a_sample_compiled_here(tmp_path: Path) -> None:
     if version not in TABLES:
         spilled = [row for row in rows if not row["ok"]]
         if spilled:
-            pytest.xfail(f"{len(spilled)} kernels spill under Triton {version}, which the blocks were not chosen for")
+            pytest.xfail(
+                f"{len(spilled)} kernels spill under Triton {version}, for which the block shapes were not chosen"
+            )
         return
     assert_no_spills(rows)
     assert_matrix_instructions(rows)
@@ -122,27 +124,27 @@ def kernel(x):
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "changes"),
+    ("old", "new", "changes"),
     [
-        ("    return x", "    # Why.\n    return x", False),
-        ("    return h", '    """What."""\n    return h', False),
+        ("    return x", "    # A comment.\n    return x", False),
+        ("    return h", '    """Docstring."""\n    return h', False),
         ("x * LIMIT", "x + LIMIT", True),
         ("LIMIT = 4", "LIMIT = 5", True),
     ],
-    ids=["a comment", "a docstring", "a function that it calls", "a constant"],
+    ids=["comment", "docstring", "called function", "constant"],
 )
-def test_the_digest_changes_with_the_code_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str, changes: bool
+def test_digest_depends_only_on_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, changes: bool
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parents[1]))
     from benchmarks.aot.digest import digest
 
     digests = []
-    for i, code in enumerate((CODE, CODE.replace(right, wrong, 1))):
-        path = tmp_path / f"kernels_{i}" / "aot_kernels.py"  # the name of a module is part of the code's identity
+    for i, code in enumerate((CODE, CODE.replace(old, new, 1))):
+        path = tmp_path / f"kernels_{i}" / "aot_kernels.py"
         path.parent.mkdir()
         path.write_text(code)
-        spec = importlib.util.spec_from_file_location("aot_kernels", path)
+        spec = importlib.util.spec_from_file_location(f"aot_kernels_{i}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
