@@ -80,7 +80,8 @@ def checkout(folder: Path, kernels: str = KERNELS) -> Path:
     (folder / "fastkd").mkdir()
     (folder / "fastkd" / "__init__.py").write_text("")
     shutil.copy(ROOT / "fastkd" / "errors.py", folder / "fastkd")  # pyproject.toml's warning filters name its class
-    shutil.copy(ROOT / "fastkd" / "_machine.py", folder / "fastkd")  # the scripts read it
+    for name in ("_machine.py", "_atomic.py"):  # read by the scripts
+        shutil.copy(ROOT / "fastkd" / name, folder / "fastkd")
     for name in script("kernel_tests").KERNEL_TESTS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
