@@ -2,8 +2,8 @@
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return ⌈a / b⌉ for positive integers."""
-    return -(-a // b)
+    """Return ⌈a / b⌉ for positive integers, which may be symbolic."""
+    return (a + b - 1) // b
 
 
 def round_up(a: int, multiple: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._integers import ceil_div, round_up
 from fastkd.ops.launch import workspace_limit
 
 Shape = Sequence[int]
@@ -84,7 +85,7 @@ def _prefers_gram(columns: int, width: int, equal_widths: bool, dtype: torch.dty
 
 def gram_side(width_s: int, width_t: int) -> int:
     """Return the side of the padded Gram matrix of both networks' columns."""
-    return _round_up(width_s, 16) + _round_up(width_t, 16)
+    return round_up(width_s, 16) + round_up(width_t, 16)
 
 
 def has_double_gram(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
@@ -94,7 +95,7 @@ def has_double_gram(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
 
 def stored_elements_cpu(batch: int, rows: int) -> int:
     """Return the number of elements that the C++ kernels store of the relation matrices."""
-    blocks = (rows + STORED_BLOCK - 1) // STORED_BLOCK
+    blocks = ceil_div(rows, STORED_BLOCK)
     return batch * blocks * (blocks + 1) * STORED_BLOCK**2
 
 
@@ -102,18 +103,18 @@ def stored_elements(
     batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float
 ) -> int:
     """Return the number of elements that the CUDA kernels store of the relation matrices."""
-    blocks = -(-rows // 128)
+    blocks = ceil_div(rows, 128)
     maxima = distance == "kl" and not (similarity == "cosine" and temperature >= FIXED_SHIFT_TEMPERATURE)
     enough = rows > 64 and batch * (blocks * (blocks + 1) // 2) >= ENOUGH_TILES
     side = 128 if enough and dtype != torch.float32 and not maxima else 64
-    blocks = -(-rows // side)
+    blocks = ceil_div(rows, side)
     return batch * blocks * (blocks + 1) * side**2
 
 
 def min_gram_bytes(width_s: int, width_t: int, dtype: torch.dtype) -> int:
     """Return the smallest workspace of the form "gram", with one thread (``plan_gram``)."""
     size = 8 if has_double_gram(width_s, width_t, dtype) else 4
-    student, side = _round_up(width_s, 16), gram_side(width_s, width_t)
+    student, side = round_up(width_s, 16), gram_side(width_s, width_t)
     chunk, block = _GRAM_CHUNK * side, _STREAMED_BLOCK * side
     forward = chunk + 2 * block
     backward = chunk + _GRAM_CHUNK * student + student * side + block + 3 * _STREAMED_BLOCK * student
@@ -122,9 +123,9 @@ def min_gram_bytes(width_s: int, width_t: int, dtype: torch.dtype) -> int:
 
 def min_stored_bytes(rows: int, dtype: torch.dtype) -> int:
     """Return the smallest workspace of the form "stored", with one thread (``plan_relation``)."""
-    size, padded = _size(dtype), _round_up(rows, STORED_BLOCK)
+    size, padded = _size(dtype), round_up(rows, STORED_BLOCK)
     forward = padded * _STORED_CHUNK * size
-    backward = 2 * padded * STORED_BLOCK * size + padded**2 * size + _round_up(padded * 8, 64)
+    backward = 2 * padded * STORED_BLOCK * size + padded**2 * size + round_up(padded * 8, 64)
     return 4 * STORED_BLOCK**2 * size + max(forward, backward)
 
 
@@ -160,7 +161,3 @@ def _row_pairs(student: Shape, cross: bool) -> int:
 
 def _size(dtype: torch.dtype) -> int:
     return 8 if dtype == torch.float64 else 4
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return (count + multiple - 1) // multiple * multiple
