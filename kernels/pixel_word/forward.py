@@ -93,8 +93,8 @@ def logits_kernel(
     teacher_count,
     teacher_width,
     pixel_mask_ptr,  # (B, N), or None
-    logits_ptr,  # (B, T_S + T_T, N) to be written
-    norms_ptr,  # (B, N) |V_S| to be written, or None
+    logits_ptr,  # output (B, T_S + T_T, N)
+    norms_ptr,  # output |V_S| (B, N), or None
     pixels,  # N
     BN: tl.constexpr,
     TP: tl.constexpr,

@@ -58,8 +58,8 @@ def merge_columns(m_s, z_s, m_t, z_t, a, n_s, y_s, n_t, y_t, c, scale_s, scale_t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the programs wrote of a sample, added up in their order; the losses; and for the backward the maxima and sums of
-# the columns, and G, K, E. FLAT entries of the matrices at a time, 1024 of them being whole rows of all.
+# Add the partial sums of a sample in program order and compute its losses. For the backward, write the maxima and sums
+# of the columns, and G, K, E. The matrices are processed by FLAT entries; 1024 entries are whole rows for every TP.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["pixels", "student_count", "programs", "words"])
 def merge_kernel(
