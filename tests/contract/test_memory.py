@@ -38,6 +38,12 @@ def offset(x: Tensor) -> Tensor:
     return view.copy_(x)
 
 
+def gaps(x: Tensor) -> Tensor:
+    """Return a view of every other index of dimension 1, between NaNs: contiguous maps far from one another."""
+    wide = x.new_full((x.shape[0], 2 * x.shape[1] + 1, *x.shape[2:]), math.nan)
+    return wide[:, 1::2].copy_(x)
+
+
 def permuted(order: Callable[[int], tuple[int, ...]]) -> Callable[[Tensor], Tensor]:
     """Return a function that lays out the dimensions in another order in memory."""
 
@@ -52,6 +58,7 @@ def permuted(order: Callable[[int], tuple[int, ...]]) -> Callable[[Tensor], Tens
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "spaced": spaced,
     "offset": offset,
+    "gaps": gaps,
     "channels last": permuted(lambda d: (0, *range(2, d), 1)),
     "last two swapped": permuted(lambda d: (*range(d - 2), d - 1, d - 2)),
     "batch innermost": permuted(lambda d: (*range(1, d), 0)),
