@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shared_build import shared_folder
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -86,7 +87,9 @@ def test_tables_have_no_spills(version: str) -> None:
 def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
     """Registers are not compared: their number depends on the version of ptxas."""
     file = tmp_path / "aot.json"
-    output = run("--sample", "--json", str(file), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    kernels = SCRIPT.parents[1] / "kernels"
+    with shared_folder("triton-sample", kernels, importlib.metadata.version("triton")) as folder:
+        output = run("--sample", "--json", str(file), TRITON_CACHE_DIR=str(folder))
     assert file.exists(), output
     rows = json.loads(file.read_text())["rows"]
     assert {(row["kernel"], row["target"]) for row in rows} >= {(k, t) for k in KERNELS for t in MATRIX_INSTRUCTIONS}
