@@ -94,7 +94,7 @@ def test_first_and_second_derivatives(guide):
     assert gradgradcheck(f, (student,))
 
 
-def test_the_gradient_of_a_row_is_tau_times_the_difference_of_the_softmaxes():
+def test_gradient_is_tau_times_the_difference_of_the_softmaxes():
     student, teacher = maps(2)
     student.requires_grad_()
     for backend in ("reference", "auto"):
@@ -106,7 +106,7 @@ def test_the_gradient_of_a_row_is_tau_times_the_difference_of_the_softmaxes():
 
 @pytest.mark.parametrize("guide", [None, "own", "teacher"])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_student_equal_to_teacher_has_no_loss_and_no_gradient(backend, guide):
+def test_equal_student_has_zero_loss_and_gradient(backend, guide):
     teacher = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(2))
     student = teacher.clone().requires_grad_()
     loss = channel_distribution_kd(student, teacher, guide=guide, backend=backend)
@@ -125,7 +125,7 @@ def test_minus_infinity_and_one_hot_teachers(backend):
     first = kl(teacher[0, 0][keep].tolist(), student[0, 0][keep].tolist())
     second = -log_softmax(student[0, 1].tolist())[2]  # a one-hot teacher: minus the student's log-probability
     torch.testing.assert_close(rows[0, :2], torch.tensor([first, second]), rtol=1e-5, atol=1e-6)
-    assert rows[0, 2] == inf  # the student excludes what the teacher thinks possible
+    assert rows[0, 2] == inf  # the student excludes an event that the teacher allows
     rows[0, :2].sum().backward()
     assert torch.isfinite(student.grad).all()
     want = student.detach().softmax(-1) - teacher.softmax(-1)
@@ -180,7 +180,7 @@ def test_mixed_dtypes():
     torch.testing.assert_close(got, channel_distribution_kd(student.bfloat16().float(), teacher.half().float()))
 
 
-def test_the_module_equals_the_function():
+def test_module_equals_the_function():
     student, teacher = (x.float() for x in maps(7))
     options = {"temperature": 2.0, "guide": "teacher", "weight": "attention"}
     torch.testing.assert_close(

@@ -51,7 +51,7 @@ def row_distance(e_s, e_t, distance, tau, negate):
 
 
 def centre(maps, across_batch):
-    """maps[b][c][y][x] minus each channel's mean over its pixels (over the batch's pixels)."""
+    """Subtract each channel's mean over its pixels (over the batch's pixels) from maps[b][c][y][x]."""
     out = []
     for b, sample in enumerate(maps):
         out.append([])
@@ -64,7 +64,7 @@ def centre(maps, across_batch):
 
 
 def samples_of(maps, layout, p=2):
-    """maps[b][c][y][x] to samples[s][c][n]."""
+    """Return samples[s][c][n] from maps[b][c][y][x]."""
     if layout == "across_batch":
         return [[[v for m in maps for line in m[c] for v in line] for c in range(len(maps[0]))]]
     if layout == "plain":
@@ -84,7 +84,7 @@ def attention(sample):
 
 
 def oracle(student, teacher, similarity, distance, tau, negate, centered, weight, layout):
-    """Weighted rows and weights, each [samples][channels]."""
+    """Return weighted rows and weights, each [samples][channels]."""
     s, t = student.tolist(), teacher.tolist()
     weigh = samples_of(t, layout)
     if centered:
@@ -106,7 +106,7 @@ def oracle(student, teacher, similarity, distance, tau, negate, centered, weight
 def maps(seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     student = torch.randn(2, 3, 4, 2, generator=g, dtype=torch.float64)
-    teacher = torch.randn(2, 3, 2, 4, generator=g, dtype=torch.float64)  # another H×W on purpose
+    teacher = torch.randn(2, 3, 2, 4, generator=g, dtype=torch.float64)  # a different H×W
     return student.to(dtype), teacher.to(dtype)
 
 
@@ -146,7 +146,7 @@ def test_shapes_of_rows():
     assert channel_kd(student.flatten(2), teacher.flatten(2), reduction="none").shape == (2, 3)
 
 
-def test_defaults_are_cosine_kl_at_a_tenth():
+def test_defaults_are_cosine_kl_at_temperature_0_1():
     student, teacher = maps()
     want, _ = oracle(student, teacher, "cosine", "kl", 0.1, False, False, None, "plain")
     torch.testing.assert_close(channel_kd(student, teacher), want.mean())
@@ -167,7 +167,7 @@ def test_first_and_second_derivatives(similarity, distance):
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_student_equal_to_teacher_has_no_loss_and_no_gradient(distance, temperature):
+def test_equal_student_has_zero_loss_and_gradient(distance, temperature):
     teacher = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(2))
     student = teacher.clone().requires_grad_()
     loss = channel_kd(student, teacher, distance=distance, temperature=temperature)
@@ -197,14 +197,14 @@ def test_fp16_extremes_stay_finite():
             assert torch.isfinite(leaf.grad).all()
 
 
-def test_autocast_does_not_lower_the_precision():
+def test_autocast_does_not_reduce_precision():
     student, teacher = maps(3, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = channel_kd(student, teacher)
     torch.testing.assert_close(inside, channel_kd(student, teacher), rtol=0, atol=0)
 
 
-def test_a_dead_channel_is_harmless_also_to_second_derivatives():
+def test_zero_channel_has_finite_second_derivatives():
     student, teacher = maps(4)
     student[:, 1] = 0
     for distance in DISTANCES:
@@ -242,7 +242,7 @@ def test_strided_inputs():
     torch.testing.assert_close(channel_kd(student, one), channel_kd(student, one.contiguous()))
 
 
-def test_the_module_equals_the_function():
+def test_module_equals_the_function():
     student, teacher = maps(7, torch.float32)
     options = {"similarity": "mean", "distance": "mse", "centered": True, "weight": "attention"}
     module = ChannelKD(**options)

@@ -33,7 +33,7 @@ def dot(a, b):
 
 
 def logits_of(pixels, words, similarity):
-    """M[i][j] of one sample."""
+    """Return M[i][j] of one sample."""
     if similarity == "scaled_dot":
         return [[dot(v, w) / math.sqrt(len(v)) for w in words] for v in pixels]
     norm = lambda x: max(math.sqrt(dot(x, x)), 1e-12)
@@ -41,7 +41,7 @@ def logits_of(pixels, words, similarity):
 
 
 def attention(m, valid_pixels, valid_words, tau):
-    """A with only the valid rows and columns: the others are 0 and add nothing."""
+    """Return A with only the valid rows and columns; the others are 0."""
     return [[math.exp(v) for v in log_softmax([m[i][j] / tau for j in valid_words])] for i in valid_pixels]
 
 
@@ -54,7 +54,7 @@ def gram_distance(rows_s, rows_t):
 
 
 def sample_terms(m_s, m_t, pixels, words_s, words_t, tau):
-    """All terms of one sample, from lists of valid indices; those comparing words need words_s == words_t."""
+    """Return all terms of one sample from lists of valid indices; terms over words need words_s == words_t."""
     n = len(pixels)
     a_s, a_t = attention(m_s, pixels, words_s, tau), attention(m_t, pixels, words_t, tau)
     terms = {"pixel_pixel": gram_distance(a_s, a_t) / n**2}
@@ -73,7 +73,7 @@ def sample_terms(m_s, m_t, pixels, words_s, words_t, tau):
 
 
 def oracle(m_s, m_t, word_mask, pixel_mask, tau):
-    """{term: (B,)} from nested lists M[b][i][j]."""
+    """Return {term: (B,)} from nested lists M[b][i][j]."""
     true = lambda mask, b: [k for k, ok in enumerate(mask[b].tolist()) if ok]
     mask_s, mask_t = word_mask if isinstance(word_mask, tuple) else (word_mask, word_mask)
     each = [
@@ -127,7 +127,7 @@ def test_every_term_equals_the_loop(masked, similarity, tau):
         torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-12)
 
 
-def test_the_default_terms_are_the_documented_ones():
+def test_default_terms_are_documented():
     inputs, (words, pixels) = make(1), masks()
     want = expected(inputs, words, pixels, "scaled_dot", 1.0)
     got = cross_modal_kd(*inputs, word_mask=words, pixel_mask=pixels)
@@ -169,7 +169,7 @@ def test_from_logits_agrees_with_the_features():
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0])
-def test_other_tokens_in_the_teacher_leave_pixel_pixel(tau):
+def test_pixel_pixel_allows_different_tokens(tau):
     v_s, l_s, v_t, _ = make(4)
     l_t = make(5, t=7)[3]
     words, pixels = masks()
@@ -216,7 +216,7 @@ def test_first_and_second_derivatives(term, similarity):
 
 @pytest.mark.parametrize("fill", [0.0, 1e30, math.nan, math.inf])
 @pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
-def test_more_masked_words_and_pixels_change_nothing(similarity, fill):
+def test_padding_changes_nothing(similarity, fill):
     inputs, (words, pixels) = make(7), masks()
     leaves = [x.clone().requires_grad_() for x in inputs[:2]]
     want = cross_modal_kd(*leaves, *inputs[2:], word_mask=words, pixel_mask=pixels, similarity=similarity)
@@ -242,7 +242,7 @@ def test_more_masked_words_and_pixels_change_nothing(similarity, fill):
     assert (wide_s.grad[:, :, 4:] == 0).all()
 
 
-def test_maps_and_rows_are_the_same_pixels():
+def test_maps_equal_rows():
     v_s, l_s, v_t, l_t = make(8)
     words, pixels = masks()
     want = cross_modal_kd(v_s, l_s, v_t, l_t, word_mask=words, pixel_mask=pixels)
@@ -255,7 +255,7 @@ def test_maps_and_rows_are_the_same_pixels():
 
 @pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
 @pytest.mark.parametrize("tau", [0.05, 1.0, 20.0])
-def test_student_equal_to_teacher_has_no_loss_and_no_gradient(tau, similarity):
+def test_equal_student_has_zero_loss_and_gradient(tau, similarity):
     g = torch.Generator().manual_seed(9)
     v, w = torch.randn(2, 50, 8, generator=g), torch.randn(2, 5, 8, generator=g)
     v_s, l_s = v.clone().requires_grad_(), w.clone().requires_grad_()
@@ -268,7 +268,7 @@ def test_student_equal_to_teacher_has_no_loss_and_no_gradient(tau, similarity):
 
 @pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3])
 @pytest.mark.parametrize("term", ["pixel_pixel", "word_word"])
-def test_the_second_order_keeps_its_digits_near_the_teacher(term, difference):
+def test_second_order_is_accurate_near_the_teacher(term, difference):
     g = torch.Generator().manual_seed(10)
     m_t = 2 * torch.randn(2, 300, 6, generator=g)
     m_s = m_t + difference * torch.randn(2, 300, 6, generator=g)
@@ -277,7 +277,7 @@ def test_the_second_order_keeps_its_digits_near_the_teacher(term, difference):
     a, b = exact.softmax(2), m_t.double().softmax(2)
     gram = (lambda x: x @ x.mT) if term == "pixel_pixel" else (lambda x: x.mT @ x)
     want = (gram(a) - gram(b)).square().sum((1, 2)).mean() / 300**2
-    # The probabilities' own rounding, 6e-8, against their difference; the formula adds nothing to it.
+    # The rounding of the probabilities, 6e-8, relative to their difference; the formula adds no error.
     assert abs(got.item() / want.item() - 1) < 3e-7 / difference
     got.backward()
     want.backward()
@@ -289,7 +289,7 @@ def test_minus_infinity_logits_and_one_hot_teachers():
     g = torch.Generator().manual_seed(11)
     m_s, m_t = (torch.randn(1, 5, 4, generator=g, dtype=torch.float64) for _ in range(2))
     m_s[0, 0, 1] = m_t[0, 0, 1] = -inf  # excluded by both
-    m_t[0, 1, 2] = -inf  # by the teacher alone
+    m_t[0, 1, 2] = -inf  # by the teacher only
     m_t[0, 2, :3] = -inf  # a one-hot row
     leaf = m_s.requires_grad_()
     got = cross_modal_kd_from_logits(leaf, m_t, terms=ALL, reduction="none", return_terms=True)
@@ -301,7 +301,7 @@ def test_minus_infinity_logits_and_one_hot_teachers():
         assert torch.isfinite(grad).all()
     m_t = m_t.clone()
     m_s = m_s.detach().clone()
-    m_s[0, 3, 0] = -inf  # excluded by the student, possible to the teacher
+    m_s[0, 3, 0] = -inf  # excluded by the student, allowed by the teacher
     assert cross_modal_kd_from_logits(m_s, m_t, terms={"pixel_to_word": 1.0}).item() == inf
 
 
@@ -368,11 +368,11 @@ def test_a_pixel_mask_of_one_pixel_and_one_word():
     inputs = make(15)
     words, pixels = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
     words[:, 1] = pixels[:, 2] = True
-    # One choice has probability 1 on both sides, so there is nothing to learn.
+    # A single choice has probability 1 in both networks: the loss is 0.
     assert cross_modal_kd(*inputs, word_mask=words, pixel_mask=pixels).item() == 0
 
 
-def test_the_module_equals_the_function():
+def test_module_equals_the_function():
     inputs, (words, pixels) = make(16), masks()
     options = {"similarity": "cosine", "temperature": 0.5, "terms": {"pixel_to_word": 1.0, "word_word": 2.0}}
     module = CrossModalKD(**options)

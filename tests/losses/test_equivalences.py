@@ -1,4 +1,4 @@
-"""What the losses equal elsewhere: each formula is written out here from its definition and compared."""
+"""Losses of other libraries and papers, written from their definitions and compared with fastkd's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def maps():
 
 
 def same(got, want, student):
-    """Equal loss and equal gradient."""
+    """Check that loss and gradient are equal."""
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(
         torch.autograd.grad(got, student, retain_graph=True)[0],
@@ -48,7 +48,7 @@ def test_torch_distiller_cwd(maps):
     same(channel_distribution_kd(student, teacher, temperature=tau), want, student)
 
 
-def test_log_of_softmax_underflows_in_fp16_and_ours_does_not():
+def test_fp16_does_not_underflow_as_log_of_softmax_does():
     student, teacher = torch.tensor([[[0.0, 40.0]]]).half(), torch.tensor([[[40.0, 0.0]]]).half()
     theirs = F.kl_div(student.softmax(-1).log(), teacher.softmax(-1), reduction="sum")
     assert not torch.isfinite(theirs)
@@ -144,7 +144,7 @@ def test_similarity_preserving(maps):
 
 
 def test_nst_polynomial_kernel(maps):
-    """Squared inner products between channel maps of norm 1: pixel relations in disguise."""
+    """Squared inner products between channel maps of norm 1 equal pixel relations."""
     student, teacher = maps[0].requires_grad_(), maps[1]
     s, t = (F.normalize(x.flatten(2), dim=2) for x in (student, teacher))
     kernel = lambda a, b: (a @ b.mT).square().mean((1, 2))
@@ -173,8 +173,8 @@ def test_torch_kl_div_batchmean(maps):
     same(logit_kd(student, teacher, temperature=tau), by_pixel * tau**2, student)
 
 
-def test_a_channel_relation_per_sample_does_not_see_where(maps):
-    """A permutation of the pixels leaves it unchanged; the same shuffle of one network's samples shows when pooled."""
+def test_channel_relation_is_invariant_to_pixel_permutations(maps):
+    """A permutation of the pixels leaves the loss unchanged."""
     student, teacher = maps
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     shuffled = student.flatten(2)[:, :, order]
@@ -182,7 +182,7 @@ def test_a_channel_relation_per_sample_does_not_see_where(maps):
 
 
 def test_dist_pearson_per_pixel_has_no_gradient_for_two_classes():
-    """Why there is no such term here: over two classes a correlation is ±1, whatever the logits."""
+    """fastkd has no such term: over two classes a correlation is ±1 for all logits."""
     logits = torch.randn(2, 10, dtype=torch.float64, requires_grad=True)
     p = logits.softmax(0)
     other = torch.randn(2, 10, dtype=torch.float64).softmax(0)

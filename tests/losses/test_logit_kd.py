@@ -25,7 +25,7 @@ def log_softmax(x):
 
 
 def oracle(student, teacher, tau):
-    """(B, N) from (B, K, ...)."""
+    """Return (B, N) from (B, K, ...)."""
     s, t = student.flatten(2), teacher.flatten(2)
     out = torch.zeros(s.shape[0], s.shape[2], dtype=torch.float64)
     for b in range(s.shape[0]):
@@ -91,7 +91,7 @@ def test_first_and_second_derivatives(k):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_student_equal_to_teacher_has_no_loss_and_no_gradient(backend):
+def test_equal_student_has_zero_loss_and_gradient(backend):
     teacher = torch.randn(2, 2, 8, 8)
     student = teacher.clone().requires_grad_()
     loss = logit_kd(student, teacher, temperature=3.0, backend=backend)
@@ -165,7 +165,7 @@ def test_strided_and_low_precision_inputs(backend):
     torch.testing.assert_close(got, logit_kd(s.float(), t.float(), backend=backend))
 
 
-def test_the_module_equals_the_function():
+def test_module_equals_the_function():
     student, teacher = logits()
     mask = some_pixels()
     module = LogitKD(temperature=2.0, reduction="sum")
@@ -198,7 +198,7 @@ def test_classes_in_any_dimension(k, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_labels_mark_rows_to_skip_in_every_layout(backend):
+def test_ignored_labels_in_every_layout(backend):
     student, teacher = logits(4)
     mask, f = some_pixels(), lambda s, t, **more: logit_kd(s, t, backend=backend, **more)
     labels = torch.where(mask, torch.arange(12).view(2, 2, 3), 255)
@@ -215,7 +215,7 @@ def test_labels_mark_rows_to_skip_in_every_layout(backend):
     both[0, 1] = False
     got = f(student, teacher, labels=labels, ignore_index=255, pixel_mask=both)
     torch.testing.assert_close(got, rows[mask & both].mean())
-    # One row per sample, (B, K): a mask and labels of shape (B,). What a skipped row holds does not count.
+    # One row per sample, (B, K): a mask and labels of shape (B,). The values of skipped rows have no effect.
     vectors = [x.flatten(2).movedim(1, 2).flatten(0, 1) for x in (student, teacher)]
     vectors[0] = torch.where(mask.view(12, 1), vectors[0], math.nan).requires_grad_()
     for more in ({"pixel_mask": mask.view(12)}, {"labels": labels.view(12), "ignore_index": 255}):

@@ -28,7 +28,7 @@ def maps(*shape):
 
 
 def call(f, *, student=None, teacher=None, **options):
-    """Call any of the losses with good inputs, but for what is given."""
+    """Call a loss with valid inputs, except those given."""
     if f is cross_modal_kd:
         inputs = {
             "student_pixels": maps(2, 6, 4),
@@ -85,12 +85,12 @@ def test_common_errors(f):
           teacher=torch.zeros(good, device="meta"))  # fmt: skip
     empty = (0, *good[1:])
     fails(ValueError, rf"{student}: is empty, shape \(0, ", student=maps(*empty), teacher=maps(*empty))
-    with torch.no_grad():  # nothing is recorded, so nothing needs detaching
+    with torch.no_grad():  # no gradients are recorded
         call(f, teacher=maps(*good).requires_grad_())
 
 
 @pytest.mark.parametrize("f", [channel_kd, pixel_relation_kd])
-def test_unknown_options_of_the_relation_losses(f):
+def test_relation_losses_reject_unknown_options(f):
     with pytest.raises(ValueError, match="similarity: expected one of 'cosine', 'mean', 'dot', got 'l2'"):
         call(f, similarity="l2")
     with pytest.raises(ValueError, match="distance: expected one of 'kl', 'mse', 'row_cosine', got 'l1'"):
@@ -100,7 +100,7 @@ def test_unknown_options_of_the_relation_losses(f):
 
 
 @pytest.mark.parametrize("f", [cross_modal_kd, cross_modal_kd_from_logits])
-def test_backends_that_the_cross_modal_family_lacks(f):
+def test_cuda_is_unavailable_on_cpu_tensors(f):
     with pytest.raises(fastkd.BackendUnavailable, match="cuda"):
         call(f, backend="cuda")
 
@@ -123,7 +123,7 @@ def test_backends_that_the_cross_modal_family_lacks(f):
         (cross_modal_kd_from_logits, (2, 3, 6, 5), (2, 6, 5), r"heads differ, \(3,\) and \(\)"),
     ],
 )
-def test_shapes_that_do_not_fit(f, student, teacher, pattern):
+def test_rejects_mismatched_shapes(f, student, teacher, pattern):
     with pytest.raises(ValueError, match=pattern):
         call(f, student=maps(*student), teacher=maps(*teacher))
 
@@ -237,13 +237,13 @@ def test_terms(f):
     )
 
 
-def test_unknown_similarity_of_cross_modal_kd():
+def test_cross_modal_kd_rejects_an_unknown_similarity():
     with pytest.raises(ValueError, match="similarity: expected one of 'scaled_dot', 'cosine', got 'dot'"):
         call(cross_modal_kd, similarity="dot")
 
 
 @pytest.mark.parametrize("module", [ChannelKD, PixelRelationKD, ChannelDistributionKD, CrossModalKD, LogitKD])
-def test_modules_check_their_options_when_they_are_made(module):
+def test_modules_check_options_at_construction(module):
     with pytest.raises(ValueError, match="temperature: expected a finite number above 0"):
         module(temperature=0.0)
     with pytest.raises(ValueError, match="reduction: expected one of"):
@@ -262,8 +262,8 @@ def test_aligners(module):
         module(student_channels=3, teacher_channels=4)(maps(2, 5, 4, 4), maps(2, 4, 4, 4))
 
 
-def test_value_checks_leave_other_devices_alone():
-    """No look at the values where it would stall a stream: a meta tensor has none, and only the shapes are checked."""
+def test_values_are_checked_on_the_cpu_only():
+    """Reading values would stall a GPU's stream; of a meta tensor only the shapes are checked."""
     m = lambda *shape: torch.zeros(*shape, device="meta")
     loss = cross_modal_kd_from_logits(
         m(2, 6, 5), m(2, 6, 5), word_mask=torch.zeros(2, 5, dtype=torch.bool, device="meta")

@@ -1,4 +1,4 @@
-"""What all losses share: torch.compile, pickling, retained graphs, and modules that repeat the functions' arguments."""
+"""Properties of all losses: torch.compile, pickling, retained graphs, and module forms with the same arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fastkd import losses
 from fastkd.losses import ChannelDistributionKD, ChannelKD, CrossModalKD, LogitKD, PixelRelationKD
 
-TWINS = {
+FUNCTIONS = {
     ChannelKD: losses.channel_kd,
     PixelRelationKD: losses.pixel_relation_kd,
     ChannelDistributionKD: losses.channel_distribution_kd,
@@ -31,25 +31,25 @@ def inputs_of(module, batch=2, seed=0):
     return (draw(6, 4, 4), draw(6, 4, 4)), {}
 
 
-@pytest.mark.parametrize("module", TWINS)
+@pytest.mark.parametrize("module", FUNCTIONS)
 def test_modules_have_the_arguments_and_defaults_of_their_functions(module):
     options = dict(inspect.signature(module).parameters)
     for extra in ("student_channels", "teacher_channels"):
         options.pop(extra, None)
-    arguments = inspect.signature(TWINS[module]).parameters
+    arguments = inspect.signature(FUNCTIONS[module]).parameters
     forward = set(inspect.signature(module.forward).parameters)
     assert all(name in arguments and options[name].default == arguments[name].default for name in options)
     assert all(name in options or name in forward for name in arguments)
 
 
-@pytest.mark.parametrize("module", TWINS)
+@pytest.mark.parametrize("module", FUNCTIONS)
 def test_modules_can_be_pickled_copied_and_saved(module):
     made = module(temperature=0.5)
     args, more = inputs_of(made)
     want = made(*args, **more)
-    for twin in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
-        assert "temperature=0.5" in repr(twin)
-        torch.testing.assert_close(twin(*args, **more), want, rtol=0, atol=0)
+    for duplicate in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert "temperature=0.5" in repr(duplicate)
+        torch.testing.assert_close(duplicate(*args, **more), want, rtol=0, atol=0)
     made.temperature = 1.5
     assert not torch.allclose(made(*args, **more), want)
     assert made.state_dict() == {}
@@ -58,7 +58,7 @@ def test_modules_can_be_pickled_copied_and_saved(module):
     assert pickle.loads(pickle.dumps(aligned)).aligner is not None
 
 
-def test_an_aligner_takes_any_floating_dtype_and_names_what_does_not_fit():
+def test_aligner_accepts_any_floating_dtype_and_rejects_other_inputs():
     made, teacher = ChannelKD(student_channels=3, teacher_channels=6), torch.randn(2, 6, 4, 4)
     student = torch.randn(2, 3, 4, 4)
     for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
@@ -77,8 +77,8 @@ def test_repr_shows_the_shape_of_a_weight_and_not_its_numbers():
     assert "weight=tensor of shape (8, 32)" in repr(ChannelKD(weight=torch.rand(8, 32)))
 
 
-@pytest.mark.parametrize("module", TWINS)
-def test_a_second_backward_gives_the_same_gradient_and_inputs_stay_as_they_are(module):
+@pytest.mark.parametrize("module", FUNCTIONS)
+def test_second_backward_is_equal_and_inputs_are_unchanged(module):
     args, more = inputs_of(module)
     before = [a.clone() for a in args]
     leaf = args[0].requires_grad_()
@@ -106,7 +106,7 @@ def test_a_second_backward_gives_the_same_gradient_and_inputs_stay_as_they_are(m
     ],
 )
 def test_every_loss_is_one_graph(make):
-    """fullgraph=True raises where a check or a choice would break the graph; the numbers are those of eager."""
+    """fullgraph=True raises on a graph break; the numbers equal eager."""
     module = make()
     args, more = inputs_of(module)
     leaf = args[0].requires_grad_()
@@ -119,7 +119,7 @@ def test_every_loss_is_one_graph(make):
     )
 
 
-def test_weights_and_masks_do_not_tie_the_graph_to_a_batch_size():
+def test_weights_and_masks_keep_the_batch_size_dynamic():
     torch._dynamo.reset()
     counter = torch._dynamo.utils.counters
     compiled = torch.compile(
@@ -142,7 +142,7 @@ def test_weights_and_masks_do_not_tie_the_graph_to_a_batch_size():
 
 
 @pytest.mark.parametrize("module", [ChannelKD, CrossModalKD])
-def test_compiled_code_equals_eager_and_serves_other_batch_sizes(module):
+def test_compiled_code_equals_eager_for_several_batch_sizes(module):
     torch._dynamo.reset()
     made = module(backend="reference")
     compiled = torch.compile(made, fullgraph=True)

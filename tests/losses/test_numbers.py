@@ -30,7 +30,7 @@ def inputs_of(f, size=5, dtype=torch.float64):
 
 @pytest.mark.parametrize("f", LOSSES)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_tensor_or_numpy_number_counts_as_its_value(f, backend):
+def test_tensor_and_numpy_numbers_equal_their_values(f, backend):
     args = inputs_of(f, dtype=torch.float32)
     want = f(*args, temperature=2.0, backend=backend)
     numbers = [torch.tensor(2), torch.tensor([2.0]), np.float32(2), np.float64(2), np.int64(2), np.array(2.0)]
@@ -45,7 +45,7 @@ def test_a_tensor_or_numpy_number_counts_as_its_value(f, backend):
         torch.testing.assert_close(f(*args, temperature=learned, backend=backend), want, rtol=0, atol=0)
 
 
-def test_a_temperature_changed_in_place_is_read_at_every_call():
+def test_temperature_is_read_at_every_call():
     made = losses.LogitKD(temperature=torch.tensor(1.0))
     args = inputs_of(losses.logit_kd)
     for value in (1.0, 3.0):
@@ -83,7 +83,7 @@ def test_gradients_reach_the_temperature_of_a_guide(guide):
     torch.testing.assert_close(got, f(student, 0.5))
 
 
-def test_weights_of_terms_are_numbers_too():
+def test_term_weights_accept_tensor_and_numpy_numbers():
     args = inputs_of(losses.cross_modal_kd)
     want = losses.cross_modal_kd(*args, terms={"pixel_pixel": 0.5, "pixel_to_word": 2.0})
     terms = {"pixel_pixel": torch.tensor(0.5), "pixel_to_word": np.float32(2)}

@@ -127,7 +127,7 @@ def test_first_and_second_derivatives(similarity, distance):
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_the_gram_form_has_the_derivatives_of_the_plain_one(similarity, cross):
+def test_gram_form_has_the_derivatives_of_the_plain_formula(similarity, cross):
     for widths in ((4, 4), (4, 3)):
         a, b = (x.flatten(2).mT for x in maps(2, widths, size=(4, 3)))
         leaf = a.clone().requires_grad_()
@@ -144,7 +144,7 @@ def test_the_gram_form_has_the_derivatives_of_the_plain_one(similarity, cross):
 
 
 @pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3])
-def test_the_gram_form_keeps_its_digits_near_the_teacher(difference):
+def test_gram_form_is_accurate_near_the_teacher(difference):
     g = torch.Generator().manual_seed(3)
     teacher = torch.randn(1, 400, 16, generator=g)
     student = teacher + difference * torch.randn(1, 400, 16, generator=g)
@@ -163,7 +163,7 @@ def test_the_gram_form_keeps_its_digits_near_the_teacher(difference):
 
 @pytest.mark.parametrize("cross_image", [False, True])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_student_equal_to_teacher_has_no_loss_and_no_gradient(distance, cross_image):
+def test_equal_student_has_zero_loss_and_gradient(distance, cross_image):
     teacher = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
     for temperature in (0.05, 20.0):
         student = teacher.clone().requires_grad_()
@@ -201,7 +201,7 @@ def test_strided_and_low_precision_inputs():
         )
 
 
-def test_the_module_equals_the_function():
+def test_module_equals_the_function():
     student, teacher = maps(6)
     options = {"similarity": "mean", "distance": "row_cosine", "cross_image": True, "reduction": "sum"}
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""What a loss module holds: an aligner that others wrap or replace, and options that are parameters or tensors."""
+"""State of a loss module: a wrapped or replaced aligner, and options that are parameters or tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def aligned_loss(module, matrix, student, teacher):
 
 
 class LowRank(nn.Module):
-    """An adapter around a frozen linear layer, with nothing of that layer but ``weight``."""
+    """An adapter around a frozen linear layer that exposes only its ``weight``."""
 
     def __init__(self, base):
         super().__init__()
@@ -43,20 +43,20 @@ class LowRank(nn.Module):
 
 
 @pytest.mark.parametrize("module", ALIGNED)
-def test_hooks_of_an_aligner_run_and_count(module):
+def test_aligner_hooks_take_effect(module):
     made = module(student_channels=4, teacher_channels=6)
     student, teacher = maps(4), maps(6, 1)
     made.aligner.linear.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
     made.aligner.linear.register_forward_hook(lambda _, args, output: output + args[0].sum(-1, keepdim=True))
     matrix = 2 * (made.aligner.linear.weight + 1)
     torch.testing.assert_close(made(student, teacher), aligned_loss(module, matrix, student, teacher))
-    # In a wider dtype than the weight's, which a plain layer computes and a hooked one leaves to the hooks.
+    # A plain layer computes in a dtype wider than its weight's; a hooked one leaves that to its hooks.
     got = made(student.double(), teacher)
     torch.testing.assert_close(got, aligned_loss(module, matrix, student, teacher).to(got.dtype))
 
 
 @pytest.mark.parametrize("module", ALIGNED)
-def test_what_replaces_or_parametrises_an_aligner_counts_and_is_trained(module):
+def test_replaced_or_parametrised_aligners_are_trained(module):
     student, teacher = maps(4), maps(6, 1)
     adapted = module(student_channels=4, teacher_channels=6)
     adapted.aligner.linear = adapter = LowRank(adapted.aligner.linear)
@@ -103,7 +103,7 @@ def test_a_sharded_aligner_is_gathered(tmp_path):
 
 
 @pytest.mark.parametrize("module", WEIGHTED)
-def test_a_parameter_as_weight_is_trained_saved_and_copied(module):
+def test_parameter_weight_is_trained_saved_and_copied(module):
     start = torch.rand(WEIGHTED[module], generator=torch.Generator().manual_seed(2)) + 0.5
     student, teacher = maps(6), maps(6, 1)
     weight = nn.Parameter(start.clone())
@@ -114,9 +114,9 @@ def test_a_parameter_as_weight_is_trained_saved_and_copied(module):
     rows = module(reduction="none")(student, teacher)
     loss = module(weight=start)(student, teacher)
     torch.testing.assert_close(weight.grad, (rows - loss) / start.sum(), rtol=1e-4, atol=1e-7)  # of Σ w·row / Σ w
-    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-        assert isinstance(twin.weight, nn.Parameter)
-        torch.testing.assert_close(twin(student, teacher), loss)
+    for duplicate in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert isinstance(duplicate.weight, nn.Parameter)
+        torch.testing.assert_close(duplicate(student, teacher), loss)
     other = module(weight=nn.Parameter(torch.ones_like(start)))
     other.load_state_dict(made.state_dict())
     torch.testing.assert_close(other(student, teacher), loss)
@@ -126,21 +126,21 @@ def test_a_parameter_as_weight_is_trained_saved_and_copied(module):
     )
 
 
-def test_a_computed_weight_passes_gradients_on_and_is_copied_by_value():
+def test_computed_weight_receives_gradients_and_is_copied_by_value():
     scale = torch.tensor(2.0, requires_grad=True)
     shape = torch.arange(12.0).view(2, 6)
     made = ChannelKD(weight=shape + scale, reduction="sum")
     student, teacher = maps(6), maps(6, 1)
     loss = made(student, teacher)
-    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-        assert not twin.weight.requires_grad
-        torch.testing.assert_close(twin(student, teacher), loss)
+    for duplicate in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert not duplicate.weight.requires_grad
+        torch.testing.assert_close(duplicate(student, teacher), loss)
     loss.backward()
     torch.testing.assert_close(scale.grad, channel_kd(student, teacher, reduction="sum"))
 
 
 @pytest.mark.parametrize("module", [ChannelKD, ChannelDistributionKD])
-def test_options_take_any_kind_of_value_later(module):
+def test_options_can_be_reassigned(module):
     student, teacher = maps(6), maps(6, 1)
     tensor, parameter = torch.arange(1.0, 13.0).view(2, 6), nn.Parameter(torch.arange(12.0, 0.0, -1.0).view(2, 6))
     kinds = {"tensor": tensor, "parameter": parameter, "attention": "attention", "none": None}
@@ -157,7 +157,7 @@ def test_options_take_any_kind_of_value_later(module):
     assert made.to("meta").weight.device.type == "meta"
 
 
-def test_a_parameter_among_a_terms_arguments_is_trained():
+def test_parameter_in_term_kwargs_is_trained():
     weight = nn.Parameter(torch.rand(2, 6) + 0.5)
     task = lambda output, _: output.square().mean()
     term = Term(channel_kd, lambda output: output, kwargs={"weight": weight}, name="channels")
@@ -166,5 +166,5 @@ def test_a_parameter_among_a_terms_arguments_is_trained():
     assert any(p is weight for p in distiller.parameters())
     distiller({"input": torch.randn(2, 3, 4, 4)}).loss.backward()
     assert weight.grad.abs().sum() > 0
-    twin = copy.deepcopy(distiller)
-    assert any(p is twin.terms["channels"].kwargs["weight"] for p in twin.parameters())
+    duplicate = copy.deepcopy(distiller)
+    assert any(p is duplicate.terms["channels"].kwargs["weight"] for p in duplicate.parameters())

@@ -26,7 +26,7 @@ LOGITS = [(B, N, T), (B, N, T)]
 
 
 def counts(loss: Callable[..., Tensor], shapes: list[tuple[int, ...]], backend: str, **options: Any) -> tuple[int, int]:
-    """FLOP of a forward and of its backward."""
+    """Return the FLOP of a forward and of its backward."""
     generator = torch.Generator().manual_seed(0)
     args = [torch.randn(shape, generator=generator) for shape in shapes]
     own = [x.requires_grad_() for x in args[: len(args) // 2]]
@@ -47,7 +47,7 @@ WORDS_SQUARED = 2 * B * N * T * T
     ("loss", "shapes", "options", "forward", "backward"),
     [
         (losses.channel_distribution_kd, MAPS, {}, 0, 0),
-        (losses.channel_kd, MAPS, {}, 4 * B * C * C * N, 2 * B * C * C * N),  # relations are kept
+        (losses.channel_kd, MAPS, {}, 4 * B * C * C * N, 2 * B * C * C * N),  # relations are stored
         (losses.pixel_relation_kd, MAPS, {}, 4 * B * N * N * C, 6 * B * N * N * C),
         (losses.pixel_relation_kd, UNEQUAL, {}, 2 * B * N * N * 16, 2 * B * N * N * 22),
         (losses.pixel_relation_kd, UNEQUAL, {"cross_image": True}, 2 * (B * N) ** 2 * 16, 2 * (B * N) ** 2 * 22),
@@ -78,7 +78,7 @@ def test_every_backend_counts_the_same_products(
         (losses.cross_modal_kd, FEATURES, {"terms": {"pixel_to_word": 1.0, "word_to_pixel": 1.0}}),
     ],
 )
-def test_a_forward_counts_as_the_plain_formula_does(
+def test_forward_counts_as_the_plain_formula(
     loss: Callable[..., Tensor], shapes: list[tuple[int, ...]], options: dict[str, Any]
 ) -> None:
     with require_backend(Place("cpu", "cpu")):
@@ -87,7 +87,7 @@ def test_a_forward_counts_as_the_plain_formula_does(
     assert want[1] / 2 <= got[1] <= 2 * want[1]
 
 
-def test_gram_matrices_count_as_what_they_are() -> None:
+def test_gram_form_counts_its_own_products() -> None:
     rows, width = 400, 4
     shapes = [(1, width, 20, 20)] * 2
     with require_backend(Place("cpu", "cpu")):
@@ -95,7 +95,7 @@ def test_gram_matrices_count_as_what_they_are() -> None:
     assert got == (4 * rows * (2 * width) ** 2, 2 * rows * width * (2 * width))
 
 
-def test_gradients_that_are_not_needed_are_not_counted() -> None:
+def test_unneeded_gradients_are_not_counted() -> None:
     with require_backend(Place("cpu", "cpu")):
         v, w, vt, wt = (torch.randn(shape) for shape in FEATURES)
         loss = losses.cross_modal_kd(v.requires_grad_(), w, vt, wt, terms={"pixel_to_word": 1.0}, backend="cpu")
@@ -105,7 +105,7 @@ def test_gradients_that_are_not_needed_are_not_counted() -> None:
 
 
 @pytest.mark.parametrize("first", ["fastkd.losses", "torch.utils.flop_counter"])
-def test_either_may_be_imported_first(first: str) -> None:
+def test_formulas_are_registered_in_any_import_order(first: str) -> None:
     script = f"""
 import importlib, sys
 importlib.import_module({first!r})

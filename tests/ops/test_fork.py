@@ -1,4 +1,4 @@
-"""Forked processes compute: kernels and torch's own operators, after the parent's threads have worked."""
+"""Forked processes can run kernels and torch operators after the parent's threads have run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CODE = """
     with multiprocessing.get_context("fork").Pool(1) as pool:
         got = [torch.tensor(x) for x in pool.map(work, range(2))]
     got += torch.utils.data.DataLoader(Samples(), batch_size=None, num_workers=1, multiprocessing_context="fork")
-    got.append(torch.tensor(work()))  # the parent goes on
+    got.append(torch.tensor(work()))  # the parent continues
     for values in got:
         torch.testing.assert_close(values, want)
     print(len(got))
@@ -41,13 +41,13 @@ CODE = """
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
-def test_children_of_a_process_whose_threads_have_worked():
+def test_children_compute_after_the_parents_threads_ran():
     command = [sys.executable, "-c", textwrap.dedent(CODE)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
         output, errors = process.communicate(timeout=90)
     finally:
-        if process.poll() is None:  # a child hangs, and would outlive its parent
+        if process.poll() is None:  # a hanging child would outlive its parent
             os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode, output) == (0, "5\n"), errors

@@ -1,4 +1,4 @@
-"""Models with weights in half or double precision, and images in float32 as data sets give them."""
+"""Models with half- or double-precision weights, given the float32 images of a data set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
 class Plain(nn.Module):
-    """A network that knows nothing of its weights' type."""
+    """A network that does not convert its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,22 +52,22 @@ def batch(data):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("plain", [False, True])
-def test_evaluation_is_that_of_the_same_weights(student, data, kind, plain):
+def test_evaluation_equals_that_of_the_same_weights_in_fp32(student, data, kind, plain):
     torch.manual_seed(1)
     model = (Plain().eval() if plain else copy.deepcopy(student)).to(kind)
     result = evaluate(model, data)
     assert result.precision == KINDS[kind]
-    assert evaluate(model, data, precision="bf16").metrics == result.metrics  # no autocast on top of it
+    assert evaluate(model, data, precision="bf16").metrics == result.metrics  # no additional autocast
     widened = evaluate(copy.deepcopy(model).float(), data)
     assert widened.precision == "fp32"
-    assert float((widened.sample_iou - result.sample_iou).abs().max()) < 0.1  # pixels whose two logits nearly agree
+    assert float((widened.sample_iou - result.sample_iou).abs().max()) < 0.1  # pixels with nearly equal logits
     assert {p.dtype for p in model.parameters()} == {kind}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_teacher_teaches_what_its_weights_say(student, batch, kind, autocast, plain):
+def test_teacher_outputs_match_its_weights(student, batch, kind, autocast, plain):
     torch.manual_seed(2)
     teacher = (Plain() if plain else RISModel(preset("shapes-student"))).eval().requires_grad_(False).to(kind)
     seen = []
@@ -80,7 +80,7 @@ def test_a_teacher_teaches_what_its_weights_say(student, batch, kind, autocast, 
     assert value == pytest.approx(exact.check(batch).values["logit_kd"], rel=0.03)
 
 
-def test_autocast_stays_the_callers_for_weights_in_float32(student, batch):
+def test_autocast_is_unchanged_for_float32_weights(student, batch):
     teacher = Plain().eval().requires_grad_(False)
     distiller = Distiller(student, teacher, segmentation_loss, [Term(losses.logit_kd, "logits")])
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,16 +88,16 @@ def test_autocast_stays_the_callers_for_weights_in_float32(student, batch):
     assert distiller.run_teacher(batch).logits.dtype == torch.float32
 
 
-def test_weights_of_several_types_are_left_alone(student, batch):
+def test_mixed_weight_dtypes_are_unchanged(student, batch):
     teacher = Plain().eval().requires_grad_(False)
     teacher.last.bfloat16()
     teacher.last.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
     distiller = Distiller(student, teacher, segmentation_loss, [Term(losses.logit_kd, "logits")])
-    assert distiller.run_teacher(batch).logits.dtype == torch.bfloat16  # its own way through
+    assert distiller.run_teacher(batch).logits.dtype == torch.bfloat16  # its own conversions
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_and_predict_take_float32_images(student, data, batch, kind):
+def test_forward_and_predict_accept_float32_images(student, data, batch, kind):
     model = copy.deepcopy(student).to(kind)
     with torch.no_grad():
         expected = student(batch["image"], batch["input_ids"], batch["word_mask"])
@@ -111,7 +111,7 @@ def test_forward_and_predict_take_float32_images(student, data, batch, kind):
     assert float(abs(found.probability - got.logits[0].float().softmax(0)[1].numpy()).max()) < 0.01
 
 
-def test_lavt_takes_float32_images_and_words():
+def test_lavt_accepts_float32_images_and_words():
     torch.manual_seed(4)
     config = LAVTConfig(8, (1, 1, 1, 1), (1, 1, 1, 1), window=4, word_width=16, hidden=16)
     teacher = LAVT(config).eval().half()

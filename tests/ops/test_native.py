@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, called directly: every instruction set, block boundary, dtype and end of a row."""
+"""The compiled CPU kernels, called directly: instruction sets, block boundaries, dtypes and row tails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError as error:
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ISAS = ["baseline", "avx2", "avx512"]
-BLOCK = 2048  # columns of fp32 that the forward takes at a time
+BLOCK = 2048  # fp32 columns of a forward block
 
 
 def name(dtype: torch.dtype) -> str:
@@ -60,7 +60,7 @@ def backward(
     threads: int = 2,
     offset: int = 0,
 ) -> Tensor:
-    """The gradient, written ``offset`` elements into a larger buffer whose surroundings must survive."""
+    """Return the gradient, written ``offset`` elements into a larger buffer that must not change elsewhere."""
     b, r, n = student.shape
     guard = 64
     buffer = poison(guard + offset + b * r * n + guard, dtype=student.dtype)
@@ -89,7 +89,7 @@ def both(student: Tensor, teacher: Tensor, temperature: float, threads: int = 2,
 
 
 def formula(student: Tensor, teacher: Tensor, temperature: float) -> list[Tensor]:
-    """What torch users write, in the dtype of the inputs."""
+    """Return loss and gradient of the usual torch code, in the dtype of the inputs."""
     student = student.detach().requires_grad_()
     log_p_s, p_t = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
     loss = torch.nn.functional.kl_div(log_p_s, p_t, reduction="none").sum(-1)
@@ -118,7 +118,7 @@ def test_exp_is_within_one_ulp() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_exp_at_the_ends(dtype: torch.dtype) -> None:
+def test_exp_at_the_ends_of_its_range(dtype: torch.dtype) -> None:
     x = torch.tensor([0.0, -0.0, -INF, -1e30, -800.0, NAN, -NAN], dtype=dtype)
     y = torch.full_like(x, 7.0)
     cpu.exp(x.data_ptr(), y.data_ptr(), x.numel(), name(dtype))
@@ -129,11 +129,11 @@ def test_exp_at_the_ends(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cols", [1, 3, 15, 16, 17, 225, BLOCK, BLOCK + 1, 3 * BLOCK - 1])
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
-def test_error_is_that_of_torch_or_less(dtype: torch.dtype, cols: int, temperature: float) -> None:
+def test_error_is_at_most_that_of_torch(dtype: torch.dtype, cols: int, temperature: float) -> None:
     student, teacher = pair(4, max(4, 8192 // cols), cols, dtype=dtype)
     exact = formula(student.double(), teacher.double(), temperature)
     eager = formula(student, teacher, temperature)
-    floor = 2e-14 if dtype == torch.float64 else 0.0  # there the oracle is rounded too, and eager is the oracle
+    floor = 2e-14 if dtype == torch.float64 else 0.0  # in fp64 the oracle is rounded too
     for got, plain, want in zip(both(student, teacher, temperature), eager, exact, strict=True):
         error, eagers_error = (x.double() - want for x in (got, plain))
         assert error.square().mean().sqrt() <= 2 * eagers_error.square().mean().sqrt() + floor
@@ -142,8 +142,8 @@ def test_error_is_that_of_torch_or_less(dtype: torch.dtype, cols: int, temperatu
 
 @pytest.mark.parametrize("level", [1e4, -1e4])
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 3.0])
-def test_large_logits_are_as_exact_as_small_ones(level: float, temperature: float) -> None:
-    student, teacher = ((x * 512).round() / 512 + level for x in pair(2, 3, 900))  # the same in fp32 at both levels
+def test_large_logits_are_as_accurate_as_small_ones(level: float, temperature: float) -> None:
+    student, teacher = ((x * 512).round() / 512 + level for x in pair(2, 3, 900))  # exact in fp32 at both levels
     loss, grad = both(student, teacher, temperature)
     exact_loss, exact_grad = formula(student.double(), teacher.double(), temperature)
     assert (loss - exact_loss).abs().max() <= 1e-6 * exact_loss.max() + 1e-6
@@ -200,7 +200,7 @@ def test_infinities_and_nan_propagate(cols: int, place: str) -> None:
         loss, grad = both(**both_rows, temperature=2.0)
         assert loss_is(loss[0, 1].item()), (whose, value)
         assert grad[0, 1].isnan().all() or value == -INF
-        assert loss[0, 0].isfinite()  # the row beside it knows nothing of this
+        assert loss[0, 0].isfinite()  # other rows are unaffected
         assert grad[0, 0].isfinite().all()
     for whose in (0, 1):
         rows = pair(1, 1, cols)
@@ -252,7 +252,7 @@ def test_any_strides_and_addresses(dtype: torch.dtype) -> None:
         assert torch.equal(got, expected)
 
 
-def test_gradient_of_each_row_by_its_own_weight() -> None:
+def test_gradient_is_weighted_per_row() -> None:
     student, teacher = pair(3, 4, 50)
     loss, *lse = forward(student, teacher, 1.0)
     ones = backward(torch.ones_like(loss), student, teacher, tuple(lse), 1.0)
@@ -263,7 +263,7 @@ def test_gradient_of_each_row_by_its_own_weight() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cols", [225, 14400])
-def test_same_bits_whatever_the_threads(dtype: torch.dtype, cols: int) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, cols: int) -> None:
     student, teacher = pair(2, 5_000_000 // cols // 2, cols, dtype=dtype)  # large enough to be streamed past the caches
     first = both(student, teacher, 4.0, threads=1)
     for threads in (1, 2, 5):
@@ -279,7 +279,7 @@ def test_rows_of_a_million_columns() -> None:
     assert (grad - exact_grad).abs().max() <= 4e-6 * exact_grad.abs().max()
 
 
-def test_other_python_threads_run_meanwhile() -> None:
+def test_releases_the_gil() -> None:
     student, teacher = pair(8, 128, 14400, dtype=torch.float64)
     during: list[float] = []
 
@@ -328,7 +328,7 @@ ARGUMENTS: dict[str, Any] = {
         ({"threads": 0}, "threads: expected 1 to"),
     ],
 )
-def test_arguments_that_would_go_astray_are_refused(change: dict[str, Any], message: str) -> None:
+def test_rejects_invalid_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cpu.softmax_kl_forward(**(ARGUMENTS | change))
 
@@ -340,7 +340,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
-def test_runs_without_torch_on_the_threads_it_is_given() -> None:
+def test_runs_without_torch_on_the_given_number_of_threads() -> None:
     if not _native.build_info().get("cpu", {}).get("openmp", False):
         pytest.skip("built without OpenMP")
     code = """
@@ -361,7 +361,7 @@ print(len(os.listdir("/proc/self/task")), y[5])
     assert (int(threads), float(lse)) == (3, pytest.approx(math.log(1024)))
 
 
-def test_an_unknown_instruction_set_is_refused() -> None:
+def test_rejects_an_unknown_instruction_set() -> None:
     done = python("import fastkd._cpu as m; m.isa()", FASTKD_CPU_ISA="avx1024")
     assert "FASTKD_CPU_ISA: expected one that this machine has (baseline" in done.stderr
     assert "'avx1024'" in done.stderr
@@ -369,7 +369,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
 @pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="this is such a run")
 @pytest.mark.parametrize("isa", ISAS[:-1])
-def test_lesser_instruction_sets_pass_this_file(isa: str) -> None:
+def test_lower_instruction_sets_pass_this_file(isa: str) -> None:
     if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):
         pytest.skip(f"{isa} is not below this machine's {cpu.isa()}")
     arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]

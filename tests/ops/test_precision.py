@@ -1,4 +1,4 @@
-"""Our own fp32 products are fp32 at every ``torch.set_float32_matmul_precision``; the aligner's are the user's.
+"""fastkd's fp32 products are fp32 at every ``torch.set_float32_matmul_precision``; the aligner's follow the setting.
 
 Few CPUs round fp32 operands at "medium". A dispatch mode does it here for every fp32 product, as they and GPUs do.
 """
@@ -39,7 +39,7 @@ def restored():
 
 @pytest.fixture(params=[("cpu",), ()], ids=["fp64", "parts"])
 def means(request, monkeypatch):
-    """Both ways to multiply: that of CPUs, and that of devices where fp64 is slow or missing."""
+    """Use the products of CPUs, or those of devices where fp64 is slow or missing."""
     monkeypatch.setattr(products, "FAST_FP64", request.param)
 
 
@@ -67,7 +67,7 @@ def value_and_gradient(name, backend, dtype=torch.float32):
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-def test_the_stand_in_rounds_products_that_nothing_protects():
+def test_simulated_tf32_rounds_unprotected_products():
     x, y = draw(40, 50), draw(50, 30)
     with Rounding():
         assert (x @ y - x.double() @ y.double()).abs().max() > 1e-2
@@ -86,8 +86,8 @@ def test_losses_and_gradients_are_those_of_fp32(name, backend, means):
 
 
 @pytest.mark.parametrize("width", [16, 12])
-def test_gram_forms(width, means, monkeypatch):
-    """What "auto" takes where there are no kernels."""
+def test_gram_form_is_fp32(width, means, monkeypatch):
+    """The Gram form that "auto" takes without kernels."""
     monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("reference",))
     student, teacher = draw(2, 16, 8, 8), draw(2, width, 8, 8, seed=1)
     leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()

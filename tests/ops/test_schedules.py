@@ -21,11 +21,11 @@ from fastkd import losses
 
 Step = Callable[[list[Tensor], dict[str, Any], float | Tensor], Tensor]
 TEMPERATURES = {"softmax_kl": (4.0, 3.5, 2.0, 0.6), "relation": (0.2, 0.1, 0.03, 0.02), "pixel_word": (1.5, 1.0, 0.3)}
-"""A relation of cosines takes other statistics below 0.04."""
+"""Relations of cosines keep different statistics below 0.04."""
 
 
 class Net(nn.Module):
-    """Features of an image, as a student's output."""
+    """Return the features of an image, as a student outputs them."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def assert_follows(
 
 
 def step_of(setting: Setting, name: str = "temperature") -> Step:
-    """The loss of ``setting`` as a function of its option ``name``."""
+    """Return the loss of ``setting`` as a function of its option ``name``."""
     case, backend = setting.case, setting.place.backend
     return lambda args, masks, number: Problem(case.at(**{name: number}), args, masks).loss(backend, "mean")
 
@@ -80,13 +80,13 @@ def test_temperature_as_a_tensor_costs_one_graph(basic_setting: Any) -> None:
 
 
 def test_temperature_under_inductor() -> None:
-    """Whose constant folding is what could keep an old value."""
+    """Inductor's constant folding could keep an old value."""
     setting = Setting(BASIC["relation"], Place("cpu", "cpu"))
     with require_backend(setting.place):
         assert_follows(step_of(setting), setting.case.problem(), TEMPERATURES["relation"], backend="inductor")
 
 
-def test_the_overload_of_a_schedule_is_an_operator_like_the_other(basic_kernel_setting: Any) -> None:
+def test_scheduled_overload_equals_the_default_overload(basic_kernel_setting: Any) -> None:
     """Schema, fake, autograd registration and dynamic shapes; and at each temperature the other overload's bits."""
     problem = basic_kernel_setting.case.problem(device=basic_kernel_setting.place.device).leaves()
     with Recorder() as recorder:
@@ -101,18 +101,18 @@ def test_the_overload_of_a_schedule_is_an_operator_like_the_other(basic_kernel_s
         torch.library.opcheck(scheduled, tuple(given))
         want, got = (x if isinstance(x, tuple) else (x,) for x in (op(*args), scheduled(*given)))
         for a, b in zip(want, got, strict=True):
-            assert torch.equal(a, b[: len(a)])  # it may leave room for what other temperatures take
+            assert torch.equal(a, b[: len(a)])  # it may be larger, for other temperatures
             assert not b[len(a) :].any()
 
 
-def test_temperature_of_the_guide() -> None:
+def test_guide_temperature() -> None:
     case = next(case for case in CASES if case.options.get("guide") == "own")
     setting = Setting(case, Place("cpu", "cpu"))
     with require_backend(setting.place):
         assert_follows(step_of(setting, "guide_temperature"), case.problem(), (0.5, 0.2, 0.1))
 
 
-def test_weights_of_terms() -> None:
+def test_term_weights() -> None:
     case = BASIC["pixel_word"]
     step = lambda args, masks, w: Problem(case.at(terms={"pixel_to_word": w, "word_word": 2.0}), args, masks).loss(
         "cpu", "mean"
@@ -122,7 +122,7 @@ def test_weights_of_terms() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_number_that_is_refused_eagerly_is_refused_in_a_compiled_graph(bad: float) -> None:
+def test_compiled_graph_rejects_numbers_that_eager_rejects(bad: float) -> None:
     s, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     compiled = torch.compile(losses.logit_kd, backend="eager")
     for temperature in (2.0, 1.5, 1.0):
@@ -132,7 +132,7 @@ def test_a_number_that_is_refused_eagerly_is_refused_in_a_compiled_graph(bad: fl
 
 
 @pytest.mark.parametrize("module", [losses.LogitKD, losses.PixelRelationKD])
-def test_attribute_of_a_module(module: type[nn.Module]) -> None:
+def test_module_attribute(module: type[nn.Module]) -> None:
     made = module(backend="reference")
     case = next(case for case in CASES if case.twin is module)
 
@@ -149,7 +149,7 @@ def test_attribute_of_a_module(module: type[nn.Module]) -> None:
             torch.testing.assert_close(step(problem.args, {}, number), want[i], rtol=1e-5, atol=1e-7)
 
 
-def test_weight_of_a_term() -> None:
+def test_distiller_term_weight() -> None:
     student, teacher = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1).requires_grad_(False)
     distiller = fastkd.Distiller(
         Net(student), Net(teacher).eval(), lambda out, batch: out["f"].square().mean(),
@@ -176,8 +176,8 @@ MAPS = [(12, 12), (16, 12), (20, 16), (14, 18), (30, 22)]
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_sizes_of_maps_and_temperature(loss: Callable[..., Tensor], options: dict[str, Any]) -> None:
-    """Small maps and narrow relations are computed in plain torch, so that there are up to three graphs."""
+def test_map_sizes_and_temperature(loss: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    """Small maps and narrow relations run in plain torch, so there are up to three graphs."""
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for i, (h, w) in enumerate(MAPS):
         generator = torch.Generator().manual_seed(i)

@@ -1,4 +1,4 @@
-"""Calls under transforms and tensors that are not plain memory: the right value, or one error with the fix."""
+"""Calls under transforms and with tensors that are not plain memory: the correct value, or one error with the fix."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 
 @pytest.fixture
 def maps() -> tuple[Tensor, Tensor]:
-    """Student and teacher, above the sizes below which "auto" takes plain torch."""
+    """Student and teacher, large enough for "auto" to take kernels."""
     draw = torch.Generator().manual_seed(3)
     return torch.randn(2, 16, 10, 10, generator=draw), torch.randn(2, 16, 10, 10, generator=draw)
 
@@ -104,7 +104,7 @@ def test_auto_gives_the_derivative_inside_transforms(loss: Loss, maps: tuple[Ten
 
 
 @every_loss
-def test_a_backend_asked_for_by_name_refuses_transforms(loss: Loss, maps: tuple[Tensor, Tensor], kernels: None) -> None:
+def test_named_backend_refuses_transforms(loss: Loss, maps: tuple[Tensor, Tensor], kernels: None) -> None:
     student, teacher = maps
 
     def named(s: Tensor, t: Tensor) -> Tensor:
@@ -119,13 +119,13 @@ def test_a_backend_asked_for_by_name_refuses_transforms(loss: Loss, maps: tuple[
         torch.func.vmap(lambda s, t: named(s[None], t[None]))(student, teacher)
     with forward_ad.dual_level(), refused():
         named(forward_ad.make_dual(student, student), teacher)
-    with forward_ad.dual_level():  # nothing here has a tangent
+    with forward_ad.dual_level():  # no tensor has a tangent
         near(named(student, teacher), loss(student, teacher, backend="reference"))
 
 
 @every_loss
-def test_a_backward_in_other_modes(loss: Loss, maps: tuple[Tensor, Tensor], kernels: None) -> None:
-    """A batch of gradients is right; a tangent, which would be dropped, is refused."""
+def test_batched_and_forward_mode_backwards(loss: Loss, maps: tuple[Tensor, Tensor], kernels: None) -> None:
+    """Batched gradients are correct; a tangent, which would be lost, raises."""
     student, teacher = maps
     leaf = student.clone().requires_grad_()
     value = loss(leaf, teacher, backend="cpu")
@@ -137,7 +137,7 @@ def test_a_backward_in_other_modes(loss: Loss, maps: tuple[Tensor, Tensor], kern
 
 @pytest.mark.parametrize("loss", [logit_kd, channel_kd], ids=lambda f: f.__name__)
 def test_transforms_under_torch_compile(loss: Loss, maps: tuple[Tensor, Tensor]) -> None:
-    """Traced inside a transform: plain torch, without a break. The same function outside one: kernels again."""
+    """Traced inside a transform, plain torch without a graph break; outside, the kernels."""
     student, teacher = maps
     torch._dynamo.reset()
     right = exact(loss, student, teacher)
@@ -152,7 +152,7 @@ def test_transforms_under_torch_compile(loss: Loss, maps: tuple[Tensor, Tensor])
 
 @every_loss
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
-def test_a_teacher_that_ran_under_inference_mode(
+def test_accepts_a_teacher_run_under_inference_mode(
     loss: Loss, backend: str, maps: tuple[Tensor, Tensor], kernels: None
 ) -> None:
     student, teacher = maps
@@ -164,7 +164,9 @@ def test_a_teacher_that_ran_under_inference_mode(
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
-def test_masks_and_weights_made_under_inference_mode(backend: str, maps: tuple[Tensor, Tensor], kernels: None) -> None:
+def test_accepts_masks_and_weights_made_under_inference_mode(
+    backend: str, maps: tuple[Tensor, Tensor], kernels: None
+) -> None:
     student, teacher = maps
     pixels, valid = torch.arange(200).reshape(2, 100) % 3 > 0, torch.arange(10).reshape(2, 5) % 4 > 0
     weight = torch.arange(32.0).reshape(2, 16)
@@ -182,7 +184,7 @@ def test_masks_and_weights_made_under_inference_mode(backend: str, maps: tuple[T
 
 
 class Wrapped(Tensor):
-    """A tensor whose values lie in another one, as a DTensor's do."""
+    """A tensor whose values are in another tensor, like a DTensor."""
 
     inner: Tensor
 
@@ -199,7 +201,7 @@ class Wrapped(Tensor):
 
 
 @every_loss
-def test_a_wrapper_class_takes_plain_torch(loss: Loss, maps: tuple[Tensor, Tensor], kernels: None) -> None:
+def test_wrapper_classes_use_plain_torch(loss: Loss, maps: tuple[Tensor, Tensor], kernels: None) -> None:
     student, teacher = maps
     got = loss(Wrapped(student), Wrapped(teacher))
     assert isinstance(got, Wrapped)
@@ -208,8 +210,8 @@ def test_a_wrapper_class_takes_plain_torch(loss: Loss, maps: tuple[Tensor, Tenso
         loss(Wrapped(student), Wrapped(teacher), backend="cpu")
 
 
-def test_a_plain_subclass_keeps_the_kernels(maps: tuple[Tensor, Tensor], kernels: None) -> None:
-    """It has its own memory."""
+def test_plain_subclasses_use_the_kernels(maps: tuple[Tensor, Tensor], kernels: None) -> None:
+    """Such a tensor has its own memory."""
 
     class Image(Tensor):
         pass
@@ -228,7 +230,7 @@ def test_a_plain_subclass_keeps_the_kernels(maps: tuple[Tensor, Tensor], kernels
     ids=["jagged", "nested", "sparse", "mkldnn"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_layouts_that_are_not_dense(
+def test_rejects_layouts_that_are_not_dense(
     make: Callable[[Tensor], Tensor], message: str, maps: tuple[Tensor, Tensor]
 ) -> None:
     student, teacher = maps
@@ -239,7 +241,7 @@ def test_layouts_that_are_not_dense(
         channel_kd(student, teacher, weight=make(torch.ones(2, 16)))
 
 
-def test_a_sparse_mask(maps: tuple[Tensor, Tensor]) -> None:
+def test_rejects_a_sparse_mask(maps: tuple[Tensor, Tensor]) -> None:
     mask = torch.ones(2, 100, dtype=torch.bool).to_sparse()
     for loss in (logit_kd, attention_kd):
         with pytest.raises(TypeError, match=r"^pixel_mask: expected a dense tensor, got layout sparse_coo"):
@@ -250,7 +252,7 @@ def test_a_sparse_mask(maps: tuple[Tensor, Tensor]) -> None:
 
 
 def masked(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    """Every loss that looks at values, with something to look at."""
+    """Call every loss that checks values."""
     batch, device = student.shape[0], student.device
     pixels = torch.ones(batch, 100, dtype=torch.bool, device=device)
     weight = torch.ones(batch, 16, device=device)
@@ -285,7 +287,7 @@ def test_batched_masks_and_weights(maps: tuple[Tensor, Tensor]) -> None:
             torch.testing.assert_close(value[i], right, rtol=1e-4, atol=1e-7)
 
 
-def test_values_are_still_looked_at_where_they_exist(maps: tuple[Tensor, Tensor]) -> None:
+def test_values_are_checked_where_they_exist(maps: tuple[Tensor, Tensor]) -> None:
     nothing = torch.zeros(2, 100, dtype=torch.bool)
     with pytest.raises(ValueError, match="pixel_mask: no valid pixel"):
         logit_kd(*maps, pixel_mask=nothing)

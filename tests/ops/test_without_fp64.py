@@ -1,4 +1,4 @@
-"""Devices without fp64 get fp32 losses and metrics. There is none here: a dispatch mode refuses fp64 as they do."""
+"""fp32 losses and metrics on devices without fp64, simulated by a dispatch mode that refuses fp64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WithoutDouble(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
-    """Other devices than CPUs and NVIDIA's GPUs get plain torch."""
+    """Use plain torch, as on devices other than CPUs and NVIDIA GPUs."""
     monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("reference",))
 
 
@@ -80,14 +80,14 @@ def test_fp32_losses_need_no_fp64(name, backend, error):
     torch.testing.assert_close(grad.double(), want_grad, rtol=1e-3, atol=1e-4 * want_grad.abs().max().item())
 
 
-def test_the_answer_is_the_devices_and_remembered_once(monkeypatch):
+def test_fp64_support_is_tested_once_per_device(monkeypatch):
     monkeypatch.setattr(numerics, "_fp64", {})
     tries = []
     trial = numerics._try_fp64
     monkeypatch.setattr(numerics, "_try_fp64", lambda device: tries.append(device) or trial(device))
     with WithoutDouble():
         assert not computes_fp64(CPU)
-    assert numerics._fp64 == {}  # a mode is no property of the device
+    assert numerics._fp64 == {}  # the mode's answer is not stored as the device's
     assert computes_fp64(CPU)
     assert computes_fp64(CPU)
     assert len(tries) == 2
@@ -105,14 +105,14 @@ def test_the_answer_is_the_devices_and_remembered_once(monkeypatch):
     assert compiled(torch.zeros(1)) == 0
 
 
-def test_a_lack_of_memory_is_no_lack_of_fp64(monkeypatch):
+def test_out_of_memory_is_not_a_lack_of_fp64(monkeypatch):
     monkeypatch.setattr(numerics, "_fp64", {})
     with WithoutDouble(torch.OutOfMemoryError), pytest.raises(torch.OutOfMemoryError):
         computes_fp64(CPU)
     assert numerics._fp64 == {}
 
 
-def test_metrics_leave_a_device_without_fp64(monkeypatch):
+def test_metrics_move_to_the_cpu_without_fp64(monkeypatch):
     metrics = pytest.importorskip("fastkd.evaluate.metrics")
     truth = draw(6, 5, 5) > 0
     counted = [metrics.RISMetrics() for _ in range(2)]

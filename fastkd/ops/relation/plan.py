@@ -1,6 +1,6 @@
 """Options and sizes of a ``relation`` call, and the form that its kernels take.
 
-Sizes are symbolic under torch.compile, so the native plans cannot be asked for them; tests compare these formulas with
+Sizes are symbolic under torch.compile, so the native plans cannot compute them; tests compare these formulas with
 ``csrc/cpu/relation/plan.cpp`` and ``csrc/cuda/relation/plan.cpp``.
 """
 
