@@ -134,7 +134,7 @@ def test_compiled_graph_rejects_numbers_that_eager_rejects(bad: float) -> None:
 @pytest.mark.parametrize("module", [losses.LogitKD, losses.PixelRelationKD])
 def test_module_attribute(module: type[nn.Module]) -> None:
     made = module(backend="reference")
-    case = next(case for case in CASES if case.twin is module)
+    case = next(case for case in CASES if case.module_class is module)
 
     def step(args: list[Tensor], masks: dict[str, Any], number: float) -> Tensor:
         made.temperature = number
