@@ -128,7 +128,7 @@ def _resolve(
     small: bool,
     obstacle: str = "",
 ) -> str:
-    """:func:`choose` on plain values: under torch.compile the result is a constant of the compiled graph.
+    """Do the work of :func:`choose` on plain values; under torch.compile the result is a constant of the graph.
 
     ``dtype_class`` is "other" if a dtype is not one of ``KERNEL_DTYPES``, "fp64" if one is float64, else empty.
     ``obstacle`` is TRANSFORM or the name of a wrapper class where no kernel can compute the call, else empty.

@@ -29,7 +29,7 @@ def computes_fp64(device: torch.device) -> bool:
 
 @constant_result
 def _computes_fp64(device_type: str, index: int | None) -> bool:
-    """:func:`computes_fp64` on plain values: under torch.compile its answer is a constant of the compiled graph."""
+    """Do the work of :func:`computes_fp64`; under torch.compile the result is a constant of the graph."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     tracing = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
     if any(torch._C._get_dispatch_mode(key) is not None for key in tracing):

@@ -33,17 +33,17 @@ class Inputs(NamedTuple):
 
     @property
     def features(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Pixels and words of student and teacher."""
+        """Return pixels and words of student and teacher."""
         return self[:4]
 
     @property
     def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Masks of the student's words, the teacher's words, and the pixels."""
+        """Return the masks of the student's words, the teacher's words, and the pixels."""
         return self[4:]
 
     @property
     def word_counts(self) -> tuple[int, int]:
-        """Numbers of words T_S and T_T."""
+        """Return the numbers of words T_S and T_T."""
         if self.student_words is None or self.teacher_words is None:
             return self.student_pixels.shape[2], self.teacher_pixels.shape[2]
         return self.student_words.shape[1], self.teacher_words.shape[1]
@@ -65,7 +65,7 @@ class Saved(NamedTuple):
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tensors that the forward computed for the backward."""
+        """Return the tensors that the forward computed for the backward."""
         return self[6:]
 
 
