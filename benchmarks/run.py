@@ -190,7 +190,9 @@ def set_shares(rows: Rows, ceilings: dict[str, float]) -> None:
 
 @plain_characters()
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--family", nargs="+", default=list(workloads.CPU_WORKLOADS), choices=list(workloads.CPU_WORKLOADS)
     )
