@@ -80,7 +80,7 @@ def compare(workload: Workload, names: list[str], device: str, seconds: float) -
 
 
 def crossover(rows: run.Rows, kernel: str, other: str) -> int | None:
-    """Return the number of elements from which ``kernel`` is never slower than ``other``, or None if it is slower at the largest size."""
+    """Return the number of elements from which ``kernel`` is never slower than ``other``, or None."""
     ms = {(r["elements"], r["provider"]): r["ms"]["median"] for r in rows if r["ok"]}
     smallest = None
     for count in sorted({count for count, _ in ms}, reverse=True):
