@@ -45,7 +45,7 @@ def test_error_against_fp64(setting: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-@pytest.mark.applies(lambda setting, dtype: setting.case.is_kl and setting.uses(dtype))
+@pytest.mark.applies(lambda setting, dtype: setting.case.is_kl and setting.covers(dtype))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_at_any_temperature(setting: Any, dtype: torch.dtype) -> None:
     for temperature in (0.05, 20.0) if setting.place.is_simulated else (0.05, 1.0, 4.0, 20.0):

@@ -18,7 +18,7 @@ def sliced(problem: Problem, samples: slice | list[int]) -> Problem:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-@pytest.mark.applies(lambda setting, dtype: setting.uses(dtype))
+@pytest.mark.applies(lambda setting, dtype: setting.covers(dtype))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_time(setting: Any, dtype: torch.dtype) -> None:
     for size in setting.case.sizes:

@@ -128,7 +128,7 @@ def test_one_graph_serves_all_batch_sizes(compiled_setting: Any) -> None:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-@pytest.mark.applies(lambda setting, dtype: setting.uses(dtype))
+@pytest.mark.applies(lambda setting, dtype: setting.covers(dtype))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast(setting: Any, dtype: torch.dtype) -> None:
     """Autocast changes no bit, for inputs of either precision."""

@@ -247,8 +247,8 @@ class Setting(NamedTuple):
         without_fp64 = dispatch.BACKENDS[self.place.backend].families_without_fp64
         return dtype != torch.float64 or self.case.family not in without_fp64
 
-    def uses(self, dtype: torch.dtype) -> bool:
-        """Return whether this dtype is a code path of its own: simulated kernels treat fp16 as they treat bf16."""
+    def covers(self, dtype: torch.dtype) -> bool:
+        """Return whether structural tests run this dtype; in simulated kernels bf16 represents fp16 as well."""
         return self.supports(dtype) and not (self.place.is_simulated and dtype == torch.float16)
 
 
