@@ -1,5 +1,5 @@
-// Python arguments to kernel arguments. Whatever could make a kernel read or write astray is refused here; that the
-// pointers have the memory behind them that the shapes claim is the caller's (fastkd.ops') duty.
+// Conversion of Python arguments to kernel arguments. Values that could make a kernel access memory out of bounds raise
+// an error here; the caller (fastkd.ops) guarantees that the memory behind each pointer matches the shapes.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -30,14 +30,14 @@ inline DType parse_dtype(const std::string& name) {
     throw py::value_error("dtype: expected float32, float16, bfloat16 or float64, got '" + name + "'");
 }
 
-// The address `address`, of elements of `alignment` bytes each.
+// Convert an address of elements of `alignment` bytes each.
 inline void* parse_pointer(std::uintptr_t address, const char* name, std::int64_t alignment) {
     if (address == 0) {
-        throw py::value_error(std::string(name) + ": a null pointer");
+        throw py::value_error(std::string(name) + ": expected an address, got 0");
     }
     if (address % static_cast<std::uintptr_t>(alignment) != 0) {
-        throw py::value_error(std::string(name) + ": the address is not a multiple of the element size " +
-                              std::to_string(alignment));
+        throw py::value_error(std::string(name) + ": expected an address that is a multiple of " +
+                              std::to_string(alignment) + " bytes, got " + std::to_string(address));
     }
     return reinterpret_cast<void*>(address);
 }

@@ -1,4 +1,4 @@
-// fastkd._cpu: the CPU kernels. Needs neither torch nor NumPy: tensors come as addresses.
+// The module fastkd._cpu. It depends on neither torch nor NumPy: tensors are passed as addresses.
 #include "bindings/pixel_word.h"
 #include "bindings/relation_cpu.h"
 #include "bindings/softmax_kl.h"
@@ -37,7 +37,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.doc() = "fastkd's C++ kernels.";
     module.def(
         "isa", [] { return cpu::isa_name(cpu::isa()); },
-        "The instruction set in use: the machine's best one, or what FASTKD_CPU_ISA asks for.");
+        "Return the instruction set in use: the machine's best, or the value of FASTKD_CPU_ISA.");
     module.def(
         "exp",
         [](std::uintptr_t input, std::uintptr_t output, std::int64_t count, const std::string& dtype_name) {
@@ -50,7 +50,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                                dtype);
         },
         py::arg("input"), py::arg("output"), py::arg("count"), py::arg("dtype"),
-        "The kernels' own exp of contiguous elements that are at most 0, for tests.");
+        "Write the kernels' exp of contiguous elements, each at most 0. For tests.");
     define_softmax_kl(
         module, "threads",
         [](const softmax_kl::Forward& args, std::int64_t threads) {

@@ -1,4 +1,4 @@
-// fastkd._cuda: the CUDA kernels. CUDA's runtime is linked statically, and importing this touches no driver.
+// The module fastkd._cuda. The CUDA runtime is linked statically; importing the module does not touch the driver.
 #include <cuda_runtime_api.h>
 #include <pybind11/stl.h>
 
@@ -65,7 +65,7 @@ std::vector<std::string> targets() {
 int device_count() {
     int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess) {
-        cudaGetLastError(); // no driver, or no device: not an error here, and not one to leave to the next call
+        cudaGetLastError(); // no driver or no device: clear the error for the next call
         return 0;
     }
     return count;
@@ -78,7 +78,7 @@ struct PixelWordKernels {
     static cudaStream_t parse_extra(std::int64_t handle) { return parse_stream(handle); }
     static void check(const pixel_word::Problem& problem) {
         if (!cuda::pixel_word_fits(problem)) {
-            throw py::value_error("problem: more words, pixels, features or samples than the kernels index");
+            throw py::value_error("problem: too many words, pixels, features or samples for the kernels' indices");
         }
     }
     static pixel_word::Workspace workspace(const pixel_word::Problem& problem, bool backward, cudaStream_t) {
@@ -96,18 +96,19 @@ struct PixelWordKernels {
 
 PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.doc() = "fastkd's CUDA C++ kernels.";
-    module.def("targets", &targets, "What the kernels were compiled for, e.g. ['sm_80', 'sm_90', 'compute_90'].");
-    module.def("device_count", &device_count, "The number of CUDA devices; 0 without a driver.");
+    module.def("targets", &targets,
+               "Return the architectures the kernels were compiled for, e.g. ['sm_80', 'sm_90', 'compute_90'].");
+    module.def("device_count", &device_count, "Return the number of CUDA devices; 0 without a driver.");
     module.def(
         "driver_version",
         [] {
             int version = 0;
             return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
         },
-        "The newest version of CUDA that the driver supports, e.g. 13000 for 13.0; 0 without a driver.");
+        "Return the newest CUDA version that the driver supports, e.g. 13000 for 13.0; 0 without a driver.");
     module.def(
         "runtime_version", [] { return CUDART_VERSION; },
-        "The version of CUDA's runtime in this module, e.g. 13000 for 13.0.");
+        "Return the version of the CUDA runtime in this module, e.g. 13000 for 13.0.");
 #if defined(FASTKD_EMULATED)
     module.attr("EMULATED") = true; // the kernels run on the host and take its tensors
     module.def(
@@ -122,11 +123,11 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
             }
             throw py::value_error("order: expected forward, reverse or random, got '" + name + "'");
         },
-        py::arg("order"), "In which order threads and blocks take turns.");
+        py::arg("order"), "Set the order in which threads and blocks run.");
 #endif
     define_relation<CudaRelation>(module).def(
         "stored_elements", [](const RelationCall& call) { return cuda::stored_elements(call.options); },
-        "The length of `stored`, float32, in the form 'stored'.");
+        "Return the number of float32 elements of `stored` in the form 'stored'.");
     define_softmax_kl(
         module, "stream",
         [](const softmax_kl::Forward& args, std::int64_t stream) {

@@ -1,5 +1,4 @@
-// PixelWord of fastkd._cpu and fastkd._cuda: the same methods, another backend. An address of 0 stands for what is not
-// there.
+// PixelWord of fastkd._cpu and fastkd._cuda, with the same methods in both. An address of 0 stands for a missing array.
 #pragma once
 
 #include <array>
@@ -22,7 +21,7 @@ inline void* parse_optional(std::uintptr_t address, const char* name, std::int64
     return address == 0 ? nullptr : parse_pointer(address, name, alignment);
 }
 
-// Features or logits, whose arithmetic is in `dtype`.
+// Features or logits; `dtype` is that of the arithmetic.
 inline pixel_word::Array parse_array(const PixelArray& given, const char* name, DType dtype) {
     const auto& [address, dtype_name, strides] = given;
     pixel_word::Array array{};
@@ -32,7 +31,8 @@ inline pixel_word::Array parse_array(const PixelArray& given, const char* name, 
     array.pixel = strides[1];
     array.column = strides[2];
     if ((array.dtype == DType::Float64) != (dtype == DType::Float64)) {
-        throw py::value_error(std::string(name) + ": float64 goes with float64 arithmetic, got '" + dtype_name + "'");
+        throw py::value_error(std::string(name) + ": expected float64 exactly if the arithmetic is float64, got '" +
+                              dtype_name + "'");
     }
     if (array.data != nullptr && array.pixel != 1 && array.column != 1) {
         throw py::value_error(std::string(name) + ": expected a stride of 1 along pixels or columns, got " +
@@ -58,7 +58,7 @@ inline pixel_word::Side parse_side(const PixelWordSide& given, const char* name,
     return side;
 }
 
-// `words_as_pixels`: words have the pixels' dtype, not that of the arithmetic.
+// With `words_as_pixels` words have the pixels' dtype instead of that of the arithmetic.
 inline pixel_word::Problem parse_problem(const PixelWordProblem& given, bool words_as_pixels) {
     const auto& [student, teacher, pixel_mask, batch, pixels, dtype_name, cosine, terms] = given;
     pixel_word::Problem problem{};
@@ -81,12 +81,12 @@ inline pixel_word::Problem parse_problem(const PixelWordProblem& given, bool wor
         throw py::value_error("terms: expected some of the bits 1, 2, 4, 8, got " + std::to_string(terms));
     }
     if (terms != pixel_word::pixel_pixel && problem.student.word_count != problem.teacher.word_count) {
-        throw py::value_error("terms: numbers of words that differ leave only pixel_pixel");
+        throw py::value_error("terms: expected pixel_pixel alone, as the networks have different numbers of words");
     }
     return problem;
 }
 
-// Whether all that `terms` need for a backward is there: none of it may be missing if some is.
+// With `required`, raise an error if an array that the backward of these terms reads is missing.
 inline pixel_word::Kept parse_kept(const PixelWordKept& given, const pixel_word::Problem& problem, bool required) {
     const std::int64_t size = element_size(problem.dtype);
     pixel_word::Kept kept{};
@@ -98,13 +98,13 @@ inline pixel_word::Kept parse_kept(const PixelWordKept& given, const pixel_word:
     if (required && ((features && kept.logits == nullptr) || (features && problem.cosine && kept.norms == nullptr) ||
                      ((problem.terms & pixel_word::word_to_pixel) != 0 && kept.columns == nullptr) ||
                      ((problem.terms & pixel_word::second_order) != 0 && kept.grams == nullptr))) {
-        throw py::value_error("kept: a forward of the same problem keeps more than this");
+        throw py::value_error("kept: expected all arrays that the forward of this problem saves");
     }
     return kept;
 }
 
-// A call of a backend's kernels: `Kernels` says what its last argument is (a number of threads, or a stream's handle)
-// and how it is parsed, what it makes of a problem, and calls them.
+// A problem and the kernels' extra argument, a number of threads or a stream. `Kernels` parses that argument, checks
+// the problem, and calls the kernels.
 template <class Kernels>
 struct PixelWordCall {
     pixel_word::Problem problem;
@@ -116,7 +116,7 @@ void define_pixel_word(py::module_& module) {
     using Call = PixelWordCall<Kernels>;
     const std::string extra = Kernels::extra_name;
     py::class_<Call>(module, "PixelWord", py::module_local(), // _cpu and _cuda each have their own
-                     ("pixel_word of a student's and a teacher's pixels and words, given " + extra +
+                     ("pixel_word of a student's and a teacher's pixels and words, with " + extra +
                       ", in a workspace of at most `limit` bytes. Addresses, sizes, strides in elements.")
                          .c_str())
         .def(py::init([](const PixelWordProblem& problem, std::int64_t extra, std::int64_t limit) {
@@ -133,7 +133,8 @@ void define_pixel_word(py::module_& module) {
                 return std::make_pair(workspace.bytes, workspace.minimum);
             },
             py::arg("backward"),
-            "(bytes of the workspace, the least that `limit` would have to be); too small a limit if that is above it.")
+            "Return (bytes of the workspace, smallest possible `limit`). The second exceeds `limit` if that is too "
+            "small.")
         .def(
             "forward",
             [](const Call& call, const PixelWordKept& kept, std::uintptr_t loss, std::uintptr_t workspace) {
@@ -146,8 +147,9 @@ void define_pixel_word(py::module_& module) {
                 Kernels::forward(args, call.extra);
             },
             py::arg("kept"), py::arg("loss"), py::arg("workspace"),
-            "loss[b] = the terms pixel_to_word, word_to_pixel, pixel_pixel, word_word of sample b, and what is to be "
-            "kept for the backward.")
+            "Write loss[b] = (pixel_to_word, word_to_pixel, pixel_pixel, word_word) of sample b, and the arrays kept "
+            "for "
+            "the backward.")
         .def(
             "backward",
             [](const Call& call, const PixelWordKept& kept, std::uintptr_t grad_loss,
@@ -177,7 +179,7 @@ void define_pixel_word(py::module_& module) {
             },
             py::arg("kept"), py::arg("grad_loss"), py::arg("grad_loss_strides"), py::arg("grad_pixels"),
             py::arg("grad_words"), py::arg("workspace"),
-            "The gradients of the student's pixels (or logits) and words.");
+            "Write the gradients of the student's pixels (or logits) and words.");
 }
 
 } // namespace fastkd::bindings

@@ -1,4 +1,4 @@
-// The class Relation of fastkd._cpu and fastkd._cuda: the same arguments, another backend.
+// The class Relation of fastkd._cpu and fastkd._cuda, with the same arguments in both.
 #pragma once
 
 #include <string>
@@ -47,13 +47,13 @@ inline relation::Rows parse_rows(const RowsTuple& rows, const char* name, DType 
     return {parse_pointer(address, name, element_size(dtype)), width, batch_stride, row_stride, col_stride};
 }
 
-// The settings of a call, checked once; in Python forward, backward and workspace_bytes are its methods.
+// The validated settings of a call. In Python it has the methods forward, backward and workspace_bytes.
 struct RelationCall {
     enum class Form { streamed, stored, gram };
     relation::Options options;
     std::int64_t student_width, teacher_width;
     Form form;
-    std::int64_t extra; // a number of threads, or a stream's handle
+    std::int64_t extra; // a number of threads or a stream's handle
     std::int64_t limit;
 };
 
@@ -63,34 +63,36 @@ inline RelationCall::Form parse_form(const std::string& name, bool cross, relati
     }
     if (name == "stored") {
         if (cross) {
-            throw py::value_error("form: 'stored' is for relations within a sample, not across samples");
+            throw py::value_error("form: expected streamed or gram for relations across samples, got 'stored'");
         }
         return RelationCall::Form::stored;
     }
     if (name == "gram") {
         if (distance != relation::Distance::mse) {
-            throw py::value_error("form: 'gram' is for distance 'mse'");
+            throw py::value_error("form: expected streamed or stored unless distance is mse, got 'gram'");
         }
         return RelationCall::Form::gram;
     }
     throw py::value_error("form: expected streamed, stored or gram, got '" + name + "'");
 }
 
-// Kernels has `extra`, the name of what else they take, check(call), which throws, workspace(call, backward) -> (bytes,
-// minimum), and forward(call, args) and backward(call, args), which run without Python's lock.
+// `Kernels` has `extra`, the name of the extra argument; check(call), which throws; workspace(call, backward), which
+// returns (bytes, minimum); and forward(call, args) and backward(call, args), which run without the GIL.
 template <class Kernels>
 py::class_<RelationCall> define_relation(py::module_& module) {
-    return py::class_<RelationCall>(
-               module, "Relation", py::module_local(), // _cpu and _cuda each have their own
-               "relation of (batch, rows, width) student and teacher, in a workspace of at most "
-               "`limit` bytes. form: 'streamed' holds no matrix of rows x rows, 'stored' keeps them for "
-               "the backward, 'gram' (CPU) computes mse from matrices of width x width.")
+    return py::class_<RelationCall>(module, "Relation", py::module_local(), // _cpu and _cuda each have their own
+                                    "relation of (batch, rows, width) student and teacher, in a workspace of at most "
+                                    "`limit` bytes. form: 'streamed' recomputes the rows x rows matrices tile by tile, "
+                                    "'stored' keeps them for "
+                                    "the backward, 'gram' (CPU) computes mse from matrices of width x width.")
         .def(py::init([](std::int64_t batch, std::int64_t rows, std::int64_t student_width, std::int64_t teacher_width,
                          const std::string& similarity, const std::string& distance, double temperature, bool negate,
                          bool cross, const std::string& dtype, const std::string& form, std::int64_t extra,
                          std::int64_t limit) {
                  if (batch < 1 || rows < 1 || student_width < 1 || teacher_width < 1) {
-                     throw py::value_error("batch, rows, widths: expected at least 1 each");
+                     throw py::value_error("batch, rows, widths: expected at least 1 each, got " +
+                                           std::to_string(batch) + ", " + std::to_string(rows) + ", " +
+                                           std::to_string(student_width) + " and " + std::to_string(teacher_width));
                  }
                  const relation::Distance parsed = parse_distance(distance);
                  const RelationCall call{{batch, rows, cross, parse_similarity(similarity), parsed,
@@ -110,7 +112,8 @@ py::class_<RelationCall> define_relation(py::module_& module) {
             "workspace_bytes",
             [](const RelationCall& call, bool backward) { return Kernels::workspace(call, backward); },
             py::arg("backward"),
-            "(bytes of the workspace, the least that `limit` would have to be); too small a limit if that is above it.")
+            "Return (bytes of the workspace, smallest possible `limit`). The second exceeds `limit` if that is too "
+            "small.")
         .def(
             "forward",
             [](const RelationCall& call, const RowsTuple& student, const RowsTuple& teacher, std::uintptr_t loss,
@@ -130,7 +133,7 @@ py::class_<RelationCall> define_relation(py::module_& module) {
                 Kernels::forward(call, args);
             },
             py::arg("student"), py::arg("teacher"), py::arg("loss"), py::arg("statistics"), py::arg("stored"),
-            py::arg("workspace"), "Fills loss, statistics and stored (0 where nothing is stored).")
+            py::arg("workspace"), "Write loss, statistics and stored. `stored` may be 0 in the form 'streamed'.")
         .def(
             "backward",
             [](const RelationCall& call, std::uintptr_t grad_loss, std::pair<std::int64_t, std::int64_t> grad_strides,
@@ -156,7 +159,7 @@ py::class_<RelationCall> define_relation(py::module_& module) {
             },
             py::arg("grad_loss"), py::arg("grad_strides"), py::arg("student"), py::arg("teacher"),
             py::arg("statistics"), py::arg("stored"), py::arg("grad_student"), py::arg("out_strides"),
-            py::arg("workspace"), "Fills grad_student.");
+            py::arg("workspace"), "Write grad_student.");
 }
 
 } // namespace fastkd::bindings

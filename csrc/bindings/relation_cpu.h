@@ -1,4 +1,4 @@
-// The relation kernels of fastkd._cpu.
+// Calls of the CPU's relation kernels, one per form.
 #pragma once
 
 #include "bindings/relation.h"
@@ -26,11 +26,11 @@ struct CpuRelation {
     }
     static std::pair<std::int64_t, std::int64_t> workspace(const RelationCall& call, bool backward) {
         if (call.form == RelationCall::Form::gram) {
-            const cpu::GramPlan of_gram = gram_plan(call, backward);
-            return {of_gram.bytes, of_gram.minimum};
+            const cpu::GramPlan planned = gram_plan(call, backward);
+            return {planned.bytes, planned.minimum};
         }
-        const cpu::RelationPlan of_tiles = plan(call, backward);
-        return {of_tiles.bytes, of_tiles.minimum};
+        const cpu::RelationPlan planned = plan(call, backward);
+        return {planned.bytes, planned.minimum};
     }
     static void forward(const RelationCall& call, const relation::Forward& args) {
         const cpu::Kernels& kernels = cpu::kernels();

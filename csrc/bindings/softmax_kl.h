@@ -1,4 +1,4 @@
-// softmax_kl_forward and softmax_kl_backward of fastkd._cpu and fastkd._cuda: the same arguments, another backend.
+// softmax_kl_forward and softmax_kl_backward of fastkd._cpu and fastkd._cuda, with the same arguments in both.
 #pragma once
 
 #include <utility>
@@ -16,8 +16,8 @@ inline softmax_kl::Shape parse_shape(std::int64_t batch, std::int64_t rows, std:
     return {batch, rows, cols};
 }
 
-// `forward` and `backward` take the arguments and `extra`: a number of threads, or a stream's handle. They run without
-// Python's lock.
+// `forward` and `backward` take the parsed arguments and `extra`, a number of threads or a stream's handle. They run
+// without the GIL.
 template <class ForwardKernel, class BackwardKernel>
 void define_softmax_kl(py::module_& module, const char* extra, ForwardKernel forward, BackwardKernel backward) {
     using Strides = std::pair<std::int64_t, std::int64_t>;
@@ -47,7 +47,8 @@ void define_softmax_kl(py::module_& module, const char* extra, ForwardKernel for
         py::arg("student"), py::arg("teacher"), py::arg("loss"), py::arg("lse_student"), py::arg("lse_teacher"),
         py::arg("batch"), py::arg("rows"), py::arg("cols"), py::arg("student_strides"), py::arg("teacher_strides"),
         py::arg("dtype"), py::arg("temperature"), py::arg(extra),
-        "loss[b, r] = KL(softmax(teacher/temperature) || softmax(student/temperature)) over the columns of row (b, r), "
+        "Write loss[b, r] = KL(softmax(teacher/temperature) || softmax(student/temperature)) over the columns of row "
+        "(b, r), "
         "and both log-sum-exps in float64. Addresses, sizes, (batch, row) strides in elements.");
     module.def(
         "softmax_kl_backward",
@@ -79,7 +80,7 @@ void define_softmax_kl(py::module_& module, const char* extra, ForwardKernel for
         py::arg("lse_student"), py::arg("lse_teacher"), py::arg("grad_student"), py::arg("batch"), py::arg("rows"),
         py::arg("cols"), py::arg("student_strides"), py::arg("teacher_strides"), py::arg("dtype"),
         py::arg("temperature"), py::arg(extra),
-        "grad_student = grad_loss * (softmax(student/temperature) - softmax(teacher/temperature)) / temperature, "
+        "Write grad_student = grad_loss * (softmax(student/temperature) - softmax(teacher/temperature)) / temperature, "
         "contiguous, in the student's dtype. Addresses, sizes, (batch, row) strides in elements.");
 }
 

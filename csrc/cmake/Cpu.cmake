@@ -1,8 +1,10 @@
 # fastkd._cpu: every kernel file compiled once per instruction set; the best one is chosen at run time.
 
 set(cpu_kernels
-  cpu/softmax_kl/softmax_kl.cpp cpu/relation/streamed.cpp cpu/relation/stored.cpp cpu/relation/gram.cpp cpu/pixel_word/forward.cpp
-  cpu/pixel_word/backward.cpp cpu/exp.cpp)
+  cpu/softmax_kl/forward.cpp cpu/softmax_kl/backward.cpp
+  cpu/relation/streamed.cpp cpu/relation/stored.cpp cpu/relation/gram.cpp
+  cpu/pixel_word/forward.cpp cpu/pixel_word/backward.cpp
+  cpu/exp.cpp)
 set(cpu_common cpu/kernels.cpp cpu/pages.cpp cpu/relation/plan.cpp) # compiled once
 
 function(cpu_skipped reason)

@@ -1,4 +1,4 @@
-// The floating types a kernel may be given. Arithmetic is in float, in double for double.
+// The floating-point types of kernel arguments. Arithmetic is in float, for double in double.
 #pragma once
 
 #include "common/platform.h"
@@ -7,7 +7,7 @@ namespace fastkd {
 
 enum class DType { Float32, Float16, BFloat16, Float64 };
 
-// Storage only: each backend converts these with what its hardware offers.
+// Storage types: each backend converts them with its hardware's instructions.
 struct Half {
     std::uint16_t bits;
 };
@@ -24,7 +24,7 @@ struct ComputeType<double> {
     using type = double;
 };
 
-// The type in which a kernel computes on elements of type Storage, and in which it returns losses.
+// The type of arithmetic on elements of type Storage, and of the losses.
 template <class Storage>
 using Compute = typename ComputeType<Storage>::type;
 

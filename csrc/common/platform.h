@@ -1,10 +1,10 @@
-// What lets one header serve the host compiler, nvcc, and the tests that run device code on the host.
+// Macros and helpers for headers shared by the host compiler, nvcc and the host emulation of CUDA.
 #pragma once
 
 #include <cstdint>
 
-// Formulas are always inlined: the CPU kernels compile them once per instruction set, and no copy made for AVX-512 may
-// be left for the linker to hand to the others.
+// Formulas are always inlined: the CPU kernels compile them once per instruction set, and the linker must not pick an
+// out-of-line AVX-512 copy for the other instruction sets.
 #if defined(__CUDACC__)
 #define FASTKD_HD __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
@@ -15,8 +15,8 @@
 
 namespace fastkd {
 
-// a b, rounded before anything is added to it: where equal numbers are subtracted, neither may be the unrounded product
-// of a fused multiply-add.
+// a b, rounded before any addition. Where equal products are subtracted, a fused multiply-add would leave one of them
+// unrounded, and the difference would not be 0.
 template <class T>
 FASTKD_HD T rounded_product(T a, T b) {
 #if defined(__CUDA_ARCH__)
@@ -26,7 +26,7 @@ FASTKD_HD T rounded_product(T a, T b) {
         return __dmul_rn(a, b);
     }
 #else
-    volatile T product = a * b; // tests only: the CPU kernels have no use for it
+    volatile T product = a * b; // host emulation only: the CPU kernels do not call this
     return product;
 #endif
 }

@@ -1,5 +1,4 @@
-// A distance, row by row, between the self-relation matrices of two row sets: the interface of its kernels and the
-// formulas they share.
+// Row-wise distance between the self-relation matrices of two sets of rows: the kernels' interface and their formulas.
 //
 // With x^_i = scale_i x_i, scale_i = 1/max(|x_i|, 1e-12) ("cosine"), 1/sqrt(width) ("mean") or 1 ("dot"), and
 // E_ij = <x^_i, x^_j> for the student (S) and the teacher (T), row i's loss is
@@ -8,7 +7,7 @@
 //     mse         mean_j (E^S_ij - E^T_ij)^2
 //     row_cosine  |E^S_i/n_i - E^T_i/m_i|^2 = 2 - 2 c_i,  n_i = |E^S_i|, m_i = |E^T_i|
 //
-// Gradient. E is symmetric, so with H_ij = sum of d loss_i/d E_ij g_i and its mirror image,
+// Gradient. E is symmetric, so with H_ij = g_i d loss_i/d E_ij + its transpose,
 //
 //     H_ij = [a_i f(E^S_ij) - b_i f(E^T_ij)] + [a_j f(E^S_ji) - b_j f(E^T_ji)],
 //     kl           f = e^{u - shift}, a_i = g_i sigma/(tau z^S_i), b_i = g_i sigma/(tau z^T_i), z_i = sum_j f(E_ij)
@@ -16,10 +15,10 @@
 //     row_cosine   f = identity,      a_i = 2 g_i c_i/n_i^2,       b_i = 2 g_i/(n_i m_i)
 //     d/d x^_i = sum_j H_ij x^_j,     d/d x_i = scale_i (d/d x^_i - x^_i q_i),  q_i = sum_j H_ij E_ij  (cosine)
 //
-// since x^_i . sum_j H_ij x^_j = q_i. Rows of norm <= 1e-12 get no gradient.
+// since x^_i . sum_j H_ij x^_j = q_i. Rows of norm <= 1e-12 get a zero gradient.
 //
-// With "cross" the rows of sample b meet the rows of every sample o, each pair a matrix of its own: statistics are
-// stored per (o, b, row), and a row's loss is the mean over o.
+// With "cross" the rows of sample b are related to the rows of every sample o. Each pair (o, b) is a matrix with its
+// own statistics, and a row's loss is the mean over o.
 #pragma once
 
 #include <cmath>
@@ -52,8 +51,8 @@ struct Options {
     DType dtype;
 
     FASTKD_HD std::int64_t others() const { return cross ? batch : 1; }
-    // Cosine logits lie in [-1/tau, 1/tau]: 1/tau is a shift for all rows alike. Below this temperature e^{-2/tau}
-    // would leave the range of normal floats, and rows keep their own maxima.
+    // Cosine logits lie in [-1/tau, 1/tau], so all rows share the shift 1/tau. Below this temperature e^{-2/tau} would
+    // leave the range of normal floats, and each row tracks its own maximum.
     FASTKD_HD bool fixed_shift() const { return similarity == Similarity::cosine && temperature >= 0.02; }
 };
 
@@ -62,43 +61,42 @@ constexpr double norm_floor = 1e-12;
 // double (statistic_planes * others + 2, batch, rows): `statistic_planes` numbers per (o, b, row), then scale^S,
 // scale^T.
 //     kl, fixed shift    z^S, z^T, sum f^T (u^T - u^S)      kl, else    log-sum-exp^S, log-sum-exp^T
-//     row_cosine         n, m, loss, |E^T_i|^2/m^2 (1 but where m is floored)
+//     row_cosine         n, m, loss, |E^T_i|^2/m^2 (1 unless m is clamped to norm_floor)
 constexpr int statistic_planes = 5;
 
-// Student's and teacher's E, in tiles of 48 x 48 of the upper triangle, are stored for the backward where `stored` is
-// given.
+// The form "stored": the forward writes both networks' E, in tiles of 48 x 48 of the upper triangle, for the backward.
 constexpr std::int64_t stored_block = 48;
 FASTKD_HD std::int64_t stored_elements(std::int64_t rows) {
     const std::int64_t blocks = ceil_div(rows, stored_block);
     return blocks * (blocks + 1) * stored_block * stored_block;
 }
 
-// mse without tiles. With A = X^_S, B = X^_T and D = A - B, what the narrower lacks being 0,
+// The form "gram": mse without tiles. With A = X^_S, B = X^_T and D = A - B, the narrower one padded with zeros,
 //
 //     E^S_ij - E^T_ij = e_ij = d_i . a_j + b_i . d_j = w_i . z_j,   W = [D | B],  Z = [A | D],
 //
-// d_i cut to the width of A, d_j to that of B. With the small G = sum_j z_j z_j^T
+// d_i truncated to the width of A, d_j to that of B. With the Gram matrix G = sum_j z_j z_j^T
 //
 //     sum_j e_ij^2 = w_i^T G w_i,     d loss/d a_i = (2/columns) (g_i G_A + sum_j g_j a_j z_j^T) w_i,
 //
-// G_A being the rows of G that belong to A. Every product holds D twice: equal widths do not cancel as the student
-// nears the teacher. Different widths mean channels that do not correspond, relations may agree where D is large, and
-// w^T G w is then rounded at |E|^2, the plain formula at |E| |e|: it has to be double. But the plain formula of
-// bfloat16 rounds E itself to 8 bits, and the square of that is far above what float makes of |E|^2 (of fp16's 11 bits
-// it is not).
+// where G_A are the rows of G that belong to A. Every product contains D twice, so for equal widths nothing cancels as
+// the student approaches the teacher. For different widths channels do not correspond: the relations may agree although
+// D is large, and w^T G w then has a rounding error proportional to |E|^2, the plain formula one proportional to |E|
+// |e|. So G is double. bfloat16 is the exception: its plain formula rounds E itself to 8 bits, an error far above
+// float's at |E|^2. (fp16's 11 bits are not coarse enough for that.)
 //
-// `stored` is G, (problems, gram_side, gram_side); a problem is a sample, with cross the batch.
+// `stored` is G, (problems, gram_side, gram_side); a problem is a sample, or with cross the batch.
 FASTKD_HD bool gram_double(DType dtype, std::int64_t student_width, std::int64_t teacher_width) {
     return dtype == DType::Float64 || (dtype != DType::BFloat16 && student_width != teacher_width);
 }
 FASTKD_HD std::int64_t gram_padded(std::int64_t width) {
-    return round_up(width, 16); // whole vectors, whatever their length
+    return round_up(width, 16); // whole vectors of every instruction set
 }
 FASTKD_HD std::int64_t gram_side(std::int64_t student_width, std::int64_t teacher_width) {
     return gram_padded(student_width) + gram_padded(teacher_width);
 }
 
-// `workspace` holds what the plan asked for.
+// `workspace` has the size of the plan.
 struct Forward {
     Rows student;
     Rows teacher;
@@ -110,7 +108,7 @@ struct Forward {
 };
 
 struct Backward {
-    const void* grad_loss; // (batch, rows), any strides, also 0
+    const void* grad_loss; // (batch, rows), any strides, including 0
     std::int64_t grad_batch_stride;
     std::int64_t grad_row_stride;
     Rows student;
@@ -118,7 +116,7 @@ struct Backward {
     Options options;
     const double* statistics;
     const void* stored;
-    void* grad_student; // laid out as the student's strides say, or any other strides that don't overlap
+    void* grad_student; // any strides that do not overlap
     std::int64_t out_batch_stride;
     std::int64_t out_row_stride;
     std::int64_t out_col_stride;

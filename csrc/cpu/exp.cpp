@@ -1,4 +1,4 @@
-// The kernels' exp over an array, for tests.
+// exp of an array, for tests of cpu/exp.h.
 #include "cpu/exp.h"
 
 #include "cpu/kernels.h"

@@ -16,7 +16,7 @@ struct ExpConstants<float> {
     static constexpr float ln_2_low = 1.42860682031e-6f;
     static constexpr float round = 0x1.8p23f; // adding it leaves the nearest integer in the low bits
     static constexpr int mantissa_bits = 23;
-    static constexpr float smallest = -125.9f; // a little below it, 2^x is no normal number
+    static constexpr float smallest = -125.9f; // 2^x stops being a normal number a little below this
     // e^r = 1 + r + r^2 q(r)
     static constexpr float q[] = {0.4999999345f, 0.1666652063f, 0.04166838807f, 0.00836871685f, 0.001381459647f};
 };
@@ -36,7 +36,7 @@ struct ExpConstants<double> {
     };
 };
 
-// The integer n nearest to x, and 2^n y for y near 1: 0 where x is small, -inf included, a NaN where y is one.
+// The integer n nearest to x, and 2^n y for y near 1: 0 for x below `smallest`, including -inf; NaN if y is NaN.
 template <class T>
 struct Rounded {
     using C = ExpConstants<T>;
@@ -68,19 +68,19 @@ struct Rounded {
 #endif
 };
 
-// e^(x scale - high - low) for many x, with an exponent that is at most about 0: all a softmax needs. `high` is a small
-// multiple of 2^-15 (2^-41 for double), `low` less than that. Where the machine has fused multiply-adds nothing is
-// rounded before n ln 2 has made the exponent small, so the result is as exact far from 0 as near it.
+// e^(x scale - high - low) for many x, with an exponent of at most about 0, which is enough for a softmax. `high` is a
+// small multiple of 2^-15 (2^-41 for double), and |low| is below that step. With fused multiply-adds nothing is rounded
+// until n ln 2 has made the exponent small, so the result is as accurate far from 0 as near it.
 template <class T>
 struct ScaledExp {
     using C = ExpConstants<T>;
     T scale;
     T scale_log2_e = scale * C::log2_e;
 
-    // `high` and `low` are numbers, or vectors of a number per lane.
+    // `high` and `low` are scalars or vectors.
     template <class Part>
     FASTKD_INLINE Vec<T> operator()(Vec<T> x, Part high, Part low) const {
-        const Vec<T> exponent = x * scale_log2_e - high * C::log2_e; // of 2
+        const Vec<T> exponent = x * scale_log2_e - high * C::log2_e; // to base 2
         const Rounded<T> n(exponent);
         const Vec<T> r = ((x * scale - (n.value * C::ln_2_high + high)) - n.value * C::ln_2_low) - low;
         constexpr int terms = sizeof(C::q) / sizeof(T);

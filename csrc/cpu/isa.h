@@ -1,8 +1,8 @@
-// The instruction sets in this binary, and the one in use.
+// Instruction-set dispatch: the sets compiled into this binary, and the one in use.
 //
-// Every kernel file is compiled once for each of them, with FASTKD_ISA naming it, into the namespace
-// fastkd::cpu::FASTKD_ISA. Kernel files keep to that namespace, always-inlined formulas and compiler builtins: an
-// inline function of the standard library compiled for AVX-512 could become the one copy that the linker keeps for all.
+// Every kernel file is compiled once per instruction set into the namespace fastkd::cpu::FASTKD_ISA. Kernel files use
+// only that namespace, always-inlined formulas and compiler builtins: the linker keeps one copy of an inline function
+// of the standard library, and that copy could be the one compiled for AVX-512.
 #pragma once
 
 #if defined(FASTKD_ISA_X86)
@@ -15,11 +15,11 @@ namespace fastkd::cpu {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The best instruction set of this machine, or the lesser one that the environment variable FASTKD_CPU_ISA asks for;
-// decided once. Throws std::runtime_error when that variable asks for one that is not there.
+// Return the machine's best instruction set, or the lesser one requested by the environment variable FASTKD_CPU_ISA.
+// Decided once. Throws std::runtime_error if the machine lacks the requested one.
 Isa isa();
 const char* isa_name(Isa isa);
-// Whether isa() is avx512 and the machine also multiplies pairs of bfloat16 into float (AVX512-BF16).
+// Return whether isa() is avx512 and the machine has AVX512-BF16, which multiplies pairs of bfloat16 into float.
 bool bf16_products();
 
 } // namespace fastkd::cpu

@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time.
+// Run-time choice of the instruction set.
 #include "cpu/kernels.h"
 
 #include <cstdlib>
@@ -23,7 +23,7 @@ Isa best_isa() {
         __builtin_cpu_supports("avx512vl")) {
         return Isa::avx512;
     }
-    // Machines with AVX2 have F16C too, and older compilers cannot ask for it.
+    // Machines with AVX2 also have F16C, which older compilers cannot query.
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         return Isa::avx2;
     }
@@ -33,21 +33,22 @@ Isa best_isa() {
 
 Isa chosen_isa() {
     const Isa best = best_isa();
-    const char* wish = std::getenv("FASTKD_CPU_ISA");
-    if (wish == nullptr || *wish == '\0') {
+    const char* requested = std::getenv("FASTKD_CPU_ISA");
+    if (requested == nullptr || *requested == '\0') {
         return best;
     }
-    std::string known;
+    std::string available;
     for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
         if (isa > best) {
             break;
         }
-        if (wish == std::string(isa_name(isa))) {
+        if (requested == std::string(isa_name(isa))) {
             return isa;
         }
-        known += std::string(known.empty() ? "" : ", ") + isa_name(isa);
+        available += std::string(available.empty() ? "" : ", ") + isa_name(isa);
     }
-    throw std::runtime_error("FASTKD_CPU_ISA: expected one that this machine has (" + known + "), got '" + wish + "'");
+    throw std::runtime_error("FASTKD_CPU_ISA: expected an instruction set of this machine (" + available + "), got '" +
+                             requested + "'");
 }
 
 } // namespace

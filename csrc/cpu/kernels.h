@@ -1,5 +1,5 @@
-// Every CPU kernel, for every instruction set. A new kernel is a line in Kernels, one in the macro below it, and one in
-// the table of kernels.cpp.
+// The table of CPU kernels, one per instruction set. A new kernel needs a line in Kernels, one in the macro below it
+// and one in the table of kernels.cpp.
 #pragma once
 
 #include "common/dtype.h"
@@ -9,7 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/relation/plan.h"
 
-// cmake/Exact.cmake undoes what the environment asks for; a build without it ends here.
+// cmake/Exact.cmake undoes fast-math flags from the environment; a build without it fails here.
 #if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(__NO_SIGNED_ZEROS__)
 #error "fastkd needs exact arithmetic: remove -ffast-math, -Ofast and their like, or append -fno-fast-math \
@@ -18,8 +18,8 @@
 
 namespace fastkd::cpu {
 
-// Kernels share out rows, or chunks of pixels, over `threads` OpenMP threads. Each is summed by one of them in a fixed
-// order, so results do not depend on their number.
+// Kernels distribute rows or chunks of pixels over `threads` OpenMP threads. One thread sums each in a fixed order, so
+// results do not depend on the number of threads.
 struct Kernels {
     void (*softmax_kl_forward)(const softmax_kl::Forward& args, int threads);
     void (*softmax_kl_backward)(const softmax_kl::Backward& args, int threads);
@@ -29,11 +29,11 @@ struct Kernels {
     void (*relation_stored_backward)(const relation::Backward& args, const RelationPlan& plan);
     void (*relation_gram_forward)(const relation::Forward& args, const GramPlan& plan, int threads);
     void (*relation_gram_backward)(const relation::Backward& args, const GramPlan& plan);
-    // What a forward or a backward of this problem takes with so many threads.
+    // Return the workspace of a forward or backward of this problem with this number of threads.
     pixel_word::Workspace (*pixel_word_workspace)(const pixel_word::Problem& problem, bool backward, int threads);
     void (*pixel_word_forward)(const pixel_word::Forward& args, int threads);
     void (*pixel_word_backward)(const pixel_word::Backward& args, int threads);
-    // e^x, x <= 0, of `count` contiguous elements of Float32 or Float64: the kernels' own exp, for tests to measure.
+    // Write e^x, x <= 0, of `count` contiguous elements of Float32 or Float64 by the kernels' own exp. For tests.
     void (*exp)(const void* input, void* output, std::int64_t count, DType dtype);
 };
 
@@ -55,7 +55,7 @@ struct Kernels {
 FASTKD_FOR_EACH_ISA(FASTKD_DECLARE_KERNELS)
 #undef FASTKD_DECLARE_KERNELS
 
-// Those of isa().
+// Return the kernels of isa().
 const Kernels& kernels();
 
 } // namespace fastkd::cpu

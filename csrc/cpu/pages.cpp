@@ -8,13 +8,13 @@ namespace fastkd::cpu {
 
 void advise_huge_pages(void* begin, std::int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::int64_t kept_by_malloc = 16 * 1024 * 1024; // less mostly is, from one call to the next
+    constexpr std::int64_t malloc_reuse_bytes = 16 * 1024 * 1024; // malloc mostly reuses smaller blocks
     constexpr std::uintptr_t page = 2 * 1024 * 1024;
     const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(begin) + page - 1) / page * page;
     const std::uintptr_t to =
         (reinterpret_cast<std::uintptr_t>(begin) + static_cast<std::uintptr_t>(bytes)) / page * page;
-    if (begin != nullptr && bytes >= kept_by_malloc && to > from) {
-        madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE); // refused: pages stay small
+    if (begin != nullptr && bytes >= malloc_reuse_bytes && to > from) {
+        madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE); // if refused, pages stay small
     }
 #else
     (void)begin;

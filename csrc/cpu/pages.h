@@ -1,14 +1,13 @@
-// Very large results come as fresh memory each time (malloc keeps smaller ones for the next call), and its first touch
-// costs more than the kernel that writes it: 1 us per 4 KiB on a virtual machine. Where the system gives huge pages on
-// advice, a 2 MiB page costs one touch.
+// Huge pages for large results. malloc maps fresh memory for a very large result on each call (it reuses smaller
+// blocks), and page faults then cost more than the kernel: 1 us per 4 KiB page on a virtual machine. With transparent
+// huge pages enabled by madvise there is one fault per 2 MiB.
 #pragma once
 
 #include <cstdint>
 
 namespace fastkd::cpu {
 
-// Asks for huge pages under [begin, begin + bytes), as far as they lie wholly inside, if that is 16 MiB or more.
-// Changes nothing but speed.
+// Request huge pages for the whole pages of [begin, begin + bytes) if that is 16 MiB or more. Affects speed only.
 void advise_huge_pages(void* begin, std::int64_t bytes);
 
 } // namespace fastkd::cpu

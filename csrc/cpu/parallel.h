@@ -1,4 +1,4 @@
-// Loops shared out over threads.
+// Parallel loops.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// body(index, thread) for every index; thread < threads says whose scratch memory to use.
+// Call body(index, thread) for every index. thread < threads selects the scratch memory.
 template <class Body>
 inline __attribute__((always_inline)) void parallel_for(int threads, std::int64_t count, const Body& body) {
 #if defined(_OPENMP)

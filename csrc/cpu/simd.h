@@ -1,6 +1,6 @@
-// Vectors of one instruction set, written with the vector extensions of GCC and Clang: arithmetic, comparison and
-// `mask ? a : b` are the language's own. What is here is what those lack: conversions of the storage types, the ends
-// of a row, reductions in a fixed order, and stores past the cache.
+// Vectors of one instruction set by the vector extensions of GCC and Clang, which provide arithmetic, comparisons and
+// `mask ? a : b`. This file adds conversions of the storage types, row tails, reductions in a fixed order, and
+// non-temporal stores.
 #pragma once
 
 #include "common/dtype.h"
@@ -18,7 +18,7 @@
 #endif
 
 #define FASTKD_INLINE inline __attribute__((always_inline))
-#define FASTKD_NOINLINE inline __attribute__((noinline)) // one copy for all that call it
+#define FASTKD_NOINLINE inline __attribute__((noinline)) // one copy for all callers
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -58,7 +58,7 @@ FASTKD_INLINE Vec<T> broadcast(T value) {
     return Vec<T>{} + value;
 }
 
-// a > b ? a : b, so a NaN in `a` is passed over and one in `b` is kept.
+// a > b ? a : b, which ignores a NaN in `a` and returns a NaN in `b`.
 FASTKD_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);
@@ -82,7 +82,7 @@ FASTKD_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// ---- loads and stores of lanes<Compute<S>> elements, at any address ------------------------------------------------
+// ---- unaligned loads and stores of lanes<Compute<S>> elements ------------------------------------------------------
 
 template <class V, class S>
 FASTKD_INLINE V load_raw(const S* from) {
@@ -100,7 +100,7 @@ FASTKD_INLINE Vec<float> load(const float* from) {
 FASTKD_INLINE Vec<double> load(const double* from) {
     return load_raw<Vec<double>>(from);
 }
-// GCC takes several instructions for these where the machine has one.
+// GCC emits several instructions for these conversions; the machine has one.
 FASTKD_INLINE Words widen(Shorts value) {
 #if defined(__AVX512F__)
     return bit_cast<Words>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(value)));
@@ -129,14 +129,14 @@ FASTKD_INLINE Vec<float> load(const Half* from) {
 #else
     const Words half = widen(load_raw<Shorts>(from));
     const Words magnitude = (half & 0x7fff) << 13;
-    // The product moves the exponent's bias from 15 to 127, and makes subnormals normal.
+    // The product changes the exponent's bias from 15 to 127 and makes subnormals normal.
     const Words finite = bit_cast<Words>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
     const Words sign = (half & 0x8000) << 16;
     return bit_cast<Vec<float>>(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
 #endif
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even; NaN stays NaN.
 FASTKD_INLINE Shorts narrow(Vec<float> value, BFloat16) {
     const Words bits = bit_cast<Words>(value);
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -152,7 +152,7 @@ FASTKD_INLINE Shorts narrow(Vec<float> value, Half) {
     const Words sign = bits & 0x80000000u;
     const Words size = bits ^ sign;
     const Words normal = (size + 0xc8000fffu + ((size >> 13) & 1)) >> 13; // re-biased and rounded; 65520 becomes inf
-    // Adding 0.5 lines a subnormal half's last bit up with the float's, and rounds.
+    // Adding 0.5 aligns the last bit of a subnormal half with the float's and rounds.
     const Words tiny = bit_cast<Words>(bit_cast<Vec<float>>(size) + 0.5f) - 0x3f000000u;
     const Words infinite = bit_cast<Words>(size > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u);
     const Words half = size < 0x38800000u ? tiny : (size >= 0x47800000u ? infinite : normal);
@@ -175,11 +175,11 @@ FASTKD_INLINE void store(S* to, V value) {
     __builtin_memcpy(to, &raw, sizeof(raw));
 }
 
-// To an address that is a multiple of what is stored, past the caches where the machine can; finish with stream_fence.
+// Non-temporal store to an address aligned to the stored size, where the machine has one. Finish with stream_fence.
 template <class S, class V>
 FASTKD_INLINE void store_stream(S* to, V value) {
     const auto raw = as_stored<S>(value);
-#if defined(FASTKD_SANITIZE) // the instructions below are unknown to sanitizers, and refuse other addresses themselves
+#if defined(FASTKD_SANITIZE) // sanitizers do not track the instructions below, which fault on unaligned addresses
     if (reinterpret_cast<std::uintptr_t>(to) % sizeof(raw) != 0) {
         __builtin_trap();
     }
@@ -207,7 +207,7 @@ FASTKD_INLINE void stream_fence() {
 #endif
 }
 
-// ---- the end of a row ----------------------------------------------------------------------------------------------
+// ---- row tails -----------------------------------------------------------------------------------------------------
 
 template <class T>
 FASTKD_INLINE Bits<T> lane_index() {
@@ -218,10 +218,10 @@ FASTKD_INLINE Bits<T> lane_index() {
     return index;
 }
 
-// The last `rest` (0 < rest < lanes) of a row's `count` elements, every other lane filled with `fill`. Where the row is
-// long enough they are read together with elements before them: see store_end, which writes the same lanes back.
+// Load the last `rest` (0 < rest < lanes) of a row's `count` elements, all other lanes filled with `fill`. If the row
+// has at least `lanes` elements, its last vector is read and the lanes before the tail are replaced.
 template <class S, class T = Compute<S>>
-FASTKD_INLINE Vec<T> load_end(const S* row, std::int64_t count, std::int64_t rest, T fill) {
+FASTKD_INLINE Vec<T> load_tail(const S* row, std::int64_t count, std::int64_t rest, T fill) {
     using Bit = typename BitsOf<T>::type;
     if (count >= lanes<T>) {
         return lane_index<T>() < static_cast<Bit>(lanes<T> - rest) ? broadcast(fill) : load(row + count - lanes<T>);
@@ -243,7 +243,7 @@ FASTKD_INLINE T sum_lanes(typename VectorOf<T, count>::type value) {
         return sum_lanes<T, count / 2>(half[0] + half[1]);
     }
 }
-// Lanes are added in double: the last few sums are the largest, and their roundings would be too.
+// Lanes are added in double: the last few sums are the largest and would have the largest rounding errors.
 FASTKD_INLINE double sum(Vec<float> value) {
     constexpr int count = lanes<float> / 2;
     using Doubles = VectorOf<double, count>::type;

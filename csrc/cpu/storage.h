@@ -1,11 +1,11 @@
-// Code for each type that elements are stored in.
+// Dispatch over the storage types.
 #pragma once
 
 #include "cpu/simd.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// body(S{}) for the storage type S, of those whose arithmetic is in T.
+// Call body(S{}) with the storage type S of `dtype`, one whose arithmetic is in T.
 template <class T, class Body>
 FASTKD_INLINE void with_storage_of(DType dtype, const Body& body) {
     if constexpr (sizeof(T) == 8) {
@@ -19,7 +19,7 @@ FASTKD_INLINE void with_storage_of(DType dtype, const Body& body) {
     }
 }
 
-// Of all of them.
+// Call body(S{}) with the storage type S of `dtype`.
 template <class Body>
 FASTKD_INLINE void with_storage(DType dtype, const Body& body) {
     dtype == DType::Float64 ? with_storage_of<double>(dtype, body) : with_storage_of<float>(dtype, body);

@@ -1,4 +1,4 @@
-// The kernels' exp of arrays of every length, ends included.
+// Check exp of arrays of every length, including row tails.
 #include "tests/sanitize.h"
 
 namespace fastkd::sanitize {

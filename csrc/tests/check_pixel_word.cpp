@@ -1,5 +1,5 @@
-// pixel_word forward and backward against plain loops in double, which do hold the matrices of pixels x pixels:
-// features and logits, rows and maps, masks whose pixels are NaN, words that one network alone has.
+// Check pixel_word, forward and backward, against plain loops in double that build the pixels x pixels matrices:
+// features and logits, rows and maps, masked pixels that are NaN, words that only one network has.
 #include "tests/pixel_word_oracle.h"
 
 namespace fastkd::sanitize {
@@ -7,7 +7,7 @@ namespace {
 
 using pixel_word::Array;
 
-// One network's pixels, as the kernel gets them and in double, the masked ones as zeros.
+// One network's pixels, as passed to the kernel and in double with masked ones set to zero.
 template <class S>
 struct Input {
     Input(const Case& c, bool maps, const Layout& layout, std::int64_t columns, const std::vector<std::uint8_t>& mask,
@@ -40,14 +40,14 @@ struct Input {
 
 std::vector<std::uint8_t> random_mask(std::int64_t batch, std::int64_t count, bool masked, Random& random) {
     std::vector<std::uint8_t> mask(masked ? batch * count : 0);
-    for (std::size_t i = 0; i < mask.size(); ++i) { // never a sample without any
+    for (std::size_t i = 0; i < mask.size(); ++i) { // every sample has at least one
         mask[i] = random.bits() % 3 != 0 || static_cast<std::int64_t>(i) % count == count / 2;
     }
     return mask;
 }
 
-struct Exactly { // as large as the mask, for the sanitizers to see beyond it
-    explicit Exactly(const std::vector<std::uint8_t>& mask) : buffer(static_cast<std::int64_t>(mask.size())) {
+struct ExactBuffer { // allocated to the exact size, so that sanitizers see accesses beyond the end
+    explicit ExactBuffer(const std::vector<std::uint8_t>& mask) : buffer(static_cast<std::int64_t>(mask.size())) {
         std::copy(mask.begin(), mask.end(), buffer.data());
     }
     const std::uint8_t* data() const { return buffer.size() > 0 ? buffer.data() : nullptr; }
@@ -60,9 +60,9 @@ void compare(const Case& c) {
     Random random(static_cast<std::uint64_t>(c.pixels * 131 + c.words_s * 17 + c.width_s * 7 + c.threads));
     const auto mask = random_mask(c.batch, c.pixels, c.masked_pixels, random);
     const auto mask_s = random_mask(c.batch, c.words_s, c.masked_words, random);
-    const bool apart = c.terms == pixel_word::pixel_pixel; // where words may differ
-    const auto mask_t = apart ? random_mask(c.batch, c.words_t, c.masked_words, random) : mask_s;
-    const Exactly pixel_mask(mask), word_mask_s(mask_s), word_mask_t(mask_t);
+    const bool words_may_differ = c.terms == pixel_word::pixel_pixel; // the networks' words may differ
+    const auto mask_t = words_may_differ ? random_mask(c.batch, c.words_t, c.masked_words, random) : mask_s;
+    const ExactBuffer pixel_mask(mask), word_mask_s(mask_s), word_mask_t(mask_t);
     Input<S> student(c, c.maps_s, c.student, c.columns_s(), mask, random);
     Input<S> teacher(c, c.maps_t, c.teacher, c.columns_t(), mask, random);
     const auto words_of = [&](std::int64_t count, std::int64_t width) {
@@ -117,7 +117,7 @@ void compare(const Case& c) {
         Buffer<char> workspace(workspace_of(false));
         cpu::kernels().pixel_word_forward({problem, kept, loss.data(), workspace.data()}, c.threads);
     }
-    // The gradient has the student's layout, dense or not; what lies between its rows is not its own.
+    // The gradient has the student's layout, dense or not; the gaps between its rows must stay untouched.
     const bool maps = student.array().column != 1;
     const std::int64_t rows = maps ? c.columns_s() : c.pixels, length = maps ? c.pixels : c.columns_s();
     const std::int64_t step = c.grad.stride_row;
@@ -126,7 +126,7 @@ void compare(const Case& c) {
     S* const to = grad.data() + c.grad.offset;
     {
         if (c.features() && problem.teacher.width > 0) {
-            problem.teacher.pixels.data = nullptr; // its logits are kept
+            problem.teacher.pixels.data = nullptr; // its logits were saved
         }
         Buffer<char> workspace(workspace_of(true));
         pixel_word::Backward args{};
@@ -182,7 +182,7 @@ void compare(const Case& c) {
                                                             " " + std::to_string(got) + ", not " +
                                                             std::to_string(want[term]));
         }
-        // dV and dL from du, and the largest numbers they are summed from.
+        // dV and dL from du, and the largest magnitudes in their sums.
         bool right = true;
         const double scale = c.scale(c.width_s);
         Doubles dl(c.words_s * c.width_s);
@@ -225,14 +225,14 @@ void compare(const Case& c) {
         const S nothing = Buffer<S>(1)[0];
         untouched = untouched && (own[i] || std::memcmp(&grad[i], &nothing, sizeof(S)) == 0);
     }
-    expect(untouched, where + "any: memory between the gradient's rows");
+    expect(untouched, where + "any: the gaps between the gradient's rows were written");
 }
 
 template <class S>
 void shapes(int offset) {
     constexpr int some_terms[] = {15, 4, 1, 2, 8, 12, 3, 6};
-    int turn = offset; // walks through what a full product would repeat too often
-    for (const std::int64_t pixels : {1, 15, 16, 17, 64, 65, 129, 300, 512}) { // around panels, and some chunks
+    int turn = offset; // cycles through options instead of a full product
+    for (const std::int64_t pixels : {1, 15, 16, 17, 64, 65, 129, 300, 512}) { // around panel sizes, and several chunks
         for (const std::int64_t width : {0, 1, 3, 16, 33, 260}) {
             for (const std::int64_t words : {1, 5, 20, 33}) {
                 ++turn;
@@ -263,7 +263,7 @@ void shapes(int offset) {
                 };
                 c.student = of(c.maps_s, c.columns_s())[turn % 5];
                 c.teacher = of(c.maps_t, c.columns_t())[turn * 2 % 5];
-                const bool maps = c.maps_s && c.student.stride_row != 1; // a column of 1 pixel is a row
+                const bool maps = c.maps_s && c.student.stride_row != 1; // a map of one pixel is a row
                 c.grad = of(maps, c.columns_s())[maps && pixels == 1 ? 1 : turn % 3];
                 compare<S>(c);
             }

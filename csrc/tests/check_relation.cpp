@@ -1,5 +1,5 @@
-// relation forward and backward against plain loops in double: both ways of walking the matrix, every distance, rows
-// as rows and as columns, workspaces as small as may be.
+// Check relation, forward and backward, against plain loops in double: every form and distance, features by rows and by
+// columns, and the smallest possible workspaces.
 #include <algorithm>
 
 #include "tests/sanitize.h"
@@ -13,8 +13,8 @@ using relation::Similarity;
 struct Case {
     relation::Options options;
     std::int64_t width_s, width_t;
-    bool gram, stored, tight; // mse from Gram matrices; tiles stored; the least workspace
-    bool columns;             // features as (batch, width, rows), as maps are
+    bool gram, stored, tight; // the form (streamed if neither), and the smallest workspace
+    bool columns;             // features as (batch, width, rows), as in maps
     Layout student, teacher, grad;
     int threads;
 };
@@ -26,7 +26,7 @@ struct Matrix {
     double* operator[](std::int64_t r) { return data.data() + r * cols; }
 };
 
-// x^ of all samples, and what each row was multiplied by.
+// x^ of all samples, and the rows' scales.
 struct Scaled {
     Matrix x;
     std::vector<double> scale;
@@ -78,7 +78,8 @@ void softmax(std::vector<double>& logits, double& log_sum) {
     }
 }
 
-// One row's loss, and its derivative by each element of the student's row of E, a difference of numbers of size `size`.
+// One row's loss, and its derivative by each element of the student's row of E, a difference of terms of magnitude
+// `size`.
 double distance(const relation::Options& o, const std::vector<double>& e_s, const std::vector<double>& e_t,
                 std::vector<double>& slope, std::vector<double>& size) {
     const auto count = static_cast<std::int64_t>(e_s.size());
@@ -117,12 +118,12 @@ double distance(const relation::Options& o, const std::vector<double>& e_s, cons
     return 2 - 2 * cosine;
 }
 
-// The size of what the gradient is summed from, before and after the networks' difference is taken.
+// Magnitudes of the gradient's summands, before and after taking the networks' difference.
 struct Sizes {
     double terms, products;
 };
 
-// What the kernel must find: losses, and the gradient by x.
+// The expected losses and gradient.
 Sizes oracle(const Case& c, Scaled& s, Scaled& t, const std::vector<double>& grad, std::vector<double>& loss,
              Matrix& dx) {
     const relation::Options& o = c.options;
@@ -179,7 +180,7 @@ relation::Rows described(const Case& c, Rows<S>& x, const Layout& layout, std::i
     return {x.data(), width, layout.stride_batch, c.columns ? 1 : layout.stride_row, c.columns ? layout.stride_row : 1};
 }
 
-// `plan(limit)` within the usual workspace, or within the least.
+// Call `plan(limit)` with the default limit, or with the smallest possible one.
 template <class Plan>
 auto within_limit(bool tight, Plan plan) {
     return plan(tight ? plan(0).minimum : std::int64_t(32) << 20);
@@ -215,7 +216,7 @@ void compare(Case c) {
                          : Rows<S>(o.batch, o.rows, width, layout, Values::normal, random);
     };
     Rows<S> student = tensor(c.student, c.width_s), teacher = tensor(c.teacher, c.width_t);
-    if (o.rows > 3 && o.distance != Distance::row_cosine) { // a row without a direction
+    if (o.rows > 3 && o.distance != Distance::row_cosine) { // a row of zero norm
         for (std::int64_t k = 0; k < c.width_s; ++k) {
             *(c.columns ? &student.row(0, k)[2] : &student.row(0, 2)[k]) = to_storage<S>(0);
         }
@@ -271,7 +272,7 @@ void compare(Case c) {
     }
     Matrix dx(o.batch * o.rows, c.width_s);
     const Sizes size = oracle(c, s, t, weights, want, dx);
-    // The matrix that bfloat16 rows are multiplied with may be rounded like them.
+    // The matrix that multiplies bfloat16 rows may be rounded to bfloat16.
     const double error =
         200 * rounding<T> * size.terms + (dtype_of<S> == DType::BFloat16 ? rounding<S> * size.products : 0);
     const std::string where =
@@ -298,8 +299,8 @@ void compare(Case c) {
 
 template <class S>
 void shapes(int offset) {
-    int turn = offset; // walks through what a full product would repeat too often
-    for (const std::int64_t rows : {1, 2, 5, 31, 47, 48, 49, 95, 96, 97, 145, 200}) { // around both kinds of block
+    int turn = offset; // cycles through options instead of a full product
+    for (const std::int64_t rows : {1, 2, 5, 31, 47, 48, 49, 95, 96, 97, 145, 200}) { // around both block sizes
         for (const std::int64_t width : {1, 3, 16, 17, 49, 257}) {
             if (rows * width > 20000) {
                 continue;
@@ -325,7 +326,7 @@ void shapes(int offset) {
             c.tight = turn % 3 == 1;
             c.columns = turn % 4 < 2;
             c.threads = thread_counts[turn / 2 % 4];
-            // One row for all relates everything to everything alike: left to the teacher.
+            // The layout "one row" makes all relations equal: only for the teacher.
             const auto s = c.columns ? layouts(batch, c.width_s, rows) : layouts(batch, rows, c.width_s);
             const auto t = c.columns ? layouts(batch, c.width_t, rows) : layouts(batch, rows, c.width_t);
             c.student = s[turn % 4];

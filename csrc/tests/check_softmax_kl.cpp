@@ -1,4 +1,4 @@
-// softmax_kl forward and backward against a plain loop in double.
+// Check softmax_kl, forward and backward, against plain loops in double.
 #include "tests/sanitize.h"
 
 namespace fastkd::sanitize {
@@ -10,7 +10,7 @@ struct Case {
     Values values;
     int threads;
     Layout student, teacher;
-    Layout grad; // its rows are single numbers
+    Layout grad; // of (batch, rows) with one column
 };
 
 template <class S>
@@ -55,7 +55,7 @@ void call(const Case& c, Rows<S>& student, Rows<S>& teacher, Rows<Compute<S>>& g
     cpu::kernels().softmax_kl_backward(backward, c.threads);
 }
 
-// Logits of 1e4 need more than a double for their logarithms to be exact to a double.
+// At logits of 1e4 a log-sum-exp accurate to a double needs more than double arithmetic.
 template <class S>
 long double log_sum_exp(const S* row, std::int64_t cols, double temperature) {
     double max = -HUGE_VAL, sum = 0;
@@ -81,7 +81,7 @@ void compare(const Case& c) {
                               std::to_string(c.rows) + "x" + std::to_string(c.cols) + " student " + c.student.name +
                               ", teacher " + c.teacher.name + ", " + std::to_string(c.threads) + " threads, row ";
     const long double tau = c.temperature;
-    const std::int64_t step = c.rows > 1000 ? 7 : 1; // the sanitizers watch every row, the plain loop is slow
+    const std::int64_t step = c.rows > 1000 ? 7 : 1; // the plain loop is slow; the sanitizers still see every row
     for (std::int64_t b = 0; b < c.batch; ++b) {
         for (std::int64_t r = 0; r < c.rows; r += step) {
             const std::int64_t index = b * c.rows + r;
@@ -89,7 +89,7 @@ void compare(const Case& c) {
             const long double lse_s = log_sum_exp(s, c.cols, c.temperature);
             const long double lse_t = log_sum_exp(t, c.cols, c.temperature);
             const double scale = to_double(*grad_loss.row(b, r)) / c.temperature;
-            // A log-sum-exp reaches the backward as a double.
+            // The backward receives the log-sum-exp as a double.
             const double far = rounding<double> * static_cast<double>(std::fabs(lse_s) + std::fabs(lse_t));
             double loss = 0;
             bool right = true;
@@ -97,7 +97,7 @@ void compare(const Case& c) {
                 const double log_s = static_cast<double>(to_double(s[i]) / tau - lse_s);
                 const double log_t = static_cast<double>(to_double(t[i]) / tau - lse_t);
                 const double p_t = std::exp(log_t);
-                // As fp32 sees it: what underflows there is gone.
+                // As in fp32: values that underflow there become 0.
                 loss += p_t < std::numeric_limits<T>::min() ? 0 : p_t * (log_t - log_s);
                 right = right && near(to_double(results.grad[index * c.cols + i]), scale * (std::exp(log_s) - p_t),
                                       2 * rounding<S>, smallest<S> + (64 * rounding<T> + far) * std::fabs(scale));
@@ -113,13 +113,13 @@ void compare(const Case& c) {
 
 template <class S>
 void shapes() {
-    int turn = 0; // walks through layouts, values and threads that a full product would repeat too often
+    int turn = 0; // cycles through layouts, values and threads instead of a full product
     const auto compare_in_turn = [&](std::int64_t batch, std::int64_t rows, std::int64_t cols) {
         const auto choices = layouts(batch, rows, cols);
         const auto grads = layouts(batch, rows, 1);
         const double temperatures[] = {1, 4, 0.05};
         const Values values = every_kind[turn % 3];
-        // Where logits are far apart and cold, fp32 itself rounds them more than these tolerances.
+        // At large logits and low temperatures fp32 rounding itself exceeds these tolerances.
         const double temperature = values == Values::far ? 4 : temperatures[turn / 3 % 3];
         compare<S>({batch, rows, cols, temperature, values, thread_counts[turn % 4], choices[turn % 5],
                     choices[turn * 2 % 5], grads[turn * 3 % 5]});
@@ -138,7 +138,7 @@ void shapes() {
             compare_in_turn(3, 90000 / cols / 3, cols);
         }
     }
-    // A gradient large enough to be written past the caches, rows at every alignment, two threads and more.
+    // A gradient large enough for non-temporal stores, rows at every alignment, two threads and more.
     turn += (5 - turn % 4) % 4;
     const std::int64_t large = 4 * 1024 * 1024 / static_cast<std::int64_t>(sizeof(S));
     compare_in_turn(1, large / 37 + 1, 37);

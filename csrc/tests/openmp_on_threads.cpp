@@ -1,9 +1,8 @@
-// The OpenMP calls that GCC makes, answered with std::thread. For ThreadSanitizer alone: it knows the creation and the
-// joining of these threads, and has no knowledge of how libgomp's wait for each other. The kernels are compiled with
-// -fopenmp as ever; a construct that they use and this file lacks is an undefined symbol when the driver is linked.
+// GCC's OpenMP runtime interface implemented with std::thread, for ThreadSanitizer: it understands the creation and
+// joining of these threads, but not libgomp's synchronisation. The kernels are still compiled with -fopenmp; a
+// construct that this file lacks is an undefined symbol when the driver is linked.
 //
-// Chunks of dynamic loops are handed out without ordering any other memory, so that the threads' work stays unordered
-// wherever OpenMP leaves it so.
+// Chunks of dynamic loops are claimed with relaxed atomics, so that no ordering is added beyond what OpenMP guarantees.
 #include <atomic>
 #include <condition_variable>
 #include <map>
@@ -27,11 +26,11 @@ struct Team {
     std::mutex mutex;
     std::condition_variable arrived;
     unsigned waiting = 0, generation = 0;
-    std::map<unsigned, std::unique_ptr<Loop>> loops; // by their order in the region
+    std::map<unsigned, std::unique_ptr<Loop>> loops; // by order in the region
     std::map<unsigned, bool> singles;
 };
 
-// What a thread is in its team, and how many loops and `single` blocks it has met there.
+// A thread's place in its team, and the number of loops and `single` blocks it has entered.
 struct Member {
     Team* team = nullptr;
     unsigned number = 0;
@@ -79,7 +78,7 @@ bool next_chunk(long* begin, long* end) {
 }
 
 bool start_loop(long first, long last, long step, long chunk, long* begin, long* end) {
-    static thread_local std::unique_ptr<Loop> alone; // outside any region
+    static thread_local std::unique_ptr<Loop> alone; // outside of parallel regions
     if (self.team == nullptr) {
         alone = std::make_unique<Loop>(first, last, step, chunk);
         self.loop = alone.get();
@@ -155,7 +154,7 @@ void GOMP_atomic_end() {
     atomic_section.unlock();
 }
 
-// Guided loops are dynamic ones of chunks that shrink: here they don't.
+// Guided loops run as dynamic ones, without shrinking chunks.
 #define FASTKD_LOOPS(kind)                                                                                             \
     void GOMP_parallel_loop_##kind(void (*body)(void*), void* data, unsigned threads, long first, long last,           \
                                    long step, long chunk, unsigned) {                                                  \

@@ -1,4 +1,4 @@
-// What pixel_word's kernels must find for one sample, by plain loops in double that do hold pixels x pixels.
+// Expected results of pixel_word for one sample, by plain loops in double that build the pixels x pixels matrices.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +9,13 @@ namespace fastkd::sanitize {
 namespace {
 
 struct Case {
-    std::int64_t batch, pixels, words_s, words_t, width_s, width_t; // widths of 0: logits
+    std::int64_t batch, pixels, words_s, words_t, width_s, width_t; // a width of 0: logits are given
     bool cosine, maps_s, maps_t, masked_pixels, masked_words;
     int terms;
     double temperature;
     Layout student, teacher, grad; // of (rows, features), or (features, rows) for maps
     int threads;
-    bool for_pixels, for_words, tight; // the least workspace
+    bool for_pixels, for_words, tight; // `tight`: the smallest workspace
     bool bf16_words;
 
     bool features() const { return width_s > 0; }
@@ -28,7 +28,7 @@ struct Case {
 
 using Doubles = std::vector<double>;
 
-// One network's logits of one sample (N, words), -inf where there is no word, and what the features were divided by.
+// One network's logits of one sample (N, words), -inf for missing words, and the norms that divide the features.
 struct Attention {
     Doubles logits, pixel_norms, word_norms;
 };
@@ -64,7 +64,7 @@ Attention attention(const Case& c, const double* pixels, const double* words, st
     return to;
 }
 
-// Softmax, and its logarithm, of `count` logits `step` apart, but for those left out.
+// Softmax and log-softmax of `count` logits `step` apart, without the masked ones.
 void softmax(const double* x, std::int64_t count, std::int64_t step, const std::uint8_t* mask, double* p,
              double* log_p) {
     double max = -HUGE_VAL, sum = 0;
@@ -89,7 +89,7 @@ double kl(const Doubles& p_t, const Doubles& log_t, const Doubles& log_s) {
     return sum;
 }
 
-// A sample's four losses, and their gradient by the student's scaled logits. `mask`: of pixels, or null.
+// A sample's four losses and their gradient by the student's scaled logits. `mask` is the pixel mask or null.
 void oracle(const Case& c, const Attention& s, const Attention& t, const std::uint8_t* mask, std::int64_t valid_words,
             const double* grad, double* loss, Doubles& du) {
     const std::int64_t n = c.pixels, words = c.words_s;
@@ -101,7 +101,7 @@ void oracle(const Case& c, const Attention& s, const Attention& t, const std::ui
     std::fill(du.begin(), du.end(), 0.0);
     Doubles a(n * words), log_a(n * words), b(n * c.words_t), log_b(n * c.words_t), da(n * words);
     for (std::int64_t p = 0; p < n; ++p) {
-        if (mask == nullptr || mask[p] != 0) { // all else stays 0
+        if (mask == nullptr || mask[p] != 0) { // the rest stays 0
             softmax(&s.logits[p * words], words, 1, nullptr, &a[p * words], &log_a[p * words]);
             softmax(&t.logits[p * c.words_t], c.words_t, 1, nullptr, &b[p * c.words_t], &log_b[p * c.words_t]);
         }
@@ -167,7 +167,7 @@ void oracle(const Case& c, const Attention& s, const Attention& t, const std::ui
     }
 }
 
-// dx of x with x/norm in the logits, from dx^: what lies along x does not count.
+// The gradient of x from that of x^ = x/norm: subtract the component along x.
 void unscale(double* dx, const double* x, std::int64_t width, double norm, bool cosine) {
     double along = 0;
     for (std::int64_t d = 0; d < width && cosine; ++d) {

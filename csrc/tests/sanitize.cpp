@@ -1,8 +1,8 @@
-// Runs every kernel over hostile shapes, layouts, values and numbers of threads, under sanitizers.
+// Run every kernel under sanitizers with extreme shapes, layouts, values and numbers of threads.
 //
-//     sanitize [CHECK...]     FASTKD_CPU_ISA picks the instruction set
+//     sanitize [CHECK...]     FASTKD_CPU_ISA selects the instruction set
 //
-// Exit status: 0 all well, 3 a wrong result, 77 an instruction set this machine lacks; a sanitizer's own for its finds.
+// Exit status: 0 success, 3 a wrong result, 77 the machine lacks the instruction set; others come from a sanitizer.
 #include "tests/sanitize.h"
 
 #include <cstdio>

@@ -1,5 +1,5 @@
-// What the checks under sanitizers share: memory without a byte too many, hostile layouts, exact storage conversions,
-// and the list of checks. A family joins with one file check_FAMILY.cpp that defines a `const Check`.
+// Shared by the checks under sanitizers: exactly sized memory, extreme layouts, storage conversions, and the list of
+// checks. A family adds one file check_FAMILY.cpp that defines a `const Check`.
 #pragma once
 
 #include <cmath>
@@ -14,14 +14,14 @@
 
 namespace fastkd::sanitize {
 
-// One function per family; a static Check enters itself in the list that main runs.
+// A static Check registers its function in the list that main runs.
 struct Check {
     Check(const char* name, void (*run)());
     const char* name;
     void (*run)();
 };
 
-// Counts; says what failed.
+// Count the result, and print `what` if it is wrong.
 void expect(bool passed, const std::string& what);
 
 constexpr int thread_counts[] = {1, 2, 3, 5};
@@ -48,11 +48,11 @@ inline double to_double(double x) {
 double to_double(Half x);
 double to_double(BFloat16 x);
 
-// The nearest value that S holds, near enough for tests: halves are cut off, not rounded.
+// Convert to S. Accurate enough for tests: excess bits are truncated, not rounded.
 template <class S>
 S to_storage(double x);
 
-// Half a unit in the last place of S, relative, and what its subnormals add.
+// Half a unit in the last place of S, relative; and the absolute error of its subnormals.
 template <class S>
 constexpr double rounding = sizeof(S) == 8   ? 0x1p-53
                             : sizeof(S) == 4 ? 0x1p-24
@@ -66,12 +66,13 @@ inline constexpr double smallest<Half> = 0x1p-24;
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
-// `count` elements on the heap, the last of which ends where the memory does.
+// `count` elements on the heap; the allocation ends with the last one.
 template <class T>
 class Buffer {
   public:
     explicit Buffer(std::int64_t count) : count_(count), data_(static_cast<T*>(std::malloc(count * sizeof(T)))) {
-        std::memset(static_cast<void*>(data_), 0xff, count * sizeof(T)); // NaN: what must be written, and never read
+        std::memset(static_cast<void*>(data_), 0xff,
+                    count * sizeof(T)); // NaN, which shows reads before writes and missing writes
     }
     ~Buffer() { std::free(data_); }
     Buffer(const Buffer&) = delete;
@@ -94,17 +95,17 @@ struct Layout {
     std::int64_t stride_batch, stride_row, offset;
 };
 
-// Contiguous, off alignment with gaps between rows, rows outside batches, one sample for all, one row for all.
+// Contiguous; unaligned with gaps between rows; rows outermost; one sample broadcast; one row broadcast.
 std::vector<Layout> layouts(std::int64_t batch, std::int64_t rows, std::int64_t cols);
 
-// From the address a tensor starts at, to its last element.
+// Elements from a tensor's start to its last element.
 inline std::int64_t extent(const Layout& layout, std::int64_t batch, std::int64_t rows, std::int64_t cols) {
     return layout.offset + (batch - 1) * layout.stride_batch + (rows - 1) * layout.stride_row + cols;
 }
 
 // ---- values --------------------------------------------------------------------------------------------------------
 
-enum class Values { normal, far, holes }; // of size 1; 1e4; normal with some -inf
+enum class Values { normal, far, holes }; // of magnitude 1; of 1e4; normal with some -inf
 constexpr Values every_kind[] = {Values::normal, Values::far, Values::holes};
 
 class Random {
@@ -118,7 +119,7 @@ class Random {
     std::uint64_t state_;
 };
 
-// A strided tensor of random values; what lies between its rows stays NaN.
+// A strided tensor of random values; the gaps between its rows stay NaN.
 template <class S>
 class Rows {
   public:

@@ -1,4 +1,4 @@
-"""The pixel_word operator and its compiled kernels: cuts, layouts, masks, every instruction set, the promises."""
+"""pixel_word on the CPU: accuracy, layouts, masks, workspace, instruction sets, and the operator contract."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if (reason := dispatch.unavailable_reason("cpu", "pixel_word", "cpu")) is not No
 
 INF, NAN = math.inf, math.nan
 ISAS = ["baseline", "avx2", "avx512"]
-SAME_FOR_ALL = "(fp64 and (37 or 129 or 257)) or test_dtypes or direction or equal or infinite or whatever"
+LANE_DEPENDENT = "(fp64 and (37 or 129 or 257)) or test_dtypes or direction or equal or infinite or identical"
 
 
 def cpu(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -44,9 +44,9 @@ def check(inputs: Sequence[Tensor], ours: Any = cpu, plain: Any = reference, lea
     tools.check(inputs, ours, plain, leaves, **options)
 
 
-# --- right answers ----------------------------------------------------------------------------------------------------
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
-SHAPES = [  # cuts: one pixel; a partial vector, panel, chunk; whole ones; one more. Few words and many; odd widths.
+SHAPES = [  # One pixel; partial and whole vectors, panels and chunks, plus one. Few and many words; odd widths.
     (2, 1, 1, 1, 1),
     (2, 37, 5, 3, 4),
     (1, 128, 20, 16, 32),
@@ -80,8 +80,8 @@ def test_dtypes(dtype: torch.dtype, similarity: str) -> None:
 
 @pytest.mark.parametrize("layout", ["rows", "maps"])
 @pytest.mark.parametrize("shape", [*SHAPES[:5], (2, 150, 21, 64, 96)], ids=str)
-def test_bfloat16_multiplied_as_it_is(shape: tuple[int, ...], layout: str) -> None:
-    """And beside words or a network of another dtype, which are not."""
+def test_bfloat16_without_widening(shape: tuple[int, ...], layout: str) -> None:
+    """Also mixed with words or a network of another dtype, which are widened."""
     half, wide = make(*shape, dtype=torch.bfloat16), make(*shape)
     for inputs in (half, [half[0], wide[1], *half[2:]], [*wide[:2], *half[2:]], [*half[:3], wide[3]]):
         given = as_maps(inputs) if layout == "maps" else inputs
@@ -91,7 +91,7 @@ def test_bfloat16_multiplied_as_it_is(shape: tuple[int, ...], layout: str) -> No
 
 @pytest.mark.parametrize("layout", ["rows", "maps"])
 @pytest.mark.parametrize("shape", [(2, 900, 20, 512), (2, 333, 7, 50)], ids=str)
-def test_bfloat16_gradients_are_as_good_as_rounded_ones(shape: tuple[int, ...], layout: str) -> None:
+def test_bfloat16_gradients_have_only_rounding_error(shape: tuple[int, ...], layout: str) -> None:
     inputs = make(*shape, dtype=torch.bfloat16)
     got = run(cpu, as_maps(inputs) if layout == "maps" else inputs)[1:]
     exact = run(reference, [x.double() for x in inputs])[1:]
@@ -126,7 +126,7 @@ def test_from_logits(n: int, dtype: torch.dtype) -> None:
             check(given, cpu_from_logits, reference_from_logits, 1, **make_masks(2, n, t))
 
 
-def test_other_tokens_in_the_teacher() -> None:
+def test_networks_with_different_tokens() -> None:
     v_s, l_s, v_t, _ = make(2, 200, 5, 16)
     l_t = make(2, 1, 23, 16, seed=1)[3]
     masks = make_masks(2, 200, 5) | {"teacher_word_mask": make_masks(2, 200, 23)["student_word_mask"]}
@@ -145,7 +145,7 @@ def _swapped(masks: Masks) -> Masks:
 
 @pytest.mark.parametrize("fill", [1e30, NAN, INF])
 @pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
-def test_what_masked_entries_hold_touches_nothing(similarity: str, fill: float) -> None:
+def test_values_of_masked_entries_do_not_matter(similarity: str, fill: float) -> None:
     masks = make_masks(2, 300, 12)
     words, pixels = masks["student_word_mask"], masks["pixel_mask"]
     for lay_out in (list, as_maps):
@@ -158,15 +158,15 @@ def test_what_masked_entries_hold_touches_nothing(similarity: str, fill: float) 
         assert (got[1][~pixels] == 0).all()
         assert (got[2][~words] == 0).all()
     logits = [torch.randn(2, 300, 12) for _ in range(2)]
-    kept = pixels[..., None] & words[:, None]
+    valid = pixels[..., None] & words[:, None]
     want = run(cpu_from_logits, logits, 1, **masks)
-    got = run(cpu_from_logits, [x.masked_fill(~kept, fill) for x in logits], 1, **masks)
+    got = run(cpu_from_logits, [x.masked_fill(~valid, fill) for x in logits], 1, **masks)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
-    assert (got[1][~kept] == 0).all()
+    assert (got[1][~valid] == 0).all()
 
 
-def test_masked_pixels_have_no_gradient_though_words_are_nan() -> None:
+def test_masked_pixels_get_a_zero_gradient_even_if_words_are_nan() -> None:
     inputs, masks = make(1, 40, 4, 16), make_masks(1, 40, 4)
     inputs[1][0, 2] = NAN  # a valid word
     for given in (inputs, as_maps(inputs)):
@@ -175,7 +175,7 @@ def test_masked_pixels_have_no_gradient_though_words_are_nan() -> None:
         assert grad[masks["pixel_mask"]].isnan().all()
 
 
-def test_pixels_and_words_with_no_direction_get_no_gradient() -> None:
+def test_pixels_and_words_without_direction_get_a_zero_gradient() -> None:
     inputs = make(2, 40, 6, 16, dtype=torch.float64)
     inputs[0][0, 3] = 0
     inputs[0][1, 5] *= 1e-14
@@ -190,7 +190,7 @@ def test_pixels_and_words_with_no_direction_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
-def test_student_equal_to_teacher_is_zero(similarity: str) -> None:
+def test_equal_networks_give_exactly_zero(similarity: str) -> None:
     v, w, *_ = make(2, 500, 20, 64)
     loss, *grads = run(cpu, [v, w, v.clone(), w.clone()], similarity=similarity, temperature=0.05)
     assert loss.abs().max() == 0
@@ -198,7 +198,7 @@ def test_student_equal_to_teacher_is_zero(similarity: str) -> None:
 
 
 @pytest.mark.parametrize("difference", [1e-2, 1e-3])
-def test_gradients_near_the_teacher_keep_their_digits(difference: float) -> None:
+def test_gradients_are_accurate_near_the_teacher(difference: float) -> None:
     inputs = make(2, 400, 8, 32)
     for i in range(2):
         inputs[i] = inputs[i + 2] + difference * inputs[i]
@@ -211,7 +211,7 @@ def test_gradients_near_the_teacher_keep_their_digits(difference: float) -> None
 
 def test_infinite_logits() -> None:
     m_s, m_t = torch.randn(2, 60, 5), torch.randn(2, 60, 5)
-    m_s[0, 0, 1] = m_t[0, 0, 1] = -INF  # excluded by both
+    m_s[0, 0, 1] = m_t[0, 0, 1] = -INF  # excluded by both networks
     m_t[0, 1, 2] = -INF  # by the teacher alone
     m_t[0, 2, :3] = -INF
     m_s[1] += 1e4
@@ -237,7 +237,7 @@ def test_nan_and_inf_propagate(value: float) -> None:
 
 @pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
 @pytest.mark.parametrize("term", TERMS)
-def test_derivatives_of_the_kernels(term: str, similarity: str) -> None:
+def test_gradcheck(term: str, similarity: str) -> None:
     v_s, l_s, v_t, l_t = make(2, 6, 4, 3, 5, dtype=torch.float64)
     masks = make_masks(2, 6, 4)
     leaves = (v_s.requires_grad_(), l_s.requires_grad_())
@@ -247,7 +247,7 @@ def test_derivatives_of_the_kernels(term: str, similarity: str) -> None:
     assert gradcheck(lambda m: cpu_from_logits(m, m_t, terms=(term,), **masks)[term], (m_s.requires_grad_(),))
 
 
-# --- promises of the operator -----------------------------------------------------------------------------------------
+# --- operator contract ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -261,7 +261,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layout", ["rows", "maps"])
-def test_same_bits_whatever_the_threads(layout: str) -> None:
+def test_results_are_identical_for_any_number_of_threads(layout: str) -> None:
     inputs = make(3, 1300, 20, 40)
     inputs = as_maps(inputs) if layout == "maps" else inputs
     results = []
@@ -272,7 +272,7 @@ def test_same_bits_whatever_the_threads(layout: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_a_sample_does_not_depend_on_the_others_values() -> None:
+def test_samples_are_independent() -> None:
     inputs = make(2, 300, 5, 16)
     spoiled = [x.clone() for x in inputs]
     for x in spoiled:
@@ -281,7 +281,7 @@ def test_a_sample_does_not_depend_on_the_others_values() -> None:
         assert torch.equal(got[0], want[0])
 
 
-def test_gradients_have_the_students_layout() -> None:
+def test_gradient_has_the_students_layout() -> None:
     for given in (make(2, 60, 5, 16), as_maps(make(2, 60, 5, 16))):
         _, grad, _ = run(cpu, given)
         assert grad.stride() == given[0].stride()
@@ -297,13 +297,13 @@ def test_strided_and_expanded_inputs() -> None:
         wide.append(holder[:, ::2, 1::3])
     for got, w in zip(run(cpu, wide), want, strict=True):
         torch.testing.assert_close(got, w)
-    turned = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in inputs]  # the batch is innermost
-    for got, w in zip(run(cpu, turned), want, strict=True):
+    batch_inner = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in inputs]
+    for got, w in zip(run(cpu, batch_inner), want, strict=True):
         torch.testing.assert_close(got, w)
     one = [x[:1].expand(3, -1, -1) for x in inputs]
     for got, w in zip(run(cpu, one), run(cpu, [x.contiguous() for x in one]), strict=True):
         torch.testing.assert_close(got, w)
-    columns = [x[:, :, :8] for x in inputs]  # rows that lie apart
+    columns = [x[:, :, :8] for x in inputs]  # rows with gaps
     for got, w in zip(run(cpu, columns), run(cpu, [x.contiguous() for x in columns]), strict=True):
         torch.testing.assert_close(got, w)
 
@@ -319,18 +319,18 @@ def test_mixed_dtypes() -> None:
     assert [x.dtype for x in in_double] == [torch.float64, torch.bfloat16, torch.bfloat16]
 
 
-def test_only_what_is_asked_for() -> None:
+def test_computes_only_requested_outputs() -> None:
     inputs, arguments = make(2, 50, 4, 16), (None, None, None, True, 1.0, 15)
     forward, backward = torch.ops.fastkd.pixel_word_forward, torch.ops.fastkd.pixel_word_backward
-    loss, *kept = forward(*inputs, *arguments, False, "cpu")
-    assert all(x.numel() == 0 for x in kept)
-    loss, *kept = forward(*inputs, *arguments, True, "cpu")
+    loss, *saved = forward(*inputs, *arguments, False, "cpu")
+    assert all(x.numel() == 0 for x in saved)
+    loss, *saved = forward(*inputs, *arguments, True, "cpu")
     grad = torch.ones(()).expand_as(loss)  # stride 0
-    both = backward(grad, *inputs[:2], None, *arguments[:3], *kept, 16, *arguments[3:], True, True, "cpu")
-    for wish in ((True, False), (False, True)):
-        got = backward(grad, *inputs[:2], None, *arguments[:3], *kept, 16, *arguments[3:], *wish, "cpu")
-        for one, all_of_it, wanted in zip(got, both, wish, strict=True):
-            assert torch.equal(one, all_of_it) if wanted else one.numel() == 0
+    both = backward(grad, *inputs[:2], None, *arguments[:3], *saved, 16, *arguments[3:], True, True, "cpu")
+    for requested in ((True, False), (False, True)):
+        got = backward(grad, *inputs[:2], None, *arguments[:3], *saved, 16, *arguments[3:], *requested, "cpu")
+        for one, full, wanted in zip(got, both, requested, strict=True):
+            assert torch.equal(one, full) if wanted else one.numel() == 0
     for leaf in (0, 1):
         given = [x.detach().requires_grad_(i == leaf) for i, x in enumerate(inputs)]
         sum(v.sum() for v in cpu(*given, similarity="cosine").values()).backward()
@@ -382,10 +382,10 @@ def test_opcheck(kind: str) -> None:
     options = (kind == "features", 0.5, 15)
     arguments = (*inputs, *masks, *options, True, "cpu")
     torch.library.opcheck(torch.ops.fastkd.pixel_word_forward.default, arguments)
-    loss, *kept = torch.ops.fastkd.pixel_word_forward(*arguments)
+    loss, *saved = torch.ops.fastkd.pixel_word_forward(*arguments)
     teacher, width = (inputs[2], 0) if kind == "logits" else (None, 5)
-    wishes = (True, kind != "logits", "cpu")
-    arguments = (torch.ones_like(loss), *inputs[:2], teacher, *masks, *kept, width, *options, *wishes)
+    outputs = (True, kind != "logits", "cpu")
+    arguments = (torch.ones_like(loss), *inputs[:2], teacher, *masks, *saved, width, *options, *outputs)
     torch.library.opcheck(torch.ops.fastkd.pixel_word_backward.default, arguments)
 
 
@@ -417,9 +417,9 @@ def test_compiled_once_for_all_batch_sizes() -> None:
 
 
 def problem(b: int, n: int, t: int, d: int, **change: Any) -> tuple[Any, ...]:
-    """What the compiled module is told, with addresses that nothing is read from."""
+    """Return a problem for the compiled module, with addresses that are never read."""
     array = (4096, "float32", (n * d, d, 1))
-    network = {
+    side = {
         "pixels": array,
         "words": 4096,
         "word_mask": 0,
@@ -428,18 +428,18 @@ def problem(b: int, n: int, t: int, d: int, **change: Any) -> tuple[Any, ...]:
         "scale": 1.0,
         "bf16_words": False,
     }
-    given: dict[str, Any] = {"student": network, "teacher": network, "pixel_mask": 0, "batch": b, "pixels": n}
+    given: dict[str, Any] = {"student": side, "teacher": side, "pixel_mask": 0, "batch": b, "pixels": n}
     given |= {"dtype": "float32", "cosine": False, "terms": 15}
     for name, value in change.items():
-        if name in network:
-            given["student"] = network | {name: value}
+        if name in side:
+            given["student"] = side | {name: value}
         else:
             given[name] = value
     return tuple(tuple(x.values()) if isinstance(x, dict) else x for x in given.values())
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_workspace_is_bounded_whatever_the_number_of_pixels(backward: bool) -> None:
+def test_workspace_is_bounded_for_any_number_of_pixels(backward: bool) -> None:
     mib = 2**20
     for b, t, d in ((4, 20, 128), (8, 20, 512), (32, 77, 256), (1, 20, 4096), (10_000, 77, 1024)):
         for n in (900, 14_400, 10_000_000):
@@ -449,8 +449,8 @@ def test_the_workspace_is_bounded_whatever_the_number_of_pixels(backward: bool) 
 
 
 @pytest.mark.parametrize("kind", ["rows", "maps", "logits", "cosine"])
-def test_a_small_workspace_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """A few samples at a time, in one chunk each."""
+def test_small_workspace_gives_the_same_results(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A small workspace holds few samples at a time, with one chunk each."""
     inputs, options = make(5, 300, 6, 40, 24), {**make_masks(5, 300, 6), "backend": "cpu"}
     function: Any = pixel_word
     if kind == "maps":
@@ -465,7 +465,7 @@ def test_a_small_workspace_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold") as error:
         function(*inputs, **options)
     least = str(error.value).split("at least ")[1].split(",")[0]
-    for mib in (least, "0.5", "2"):  # what the error asks for is enough, for the backward too
+    for mib in (least, "0.5", "2"):  # the size in the error suffices, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
         for got, want in zip(run(function, inputs, leaves, **options), whole, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -475,17 +475,20 @@ def test_a_small_workspace_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatc
     ("change", "message"),
     [
         ({"pixels": (4096, "float64", (8, 2, 1))}, "student: .*float64"),
-        ({"pixels": (4098, "float32", (8, 2, 1))}, "student: the address is not a multiple"),
+        (
+            {"pixels": (4098, "float32", (8, 2, 1))},
+            "student: expected an address that is a multiple of 4 bytes, got 4098",
+        ),
         ({"pixels": (4096, "float32", (8, 4, 2))}, "student: expected a stride of 1 .* got 4 and 2"),
         ({"scale": 0.0}, "finite number above 0"),
         ({"word_count": 0}, "at least 1 word"),
-        ({"word_count": 7}, "differ leave only pixel_pixel"),
+        ({"word_count": 7}, "terms: expected pixel_pixel alone"),
         ({"batch": 0}, "batch, pixels: expected at least 1 each, got 0, 4"),
         ({"terms": 16}, "terms"),
         ({"dtype": "float16"}, "dtype: expected float32 or float64"),
     ],
 )
-def test_arguments_that_would_go_astray_are_refused(change: dict[str, Any], message: str) -> None:
+def test_native_call_rejects_invalid_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _native.load("cpu").PixelWord(problem(1, 4, 3, 2, **change), 1, 2**20)
 
@@ -505,7 +508,7 @@ def test_arguments_that_would_go_astray_are_refused(change: dict[str, Any], mess
         ({"backend": "gpu"}, "backend"),
     ],
 )
-def test_bad_input(change: dict[Any, Any], message: str) -> None:
+def test_rejects_invalid_input(change: dict[Any, Any], message: str) -> None:
     inputs = [torch.zeros(2, 9, 4), torch.zeros(2, 3, 4), torch.zeros(2, 9, 4), torch.zeros(2, 3, 4)]
     for index in list(change):
         if isinstance(index, int):
@@ -514,13 +517,13 @@ def test_bad_input(change: dict[Any, Any], message: str) -> None:
         pixel_word(*inputs, **change)
 
 
-@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="this is such a run")
+@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="already a run with a chosen instruction set")
 @pytest.mark.parametrize("isa", ISAS[:-1])
-def test_lesser_instruction_sets_pass_this_file(isa: str) -> None:
+def test_lower_instruction_sets_pass_this_file(isa: str) -> None:
     best = _native.load("cpu").isa()
     if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(best) <= ISAS.index(isa):
         pytest.skip(f"{isa} is not below this machine's {best}")
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SAME_FOR_ALL, __file__]
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", LANE_DEPENDENT, __file__]
     environment = os.environ | {"FASTKD_CPU_ISA": isa}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -1,4 +1,4 @@
-"""What is particular to the relation kernels: their forms, blocks, workspace and instruction sets."""
+"""The CPU kernels of relation: forms, block edges, bfloat16, workspace and instruction sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
 
-# Widths and rows around the kernels' blocks (96 and 48 rows), panels (48, 32, 24, ...) and chunks (64 and 256 columns).
+# Widths and rows at the edges of blocks (96 and 48 rows), panels (48, 32, 24, ...) and chunks (64 and 256 columns).
 SHAPES = [(2, 3, 5, 4), (1, 1, 1, 1), (1, 100, 33, 33), (2, 97, 64, 80), (1, 193, 70, 300), (1, 48, 257, 257)]
 DISTANCES = ["kl", "mse", "row_cosine"]
 FORMS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "across samples": {"cross": True},
 }
 ISAS = ["baseline", "avx2", "avx512"]
-LANE_DEPENDENT = "every_form or every_shape or shift or gram_form or zeros or threads_change"
+LANE_DEPENDENT = "every_form or every_shape or shift or gram_form or zero_ or number_of_threads"
 """Tests of code that depends on the number of vector lanes: products, packing, tails, rows of zeros."""
 
 
@@ -63,7 +63,7 @@ def without_keep(options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_form_layout_and_distance(shape: tuple[int, int, int, int], form: str) -> None:
+def test_matches_reference_for_every_form_layout_and_distance(shape: tuple[int, int, int, int], form: str) -> None:
     batch, count, width_s, width_t = shape
     weight = rows((batch, count), 3)
     for name, similarity, by_columns in itertools.product(DISTANCES, ("cosine", "mean"), (False, True)):
@@ -78,18 +78,18 @@ def test_every_form_layout_and_distance(shape: tuple[int, int, int, int], form: 
         plain = loss_and_gradient(reference, student, teacher, weight, **without_keep(options))
         assert grad.stride() == student.stride() or count == 1
         if count == 1 and name != "mse":
-            assert loss.abs().max() <= 1e-6  # one row has one relation: nothing to compare
+            assert loss.abs().max() <= 1e-6  # a single row has only its relation to itself
             assert grad.abs().max() <= 1e-6
             continue
-        for got, eager, right in zip((loss, grad), plain, exact, strict=True):
-            assert distance(got, right) <= 2 * distance(eager, right) + 4e-7, (name, similarity, by_columns)
+        for got, eager, expected in zip((loss, grad), plain, exact, strict=True):
+            assert distance(got, expected) <= 2 * distance(eager, expected) + 4e-7, (name, similarity, by_columns)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.05, 20.0])
 @pytest.mark.parametrize("negate", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_cosine_with_and_without_a_fixed_shift(form: str, negate: bool, temperature: float) -> None:
-    """Below τ = 0.02 rows keep their own maxima. Close rows, or softmax at 0.005 would leave nothing to compare."""
+def test_cosine_kl_with_shared_and_per_row_shifts(form: str, negate: bool, temperature: float) -> None:
+    """Below τ = 0.02 each row has its own maximum. Rows are similar so that softmax at 0.005 is not one-hot."""
     base = rows((2, 1, 20), 5)
     student, teacher = (base + 0.1 * rows((2, 110, 20), seed) for seed in (6, 7))
     weight = rows((2, 110), 3)
@@ -97,15 +97,15 @@ def test_cosine_with_and_without_a_fixed_shift(form: str, negate: bool, temperat
     loss, grad = kernel(student, teacher, weight, **options)
     exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **without_keep(options))
     plain = loss_and_gradient(reference, student, teacher, weight, **without_keep(options))
-    for got, eager, right in zip((loss, grad), plain, exact, strict=True):
-        assert distance(got, right) <= 2 * distance(eager, right) + 4e-7
+    for got, eager, expected in zip((loss, grad), plain, exact, strict=True):
+        assert distance(got, expected) <= 2 * distance(eager, expected) + 4e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("widths", [(20, 20), (20, 13)], ids=str)
 @pytest.mark.parametrize("cross", [False, True])
-def test_gram_form(cross: bool, widths: tuple[int, int], dtype: torch.dtype) -> None:
-    """K×K matrices for mse of narrow rows; per-row weights and one weight for all are two ways through the backward."""
+def test_gram_form_matches_reference(cross: bool, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Per-row weights and a uniform weight take different branches of the backward."""
     student, teacher = rows((2, 300, widths[0]), 0, dtype), rows((2, 300, widths[1]), 1, dtype)
     for similarity in ("cosine", "mean", "dot"):
         for weight in (rows((2, 300), 3), torch.ones(()).expand(2, 300), torch.full((2, 300), 0.5)):
@@ -114,12 +114,12 @@ def test_gram_form(cross: bool, widths: tuple[int, int], dtype: torch.dtype) -> 
             exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)
             assert grad.dtype == dtype
             assert distance(loss, exact[0]) <= (1e-13 if dtype == torch.float64 else 1e-6)
-            # Storing the gradient costs half a unit in the last place, more where fp16 has subnormals only.
+            # Storing the gradient costs half a unit in the last place, and more in fp16's subnormals.
             assert distance(grad, exact[1]) <= {torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 4e-3}[dtype]
 
 
-def alike(kind: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Student and teacher in bfloat16 whose gradients cancel in different ways."""
+def correlated_inputs(kind: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Return student and teacher in bfloat16 whose gradients cancel in different ways."""
     student, teacher = rows(shape, 0, torch.float64), rows(shape, 1, torch.float64)
     common = rows((shape[0], 4, shape[2]), 2, torch.float64)
     if kind == "near the teacher":
@@ -131,18 +131,18 @@ def alike(kind: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         student, teacher = common + 0.1 * student, common + 0.1 * teacher
     elif kind == "positive":
         student, teacher = student.relu(), teacher.relu()
-    elif kind == "of many sizes":
+    elif kind == "mixed magnitudes":
         student = student * torch.logspace(-3, 3, shape[1], dtype=torch.float64)[:, None]
     return student.bfloat16(), teacher.bfloat16()
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "kind", ["independent", "near the teacher", "one direction", "four directions", "positive", "of many sizes"]
+    "kind", ["independent", "near the teacher", "one direction", "four directions", "positive", "mixed magnitudes"]
 )
-def test_bfloat16_gradients_are_as_exact_as_two_roundings(kind: str, form: str) -> None:
-    """H may be rounded before its product with the rows, and the gradient is; √2 roundings if nothing cancels."""
-    student, teacher = alike(kind, (2, 203, 150))
+def test_bfloat16_gradient_error_is_at_most_two_roundings(kind: str, form: str) -> None:
+    """The gradient is rounded, and H may be before its product with the rows: √2 roundings without cancellation."""
+    student, teacher = correlated_inputs(kind, (2, 203, 150))
     weight = rows((2, 203), 3).abs()
     for by_columns, name, temperature in itertools.product((False, True), ("kl", "row_cosine"), (0.1, 1.0)):
         if by_columns:
@@ -157,7 +157,7 @@ def test_bfloat16_gradients_are_as_exact_as_two_roundings(kind: str, form: str) 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bfloat16_of_every_shape(shape: tuple[int, int, int, int], form: str) -> None:
+def test_bfloat16_gradient_for_every_shape(shape: tuple[int, int, int, int], form: str) -> None:
     batch, count, width_s, width_t = shape
     student, teacher = rows((batch, count, width_s), 0, torch.bfloat16), rows((batch, count, width_t), 1).bfloat16()
     weight = rows((batch, count), 3)
@@ -173,8 +173,8 @@ def test_bfloat16_of_every_shape(shape: tuple[int, int, int, int], form: str) ->
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_rows_too_large_to_multiply_as_they_are(form: str) -> None:
-    """They are scaled first, in float: the same gradient but for the rounding of H."""
+def test_large_bfloat16_rows_are_scaled_before_multiplication(form: str) -> None:
+    """The gradient is the same except for the rounding of H."""
     student, teacher, weight = (
         rows((1, 110, 40), 0, torch.bfloat16),
         rows((1, 110, 40), 1).bfloat16(),
@@ -186,7 +186,7 @@ def test_bfloat16_rows_too_large_to_multiply_as_they_are(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_rows_of_zeros_and_nan(form: str) -> None:
+def test_bfloat16_zero_rows_and_nan(form: str) -> None:
     student, teacher = rows((2, 110, 30), 0, torch.bfloat16), rows((2, 110, 30), 1).bfloat16()
     student[0, 3] = 0
     student[0, 50, 7] = math.nan
@@ -199,21 +199,21 @@ def test_bfloat16_rows_of_zeros_and_nan(form: str) -> None:
 
 
 @pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3])
-def test_gram_form_keeps_its_digits_near_the_teacher(difference: float) -> None:
+def test_gram_form_is_accurate_near_the_teacher(difference: float) -> None:
     teacher = rows((1, 400, 16), 0)
     student = teacher + difference * rows((1, 400, 16), 1)
-    wide = torch.cat([teacher, torch.zeros(1, 400, 1)], 2)  # the same relations, but no difference of features
+    wide = torch.cat([teacher, torch.zeros(1, 400, 1)], 2)  # equal relations, but widths differ
     weight = torch.ones(1, 400)
     for target in (teacher, wide):
         loss, grad = kernel(student, target, weight, distance="mse")
         exact = loss_and_gradient(reference, student.double(), target.double(), weight.double(), distance="mse")
         plain = loss_and_gradient(reference, student, target, weight, distance="mse")
-        for got, eager, right in zip((loss, grad), plain, exact, strict=True):
-            assert distance(got, right) <= 2 * distance(eager, right) + 4e-7
+        for got, eager, expected in zip((loss, grad), plain, exact, strict=True):
+            assert distance(got, expected) <= 2 * distance(eager, expected) + 4e-7
 
 
 def plain_formula(student: Tensor, teacher: Tensor, similarity: str) -> Tensor:
-    """All in the inputs' dtype, bfloat16 and fp16 too: what the kernels' errors are held against."""
+    """Compute the mse in the inputs' dtype throughout, as the baseline for the kernels' errors."""
 
     def matrix(x: Tensor) -> Tensor:
         if similarity == "cosine":
@@ -226,24 +226,26 @@ def plain_formula(student: Tensor, teacher: Tensor, similarity: str) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("widths", [(24, 12), (12, 24), (20, 17)], ids=str)
 @pytest.mark.parametrize("noise", [0.0, 1e-3, 1.0])
-def test_unequal_widths_near_the_teacher(noise: float, widths: tuple[int, int], dtype: torch.dtype) -> None:
-    """Relations nearly agree, though channels don't correspond (an orthogonal map) or only in part (padding)."""
+def test_unequal_widths_are_accurate_near_the_teacher(
+    noise: float, widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Relations nearly agree although channels do not correspond (orthogonal map) or only partly (padding)."""
     width, exactness = min(widths), torch.finfo(torch.float64).eps
     for offset, similarity in ((0.0, "cosine"), (2.0, "cosine"), (0.0, "mean")):
         base = rows((1, 300, width), 0, torch.float64) + offset * rows((1, 1, width), 1, torch.float64)
-        turned = base @ torch.linalg.qr(rows((widths[0], widths[0]), 2, torch.float64))[0][:width]
+        rotated = base @ torch.linalg.qr(rows((widths[0], widths[0]), 2, torch.float64))[0][:width]
         padded, teacher = (torch.nn.functional.pad(base, (0, size - width)) for size in widths)
-        for mapped in (turned, padded):
+        for mapped in (rotated, padded):
             student = (mapped + noise * rows((1, 300, widths[0]), 3, torch.float64)).to(dtype)
             teacher, weight = teacher.to(dtype), rows((1, 300), 4)
             loss, grad = kernel(student, teacher, weight, similarity=similarity, distance="mse")
             doubles = (student.double(), teacher.double(), weight.double())
             exact = loss_and_gradient(plain_formula, *doubles, similarity=similarity)
             plain = loss_and_gradient(plain_formula, student, teacher, weight.to(dtype), similarity=similarity)
-            for got, eager, right in zip((loss, grad), plain, exact, strict=True):
-                stored = torch.finfo(got.dtype).eps * right.abs().max() + torch.finfo(got.dtype).smallest_normal
-                allowed = 2 * (eager.double() - right).abs().max() + stored + 32 * exactness
-                assert (got.double() - right).abs().max() <= allowed, (similarity, offset)
+            for got, eager, expected in zip((loss, grad), plain, exact, strict=True):
+                stored = torch.finfo(got.dtype).eps * expected.abs().max() + torch.finfo(got.dtype).smallest_normal
+                allowed = 2 * (eager.double() - expected).abs().max() + stored + 32 * exactness
+                assert (got.double() - expected).abs().max() <= allowed, (similarity, offset)
             size = plain_formula(doubles[0], 0 * doubles[1], similarity).max()  # mean E²
             arithmetic = torch.float32 if dtype == torch.bfloat16 else torch.float64
             assert loss.min() >= -32 * torch.finfo(arithmetic).eps * size
@@ -252,8 +254,8 @@ def test_unequal_widths_near_the_teacher(noise: float, widths: tuple[int, int], 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", [*FORMS, "gram"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_threads_change_no_bit(form: str, batch: int, dtype: torch.dtype) -> None:
-    """Threads share a problem (one sample) or take whole ones (three)."""
+def test_results_are_identical_for_any_number_of_threads(form: str, batch: int, dtype: torch.dtype) -> None:
+    """With one sample threads share a problem; with three each thread takes whole problems."""
     student, teacher = rows((batch, 330, 30), 0, dtype), rows((batch, 330, 30), 1, dtype)
     weight = rows((batch, 330), 2)
     options = {"distance": "mse"} if form == "gram" else FORMS[form]
@@ -271,10 +273,10 @@ def test_threads_change_no_bit(form: str, batch: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("distance_name", ["kl", "row_cosine"])
 @pytest.mark.parametrize("cross", [False, True])
-def test_a_small_workspace_gives_the_same_numbers(
+def test_small_workspace_gives_the_same_results(
     monkeypatch: pytest.MonkeyPatch, cross: bool, distance_name: str
 ) -> None:
-    """Blocks that don't fit together are packed again, half against half."""
+    """Blocks that do not fit the workspace together are packed in two halves."""
     student, teacher, weight = rows((2, 700, 40), 0), rows((2, 700, 40), 1), rows((2, 700), 2)
     options = {"distance": distance_name, "cross": cross}
     whole = kernel(student, teacher, weight, **options)
@@ -282,7 +284,7 @@ def test_a_small_workspace_gives_the_same_numbers(
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
         relation(student, teacher, backend="cpu", **options)
     least = str(error.value).split("at least ")[1].split(",")[0]
-    for mib in (least, "1", "1.5"):  # what the error asks for is enough, for the backward too
+    for mib in (least, "1", "1.5"):  # the size in the error suffices, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
         for got, want in zip(kernel(student, teacher, weight, **options), whole, strict=True):
             assert distance(got, want.double()) <= 5e-7
@@ -293,14 +295,14 @@ def test_a_small_workspace_gives_the_same_numbers(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["stored", "gram"])
-def test_a_form_that_does_not_fit_gives_way_to_tiles(
+def test_falls_back_to_streamed_if_a_form_exceeds_the_workspace(
     monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype
 ) -> None:
     shape, teacher_width = (2, 400, 200 if form == "stored" else 70), 200 if form == "stored" else 50
     student, teacher, weight = rows(shape, 0, dtype), rows((2, 400, teacher_width), 1, dtype), rows(shape[:2], 2)
     options: dict[str, Any] = {"keep": True} if form == "stored" else {"distance": "mse"}
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-    relation(student, teacher, backend="cpu")  # a backend's first call tests it
+    relation(student, teacher, backend="cpu")  # trigger the self-test first
     chosen: list[str] = []
     native_call = relation_native._call
     monkeypatch.setattr(relation_native, "_call", lambda *a: chosen.append(a[-1].form) or native_call(*a))
@@ -323,12 +325,12 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
     assert least("streamed") < least(form)
     whole = with_limit(2**25)
     assert chosen == [form, form]
-    assert all(map(torch.equal, with_limit(least(form)), whole))  # one thread: the same bits
+    assert all(map(torch.equal, with_limit(least(form)), whole))  # one thread: identical bits
     assert chosen == [form, form]
-    tiled = with_limit(least(form) - 64)
+    streamed = with_limit(least(form) - 64)
     assert chosen == ["streamed", "streamed"]
-    # The forward decides: a limit raised before the backward does not make it look for matrices that were not kept.
-    for results in (tiled, with_limit(least("streamed")), with_limit(least(form) - 64, 2**25)):
+    # The forward chooses the form: a higher limit in the backward must not make it read matrices that were not stored.
+    for results in (streamed, with_limit(least("streamed")), with_limit(least(form) - 64, 2**25)):
         for got, want in zip(results, whole, strict=True):
             assert distance(got, want.double()) <= 1000 * arithmetic.eps + 2 * torch.finfo(got.dtype).eps
         assert chosen == ["streamed", "streamed"]
@@ -342,7 +344,7 @@ def test_a_form_that_does_not_fit_gives_way_to_tiles(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_the_least_workspace_is_known_before_the_call(dtype: torch.dtype) -> None:
+def test_least_workspace_in_python_matches_the_plan(dtype: torch.dtype) -> None:
     for count, student, teacher in ((100, 16, 16), (333, 20, 13), (2000, 100, 300), (48, 7, 9), (1400, 1024, 1000)):
         for form, distance_name, known in (
             ("gram", "mse", forms.min_gram_bytes(student, teacher, dtype)),
@@ -354,8 +356,8 @@ def test_the_least_workspace_is_known_before_the_call(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("form", ["streamed", "stored", "gram"])
-def test_the_workspace_is_bounded_whatever_the_rows(form: str) -> None:
-    """Beside it a backward over tiles holds one fp32 copy of a sample's gradient."""
+def test_workspace_is_bounded_for_any_number_of_rows(form: str) -> None:
+    """A streamed backward additionally holds one fp32 copy of a sample's gradient."""
     mib = 2**20
     for count, width in ((900, 64), (14400, 64), (14400, 512), (100_000, 64)):
         if form == "stored" and count > 2048:
@@ -372,8 +374,8 @@ def test_the_workspace_is_bounded_whatever_the_rows(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["streamed", "stored", "gram"])
-def test_many_threads_take_no_more(form: str) -> None:
-    """As many of them work as the limit has scratch memory for."""
+def test_workspace_is_bounded_for_many_threads(form: str) -> None:
+    """Only as many threads work as the limit has scratch memory for."""
     for threads in (1, 64, 4096):
         call = cpu.Relation(
             *(200, 1024, 400, 300, "cosine", "mse" if form == "gram" else "kl", 0.1, False, False),
@@ -385,14 +387,14 @@ def test_many_threads_take_no_more(form: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_largest_kept_matrices_fit_the_default_workspace(dtype: str) -> None:
+def test_largest_stored_matrices_fit_the_default_workspace(dtype: str) -> None:
     count = math.isqrt(forms.MAX_STORED_BYTES // (8 if dtype == "float64" else 4))
     call = cpu.Relation(1, count, 900, 900, "cosine", "kl", 0.1, False, False, dtype, "stored", 2, 32 * 2**20)
     for backward in (False, True):
         assert call.workspace_bytes(backward)[1] <= 32 * 2**20
 
 
-def test_kept_matrices_are_small() -> None:
+def test_stored_matrices_have_little_padding() -> None:
     for count in (97, 128, 512, 1024):
         blocks = -(-count // 48)
         assert blocks * (blocks + 1) * 48 * 48 <= 3 * count * count
@@ -400,7 +402,7 @@ def test_kept_matrices_are_small() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", DISTANCES)
-def test_rows_of_zeros_and_tiny_rows(name: str, form: str) -> None:
+def test_zero_and_tiny_rows_get_a_zero_gradient(name: str, form: str) -> None:
     student, teacher, weight = rows((2, 110, 30), 0), rows((2, 110, 30), 1), torch.ones(2, 110)
     student[0, 3] = teacher[0, 5] = 0
     student[1, 7] = 1e-14
@@ -413,24 +415,24 @@ def test_rows_of_zeros_and_tiny_rows(name: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e18])
-def test_norms_beyond_the_range_of_squares(scale: float) -> None:
+def test_norms_whose_squares_overflow_or_underflow(scale: float) -> None:
     student, teacher, weight = rows((1, 60, 30), 0) * scale, rows((1, 60, 30), 1), torch.ones(1, 60)
     if scale > 1:
         loss, _ = kernel(student, teacher, weight)
         exact, _ = loss_and_gradient(reference, student.double(), teacher.double(), weight.double())
         assert distance(loss, exact) <= 1e-5
-    else:  # below the floor: no gradient
+    else:  # below norm_floor: zero gradient
         assert kernel(student, teacher, weight)[1].abs().max() == 0
 
 
-def test_equal_networks_give_exactly_nothing() -> None:
+def test_equal_networks_give_exactly_zero() -> None:
     student, weight = rows((2, 110, 30), 0), rows((2, 110), 1)
     for form, name in itertools.product(FORMS, ("kl", "mse")):
         loss, grad = kernel(student, student.clone(), weight, distance=name, **FORMS[form])
         assert loss.abs().max() == grad.abs().max() == 0
 
 
-def test_native_arguments_are_checked() -> None:
+def test_native_call_rejects_invalid_arguments() -> None:
     good = [1, 4, 5, 5, "cosine", "kl", 0.1, False, False, "float32", "streamed", 1, 2**25]
     for index, bad, message in (
         (0, 0, "expected at least 1"),
@@ -438,7 +440,7 @@ def test_native_arguments_are_checked() -> None:
         (5, "l2", "distance: expected kl, mse or row_cosine, got 'l2'"),
         (6, 0.0, "temperature"),
         (9, "int8", "dtype"),
-        (10, "gram", "'gram' is for distance 'mse'"),
+        (10, "gram", "form: expected streamed or stored unless distance is mse, got 'gram'"),
         (10, "all", "form: expected streamed, stored or gram, got 'all'"),
         (11, 0, "threads: expected 1 to 4096, got 0"),
     ):
@@ -447,13 +449,13 @@ def test_native_arguments_are_checked() -> None:
         with pytest.raises(ValueError, match=message):
             cpu.Relation(*arguments)
     call = cpu.Relation(*good)
-    with pytest.raises(ValueError, match="student: a null pointer"):
+    with pytest.raises(ValueError, match="student: expected an address, got 0"):
         call.forward((0, 5, 20, 5, 1), (64, 5, 20, 5, 1), 64, 64, 64, 64)
 
 
-@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="this is such a run")
+@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="already a run with a chosen instruction set")
 @pytest.mark.parametrize("isa", ISAS[:-1])
-def test_lesser_instruction_sets_pass_this_file(isa: str) -> None:
+def test_lower_instruction_sets_pass_this_file(isa: str) -> None:
     if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):
         pytest.skip(f"{isa} is not below this machine's {cpu.isa()}")
     arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", LANE_DEPENDENT, __file__]

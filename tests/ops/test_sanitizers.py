@@ -1,7 +1,7 @@
 """The CPU kernels under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 
-A driver without Python (csrc/tests) calls every kernel over hostile shapes, layouts, values and numbers of threads, on
-memory that ends where the tensors do. Bugs planted in a copy of a kernel prove that the rig would find them.
+A driver without Python (csrc/tests) runs every kernel with extreme shapes, layouts, values and numbers of threads, on
+exactly sized memory. Bugs injected into a copy of a kernel show that the sanitizers would find them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from fault_injection import planted, update
 from shared_build import shared_folder
 
-pytestmark = pytest.mark.timeout(1800)  # a minute where nothing else runs; compilers on a busy machine take ten
+pytestmark = pytest.mark.timeout(1800)  # a minute on an idle machine, ten while other builds run
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SANITIZERS = {"address": "address;undefined", "thread": "thread"}
@@ -28,7 +28,7 @@ WRONG_RESULT, LACKS_ISA = 3, 77
 
 
 def tool(name: str) -> str:
-    """A program beside this Python, or on PATH; else a skip."""
+    """Return the path of a program next to this Python or on PATH; skip the test without one."""
     found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
         pytest.skip(f"{name} is not installed")
@@ -36,7 +36,7 @@ def tool(name: str) -> str:
 
 
 class Ran(NamedTuple):
-    """How a run of the driver ended."""
+    """The result of a run of the driver."""
 
     stdout: str
     stderr: str
@@ -44,7 +44,7 @@ class Ran(NamedTuple):
 
 
 class Rig(NamedTuple):
-    """A copy of the sources, and the driver built from it under one kind of sanitizer."""
+    """A copy of the sources and the driver built from it with one sanitizer."""
 
     kind: str
     sources: Path
@@ -52,7 +52,7 @@ class Rig(NamedTuple):
 
     @property
     def every_isa(self) -> bool:
-        """How work is shared out is the same in every instruction set, so ThreadSanitizer watches the smallest."""
+        """Return whether to run every instruction set. Work is distributed alike in all, so "thread" needs only one."""
         return self.kind == "address"
 
     def make(self) -> None:
@@ -60,10 +60,10 @@ class Rig(NamedTuple):
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
     def run(self, *isas: str, checks: tuple[str, ...] = ()) -> list[Ran]:
-        """Run the driver on each of these instruction sets, side by side; all its checks unless some are named."""
+        """Run the driver for each of these instruction sets concurrently, with all checks unless some are named."""
         driver = [str(self.build / "sanitize"), *checks]
         done = self._run(driver, isas)
-        if any("unexpected memory mapping" in d.stderr for d in done):  # too random for ThreadSanitizer's map of them
+        if any("unexpected memory mapping" in d.stderr for d in done):  # ASLR beyond what ThreadSanitizer supports
             done = self._run([tool("setarch"), platform.machine(), "-R", *driver], isas)
             if any("unexpected memory mapping" in d.stderr or "setarch" in d.stderr for d in done):
                 pytest.skip(f"ThreadSanitizer cannot run on this system: {done[0].stderr.strip()[:200]}")
@@ -110,7 +110,7 @@ def configure(rig: Rig) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kernels_are_clean(rig: Rig) -> None:
+def test_sanitizers_find_nothing(rig: Rig) -> None:
     isas = ISAS if rig.every_isa else ISAS[:1]
     for isa, done in zip(isas, rig.run(*isas), strict=True):
         if done.returncode == LACKS_ISA and isa != "baseline":
@@ -122,17 +122,17 @@ def test_kernels_are_clean(rig: Rig) -> None:
 
 
 BUGS = {
-    # The maximum of a row reads one element beyond it.
+    # The maximum of a row reads one element beyond its end.
     "address": (
-        "cpu/softmax_kl/softmax_kl.cpp",
+        "cpu/softmax_kl/forward.cpp",
         "state.raise(block_max(s + begin, count),",
         "state.raise(block_max(s + begin, count + 1),",
         "heap-buffer-overflow",
     ),
-    # Every row writes the loss of the next one too, which another thread may own: written again there, mostly later, so
-    # results are mostly right.
+    # Every row also writes the next row's loss, which may belong to another thread. The owner mostly rewrites it later,
+    # so results are mostly correct.
     "thread": (
-        "cpu/softmax_kl/softmax_kl.cpp",
+        "cpu/softmax_kl/forward.cpp",
         "loss[r] = static_cast<T>(",
         "loss[r] = loss[r + 1 < shape.count() ? r + 1 : r] = static_cast<T>(",
         "data race",
@@ -140,9 +140,9 @@ BUGS = {
 }
 
 
-def test_a_planted_bug_is_found(rig: Rig) -> None:
-    file, right, wrong, finding = BUGS[rig.kind]
-    with planted(rig.sources / file, right, wrong, rig.make):
+def test_sanitizers_find_an_injected_bug(rig: Rig) -> None:
+    file, original, faulty, finding = BUGS[rig.kind]
+    with planted(rig.sources / file, original, faulty, rig.make):
         (done,) = rig.run("baseline", checks=("softmax_kl",))
     assert done.returncode not in (0, WRONG_RESULT, LACKS_ISA), done.stdout
     assert finding in done.stderr

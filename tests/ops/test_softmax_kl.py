@@ -1,4 +1,4 @@
-"""softmax_kl on every backend: its own cases. What holds for every family is in ``tests/contract``."""
+"""softmax_kl on every backend. The checks common to all families are in ``tests/contract``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from fastkd.ops.softmax_kl import softmax_kl
 from fastkd.ops.softmax_kl.reference import softmax_kl as reference
 
-# One shape per regime of the kernels: a single column, a partial vector, several rows in one block, one block exactly,
-# a loop with a tail, few rows shared by several programs. Small, because the interpreter runs them too.
+# One shape per code path of the kernels: a single column, a partial vector, several rows per block, exactly one block,
+# a loop with a tail, few rows split over several programs. Small, as they also run in Triton's interpreter.
 SHAPES = [(2, 3, 1), (1, 2, 7), (2, 11, 49), (1, 2, 512), (1, 2, 2 * 1024 + 37), (1, 2, 3 * 4096 + 5)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF, NAN = math.inf, math.nan
@@ -29,7 +29,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, *, scale: floa
 def run(
     student: Tensor, teacher: Tensor, temperature: float, backend: str, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Per-row losses, and the gradient of their weighted sum with respect to the student."""
+    """Return per-row losses (B, R) and the student's gradient of their weighted sum."""
     student = student.detach().requires_grad_()
     loss = softmax_kl(student, teacher, temperature=temperature, backend=backend)
     (grad,) = torch.autograd.grad(loss.sum() if weight is None else (loss * weight).sum(), student)
@@ -37,7 +37,7 @@ def run(
 
 
 def oracle(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same in fp64, from the definition."""
+    """Return the same in fp64, by definition."""
     s, t = student.detach().cpu().double(), teacher.detach().cpu().double()
     loss = reference(s, t, temperature)
     g = torch.ones_like(loss) if weight is None else weight.cpu().double()
@@ -46,7 +46,7 @@ def oracle(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor 
 
 
 def eager(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What a user writes without fastkd, in the inputs' own dtype."""
+    """Return the same by the plain torch formula, in the inputs' dtype."""
     student = student.detach().requires_grad_()
     log_p = torch.log_softmax(student / temperature, -1)
     p_t = torch.softmax(teacher / temperature, -1)
@@ -60,11 +60,11 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def rounding(exact: Tensor, dtype: torch.dtype) -> float:
-    """Half a unit in the last place of the largest entry: what storing the exact answer in ``dtype`` may cost."""
+    """Return half a unit in the last place of the largest entry, the error of storing the exact result in ``dtype``."""
     return max(exact.abs().max().item(), torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps / 2
 
 
-# --- right answers ----------------------------------------------------------------------------------------------------
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -78,11 +78,11 @@ def test_error_against_fp64(place: Any, shape: tuple[int, ...], dtype: torch.dty
 
     assert loss.dtype == torch.float32
     assert grad.dtype == dtype
-    # An entry or two can make eager exact by luck: storing the answer is always allowed to cost its rounding.
-    magnitude = torch.tensor(10.0 / temperature + math.log(shape[-1]))  # of the terms that cancel in the loss
+    # With one or two entries eager may be exact by chance, so the rounding of the stored result is always allowed.
+    magnitude = torch.tensor(10.0 / temperature + math.log(shape[-1]))  # of the summands that cancel in the loss
     assert error(loss, exact_loss) <= 2 * error(plain_loss, exact_loss) + 2 * rounding(magnitude, torch.float32)
     assert error(grad, exact_grad) <= 2 * error(plain_grad, exact_grad) + rounding(exact_grad, dtype)
-    # Ceilings that don't depend on how good or bad eager is.
+    # Hard ceilings, independent of eager's error.
     assert error(loss, exact_loss) <= 16 * rounding(magnitude, torch.float32)
     statistics = 8 * rounding(magnitude, torch.float32) * exact_grad.abs().max().item()
     assert error(grad, exact_grad) <= rounding(exact_grad, dtype) + statistics + rounding(exact_grad, torch.float32)
@@ -97,7 +97,7 @@ def test_student_equal_to_teacher_is_exactly_zero(place: Any) -> None:
 
 @pytest.mark.parametrize("cols", [5, 2500, 9000])
 def test_infinities_and_nan(place: Any, cols: int) -> None:
-    """Row by row: what goes in, and that the loss is the same finite number, inf or NaN as the oracle's."""
+    """Each row has another special value; its loss must be finite, inf or NaN as the oracle's."""
     student, teacher = make((1, 12, cols), torch.float32, place.device)
     last = cols - 1
     student[0, 0, 3] = NAN
@@ -121,7 +121,7 @@ def test_infinities_and_nan(place: Any, cols: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_extremes_of_low_precision(place: Any, dtype: torch.dtype) -> None:
+def test_largest_fp16_values(place: Any, dtype: torch.dtype) -> None:
     student, teacher = make((1, 2, 33), torch.float32, place.device)
     student, teacher = student.to(dtype), teacher.to(dtype)
     student[0, 0, 0] = teacher[0, 0, 5] = torch.finfo(torch.float16).max
@@ -144,7 +144,7 @@ def test_extremes_of_low_precision(place: Any, dtype: torch.dtype) -> None:
 @example(batch=1, rows=1, cols=1025, temperature=1.0, scale=1.0, dtype=torch.float32, seed=0)
 @example(batch=3, rows=13, cols=299, temperature=0.296875, scale=30.0, dtype=torch.float32, seed=665)
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_shape(
+def test_random_shapes_and_options(
     place: Any, batch: int, rows: int, cols: int, temperature: float, scale: float, dtype: torch.dtype, seed: int
 ) -> None:
     student, teacher = make((batch, rows, cols), dtype, place.device, scale=scale, seed=seed)
@@ -154,7 +154,7 @@ def test_any_shape(
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     magnitude = torch.tensor(8 * scale / temperature + math.log(cols) + 1)
     allowed = 16 * rounding(magnitude, accumulate)
-    if place.backend == "reference":  # the plain formula itself, whose error grows with the loss where kernels' doesn't
+    if place.backend == "reference":  # unlike the kernels', the plain formula's error grows with the loss
         plain = error(eager(student.to(accumulate), teacher.to(accumulate), temperature)[0], exact_loss)
         allowed = max(allowed, 2 * plain)
     assert error(loss, exact_loss) <= allowed
@@ -171,21 +171,15 @@ def test_fp64_is_computed_in_fp64(place: Any) -> None:
     assert error(grad, exact_grad) < 1e-14
 
 
-# --- gradients, as autograd may ask for them --------------------------------------------------------------------------
-
-
-# --- memory layouts ---------------------------------------------------------------------------------------------------
+# --- operator contract ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)], ids=str)
-def test_no_rows(place: Any, shape: tuple[int, ...]) -> None:
+def test_empty_inputs_give_empty_results(place: Any, shape: tuple[int, ...]) -> None:
     student, teacher = make(shape, torch.float32, place.device)
     loss, grad = run(student, teacher, 1.0, place.backend)
     assert loss.shape == shape[:2]
     assert grad.shape == shape
-
-
-# --- promises of the operator -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
@@ -195,7 +189,7 @@ def test_compiled_once_for_all_batch_sizes(backend: str) -> None:
     from fastkd.ops import dispatch
 
     if dispatch.unavailable_reason(backend if backend != "auto" else "reference") is not None:
-        pytest.skip(f"the {backend} backend is not in use here")
+        pytest.skip(f"the {backend} backend is unavailable")
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
@@ -212,7 +206,7 @@ def test_compiled_once_for_all_batch_sizes(backend: str) -> None:
     assert counter.frame_count == 1
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- invalid input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -230,7 +224,7 @@ def test_compiled_once_for_all_batch_sizes(backend: str) -> None:
         ({"backend": "gpu"}, ValueError, "backend.*auto, reference, cpu, triton, cuda.*'gpu'"),
     ],
 )
-def test_bad_input(change: dict[str, Any], exception: type[Exception], message: str) -> None:
+def test_rejects_invalid_input(change: dict[str, Any], exception: type[Exception], message: str) -> None:
     arguments: dict[str, Any] = {
         "student": torch.zeros(2, 3, 4),
         "teacher": torch.zeros(2, 3, 4),

@@ -133,7 +133,7 @@ def commands(tmp_path_factory):
 @pytest.mark.parametrize("flag", ["-ffast-math", "-funsafe-math-optimizations", "-ffinite-math-only", "-Ofast"])
 def test_fast_maths_from_the_environment_is_undone(commands, flag):
     _, found = commands
-    command = [flag if word == "-ffast-math" else word for word in found["softmax_kl.cpp"]]
+    command = [flag if word == "-ffast-math" else word for word in found["streamed.cpp"]]
     assert "-DKEPT" in command
     options = [word for word in command if word.startswith(("-O", "-f")) and "sanitize" not in word]
     macros = subprocess.run(

@@ -1,5 +1,5 @@
-// Products of bfloat16 rows as they are: pairs of columns, multiplied exactly and added in float, both by one
-// instruction. Only where bf16_products() says so; elsewhere rows are widened first.
+// Matrix products of bfloat16 operands without widening: AVX512-BF16 multiplies pairs of bfloat16 exactly and adds them
+// in float. Used only if bf16_products() is true; otherwise operands are widened to float first.
 #pragma once
 
 #include "cpu/gemm/packing.h"
@@ -11,14 +11,14 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-using PairWord = std::uint32_t; // two neighbouring columns of a row
+using PairWord = std::uint32_t; // two bfloat16, neighbours along K
 
 FASTKD_INLINE std::int64_t pairs_of(std::int64_t count) {
     return (count + 1) / 2;
 }
 
-// Packs x[p][i] = x[p p_stride + i i_stride], p < count, i < inner, into panels over p: [pair of i][panel]. What pads
-// the last pair and the last panel is 0.
+// Pack x[p][i] = x[p p_stride + i i_stride], p < count, i < inner, into panels over p: [pair of i][panel].
+// The padding of the last pair and the last panel is 0.
 FASTKD_NOINLINE void pack_pairs(const BFloat16* x, std::int64_t p_stride, std::int64_t i_stride, std::int64_t count,
                                 std::int64_t inner, PairWord* out) {
     constexpr int n = lanes<float>;
@@ -86,7 +86,7 @@ FASTKD_NOINLINE void pack_pairs(const BFloat16* x, std::int64_t p_stride, std::i
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// As micro_product, panel_product and the products of packed blocks in products.h, `inner` counting pairs.
+// As micro_product, panel_product and the products of packed blocks in gemm/packed.h, with `inner` counting pairs.
 template <int width>
 FASTKD_WITH_BF16 FASTKD_INLINE void micro_product_pairs(const PairWord* a, std::int64_t a_row, std::int64_t a_inner,
                                                         const PairWord* b, std::int64_t inner, float* c,
@@ -144,7 +144,7 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void panel_product_pairs(int width, const PairW
         return panel_product_pairs_of<1>(a, a_row, a_inner, rows, b, inner, c, c_row, add);
     }
 }
-#else // never asked for: see bf16_products()
+#else // never called: see bf16_products()
 FASTKD_INLINE void panel_product_pairs(int, const PairWord*, std::int64_t, std::int64_t, std::int64_t, const PairWord*,
                                        std::int64_t, float*, std::int64_t, bool) {
 }

@@ -1,15 +1,16 @@
 // Matrix products of packed blocks.
 //
-// A dimension is cut into panels of one to three vectors. A packed operand is stored panel by panel, [inner][panel]:
-// the inner loop of a product then reads one contiguous stream of panel vectors, and multiplies them with `micro_rows`
-// scalars of the other operand, whose results stay in registers.
+// A dimension is split into panels of one to three vectors. A packed operand is stored panel by panel, [K][panel], with
+// K named `inner`: the micro-kernel reads one contiguous stream of panel vectors, multiplies them by `micro_rows`
+// scalars of the other operand, and accumulates in registers.
 #pragma once
 
+#include "common/arena.h"
 #include "cpu/simd.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// 24 (AVX-512) or 12 accumulators, three vectors and a scalar fit the registers.
+// 24 (AVX-512) or 12 accumulators, three panel vectors and a scalar fit the register file.
 #if defined(__AVX512F__)
 template <class T>
 constexpr int micro_rows = 8;
@@ -21,15 +22,15 @@ template <class T>
 constexpr int micro_rows = lanes<T> < 4 ? lanes<T> : 4; // divides a panel
 #endif
 
-constexpr std::int64_t inner_chunk = 64; // sums of sums: rounding grows with the square root of both
+constexpr std::int64_t inner_chunk = 64; // two-level sums: rounding errors grow with the square root of each length
 
-// How `count` elements are cut into panels: of three vectors, the last one or two of two where that wastes less.
+// Division of `count` elements into panels of three vectors; the last one or two have two if that wastes less.
 template <class T>
 struct Panels {
     std::int64_t vectors, size, narrow;
 
     FASTKD_INLINE explicit Panels(std::int64_t count)
-        : vectors((count + lanes<T> - 1) / lanes<T>), size((vectors + 2) / 3), narrow(3 * size - vectors) {}
+        : vectors(ceil_div(count, lanes<T>)), size((vectors + 2) / 3), narrow(3 * size - vectors) {}
     FASTKD_INLINE std::int64_t elements() const { return vectors * lanes<T>; }
     FASTKD_INLINE int width(std::int64_t panel) const { // in vectors
         return size == 1 ? static_cast<int>(vectors) : (panel < size - narrow ? 3 : 2);
@@ -38,7 +39,7 @@ struct Panels {
         const std::int64_t late = panel - (size - narrow);
         return (3 * panel - (size > 1 && late > 0 ? late : 0)) * lanes<T>;
     }
-    FASTKD_INLINE std::int64_t find(std::int64_t element) const { // the panel that holds it
+    FASTKD_INLINE std::int64_t find(std::int64_t element) const { // the panel that contains it
         const std::int64_t vector = element / lanes<T>, whole = 3 * (size - narrow);
         return size == 1 || vector < whole ? vector / 3 : size - narrow + (vector - whole) / 2;
     }
@@ -74,7 +75,7 @@ FASTKD_INLINE void micro_product(const T* a, std::int64_t a_row, std::int64_t a_
     }
 }
 
-// As micro_product over `rows` rows (rounded up to micro_rows, which a, c must have) and any `inner`.
+// As micro_product, for any `inner` and `rows` rows; a and c must have `rows` rounded up to micro_rows.
 template <class T, int width>
 FASTKD_INLINE void panel_product_of(const T* a, std::int64_t a_row, std::int64_t a_inner, std::int64_t rows, const T* b,
                                     std::int64_t inner, T* c, std::int64_t c_row, bool add) {

@@ -1,4 +1,4 @@
-// Between arrays as they come (any strides, any dtype) and the packed blocks of products.h.
+// Conversion between strided arrays of any dtype and the packed blocks of gemm/packed.h.
 #pragma once
 
 #include <utility>
@@ -53,7 +53,7 @@ FASTKD_INLINE void store_first(S* to, V value, std::int64_t count) {
     }
 }
 
-// lanes<A> elements at `from` in the type A, which may be double for any S.
+// Load lanes<A> elements and convert them to A, which may be double for any S.
 template <class A, class S>
 FASTKD_INLINE Vec<A> load_as(const S* from) {
     if constexpr (sizeof(A) == sizeof(Compute<S>)) {
@@ -71,7 +71,7 @@ FASTKD_INLINE Vec<A> load_as(const S* from) {
         return __builtin_convertvector(narrow, Vec<A>);
     }
 }
-// The first `count` (at most lanes) elements at `from`, zeros after them.
+// Load the first `count` (at most lanes) elements, padded with zeros.
 template <class A, class S>
 FASTKD_INLINE Vec<A> load_first_as(const S* from, std::int64_t count) {
     if (count >= lanes<A>) {
@@ -91,7 +91,7 @@ FASTKD_INLINE Vec<Compute<S>> load_first(const S* from, std::int64_t count) {
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// T where it is not to be deduced.
+// T in a non-deduced context.
 template <class T>
 struct SameAs {
     using type = T;
@@ -99,8 +99,8 @@ struct SameAs {
 template <class T>
 using Same = typename SameAs<T>::type;
 
-// Packs x[p][i] = x[p p_stride + i i_stride], p < count, i < inner, into panels over p, times p_scale[p] and i_scale[i]
-// where they are given. What pads the last panel is 0.
+// Pack x[p][i] = x[p p_stride + i i_stride], p < count, i < inner, into panels over p, multiplied by p_scale[p] and
+// i_scale[i] unless null. The padding of the last panel is 0.
 template <class S, class T = Compute<S>>
 FASTKD_NOINLINE void pack(const S* x, std::int64_t p_stride, std::int64_t i_stride, std::int64_t count,
                           std::int64_t inner, const Same<T>* p_scale, const Same<T>* i_scale, Same<T>* out) {
@@ -161,8 +161,8 @@ FASTKD_NOINLINE void pack(const S* x, std::int64_t p_stride, std::int64_t i_stri
     }
 }
 
-// out[r r_stride + k k_stride] = buffer[r][k], r < rows, k < cols; rows of the buffer lie `ld` apart, and it has whole
-// vectors of columns.
+// out[r r_stride + k k_stride] = buffer[r][k], r < rows, k < cols; `ld` is the buffer's row
+// stride, and its rows are padded to whole vectors.
 template <class S>
 FASTKD_NOINLINE void unpack(const Compute<S>* buffer, std::int64_t ld, std::int64_t rows, std::int64_t cols, S* out,
                             std::int64_t r_stride, std::int64_t k_stride) {

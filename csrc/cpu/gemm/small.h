@@ -1,4 +1,4 @@
-// Products of small matrices that lie in the caches, accumulated in registers; all of them row-major.
+// Products of small row-major matrices that are in the caches, accumulated in registers.
 #pragma once
 
 #include <utility>
@@ -8,7 +8,7 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// As many accumulators as the registers hold beside the operands.
+// As many accumulators as fit the register file together with the operands.
 #if FASTKD_VECTOR_BYTES == 64
 constexpr int broadcast_rows = 10, dot_rows = 4;
 #else
@@ -16,11 +16,11 @@ constexpr int broadcast_rows = 6, dot_rows = 2;
 #endif
 constexpr int dot_cols = 4;
 
-FASTKD_INLINE std::int64_t least(std::int64_t a, std::int64_t b) {
+FASTKD_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) {
     return a < b ? a : b;
 }
 
-// A matrix of which an element is at data[i row + k col].
+// A matrix with element (i, k) at data[i row + k col].
 template <class T>
 struct Matrix {
     const T* data;
@@ -28,12 +28,12 @@ struct Matrix {
     std::int64_t col;
 };
 
-// Memory to be brought into the second-level cache during a product, a few lines with every tile: a product reads each
-// element several times, and would leave the memory idle but for the first.
+// Memory to prefetch into the L2 cache during a product, a few lines per tile: a product reads each element several
+// times, so memory would otherwise be idle after the first read.
 struct Prefetch {
     const char* row = nullptr;
     std::int64_t rows = 0;
-    std::int64_t step = 0; // bytes from one row to the next
+    std::int64_t stride = 0; // bytes from one row to the next
     std::int64_t bytes = 0;
     std::int64_t at = 0;
     std::int64_t each = 0;
@@ -41,13 +41,13 @@ struct Prefetch {
     FASTKD_INLINE void spread(std::int64_t tiles) {
         each = (rows * ceil_div(bytes, 64) + tiles - 1) / (tiles > 0 ? tiles : 1);
     }
-    FASTKD_INLINE void some() {
+    FASTKD_INLINE void step() {
         for (std::int64_t i = 0; i < each && rows > 0; ++i) {
             __builtin_prefetch(row + at, 0, 2);
             at += 64;
             if (at >= bytes) {
                 at = 0;
-                row += step;
+                row += stride;
                 --rows;
             }
         }
@@ -56,11 +56,11 @@ struct Prefetch {
 
 enum class Store {
     set,
-    add,   // to what is there
-    stream // past the caches, to aligned addresses: see store_stream
+    add,   // accumulate
+    stream // non-temporal, to aligned addresses: see store_stream
 };
 
-// ---- C = A B: vectors run along the rows of B and C ----------------------------------------------------------------
+// ---- C = A B, vectorised along the rows of B and C - ----------------------------------------------------------------
 
 template <class T, int rows, int vectors>
 void multiply_tile(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t depth,
@@ -113,24 +113,24 @@ FASTKD_INLINE void multiply_rows(std::int64_t rows, Matrix<T> a, const T* b, std
 }
 
 enum class Walk {
-    down,  // one strip of B for all rows: where B is large
-    across // one strip of rows for all of B: where C is large
+    down,  // a strip of B for all rows of A: for a large B
+    across // a strip of rows of A for all of B: for a large C
 };
 
-// C (rows x cols) = A (rows x depth) B (depth x cols), `cols` is a multiple of the lanes.
+// C (rows x cols) = A (rows x depth) B (depth x cols), `cols` is a multiple of `lanes`.
 template <class T>
 void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t rows,
               std::int64_t cols, std::int64_t depth, Walk walk, Store mode, Prefetch fetch = {}) {
-    constexpr std::int64_t most_depth = 128; // sums of short sums are more exact, and a strip of B stays in the L1
+    constexpr std::int64_t most_depth = 128; // two-level sums are more accurate, and a strip of B stays in the L1
     constexpr std::int64_t strip = 2 * lanes<T>;
     const std::int64_t strips = ceil_div(rows, broadcast_rows);
     const std::int64_t each = strips > 0 ? ceil_div(rows, strips) : 0;
     fetch.spread(strips * ceil_div(cols, strip) * ceil_div(depth, most_depth));
-    // Where C is large its memory is on its way two tiles before it is written, or every store would wait for it.
+    // A large C is prefetched two tiles ahead; otherwise every store would wait for memory.
     const auto prefetch_tile = [&](std::int64_t i, std::int64_t j) __attribute__((always_inline)) {
         i += j < cols ? 0 : each;
         j -= j < cols ? 0 : cols;
-        for (std::int64_t r = i; r < least(i + each, rows); ++r) {
+        for (std::int64_t r = i; r < smaller(i + each, rows); ++r) {
             __builtin_prefetch(c + r * c_row + j, 1);
             __builtin_prefetch(c + r * c_row + j + lanes<T>, 1);
         }
@@ -138,8 +138,8 @@ void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_
     const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t steps,
                           Store how) __attribute__((always_inline)) {
         const Matrix<T> left{a.data + i * a.row + k * a.col, a.row, a.col};
-        const std::int64_t count = least(each, rows - i);
-        fetch.some();
+        const std::int64_t count = smaller(each, rows - i);
+        fetch.step();
         if (walk == Walk::across && mode == Store::set) {
             prefetch_tile(i, j + 2 * strip);
         }
@@ -150,7 +150,7 @@ void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_
         }
     };
     for (std::int64_t k = 0; k < depth; k += most_depth) {
-        const std::int64_t steps = least(most_depth, depth - k);
+        const std::int64_t steps = smaller(most_depth, depth - k);
         const bool last = k + steps == depth;
         const Store how = k > 0 ? Store::add : (mode == Store::stream && !last ? Store::set : mode);
         if (walk == Walk::down) {
@@ -169,9 +169,9 @@ void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_
     }
 }
 
-// ---- C = A B^T: vectors run along the rows of A and B --------------------------------------------------------------
+// ---- C = A B^T, vectorised along the rows of A and B  --------------------------------------------------------------
 
-// For each stretch of `width` lanes, the lower (or upper) half of a's stretch, then that of b's.
+// For each group of `width` lanes, select the lower (or upper) half of a's group, then that of b's.
 template <class T, int width>
 constexpr int half_index(int lane, bool upper) {
     const int begin = lane / width * width, at = lane % width;
@@ -187,7 +187,7 @@ FASTKD_INLINE Vec<T> halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane.
 #endif
 }
 
-// Lane i of values[0] becomes the sum of the lanes of values[i], for as many values as lanes.
+// Set lane i of values[0] to the sum of the lanes of values[i], i < lanes.
 template <class T, int width = lanes<T>>
 FASTKD_INLINE void add_lanes(Vec<T>* values) {
     if constexpr (width > 1) {
@@ -201,7 +201,7 @@ FASTKD_INLINE void add_lanes(Vec<T>* values) {
     }
 }
 
-// dot_rows x dot_cols elements of A B^T, or fewer: rows beyond the last are taken to be the last.
+// Up to dot_rows x dot_cols elements of A B^T. Row indices are clamped to the last row.
 template <class T>
 void dot_tile(const T* a, std::int64_t a_row, std::int64_t rows, const T* b, std::int64_t b_row, std::int64_t cols,
               std::int64_t depth, T* out) {
@@ -210,10 +210,10 @@ void dot_tile(const T* a, std::int64_t a_row, std::int64_t rows, const T* b, std
     const T* left[dot_rows];
     const T* right[dot_cols];
     for (int i = 0; i < dot_rows; ++i) {
-        left[i] = a + least(i, rows - 1) * a_row;
+        left[i] = a + smaller(i, rows - 1) * a_row;
     }
     for (int j = 0; j < dot_cols; ++j) {
-        right[j] = b + least(j, cols - 1) * b_row;
+        right[j] = b + smaller(j, cols - 1) * b_row;
     }
     Vec<T> sums[count] = {};
     for (std::int64_t k = 0; k < depth; k += lanes<T>) {
@@ -238,19 +238,20 @@ void dot_tile(const T* a, std::int64_t a_row, std::int64_t rows, const T* b, std
     }
 }
 
-// C (rows x cols) = A (rows x depth) B^T (B: cols x depth), added to C if `accumulate`. `depth` is a multiple of the
-// lanes. `symmetric`: only what lies on or below the diagonal, and some of what lies above it.
+// C (rows x cols) = A (rows x depth) B^T (B: cols x depth), added to C if `accumulate`. `depth` is a multiple of
+// `lanes`. With `symmetric` only the lower triangle is complete; of the upper one only parts of the tiles on the
+// diagonal.
 template <class T, class C>
 void multiply_transposed(const T* a, std::int64_t a_row, const T* b, std::int64_t b_row, C* c, std::int64_t c_row,
                          std::int64_t rows, std::int64_t cols, std::int64_t depth, bool accumulate,
                          bool symmetric = false, Prefetch fetch = {}) {
     fetch.spread(ceil_div(rows, dot_rows) * ceil_div(cols, dot_cols));
     for (std::int64_t j = 0; j < cols; j += dot_cols) {
-        const std::int64_t width = least(dot_cols, cols - j);
+        const std::int64_t width = smaller(dot_cols, cols - j);
         for (std::int64_t i = symmetric ? j / dot_rows * dot_rows : 0; i < rows; i += dot_rows) {
-            const std::int64_t height = least(dot_rows, rows - i);
+            const std::int64_t height = smaller(dot_rows, rows - i);
             T tile[dot_rows * dot_cols];
-            fetch.some();
+            fetch.step();
             dot_tile(a + i * a_row, a_row, height, b + j * b_row, b_row, width, depth, tile);
             for (std::int64_t y = 0; y < height; ++y) {
                 for (std::int64_t x = 0; x < width; ++x) {

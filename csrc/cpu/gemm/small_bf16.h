@@ -1,5 +1,5 @@
-// Products of small matrices of bfloat16 as they are: neighbours along the sum lie in pairs, of which one instruction
-// adds two exact products to a float. Otherwise as gemm/small.h; used only where bf16_products() is true.
+// The products of gemm/small.h for bfloat16 without widening: operands hold pairs of neighbours along K, and one
+// AVX512-BF16 instruction adds two exact products to a float. Used only if bf16_products() is true.
 #pragma once
 
 #include "cpu/gemm/bf16.h"
@@ -9,20 +9,20 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-constexpr std::int64_t pair_strip = 2 * lanes<float>; // columns of a tile: bfloat16 of one vector, two of pairs
+constexpr std::int64_t pair_strip = 2 * lanes<float>; // columns of a tile: one vector of bfloat16, two of pairs
 
 FASTKD_INLINE __m512i load_pairs(const void* from) {
     return _mm512_loadu_si512(from);
 }
 
-// Of two vectors of bfloat16 the first, or the second, half of the pairs of neighbours.
+// Interleave two vectors of bfloat16 into two vectors of pairs.
 FASTKD_INLINE void interleave(__m512i even, __m512i odd, __m512i (&pairs)[2]) {
     const Words index = lane_index<float>(), first = index | (index + 32) << 16;
     pairs[0] = _mm512_permutex2var_epi16(even, bit_cast<__m512i>(first), odd);
     pairs[1] = _mm512_permutex2var_epi16(even, bit_cast<__m512i>(first + 0x100010), odd);
 }
 
-// The right factor of a product, pair by pair: packed already, ...
+// The right operand of a product, pair by pair: packed as pairs, ...
 struct PackedPairs {
     const PairWord* data; // [pair][column]
     std::int64_t row;
@@ -35,7 +35,7 @@ struct PackedPairs {
         pairs[1] = load_pairs(data + pair * row + lanes<float>);
     }
 };
-// ... or rows of which every two are a row of pairs.
+// ... or plain rows, every two of which are interleaved to a row of pairs.
 struct PairsOfRows {
     const BFloat16* data;
     std::int64_t row;
@@ -96,20 +96,20 @@ FASTKD_INLINE void pair_rows(std::int64_t rows, Matrix<PairWord> a, B b, C* c, s
     }
 }
 
-// C (rows x cols) = A (rows x depth pairs) B (depth pairs x cols); `cols` is a multiple of pair_strip. Into bfloat16
-// without Store::add.
+// C (rows x cols) = A (rows x depth pairs) B (depth pairs x cols); `cols` is a multiple of pair_strip. C of bfloat16
+// excludes Store::add.
 template <class B, class C>
 void multiply_pairs(Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int64_t rows, std::int64_t cols,
                     std::int64_t depth, Store mode, Prefetch fetch = {}) {
     constexpr bool rounds = sizeof(C) == sizeof(BFloat16);
-    const std::int64_t most_depth = rounds ? depth : 64; // sums of short sums are more exact
+    const std::int64_t most_depth = rounds ? depth : 64; // two-level sums are more accurate
     const std::int64_t strips = ceil_div(rows, broadcast_rows);
     const std::int64_t each = strips > 0 ? ceil_div(rows, strips) : 0;
     fetch.spread(strips * (cols / pair_strip) * (rounds ? 1 : ceil_div(depth, most_depth)));
     const auto tile = [&](std::int64_t i, std::int64_t j, std::int64_t k) __attribute__((always_inline)) {
-        fetch.some();
-        pair_rows(least(each, rows - i), Matrix<PairWord>{a.data + i * a.row + k * a.col, a.row, a.col}, b.from(k, j),
-                  c + i * c_row + j, c_row, least(most_depth, depth - k), k > 0 ? Store::add : mode);
+        fetch.step();
+        pair_rows(smaller(each, rows - i), Matrix<PairWord>{a.data + i * a.row + k * a.col, a.row, a.col}, b.from(k, j),
+                  c + i * c_row + j, c_row, smaller(most_depth, depth - k), k > 0 ? Store::add : mode);
     };
     if constexpr (rounds) { // C is large
         for (std::int64_t i = 0; i < rows; i += each) {
@@ -128,7 +128,7 @@ void multiply_pairs(Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int6
     }
 }
 
-// As dot_tile, of rows of bfloat16.
+// As dot_tile, for rows of bfloat16.
 FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_dot_tile(const BFloat16* a, std::int64_t a_row, std::int64_t rows,
                                                     const BFloat16* b, std::int64_t b_row, std::int64_t cols,
                                                     std::int64_t depth, float* out) {
@@ -136,10 +136,10 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_dot_tile(const BFloat16* a, std::int6
     const BFloat16* left[dot_rows];
     const BFloat16* right[dot_cols];
     for (int i = 0; i < dot_rows; ++i) {
-        left[i] = a + least(i, rows - 1) * a_row;
+        left[i] = a + smaller(i, rows - 1) * a_row;
     }
     for (int j = 0; j < dot_cols; ++j) {
-        right[j] = b + least(j, cols - 1) * b_row;
+        right[j] = b + smaller(j, cols - 1) * b_row;
     }
     __m512 sums[count];
 #pragma GCC unroll 16
@@ -172,17 +172,17 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_dot_tile(const BFloat16* a, std::int6
     store(out, values[0]);
 }
 
-// Adds A (rows x depth) B^T (B: cols x depth) to C (rows x cols); `depth` is a multiple of pair_strip.
+// Add A (rows x depth) B^T (B: cols x depth) to C (rows x cols); `depth` is a multiple of pair_strip.
 FASTKD_NOINLINE void add_transposed_pairs(const BFloat16* a, std::int64_t a_row, const BFloat16* b, std::int64_t b_row,
                                           float* c, std::int64_t c_row, std::int64_t rows, std::int64_t cols,
                                           std::int64_t depth, Prefetch fetch) {
     fetch.spread(ceil_div(rows, dot_rows) * ceil_div(cols, dot_cols));
     for (std::int64_t j = 0; j < cols; j += dot_cols) {
-        const std::int64_t width = least(dot_cols, cols - j);
+        const std::int64_t width = smaller(dot_cols, cols - j);
         for (std::int64_t i = 0; i < rows; i += dot_rows) {
-            const std::int64_t height = least(dot_rows, rows - i);
+            const std::int64_t height = smaller(dot_rows, rows - i);
             float tile[dot_rows * dot_cols];
-            fetch.some();
+            fetch.step();
             pair_dot_tile(a + i * a_row, a_row, height, b + j * b_row, b_row, width, depth, tile);
             for (std::int64_t y = 0; y < height; ++y) {
                 for (std::int64_t x = 0; x < width; ++x) {
@@ -193,13 +193,13 @@ FASTKD_NOINLINE void add_transposed_pairs(const BFloat16* a, std::int64_t a_row,
     }
 }
 
-// The first `count` of pair_strip elements.
-FASTKD_INLINE __mmask32 first_elements(std::int64_t count) {
+// Mask of the first `count` of pair_strip elements.
+FASTKD_INLINE __mmask32 leading_mask(std::int64_t count) {
     return count >= pair_strip ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
 }
 
-// Splits rows of floats into x = high + low, both bfloat16, to 2^-17: rows of each, and pairs (high, low). Zeros where
-// a strip is longer than `width`.
+// Split rows of floats into x = high + low, both bfloat16, with a relative error of 2^-17. Write the rows of each and
+// the pairs (high, low), padded with zeros to whole strips.
 FASTKD_NOINLINE void split_rows(const float* from, std::int64_t rows, std::int64_t width, std::int64_t stride,
                                 BFloat16* high, BFloat16* low, PairWord* pairs) {
     for (std::int64_t k = 0; k < rows; ++k) {
@@ -208,7 +208,7 @@ FASTKD_NOINLINE void split_rows(const float* from, std::int64_t rows, std::int64
             const Vec<float> x = p < width ? load(from + at) : Vec<float>{};
             store(high + at, x);
             const Vec<float> rest = x - load(high + at);
-            store(low + at, rest == rest ? rest : Vec<float>{}); // of Inf and NaN the high part is all
+            store(low + at, rest == rest ? rest : Vec<float>{}); // Inf and NaN are in `high` alone
             const Words both = widen(load_raw<Shorts>(high + at)) | widen(load_raw<Shorts>(low + at)) << 16;
             __builtin_memcpy(pairs + at, &both, sizeof(both));
         }

@@ -1,5 +1,5 @@
-// The arithmetic of pixel_word on one panel of pixels. Vectors run along the pixels, so a softmax over words is taken
-// down the rows and pixels never mix before the sums over them.
+// The arithmetic of pixel_word on one panel, vectorised along the pixels: a softmax over words runs down the rows, and
+// lanes are combined only in sums over pixels.
 #pragma once
 
 #include "common/pixel_word.h"
@@ -12,7 +12,7 @@ namespace fastkd::cpu::FASTKD_ISA {
 using softmax_kl::KLState;
 using softmax_kl::LogSoftmax;
 
-// Both networks' logits, one row per word, and what is made of them: rows of A, then rows of D = A - B.
+// Both networks' logits, one row per word.
 template <class T>
 struct Logits {
     const T* student;
@@ -28,7 +28,7 @@ FASTKD_INLINE Vec<T> shift_of(Vec<T> max) {
     return max == softmax_kl::minus_infinity<T>() ? Vec<T>{} : max;
 }
 
-// log prod x of many positive x, of which no 64 may overflow a double: lane by lane.
+// log prod x of many positive x, lane by lane. A product of 64 factors must not overflow a double.
 template <class T>
 struct LogProduct {
     using Doubles = typename VectorOf<double, lanes<T>>::type;
@@ -51,7 +51,7 @@ struct LogProduct {
     }
 };
 
-// Writes A and D unless null, fetching memory meanwhile; returns the sum over valid pixels of KL(B[p] || A[p]) if `kl`.
+// Write A and D unless null, and prefetch meanwhile. With `kl` return the sum of KL(B[p] || A[p]) over valid pixels.
 template <class T, bool kl>
 double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d, Prefetch fetch = {}) {
     fetch.spread(pixels.width / lanes<T>);
@@ -61,7 +61,7 @@ double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d, Pref
     for (std::int64_t p = 0; p < pixels.width; p += lanes<T>) {
         const T* s = logits.student + p;
         const T* t = logits.teacher + p;
-        fetch.some();
+        fetch.step();
         Vec<T> max_s = broadcast(softmax_kl::minus_infinity<T>()), max_t = max_s;
         for (std::int64_t k = 0; k < logits.words; ++k) {
             max_s = max(load(s + k * logits.stride), max_s);
@@ -77,7 +77,7 @@ double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d, Pref
             const Vec<T> e_t = logits.exp_teacher(d_t, T(0), T(0));
             z_s += e_s;
             z_t += e_t;
-            if constexpr (kl) { // 0 * log 0 = 0; and the difference of equals is 0, also if multiply-adds are fused
+            if constexpr (kl) { // 0 * log 0 = 0; equal logits give exactly 0 even with fused multiply-adds
                 sum += e_t == T(0) ? Vec<T>{} : e_t * (d_t * ratio_t - d_s);
             }
             if (a != nullptr) {
@@ -109,13 +109,13 @@ double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d, Pref
     return ratios.total + sum(sum_a);
 }
 
-// The maxima so far of a word's logits, unscaled.
+// The running maxima of a word's unscaled logits.
 template <class T>
 struct Maxima {
     T student, teacher;
 };
 
-// Adds the panel to the words' states over pixels, which are those of the scaled logits.
+// Add the panel to the words' states over pixels; the states refer to the scaled logits.
 template <class T>
 void accumulate_columns(const Logits<T>& logits, const Pixels<T>& pixels, KLState<double>* states, Maxima<T>* maxima) {
     const T nothing = softmax_kl::minus_infinity<T>();
@@ -149,8 +149,8 @@ void accumulate_columns(const Logits<T>& logits, const Pixels<T>& pixels, KLStat
     }
 }
 
-// The coefficients of the gradient of the scaled logits: with those of the second order (X over Z, words columns) in
-// `mix`, or null.
+// Coefficients of the gradient with respect to the logits. `mix` is X stacked on Z, (2 words, words), or null without
+// second-order terms.
 template <class T>
 struct Coefficients {
     const T* mix;
@@ -159,7 +159,7 @@ struct Coefficients {
     T word_to_pixel;
 };
 
-// d/dM of the terms over words. `a` holds A and D, one after the other; `out` is also where dA is put meanwhile.
+// Write d/dM of the terms over words. `a` is A followed by D; `out` holds dA meanwhile.
 template <class T>
 void gradient_over_words(const Coefficients<T>& by, const T* a, const T* d, std::int64_t words, std::int64_t stride,
                          std::int64_t width, T* out) {
@@ -184,7 +184,7 @@ void gradient_over_words(const Coefficients<T>& by, const T* a, const T* d, std:
     }
 }
 
-// Adds d/dM of word_to_pixel to `out`, or writes it.
+// Write d/dM of word_to_pixel to `out`, or add it with `add`.
 template <class T>
 void gradient_over_pixels(const Logits<T>& logits, T by, const double* lse_student, const double* lse_teacher,
                           std::int64_t width, bool add, T* out) {
@@ -203,7 +203,7 @@ void gradient_over_pixels(const Logits<T>& logits, T by, const double* lse_stude
     }
 }
 
-// Norms of the pixels, 0 for those with no direction.
+// Write the norms of the pixels; 0 if at most norm_floor.
 template <class T>
 void pixel_norms(const Panel<T>& panel, std::int64_t columns, std::int64_t padded, std::int64_t width, T* norms) {
     if (panel.by_pixel) {
@@ -231,7 +231,7 @@ void pixel_norms(const Panel<T>& panel, std::int64_t columns, std::int64_t padde
     }
 }
 
-// 1/norm, as far as it is floored.
+// 1/max(norm, norm_floor).
 template <class T>
 FASTKD_INLINE Vec<T> inverse_norms(const T* norms) {
     const Vec<T> norm = load(norms);

@@ -1,4 +1,5 @@
-// pixel_word on the CPU, backward: one pass over the kept logits and the student's pixels.
+// pixel_word on the CPU, backward: one pass over the saved logits and the student's pixels; the formulas are in
+// common/pixel_word.h. Per panel: A and D from the logits, dM, then dV = dM L and the chunk's part of dL = dM^T V.
 #include "common/pixel_word.h"
 
 #include "cpu/kernels.h"
@@ -12,7 +13,7 @@ namespace {
 
 using pixel_word::Backward;
 
-// The coefficients of one sample's gradient with respect to its logits.
+// Compute the coefficients of one sample's gradient with respect to its logits.
 template <class T>
 Coefficients<T> coefficients_of(const Backward& args, const Plan<T>& plan, std::int64_t b, T* mix) {
     const Sample& sample = plan.samples[b];
@@ -42,7 +43,7 @@ Coefficients<T> coefficients_of(const Backward& args, const Plan<T>& plan, std::
     return by;
 }
 
-// Both networks' logits: those kept, or those given.
+// Load both networks' logits: the saved ones, or the inputs.
 template <class T>
 Logits<T> backward_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels,
                           const Scratch<T>& scratch) {
@@ -61,7 +62,7 @@ Logits<T> backward_logits(const Backward& args, const Plan<T>& plan, const Pixel
             exp_of<T>(problem.teacher)};
 }
 
-// The kept logits of the panel after this one.
+// The saved logits of the next panel.
 template <class T>
 FASTKD_INLINE Prefetch next_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels) {
     const Problem& problem = plan.problem;
@@ -73,12 +74,12 @@ FASTKD_INLINE Prefetch next_logits(const Backward& args, const Plan<T>& plan, co
     Prefetch fetch;
     fetch.row = static_cast<const char*>(args.kept.logits) + (pixels.sample * rows * problem.pixels + begin) * size;
     fetch.rows = rows;
-    fetch.step = problem.pixels * size;
-    fetch.bytes = least(plan.panel_pixels, problem.pixels - begin) * size;
+    fetch.stride = problem.pixels * size;
+    fetch.bytes = smaller(plan.panel_pixels, problem.pixels - begin) * size;
     return fetch;
 }
 
-// d/dM, in scratch.out; 0 for invalid pixels.
+// Write d/dM to scratch.out; 0 for invalid pixels.
 template <class T>
 void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Coefficients<T>& by,
                         const Logits<T>& logits, const Scratch<T>& scratch) {
@@ -97,7 +98,7 @@ void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<
     }
 }
 
-// For the cosine: scratch.scaled = dM/|V|, and of each pixel -<dM, M>/|V|^2, the coefficient of V in its own gradient.
+// For the cosine: scratch.scaled = dM/|V|, and own = -<dM, M>/|V|^2, the coefficient of V in each pixel's gradient.
 template <class T>
 void scale_by_norms(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Logits<T>& logits,
                     const Scratch<T>& scratch, T* own) {
@@ -118,7 +119,7 @@ void scale_by_norms(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
     }
 }
 
-// dV = dM L, to memory.
+// Write dV = dM L to memory.
 template <class T>
 void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Panel<T>& panel,
                         T* d_m, T* own, std::int64_t words, const Scratch<T>& scratch, Prefetch fetch) {
@@ -127,7 +128,7 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
     const PanelOut<T> out = start_panel(args.grad_pixels, pixels, columns, padded, plan.streams(), scratch.gradient);
     const bool cosine = plan.problem.cosine;
     const Store mode = cosine ? Store::add : (out.stream && out.in_memory ? Store::stream : Store::set);
-    if (cosine) { // no direction, no gradient
+    if (cosine) { // pixels of zero norm get a zero gradient
         for (std::int64_t k = -1; k < words; ++k) {
             keep_valid(k < 0 ? own : d_m + k * plan.panel_pixels, scratch.norms, pixels.width);
         }
@@ -149,7 +150,7 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// Both gradients from bfloat16 as it is, and dM as the sum of two.
+// Both gradients from bfloat16 without widening, with dM split into a sum of two bfloat16.
 void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pixels<float>& pixels, std::int64_t words,
                         const Scratch<float>& scratch, float* grad_words) {
     const Side& student = plan.problem.student;
@@ -160,8 +161,8 @@ void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pix
     auto* pairs = reinterpret_cast<PairWord*>(scratch.teacher);
     split_rows(scratch.out, words, pixels.width, stride, high, low, pairs);
     if (args.grad_words != nullptr) {
-        const HalfPanel panel =
-            load_half_panel(student.pixels, pixels, columns, reinterpret_cast<BFloat16*>(scratch.panel));
+        const PanelBF16 panel =
+            load_panel_bf16(student.pixels, pixels, columns, reinterpret_cast<BFloat16*>(scratch.panel));
         for (int i = 0; i < 2; ++i) {
             const BFloat16* part = i == 0 ? high : low;
             const Prefetch fetch = i == 0 ? plan.next(student, pixels) : Prefetch{};
@@ -179,7 +180,7 @@ void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pix
         return;
     }
     const auto* packed = reinterpret_cast<const PairWord*>(plan.words_student + pixels.sample * plan.words * padded);
-    const HalfPanelOut out = start_half_panel(args.grad_pixels, pixels, columns, plan.streams(),
+    const PanelBF16Out out = start_panel_bf16(args.grad_pixels, pixels, columns, plan.streams(),
                                               reinterpret_cast<BFloat16*>(scratch.gradient));
     if (by_pixel(args.grad_pixels)) {
         multiply_pairs({pairs, 1, stride}, PackedPairs{packed, padded}, out.data, out.stride, pixels.count, padded,
@@ -188,7 +189,7 @@ void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pix
         multiply_pairs({packed, 1, padded}, PackedPairs{pairs, stride}, out.data, out.stride, columns, strips, words,
                        out.mode);
     }
-    finish_half_panel(out, args.grad_pixels, pixels, columns);
+    finish_panel_bf16(out, args.grad_pixels, pixels, columns);
 }
 #endif
 
@@ -239,7 +240,7 @@ void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& 
     }
 }
 
-// The words' gradient of a sample from its chunks' sums.
+// Compute the words' gradient of a sample from its chunks' sums.
 template <class T>
 void finish_words(const Backward& args, const Plan<T>& plan, std::int64_t b) {
     const Sample& sample = plan.samples[b];
@@ -305,7 +306,7 @@ void backward(const Backward& args, int threads) {
         advise_huge_pages(const_cast<void*>(out.data), args.problem.batch * sample * element_size(out.dtype));
     }
     for (std::int64_t first = 0; first < args.problem.batch; first += plan.group) {
-        const Backward part = part_of(args, first, least(plan.group, args.problem.batch - first));
+        const Backward part = part_of(args, first, smaller(plan.group, args.problem.batch - first));
         plan.problem = part.problem;
         backward_group(part, plan);
     }

@@ -1,7 +1,9 @@
-// pixel_word on the CPU, forward: one pass over the pixels. A panel of them is read once, its logits are computed in
-// the caches, and all terms' sums are taken from there. The logits are kept for the backward: words are few, so they
-// are small beside the features, and computing them again would cost reading both networks' pixels and half of the
-// products.
+// pixel_word on the CPU, forward: one pass over the pixels; the formulas are in common/pixel_word.h. A panel of pixels
+// is read once, its logits M = V L^T are computed in the caches, and all terms are accumulated from them: the KL over
+// words, the running KL over pixels of each word, and G = A^T A, K = D^T A, E = D^T D.
+//
+// The logits are saved for the backward: with few words they are small compared with the features, and recomputing them
+// would read both networks' pixels again and cost half of the products.
 #include "common/pixel_word.h"
 
 #include "cpu/kernels.h"
@@ -15,7 +17,7 @@ namespace {
 using pixel_word::Forward;
 using pixel_word::Workspace;
 
-// -inf for words that the network does not have.
+// Write -inf for words that the network does not have.
 template <class T>
 FASTKD_INLINE void absent_logits(const std::int32_t* word, std::int64_t words, std::int64_t width, std::int64_t stride,
                                  T* out) {
@@ -26,7 +28,7 @@ FASTKD_INLINE void absent_logits(const std::int32_t* word, std::int64_t words, s
     }
 }
 
-// One network's logits of a panel, from its features. `norms` receives those of the pixels, for the cosine.
+// Compute one network's logits of a panel from its features; for the cosine also write the pixels' norms.
 template <class T>
 void logits_of(const Plan<T>& plan, const Side& side, const Pixels<T>& pixels, const std::int32_t* word,
                std::int64_t words, const T* packed, std::int64_t padded, T* scratch, T* norms, T* out, Prefetch fetch,
@@ -46,7 +48,7 @@ void logits_of(const Plan<T>& plan, const Side& side, const Pixels<T>& pixels, c
     }
 #endif
     (void)pairs;
-    // A wide map is read in place: the copy costs as much memory traffic again, and would not stay in the L1.
+    // Wide maps are read in place: a copy doubles the memory traffic and does not fit the L1.
     const bool copy_map = plan.problem.cosine || side.width <= 128;
     const Panel<T> panel = load_panel(side.pixels, pixels, side.width, padded, copy_map, scratch);
     if (panel.by_pixel) {
@@ -69,7 +71,7 @@ void logits_of(const Plan<T>& plan, const Side& side, const Pixels<T>& pixels, c
 }
 
 template <class T>
-void keep_logits(const Plan<T>& plan, const Pixels<T>& pixels, const Scratch<T>& scratch, void* kept) {
+void save_logits(const Plan<T>& plan, const Pixels<T>& pixels, const Scratch<T>& scratch, void* kept) {
     const Problem& problem = plan.problem;
     const Sample& sample = plan.samples[pixels.sample];
     const std::int64_t rows = problem.student.word_count + problem.teacher.word_count;
@@ -124,7 +126,7 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
                   scratch.panel, scratch.norms, scratch.student, plan.next(problem.teacher, pixels),
                   plan.pairs_student);
         if (args.kept.logits != nullptr) {
-            keep_logits(plan, pixels, scratch, args.kept.logits);
+            save_logits(plan, pixels, scratch, args.kept.logits);
         }
         if (args.kept.norms != nullptr) {
             store_row(scratch.norms, pixels.count,
@@ -163,13 +165,13 @@ void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pi
     }
 }
 
-// The losses of a sample, and what is kept of it, from its chunks' sums.
+// Compute a sample's losses and the arrays saved for the backward from its chunks' sums.
 template <class T>
 void finish_forward(const Forward& args, const Plan<T>& plan, std::int64_t b) {
     const Sample& sample = plan.samples[b];
     const std::int64_t words = sample.words, size = plan.words * plan.words;
     const double pixels = static_cast<double>(sample.pixels);
-    const ForwardSums sums = sums_of(plan, b * plan.chunks); // those of the first chunk become those of all
+    const ForwardSums sums = sums_of(plan, b * plan.chunks); // the first chunk's sums become the totals
     T* loss = static_cast<T*>(args.loss) + b * pixel_word::term_count;
     for (int term = 0; term < pixel_word::term_count; ++term) {
         loss[term] = T(0);
@@ -252,7 +254,7 @@ void forward_group(const Forward& args, const Plan<T>& plan) {
                 scratch.maxima[k] = {softmax_kl::minus_infinity<T>(), softmax_kl::minus_infinity<T>()};
             }
             for (std::int64_t i = 0; plan.has(pixel_word::second_order) && i < 3 * plan.words * plan.words; ++i) {
-                sums.grams[i] = 0; // also what lies above the diagonal
+                sums.grams[i] = 0; // including the upper triangle
             }
             each_panel(plan, unit, scratch.valid,
                        [&](const Pixels<T>& pixels) { forward_panel(args, plan, pixels, scratch, sums); });
@@ -265,7 +267,7 @@ template <class T>
 void forward(const Forward& args, int threads) {
     Plan<T> plan = make_plan<T>(args.problem, false, args.workspace, threads);
     for (std::int64_t first = 0; first < args.problem.batch; first += plan.group) {
-        const Forward part = part_of(args, first, least(plan.group, args.problem.batch - first));
+        const Forward part = part_of(args, first, smaller(plan.group, args.problem.batch - first));
         plan.problem = part.problem;
         forward_group(part, plan);
     }

@@ -1,4 +1,4 @@
-// A few hundred consecutive pixels of one sample, brought into the caches in the dtype of the arithmetic.
+// A panel: a few hundred consecutive pixels of one sample, in the dtype of the arithmetic.
 #pragma once
 
 #include "common/pixel_word.h"
@@ -14,7 +14,7 @@ FASTKD_INLINE bool stored_as_is(DType dtype) {
     return dtype == (sizeof(T) == 8 ? DType::Float64 : DType::Float32);
 }
 
-// `count` elements, then zeros up to `padded`, a multiple of the lanes.
+// Load `count` elements, padded with zeros to `padded`, a multiple of `lanes`.
 template <class T, class S>
 FASTKD_INLINE void load_row(const S* from, std::int64_t count, T* to, std::int64_t padded) {
     std::int64_t i = 0;
@@ -45,7 +45,7 @@ FASTKD_INLINE void store_row(const T* from, std::int64_t count, S* to) {
     }
 }
 
-// The same past the caches, to aligned addresses; finish with stream_fence.
+// As store_row, non-temporal and to aligned addresses. Finish with stream_fence.
 template <class T, class S>
 FASTKD_INLINE void stream_row(const T* from, std::int64_t count, S* to) {
     const std::int64_t whole = count / lanes<T> * lanes<T>;
@@ -55,7 +55,7 @@ FASTKD_INLINE void stream_row(const T* from, std::int64_t count, S* to) {
     store_row(from + whole, count - whole, to + whole);
 }
 
-// Zero wherever `valid` is.
+// Set the elements with valid == 0 to zero.
 template <class T>
 FASTKD_INLINE void keep_valid(T* row, const T* valid, std::int64_t count) {
     for (std::int64_t i = 0; i < count; i += lanes<T>) {
@@ -63,7 +63,8 @@ FASTKD_INLINE void keep_valid(T* row, const T* valid, std::int64_t count) {
     }
 }
 
-// Which pixels. `width` is `count` rounded up; `valid` is 1 or 0 for each, or null if all are and count == width.
+// The pixels of a panel. `width` is `count` rounded up. `valid` is 1 or 0 per pixel, or null if all are valid and
+// count == width.
 template <class T>
 struct Pixels {
     std::int64_t sample;
@@ -73,7 +74,7 @@ struct Pixels {
     const T* valid;
 };
 
-// Features of the pixels: a row for each pixel, or for each feature, and `stride` elements from one row to the next.
+// A matrix with one row per pixel (`by_pixel`) or one row per feature; `stride` elements between rows.
 template <class T>
 struct Panel {
     const T* data;
@@ -90,9 +91,9 @@ FASTKD_INLINE S* address(const Array& array, const Pixels<T>& pixels, S) {
     return const_cast<S*>(static_cast<const S*>(array.data)) + pixels.sample * array.batch + pixels.begin * array.pixel;
 }
 
-// What lies in memory as the products want it is left there; all else is copied to `scratch`, with invalid pixels and
-// the columns from `columns` to `padded` zero. With `copy_map` a map is copied too: its rows lie in as many pages,
-// which costs more than the copy if they are few, or walked through often.
+// Return the panel in place if its dtype, masks and padding allow; otherwise copy it to `scratch`, with invalid pixels
+// and the columns from `columns` to `padded` set to zero. With `copy_map` maps are always copied: every feature of a
+// map is on another page, and if there are few features or several passes, the TLB misses cost more than the copy.
 template <class T>
 Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns, std::int64_t padded,
                     bool copy_map, T* scratch) {
@@ -120,7 +121,7 @@ Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t co
     return {scratch, rows ? padded : pixels.width, rows};
 }
 
-// The memory of these pixels, to be fetched during a product.
+// The memory of these pixels, for prefetching during a product.
 template <class T>
 Prefetch prefetch_of(const Array& array, const Pixels<T>& pixels, std::int64_t columns) {
     const std::int64_t size = element_size(array.dtype);
@@ -129,26 +130,26 @@ Prefetch prefetch_of(const Array& array, const Pixels<T>& pixels, std::int64_t c
     fetch.row =
         static_cast<const char*>(array.data) + (pixels.sample * array.batch + pixels.begin * array.pixel) * size;
     fetch.rows = rows ? pixels.count : columns;
-    fetch.step = (rows ? array.pixel : array.column) * size;
+    fetch.stride = (rows ? array.pixel : array.column) * size;
     fetch.bytes = (rows ? columns : pixels.count) * size;
     return fetch;
 }
 
-// The gradient of a panel: where to write it, in a panel's layout. finish_panel brings it to memory if it is not there.
-// What is written past the caches must be finished by stream_fence.
+// Destination of a panel's gradient, in a panel's layout. finish_panel copies it to memory unless it was written in
+// place. Finish non-temporal stores with stream_fence.
 template <class T>
 struct PanelOut {
     T* data;
     std::int64_t stride;
     bool by_pixel;
     bool in_memory;
-    bool stream; // past the caches
+    bool stream; // non-temporal
 };
 
 template <class T>
 FASTKD_INLINE PanelOut<T> start_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns,
                                       std::int64_t padded, bool stream, T* scratch) {
-    // Lines written in part, past the caches and not, would cost more than all of them through the caches.
+    // Non-temporal stores pay only for whole, aligned cache lines.
     const bool rows = by_pixel(array);
     const std::int64_t size = element_size(array.dtype), row = rows ? array.pixel : array.column;
     const auto first = reinterpret_cast<std::uintptr_t>(array.data) +
@@ -186,7 +187,7 @@ void finish_panel(const PanelOut<T>& panel, const Array& array, const Pixels<T>&
     });
 }
 
-// The logits of some words, a row for each: words[k], or -inf where it is negative. Invalid pixels have 0.
+// Load the logits of words[k] to row k, or -inf if words[k] is negative. Invalid pixels get 0.
 template <class T>
 void load_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t* words, std::int64_t count, T* out,
                  std::int64_t stride) {
@@ -220,7 +221,7 @@ void load_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t
     });
 }
 
-// Writes rows[slot[w]] to word w of the array, and 0 where slot[w] is negative.
+// Store rows[slot[w]] to word w of the array, or 0 if slot[w] is negative.
 template <class T>
 void store_logits(const Array& array, const Pixels<T>& pixels, const std::int32_t* slot, std::int64_t words,
                   const T* rows, std::int64_t stride) {
@@ -230,7 +231,7 @@ void store_logits(const Array& array, const Pixels<T>& pixels, const std::int32_
         for (std::int64_t w = 0; w < words; ++w) {
             S* word = to + w * array.column;
             for (std::int64_t p = 0; p < pixels.count; p += lanes<T>) {
-                const std::int64_t some = least(lanes<T>, pixels.count - p);
+                const std::int64_t some = smaller(lanes<T>, pixels.count - p);
                 S values[lanes<T>] = {};
                 if (slot[w] >= 0) {
                     store(values, load(rows + slot[w] * stride + p));

@@ -1,4 +1,4 @@
-// Panels of bfloat16 pixels that are multiplied without widening: see gemm/small_bf16.h.
+// Panels of bfloat16 pixels for the products of gemm/small_bf16.h, without widening.
 #pragma once
 
 #include "cpu/gemm/small_bf16.h"
@@ -8,8 +8,8 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// Which of the pair_strip pixels from `p` on there are, and are valid.
-FASTKD_INLINE __mmask32 pixels_there(const Pixels<float>& pixels, std::int64_t p) {
+// Mask of the valid pixels among the pair_strip pixels from `p` on.
+FASTKD_INLINE __mmask32 valid_mask(const Pixels<float>& pixels, std::int64_t p) {
     if (pixels.valid == nullptr && pixels.count - p >= pair_strip) {
         return ~__mmask32{0};
     }
@@ -19,7 +19,8 @@ FASTKD_INLINE __mmask32 pixels_there(const Pixels<float>& pixels, std::int64_t p
     }
     return there;
 }
-// out[pair of columns][pixel], zero where a column or a valid pixel is missing, as far as whole strips of pixels reach.
+// Pack the panel as out[pair of columns][pixel]. Invalid pixels, an odd last column and the padding to whole strips are
+// zero.
 FASTKD_NOINLINE void pack_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns, PairWord* out,
                                 std::int64_t stride) {
     constexpr int n = lanes<float>;
@@ -27,13 +28,13 @@ FASTKD_NOINLINE void pack_panel(const Array& array, const Pixels<float>& pixels,
     const std::int64_t pairs = (columns + 1) / 2;
     if (by_pixel(array)) {
         for (std::int64_t p = 0; p < round_up(pixels.count, pair_strip); p += n) {
-            const __mmask32 there = pixels_there(pixels, p);
+            const __mmask32 there = valid_mask(pixels, p);
             for (std::int64_t k = 0; k < pairs; k += n) {
-                const __mmask32 whole = first_elements(columns - 2 * k);
+                const __mmask32 whole = leading_mask(columns - 2 * k);
                 Vec<float> block[n];
 #pragma GCC unroll 16
                 for (int i = 0; i < n; ++i) {
-                    const bool valid = (there >> i & 1) != 0; // what is masked out is not read
+                    const bool valid = (there >> i & 1) != 0; // masked elements are not read
                     block[i] = bit_cast<Vec<float>>(_mm512_maskz_loadu_epi16(
                         valid ? whole : 0, from + (valid ? (p + i) * array.pixel : 0) + 2 * k));
                 }
@@ -54,7 +55,7 @@ FASTKD_NOINLINE void pack_panel(const Array& array, const Pixels<float>& pixels,
         return;
     }
     for (std::int64_t p = 0; p < pixels.count; p += pair_strip) {
-        const __mmask32 there = pixels_there(pixels, p);
+        const __mmask32 there = valid_mask(pixels, p);
         for (std::int64_t k = 0; k < pairs; ++k) {
             const BFloat16* row = from + 2 * k * array.column + p;
             const bool odd = 2 * k + 1 < columns;
@@ -67,14 +68,14 @@ FASTKD_NOINLINE void pack_panel(const Array& array, const Pixels<float>& pixels,
     }
 }
 
-// The panel as it lies in memory, or copied to `scratch` in whole strips: of columns, or of a map's pixels.
-struct HalfPanel {
+// The panel in place, or copied to `scratch` with rows padded to whole strips.
+struct PanelBF16 {
     const BFloat16* data;
     std::int64_t stride;
     bool by_pixel;
 };
 
-FASTKD_NOINLINE HalfPanel load_half_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns,
+FASTKD_NOINLINE PanelBF16 load_panel_bf16(const Array& array, const Pixels<float>& pixels, std::int64_t columns,
                                           BFloat16* scratch) {
     const BFloat16* from = address(array, pixels, BFloat16{});
     const bool rows = by_pixel(array);
@@ -86,22 +87,22 @@ FASTKD_NOINLINE HalfPanel load_half_panel(const Array& array, const Pixels<float
         const bool there = !rows || (i < pixels.count && (pixels.valid == nullptr || pixels.valid[i] != 0.0f));
         const BFloat16* row = from + (there ? i * (rows ? array.pixel : array.column) : 0);
         for (std::int64_t j = 0; j < padded; j += pair_strip) {
-            const __mmask32 some = rows ? first_elements(columns - j) : pixels_there(pixels, j);
+            const __mmask32 some = rows ? leading_mask(columns - j) : valid_mask(pixels, j);
             _mm512_storeu_si512(scratch + i * padded + j, _mm512_maskz_loadu_epi16(there ? some : 0, row + j));
         }
     }
     return {scratch, padded, rows};
 }
 
-// Where the gradient of a panel is written: finish_half_panel brings it to memory if it is not there.
-struct HalfPanelOut {
+// Destination of a panel's gradient; finish_panel_bf16 copies it to memory unless it was written in place.
+struct PanelBF16Out {
     BFloat16* data;
     std::int64_t stride;
     bool in_memory;
     Store mode;
 };
 
-FASTKD_INLINE HalfPanelOut start_half_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns,
+FASTKD_INLINE PanelBF16Out start_panel_bf16(const Array& array, const Pixels<float>& pixels, std::int64_t columns,
                                             bool stream, BFloat16* scratch) {
     const bool rows = by_pixel(array);
     const std::int64_t length = rows ? columns : pixels.count, row = rows ? array.pixel : array.column;
@@ -113,7 +114,7 @@ FASTKD_INLINE HalfPanelOut start_half_panel(const Array& array, const Pixels<flo
     return {to, row, true, stream && whole_lines ? Store::stream : Store::set};
 }
 
-FASTKD_NOINLINE void finish_half_panel(const HalfPanelOut& panel, const Array& array, const Pixels<float>& pixels,
+FASTKD_NOINLINE void finish_panel_bf16(const PanelBF16Out& panel, const Array& array, const Pixels<float>& pixels,
                                        std::int64_t columns) {
     const bool rows = by_pixel(array);
     BFloat16* to = address(array, pixels, BFloat16{});
@@ -122,9 +123,9 @@ FASTKD_NOINLINE void finish_half_panel(const HalfPanelOut& panel, const Array& a
         const bool there = !rows || pixels.valid == nullptr || pixels.valid[i] != 0.0f;
         const std::int64_t length = rows ? columns : pixels.count;
         for (std::int64_t j = 0; j < length; j += pair_strip) {
-            const __mmask32 some = rows ? ~__mmask32{0} : pixels_there(pixels, j);
+            const __mmask32 some = rows ? ~__mmask32{0} : valid_mask(pixels, j);
             const __m512i values = load_pairs(panel.data + i * panel.stride + j);
-            _mm512_mask_storeu_epi16(row + j, first_elements(length - j),
+            _mm512_mask_storeu_epi16(row + j, leading_mask(length - j),
                                      _mm512_maskz_mov_epi16(there ? some : 0, values));
         }
     }

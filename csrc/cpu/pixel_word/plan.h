@@ -1,8 +1,9 @@
-// How a pixel_word problem is cut up, what workspace that takes, and what is prepared once per sample.
+// The plan of a pixel_word problem: its division into groups of samples, chunks and panels, its workspace, and the
+// preparation of each sample.
 //
-// A sample's pixels are cut into chunks of some panels each. Cuts depend on the problem alone, each chunk's sums go to
-// a place of their own, and those are added in order: results do not depend on the number of threads. As many samples
-// are worked on at a time as the workspace holds.
+// A sample's pixels are divided into chunks of several panels. The division depends on the problem alone, and the
+// partial sums of the chunks are added in order, so results do not depend on the number of threads. A group has as
+// many samples as the workspace holds.
 #pragma once
 
 #include "common/arena.h"
@@ -16,20 +17,22 @@ namespace fastkd::cpu::FASTKD_ISA {
 using pixel_word::Problem;
 using pixel_word::Side;
 
-constexpr std::int64_t column_padding = 16;              // lanes of the widest vectors: sizes are alike for all
-constexpr std::int64_t partial_bytes = 12 * 1024 * 1024; // of the chunks' sums, beyond the first of each sample
-constexpr std::int64_t stream_bytes = 4 * 1024 * 1024;   // as in softmax_kl.cpp
+// Lanes of the widest vectors, so that sizes are the same for every instruction set.
+constexpr std::int64_t column_padding = 16;
+// Limit of the chunks' sums, not counting the first of each sample.
+constexpr std::int64_t partial_bytes = 12 * 1024 * 1024;
+constexpr std::int64_t stream_bytes = 4 * 1024 * 1024; // larger gradients bypass the caches
 
-// A sample's valid pixels and words. Only the words that some network attends to are computed with, in a dense order.
+// A sample's valid pixels and words. Words that at least one network has are numbered densely; the others are skipped.
 struct Sample {
     std::int64_t pixels;
-    std::int64_t words;         // those computed with
-    std::int32_t* student_word; // [words]: the student's word, or -1 where it has none
+    std::int64_t words;         // of the dense numbering
+    std::int32_t* student_word; // [words]: the student's word, or -1 if it has none
     std::int32_t* teacher_word;
-    std::int32_t* student_slot; // [student's words]: its place among those computed with, or -1
+    std::int32_t* student_slot; // [student's words]: its dense number, or -1
 };
 
-// What each thread computes in.
+// Scratch memory of a thread.
 template <class T>
 struct Scratch {
     T* panel;
@@ -47,10 +50,10 @@ struct Scratch {
 
 template <class T>
 struct Plan {
-    Problem problem;                                   // of the samples that are worked on
-    std::int64_t group = 0;                            // samples at a time
-    std::int64_t words = 0;                            // at most
-    bool pairs_student = false, pairs_teacher = false; // whose bfloat16 is multiplied as it is
+    Problem problem;                                   // the current group of samples
+    std::int64_t group = 0;                            // samples per group
+    std::int64_t words = 0;                            // the larger count
+    bool pairs_student = false, pairs_teacher = false; // whether bfloat16 is multiplied without widening
     std::int64_t width_student = 0, width_teacher = 0; // padded
     std::int64_t panel_pixels = 0, chunk_pixels = 0, chunks = 0;
     std::int64_t threads = 0;
@@ -59,12 +62,12 @@ struct Plan {
     Sample* samples = nullptr;
     T* words_student = nullptr; // [B][words][padded width]; unit vectors for the cosine
     T* words_teacher = nullptr;
-    T* word_norms = nullptr; // [B][words] of the student, 0 if there is no direction
+    T* word_norms = nullptr; // [B][words] of the student, 0 if at most norm_floor
     char* partials = nullptr;
     char* scratch = nullptr;
     std::int64_t scratch_size = 0; // per thread
     std::int64_t workspace = 0;
-    std::int64_t minimum = 0; // the least workspace_limit
+    std::int64_t minimum = 0; // the smallest possible workspace_limit
 
     FASTKD_INLINE std::int64_t units() const { return problem.batch * chunks; }
     FASTKD_INLINE bool from_features() const { return problem.student.width > 0; }
@@ -74,24 +77,24 @@ struct Plan {
         return reinterpret_cast<P*>(partials + unit * partial_size);
     }
 
-    // Whether the gradient of the pixels would push everything else out of the caches.
+    // Return whether the pixels' gradient is too large for the caches.
     FASTKD_INLINE bool streams() const {
         return problem.batch * problem.pixels * problem.student.width * static_cast<std::int64_t>(sizeof(T)) >=
                stream_bytes;
     }
-    // The memory of the panel after this one.
+    // The memory of the next panel.
     FASTKD_INLINE Prefetch next(const Side& side, const Pixels<T>& pixels) const {
         const std::int64_t begin = pixels.begin + panel_pixels;
         if (begin >= problem.pixels) {
             return {};
         }
-        const std::int64_t count = least(panel_pixels, problem.pixels - begin);
+        const std::int64_t count = smaller(panel_pixels, problem.pixels - begin);
         return prefetch_of<T>(side.pixels, {pixels.sample, begin, count, 0, nullptr}, side.width);
     }
 
-    // The chunk's pixels from `begin` on, as many as a panel holds.
+    // The pixels of the panel that starts at `begin`.
     FASTKD_INLINE Pixels<T> pixels_at(std::int64_t sample, std::int64_t begin, std::int64_t end, T* valid) const {
-        Pixels<T> pixels{sample, begin, least(panel_pixels, end - begin), 0, nullptr};
+        Pixels<T> pixels{sample, begin, smaller(panel_pixels, end - begin), 0, nullptr};
         pixels.width = round_up(pixels.count, column_padding);
         const std::uint8_t* mask =
             problem.pixel_mask == nullptr ? nullptr : problem.pixel_mask + sample * problem.pixels + begin;
@@ -109,7 +112,8 @@ struct Plan {
     }
 };
 
-// Whether a network's features are multiplied as they are: unit vectors, of the cosine, are no bfloat16.
+// Return whether a side's bfloat16 features are multiplied without widening; the cosine's unit vectors are not
+// bfloat16.
 template <class T>
 FASTKD_INLINE bool multiplies_pairs(const Problem& problem, const Side& side) {
 #if defined(FASTKD_BF16_PRODUCTS)
@@ -139,7 +143,7 @@ Scratch<T> lay_out_scratch(const Plan<T>& plan, Arena<64>& arena, bool backward)
     return scratch;
 }
 
-// A chunk's sums in a forward: the KL over words, the states of the columns, G, K and E.
+// Bytes of a chunk's sums in a forward: the KL over words, G, K, E, and one KLState per word.
 FASTKD_INLINE std::int64_t forward_partial_size(const Problem& problem, std::int64_t words) {
     const std::int64_t states = (problem.terms & pixel_word::word_to_pixel) != 0 ? words : 0;
     const std::int64_t grams = (problem.terms & pixel_word::second_order) != 0 ? 3 * words * words : 0;
@@ -162,7 +166,7 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     plan.width_student = round_up(student.width, plan.pairs_student ? 2 * column_padding : column_padding);
     plan.width_teacher = round_up(teacher.width, plan.pairs_teacher ? 2 * column_padding : column_padding);
     const std::int64_t width = larger(plan.width_student, plan.width_teacher);
-    // A panel stays in the second-level cache. Of maps longer ones: their rows are read, and added up, in short runs.
+    // A panel fits the L2 cache. Panels of maps are longer, as their rows are read and summed in short runs.
     const std::int64_t row_bytes =
         width * (plan.pairs_student ? element_size(DType::BFloat16) : static_cast<std::int64_t>(sizeof(T)));
     plan.panel_pixels =
@@ -174,25 +178,25 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     Arena<64> one;
     lay_out_scratch(plan, one, backward);
     plan.scratch_size = one.bytes();
-    const std::int64_t words_size = // packed, with their norms
+    const std::int64_t words_size = // packed words and their norms
         (plan.width_student + (backward ? 0 : plan.width_teacher) + 1) * static_cast<std::int64_t>(sizeof(T));
     const std::int64_t sample_size = static_cast<std::int64_t>(sizeof(Sample)) +
                                      plan.words * (3 * static_cast<std::int64_t>(sizeof(std::int32_t)) + words_size) +
                                      plan.partial_size;
-    constexpr std::int64_t rounding = 6 * 64; // of the pieces below
+    constexpr std::int64_t rounding = 6 * 64; // of the allocations below
     plan.minimum = sample_size + plan.scratch_size + rounding;
     const std::int64_t beyond = larger(0, problem.workspace_limit - plan.minimum);
-    plan.group = least(problem.batch, 1 + beyond / 2 / sample_size);
+    plan.group = smaller(problem.batch, 1 + beyond / 2 / sample_size);
     const std::int64_t left = beyond - (plan.group - 1) * sample_size;
 
-    std::int64_t each = problem.batch * panels / 64; // panels of a chunk
-    each = each < 1 ? 1 : least(each, 8);
-    const std::int64_t most = least(left / 2, partial_bytes) / (plan.group * (plan.partial_size + 1)) + 1; // chunks
+    std::int64_t each = problem.batch * panels / 64; // panels per chunk
+    each = each < 1 ? 1 : smaller(each, 8);
+    const std::int64_t most = smaller(left / 2, partial_bytes) / (plan.group * (plan.partial_size + 1)) + 1; // chunks
     each = each * most < panels ? ceil_div(panels, most) : each;
     plan.chunks = ceil_div(panels, each);
     plan.chunk_pixels = each * plan.panel_pixels;
-    plan.threads = least(least(threads, plan.group * plan.chunks),
-                         1 + (left - plan.group * (plan.chunks - 1) * plan.partial_size) / plan.scratch_size);
+    plan.threads = smaller(smaller(threads, plan.group * plan.chunks),
+                           1 + (left - plan.group * (plan.chunks - 1) * plan.partial_size) / plan.scratch_size);
 
     Arena<64> arena(workspace);
     plan.samples = arena.take<Sample>(plan.group);
@@ -210,9 +214,9 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     return plan;
 }
 
-// ---- walking over it ----------------------------------------------------------------------------------------------
+// ---- iteration ----------------------------------------------------------------------------------------------------
 
-// Calls f with each of a thread's units, threads having consecutive ones: their pixels lie one after the other.
+// Call f with each unit (a sample's chunk) of a thread. A thread's units are consecutive in memory.
 template <class T, class F>
 FASTKD_INLINE void each_unit(const Plan<T>& plan, std::int64_t thread, F f) {
     const std::int64_t end = (thread + 1) * plan.units() / plan.threads;
@@ -221,11 +225,11 @@ FASTKD_INLINE void each_unit(const Plan<T>& plan, std::int64_t thread, F f) {
     }
 }
 
-// Calls f with each panel of a unit.
+// Call f with each panel of a unit.
 template <class T, class F>
 FASTKD_INLINE void each_panel(const Plan<T>& plan, std::int64_t unit, T* valid, F f) {
     const std::int64_t begin = unit % plan.chunks * plan.chunk_pixels;
-    const std::int64_t end = least(begin + plan.chunk_pixels, plan.problem.pixels);
+    const std::int64_t end = smaller(begin + plan.chunk_pixels, plan.problem.pixels);
     for (std::int64_t p = begin; p < end; p += plan.panel_pixels) {
         f(plan.pixels_at(unit / plan.chunks, p, end, valid));
     }
@@ -236,14 +240,15 @@ FASTKD_INLINE ScaledExp<T> exp_of(const Side& side) {
     return ScaledExp<T>{static_cast<T>(side.scale)};
 }
 
-// ---- once per sample -----------------------------------------------------------------------------------------------
+// ---- per sample ----------------------------------------------------------------------------------------------------
 
 FASTKD_INLINE bool has_word(const Side& side, std::int64_t sample, std::int64_t word) {
     return word < side.word_count &&
            (side.word_mask == nullptr || side.word_mask[sample * side.word_count + word] != 0);
 }
 
-// Rows of words as the products want them: in their dense order, padded with zeros, zero where the network has none.
+// Pack words densely numbered, rows padded with zeros; a word that the side lacks is a zero row. For the cosine,
+// normalise.
 template <class T>
 void pack_words(const Side& side, std::int64_t sample, const std::int32_t* word, std::int64_t count,
                 std::int64_t padded, bool cosine, T* to, T* norms) {
@@ -268,7 +273,7 @@ void pack_words(const Side& side, std::int64_t sample, const std::int32_t* word,
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// The same of bfloat16: [word][column] for the logits, [word][column][2 copies] for the gradient of the pixels.
+// As pack_words, in bfloat16: [word][column] for the logits, [word][column][2 copies] for the gradient of the pixels.
 FASTKD_INLINE void pack_word_pairs(const Side& side, std::int64_t sample, const std::int32_t* word, std::int64_t count,
                                    std::int64_t padded, bool backward, void* to) {
     const auto* from = static_cast<const float*>(side.words) + sample * side.word_count * side.width;

@@ -1,4 +1,4 @@
-// The arguments of pixel_word for some of its samples, so that a workspace need not hold all.
+// Arguments restricted to a group of samples, so that the workspace does not have to hold the whole batch.
 #pragma once
 
 #include "common/pixel_word.h"
@@ -20,7 +20,7 @@ inline void advance(Side& side, std::int64_t samples, std::int64_t size) {
     side.word_mask = advanced(side.word_mask, samples * side.word_count);
 }
 
-// Samples [first, first + count) of what a forward and a backward share.
+// Restrict the arguments that forward and backward share to samples [first, first + count).
 template <class Args>
 Args shared_part(Args args, std::int64_t first, std::int64_t count) {
     Problem& problem = args.problem;

@@ -1,8 +1,8 @@
-// H of bfloat16 rows, rounded to bfloat16 for its product with the rows as they are.
+// H of bfloat16 rows, rounded to bfloat16 for its product with the unscaled rows.
 //
-// M_ij = bfloat16(H_ij scale_j), so that d/d x^_i = sum_j M_ij x_j. Rounding turns every H_ij x^_j a little; where rows
-// are alike these errors would add up along x^_i, which the rest of the gradient is free of. The projection takes them
-// out, if q is that of the rounded matrix: q_i = sum_j (M_ij/scale_j) E_ij.
+// M_ij = bfloat16(H_ij scale_j), so that d/d x^_i = sum_j M_ij x_j. Where rows are similar, the rounding errors of M
+// would accumulate along x^_i, a direction in which the gradient has no component. The projection removes them if q is
+// computed from the rounded matrix: q_i = sum_j (M_ij/scale_j) E_ij.
 #pragma once
 
 #include "cpu/gemm/bf16.h"
@@ -10,14 +10,14 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// A tile of H, `h`, as M: `own` [row][col], rows `own_ld` apart, and unless it is null `mirror`, the transposed tile's:
-// [pair of rows][col], pairs tile.ld apart. `row` and `col` are the scales, the inverse ones times the sign in E. What
-// lies beyond the tile's rows and columns in the last pair is 0.
+// A tile of M: `own` is [row][col] with row stride `own_ld`; `mirror`, unless null, is the transposed tile as [pair of
+// rows][col] with stride tile.ld. The padding of the last pair is 0.
 struct RoundedTile {
     BFloat16* own;
     std::int64_t own_ld;
     PairWord* mirror;
 };
+// The scales of the tile's rows and columns, and their inverses times the sign of E.
 struct TileScales {
     float row[tile_side], col[tile_side], row_inverse[tile_side], col_inverse[tile_side];
 };
@@ -29,7 +29,7 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void round_tile(Tile<float> tile, const float* 
     const auto widened = [](__m256i raw) __attribute__((always_inline)) {
         return bit_cast<Vec<float>>(widen(bit_cast<Shorts>(raw)) << 16);
     };
-    // Two vectors rounded to one word per lane.
+    // Index that interleaves two rounded vectors into one word per lane.
     const __m512i interleave =
         _mm512_add_epi32(_mm512_set1_epi32(0x00100000),
                          _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
@@ -43,11 +43,11 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void round_tile(Tile<float> tile, const float* 
         for (std::int64_t c = 0; c < tile.cols; c += n) {
             const std::int64_t at = r * tile.ld + c;
             const Bits<float> valid = bit_cast<Bits<float>>(inside<float>(tile.cols, c));
-            const auto kept = [&](const float* from) __attribute__((always_inline)) {
+            const auto masked = [&](const float* from) __attribute__((always_inline)) {
                 return bit_cast<Vec<float>>(bit_cast<Bits<float>>(load(from)) & valid);
             };
             const Vec<float> h1 = load(h + at), h2 = both ? load(h + at + tile.ld) : Vec<float>{};
-            const Vec<float> e1 = kept(tile.e_s + at), e2 = both ? kept(tile.e_s + at + tile.ld) : Vec<float>{};
+            const Vec<float> e1 = masked(tile.e_s + at), e2 = both ? masked(tile.e_s + at + tile.ld) : Vec<float>{};
             const Vec<float> right = load(scales.col + c), right_inverse = load(scales.col_inverse + c);
             const __m512i own =
                 bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(h2 * right), bit_cast<__m512>(h1 * right)));
@@ -76,10 +76,10 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void round_tile(Tile<float> tile, const float* 
     }
 }
 
-// to[c][pair] = mirror[pair][c], of `pairs` (at least lanes) pairs and columns rounded up to whole vectors; rows of
-// `to`, in words, lie `to_ld` apart.
-FASTKD_NOINLINE void turn_pairs(const PairWord* mirror, std::int64_t ld, std::int64_t pairs, std::int64_t cols,
-                                PairWord* to, std::int64_t to_ld) {
+// to[c][pair] = mirror[pair][c] for `pairs` (at least lanes) pairs and `cols` rounded up to whole vectors. `to_ld`
+// counts words.
+FASTKD_NOINLINE void transpose_pairs(const PairWord* mirror, std::int64_t ld, std::int64_t pairs, std::int64_t cols,
+                                     PairWord* to, std::int64_t to_ld) {
     constexpr int n = lanes<float>;
     for (std::int64_t p = 0; p < pairs; p += n) {
         const std::int64_t first = p + n <= pairs ? p : pairs - n; // the last vectors overlap
@@ -97,15 +97,15 @@ FASTKD_NOINLINE void turn_pairs(const PairWord* mirror, std::int64_t ld, std::in
         }
     }
 }
-#else // never asked for: see bf16_products()
+#else // never called: see bf16_products()
 FASTKD_INLINE void round_tile(Tile<float>, const float*, const TileScales&, RoundedTile, double*, double*) {
 }
-FASTKD_INLINE void turn_pairs(const PairWord*, std::int64_t, std::int64_t, std::int64_t, PairWord*, std::int64_t) {
+FASTKD_INLINE void transpose_pairs(const PairWord*, std::int64_t, std::int64_t, std::int64_t, PairWord*, std::int64_t) {
 }
 #endif
 
-// g[r][:] = outer[r] (g[r][:] - along[r] x[r][:]), or 0 where outer[r] is 0 whatever the others hold, with x as packed
-// in pairs of rows, one panel of `width` columns.
+// g[r][:] = outer[r] (g[r][:] - along[r] x[r][:]), and 0 if outer[r] is 0 even for NaN. x is packed in pairs of rows,
+// one panel of `width` columns.
 FASTKD_NOINLINE void project_pairs(const PairWord* x, std::int64_t rows, std::int64_t width, const float* outer,
                                    const float* along, float* g) {
     for (std::int64_t r = 0; r < rows; ++r) {

@@ -1,9 +1,8 @@
-// The blocks and tiles of a relation, and what its two ways through them share: each block's statistics, the losses
-// made of them, and H.
+// The blocks and tiles of a relation, shared by the forms "streamed" and "stored": schedule, row statistics, losses, H.
 //
-// Rows are cut into blocks; a pair of blocks is a tile of both relation matrices. Only the upper triangle's tiles are
-// made. Pairs are visited in rounds in which every block occurs once: the threads of a round never meet, and every
-// row's sums are added in the order of the rounds, whatever the number of threads.
+// Rows are divided into blocks; a pair of blocks is a tile of both relation matrices. Only tiles of the upper triangle
+// are computed. Pairs are scheduled in rounds in which every block occurs once, so the threads of a round write to
+// disjoint rows, and each row's sums are added in the order of the rounds, independent of the number of threads.
 #pragma once
 
 #include "cpu/pages.h"
@@ -18,13 +17,13 @@ using relation::Backward;
 using relation::Distance;
 using relation::Forward;
 
-// visit(i, j, thread) for all pairs i <= j of [begin, end), in rounds without a common index.
+// Call visit(i, j, thread) for all pairs i <= j of [begin, end), in rounds of disjoint pairs.
 template <class Visit>
 FASTKD_INLINE void pairs_within(std::int64_t begin, std::int64_t end, int threads, const Visit& visit) {
     const std::int64_t n = end - begin;
     parallel_for(threads, n, [&](std::int64_t i, int thread) { visit(begin + i, begin + i, thread); });
     const std::int64_t even = n + n % 2, turning = even - 1;
-    for (std::int64_t round = 0; round < turning; ++round) { // everyone but the last sits on a wheel
+    for (std::int64_t round = 0; round < turning; ++round) { // round-robin: all indices but the last rotate
         parallel_for(threads, even / 2, [&](std::int64_t k, int thread) {
             const std::int64_t i = k == 0 ? turning : (round + k) % turning;
             const std::int64_t j = (round + turning - k) % turning;
@@ -35,13 +34,13 @@ FASTKD_INLINE void pairs_within(std::int64_t begin, std::int64_t end, int thread
     }
 }
 
-// The place of i <= j in the order in which pairs_within(0, n) visits them.
+// The position of the pair i <= j in the order of pairs_within(0, n).
 FASTKD_INLINE std::int64_t place_within(std::int64_t n, std::int64_t i, std::int64_t j) {
     if (i == j) {
         return i;
     }
     const std::int64_t turning = n + n % 2 - 1;
-    if (j == turning) { // the one that doesn't turn, first in its round
+    if (j == turning) { // the index that does not rotate comes first in its round
         return n + i * (n / 2);
     }
     const std::int64_t sum = i + j, round = (sum % 2 == 0 ? sum : sum + turning) / 2 % turning;
@@ -49,7 +48,7 @@ FASTKD_INLINE std::int64_t place_within(std::int64_t n, std::int64_t i, std::int
     return n + round * (n / 2) + (k < opposite ? k : opposite) - n % 2;
 }
 
-// visit(i, j, thread) for all i of the first range, j of the second, in rounds without a common index.
+// Call visit(i, j, thread) for all i of the first range and j of the second, in rounds of disjoint pairs.
 template <class Visit>
 FASTKD_INLINE void pairs_between(std::int64_t i_begin, std::int64_t i_end, std::int64_t j_begin, std::int64_t j_end,
                                  int threads, const Visit& visit) {
@@ -69,7 +68,7 @@ constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<BFloat16> = true;
 
-// One call's arguments with their types.
+// The arguments of one call, typed.
 template <class S>
 struct Relation {
     using T = Compute<S>;
@@ -85,7 +84,7 @@ struct Relation {
     ScaledExp<T> exp{static_cast<T>(1 / options.temperature)};
     T sign = options.negate && options.distance == Distance::kl ? T(-1) : T(1);
 
-    // ---- where things are
+    // ---- addresses
     template <class P = T>
     FASTKD_INLINE P* at(std::int64_t team, std::int64_t offset) const {
         return reinterpret_cast<P*>(workspace + team * plan.team_bytes + offset);
@@ -102,7 +101,7 @@ struct Relation {
     FASTKD_INLINE std::int64_t sample(std::int64_t problem, std::int64_t block) const {
         return options.cross ? block / plan.group_blocks : problem;
     }
-    // Of the rows of `block` against the blocks of the group of `other`.
+    // Statistics of the rows of `block` against the group of blocks that contains `other`.
     FASTKD_INLINE RowStatistics statistics_of(std::int64_t problem, std::int64_t block, std::int64_t other) const {
         const std::int64_t o = options.cross ? other / plan.group_blocks : 0;
         const std::int64_t index = (o * options.batch + sample(problem, block)) * options.rows + first_row(block);
@@ -127,16 +126,15 @@ struct Relation {
         }
     }
 
-    // bfloat16 rows that are multiplied as they are get their scales afterwards. Not where that would leave float's
-    // range.
+    // Multiply bfloat16 rows in pairs, unscaled, and scale the products, unless the products could overflow.
     void use_pairs() {
         pairs = sizeof(S) == 2 && plan.pairs;
         const double* scales = scales_of(0, 0, 0);
         for (std::int64_t r = 0; r < 2 * options.batch * options.rows && pairs; ++r) {
-            pairs = !(scales[r] < 1e-15); // NaN is at home anywhere
+            pairs = !(scales[r] < 1e-15); // NaN passes
         }
     }
-    // Columns [from, from + width) of a block as [width][rows], with their scales unless they are multiplied in pairs.
+    // Pack columns [from, from + width) of a block as [width][rows], scaled unless `pairs`.
     FASTKD_INLINE void pack_block_of(const Rows& rows, int network, std::int64_t problem, std::int64_t block,
                                      std::int64_t from, std::int64_t width, T* to) const {
         const S* x = rows_at(rows, problem, block) + from * rows.col_stride;
@@ -150,7 +148,7 @@ struct Relation {
         typed_scales(network, problem, block, scales);
         pack<S>(x, rows.row_stride, rows.col_stride, rows_of(block), width, scales, nullptr, to);
     }
-    // e (+)= the products of blocks i and j, packed so.
+    // e (+)= the products of the packed blocks i and j.
     FASTKD_INLINE void multiply_blocks(const T* x, std::int64_t i, const T* y, std::int64_t j, std::int64_t width, T* e,
                                        bool add) const {
         const Panels<T> rows(rows_of(i)), cols(rows_of(j));
@@ -163,7 +161,7 @@ struct Relation {
         }
         packed_product<T>(x, rows, y, cols, width, e, plan.block, add);
     }
-    // What is left to do to both networks' products: scales that were left out, and the sign.
+    // Apply the sign, and with `pairs` the scales, to both networks' products.
     FASTKD_INLINE void finish_products(std::int64_t problem, std::int64_t i, std::int64_t j, T* e_s, T* e_t) const {
         if (pairs) {
             T row[tile_side], col[tile_side];
@@ -180,7 +178,7 @@ struct Relation {
     }
 
     // ---- forward
-    // Adds one tile's share; pass 1 of row_cosine comes after finish_norms().
+    // Add a tile to the row statistics; pass 1 of row_cosine follows finish_norms().
     FASTKD_INLINE void add_tile(Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j, int pass,
                                 std::int64_t thread) const {
         const RowStatistics row = statistics_of(problem, i, j);
@@ -198,11 +196,11 @@ struct Relation {
         }
         add_kl_rows<T>(tile, exp, row);
         if (i != j) {
-            T* turned = scratch(thread, plan.tiles) + 2 * plan.block * plan.block;
-            T* turned_t = turned + plan.block * plan.block;
-            transpose_tile(tile.e_s, tile.ld, tile.rows, tile.cols, turned);
-            transpose_tile(tile.e_t, tile.ld, tile.rows, tile.cols, turned_t);
-            add_kl_rows<T>({turned, turned_t, tile.ld, tile.cols, tile.rows}, exp, col);
+            T* transposed = scratch(thread, plan.tiles) + 2 * plan.block * plan.block;
+            T* transposed_t = transposed + plan.block * plan.block;
+            transpose_tile(tile.e_s, tile.ld, tile.rows, tile.cols, transposed);
+            transpose_tile(tile.e_t, tile.ld, tile.rows, tile.cols, transposed_t);
+            add_kl_rows<T>({transposed, transposed_t, tile.ld, tile.cols, tile.rows}, exp, col);
         }
     }
 
@@ -216,7 +214,7 @@ struct Relation {
             }
         }
     }
-    // Of all rows of one problem, between the passes of row_cosine.
+    // Turn the sums of squares of one problem into norms, between the passes of row_cosine.
     void finish_norms(std::int64_t problem) const {
         for (std::int64_t o = 0; o < others; ++o) {
             for (std::int64_t block = 0; block < plan.blocks; ++block) {
@@ -230,7 +228,7 @@ struct Relation {
             }
         }
     }
-    // The losses, and what the backward needs, from the sums.
+    // Compute the losses and the statistics that the backward reads.
     void finish_rows(std::int64_t problem, T* loss) const {
         for (std::int64_t block = 0; block < plan.blocks; ++block) {
             for (std::int64_t r = 0; r < rows_of(block); ++r) {
@@ -273,7 +271,7 @@ struct Relation {
         for (std::int64_t r = 0; r < rows; ++r) {
             g[r] = static_cast<double>(grad[r * args.grad_row_stride]) / static_cast<double>(others);
         }
-        // A loop for each, without branches: a tile is small enough for these divisions to count.
+        // One branch-free loop per distance: tiles are small, so these divisions matter.
         if (options.distance == Distance::mse) {
             for (std::int64_t r = 0; r < rows; ++r) {
                 out.a[r] = out.b[r] = static_cast<T>(2 * g[r] / static_cast<double>(options.rows));
@@ -281,7 +279,7 @@ struct Relation {
         } else if (options.distance == Distance::row_cosine) {
             for (std::int64_t r = 0; r < rows; ++r) {
                 const double n = row[0][r], m = row[1][r];
-                const bool flat = n <= relation::norm_floor;      // no gradient, as for inputs
+                const bool flat = n <= relation::norm_floor;      // zero gradient, as for rows of zero norm
                 const double c = (1 + row[3][r] - row[2][r]) / 2; // |u - v|^2 = |u|^2 + |v|^2 - 2 c
                 out.a[r] = flat ? T(0) : static_cast<T>(2 * g[r] * c / (n * n));
                 out.b[r] = flat ? T(0) : static_cast<T>(2 * g[r] / (n * m));
@@ -312,7 +310,7 @@ struct Relation {
             out.center_t[r] = out.high_t[r] = out.low_t[r] = 0;
         }
     }
-    // A tile of H into h, which may be the tile's own e_t. Without `q` its sums are left out.
+    // Write a tile of H to h, which may alias the tile's e_t. Add its row sums to q unless null.
     FASTKD_INLINE void make_h(const Backward& args, Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j,
                               T* h, double* q) const {
         RowCoefficients<T> row, col;
@@ -329,7 +327,7 @@ struct Relation {
             gradient_tile_kl<T>(tile, exp, row, col, sign, h, q_row, q_col);
         }
     }
-    // The same as M of relation_pairs.h, off the diagonal for both its blocks; q gains the sums that belong to M.
+    // Write a tile of M (see bf16_tiles.h), off the diagonal also its transpose, and add the row sums of M to q.
     FASTKD_INLINE void make_m(const Backward& args, Tile<T> tile, std::int64_t problem, std::int64_t i, std::int64_t j,
                               T* h, RoundedTile out, double* q) const {
         make_h(args, tile, problem, i, j, h, nullptr);

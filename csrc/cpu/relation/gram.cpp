@@ -1,7 +1,9 @@
-// relation with distance mse from Gram matrices, as common/relation.h has it: no matrix of rows x rows is made.
+// relation on the CPU, form "gram": distance mse from width x width Gram matrices (common/relation.h):
 //
-// G: the rows are packed a chunk at a time, [row][width], and every panel of G gains their products. The rest: the rows
-// are packed a block at a time, [width][row], so that G W and the sums over the width run along vectors of rows.
+//     loss_i = w_i^T G w_i/columns,     G = sum_j z_j z_j^T,     W = [D | B],     Z = [A | D]
+//
+// G: rows are packed a chunk at a time as [row][width], and their products are added to every panel of G. G W and the
+// sums over the width: rows are packed a block at a time as [width][row] and vectorised along the rows.
 #include "common/relation.h"
 
 #include "cpu/kernels.h"
@@ -15,7 +17,7 @@ namespace {
 using relation::Backward;
 using relation::Forward;
 
-// A: the type of G and of all products.
+// A is the type of G and of all products.
 template <class S, class A>
 struct Gram {
     using T = Compute<S>;
@@ -44,7 +46,7 @@ struct Gram {
     FASTKD_INLINE const S* rows_at(const Rows& rows, std::int64_t b, std::int64_t row) const {
         return static_cast<const S*>(rows.data) + b * rows.batch_stride + row * rows.row_stride;
     }
-    // Rows [row, row + count) of A and B as [row][width], the second made D.
+    // Pack rows [row, row + count) of Z as [row][width]: `first` is A, `second` is D as wide as B.
     void pack_z(std::int64_t b, std::int64_t row, std::int64_t count, A* first, A* second) const {
         A by[gram_chunk];
         typed_scales(0, b, row, count, by);
@@ -73,7 +75,7 @@ struct Gram {
             }
         }
     }
-    // The same rows as [width][row]: W = [D | B], D as wide as A.
+    // Pack the same rows of W as [width][row]: `first` is D as wide as A, `second` is B.
     void pack_w(std::int64_t b, std::int64_t row, std::int64_t count, A* first, A* second) const {
         A by[streamed_block];
         typed_scales(0, b, row, count, by);
@@ -92,7 +94,7 @@ struct Gram {
         }
     }
 
-    // G = sum over the problem's rows; with `grad` its rows of A, each row weighted with its gradient.
+    // Compute G of the problem; with `grad` its rows G_A, every term weighted by the row's gradient.
     void sum_gram(std::int64_t team, std::int64_t problem, const Backward* grad, A* gram) const {
         const Panels<A> first(student.width), second(teacher.width);
         const std::int64_t height = grad == nullptr ? plan.side : plan.student_side;
@@ -120,7 +122,7 @@ struct Gram {
                     const std::int64_t q = in_first ? task : task - first.size;
                     const A* y = (in_first ? z1 : z2) + panels.begin(q) * count;
                     A* to = gram + (in_first ? 0 : plan.student_side) + panels.begin(q);
-                    // The upper triangle is enough, but where the rows' weights make the two sides differ.
+                    // The upper triangle is enough unless the weighting makes the product asymmetric.
                     const std::int64_t height = in_first && grad == nullptr ? q + 1 : first.size;
                     add_rows(weighted, first, height, y, panels.width(q), count, to);
                     if (!in_first && grad == nullptr) {
@@ -130,7 +132,7 @@ struct Gram {
             }
         }
     }
-    // One column panel of sum_r x_r y_r^T, for the first `size` panels of x.
+    // Add one column panel of sum_r x_r y_r^T, for the first `size` panels of x.
     FASTKD_INLINE void add_rows(const A* x, const Panels<A>& panels, std::int64_t size, const A* y, int width,
                                 std::int64_t count, A* to) const {
         for (std::int64_t p = 0; p < size; ++p) {
@@ -144,10 +146,10 @@ struct Gram {
             static_cast<const T*>(args.grad_loss)[b * args.grad_batch_stride + row * args.grad_row_stride]);
     }
 
-    // visit(b, row, count, thread) for every block of rows of the problem.
+    // Call visit(b, row, count, thread) for every block of rows of the problem.
     template <class Visit>
     FASTKD_INLINE void blocks(std::int64_t team, std::int64_t problem, const Visit& visit) const {
-        const std::int64_t per_sample = (options.rows + plan.block - 1) / plan.block;
+        const std::int64_t per_sample = ceil_div(options.rows, plan.block);
         parallel_for(plan.team_threads, plan.samples * per_sample, [&](std::int64_t task, int thread) {
             const std::int64_t row = task % per_sample * plan.block;
             const std::int64_t count = options.rows - row < plan.block ? options.rows - row : plan.block;
@@ -161,7 +163,7 @@ struct Gram {
         strided_product<A>(matrix + plan.student_side, plan.side, 1, plan.student_side, second, rows, teacher.width,
                            out, plan.block, true);
     }
-    // The same for all k, of l >= k alone; what lies below the diagonal within micro_rows has to be 0.
+    // The same for all k, summed over l >= k only; entries within micro_rows below the diagonal must be 0.
     FASTKD_INLINE void multiply_upper(const A* gram, const A* first, const A* second, std::int64_t count,
                                       A* out) const {
         const Panels<A> rows(count);
@@ -189,7 +191,7 @@ struct Gram {
             }
         }
     }
-    // For multiply_upper: w^T G w is twice the sum over the upper triangle with half its diagonal.
+    // Prepare G for multiply_upper: w^T G w is twice the sum over the upper triangle with a halved diagonal.
     FASTKD_INLINE void halve_diagonal(A* gram) const {
         for (std::int64_t k = 0; k < plan.side; ++k) {
             for (std::int64_t l = k / micro_rows<A> * micro_rows<A>; l < k; ++l) {
@@ -198,7 +200,7 @@ struct Gram {
             gram[k * plan.side + k] *= A(0.5);
         }
     }
-    // G_A whole again.
+    // Undo halve_diagonal and fill the lower triangle of G_A.
     FASTKD_INLINE void restore(A* gram) const {
         for (std::int64_t k = 0; k < plan.student_side; ++k) {
             for (std::int64_t l = 0; l < k; ++l) {
@@ -242,7 +244,7 @@ struct Gram {
         restore(gram);
     }
 
-    // Whether all rows of the problem have the same gradient: then sum_j g_j a_j z_j^T is G_A once more.
+    // Return whether all rows of the problem have the same gradient g: then sum_j g_j a_j z_j^T = g G_A.
     bool uniform(const Backward& args, std::int64_t problem) const {
         const double g = gradient(args, problem * plan.samples, 0);
         for (std::int64_t b = problem * plan.samples; b < (problem + 1) * plan.samples; ++b) {
@@ -281,7 +283,7 @@ struct Gram {
             }
             const A rest = static_cast<A>(same_gradient ? 0 : 2 / columns);
             const bool cosine = options.similarity == Similarity::cosine;
-            if (cosine) { // A again: the radial part comes off
+            if (cosine) { // repack A to subtract the radial part
                 pack<S, A>(rows_at(student, b, row), student.row_stride, student.col_stride, count, student.width, by,
                            nullptr, first);
             }
@@ -308,7 +310,7 @@ struct Gram {
                         if (cosine) {
                             value -= radial * load(own + k * width);
                         }
-                        value = out == A(0) ? Vec<A>{} : value * out; // no gradient whatever the other rows hold
+                        value = out == A(0) ? Vec<A>{} : value * out; // select 0: other rows may hold NaN
                         for (int l = 0; l < lanes<A>; ++l) {
                             result[k * plan.block + at + l] = static_cast<T>(value[l]);
                         }

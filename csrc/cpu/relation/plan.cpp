@@ -6,9 +6,9 @@
 namespace fastkd::cpu {
 namespace {
 
-// Fewer threads take less scratch memory: as many as `limit` allows, at least one.
+// Return the plan with the most threads whose workspace fits `limit`; at least one thread.
 template <class Plan>
-auto most_threads(int threads, std::int64_t limit, const Plan& plan_for) {
+auto with_most_threads(int threads, std::int64_t limit, const Plan& plan_for) {
     auto plan = plan_for(threads);
     while (plan.minimum > limit && threads > 1) {
         plan = plan_for(--threads);
@@ -16,8 +16,8 @@ auto most_threads(int threads, std::int64_t limit, const Plan& plan_for) {
     return plan;
 }
 
-RelationPlan plan_relation_on(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
-                              bool stored, bool backward, int threads, std::int64_t limit) {
+RelationPlan plan_relation_for(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                               bool stored, bool backward, int threads, std::int64_t limit) {
     const std::int64_t size = options.dtype == DType::Float64 ? 8 : 4;
     RelationPlan plan{};
     plan.stored = stored;
@@ -28,7 +28,7 @@ RelationPlan plan_relation_on(const relation::Options& options, std::int64_t stu
     plan.block = stored ? relation::stored_block : streamed_block;
     plan.group_blocks = ceil_div(options.rows, plan.block);
     plan.blocks = plan.groups * plan.group_blocks;
-    plan.student_width = round_up(student_width, 16); // whole vectors, whatever their length
+    plan.student_width = round_up(student_width, 16); // whole vectors of every instruction set
     const std::int64_t rows = plan.blocks * plan.block;
 
     Arena<64> thread;
@@ -49,7 +49,7 @@ RelationPlan plan_relation_on(const relation::Options& options, std::int64_t stu
     };
     const std::int64_t all = plan.blocks;
     plan.teams = plan.problems < threads ? plan.problems : threads;
-    // Whole problems per thread where there are enough of them and everything fits; else one problem at a time.
+    // One problem per thread if there are enough problems and all fit; otherwise all threads share one problem.
     if (plan.problems < threads || threads * (plan.thread_bytes + team_limited(all)) > limit) {
         plan.teams = 1;
     }
@@ -73,8 +73,8 @@ RelationPlan plan_relation_on(const relation::Options& options, std::int64_t stu
     return plan;
 }
 
-GramPlan plan_gram_on(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
-                      bool backward, int threads, std::int64_t limit) {
+GramPlan plan_gram_for(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
+                       bool backward, int threads, std::int64_t limit) {
     GramPlan plan{};
     plan.backward = backward;
     plan.problems = options.cross ? 1 : options.batch;
@@ -116,15 +116,15 @@ GramPlan plan_gram_on(const relation::Options& options, std::int64_t student_wid
 
 RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
                            bool stored, bool backward, int threads, std::int64_t limit) {
-    return most_threads(threads, limit, [&](int some) {
-        return plan_relation_on(options, student_width, teacher_width, stored, backward, some, limit);
+    return with_most_threads(threads, limit, [&](int some) {
+        return plan_relation_for(options, student_width, teacher_width, stored, backward, some, limit);
     });
 }
 
 GramPlan plan_gram(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
                    bool backward, int threads, std::int64_t limit) {
-    return most_threads(threads, limit, [&](int some) {
-        return plan_gram_on(options, student_width, teacher_width, backward, some, limit);
+    return with_most_threads(threads, limit, [&](int some) {
+        return plan_gram_for(options, student_width, teacher_width, backward, some, limit);
     });
 }
 

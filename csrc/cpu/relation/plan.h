@@ -1,49 +1,49 @@
-// How a relation is cut into blocks, shared out over threads, and laid out in its workspace.
+// The plan of a relation: its blocks, their distribution over threads, and the layout of the workspace.
 #pragma once
 
 #include "common/relation.h"
 
 namespace fastkd::cpu {
 
-constexpr std::int64_t streamed_block =
-    96; // rows; a multiple of every instruction set's panel; two tiles fit a small L2
-constexpr std::int64_t stored_chunk = 256; // columns that a stored relation packs at a time
-constexpr std::int64_t gram_chunk = 256;   // rows that G takes at a time
+// Rows per block: a multiple of every instruction set's panel, and two tiles fit a small L2.
+constexpr std::int64_t streamed_block = 96;
+constexpr std::int64_t stored_chunk = 256; // columns that the form "stored" packs at a time
+constexpr std::int64_t gram_chunk = 256;   // rows packed at a time for G
 
-// Rows come in blocks; pairs of blocks are the tiles of the relation matrix. A *problem* is one relation matrix: a
-// sample's, or with `cross` the whole batch's. Threads take whole problems (`teams` of them at a time) or share one.
+// Rows are divided into blocks; pairs of blocks are the tiles of the relation matrix. A problem is one relation matrix:
+// a sample's, or with `cross` the whole batch's. Threads process whole problems, `teams` at a time, or share one.
 struct RelationPlan {
-    bool stored;   // tiles live in `stored`; else each is made, used and forgotten
-    bool backward; // else forward
-    bool pairs;    // bfloat16 rows are multiplied as they are, in pairs
+    bool stored; // the form "stored": tiles are kept in `stored`; else they are recomputed
+    bool backward;
+    bool pairs; // bfloat16 rows are multiplied in pairs, without widening
     std::int64_t problems, groups, block, group_blocks, blocks;
-    std::int64_t teams;    // problems in the works at a time
-    int team_threads;      // threads on each
-    std::int64_t resident; // packed blocks held at a time: all, or two halves that meet
+    std::int64_t teams;    // problems processed concurrently
+    int team_threads;      // threads per problem
+    std::int64_t resident; // packed blocks in memory: all, or two halves
     std::int64_t student_width;
 
-    // Bytes from the start of the workspace, of a team or of a thread.
+    // Offsets in bytes: of a team from the start of its part of the workspace, then of a thread from that of its own.
     std::int64_t packs, accumulator, row_sums, matrix, team_bytes;
     std::int64_t tiles, panel, thread_bytes;
     std::int64_t bytes;   // of the workspace
-    std::int64_t minimum; // what `limit` would have to be; more than `limit` if it is too small
+    std::int64_t minimum; // smallest possible `limit`; above `limit` if that is too small
 };
 
-// `limit` bounds the workspace, but for the student's gradient in fp32 (fp64) that a backward over tiles accumulates.
+// `limit` bounds the workspace, except for the gradient accumulator (fp32 or fp64) of a streamed backward.
 RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, std::int64_t teacher_width,
                            bool stored, bool backward, int threads, std::int64_t limit);
 
-// mse from Gram matrices: rows are packed `chunk` at a time for G, `block` at a time for the rest.
+// The form "gram": rows are packed `chunk` at a time for G and `block` at a time for the remaining products.
 struct GramPlan {
     bool backward;
-    std::int64_t problems, samples; // samples of a problem
+    std::int64_t problems, samples; // samples per problem
     std::int64_t teams;
     int team_threads;
     std::int64_t chunk, block, student_side, side; // G is side x side, its part for A student_side wide
-    std::int64_t size;                             // of an element of G: 8 where the widths differ
+    std::int64_t size;                             // bytes of an element of G: see gram_double
 
-    std::int64_t rows, scaled_rows, weighted, team_bytes; // of a team: packed chunk, times g, G weighted with g
-    std::int64_t own, other, product, product2, result, thread_bytes; // of a thread: W in two parts, products, gradient
+    std::int64_t rows, scaled_rows, weighted, team_bytes; // per team: packed chunk, chunk times g, G weighted by g
+    std::int64_t own, other, product, product2, result, thread_bytes; // per thread: W in two parts, products, gradient
     std::int64_t bytes, minimum;
 };
 

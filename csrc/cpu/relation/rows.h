@@ -1,4 +1,4 @@
-// What makes the rows of a relation comparable: their scales.
+// The scales of a relation's rows: scale_i of common/relation.h.
 #pragma once
 
 #include "common/relation.h"
@@ -12,7 +12,7 @@ using relation::Options;
 using relation::Rows;
 using relation::Similarity;
 
-// The inverse norm, or another scale, of rows [0, count) of x, in double.
+// Write the scales of rows [0, count) of x.
 template <class S, class T = Compute<S>>
 FASTKD_NOINLINE void row_scales(const S* x, const Rows& rows, std::int64_t count, Similarity similarity,
                                 double* scales) {
@@ -26,7 +26,7 @@ FASTKD_NOINLINE void row_scales(const S* x, const Rows& rows, std::int64_t count
         const double floor = relation::norm_floor * relation::norm_floor;
         return square <= floor ? 1 / relation::norm_floor : 1 / __builtin_sqrt(square);
     };
-    const auto exactly = [&](std::int64_t r) {
+    const auto square_in_double = [&](std::int64_t r) {
         double square = 0;
         for (std::int64_t k = 0; k < rows.width; ++k) {
             S padded[lanes<T>] = {x[r * rows.row_stride + k * rows.col_stride]};
@@ -35,13 +35,13 @@ FASTKD_NOINLINE void row_scales(const S* x, const Rows& rows, std::int64_t count
         }
         return square;
     };
-    // Squares of floats may leave their range.
+    // Squares of floats may overflow or underflow.
     const auto safe = [](double square) { return square > 1e-30 && square < 1e30; };
     for (std::int64_t r = 0; r < count; r += lanes<T>) {
         const std::int64_t some = count - r < lanes<T> ? count - r : lanes<T>;
         double squares[lanes<T>] = {};
         if (rows.row_stride == 1) {
-            constexpr std::int64_t chunk = 16; // sums of short sums, in double
+            constexpr std::int64_t chunk = 16; // two-level sums, the outer ones in double
             for (std::int64_t from = 0; from < rows.width; from += chunk) {
                 const std::int64_t end = from + chunk < rows.width ? from + chunk : rows.width;
                 Vec<T> part{};
@@ -73,16 +73,16 @@ FASTKD_NOINLINE void row_scales(const S* x, const Rows& rows, std::int64_t count
             }
         } else {
             for (std::int64_t l = 0; l < some; ++l) {
-                squares[l] = exactly(r + l);
+                squares[l] = square_in_double(r + l);
             }
         }
         for (std::int64_t l = 0; l < some; ++l) {
-            scales[r + l] = scale_of(safe(squares[l]) ? squares[l] : exactly(r + l));
+            scales[r + l] = scale_of(safe(squares[l]) ? squares[l] : square_in_double(r + l));
         }
     }
 }
 
-// Both networks' scales: (2, batch, rows).
+// Write both networks' scales, (2, batch, rows).
 template <class S>
 FASTKD_INLINE void find_scales(const Options& options, const Rows& student, const Rows& teacher, double* scales,
                                int threads) {
@@ -97,7 +97,7 @@ FASTKD_INLINE void find_scales(const Options& options, const Rows& student, cons
     });
 }
 
-// What multiplies the gradient of a row of that scale: where the norm was floored there is none.
+// The factor of a row's gradient: its scale, or 0 if the norm was clamped to norm_floor.
 FASTKD_INLINE double outer_scale(const Options& options, double scale) {
     return options.similarity == Similarity::cosine && scale >= 1 / relation::norm_floor ? 0 : scale;
 }

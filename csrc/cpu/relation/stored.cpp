@@ -1,7 +1,8 @@
-// relation on the CPU where the matrices are small beside the inputs (channels): the forward keeps their tiles.
+// relation on the CPU, form "stored": the forward stores the tiles of E, which are small compared with the inputs if
+// rows are channels. The formulas are in common/relation.h.
 //
-// The rows are packed and multiplied some columns at a time. The backward makes H from the stored tiles and multiplies
-// it with the rows as they come, neither normalised nor corrected: scale_i and q_i go into H.
+// Rows are packed and multiplied `stored_chunk` columns at a time. The backward computes H from the stored tiles and
+// multiplies it by the unscaled rows: scale_i and q_i are folded into H.
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/relation/blocks.h"
@@ -26,12 +27,12 @@ struct Stored : Relation<S> {
     using Base::student;
     using Base::teacher;
 
-    // Tiles lie in the order in which they are visited.
+    // Tiles are stored in the order of pairs_within.
     template <class P>
     FASTKD_INLINE static P* stored_tile(P* stored, std::int64_t blocks, std::int64_t i, std::int64_t j) {
         return stored + place_within(blocks, i, j) * 2 * relation::stored_block * relation::stored_block;
     }
-    // The next tile comes from far while this one is worked on.
+    // Prefetch the next tile while this one is processed.
     FASTKD_INLINE void fetch_next(const Tile<T>& tile) const {
         constexpr std::int64_t line = 64 / sizeof(T);
         const std::int64_t size = 2 * plan.block * plan.block;
@@ -57,7 +58,7 @@ struct Stored : Relation<S> {
             return Pair{i, i + index};
         };
         const std::int64_t count = n * (n + 1) / 2;
-        const std::int64_t chunk = this->pairs ? 2 * stored_chunk : stored_chunk; // as many bytes
+        const std::int64_t chunk = this->pairs ? 2 * stored_chunk : stored_chunk; // the same number of bytes
         for (int network = 0; network < 2; ++network) {
             const Rows& rows = network == 0 ? student : teacher;
             for (std::int64_t from = 0; from < rows.width; from += chunk) {
@@ -106,19 +107,19 @@ struct Stored : Relation<S> {
             const Tile<T> tile = stored_view(stored, i, j);
             fetch_next(tile);
             T* h = scratch(plan.teams > 1 ? team : thread, plan.tiles);
-            T* turned = h + plan.block * plan.block;
+            T* transposed = h + plan.block * plan.block;
             make_h(args, tile, problem, i, j, h, q);
-            transpose_tile(h, plan.block, plan.block, plan.block, turned);
+            transpose_tile(h, plan.block, plan.block, plan.block, transposed);
             scatter(h, tile.rows, tile.cols, i, j, scales, matrix, ld);
             if (i != j) {
-                scatter(turned, tile.cols, tile.rows, j, i, scales, matrix, ld);
+                scatter(transposed, tile.cols, tile.rows, j, i, scales, matrix, ld);
             }
         });
-        bool any_fixed = false; // a row without a gradient
+        bool any_zero = false; // some row has a zero gradient
         if (options.similarity == Similarity::cosine) {
             for (std::int64_t r = 0; r < options.rows; ++r) {
                 const double outer = outer_scale(options, scales[r]);
-                any_fixed = any_fixed || outer == 0;
+                any_zero = any_zero || outer == 0;
                 matrix[r * ld + r] -= outer == 0 ? T(0) : static_cast<T>(outer * q[r] * scales[r]);
             }
         }
@@ -133,7 +134,7 @@ struct Stored : Relation<S> {
             pack<S>(x + begin * student.col_stride, student.col_stride, student.row_stride, cols, options.rows, nullptr,
                     nullptr, panel);
             panel_product<T>(width.width(p), matrix, ld, 1, options.rows, panel, options.rows, result, elements, false);
-            for (std::int64_t r = 0; any_fixed && r < options.rows; ++r) { // 0 times another row's NaN is no 0
+            for (std::int64_t r = 0; any_zero && r < options.rows; ++r) { // 0 times another row's NaN is not 0
                 if (outer_scale(options, scales[r]) == 0) {
                     __builtin_memset(result + r * elements, 0, elements * sizeof(T));
                 }
@@ -142,7 +143,7 @@ struct Stored : Relation<S> {
                       args.out_col_stride);
         });
     }
-    // The same, H and the rows multiplied as bfloat16.
+    // As backward, with H rounded to bfloat16: see bf16_tiles.h.
     void backward_pairs(const Backward& args, std::int64_t team, std::int64_t problem, const T* stored) const {
         const std::int64_t n = plan.blocks, ld = n * plan.block;
         double* q = this->template at<double>(team, plan.row_sums);
@@ -156,8 +157,8 @@ struct Stored : Relation<S> {
             auto* mirror = reinterpret_cast<PairWord*>(h + plan.block * plan.block);
             make_m(args, tile, problem, i, j, h, {matrix + (i * ld + j) * plan.block, ld, mirror}, q);
             if (i != j) {
-                turn_pairs(mirror, plan.block, plan.block / 2, tile.cols,
-                           reinterpret_cast<PairWord*>(matrix + (j * ld + i) * plan.block), ld / 2);
+                transpose_pairs(mirror, plan.block, plan.block / 2, tile.cols,
+                                reinterpret_cast<PairWord*>(matrix + (j * ld + i) * plan.block), ld / 2);
             }
         });
         const double* scales = scales_of(0, problem, 0);
@@ -187,6 +188,7 @@ struct Stored : Relation<S> {
                       args.out_col_stride);
         });
     }
+    // Write a tile of outer_i H_ij scale_j to the matrix.
     FASTKD_INLINE void scatter(const T* h, std::int64_t count, std::int64_t cols, std::int64_t i, std::int64_t j,
                                const double* scales, T* matrix, std::int64_t ld) const {
         T right[tile_side] = {};
@@ -196,7 +198,7 @@ struct Stored : Relation<S> {
         for (std::int64_t r = 0; r < plan.block; ++r) {
             const T left = r < count ? static_cast<T>(outer_scale(options, scales[i * plan.block + r])) : T(0);
             for (std::int64_t c = 0; c < plan.block; c += lanes<T>) {
-                // Left out, not multiplied by 0: another row's NaN must not reach a row without a gradient.
+                // Select 0 instead of multiplying by 0: another row's NaN must not reach a row with a zero gradient.
                 const Vec<T> value =
                     left == T(0) || c >= cols ? Vec<T>{} : load(h + r * plan.block + c) * left * load(right + c);
                 store(matrix + (i * plan.block + r) * ld + j * plan.block + c, value);

@@ -1,7 +1,9 @@
-// relation on the CPU, no matrix of rows x rows held. The formulas are those of common/relation.h.
+// relation on the CPU, form "streamed": no rows x rows matrix is stored. The formulas are in common/relation.h:
 //
-// The blocks are normalised and packed (all of them, or as many as the workspace holds, half against half); a tile is
-// made, used and forgotten, in the backward once more.
+//     loss_i = distance(E^S_i, E^T_i),     E = X^ X^^T,     d/d x^_i = sum_j H_ij x^_j
+//
+// Blocks of rows are normalised and packed: all of them, or two halves at a time if the workspace is smaller. A tile of
+// E is computed, reduced and discarded; the backward recomputes it.
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/relation/blocks.h"
@@ -31,8 +33,8 @@ struct Streamed : Relation<S> {
     using Base::teacher;
     using Base::typed_scales;
 
-    // Packed blocks: student's and teacher's [width][rows], then the student's [rows][width]; in pairs of the first
-    // index where rows are multiplied so
+    // A packed block: the student's and the teacher's [width][rows], then the student's [rows][width] for the backward.
+    // With `pairs`, pairs along the first index.
     FASTKD_INLINE T* packed(std::int64_t team, std::int64_t slot) const {
         const std::int64_t width = student.width + teacher.width + (plan.backward ? plan.student_width : 0);
         return at(team, plan.packs) + slot * plan.block * width;
@@ -55,7 +57,7 @@ struct Streamed : Relation<S> {
             pack<S>(x, student.col_stride, student.row_stride, student.width, rows_of(block), nullptr, scales, by_rows);
         }
     }
-    // Both networks' E into the thread's first two tiles.
+    // Compute both networks' E in the thread's first two tiles.
     Tile<T> make_tile(std::int64_t team, std::int64_t thread, std::int64_t problem, std::int64_t slot_i,
                       std::int64_t slot_j, std::int64_t i, std::int64_t j) const {
         T* e_s = scratch(thread, plan.tiles);
@@ -69,7 +71,7 @@ struct Streamed : Relation<S> {
         return {e_s, e_t, plan.block, rows_of(i), rows_of(j)};
     }
 
-    // visit(tile, i, j, slot_i, slot_j, thread) for every tile of the problem, streamed.
+    // Call visit(tile, i, j, slot_i, slot_j, thread) for every tile of the problem.
     template <class Visit>
     FASTKD_INLINE void stream(std::int64_t team, std::int64_t problem, const Visit& visit) const {
         const std::int64_t n = plan.blocks;
@@ -155,7 +157,7 @@ struct Streamed : Relation<S> {
             const std::int64_t count = rows_of(block), b = sample(problem, block);
             const double* scales = scales_of(0, b, first_row(block));
             T* own = sums + block * plan.block * ld;
-            T* radial = scratch(plan.teams > 1 ? team : thread, plan.panel); // q_i x^_i, in panels over the width
+            T* radial = scratch(plan.teams > 1 ? team : thread, plan.panel); // q_i x^_i in panels over the width
             const bool cosine = options.similarity == Similarity::cosine;
             if (cosine) {
                 T factor[tile_side];
@@ -172,7 +174,7 @@ struct Streamed : Relation<S> {
                     for (std::int64_t k = 0; k < elements; k += lanes<T>) {
                         T* to = own + r * ld + begin + k;
                         const Vec<T> along = cosine ? load(radial + begin * count + r * elements + k) : Vec<T>{};
-                        // A row without a gradient has none whatever the others hold.
+                        // Select 0 instead of multiplying by 0: other rows may hold NaN.
                         store(to, outer == T(0) ? Vec<T>{} : (load(to) - along) * outer);
                     }
                 }

@@ -1,6 +1,6 @@
-// What happens on one tile of the two relation matrices: its share of the rows' statistics, and of H.
+// Operations on one tile of the two relation matrices: its contributions to the row statistics, and its tile of H.
 //
-// Off the diagonal a tile serves the rows of both its blocks, its mirror image being known: every exponential is used
+// E is symmetric, so a tile off the diagonal contributes to the rows of both its blocks: every exponential is used
 // twice.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace fastkd::cpu::FASTKD_ISA {
 
 constexpr int tile_side = 96; // the largest block
 
-// E^S and E^T of a block of rows against another; rows lie `ld` apart.
+// E^S and E^T of one block of rows against another; `ld` is the row stride.
 template <class T>
 struct Tile {
     const T* e_s;
@@ -27,7 +27,7 @@ struct RowStatistics {
     FASTKD_INLINE double* operator[](int k) const { return data + k * plane; }
 };
 
-// Lanes of the vector at `col` that lie within `cols`.
+// Mask of the lanes of the vector at `col` that are within `cols`.
 template <class T>
 FASTKD_INLINE auto inside(std::int64_t cols, std::int64_t col) {
     const std::int64_t valid = cols - col < lanes<T> ? cols - col : lanes<T>;
@@ -36,8 +36,8 @@ FASTKD_INLINE auto inside(std::int64_t cols, std::int64_t col) {
 
 // ---- sums over both sides of a tile --------------------------------------------------------------------------------
 
-// Term: `count` numbers per element, the same for E_ij and E_ji. They are added to the statistics `row` of the tile's
-// rows and, where given, `col` of its columns.
+// Add a term of `count` numbers per element, symmetric in i and j, to the statistics `row` of the tile's rows and,
+// unless null, `col` of its columns.
 template <class T, class Term>
 FASTKD_NOINLINE void add_symmetric(Tile<T> tile, const Term& term, RowStatistics row, RowStatistics col) {
     constexpr int count = Term::count;
@@ -55,9 +55,9 @@ FASTKD_NOINLINE void add_symmetric(Tile<T> tile, const Term& term, RowStatistics
                 const std::int64_t at = (r + g) * tile.ld + c;
                 term(load(tile.e_s + at), load(tile.e_t + at), value);
                 for (int k = 0; k < count; ++k) {
-                    const Vec<T> kept = whole ? value[k] : (valid ? value[k] : Vec<T>{});
-                    row_sums[g][k] += kept;
-                    down[k] += kept;
+                    const Vec<T> masked = whole ? value[k] : (valid ? value[k] : Vec<T>{});
+                    row_sums[g][k] += masked;
+                    down[k] += masked;
                 }
             };
             if (some == group) {
@@ -121,7 +121,7 @@ struct NormTerm {
     }
 };
 
-// row_cosine, second pass: |E^S_i/n_i - E^T_i/m_i|^2 into plane 2; planes 0 and 1 are n and m.
+// row_cosine, second pass: add |E^S_i/n_i - E^T_i/m_i|^2 to plane 2; planes 0 and 1 are n and m.
 template <class T>
 FASTKD_NOINLINE void add_cosine(Tile<T> tile, RowStatistics row, RowStatistics col) {
     T col_n[tile_side], col_m[tile_side], col_sums[tile_side] = {};
@@ -154,7 +154,7 @@ FASTKD_NOINLINE void add_cosine(Tile<T> tile, RowStatistics row, RowStatistics c
     }
 }
 
-// kl with a maximum per row: planes are those of KLState. One side of the tile only.
+// kl with a maximum per row: the planes are the members of KLState. Adds to the tile's rows only.
 template <class T>
 FASTKD_NOINLINE void add_kl_rows(Tile<T> tile, ScaledExp<T> exp, RowStatistics row) {
     for (std::int64_t r = 0; r < tile.rows; ++r) {
@@ -171,7 +171,7 @@ FASTKD_NOINLINE void add_kl_rows(Tile<T> tile, ScaledExp<T> exp, RowStatistics r
     }
 }
 
-// out[c][r] = in[r][c] of a tile's side, both with rows `ld` apart and whole vectors in both directions.
+// out[c][r] = in[r][c], both with row stride `ld` and padded to whole vectors in both directions.
 template <class T>
 FASTKD_NOINLINE void transpose_tile(const T* in, std::int64_t ld, std::int64_t rows, std::int64_t cols, T* out) {
     for (std::int64_t r = 0; r < rows; r += lanes<T>) {
@@ -210,8 +210,8 @@ FASTKD_NOINLINE void negate_tile(T* e, std::int64_t ld, std::int64_t rows, std::
 
 // ---- H -------------------------------------------------------------------------------------------------------------
 
-// What a row brings to H: a and b of common/relation.h where f is common to all rows; else, for kl with a maximum per
-// row, g sigma/tau as `a` and what makes the logits log-probabilities.
+// A row's coefficients in H: a and b of common/relation.h if f is the same for all rows. For kl with a maximum per row,
+// `a` is g/tau and the other members are those of both networks' LogSoftmax.
 template <class T>
 struct RowCoefficients {
     T a[tile_side], b[tile_side];
@@ -229,8 +229,8 @@ struct Identity {
     FASTKD_INLINE Vec<T> operator()(Vec<T> e) const { return e; }
 };
 
-// h = a tile of H, `outer * element(r, c, e_s, e_t)`, 0 beyond the tile; q_row and q_col, where given, gain the sums of
-// H E.
+// Write a tile of H, h = outer element(r, c, e_s, e_t), 0 beyond the tile. Add the row and column sums of H E to q_row
+// and q_col unless null.
 template <class T, class Element>
 FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, double* q_row, double* q_col) {
     T col_sums[tile_side] = {};
@@ -275,9 +275,9 @@ FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, d
     }
 }
 
-// H where f is common to all rows: f_s a - f_t b, written so that equal networks give exactly 0. With `cross` a row's z
-// may be far below 1 (it does not meet itself), so that f_t a, which cancels in one way to write it, may be far above
-// the result; f_s b, which cancels in the other, is then far below.
+// H if f is the same for all rows: f_s a - f_t b, written so that equal networks give exactly 0. With `cross` a row is
+// not related to itself and its z may be far below 1. Then f_t a, the term that cancels in one way of writing the
+// difference, may far exceed the result, while f_s b, which cancels in the other, is far below it.
 template <class T, bool cross, class Function>
 FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoefficients<T>& row,
                                    const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
@@ -292,7 +292,7 @@ FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoe
     const auto element = [&](std::int64_t r, std::int64_t c, Vec<T> e_s, Vec<T> e_t) __attribute__((always_inline)) {
         const Vec<T> f_s = f(e_s);
         const Vec<T> f_t = f(e_t);
-        if constexpr (cross) { // the row's and the column's coefficients may be of different sizes too
+        if constexpr (cross) { // the row's and the column's coefficients may also differ in magnitude
             return difference(f_s, f_t, Vec<T>{} + row.a[r], Vec<T>{} + row.b[r]) +
                    difference(f_s, f_t, load(col.a + c), load(col.b + c));
         } else {

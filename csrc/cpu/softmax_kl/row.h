@@ -1,4 +1,4 @@
-// The KL sums of a stretch of a row, in vectors.
+// Vectorised KL sums over a segment of a row.
 #pragma once
 
 #include "common/softmax_kl.h"
@@ -16,7 +16,7 @@ struct KLSums {
     }
 };
 
-// e^{d_s/tau}, e^{d_t/tau} and e^{d_t/tau} (d_t - d_s); the last still lacks the factor 1/tau.
+// e^{d_s/tau}, e^{d_t/tau} and e^{d_t/tau} (d_t - d_s), the last without its factor 1/tau.
 template <class T>
 FASTKD_INLINE KLSums<T> kl_terms(Vec<T> d_s, Vec<T> d_t, ScaledExp<T> exp) {
     const Vec<T> e_t = exp(d_t, T(0), T(0));
@@ -24,8 +24,8 @@ FASTKD_INLINE KLSums<T> kl_terms(Vec<T> d_s, Vec<T> d_t, ScaledExp<T> exp) {
     return {exp(d_s, T(0), T(0)), e_t, e_t == T(0) ? Vec<T>{} : e_t * (d_t - d_s)};
 }
 
-// Adds the sums relative to the state's maxima, which are already raised to cover these elements. Meanwhile what comes
-// next is fetched, as many elements from next_s and next_t: finding their maxima would else wait for memory.
+// Add the sums over these elements, whose maxima the state already includes. Meanwhile prefetch the next `count`
+// elements from next_s and next_t, so that finding their maxima does not wait for memory.
 template <class S, class T = Compute<S>>
 FASTKD_INLINE void accumulate(softmax_kl::KLState<double>& state, const S* s, const S* t, std::int64_t count,
                               ScaledExp<T> exp, const S* next_s, const S* next_t) {
@@ -33,7 +33,7 @@ FASTKD_INLINE void accumulate(softmax_kl::KLState<double>& state, const S* s, co
     const T shift_t = static_cast<T>(softmax_kl::shift_of(state.max_t));
     KLSums<T> sums;
     std::int64_t i = 0;
-    while (i + lanes<T> <= count) { // sums of short sums: their rounding errors grow with the square root of both
+    while (i + lanes<T> <= count) { // two-level sums: rounding errors grow with the square root of each length
         KLSums<T> part;
         const std::int64_t end = i + 16 * lanes<T> <= count ? i + 16 * lanes<T> : count;
         for (; i + lanes<T> <= end; i += lanes<T>) {
@@ -45,8 +45,8 @@ FASTKD_INLINE void accumulate(softmax_kl::KLState<double>& state, const S* s, co
     }
     if (i < count) {
         const T nothing = softmax_kl::minus_infinity<T>();
-        sums += kl_terms<T>(load_end(s, count, count - i, nothing) - shift_s,
-                            load_end(t, count, count - i, nothing) - shift_t, exp);
+        sums += kl_terms<T>(load_tail(s, count, count - i, nothing) - shift_s,
+                            load_tail(t, count, count - i, nothing) - shift_t, exp);
     }
     state.add(sum(sums.z_s), sum(sums.z_t), sum(sums.a) * exp.scale);
 }
@@ -64,7 +64,7 @@ FASTKD_INLINE T block_max(const S* x, std::int64_t count) {
         most = max(load(x + i), most);
     }
     if (i < count) {
-        most = max(load_end(x, count, count - i, nothing), most);
+        most = max(load_tail(x, count, count - i, nothing), most);
     }
     return max<T>(max(most2, most));
 }
