@@ -1,10 +1,13 @@
-# Two commands matter: `make demo` and `make test`. Each makes .venv, installs what it needs, and runs.
+# The two main commands are `make demo` and `make test`. Each creates .venv, installs fastkd into it, and runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Each worker runs its share in order, and takes over some of another's when it has none left. It takes 2 to 4 GB.
+# A worker that is done takes over tests of another. Each needs 2 to 4 GB of memory.
 TEST_WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
-# The Python of the machine with the GPU, whatever this one is.
+# nvcc alone does not mean that CUDA kernels can run: without a visible GPU they are not compiled, with one for its chip.
+# `FASTKD_CUDA=1 make test` compiles them anyway, FASTKD_CUDA_TARGETS=all for every chip.
+export FASTKD_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),auto,0)
+# The Python version of the machine with the GPU, not of this one.
 WHEELHOUSE ?= wheelhouse
 WHEELHOUSE_PYTHON ?= 3.12
 SOURCES := pyproject.toml setup.py $(shell find fastkd kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null)
@@ -16,10 +19,10 @@ VERSIONS ?= oldest torch-2.14 torch-2.15
 help:
 	@echo "make demo        install into $(VENV), then distil a small student and write runs/demo/report.html"
 	@echo "make test        install into $(VENV), then run the tests on the installed package"
-	@echo "make test-versions  the same under each of tests/versions/*.txt, in an environment of its own (.venv-NAME)"
+	@echo "make test-versions  the same under each of tests/versions/*.txt, in its own environment (.venv-NAME)"
 	@echo "make check       format, lint and types, without changing anything"
 	@echo "make bench       the speed comparisons (pytest --benchmark-only)"
-	@echo "make teacher     train the demo's teacher anew (about an hour)"
+	@echo "make teacher     train the demo's teacher again (about an hour)"
 	@echo "make wheelhouse  wheels for scripts/gpu_check.sh on a machine without a network (Python $(WHEELHOUSE_PYTHON))"
 
 $(BIN)/python:
@@ -27,11 +30,11 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.ris: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --upgrade-strategy only-if-needed '.[ris]'
+	$(BIN)/python scripts/install.py --upgrade-strategy only-if-needed '.[ris]'
 	@touch $@
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --upgrade-strategy only-if-needed '.[ris,test]'
+	$(BIN)/python scripts/install.py --upgrade-strategy only-if-needed '.[ris,test]'
 	@touch $@ $(VENV)/.ris
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
@@ -44,7 +47,7 @@ demo: $(VENV)/.ris
 test: $(VENV)/.test
 	FASTKD_TEST_INSTALLED=1 $(BIN)/pytest $(TEST_WORKERS) $(TEST_ARGS)
 
-# Constraints hold for the build's own requirements too.
+# The constraints apply to the build's requirements as well.
 test-versions:
 	for name in $(VERSIONS); do \
 		PIP_CONSTRAINT=$(CURDIR)/tests/versions/$$name.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/tests/versions/$$name.txt \

@@ -1,10 +1,11 @@
-"""Builds fastkd: the Python packages, and csrc/ with CMake and Ninja through scikit-build-core's setuptools plugin.
+"""Build fastkd: the Python packages, and csrc/ with CMake and Ninja through scikit-build-core's setuptools plugin.
 
-Never imports torch, and needs no flag, GPU or compiler: what cannot be built is left out and said (see
-csrc/CMakeLists.txt and ``fastkd.info()``). The environment variables it honours:
+Needs no torch, flags, GPU or compiler: modules that cannot be built are skipped and reported (csrc/CMakeLists.txt,
+``fastkd.info()``). Environment variables:
 
-    FASTKD_CUDA   "auto" (default): CUDA kernels if nvcc works; "1": fail without them; "0": leave them out
-    MAX_JOBS      compiler processes at a time; by default what this machine's or container's cores and memory allow
+    FASTKD_CUDA          "auto" (default): CUDA kernels if nvcc works; "1": fail without them; "0": skip them
+    FASTKD_CUDA_TARGETS  chips to compile for: by default the visible GPUs, or all chips without one; "all"; "80,90"
+    MAX_JOBS             compiler processes at a time; by default as many as cores and memory allow
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
-GIB_PER_JOB = 1.5  # what nvcc takes at its worst, with room
+GIB_PER_JOB = 1.5  # peak memory of nvcc, with a margin
 
 
 def jobs() -> int:
-    """Return how many compiler processes fit this machine or container: its usable cores, and its memory."""
+    """Return the number of compiler processes that the usable cores and memory of this machine or container allow."""
     if requested := os.environ.get("MAX_JOBS"):
         if not requested.isdigit() or requested == "0":
             raise SystemExit(f"MAX_JOBS: expected a whole number above 0, got {requested!r}")
@@ -35,24 +36,27 @@ def jobs() -> int:
 
 
 def check_switches() -> None:
-    """Refuse a misspelt switch rather than build something else."""
+    """Raise SystemExit if a switch has an unknown value."""
     cuda = os.environ.get("FASTKD_CUDA", "auto")
     if cuda not in ("", "auto", "0", "1"):
         raise SystemExit(f"FASTKD_CUDA: expected auto, 0 or 1, got {cuda!r}")
 
 
 class Build(build):
-    """Build into an empty folder: what an earlier build left in it, of another version, would get into the wheel."""
+    """Build into an empty folder: files of an earlier version would get into the wheel."""
 
     def run(self) -> None:
         """Run the command."""
-        if self.build_lib in (self.build_purelib, self.build_platlib):  # the folder of builds, not a user's own
+        if self.build_lib in (
+            self.build_purelib,
+            self.build_platlib,
+        ):  # the default folder, not one that the user named
             clear(self.build_lib)
         super().run()
 
 
 class BdistWheel(bdist_wheel):
-    """Likewise for the folder that is packed, which a build that was killed leaves behind."""
+    """Empty the folder that is packed as well: a killed build leaves it behind."""
 
     def run(self) -> None:
         """Run the command."""
@@ -62,7 +66,7 @@ class BdistWheel(bdist_wheel):
 
 
 def clear(folder: str) -> None:
-    """Remove a folder with all that is in it, if it exists."""
+    """Remove a folder and its contents, if it exists."""
     if os.path.lexists(folder):
         shutil.rmtree(folder)
 
@@ -73,7 +77,7 @@ if __name__ == "__main__":
     setup(
         packages=[
             *find_packages(include=["fastkd", "fastkd.*"]),
-            "fastkd.data.assets",  # no Python inside: named, so that setuptools takes them for what they are
+            "fastkd.data.assets",  # without Python files: listed, so that setuptools treats them as packages
             "fastkd.models.assets",
             "fastkd.kernels",
             *(f"fastkd.kernels.{name}" for name in find_packages("kernels")),

@@ -1,15 +1,19 @@
-"""What every CUDA kernel in an installed ``fastkd._cuda`` costs on each chip it was compiled for; no GPU is needed.
+"""Print what every CUDA kernel costs on each chip it is compiled for; no GPU is needed.
 
-    python -m benchmarks.cuda_facts [--json FILE] [--module PATH] [--match PATTERN]
+    python -m benchmarks.cuda_facts                                           the installed fastkd._cuda
+    python -m benchmarks.cuda_facts --targets all --json benchmarks/results/nvcc/13.0.88.json    build it first
 
-Registers, spills, local memory, stack, shared memory and the number of matrix instructions come from ``cuobjdump``,
-which ships inside Triton and with CUDA. Shared memory that a launch asks for is not in the module: what it may be at
-most is checked by the launches themselves.
+Registers, spills, local memory, stack, static shared memory and the number of matrix instructions come from
+``cuobjdump``, which ships with CUDA and inside Triton. ``code`` is a digest of the machine code: a table's rows are of
+today's kernels if compiling them for one chip gives that chip's digests again. Dynamic shared memory is not recorded in
+the module: launches check it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -22,38 +26,66 @@ from typing import Any
 
 from benchmarks.aot.compiler import instructions
 from benchmarks.aot.facts import write_table
-from fastkd._native import build_info
-from fastkd.ops.dispatch import FAMILIES
+
+CSRC = Path(__file__).parents[1] / "csrc"
+FAMILIES = sorted(folder.name for folder in (CSRC / "cuda").iterdir() if folder.is_dir())
 
 SHARED_LIMIT = 48 * 1024
-"""Bytes of shared memory that a kernel may declare, on every chip."""
+"""Bytes of static shared memory that a kernel may declare, on every chip."""
 
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-OWN = "fastkd4cuda"
-"""Of the mangled name of every kernel of ours; the runtime brings none."""
+ENCODING = re.compile(r"/\* (0x[0-9a-f]{16}) \*/")
+NAMESPACE = "fastkd4cuda"
+"""Part of the mangled name of each of fastkd's kernels; the CUDA runtime adds none."""
 
 
-def tool(name: str) -> str:
-    """A program of CUDA, from PATH or from inside Triton."""
-    found = shutil.which(name)
-    if found is None:
+def build(folder: Path, targets: str) -> Path:
+    """Build ``fastkd._cuda`` for ``targets`` (as ``FASTKD_CUDA_TARGETS``) in ``folder`` and return the module."""
+    import pybind11
+
+    configure = [
+        *(program("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"),
+        *("-S", str(CSRC), "-B", str(folder)),
+        *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+    ]
+    environment = os.environ | {"FASTKD_CUDA": "1", "FASTKD_CUDA_TARGETS": targets}
+    for command in (configure, [program("cmake"), "--build", str(folder), "--target", "_cuda"]):
+        subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
+    (module,) = folder.glob("_cuda.*")
+    return module
+
+
+def program(name: str) -> str:
+    """Return the path of a program next to this Python, on PATH, or among CUDA's inside Triton."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which(name, path=places)
+    if found is None and name in ("cuobjdump", "nvdisasm"):
         import triton
 
         found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    if found is None:
+        raise SystemExit(f"{name} was not found: install it, or put it on PATH")
     return found
 
 
 def installed() -> Path:
-    """The module that ``import fastkd`` would use."""
+    """Return the module that ``import fastkd`` would use."""
     from fastkd._native import load
 
     return Path(load("cuda").__file__)
 
 
+def compiler() -> str:
+    """Return "nvcc <version>" of the nvcc that a build uses."""
+    nvcc = os.environ.get("CUDACXX") or program("nvcc")
+    version = re.search(r"release .*, V(\S+)", run(nvcc, "--version"))
+    return f"nvcc {version[1]}" if version else "nvcc unknown"
+
+
 def facts(module: Path, match: str = "", jobs: int = 2) -> Iterator[dict[str, Any]]:
-    """One row per kernel and chip; kernels are named as in the sources, with their template arguments."""
+    """Yield one row per kernel and chip; kernels are named as in the sources, with their template arguments."""
     with tempfile.TemporaryDirectory() as folder:
-        run(tool("cuobjdump"), "--extract-elf", "all", str(module), cwd=folder)
+        run(program("cuobjdump"), "--extract-elf", "all", str(module), cwd=folder)
         cubins = sorted(Path(folder).glob("*.cubin"))
         with ThreadPoolExecutor(jobs) as pool:
             for rows in pool.map(facts_of, cubins):
@@ -61,30 +93,37 @@ def facts(module: Path, match: str = "", jobs: int = 2) -> Iterator[dict[str, An
 
 
 def facts_of(cubin: Path) -> list[dict[str, Any]]:
-    """The kernels in one cubin, which is all of one source file for one chip."""
+    """Return the rows of one cubin: all kernels of one source file for one chip."""
     chip = re.search(r"sm_(\d+)", cubin.name)
     if chip is None:
-        raise RuntimeError(f"cuobjdump named a cubin otherwise than expected: {cubin.name}")
-    usage = USAGE.findall(run(tool("cuobjdump"), "-res-usage", str(cubin)))
-    sass = run(tool("cuobjdump"), "--dump-sass", str(cubin)).split("Function : ")[1:]
-    counts = {part.split(maxsplit=1)[0]: instructions(part) for part in sass}
-    names = [name for name, *_ in usage if OWN in name]
+        raise RuntimeError(f"{cubin.name}: expected cuobjdump to name the cubin with its sm_ target")
+    usage = USAGE.findall(run(program("cuobjdump"), "-res-usage", str(cubin)))
+    sass = run(program("cuobjdump"), "--dump-sass", str(cubin)).split("Function : ")[1:]
+    code = {part.split(maxsplit=1)[0]: part for part in sass}
+    names = [name for name, *_ in usage if NAMESPACE in name]
     readable = dict(zip(names, demangled(names), strict=True))
-    return [
-        {
-            "kernel": readable[name],
-            "target": f"sm_{chip[1]}",
-            **dict(zip(("registers", "stack", "shared", "local"), map(int, numbers), strict=True)),
-            **counts[name],
-            "ok": counts[name]["spills"] == 0 and int(numbers[3]) == 0 and int(numbers[2]) <= SHARED_LIMIT,
-        }
-        for name, *numbers in usage
-        if name in readable
-    ]
+    return [row_of(readable[name], chip[1], numbers, code[name]) for name, *numbers in usage if name in readable]
+
+
+def row_of(kernel: str, chip: str, numbers: list[str], sass: str) -> dict[str, Any]:
+    """Return a kernel's row from its resource usage and its disassembly."""
+    registers, stack, shared, local = map(int, numbers)
+    counts = instructions(sass)
+    return {
+        "kernel": kernel,
+        "target": f"sm_{chip}",
+        "registers": registers,
+        "stack": stack,
+        "shared": shared,
+        "local": local,
+        **counts,
+        "code": hashlib.sha256(" ".join(ENCODING.findall(sass)).encode()).hexdigest()[:12],
+        "ok": counts["spills"] == 0 and local == 0 and shared <= SHARED_LIMIT,
+    }
 
 
 def demangled(names: list[str]) -> list[str]:
-    """``softmax_kl.forward_kernel<float, 32>``: the family that its arguments belong to, its name, no namespaces."""
+    """Return names such as ``softmax_kl.forward_kernel<float, 32>``: family, kernel, arguments, no namespaces."""
     if not names:
         return []
     text = run(shutil.which("cu++filt") or shutil.which("c++filt") or "c++filt", *names)
@@ -104,24 +143,32 @@ def run(*command: str, cwd: str | None = None) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--module", type=Path, help="a module that is not installed")
-    parser.add_argument("--match", default="", help="only kernels whose name this pattern finds")
+    parser.add_argument("--module", type=Path, help="read this module instead of the installed one")
+    parser.add_argument("--targets", help="build the module for these chips first: all, or such as 80,90")
+    parser.add_argument("--build", type=Path, help="folder of that build (default: a temporary one)")
+    parser.add_argument("--match", default="", help="only kernels whose name matches this pattern")
     args = parser.parse_args(argv)
-    module = args.module or installed()
+    with tempfile.TemporaryDirectory() as folder:
+        module = args.module
+        if args.targets:
+            module = build(args.build or Path(folder), args.targets)
+        return report(module or installed(), args.match, args.json)
+
+
+def report(module: Path, match: str, file: Path | None) -> int:
+    """Print the rows, write them to ``file``, and return the exit status: 1 if a kernel spills."""
     print(f"{'kernel':64} {'chip':>6} {'regs':>5} {'shared':>7} {'spills':>6} matrix instructions")
     rows = []
-    for row in facts(module, args.match):
+    for row in facts(module, match):
         counts = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
         print(
             f"{row['kernel']:64} {row['target']:>6} {row['registers']:>5} {row['shared']:>7} "
-            f"{row['spills']:>6} {counts}{'' if row['ok'] else '  <- no'}"
+            f"{row['spills']:>6} {counts}{'' if row['ok'] else '  <- fails'}"
         )
         rows.append(row)
     print(f"{module.name}: {module.stat().st_size / 2**20:.1f} MiB")
-    if args.json:
-        write_table(
-            args.json, {"compiler": build_info()["cuda"]["compiler"] if args.module is None else "unknown"}, rows
-        )
+    if file:
+        write_table(file, {"compiler": compiler()}, rows)
     return 0 if rows and all(row["ok"] for row in rows) else 1
 
 

@@ -1,9 +1,10 @@
-# What was built and why something was not: printed as a summary, kept as fastkd/_build_info.<tag of the Python>.json.
+# The record of the build, and of why a module was skipped: printed as a summary, and installed as
+# fastkd/_build_info.<tag of the Python>.json.
 
 set(BUILD_INFO_JSON "{}")
 set(BUILD_INFO_SUMMARY "")
 
-# build_info(<cpu|cuda> <key> <value>): a string, or JSON if it reads as such.
+# build_info(<cpu|cuda> <key> <value>) records a string, or JSON (true, false, null, a list).
 function(build_info part key value)
   string(JSON found ERROR_VARIABLE missing GET "${BUILD_INFO_JSON}" "${part}")
   if(missing)
@@ -19,7 +20,7 @@ function(build_info part key value)
   set(BUILD_INFO_JSON "${BUILD_INFO_JSON}" PARENT_SCOPE)
 endfunction()
 
-# build_info_list(<part> <key> <values>...): a list of strings.
+# build_info_list(<part> <key> <values>...) records a list of strings.
 function(build_info_list part key)
   list(JOIN ARGN "\", \"" joined)
   if(ARGN)
@@ -29,20 +30,20 @@ function(build_info_list part key)
   set(BUILD_INFO_JSON "${BUILD_INFO_JSON}" PARENT_SCOPE)
 endfunction()
 
-# summary(<text>): one line of what is printed at the end.
+# summary(<text>) adds a line to the printed summary.
 macro(summary text)
   list(APPEND BUILD_INFO_SUMMARY "${text}")
 endmacro()
 
 function(build_info_write)
-  # Several Pythons may be installed in place from one tree: each has modules and facts of its own, by its tag.
+  # Modules and record carry the Python's tag: several Pythons may be installed in place from one tree.
   set(tag "${SKBUILD_SOABI}")
   if(NOT tag)
     set(tag "${Python_SOABI}")
   endif()
   set(file "${CMAKE_CURRENT_BINARY_DIR}/_build_info.${tag}.json")
   file(WRITE "${file}" "${BUILD_INFO_JSON}\n")
-  # Modules of an earlier build for this Python, with other switches, must not survive next to this build's.
+  # Remove modules of earlier builds for this Python, which may have had other switches.
   foreach(name IN ITEMS _cpu.${tag}.so _cpu.${tag}.pyd _cuda.${tag}.so _cuda.${tag}.pyd _build_info.${tag}.json)
     install(CODE "file(REMOVE \"\${CMAKE_INSTALL_PREFIX}/fastkd/${name}\")")
   endforeach()

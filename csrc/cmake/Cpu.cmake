@@ -1,4 +1,4 @@
-# fastkd._cpu: every kernel file compiled once per instruction set; the best one is chosen at run time.
+# fastkd._cpu: every kernel file is compiled once per instruction set; the best one is selected at run time.
 
 set(cpu_kernels
   cpu/softmax_kl/forward.cpp cpu/softmax_kl/backward.cpp
@@ -34,7 +34,7 @@ if(NOT FASTKD_SANITIZE)
   find_package(pybind11 3.0 CONFIG REQUIRED)
 endif()
 
-# The kernels are written with the vector extensions of GCC (9 and newer) and Clang.
+# The kernels use the vector extensions of GCC (9 and newer) and Clang.
 check_cxx_source_compiles([[
   typedef float Vec __attribute__((vector_size(16)));
   typedef int Int __attribute__((vector_size(16)));
@@ -62,7 +62,7 @@ find_package(OpenMP COMPONENTS CXX)
 
 function(cpu_options target)
   target_include_directories(${target} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
-  target_compile_options(${target} PRIVATE $<$<NOT:$<BOOL:${FASTKD_SANITIZE}>>:-O3> -Wall -Wextra $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>) # GCC's own intrinsics warn
+  target_compile_options(${target} PRIVATE $<$<NOT:$<BOOL:${FASTKD_SANITIZE}>>:-O3> -Wall -Wextra $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>) # GCC's intrinsics trigger it
   target_compile_definitions(${target} PRIVATE $<$<BOOL:${FASTKD_ISA_X86}>:FASTKD_ISA_X86>)
   if(OpenMP_CXX_FOUND AND FASTKD_SANITIZE STREQUAL "thread")
     target_compile_options(${target} PRIVATE ${OpenMP_CXX_FLAGS}) # without its library: see Sanitize.cmake

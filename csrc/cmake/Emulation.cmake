@@ -1,20 +1,20 @@
-# The CUDA kernels compiled for the host, for tests: cuda/device.cuh and cuda/matrix.cuh are found in tests/emulation
-# first, where a block's threads are fibers. A module _cuda that takes CPU tensors:
+# The CUDA kernels compiled for the host, for tests: tests/emulation has its own cuda/device.cuh and cuda/matrix.cuh, where
+# a block's threads are fibers. The result is a module _cuda that takes CPU tensors:
 #
 #     cmake -G Ninja -S csrc -B build/emulated -DFASTKD_EMULATE=ON && cmake --build build/emulated
 #
-# With FASTKD_SANITIZE, "address;undefined" or "thread", under these sanitizers, whose run-time library has to be in the
-# process from its start: LD_PRELOAD it.
+# FASTKD_SANITIZE ("address;undefined" or "thread") adds these sanitizers. Python has to start with their run-time library
+# in LD_PRELOAD.
 
 enable_language(CXX)
 include(CheckCXXCompilerFlag)
 set(emulation_flags -O2 -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized)
-check_cxx_compiler_flag("-mfma -mf16c" FASTKD_EMULATION_FMA) # products are fused with sums, as nvcc does it
+check_cxx_compiler_flag("-mfma -mf16c" FASTKD_EMULATION_FMA) # contracts products and sums into FMAs, as nvcc does
 if(FASTKD_EMULATION_FMA)
   list(APPEND emulation_flags -mfma -mf16c -ffp-contract=fast)
 endif()
 
-add_library(emulation OBJECT tests/emulation/engine.cpp tests/emulation/products.cpp) # never under a sanitizer itself
+add_library(emulation OBJECT tests/emulation/engine.cpp tests/emulation/products.cpp) # always without sanitizers
 target_include_directories(emulation PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
 target_compile_options(emulation PRIVATE ${emulation_flags})
 

@@ -1,8 +1,8 @@
-# Fast maths, asked for by the environment (CXXFLAGS, CUDAFLAGS, NVCC_APPEND_FLAGS, ...), is undone for fastkd alone: under
-# it a loss that is exactly 0 is not, NaN and infinity are not seen, and loading the module would make every denormal
-# number of the process 0. cpu/kernels.h refuses what is not undone here.
+# Undoes fast maths that the environment requests (CXXFLAGS, CUDAFLAGS, NVCC_APPEND_FLAGS, ...), for fastkd only. With it
+# losses would not be exactly 0, NaN and infinity would be ignored, and loading the module would flush every denormal
+# number of the process to 0. cpu/kernels.h rejects fast maths that is not undone here.
 
-# Come after the environment's, and so decide. The last is for clang's and GCC's linking: crtfastmath.o stays out.
+# These follow the environment's flags and override them.
 set(exact_flags -fno-fast-math -fno-unsafe-math-optimizations -fno-finite-math-only -fno-associative-math
                 -fno-reciprocal-math -fsigned-zeros)
 set(fast_cxx "-Ofast|-f(fast-math|unsafe-math-optimizations|finite-math-only|associative-math|reciprocal-math|no-signed-zeros)")
@@ -22,13 +22,13 @@ foreach(name IN ITEMS CMAKE_CXX_FLAGS CMAKE_CUDA_FLAGS ENV{CXXFLAGS} ENV{CUDAFLA
   endif()
 endforeach()
 
-# exact_options(<target>): after all others of the target.
+# exact_options(<target>) goes after all other options of the target. At link time the flags keep crtfastmath.o out.
 function(exact_options target)
   target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${exact_flags}>")
   target_link_options(${target} PRIVATE -O3 -fno-fast-math -fno-unsafe-math-optimizations)
 endfunction()
 
-# exact_cuda(<target>): nvcc's flags cannot be undone by later ones, so they are taken away, also those nvcc reads itself.
+# exact_cuda(<target>) removes the flags, since nvcc cannot override them; also from variables that nvcc reads itself.
 function(exact_cuda target)
   string(REGEX REPLACE "(^| )${fast_nvcc}" " " CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS}")
   set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS}" PARENT_SCOPE)

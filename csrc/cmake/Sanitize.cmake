@@ -1,18 +1,18 @@
-# The CPU kernels and a driver without Python or torch, under sanitizers: in place of the extension module, never in a
-# wheel. FASTKD_SANITIZE names them: "address;undefined" or "thread".
+# The CPU kernels and a driver without Python or torch, under sanitizers, instead of the extension module.
+# FASTKD_SANITIZE names them: "address;undefined" or "thread".
 #
 #     cmake -G Ninja -S csrc -B build/asan "-DFASTKD_SANITIZE=address;undefined"
 #     cmake --build build/asan && build/asan/sanitize
 #
-# ThreadSanitizer follows threads it sees created and joined. GCC's libgomp is not built for it, and every barrier of it
-# would look like a race; so with "thread" the kernels' OpenMP calls are answered by tests/openmp_on_threads.cpp.
+# ThreadSanitizer cannot follow GCC's libgomp, which is not built for it: every OpenMP barrier would be reported as a race.
+# With "thread", tests/openmp_on_threads.cpp implements the kernels' OpenMP calls on threads instead.
 
 list(JOIN FASTKD_SANITIZE "," sanitizers)
 if(NOT sanitizers MATCHES "^(address|undefined|address,undefined|thread)$")
   message(FATAL_ERROR "FASTKD_SANITIZE: expected address, undefined, address;undefined or thread, got '${FASTKD_SANITIZE}'")
 endif()
 if(sanitizers STREQUAL "thread" AND NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  message(FATAL_ERROR "FASTKD_SANITIZE=thread needs GCC: tests/openmp_on_threads.cpp answers GCC's OpenMP calls")
+  message(FATAL_ERROR "FASTKD_SANITIZE=thread needs GCC: tests/openmp_on_threads.cpp implements GCC's OpenMP calls")
 endif()
 
 set(CMAKE_REQUIRED_FLAGS "-fsanitize=${sanitizers}")
@@ -30,7 +30,7 @@ if(sanitizers STREQUAL "thread")
   target_link_libraries(sanitize PRIVATE Threads::Threads)
 endif()
 
-# Left out: what AddressSanitizer sees as well, and what doubles the time of compiling.
+# Checks that AddressSanitizer covers as well, or that double the compile time.
 set(unneeded -fno-sanitize=null,object-size,vptr,pointer-overflow)
 
 function(sanitize_options target)

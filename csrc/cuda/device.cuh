@@ -1,6 +1,7 @@
-// What a GPU has and a host has not: thread indices, warp shuffles, barriers, shared memory, vector loads, launches.
-// Kernels include this and matrix.cuh (tensor cores, asynchronous copies) and nothing of CUDA: tests/emulation/cuda has
-// headers of the same names that run the same kernels on the host.
+// GPU primitives: thread indices, warp shuffles, barriers, smem, vector loads, launches.
+//
+// Kernels include this and matrix.cuh (tensor cores, asynchronous copies), never CUDA's own headers:
+// tests/emulation/cuda has headers of the same names that run the same kernels on the host.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,13 +15,13 @@
 
 #define FASTKD_KERNEL __global__
 #define FASTKD_DEVICE __device__ __forceinline__
-// An array or object of fixed size in shared memory.
+// An array or object of static size in smem.
 #define FASTKD_SHARED __shared__
-// Declares `name`, a pointer to the shared memory that the launch asked for (Grid::shared_bytes), aligned to 128 bytes.
+// Declares `name`, a pointer to the launch's dynamic smem (Grid::shared_bytes), aligned to 128 bytes.
 #define FASTKD_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-// One block to a multiprocessor is enough: left to choose, ptxas spills registers for the sake of more.
+// At least one thread block per SM. Without the bound ptxas may spill registers to fit more.
 #define FASTKD_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
-// At least so many blocks to a multiprocessor, where a kernel is known to have the registers for it.
+// At least `blocks` thread blocks per SM, for kernels known to have the registers.
 #define FASTKD_LAUNCH_BOUNDS_OF(threads, blocks) __launch_bounds__(threads, blocks)
 
 namespace fastkd::cuda {
@@ -45,36 +46,36 @@ FASTKD_DEVICE void block_barrier() {
     __syncthreads();
 }
 
-// Waits for every lane of the warp; what they wrote to shared memory before is seen by all after.
+// Waits for every lane of the warp; smem written before is visible to all lanes after.
 FASTKD_DEVICE void warp_barrier() {
     __syncwarp();
 }
 
-// The value of lane `lane`; every lane of the warp takes part.
+// Returns the value of lane `lane`. All lanes of the warp must call it.
 template <class T>
 FASTKD_DEVICE T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
 
-// The value of the lane whose index differs from this one's in the bits of `mask`; every lane of the warp takes part.
+// Returns the value of the lane with index (own index ^ mask). All lanes of the warp must call it.
 template <class T>
 FASTKD_DEVICE T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// 2^x to two roundings, in one instruction; 0 below 2^-126.
+// Returns 2^x to 2 ulp, with one instruction; 0 below 2^-126.
 FASTKD_DEVICE float exp2_of(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
 
-// a b rounded by itself: never fused with a sum, so that the difference of two equal products is 0.
+// Returns a b, never contracted into an FMA, so that the difference of two equal products is 0.
 FASTKD_DEVICE float multiply_alone(float a, float b) {
     return __fmul_rn(a, b);
 }
 
-// One element in the type that kernels compute in, and back, rounded to nearest.
+// Conversions between storage and compute types; `narrow` rounds to nearest.
 FASTKD_DEVICE float widen(float value) {
     return value;
 }
@@ -102,7 +103,7 @@ FASTKD_DEVICE BFloat16 narrow<BFloat16>(float value) {
     return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(value)).x};
 }
 
-// 16 bytes of elements, read or written by one instruction at an address that is a multiple of 16.
+// 16 bytes of elements, loaded or stored by one instruction at an address that is a multiple of 16.
 template <class Storage>
 struct alignas(16) Pack {
     static constexpr int size = 16 / sizeof(Storage);
@@ -131,12 +132,12 @@ struct Grid {
     int shared_bytes = 0;
 };
 
-constexpr int unasked_shared_bytes = 48 * 1024; // beyond it a kernel has to be told first
+constexpr int default_shared_limit = 48 * 1024; // larger dynamic smem has to be enabled per kernel
 
-// Starts kernel<<<grid>>>(args...) on the stream and returns what the launch itself reports; waits for nothing.
+// Launches kernel<<<grid>>>(args...) on the stream without waiting; returns the launch's error.
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t stream, Args... args) {
-    if (grid.shared_bytes > unasked_shared_bytes) {
+    if (grid.shared_bytes > default_shared_limit) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
         if (error != cudaSuccess) {
@@ -148,7 +149,7 @@ cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t stream, Args... args) 
     return cudaGetLastError();
 }
 
-// The multiprocessors of the current device: how many blocks run side by side at least.
+// Gets the number of SMs of the current device.
 inline cudaError_t multiprocessors(int* count) {
     int device = 0;
     const cudaError_t error = cudaGetDevice(&device);

@@ -1,4 +1,4 @@
-// Every CUDA launcher: enqueues on a stream of the current device, waits for nothing, returns CUDA's error code.
+// Every CUDA launcher. They enqueue on a stream of the current device without waiting and return CUDA's error code.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,8 +13,8 @@ namespace fastkd::cuda {
 cudaError_t softmax_kl_forward(const softmax_kl::Forward& args, cudaStream_t stream);
 cudaError_t softmax_kl_backward(const softmax_kl::Backward& args, cudaStream_t stream);
 
-// Whether the kernels take a problem: its number of words and what they index. Then the bytes of their workspace. A
-// forward from features is always given where to keep the logits.
+// Return whether the kernels support a problem (number of words, index ranges), and the bytes of its workspace. A
+// forward from features requires an array for the logits (kept.logits).
 bool pixel_word_fits(const pixel_word::Problem& problem);
 std::int64_t pixel_word_workspace(const pixel_word::Problem& problem, bool backward);
 cudaError_t pixel_word_forward(const pixel_word::Forward& args, cudaStream_t stream);

@@ -1,8 +1,7 @@
-// A warp's matrix products on tensor cores, and what feeds them: fragments from shared memory, copies to it that run
-// beside the computation. From sm_80 on. Every lane of the warp takes part in every call but the copies.
+// A warp's matrix products on tensor cores (mma.sync), loads of fragments from smem (ldmatrix), and asynchronous copies
+// to smem (cp.async). sm_80 and later. All lanes of the warp must call everything except the copies.
 //
-// Fragments, with g = lane / 4, t = lane % 4; elements of 16 bits lie two to a register, the lower index in the lower
-// half:
+// Fragments, with g = lane / 4, t = lane % 4; a register holds two 16-bit elements, the lower index in the lower half:
 //
 //     C (16 x 8)    c[0], c[1]: row g, columns 2t, 2t + 1        c[2], c[3]: row g + 8, same columns
 //     16-bit A (16 x 16)    a[0]: row g, columns 2t, 2t + 1      a[1]: row g + 8     a[2], a[3]: columns + 8
@@ -15,7 +14,7 @@
 
 namespace fastkd::cuda {
 
-// C += A B of 16-bit elements, exact products, sums in float.
+// C += A B of 16-bit elements: exact products, fp32 sums.
 template <class Storage>
 FASTKD_DEVICE void multiply_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     if constexpr (std::is_same<Storage, Half>::value) {
@@ -31,14 +30,14 @@ FASTKD_DEVICE void multiply_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], 
     }
 }
 
-// C += A B of floats whose lower 13 bits do not count.
+// C += A B in tf32: the lower 13 bits of A and B are ignored.
 FASTKD_DEVICE void multiply_16x8x8(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// A float rounded to tf32's 11 significant bits; what it lost is value - result, exactly a float.
+// Returns a float rounded to tf32's 11 significant bits; value - result is exact in fp32.
 FASTKD_DEVICE float round_to_tf32(float value) {
     std::uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
@@ -53,15 +52,15 @@ FASTKD_DEVICE float float_of(std::uint32_t bits) {
     return __uint_as_float(bits);
 }
 
-// Two floats rounded to 16 bits each, `low` in the lower half.
+// Returns two floats rounded to 16 bits each, `low` in the lower half.
 template <class Storage>
 FASTKD_DEVICE std::uint32_t pack_pair(float low, float high) {
     return narrow<Storage>(low).bits | static_cast<std::uint32_t>(narrow<Storage>(high).bits) << 16;
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory (or 8 x 4 of 32 bits): lane 8 i + r gives the address of
-// row r of matrix i, 16 bytes at a multiple of 16. r[i] gets, of matrix i, row g, elements 2t and 2t + 1 (of 32 bits:
-// t).
+// Loads four 8 x 8 matrices of 16-bit elements (or 8 x 4 of 32 bits) from smem: lane 8 i + r passes the address of row
+// r of matrix i, 16 bytes at a multiple of 16. r[i] gets elements 2t and 2t + 1 (32 bits: element t) of row g of matrix
+// i.
 FASTKD_DEVICE void load_matrices(std::uint32_t (&r)[4], const void* row) {
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -70,7 +69,7 @@ FASTKD_DEVICE void load_matrices(std::uint32_t (&r)[4], const void* row) {
                  : "memory");
 }
 
-// The same transposed: r[i] gets, of matrix i of 16-bit elements, column g, rows 2t and 2t + 1.
+// Loads the matrices transposed (16-bit elements): r[i] gets rows 2t and 2t + 1 of column g of matrix i.
 FASTKD_DEVICE void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -79,13 +78,13 @@ FASTKD_DEVICE void load_matrices_transposed(std::uint32_t (&r)[4], const void* r
                  : "memory");
 }
 
-// Starts copying 16, 8 or 4 bytes to shared memory, both addresses multiples of that; where `inside` is false, zeros
-// are written and `from` is not read. Nothing may be read there before a wait for the copy's group, and a barrier for
-// other threads.
+// Starts copying 16, 8 or 4 bytes to smem, both addresses multiples of the size; where `inside` is false, writes zeros
+// without reading `from`. The thread may read the bytes after waiting for the copy's group, others after a barrier as
+// well.
 template <int bytes = 16>
 FASTKD_DEVICE void copy_async(void* to, const void* from, bool inside) {
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-    if constexpr (bytes == 16) { // past the first cache, which takes no part in copies of this size alone
+    if constexpr (bytes == 16) { // bypasses L1, which only 16-byte copies can
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0)
                      : "memory");
     } else {
@@ -96,12 +95,12 @@ FASTKD_DEVICE void copy_async(void* to, const void* from, bool inside) {
     }
 }
 
-// Ends a group: the copies that this thread started since the last one.
+// Commits the thread's copies since the last commit as a group.
 FASTKD_DEVICE void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most `groups` of this thread's groups, the youngest ones, are under way.
+// Waits until at most `groups` of the thread's groups, the latest ones, are pending.
 template <int groups>
 FASTKD_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");

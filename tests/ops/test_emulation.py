@@ -1,9 +1,9 @@
-"""The CUDA kernels run on the host, beyond the contract: in any order of threads, and under sanitizers.
+"""The CUDA kernels on the host, beyond the contract: in different orders of threads, and under sanitizers.
 
-A block's threads are fibers that switch only where they wait for each other (csrc/tests/emulation). What the contract
-suite asks of every backend it asks of these kernels too, as ``cuda@cpu``; here it is run once more in a process of its
-own under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer, which knows of no order but the
-barriers'. Bugs planted in copies of a kernel prove that each would be found.
+A block's threads are fibers that switch only where they wait for each other (csrc/tests/emulation). The contract suite
+includes these kernels as ``cuda@cpu``; here it runs again in a separate process, under AddressSanitizer with
+UndefinedBehaviorSanitizer and under ThreadSanitizer, which knows only the order that barriers impose. Bugs planted in
+copies of a kernel show that each kind is found.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def order(name: str) -> Iterator[None]:
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda kernel_setting: kernel_setting.place == ("cuda", "cpu"))
-def test_same_bits_in_any_order(kernel_setting: Any) -> None:
-    """Threads and blocks take turns in another order, and asynchronous copies arrive as soon as they may."""
+def test_bits_do_not_depend_on_thread_order(kernel_setting: Any) -> None:
+    """Threads and blocks run in three orders; in one, asynchronous copies arrive immediately."""
     for size in kernel_setting.case.sizes:
         problem = kernel_setting.case.problem(size, device="cpu")
         weight = problem.weight()
@@ -58,7 +58,7 @@ def test_same_bits_in_any_order(kernel_setting: Any) -> None:
 
 
 class Sanitizer(NamedTuple):
-    """A kind of sanitizer, and what a process needs to run under it."""
+    """A kind of sanitizer, with the libraries and environment of a process under it."""
 
     name: str
     libraries: tuple[str, ...]
@@ -66,7 +66,7 @@ class Sanitizer(NamedTuple):
 
 
 SANITIZERS = {
-    # Torch's own memory is torch's business: no leaks are looked for, and no odd calls of new and delete.
+    # Torch's memory is not under test: leaks and mismatched new and delete are ignored.
     "address": Sanitizer(
         "address;undefined",
         ("libasan.so", "libubsan.so"),
@@ -77,7 +77,7 @@ SANITIZERS = {
 
 
 class Rig(NamedTuple):
-    """A copy of the sources, and the module built from it under one kind of sanitizer."""
+    """A copy of the sources, and the module built from it with one kind of sanitizer."""
 
     kind: str
     sources: Path
@@ -87,19 +87,31 @@ class Rig(NamedTuple):
         build(self.folder, self.sources, f"-DFASTKD_SANITIZE={SANITIZERS[self.kind].name}")
 
     def contract(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Tests of the contract suite, on these kernels alone."""
+        """Run tests of the contract suite on these kernels in a process under the sanitizer."""
         sanitizer = SANITIZERS[self.kind]
         preload = " ".join(_library(name) for name in sanitizer.libraries)
-        # ThreadSanitizer's map of the memory does not stand it being laid out too randomly.
-        quiet = [shutil.which("setarch") or "", platform.machine(), "-R"] if self.kind == "thread" else []
-        if quiet and not quiet[0]:
+        # ThreadSanitizer's memory map fails under address-space randomisation.
+        without_randomisation = (
+            [shutil.which("setarch") or "", platform.machine(), "-R"] if self.kind == "thread" else []
+        )
+        if without_randomisation and not without_randomisation[0]:
             pytest.skip("ThreadSanitizer needs setarch, which is not installed")
-        command = [*quiet, sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-        own = {READY: str(self.folder), "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        command = [
+            *without_randomisation,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-qxs",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:benchmark",
+        ]
+        variables = {READY: str(self.folder), "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
         return subprocess.run(
             [*command, "-m", "not gpu", *arguments],
             cwd=TESTS.parent,
-            env=os.environ | sanitizer.environment | own,
+            env=os.environ | sanitizer.environment | variables,
             capture_output=True,
             text=True,
         )
@@ -110,7 +122,7 @@ def _library(name: str) -> str:
         [os.environ.get("CXX", "c++"), f"-print-file-name={name}"], capture_output=True, text=True, check=False
     ).stdout.strip()
     if not Path(found).is_file():
-        pytest.skip(f"the compiler has no {name}")
+        pytest.skip(f"{name} does not come with the compiler")
     return found
 
 
@@ -121,7 +133,7 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
             tool(name)
         for library in SANITIZERS[request.param].libraries:
             _library(library)
-        with emulated():  # where it cannot be built at all, or a GPU runs the kernels themselves
+        with emulated():  # raises if the module cannot be built, or a GPU is visible
             pass
     except (OSError, RuntimeError) as error:
         pytest.skip(str(error))
@@ -132,26 +144,26 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
         yield rig
 
 
-# Every case at all its sizes, in every dtype, forward and backward; in any layout and with masks where addresses are
-# watched. Races do not depend on layouts, and ThreadSanitizer takes twice as long.
-WATCHED = {
+# Every case at all its sizes, in every dtype, forward and backward. AddressSanitizer also runs layouts and masks; races
+# do not depend on them, and ThreadSanitizer takes twice as long.
+CHECKED = {
     "address": "test_same_bits_every_time or test_layouts or test_masks_of_any_layout or test_expanded_inputs",
     "thread": "test_same_bits_every_time",
 }
 
 
 @pytest.mark.timeout(1800)
-def test_kernels_are_clean(rig: Rig) -> None:
-    files = [str(TESTS / "contract" / f"test_{name}.py") for name in ("determinism", "memory")]
-    done = rig.contract(*files, "-k", f"cuda and ({WATCHED[rig.kind]})")
-    said = done.stdout[-4000:] + done.stderr[-6000:]
-    assert done.returncode == 0, said
-    assert " passed" in done.stdout, said
-    assert "Sanitizer" not in done.stderr, said
+def test_sanitizers_report_nothing(rig: Rig) -> None:
+    files = [str(TESTS / f"test_contract_{name}.py") for name in ("determinism", "memory")]
+    done = rig.contract(*files, "-k", f"cuda and ({CHECKED[rig.kind]})")
+    output = done.stdout[-4000:] + done.stderr[-6000:]
+    assert done.returncode == 0, output
+    assert " passed" in done.stdout, output
+    assert "Sanitizer" not in done.stderr, output
 
 
 class Bug(NamedTuple):
-    """One wrong line, and what must say so."""
+    """A planted fault, the tests that run with it, and the message they must end with."""
 
     kind: str
     file: str
@@ -162,7 +174,7 @@ class Bug(NamedTuple):
     test: str = "ops/test_softmax_kl.py"
 
 
-LONG_ROWS = "cpu and 12293"  # a block to a row: warps meet in shared memory
+LONG_ROWS = "cpu and 12293"  # one thread block per row: warps merge in shared memory
 BUGS = {
     "a missing barrier": Bug(
         "thread",
@@ -194,12 +206,12 @@ BUGS = {
     "a barrier that some threads never reach": Bug(
         "address",
         "cuda/softmax_kl/softmax_kl.cu",
-        "    block_barrier(); // of_warp may be written again",
+        "    block_barrier(); // before of_warp is overwritten",
         "    if (lane < warp_size) { block_barrier(); }",
-        "threads wait for others that never come",
+        "threads wait for others that never arrive",
         LONG_ROWS,
     ),
-    "a wrong mask": Bug(  # a row too many takes part in the last block of short rows
+    "a wrong mask": Bug(  # the last block of short rows reads one row too many
         "address",
         "cuda/softmax_kl/softmax_kl.cu",
         "const bool mine = row < args.shape.count();",
@@ -211,7 +223,7 @@ BUGS = {
 
 @pytest.mark.parametrize(("rig", "name"), [(bug.kind, name) for name, bug in BUGS.items()], indirect=["rig"])
 @pytest.mark.timeout(1800)
-def test_a_planted_bug_is_found(rig: Rig, name: str) -> None:
+def test_finds_planted_bugs(rig: Rig, name: str) -> None:
     bug = BUGS[name]
     with planted(rig.sources / bug.file, bug.right, bug.wrong, rig.make):
         done = rig.contract(str(TESTS / bug.test), "-k", f"cuda and {bug.where}")

@@ -1,6 +1,6 @@
-"""What is particular to the pixel_word kernels in CUDA C++: numbers of words, steps and their edges, layouts, fp64.
+"""The pixel_word kernels in CUDA C++: numbers of words, edges of steps, layouts, fp64.
 
-On a GPU, or on CPU tensors where there is none.
+Without a GPU they run on CPU tensors, built for the host (``emulation.py``).
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ def kernels() -> Iterator[None]:
 
 cuda, from_logits = Kernels("cuda").features, Kernels("cuda").logits
 
-# 24, 32, 64 and 128 words are what the kernels are compiled for, with fewer too; steps are of 128 pixels (64, 32 where
-# two, four warps share the words), tiles of 16; features come 32 (16-bit) or 16 at a time, and of the words as many as
-# fit in shared memory.
+# Kernels are compiled for up to 24, 32, 64 and 128 words. Steps have 128 pixels (64 or 32 where two or four warps share
+# the words), tiles 16 pixels, feature blocks 32 (16-bit) or 16 features; words are in shared memory a chunk at a time.
 SHAPES = [
     (2, 1, 1, 1, 2),
     (2, 33, 16, 3, 70),
@@ -61,21 +60,21 @@ def test_dtypes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(530, 130, 5, 4), (530, 65, 34, 2), (530, 33, 65, 2)], ids=str)
-def test_several_steps_to_a_program(shape: tuple[int, ...]) -> None:
-    """A batch that leaves one program to a sample: two steps of 128, 64, 32 pixels, the second a short one."""
+def test_several_steps_per_block(shape: tuple[int, ...]) -> None:
+    """A batch with one thread block per sample: two steps of 128, 64 or 32 pixels, the second one partial."""
     inputs, masks = here(make(*shape)), masks_of(*shape[:3])
-    together = run(cuda, inputs, **masks)
+    in_batch = run(cuda, inputs, **masks)
     check([x[-2:] for x in inputs], cuda, reference, **{name: mask[-2:] for name, mask in masks.items()})
     weights = torch.linspace(1, 2, shape[0], device=DEVICE)[-2:] / torch.linspace(1, 2, 2, device=DEVICE)
-    apart = run(cuda, [x[-2:] for x in inputs], **{name: mask[-2:] for name, mask in masks.items()})
-    apart[1:] = [x * weights[:, None, None] for x in apart[1:]]  # a sample has a program to each step
-    for got, want in zip(together, apart, strict=True):
+    alone = run(cuda, [x[-2:] for x in inputs], **{name: mask[-2:] for name, mask in masks.items()})
+    alone[1:] = [x * weights[:, None, None] for x in alone[1:]]  # here each step has its own thread block
+    for got, want in zip(in_batch, alone, strict=True):
         torch.testing.assert_close(got[-2:], want, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("words", [20, 100])
-def test_words_that_do_not_fit_in_shared_memory(words: int, dtype: torch.dtype) -> None:
+def test_words_larger_than_shared_memory(words: int, dtype: torch.dtype) -> None:
     inputs = here(make(1, 150, words, 1100, 520, dtype=dtype))
     check(inputs, cuda, reference, similarity="cosine", temperature=0.3)
 
@@ -83,7 +82,7 @@ def test_words_that_do_not_fit_in_shared_memory(words: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(2, 47, 7, 21), (1, 50, 35, 30)], ids=str)
 def test_any_alignment(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Where nothing can be read 16 bytes at a time, in rows and maps, from an odd address on."""
+    """Rows and maps at odd addresses, without 16-byte loads."""
     inputs = here(make(*shape, dtype=dtype))
     odd = [torch.cat([x.new_full((1,), NAN), x.flatten()])[1:].view(x.shape) for x in inputs]
     for got, want in zip(run(cuda, odd), run(cuda, [x.clone() for x in inputs]), strict=True):
@@ -102,32 +101,32 @@ def test_fp64(shape: tuple[int, ...], similarity: str) -> None:
     check(as_maps(inputs), cuda, reference, similarity=similarity)
     logits = [v @ w.mT for v, w in (inputs[:2], inputs[2:])]
     check(logits, from_logits, reference_from_logits, 1, **masks)
-    mixed = [x.float() if i == 0 else x for i, x in enumerate(inputs)]  # its gradient is of its dtype, not fp64
+    mixed = [x.float() if i == 0 else x for i, x in enumerate(inputs)]  # its gradient has its dtype, not fp64
     got = run(cuda, mixed, similarity=similarity)
     want = run(reference, [x.double() for x in mixed], similarity=similarity)
     assert [x.dtype for x in got] == [torch.float64, torch.float32, torch.float64]
     torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
 
 
-def test_problems_the_kernels_do_not_index_are_refused() -> None:
-    """An error before any launch, with nothing read or written."""
+def test_rejects_problems_beyond_the_index_range() -> None:
+    """Errors are raised before any launch or access."""
     from fastkd.ops.launch import native
 
     module = native("cuda")
     memory = torch.zeros(64, device=DEVICE)
-    network = ((memory.data_ptr(), "float32", (0, 0, 1)), memory.data_ptr(), 0, 4, 8, 1.0, False)
+    side = ((memory.data_ptr(), "float32", (0, 0, 1)), memory.data_ptr(), 0, 4, 8, 1.0, False)
 
     def problem(words: int = 4, width: int = 8, batch: int = 1, pixels: int = 4, address: int = 0) -> Any:
-        own = ((address or memory.data_ptr(), "float32", (0, 0, 1)), *network[1:3], words, width, 1.0, False)
+        own = ((address or memory.data_ptr(), "float32", (0, 0, 1)), *side[1:3], words, width, 1.0, False)
         return module.PixelWord((own, own, 0, batch, pixels, "float32", False, 15), 0, 2**25)
 
     problem()
     for beyond in ({"words": 129}, {"width": 2**28 + 1}, {"pixels": 2**28 + 1}, {"batch": 2**31}):
-        with pytest.raises(ValueError, match="than the kernels index"):
+        with pytest.raises(ValueError, match="too many words, pixels, features or samples"):
             problem(**beyond)
     with pytest.raises(ValueError, match="multiple of 4 bytes"):
         problem(address=memory.data_ptr() + 2)
     with pytest.raises(ValueError, match="loss: expected an address, got 0"):
         problem().forward([0, 0, 0, 0], 0, memory.data_ptr())
-    with pytest.raises(RuntimeError, match="pixel_word_forward: cudaErrorInvalidValue"):  # nowhere to put the logits
+    with pytest.raises(RuntimeError, match="pixel_word_forward: cudaErrorInvalidValue"):  # no array for the logits
         problem().forward([0, 0, 0, 0], memory.data_ptr(), memory.data_ptr())

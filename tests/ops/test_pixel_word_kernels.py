@@ -1,6 +1,6 @@
-"""The pixel_word kernels of Triton and of CUDA C++ where both have the same edges: terms, masks, layouts, limits.
+"""The pixel_word kernels in Triton and CUDA C++, where the same tests apply: terms, masks, layouts, limits.
 
-What is particular to either is in ``testpixel_word_triton.py`` and ``test_pixel_word_cuda.py``.
+Tests of one of them are in ``test_pixel_word_triton.py`` and ``test_pixel_word_cuda.py``.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def on(request: pytest.FixtureRequest) -> Iterator[Kernels]:
 def test_each_term_alone(on: Kernels, term: str, words: int) -> None:
     inputs, masks = here(make(2, 40, words, 6)), masks_of(2, 40, words)
     check(inputs, on.features, reference, terms=(term,), **masks)
-    together = on.features(*inputs, **masks)[term]
-    torch.testing.assert_close(on.features(*inputs, terms=(term,), **masks)[term], together, rtol=0, atol=0)
+    with_others = on.features(*inputs, **masks)[term]
+    torch.testing.assert_close(on.features(*inputs, terms=(term,), **masks)[term], with_others, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("words", [5, 70])
-def test_logits(on: Kernels, words: int, dtype: torch.dtype) -> None:
+def test_from_logits(on: Kernels, words: int, dtype: torch.dtype) -> None:
     logits = here([2 * x for x in make(2, 45, words, words, dtype=dtype)[::2]])
     check(logits, on.logits, reference_from_logits, 1, temperature=1.3)
     turned = [x.mT.contiguous().mT for x in logits]
@@ -48,7 +48,7 @@ def test_logits(on: Kernels, words: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("words", [(5, 23), (40, 3)])
-def test_other_tokens_in_the_teacher(on: Kernels, words: tuple[int, int]) -> None:
+def test_teacher_with_other_tokens(on: Kernels, words: tuple[int, int]) -> None:
     v_s, l_s, v_t, _ = make(2, 40, words[0], 16)
     inputs = here([v_s, l_s, v_t, make(2, 1, words[1], 16, seed=1)[3]])
     check(inputs, on.features, reference, terms=("pixel_pixel",))
@@ -60,7 +60,7 @@ def test_other_tokens_in_the_teacher(on: Kernels, words: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("fill", [1e30, NAN, INF])
 @pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
-def test_what_masked_entries_hold_touches_nothing(on: Kernels, similarity: str, fill: float) -> None:
+def test_masked_values_have_no_effect(on: Kernels, similarity: str, fill: float) -> None:
     masks = masks_of(2, 40, 12)
     words, pixels = masks["student_word_mask"], masks["pixel_mask"]
     inputs = here(make(2, 40, 12, 20))
@@ -79,7 +79,7 @@ def test_what_masked_entries_hold_touches_nothing(on: Kernels, similarity: str, 
     assert (got[1][~kept] == 0).all()
 
 
-def test_masked_entries_have_no_gradient_though_others_are_nan(on: Kernels) -> None:
+def test_masked_entries_have_zero_gradient_next_to_nan(on: Kernels) -> None:
     inputs, masks = here(make(1, 40, 4, 16)), masks_of(1, 40, 4)
     words, pixels = masks["student_word_mask"], masks["pixel_mask"]
     inputs[1][0, 2] = NAN  # a valid word
@@ -90,7 +90,7 @@ def test_masked_entries_have_no_gradient_though_others_are_nan(on: Kernels) -> N
     assert grad_words[words].isnan().all()
 
 
-def test_pixels_and_words_with_no_direction_get_no_gradient(on: Kernels) -> None:
+def test_pixels_and_words_of_norm_zero_have_zero_gradient(on: Kernels) -> None:
     inputs = here(make(2, 40, 6, 16))
     inputs[0][0, 3] = 0
     inputs[0][1, 5] *= 1e-14
@@ -112,8 +112,8 @@ def test_student_equal_to_teacher_is_exactly_zero(on: Kernels, similarity: str, 
 
 
 @pytest.mark.parametrize("difference", [1e-2, 1e-3, 1e-4])
-def test_gradients_near_the_teacher_keep_their_digits(on: Kernels, difference: float) -> None:
-    """Differences of probabilities survive the products of 16 bits."""
+def test_gradients_stay_precise_near_the_teacher(on: Kernels, difference: float) -> None:
+    """Split 16-bit products keep the precision of differences of probabilities."""
     inputs = here(make(2, 70, 8, 32))
     for i in range(2):
         inputs[i] = inputs[i + 2] + difference * inputs[i]
@@ -125,8 +125,8 @@ def test_gradients_near_the_teacher_keep_their_digits(on: Kernels, difference: f
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_gradients_of_any_size_keep_their_digits(on: Kernels, scale: float) -> None:
-    """The slopes of the second order are multiplied in units of their own."""
+def test_gradients_of_any_magnitude_stay_precise(on: Kernels, scale: float) -> None:
+    """The slopes of the second-order terms are scaled before they are multiplied."""
     inputs = here(make(2, 40, 20, 16))
     one = run(on.features, inputs, terms=("pixel_pixel", "word_word"))
     scaled = lambda *x, **options: {name: scale * value for name, value in on.features(*x, **options).items()}
@@ -138,16 +138,16 @@ def test_gradients_of_any_size_keep_their_digits(on: Kernels, scale: float) -> N
 def test_infinite_and_large_logits(on: Kernels) -> None:
     m_s, m_t = (x[..., :5].clone() for x in here(make(2, 60, 5, 5)[::2]))
     m_s[0, 0, 1] = m_t[0, 0, 1] = -INF  # excluded by both
-    m_t[0, 1, 2] = -INF  # by the teacher alone
+    m_t[0, 1, 2] = -INF  # excluded by the teacher only
     m_t[0, 2, :3] = -INF
-    m_s[0, :40, 3] = m_t[0, :40, 3] = -INF  # a whole block of a column, for both; then finite ones
+    m_s[0, :40, 3] = m_t[0, :40, 3] = -INF  # for both, a column starts with more than a block of these
     m_s[1] += 1e4
     m_t[1] -= 1e4
     got = run(on.logits, [m_s, m_t], 1)
     want = run(reference_from_logits, [m_s.double(), m_t.double()], 1)
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-7)
-    m_s[0, 3, 0] = -INF  # excluded by the student, possible to the teacher
+    m_s[0, 3, 0] = -INF  # excluded by the student only
     terms = on.logits(m_s, m_t)
     assert terms["pixel_to_word"][0] == INF
     assert terms["word_to_pixel"][0] == INF
@@ -194,7 +194,7 @@ def test_mixed_dtypes(on: Kernels) -> None:
     torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-7)
 
 
-def test_only_what_is_asked_for(on: Kernels) -> None:
+def test_computes_only_requested_gradients_and_terms(on: Kernels) -> None:
     inputs, arguments = here(make(2, 20, 4, 16)), (None, None, None, True, 1.0, 15)
     forward, backward = torch.ops.fastkd.pixel_word_forward, torch.ops.fastkd.pixel_word_backward
     loss, *kept = forward(*inputs, *arguments, False, on.backend)
@@ -203,10 +203,10 @@ def test_only_what_is_asked_for(on: Kernels) -> None:
     grad = torch.ones((), device=DEVICE).expand_as(loss)  # stride 0
     given = (grad, *inputs[:2], None, *arguments[:3], *kept, 16, *arguments[3:])
     both = backward(*given, True, True, on.backend)
-    for wish in ((True, False), (False, True)):
-        for one, all_of_it, wanted in zip(backward(*given, *wish, on.backend), both, wish, strict=True):
-            assert torch.equal(one, all_of_it) if wanted else one.numel() == 0
-    # A term that was not asked for is 0, and its gradient is not read.
+    for requested in ((True, False), (False, True)):
+        for grad_x, expected, needed in zip(backward(*given, *requested, on.backend), both, requested, strict=True):
+            assert torch.equal(grad_x, expected) if needed else grad_x.numel() == 0
+    # A term that is not requested is 0, and its gradient is not read.
     loss, *kept = forward(*inputs, None, None, None, False, 1.0, 4, True, on.backend)
     assert (loss != 0).tolist() == [[False, False, True, False]] * 2
     tail = (*inputs[:2], None, None, None, None, *kept, 16, False, 1.0, 4, True, True, on.backend)
@@ -215,11 +215,11 @@ def test_only_what_is_asked_for(on: Kernels) -> None:
     assert all(torch.equal(a, b) for a, b in zip(backward(nan, *tail), backward(grad, *tail), strict=True))
 
 
-def test_more_words_than_one_block_holds(on: Kernels) -> None:
+def test_rejects_more_words_than_a_block_holds(on: Kernels) -> None:
     inputs = here(make(1, 20, 129, 4))
     logits = [v @ w.mT for v, w in (inputs[:2], inputs[2:])]
     for call, given in ((on.features, inputs), (on.logits, logits)):
         with pytest.raises(fastkd.BackendUnavailable, match=r"at most 128 words, got 129; use backend='auto'"):
             call(*given)
-    for term, value in pixel_word(*inputs).items():  # auto goes on to another
+    for term, value in pixel_word(*inputs).items():  # "auto" uses another backend
         torch.testing.assert_close(value, reference(*inputs)[term], rtol=1e-4, atol=1e-6)

@@ -1,6 +1,6 @@
-"""What is particular to the relation kernels in CUDA C++: tiles and their edges, bands, layouts, workspace, arguments.
+"""The relation kernels in CUDA C++: edges of tiles, bands, layouts, workspace, arguments.
 
-Built for the host on CPU tensors where there is no GPU (``emulation.py``).
+Without a GPU they run on CPU tensors, built for the host (``emulation.py``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ check = functools.partial(check_kernel, "cuda")
 
 
 def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
-    """But for the order of sums, and what storing them in another order's digits costs."""
+    """Compare up to the order of sums and the rounding of the stored results."""
     for a, b in zip(got, want, strict=True):
         near = 3e-6 + (torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 0.0)
         torch.testing.assert_close(a, b, rtol=0, atol=5e-7 + near * b.abs().max().item())
@@ -43,7 +43,7 @@ def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
 def drawn_for(method: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, count, width = shape
     student, teacher = rows(shape, 0, dtype), rows((batch, count, width + 5), 1, dtype)
-    if "maxima" in method:  # close rows, or a softmax at 0.03 would leave nothing to compare
+    if "maxima" in method:  # similar rows: otherwise a softmax at 0.03 has one nonzero element
         student, teacher = (0.05 * x + rows((batch, 1, x.shape[2]), 2, dtype) for x in (student, teacher))
     return student, teacher
 
@@ -52,7 +52,7 @@ def drawn_for(method: str, shape: tuple[int, int, int], dtype: torch.dtype) -> t
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edges_of_tiles(dtype: torch.dtype, method: str, form: str) -> None:
-    """Rows and widths a little more than blocks: two row blocks, the last almost empty, and a chunk of one column."""
+    """Rows and widths slightly above block sizes: a second row block almost empty, a k-tile of one column."""
     shape = (2 if form == "across samples" else 1, 67, 17 if dtype == torch.float32 else 33)
     student, teacher = drawn_for(method, shape, dtype)
     check(student, teacher, rows(shape[:2], 3).abs(), **METHODS[method], **FORMS[form])
@@ -67,7 +67,7 @@ def test_edges_of_tiles(dtype: torch.dtype, method: str, form: str) -> None:
     ids=str,
 )
 def test_edges_of_large_tiles(dtype: torch.dtype, method: str, form: str) -> None:
-    """Enough samples for tiles of 128 rows and columns: 89 with three tiles each."""
+    """89 samples of three tiles each: enough for tiles of 128 x 128."""
     student, teacher = drawn_for(method, (89, 131, 9), dtype)
     weight = rows((89, 131), 3).abs()
     want = check(student, teacher, weight, **METHODS[method], **FORMS[form])
@@ -77,7 +77,7 @@ def test_edges_of_large_tiles(dtype: torch.dtype, method: str, form: str) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_row_and_one_column(method: str) -> None:
+def test_single_row_and_single_column(method: str) -> None:
     for shape in ((2, 1, 7), (2, 5, 1)):
         check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), least=4.0, **METHODS[method])
 
@@ -86,24 +86,24 @@ def test_one_row_and_one_column(method: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_alignment(dtype: torch.dtype) -> None:
-    """Copies of 16, 8, 4 and 2 bytes at a time, by the divisors of widths, strides and addresses."""
+def test_copies_of_every_alignment(dtype: torch.dtype) -> None:
+    """Copies of 16, 8, 4 and 2 bytes, as widths, strides and addresses allow."""
     weight = rows((2, 70), 2)
     for width in (40, 36, 34, 35):
         student, teacher = rows((2, 70, width), 0, dtype), rows((2, 70, width), 1, dtype)
         want = check(student, teacher, weight)
-        for first in (1, 2, 4):  # elements that the address is off
-            moved = torch.zeros(student.numel() + first, dtype=dtype, device=DEVICE)[first:].view_as(student)
-            moved.copy_(student)
-            assert_near(kernel(moved, teacher, weight), want)
+        for first in (1, 2, 4):  # offset of the address in elements
+            shifted = torch.zeros(student.numel() + first, dtype=dtype, device=DEVICE)[first:].view_as(student)
+            shifted.copy_(student)
+            assert_near(kernel(shifted, teacher, weight), want)
         spaced = torch.full((2, 70, 2 * width), math.nan, dtype=dtype, device=DEVICE)[..., ::2].copy_(student)
         assert_near(kernel(spaced, teacher, weight), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cross", [False, True])
-def test_maps_seen_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
-    """Rows are then the inner dimension, of any alignment, on one side or on both; the gradient is laid out alike."""
+def test_feature_maps_viewed_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
+    """Rows are contiguous, with any alignment, on one side or both; the gradient has the same layout."""
     for count, width in ((72, 6), (68, 37), (66, 5), (67, 8)) if not cross else ((11, 5), (72, 9)):
         student, teacher = rows((2, count, width), 0, dtype), rows((2, count, width + 2), 1, dtype)
         columns = [x.mT.contiguous().mT for x in (student, teacher)]
@@ -121,10 +121,10 @@ def test_maps_seen_as_rows_of_pixels(dtype: torch.dtype, cross: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("method", ["kl", "kl maxima", "row_cosine", "kl of means"])
-def test_a_small_workspace_gives_the_same_numbers(
+def test_small_workspace_gives_the_same_results(
     monkeypatch: pytest.MonkeyPatch, method: str, cross: bool, dtype: torch.dtype
 ) -> None:
-    """Bands of row blocks one after another: nothing of the rows' number squared is held at once."""
+    """Bands of row blocks are computed one after another, without an N x N matrix in memory."""
     count = 70 if cross else 200  # four row blocks
     student, teacher = drawn_for(method, (2, count, 20), dtype)
     weight = rows((2, count), 2)
@@ -134,12 +134,12 @@ def test_a_small_workspace_gives_the_same_numbers(
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
         relation(student, teacher, backend="cuda", **options)
     least = float(str(error.value).split("at least ")[1].split(",")[0])
-    for mib in (least, 1.6 * least):  # what the error asks for is enough, for the backward too
+    for mib in (least, 1.6 * least):  # the size in the error is enough, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", str(mib))
         assert_near(kernel(student, teacher, weight, **options), whole)
 
 
-def test_matrices_kept_for_a_backward_with_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_matrices_with_a_smaller_workspace_in_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, weight = rows((1, 200, 20), 0), rows((1, 200, 9), 1), rows((1, 200), 2)
     want = kernel(student, teacher, weight, keep=True)[1]
     leaf = student.detach().requires_grad_()
@@ -154,8 +154,8 @@ SIZES = ((32, 512, 900, 900), (16, 512, 3600, 3600), (32, 1024, 225, 225), (8, 3
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_plans(method: str, dtype: torch.dtype) -> None:
-    """Within the limit, but for the gradient in fp32 that bands add up; what is kept is as long as Python thinks."""
+def test_workspace_and_stored_sizes(method: str, dtype: torch.dtype) -> None:
+    """The workspace is within the limit, except for the fp32 sums of bands; Python computes the same stored size."""
     limit = 32 * 2**20
     options = {"similarity": "cosine", "distance": "kl", "temperature": 0.1, "negate": False} | METHODS[method]
     named = (options["similarity"], options["distance"], options["temperature"])
@@ -181,7 +181,7 @@ def test_plans(method: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_equal_networks_give_exactly_nothing(form: str, dtype: torch.dtype) -> None:
+def test_equal_student_and_teacher_give_exact_zeros(form: str, dtype: torch.dtype) -> None:
     count = 20 if form == "across samples" else 70
     student, weight = rows((2, count, 30), 0, dtype), rows((2, count), 1)
     for options in METHODS.values():
@@ -189,15 +189,15 @@ def test_equal_networks_give_exactly_nothing(form: str, dtype: torch.dtype) -> N
         assert loss.abs().max() == grad.abs().max() == 0
 
 
-def test_gradients_keep_their_digits_near_the_teacher() -> None:
-    """H comes of differences: its error shrinks with it."""
+def test_gradients_stay_precise_near_the_teacher() -> None:
+    """H is computed from differences, so its error shrinks with it."""
     teacher, direction, weight = rows((1, 66, 30), 0), rows((1, 66, 30), 1), rows((1, 66), 2).abs()
     for distance in (1e-2, 1e-4):
         student = teacher + distance * direction
         for options in (METHODS["kl"], METHODS["kl maxima"], METHODS["mse"], METHODS["row_cosine"]):
             grad = kernel(student, teacher, weight, **options)[1].double()
             exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)[1]
-            # What rounding the similarities themselves does, 1e-7, against their differences.
+            # Rounding the similarities costs 1e-7, relative to their differences.
             assert (grad - exact).abs().max() <= 1e-6 / distance * exact.abs().max()
 
 
@@ -212,8 +212,8 @@ def test_rows_of_zeros_and_tiny_rows(distance: str) -> None:
         assert loss.isfinite().all()
 
 
-def test_norms_far_apart_in_fp16() -> None:
-    """H times the scales of rows has fp32's range: one row of tiny numbers spoils no other's gradient."""
+def test_rows_of_very_different_norms_in_fp16() -> None:
+    """H times the rows' scales has fp32's range: tiny rows do not degrade the gradients of others."""
     student, teacher = rows((1, 66, 30), 0, torch.float16), rows((1, 66, 30), 1, torch.float16)
     student[0, 7] *= 1e-4
     student[0, 9] *= 1e3
@@ -221,12 +221,12 @@ def test_norms_far_apart_in_fp16() -> None:
     grad = kernel(student, teacher, torch.ones(1, 66, device=DEVICE))[1]
     for row in range(66):
         size = exact[0, row].abs().max().item()
-        if size < 6e4:  # else it is beyond fp16
+        if size < 6e4:  # otherwise it overflows fp16
             assert (grad[0, row].double() - exact[0, row]).abs().max() <= 6e-4 * size + 6e-8
 
 
-def test_infinite_similarities() -> None:
-    """Products of infinities are what they are in plain arithmetic, not the NaN of a sum of three."""
+def test_infinite_similarities_match_plain_torch() -> None:
+    """Products with infinities are those of plain arithmetic; the sum of three tf32 products would be NaN."""
     student, teacher = rows((1, 70, 30), 0).abs(), rows((1, 70, 30), 1).abs()
     for value in (math.inf, -math.inf):
         bad = teacher.clone()
@@ -241,28 +241,28 @@ def test_infinite_similarities() -> None:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def test_arguments_that_a_kernel_cannot_take() -> None:
-    """Errors before anything is launched."""
+def test_rejects_unsupported_arguments() -> None:
+    """Errors are raised before any launch."""
     make = native("cuda").Relation
     named = ("cosine", "kl", 0.1, False, False)
-    for wrong, said in (
+    for wrong, message in (
         ({"dtype": "float64"}, "dtype: expected float32, float16 or bfloat16"),
         ({"form": "gram"}, "form: "),
         ({"rows": 0}, "expected at least 1"),
     ):
         given = {"rows": 3, "dtype": "float32", "form": "streamed"} | wrong
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             make(1, given["rows"], 4, 4, *named, given["dtype"], given["form"], 0, 2**25)
     x, out = torch.zeros(1, 3, 4, device=DEVICE), torch.zeros(64, dtype=torch.float64, device=DEVICE)
     call = make(1, 3, 4, 4, *named, "float32", "streamed", 0, 2**25)
     at = (x.data_ptr(), 4, *x.stride())
     space = torch.empty(call.workspace_bytes(False)[0], dtype=torch.uint8, device=DEVICE).data_ptr()
-    for student, loss, said in (
+    for student, loss, message in (
         ((0, *at[1:]), out.data_ptr(), "student: expected an address, got 0"),
-        ((at[0] + 2, *at[1:]), out.data_ptr(), "student: the address is not a multiple"),
+        ((at[0] + 2, *at[1:]), out.data_ptr(), "student: expected an address that is a multiple"),
         (at, 0, "loss: expected an address, got 0"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             call.forward(student, at, loss, out.data_ptr(), 0, space)
     for sizes in ((2**31, 3, 4, 4), (2**16, 2**16, 4, 4), (1, 3, 2**31, 4)):
         huge = make(*sizes, *named, "float32", "streamed", 0, 2**25)

@@ -1,13 +1,12 @@
-// pixel_word on a GPU, backward: from dM to dV = dM L and dL = dM^T V; for the cosine, dM being dM/|V| and own
-// <dM, M>/|V|^2 as the step before leaves them, dV = dM L^ - own V and dL = dM^T V, from which merge_words takes what
-// lies along L.
+// pixel_word on a GPU, backward: dV = dM L and dL = dM^T V from dM. For the cosine gradient.cu leaves dM/|V| in place
+// of dM, and <dM, M>/|V|^2 as `projections`: dV = dM L^ - projection V, and merge_words removes the part of dL along L.
 //
-// A warp takes 32 features (16 if they, or the words, would need too many registers) and, at a time, 16 pixels: lane
-// (g, t) holds V of features 4g to 4g + 3 (2g, 2g + 1) and pixels 4t to 4t + 3, in a few accesses, whichever way it
-// lies. Both products are tf32 ones, transposed, features being the rows: V^T is an A fragment as the lane holds it,
-// and the C fragments of dV^T are of just those entries, so V is read once for both. A fragment's row g + 8 h and tile
-// m stand for feature 4g + 2m + h (2g + h); column t of step s for pixel 4t + 2s, t + 4 for the one after it. dM and
-// 32-bit features are split in two tf32 numbers, 16-bit ones are exact.
+// A warp computes 32 features (16 if they, or the words, would need too many registers), 16 pixels per step: lane (g,
+// t) holds V of features 4g to 4g + 3 (2g, 2g + 1) and pixels 4t to 4t + 3, loaded in a few accesses in either layout.
+// Both products are in tf32 and transposed, with features as rows: the lane's V^T is an A fragment, and the C fragments
+// of dV^T hold the same entries, so V is read once for both. Row g + 8 h of fragment tile m is feature 4g + 2m + h (2g
+// + h); column t of step s is pixel 4t + 2s, column t + 4 the pixel after it. dM and 32-bit features are split into two
+// tf32 numbers; 16-bit features are exact.
 #include "cuda/pixel_word/tile.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -19,7 +18,7 @@ constexpr int few_tiles = 4; // of words
 
 enum class Access { rows, maps, any }; // some features of a pixel, four pixels of a feature, one element
 
-// Elements that are read or written together.
+// Elements read or written by one instruction.
 template <class S, int count>
 struct alignas(count * sizeof(S)) Run {
     S at[count];
@@ -32,25 +31,25 @@ struct Strided {
 };
 
 struct Features {
-    Strided pixels; // V; not read where neither dL nor the cosine wants it
+    Strided pixels; // V; only read for dL or the cosine
     Strided grad_pixels;
     const void* words; // L (B, T, D)
     const std::uint8_t* word_mask;
     const std::uint8_t* pixel_mask;
     const float* grad_logits; // dM (B, T, N)
-    const float* norms;       // |V| (B, N), and
-    const float* own;         // for the cosine, or null
-    float* sums;              // (B, runs, T, D), or null without dL
+    const float* norms;       // |V| (B, N); or null without the cosine
+    const float* projections; // (B, N); or null without the cosine
+    float* sums;              // (B, runs, T, D); or null without dL
     int pixel_count, count, width;
-    int feature_warps, chunks; // of a block; blocks to a row of features
-    bool quads;                // four pixels of dM can be read together
+    int feature_warps, chunks; // per thread block; thread blocks per row of features
+    bool quads;                // four pixels of dM are read together
     Cut cut;
 };
 
 constexpr float least_norm = static_cast<float>(pixel_word::norm_floor);
 
-// v[q][f]: pixel `pixel` + q, feature `feature` + f; 0 where there is none or the pixel is masked. Addresses are
-// walked, not computed one by one: those would stay in registers from step to step.
+// Loads v[q][f], pixel `pixel` + q, feature `feature` + f; 0 outside and where the pixel is masked. Addresses are
+// incremented: computed ones would occupy registers from step to step.
 template <class S, int lane_features>
 FASTKD_DEVICE void load_features(const Strided& array, const S* from, int pixel, int feature, int width,
                                  const bool (&ok)[4], float (&v)[4][lane_features]) {
@@ -133,7 +132,7 @@ FASTKD_DEVICE void store_features(const Strided& array, S* to, int pixel, int pi
     }
 }
 
-// C += A B of floats; A's low parts are 0 if `exact`.
+// C += A B of split floats; with `exact` A's low parts are 0.
 template <bool exact>
 FASTKD_DEVICE void multiply(float (&c)[4], const std::uint32_t (&a_high)[4], const std::uint32_t (&a_low)[4],
                             const std::uint32_t (&b_high)[2], const std::uint32_t (&b_low)[2]) {
@@ -144,7 +143,7 @@ FASTKD_DEVICE void multiply(float (&c)[4], const std::uint32_t (&a_high)[4], con
     multiply_16x8x8(c, a_high, b_high);
 }
 
-// 1/|L| of a block's words; 0 of masked ones, whatever they hold.
+// Computes 1/|L| of every word; 0 for masked words, even if they hold NaN.
 template <class S>
 FASTKD_DEVICE void word_norms(const Features& args, std::int64_t sample, const Lane& at, float* inverse) {
     for (int word = at.warp; word < args.count; word += block_warps) {
@@ -170,17 +169,17 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
     constexpr int fragments_m = lane_features / 2; // of 16 features
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
-    const int block = static_cast<int>(block_x()), run = block / args.chunks; // fewer than 2^31
-    const int program = run % args.cut.programs;
-    const std::int64_t sample = run / args.cut.programs;
+    const int block = static_cast<int>(block_x()), run = block / args.chunks; // below 2^31
+    const int run_of_sample = run % args.cut.blocks_per_sample;
+    const std::int64_t sample = run / args.cut.blocks_per_sample;
     const int of_features = at.warp % args.feature_warps, of_pixels = at.warp / args.feature_warps;
     const int pixel_warps = block_warps / args.feature_warps, step = pixel_warps * tile_pixels;
     const int first_feature = block % args.chunks * args.feature_warps * warp_features;
     const int feature = first_feature + of_features * warp_features + lane_features * at.g;
-    const int tiles = (args.count + tile_words - 1) / tile_words;
+    const int tiles = ceil_div(args.count, tile_words);
     const bool cosine = args.norms != nullptr;
 
-    // Shared: 1/|L|; L as A fragments, [warp of features][8 words][tile of 16 features][lane]. Afterwards, there, dL.
+    // smem: 1/|L|; L as A fragments, [warp of features][8 words][tile of 16 features][lane], later reused for dL.
     float* const inverse_words = reinterpret_cast<float*>(shared); // [most_words]
     auto* const fragments = reinterpret_cast<Pack<float>*>(shared + most_words * sizeof(float));
     Pack<float>* const own_fragments = fragments + of_features * tiles * fragments_m * warp_size + at.lane;
@@ -206,8 +205,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
     const float* const grad_logits = args.grad_logits + sample * args.count * args.pixel_count;
     float dl[most_tiles][fragments_m][4] = {}; // [8 words][tile of features]
 #pragma unroll 1
-    for (int s = 0; s < args.cut.each; ++s) {
-        const int first_pixel = (program * args.cut.each + s) * step + of_pixels * tile_pixels;
+    for (int s = 0; s < args.cut.steps_per_block; ++s) {
+        const int first_pixel = (run_of_sample * args.cut.steps_per_block + s) * step + of_pixels * tile_pixels;
         if (first_pixel >= args.pixel_count) {
             break;
         }
@@ -222,16 +221,16 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
             load_features(args.pixels, from, pixel, feature, args.width, ok, v);
         }
         float dv[fragments_m][2][4] = {};   // [tile of features][step of pixels]
-        const float* of_tile = grad_logits; // the same for all lanes
+        const float* of_tile = grad_logits; // uniform over lanes
         const unsigned row = static_cast<unsigned>(at.g) * args.pixel_count + pixel;
-        const int of_column = first_pixel + at.g / 2 * 4 + at.g % 2; // and the second after it
+        const int of_column = first_pixel + at.g / 2 * 4 + at.g % 2; // and of_column + 2
         const unsigned column = static_cast<unsigned>(at.t) * args.pixel_count + of_column;
 #pragma unroll
         for (int j = 0; j < most_tiles; ++j) {
             if (j >= tiles) {
                 break;
             }
-            if (for_words) { // words are columns, pixels are what is summed over
+            if (for_words) { // words are columns; sums over pixels
                 const int word = j * tile_words + at.g;
                 Run<float, 4> dm{};
                 if (word < args.count && args.quads && pixel < args.pixel_count) {
@@ -259,7 +258,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
                     add(dl[j][m], sum);
                 }
             }
-            if (for_pixels) { // pixels are columns, words are what is summed over
+            if (for_pixels) { // pixels are columns; sums over words
                 std::uint32_t b_high[2][2], b_low[2][2];
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
@@ -296,18 +295,18 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
             float out[4][lane_features];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
-                ok[q] = valid(args.pixel_mask, sample, pixel + q, args.pixel_count); // read again: registers are few
-                bool some = ok[q]; // a pixel without direction gets no gradient
-                float own = 0;
+                ok[q] = valid(args.pixel_mask, sample, pixel + q, args.pixel_count); // loaded again to save registers
+                bool has_gradient = ok[q]; // false for masked pixels and pixels of norm 0
+                float projection = 0;
                 if (cosine && ok[q]) {
                     const std::int64_t at_pixel = sample * args.pixel_count + pixel + q;
-                    some = !(args.norms[at_pixel] <= least_norm);
-                    own = args.own[at_pixel];
+                    has_gradient = !(args.norms[at_pixel] <= least_norm);
+                    projection = args.projections[at_pixel];
                 }
 #pragma unroll
                 for (int f = 0; f < lane_features; ++f) {
                     const float value = dv[f / 2][q / 2][f % 2 * 2 + q % 2];
-                    out[q][f] = some ? (cosine ? value - own * v[q][f] : value) : 0.0f;
+                    out[q][f] = has_gradient ? (cosine ? value - projection * v[q][f] : value) : 0.0f;
                 }
             }
             store_features(args.grad_pixels, to, pixel, args.pixel_count, feature, args.width, out);
@@ -317,7 +316,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
         return;
     }
 
-    // The sums of the warps that share features, in the order of their pixels.
+    // Adds the sums of the warps that share features, in the order of their pixels.
     for (int warp = 1; warp < pixel_warps; ++warp) {
         block_barrier();
 #pragma unroll
@@ -333,10 +332,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
 #pragma unroll
             for (int m = 0; m < fragments_m; ++m) {
                 if (of_pixels == 0 && j < tiles) {
-                    const Pack<float> more = own_fragments[(j * fragments_m + m) * warp_size];
+                    const Pack<float> part = own_fragments[(j * fragments_m + m) * warp_size];
 #pragma unroll
                     for (int k = 0; k < 4; ++k) {
-                        dl[j][m][k] += more.at[k];
+                        dl[j][m][k] += part.at[k];
                     }
                 }
             }
@@ -376,9 +375,9 @@ Strided strided(const pixel_word::Array& array, std::int64_t pixels, std::int64_
 
 template <class S>
 cudaError_t run(const Features& features, std::int64_t batch, int warp_features, cudaStream_t stream) {
-    const int tiles = (features.count + tile_words - 1) / tile_words;
+    const int tiles = ceil_div(features.count, tile_words);
     const int bytes = most_words * 4 + features.feature_warps * tiles * warp_features / 16 * 32 * 16;
-    const Grid grid{batch * features.cut.programs * features.chunks, block_threads, 1, bytes};
+    const Grid grid{batch * features.cut.blocks_per_sample * features.chunks, block_threads, 1, bytes};
     return tiles <= few_tiles ? launch(features_kernel<S, few_tiles>, grid, stream, features)
                               : launch(features_kernel<S, most_words / tile_words>, grid, stream, features);
 }
@@ -396,13 +395,13 @@ cudaError_t differentiate_features(const Backward& args, const Plan& plan, cudaS
                             problem.pixel_mask,
                             at_bytes<float>(args.workspace, plan.grad_logits),
                             problem.cosine ? static_cast<const float*>(args.kept.norms) : nullptr,
-                            problem.cosine ? at_bytes<float>(args.workspace, plan.own) : nullptr,
+                            problem.cosine ? at_bytes<float>(args.workspace, plan.projections) : nullptr,
                             args.grad_words == nullptr ? nullptr : at_bytes<float>(args.workspace, plan.sums),
                             static_cast<int>(problem.pixels),
                             static_cast<int>(student.word_count),
                             static_cast<int>(student.width),
                             plan.feature_warps,
-                            static_cast<int>((student.width + chunk - 1) / chunk),
+                            static_cast<int>(ceil_div(student.width, chunk)),
                             problem.pixels % 4 == 0,
                             plan.runs};
     switch (student.pixels.dtype) {

@@ -1,5 +1,5 @@
-// pixel_word on a GPU in double: the same steps as in float, by plain products, any strides. A warp takes a pixel, its
-// lanes the words; few users have a GPU whose double is worth more care.
+// pixel_word on a GPU in fp64: the steps of fp32 without tensor cores, for any strides. One warp per pixel, with words
+// distributed over its lanes. Not optimised further: fp64 is slow on most GPUs.
 #include "cuda/pixel_word/tile.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -12,7 +12,7 @@ using pixel_word::Forward;
 constexpr int lane_words = most_words / warp_size;
 constexpr double least_norm = pixel_word::norm_floor;
 
-// Where a network's doubles are.
+// A strided array of doubles.
 struct Strided {
     const double* data;
     std::int64_t batch, pixel, column;
@@ -29,7 +29,7 @@ struct SideArgs {
     int count, width, first_row;
 };
 
-// M of a warp's pixel, a word to a lane.
+// Computes M of one pixel per warp, one word per lane.
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads)
     logits_fp64_kernel(SideArgs side, const std::uint8_t* pixel_mask, double* logits, int rows, std::int64_t pixels,
                        std::int64_t blocks, bool cosine) {
@@ -51,8 +51,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads)
             }
         }
         if (cosine) {
-            const double of_v = std::sqrt(square_v), of_l = std::sqrt(square_l);
-            dot /= (of_v < least_norm ? least_norm : of_v) * (of_l < least_norm ? least_norm : of_l);
+            const double norm_v = std::sqrt(square_v), norm_l = std::sqrt(square_l);
+            dot /= (norm_v < least_norm ? least_norm : norm_v) * (norm_l < least_norm ? least_norm : norm_l);
         }
         logits[(sample * rows + side.first_row + word) * pixels + n] = dot;
     }
@@ -65,7 +65,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads)
     }
 }
 
-// Logits of both networks, and what masks them.
+// Logits and masks of student and teacher.
 struct Pair64 {
     Strided student, teacher;
     const std::uint8_t *student_mask, *teacher_mask, *pixel_mask;
@@ -75,7 +75,7 @@ struct Pair64 {
     Cut cut;
 };
 
-// The softmaxes over words of one pixel: a lane's M, e^u, u (0 where masked), words lane, lane + 32, ...
+// The softmax over one pixel's words: a lane's M, e^u and u (0 where masked) of words lane, lane + 32, ...
 struct Row {
     double m[lane_words], e[lane_words], u[lane_words];
     double inverse, sum;
@@ -108,16 +108,17 @@ FASTKD_DEVICE Row row_of(const Strided& logits, const std::uint8_t* mask, int co
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) terms_fp64_kernel(Pair64 args, double* partials) {
     FASTKD_DYNAMIC_SHARED(shared);
     FASTKD_SHARED double scratch[block_warps];
-    double* const a = reinterpret_cast<double*>(shared); // [pixel][words], then D, M_S, M_T
+    double* const a = reinterpret_cast<double*>(shared); // A [pixel][words], then D, M_S, M_T
     const int size = fp64_step * args.words;
     const Lane at;
-    const std::int64_t sample = block_x() / args.cut.programs, program = block_x() % args.cut.programs;
+    const std::int64_t sample = block_x() / args.cut.blocks_per_sample,
+                       run_of_sample = block_x() % args.cut.blocks_per_sample;
     const Partial<double> partial{partials + block_x() * Partial<double>::size(args.words), args.words};
     double row_kl = 0;
     ColumnSums<double> column = ColumnSums<double>::of_nothing(); // of word thread_x()
     const int square = args.words * args.words;
-    for (int s = 0; s < args.cut.each; ++s) {
-        const std::int64_t begin = (program * args.cut.each + s) * fp64_step, n = begin + at.warp;
+    for (int s = 0; s < args.cut.steps_per_block; ++s) {
+        const std::int64_t begin = (run_of_sample * args.cut.steps_per_block + s) * fp64_step, n = begin + at.warp;
         if (begin >= args.pixels) {
             break;
         }
@@ -188,21 +189,22 @@ struct Gradient {
     const double* columns;
     double* out;
     std::int64_t out_batch, out_pixel, out_word;
-    double* along; // or null
+    double* projections; // <dM, M> (B, N); or null without the cosine
 };
 
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) gradient_fp64_kernel(Gradient args) {
     FASTKD_DYNAMIC_SHARED(shared);
     const Pair64& pair = args.pair;
     const Lane at;
-    double* const a = reinterpret_cast<double*>(shared) + at.warp * 2 * pair.words; // A, D of the warp's pixel
-    const std::int64_t sample = block_x() / pair.cut.programs, program = block_x() % pair.cut.programs;
+    double* const a = reinterpret_cast<double*>(shared) + at.warp * 2 * pair.words; // A and D of the warp's pixel
+    const std::int64_t sample = block_x() / pair.cut.blocks_per_sample,
+                       run_of_sample = block_x() % pair.cut.blocks_per_sample;
     const Coefficients<double> by = args.coefficients[sample];
     const int square = pair.words * pair.words;
     const double* const x_slopes = args.slopes + sample * 2 * square;
     const double* const columns = args.columns + sample * 4 * pair.words;
-    for (int s = 0; s < pair.cut.each; ++s) {
-        const std::int64_t n = (program * pair.cut.each + s) * fp64_step + at.warp;
+    for (int s = 0; s < pair.cut.steps_per_block; ++s) {
+        const std::int64_t n = (run_of_sample * pair.cut.steps_per_block + s) * fp64_step + at.warp;
         if (n >= pair.pixels) {
             break;
         }
@@ -220,7 +222,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) gradient_fp64_kernel(Grad
             }
         }
         warp_barrier();
-        double da[lane_words] = {}, inner = 0, along = 0;
+        double da[lane_words] = {}, inner = 0, projection = 0;
 #pragma unroll
         for (int k = 0; k < lane_words; ++k) {
             const int word = at.lane + k * warp_size;
@@ -257,13 +259,13 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) gradient_fp64_kernel(Grad
                 }
             }
             args.out[sample * args.out_batch + n * args.out_pixel + word * args.out_word] = dm;
-            along += dm * x.m[k];
+            projection += dm * x.m[k];
         }
-        along = sum_over(along, 1, warp_size);
-        if (args.along != nullptr && at.lane == 0) {
-            args.along[sample * pair.pixels + n] = along;
+        projection = sum_over(projection, 1, warp_size);
+        if (args.projections != nullptr && at.lane == 0) {
+            args.projections[sample * pair.pixels + n] = projection;
         }
-        warp_barrier(); // A and D may be written again
+        warp_barrier(); // before A and D are overwritten
     }
 }
 
@@ -272,19 +274,20 @@ struct Features {
     Strided grad_pixels;
     const double* words; // L
     const std::uint8_t *word_mask, *pixel_mask;
-    const double* grad_logits;   // dM (B, T, N)
-    const double *norms, *along; // for the cosine, or null
+    const double* grad_logits;         // dM (B, T, N)
+    const double *norms, *projections; // (B, N); or null without the cosine
     double* sums;
     std::int64_t pixel_count;
     int count, width, step;
     Cut cut;
 };
 
-// dV of a block's pixels, and dM^T V over them.
+// Computes dV of a thread block's pixels, and their part of dM^T V.
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) features_fp64_kernel(Features args) {
-    FASTKD_SHARED double inverse[most_words]; // 1/|L|, 0 of masked words
+    FASTKD_SHARED double inverse[most_words]; // 1/|L|, 0 for masked words
     const Lane at;
-    const std::int64_t sample = block_x() / args.cut.programs, program = block_x() % args.cut.programs;
+    const std::int64_t sample = block_x() / args.cut.blocks_per_sample,
+                       run_of_sample = block_x() % args.cut.blocks_per_sample;
     for (int word = at.warp; word < args.count; word += block_warps) {
         double square = 0;
         for (int d = at.lane; args.norms != nullptr && d < args.width; d += warp_size) {
@@ -299,7 +302,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) features_fp64_kernel(Feat
     }
     block_barrier();
     const double* const grad_logits = args.grad_logits + sample * args.count * args.pixel_count;
-    const std::int64_t first = program * args.cut.each * args.step, beyond = first + args.cut.each * args.step;
+    const std::int64_t first = run_of_sample * args.cut.steps_per_block * args.step,
+                       beyond = first + args.cut.steps_per_block * args.step;
     const std::int64_t end = beyond < args.pixel_count ? beyond : args.pixel_count;
     for (std::int64_t i = thread_x(); args.grad_pixels.data != nullptr && i < (end - first) * args.width;
          i += block_threads) {
@@ -314,8 +318,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) features_fp64_kernel(Feat
         }
         if (args.norms != nullptr) {
             const double norm = args.norms[sample * args.pixel_count + n];
-            const double along = args.along[sample * args.pixel_count + n] / norm;
-            dv = norm <= least_norm ? 0.0 : (dv - args.pixels.at(sample, n, d) * along) / norm;
+            const double projection = args.projections[sample * args.pixel_count + n] / norm;
+            dv = norm <= least_norm ? 0.0 : (dv - args.pixels.at(sample, n, d) * projection) / norm;
         }
         const Strided& out = args.grad_pixels;
         const_cast<double*>(out.data)[sample * out.batch + n * out.pixel + d * out.column] =
@@ -353,18 +357,18 @@ Pair64 pair_of(const Problem& problem, const Plan& plan, const void* kept, Cut c
 
 cudaError_t compute_logits_fp64(const Problem& problem, void* logits, void* norms, cudaStream_t stream) {
     const int rows = static_cast<int>(problem.student.word_count + problem.teacher.word_count);
-    const std::int64_t blocks = (problem.pixels + block_warps - 1) / block_warps;
+    const std::int64_t blocks = ceil_div(problem.pixels, block_warps);
     for (int i = 0; i < 2; ++i) {
-        const Side& network = i == 0 ? problem.student : problem.teacher;
-        const SideArgs side{strided(network.pixels),
-                            static_cast<const double*>(network.words),
-                            network.word_mask,
+        const Side& side = i == 0 ? problem.student : problem.teacher;
+        const SideArgs args{strided(side.pixels),
+                            static_cast<const double*>(side.words),
+                            side.word_mask,
                             i == 0 ? static_cast<double*>(norms) : nullptr,
-                            static_cast<int>(network.word_count),
-                            static_cast<int>(network.width),
+                            static_cast<int>(side.word_count),
+                            static_cast<int>(side.width),
                             i == 0 ? 0 : static_cast<int>(problem.student.word_count)};
         const cudaError_t error =
-            launch(logits_fp64_kernel, {problem.batch * blocks, block_threads}, stream, side, problem.pixel_mask,
+            launch(logits_fp64_kernel, {problem.batch * blocks, block_threads}, stream, args, problem.pixel_mask,
                    static_cast<double*>(logits), rows, problem.pixels, blocks, problem.cosine);
         if (error != cudaSuccess) {
             return error;
@@ -375,7 +379,7 @@ cudaError_t compute_logits_fp64(const Problem& problem, void* logits, void* norm
 
 cudaError_t sum_terms_fp64(const Forward& args, const Plan& plan, cudaStream_t stream) {
     const Problem& problem = args.problem;
-    const Grid grid{problem.batch * plan.terms.programs, block_threads, 1, 4 * fp64_step * plan.words * 8};
+    const Grid grid{problem.batch * plan.terms.blocks_per_sample, block_threads, 1, 4 * fp64_step * plan.words * 8};
     return launch(terms_fp64_kernel, grid, stream, pair_of(problem, plan, args.kept.logits, plan.terms),
                   at_bytes<double>(args.workspace, plan.partials));
 }
@@ -391,14 +395,15 @@ cudaError_t differentiate_logits_fp64(const Backward& args, const Plan& plan, cu
                       out.batch,
                       out.pixel,
                       out.column,
-                      problem.cosine ? at_bytes<double>(args.workspace, plan.own) : nullptr};
+                      problem.cosine ? at_bytes<double>(args.workspace, plan.projections) : nullptr};
     if (problem.student.width > 0) {
         gradient.out = at_bytes<double>(args.workspace, plan.grad_logits);
         gradient.out_batch = problem.student.word_count * problem.pixels;
         gradient.out_pixel = 1;
         gradient.out_word = problem.pixels;
     }
-    const Grid grid{problem.batch * plan.gradient.programs, block_threads, 1, block_warps * 2 * plan.words * 8};
+    const Grid grid{problem.batch * plan.gradient.blocks_per_sample, block_threads, 1,
+                    block_warps * 2 * plan.words * 8};
     return launch(gradient_fp64_kernel, grid, stream, gradient);
 }
 
@@ -412,14 +417,14 @@ cudaError_t differentiate_features_fp64(const Backward& args, const Plan& plan, 
                             problem.pixel_mask,
                             at_bytes<double>(args.workspace, plan.grad_logits),
                             problem.cosine ? static_cast<const double*>(args.kept.norms) : nullptr,
-                            problem.cosine ? at_bytes<double>(args.workspace, plan.own) : nullptr,
+                            problem.cosine ? at_bytes<double>(args.workspace, plan.projections) : nullptr,
                             args.grad_words == nullptr ? nullptr : at_bytes<double>(args.workspace, plan.sums),
                             problem.pixels,
                             static_cast<int>(student.word_count),
                             static_cast<int>(student.width),
                             fp64_features_step,
                             plan.runs};
-    return launch(features_fp64_kernel, {problem.batch * plan.runs.programs, block_threads}, stream, features);
+    return launch(features_fp64_kernel, {problem.batch * plan.runs.blocks_per_sample, block_threads}, stream, features);
 }
 
 } // namespace fastkd::cuda::pixel_word

@@ -1,10 +1,9 @@
-// pixel_word on a GPU, backward: from the logits to their gradient dM, by common/pixel_word.h. For the cosine to
-// dM/|V|, and of each pixel to <dM, M>/|V|^2.
+// pixel_word on a GPU, backward: the gradient dM of the logits (common/pixel_word.h). For the cosine: dM/|V|, and
+// <dM, M>/|V|^2 of each pixel.
 //
-// A warp takes 16 pixels and up to 32 words, as in the forward. dA = A X + D Z is a product over words: A and D lie as
-// its A fragments already, X and Z come from memory (in truth the caches) as prepare_gradient has laid them out. Where
-// several warps share a pixel's words they exchange A and D through shared memory; else warps have nothing to say to
-// each other.
+// A warp computes 16 pixels and up to 32 words, as in the forward. dA = A X + D Z is a product over words: A and D are
+// already its A fragments, and X and Z are loaded from gmem (in practice from cache) in prepare_gradient's B fragments.
+// Where several warps share a pixel's words they exchange A and D through smem; otherwise warps are independent.
 #include "cuda/pixel_word/tile.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -24,13 +23,13 @@ struct Gradient {
     DType out_dtype;
     std::int64_t out_batch, out_pixel, out_word;
     bool out_pairs;
-    const float* norms; // (B, N) |V|, and
-    float* own;         // (B, N) <dM, M>/|V|^2, for the cosine, or null
+    const float* norms; // (B, N) |V|; or null without the cosine
+    float* projections; // (B, N) <dM, M>/|V|^2; or null without the cosine
     int pixels, words, terms;
     Cut cut;
 };
 
-// The softmax over a warp's words, in place: of u = scale2 (x - top), 2^u and its sum.
+// Replaces x by 2^u, u = scale2 (x - top), and computes the sum over the warp's words.
 template <int tiles>
 FASTKD_DEVICE void exponentials(float (&x)[tiles][4], std::uint32_t words, const float (&top)[2], float scale2,
                                 float (&z)[2]) {
@@ -50,7 +49,7 @@ FASTKD_DEVICE void exponentials(float (&x)[tiles][4], std::uint32_t words, const
     }
 }
 
-// A fragments of 16 words, two tiles, as halves.
+// A fragments of 16 words (two tiles), as split halves.
 struct Fragment {
     std::uint32_t high[4], low[4];
 };
@@ -60,13 +59,13 @@ FASTKD_DEVICE Fragment fragment_of(const float (&x)[tiles][4], int first) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         const int tile = first + k / 2, at = k % 2 * 2;
-        halves(tile < tiles ? x[tile][at] : 0.0f, tile < tiles ? x[tile][at + 1] : 0.0f, fragment.high[k],
-               fragment.low[k]);
+        split_halves(tile < tiles ? x[tile][at] : 0.0f, tile < tiles ? x[tile][at + 1] : 0.0f, fragment.high[k],
+                     fragment.low[k]);
     }
     return fragment;
 }
 
-// `pairs`: two pixels at a time. A branch of its own, that its stores be not shared with the other's.
+// `pairs`: two pixels per store. A separate branch, so that the compiler does not merge the stores of both.
 template <bool pairs, class S, int tiles>
 FASTKD_DEVICE void store_words(const Gradient& args, S* to, int first_word, int pixel, const float (&dm)[tiles][4]) {
 #pragma unroll
@@ -107,23 +106,23 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
     const int part = at.warp % split, group = at.warp / split;
-    const int block = static_cast<int>(block_x()), program = block % args.cut.programs; // fewer than 2^31
-    const std::int64_t sample = block / args.cut.programs;
+    const int block = static_cast<int>(block_x()), run_of_sample = block % args.cut.blocks_per_sample; // below 2^31
+    const std::int64_t sample = block / args.cut.blocks_per_sample;
     const int first_word = part * own * tile_words + 2 * at.t;
     const std::uint32_t words_s =
         valid_words<own>(args.student.mask, sample, args.student.count, first_word - 2 * at.t, at.t);
     const std::uint32_t words_t =
         valid_words<own>(args.teacher.mask, sample, args.teacher.count, first_word - 2 * at.t, at.t);
     const float scale2_s = args.student.scale * log2_e, scale2_t = args.teacher.scale * log2_e;
-    const int tiles = (args.words + tile_words - 1) / tile_words, steps = (tiles + 1) / 2;
+    const int tiles = ceil_div(args.words, tile_words), steps = (tiles + 1) / 2;
     const Coefficients<float> by = args.coefficients[sample];
-    constexpr int all_tiles = own * split, all_steps = (all_tiles + 1) / 2; // of the slopes
+    constexpr int all_tiles = own * split, all_steps = (all_tiles + 1) / 2; // of X and Z
     const std::uint32_t* const slopes =
         args.slopes + ((sample * 2 * all_steps * all_tiles + part * own) * warp_size + at.lane) * 4;
     const float* const columns = args.columns + sample * 4 * args.words + first_word;
 
-    // Shared, where warps share rows: four sums of parts of rows, [4][student, teacher][split][pixel], then A and D,
-    // [warp][A, D][16 words][lane], high and low.
+    // smem, where warps share rows: four sums of parts of rows, [4][student, teacher][split][pixel]; then A and D,
+    // [warp][A, D][16 words][lane], high and low parts.
     float* const own_rows = reinterpret_cast<float*>(shared) + group * tile_pixels + 2 * at.g;
     auto* const fragments = reinterpret_cast<Fragment*>(shared + 8 * split * step * sizeof(float));
     const auto across_parts = [&](int which, float (&first)[2], float (&second)[2], auto&& combine) {
@@ -146,8 +145,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
     const auto sum = [](float a, float b) { return a + b; };
 
 #pragma unroll 1
-    for (int s = 0; s < args.cut.each; ++s) {
-        const int begin = (program * args.cut.each + s) * step;
+    for (int s = 0; s < args.cut.steps_per_block; ++s) {
+        const int begin = (run_of_sample * args.cut.steps_per_block + s) * step;
         if (begin >= args.pixels) {
             break;
         }
@@ -284,21 +283,21 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
                 dm[i][k] = ok ? dm[i][k] : 0.0f;
             }
         }
-        if (args.own != nullptr) {
+        if (args.projections != nullptr) {
             load_logits(args.student, sample, pixel, first_word, words_s, pixel_ok, x);
-            float along[2] = {};
+            float projection[2] = {};
 #pragma unroll
             for (int i = 0; i < own; ++i) {
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    along[k / 2] += dm[i][k] * x[i][k];
+                    projection[k / 2] += dm[i][k] * x[i][k];
                 }
             }
-            along[0] = sum_over(along[0], 1, 4);
-            along[1] = sum_over(along[1], 1, 4);
+            projection[0] = sum_over(projection[0], 1, 4);
+            projection[1] = sum_over(projection[1], 1, 4);
             if constexpr (split > 1) {
                 float ignored[2] = {};
-                across_parts(3, along, ignored, sum);
+                across_parts(3, projection, ignored, sum);
             }
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
@@ -311,12 +310,12 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
                     dm[i][2 * h + 1] *= inverse;
                 }
                 if (part == 0 && at.t == 0 && pixel + h < args.pixels) {
-                    args.own[at_pixel] = along[h] * inverse * inverse;
+                    args.projections[at_pixel] = projection[h] * inverse * inverse;
                 }
             }
         }
         if constexpr (split > 1) {
-            block_barrier(); // what was exchanged may be written again
+            block_barrier(); // before smem is overwritten
         }
         const std::int64_t offset = sample * args.out_batch + pixel * args.out_pixel + first_word * args.out_word;
         if (args.out_dtype == DType::Float32) {
@@ -332,11 +331,11 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
 template <int own, int split>
 cudaError_t run(const Gradient& gradient, std::int64_t batch, cudaStream_t stream) {
     constexpr int step = block_warps / split * tile_pixels;
-    constexpr int bytes = split == 1 ? 16 // never touched
+    constexpr int bytes = split == 1 ? 16 // unused
                                      : 8 * split * step * static_cast<int>(sizeof(float)) +
                                            block_warps * 2 * ((own + 1) / 2) * 32 * static_cast<int>(sizeof(Fragment));
-    return launch(gradient_kernel<own, split>, {batch * gradient.cut.programs, block_threads, 1, bytes}, stream,
-                  gradient);
+    return launch(gradient_kernel<own, split>, {batch * gradient.cut.blocks_per_sample, block_threads, 1, bytes},
+                  stream, gradient);
 }
 
 } // namespace
@@ -357,7 +356,7 @@ cudaError_t differentiate_logits(const Backward& args, const Plan& plan, cudaStr
                       args.grad_pixels.column,
                       false,
                       problem.cosine ? static_cast<const float*>(args.kept.norms) : nullptr,
-                      problem.cosine ? at_bytes<float>(args.workspace, plan.own) : nullptr,
+                      problem.cosine ? at_bytes<float>(args.workspace, plan.projections) : nullptr,
                       static_cast<int>(problem.pixels),
                       plan.words,
                       problem.terms,

@@ -1,6 +1,8 @@
-// pixel_word on a GPU. The formulas are those of common/pixel_word.h. Forward: features to logits; logits to what each
-// run of pixels adds to the losses; and here, what the runs of a sample have found, added up in their order. Backward:
-// what all pixels of a sample need, from its matrices (here); logits to their gradient; that to the features'.
+// pixel_word on a GPU: the launchers and the steps per sample. Formulas: common/pixel_word.h.
+//
+// Forward: logits from features (logits.cu); partial sums of the losses per run of pixels (terms.cu); their sum over a
+// sample's runs, in order (merge_kernel). Backward: coefficients per sample from its matrices (prepare_kernel); the
+// gradient of the logits (gradient.cu), then of the features (features.cu) and words (words_kernel). fp64: fp64.cu.
 // No atomics: two runs give the same bits.
 #include "cuda/kernels.h"
 #include "cuda/pixel_word/tile.cuh"
@@ -23,11 +25,11 @@ struct Merge {
     const std::uint8_t* pixel_mask;
     const std::uint8_t* word_mask; // the student's
     std::int64_t pixels;
-    int student_count, words, terms, programs;
+    int student_count, words, terms, runs;
     double student_scale, teacher_scale;
 };
 
-// A lane's sums, and those of the others of its warp.
+// Merges the sums of a warp's lanes.
 template <class T>
 FASTKD_DEVICE ColumnSums<T> over_lanes(ColumnSums<T> sum, T scale_s, T scale_t) {
     sum.raise(max_over(sum.max_s, 1, warp_size), max_over(sum.max_t, 1, warp_size), scale_s, scale_t);
@@ -37,7 +39,7 @@ FASTKD_DEVICE ColumnSums<T> over_lanes(ColumnSums<T> sum, T scale_s, T scale_t) 
     return sum;
 }
 
-// A block to a sample.
+// One thread block per sample: merges the partial sums of its runs into the losses.
 template <class T>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) merge_kernel(Merge args) {
     FASTKD_SHARED T scratch[merge_warps];
@@ -45,22 +47,22 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) merge_kernel(Merge args) 
     const std::int64_t sample = block_x();
     const int warp = thread_x() / warp_size, lane = thread_x() % warp_size;
     const std::int64_t size = Partial<T>::size(args.words);
-    T* const partials = const_cast<T*>(static_cast<const T*>(args.partials)) + sample * args.programs * size;
+    T* const partials = const_cast<T*>(static_cast<const T*>(args.partials)) + sample * args.runs * size;
     T* const loss = static_cast<T*>(args.loss) + sample * pixel_word::term_count;
     const T n = static_cast<T>(count_valid(args.pixel_mask, sample, args.pixels, merge_threads, counts));
     const T t = static_cast<T>(count_valid(args.word_mask, sample, args.student_count, merge_threads, counts));
 
     T row_kl = 0;
-    for (int p = thread_x(); (args.terms & pixel_word::pixel_to_word) != 0 && p < args.programs; p += merge_threads) {
+    for (int p = thread_x(); (args.terms & pixel_word::pixel_to_word) != 0 && p < args.runs; p += merge_threads) {
         row_kl += partials[p * size];
     }
     row_kl = block_sum(row_kl, scratch, merge_warps);
 
-    T column_kl = 0; // a warp to a word
+    T column_kl = 0; // one warp per word
     for (int word = warp; (args.terms & pixel_word::word_to_pixel) != 0 && word < args.words; word += merge_warps) {
         const T scale_s = static_cast<T>(args.student_scale), scale_t = static_cast<T>(args.teacher_scale);
         ColumnSums<T> sum = ColumnSums<T>::of_nothing();
-        for (int p = lane; p < args.programs; p += warp_size) {
+        for (int p = lane; p < args.runs; p += warp_size) {
             const Partial<T> partial{partials + p * size, args.words};
             sum.merge({partial.column(0)[word], partial.column(1)[word], partial.column(2)[word],
                        partial.column(3)[word], partial.column(4)[word]},
@@ -93,7 +95,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) merge_kernel(Merge args) 
             const T* from = partial.matrices() + partial.entry(matrix, i, j);
             T sum = 0;
 #pragma unroll 8
-            for (int p = 0; p < args.programs; ++p) {
+            for (int p = 0; p < args.runs; ++p) {
                 sum += from[p * size];
             }
             grams[index] = sum;
@@ -132,7 +134,7 @@ struct Prepare {
     void* slopes;
 };
 
-// scale X or scale Z at (row, column), 0 outside.
+// Returns scale X or scale Z at (row, column), 0 outside.
 template <class T>
 FASTKD_DEVICE T slope(const T* grams, int words, int which, int row, int column, T by_pp, T by_ww) {
     if (row >= words || column >= words) {
@@ -144,7 +146,7 @@ FASTKD_DEVICE T slope(const T* grams, int words, int which, int row, int column,
                       : pixel_word::slope_z(grams[at], grams[square + at], by_pp);
 }
 
-// The largest |slope| of a block, in each of its threads.
+// Returns the maximum over a thread block to all its threads.
 template <class T>
 FASTKD_DEVICE T block_max(T value, T* scratch) {
     value = max_over(value, 1, warp_size);
@@ -159,8 +161,9 @@ FASTKD_DEVICE T block_max(T value, T* scratch) {
     return value;
 }
 
-// A block to a sample. In float the slopes are divided by their largest and lie as B fragments of halves, [X, Z][16
-// rows][8 columns][lane] (high of rows 2t, of rows 2t + 8, low of both); in double they lie as they are.
+// One thread block per sample: the backward's coefficients and slopes. In fp32 the slopes are divided by their largest
+// and stored as B fragments of split halves, [X, Z][16 rows][8 columns][lane] (high of rows 2t, high of rows 2t + 8,
+// low of both); in fp64 they are stored as matrices.
 template <class T>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) prepare_kernel(Prepare args) {
     FASTKD_SHARED T scratch[merge_warps];
@@ -172,7 +175,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) prepare_kernel(Prepare ar
     const auto by = [&](int term) {
         return (args.terms >> term & 1) != 0 ? static_cast<T>(args.scale) * grad[term * args.grad_term] : T(0);
     };
-    Coefficients<T> found{by(0) / n, by(1) / t, T(1), T(1)};
+    Coefficients<T> coefficients{by(0) / n, by(1) / t, T(1), T(1)};
     if ((args.terms & pixel_word::second_order) != 0) {
         const T by_pp = 4 * by(2) / (n * n), by_ww = 4 * by(3) / (n * n);
         const int square = args.words * args.words;
@@ -190,7 +193,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) prepare_kernel(Prepare ar
                     largest = std::fabs(x) > largest ? std::fabs(x) : largest;
                 }
                 largest = block_max(largest, scratch);
-                (which == 0 ? found.unit_x : found.unit_z) = largest * unit_of_halves;
+                (which == 0 ? coefficients.unit_x : coefficients.unit_z) = largest * unit_of_halves;
                 const int tiles = args.tiles, steps = (tiles + 1) / 2;
                 std::uint32_t* const to =
                     static_cast<std::uint32_t*>(args.slopes) + (sample * 2 + which) * steps * tiles * warp_size * 4;
@@ -202,7 +205,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) prepare_kernel(Prepare ar
                         const T first = slope(grams, args.words, which, row + 8 * k, column, by_pp, by_ww) / largest;
                         const T second =
                             slope(grams, args.words, which, row + 8 * k + 1, column, by_pp, by_ww) / largest;
-                        halves(first, second, pack.at[k], pack.at[2 + k]);
+                        split_halves(first, second, pack.at[k], pack.at[2 + k]);
                     }
                     store_pack(to + i * 4, pack);
                 }
@@ -210,12 +213,12 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) prepare_kernel(Prepare ar
         }
     }
     if (thread_x() == 0) {
-        static_cast<Coefficients<T>*>(args.coefficients)[sample] = found;
+        static_cast<Coefficients<T>*>(args.coefficients)[sample] = coefficients;
     }
 }
 
 struct Words {
-    const void* sums;  // (B, runs, T, D) of dM^T V
+    const void* sums;  // (B, runs, T, D): parts of dM^T V
     const void* words; // L (B, T, D)
     const std::uint8_t* word_mask;
     void* grad_words; // (B, T, D)
@@ -225,8 +228,8 @@ struct Words {
 
 constexpr int words_threads = 128;
 
-// dL of a word, in the dtype of L: the sum over runs, less, for the cosine, what lies along L: (d - L <d,
-// L>/|L|^2)/|L|.
+// One thread block per word: dL in the dtype of L, the sum over runs; for the cosine minus its component along L,
+// (d - L <d, L>/|L|^2)/|L|.
 template <class S>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(words_threads) words_kernel(Words args) {
     using T = Compute<S>;
@@ -272,7 +275,7 @@ cudaError_t merge_words(const Backward& args, const Plan& plan, cudaStream_t str
                       student.words,
                       student.word_mask,
                       args.grad_words,
-                      plan.runs.programs,
+                      plan.runs.blocks_per_sample,
                       static_cast<int>(student.word_count),
                       static_cast<int>(student.width),
                       problem.cosine};
@@ -302,7 +305,7 @@ cudaError_t merge_terms(const Forward& args, const Plan& plan, cudaStream_t stre
                       static_cast<int>(problem.student.word_count),
                       plan.words,
                       problem.terms,
-                      plan.terms.programs,
+                      plan.terms.blocks_per_sample,
                       problem.student.scale,
                       problem.teacher.scale};
     const Grid grid{problem.batch, merge_threads};
@@ -337,7 +340,7 @@ namespace fastkd::cuda {
 
 using namespace pixel_word;
 
-// The first error of several launches; those after it are not tried.
+// Returns from the caller with the first error; later launches are skipped.
 #define FASTKD_TRY(call)                                                                                               \
     if (const cudaError_t error = (call); error != cudaSuccess) {                                                      \
         return error;                                                                                                  \

@@ -1,17 +1,16 @@
-// pixel_word on a GPU: from features to logits, M = V L^T or the cosines, of both networks in one launch.
+// pixel_word on a GPU: logits from features, M = V L^T or cosines, of student and teacher in one launch.
 //
-// A warp takes 16 pixels and all words. V goes from memory to the fragments of the product at once, since no other warp
-// wants it: 64 bytes of features at a time, of which a lane reads 16 and takes them for the columns of A that it should
-// hold (all that a product asks is that its factors agree on the order of their columns). Words lie in shared memory,
-// as much of their width as fits. Products of 16 bits are exact in a float; floats are split in two tf32 numbers, of
-// whose four products the three that count are added.
+// A warp computes 16 pixels and all words. V is loaded from gmem directly into fragments, since no other warp needs it:
+// 64 bytes of features per step, 16 per lane, which become the lane's columns of A. This permutes K, in A and B alike.
+// Words are in smem, a chunk of their width at a time. 16-bit products are exact in fp32; floats are split into two
+// tf32 numbers, and three of the four products are added.
 #include "cuda/pixel_word/tile.cuh"
 
 namespace fastkd::cuda::pixel_word {
 namespace {
 
-constexpr int step_bytes = 64;              // of a row of features: 16 to each of four lanes
-constexpr int most_words_bytes = 40 * 1024; // of shared memory: two blocks to a multiprocessor at least
+constexpr int step_bytes = 64;              // of a row of features: 16 for each of four lanes
+constexpr int most_words_bytes = 40 * 1024; // of smem: at least two thread blocks per SM
 
 enum class Access { rows, maps, any }; // 16 bytes of a pixel's features; two pixels of a feature; one element
 
@@ -22,9 +21,9 @@ struct SideArgs {
     const std::uint8_t* mask;
     float* norms; // of the pixels, or null
     int count, width, first_row;
-    int chunk; // features of the words in shared memory at a time, whole steps
+    int chunk; // features of the words in smem at a time, a multiple of a step
     Access access;
-    bool packed_words; // can be read 16 bytes at a time
+    bool packed_words; // words are read 16 bytes at a time
 };
 
 struct Features {
@@ -37,15 +36,15 @@ struct Features {
     Cut cut;
 };
 
-// Bytes between words in shared memory: an odd number of steps, so that the eight rows of a fragment share no bank.
+// Pitch of words in smem: an odd number of steps, so that the eight rows of a fragment lie in different banks.
 FASTKD_HD int row_bytes(int chunk_bytes) {
     return chunk_bytes / step_bytes % 2 == 0 ? chunk_bytes + step_bytes : chunk_bytes;
 }
 
-// 16 bytes of elements as they lie: in registers of 32 bits they are moved and read whole.
+// 16 bytes of elements as four 32-bit registers.
 using Bits = Pack<std::uint32_t>;
 
-// Elements `feature` and on of pixels `pixel` and the next, as many as 16 bytes hold; zeros beyond `end` features.
+// Loads 16 bytes of elements, from `feature` on, of pixels `pixel` and `pixel` + 1; zeros from feature `end` on.
 template <Access access, class S>
 FASTKD_DEVICE void load_features(const SideArgs& side, const S* from, int feature, int end, int pixel, int pixels,
                                  Bits (&v)[2]) {
@@ -82,7 +81,7 @@ FASTKD_DEVICE void load_features(const SideArgs& side, const S* from, int featur
     }
 }
 
-// Element k of those bits.
+// Returns element k.
 template <class S>
 FASTKD_DEVICE float element(const Bits& bits, int k) {
     if constexpr (sizeof(S) == 4) {
@@ -120,7 +119,7 @@ FASTKD_DEVICE void multiply(float (&c)[4], const Bits (&v)[2], const Bits& l) {
     add(c, sum);
 }
 
-// Words' features [begin, begin + side.chunk) to shared memory; zeros beyond the width and the words.
+// Copies the words' features [begin, begin + side.chunk) to smem, with zeros past the width and the last word.
 template <class S>
 FASTKD_DEVICE void stage_words(const SideArgs& side, std::int64_t sample, int begin, unsigned char* to, int stride) {
     constexpr int size = Pack<S>::size;
@@ -144,7 +143,7 @@ FASTKD_DEVICE void stage_words(const SideArgs& side, std::int64_t sample, int be
     copy_async_commit();
 }
 
-// 1 / |L| of every word.
+// Computes 1 / |L| of every word.
 template <class S>
 FASTKD_DEVICE void word_norms(const SideArgs& side, std::int64_t sample, const Lane& at, float* inverse) {
     for (int word = at.warp; word < side.count; word += block_warps) {
@@ -164,14 +163,14 @@ FASTKD_DEVICE void word_norms(const SideArgs& side, std::int64_t sample, const L
     }
 }
 
-// M += V L^T over `end` features from `first` on, which lie in `words`; squares += |V|^2 of the lane's features.
+// M += V L^T over the `end` features from `first` on, whose words are in smem; squares += |V|^2 of the lane's features.
 template <Access access, class S, int most_tiles>
 FASTKD_DEVICE void add_products(const SideArgs& side, const S* from, int first, int end, int pixel, int pixels,
                                 bool cosine, const unsigned char* words, int stride, const Lane& at,
                                 float (&m)[most_tiles][4], float (&squares)[2]) {
     constexpr int size = Pack<S>::size, step = 4 * size; // features
     constexpr int group =
-        access == Access::any ? 1 : (most_tiles <= 4 ? 4 : 2); // steps whose loads are under way at once
+        access == Access::any ? 1 : (most_tiles <= 4 ? 4 : 2); // steps whose loads are in flight together
     words += at.g * stride + at.t * static_cast<int>(sizeof(Bits));
 #pragma unroll 1
     for (int begin = 0; begin < end; begin += group * step) {
@@ -184,7 +183,7 @@ FASTKD_DEVICE void add_products(const SideArgs& side, const S* from, int first, 
 #pragma unroll
         for (int s = 0; s < group; ++s) {
             const int feature = begin + s * step;
-            if (feature >= end) { // beyond it there is nothing in shared memory
+            if (feature >= end) { // smem holds no more features
                 break;
             }
             if (cosine) {
@@ -203,7 +202,7 @@ FASTKD_DEVICE void add_products(const SideArgs& side, const S* from, int first, 
                 if (j * tile_words >= side.count) {
                     break;
                 }
-                const Bits of_words = *reinterpret_cast<const Bits*>(l + j * tile_words * stride); // one read
+                const Bits of_words = *reinterpret_cast<const Bits*>(l + j * tile_words * stride); // one 16-byte load
                 multiply<S>(m[j], v[s], of_words);
             }
         }
@@ -216,8 +215,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
     const Lane at;
     const bool second = args.side_count == 2 && block_x() % 2 != 0;
     const SideArgs& side = second ? args.sides[1] : args.sides[0];
-    const std::int64_t run = block_x() / args.side_count, sample = run / args.cut.programs;
-    const int program = static_cast<int>(run % args.cut.programs);
+    const std::int64_t run = block_x() / args.side_count, sample = run / args.cut.blocks_per_sample;
+    const int run_of_sample = static_cast<int>(run % args.cut.blocks_per_sample);
     const int stride = row_bytes(side.chunk * static_cast<int>(sizeof(S)));
     float* const inverse_words = reinterpret_cast<float*>(shared); // [most_words]
     unsigned char* const words = shared + (args.cosine ? most_words * sizeof(float) : 0);
@@ -232,8 +231,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
         copy_async_wait<0>();
     }
     block_barrier();
-    for (int s = 0; s < args.cut.each; ++s) {
-        const std::int64_t begin = (static_cast<std::int64_t>(program) * args.cut.each + s) * block_warps * tile_pixels;
+    for (int s = 0; s < args.cut.steps_per_block; ++s) {
+        const std::int64_t begin =
+            (static_cast<std::int64_t>(run_of_sample) * args.cut.steps_per_block + s) * block_warps * tile_pixels;
         if (begin >= args.pixels) {
             break;
         }
@@ -300,16 +300,16 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
 }
 
 SideArgs side_of(const Problem& problem, bool student, float* norms) {
-    const Side& network = student ? problem.student : problem.teacher;
-    const pixel_word::Array& pixels = network.pixels;
+    const Side& side = student ? problem.student : problem.teacher;
+    const pixel_word::Array& pixels = side.pixels;
     const std::int64_t size = element_size(pixels.dtype), pack = 16 / size;
     const auto at = reinterpret_cast<std::uintptr_t>(pixels.data);
-    const int row = static_cast<int>(round_up(network.word_count, tile_words));
-    std::int64_t steps = (network.width * size + step_bytes - 1) / step_bytes;
-    const std::int64_t most = most_words_bytes / row / step_bytes - 1; // one for the padding
+    const int row = static_cast<int>(round_up(side.word_count, tile_words));
+    std::int64_t steps = ceil_div(side.width * size, step_bytes);
+    const std::int64_t most = most_words_bytes / row / step_bytes - 1; // minus one for the padding
     steps = steps < most ? steps : most;
     Access access = Access::any;
-    if (pixels.column == 1 && network.width % pack == 0 && pixels.pixel % pack == 0 && pixels.batch % pack == 0 &&
+    if (pixels.column == 1 && side.width % pack == 0 && pixels.pixel % pack == 0 && pixels.batch % pack == 0 &&
         at % 16 == 0) {
         access = Access::rows;
     } else if (even_pixels(pixels.data, size, problem.pixels, pixels.batch, pixels.pixel, pixels.column)) {
@@ -319,15 +319,15 @@ SideArgs side_of(const Problem& problem, bool student, float* norms) {
             pixels.batch,
             pixels.pixel,
             pixels.column,
-            network.words,
-            network.word_mask,
+            side.words,
+            side.word_mask,
             student ? norms : nullptr,
-            static_cast<int>(network.word_count),
-            static_cast<int>(network.width),
+            static_cast<int>(side.word_count),
+            static_cast<int>(side.width),
             static_cast<int>(student ? 0 : problem.student.word_count),
             static_cast<int>(steps * step_bytes / size),
             access,
-            network.width % pack == 0 && reinterpret_cast<std::uintptr_t>(network.words) % 16 == 0};
+            side.width % pack == 0 && reinterpret_cast<std::uintptr_t>(side.words) % 16 == 0};
 }
 
 template <class S>
@@ -341,7 +341,7 @@ cudaError_t run(const Features& features, std::int64_t batch, cudaStream_t strea
         words = side.count > words ? side.count : words;
     }
     bytes += features.cosine ? most_words * static_cast<int>(sizeof(float)) : 0;
-    const Grid grid{batch * features.side_count * features.cut.programs, block_threads, 1, bytes};
+    const Grid grid{batch * features.side_count * features.cut.blocks_per_sample, block_threads, 1, bytes};
     return words <= 32 ? launch(logits_kernel<S, 4>, grid, stream, features)
                        : launch(logits_kernel<S, most_words / tile_words>, grid, stream, features);
 }

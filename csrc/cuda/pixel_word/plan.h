@@ -1,5 +1,5 @@
-// How pixel_word's work is cut into blocks, and where in the workspace they put what they find. On batch and size
-// alone, never on the device, so that the bits do not depend on it either.
+// pixel_word's thread blocks and workspace on a GPU. They depend only on batch and sizes, not on the device, so that
+// the results do not depend on the device either.
 #pragma once
 
 #include "common/arena.h"
@@ -9,39 +9,37 @@ namespace fastkd::cuda::pixel_word {
 
 using namespace ::fastkd::pixel_word;
 
-constexpr int most_words = 128;               // a block's registers and shared memory hold no more
-constexpr std::int64_t most_length = 1 << 28; // of pixels and widths: 8 rows are indexed by 32 bits
+constexpr int most_words = 128;               // limit of a thread block's registers and smem
+constexpr std::int64_t most_length = 1 << 28; // of pixels and widths: offsets within 8 rows have 32 bits
 constexpr int tile_words = 8, tile_pixels = 16;
 constexpr int block_warps = 8;
 constexpr int block_threads = 32 * block_warps;
 
-// `each` steps of pixels to a program, `programs` to a sample.
+// Thread blocks of a sample, and steps of pixels per thread block: its run.
 struct Cut {
-    int each;
-    int programs;
+    int steps_per_block;
+    int blocks_per_sample;
 };
 
-// About `wanted` programs for the whole batch, at most `most` for a sample.
+// Returns about `wanted` thread blocks for the batch, at most `most` per sample.
 inline Cut cut(std::int64_t pixels, int step, std::int64_t batch, std::int64_t wanted, std::int64_t most) {
     const std::int64_t steps = ceil_div(pixels, step);
-    std::int64_t programs = wanted / batch;
-    programs = programs < 1 ? 1 : (programs < most ? programs : most);
-    const std::int64_t each = ceil_div(steps, programs);
+    std::int64_t blocks = wanted / batch;
+    blocks = blocks < 1 ? 1 : (blocks < most ? blocks : most);
+    const std::int64_t each = ceil_div(steps, blocks);
     return {static_cast<int>(each), static_cast<int>(ceil_div(steps, each))};
 }
 
-// What a program writes of its pixels: the sum of the KLs over words, ColumnSums member by member and word by word, and
-// the words x words sums of products.
-//
-// Of floats these are the tiles of 16 x 16 on and below the diagonal of [A D]^T [A D], each in the order of its two
-// fragments. Of doubles they are G, K, E.
+// The partial sums of a run of pixels: the sum of the KLs over words, the members of ColumnSums for each word, and the
+// words x words sums of products: in fp32 the 16 x 16 tiles on and below the diagonal of [A D]^T [A D], as two
+// fragments each; in fp64 G, K and E.
 template <class T>
 struct Partial {
     T* data;
-    int words; // the larger of both counts
+    int words; // the larger of the two word counts
 
     static constexpr FASTKD_HD int matrix_tiles(int words) {
-        const int rows = ceil_div(words, tile_words); // of 16: [A D] has twice as many of 8
+        const int rows = ceil_div(words, tile_words); // of 16 columns of [A D]
         return rows * (rows + 1) / 2;
     }
     static constexpr FASTKD_HD std::int64_t size(int words) {
@@ -51,7 +49,7 @@ struct Partial {
     FASTKD_HD T* column(int member) const { return data + 4 + member * round_up(words, 4); }
     FASTKD_HD T* matrices() const { return data + 4 + 5 * round_up(words, 4); }
 
-    // Where entry (i, j) of G, K or E (0, 1, 2) is; i >= j but for K.
+    // Returns the index of entry (i, j) of G, K or E (0, 1, 2); for G and E i >= j.
     FASTKD_HD std::int64_t entry(int matrix, int i, int j) const {
         if (sizeof(T) != 4) {
             return (static_cast<std::int64_t>(matrix) * words + i) * words + j;
@@ -64,12 +62,12 @@ struct Partial {
     }
 };
 
-// Of one sample, what the backward has computed once for all pixels.
+// The backward's factors of one sample, computed once for all pixels.
 template <class T>
 struct Coefficients {
     T row_kl;    // scale g_pw / n
     T column_kl; // scale g_wp / t
-    T unit_x;    // what the halves of scale X count in
+    T unit_x;    // scale of scale X as split halves
     T unit_z;
 };
 
@@ -78,12 +76,12 @@ inline int larger_count(const Problem& problem) {
     return static_cast<int>(student > teacher ? student : teacher);
 }
 
-// Warps that share the words of a pixel, 32 to each.
+// Returns the number of warps that share the words of a pixel, 32 each.
 inline int split_of(int words) {
     return words <= 32 ? 1 : (words <= 64 ? 2 : 4);
 }
 
-// Features of a warp in the products that give their gradients: with the words they take their product of registers.
+// Returns a warp's features in features.cu: accumulators grow with features times words.
 constexpr FASTKD_HD int warp_features_of(int words, std::int64_t size) {
     return words <= 32 && size == 2 ? 32 : 16;
 }
@@ -91,14 +89,14 @@ constexpr FASTKD_HD int warp_features_of(int words, std::int64_t size) {
 struct Plan {
     int words;
     int split;
-    int tiles;                    // of 8 words for which the kernels are compiled
-    std::int64_t size;            // of an element of the arithmetic
+    int tiles;                    // of 8 words, for which a kernel is compiled
+    std::int64_t size;            // bytes of an element of the arithmetic
     std::int64_t bytes;           // of the workspace
     Cut logits, terms;            // forward
-    std::int64_t partials, grams; // offsets in bytes; grams where the forward keeps none
+    std::int64_t partials, grams; // offsets in bytes; grams only if the forward keeps none
     Cut gradient, runs;           // backward
-    std::int64_t coefficients, slopes, grad_logits, own, sums;
-    int feature_warps; // of a block, side by side in the features
+    std::int64_t coefficients, slopes, grad_logits, projections, sums;
+    int feature_warps; // of a thread block, adjacent in the features
     int warp_features; // features of each
 };
 
@@ -117,7 +115,7 @@ inline Plan plan_forward(const Problem& problem) {
         cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 528, 128);
     const std::int64_t partial = fp64 ? Partial<double>::size(words) : Partial<float>::size(words);
     Arena<256> arena;
-    plan.partials = arena.take_bytes(problem.batch * plan.terms.programs * partial * plan.size);
+    plan.partials = arena.take_bytes(problem.batch * plan.terms.blocks_per_sample * partial * plan.size);
     plan.grams = arena.take_bytes(
         (problem.terms & pixel_word::second_order) != 0 ? problem.batch * 3 * words * words * plan.size : 0);
     plan.bytes = arena.bytes();
@@ -148,13 +146,14 @@ inline Plan plan_backward(const Problem& problem) {
     plan.slopes =
         arena.take_bytes(!second ? 0 : problem.batch * 2 * (fp64 ? words * words * 8 : steps * plan.tiles * 32 * 16));
     plan.grad_logits = arena.take_bytes(features ? problem.batch * count * problem.pixels * plan.size : 0);
-    plan.own = arena.take_bytes(problem.cosine ? problem.batch * problem.pixels * plan.size : 0);
-    plan.sums = arena.take_bytes(features ? problem.batch * plan.runs.programs * count * width * plan.size : 0);
+    plan.projections = arena.take_bytes(problem.cosine ? problem.batch * problem.pixels * plan.size : 0);
+    plan.sums =
+        arena.take_bytes(features ? problem.batch * plan.runs.blocks_per_sample * count * width * plan.size : 0);
     plan.bytes = arena.bytes();
     return plan;
 }
 
-// Whether the kernels can index all of a problem; a launch has fewer than 2^31 blocks.
+// Returns whether the kernels can index a problem; a launch has fewer than 2^31 thread blocks.
 inline bool fits(const Problem& problem) {
     const Side& student = problem.student;
     const Side& teacher = problem.teacher;
@@ -168,9 +167,9 @@ inline bool fits(const Problem& problem) {
         return false;
     }
     const Plan plan = plan_backward(problem);
-    return problem.batch * 2 * plan_forward(problem).logits.programs <= most_blocks &&
-           problem.batch * plan.gradient.programs <= most_blocks &&
-           problem.batch * plan.runs.programs * ((width + 15) / 16) <= most_blocks &&
+    return problem.batch * 2 * plan_forward(problem).logits.blocks_per_sample <= most_blocks &&
+           problem.batch * plan.gradient.blocks_per_sample <= most_blocks &&
+           problem.batch * plan.runs.blocks_per_sample * ((width + 15) / 16) <= most_blocks &&
            problem.batch * student.word_count <= most_blocks;
 }
 

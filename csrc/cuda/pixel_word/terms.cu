@@ -1,9 +1,9 @@
-// pixel_word on a GPU, forward: from logits to what a run of pixels adds to the four losses (common/pixel_word.h), for
-// merge_terms to add up.
+// pixel_word on a GPU, forward: partial sums of the four losses (common/pixel_word.h) over a run of pixels, from
+// logits; merge_terms adds them.
 //
-// A warp takes 16 pixels and up to 32 words at a time, in registers; for more words two or four warps share the pixels.
-// The block then multiplies what its warps have found: of S = [A D], which lies in shared memory as halves, the tiles
-// of S^T S on and below the diagonal, shared out among the warps. They hold G and E below their diagonals, and K.
+// A warp holds 16 pixels and up to 32 words in registers; for more words two or four warps share the pixels. The thread
+// block then computes S^T S of S = [A D], which is in smem as split halves: the tiles on and below the diagonal,
+// distributed over the warps. They contain G and E below their diagonals, and K.
 #include "cuda/pixel_word/tile.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -20,7 +20,7 @@ struct Terms {
     Cut cut;
 };
 
-// The sums over pixels of a lane's words, 2 i + c.
+// Adds a lane's two pixels to the sums of its words 2 i + c.
 template <int tiles>
 FASTKD_DEVICE void add_columns(const float (&x)[tiles][4], const float (&y)[tiles][4], std::uint32_t words,
                                const bool (&pixel_ok)[2], float scale_s, float scale_t,
@@ -61,7 +61,7 @@ FASTKD_DEVICE void add_columns(const float (&x)[tiles][4], const float (&y)[tile
     }
 }
 
-// One sum of those of the eight lanes that share its word.
+// Merges the sums of the eight lanes that share a word.
 FASTKD_DEVICE void merge_lanes(ColumnSums<float>& sum, float scale_s, float scale_t) {
     sum.raise(max_over(sum.max_s, 4, warp_size), max_over(sum.max_t, 4, warp_size), scale_s, scale_t);
     sum.z_s = sum_over(sum.z_s, 4, warp_size);
@@ -69,7 +69,7 @@ FASTKD_DEVICE void merge_lanes(ColumnSums<float>& sum, float scale_s, float scal
     sum.a = sum_over(sum.a, 4, warp_size);
 }
 
-// x = 2^u with u = scale2 (x - top), and the sum of a lane's; y alike, and sum e_t (u_t - u_s) by pixel.
+// Replaces x by 2^u, u = scale2 (x - top), and y likewise; computes their sums and sum e_t (u_t - u_s) per pixel.
 template <int tiles>
 FASTKD_DEVICE void exponentials(float (&x)[tiles][4], float (&y)[tiles][4], std::uint32_t words_s,
                                 std::uint32_t words_t, const float (&top_s)[2], const float (&top_t)[2], float scale2_s,
@@ -97,7 +97,7 @@ FASTKD_DEVICE void exponentials(float (&x)[tiles][4], float (&y)[tiles][4], std:
     }
 }
 
-// Fragments of the 16 columns of S from `column` on and the 16 pixels from `pixel` on: an A fragment of S^T, and B
+// Loads the 16 columns of S from `column` on for the 16 pixels from `pixel` on: an A fragment of S^T, and two B
 // fragments of S, columns 0 to 7 in elements 0 and 2, 8 to 15 in 1 and 3.
 FASTKD_DEVICE void load_columns(std::uint32_t (&fragment)[4], const std::uint16_t* matrix, int stride, int pixel,
                                 int column, int lane) {
@@ -105,21 +105,20 @@ FASTKD_DEVICE void load_columns(std::uint32_t (&fragment)[4], const std::uint16_
                              matrix + (pixel + lane / 16 * 8 + lane % 8) * stride + column + lane / 8 % 2 * 8);
 }
 
-// `split` warps share the words of a pixel.
-// Each holds `own` tiles of 8 words. `slabs` blocks
-// share the products, each from logits of its own: the others' tiles of S^T S would not fit its registers.
+// `split` warps share the words of a pixel; each holds `own` tiles of 8 words. `slabs` thread blocks share the tiles of
+// S^T S, which would not fit into the registers of one, and each loads the logits again.
 template <int own, int split, int slabs>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) terms_kernel(Terms args) {
     constexpr int groups = block_warps / split, step = groups * tile_pixels;
-    constexpr int tile_rows = own * split;     // of 16
-    constexpr int warps = slabs * block_warps; // that share the products
-    constexpr int own_products = (tile_rows * (tile_rows + 1) / 2 + warps - 1) / warps;
+    constexpr int tile_rows = own * split;     // of 16 columns of S
+    constexpr int warps = slabs * block_warps; // share the products
+    constexpr int own_products = ceil_div(tile_rows * (tile_rows + 1) / 2, warps);
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
     const int part = at.warp % split, group = at.warp / split;
     const int slab = static_cast<int>(block_x() % slabs);
-    const std::int64_t run = block_x() / slabs, sample = run / args.cut.programs;
-    const int program = static_cast<int>(run % args.cut.programs);
+    const std::int64_t run = block_x() / slabs, sample = run / args.cut.blocks_per_sample;
+    const int run_of_sample = static_cast<int>(run % args.cut.blocks_per_sample);
     const int first_word = part * own * tile_words + 2 * at.t;
     const std::uint32_t words_s =
         valid_words<own>(args.student.mask, sample, args.student.count, first_word - 2 * at.t, at.t);
@@ -128,14 +127,14 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
     const float scale_s = args.student.scale, scale_t = args.teacher.scale;
     const float scale2_s = scale_s * log2_e, scale2_t = scale_t * log2_e;
 
-    // Shared: maxima and sums of parts of rows, [2][student, teacher][split][pixel]; then S, high and low.
+    // smem: maxima and sums of parts of rows, [2][student, teacher][split][pixel]; then S, high and low parts.
     float* const rows = reinterpret_cast<float*>(shared);
-    const int tiles = (args.words + tile_words - 1) / tile_words; // 2 * tiles of S
-    const int stride = 2 * tiles * tile_words + 8;                // no two of 8 rows begin in the same bank
+    const int tiles = ceil_div(args.words, tile_words); // S has 2 * tiles
+    const int stride = 2 * tiles * tile_words + 8;      // 8 consecutive rows start in different banks
     auto* const high = reinterpret_cast<std::uint16_t*>(rows + (split > 1 ? 4 * split * step : 0));
     std::uint16_t* const low = high + step * stride;
     float* const own_rows = rows + group * tile_pixels + 2 * at.g;
-    // What the warps of a group have found of their parts of the rows, combined.
+    // Combines the results of a group's warps for their parts of the rows.
     const auto across_parts = [&](float* of_rows, float (&of_s)[2], float (&of_t)[2], auto&& combine) {
         for (int h = 0; at.t == 0 && h < 2; ++h) {
             of_rows[part * step + h] = of_s[h];
@@ -159,7 +158,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
         columns[k] = ColumnSums<float>::of_nothing();
     }
     const int products = tiles * (tiles + 1) / 2; // of 16 x 16
-    const int each_products = (products + warps - 1) / warps;
+    const int each_products = ceil_div(products, warps);
     const int first_product = (slab * block_warps + at.warp) * each_products;
     int first_row = 0;
     while ((first_row + 1) * (first_row + 2) / 2 <= first_product) {
@@ -168,8 +167,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
     const int first_column = first_product - first_row * (first_row + 1) / 2;
     float product[own_products][2][4] = {};
 
-    for (int s = 0; s < args.cut.each; ++s) {
-        const int begin = (program * args.cut.each + s) * step;
+    for (int s = 0; s < args.cut.steps_per_block; ++s) {
+        const int begin = (run_of_sample * args.cut.steps_per_block + s) * step;
         if (begin >= args.pixels) {
             break;
         }
@@ -222,10 +221,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
                     d[c] = pixel_ok[h] ? a[c] - rounded_product(y[i][2 * h + c], inverse_t[h]) : 0.0f;
                 }
                 const int to = (group * tile_pixels + 8 * h + at.g) * stride + tile * tile_words + 2 * at.t;
-                halves(a[0], a[1], *reinterpret_cast<std::uint32_t*>(high + to),
-                       *reinterpret_cast<std::uint32_t*>(low + to));
-                halves(d[0], d[1], *reinterpret_cast<std::uint32_t*>(high + to + tiles * tile_words),
-                       *reinterpret_cast<std::uint32_t*>(low + to + tiles * tile_words));
+                split_halves(a[0], a[1], *reinterpret_cast<std::uint32_t*>(high + to),
+                             *reinterpret_cast<std::uint32_t*>(low + to));
+                split_halves(d[0], d[1], *reinterpret_cast<std::uint32_t*>(high + to + tiles * tile_words),
+                             *reinterpret_cast<std::uint32_t*>(low + to + tiles * tile_words));
             }
         }
         block_barrier();
@@ -252,13 +251,13 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
                                     {b_low[half], b_low[half + 2]});
                     add(product[n][half], sum);
                 }
-                const bool last = column == row; // of its row of tiles
+                const bool last = column == row; // in its row of tiles
                 row += last ? 1 : 0;
                 column = last ? 0 : column + 1;
             }
         }
         if constexpr (split == 1) {
-            block_barrier(); // S may be written again; else the barriers above see to it
+            block_barrier(); // before S is overwritten; with split > 1 the barriers above suffice
         }
     }
 
@@ -318,8 +317,8 @@ cudaError_t run(const Terms& terms, std::int64_t batch, cudaStream_t stream) {
     const int sums = block_warps * own * tile_words * static_cast<int>(sizeof(ColumnSums<float>));
     int bytes = 2 * step * stride * 2 + (split > 1 ? 4 * split * step * 4 : 0);
     bytes = bytes < sums ? sums : bytes;
-    return launch(terms_kernel<own, split, slabs>, {batch * terms.cut.programs * slabs, block_threads, 1, bytes},
-                  stream, terms);
+    return launch(terms_kernel<own, split, slabs>,
+                  {batch * terms.cut.blocks_per_sample * slabs, block_threads, 1, bytes}, stream, terms);
 }
 
 } // namespace

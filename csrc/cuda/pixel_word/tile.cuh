@@ -1,9 +1,10 @@
-// What pixel_word's kernels share: how a warp holds 16 pixels x 8 words, logits from memory, numbers as two halves.
+// Shared by pixel_word's kernels: the layout of 16 pixels x 8 words in a warp, loads of logits, split-precision
+// numbers.
 //
-// Everything lies as the tensor cores' C fragments do (matrix.cuh). Lane (g, t) = (lane / 4, lane % 4) holds, of a tile
-// x[4], pixels 2g and 2g + 1 and words 2t and 2t + 1: x[2 h + c] is pixel 2g + h, word 2t + c. That is an A fragment as
-// well, of a 16-bit product over 16 words = two tiles, with the fragment's row g + 8 h standing for pixel 2g + h. A
-// softmax over words takes shuffles among the four lanes of a g alone, and a warp reads 64 bytes in a row.
+// The layout is that of the tensor cores' C fragments (matrix.cuh). Lane (g, t) = (lane / 4, lane % 4) holds pixels 2g
+// and 2g + 1 and words 2t and 2t + 1 of a tile x[4]: x[2 h + c] is pixel 2g + h, word 2t + c. Two tiles are also an A
+// fragment of a 16-bit product over 16 words, where the fragment's row g + 8 h is pixel 2g + h. A softmax over words
+// needs shuffles only among the four lanes with the same g, and a warp reads 64 contiguous bytes.
 #pragma once
 
 #include "common/pixel_word.h"
@@ -20,7 +21,7 @@ struct alignas(2 * sizeof(S)) Pair {
     S at[2];
 };
 
-// Writes two elements by one instruction, at a multiple of their size: a copied Pair may end up as two.
+// Writes two elements with one instruction, at a multiple of their size. (The compiler may split the copy of a Pair.)
 template <class S>
 FASTKD_DEVICE void store_pair(S* to, S first, S second) {
     if constexpr (sizeof(S) == 4) {
@@ -37,12 +38,12 @@ struct Lane {
     FASTKD_DEVICE Lane() : warp(thread_x() / warp_size), lane(thread_x() % warp_size), g(lane / 4), t(lane % 4) {}
 };
 
-// Whether a word, a pixel is there and not masked.
+// Returns whether a word or pixel exists and is not masked.
 FASTKD_DEVICE bool valid(const std::uint8_t* mask, std::int64_t sample, std::int64_t index, std::int64_t count) {
     return index < count && (mask == nullptr || mask[sample * count + index] != 0);
 }
 
-// One network's logits, given or computed.
+// The student's or the teacher's logits, given or computed from features.
 struct Logits {
     const void* data;
     DType dtype;
@@ -50,7 +51,7 @@ struct Logits {
     const std::uint8_t* mask;
     int count;
     float scale;
-    bool pairs; // neighbouring pixels can be read together
+    bool pairs; // neighbouring pixels are read together
 };
 
 template <class S>
@@ -64,17 +65,17 @@ inline bool even_pixels(const void* data, std::int64_t size, std::int64_t pixels
            reinterpret_cast<std::uintptr_t>(data) % (2 * size) == 0;
 }
 
-// `kept` are the logits of both networks, (B, words of the student + words of the teacher, N), if there are features.
+// `kept` holds the logits computed from features, (B, words of the student + words of the teacher, N).
 inline Logits logits_of(const Problem& problem, const void* kept, bool of_student) {
-    const Side& network = of_student ? problem.student : problem.teacher;
-    Logits logits{network.pixels.data,
-                  network.pixels.dtype,
-                  network.pixels.batch,
-                  network.pixels.pixel,
-                  network.pixels.column,
-                  network.word_mask,
-                  static_cast<int>(network.word_count),
-                  static_cast<float>(network.scale),
+    const Side& side = of_student ? problem.student : problem.teacher;
+    Logits logits{side.pixels.data,
+                  side.pixels.dtype,
+                  side.pixels.batch,
+                  side.pixels.pixel,
+                  side.pixels.column,
+                  side.word_mask,
+                  static_cast<int>(side.word_count),
+                  static_cast<float>(side.scale),
                   false};
     if (problem.student.width > 0) {
         const std::int64_t rows = problem.student.word_count + problem.teacher.word_count;
@@ -90,7 +91,7 @@ inline Logits logits_of(const Problem& problem, const void* kept, bool of_studen
     return logits;
 }
 
-// Bit 2 i + c: whether the network has, unmasked, word first + 8 i + 2 t + c.
+// Returns bits: 2 i + c is set if word first + 8 i + 2 t + c exists and is not masked.
 template <int tiles>
 FASTKD_DEVICE std::uint32_t valid_words(const std::uint8_t* mask, std::int64_t sample, int count, int first, int t) {
     std::uint32_t bits = 0;
@@ -103,7 +104,7 @@ FASTKD_DEVICE std::uint32_t valid_words(const std::uint8_t* mask, std::int64_t s
     return bits;
 }
 
-// M of a lane's two pixels and its words; 0 where masked. `from` is the first pixel's first word.
+// Loads M of a lane's two pixels and its words, 0 where masked. `from` is the first pixel's first word.
 template <class S, int tiles>
 FASTKD_DEVICE void load_logits(const Logits& logits, const S* from, std::uint32_t words, const bool (&pixel_ok)[2],
                                float (&x)[tiles][4]) {
@@ -124,14 +125,14 @@ FASTKD_DEVICE void load_logits(const Logits& logits, const S* from, std::uint32_
                     second = pixel_ok[1] ? widen(from[logits.pixel]) : 0.0f;
                 }
             }
-            from += (c == 0 ? 1 : tile_words - 1) * logits.word; // one after the other: no address stays in registers
+            from += (c == 0 ? 1 : tile_words - 1) * logits.word; // incremental: addresses occupy no registers
             x[i][c] = pixel_ok[0] ? first : 0.0f;
             x[i][2 + c] = pixel_ok[1] ? second : 0.0f;
         }
     }
 }
 
-// The same of word `first` + 2 t and on, of pixels `pixel` and the next.
+// Loads M of pixels `pixel` and `pixel` + 1 and of words from `first_word` on, in any dtype.
 template <int tiles>
 FASTKD_DEVICE void load_logits(const Logits& logits, std::int64_t sample, int pixel, int first_word,
                                std::uint32_t words, const bool (&pixel_ok)[2], float (&x)[tiles][4]) {
@@ -164,7 +165,7 @@ FASTKD_DEVICE T sum_over(T value, int from, int to) {
     return value;
 }
 
-// A lane's maxima of M over the words of its warp, by pixel.
+// Computes the maxima of M over the warp's words for a lane's two pixels.
 template <int tiles>
 FASTKD_DEVICE void row_maxima(const float (&x)[tiles][4], std::uint32_t words, float (&top)[2]) {
 #pragma unroll
@@ -182,10 +183,10 @@ FASTKD_DEVICE void row_maxima(const float (&x)[tiles][4], std::uint32_t words, f
     }
 }
 
-// Two numbers in [-1, 1], 4096 times, each as the sum of two of 16 bits: to 2^-22 and 2^-36, which is finer than floats
-// know the difference of two probabilities.
-constexpr float unit_of_halves = 0x1p-24f; // what products of halves count in
-FASTKD_DEVICE void halves(float x, float y, std::uint32_t& high, std::uint32_t& low) {
+// Splits two numbers in [-1, 1], times 4096, into sums of two fp16 numbers: to 2^-22 and 2^-36, finer than a float's
+// resolution of a difference of two probabilities.
+constexpr float unit_of_halves = 0x1p-24f; // scale of products of such numbers
+FASTKD_DEVICE void split_halves(float x, float y, std::uint32_t& high, std::uint32_t& low) {
     x *= 4096;
     y *= 4096;
     high = pack_pair<Half>(x, y);
@@ -193,16 +194,16 @@ FASTKD_DEVICE void halves(float x, float y, std::uint32_t& high, std::uint32_t& 
                           y - widen(Half{static_cast<std::uint16_t>(high >> 16)}));
 }
 
-// Tensor cores cut off what does not fit a sum, always towards 0; over many steps that adds up to a loss of 1e-6 and
-// more. So a few steps are taken from 0, and their sum is added by a rounded addition.
-FASTKD_DEVICE void add(float (&sum)[4], const float (&more)[4]) {
+// Tensor cores truncate sums towards 0; over many steps that loses 1e-6 and more. So the accumulator of a few steps
+// starts at 0, and its value is added here with rounding.
+FASTKD_DEVICE void add(float (&sum)[4], const float (&step)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        sum[k] += more[k];
+        sum[k] += step[k];
     }
 }
 
-// C += A B of such numbers, less the product of what is small in both.
+// C += A B of numbers from split_halves, without the products of two low parts.
 FASTKD_DEVICE void multiply_halves(float (&c)[4], const std::uint32_t (&a_high)[4], const std::uint32_t (&a_low)[4],
                                    const std::uint32_t (&b_high)[2], const std::uint32_t (&b_low)[2]) {
     multiply_16x8x16<Half>(c, a_low, b_high);
@@ -210,18 +211,18 @@ FASTKD_DEVICE void multiply_halves(float (&c)[4], const std::uint32_t (&a_high)[
     multiply_16x8x16<Half>(c, a_high, b_high);
 }
 
-// x = high + low in tf32: to 2^-22, and exactly if x is one of 16 bits, with low = 0.
+// Splits x = high + low in tf32: to 2^-22, or exactly with low = 0 if x is a 16-bit number.
 FASTKD_DEVICE void split(float x, std::uint32_t& high, std::uint32_t& low) {
     const float rounded = round_to_tf32(x);
     high = bits_of(rounded);
     low = bits_of(x - rounded);
 }
 
-// The sum over a block, in each of its threads; `scratch` holds one element per warp.
+// Returns the sum over a thread block to all its threads; `scratch` holds one element per warp.
 template <class T>
 FASTKD_DEVICE T block_sum(T value, T* scratch, int warps) {
     value = sum_over(value, 1, warp_size);
-    block_barrier(); // of what the scratch held before
+    block_barrier(); // before scratch is overwritten
     if (thread_x() % warp_size == 0) {
         scratch[thread_x() / warp_size] = value;
     }
@@ -233,7 +234,7 @@ FASTKD_DEVICE T block_sum(T value, T* scratch, int warps) {
     return sum;
 }
 
-// How many entries of a sample's mask are set, of `count` if there is none.
+// Returns the number of set entries of a sample's mask, or `count` without a mask.
 FASTKD_DEVICE int count_valid(const std::uint8_t* mask, std::int64_t sample, std::int64_t count, int threads,
                               int* scratch) {
     if (mask == nullptr) {
@@ -246,7 +247,7 @@ FASTKD_DEVICE int count_valid(const std::uint8_t* mask, std::int64_t sample, std
     return block_sum(found, scratch, threads / warp_size);
 }
 
-// The steps of a call, each a launch.
+// The steps of a call, one launch each.
 cudaError_t compute_logits(const Problem& problem, const Plan& plan, void* logits, void* norms, cudaStream_t stream);
 cudaError_t sum_terms(const pixel_word::Forward& args, const Plan& plan, cudaStream_t stream);
 cudaError_t merge_terms(const pixel_word::Forward& args, const Plan& plan, cudaStream_t stream);
@@ -255,7 +256,7 @@ cudaError_t differentiate_logits(const pixel_word::Backward& args, const Plan& p
 cudaError_t differentiate_features(const pixel_word::Backward& args, const Plan& plan, cudaStream_t stream);
 cudaError_t merge_words(const pixel_word::Backward& args, const Plan& plan, cudaStream_t stream);
 
-// The same of double, by plain products: pixel_word_fp64.cu.
+// The same steps in fp64 without tensor cores: fp64.cu.
 cudaError_t compute_logits_fp64(const Problem& problem, void* logits, void* norms, cudaStream_t stream);
 cudaError_t sum_terms_fp64(const pixel_word::Forward& args, const Plan& plan, cudaStream_t stream);
 cudaError_t differentiate_logits_fp64(const pixel_word::Backward& args, const Plan& plan, cudaStream_t stream);

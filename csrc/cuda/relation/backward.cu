@@ -1,22 +1,22 @@
-// relation on a GPU, backward: H, the losses' derivative by the similarities, tile by tile, then its product with the
-// rows (relation_product.cuh). Every sum has one owner and a fixed order.
+// relation on a GPU, backward: H, the derivative of the losses with respect to the similarities, tile by tile; then its
+// product with the rows (product.cu). Every sum is computed by one thread in a fixed order.
 //
-// With each row's coefficients from its statistics and its gradient g (over the samples, where they are averaged),
+// Each row's coefficients come from its statistics and its gradient g (divided by the samples, where they are
+// averaged):
 //
 //     kl            H = f_S (A_i + A_j) - f_T (B_i + B_j),   A = g sigma/(tau z_S), B = g sigma/(tau z_T), f as in the
 //                   forward; with maxima f differs between i and j
 //     mse           H = (E^S - E^T) (A_i + A_j),                     A = 2g/rows
 //     row_cosine    H = (E^S - E^T) (A_i + A_j) + E^T (D_i + D_j),   A = 2gc/n^2,  D = A - 2g/(n m)
 //
-// kl too is computed from differences, with D = A - B = g sigma/tau (z_T - z_S)/(z_S z_T):
+// kl is computed from differences as well, with D = A - B = g sigma/tau (z_T - z_S)/(z_S z_T):
 //
 //     f_S A - f_T B = (f_S - f_T) A + f_T D = (f_S - f_T) B + f_S D
 //
-// of which the one that multiplies f_S - f_T by the smaller coefficient has no term larger than the two subtracted.
-// So H keeps its digits as the student nears the teacher, and is exactly 0 where it is the teacher. What is stored is
-// M_ij = s_i H_ij s_j: the product then takes rows as they are. Where M is rounded, q is summed from the rounded
-// numbers, so that what rounding leaves along a row goes out with q. A cosine's diagonal is 1 whatever x: it is left
-// out, instead of being subtracted again.
+// The form that multiplies f_S - f_T by the smaller coefficient has no term larger than the two subtracted. So H keeps
+// its digits as the student approaches the teacher, and is exactly 0 where they are equal. The stored matrix is
+// M_ij = s_i H_ij s_j, so the product takes the rows unscaled. Where M is rounded, q is summed from the rounded
+// numbers, so that rounding errors along a row cancel against q. A cosine's diagonal is 1 for every x and is skipped.
 #include "cuda/kernels.h"
 #include "cuda/relation/launch.cuh"
 #include "cuda/relation/product.cuh"
@@ -25,7 +25,7 @@ namespace fastkd::cuda::relation {
 namespace {
 
 struct DerivativeArgs {
-    Network student, teacher;
+    Side student, teacher;
     Cut cut;
     Method method;
     bool cosine, negate;
@@ -34,12 +34,12 @@ struct DerivativeArgs {
     const double* scales;
     const float* grad_loss;
     std::int64_t grad_batch_stride, grad_row_stride;
-    const float* stored; // or null
+    const float* stored; // or null: recompute the matrices
     void* h;
     float* sums; // parts of q, one plane
 };
 
-// A, B and D of a row, `index` being its place in a plane of the statistics, `row` that in the batch.
+// A, B and D of a row; `index` is its position in a plane of the statistics, `row` that in the batch.
 struct Coefficients {
     float a = 0.0f, b = 0.0f, d = 0.0f;
 
@@ -47,7 +47,7 @@ struct Coefficients {
         const std::int64_t rows = args.cut.rows, samples = args.cut.samples;
         float g = args.grad_loss[row / rows * args.grad_batch_stride + row % rows * args.grad_row_stride] /
                   static_cast<float>(samples);
-        const auto of = [&](int number) {
+        const auto statistic = [&](int number) {
             return static_cast<float>(args.statistics[number * samples * args.cut.all_rows + index]);
         };
         switch (args.method) {
@@ -55,15 +55,17 @@ struct Coefficients {
             a = 2.0f * g / static_cast<float>(rows);
             break;
         case Method::row_cosine: {
-            const float sums[5] = {of(0), of(1), of(2), of(3), of(4)};
+            const float sums[5] = {statistic(0), statistic(1), statistic(2), statistic(3), statistic(4)};
             const RowCosine row_cosine(sums);
-            const float outer = sums[0] <= 1e-24f ? 0.0f : 2.0f * g / row_cosine.n / row_cosine.n; // no gradient there
+            const float outer =
+                sums[0] <= 1e-24f ? 0.0f : 2.0f * g / row_cosine.n / row_cosine.n; // the gradient of a zero row is 0
             a = outer * row_cosine.c;
             d = outer * row_cosine.slope;
             break;
         }
         default: {
-            const float z_s = of(args.method == Method::kl ? 0 : 2), z_t = of(args.method == Method::kl ? 1 : 3);
+            const float z_s = statistic(args.method == Method::kl ? 0 : 2),
+                        z_t = statistic(args.method == Method::kl ? 1 : 3);
             g = (args.negate ? -g : g) * args.inv_temperature;
             a = g / z_s;
             b = g / z_t;
@@ -73,71 +75,72 @@ struct Coefficients {
     }
 };
 
-// Numbers of a row that H needs, for the tile's rows and columns, in shared memory.
+// Numbers per row that H needs, in smem for the tile's rows and columns.
 enum RowNumber { scale_s, scale_t, norm, number_a, number_d, number_b, max_s, max_t, row_numbers };
 
 template <class B>
 struct DerivativeShared {
     using H = typename StoredH<typename B::Storage>::Type;
     static constexpr int planes = StoredH<typename B::Storage>::planes;
-    static constexpr int pitch = B::cols + 16 / static_cast<int>(sizeof(H));
-    static constexpr int staged_bytes = planes * B::rows * pitch * static_cast<int>(sizeof(H));
+    static constexpr int pitch = B::block_n + 16 / static_cast<int>(sizeof(H));
+    static constexpr int staged_bytes = planes * B::block_m * pitch * static_cast<int>(sizeof(H));
     static constexpr int sums_bytes = reduction_floats<B, 1> * 4;
-    static_assert(staged_bytes + sums_bytes <= B::pipeline_bytes, "what follows the products fits where they were");
-    static constexpr int bytes = B::pipeline_bytes + 2 * row_numbers * B::rows * 4;
+    static_assert(staged_bytes + sums_bytes <= B::pipeline_bytes,
+                  "staged M and the partial sums reuse the pipeline's smem");
+    static constexpr int bytes = B::pipeline_bytes + 2 * row_numbers * B::block_m * 4;
 };
 
-// f_S A - f_T B, D being A - B.
+// Returns f_S A - f_T B, given D = A - B.
 FASTKD_DEVICE float difference(float f_s, float f_t, float a, float b, float d) {
     const bool by_a = std::fabs(a) <= std::fabs(b);
     return (f_s - f_t) * (by_a ? a : b) + (by_a ? f_t : f_s) * d;
 }
 
-// One tile of M, and its parts of q for its rows and, off the diagonal, for its columns.
+// Computes one tile of M, and its parts of q for its rows and, off the diagonal, its columns.
 template <class B>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_kernel(DerivativeArgs args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) derivative_kernel(DerivativeArgs args) {
     using Shared = DerivativeShared<B>;
     using H = typename Shared::H;
     FASTKD_DYNAMIC_SHARED(shared);
-    constexpr int side = B::rows, planes = Shared::planes;
+    constexpr int tile_size = B::block_m, planes = Shared::planes;
     const Cut& cut = args.cut;
-    const Tile tile = Tile::of<side>(cut, block_x());
-    float* const numbers_i = reinterpret_cast<float*>(shared + B::pipeline_bytes); // [row_numbers][side]
-    float* const numbers_j = numbers_i + row_numbers * side;
-    for (int at = thread_x(); at < 2 * side; at += B::threads) {
-        const int within = at % side;
-        const bool of_j = at >= side, here = within < (of_j ? tile.rows_j : tile.rows_i);
+    const Tile tile = Tile::of<tile_size>(cut, block_x());
+    float* const numbers_i = reinterpret_cast<float*>(shared + B::pipeline_bytes); // [row_numbers][tile_size]
+    float* const numbers_j = numbers_i + row_numbers * tile_size;
+    for (int at = thread_x(); at < 2 * tile_size; at += B::threads) {
+        const int within = at % tile_size;
+        const bool of_j = at >= tile_size, inside = within < (of_j ? tile.rows_j : tile.rows_i);
         float* const numbers = (of_j ? numbers_j : numbers_i) + within;
         for (int number = 0; number < row_numbers; ++number) {
-            numbers[number * side] = 0.0f;
+            numbers[number * tile_size] = 0.0f;
         }
-        if (!here) {
+        if (!inside) {
             continue;
         }
         const std::int64_t row =
             (of_j ? tile.sample_j : tile.sample_i) * cut.rows + (of_j ? tile.row_j : tile.row_i) + within;
-        // Row i's statistics against the sample of j, and the other way round.
+        // Row i's statistics with respect to the sample of j, and vice versa.
         const std::int64_t other = (of_j ? tile.sample_i : tile.sample_j) - tile.problem * cut.samples;
         const std::int64_t index = other * cut.all_rows + row;
         const Coefficients coefficients(args, index, row);
-        numbers[number_a * side] = coefficients.a;
-        numbers[number_b * side] = coefficients.b;
-        numbers[number_d * side] = coefficients.d;
+        numbers[number_a * tile_size] = coefficients.a;
+        numbers[number_b * tile_size] = coefficients.b;
+        numbers[number_d * tile_size] = coefficients.d;
         if (args.cosine) {
             const double scale = args.scales[row];
-            numbers[scale_s * side] = static_cast<float>(scale);
-            numbers[scale_t * side] = static_cast<float>(args.scales[cut.all_rows + row]);
-            numbers[norm * side] = 1.0f / static_cast<float>(scale);
+            numbers[scale_s * tile_size] = static_cast<float>(scale);
+            numbers[scale_t * tile_size] = static_cast<float>(args.scales[cut.all_rows + row]);
+            numbers[norm * tile_size] = 1.0f / static_cast<float>(scale);
         }
         if (args.method == Method::kl_maxima) {
-            numbers[max_s * side] = static_cast<float>(args.statistics[index]);
-            numbers[max_t * side] = static_cast<float>(args.statistics[cut.samples * cut.all_rows + index]);
+            numbers[max_s * tile_size] = static_cast<float>(args.statistics[index]);
+            numbers[max_t * tile_size] = static_cast<float>(args.statistics[cut.samples * cut.all_rows + index]);
         }
     }
-    typename B::Accumulated e_s, e_t;
+    typename B::AccumulatorFragments e_s, e_t;
     if (args.stored != nullptr) {
-        float* const stored = const_cast<float*>(args.stored); // read only
-        const auto load = [](typename B::Accumulated& to) {
+        float* const stored = const_cast<float*>(args.stored); // only read
+        const auto load = [](typename B::AccumulatorFragments& to) {
             return [&to](const float* at, int i, int j) {
                 const Pack<float> pack = load_pack(at);
 #pragma unroll
@@ -151,16 +154,16 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
         block_barrier();
     } else {
         multiply_rows<B>(args.student, args.teacher, tile, shared, e_s, e_t);
-        scale_products<B>(e_s, tile, args.cosine, numbers_i + scale_s * side, numbers_j + scale_s * side,
+        scale_products<B>(e_s, tile, args.cosine, numbers_i + scale_s * tile_size, numbers_j + scale_s * tile_size,
                           args.student.factor, 0.0f);
-        scale_products<B>(e_t, tile, args.cosine, numbers_i + scale_t * side, numbers_j + scale_t * side,
+        scale_products<B>(e_t, tile, args.cosine, numbers_i + scale_t * tile_size, numbers_j + scale_t * tile_size,
                           args.teacher.factor, 0.0f);
     }
 
     const float sign = args.negate ? -1.0f : 1.0f, kappa = args.inv_temperature * 1.4426950408889634f;
     const bool cosine = args.cosine, diagonal = tile.diagonal();
     const float factor = args.student.factor;
-    // M in place of E^S, as it is stored but for the sum of two.
+    // Replaces E^S by M.
     const auto terms_of = [&](auto h_of) {
         return [&, h_of](int i, int j, int e, float (&term)[1]) {
             const int row = B::row_of(i, e), col = B::col_of(j, e);
@@ -169,22 +172,22 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
             const float* const of_j = numbers_j + col;
             const bool used = row < tile.rows_i && col < tile.rows_j && !(cosine && diagonal && row == col);
             const float h = h_of(s, t, of_i, of_j);
-            const float m = cosine ? h * of_i[scale_s * side] * of_j[scale_s * side] : h * factor;
+            const float m = cosine ? h * of_i[scale_s * tile_size] * of_j[scale_s * tile_size] : h * factor;
             e_s.c[i][j][e] = used ? m : 0.0f;
             float stored = m;
             if constexpr (planes == 1 && sizeof(H) == 2) {
                 stored = widen(narrow<BFloat16>(m));
             }
-            term[0] = used && cosine ? stored * (of_i[norm * side] * of_j[norm * side]) * s : 0.0f;
+            term[0] = used && cosine ? stored * (of_i[norm * tile_size] * of_j[norm * tile_size]) * s : 0.0f;
         };
     };
     const auto both = [](int number, const float* of_i, const float* of_j) {
-        return of_i[number * side] + of_j[number * side];
+        return of_i[number * tile_size] + of_j[number * tile_size];
     };
     const auto store = [&](int, int index, bool for_rows, float sum) {
         if (for_rows || !diagonal) {
             const std::int64_t slot = for_rows ? cut.slot(tile.i, tile.j) : cut.slot(tile.j, tile.i);
-            args.sums[(tile.here * cut.slots() + slot) * side + index] = sum;
+            args.sums[(tile.problem_in_launch * cut.slots() + slot) * tile_size + index] = sum;
         }
     };
     float* const reductions = reinterpret_cast<float*>(shared + Shared::staged_bytes);
@@ -198,19 +201,21 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
                        }),
                        store);
         break;
-    case Method::kl_maxima: {
-        const auto one_sided = [&](float s, float t, const float* of) {
-            const float f_s = std::exp2((sign * s - of[max_s * side]) * kappa);
-            const float f_t = std::exp2((sign * t - of[max_t * side]) * kappa);
-            return difference(f_s, f_t, of[number_a * side], of[number_b * side], of[number_d * side]);
-        };
-        sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
-                           return one_sided(s, t, of_i) + one_sided(s, t, of_j);
-                       }),
-                       store);
+    case Method::kl_maxima:
+        if constexpr (tile_size == 64) { // the plan's only tile for this method
+            const auto one_sided = [&](float s, float t, const float* of) {
+                const float f_s = std::exp2((sign * s - of[max_s * tile_size]) * kappa);
+                const float f_t = std::exp2((sign * t - of[max_t * tile_size]) * kappa);
+                return difference(f_s, f_t, of[number_a * tile_size], of[number_b * tile_size],
+                                  of[number_d * tile_size]);
+            };
+            sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
+                               return one_sided(s, t, of_i) + one_sided(s, t, of_j);
+                           }),
+                           store);
+        }
         break;
-    }
-    default: // mse, whose D is 0, and row_cosine
+    default: // mse, with D = 0, and row_cosine
         sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
                            const float h = (s - t) * both(number_a, of_i, of_j);
                            return args.method == Method::mse ? h : h + t * both(number_d, of_i, of_j);
@@ -218,12 +223,12 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
                        store);
     }
 
-    // Through shared memory, so that whole lines are written.
+    // Staged in smem, so that whole lines are written to gmem.
     H* const staged = reinterpret_cast<H*>(shared);
 #pragma unroll
-    for (int i = 0; i < B::down; ++i) {
+    for (int i = 0; i < B::fragments_m; ++i) {
 #pragma unroll
-        for (int j = 0; j < B::across; ++j) {
+        for (int j = 0; j < B::fragments_n; ++j) {
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const float left = e_s.c[i][j][e], right = e_s.c[i][j][e + 1];
@@ -236,19 +241,19 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
                     at[0] = left_high;
                     at[1] = right_high;
                     if constexpr (planes == 2) {
-                        at[side * Shared::pitch] = narrow<BFloat16>(left - widen(left_high));
-                        at[side * Shared::pitch + 1] = narrow<BFloat16>(right - widen(right_high));
+                        at[tile_size * Shared::pitch] = narrow<BFloat16>(left - widen(left_high));
+                        at[tile_size * Shared::pitch + 1] = narrow<BFloat16>(right - widen(right_high));
                     }
                 }
             }
         }
     }
     block_barrier();
-    constexpr int size = Pack<H>::size, packs = side / size;
-    H* const to =
-        static_cast<H*>(args.h) + (tile.here * cut.tiles + cut.stored(tile.i, tile.j)) * (planes * side * side);
+    constexpr int size = Pack<H>::size, packs = tile_size / size;
+    H* const to = static_cast<H*>(args.h) +
+                  (tile.problem_in_launch * cut.tiles + cut.stored(tile.i, tile.j)) * (planes * tile_size * tile_size);
 #pragma unroll 4
-    for (int at = thread_x(); at < planes * side * packs; at += B::threads) {
+    for (int at = thread_x(); at < planes * tile_size * packs; at += B::threads) {
         const int line = at / packs, piece = at % packs * size;
         Pack<H> pack;
         const H* const from = staged + line * Shared::pitch + piece;
@@ -256,7 +261,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) derivative_k
         for (int e = 0; e < size; ++e) {
             pack.at[e] = from[e];
         }
-        store_pack(to + line * side + piece, pack);
+        store_pack(to + line * tile_size + piece, pack);
     }
 }
 
@@ -273,7 +278,7 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
     if (error != cudaSuccess) {
         return error;
     }
-    const Network student = network_of(args.student, options), teacher = network_of(args.teacher, options);
+    const Side student = side_of(args.student, options), teacher = side_of(args.teacher, options);
     const std::int64_t all_rows = options.batch * options.rows;
     const double* const scales = args.statistics + relation::statistic_planes * options.others() * all_rows;
     const bool cosine = options.similarity == relation::Similarity::cosine;
@@ -284,20 +289,19 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
     float* const row_sums = floats_at(plan.row_sums);
     const relation::Rows out{args.grad_student, args.student.width, args.out_batch_stride, args.out_row_stride,
                              args.out_col_stride};
-    const Operand out_rows = network_of(out, options).rows;
+    const Operand out_rows = side_of(out, options).rows;
     const int pack = 16 / static_cast<int>(element_size(options.dtype));
-    const Gradient gradient{
-        args.grad_student,
-        args.out_batch_stride,
-        args.out_row_stride,
-        args.out_col_stride,
-        out_rows.k_major,
-        out_rows.unit == pack && student.rows.unit == pack && out_rows.k_major == student.rows.k_major};
-    return with_tile(options.dtype, plan.tile, [&](auto element, auto side_type) {
+    const Gradient gradient{args.grad_student,
+                            args.out_batch_stride,
+                            args.out_row_stride,
+                            args.out_col_stride,
+                            out_rows.mn_major,
+                            out_rows.alignment == pack && student.rows.alignment == pack &&
+                                out_rows.mn_major == student.rows.mn_major};
+    return with_tile(options.dtype, plan.tile, [&](auto element, auto tile_size_type) {
         using S = decltype(element);
-        constexpr int side = decltype(side_type)::value;
-        using B = TileBlocking<S, side>;
-        using Product = ProductBlocking<S, side>;
+        constexpr int tile_size = decltype(tile_size_type)::value;
+        using B = TileBlocking<S, tile_size>;
         return for_each_launch(options, plan, [&](const Cut& cut) {
             void* const h = workspace + plan.h;
             const DerivativeArgs derivative{student,
@@ -319,9 +323,9 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
                 launch(derivative_kernel<B>, {cut.problems * cut.tiles, B::threads, 1, DerivativeShared<B>::bytes},
                        stream, derivative);
             if (launched == cudaSuccess && cosine) {
-                launched = launch_merge(
-                    {cut, Method::mse, side, inv_temperature, false, floats_at(plan.sums), nullptr, nullptr, row_sums},
-                    stream);
+                launched = launch_merge({cut, Method::mse, tile_size, inv_temperature, false, floats_at(plan.sums),
+                                         nullptr, nullptr, row_sums},
+                                        stream);
             }
             if (launched != cudaSuccess) {
                 return launched;
@@ -338,17 +342,7 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
                                       plan.width_blocks,
                                       plan.splits,
                                       cosine};
-            const std::int64_t band = cut.last - cut.first;
-            const std::int64_t items = band * plan.splits + (cut.blocks - cut.last);
-            launched =
-                launch(product_kernel<S, side>,
-                       {cut.problems * items * plan.width_blocks, Product::threads, 1, product_shared_bytes<S, side>()},
-                       stream, product);
-            if (launched != cudaSuccess || direct) {
-                return launched;
-            }
-            const std::int64_t strips = cut.problems * band * plan.width_blocks * (side / finish_rows);
-            return launch(finish_kernel<S, side>, {strips, finish_threads}, stream, product);
+            return launch_product(product, options.dtype, tile_size, stream);
         });
     });
 }

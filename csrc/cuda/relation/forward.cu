@@ -1,8 +1,8 @@
-// relation on a GPU, forward. The formulas are those of common/relation.h; no matrix is held but where one is stored.
+// relation on a GPU, forward. Formulas: common/relation.h. Matrices are stored only on request, for the backward.
 //
-// Three kernels: scales of the rows; tiles of both networks' matrices, one pair of row blocks I <= J to a block of
-// threads, each reduced at once to a few sums for its rows and, E being symmetric, for its columns; and the merging of
-// those sums in a fixed order (relation_rows.cuh). No atomics: two runs give the same bits.
+// Three kernels: the rows' scales; tiles of the student's and teacher's matrices, one pair of row blocks I <= J per
+// thread block, reduced immediately to a few sums for its rows and, E being symmetric, its columns; and the merge of
+// those sums in a fixed order (merge.cu). No atomics: two runs give the same bits.
 #include "cuda/kernels.h"
 #include "cuda/relation/launch.cuh"
 
@@ -10,31 +10,31 @@ namespace fastkd::cuda::relation {
 namespace {
 
 struct ScalesArgs {
-    Network networks[2];
+    Side sides[2];
     std::int64_t rows, all_rows;
     double* scales; // (2, all_rows)
 };
 
-// blockDim is (32, 8), a block for 32 rows of one network. Where a row is contiguous a warp reads it, else each thread
-// its own, an eighth of the columns to a warp.
+// blockDim is (32, 8): one block per 32 rows of one side. A warp reads a row where rows are contiguous; otherwise each
+// thread reads its own row, and each warp an eighth of the columns.
 template <class S>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) scales_kernel(ScalesArgs args) {
     FASTKD_SHARED float partial[groups][rows_of_group];
-    const std::int64_t blocks = (args.all_rows + rows_of_group - 1) / rows_of_group;
+    const std::int64_t blocks = ceil_div(args.all_rows, rows_of_group);
     const int which = static_cast<int>(block_x() / blocks);
-    const Network& network = args.networks[which];
+    const Side& side = args.sides[which];
     const std::int64_t first = block_x() % blocks * rows_of_group;
-    const auto row_at = [&](std::int64_t row) { return rows_at<S>(network, row / args.rows, row % args.rows); };
+    const auto row_at = [&](std::int64_t row) { return rows_at<S>(side, row / args.rows, row % args.rows); };
     const auto write = [&](std::int64_t row, float square) {
         args.scales[which * args.all_rows + row] = square <= 1e-24f ? no_direction : 1.0f / std::sqrt(square);
     };
-    if (network.rows.k_major) {
+    if (side.rows.mn_major) {
         const std::int64_t row = first + thread_x();
         float square = 0.0f;
         if (row < args.all_rows) {
             const S* x = row_at(row);
-            for (std::int64_t k = thread_y(); k < network.width; k += groups) {
-                const float value = widen(x[k * network.rows.k_stride]);
+            for (std::int64_t k = thread_y(); k < side.width; k += groups) {
+                const float value = widen(x[k * side.rows.k_stride]);
                 square += value * value;
             }
         }
@@ -51,16 +51,16 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) scales_kernel(Sca
     }
     for (std::int64_t row = first + thread_y(); row < first + rows_of_group && row < args.all_rows; row += groups) {
         const S* x = row_at(row);
-        // Elements before the first multiple of 16 bytes, packs of 16 bytes, elements after them.
+        // Elements up to the first multiple of 16 bytes, packs of 16 bytes, remaining elements.
         constexpr std::int64_t size = Pack<S>::size;
         const auto beyond = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(x) % 16 / sizeof(S));
-        std::int64_t head = network.rows.k_stride == 1 ? (size - beyond) % size : network.width;
-        head = head < network.width ? head : network.width;
-        const std::int64_t packs = (network.width - head) / size;
+        std::int64_t head = side.rows.k_stride == 1 ? (size - beyond) % size : side.width;
+        head = head < side.width ? head : side.width;
+        const std::int64_t packs = (side.width - head) / size;
         float square = 0.0f;
         const auto elements = [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t k = begin + thread_x(); k < end; k += warp_size) {
-                const float value = widen(x[k * network.rows.k_stride]);
+                const float value = widen(x[k * side.rows.k_stride]);
                 square += value * value;
             }
         };
@@ -73,7 +73,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) scales_kernel(Sca
                 square += value * value;
             }
         }
-        elements(head + packs * size, network.width);
+        elements(head + packs * size, side.width);
         square = sum_over(square, 1, warp_size);
         if (thread_x() == 0) {
             write(row, square);
@@ -82,50 +82,50 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) scales_kernel(Sca
 }
 
 struct TilesArgs {
-    Network student, teacher;
+    Side student, teacher;
     Cut cut;
     Method method;
     bool cosine, negate;
     float inv_temperature;
     const double* scales; // (2, all_rows)
     float* sums;
-    float* stored; // or null
+    float* stored; // or null: matrices are not stored
 };
 
 template <class B>
-constexpr int staged_pitch = B::cols + 1; // neighbours in a row and in a column lie in different banks
+constexpr int staged_pitch = B::block_n + 1; // elements of a row, and of a column, lie in different banks
 
 template <class B>
 FASTKD_HD constexpr int tiles_shared_bytes(Method method) {
-    constexpr int size = sizeof(float), staged = 2 * B::rows * staged_pitch<B> * size;
+    constexpr int size = sizeof(float), staged = 2 * B::block_m * staged_pitch<B> * size;
     const bool more = method == Method::kl_maxima && staged > B::pipeline_bytes;
-    return (more ? staged : B::pipeline_bytes) + 4 * B::rows * size;
+    return (more ? staged : B::pipeline_bytes) + 4 * B::block_m * size;
 }
 
-// The sums of kl with maxima, a KLState for each row and column: a thread takes one of them whole, from shared memory.
+// Sums of kl with maxima: a KLState per row and column, each computed by one thread from smem.
 template <class B, class Store>
-FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const typename B::Accumulated& e_s,
-                                        const typename B::Accumulated& e_t, float sign, float inv_temperature,
+FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const typename B::AccumulatorFragments& e_s,
+                                        const typename B::AccumulatorFragments& e_t, float sign, float inv_temperature,
                                         const Store& store) {
     constexpr int pitch = staged_pitch<B>, batch = 8;
-    B::Accumulated::visit([&](int i, int j, int e) {
+    B::AccumulatorFragments::visit([&](int i, int j, int e) {
         float* const at = shared + B::row_of(i, e) * pitch + B::col_of(j, e);
         at[0] = sign * e_s.c[i][j][e];
-        at[B::rows * pitch] = sign * e_t.c[i][j][e];
+        at[B::block_m * pitch] = sign * e_t.c[i][j][e];
     });
     block_barrier();
-    for (int at = thread_x(); at < B::rows + B::cols; at += B::threads) {
-        const bool for_rows = at < B::rows;
-        const int index = for_rows ? at : at - B::rows, step = for_rows ? 1 : pitch;
+    for (int at = thread_x(); at < B::block_m + B::block_n; at += B::threads) {
+        const bool for_rows = at < B::block_m;
+        const int index = for_rows ? at : at - B::block_m, step = for_rows ? 1 : pitch;
         const float* const line = shared + (for_rows ? index * pitch : index);
         auto state = softmax_kl::KLState<float>::of_nothing();
 #pragma unroll 1
-        for (int first = 0; first < (for_rows ? B::cols : B::rows); first += batch) {
+        for (int first = 0; first < (for_rows ? B::block_n : B::block_m); first += batch) {
             float x_s[batch], x_t[batch];
 #pragma unroll
             for (int k = 0; k < batch; ++k) {
                 x_s[k] = line[(first + k) * step];
-                x_t[k] = line[(first + k) * step + B::rows * pitch];
+                x_t[k] = line[(first + k) * step + B::block_m * pitch];
             }
             state.add_logits(x_s, x_t, inv_temperature);
         }
@@ -137,32 +137,33 @@ FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const typename B::Accumul
     }
 }
 
-// One tile: sums for its rows and, off the diagonal, for its columns.
+// Sums one tile over its rows and, off the diagonal, over its columns.
 template <class B>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel(TilesArgs args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) tiles_kernel(TilesArgs args) {
     FASTKD_DYNAMIC_SHARED(shared);
-    constexpr int side = B::rows;
+    constexpr int tile_size = B::block_m;
     const Cut& cut = args.cut;
-    const Tile tile = Tile::of<side>(cut, block_x());
-    // [network][side i, side j][side]
-    float* const scales = reinterpret_cast<float*>(shared + tiles_shared_bytes<B>(args.method)) - 4 * side;
+    const Tile tile = Tile::of<tile_size>(cut, block_x());
+    // [student, teacher][rows i, rows j][tile_size]
+    float* const scales = reinterpret_cast<float*>(shared + tiles_shared_bytes<B>(args.method)) - 4 * tile_size;
     if (args.cosine) {
-        for (int at = thread_x(); at < 4 * side; at += B::threads) {
-            const int within = at % side, of_j = at / side % 2;
+        for (int at = thread_x(); at < 4 * tile_size; at += B::threads) {
+            const int within = at % tile_size, of_j = at / tile_size % 2;
             const std::int64_t row =
                 (of_j ? tile.sample_j : tile.sample_i) * cut.rows + (of_j ? tile.row_j : tile.row_i) + within;
-            const bool here = within < (of_j ? tile.rows_j : tile.rows_i);
-            scales[at] = here ? static_cast<float>(args.scales[at / (2 * side) * cut.all_rows + row]) : 0.0f;
+            const bool inside = within < (of_j ? tile.rows_j : tile.rows_i);
+            scales[at] = inside ? static_cast<float>(args.scales[at / (2 * tile_size) * cut.all_rows + row]) : 0.0f;
         }
     }
-    typename B::Accumulated e_s, e_t;
+    typename B::AccumulatorFragments e_s, e_t;
     multiply_rows<B>(args.student, args.teacher, tile, shared, e_s, e_t);
 
-    // No weight, and nothing in sums of squares.
+    // Elements outside get weight 0 in a softmax and add 0 to sums of squares.
     const bool softmax = args.method == Method::kl || args.method == Method::kl_maxima;
     const float outside = !softmax ? 0.0f : softmax_kl::minus_infinity<float>() * (args.negate ? -1.0f : 1.0f);
-    scale_products<B>(e_s, tile, args.cosine, scales, scales + side, args.student.factor, outside);
-    scale_products<B>(e_t, tile, args.cosine, scales + 2 * side, scales + 3 * side, args.teacher.factor, outside);
+    scale_products<B>(e_s, tile, args.cosine, scales, scales + tile_size, args.student.factor, outside);
+    scale_products<B>(e_t, tile, args.cosine, scales + 2 * tile_size, scales + 3 * tile_size, args.teacher.factor,
+                      outside);
     if (args.stored != nullptr) {
         visit_stored<B>(args.stored, cut, tile, 0, [&](float* at, int i, int j) {
             store_pack(at, Pack<float>{{e_s.c[i][j][0], e_s.c[i][j][1], e_s.c[i][j][2], e_s.c[i][j][3]}});
@@ -175,7 +176,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
     const auto store = [&](int plane, int index, bool for_rows, float sum) {
         if (for_rows || !tile.diagonal()) {
             const std::int64_t slot = for_rows ? cut.slot(tile.i, tile.j) : cut.slot(tile.j, tile.i);
-            args.sums[((tile.here * cut.slots() + slot) * planes_of(args.method) + plane) * side + index] = sum;
+            args.sums[((tile.problem_in_launch * cut.slots() + slot) * planes_of(args.method) + plane) * tile_size +
+                      index] = sum;
         }
     };
     float* const reductions = reinterpret_cast<float*>(shared);
@@ -196,7 +198,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
         break;
     }
     case Method::kl_maxima:
-        if constexpr (side == 64) { // which the plan has taken
+        if constexpr (tile_size == 64) { // the plan's only tile size for this method
             sum_tile_with_maxima<B>(reductions, e_s, e_t, sign, args.inv_temperature, store);
         }
         break;
@@ -209,7 +211,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
             },
             store);
         break;
-    case Method::row_cosine: // in two parts, for which there are registers
+    case Method::row_cosine: // in two passes, to fit the registers
         sum_tile<B, 3>(
             reductions,
             [&](int i, int j, int e, float (&term)[3]) {
@@ -233,7 +235,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::resident) tiles_kernel
 
 template <class S>
 cudaError_t launch_scales(const relation::Forward& args, const ScalesArgs& scales, cudaStream_t stream) {
-    const std::int64_t blocks = (args.options.batch * args.options.rows + rows_of_group - 1) / rows_of_group;
+    const std::int64_t blocks = ceil_div(args.options.batch * args.options.rows, rows_of_group);
     return launch(scales_kernel<S>, {2 * blocks, rows_of_group, groups}, stream, scales);
 }
 
@@ -250,16 +252,16 @@ cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& 
     if (error != cudaSuccess) {
         return error;
     }
-    const Network student = network_of(args.student, options), teacher = network_of(args.teacher, options);
+    const Side student = side_of(args.student, options), teacher = side_of(args.teacher, options);
     const std::int64_t all_rows = options.batch * options.rows;
     double* const scales = args.statistics + relation::statistic_planes * options.others() * all_rows;
     const bool cosine = options.similarity == relation::Similarity::cosine;
     const bool negate = options.negate && options.distance == relation::Distance::kl;
     const auto inv_temperature = static_cast<float>(1 / options.temperature);
     float* const sums = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + plan.sums);
-    return with_tile(options.dtype, plan.tile, [&](auto element, auto side) {
+    return with_tile(options.dtype, plan.tile, [&](auto element, auto tile_size) {
         using S = decltype(element);
-        using B = TileBlocking<S, decltype(side)::value>;
+        using B = TileBlocking<S, decltype(tile_size)::value>;
         if (cosine) {
             error = launch_scales<S>(args, {{student, teacher}, options.rows, all_rows, scales}, stream);
             if (error != cudaSuccess) {
@@ -274,7 +276,7 @@ cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& 
             if (launched != cudaSuccess) {
                 return launched;
             }
-            return launch_merge({cut, plan.method, decltype(side)::value, inv_temperature, !cosine, sums,
+            return launch_merge({cut, plan.method, decltype(tile_size)::value, inv_temperature, !cosine, sums,
                                  args.statistics, static_cast<float*>(args.loss), nullptr},
                                 stream);
         });

@@ -1,4 +1,4 @@
-// What relation's forward and backward launchers share: a call's networks and launches from its arguments.
+// Shared by relation's forward and backward launchers: sides and launches from a call's arguments.
 #pragma once
 
 #include <initializer_list>
@@ -7,35 +7,35 @@
 
 namespace fastkd::cuda::relation {
 
-// As many elements as can be copied at once: the largest power of two up to 16 bytes of which address, strides and
-// `length`, that of the contiguous dimension, are multiples.
-inline int unit_of(const void* data, std::int64_t a, std::int64_t b, std::int64_t length, std::int64_t size) {
-    std::int64_t unit = 16 / size;
-    while (unit > 1 && (reinterpret_cast<std::uintptr_t>(data) % (unit * size) != 0 || a % unit != 0 || b % unit != 0 ||
-                        length % unit != 0)) {
-        unit /= 2;
+// Returns Operand::alignment: the largest power of two, up to 16 bytes, that divides the address, the strides and the
+// contiguous mode's `length`.
+inline int alignment_of(const void* data, std::int64_t a, std::int64_t b, std::int64_t length, std::int64_t size) {
+    std::int64_t alignment = 16 / size;
+    while (alignment > 1 && (reinterpret_cast<std::uintptr_t>(data) % (alignment * size) != 0 || a % alignment != 0 ||
+                             b % alignment != 0 || length % alignment != 0)) {
+        alignment /= 2;
     }
-    return static_cast<int>(unit);
+    return static_cast<int>(alignment);
 }
 
-inline Network network_of(const relation::Rows& rows, const relation::Options& options) {
-    Network network{};
+inline Side side_of(const relation::Rows& rows, const relation::Options& options) {
+    Side side{};
     const std::int64_t size = element_size(options.dtype);
-    network.rows.data = rows.data;
-    network.rows.index_stride = rows.row_stride;
-    network.rows.k_stride = rows.col_stride;
-    network.rows.k_major = rows.row_stride == 1 && rows.col_stride != 1;
-    if (network.rows.k_major) {
-        network.rows.unit = unit_of(rows.data, rows.batch_stride, rows.col_stride, options.rows, size);
+    side.rows.data = rows.data;
+    side.rows.mn_stride = rows.row_stride;
+    side.rows.k_stride = rows.col_stride;
+    side.rows.mn_major = rows.row_stride == 1 && rows.col_stride != 1;
+    if (side.rows.mn_major) {
+        side.rows.alignment = alignment_of(rows.data, rows.batch_stride, rows.col_stride, options.rows, size);
     } else if (rows.col_stride == 1) {
-        network.rows.unit = unit_of(rows.data, rows.batch_stride, rows.row_stride, rows.width, size);
+        side.rows.alignment = alignment_of(rows.data, rows.batch_stride, rows.row_stride, rows.width, size);
     } else {
-        network.rows.unit = 1;
+        side.rows.alignment = 1;
     }
-    network.width = rows.width;
-    network.batch_stride = rows.batch_stride;
-    network.factor = options.similarity == relation::Similarity::mean ? 1.0f / static_cast<float>(rows.width) : 1.0f;
-    return network;
+    side.width = rows.width;
+    side.batch_stride = rows.batch_stride;
+    side.factor = options.similarity == relation::Similarity::mean ? 1.0f / static_cast<float>(rows.width) : 1.0f;
+    return side;
 }
 
 constexpr std::int64_t most_blocks = 0x7fffffff; // of a launch
@@ -55,7 +55,7 @@ inline cudaError_t check_call(const relation::Options& options, const relation::
                : cudaSuccess;
 }
 
-// visit(cut) for each launch, until one fails.
+// Calls visit(cut) for each launch until one fails.
 template <class Visit>
 cudaError_t for_each_launch(const relation::Options& options, const RelationPlan& plan, const Visit& visit) {
     Cut cut{};
@@ -79,18 +79,18 @@ cudaError_t for_each_launch(const relation::Options& options, const RelationPlan
     return cudaSuccess;
 }
 
-// visit(element of the dtype, number of rows of a tile as a type).
+// Calls visit(element of the dtype, std::integral_constant of the tile size).
 template <class Visit>
-cudaError_t with_tile(DType dtype, std::int64_t side, const Visit& visit) {
+cudaError_t with_tile(DType dtype, std::int64_t tile_size, const Visit& visit) {
     using Large = std::integral_constant<int, 128>;
     using Small = std::integral_constant<int, 64>;
     switch (dtype) {
     case DType::Float32:
         return visit(float{}, Small{});
     case DType::Float16:
-        return side == 128 ? visit(Half{}, Large{}) : visit(Half{}, Small{});
+        return tile_size == 128 ? visit(Half{}, Large{}) : visit(Half{}, Small{});
     case DType::BFloat16:
-        return side == 128 ? visit(BFloat16{}, Large{}) : visit(BFloat16{}, Small{});
+        return tile_size == 128 ? visit(BFloat16{}, Large{}) : visit(BFloat16{}, Small{});
     default:
         return cudaErrorInvalidValue;
     }

@@ -1,11 +1,12 @@
-// The end of relation's forward: the sums of all tiles merged into each row's statistics and loss. Its backward has the
-// parts of q merged here as well.
+// relation on a GPU, forward, last step: merges the sums of all tiles into each row's statistics and loss. The backward
+// merges the parts of q here as well.
 #include "cuda/relation/rows.cuh"
 
 namespace fastkd::cuda::relation {
 namespace {
 
-// blockDim is (32, 8), a block for 32 rows of a row block from `first` on; an eighth of the slots to a warp.
+// blockDim is (32, 8): one thread block per 32 rows, of row blocks from `first` on; each warp takes an eighth of the
+// slots.
 template <Method method, bool plain>
 FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
     constexpr int planes = plain ? 1 : planes_of(method);
@@ -13,11 +14,11 @@ FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
     using State = softmax_kl::KLState<float>;
     FASTKD_SHARED float partial[groups][planes][rows_of_group];
     const Cut& cut = args.cut;
-    const std::int64_t parts = args.side / rows_of_group, behind = cut.blocks - cut.first;
-    const std::int64_t part = block_x() % parts, block = cut.first + block_x() / parts % behind;
-    const std::int64_t here = block_x() / parts / behind, problem = cut.first_problem + here;
+    const std::int64_t parts = args.tile_size / rows_of_group, later = cut.blocks - cut.first;
+    const std::int64_t part = block_x() % parts, block = cut.first + block_x() / parts % later;
+    const std::int64_t problem_in_launch = block_x() / parts / later, problem = cut.first_problem + problem_in_launch;
     const int within = static_cast<int>(part) * rows_of_group + thread_x();
-    const std::int64_t row = block % cut.row_blocks * args.side + within;
+    const std::int64_t row = block % cut.row_blocks * args.tile_size + within;
     const bool mine = row < cut.rows && thread_y() == 0;
     const std::int64_t index = (problem * cut.samples + block / cut.row_blocks) * cut.rows + row;
     const std::int64_t end = block < cut.last ? cut.blocks : cut.last;
@@ -26,21 +27,24 @@ FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
         std::int64_t from = other * cut.row_blocks, to = from + cut.row_blocks;
         from = from > cut.first ? from : cut.first;
         to = to < end ? to : end;
-        if (plain) { // over all samples at once
+        if (plain) { // sums over all samples
             from = cut.first;
             to = end;
         }
         float total[planes] = {};
         State state = State::of_nothing();
         for (std::int64_t slot = from + thread_y(); slot < to; slot += groups) {
-            const float* at = args.sums + (here * cut.slots() + cut.slot(block, slot)) * (planes * args.side) + within;
+            const float* at = args.sums +
+                              (problem_in_launch * cut.slots() + cut.slot(block, slot)) * (planes * args.tile_size) +
+                              within;
             if constexpr (maxima) {
-                state.merge({at[0], at[args.side], at[2 * args.side], at[3 * args.side], at[4 * args.side]},
-                            args.inv_temperature);
+                state.merge(
+                    {at[0], at[args.tile_size], at[2 * args.tile_size], at[3 * args.tile_size], at[4 * args.tile_size]},
+                    args.inv_temperature);
             } else {
 #pragma unroll
                 for (int plane = 0; plane < planes; ++plane) {
-                    total[plane] += at[plane * args.side];
+                    total[plane] += at[plane * args.tile_size];
                 }
             }
         }
@@ -106,7 +110,7 @@ FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
         if (plain) {
             return;
         }
-        block_barrier(); // `partial` may be written again
+        block_barrier(); // before `partial` is overwritten
     }
     if (mine) {
         if (args.unit_scales) {
@@ -139,7 +143,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) merge_kernel(Merg
 } // namespace
 
 cudaError_t launch_merge(const MergeArgs& args, cudaStream_t stream) {
-    const std::int64_t rows = args.cut.problems * (args.cut.blocks - args.cut.first) * args.side;
+    const std::int64_t rows = args.cut.problems * (args.cut.blocks - args.cut.first) * args.tile_size;
     return launch(merge_kernel, {rows / rows_of_group, rows_of_group, groups}, stream, args);
 }
 

@@ -12,8 +12,8 @@ std::int64_t tile_of(const relation::Options& options) {
     return wide && options.rows > 64 && tiles >= enough_tiles ? 128 : 64;
 }
 
-// The plan with `together` problems, or a band of `band` row blocks, to a launch; `counted` leaves out what no limit
-// bounds.
+// Returns the plan with `together` problems, or a band of `band` row blocks, per launch. `counted` gets the bytes that
+// the limit applies to.
 RelationPlan lay_out(RelationPlan plan, const relation::Options& options, bool backward, std::int64_t limit,
                      std::int64_t together, std::int64_t band, std::int64_t* counted) {
     plan.together = together;
@@ -26,15 +26,15 @@ RelationPlan lay_out(RelationPlan plan, const relation::Options& options, bool b
         return plan;
     }
     plan.row_sums = arena.take_bytes(options.batch * options.rows * 4);
-    const std::int64_t size = options.dtype == DType::BFloat16 ? 2 : 4; // of fp16 two bfloat16
+    const std::int64_t size = options.dtype == DType::BFloat16 ? 2 : 4; // fp16: two bfloat16
     plan.h = arena.take_bytes(together * plan.tiles(0, band) * plan.tile * plan.tile * size);
     plan.sums = arena.take_bytes(slots);
     const std::int64_t products = together * band * plan.width_blocks;
-    const std::int64_t longest = ceil_div(plan.blocks * plan.tile, 256); // no shorter sums than over 256 columns
+    const std::int64_t longest = ceil_div(plan.blocks * plan.tile, 256); // each split sums at least 256 columns
     plan.splits = ceil_div(enough_products, products);
     const std::int64_t block = plan.tile * product_columns(element_size(options.dtype)) * 4;
-    const std::int64_t roomy = limit / 4 / (products * block); // what the parts may take beside H
-    for (const std::int64_t most : {longest, roomy > 1 ? roomy : 1}) {
+    const std::int64_t affordable = limit / 4 / (products * block); // the parts may take a quarter of the limit
+    for (const std::int64_t most : {longest, affordable > 1 ? affordable : 1}) {
         plan.splits = plan.splits > most ? most : plan.splits;
     }
     plan.partials = arena.take_bytes(plan.splits > 1 || !plan.whole() ? products * plan.splits * block : 0);
@@ -74,8 +74,8 @@ RelationPlan plan_relation(const relation::Options& options, std::int64_t studen
     lay_out(plan, options, backward, 0, 1, 1, &minimum);
     plan.minimum = minimum;
     RelationPlan found = lay_out(plan, options, backward, limit, 1, plan.blocks, &counted);
-    if (counted <= limit) {                                              // whole problems, as many as fit
-        std::int64_t most = limit / (counted > 0 ? counted : 1) * 2 + 1; // what all share is counted once
+    if (counted <= limit) {                                              // as many whole problems as fit
+        std::int64_t most = limit / (counted > 0 ? counted : 1) * 2 + 1; // buffers shared by all problems count once
         most = most < plan.problems ? most : plan.problems;
         for (std::int64_t together = most; together > 1; --together) {
             const RelationPlan more = lay_out(plan, options, backward, limit, together, plan.blocks, &counted);
@@ -85,7 +85,7 @@ RelationPlan plan_relation(const relation::Options& options, std::int64_t studen
         }
         return found;
     }
-    std::int64_t low = 1, high = plan.blocks; // `low` fits if anything does, `high` does not
+    std::int64_t low = 1, high = plan.blocks; // `low` fits if any band does, `high` does not fit
     while (high - low > 1) {
         const std::int64_t middle = low + (high - low) / 2;
         lay_out(plan, options, backward, limit, 1, middle, &counted);

@@ -1,8 +1,8 @@
-// softmax_kl on a GPU. The formulas are those of common/softmax_kl.h; here is how rows are spread over threads.
+// softmax_kl on a GPU. Formulas: common/softmax_kl.h.
 //
-// A row belongs to a group of threads: one warp, several rows to a block, where rows are short, else a whole block.
-// Each thread walks its share of the row 16 bytes at a time and keeps a KLState; the states of a group are raised to
-// common maxima and added in a fixed order, lanes by shuffles, then warps through shared memory. No atomics: two runs
+// A group of threads computes a row: one warp where rows are short (several rows per thread block), else the whole
+// thread block. Each thread reads its part of the row 16 bytes at a time into a KLState. The states of a group are
+// raised to common maxima and added in a fixed order, lanes by shuffles, then warps through smem. No atomics: two runs
 // give the same bits.
 #include "common/softmax_kl.h"
 
@@ -20,15 +20,15 @@ using softmax_kl::LogSoftmax;
 using softmax_kl::RowStrides;
 
 constexpr int block_threads = 256;
-constexpr std::int64_t short_row_bytes = 8192; // up to here one warp to a row was judged enough
-constexpr std::int64_t max_blocks = 1 << 20;   // each block takes several rows where there are more
+constexpr std::int64_t short_row_bytes = 8192; // longest row for one warp: a choice, not measured
+constexpr std::int64_t max_blocks = 1 << 20;   // with more rows each thread block loops over several
 
 FASTKD_DEVICE std::int64_t row_offset(RowStrides strides, std::int64_t rows, std::int64_t index) {
     return index / rows * strides.batch + index % rows * strides.row;
 }
 
-// A row in three parts: elements before the first multiple of 16 bytes, packs of 16 bytes, elements after them. Where
-// the arrays' addresses are not aligned alike there are no packs, and everything is in the last part.
+// A row in three parts: elements up to the first multiple of 16 bytes, packs of 16 bytes, remaining elements. Where the
+// arrays' addresses differ modulo 16 bytes there are no packs, and all elements are in the last part.
 template <class S>
 struct RowParts {
     std::int64_t head = 0;
@@ -68,7 +68,7 @@ FASTKD_DEVICE T sum_of_lanes(T value) {
     return value;
 }
 
-// The sums of a warp's states, in each of its lanes.
+// Merges a warp's states; every lane gets the result.
 template <class T>
 FASTKD_DEVICE void merge_lanes(KLState<T>& state, T inv_temperature) {
     state.raise(max_of_lanes(state.max_s), max_of_lanes(state.max_t), inv_temperature);
@@ -77,7 +77,7 @@ FASTKD_DEVICE void merge_lanes(KLState<T>& state, T inv_temperature) {
     state.a = sum_of_lanes(state.a);
 }
 
-// The sums of `warps` warps' states, in the first warp.
+// Merges the states of `warps` warps; the first warp gets the result.
 template <int warps, class T>
 FASTKD_DEVICE void merge_warps(KLState<T>& state, int lane, T inv_temperature) {
     FASTKD_SHARED KLState<T> of_warp[warps];
@@ -89,10 +89,10 @@ FASTKD_DEVICE void merge_warps(KLState<T>& state, int lane, T inv_temperature) {
         state = lane < warps ? of_warp[lane] : KLState<T>::of_nothing();
         merge_lanes(state, inv_temperature);
     }
-    block_barrier(); // of_warp may be written again
+    block_barrier(); // before of_warp is overwritten
 }
 
-// blockDim is (group, groups): `group` threads to a row.
+// blockDim is (group, groups): `group` threads per row.
 template <class S, int group>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) forward_kernel(Forward args) {
     using T = Compute<S>;
@@ -187,7 +187,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) backward_kernel(Backward 
 template <int group>
 Grid grid_of(std::int64_t rows) {
     constexpr int groups = block_threads / group;
-    const std::int64_t blocks = (rows + groups - 1) / groups;
+    const std::int64_t blocks = ceil_div(rows, groups);
     return {blocks < max_blocks ? blocks : max_blocks, group, groups};
 }
 

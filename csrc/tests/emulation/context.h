@@ -1,4 +1,4 @@
-// Switching between stacks of one thread of the host. For engine.cpp alone: it defines a symbol.
+// Switches between stacks within one host thread. Include only in engine.cpp: it defines a symbol.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,10 @@
 
 namespace fastkd::emulation {
 
-constexpr std::size_t stack_bytes = 512 * 1024; // address space; pages come when they are touched
+constexpr std::size_t stack_bytes = 512 * 1024; // address space; pages are allocated on first access
 
 #if defined(__x86_64__)
-// ucontext asks the kernel for the signal mask at every switch, which takes twenty times as long.
+// ucontext saves the signal mask with a system call at every switch, which takes twenty times as long.
 extern "C" void fastkd_emulation_switch(void** save, void* to);
 asm(R"(
     .text
@@ -41,7 +41,7 @@ fastkd_emulation_switch:
 struct Context {
     void* stack_pointer = nullptr;
     void prepare(char* stack, void (*entry)()) {
-        auto** top = reinterpret_cast<void**>(stack + stack_bytes) - 1; // the entry sees a stack as after a call
+        auto** top = reinterpret_cast<void**>(stack + stack_bytes) - 1; // the entry sees the stack of a called function
         *top = nullptr;
         *--top = reinterpret_cast<void*>(entry);
         stack_pointer = top - 6;

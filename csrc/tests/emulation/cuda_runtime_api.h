@@ -1,4 +1,4 @@
-// What fastkd's sources use of CUDA's runtime, for kernels that run on the host.
+// The part of CUDA's runtime API that fastkd's sources use, for kernels that run on the host.
 #pragma once
 
 #define CUDART_VERSION 0

@@ -1,4 +1,4 @@
-// Not compiled with -fsanitize: its own memory is nobody's business, and the switching of stacks must not be followed.
+// Compiled without -fsanitize: its memory needs no checks, and sanitizers cannot follow the switches between stacks.
 #include "tests/emulation/engine.h"
 
 #include <sys/mman.h>
@@ -24,15 +24,14 @@
 namespace fastkd::emulation {
 namespace {
 
-// ---- fibers
-// ----------------------------------------------------------------------------------------------------------
+// ---- fibers ----
 
-// Threads that wait for each other: `arrived` of them, until all have, which is a generation.
+// A barrier of `members` threads. When all have arrived, the next generation starts.
 struct Meeting {
     int members = 0, arrived = 0;
     std::uint64_t generation = 0;
     Operation operation = Operation::none;
-    char order[2]; // addresses by which ThreadSanitizer is told; two, or the fastest thread's next arrival would count
+    char order[2]; // addresses for ThreadSanitizer's annotations; two, to keep a thread's next arrival separate
 };
 
 struct Warp {
@@ -50,14 +49,14 @@ struct Fiber {
     int index = 0, exchanges = 0;
     bool done = true;
     const Meeting* waits = nullptr;
-    std::uint64_t until = 0; // it waits while waits->generation is this
+    std::uint64_t until = 0; // waits while waits->generation has this value
     const char* at = "";
-    std::vector<std::vector<Copy>> groups; // of asynchronous copies, the last one open
+    std::vector<std::vector<Copy>> groups; // of asynchronous copies; the last one is not committed yet
     bool ready() const { return !done && (waits == nullptr || waits->generation != until); }
 };
 
 struct Engine {
-    std::vector<std::unique_ptr<Fiber>> fibers; // as many as the largest block had threads
+    std::vector<std::unique_ptr<Fiber>> fibers; // one per thread of the largest block so far
     std::vector<Warp> warps;
     Meeting block;
     Fiber outside; // the caller of run
@@ -99,7 +98,7 @@ void arrived_on_stack(Fiber& self) {
     const void* bottom = nullptr;
     std::size_t bytes = 0;
     __sanitizer_finish_switch_fiber(self.fake_stack, &bottom, &bytes);
-    if (came_from == &engine.outside) { // a thread of the host, whose stack nobody else knows
+    if (came_from == &engine.outside) { // the caller's stack becomes known here
         engine.outside.stack = static_cast<char*>(const_cast<void*>(bottom));
         engine.outside.stack_size = bytes;
     }
@@ -126,7 +125,7 @@ int next_of(int i) {
     return engine.order == Order::reverse ? (i + n - 1) % n : (i + 1) % n;
 }
 
-// Whoever can go on, or the caller of run if nobody can.
+// Returns the next fiber that is ready, or the caller of run if none is.
 Fiber& next_fiber(int after) {
     int i = engine.order == Order::random ? static_cast<int>(engine.random() % engine.threads) : next_of(after);
     for (int tried = 0; tried < engine.threads; ++tried, i = next_of(i)) {
@@ -137,11 +136,11 @@ Fiber& next_fiber(int after) {
     return engine.outside;
 }
 
-[[noreturn]] void give_up(const std::string& what) {
+[[noreturn]] void fail(const std::string& what) {
     engine.error = "block " + std::to_string(engine.block_index) + ", thread (" + std::to_string(thread_x()) + ", " +
                    std::to_string(thread_y()) + "): " + what;
     change_to(engine.outside);
-    std::abort(); // nobody comes back
+    std::abort(); // not reached
 }
 
 void arrive(Meeting& meeting, Operation operation, const char* what) {
@@ -149,7 +148,7 @@ void arrive(Meeting& meeting, Operation operation, const char* what) {
     if (meeting.arrived == 0) {
         meeting.operation = operation;
     } else if (meeting.operation != operation) {
-        give_up(std::string("lanes of one warp are in different operations, one of them ") + what);
+        fail(std::string("lanes of one warp are in different operations, one in ") + what);
     }
     if (++meeting.arrived == meeting.members) {
         meeting.arrived = 0;
@@ -165,7 +164,7 @@ void arrive(Meeting& meeting, Operation operation, const char* what) {
 }
 
 void fiber_main() {
-    arrived_on_stack(*engine.current); // from the second block on a fiber arrives at the end of this loop
+    arrived_on_stack(*engine.current); // later blocks resume at the end of this loop
     for (;;) {
         Fiber& self = *engine.current;
         self.exchanges = 0;
@@ -173,7 +172,7 @@ void fiber_main() {
         (*engine.body)();
         for (const auto& group : self.groups) {
             if (!group.empty()) {
-                give_up("ends with asynchronous copies under way");
+                fail("ends with pending asynchronous copies");
             }
         }
         happens_before(engine.end);
@@ -191,7 +190,7 @@ void make_fibers(int count) {
         void* stack =
             mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (stack == MAP_FAILED) {
-            throw std::runtime_error("emulation: no memory for the stacks of a block's threads");
+            throw std::runtime_error("emulation: cannot allocate the stacks of a block's threads");
         }
         fiber->stack = static_cast<char*>(stack);
         fiber->context.prepare(fiber->stack, fiber_main);
@@ -221,7 +220,7 @@ void run_block(int shared_bytes) {
             const Fiber& fiber = *engine.fibers[i];
             if (!fiber.done) {
                 engine.error = "block " + std::to_string(engine.block_index) + ": " + std::to_string(engine.running) +
-                               " threads wait for others that never come, thread " + std::to_string(i) + " at " +
+                               " threads wait for others that never arrive, thread " + std::to_string(i) + " at " +
                                fiber.at;
                 break;
             }
@@ -242,16 +241,16 @@ void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, co
     const int threads = threads_x * threads_y;
     if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024 || threads % 32 != 0) {
         throw std::runtime_error("emulation: " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
-                                 " threads are no grid, or not of whole warps");
+                                 " threads: expected 1 to 2^31 - 1 blocks of 1 to 32 whole warps");
     }
     make_fibers(threads);
     engine.threads = threads;
     engine.threads_x = threads_x;
     engine.blocks = blocks;
     engine.body = &body;
-    void* shared = nullptr; // ends where the kernel's ends, for AddressSanitizer to see
+    void* shared = nullptr; // a separate allocation, so that AddressSanitizer sees accesses past its end
     if (shared_bytes > 0 && posix_memalign(&shared, 128, shared_bytes) != 0) {
-        throw std::runtime_error("emulation: no memory for a block's shared memory");
+        throw std::runtime_error("emulation: cannot allocate a block's shared memory");
     }
     engine.shared.reset(static_cast<unsigned char*>(shared));
     engine.block = {};
@@ -270,7 +269,7 @@ void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, co
         run_block(shared_bytes);
     }
     if (!engine.error.empty()) {
-        engine.fibers.clear(); // they are in the middle of something; their stacks stay, AddressSanitizer knows them
+        engine.fibers.clear(); // they cannot be resumed; their stacks are leaked, since AddressSanitizer refers to them
         throw std::runtime_error("emulation: " + engine.error);
     }
 }
@@ -291,17 +290,17 @@ std::int64_t grid_x() {
     return engine.blocks;
 }
 unsigned char* dynamic_shared() {
-    check(engine.shared != nullptr, "shared memory that the launch did not ask for");
+    check(engine.shared != nullptr, "dynamic shared memory in a launch without any");
     return engine.shared.get();
 }
 
 void check(bool fine, const char* what) {
     if (!fine) {
-        give_up(what);
+        fail(what);
     }
 }
 
-// The counts of barriers tell which of the two `order` addresses a barrier has.
+// Consecutive barriers alternate between the two `order` addresses.
 void block_barrier() {
     Meeting& meeting = engine.block;
     char* order = &meeting.order[meeting.generation % 2];
@@ -320,8 +319,7 @@ void warp_barrier() {
 
 namespace {
 
-// Lays the words down and waits; what the last lane to come makes of all lanes' words, it makes before the others go
-// on.
+// Writes the words and waits for the warp. The last lane to arrive computes the product before the others continue.
 Warp& meet(Operation operation, const std::uint32_t* words, int count, const char* what, int* turn, bool multiplies) {
     Fiber& self = *engine.current;
     Warp& warp = engine.warps[self.index / 32];
@@ -373,7 +371,7 @@ void copy_commit() {
 }
 
 bool copy_next(int groups, Copy* copy) {
-    auto& all = engine.current->groups; // the last one is open: no wait is for it
+    auto& all = engine.current->groups; // the last one is not committed: waits ignore it
     while (static_cast<int>(all.size()) - 1 > groups) {
         if (!all.front().empty()) {
             *copy = all.front().front();

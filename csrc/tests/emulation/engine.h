@@ -1,10 +1,9 @@
-// Runs a kernel's blocks on the host: every thread of a block is a fiber, and fibers switch only where threads wait for
-// each other. What waits for nothing in the kernel therefore really runs before or after what it should have waited
-// for.
+// Runs a kernel's thread blocks on the host: every thread of a block is a fiber, and fibers switch only where threads
+// wait for each other. So code that lacks a barrier really runs before or after the code it should have waited for.
 //
-// Blocks follow one another. The order in which fibers and blocks take turns can be chosen: a kernel that gives other
-// bits in another order lacks a barrier, or lets blocks meet. ThreadSanitizer is told of the fibers and of the barriers
-// alone, so it reports as a race what no barrier orders.
+// Blocks run one after another. The order of fibers and blocks is selectable: a kernel whose bits depend on it lacks a
+// barrier, or its blocks share memory. ThreadSanitizer knows the fibers and the barriers only, so it reports accesses
+// that no barrier orders as races.
 #pragma once
 
 #include <cstdint>
@@ -12,45 +11,44 @@
 
 namespace fastkd::emulation {
 
-// Whose turn is next, and which block's: ascending, descending, or drawn at random (always the same draws).
+// The order of threads and blocks: ascending, descending, or random with a fixed seed.
 enum class Order { forward, reverse, random };
 void set_order(Order order);
 
-// body() as each thread of each block; throws std::runtime_error if threads wait for what never comes, if lanes of a
-// warp meet in different operations, or at what a GPU would stop at (see `check`).
+// Calls body() as each thread of each block. Throws std::runtime_error on a deadlock, if lanes of a warp meet in
+// different operations, and where `check` fails.
 void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, const std::function<void()>& body);
 
-// ---- what kernels call, through cuda/device.cuh and cuda/matrix.cuh
-// --------------------------------------------------
+// ---- called by kernels, through cuda/device.cuh and cuda/matrix.cuh ----
 
 int thread_x();
 int thread_y();
 int lane();
 std::int64_t block_x();
 std::int64_t grid_x();
-unsigned char* dynamic_shared(); // NaN (all ones) when a block starts
+unsigned char* dynamic_shared(); // filled with ones (NaN) when a block starts
 
 void block_barrier();
 void warp_barrier();
 
-// Ends the run with an error where `fine` is false.
+// Ends the run with an error if `fine` is false.
 void check(bool fine, const char* what);
 
-// 32-bit words that each lane lays down and every lane of the warp may then read.
+// 32-bit words that each lane writes for every lane of the warp to read.
 constexpr int slot_words = 8;
 using Slots = std::uint32_t[32][slot_words];
 enum class Operation { none, barrier, shuffle, load_matrices, multiply_f16, multiply_bf16, multiply_tf32 };
 
-// Waits for the other lanes; the words of all 32, which stay until this lane's next exchange but one. As on a GPU it
-// orders no other memory.
+// Waits for the other lanes and returns the words of all 32, valid until this lane's next exchange but one. As on a GPU
+// it orders no other memory accesses.
 const Slots& exchange(Operation operation, const std::uint32_t* words, int count);
 
-// c += A B by whole warps, from each lane's fragments. Products are exact; each 8 of them (4 of tf32) are added to the
-// sum exactly, which is then cut off to a float: coarser than rounding, as the hardware is.
+// Computes c += A B over a warp, from each lane's fragments. Products are exact; 8 at a time (tf32: 4) are added
+// exactly, and the sum is truncated to a float, as the hardware does.
 void multiply(Operation operation, float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
 
-// Asynchronous copies of this thread, done by the caller: at once in the order `reverse`, else as late as may be. Both
-// are what a GPU may do.
+// Asynchronous copies of this thread, which the caller executes: immediately in the order `reverse`, otherwise as late
+// as possible. A GPU may do either.
 struct Copy {
     void* to;
     const void* from; // null: zeros
@@ -59,6 +57,6 @@ struct Copy {
 bool copies_at_once();
 void copy_start(Copy copy);
 void copy_commit();
-bool copy_next(int groups, Copy* copy); // one more that must be done for at most `groups` groups to be under way
+bool copy_next(int groups, Copy* copy); // returns the next copy due before at most `groups` groups are pending
 
 } // namespace fastkd::emulation

@@ -1,4 +1,4 @@
-// Not compiled with -fsanitize, as the engine.
+// Compiled without -fsanitize, like engine.cpp.
 #include "tests/emulation/products.h"
 
 #include <cmath>
@@ -23,15 +23,15 @@ float float_value(std::uint32_t bits) {
     return value;
 }
 
-// A double cut off to the float towards zero.
-float cut_off(double value) {
+// Returns a double truncated to a float.
+float truncate(double value) {
     const float nearest = static_cast<float>(value);
     return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(value)
                ? std::nextafter(nearest, 0.0f)
                : nearest;
 }
 
-// The fragments of matrix.cuh, put together; `wide` elements have 32 bits, else two share a word.
+// Assembles the fragments of matrix.cuh and multiplies; `wide` elements have 32 bits, otherwise two share a word.
 template <bool wide, class Value>
 void multiply_as(const Slots& slots, float (&products)[32][4], Value value) {
     constexpr int depth = wide ? 8 : 16;
@@ -60,7 +60,7 @@ void multiply_as(const Slots& slots, float (&products)[32][4], Value value) {
                 for (int k = begin; k < begin + depth / 2; ++k) {
                     exact += a[row][k] * b[k][column];
                 }
-                sum = cut_off(exact);
+                sum = truncate(exact);
             }
             products[lane][i] = sum;
         }
@@ -75,7 +75,7 @@ void multiply_fragments(Operation operation, const Slots& slots, float (&product
     } else if (operation == Operation::multiply_bf16) {
         multiply_as<false>(slots, products,
                            [](std::uint32_t bits) { return static_cast<double>(float_value(bits << 16)); });
-    } else { // the lower bits of a float do not count
+    } else { // tf32 ignores the lower bits of a float
         multiply_as<true>(slots, products,
                           [](std::uint32_t bits) { return static_cast<double>(float_value(bits & 0xffffe000u)); });
     }

@@ -1,12 +1,11 @@
-// What tensor cores make of the fragments that a warp's lanes hold.
+// Matrix products of a warp's fragments, as tensor cores compute them.
 #pragma once
 
 #include "tests/emulation/engine.h"
 
 namespace fastkd::emulation {
 
-// Adds A B to each lane's four sums, from the words of all lanes: four of A, two of B, as cuda/matrix.cuh lays them
-// out.
+// Adds A B to each lane's four sums. `slots` holds every lane's words: four of A, two of B, as in cuda/matrix.cuh.
 void multiply_fragments(Operation operation, const Slots& slots, float (&products)[32][4]);
 
 } // namespace fastkd::emulation

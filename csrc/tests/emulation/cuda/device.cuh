@@ -1,4 +1,4 @@
-// The host's answer to cuda/device.cuh: the same names, for kernels that run under tests/emulation/engine.h.
+// cuda/device.cuh for the host: the same names, for kernels that run under tests/emulation/engine.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -52,7 +52,7 @@ inline float exp2_of(float x) {
 }
 
 inline float multiply_alone(float a, float b) {
-    const volatile float product = a * b; // or the compiler would fuse it
+    const volatile float product = a * b; // volatile: the compiler must not contract it into an FMA
     return product;
 }
 
@@ -100,7 +100,7 @@ struct alignas(16) Pack {
 
 inline void check_aligned(const void* address) {
     emulation::check(reinterpret_cast<std::uintptr_t>(address) % 16 == 0,
-                     "16 bytes at an address that is no multiple of 16");
+                     "16 bytes at an address that is not a multiple of 16");
 }
 
 template <class Storage>
@@ -122,18 +122,18 @@ struct Grid {
     int shared_bytes = 0;
 };
 
-constexpr int most_shared_bytes = 99 * 1024; // on sm_86, 89 and 120
+constexpr int shared_limit = 99 * 1024; // of sm_86, 89 and 120
 
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t, Args... args) {
-    if (grid.blocks < 1 || grid.blocks > 0x7fffffff || grid.shared_bytes > most_shared_bytes) {
+    if (grid.blocks < 1 || grid.blocks > 0x7fffffff || grid.shared_bytes > shared_limit) {
         return cudaErrorInvalidConfiguration;
     }
     emulation::run(grid.blocks, grid.threads_x, grid.threads_y, grid.shared_bytes, [&] { kernel(args...); });
     return cudaSuccess;
 }
 
-// Few, so that small sizes are shared out among several blocks and looped over by each.
+// A small number, so that small problems use several blocks and loops within each.
 inline cudaError_t multiprocessors(int* count) {
     *count = 4;
     return cudaSuccess;

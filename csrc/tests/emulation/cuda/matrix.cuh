@@ -1,4 +1,4 @@
-// The host's answer to cuda/matrix.cuh, which tells what each of these does and how fragments lie.
+// cuda/matrix.cuh for the host; that file documents the functions and the layout of fragments.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -30,7 +30,7 @@ inline float float_of(std::uint32_t bits) {
 
 inline float round_to_tf32(float value) {
     std::uint32_t bits = bits_of(value);
-    if ((bits >> 23 & 255) != 255) { // to nearest, halves away from zero; Inf and NaN stay
+    if ((bits >> 23 & 255) != 255) { // to nearest, ties away from zero; Inf and NaN unchanged
         bits = (bits + 0x1000) & 0xffffe000u;
     }
     std::memcpy(&value, &bits, sizeof(value));
@@ -57,14 +57,14 @@ inline void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
     const auto& slots = emulation::exchange(emulation::Operation::load_matrices, words.at, 4);
     const int column = emulation::lane() / 4, first = emulation::lane() % 4 * 2;
     for (int i = 0; i < 4; ++i) {
-        const auto element = [&](int of_row) {
-            return slots[8 * i + of_row][column / 2] >> 16 * (column % 2) & 0xffff;
+        const auto element = [&](int row_index) {
+            return slots[8 * i + row_index][column / 2] >> 16 * (column % 2) & 0xffff;
         };
         r[i] = element(first) | element(first + 1) << 16;
     }
 }
 
-inline void copy_now(emulation::Copy copy) {
+inline void execute_copy(emulation::Copy copy) {
     if (copy.from == nullptr) {
         std::memset(copy.to, 0, copy.bytes);
     } else {
@@ -77,11 +77,11 @@ void copy_async(void* to, const void* from, bool inside) {
     static_assert(bytes == 16 || bytes == 8 || bytes == 4, "16, 8 or 4 bytes");
     for (const void* address : {static_cast<const void*>(to), inside ? from : nullptr}) {
         emulation::check(reinterpret_cast<std::uintptr_t>(address) % bytes == 0,
-                         "an asynchronous copy at an address that is no multiple of its size");
+                         "an asynchronous copy at an address that is not a multiple of its size");
     }
     const emulation::Copy copy{to, inside ? from : nullptr, bytes};
     if (emulation::copies_at_once()) {
-        copy_now(copy);
+        execute_copy(copy);
     } else {
         emulation::copy_start(copy);
     }
@@ -95,7 +95,7 @@ template <int groups>
 void copy_async_wait() {
     emulation::Copy copy;
     while (emulation::copy_next(groups, &copy)) {
-        copy_now(copy);
+        execute_copy(copy);
     }
 }
 

@@ -1,0 +1,82 @@
+# cuda_targets(<result> <detected>): the chips to compile for, such as "80;90", from FASTKD_CUDA_TARGETS:
+#
+#     unset          the visible GPUs' chips; all chips where nvidia-smi shows no GPU that one of them covers
+#     native         the visible GPUs' chips, or an error
+#     all            all chips, as for a wheel
+#     80,90          these
+#
+# <detected> becomes true where the visible GPUs decided. tests/packaging/test_build.py runs this file by itself.
+
+if(CMAKE_SCRIPT_MODE_FILE)
+  cmake_policy(VERSION 3.24)
+endif()
+set(all_cuda_targets 80 86 89 90 100 120) # not 103: nvcc 13.0 miscompiles for it, and it runs sm_100's code
+
+# Code for a chip runs on later chips of its generation (a cubin of sm_80 runs on sm_87).
+function(cuda_target_of capability result)
+  string(REGEX REPLACE "[^0-9]" "" chip "${capability}")
+  math(EXPR generation "${chip} / 10")
+  set(found "")
+  foreach(target IN LISTS all_cuda_targets)
+    math(EXPR target_generation "${target} / 10")
+    if(generation EQUAL target_generation AND NOT target GREATER chip)
+      set(found ${target})
+    endif()
+  endforeach()
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
+# The chips of the GPUs that nvidia-smi lists; empty without one, or if any has no target.
+function(visible_cuda_targets result)
+  set(found "")
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  OUTPUT_VARIABLE output RESULT_VARIABLE status ERROR_QUIET)
+  if(status EQUAL 0)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${output}")
+    foreach(capability IN LISTS capabilities)
+      cuda_target_of(${capability} target)
+      if(NOT target)
+        message(STATUS "A GPU of compute capability ${capability} has no target of its own")
+        set(found "")
+        break()
+      endif()
+      list(APPEND found ${target})
+    endforeach()
+  endif()
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
+function(cuda_targets result detected)
+  string(REGEX MATCHALL "[^ ,;]+" targets "$ENV{FASTKD_CUDA_TARGETS}")
+  set(${detected} FALSE PARENT_SCOPE)
+  if(targets STREQUAL "" OR targets STREQUAL "native")
+    visible_cuda_targets(visible)
+    if(visible)
+      set(${detected} TRUE PARENT_SCOPE)
+      set(targets ${visible})
+    elseif(targets STREQUAL "native")
+      message(FATAL_ERROR "FASTKD_CUDA_TARGETS=native needs a supported GPU that nvidia-smi lists, and there is none. "
+                          "State the chips instead, such as FASTKD_CUDA_TARGETS=90, or all")
+    else()
+      set(targets all)
+    endif()
+  endif()
+  if(targets STREQUAL "all")
+    set(targets ${all_cuda_targets})
+  endif()
+  foreach(target IN LISTS targets)
+    if(NOT target IN_LIST all_cuda_targets)
+      list(JOIN all_cuda_targets ", " expected)
+      message(FATAL_ERROR "FASTKD_CUDA_TARGETS: expected all, native, or some of ${expected}, separated by commas; "
+                          "got '$ENV{FASTKD_CUDA_TARGETS}'")
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES targets)
+  list(SORT targets COMPARE NATURAL)
+  set(${result} "${targets}" PARENT_SCOPE)
+endfunction()
+
+if(CMAKE_SCRIPT_MODE_FILE STREQUAL CMAKE_CURRENT_LIST_FILE)
+  cuda_targets(targets detected)
+  message("${targets}")
+endif()
