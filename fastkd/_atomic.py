@@ -1,4 +1,4 @@
-"""Write files, or replace a folder, as a whole: a reader sees the old content or the complete new one."""
+"""Write files and replace folders as a whole: readers see either the old content or all of the new."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def replace_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder; when the block ends, it takes the place of ``path`` and of all its content.
+    """Yield an empty temporary folder; when the block ends, it replaces ``path`` and everything in it.
 
     If the block raises, ``path`` stays as it was and the temporary folder is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    for leftover in (partial, old):  # of a process that had this number and was killed
+    for leftover in (partial, old):  # left by a killed process with the same PID
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
@@ -64,5 +64,5 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def _make_readable(path: Path) -> None:
-    """Undo the private mode of files that libraries write under a temporary name of their own."""
+    """Make a file or folder readable by everyone: temporary files of some libraries are private to the user."""
     path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,4 +1,4 @@
-"""Print on consoles whose encoding lacks some characters: substitute plain ones."""
+"""Print to consoles whose encoding lacks some characters, substituting plain ones."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def plain_characters() -> Iterator[None]:
     """
     changed: list[tuple[io.TextIOWrapper, str]] = []
     for stream in (sys.stdout, sys.stderr):
-        # None without a console; other classes (a notebook's) take any text. These three are Python's defaults.
+        # None without a console; streams of other classes (in a notebook) take any text.
         if isinstance(stream, io.TextIOWrapper) and not stream.closed:
             errors = stream.errors
-            if errors in ("strict", "surrogateescape", "backslashreplace"):
+            if errors in ("strict", "surrogateescape", "backslashreplace"):  # Python's defaults, not a user's choice
                 stream.reconfigure(errors=_HANDLER)
                 changed.append((stream, errors))
     try:
@@ -82,7 +82,7 @@ def plain_characters() -> Iterator[None]:
 
 
 def show(text: str) -> None:
-    """Print text that a run also writes to files; an unwritable standard output does not fail the run."""
+    """Print text that a run also writes to files; warn if standard output cannot be written, instead of failing."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -101,7 +101,7 @@ def drop_output() -> None:
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Substitute an unencodable character; an error handler for `codecs.register_error`."""
+    """Return the substitute for an unencodable character: an error handler for `codecs.register_error`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]

@@ -25,7 +25,7 @@ OPTIONAL = (
     "torchvision",
     "transformers",
 )
-"""Packages of the extra ``[ris]`` that matter in a bug report."""
+"""Packages of the ``[ris]`` extra that matter in a bug report."""
 
 
 class Info(dict[str, Any]):
@@ -64,8 +64,8 @@ def info() -> Info:
 
     Returns:
         A dict of plain values with the keys ``package`` (its folder), ``hides`` (the folder of an installed fastkd that
-        it shadows, or None), ``versions``, ``devices``, ``backends`` (name to ``in_use`` and
-        ``why_not``), ``build``, ``environment`` and ``optional``; ``print`` shows it as text.
+        it shadows, or None), ``versions``, ``devices``, ``backends`` (name to ``in_use`` and ``why_not``), ``build``,
+        ``environment`` and ``optional``; ``print`` shows it as text.
 
     Example:
         >>> import fastkd
@@ -189,9 +189,7 @@ def _backends() -> dict[str, dict[str, Any]]:
         reason = dispatch.unavailable_reason(name)
         places = {"cpu": "cpu", "cuda": "cuda:0", "triton": "cuda:0"}
         if reason is None and name in places and (name == "cpu" or torch.cuda.is_available()):
-            reason = dispatch.unavailable_reason(
-                name, "softmax_kl", places[name]
-            )  # does it also compute the right thing?
+            reason = dispatch.unavailable_reason(name, "softmax_kl", places[name])  # also runs its self-test
         found[name] = {"in_use": reason is None, "why_not": reason}
     return found
 

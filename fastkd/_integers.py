@@ -1,4 +1,4 @@
-"""Integer arithmetic of sizes, for fastkd and its Triton kernels."""
+"""Integer arithmetic on sizes, shared by fastkd and its Triton kernels."""
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -20,7 +20,7 @@ EXTRA = {
     "torchmetrics",
     "transformers",
 }
-"""Packages of the extra, by import name."""
+"""Import names of the extra's packages."""
 
 
 def lazy_names(package: str, names: dict[str, str]) -> Callable[[str], Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def shortened(names: Sequence[str], limit: int = 3) -> str:
-    """Return ``names`` as text, the first ``limit`` of them.
+    """Return the first ``limit`` names as text, with the number of the others.
 
     Example:
         >>> shortened(["a", "b", "c", "d", "e"])
@@ -29,7 +29,7 @@ def suggestion(name: object, known: Iterable[object], limit: int = 12) -> str:
         >>> suggestion("stage", ["stages", "logits"])
         " Did you mean 'stages'?"
         >>> suggestion("x", ["stages", "logits"])
-        " There is: 'stages', 'logits'."
+        " Available: 'stages', 'logits'."
     """
     names = [str(one) for one in known]
     close = close_matches(name, names)
@@ -37,4 +37,4 @@ def suggestion(name: object, known: Iterable[object], limit: int = 12) -> str:
         return f" Did you mean {' or '.join(map(repr, close))}?"
     if not names:
         return ""
-    return f" There is: {', '.join(map(repr, names[:limit]))}{', ...' if len(names) > limit else ''}."
+    return f" Available: {', '.join(map(repr, names[:limit]))}{', ...' if len(names) > limit else ''}."

@@ -40,7 +40,7 @@ def build_info() -> dict[str, Any]:
 
 
 def _build_info_name() -> str:
-    """Return the name of this Python's file; another Python installed from the same tree has a separate one."""
+    """Return the name of the build record; it contains the Python version, as several may share one source tree."""
     tag = importlib.machinery.EXTENSION_SUFFIXES[0].split(".")[1]
     return f"_build_info.{tag}.json"
 
@@ -48,7 +48,7 @@ def _build_info_name() -> str:
 def hidden() -> Path | None:
     """Return the folder of an installed fastkd that this one shadows on the path, or None.
 
-    Usually a program was started inside a checkout: Python searches the current folder first.
+    This happens when Python starts inside a checkout, because it searches the current folder first.
     """
     for found in distributions(name="fastkd"):
         try:

@@ -1,4 +1,4 @@
-"""Device, precision and memory format of the models that training and evaluation run."""
+"""Device, precision and memory format for training and evaluation."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _BY_NAME = {
     "timm.utils.model_ema.ModelEmaV2",
     "timm.utils.model_ema.ModelEmaV3",
     "deepspeed.runtime.engine.DeepSpeedEngine",
-}  # compared by name, to avoid the imports
+}  # compared by name, so that these packages are not imported
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -57,7 +57,7 @@ def plain_name(name: str) -> str:
 
 
 def plain_names(state: Mapping[str, _T]) -> dict[str, _T]:
-    """Return a state dict with the wrappers' parts removed from the names; ``module.`` only if all names have it.
+    """Return a state dict with the wrappers' parts removed from the names, ``module.`` only if all names start with it.
 
     Raises:
         ValueError: two names differ only by a wrapper.

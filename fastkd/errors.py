@@ -8,7 +8,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class FastKDWarning(UserWarning):
-    """A warning of fastkd, such as an unavailable backend or a truncated sentence."""
+    """A warning from fastkd, for example about an unavailable backend or a truncated sentence."""
 
 
 class Terminated(SystemExit):

@@ -1,4 +1,4 @@
-"""The base of the losses' module forms, which keeps options as attributes, and the train-only channel aligner."""
+"""Base class of the losses' module forms, and the train-only channel aligner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LossModule(nn.Module):
 
     An ``nn.Parameter`` becomes a parameter of the module, optimised and in its state dict. Any other tensor becomes a
     buffer that follows ``.to(device)`` and is not saved. A tensor computed from parameters keeps its graph, so that
-    they receive gradients; a copy or a pickle of the module holds its values only.
+    they receive gradients; a copy or pickle of the module holds only its values.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -28,7 +28,7 @@ class LossModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__dict__.get("_names", ()) or isinstance(getattr(type(self), name, None), property):
-            super().__setattr__(name, value)  # a property: the option is parametrised
+            super().__setattr__(name, value)  # torch's parametrize turns the option into a property
             return
         self.__dict__.pop(name, None)
         self._parameters.pop(name, None)
@@ -107,7 +107,11 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def make_aligner(student_channels: int | None, teacher_channels: int | None) -> ChannelAligner | None:
-    """Return an aligner if the two widths are given and differ, else None."""
+    """Return an aligner if both widths are given and differ, else None.
+
+    Raises:
+        TypeError, ValueError: a width that is not a positive int, or only one width given.
+    """
     for name, value in (("student_channels", student_channels), ("teacher_channels", teacher_channels)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name}: expected a positive int or None, got {type(value).__name__}")

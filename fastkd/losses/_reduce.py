@@ -9,7 +9,7 @@ from fastkd.ops.numerics import compute_dtype
 from fastkd.ops.torch_state import savable
 
 ATTENTION_TEMPERATURE = 0.5
-"""The temperature of the channel-attention weights."""
+"""Temperature of the channel-attention weights."""
 
 
 def channel_attention(teacher_rows: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def channel_kd(
     """Compare the channel–channel relation matrices of student and teacher, row by row.
 
     A reconstruction of the channel-relation term of "Channel Attention-Guided Cross-Modal Knowledge Distillation for
-    Referring Image Segmentation" (arXiv 2604.16806); its switches also give the channel relations of DANet
+    Referring Image Segmentation" (arXiv 2604.16806); its options also give the channel relations of DANet
     ("Dual Attention Network for Scene Segmentation"), ICKD ("Exploring Inter-Channel Correlation for
     Diversity-preserved Knowledge Distillation") and the channel term of CIRKD ("Cross-Image Relational Knowledge
     Distillation for Semantic Segmentation"): see docs/maths.md.
@@ -43,7 +43,7 @@ def channel_kd(
     - ``distance``, per channel r: "kl" KL(softmax(σE_T[r]/τ) ‖ softmax(σE_S[r]/τ)), without a factor τ²;
       "mse" mean_j (E_S[r, j] − E_T[r, j])²; "row_cosine" ‖E_S[r]/‖E_S[r]‖ − E_T[r]/‖E_T[r]‖‖².
 
-    A relation per sample is invariant to a permutation of the pixels, so it carries no spatial information by itself.
+    A per-sample relation is invariant to a permutation of the pixels, so it carries no spatial information by itself.
 
     Args:
         student: (B, C, H, W) or (B, C, N), any floating dtype.
@@ -57,10 +57,10 @@ def channel_kd(
             then (1, C). Under data parallelism each rank has its own relation.
         reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, C); (B·p², C) with patches, samples outermost and
             patches in row-major order; (1, C) with ``across_batch``.
-        backend: "auto", or the name of a backend.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        fp32 (fp64 if an input is fp64).
+        The loss in fp32 (fp64 if an input is fp64).
 
     Raises:
         ValueError, TypeError: an invalid argument; the message names it and the fix.
@@ -121,7 +121,7 @@ def _check_options(
         raise ValueError(f"patches: expected a positive int, got {patches}")
     if across_batch and patches > 1:
         raise ValueError(
-            f"patches: across_batch=True makes one relation of the batch, so patches must be 1, not {patches}"
+            f"patches: across_batch=True forms one relation of the whole batch, so patches must be 1, not {patches}"
         )
     return temperature
 
@@ -143,16 +143,16 @@ def _rows(name: str, features: Tensor, centered: bool, patches: int, across_batc
         raise ValueError(
             f"patches: {patches} does not divide the {name}'s map of {h}×{w}; choose a common divisor, or crop the map"
         )
-    split = features.reshape(b, c, patches, h // patches, patches, w // patches)
+    split = features.reshape(b, c, patches, h // patches, patches, w // patches)  # (B, C, p, H/p, p, W/p)
     return split.permute(0, 2, 4, 1, 3, 5).reshape(b * patches**2, c, -1)  # (B·p², C, N/p²)
 
 
 class ChannelKD(LossModule):
-    """:func:`channel_kd` as a module; see there for the arguments.
+    """:func:`channel_kd` as a module with the same arguments.
 
-    Given ``student_channels`` and ``teacher_channels`` that differ, it owns a train-only, bias-free 1×1 aligner
-    ``aligner`` (else None). Note that an aligner trained by this loss can satisfy a relation by itself; prefer student
-    and teacher maps of equal width.
+    If ``student_channels`` and ``teacher_channels`` are given and differ, its attribute ``aligner`` is a train-only,
+    bias-free 1×1 convolution, else None. An aligner trained by this loss can match the relations without the student
+    learning anything; prefer student and teacher maps of equal width.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def channel_distribution_kd(
     are interpretations of the channel attention in "Channel Attention-Guided Cross-Modal Knowledge Distillation for
     Referring Image Segmentation" (arXiv 2604.16806). Per channel: τ²·KL(softmax_N(F_T/τ) ‖ softmax_N(F_S/τ)).
 
-    With a guide, P_x = softmax over columns of X̂_xX̂_xᵀ/guide_temperature, X̂ the channels with norm 1, per sample, and
+    With a guide, P_x = softmax over columns of X̂_xX̂_xᵀ/guide_temperature, X̂ the channels scaled to norm 1, per sample:
 
     - "own": F_S is replaced by P_S F_S and F_T by P_T F_T (gradients flow through P_S);
     - "teacher": both are mixed by P_T.
@@ -46,10 +46,10 @@ def channel_distribution_kd(
         guide_temperature: the temperature of P, > 0.
         weight: None, a (B, C) tensor ≥ 0, or "attention": C·softmax_C(⟨|F_T|⟩_N / 0.5).
         reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, C).
-        backend: "auto", or the name of a backend.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        fp32 (fp64 if an input is fp64).
+        The loss in fp32 (fp64 if an input is fp64).
 
     Raises:
         ValueError, TypeError: an invalid argument; the message names it and the fix.
@@ -103,16 +103,16 @@ def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tens
 
 
 def _attention(rows: Tensor, temperature: float | Tensor) -> Tensor:
-    """Return P (B, C, C) of rows (B, C, N)."""
+    """Return the channel attention P (B, C, C) of rows (B, C, N)."""
     unit = normalise_rows(rows)
     return torch.softmax(product(unit, unit.mT) / temperature, -1)
 
 
 class ChannelDistributionKD(LossModule):
-    """:func:`channel_distribution_kd` as a module; see there for the arguments.
+    """:func:`channel_distribution_kd` as a module with the same arguments.
 
-    Given ``student_channels`` and ``teacher_channels`` that differ, it owns a train-only, bias-free 1×1 aligner
-    ``aligner`` (else None).
+    If ``student_channels`` and ``teacher_channels`` are given and differ, its attribute ``aligner`` is a train-only,
+    bias-free 1×1 convolution, else None.
     """
 
     def __init__(

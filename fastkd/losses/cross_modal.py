@@ -1,4 +1,4 @@
-"""Cross-modal distillation: match the attention of pixels to words, and its products over pixel and word pairs."""
+"""Cross-modal distillation: match pixel–word attention and its second-order products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastkd.ops.pixel_word.reference import SIMILARITIES, TERMS
 DEFAULT_TERMS: Mapping[str, float] = MappingProxyType(
     {"pixel_to_word": 1.0, "word_to_pixel": 1.0, "pixel_pixel": 3.0, "word_word": 3.0}
 )
-"""The weights of ``terms=None``, provisional; docs/maths.md gives the reasons."""
+"""Weights used for ``terms=None``. They are provisional; see docs/maths.md."""
 
 FIRST_ORDER = ("pixel_to_word", "word_to_pixel")
 WordMask = Tensor | tuple[Tensor, Tensor]
@@ -57,23 +57,23 @@ def cross_modal_kd(
         student_words: (B, T, D_S).
         teacher_pixels: (B, N, D_T) or (B, D_T, H, W); D_T may differ from D_S. Must not require grad.
         teacher_words: (B, T, D_T). Must not require grad. Its number of words may differ from the student's if
-            "pixel_pixel" is the only term: different tokens cannot be compared one by one.
-        word_mask: None or bool (B, T), True = valid. For "pixel_pixel" alone also a pair (student's, teacher's).
+            "pixel_pixel" is the only term, since different tokens cannot be compared one by one.
+        word_mask: None or bool (B, T), True = valid; with "pixel_pixel" alone, also a pair (student's, teacher's).
         pixel_mask: None or bool (B, N) or (B, H, W), True = valid.
         similarity: "scaled_dot" or "cosine".
         temperature: τ > 0.
         terms: weights ≥ 0 by term, for example ``{"pixel_to_word": 1.0, "pixel_pixel": 0.5}``; other terms are not
-            computed. None takes ``DEFAULT_TERMS``.
+            computed. None means ``DEFAULT_TERMS``.
         reduction: "mean" over the batch, "sum", or "none": (B,).
         return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
-        backend: "auto", or the name of a backend.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        fp32 (fp64 if an input is fp64).
+        The loss, or a dict of its terms, in fp32 (fp64 if an input is fp64).
 
     Raises:
         ValueError, TypeError: an invalid argument; the message names it and the fix. A sample without a valid word or
-            pixel is refused on the CPU; on a GPU, where reading the mask would stall the stream, its loss is NaN.
+            pixel is an error on the CPU; on a GPU, where reading the mask would stall the stream, its loss is NaN.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
@@ -136,16 +136,16 @@ def cross_modal_kd_from_logits(
         student_logits: M_S, (B, N, T), before any softmax; or (B, heads, N, T), where every head is compared with the
             teacher's head of the same index and a sample's term is the mean over its heads.
         teacher_logits: M_T, the same shape; T may differ if "pixel_pixel" is the only term. Must not require grad.
-        word_mask: None or bool (B, T), True = valid. For "pixel_pixel" alone also a pair (student's, teacher's).
+        word_mask: None or bool (B, T), True = valid; with "pixel_pixel" alone, also a pair (student's, teacher's).
         pixel_mask: None or bool (B, N), True = valid.
         temperature: τ > 0.
-        terms: weights ≥ 0 by term; None takes ``DEFAULT_TERMS``.
+        terms: weights ≥ 0 by term; None means ``DEFAULT_TERMS``.
         reduction: "mean" over the batch, "sum", or "none": (B,).
         return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
-        backend: "auto", or the name of a backend.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        fp32 (fp64 if an input is fp64).
+        The loss, or a dict of its terms, in fp32 (fp64 if an input is fp64).
 
     Raises:
         ValueError, TypeError: as :func:`cross_modal_kd`.
@@ -174,7 +174,7 @@ def cross_modal_kd_from_logits(
     words = (student_logits.shape[-1], teacher_logits.shape[-1])
     mask_s, mask_t = _word_masks(word_mask, batch, words, weights, student_logits)
     mask_p = _pixel_mask(pixel_mask, batch, pixels, [], student_logits)
-    if heads_s:  # every head is a separate sample: (B·heads, N, T)
+    if heads_s:  # each head is a separate sample: (B·heads, N, T)
         student_logits, teacher_logits = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
         mask_s, mask_t, mask_p = (
             None if m is None else m.repeat_interleave(heads_s[0], 0) for m in (mask_s, mask_t, mask_p)
@@ -182,7 +182,7 @@ def cross_modal_kd_from_logits(
     inputs = Inputs(student_logits, None, teacher_logits, None, mask_s, mask_t, mask_p)
     results = pixel_word_unchecked(inputs, "scaled_dot", temperature, tuple(weights), backend)
     if heads_s:
-        results = {term: value.reshape(-1, heads_s[0]).mean(1) for term, value in results.items()}
+        results = {term: value.reshape(-1, heads_s[0]).mean(1) for term, value in results.items()}  # (B,)
     return _combine(results, weights, temperature, reduction, return_terms)
 
 
@@ -215,13 +215,14 @@ def _check_sizes(
 
 
 def _as_rows(pixels: Tensor) -> Tensor:
+    """Return pixels (B, N, D) or (B, D, H, W) as (B, N, D)."""
     return pixels.flatten(2).mT if pixels.dim() == 4 else pixels
 
 
 def _word_masks(
     mask: WordMask | None, batch: int, words: tuple[int, int], weights: Mapping[str, float], like: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the checked word masks of student and teacher."""
+    """Return the word masks of student and teacher, after checking them."""
     if mask is None:
         return None, None
     pair = isinstance(mask, tuple | list)
@@ -274,7 +275,7 @@ def _combine(
 
 
 class CrossModalKD(LossModule):
-    """:func:`cross_modal_kd` as a module; see there for the arguments. The two widths may differ without an aligner."""
+    """:func:`cross_modal_kd` as a module with the same arguments. The widths may differ; no aligner is needed."""
 
     def __init__(
         self,

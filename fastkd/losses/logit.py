@@ -14,8 +14,8 @@ from fastkd.ops.softmax_kl.reference import softmax_kl as softmax_kl_reference
 
 LAYOUT = "(B, K, H, W), (B, K, N) or (B, K)"
 FEW_CLASSES = 8
-"""With fewer classes "auto" takes plain torch on the CPU: at K = 2 it was measured 5 times as fast as transposing the
-logits for the C++ kernel, at K = 8 and 12 equally fast, at K = 16 slower."""
+"""With fewer classes, "auto" uses plain torch on the CPU. Compared with transposing the logits for the C++ kernel, it
+was measured 5 times as fast at K = 2, equally fast at K = 8 and 12, and slower at K = 16."""
 IGNORE_INDEX = -100
 """The default label of rows to skip, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -35,7 +35,7 @@ def logit_kd(
     """Compare the class distributions of every pixel: τ²·KL(softmax_K(z_T/τ) ‖ softmax_K(z_S/τ)).
 
     A reconstruction of "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), pixel by pixel. A single
-    channel (K = 1) is taken as the two-class logits (0, z), that is, as a sigmoid.
+    channel (K = 1) is treated as the two-class logits (0, z), that is, as a sigmoid.
 
     Args:
         student_logits: (B, K, H, W), (B, K, N) or (B, K), any floating dtype; the softmax runs over ``class_dim``.
@@ -49,14 +49,14 @@ def logit_kd(
         ignore_index: the label to skip; any value but -100 needs ``labels``.
         reduction: "mean" over all valid pixels of the batch, "sum", or "none": the shape of the logits without K, 0 at
             masked pixels.
-        backend: "auto", or the name of a backend.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        fp32 (fp64 if an input is fp64).
+        The loss in fp32 (fp64 if an input is fp64).
 
     Raises:
         ValueError, TypeError: an invalid argument; the message names it and the fix. A mask without any valid pixel
-            is refused on the CPU; on a GPU, where reading it would stall the stream, its mean is NaN.
+            is an error on the CPU; on a GPU, where reading it would stall the stream, the mean is NaN.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
@@ -86,10 +86,10 @@ def logit_kd(
         student = torch.where(mask.unsqueeze(1), student, zero)
         teacher = torch.where(mask.unsqueeze(1), teacher, zero.to(teacher.dtype))
     if student.shape[1] == 1:
-        student = torch.cat([torch.zeros_like(student), student], 1)
+        student = torch.cat([torch.zeros_like(student), student], 1)  # (B, 2, N)
         teacher = torch.cat([torch.zeros_like(teacher), teacher], 1)
 
-    # Plain torch computes the softmax over dimension 1 in place; the kernels need a row's classes contiguous.
+    # Plain torch computes the softmax over dimension 1 directly; the kernels need a row's classes contiguous.
     differentiated = checks.differentiates_temperature(backend, temperature)
     if backend == "auto" and student.shape[1] < FEW_CLASSES and student.device.type == "cpu":
         backend = "reference" if backend_from_env() == "auto" else "auto"
@@ -134,7 +134,7 @@ def _check_options(temperature: float | Tensor, class_dim: int, ignore_index: in
 
 
 class LogitKD(LossModule):
-    """:func:`logit_kd` as a module; see there for the arguments."""
+    """:func:`logit_kd` as a module with the same arguments."""
 
     def __init__(
         self,

@@ -27,8 +27,8 @@ def pixel_relation_kd(
 ) -> Tensor:
     """Compare the pixel–pixel relation matrices of student and teacher, row by row.
 
-    The usual relational baseline: with ``cross_image`` a reconstruction of the mini-batch pixel term of CIRKD
-    ("Cross-Image Relational Knowledge Distillation for Semantic Segmentation"), with ``distance="mse"`` of the
+    The usual relational baseline. With ``cross_image`` it reconstructs the mini-batch pixel term of CIRKD
+    ("Cross-Image Relational Knowledge Distillation for Semantic Segmentation"), with ``distance="mse"`` the
     pair-wise term of SKDS ("Structured Knowledge Distillation for Semantic Segmentation"): see docs/maths.md.
 
     Each sample's features are an N×C matrix X, one row per pixel, and E = sim(X, X) of shape N×N:
@@ -45,10 +45,10 @@ def pixel_relation_kd(
             pair; a row's loss is the mean over j.
         weight: None or a (B, N) tensor ≥ 0.
         reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, N), pixels in row-major order.
-        backend: "auto", or the name of a backend.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        fp32 (fp64 if an input is fp64).
+        The loss in fp32 (fp64 if an input is fp64).
 
     Raises:
         ValueError, TypeError: an invalid argument; the message names it and the fix.
@@ -89,10 +89,7 @@ def _check_options(similarity: str, distance: str, temperature: float | Tensor, 
 
 
 class PixelRelationKD(LossModule):
-    """:func:`pixel_relation_kd` as a module; see there for the arguments.
-
-    The two widths may differ without an aligner.
-    """
+    """:func:`pixel_relation_kd` as a module with the same arguments. The widths may differ; no aligner is needed."""
 
     def __init__(
         self,

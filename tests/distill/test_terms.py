@@ -128,7 +128,7 @@ def test_follow_mappings_and_namedtuples() -> None:
     value = {"a.b": 1, "a": [{"c": torch.ones(1)}]}
     assert torch.equal(follow(value, "a.0.c"), torch.ones(1))
     assert select("tap.0", None, {"tap": [5]}) == (5,)
-    with pytest.raises(ValueError, match="There is: 'c'"):
+    with pytest.raises(ValueError, match="Available: 'c'"):
         follow(value, "a.0.zzz")
 
 
