@@ -1,4 +1,4 @@
-"""Distillation around any model: the distiller, its terms, taps and recipes. Needs only torch.
+"""Distillation for any model: the distiller, its terms, taps and recipes. Needs only torch.
 
 - `Distiller` combines student, teacher, task loss and terms in one module for any training loop.
 - `Term` is one distillation loss with the tensors it compares and its weight.

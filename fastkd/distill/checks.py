@@ -39,12 +39,12 @@ def check_frozen(teacher: nn.Module, student: nn.Module) -> None:
     ]
     if elsewhere:
         raise ValueError(
-            f"student is on {device}, but the teacher's {shortened(elsewhere)}: move both with distiller.to(device)"
+            f"student is on {device}, but the teacher has {shortened(elsewhere)}: move both with distiller.to(device)"
         )
 
 
 def check_deterministic(run_teacher: Callable[[], NamedTensors]) -> None:
-    """Run the teacher twice; raise ``ValueError`` for no tensors, NaN or +Inf, or values that change in between."""
+    """Run the teacher twice; raise ``ValueError`` if it returns no tensor, NaN, +Inf or different values."""
     first, second = run_teacher(), run_teacher()
     if not first:
         raise ValueError("teacher returned no tensor: its forward must return a tensor or an object that holds some")
@@ -52,7 +52,7 @@ def check_deterministic(run_teacher: Callable[[], NamedTensors]) -> None:
         raise ValueError("teacher returned different outputs in two passes over one batch")
     for (name, a), (_, b) in zip(first, second, strict=True):
         if (torch.isnan(a) | (a == math.inf)).any():  # −inf may be a mask
-            raise ValueError(f"teacher's {name} holds NaN or Inf on the first batch: are its weights loaded and whole?")
+            raise ValueError(f"teacher's {name} holds NaN or Inf on the first batch: were all of its weights loaded?")
         # Not bit for bit: some GPU convolutions differ in the last digits between two runs.
         tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 1e-2
         scale = a.detach().abs().nan_to_num(0, 0, 0).max() if a.numel() else a.new_zeros(())
@@ -64,7 +64,7 @@ def check_deterministic(run_teacher: Callable[[], NamedTensors]) -> None:
 
 
 def check_gradients(report: GradientReport) -> None:
-    """Raise ``ValueError`` for a loss that is not finite or sends no finite gradient, or a term that is exactly 0."""
+    """Raise ``ValueError`` if a loss or its gradient is not finite, or if a gradient or a term is exactly 0."""
     for name, value in report.values.items():
         loss = "the task loss" if name == "task" else f"term {name!r}"
         if not math.isfinite(value):

@@ -53,7 +53,7 @@ class Distiller(nn.Module):
         inputs: keys of the batch to pass to the models as keyword arguments, where the batch has them. If it has
             ``teacher_input_ids`` (``teacher_`` plus a key), the teacher receives that instead: the sentence tokenised
             by its own tokenizer. Words then differ between the two sides, so the only cross-modal term accepted is
-            ``"pixel_pixel"``, with a pair of word masks. The ``image`` is normalised for the student and converted for
+            ``"pixel_pixel"``, with a pair of word masks. ``image`` is normalised for the student and converted for
             a teacher with another normalisation, if both models declare theirs. A model whose weights are not float32
             computes in their dtype.
         student_taps: name to module path (or a `Taps`) for features missing from the student's output; terms select
@@ -169,12 +169,12 @@ class Distiller(nn.Module):
         return inputs
 
     def check(self, batch: Mapping[str, Any]) -> GradientReport:
-        """Raise one clear error for each mistake that would go unnoticed in training.
+        """Look for mistakes that would go unnoticed in training, and raise a clear error for the first one found.
 
         Those are: a teacher in train mode, with parameters that require a gradient, without weights, on another device,
         with NaN in its output or taps, or with values that change between two passes; a term or task loss that is not a
         finite scalar or sends no finite gradient to the student; a term that is exactly 0; a tap that never fires.
-        Models, gradients and random state stay as they are.
+        Models, gradients and random state are left unchanged.
 
         Args:
             batch: a training batch on the distiller's device; the student should be in train mode.
@@ -195,7 +195,7 @@ class Distiller(nn.Module):
         return report
 
     def gradient_report(self, batch: Mapping[str, Any]) -> GradientReport:
-        """Return values and gradient norms of the task and of every term on one batch, changing nothing."""
+        """Return values and gradient norms of the task and of every term on one batch, without side effects."""
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("student has no parameter that requires a gradient: nothing can train")
@@ -204,7 +204,7 @@ class Distiller(nn.Module):
             return report_gradients({"task": output.task, **output.terms}, parameters, self.weights)
 
     def gradient_shares(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """Return term name to the norm of its weighted gradient over the task's, both with respect to the student."""
+        """Return term name to gradient share: the norm of its weighted gradient divided by that of the task's."""
         return self.gradient_report(batch).shares
 
     def balance(
@@ -217,7 +217,7 @@ class Distiller(nn.Module):
             shares: term name to r; the weighted gradient's norm becomes r times the task's.
 
         Returns:
-            The weights of all terms.
+            The new weights of all terms.
 
         Example:
             >>> distiller.balance(batch, {"channel_distribution_kd": 0.5})

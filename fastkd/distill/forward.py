@@ -51,7 +51,7 @@ def normalisation(model: nn.Module) -> Normalisation | None:
 
 
 def renormalise(image: Tensor, source: Normalisation, target: Normalisation) -> Tensor:
-    """Convert images (B, 3, H, W) from one normalisation to another."""
+    """Return images (B, 3, H, W) converted from one normalisation to another; anything else unchanged."""
     if image.ndim != 4 or image.shape[1] != 3 or same_normalisation(source, target):
         return image
     (source_mean, source_std), (target_mean, target_std) = source, target

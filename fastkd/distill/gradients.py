@@ -42,7 +42,7 @@ class GradientReport:
 def report_gradients(
     losses: Mapping[str, Tensor], parameters: Sequence[Tensor], weights: Mapping[str, float]
 ) -> GradientReport:
-    """Return the values and gradient norms of scalar losses, whose graphs are kept.
+    """Return the values and gradient norms of scalar losses; their graphs are kept.
 
     Raises:
         ValueError: a loss that is not a scalar tensor.

@@ -18,9 +18,9 @@ from fastkd.distill.selectors import follow
 class Taps(Mapping[str, Any]):
     """Record the outputs of chosen modules at every forward of a model.
 
-    A mapping from your names to the latest outputs. Every forward of the model clears the previous ones; a module that
-    is called several times in one forward shows its last output. Reading an output that was changed in place since (by
-    an ``inplace=True`` activation, a ``+=``) is an error. Closing the taps, or dropping the last reference to them,
+    A mapping from your names to the latest outputs. Every forward of the model clears the previous ones; if a module is
+    called several times in one forward, its last output is kept. Reading an output that has been changed in place since
+    (by an ``inplace=True`` activation or ``+=``) is an error. Closing the taps, or dropping the last reference to them,
     removes the hooks.
 
     Paths are those of ``model.named_modules()``. The prefixes of wrappers are optional: the ``module.`` of
@@ -160,7 +160,7 @@ class _RecordHook:
 
 
 class _Outputs(dict[str, tuple[Any, int | None]]):
-    """Latest output of every tap with its version (see `_version`) at that time.
+    """The latest output of every tap, with its version (see `_version`) when it was recorded.
 
     Copies and pickles are empty: tensors that belong to a graph cannot be copied.
     """
@@ -201,7 +201,7 @@ def _canonical(path: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _candidates(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return modules that an unknown path may mean: those below its longest existing prefix, same depth first."""
+    """Return the modules that an unknown path may refer to: those below its longest known prefix, same depth first."""
     parts = path.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         prefix = ".".join(parts[:depth])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastkd.distill.selectors import Selector, select
 
-_RESERVED = ("task", "loss", "gradient")  # other columns of the log
+_RESERVED = ("task", "loss", "gradient")  # names of other columns of the log
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
-"""Teachers with their own tokenizer: the inputs they receive, and the terms that are then defined.
+"""Teachers with their own tokenizer: the inputs they receive, and the terms that such a pair can use.
 
-Comparing word by word needs one tokenizer on both sides. With two, word j of the teacher is not word j of the student,
-and shapes do not reveal the mistake if both sentences are padded to the same length.
+Comparing word by word needs the same tokenizer on both sides. With two, word j of the teacher is not word j of the
+student, and shapes do not reveal the mistake if both sentences are padded to the same length.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def teacher_inputs(teacher: nn.Module, inputs: Sequence[str], batch: Mapping[str
 
 
 def _has_own_tokenizer(teacher: nn.Module) -> bool:
-    """Return the teacher's ``has_own_tokenizer``; if it has none, whether any of its modules sets it to True."""
+    """Return the teacher's ``has_own_tokenizer``; if undefined, return whether any of its modules sets it to True."""
     teacher = unwrap(teacher)
     declared = getattr(teacher, "has_own_tokenizer", None)
     if declared is not None:
@@ -56,11 +56,7 @@ def _has_own_tokenizer(teacher: nn.Module) -> bool:
 
 
 def check_term(name: str, loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Reject a cross-modal term that compares word by word, or applies one word mask to both sides.
-
-    Raises:
-        ValueError: either of the two.
-    """
+    """Raise ``ValueError`` for a cross-modal term that compares word by word or uses one word mask for both sides."""
     terms: Any
     if isinstance(loss, CrossModalKD):
         terms = loss.terms
