@@ -1,4 +1,4 @@
-"""Operators: one folder per kernel family, with autograd, the reference formula, and the call of each backend.
+"""Operators: one folder per kernel family, with autograd, the reference formula, and each backend's launch code.
 
 Internal: users call :mod:`fastkd.losses`. A family's folder has the same name in every layer: here, in ``kernels``
 (Triton), ``csrc/cpu`` and ``csrc/cuda``.

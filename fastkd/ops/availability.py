@@ -1,7 +1,7 @@
 """Test a backend on this machine: import it, look for its device, run its self-test, and return why it failed.
 
-The test runs in its own thread. The caller may be under inference mode, functional transforms, fake tensors, hooks for
-saved tensors, a default device or a tracer, all of which belong to a thread.
+The test runs in a separate thread, because the caller may be under inference mode, functional transforms, fake tensors,
+saved-tensor hooks, a default device or a tracer. All of these are per-thread state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from fastkd.ops.launch import default_workspace_limit
 
-_thread = threading.local()  # .active is True in the thread of a self-test
+_thread = threading.local()  # .active is True in a self-test's thread
 
 
 class Probed(Protocol):
@@ -35,22 +35,22 @@ class Probed(Protocol):
 
 
 class TransientReason(str):
-    """A reason that may not hold at the next call, such as a lack of memory; it is not remembered."""
+    """A reason that may not apply to the next call, such as a lack of memory; it is not cached."""
 
 
 def in_self_test() -> bool:
-    """Return whether this thread runs a self-test."""
+    """Return whether this thread is running a self-test."""
     return getattr(_thread, "active", False)
 
 
 def is_capturing(device: str | torch.device | None) -> bool:
-    """Return whether a CUDA graph is being captured, so that nothing may be launched and read back."""
+    """Return whether a CUDA graph is being captured on a GPU's stream, so that no result can be read back."""
     return device is not None and torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def probe(backend: Probed, family: str | None, device: torch.device | None) -> str | None:
     """Return why ``backend`` cannot be used, or None. The self-test needs a family and a device."""
-    if is_capturing(device):  # of the caller's stream
+    if is_capturing(device):  # the caller's stream: skip the self-test
         family = None
     if in_self_test():
         return _probe_here(backend, family, device)
@@ -63,8 +63,8 @@ def probe(backend: Probed, family: str | None, device: torch.device | None) -> s
         try:
             with torch.cuda.device(device) if on_gpu else nullcontext(), default_workspace_limit():
                 answers.append(_probe_here(backend, family, device))
-        except BaseException as error:  # SystemExit too would end the thread without an answer
-            answers.append(failure_reason(error, f"it cannot be tried on {device}: "))
+        except BaseException as error:  # even SystemExit would end the thread without an answer
+            answers.append(failure_reason(error, f"it could not be tested on {device}: "))
 
     thread = threading.Thread(target=work, name="fastkd self-test", daemon=True)
     try:
@@ -76,7 +76,7 @@ def probe(backend: Probed, family: str | None, device: torch.device | None) -> s
 
 
 def _probe_here(backend: Probed, family: str | None, device: torch.device | None) -> str | None:
-    """Do the work of :func:`probe` in the current thread."""
+    """Run :func:`probe` in the current thread."""
     reason = backend.machine_reason()
     if reason is not None or family is None or device is None:
         return reason
@@ -91,16 +91,16 @@ def _probe_here(backend: Probed, family: str | None, device: torch.device | None
 
 
 def compare(results: dict[str, tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> str | None:
-    """Return which of a self-test's results differs from its fp64 oracle, or None. Maps a name to (result, oracle)."""
+    """Return which of a self-test's results, name to (result, fp64 oracle), differs from its oracle, or None."""
     for name, (result, oracle) in results.items():
         error = (result.cpu().double() - oracle.detach()).abs().max().item()
         if not error < 1e-5:
-            return f"its self-test on {device} got a wrong {name} (off by {error:.1e})"
+            return f"its self-test on {device} computed a wrong {name} (off by {error:.1e})"
     return None
 
 
 def failure_reason(error: BaseException, prefix: str) -> str:
-    """Return the reason that an exception gives, transient if it reports a lack of memory."""
+    """Return an exception as a reason, a transient one if it reports a lack of memory."""
     reason = f"{prefix}{type(error).__name__}: {first_line(error)}"
     return TransientReason(reason) if is_out_of_memory(error) else reason
 

@@ -1,7 +1,7 @@
-"""The backends: one object each, which knows its devices, its dtypes, and why it cannot run on a machine.
+"""The backends: one object each, with its devices, its dtypes, and the reasons why it cannot run on a machine.
 
-To add a backend, add its object to ``BACKENDS``, and to each family's folder the file that ``module`` names, with the
-functions of the family's ``native.py``.
+To add a backend, add its object to ``BACKENDS``; to each family's folder add the file that ``module`` names, with the
+same functions as the family's ``native.py``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from fastkd.ops.availability import TransientReason, failure_reason, first_line, is_out_of_memory
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""The dtypes that kernels take; "auto" sends any other floating dtype to the reference."""
+"""The dtypes that the kernels support; for any other floating dtype "auto" uses the reference."""
 
 OLDEST_TRITON = (3, 6)
-"""The Triton of torch 2.11, the oldest torch supported; the kernels were never run with an older one."""
+"""The Triton that torch 2.11, the oldest supported, installs. The kernels were never run with an older one."""
 
 
 @dataclass
@@ -32,10 +32,10 @@ class Backend:
     """The value of ``backend=``."""
 
     module: str
-    """The file of each family's folder that calls the kernels; empty for plain torch."""
+    """The file in each family's folder that calls the kernels; empty for plain torch."""
 
     device_type_reason: Callable[[str], str | None]
-    """Given a device type, returns why its tensors are refused."""
+    """Given a device type, returns why the backend does not accept its tensors."""
 
     machine_reason: Callable[[], str | None]
     """Imports the backend and returns why no device of this machine can run it."""
@@ -44,11 +44,11 @@ class Backend:
     """Returns why a device of this machine cannot run it."""
 
     families_without_fp64: frozenset[str] = frozenset()
-    """Families whose kernels take no float64: a GPU's matrix units are slow in fp64, if they have it."""
+    """Families whose kernels do not support float64, because a GPU's matrix units are slow in fp64 or lack it."""
 
 
-def _never(*_: object) -> None:
-    """Return None: no reason against it."""
+def _no_reason(*_: object) -> None:
+    """Return None: nothing prevents the backend from running."""
 
 
 # --- cpu: C++ kernels (csrc/cpu) --------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def _native_reason(name: str) -> str | None:
     return None
 
 
-# --- triton: Triton kernels (kernels); TRITON_INTERPRET=1 lets them take CPU tensors, for tests -----------------------
+# --- triton: Triton kernels (kernels); for tests, TRITON_INTERPRET=1 runs them on CPU tensors -----------------------
 
 
 def _triton_device_type_reason(device_type: str) -> str | None:
@@ -196,20 +196,20 @@ def _target_reason(targets: list[str], capability: tuple[int, int], device_name:
     required = 10 * capability[0] + capability[1]
     for target in targets:
         kind, _, number = target.partition("_")
-        # Machine code runs on later revisions of its own generation, PTX on every later GPU.
+        # Machine code runs on later minor revisions of the same generation, PTX on every later GPU.
         if int(number) <= required and (kind == "compute" or int(number) // 10 == required // 10):
             return None
     return (
         f"fastkd._cuda was compiled for {', '.join(targets)} and has no code for {device_name} (compute capability "
-        f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that knows it"
+        f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that supports it"
     )
 
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("reference", "", _never, _never, _never),
-        Backend("cpu", "native", _cpu_device_type_reason, _cpu_machine_reason, _never),
+        Backend("reference", "", _no_reason, _no_reason, _no_reason),
+        Backend("cpu", "native", _cpu_device_type_reason, _cpu_machine_reason, _no_reason),
         Backend(
             "triton",
             "triton",
@@ -228,4 +228,4 @@ BACKENDS: dict[str, Backend] = {
         ),
     )
 }
-"""Every backend by name."""
+"""All backends, by name."""

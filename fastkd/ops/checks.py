@@ -1,10 +1,10 @@
-"""Check the arguments of losses and operators; each check raises one error: argument, value received, fix.
+"""Check the arguments of losses and operators; errors state the argument, the value received and the fix.
 
-A loss checks what its caller passed, under the caller's names, and calls the operator's ``..._unchecked`` function. The
-operator checks its own arguments where it is called directly.
+A loss checks its arguments under the names its caller knows, then calls the operator's ``..._unchecked`` function. An
+operator that is called directly checks its own arguments.
 
 Shapes, dtypes, devices and options are checked everywhere. Values are read on the CPU only: on a GPU that would stall
-the stream, and under ``torch.compile`` break the graph; there, bad values show as NaN. Messages are formatted where
+the stream, and under ``torch.compile`` break the graph; there, bad values result in NaN. Messages are formatted where
 they are raised, because under ``torch.compile`` a batch size may be symbolic.
 """
 
@@ -41,8 +41,11 @@ def option(name: str, value: object, choices: Sequence[str | None]) -> None:
 def number(name: str, value: Any, traced: bool = False) -> float | Tensor:
     """Return ``value``, a Python or numpy number or a tensor or array that holds one, as a Python number.
 
-    A tensor that is differentiated (by ``backward``, or by a transform of torch.func or forward mode) is returned as a
-    0-d tensor. So is any tensor under torch.compile with ``traced``: ``.item()`` would break the graph.
+    A tensor that is differentiated (by ``backward``, a torch.func transform or forward mode) is returned as a 0-d
+    tensor. With ``traced``, so is any tensor under torch.compile, where ``.item()`` would break the graph.
+
+    Raises:
+        TypeError: anything else, such as a bool, a complex number or several elements.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
@@ -63,24 +66,24 @@ def number(name: str, value: Any, traced: bool = False) -> float | Tensor:
 
 
 def temperature(value: Any, name: str = "temperature") -> float | Tensor:
-    """Return ``value`` as :func:`number` does; raise unless it is finite and above 0."""
-    given = number(name, value, traced=True)
-    if isinstance(given, Tensor):
-        if not readable(given):
-            return given
-        value = given.item()
+    """Return ``value`` as :func:`number` does; raise ``ValueError`` unless it is finite and above 0."""
+    parsed = number(name, value, traced=True)
+    if isinstance(parsed, Tensor):
+        if not readable(parsed):
+            return parsed
+        value = parsed.item()
     else:
-        value = given
+        value = parsed
     if not (is_finite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
-    return given
+    return parsed
 
 
 def differentiates_temperature(backend: str, *temperatures: float | Tensor) -> bool:
-    """Return whether the call is differentiated with respect to a temperature, which only the plain formula can be.
+    """Return whether the call is differentiated with respect to a temperature, which only the reference supports.
 
     Raises:
-        BackendUnavailable: so it is, and a backend of kernels was requested by name.
+        BackendUnavailable: it is, but another backend was requested by name.
     """
     if not any(isinstance(t, Tensor) and (t.requires_grad or is_transformed(t)) for t in temperatures):
         return False
@@ -93,7 +96,7 @@ def differentiates_temperature(backend: str, *temperatures: float | Tensor) -> b
 
 
 def backend(family: str, value: str, student: Tensor) -> None:
-    """Raise if a backend requested by name cannot compute here, before guides or weights are computed."""
+    """Raise if a backend requested by name cannot run here; losses call this before computing guides or weights."""
     if value != "auto" and (value not in dispatch.BACKENDS or student.dtype in dispatch.KERNEL_DTYPES):
         dispatch.choose(family, value, student)
 
@@ -109,7 +112,7 @@ def dense(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         raise TypeError(
             f"{name}: expected a dense tensor, got a nested one (layout {layout}); pad it with "
-            "torch.nested.to_padded_tensor(x, 0.0) and pass a mask of what is valid where the loss takes one, or call "
+            "torch.nested.to_padded_tensor(x, 0.0) and pass a mask if the loss takes one, or call "
             "the loss once per sample"
         )
     raise TypeError(f"{name}: expected a dense tensor, got layout {layout}; convert it with .to_dense()")
@@ -158,7 +161,7 @@ def same_size(quantity: str, names: tuple[str, str], sizes: tuple[object, object
 
 
 def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor, attention: bool) -> None:
-    """Raise unless ``value`` is None, "attention" (if allowed), or a tensor ≥ 0 of this shape that is not all 0."""
+    """Raise unless ``value`` is None, "attention" (if allowed), or a tensor ≥ 0 of ``shape`` that is not all 0."""
     if value is None or (attention and isinstance(value, str) and value == "attention"):
         return
     expected = ("None, 'attention'" if attention else "None") + f" or a tensor of shape {layout}"
@@ -185,7 +188,11 @@ def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor,
 
 
 def bool_mask(name: str, mask: object, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
-    """Return a boolean mask of one of ``shapes`` on the device of ``like``, copied if it is an inference tensor."""
+    """Return the mask, copied if it is an inference tensor.
+
+    Raises:
+        TypeError, ValueError: it is not a bool tensor of one of ``shapes`` on the device of ``like``.
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a bool tensor of shape {_either(shapes)}, got {type(mask).__name__}")
     dense(name, mask)
@@ -195,7 +202,7 @@ def bool_mask(name: str, mask: object, shapes: Sequence[tuple[int, ...]], like: 
 
 
 def integers(name: str, tensor: object, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
-    """Return a tensor of integers of one of ``shapes`` on the device of ``like``, as :func:`bool_mask` does."""
+    """Return a tensor of integers, checked and copied as :func:`bool_mask` does."""
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{name}: expected a tensor of integers of shape {_either(shapes)}, got {type(tensor).__name__}"
@@ -233,7 +240,7 @@ def every_sample_valid(name: str, mask: Tensor, element: str) -> None:
 
 
 def term_weights(terms: object, known: Sequence[str]) -> dict[str, float]:
-    """Return ``terms`` as a dict of finite weights ≥ 0."""
+    """Return ``terms`` as a dict of finite weights ≥ 0; raise for any other value or an unknown term."""
     if not isinstance(terms, Mapping):
         raise TypeError(f"terms: expected None or a dict such as {{{known[0]!r}: 1.0}}, got {type(terms).__name__}")
     if not terms:
@@ -241,12 +248,12 @@ def term_weights(terms: object, known: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for term, weight in terms.items():
         option("terms", term, known)
-        given = number(f"terms[{term!r}]", weight)
-        if isinstance(given, Tensor):
+        parsed = number(f"terms[{term!r}]", weight)
+        if isinstance(parsed, Tensor):
             raise ValueError(
                 f"terms[{term!r}]: requires grad; to learn it, pass return_terms=True and weight the terms returned"
             )
-        if not (is_finite(given) and given >= 0):
-            raise ValueError(f"terms[{term!r}]: expected a finite weight ≥ 0, got {given!r}")
-        weights[term] = given
+        if not (is_finite(parsed) and parsed >= 0):
+            raise ValueError(f"terms[{term!r}]: expected a finite weight ≥ 0, got {parsed!r}")
+        weights[term] = parsed
     return weights

@@ -1,7 +1,7 @@
-"""Select the backend of a call: the "auto" policy, and refusals of a backend requested by name.
+"""Select the backend of a call: the "auto" policy, and errors for an unusable backend requested by name.
 
 Every operator starts with :func:`choose`. Nothing is imported or compiled before a call needs it. A backend is tested
-once per family and device (:mod:`fastkd.ops.availability`); a failure is remembered, warned about once and shown by
+once per family and device (:mod:`fastkd.ops.availability`); a failure is cached, warned about once and shown by
 ``fastkd.info()``.
 """
 
@@ -21,7 +21,7 @@ from fastkd.ops.backends import BACKENDS, KERNEL_DTYPES
 from fastkd.ops.torch_state import constant_result, is_transformed, wrapper_class_name
 
 FAMILIES = ("softmax_kl", "relation", "pixel_word")
-"""The kernel families; every backend has all of them."""
+"""The kernel families; every backend implements all of them."""
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -33,7 +33,7 @@ MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048, ("pixel
 """(family, device type) -> number of elements of ``student`` below which the reference was measured faster."""
 
 TRANSFORM = "transform"
-"""Marks a call inside vmap, torch.func or forward mode, for which no kernel has rules."""
+"""Marks a call inside vmap, torch.func or forward mode, which no kernel supports."""
 
 _lock = threading.RLock()
 _reasons: dict[tuple[str, str | None, str | None], str | None] = {}  # (backend, family, device) -> reason or None
@@ -57,11 +57,11 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: t
 
     Args:
         family: one of ``FAMILIES``.
-        backend: the caller's argument. "auto" takes ``FASTKD_BACKEND`` if it is set, else the first that works of
-            ``AUTO_ORDER``; any other name is used or refused, never replaced.
-        student: the tensor whose device, dtype and size decide.
-        others: further inputs. "auto" takes the next backend if a kernel does not support one of their dtypes, and the
-            reference inside vmap, torch.func transforms and forward mode and for wrapper classes such as DTensor.
+        backend: the caller's argument. "auto" uses ``FASTKD_BACKEND`` if it is set, else the first of ``AUTO_ORDER``
+            that works; any other name is used or raises an error, and is never replaced.
+        student: the tensor whose device, dtype and size determine the choice.
+        others: further inputs. "auto" skips a backend that does not support one of their dtypes, and uses the reference
+            inside vmap, torch.func transforms and forward mode and for wrapper classes such as DTensor.
         masks: boolean inputs, which may be wrapper classes too.
 
     Raises:
@@ -71,7 +71,7 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: t
     small = False
     if backend == "auto":
         limit = MIN_ELEMENTS.get((family, student.device.type), 0)
-        if student.numel() < limit:  # a branch: torch.compile guards on the comparison, not on the size
+        if student.numel() < limit:  # as a branch, torch.compile guards on the comparison, not on the size
             small = True
     dtypes = [x.dtype for x in (student, *others)]
     dtype_class = "" if all(dtype in KERNEL_DTYPES for dtype in dtypes) else "other"
@@ -84,8 +84,8 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: t
 def unavailable_reason(backend: str, family: str | None = None, device: str | torch.device | None = None) -> str | None:
     """Return why ``backend`` is unavailable here, or None if it works.
 
-    With ``family`` and ``device`` (for example "softmax_kl", "cuda:0") the family's kernels also run once there on a
-    tiny input and are compared with the reference. The answer is remembered for the life of the process.
+    With ``family`` and ``device`` (for example "softmax_kl", "cuda:0"), the family's kernels also run there once on a
+    tiny input and are compared with the reference. The answer is cached for the life of the process.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -94,16 +94,16 @@ def unavailable_reason(backend: str, family: str | None = None, device: str | to
     key = (backend, family, None if device is None else str(device))
     if key in _reasons:
         return _reasons[key]
-    # The thread of a self-test works for a caller that holds the lock and waits for it.
+    # A self-test's caller holds the lock while it waits for the self-test's thread.
     with nullcontext() if in_self_test() else _lock:
-        if key in _reasons or key in _testing:  # a self-test may ask about the backend that it tests
+        if key in _reasons or key in _testing:  # a self-test may ask about the backend under test
             return _reasons.get(key)
         _testing.add(key)
         try:
             reason = probe(BACKENDS[backend], family, None if device is None else torch.device(device))
         finally:
             _testing.discard(key)
-        # The self-test is skipped while a CUDA graph is captured: do not remember that answer.
+        # The self-test is skipped while a CUDA graph is captured: do not cache that answer.
         if not isinstance(reason, TransientReason) and not is_capturing(device):
             _reasons[key] = reason
     return reason
@@ -128,7 +128,7 @@ def _resolve(
     small: bool,
     obstacle: str = "",
 ) -> str:
-    """Do the work of :func:`choose` on plain values; under torch.compile the result is a constant of the graph.
+    """Implement :func:`choose` on plain values; under torch.compile the result is a constant of the graph.
 
     ``dtype_class`` is "other" if a dtype is not one of ``KERNEL_DTYPES``, "fp64" if one is float64, else empty.
     ``obstacle`` is TRANSFORM or the name of a wrapper class where no kernel can compute the call, else empty.
@@ -151,7 +151,7 @@ def _resolve(
         )
     if obstacle:
         raise BackendUnavailable(
-            f"{source}: {family}'s kernels take plain tensors, got {obstacle}, whose values lie in other tensors; pass "
+            f"{source}: {family}'s kernels take plain tensors, got {obstacle}, which wraps other tensors; pass "
             "those (for a DTensor x.to_local() or x.full_tensor()), or use backend='auto' or 'reference'"
         )
     if dtype_class == "other":
@@ -160,7 +160,8 @@ def _resolve(
     chosen = BACKENDS[requested]
     if dtype_class == "fp64" and family in chosen.families_without_fp64:
         raise BackendUnavailable(
-            f"{source}: its {family} kernels take no float64; convert the inputs, or use backend='auto' or 'reference'"
+            f"{source}: its {family} kernels have no float64 version; convert the inputs, or use backend='auto' or "
+            "'reference'"
         )
     reason = chosen.device_type_reason(device_type) or unavailable_reason(requested, family, device)
     if reason is not None:
@@ -173,7 +174,7 @@ def _resolve(
 def _auto_backend(family: str, device_type: str, device: str, dtype_class: str, plain: bool) -> str:
     """Return the first backend of ``AUTO_ORDER`` that works; warn once about each unavailable one.
 
-    ``plain`` requests plain torch, for a small input or one that no kernel can take.
+    ``plain`` requests plain torch, for a small input or one that no kernel supports.
     """
     if plain or dtype_class == "other":
         return "reference"
@@ -183,7 +184,7 @@ def _auto_backend(family: str, device_type: str, device: str, dtype_class: str, 
         reason = unavailable_reason(name, family, device)
         if reason is None:
             return name
-        # A transient reason is warned about once too, and does not silence a later permanent one.
+        # A transient reason is also warned about once, without silencing a later permanent one.
         transient = isinstance(reason, TransientReason)
         if name not in _warned and not (transient and f"{name}, transient" in _warned):
             _warned.add(f"{name}, transient" if transient else name)

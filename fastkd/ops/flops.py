@@ -1,8 +1,8 @@
 """Register the FLOP formulas of operators with ``torch.utils.flop_counter``.
 
-A multiply-add counts as two FLOP. Only matrix products count, each in full: symmetric matrices are not halved, and
-exponentials and sums are ignored, as in torch's own formulas. Operators count what their form computes: a backward
-without stored matrices counts them again. The formulas are in each family's folder.
+A multiply-add counts as two FLOP. As in torch's own formulas, only matrix products count, and each in full: symmetric
+matrices are not halved, exponentials and sums are ignored. Operators count what they compute: a backward that
+recomputes matrices counts them again. The formulas are in each family's folder.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def register_flops(packet: Any, formula: Callable[..., int]) -> None:
-    """Have torch count ``packet`` by ``formula``, a function of the operator's arguments with shapes for tensors.
+    """Make torch count the FLOP of ``packet`` by ``formula``, a function of its arguments with shapes for tensors.
 
-    torch's module takes half a second to import, with all of Triton; if it is not imported yet, register at its first
-    import.
+    torch's module takes half a second to import because it imports Triton. If it is not imported yet, the formula is
+    registered when it is.
     """
 
-    def enter(module: ModuleType) -> None:
+    def add(module: ModuleType) -> None:
         module.register_flop_formula(packet)(formula)
 
     if COUNTER in sys.modules:
-        enter(sys.modules[COUNTER])
+        add(sys.modules[COUNTER])
     else:
-        sys.meta_path.insert(0, _AfterImport(enter))
+        sys.meta_path.insert(0, _AfterImport(add))
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls ``action`` once with torch's module, after its import."""
+    """Import hook that calls ``action`` with torch's module once it is imported."""
 
     def __init__(self, action: Callable[[ModuleType], None]) -> None:
         self._action = action
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Return the spec of the other finders, with a loader that calls ``action`` after it executes the module."""
+        """Return the other finders' spec, with a loader that calls ``action`` after executing the module."""
         if name != COUNTER:
             return None
         sys.meta_path.remove(self)

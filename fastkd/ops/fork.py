@@ -1,7 +1,7 @@
 """End OpenMP threads before a fork.
 
-A child process has none of its parent's threads, but GNU's OpenMP still waits for them there, forever, in torch's own
-operators and in the C++ kernels, which share the threads. Parent and child start new ones when they need them.
+A forked child has none of its parent's threads, but GNU OpenMP waits for them there forever, both in torch's operators
+and in the C++ kernels, which share the threads. Parent and child start new threads when they need them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SOFT = 1  # omp_pause_soft: end the threads, keep the settings
 
 @functools.cache
 def _pause() -> Callable[[int], Any] | None:
-    """Return ``omp_pause_resource_all`` of the OpenMP that torch links to, or None."""
+    """Return ``omp_pause_resource_all`` of the OpenMP library that torch links to, or None."""
     try:
         return ctypes.CDLL(torch._C.__file__).omp_pause_resource_all
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""Launch a kernel: operands of one dtype, device and stream, scratch memory, and the modules that call the kernels."""
+"""Helpers to launch kernels: operands of one dtype, device and stream, scratch memory, and the backends' modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _thread = threading.local()  # .default_limit is True where FASTKD_WORKSPACE_MIB
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors in their common dtype; copy only those of another dtype."""
+    """Return the tensors converted to their common dtype; those that have it are not copied."""
     dtype = tensors[0].dtype
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
@@ -31,7 +31,7 @@ def promoted(*tensors: Tensor) -> list[Tensor]:
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return the tensors with repeated ones as views: torch.compile cannot trace a Function given a tensor twice."""
+    """Return the tensors with repeats replaced by views: torch.compile cannot trace a Function given a tensor twice."""
     seen: list[Tensor | None] = []
     for x in tensors:
         seen.append(x.view(x.shape) if x is not None and any(x is y for y in seen) else x)
@@ -44,7 +44,7 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 @functools.cache
-def calls(family: str, module: str) -> Any:
+def family_module(family: str, module: str) -> Any:
     """Return the module ``fastkd.ops.<family>.<module>``, which calls the family's kernels; see ``Backend.module``."""
     return importlib.import_module(f"fastkd.ops.{family}.{module}")
 
@@ -57,7 +57,7 @@ def native(backend: str) -> Any:
 
 @contextmanager
 def launch_on(x: Tensor) -> Iterator[int]:
-    """Make the device of ``x`` current; yield a native kernel's last argument: stream handle, or number of threads."""
+    """Make the device of ``x`` current and yield its stream handle, or on the CPU the number of threads to use."""
     if x.is_cuda:
         with torch.cuda.device(x.device):
             yield torch.cuda.current_stream(x.device).cuda_stream
@@ -85,7 +85,7 @@ def default_workspace_limit() -> Iterator[None]:
 
 @constant_result
 def workspace_limit() -> int:
-    """Return the most bytes of scratch memory of a kernel: ``FASTKD_WORKSPACE_MIB``, 32 MiB by default."""
+    """Return the maximum bytes of scratch memory of a kernel: ``FASTKD_WORKSPACE_MIB``, 32 MiB by default."""
     text = "" if getattr(_thread, "default_limit", False) else os.environ.get("FASTKD_WORKSPACE_MIB", "")
     try:
         value = float(text) if text else DEFAULT_WORKSPACE_MIB
@@ -97,18 +97,18 @@ def workspace_limit() -> int:
 
 
 def check_workspace(minimum: int) -> int:
-    """Return the limit; raise an error that names the smallest sufficient limit if it is below ``minimum`` bytes."""
+    """Return the workspace limit; if it is below ``minimum`` bytes, raise a ``ValueError`` that states the minimum."""
     limit = workspace_limit()
     if minimum > limit:
         raise ValueError(
             f"FASTKD_WORKSPACE_MIB: a workspace of {limit / 2**20:.3g} MiB does not hold one block of rows of this "
-            f"call, set it to at least {math.ceil(minimum / 2**20 * 100) / 100}, or use backend='reference'"
+            f"call; set it to at least {math.ceil(minimum / 2**20 * 100) / 100}, or use backend='reference'"
         )
     return limit
 
 
 def allocate_workspace(call: Any, backward: bool, like: Tensor) -> Tensor:
-    """Return the workspace of a native call, on the device of ``like``; a tensor, so that torch counts it."""
+    """Return the workspace of a native call on the device of ``like``, as a tensor so that torch accounts for it."""
     needed = [call.workspace_bytes(direction) for direction in (False, True)]  # (bytes, minimum) each
-    check_workspace(max(minimum for _, minimum in needed))  # a forward fails early if its backward would
+    check_workspace(max(minimum for _, minimum in needed))  # the forward already fails if its backward would
     return torch.empty(needed[backward][0], dtype=torch.uint8, device=like.device)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastkd.ops.torch_state import constant_result
 
 NORM_FLOOR = 1e-12
-"""Lower bound of row norms: an all-zero row has cosine 0 with every row instead of NaN."""
+"""Lower bound of row norms, so that an all-zero row has cosine 0 with every row instead of NaN."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -29,13 +29,13 @@ def computes_fp64(device: torch.device) -> bool:
 
 @constant_result
 def _computes_fp64(device_type: str, index: int | None) -> bool:
-    """Do the work of :func:`computes_fp64`; under torch.compile the result is a constant of the graph."""
+    """Implement :func:`computes_fp64`; under torch.compile the result is a constant of the graph."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     tracing = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
     if any(torch._C._get_dispatch_mode(key) is not None for key in tracing):
         with _disable_current_modes():  # fake tensors always support fp64, and a tracer would record the test
             return _computes_fp64(device_type, index)
-    if torch._C._len_torch_dispatch_stack():  # the result is the dispatch mode's, not the device's: do not store it
+    if torch._C._len_torch_dispatch_stack():  # the result depends on the dispatch mode too: do not cache it
         return _try_fp64(device)
     if device not in _fp64:
         _fp64[device] = _try_fp64(device)
@@ -45,19 +45,19 @@ def _computes_fp64(device_type: str, index: int | None) -> bool:
 def _try_fp64(device: torch.device) -> bool:
     try:
         ones = torch.ones(2, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError):  # fake tensors of a device that this machine lacks
+    except (RuntimeError, AssertionError):  # fake tensors on a device that this machine lacks
         return True
     try:
         (ones.double() * 2).sum()
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, RuntimeError):  # depends on the device
+    except (TypeError, RuntimeError):  # which one depends on the device
         return False
     return True
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Disable autocast, which would run matrix products of fp32 tensors in half precision."""
+    """Return a context without autocast, which would run matrix products of fp32 tensors in half precision."""
     return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
@@ -70,7 +70,7 @@ def normalise_rows(rows: Tensor) -> Tensor:
     """Return ``rows / max(‖rows‖₂, 1e-12)`` over the last dimension.
 
     A row with a smaller norm gets no gradient: its cosine is undefined, and the formula's slope of 1e12 there would
-    destroy training.
+    make training diverge.
     """
     square = (rows * rows).sum(-1, keepdim=True)
     small = square <= NORM_FLOOR**2

@@ -1,8 +1,8 @@
 """Matrix products in full fp32, independent of ``torch.set_float32_matmul_precision``.
 
 At "high" and "medium" torch rounds the operands of fp32 products to TF32 or bf16 where that is faster. The setting is
-global to the process, so changing it would affect other threads and later backwards; instead the operands are split
-into parts that such rounding leaves unchanged.
+global to the process, so changing it would affect other threads and later backwards. Instead, the operands are split
+into parts that this rounding leaves unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastkd.ops.numerics import computes_fp64
 from fastkd.ops.torch_state import constant_result
 
 FAST_FP64 = ("cpu",)
-"""Device types where an fp64 product takes at most about 3 times as long as fp32; others use six products of bf16."""
+"""Device types where an fp64 product takes at most about 3 times as long as fp32; others use six bf16 products."""
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
 @constant_result
 def _may_round(device_type: str) -> bool:
-    """Return whether torch may round the operands of fp32 products on such a device."""
+    """Return whether torch may round the operands of fp32 products on this type of device."""
     settings = []
     if device_type != "cuda":
         settings.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
@@ -43,12 +43,12 @@ def _may_round(device_type: str) -> bool:
 
 
 class _Parts(torch.autograd.Function):
-    """A product, and those of its derivatives, from bf16 parts that sum to the operands."""
+    """The product of two matrices, and its derivatives, from bf16 parts that sum to the operands."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
         (x1, x2, x3), (y1, y2, y3) = _parts(x), _parts(y)
-        # The parts' products are exact and summed in fp32; those of the three smallest pairs are below its rounding.
+        # The parts' products are exact and summed in fp32; the three smallest pairs, below fp32 rounding, are skipped.
         left = torch.cat([x3, x1, x2, x2, x1, x1], -1)
         return left @ torch.cat([y1, y3, y2, y1, y2, y1], -2)
 
@@ -86,7 +86,7 @@ class _TransformedParts(_Parts):
 def _parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return three tensors of 8 significant bits each, as bf16 has, whose sum is ``x``; NaN where ``x`` is infinite.
 
-    The bits are truncated: compilers optimise away a rounding to bf16 and back.
+    The bits are truncated, because compilers optimise away a conversion to bf16 and back.
     """
     first = _upper(x)
     second = _upper(x - first)

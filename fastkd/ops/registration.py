@@ -1,8 +1,8 @@
-"""Register operators with torch: schema, kernels, fake and FLOP formula of each, in two overloads.
+"""Register operators with torch: schema, kernels, fake implementation and FLOP formula, in two overloads.
 
-A definition lives as long as the process; the package may not: ``importlib.reload``, and a second import after
-``sys.modules`` was cleared, run this again. torch is therefore given functions that look up the implementation in a
-table kept with the definitions, in ``torch.ops.fastkd``. The first import defines; each import replaces the entries.
+A definition lives as long as the process, but the package may be imported again: by ``importlib.reload``, or after
+``sys.modules`` was cleared. torch is therefore given functions that look up the implementation in a table kept with the
+definitions, in ``torch.ops.fastkd``. The first import defines the operators; each import replaces the table's entries.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def register(name: str, schema: str, implementation: Implementation) -> None:
         name: without the namespace.
         schema: arguments and results; one argument is "float temperature". The overload "scheduled" takes a 0-d CPU
             tensor for it, which torch.compile can change from call to call.
-        implementation: of both overloads.
+        implementation: the functions of both overloads.
 
     Raises:
         RuntimeError: the process has an operator of this name with other arguments.
@@ -59,7 +59,7 @@ def register(name: str, schema: str, implementation: Implementation) -> None:
     def flops(*arguments: Any, out_shape: Any = None, **named: Any) -> int:
         return table[name][1].flops(*arguments, **named)
 
-    # A replayed CUDA graph would keep the number that the tensor held during capture.
+    # A replayed CUDA graph would use the value that the tensor had during capture.
     unsafe = (torch.Tag.cudagraph_unsafe,)
     for overload, text, tags in (
         ("", schema, ()),
@@ -83,9 +83,9 @@ def operator(name: str, temperature: float | Tensor) -> Callable[..., Any]:
 def operator_argument(number: float | Tensor) -> float | Tensor:
     """Return ``number`` as operators take it: a float, or a tensor where torch.compile keeps it a variable.
 
-    torch.compile makes a float argument of an operator a constant, with a graph per value. A tensor multiplied by the
-    float stays a variable. ``torch.full`` and ``torch.scalar_tensor`` do not: they cost a graph per value, and under
-    inductor of torch 2.14 they keep the value that was traced.
+    torch.compile makes a float argument of an operator a constant and compiles a graph per value. A tensor multiplied
+    by the float stays variable. ``torch.full`` and ``torch.scalar_tensor`` do not help: they also cost a graph per
+    value, and under inductor in torch 2.14 they keep the value that was traced.
     """
     if isinstance(number, Tensor):
         return number.to("cpu", torch.float64)
@@ -104,7 +104,7 @@ def number_of(argument: float | Tensor) -> float:
 
 
 def save_temperature(ctx: Any, temperature: float | Tensor) -> tuple[Tensor, ...]:
-    """Keep a float temperature on ``ctx``; return a tensor for ``ctx.save_for_backward`` to save last."""
+    """Keep a float temperature on ``ctx``; return a tensor one as the last argument of ``ctx.save_for_backward``."""
     ctx.temperature = None if isinstance(temperature, Tensor) else temperature
     return (temperature,) if isinstance(temperature, Tensor) else ()
 
@@ -121,11 +121,11 @@ def gradient(family: str, temperature: float | Tensor, grad_loss: Tensor, *argum
     """Return the result of the operator ``<family>_backward``, whose last argument is the backend.
 
     Raises:
-        RuntimeError: the gradient is differentiated again, by forward mode now or by a double backward later.
+        RuntimeError: forward mode differentiates the gradient; a double backward of the result raises one later.
     """
     if has_tangent(grad_loss):
         raise RuntimeError(
-            f"{family}: the gradient of the {arguments[-1]} backend has no rule for forward-mode AD; use "
+            f"{family}: the gradient of the {arguments[-1]} backend does not support forward-mode AD; use "
             "backend='reference'"
         )
     if torch.is_grad_enabled():  # create_graph=True: the gradient may be differentiated

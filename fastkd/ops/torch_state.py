@@ -1,4 +1,4 @@
-"""torch's state around a call (compilation, transforms, inference mode) and kinds of tensors that kernels cannot read.
+"""torch's state around a call (compilation, transforms, inference mode), and tensors that kernels cannot read.
 
 Kernels read plain, dense memory, and their autograd is an ``autograd.Function`` with reverse mode only.
 """
@@ -18,9 +18,9 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def constant_result(function: F) -> F:
-    """Run ``function`` while torch.compile traces, and make its result a constant of the graph.
+    """Decorate ``function`` so that torch.compile runs it while tracing and makes its result a constant of the graph.
 
-    Equals ``torch.compiler.assume_constant_result``, which imports all of Dynamo when a module is defined.
+    Same as ``torch.compiler.assume_constant_result``, which would import all of Dynamo at decoration time.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -29,7 +29,7 @@ def constant_result(function: F) -> F:
 def is_finite(number: float) -> bool:
     """Return whether ``number`` is neither NaN nor infinite, also while torch.compile traces.
 
-    ``math.isfinite`` cannot be traced on a symbolic float, and torch assumes ``number < inf`` of one. The largest float
+    ``math.isfinite`` cannot be traced with a symbolic float, and torch assumes that one is below inf. The largest float
     is written out because ``sys.float_info.max`` would become another variable of the graph.
     """
     return -1.7976931348623157e308 <= number <= 1.7976931348623157e308
@@ -48,7 +48,7 @@ def _within_func() -> bool:
 def is_transformed(*tensors: Tensor) -> bool:
     """Return whether this call is vmapped or differentiated by anything other than ``backward``.
 
-    ``requires_grad`` does not show it: inside vmap and torch.func it is False, and in forward mode a tensor has a
+    ``requires_grad`` does not reveal this: it is False inside vmap and torch.func, and in forward mode a tensor has a
     tangent instead.
     """
     if torch.compiler.is_compiling():
@@ -64,7 +64,7 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 def wrapper_class_name(*tensors: Tensor | None) -> str:
-    """Return the class name of the first tensor that is a wrapper without memory, such as a DTensor; or ""."""
+    """Return the class name of the first tensor that wraps others, such as a DTensor, or "" if there is none."""
     for x in tensors:
         if x is not None and type(x) not in _PLAIN and _is_wrapper(type(x)):
             return type(x).__name__
@@ -73,7 +73,7 @@ def wrapper_class_name(*tensors: Tensor | None) -> str:
 
 @constant_result
 def _is_wrapper(tensor_class: type) -> bool:
-    """Return whether a class computes operators itself; the classes that torch traces with do not count."""
+    """Return whether a tensor class overrides how operators run, except for those that torch uses for tracing."""
     if tensor_class.__torch_dispatch__ is Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
         return False
     from torch._subclasses.fake_tensor import FakeTensor
@@ -86,14 +86,14 @@ def savable(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors, with inference tensors copied where autograd may have to save them."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tensors
-    for x in tensors:  # a generator would double the cost
+    for x in tensors:  # a loop, as any(...) would double the cost
         if x.is_inference():
             return tuple(y.clone() if y.is_inference() else y for y in tensors)
     return tensors
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Return whether Python can read the values of ``tensor``: not of fake, meta, batched or traced tensors."""
+    """Return whether Python can read the values of ``tensor``; False for fake, meta, batched and traced tensors."""
     if torch.compiler.is_compiling() or tensor.is_meta or _within_func() or torch._C._get_tracing_state() is not None:
         return False
     tensor_class = type(tensor)

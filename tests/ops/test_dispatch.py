@@ -74,7 +74,8 @@ def test_fp64_is_refused_by_name_and_skipped_by_auto(monkeypatch: pytest.MonkeyP
         assert choose(family, backend, X) == choose(family, "auto", X) == backend
         for inputs in ((X.double(), X), (X, X.double())):
             with pytest.raises(
-                fastkd.BackendUnavailable, match=f"backend='{backend}': its {family} kernels take no float64; convert"
+                fastkd.BackendUnavailable,
+                match=f"backend='{backend}': its {family} kernels have no float64 version; convert",
             ):
                 choose(family, backend, *inputs)
             assert choose(family, "auto", *inputs) == "cpu"
@@ -155,7 +156,7 @@ def test_reports_a_binary_without_code_for_the_gpu(
         assert tried == []
         assert reason == (
             f"fastkd._cuda was compiled for {', '.join(targets)} and has no code for Simulated GPU (compute capability "
-            f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that knows it"
+            f"{capability[0]}.{capability[1]}); reinstall fastkd from the sources with a CUDA toolkit that supports it"
         )
 
 

@@ -5,9 +5,9 @@ For student and teacher logits :math:`s, t \in \mathbb{R}^{B \times R \times N}`
 .. math:: \mathrm{KL}(\operatorname{softmax}(t/\tau) \,\|\, \operatorname{softmax}(s/\tau)), \qquad
           \partial / \partial s = (p_s - p_t) / \tau .
 
-The file holds, in this order, the function, its autograd and its two operators; the other families do the same. The
-backend is an argument of the operator, so that schema, fake and autograd exist once, and a graph captured by
-torch.compile shows which backend it runs.
+As in the other families, this file contains the function, its autograd and its two operators, in this order. The
+backend is an argument of the operators, so that there is one schema, fake implementation and autograd for all, and a
+graph captured by torch.compile shows which backend it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastkd.ops import checks
 from fastkd.ops.availability import compare
 from fastkd.ops.backends import BACKENDS
 from fastkd.ops.dispatch import choose
-from fastkd.ops.launch import calls, promoted, statistics_dtype
+from fastkd.ops.launch import family_module, promoted, statistics_dtype
 from fastkd.ops.registration import (
     Implementation,
     gradient,
@@ -40,7 +40,7 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor,
     """Return per-row KL(softmax(teacher/τ) ‖ softmax(student/τ)), without the factor τ².
 
     Args:
-        student: (B, R, N) logits, floating, any strides. Only the student receives gradients.
+        student: (B, R, N) logits, any floating dtype and strides. Only the student receives gradients.
         teacher: (B, R, N) logits on the same device; another floating dtype is promoted.
         temperature: τ > 0. Its gradient is computed by the reference only.
         backend: "auto", "reference", "cpu", "triton" or "cuda". All but the reference are differentiable once.
@@ -69,21 +69,21 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor,
 
 
 def softmax_kl_unchecked(student: Tensor, teacher: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
-    """Compute :func:`softmax_kl` of checked arguments."""
+    """Return :func:`softmax_kl` of checked arguments."""
     student, teacher = savable(student, teacher)
     if checks.differentiates_temperature(backend, temperature):
         return reference(student, teacher, temperature)
     chosen = choose("softmax_kl", backend, student, teacher)
     if chosen == "reference":
         return reference(student, teacher, temperature)
-    given = operator_argument(temperature)
+    tau = operator_argument(temperature)
     if torch.is_grad_enabled() and student.requires_grad:
-        return _SoftmaxKL.apply(student, teacher, given, chosen)
-    return operator("softmax_kl_forward", given)(student, teacher, given, chosen)[0]
+        return _SoftmaxKL.apply(student, teacher, tau, chosen)
+    return operator("softmax_kl_forward", tau)(student, teacher, tau, chosen)[0]
 
 
 class _SoftmaxKL(torch.autograd.Function):
-    """Saves the inputs and a few numbers per row; the backward recomputes the softmaxes from them."""
+    """Saves the inputs and a few statistics per row, from which the backward recomputes the softmaxes."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
@@ -146,8 +146,8 @@ def _operands(*tensors: Tensor) -> list[Tensor]:
 
 
 def _kernels(backend: str) -> Any:
-    """Return the module that calls the backend's kernels, which fill the outputs they are given."""
-    return calls("softmax_kl", BACKENDS[backend].module)
+    """Return the module that calls the backend's kernels, which fill preallocated outputs."""
+    return family_module("softmax_kl", BACKENDS[backend].module)
 
 
 register(

@@ -11,7 +11,7 @@ from fastkd.ops.launch import dtype_name, launch_on, native
 def statistics_of(dtype: torch.dtype) -> tuple[int, torch.dtype]:
     """Return the number of statistics per row and their dtype: log Σ e^{x/τ} of student and teacher.
 
-    In fp32 it would be off by 5e-4 at logits of 1e4, and the gradient with it.
+    In fp32 the statistics, and with them the gradient, would be off by 5e-4 at logits of 1e4.
     """
     return 2, torch.float64
 

@@ -18,9 +18,9 @@ def softmax_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, di
         dim: the dimension of the softmax.
 
     Returns:
-        The shape of ``student`` without ``dim``, fp32 (fp64 if an input is fp64). Where the teacher's probability is 0
-        the summand is 0 (0·log 0 = 0), also where both logits are −inf; a student probability of 0 with a positive
-        teacher probability gives inf. NaN, +inf, and a row of only −inf give NaN.
+        The divergences, of the shape of ``student`` without ``dim``, in fp32 (fp64 if an input is fp64). Where the
+        teacher's probability is 0 the summand is 0 (0·log 0 = 0), also where both logits are −inf; a student
+        probability of 0 with a positive teacher probability gives inf. NaN, +inf, and a row of only −inf give NaN.
     """
     dtype = compute_dtype(student, teacher)
     log_p_s = torch.log_softmax(student.to(dtype) / temperature, dim)
@@ -29,7 +29,7 @@ def softmax_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, di
 
 
 def kl(log_p_s: Tensor, log_p_t: Tensor, dim: int = -1) -> Tensor:
-    """Return Σ p_t (log p_t − log p_s) over ``dim``; a summand is 0 where p_t is."""
+    """Return Σ p_t (log p_t − log p_s) over ``dim``; a summand is 0 where p_t is 0."""
     p_t = log_p_t.exp()
     # Mask the difference, not the product: 0·(−inf + inf) is NaN, and so would be its gradient.
     ratio = torch.where(p_t == 0, torch.zeros_like(p_t), log_p_t - log_p_s)
