@@ -499,7 +499,7 @@ def test_native_call_rejects_invalid_arguments(change: dict[str, Any], message: 
         ({0: torch.zeros(2, 9, 4, dtype=torch.int64)}, "student_pixels: expected a floating-point tensor"),
         ({1: torch.zeros(2, 3, 5)}, "student_pixels and student_words"),
         ({2: torch.zeros(2, 8, 4)}, r"same samples and pixels"),
-        ({3: torch.zeros(2, 5, 4)}, "leave only 'pixel_pixel'"),
+        ({3: torch.zeros(2, 5, 4)}, "only 'pixel_pixel' is defined"),
         ({2: torch.zeros(2, 9, 4, requires_grad=True)}, r"teacher_pixels.*detach\(\)"),
         ({0: torch.zeros(2, 0, 4)}, "student_pixels: is empty"),
         ({"temperature": 0.0}, "temperature"),

@@ -15,7 +15,7 @@ from pixel_word_tools import Kernels, as_maps, check, here, make, masks_of, run
 
 from fastkd._integers import ceil_div
 from fastkd.ops import dispatch
-from fastkd.ops.pixel_word.plan import MOST_WORDS
+from fastkd.ops.pixel_word.plan import MAX_WORDS
 from fastkd.ops.pixel_word.reference import pixel_word as reference
 from fastkd.ops.pixel_word.reference import pixel_word_from_logits as reference_from_logits
 
@@ -81,7 +81,7 @@ def test_merges_the_maximum_number_of_partial_sums() -> None:
 
 def test_every_number_of_words_has_blocks() -> None:
     """Each padded number of words has blocks, and no sample has more programs than ``merge_kernel`` adds."""
-    assert MOST_WORDS["triton"] == plan.MAX_WORDS
+    assert MAX_WORDS["triton"] == plan.MAX_WORDS
     for words in range(1, plan.MAX_WORDS + 1):
         padded = plan.padded_words(words)
         assert words <= padded <= max(16, 2 * words)

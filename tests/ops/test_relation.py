@@ -334,10 +334,10 @@ def test_falls_back_to_streamed_if_a_form_exceeds_the_workspace(
         for got, want in zip(results, whole, strict=True):
             assert distance(got, want.double()) <= 1000 * arithmetic.eps + 2 * torch.finfo(got.dtype).eps
         assert chosen == ["streamed", "streamed"]
-    with pytest.raises(ValueError, match=r"does not hold one block of rows of this call, set it to at least [\d.]+,"):
+    with pytest.raises(ValueError, match=r"does not hold one block of rows of this call; set it to at least [\d.]+,"):
         with_limit(2**25, least("streamed"))
     assert chosen == [form, form]
-    with pytest.raises(ValueError, match="does not hold one block of rows of this call, set it to at least") as error:
+    with pytest.raises(ValueError, match="does not hold one block of rows of this call; set it to at least") as error:
         with_limit(least("streamed") - 64)
     named = float(str(error.value).split("at least ")[1].split(",")[0])
     assert least("streamed") <= named * 2**20 < least("streamed") + 0.01 * 2**20

@@ -120,7 +120,7 @@ def test_launches_cover_each_row_block_once_within_the_workspace() -> None:
                     assert seen == [(p, b) for p in range(grid.problems) for b in range(grid.blocks)]
     # The largest training step needs far less than 32 MiB for one row block.
     plan = plans.Plan(2, 14400, False, "kl", "bf16", False, 9)
-    assert plan.least_bytes() < 8 * 2**20
+    assert plan.min_bytes() < 8 * 2**20
 
 
 def test_plan_fills_a_large_gpu() -> None:

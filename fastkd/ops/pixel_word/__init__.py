@@ -18,9 +18,9 @@ from fastkd.ops import checks
 from fastkd.ops.availability import compare
 from fastkd.ops.backends import BACKENDS
 from fastkd.ops.dispatch import choose
-from fastkd.ops.launch import calls, distinct
+from fastkd.ops.launch import distinct, family_module
 from fastkd.ops.pixel_word.plan import (
-    MOST_WORDS,
+    MAX_WORDS,
     Inputs,
     Options,
     Saved,
@@ -67,9 +67,9 @@ def pixel_word(
         student_pixels: (B, N, D_S), floating, any strides. Only the student's pixels and words receive gradients.
         student_words: (B, T, D_S).
         teacher_pixels: (B, N, D_T).
-        teacher_words: (B, T, D_T); another number of words if "pixel_pixel" is the only term.
+        teacher_words: (B, T, D_T); T may differ from the student's if "pixel_pixel" is the only term.
         student_word_mask: None or bool (B, T), True = valid.
-        teacher_word_mask: the same mask, unless "pixel_pixel" is the only term.
+        teacher_word_mask: the same for the teacher's words; must be equal unless "pixel_pixel" is the only term.
         pixel_mask: None or bool (B, N).
         similarity: "scaled_dot" or "cosine".
         temperature: τ > 0. Its gradient is computed by the reference only.
@@ -119,7 +119,7 @@ def pixel_word_from_logits(
 def pixel_word_unchecked(
     inputs: Inputs, similarity: str, temperature: float | Tensor, terms: Sequence[str], backend: str
 ) -> dict[str, Tensor]:
-    """Compute :func:`pixel_word` (:func:`pixel_word_from_logits` without words) of checked arguments."""
+    """Return :func:`pixel_word`, or without words :func:`pixel_word_from_logits`, of checked arguments."""
     inputs = Inputs(*(None if x is None else savable(x)[0] for x in inputs))  # type: ignore[arg-type]
     if checks.differentiates_temperature(backend, temperature):
         chosen = "reference"
@@ -127,18 +127,18 @@ def pixel_word_unchecked(
         chosen = _choose(backend, inputs)
     if chosen == "reference":
         return _reference(inputs, similarity, temperature, terms)
-    given = operator_argument(temperature)
-    options = Options(similarity == "cosine", given, sum(1 << TERMS.index(term) for term in set(terms)))
+    tau = operator_argument(temperature)
+    options = Options(similarity == "cosine", tau, sum(1 << TERMS.index(term) for term in set(terms)))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.features):
         loss = _PixelWord.apply(*distinct(*inputs), *options, chosen)
     else:
-        loss = operator("pixel_word_forward", given)(*inputs, *options, False, chosen)[0]
+        loss = operator("pixel_word_forward", tau)(*inputs, *options, False, chosen)[0]
     columns = loss.unbind(1)  # (B,) per term
     return {term: columns[TERMS.index(term)] for term in terms}
 
 
 def _check(tensors: dict[str, Tensor], inputs: Inputs, terms: Sequence[str]) -> None:
-    """Raise for tensors that do not match each other or the terms."""
+    """Raise for invalid tensors or terms, or sizes that do not match."""
     for name, tensor in tensors.items():
         checks.floating(name, tensor, (3,), "(B, T, D)" if name.endswith("words") else "(B, N, D)")
         if name.startswith("teacher"):
@@ -154,21 +154,23 @@ def _check(tensors: dict[str, Tensor], inputs: Inputs, terms: Sequence[str]) -> 
         raise ValueError(f"terms: expected some of {', '.join(TERMS)}, got {list(terms)}")
     words = inputs.word_counts
     if words[0] != words[1] and set(terms) != {"pixel_pixel"}:
-        raise ValueError(f"terms: {words[0]} and {words[1]} words leave only 'pixel_pixel', got {list(terms)}")
+        raise ValueError(
+            f"terms: with {words[0]} and {words[1]} words only 'pixel_pixel' is defined, got {list(terms)}"
+        )
 
 
 def _choose(backend: str, inputs: Inputs) -> str:
-    """Return the backend of this call; some hold only so many words."""
+    """Return the backend of this call; some support only a limited number of words."""
     features = [x for x in inputs.features if x is not None]
     chosen = choose("pixel_word", backend, *features, masks=inputs.masks)
     words = max(inputs.word_counts)
-    most = MOST_WORDS.get(chosen, words)
-    if words <= most:
+    limit = MAX_WORDS.get(chosen, words)
+    if words <= limit:
         return chosen
     if backend == "auto":
         return "reference"
     raise BackendUnavailable(
-        f"backend={chosen!r}: pixel_word's kernels hold at most {most} words, got {words}; use backend='auto' or "
+        f"backend={chosen!r}: pixel_word's kernels support at most {limit} words, got {words}; use backend='auto' or "
         "'reference', or fewer words"
     )
 
@@ -188,13 +190,13 @@ def _reference(inputs: Inputs, similarity: str, temperature: float | Tensor, ter
 
 
 class _PixelWord(torch.autograd.Function):
-    """Saves the student's features, the logits, and T×T matrices; the backward recomputes the attention."""
+    """Saves the student's features, the logits and T×T matrices; the backward recomputes the attention."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs, options, backend = Inputs(*arguments[:7]), Options(*arguments[7:10]), arguments[10]
         loss, *statistics = operator("pixel_word_forward", options.temperature)(*inputs, *options, True, backend)
-        # The statistics hold the logits of features; logits that are inputs are saved as they are.
+        # Logits computed from features are among the statistics; logits that are inputs are saved as they are.
         has_words = inputs.student_words is not None
         teacher_logits = None if has_words else inputs.teacher_pixels
         saved = Saved(inputs.student_pixels, inputs.student_words, teacher_logits, *inputs.masks, *statistics)
@@ -233,7 +235,7 @@ def _backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the gradients of the student's pixels and words; a gradient that is not needed is empty."""
     saved, teacher_width = Saved(*arguments[:10]), arguments[10]
     options, (for_pixels, for_words, backend) = _with_number(Options(*arguments[11:14])), arguments[14:]
-    # The arithmetic is the forward's, which may be fp64 because of the teacher alone.
+    # The dtype of the arithmetic is the forward's, which may be fp64 because of the teacher alone.
     dtype = grad_loss.dtype
     pixels, words = convert(saved.student_pixels, saved.student_words, dtype, backend)
     grad_pixels = gradient_like(pixels if for_pixels else None, saved.student_pixels)
@@ -260,8 +262,8 @@ def _with_number(options: Options) -> Options:
 
 
 def _kernels(backend: str) -> Any:
-    """Return the module that calls the backend's kernels, which fill the outputs they are given."""
-    return calls("pixel_word", BACKENDS[backend].module)
+    """Return the module that calls the backend's kernels, which fill preallocated outputs."""
+    return family_module("pixel_word", BACKENDS[backend].module)
 
 
 _MASKS = "Tensor? student_word_mask, Tensor? teacher_word_mask, Tensor? pixel_mask"

@@ -1,6 +1,6 @@
 """Call the C++ or CUDA C++ kernels of ``pixel_word`` with addresses and strides: one build serves every torch.
 
-The kernels read rows of features, maps and 16-bit elements in place; everything else is copied here.
+The kernels read features with stride 1 along D or N, also 16-bit ones, in place; other inputs are copied here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def forward(inputs: Inputs, options: Options, statistics: Sequence[Tensor], loss
     student = _side(v_s, w_s, inputs.student_word_mask, options, loss.dtype, backend)
     teacher = _side(v_t, w_t, inputs.teacher_word_mask, options, loss.dtype, backend)
     if backend == "cuda" and w_s is not None and statistics[0].numel() == 0:
-        # The CUDA kernels pass the logits from one to the next in memory.
+        # The CUDA kernels pass the logits from one kernel to the next in memory.
         rows = student.word_count + teacher.word_count
         statistics = (loss.new_empty((v_s.shape[0], rows, v_s.shape[1])), *statistics[1:])
     with _call(student, teacher, inputs.pixel_mask, options, loss.dtype, False, backend) as (call, workspace):
@@ -60,15 +60,15 @@ def backward(
 
 
 class Side(NamedTuple):
-    """Student or teacher as the kernels take it."""
+    """The student's or the teacher's operands, as the kernels take them."""
 
-    pixels: Tensor | None  # features, logits if there are no words, or None where a backward needs neither
-    words: Tensor | None
-    word_mask: Tensor | None
+    pixels: Tensor | None  # (B, N, D), or the logits (B, N, T) without words, or None where a backward needs neither
+    words: Tensor | None  # (B, T, D)
+    word_mask: Tensor | None  # (B, T)
     word_count: int
     width: int
     scale: float  # of the logits
-    bf16_words: bool  # each element of the words is a widened bfloat16
+    bf16_words: bool  # every element of the words is exact in bfloat16
 
 
 def _side(
@@ -79,7 +79,7 @@ def _side(
     dtype: torch.dtype,
     backend: str,
 ) -> Side:
-    """Return the student or the teacher for kernels whose arithmetic is in ``dtype``."""
+    """Return one network's operands for kernels whose arithmetic is in ``dtype``."""
     temperature, cosine = number_of(options.temperature), options.cosine
     bf16_words = words is not None and words.dtype == torch.bfloat16
     pixels, words = convert(pixels, words, dtype, backend)
@@ -100,9 +100,9 @@ def _call(
     backward: bool,
     backend: str,
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the native call and its workspace, with the device current. The caller keeps the tensors of both sides."""
+    """Yield the native call and its workspace, with the device current. The caller keeps both sides' tensors alive."""
     assert student.pixels is not None
-    pixel_mask = _contiguous(pixel_mask)  # alive until the block ends
+    pixel_mask = _contiguous(pixel_mask)  # kept alive until the block ends
     problem = (
         _network(student, dtype),
         _network(teacher, dtype),
@@ -123,7 +123,7 @@ def _network(side: Side, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _array(x: Tensor | None, dtype: torch.dtype) -> tuple[int, str, tuple[int, ...]]:
-    """Return address, dtype and strides; of an absent array 0, ``dtype`` and zeros."""
+    """Return address, dtype and strides; for None return 0, ``dtype`` and zeros."""
     return (0, dtype_name(dtype), (0, 0, 0)) if x is None else (x.data_ptr(), dtype_name(x.dtype), x.stride())
 
 

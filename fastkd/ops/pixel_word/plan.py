@@ -14,8 +14,8 @@ from fastkd.ops.pixel_word.reference import TERMS
 PIXEL_TO_WORD, WORD_TO_PIXEL, PIXEL_PIXEL, WORD_WORD = (1 << i for i in range(len(TERMS)))
 SECOND_ORDER = PIXEL_PIXEL | WORD_WORD
 
-MOST_WORDS = {"triton": 128, "cuda": 128}
-"""These backends hold all words of a pixel in registers; the kernels check the same limit."""
+MAX_WORDS = {"triton": 128, "cuda": 128}
+"""Maximum number of words by backend; these keep all words of a pixel in registers, and check the same limit."""
 
 Shape = Sequence[int]
 
@@ -52,12 +52,12 @@ class Inputs(NamedTuple):
 class Saved(NamedTuple):
     """The tensors of the backward operator after ``grad_loss``, in the order of its schema."""
 
-    student_pixels: Tensor
-    student_words: Tensor | None
-    teacher_logits: Tensor | None  # given logits; else the teacher's are in ``logits``
-    student_word_mask: Tensor | None
-    teacher_word_mask: Tensor | None
-    pixel_mask: Tensor | None
+    student_pixels: Tensor  # (B, N, D_S)
+    student_words: Tensor | None  # (B, T_S, D_S)
+    teacher_logits: Tensor | None  # (B, N, T_T) if logits were given, else they are in ``logits``
+    student_word_mask: Tensor | None  # (B, T_S)
+    teacher_word_mask: Tensor | None  # (B, T_T)
+    pixel_mask: Tensor | None  # (B, N)
     logits: Tensor  # (B, T_S + T_T, N); this and the next three are empty if not needed
     norms: Tensor  # (B, N)
     columns: Tensor  # (B, parts, T_S)
@@ -85,14 +85,14 @@ def allocate(inputs: Inputs, options: Options, keep: bool, backend: str) -> tupl
     dtype, device = statistics_dtype(*(x for x in inputs.features if x is not None)), inputs.student_pixels.device
     batch, pixels = inputs.student_pixels.shape[:2]
     words = inputs.word_counts
-    most = max(words) if words[0] != words[1] else words[0]
-    # log Σ e^u of a column: in fp64 on the CPU, in two parts on a GPU.
+    side = max(words) if words[0] != words[1] else words[0]
+    # log Σ e^u of each column, S and T: one fp64 number on the CPU, a maximum and a sum on a GPU.
     parts, columns_dtype = (2, torch.float64) if backend == "cpu" else (4, dtype)
     shapes = {
         "logits": (batch, words[0] + words[1], pixels) if inputs.student_words is not None else None,
         "norms": (batch, pixels) if options.cosine else None,
         "columns": (batch, parts, words[0]) if options.terms & WORD_TO_PIXEL else None,
-        "grams": (batch, 3, most, most) if options.terms & SECOND_ORDER else None,
+        "grams": (batch, 3, side, side) if options.terms & SECOND_ORDER else None,
     }
     statistics = (
         torch.empty(
@@ -106,7 +106,7 @@ def allocate(inputs: Inputs, options: Options, keep: bool, backend: str) -> tupl
 
 
 def convert(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor | None]:
-    """Return pixels and words in dtypes and a layout that ``backend`` takes, for arithmetic in ``dtype``."""
+    """Return pixels and words in dtypes and a layout that ``backend`` supports, for arithmetic in ``dtype``."""
     if dtype == torch.float64:
         pixels = pixels.to(dtype)
     if words is not None and backend == "cuda":  # one dtype for both
@@ -118,7 +118,7 @@ def convert(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: s
 
 
 def rows_or_maps(x: Tensor) -> Tensor:
-    """Return (B, N, D) with stride 1 along D (rows of features) or N (maps); copy any other layout."""
+    """Return ``x`` (B, N, D) if its stride is 1 along D (rows of features) or N (maps), else a contiguous copy."""
     return x if x.stride(2) == 1 or x.stride(1) == 1 else x.contiguous()
 
 
@@ -133,7 +133,7 @@ def gradient_like(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def scale_of(width: int, temperature: float, cosine: bool) -> float:
-    """Return the factor of dot products, of cosines, or of given logits (``width`` 0)."""
+    """Return the factor that multiplies dot products, cosines, or given logits (``width`` 0)."""
     return 1 / (temperature * (1 if cosine or width == 0 else width**0.5))
 
 
@@ -141,7 +141,7 @@ def scale_of(width: int, temperature: float, cosine: bool) -> float:
 
 
 def forward_flops(*arguments: Any) -> int:
-    """Return the FLOP of both networks' logits V Lᵀ, unless given, and of the second order AᵀA, DᵀA and DᵀD."""
+    """Return the FLOP of the logits V Lᵀ, unless they are given, and of the second-order AᵀA, DᵀA and DᵀD."""
     student_pixels, student_words, teacher_pixels, teacher_words = arguments[:4]  # shapes of Inputs
     terms = Options(*arguments[7:10]).terms
     pixels = student_pixels[0] * student_pixels[1]
@@ -155,7 +155,7 @@ def forward_flops(*arguments: Any) -> int:
 
 
 def backward_flops(grad_loss: Shape, *arguments: Any) -> int:
-    """Return the FLOP of A X and, of "pixel_pixel", D Z; and of the gradients dM L and dMᵀ V that are needed."""
+    """Return the FLOP of A X, of D Z (for "pixel_pixel"), and of the gradients dM L and dMᵀ V that are needed."""
     student_pixels, student_words, grams = arguments[0], arguments[1], arguments[9]  # shapes of Saved
     terms = Options(*arguments[11:14]).terms
     for_pixels, for_words = arguments[14:16]

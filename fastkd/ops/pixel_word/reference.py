@@ -1,4 +1,4 @@
-"""``pixel_word`` in plain torch: first- and second-order distances of two networks' pixel–word attention."""
+"""``pixel_word`` in plain torch: first- and second-order distances between two networks' pixel–word attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pixel_word(
 ) -> dict[str, Tensor]:
     """Return the cross-modal terms (B,) of two networks' pixels V (B, N, D) and words L (B, T, D).
 
-    The logits are M = V Lᵀ/√D ("scaled_dot") or the cosines of V and L ("cosine"); the rest is
+    The logits M = V Lᵀ/√D ("scaled_dot") or the cosines of V and L ("cosine") are passed to
     :func:`pixel_word_from_logits`. The values of masked pixels and words, even NaN, affect neither loss nor gradient.
     """
     dtype = compute_dtype(student_pixels, student_words, teacher_pixels, teacher_words)
@@ -69,7 +69,7 @@ def pixel_word_from_logits(
       with different T on a device without fp64);
     - "word_word": ‖A_Sᵀ A_S − A_Tᵀ A_T‖²_F / n².
 
-    The two networks may differ in T if "pixel_pixel" is the only term. fp32 (fp64 if an input is fp64).
+    The two networks may differ in T if "pixel_pixel" is the only term. Results are fp32 (fp64 if an input is fp64).
     """
     dtype = compute_dtype(student_logits, teacher_logits)
     batch, pixels, _ = student_logits.shape
@@ -81,7 +81,7 @@ def pixel_word_from_logits(
         n = pixel_mask.sum(1).to(dtype)
 
     results: dict[str, Tensor] = {}
-    if set(terms) != {"word_to_pixel"}:  # log A, with −inf for masked words
+    if set(terms) != {"word_to_pixel"}:  # log A of both networks (B, N, T), −inf for masked words
         log_a = torch.log_softmax(_masked(student, student_word_mask, 2, -torch.inf) / temperature, 2)
         log_b = torch.log_softmax(_masked(teacher, teacher_word_mask, 2, -torch.inf) / temperature, 2)
     if "pixel_to_word" in terms:
@@ -100,11 +100,11 @@ def pixel_word_from_logits(
 
 
 def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict[str, Tensor]:
-    """Return squared Frobenius distances of the Gram matrices of a and b over n², from T×T matrices.
+    """Return the second-order terms of attention a, b (B, N, T) with n valid pixels, from T×T matrices.
 
     With d = a − b: aaᵀ − bbᵀ = d aᵀ + b dᵀ and aᵀa − bᵀb = dᵀa + bᵀd. Every product has the factor d, so nothing
-    cancels as the student approaches the teacher. If the widths differ, there is no d; ‖aᵀa‖² + ‖bᵀb‖² − 2‖aᵀb‖² is
-    computed in fp64, or on a device without fp64 ‖aaᵀ − bbᵀ‖² from N×N matrices.
+    cancels as the student approaches the teacher. If the widths T differ, d is undefined; ‖aᵀa‖² + ‖bᵀb‖² − 2‖aᵀb‖² is
+    then computed in fp64, or on a device without fp64 ‖aaᵀ − bbᵀ‖² from N×N matrices.
     """
     dtype, results = a.dtype, {}
     if a.shape[2] != b.shape[2] and not computes_fp64(a.device):
@@ -114,7 +114,7 @@ def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict
         square = _norm2(a.mT @ a) + _norm2(b.mT @ b) - 2 * _norm2(a.mT @ b)
         return {"pixel_pixel": (square / n.double().square()).to(dtype)}
     d = a - b
-    d_a, b_d = product(d.mT, a), product(b.mT, d)
+    d_a, b_d = product(d.mT, a), product(b.mT, d)  # (B, T, T)
     if "pixel_pixel" in terms:
         d_d = product(d.mT, d)
         square = ((product(a.mT, a) + product(b.mT, b)) * d_d).sum((1, 2)) + 2 * (d_a * b_d).sum((1, 2))
@@ -127,7 +127,7 @@ def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict
 def _logits(
     pixels: Tensor, words: Tensor, pixel_mask: Tensor | None, word_mask: Tensor | None, similarity: str
 ) -> Tensor:
-    """Return M (B, N, T). Masked rows are set to 0 first: 0·NaN would put NaN into the other operand's gradient."""
+    """Return M (B, N, T). Masked rows are set to 0 first, as NaN in them would reach the other operand's gradient."""
     v, w = _masked(pixels, pixel_mask, 1), _masked(words, word_mask, 1)
     if similarity == "cosine":
         return product(normalise_rows(v), normalise_rows(w).mT)
@@ -135,7 +135,7 @@ def _logits(
 
 
 def _masked(x: Tensor, mask: Tensor | None, dim: int, value: float = 0.0) -> Tensor:
-    """Return ``x`` with ``value`` where the (B, size of ``dim``) mask is False."""
+    """Return ``x`` with ``value`` where ``mask``, of shape (B, size of ``dim``), is False."""
     if mask is None:
         return x
     shape = [mask.shape[0]] + [1] * (x.dim() - 1)
@@ -144,4 +144,5 @@ def _masked(x: Tensor, mask: Tensor | None, dim: int, value: float = 0.0) -> Ten
 
 
 def _norm2(matrix: Tensor) -> Tensor:
+    """Return the squared Frobenius norm of each matrix."""
     return matrix.square().sum((1, 2))

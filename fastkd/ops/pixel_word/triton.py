@@ -1,4 +1,4 @@
-"""Call the Triton kernels of ``pixel_word``: features and words in place, statistics in fp32."""
+"""Call the Triton kernels of ``pixel_word``, which read features and words in place; statistics are fp32."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-r"""``relation``: a distance, row by row, between the self-relation matrices of two sets of rows.
+r"""``relation``: a per-row distance between the self-relation matrices of two sets of rows.
 
 For rows :math:`X_S \in \mathbb{R}^{B \times R \times K_S}`, :math:`X_T \in \mathbb{R}^{B \times R \times K_T}` and the
-matrices :math:`E_x = \operatorname{sim}(X_x, X_x)` of shape (R, R), one number per row of :math:`E_S` against
+matrices :math:`E_x = \operatorname{sim}(X_x, X_x)` of shape (R, R), one distance per row between :math:`E_S` and
 :math:`E_T`. The formulas and their gradients are in ``csrc/common/relation.h``.
 """
 
@@ -16,7 +16,7 @@ from fastkd.ops import checks
 from fastkd.ops.availability import compare
 from fastkd.ops.backends import BACKENDS
 from fastkd.ops.dispatch import backend_from_env, choose
-from fastkd.ops.launch import calls, promoted, statistics_dtype
+from fastkd.ops.launch import family_module, promoted, statistics_dtype
 from fastkd.ops.numerics import computes_fp64
 from fastkd.ops.registration import (
     Implementation,
@@ -49,17 +49,17 @@ def relation(
     """Return the per-row distances (B, R) of the relation matrices of ``student`` and ``teacher``.
 
     Args:
-        student: (B, R, K_S), floating, any strides. Only the student receives gradients.
+        student: (B, R, K_S), any floating dtype and strides. Only the student receives gradients.
         teacher: (B, R, K_T) on the same device; another floating dtype is promoted.
         similarity, distance, temperature, negate, cross: as in :func:`fastkd.ops.relation.reference.relation`.
-        keep: the relation matrices are small compared with the rows (channels), so kernels may store them for the
-            backward instead of computing them twice. Without it no R×R matrix is ever held.
+        keep: let kernels store the relation matrices for the backward instead of computing them twice; meant for
+            matrices that are small compared with the rows (channels). Without it, no R×R matrix is ever stored.
         backend: "auto", "reference", "cpu", "triton" or "cuda". All but the reference are differentiable once. The mean
             squared error of narrow rows is computed from K×K Gram matrices, which takes less time and memory than R×R
-            tiles: on a CPU where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16; on a GPU in
-            plain torch, under "auto" only, where K ≤ 1/2 (and the device has fp64, if the widths differ). A backend
-            requested here or by ``FASTKD_BACKEND`` always computes the call itself, "reference" by the plain formula.
-            "triton" and "cuda" take no fp64.
+            tiles. "cpu" does so where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16; "auto" does
+            so in plain torch, where "cpu" is not used and K ≤ 1/2 (if the widths differ, also only with fp64). A
+            backend requested here or by ``FASTKD_BACKEND`` always computes the call itself, "reference" by the plain
+            formula. "triton" and "cuda" do not support fp64.
 
     Returns:
         (B, R) in fp32 (fp64 if an input is fp64).
@@ -103,7 +103,7 @@ def relation_unchecked(
     keep: bool = False,
     backend: str,
 ) -> Tensor:
-    """Compute :func:`relation` of checked arguments."""
+    """Return :func:`relation` of checked arguments."""
     student, teacher = savable(student, teacher)
     formula: dict[str, Any] = {
         "similarity": similarity,
@@ -118,8 +118,8 @@ def relation_unchecked(
     columns = student.shape[1] * (student.shape[0] if cross else 1)
     width = max(student.shape[2], teacher.shape[2])
     narrow = distance == "mse" and 2 * width <= columns
-    free = backend == "auto" and chosen != "cpu"  # the C++ kernels have a Gram form
-    if narrow and free and backend_from_env() == "auto" and _has_torch_gram(student, teacher):
+    replaceable = backend == "auto" and chosen != "cpu"  # the C++ kernels have their own Gram form
+    if narrow and replaceable and backend_from_env() == "auto" and _has_torch_gram(student, teacher):
         return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
     if chosen == "reference":
         return reference(student, teacher, **formula)
@@ -127,22 +127,22 @@ def relation_unchecked(
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     sizes = (student.shape[1], columns, student.shape[2], teacher.shape[2])
     form = choose_form(*sizes, dtype, distance, keep and not cross, chosen)
-    if form == "stored" and not differentiated:  # no backward will read the matrices
+    if form == "stored" and not differentiated:  # no backward to read the matrices
         form = "streamed"
-    given = operator_argument(temperature)
-    options = Options(similarity, distance, given, negate, cross, form, chosen)
+    tau = operator_argument(temperature)
+    options = Options(similarity, distance, tau, negate, cross, form, chosen)
     if differentiated:
         return _Relation.apply(student, teacher, *options)
-    return operator("relation_forward", given)(student, teacher, *options)[0]
+    return operator("relation_forward", tau)(student, teacher, *options)[0]
 
 
 def _has_torch_gram(student: Tensor, teacher: Tensor) -> bool:
-    """Return whether plain torch can use Gram matrices: those of unequal widths are combined in fp64."""
+    """Return whether plain torch can use Gram matrices; unequal widths need fp64."""
     return student.shape[2] == teacher.shape[2] or computes_fp64(student.device)
 
 
 class _Relation(torch.autograd.Function):
-    """Saves the inputs, a few numbers per row, and the small matrices of the form."""
+    """Saves the inputs, a few statistics per row, and the matrices of the forms "stored" and "gram"."""
 
     @staticmethod
     def forward(
@@ -172,34 +172,34 @@ class _Relation(torch.autograd.Function):
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-def _forward(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given = Options(*options)
-    loss, statistics, stored = _allocate(student, teacher, given)
+def _forward(student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*arguments)
+    loss, statistics, stored = _allocate(student, teacher, options)
     if loss.numel():
-        used = _used_at_temperature(student, teacher, statistics, stored, given)
+        used = _used_at_temperature(student, teacher, statistics, stored, options)
         for whole, part in zip((statistics, stored), used[:2], strict=True):
             if len(part) < len(whole):
-                whole[len(part) :].zero_()  # every element of an operator's output is defined
+                whole[len(part) :].zero_()  # an operator must write every element of its output
         student, teacher = promoted(student, teacher)
-        _kernels(given.backend).forward(student, teacher, loss, *used)
+        _kernels(options.backend).forward(student, teacher, loss, *used)
     return loss, statistics, stored
 
 
 def _backward(
-    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, stored: Tensor, *options: Any
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, stored: Tensor, *arguments: Any
 ) -> Tensor:
     dtype = student.dtype
     grad_loss = grad_loss.to(statistics_dtype(student, teacher))
-    statistics, stored, given = _used_at_temperature(student, teacher, statistics, stored, Options(*options))
+    statistics, stored, options = _used_at_temperature(student, teacher, statistics, stored, Options(*arguments))
     student, teacher = promoted(student, teacher)
     grad_student = torch.empty_like(student)
     if grad_student.numel():
-        _kernels(given.backend).backward(grad_loss, student, teacher, statistics, stored, grad_student, given)
+        _kernels(options.backend).backward(grad_loss, student, teacher, statistics, stored, grad_student, options)
     return grad_student.to(dtype)
 
 
-def _forward_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(student, teacher, Options(*options))
+def _forward_fake(student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate(student, teacher, Options(*arguments))
 
 
 def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
@@ -207,11 +207,11 @@ def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
 
 
 def _allocate(student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Return unfilled loss, statistics and stored matrices, large enough for any value of a tensor temperature."""
+    """Return the unfilled loss, statistics and stored matrices, large enough for any value of a tensor temperature."""
     if isinstance(options.temperature, Tensor):
-        # High temperatures need no row maxima: take one temperature on each side of that limit.
-        cold, warm = (_sizes(student, teacher, options._replace(temperature=t)) for t in (0.0, float("inf")))
-        sizes = cold._replace(planes=max(cold.planes, warm.planes), stored=_larger(cold.stored, warm.stored))
+        # High temperatures need no row maxima, so sizes depend on the temperature: allocate the larger of both.
+        low, high = (_sizes(student, teacher, options._replace(temperature=t)) for t in (0.0, float("inf")))
+        sizes = low._replace(planes=max(low.planes, high.planes), stored=_larger(low.stored, high.stored))
     else:
         sizes = _sizes(student, teacher, options)
     rows, device = student.shape[:2], student.device
@@ -234,7 +234,7 @@ def _larger(a: int, b: int) -> int:
 def _used_at_temperature(
     student: Tensor, teacher: Tensor, statistics: Tensor, stored: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Options]:
-    """Return the parts of statistics and stored matrices in use at the temperature's value, and options with it."""
+    """Return the parts of statistics and stored matrices used at this temperature, and the options with its value."""
     if not isinstance(options.temperature, Tensor):
         return statistics, stored, options
     options = options._replace(temperature=number_of(options.temperature))
@@ -243,8 +243,8 @@ def _used_at_temperature(
 
 
 def _kernels(backend: str) -> Any:
-    """Return the module that calls the backend's kernels, which fill the outputs they are given."""
-    return calls("relation", BACKENDS[backend].module)
+    """Return the module that calls the backend's kernels, which fill preallocated outputs."""
+    return family_module("relation", BACKENDS[backend].module)
 
 
 _OPTIONS = "str similarity, str distance, float temperature, bool negate, bool cross, str form, str backend"

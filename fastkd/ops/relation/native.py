@@ -25,7 +25,7 @@ from fastkd.ops.relation.plan import (
     stored_elements_cpu,
 )
 
-STATISTICS_PER_PAIR = 5  # statistics of a row against one sample
+STATISTICS_PER_PAIR = 5  # of a row and a sample it is compared with
 
 
 def sizes(student: Tensor, teacher: Tensor, options: Options) -> Sizes:
@@ -33,7 +33,7 @@ def sizes(student: Tensor, teacher: Tensor, options: Options) -> Sizes:
     batch, rows = student.shape[:2]
     others = batch if options.cross else 1
     dtype, common = statistics_dtype(student, teacher), torch.promote_types(student.dtype, teacher.dtype)
-    if options.form == "gram":  # two scales per row, and G
+    if options.form == "gram":  # two scales per row, and the Gram matrix G
         widths = (student.shape[2], teacher.shape[2])
         gram_dtype = torch.float64 if has_double_gram(*widths, common) else torch.float32
         return Sizes(2, (1 if options.cross else batch) * gram_side(*widths) ** 2, torch.float64, gram_dtype)

@@ -1,4 +1,7 @@
-"""Options and sizes of a ``relation`` call, and the form that its kernels take.
+"""Options and sizes of a ``relation`` call, and the form in which its kernels compute it.
+
+Forms: "streamed" recomputes tiles of the relation matrices in the backward; "stored" keeps the matrices for it; "gram"
+(C++ only) computes the mean squared error from Gram matrices.
 
 Sizes are symbolic under torch.compile, so the native plans cannot compute them; tests compare these formulas with
 ``csrc/cpu/relation/plan.cpp`` and ``csrc/cuda/relation/plan.cpp``.
@@ -21,16 +24,16 @@ STORED_BLOCK = 48
 """Side of the tiles of stored relation matrices, as in ``csrc/common/relation.h``."""
 
 MAX_STORED_BYTES = 2048 * 2048 * 4
-"""Larger relation matrices are recomputed in the backward even where they may be stored: H would fill the workspace."""
+"""Larger relation matrices are never stored: H would fill the workspace of the backward."""
 
 MAX_GRAM_WIDTH = 1024
-"""Wider rows would make Gram matrices of more than 32 MiB."""
+"""The Gram matrices of wider rows would exceed 32 MiB."""
 
 ENOUGH_TILES = 264
-"""With fewer tiles of 128 rows and columns the CUDA kernels take smaller ones, as in ``csrc/cuda/relation/plan.h``."""
+"""If there are fewer 128×128 tiles, the CUDA kernels use smaller ones, as in ``csrc/cuda/relation/plan.h``."""
 
 FIXED_SHIFT_TEMPERATURE = 0.04
-"""From this temperature on the CUDA kernels need no row maxima of cosines, as in ``csrc/cuda/relation/plan.h``."""
+"""At or above it the CUDA kernels need no row maxima of cosines, as in ``csrc/cuda/relation/plan.h``."""
 
 _GRAM_CHUNK, _STORED_CHUNK, _STREAMED_BLOCK = 256, 256, 96  # as in csrc/cpu/relation/plan.h
 
@@ -43,7 +46,7 @@ class Options(NamedTuple):
     temperature: float | Tensor
     negate: bool
     cross: bool
-    form: str  # "streamed", "stored" or, in C++, "gram"
+    form: str  # "streamed", "stored" or "gram"
     backend: str
 
 
@@ -59,7 +62,7 @@ class Sizes(NamedTuple):
 def choose_form(
     rows: int, columns: int, width_s: int, width_t: int, dtype: torch.dtype, distance: str, keep: bool, backend: str
 ) -> str:
-    """Return the form of a forward and its backward: "streamed", "stored" or, in C++, "gram"."""
+    """Return the form of a forward and its backward: "streamed" where the others do not fit the workspace."""
     width = max(width_s, width_t)
     keep = keep and rows**2 * _size(dtype) <= MAX_STORED_BYTES
     if backend != "cpu":
@@ -76,7 +79,7 @@ def choose_form(
 def _prefers_gram(columns: int, width: int, equal_widths: bool, dtype: torch.dtype) -> bool:
     """Return whether Gram matrices were measured faster than tiles (docs/decisions.md).
 
-    Tiles multiply bfloat16 faster, and unequal widths of other dtypes need fp64.
+    bfloat16 tiles are faster, and Gram matrices of unequal widths need fp64 for other dtypes.
     """
     if dtype == torch.bfloat16:
         return columns >= 3 * width
@@ -84,17 +87,17 @@ def _prefers_gram(columns: int, width: int, equal_widths: bool, dtype: torch.dty
 
 
 def gram_side(width_s: int, width_t: int) -> int:
-    """Return the side of the padded Gram matrix of both networks' columns."""
+    """Return the side of the Gram matrix of both networks' columns, each padded to a multiple of 16."""
     return round_up(width_s, 16) + round_up(width_t, 16)
 
 
 def has_double_gram(width_s: int, width_t: int, dtype: torch.dtype) -> bool:
-    """Return whether Gram matrices of rows of ``dtype`` are fp64, as in ``csrc/common/relation.h``."""
+    """Return whether the Gram matrices of rows of ``dtype`` are fp64, as in ``csrc/common/relation.h``."""
     return dtype == torch.float64 or (width_s != width_t and dtype != torch.bfloat16)
 
 
 def stored_elements_cpu(batch: int, rows: int) -> int:
-    """Return the number of elements that the C++ kernels store of the relation matrices."""
+    """Return the number of elements of the relation matrices that the C++ kernels store."""
     blocks = ceil_div(rows, STORED_BLOCK)
     return batch * blocks * (blocks + 1) * STORED_BLOCK**2
 
@@ -102,7 +105,7 @@ def stored_elements_cpu(batch: int, rows: int) -> int:
 def stored_elements(
     batch: int, rows: int, dtype: torch.dtype, similarity: str, distance: str, temperature: float
 ) -> int:
-    """Return the number of elements that the CUDA kernels store of the relation matrices."""
+    """Return the number of elements of the relation matrices that the CUDA kernels store."""
     blocks = ceil_div(rows, 128)
     maxima = distance == "kl" and not (similarity == "cosine" and temperature >= FIXED_SHIFT_TEMPERATURE)
     enough = rows > 64 and batch * (blocks * (blocks + 1) // 2) >= ENOUGH_TILES
@@ -132,32 +135,34 @@ def min_stored_bytes(rows: int, dtype: torch.dtype) -> int:
 # --- FLOP (fastkd/ops/flops.py) ---------------------------------------------------------------------------------------
 
 
-def forward_flops(student: Shape, teacher: Shape, *options: Any) -> int:
+def forward_flops(student: Shape, teacher: Shape, *arguments: Any) -> int:
     """Return the FLOP of X Xᵀ of both networks; in the form "gram" of ZᵀZ and W G (``csrc/common/relation.h``)."""
-    given, both_widths = Options(*options), student[2] + teacher[2]
-    if given.form == "gram":
+    options, both_widths = Options(*arguments), student[2] + teacher[2]
+    if options.form == "gram":
         return 2 * 2 * student[0] * student[1] * both_widths**2
-    return 2 * _row_pairs(student, given.cross) * both_widths
+    return 2 * _row_pairs(student, options.cross) * both_widths
 
 
 def backward_flops(
-    grad_loss: Shape, student: Shape, teacher: Shape, statistics: Shape, stored: Shape, *options: Any
+    grad_loss: Shape, student: Shape, teacher: Shape, statistics: Shape, stored: Shape, *arguments: Any
 ) -> int:
-    """Return the FLOP of H X_S, and of X Xᵀ of both networks if not stored; of the form "gram" those of W G.
+    """Return the FLOP of H X_S, and of X Xᵀ of both networks if recomputed; in the form "gram" those of W G.
 
-    In the form "gram" a gradient that differs between rows takes three times as many, which shapes do not show.
+    In the form "gram", an incoming gradient that differs between rows takes three times as many; shapes do not tell.
     """
-    given = Options(*options)
-    if given.form == "gram":  # the student's columns of W G
+    options = Options(*arguments)
+    if options.form == "gram":  # the student's columns of W G
         return 2 * student[0] * student[1] * student[2] * (student[2] + teacher[2])
-    recomputed = forward_flops(student, teacher, *options) if given.form == "streamed" else 0
-    return recomputed + 2 * _row_pairs(student, given.cross) * student[2]
+    recomputed = forward_flops(student, teacher, *options) if options.form == "streamed" else 0
+    return recomputed + 2 * _row_pairs(student, options.cross) * student[2]
 
 
 def _row_pairs(student: Shape, cross: bool) -> int:
+    """Return the number of elements of a network's relation matrices."""
     batch, rows = student[:2]
     return (batch * rows) ** 2 if cross else batch * rows**2
 
 
 def _size(dtype: torch.dtype) -> int:
+    """Return the bytes of an element of the relation matrices."""
     return 8 if dtype == torch.float64 else 4

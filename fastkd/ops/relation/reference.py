@@ -1,4 +1,4 @@
-"""``relation`` in plain torch: a distance, row by row, between the self-relation matrices of two sets of rows."""
+"""``relation`` in plain torch: a per-row distance between the self-relation matrices of two sets of rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def relation(
     negate: bool = False,
     cross: bool = False,
 ) -> Tensor:
-    """Compare E_S = sim(X_S, X_S) with E_T = sim(X_T, X_T) row by row; both matrices are stored.
+    """Return the per-row distances of E_S = sim(X_S, X_S) and E_T = sim(X_T, X_T); both matrices are stored.
 
     Args:
         student: X_S, (B, R, K_S): R rows of width K_S.
@@ -55,10 +55,10 @@ def relation(
 def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cross: bool = False) -> Tensor:
     """Return ``relation(..., distance="mse")`` from K×K Gram matrices, without an R×R matrix.
 
-    With A = X_S, B = X_T and D = A − B, row i of AAᵀ − BBᵀ is d_i Aᵀ + b_i Dᵀ, hence its squared norm is
+    With A = X_S, B = X_T and D = A − B, row i of AAᵀ − BBᵀ is d_i Aᵀ + b_i Dᵀ, so its squared norm is
     d_i(AᵀA)d_iᵀ + b_i(DᵀD)b_iᵀ + 2 d_i(AᵀD)b_iᵀ. Every summand has the factor D twice, so nothing cancels as the
-    student approaches the teacher. If the widths differ, D does not exist; a_i(AᵀA)a_iᵀ + b_i(BᵀB)b_iᵀ −
-    2 a_i(AᵀB)b_iᵀ is used, which does cancel and therefore needs fp64 (``numerics.computes_fp64``).
+    student approaches the teacher. If the widths differ, D is undefined; a_i(AᵀA)a_iᵀ + b_i(BᵀB)b_iᵀ − 2 a_i(AᵀB)b_iᵀ
+    is used instead, which does cancel and therefore needs fp64 (``numerics.computes_fp64``).
     """
     dtype = compute_dtype(student, teacher)
     same_width = student.shape[-1] == teacher.shape[-1]
@@ -71,11 +71,11 @@ def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cros
             columns = columns * a.shape[0]
         if same_width:
             d = a - b
-            rows = _form(d, _gram(a, a, cross), d) + _form(b, _gram(d, d, cross), b)
-            rows = rows + 2 * _form(d, _gram(a, d, cross), b)
+            rows = _bilinear(d, _gram(a, a, cross), d) + _bilinear(b, _gram(d, d, cross), b)
+            rows = rows + 2 * _bilinear(d, _gram(a, d, cross), b)
         else:
-            rows = _form(a, _gram(a, a, cross), a) + _form(b, _gram(b, b, cross), b)
-            rows = rows - 2 * _form(a, _gram(a, b, cross), b)
+            rows = _bilinear(a, _gram(a, a, cross), a) + _bilinear(b, _gram(b, b, cross), b)
+            rows = rows - 2 * _bilinear(a, _gram(a, b, cross), b)
         return (rows / columns).to(dtype)
 
 
@@ -91,16 +91,16 @@ def _similarities(rows: Tensor, similarity: str, cross: bool) -> Tensor:
     x = _scaled(rows, similarity)
     if not cross:
         return product(x, x.mT)
-    flat = x.flatten(0, 1)
+    flat = x.flatten(0, 1)  # (B·R, K)
     return product(flat, flat.T).reshape(*x.shape[:2], *x.shape[:2])
 
 
 def _gram(x: Tensor, y: Tensor, pooled: bool) -> Tensor:
-    """Return XᵀY per sample, or its sum over the samples."""
+    """Return XᵀY (B, K, K) per sample, or its sum (1, K, K) over the samples."""
     gram = product(x.mT, y)
     return gram.sum(0, keepdim=True) if pooled else gram
 
 
-def _form(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
-    """Return x_i M y_iᵀ for every row i."""
+def _bilinear(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
+    """Return x_i M y_iᵀ (B, R) for every row i."""
     return (product(x, matrix) * y).sum(-1)
