@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-"""log2(e); the hardware computes 2^x."""
+"""log2(e), as the hardware computes 2^x, not e^x."""
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def round_to(x, dtype: tl.constexpr):
 def launching_on(x: Tensor) -> AbstractContextManager[object]:
     """Make the device of ``x`` current, so that Triton launches on that device's current stream."""
     if INTERPRETED:
-        import numpy  # silence its warnings about each −inf − (−inf) that a kernel masks
+        import numpy  # silence its warnings about −inf − (−inf), which the kernels mask
 
         return numpy.errstate(all="ignore")
     return torch.cuda.device(x.device)
@@ -57,5 +57,5 @@ def capability(x: Tensor) -> int:
 
 MAX_REGISTERS = {"maxnreg": 255}
 """Launch option of kernels that otherwise spill under some version of Triton. By default ptxas limits registers so that
-one more program fits a multiprocessor, even if that is one or two registers too few; with an explicit limit it
-allocates as many as the kernel needs."""
+one more program fits on a multiprocessor, even if the kernel then lacks one or two; with an explicit limit it allocates
+as many as the kernel needs."""

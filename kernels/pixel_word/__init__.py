@@ -1,1 +1,1 @@
-"""Triton kernels of ``pixel_word``: see forward.py and backward.py."""
+"""Triton kernels of ``pixel_word``; start with forward.py."""

@@ -1,6 +1,6 @@
 r"""Backward of ``pixel_word`` in Triton, from the logits, the column sums and G, K, E (see forward.py).
 
-With g_k the incoming gradient of loss k, the second order gives dA = A X + D Z,
+With g_k the incoming gradient of loss k, the second-order terms give dA = A X + D Z, where
 
 .. math:: X = \tfrac{4}{n^2} (g_{ww} W + g_{pp} K), \qquad Z = \tfrac{4}{n^2} g_{pp} (G - K),
 
@@ -9,10 +9,10 @@ since :math:`d\|AA^T - BB^T\|^2 / dA = 4 (DG + BK)` and :math:`d\|W\|^2 / dA = 4
 .. math:: du = A \odot (dA - \langle dA, A\rangle) + \tfrac{g_{pw}}{n} D + \tfrac{g_{wp}}{t} (Q_S - Q_T),
           \qquad dM = s\,du,
 
-which is the result if logits were given. For features, dV = dM L and dL = dMᵀ V; for the cosine, with V̂ and L̂ of
-length 1, dV = (dM L̂ − V̂ ⟨dM, M⟩)/|V| and dL = (dMᵀ V̂ − L̂ ⟨dMᵀ V̂, L̂⟩)/|L|. dM is stored in fp32. Its products with
-16-bit features, which are exact in TF32, take two TF32 products, others three. Masked pixels and words get a gradient
-of exactly 0, even if they hold NaN.
+which is the gradient of given logits. For features, dV = dM L and dL = dMᵀ V; for the cosine, with V̂ and L̂ of
+length 1, dV = (dM L̂ − V̂ ⟨dM, M⟩)/|V| and dL = (dMᵀ V̂ − L̂ ⟨dMᵀ V̂, L̂⟩)/|L|. dM is stored in fp32. Its product with
+16-bit features, which are exact in TF32, takes two TF32 products, with fp32 features three. Masked pixels and words get
+a gradient of exactly 0, even if they hold NaN.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from fastkd._integers import ceil_div
 
 @triton.jit
 def scaled_halves(x):
-    """Return x / max |x| split into fp16 numbers, and the unit of their products."""
+    """Return x / max |x| split into two fp16 numbers, and the unit of their products."""
     largest = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-30)
     high, low = split_fp16(x / largest)
     return high, low, largest * SPLIT_UNIT
@@ -67,7 +67,7 @@ def scaled_halves(x):
 
 @triton.jit
 def load_x_and_z(grams_ptr, words, i, j, g_ww, g_pp):
-    """Return rows ``i`` of X and Z, scaled and split into fp16 numbers, with their units."""
+    """Return rows ``i`` and columns ``j`` of X and Z, scaled and split into fp16 numbers, with their units."""
     both = (i < words)[:, None] & (j < words)[None, :]
     entry = grams_ptr + i[:, None] * words + j[None, :]
     transposed = grams_ptr + j[None, :] * words + i[:, None]
@@ -81,7 +81,7 @@ def load_x_and_z(grams_ptr, words, i, j, g_ww, g_pp):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dM from the logits. Only SLAB rows of X and Z are live at a time, with the same columns of A and D.
+# dM from the logits. Only SLAB rows of X and Z, and the same columns of A and D, are live at a time.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["student_count", "teacher_count", "words", "blocks_per_program"])
 def gradient_kernel(

@@ -10,10 +10,10 @@ from fastkd.kernels.pixel_word.tiles import NORM_FLOOR, valid_pixels, valid_word
 
 @triton.jit
 def fp32_product(x, y, acc, EXACT: tl.constexpr):
-    """Return acc + x y in about fp32 precision. EXACT: y has 16 bits, so splitting x into two parts suffices."""
+    """Return acc + x y in about fp32 precision. EXACT: y is exact in TF32, so splitting x into two parts suffices."""
     y = y.to(tl.float32)
     if EXACT:
-        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # rounded down to TF32
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # truncated to TF32
         acc = tl.dot(x - high, y, acc, input_precision="tf32")
         return tl.dot(high, y, acc, input_precision="tf32")
     return tl.dot(x, y, acc, input_precision="tf32x3")
@@ -42,14 +42,14 @@ def pixels_kernel(
     words_stride_t,
     words_stride_d,
     word_mask_ptr,  # (B, T), or None
-    pixel_mask_ptr,
-    logits_ptr,  # M_S (B, T, N) with stride_b, for the cosine, or None
+    pixel_mask_ptr,  # (B, N), or None
+    logits_ptr,  # for the cosine: M_S (B, T, N), contiguous in each sample; else None
     logits_stride_b,
-    features_ptr,  # V (B, N, D), for the cosine, or None
+    features_ptr,  # for the cosine: V (B, N, D); else None
     features_stride_b,
     features_stride_n,
     features_stride_d,
-    norms_ptr,  # (B, N) |V|, for the cosine, or None
+    norms_ptr,  # for the cosine: |V| (B, N); else None
     grad_pixels_ptr,  # output dV (B, N, D)
     grad_pixels_stride_b,
     grad_pixels_stride_n,
@@ -99,7 +99,7 @@ def pixels_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # dMᵀ V, or dMᵀ V̂ for the cosine: a program processes all words, BD features and one run of pixels. A second kernel adds
-# the sums of the runs in order and, for the cosine, subtracts the component along L̂ from the gradient of each word.
+# the sums of the runs in order and, for the cosine, removes the component along L̂ from the gradient of each word.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["words", "blocks_per_program", "runs"])
 def words_kernel(
@@ -108,9 +108,9 @@ def words_kernel(
     features_stride_b,
     features_stride_n,
     features_stride_d,
-    norms_ptr,  # (B, N), for the cosine, or None
-    pixel_mask_ptr,
-    sums_ptr,  # (B, runs, T, D)
+    norms_ptr,  # for the cosine: |V| (B, N); else None
+    pixel_mask_ptr,  # (B, N), or None
+    sums_ptr,  # output (B, runs, T, D)
     pixels,
     words,
     width,
@@ -159,12 +159,12 @@ def _sum_runs(sums_ptr, sample, word, words, width, runs, d, CHUNK: tl.constexpr
 @triton.jit(do_not_specialize=["words", "runs"])
 def merge_words_kernel(
     sums_ptr,  # (B, runs, T, D)
-    words_ptr,  # L (B, T, D), for the cosine, or None
+    words_ptr,  # for the cosine: L (B, T, D); else None
     words_stride_b,
     words_stride_t,
     words_stride_d,
-    word_mask_ptr,
-    grad_words_ptr,  # (B, T, D) contiguous
+    word_mask_ptr,  # (B, T), or None
+    grad_words_ptr,  # output dL (B, T, D), contiguous
     words,
     width,
     runs,

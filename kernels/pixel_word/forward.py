@@ -1,21 +1,21 @@
 r"""Forward of ``pixel_word`` in Triton: distances between the pixel–word attention of two networks.
 
-For one sample, let M (pixels × words) be the logits of student (S) and teacher (T), given or M = V Lᵀ (or the cosines
-of V and L); u = s·M with s = 1/τ (1/(τ√D) for the scaled product); A and B the softmaxes of u_S and u_T over words, Q_S
+For one sample, let M (pixels × words) be the logits of student (S) and teacher (T): given, V Lᵀ, or the cosines of V
+and L; u = s·M with s = 1/τ (1/(τ√D) for the scaled product); A and B the softmaxes of u_S and u_T over words, Q_S
 and Q_T those over pixels; D = A − B; n the number of valid pixels and t of valid words. The four losses are
 
 .. math:: \tfrac1n \sum_p \mathrm{KL}(B_p \| A_p), \quad \tfrac1t \sum_j \mathrm{KL}(Q_{T,j} \| Q_{S,j}), \quad
           \|AA^T - BB^T\|_F^2 / n^2, \quad \|A^TA - B^TB\|_F^2 / n^2 .
 
-The last two follow from three words × words matrices G = AᵀA, K = DᵀA and E = DᵀD. Differences enter as factors D, so
-that nothing cancels when the student is close to the teacher: BᵀD = Kᵀ − E, BᵀB = G − K − Kᵀ + E, and
+The last two follow from three words × words matrices G = AᵀA, K = DᵀA and E = DᵀD. Every term has a factor D, so
+nothing cancels when the student is close to the teacher: BᵀD = Kᵀ − E, BᵀB = G − K − Kᵀ + E, and
 
 .. math:: \|AA^T - BB^T\|^2 = \langle G + B^TB, E\rangle + 2 \sum_{ij} K_{ij} (B^TD)_{ij}, \quad
           \|A^TA - B^TB\|^2 = \|W\|^2, \; W = K + K^T - E .
 
 Words are padded to a power of two, ``TP``. Missing or masked words have attention probability 0. Arithmetic is fp32:
 16-bit features are multiplied directly with fp32 accumulation, fp32 features as three TF32 products, probabilities as
-three fp16 products (``split_fp16``). Features are read once, for the logits, from which everything else is computed.
+three fp16 products (``split_fp16``). Features are read once, to compute the logits; the rest follows from those.
 There are no atomics: each program writes its sums, and ``merge_kernel`` adds them in order.
 """
 
@@ -132,7 +132,7 @@ def logits_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The terms. Each program processes a contiguous run of pixels of one sample and writes SIZE floats: m_S, z_S, m_T, z_T
-# and a per word, the sum of the KLs over words, and from 8·TP on G, K, E.
+# and a of each word (merge.py), the sum of the KLs over words, and from 8·TP on G, K, E.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["student_count", "teacher_count", "blocks_per_program", "programs"])
 def terms_kernel(
@@ -151,13 +151,13 @@ def terms_kernel(
     teacher_count,
     teacher_scale,
     pixel_mask_ptr,  # (B, N), or None
-    partials_ptr,  # (B, programs, SIZE)
+    partials_ptr,  # output (B, programs, SIZE)
     pixels,
     blocks_per_program,  # blocks of pixels per program
     programs,
     BN: tl.constexpr,
     TP: tl.constexpr,
-    TERMS: tl.constexpr,  # bits of the terms; without the second order if grams_kernel computes G, K, E
+    TERMS: tl.constexpr,  # bits of the terms, without the second-order ones if grams_kernel computes G, K, E
 ):
     """Compute the first-order sums and G, K, E of ``blocks_per_program`` blocks of pixels."""
     sample = tl.program_id(0).to(tl.int64)
@@ -226,7 +226,7 @@ def terms_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["student_count", "teacher_count", "blocks_per_program", "programs"])
 def grams_kernel(
-    student_ptr,  # logits (B, N, T), any strides
+    student_ptr,  # M (B, N, T), any strides
     student_stride_b,
     student_stride_n,
     student_stride_t,
@@ -241,7 +241,7 @@ def grams_kernel(
     teacher_count,
     teacher_scale,
     pixel_mask_ptr,
-    partials_ptr,
+    partials_ptr,  # output, as in terms_kernel
     pixels,
     blocks_per_program,
     programs,

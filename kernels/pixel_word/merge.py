@@ -41,7 +41,7 @@ def column_sums(m_s, m_t, valid_s, valid_t, scale_s, scale_t):
 
 @triton.jit
 def rescale(z_s, z_t, a, h_s, h_t):
-    """Return z_S, z_T and a relative to maxima that are larger by −h."""
+    """Return z_S, z_T and a relative to maxima that are larger by −h_S and −h_T."""
     w = tl.exp2(h_t * LOG2E)
     rescaled_a = tl.where(w * z_t == 0.0, 0.0, w * (a + z_t * (h_t - h_s)))
     return z_s * tl.exp2(h_s * LOG2E), w * z_t, rescaled_a
@@ -49,7 +49,7 @@ def rescale(z_s, z_t, a, h_s, h_t):
 
 @triton.jit
 def merge_columns(m_s, z_s, m_t, z_t, a, n_s, y_s, n_t, y_t, c, scale_s, scale_t):
-    """Return the maxima and sums of the union of two sets of pixels."""
+    """Return the maxima and sums of the union of two sets of pixels, (m, z, a) and (n, y, c)."""
     top_s = tl.maximum(m_s, n_s)
     top_t = tl.maximum(m_t, n_t)
     z_s, z_t, a = rescale(z_s, z_t, a, (m_s - top_s) * scale_s, (m_t - top_t) * scale_t)
@@ -59,16 +59,16 @@ def merge_columns(m_s, z_s, m_t, z_t, a, n_s, y_s, n_t, y_t, c, scale_s, scale_t
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Add the partial sums of a sample in program order and compute its losses. For the backward, write the maxima and sums
-# of the columns, and G, K, E. The matrices are processed by FLAT entries; 1024 entries are whole rows for every TP.
+# of the columns, and G, K, E. The matrices are processed FLAT entries at a time: whole rows for every TP.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["pixels", "student_count", "programs", "words"])
 def merge_kernel(
     partials_ptr,  # (B, programs, SIZE)
     valid_ptr,  # (B,) numbers of valid pixels, or None
-    student_mask_ptr,
-    loss_ptr,  # (B, 4)
-    columns_ptr,  # (B, 4, T): output m_S, z_S, m_T, z_T, or None
-    grams_ptr,  # (B, 3, words, words): output G, K, E, or None
+    student_mask_ptr,  # (B, T), or None
+    loss_ptr,  # output (B, 4)
+    columns_ptr,  # output (B, 4, T) m_S, z_S, m_T, z_T, or None
+    grams_ptr,  # output (B, 3, words, words) G, K, E, or None
     pixels,
     student_count,
     words,  # the larger of both counts

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 from fastkd._integers import ceil_div
 
 MAX_WORDS = 128
-"""Maximum number of words: more would not fit into the registers of a program."""
+"""Maximum number of words; more would not fit in the registers of a program."""
 
 TARGET_PROGRAMS = 528
 """Approximate number of programs per launch: four for each of 132 multiprocessors (H100)."""
 
 MAX_PARTIALS = 64
-"""Maximum number of programs per sample, whose partial sums ``merge_kernel`` adds."""
+"""Maximum number of programs per sample; ``merge_kernel`` adds their partial sums."""
 
 FUSED = False
-"""No fused multiply-adds where student and teacher are compared: with only one of two equal products rounded, their
-difference would not be 0."""
+"""Fused multiply-adds are off where student and teacher are compared: they would round only one of two equal products,
+and the difference would not be 0."""
 
 
 class Blocks(NamedTuple):
@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int = 3
     registers: int | None = None
-    """Register limit per thread, where the default of ptxas spills (``common.MAX_REGISTERS``). With 128, two 8-warp
+    """Register limit per thread, set where the default of ptxas spills (``common.MAX_REGISTERS``). With 128, two 8-warp
     programs share a multiprocessor."""
 
     def launch(self, fused: bool = True) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def padded_words(words: int) -> int:
     return max(16, 1 << (words - 1).bit_length())
 
 
-# Chosen by ahead-of-time compilation for every chip (benchmarks/aot): no spills, then several programs per
-# multiprocessor. ``half`` means 16-bit features.
+# Chosen by ahead-of-time compilation for every chip (benchmarks/aot): first to avoid spills, then to fit several
+# programs on a multiprocessor. ``half`` means 16-bit features.
 def logits_blocks(words: int, half: bool) -> Blocks:
     """Return the blocks of ``logits_kernel`` for TP words."""
     if half:
@@ -98,7 +98,7 @@ MERGE_WORDS_BLOCKS = Blocks(0, 128, 4)
 
 
 def split_pixels(pixels: int, block: int, batch: int, max_programs: int) -> tuple[int, int]:
-    """Return the number of pixel blocks per program, and of programs per sample."""
+    """Return the numbers of pixel blocks per program and of programs per sample."""
     blocks = ceil_div(pixels, block)
     blocks_per_program = ceil_div(blocks, min(max_programs, ceil_div(TARGET_PROGRAMS, batch)))
     return blocks_per_program, ceil_div(blocks, blocks_per_program)

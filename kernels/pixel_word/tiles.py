@@ -16,23 +16,23 @@ PIXEL_PIXEL = tl.constexpr(4)
 WORD_WORD = tl.constexpr(8)
 SECOND_ORDER = tl.constexpr(12)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Initial value of running maxima: −inf − (−inf) would be NaN."""
+"""Initial value of running maxima, as −inf − (−inf) would be NaN."""
 NORM_FLOOR = tl.constexpr(1e-12)
-"""Least norm of a row of features: shorter rows are divided by it and get no gradient."""
+"""Lower bound of the norm of a row of features; shorter rows are divided by it and get no gradient."""
 
 
 class Side(NamedTuple):
-    """Student or teacher, as arguments of the kernels."""
+    """The student's or the teacher's operands, as the kernels take them."""
 
     pixels: Tensor | None  # (B, N, D) with stride_n or stride_d equal to 1; without words, the logits (B, N, T)
     words: Tensor | None  # (B, T, D), any strides
     word_mask: Tensor | None  # (B, T) contiguous
     word_count: int
-    scale: float
+    scale: float  # of the logits
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Return the strides of a three-dimensional tensor, or zeros."""
+    """Return the strides of a 3-d tensor, or zeros for None."""
     return (0, 0, 0) if x is None else x.stride()  # type: ignore[return-value]
 
 
@@ -51,13 +51,13 @@ def features(side: Side) -> tuple[Any, ...]:
 
 
 def logits_of(side: Side, logits: Tensor | None, row: int) -> tuple[Any, ...]:
-    """Return the logits of a side as arguments of the other kernels: given, or from ``row`` of the computed logits."""
+    """Return a side's logits as arguments of the other kernels: given, or the computed logits from ``row`` on."""
     values = side.pixels if logits is None else logits[:, row:].mT
     return values, *strides(values), side.word_mask, side.word_count, side.scale
 
 
 def product_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return the dtype in which features are multiplied: theirs if all have the same, else fp32."""
+    """Return the dtype in which features are multiplied: their own if all have the same, else fp32."""
     dtypes = {x.dtype for x in tensors if x is not None}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
@@ -85,7 +85,7 @@ def valid_pixels(mask_ptr, sample, n, count):
 
 @triton.jit
 def load_logits(ptr, stride_n, stride_t, n, j, pixel_ok, word_ok):
-    """Load M of the pixels ``n`` and words ``j``; 0 where masked."""
+    """Return M of the pixels ``n`` and words ``j``, 0 where masked."""
     at = ptr + n[:, None] * stride_n + j.to(tl.int64)[None, :] * stride_t
     return tl.load(at, mask=pixel_ok[:, None] & word_ok[None, :], other=0.0).to(tl.float32)
 

@@ -1,1 +1,1 @@
-"""Triton kernels of ``relation``: see forward.py and backward.py."""
+"""Triton kernels of ``relation``; start with forward.py."""

@@ -9,8 +9,9 @@ the losses weighted with their incoming gradients g,
 for cosines, where s is the scale 1/max(|x|, 1e-12) and the term with q makes the gradient orthogonal to x_i; otherwise
 the gradient is :math:`\sum_j H_{ij} x_j` times 1/K ("mean") or 1 ("dot"). Rows of norm ≤ 1e-12 get no gradient.
 
-Each launch writes H for as many whole problems as the workspace holds, computing only tiles I ≤ J and storing each with
-its mirror image, or else for some row blocks of one problem. Each sum is computed by one program in a fixed order.
+A launch writes H of as many whole problems as fit in the workspace, computing only tiles I ≤ J and storing each with
+its mirror image; if not even one fits, H of some row blocks of a problem. Each sum is computed by one program in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fastkd._integers import ceil_div
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The product. For a block of rows i and columns k
+# The product. For a block of rows i and columns k,
 #
 #     dX_ik = Σ_j (s_i H_ij s_j) x_jk − s_i² q_i x_ik     ("mean" and "dot": without the last term)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ from fastkd._integers import ceil_div
     do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "problems", "first", "last", "n_rows"]
 )
 def product_kernel(
-    h_ptr,  # written by derivative_kernel
+    h_ptr,  # H and q, as derivative_kernel wrote them
     q_ptr,
     scale_ptr,  # (2, batch · rows)
     student_ptr,
@@ -48,7 +49,7 @@ def product_kernel(
     student_stride_b,
     student_stride_r,
     student_stride_k,
-    grad_ptr,
+    grad_ptr,  # output (B, R, K)
     grad_width,
     grad_stride_b,
     grad_stride_r,
@@ -151,7 +152,7 @@ COEFFICIENTS_BLOCK = 256
 
 
 def product_constants(blocks: Blocks, dtype: str) -> dict[str, Any]:
-    """Return the constants specific to the product; H of bfloat16 rows is already split into exact factors."""
+    """Return the constants specific to the product; H of bfloat16 rows is already split into bfloat16 numbers."""
     precision = "ieee" if dtype == "bf16" else "tf32x3"
     return {"WIDTH": blocks.cols, "DEPTH": blocks.depth, "PRECISION": precision, "SLOTS": 16}
 
@@ -172,7 +173,7 @@ def backward(
     """
     call = Call(student, teacher, options, stored.numel() > 0)
     grid, shape, product = call.plan.backward, call.plan.backward.shape, call.plan.product
-    limit = limit_for(call.plan.least_bytes())
+    limit = limit_for(call.plan.min_bytes())
     scales = statistics[-2:]
     split = student.dtype == torch.bfloat16
     out = Operand.of(grad_student)

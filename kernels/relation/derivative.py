@@ -1,4 +1,4 @@
-"""First half of the ``relation`` backward: H, the derivative of the losses with respect to the similarities."""
+"""First step of the ``relation`` backward: H, the derivative of the losses with respect to the similarities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastkd.kernels.relation.tiles import products, scaled, stored_tile, triangl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# With coefficients A and D of each row, from its statistics and its incoming gradient g over the number of samples,
+# With coefficients A and D of each row, from its statistics and its incoming gradient g divided by the samples' number,
 #
 #     kl            H = f_S (A_i + A_j) − f_T (D_i + D_j),   A = gσ/(τ z_S), D = gσ/(τ z_T), f as in the forward;
 #                   with maxima f differs between i and j
@@ -26,9 +26,9 @@ from fastkd.kernels.relation.tiles import products, scaled, stored_tile, triangl
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["rows", "n_rows", "samples", "grad_stride_b", "grad_stride_r"])
 def coefficients_kernel(
-    grad_ptr,  # (batch, rows), strides below, possibly 0
+    grad_ptr,  # (batch, rows), with the strides below, which may be 0
     statistics_ptr,  # (PLANES, samples, batch · rows)
-    coefficients_ptr,  # (2, samples, batch · rows): A, D
+    coefficients_ptr,  # output (2, samples, batch · rows) A, D
     rows,
     n_rows,  # batch · rows
     samples,  # of a problem
@@ -56,7 +56,7 @@ def coefficients_kernel(
         sum_d = tl.load(ptr + 3 * plane, mask=in_range, other=0.0)
         dot = tl.load(ptr + 4 * plane, mask=in_range, other=1.0)
         loss, c, n, m, norm_difference = row_cosine(n2, m2, d2, sum_d, dot)
-        # c m − n; for close relations as −(n − m) − m loss/2, without cancellation
+        # c m − n; for close relations computed as −(n − m) − m loss/2, without cancellation
         difference = tl.where((d2 <= n * m) & (m2 > 1e-24), -norm_difference - 0.5 * loss * m, c * m - n)
         a = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * c)
         d = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * (difference / m))
@@ -120,9 +120,9 @@ def derivative_kernel(
     coefficients_ptr,  # (2, samples, batch · rows)
     statistics_ptr,  # (PLANES, samples, batch · rows)
     scale_ptr,  # (2, batch · rows)
-    stored_ptr,
-    h_ptr,  # (1 or 2 if SPLIT, problems, last − first blocks of ROWS, columns of COLS)
-    q_ptr,  # (problems, columns, last − first blocks of ROWS)
+    stored_ptr,  # tiles of both relation matrices if STORED (tiles.py)
+    h_ptr,  # output (1, or 2 if SPLIT, problems, last − first blocks of ROWS, columns of COLS)
+    q_ptr,  # output (problems, columns, last − first blocks of ROWS)
     row_units,  # rows / ROW_UNIT
     samples,  # of a problem
     row_blocks,  # of a sample
@@ -151,7 +151,7 @@ def derivative_kernel(
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Compute one tile of H per program, with its mirror image and their partial sums of q."""
+    """Compute one tile of H per program, with its mirror image and the partial sums of q of both."""
     Q: tl.constexpr = ROWS // COLS
     rows = row_units * ROW_UNIT
     columns = samples * row_blocks * Q

@@ -8,9 +8,9 @@ teacher (T), the loss of row i is
           \frac{1}{R} \sum_j (E^S_{ij} - E^T_{ij})^2, \qquad
           \Bigl| \frac{E^S_i}{|E^S_i|} - \frac{E^T_i}{|E^T_i|} \Bigr|^2 .
 
-The forward has three kernels: the norms; the tiles of both matrices, one pair of blocks I ≤ J per program, each reduced
-immediately to a few sums for its rows and, because E is symmetric, for its columns; and the merge of these sums in a
-fixed order. No matrix is written, except small ones that the backward reads again (form "stored").
+The forward has three kernels. The first computes the norms; the second the tiles of both matrices, one pair of blocks
+I ≤ J per program, and reduces each immediately to a few sums for its rows and, because E is symmetric, for its columns;
+the third merges these sums in a fixed order. No matrix is written, except small ones for the backward (form "stored").
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _store_scales(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Store the scales of ``row``."""
+    """Store the scales of the rows ``row``."""
     R_UNIT: tl.constexpr = 1 if ROWS_INNER else UNIT
     K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
     width = width * R_UNIT
@@ -86,7 +86,7 @@ def scales_kernel(
     teacher_stride_b,
     teacher_stride_r,
     teacher_stride_k,
-    scale_ptr,  # (2, batch · rows)
+    scale_ptr,  # output (2, batch · rows)
     rows,
     n_rows,  # batch · rows
     STUDENT_UNIT: tl.constexpr,
@@ -173,9 +173,9 @@ def tiles_kernel(
     teacher_stride_r,
     teacher_stride_k,
     scale_ptr,  # (2, batch · rows)
-    by_row_ptr,  # (problems, PLANES, columns, last − first row blocks of ROWS)
-    by_col_ptr,  # (problems, PLANES, last − first, columns of COLS)
-    stored_ptr,
+    by_row_ptr,  # output (problems, PLANES, columns, last − first row blocks of ROWS)
+    by_col_ptr,  # output (problems, PLANES, last − first, columns of COLS)
+    stored_ptr,  # output, if STORE: the tiles (tiles.py)
     row_units,  # rows / ROW_UNIT
     samples,  # of a problem
     row_blocks,  # of a sample
@@ -255,7 +255,7 @@ ROW_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True, **MAX_REGISTERS}
 
 
 class Options(Protocol):
-    """Options of the operator."""
+    """The operator's options that the kernels use."""
 
     similarity: str
     distance: str
@@ -266,7 +266,7 @@ class Options(Protocol):
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PRECISION = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
-"""Precision of products: exact in fp32 for 16-bit inputs; three TF32 products for fp32 (relative error 2^-21)."""
+"""Precision of products: those of 16-bit inputs are exact in fp32; fp32 takes three TF32 products (error 2^-21)."""
 
 
 class Call:
@@ -323,7 +323,7 @@ def forward(
     call = Call(student, teacher, options, stored.numel() > 0)
     grid, shape = call.plan.forward, call.plan.forward.shape
     planes = PLANES[call.method]
-    limit = limit_for(call.plan.least_bytes())
+    limit = limit_for(call.plan.min_bytes())
     scales = statistics[-2:]
     with launching_on(student):
         if call.cosine:
@@ -331,7 +331,7 @@ def forward(
                 *call.networks, scales, call.rows, call.n_rows, **call.layout, **SCALE_BLOCK, **ROW_LAUNCH
             )
         else:
-            scales.zero_()  # every element of an operator's output is written
+            scales.zero_()  # an operator must write every element of its output
         written = shape.rows**2 * grid.row_blocks * (grid.row_blocks + 1) * student.shape[0]
         if stored.numel() > written or call.rows % shape.rows:
             stored.zero_()

@@ -9,8 +9,9 @@ from fastkd.kernels.relation.tiles import LOWEST
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For the columns of one sample, a row of block I has the tiles J ≥ Q I of its block (by_row) and the mirrored tiles of
-# earlier blocks (by_col). Their sums are added to those of earlier launches, by_col first, and give the loss
+# For the columns of one sample, the sums of a row in block I come from the tiles J ≥ Q I of its block (by_row) and from
+# the mirrored tiles of earlier blocks (by_col). They are added to those of earlier launches, by_col first, and give the
+# loss
 #
 #     kl            a/(z_T τ) + log z_S − log z_T,   with maxima + (m_S − m_T)/τ
 #     mse           Σd²/R
@@ -32,7 +33,7 @@ def _accumulate(total, ptr, slot_stride, begin, end, in_range, SLOTS: tl.constex
 @triton.jit
 def _accumulate_maxima(m, z, a, ptr, plane, slot_stride, begin, end, in_range, kappa, HAS_A: tl.constexpr,
                 SLOTS: tl.constexpr):  # fmt: skip
-    """Return (m, z, a) merged with the slots [begin, end) of sums relative to their maxima."""
+    """Return (m, z, a) merged with the slots [begin, end), whose sums are relative to their own maxima."""
     for start in range(begin, end, SLOTS):
         slot = start + tl.arange(0, SLOTS)
         mask = (slot < end)[:, None] & in_range[None, :]
@@ -76,8 +77,8 @@ def row_cosine(n2, m2, d2, sum_d, dot):
 def merge_kernel(
     by_row_ptr,  # as tiles_kernel wrote them
     by_col_ptr,
-    statistics_ptr,  # (PLANES, samples, batch · rows)
-    loss_ptr,  # (batch · rows,)
+    statistics_ptr,  # input and output (PLANES, samples, batch · rows)
+    loss_ptr,  # output (batch · rows,)
     rows,
     n_rows,  # batch · rows
     samples,

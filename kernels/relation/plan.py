@@ -1,4 +1,4 @@
-"""Plan of a relation call: block shapes, statistics per row, and launches that fit the workspace.
+"""Plan of a ``relation`` call: block shapes, statistics per row, and launches that fit the workspace.
 
 This module does not import Triton, so that ``fastkd.ops`` can query shapes without it.
 """
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from fastkd._integers import ceil_div
 
 FIXED_SHIFT_TEMPERATURE = 0.04
-"""From this temperature on, the constant 1 replaces each row's maximum: e^{(E − 1)/τ} ≥ e^−50 for E in [−1, 1]."""
+"""At or above it, the constant 1 replaces each row's maximum: e^{(E − 1)/τ} ≥ e^−50 for E in [−1, 1]."""
 
 PLANES = {"kl": 3, "kl maxima": 5, "mse": 1, "row_cosine": 5}
 """Statistics per row: z_S, z_T, a; or m_S, z_S, m_T, z_T, a; or Σd²; or Σe_S², Σe_T², Σd², Σd(e_S + e_T), Σe_S e_T."""
 
 MIN_PROGRAMS = 264
-"""Two programs per multiprocessor of an H100 (132); smaller tiles are used if there would be fewer."""
+"""Two programs for each of 132 multiprocessors (H100); if there would be fewer, smaller tiles are used."""
 
 
 class Blocks(NamedTuple):
@@ -47,11 +47,11 @@ class Regime(NamedTuple):
     tiles: Blocks
     product: Blocks
     heavy_warps: int
-    """Warps of the backward's tiles and of the forward's with maxima, which need more registers for the same shape."""
+    """Warps of the backward's tiles and of the forward's with maxima, which need more registers at the same shape."""
 
     heavy_stages: int = 3
     wide: Blocks | None = None
-    """Blocks of the forward's tiles if each tile yields few sums and no tile is stored."""
+    """Blocks of the forward's tiles for ``WIDE_METHODS``, if no tile is stored."""
 
     @property
     def heavy(self) -> Blocks:
@@ -73,6 +73,8 @@ REGIMES: dict[str, tuple[Regime, ...]] = {
 """Tile sizes by dtype, the largest first. Chosen by ahead-of-time compilation (benchmarks/aot), not yet measured."""
 
 WIDE_METHODS = ("kl", "mse")
+"""Methods with few sums per tile, whose forward can use wider tiles."""
+
 NARROW_CAPABILITIES = (8, 10, 12)
 """Major compute capabilities on which wide blocks spill registers (on 8.0 only under Triton 3.6)."""
 
@@ -88,19 +90,19 @@ def method_of(similarity: str, distance: str, temperature: float) -> str:
 
 
 def statistics_planes(similarity: str, distance: str, temperature: float, others: int) -> int:
-    """Return the statistics per row: the method's for each sample compared with, then the scales of both networks."""
+    """Return the number of statistics per row: the method's for each of ``others`` samples, and two scales."""
     return PLANES[method_of(similarity, distance, temperature)] * others + 2
 
 
 def stored_elements(batch: int, rows: int) -> int:
-    """Return the elements needed to store both networks' tiles I ≤ J in any regime."""
+    """Return the number of elements that both networks' tiles I ≤ J take, in any regime."""
     side = 64 if rows <= 64 else 128
     blocks = ceil_div(rows, side)
     return batch * blocks * (blocks + 1) * side * side
 
 
 class Launch(NamedTuple):
-    """A launch: a range of problems, and the row blocks [first, last) of each."""
+    """A range of problems, and the row blocks [first, last) of each, for one launch."""
 
     first_problem: int
     problems: int
@@ -129,11 +131,11 @@ class Grid:
 
     @property
     def programs(self) -> int:
-        """Return the number of tiles, and so of programs, of the whole call."""
+        """Return the number of tiles, and thus of programs, of the whole call."""
         return self.problems * self.triangle(Launch(0, self.problems, 0, self.blocks))
 
     def launches(self, block_bytes: int, limit: int) -> Iterator[Launch]:
-        """Yield launches within ``limit`` bytes: whole problems, or else some row blocks of one problem."""
+        """Yield launches that fit in ``limit`` bytes: of whole problems, or else of some row blocks of one problem."""
         if block_bytes * self.blocks <= limit:
             step = limit // (block_bytes * self.blocks)
             for problem in range(0, self.problems, step):
@@ -148,30 +150,32 @@ class Grid:
 class Plan:
     """The tile grids of a call's forward and backward, and the blocks of its product.
 
-    ``chip`` is the device's major compute capability.
+    ``capability`` is the device's major compute capability.
     """
 
-    def __init__(self, batch: int, rows: int, cross: bool, method: str, dtype: str, stored: bool, chip: int) -> None:
+    def __init__(
+        self, batch: int, rows: int, cross: bool, method: str, dtype: str, stored: bool, capability: int
+    ) -> None:
         self.method, self.dtype = method, dtype
         samples, problems = (batch, 1) if cross else (1, batch)
-        # With maxima the exponentials of rows and columns are live at once: too many registers for large tiles.
+        # With maxima, the exponentials of rows and columns are live at once, too many for the registers of large tiles.
         small = rows <= 64 or method == "kl maxima"
         regimes = REGIMES[dtype][-1:] if small else REGIMES[dtype]
         grid = lambda blocks: Grid(problems, samples, rows, blocks)
         candidates = [regime for regime in regimes if grid(regime.tiles).programs >= MIN_PROGRAMS]
         regime = (candidates or regimes[-1:])[0]
         self.forward = grid(regime.heavy if method == "kl maxima" else regime.tiles)
-        if regime.wide is not None and not stored and method in WIDE_METHODS and chip not in NARROW_CAPABILITIES:
+        if regime.wide is not None and not stored and method in WIDE_METHODS and capability not in NARROW_CAPABILITIES:
             wide = grid(regime.wide)
             if wide.programs >= MIN_PROGRAMS:
                 self.forward = wide
-        if not stored and chip in SMALL_BACKWARD.get(dtype, ()):
+        if not stored and capability in SMALL_BACKWARD.get(dtype, ()):
             regime = regimes[-1]
         self.backward = grid(regime.heavy)
         self.product = regime.product
 
-    def least_bytes(self) -> int:
-        """Return the least workspace, that of one row block, in the larger of forward and backward."""
+    def min_bytes(self) -> int:
+        """Return the minimum workspace: that of one row block, in the larger of forward and backward."""
         return max(self.forward_bytes(), self.backward_bytes())
 
     def forward_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """Operands of any layout, tiles of relation matrices, and their numbering.
 
-A *problem* is one pair of relation matrices (student, teacher): of one sample, or with ``cross`` of the rows of all
+A *problem* is one pair of relation matrices (student, teacher), of one sample, or with ``cross`` of the rows of all
 samples. The rows of each sample form blocks of ``ROWS`` (the last may be partial), numbered across the problem: block I
 belongs to sample I // row_blocks. The columns are the same rows in blocks of ``COLS``, ``Q = ROWS // COLS`` per row
 block.
@@ -16,11 +16,10 @@ from fastkd.kernels.common import INTERPRETED
 from torch import Tensor
 
 WIDENS = tl.constexpr(INTERPRETED)
-"""Convert bfloat16 operands to fp32: the interpreter cannot multiply bfloat16."""
-
+"""Convert bfloat16 operands to fp32, as the interpreter cannot multiply bfloat16."""
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Initial value of running maxima: −inf − (−inf) would be NaN."""
+"""Initial value of running maxima, as −inf − (−inf) would be NaN."""
 
 
 def unit_of(*numbers: int, largest: int) -> int:
@@ -34,9 +33,9 @@ def unit_of(*numbers: int, largest: int) -> int:
 class Operand(NamedTuple):
     """A (B, R, K) tensor of any strides as kernel arguments ``tensor, width, stride_b, stride_r, stride_k``.
 
-    Triton vectorises loads only if it can prove alignment, and it specialises arguments on divisibility by 16 alone; a
-    row of 900 elements has a factor of 4. Outer strides are therefore passed in units of ``unit`` elements, a constant
-    of the kernel, and so is the width if it is the inner dimension.
+    Triton vectorises loads only if it can prove alignment, but it specialises arguments only on divisibility by 16, and
+    a row of 900 elements is divisible only by 4. Outer strides are therefore passed in units of ``unit`` elements, a
+    constant of the kernel, and so is the width if it is the inner dimension.
     """
 
     tensor: Tensor
@@ -114,7 +113,7 @@ def products(
 def triangle(index, first, last, columns, Q: tl.constexpr):
     """Return tile (I, J) number ``index`` of the row blocks [first, last), each with tiles J = Q I ... columns − 1.
 
-    Row blocks are paired from both ends, first with last − 1 and so on: each pair has the same number of tiles.
+    Row blocks are paired from both ends (first with last − 1, and so on), so that each pair has equally many tiles.
     """
     pair = 2 * columns - Q * (first + last - 1)
     i = index // pair
@@ -134,7 +133,7 @@ def scaled(product, scale_i, scale_j):
 def stored_tile(stored_ptr, problem, row, col, columns, row_blocks, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return pointers to the student's stored tile (row, col), (ROWS, COLS) contiguous; the teacher's follows it.
 
-    The tiles of a problem with n row blocks take (n + 1) n ROWS² elements, also if ROWS is twice COLS.
+    The tiles of a problem with n row blocks take (n + 1) n ROWS² elements, even if ROWS is twice COLS.
     """
     Q: tl.constexpr = ROWS // COLS
     tile = row * columns - Q * (row * (row - 1) // 2) + (col - Q * row)

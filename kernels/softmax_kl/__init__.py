@@ -1,1 +1,1 @@
-"""Triton kernels of ``softmax_kl``: see forward.py and backward.py."""
+"""Triton kernels of ``softmax_kl``; start with forward.py."""

@@ -1,4 +1,4 @@
-"""Backward of ``softmax_kl`` in Triton."""
+"""Backward of ``softmax_kl`` in Triton, from the inputs and the statistics of the forward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastkd._integers import ceil_div
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# KL = Σ_j p_{t,j} (t_j − s_j)/τ − ℓ_t + ℓ_s is linear in s but for ℓ_s, and ∂ℓ_s/∂s_j = p_{s,j}/τ. So for the incoming
-# gradient g of a row
+# KL = Σ_j p_{t,j} (t_j − s_j)/τ − ℓ_t + ℓ_s is linear in s except for ℓ_s, and ∂ℓ_s/∂s_j = p_{s,j}/τ. So for the
+# incoming gradient g of a row,
 #
 #     ∂(g·KL)/∂s_j = (g/τ) (p_{s,j} − p_{t,j}),      p_{x,j} = e^{(x_j − m_x)/τ} / z_x.
 #
@@ -21,11 +21,11 @@ from fastkd._integers import ceil_div
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
 def backward_kernel(
-    grad_loss_ptr,  # (batch, rows), strides below, possibly 0
+    grad_loss_ptr,  # (batch, rows), with the strides below, which may be 0
     student_ptr,
     teacher_ptr,
     statistics_ptr,  # (4, batch · rows) contiguous
-    grad_student_ptr,  # (batch, rows, cols) contiguous
+    grad_student_ptr,  # output (batch, rows, cols), contiguous
     n_rows,
     rows_per_batch,
     cols,

@@ -5,10 +5,10 @@ student's s or the teacher's t,
 
 .. math:: \mathrm{KL}(p_t \| p_s) = \sum_j p_{t,j} \frac{t_j - s_j}{\tau} - \ell_t + \ell_s .
 
-Per row the forward writes the loss and, for each input, ℓ as two numbers: the maximum m and z = Σ e^{(x−m)/τ}. This is
-exact at logits of 1e4 and at τ = 20, where a single fp32 number is not. The backward needs only these and the inputs.
-Arithmetic is fp32 (fp64 for fp64 inputs). On a GPU 2^x is the hardware approximation (about 2 ulp; subnormal results
-are flushed to 0).
+Per row the forward writes the loss and, for each input, ℓ as two numbers: the maximum m and z = Σ e^{(x−m)/τ}. These
+keep full precision at logits of 1e4 and at τ = 20, where a single fp32 number would not. The backward needs only these
+and the inputs. Arithmetic is fp32 (fp64 for fp64 inputs). On a GPU 2^x is the hardware approximation (about 2 ulp;
+subnormal results are flushed to 0).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastkd._integers import ceil_div
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One pass accumulates a maximum m and z = Σ e^{(x−m)/τ} of each input, and a = Σ e^{(t−m_t)/τ} (t − s); then
+# One pass accumulates the maximum m and z = Σ e^{(x−m)/τ} of each input, and a = Σ e^{(t−m_t)/τ} (t − s); then
 #
 #     KL = a / (z_t τ) + (m_s − m_t)/τ + log z_s − log z_t,      ℓ_x = m_x/τ + log z_x.
 #
@@ -62,11 +62,11 @@ def _store_results(loss_ptr, statistics_ptr, n_rows, row, in_range, top_s, z_s, 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_batch", "part_cols"])
 def forward_kernel(
-    student_ptr,  # (batch, rows, cols), strides below, inner stride 1
+    student_ptr,  # (batch, rows, cols), with the strides below and inner stride 1
     teacher_ptr,
-    loss_ptr,  # (batch · rows,) contiguous
-    statistics_ptr,  # (4, batch · rows) contiguous: m_s, z_s, m_t, z_t
-    parts_ptr,  # (parts, 5, batch · rows) contiguous: m_s, z_s, m_t, z_t, a of each part; unused for one part
+    loss_ptr,  # output (batch · rows,), contiguous
+    statistics_ptr,  # output (4, batch · rows) m_s, z_s, m_t, z_t, contiguous
+    parts_ptr,  # output if SPLIT: (parts, 5, batch · rows) m_s, z_s, m_t, z_t, a of each part, contiguous
     n_rows,  # batch · rows
     rows_per_batch,
     cols,
@@ -81,7 +81,7 @@ def forward_kernel(
     LOOP: tl.constexpr,  # cols > COLS
     SPLIT: tl.constexpr,  # several programs per row
 ):
-    """Compute losses and statistics of ``ROWS`` rows per program, or the sums of one part, by ``COLS`` columns."""
+    """Compute the losses and statistics of ``ROWS`` rows per program, or if SPLIT the sums of one part of a row."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
     inv_tau = float64(inv_temperature).to(ACC)
     scale = inv_tau * LOG2E
@@ -174,11 +174,11 @@ def merge_kernel(
 
 
 def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, temperature: float) -> None:
-    """Fill ``loss`` (B, R) and ``statistics`` (4, B, R) from inputs (B, R, N) of inner stride 1."""
+    """Fill ``loss`` (B, R) and ``statistics`` (4, B, R) from inputs (B, R, N) with inner stride 1."""
     batch, rows, cols = student.shape
     blocks = blocks_for(cols, student.element_size())
     parts, part_cols = parts_for(batch * rows, cols) if blocks.rows == 1 else (1, cols)
-    # Five sums per part; with one part the kernel does not touch this argument.
+    # With one part per row the kernel does not use this argument.
     sums = loss.new_empty((parts, 5, batch * rows)) if parts > 1 else loss
     with launching_on(student):
         forward_kernel[(ceil_div(batch * rows, blocks.rows), parts)](

@@ -19,16 +19,17 @@ SHORT_ROW_BLOCKS = (Blocks(64, 16, 4), Blocks(16, 64, 4), Blocks(4, 256, 4))
 """Blocks for rows that fit into one block: several rows per program."""
 
 LONG_ROW_BLOCK = Blocks(1, 1024, 4)
-"""Block for longer rows: one row per program, looping over columns. The width is fixed, so no row length spills."""
+"""Block for longer rows: one row per program, looping over columns. As the width is fixed, no row length spills."""
 
 TARGET_PROGRAMS = 512
 """Number of programs that keeps a large GPU busy in the forward (an H100 has 132 multiprocessors). If there are fewer
-rows, long ones are split across programs."""
+rows, long rows are split across programs."""
 
 MIN_PART_COLS = 4096
 """Minimum number of columns per part of a split row."""
 
 MAX_PARTS = 64
+"""Maximum number of parts of a row."""
 
 
 def blocks_for(cols: int, itemsize: int) -> Blocks:
@@ -40,7 +41,7 @@ def blocks_for(cols: int, itemsize: int) -> Blocks:
 
 
 def parts_for(rows: int, cols: int) -> tuple[int, int]:
-    """Return the number of programs per row of the forward and the columns of each; a few long rows are split."""
+    """Return the number of the forward's programs per row, more than 1 for few long rows, and the columns of each."""
     parts = max(1, min(TARGET_PROGRAMS // rows, cols // MIN_PART_COLS, MAX_PARTS))
     columns = round_up(ceil_div(cols, parts), LONG_ROW_BLOCK.cols)
     return ceil_div(cols, columns), columns
