@@ -162,7 +162,7 @@ def test_patches():
         channel_kd(maps(), maps(2, 3, 5, 4), patches=2)
     with pytest.raises(TypeError, match="patches: expected a positive int, got float"):
         channel_kd(maps(), maps(), patches=2.0)
-    with pytest.raises(ValueError, match="patches: across_batch=True makes one relation"):
+    with pytest.raises(ValueError, match="patches: across_batch=True forms one relation"):
         channel_kd(maps(), maps(), patches=2, across_batch=True)
     with pytest.raises(ValueError, match=r"student: patches=2 needs shape \(B, C, H, W\), got \(2, 3, 16\)"):
         channel_kd(maps(2, 3, 16), maps(2, 3, 16), patches=2)
