@@ -1,4 +1,4 @@
-"""Checks of values: masks of 0 and 1, logits without NaN. Needs only torch."""
+"""Check values: masks of 0 and 1, logits without NaN. Needs only torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastkd._messages import shortened
 
 
 def check_mask(mask: Tensor, name: str = "mask") -> None:
-    """Raise ``ValueError`` unless the mask holds only 0 and 1; a bool mask passes unread."""
+    """Raise ``ValueError`` unless the mask holds only 0 and 1; a bool mask is not read."""
     if mask.dtype == torch.bool:
         return
     invalid = (mask != 0) & (mask != 1)
@@ -23,15 +23,15 @@ def check_mask(mask: Tensor, name: str = "mask") -> None:
 
 
 def has_nan(logits: Tensor) -> Tensor:
-    """Return a bool (B,): samples of two-class logits (B, 2, H, W) with a pixel that cannot be decided.
+    """Return bool (B,), True where two-class logits (B, 2, H, W) have a pixel that cannot be decided.
 
-    Such a pixel has a NaN, or the same infinity twice; argmax would make it background.
+    Such a pixel holds NaN or the same infinity twice; argmax would silently call it background.
     """
     return torch.isnan(logits[:, 1].float() - logits[:, 0].float()).flatten(1).any(1)
 
 
 def nan_cause(model: nn.Module) -> str:
-    """Return the likely cause of NaN logits, and the fix, as the end of an error message."""
+    """Return the likely cause of NaN logits and the fix, to append to an error message."""
     non_finite = [
         name
         for name, value in model.state_dict().items()
@@ -40,4 +40,4 @@ def nan_cause(model: nn.Module) -> str:
     if non_finite:
         return f"its weights hold NaN or Inf ({shortened(non_finite)}): load an earlier checkpoint"
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})) or "no"
-    return f"its weights ({dtypes}) are finite: look at the image, or compute in float32 if a narrower type overflows"
+    return f"its weights ({dtypes}) are finite: check the image, or compute in float32 if a narrower type overflows"

@@ -28,7 +28,7 @@ _PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp6
 
 @dataclass
 class EvalResult:
-    """Scores of a model and the conditions they hold under.
+    """Scores of a model and the conditions of the evaluation.
 
     Attributes:
         metrics: ``{"oIoU", "mIoU", "P@0.5", …, "P@0.9"}`` in percent.
@@ -38,8 +38,8 @@ class EvalResult:
         sentences: number of sentences evaluated, one per sample.
         refs: number of distinct refs among them, or None if the batches have no ``ref_id``.
         resolution: (H, W) at which masks were compared.
-        decision: rule that turned logits into masks.
-        threshold: comparison of P@X.
+        decision: rule that turned logits into masks, "argmax".
+        threshold: condition that P@X counts, "IoU >= X".
         precision: arithmetic of the network: "fp32", "bf16", "fp16" or "fp64".
         seconds: wall-clock seconds, loading included.
         sample_iou: (sentences,) float64 IoU in [0, 1], in dataset order.
@@ -64,16 +64,16 @@ class EvalResult:
 
     @property
     def miou(self) -> float:
-        """Mean IoU in percent."""
+        """Return the mean IoU in percent."""
         return self.metrics["mIoU"]
 
     @property
     def oiou(self) -> float:
-        """Overall IoU in percent."""
+        """Return the overall IoU in percent."""
         return self.metrics["oIoU"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the per-sample lists, ready for JSON."""
+        """Return all fields but the per-sample ones, as JSON values."""
         return {
             "metrics": self.metrics,
             "protocol": self.protocol,
@@ -111,7 +111,7 @@ def evaluate(
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
     channels_last: bool = False,
 ) -> EvalResult:
-    """Score a model on every sentence of a dataset.
+    """Score a model on every sentence of a dataset and return an `EvalResult`.
 
     Under torch.distributed every process evaluates its share of the samples, without padding; all return the same
     metrics, and `EvalResult.sample_iou` holds this process's share.
@@ -119,20 +119,20 @@ def evaluate(
     Args:
         model: takes the batch's ``image``, ``input_ids``, ``word_mask`` and returns ``logits`` (B, 2, H, W). Its train
             or eval mode is restored. It may be wrapped, for example by ``torch.compile``.
-        dataset: a dataset with ``sentences="all"``, also inside Subset, ConcatDataset and other wrappers. Referring
-            data without that attribute are evaluated with a `FastKDWarning`.
+        dataset: a dataset with ``sentences="all"``, also inside Subset, ConcatDataset and other wrappers. One without
+            that attribute, but with refs, is evaluated with a `FastKDWarning`.
         batch_size: samples per forward.
         protocol: "lavt" (the dataset's own size) or "lavt480".
-        device: device to run on; default: the model's.
+        device: device to move the model to; default: its current one.
         precision: "fp32", "bf16" or "auto"; a model whose weights are not float32 computes in their dtype.
         workers: data-loading processes.
-        collate: list of samples to batch; default: `fastkd.data.collate`.
+        collate: turns a list of samples into a batch; default: `fastkd.data.collate`.
         channels_last: pass images in channels-last format.
 
     Raises:
         ValueError: an empty dataset, one that draws sentences at random, a size that the protocol does not allow,
             logits that do not match the masks, masks with values other than 0 and 1, word ids or a tokenizer beyond the
-            model's word table, a normalisation other than the model's, an unknown protocol.
+            model's vocabulary, a normalisation other than the model's, an unknown protocol.
         FloatingPointError: NaN in the logits; the message names the sample.
 
     Example:
@@ -244,7 +244,7 @@ def _describe_sample(batch: dict[str, Any], row: int) -> str:
 def check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
     """Raise ``ValueError`` for a dataset that is empty or does not comply with the protocol."""
     if len(dataset) == 0:  # type: ignore[arg-type]
-        raise ValueError("dataset is empty: there is nothing to evaluate; look at its split")
+        raise ValueError("dataset is empty: there is nothing to evaluate; check its split")
     other = next((s for s in declared_values(dataset, "sentences") if s not in (None, "all")), None)
     if other is not None:
         raise ValueError(
@@ -269,12 +269,12 @@ def _wrong_size(rules: Protocol, got: str) -> ValueError:
 
 
 def _warn_undeclared_sentences(dataset: Dataset[Any]) -> None:
-    """Warn of referring data that do not declare whether they serve every sentence."""
+    """Warn about a referring dataset that does not declare whether it serves every sentence."""
     undeclared = {type(part).__name__ for part in leaves(dataset, "sentences") if not hasattr(part, "sentences")}
     if undeclared:
         warnings.warn(
             f"{', '.join(sorted(undeclared))} does not declare whether it serves every sentence of a ref or draws one; "
-            "the protocol needs every one. If it does, give it the attribute sentences = 'all'",
+            "the protocol needs every one. If it serves every one, set its attribute sentences = 'all'",
             FastKDWarning,
             stacklevel=3,
         )

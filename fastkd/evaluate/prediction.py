@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prediction:
-    """Mask that a sentence refers to in an image, at the image's own size.
+    """Predicted mask of the object that a sentence refers to, at the image's own size.
 
     Attributes:
         sentence: the referring expression.
@@ -41,7 +41,7 @@ class Prediction:
 
     @property
     def share(self) -> float:
-        """Fraction of the image that the mask covers, in [0, 1]."""
+        """Return the fraction of the image that the mask covers, in [0, 1]."""
         return float(self.mask.mean())
 
 
@@ -51,7 +51,7 @@ def predict(
     sentence: str,
     tokenizer: Tokenizer | None = None,
 ) -> Prediction:
-    """Segment the object that a sentence refers to.
+    """Segment the object that a sentence refers to and return a `Prediction`.
 
     The image is resized to the model's square input and normalised as in training. The logits are resized back
     bilinearly before the decision, so the mask has the image's own size.
@@ -66,7 +66,7 @@ def predict(
     Raises:
         FileNotFoundError: the image does not exist.
         ValueError: a file that is not an image, an empty sentence, a model that names no tokenizer, or a tokenizer with
-            more entries than the model's word table.
+            more entries than the model's vocabulary.
         FloatingPointError: NaN in the logits.
         TypeError: an array that is not uint8, a sentence that is not a string, or a model without a ``config``.
 
@@ -100,7 +100,7 @@ def predict(
             logits = run_model(model, batch, input_ids.to(device), word_mask.to(device)).logits.float()
             if bool(has_nan(logits)[0]):
                 raise FloatingPointError(f"the model's logits hold NaN, which gives no mask: {nan_cause(model)}")
-            logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]
+            logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]  # (2, H, W)
             probability = logits.softmax(0)[1].cpu().numpy()
             mask = logits.argmax(0).bool().cpu().numpy()
     finally:
@@ -155,6 +155,6 @@ def _config(model: nn.Module) -> Any:
     if config is None:
         raise TypeError(
             f"model must have a config with image_size, max_words and tokenizer, as a RISModel has; "
-            f"{type(unwrap(model)).__name__} has none: give the model inside it, or set its config"
+            f"{type(unwrap(model)).__name__} has none: pass the model inside it, or set its config"
         )
     return config

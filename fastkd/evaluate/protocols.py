@@ -1,4 +1,4 @@
-"""Evaluation protocols: scores of referring segmentation are comparable only under the same protocol."""
+"""Evaluation protocols; scores are comparable only under the same protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Protocol:
         name: name of the protocol.
         resolution: side of the square at which masks are compared, or None for the dataset's own size.
         decision: rule that turns logits into a mask.
-        threshold: comparison of P@X.
+        threshold: condition that P@X counts.
     """
 
     name: str

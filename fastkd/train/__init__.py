@@ -1,6 +1,6 @@
-"""Training loop, its settings and result. Needs the ``[ris]`` extra.
+"""Training loop, settings and result. Needs the ``[ris]`` extra.
 
-`Distiller`, `Term` and `Taps` are those of `fastkd.distill`, which needs only torch.
+`Distiller`, `Term` and `Taps` are re-exported from `fastkd.distill`, which needs only torch.
 """
 
 from __future__ import annotations

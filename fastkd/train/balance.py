@@ -17,17 +17,17 @@ from fastkd.train.launch import requested
 def balance_on(
     distiller: Distiller, dataset: Dataset[Any], shares: Mapping[str, float], config: TrainConfig, batches: int = 4
 ) -> dict[str, float]:
-    """Run `Distiller.balance` on the first samples of a dataset, in stored order.
+    """Run `Distiller.balance` on the first samples of a dataset, in order.
 
     Args:
         distiller: student, teacher and the terms to weight.
         dataset: the training set; `fastkd.data.collate` makes its batches.
-        shares: term name to the norm of its weighted gradient divided by that of the task's.
-        config: settings of the coming run; its batch size, device and precision are used.
-        batches: number of batches that gradient norms are averaged over.
+        shares: term name to the norm of its weighted gradient, relative to the task's.
+        config: settings of the run; only batch size, device and precision are used.
+        batches: number of batches to average gradient norms over.
 
     Returns:
-        The weights of all terms.
+        Term name to weight, for all terms.
     """
     from fastkd.data import collate
 

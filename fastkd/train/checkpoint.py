@@ -1,4 +1,4 @@
-"""Checkpoints of the student."""
+"""Save checkpoints of the student."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastkd._wrappers import unwrapped
 
 
 def save_student(student: nn.Module, folder: Path) -> Path:
-    """Write the student to a folder; an earlier checkpoint is replaced once the new one is complete.
+    """Save the student to a folder and return the folder; an earlier checkpoint is replaced once this one is complete.
 
-    Calls the model's ``save_pretrained``; a model without one is written as ``model.safetensors``. Parameter names are
-    the model's own, without those of wrappers (``torch.compile``, data parallelism, averaging).
+    Calls the model's ``save_pretrained``, or writes ``model.safetensors`` if there is none. Parameter names have no
+    wrapper prefixes (``torch.compile``, data parallelism, averaging).
     """
     with replace_folder(folder) as partial, unwrapped(student) as model:
         save_pretrained: Any = getattr(model, "save_pretrained", None)

@@ -1,4 +1,4 @@
-"""Measure training time without evaluation and checkpoints."""
+"""Measure training time, excluding evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the clock has run, pauses excluded."""
+        """Return the seconds elapsed, excluding pauses."""
         return self._elapsed + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def start(self) -> None:
-        """Start or resume."""
+        """Start or resume the clock."""
         self._started = time.perf_counter()
 
     def stop(self) -> None:

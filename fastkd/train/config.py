@@ -1,4 +1,4 @@
-"""The settings of a training run."""
+"""Settings of a training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class TrainConfig:
     """Settings of `fastkd.train.train`; the defaults suit a small student.
 
     Raises:
-        ValueError: a value out of range; the message names the field.
+        ValueError: a field has the wrong type or is out of range; the message names it.
     """
 
     steps: int = 1000
@@ -20,8 +20,8 @@ class TrainConfig:
     batch_size: int = 16
     """Samples per optimiser step, over all micro-batches and all processes."""
     accumulate: int = 1
-    """Micro-batches per step. The result equals that of the whole batch, in less memory, unless samples are mixed: by
-    BatchNorm, or by a term with ``across_batch`` or ``cross_image``, which causes a warning."""
+    """Micro-batches per step. They need less memory and give the result of the whole batch, unless something mixes
+    samples (BatchNorm, or a term with ``across_batch`` or ``cross_image``), which causes a warning."""
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 1e-2
@@ -33,12 +33,12 @@ class TrainConfig:
     grad_clip: float | None = 1.0
     """Maximum gradient norm, or None for no clipping."""
     seed: int = 0
-    """Seed of data order and dropout. Seed the initial weights where the model is made; a dataset has its own seed."""
+    """Seed of data order and dropout. Seed the initial weights where the model is built; a dataset has its own seed."""
     device: str = "auto"
     """"auto" (the GPU if there is one; the CPU under ``accelerate launch --cpu``), "cpu", "cuda" or "cuda:1"."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the networks: "auto" is bf16 on a GPU that supports it (compute capability 8.0) or if ``accelerate
-    launch`` requests it, else fp32. Weights stay in fp32."""
+    """Precision of the networks: "auto" is bf16 on a GPU that supports it (compute capability 8.0 or higher) or if
+    ``accelerate launch`` requests it, else fp32. Weights stay in fp32."""
     channels_last: bool = False
     """Store images and convolution weights channels-last, which speeds up convolutions on most devices."""
     workers: int = 0
@@ -54,21 +54,21 @@ class TrainConfig:
     max_seconds: float | None = None
     """Stop after this many seconds of training (evaluation excluded); the learning rate decays to zero by then."""
     find_unused_parameters: bool = False
-    """With several processes: look for parameters without a gradient at every step. Needed if the parameters in use
-    depend on the batch; switched on automatically if the first batch leaves some without a gradient."""
+    """With several processes, look for parameters without a gradient at every step. Needed if the parameters in use
+    depend on the batch; enabled automatically if the first batch leaves some without a gradient."""
     check: bool = True
     """Run the distiller's checks on the first batch before training."""
 
     def __post_init__(self) -> None:
         counts = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "eval_batch_size": 1}
-        for name, least in {**counts, "log_every": 1}.items():
+        for name, minimum in {**counts, "log_every": 1}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
         for name in ("threads", "eval_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a whole number >= 1 or None, got {value!r}")
+                raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
         for name in ("lr", "grad_clip", "max_seconds"):
             value, optional = getattr(self, name), name != "lr"
             if not (optional and value is None) and not (_finite(value) and value > 0):
@@ -78,7 +78,7 @@ class TrainConfig:
             if not (_finite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {self.precision!r}")
         if self.batch_size % self.accumulate:

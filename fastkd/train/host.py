@@ -1,6 +1,6 @@
-"""Checks of a batch's values before it leaves the host.
+"""Check tokenizers, masks and word ids on the host, before a batch moves to the device.
 
-On a GPU, reading them would synchronise, and a word id beyond the table would abort the process.
+On a GPU, reading the values would synchronise, and an out-of-range word id would abort the process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def check_tokenizers(distiller: Distiller, dataset: Any) -> None:
     """Reject a dataset whose tokenizers or normalisation differ from the models', or from each other.
 
     Raises:
-        ValueError: the message names both sides.
+        ValueError: they differ; the message names both sides.
     """
     for part in leaves(dataset, "image_mean"):
         check_normalisation(distiller.student, part, "student")
@@ -39,23 +39,24 @@ def check_tokenizers(distiller: Distiller, dataset: Any) -> None:
 
 
 def _check_same(attribute: str, tokenizers: Sequence[Any]) -> None:
-    """Reject a mixture of data sets in which the same id stands for different words."""
-    distinct = list({id(one): one for one in tokenizers if one is not None}.values())
-    if len({_entries(one) for one in distinct}) > 1:
-        names = " and ".join(sorted({repr(getattr(one, "name", one)) for one in distinct}))
+    """Reject a combined dataset in which one id stands for different words."""
+    distinct = list({id(each): each for each in tokenizers if each is not None}.values())
+    if len({_entries(each) for each in distinct}) > 1:
+        names = " and ".join(sorted({repr(getattr(each, "name", each)) for each in distinct}))
         raise ValueError(
             f"dataset: its parts have different tokenizers ({attribute}: {names}), so one id would stand for several "
-            "words; make them all with the model's own tokenizer"
+            "words; build them all with the model's own tokenizer"
         )
 
 
 def _entries(tokenizer: Any) -> Any:
+    """Return the vocabulary, or its size if the tokenizer does not list it."""
     pieces = getattr(tokenizer, "pieces", None)
     return tuple(pieces()) if callable(pieces) else getattr(tokenizer, "vocab_size", None)
 
 
 def keep_tokenizer(student: nn.Module, dataset: Any) -> None:
-    """Give the dataset's tokenizer to a `RISModel`, which saves it with its weights."""
+    """Set the dataset's tokenizer on a `RISModel`, which saves it with its weights."""
     from fastkd.models import RISModel
 
     student, tokenizer = unwrap(student), next(iter(declared_values(dataset, "tokenizer")), None)
@@ -64,10 +65,10 @@ def keep_tokenizer(student: nn.Module, dataset: Any) -> None:
 
 
 def check_batch(distiller: Distiller, batch: Mapping[str, Any]) -> None:
-    """Reject masks that `segmentation_loss` does not accept, and word ids beyond a model's table.
+    """Reject masks that `segmentation_loss` does not accept and out-of-range word ids.
 
     Raises:
-        ValueError: the message names the values.
+        ValueError: a value is invalid; the message names it.
     """
     loss = distiller.task_loss
     mask = batch.get("mask")

@@ -1,8 +1,8 @@
-"""Requests of a launcher in the environment, compared with the trainer's settings.
+"""Check the trainer's settings against the environment variables of a launcher.
 
-``accelerate launch`` turns its options and its config file into environment variables. Only this module reads them. The
-trainer follows its own settings and raises an error if the environment contradicts them, so that the settings in a log
-are those that were used.
+``accelerate launch`` passes its options and config file on as environment variables; only this module reads them. The
+trainer uses its own settings and raises an error if the environment contradicts them, so the settings in a log are the
+ones in effect.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHARDED = {
 
 
 def requested(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> tuple[torch.device, str]:
-    """Return device and precision of the configuration; "auto" follows the environment.
+    """Return the configured device and precision; "auto" follows the environment.
 
     Raises:
         ValueError: the environment contradicts the configuration or requests a feature that the trainer lacks; the
@@ -49,17 +49,17 @@ def requested(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> t
     if steps not in ("", "1", str(config.accumulate)):
         raise ValueError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} contradicts accumulate={config.accumulate} of the "
-            "configuration: make them equal, or unset the variable (batch_size counts the whole step)"
+            "configuration: make them equal, or unset the variable (batch_size is the total per step)"
         )
     device = pick_device(_device(config.device, environ))
     return device, pick_precision(_precision(config.precision, environ), device)
 
 
 def join(config: TrainConfig) -> tuple[PartialState, torch.device, str]:
-    """Join the other processes of this run, if any; return them, this process's device, and the precision.
+    """Join the other processes of this run, if any; return the process state, this process's device and the precision.
 
     Raises:
-        ValueError: as `requested`; processes that could not be joined or are on another type of device.
+        ValueError: as in `requested`; also processes that cannot be joined or use another device type.
     """
     from accelerate import PartialState
 
@@ -72,7 +72,7 @@ def join(config: TrainConfig) -> tuple[PartialState, torch.device, str]:
         world_size = os.environ.get("WORLD_SIZE", "1")
         if world_size.isdigit() and int(world_size) > 1:
             raise ValueError(
-                f"WORLD_SIZE={world_size}, but this process joined no other (LOCAL_RANK is "
+                f"WORLD_SIZE={world_size}, but this process joined no others (LOCAL_RANK is "
                 f"{os.environ.get('LOCAL_RANK', 'not set')}), so each would train alone: start them with torchrun or "
                 "accelerate launch, or unset WORLD_SIZE"
             )
@@ -80,7 +80,7 @@ def join(config: TrainConfig) -> tuple[PartialState, torch.device, str]:
     if torch.device(state.device).type != device.type:
         raise ValueError(
             f"the {state.num_processes} processes were joined on {state.device}, but the configuration has "
-            f"device={config.device!r}: do not make an Accelerator before, or set device='auto'"
+            f"device={config.device!r}: do not create an Accelerator first, or set device='auto'"
         )
     if config.device != "auto" and torch.device(config.device).index is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Log of a run as JSON lines, and its progress bar."""
+"""Log a run as JSON lines and show its progress."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 class Progress:
     """Progress bar with remaining time and losses; without a terminal, a plain line every 15 seconds.
 
-    If the terminal disappears, progress ends and the run goes on.
+    If the terminal disappears, the output stops and the run continues.
     """
 
     def __init__(self, steps: int, title: str, shown: bool) -> None:
@@ -80,7 +80,7 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, losses: Mapping[str, float], seconds: float, fraction: float) -> None:
-        """Show the completed steps, their seconds of training and the completed fraction of the run."""
+        """Show the steps done, the losses, and the remaining time from the seconds and the fraction done."""
         if not self.shown:
             return
         text = "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
@@ -111,7 +111,7 @@ class Progress:
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and Infinity, which JSON lacks, by None."""
+    """Replace NaN and infinities, which JSON lacks, with None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""`train`: check the arguments, prepare the output folder, and run to the end, Ctrl-C or SIGTERM."""
+"""`train`: check the arguments, prepare the output folder, and run until the end, Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -35,40 +35,41 @@ def train(
 ) -> TrainResult:
     """Train a student, alone or under a `Distiller`: AdamW, polynomial decay, one process or many.
 
-    Under ``accelerate launch`` or ``torchrun`` it trains data-parallel; ``batch_size`` stays the size of the whole
-    step. ``config`` decides all settings: "auto" follows accelerate's environment (its options and config file), and an
-    environment that contradicts the configuration is an error. The same seed, batch size and initial weights repeat
-    the same run on one device. Accumulation over micro-batches divides distillation terms like the task loss.
+    Under ``accelerate launch`` or ``torchrun``, training is data-parallel; ``batch_size`` remains the total per step.
+    ``config`` determines all settings: "auto" follows accelerate's environment (its options and config file), and an
+    environment that contradicts the configuration is an error. The same seed, batch size and initial weights reproduce
+    a run on the same device. Distillation terms are averaged over micro-batches, like the task loss.
 
     With ``out_dir``, ``log.jsonl`` holds one JSON object per line (event "start" with the settings and the environment,
     then "train", "eval" and finally "end"), ``last/`` the student's latest checkpoint (written at every evaluation, at
     the end, on Ctrl-C and on SIGTERM) and ``best/`` the one with the best validation mIoU. Checkpoints are written
-    whole or not at all.
+    completely or not at all.
 
     Args:
-        model: a `Distiller`, or a model to train on ``task_loss`` alone; either may be compiled. Checkpoints have the
-            student's own parameter names, without those of wrappers.
-        train_dataset: samples for ``collate``. Its ``set_epoch(e)`` is called before each epoch; if it has none, those
-            of the data sets inside it are (ConcatDataset, Subset and other wrappers).
+        model: a `Distiller`, or a model to train on ``task_loss`` alone; either may be compiled. Parameter names
+            in checkpoints have no wrapper prefixes.
+        train_dataset: samples for ``collate``. ``set_epoch(e)`` is called before each epoch, on it or, if it has
+            none, on the datasets inside it (ConcatDataset, Subset and other wrappers).
         config: the settings.
         val_dataset: evaluated with protocol "lavt" every ``eval_every`` steps and at the end.
         out_dir: folder for log and checkpoints; None writes nothing.
-        task_loss: task loss of a model without a Distiller, which has its own.
-        collate: list of samples to batch; default: `fastkd.data.collate`.
+        task_loss: task loss of a plain model; a Distiller has its own.
+        collate: turns a list of samples into a batch; default: `fastkd.data.collate`.
         title: name of the run in the progress bar and the log.
         progress: show progress.
         overwrite: replace an earlier run in ``out_dir``.
 
     Returns:
-        Steps, seconds and evaluations. The model ends up trained, on the training device and in eval mode.
+        Steps, seconds and evaluations. The model is trained in place; it stays on the training device, in eval mode.
 
     Raises:
         ValueError: a mistake that `Distiller.check` finds, an environment that contradicts the configuration, a batch
-            size that does not fit the data or the processes, masks with values other than 0 and 1, or word ids beyond a
-            model's word table.
+            size that does not fit the data or the processes, masks with values other than 0 and 1, or word ids outside
+            a model's vocabulary.
+        TypeError: ``config`` is not a `TrainConfig`.
         FileExistsError: ``out_dir`` holds an earlier run.
-        Terminated: SIGTERM, as `SystemExit` with status 143; only if no other handler is installed.
-        FloatingPointError: a loss or gradient that is not finite, or NaN in a validation; the message names its source.
+        Terminated: SIGTERM arrived (a `SystemExit` with status 143); not if another handler is installed.
+        FloatingPointError: a loss or gradient that is not finite, or NaN in validation; the message names its source.
 
     Example:
         >>> result = train(distiller, train_set, TrainConfig(steps=600), val_dataset=val_set, out_dir="runs/distilled")
@@ -93,7 +94,7 @@ def train(
     torch.set_num_threads(run.config.threads or threads)
     with Termination() as stop:
         try:
-            with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+            with torch.inference_mode(False), torch.enable_grad():  # regardless of the caller's mode
                 run.train(val_dataset)
         except BaseException as error:
             cause = stop.settle(error)
@@ -114,6 +115,6 @@ def _make_folder(folder: Path, overwrite: bool) -> Path:
             f"out_dir {str(folder)!r} holds an earlier run; choose another folder or pass overwrite=True"
         )
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"out_dir {str(folder)!r} is a file; give a folder")
+        raise FileExistsError(f"out_dir {str(folder)!r} is a file; pass a folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

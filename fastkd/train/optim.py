@@ -13,7 +13,7 @@ _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_e
 
 
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; norms, biases and embedding or position tables are not decayed."""
+    """Return AdamW over the trainable parameters; norms, biases and embedding tables are not decayed."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -23,20 +23,20 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         is_table = id(parameter) in tables or name.rpartition(".")[2] in _POSITION_TABLES
         (others if parameter.ndim <= 1 or is_table else decayed).append(parameter)
     if not decayed and not others:
-        raise ValueError("the model has no parameter that requires a gradient: nothing can train")
+        raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = {p.device.type for p in (*decayed, *others)} <= {"cpu", "cuda"}
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused)
 
 
 def lr_factor(step: int, progress: float, config: TrainConfig) -> float:
-    """Return the factor of the peak learning rate: linear warm-up times (1 − progress)^power."""
+    """Return the learning rate relative to its peak: linear warm-up times (1 − progress)^power."""
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     return warm * max(0.0, 1.0 - progress) ** config.power
 
 
 class BatchOrder:
-    """Batch sampler: indices of each micro-batch of one process in the current epoch.
+    """Batch sampler: sample indices of each micro-batch of one process in the current epoch.
 
     The order depends only on the seed and the epoch, not on the model or the number of micro-batches, processes and
     loading workers. The incomplete last batch of an epoch is dropped.
@@ -51,7 +51,7 @@ class BatchOrder:
         if samples < config.batch_size:
             raise ValueError(
                 f"the training set has {samples} samples, fewer than one batch of {config.batch_size}: "
-                "lower batch_size or give more data"
+                "lower batch_size or use more data"
             )
         self.samples, self.config, self.rank, self.ranks = samples, config, rank, ranks
         self.epoch = 0

@@ -35,10 +35,10 @@ class TrainResult:
 
     @property
     def best(self) -> EvalResult | None:
-        """The evaluation with the best mIoU."""
+        """Return the evaluation with the best mIoU, or None."""
         return max((result for _, result in self.evaluations), key=lambda r: r.miou, default=None)
 
     @property
     def last(self) -> EvalResult | None:
-        """The final evaluation."""
+        """Return the final evaluation, or None."""
         return self.evaluations[-1][1] if self.evaluations else None

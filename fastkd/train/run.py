@@ -126,7 +126,7 @@ class TrainingRun:
             save_student(self.distiller.student, folder / "last")
             self.bar.print(f"interrupted at step {self.step}; the student is in {folder / 'last'}")
         if isinstance(error, torch.OutOfMemoryError):
-            error.add_note("Raise accumulate (smaller micro-batches), or lower batch_size or the images' size.")
+            error.add_note("Increase accumulate (smaller micro-batches), or reduce batch_size or the image size.")
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Yield micro-batches on the device, epoch after epoch."""
@@ -147,7 +147,7 @@ class TrainingRun:
 
     def _begin(self, first: dict[str, Any], val_dataset: Dataset[Any] | None) -> None:
         """Check the first batch and the validation set, then log the settings."""
-        if val_dataset is not None:  # an error now rather than after an hour of training
+        if val_dataset is not None:  # fail now rather than after an hour of training
             check_dataset(val_dataset, PROTOCOLS["lavt"])
             for part in leaves(val_dataset, "image_mean"):
                 check_normalisation(self.distiller.student, part, "student")
@@ -176,7 +176,7 @@ class TrainingRun:
         )
 
     def _forward_backward(self, module: nn.Module, batches: Iterator[dict[str, Any]]) -> Tensor:
-        """Accumulate the gradient of one step; return loss, task and terms, averaged over its micro-batches."""
+        """Accumulate the gradient of one step; return the mean loss, task and terms, (2 + terms,)."""
         parts = self.config.accumulate
         total: Tensor | None = None
         for micro in range(parts):
@@ -200,6 +200,7 @@ class TrainingRun:
             raise FloatingPointError(self._explain_non_finite(*non_finite))
 
     def _explain_non_finite(self, step: int, values: dict[str, float]) -> str:
+        """Return an error message that names the losses, or the sources of the gradient, that are not finite."""
         losses = [name for name in values if name not in ("loss", "gradient") and not math.isfinite(values[name])]
         if losses:
             text = " and ".join("the task loss" if name == "task" else f"term {name!r}" for name in losses)
@@ -273,7 +274,7 @@ class TrainingRun:
             save_student(student, folder / "last")
             if is_best:
                 save_student(student, folder / "best")
-            elif self.overwrite and val_dataset is None:  # it belongs to the run being replaced
+            elif self.overwrite and val_dataset is None:  # written by the run being replaced
                 shutil.rmtree(folder / "best", ignore_errors=True)
         self.distiller.train()
         self.clock.start()

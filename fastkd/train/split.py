@@ -1,4 +1,4 @@
-"""Batches split over micro-batches and processes: how gradients are joined, and how results differ."""
+"""Batches split over micro-batches and processes: gradient reduction, and warnings where results differ."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastkd.distill.terms import Term, loss_and_options
 from fastkd.errors import FastKDWarning
 from fastkd.train.config import TrainConfig
 
-_POOLING_OPTIONS = ("across_batch", "cross_image")  # of losses that compare samples with each other
+_POOLING_OPTIONS = ("across_batch", "cross_image")  # make a loss compare samples with each other
 
 
 def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: int = 1) -> None:
-    """Warn of layers and terms whose result depends on the micro-batch: batch norms and terms pooled over the batch."""
+    """Warn about BatchNorm layers and terms that mix samples, whose result depends on the micro-batch size."""
     if config.accumulate == 1:
         return
     size = config.batch_size // (config.accumulate * processes)
@@ -48,9 +48,9 @@ def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: 
 def data_parallel(
     module: nn.Module, distiller: Distiller, batch: Mapping[str, Any], config: TrainConfig, device: torch.device
 ) -> DistributedDataParallel:
-    """Wrap a module for several processes.
+    """Return the module wrapped in DistributedDataParallel.
 
-    Parameters without a gradient on the first batch are named in a warning and looked for at every step.
+    If parameters get no gradient on the first batch, warn and enable ``find_unused_parameters``.
     """
     gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, without_gradient(distiller, batch))
@@ -69,7 +69,7 @@ def data_parallel(
 
 
 def without_gradient(distiller: Distiller, batch: Mapping[str, Any]) -> list[str]:
-    """Return the trainable parameters that the loss of a batch does not depend on, by name; change nothing."""
+    """Return the names of trainable parameters that the loss of a batch does not depend on; restore all state."""
     named = [(plain_name(name), p) for name, p in distiller.named_parameters() if p.requires_grad]
     with preserve_state(distiller), torch.enable_grad():
         loss = distiller(batch).loss
@@ -91,11 +91,12 @@ def check_all_reduced(module: nn.Module, step: int) -> None:
     if names:
         raise RuntimeError(
             f"{len(names)} parameters got no gradient at step {step}, although they did on the first batch: "
-            f"{shortened([plain_name(name) for name in names])}. Processes then do not wait for each other: set "
-            "find_unused_parameters=True, or let every parameter take part in every step"
+            f"{shortened([plain_name(name) for name in names])}. DDP then leaves gradients unreduced: set "
+            "find_unused_parameters=True, or use every parameter at every step"
         )
 
 
 def _pools(term: Term) -> bool:
+    """Return whether a term compares samples with each other."""
     loss, options = loss_and_options(term)
     return any(options.get(name, getattr(loss, name, False)) for name in _POOLING_OPTIONS)

@@ -22,7 +22,7 @@ class StepValues:
         self._window: list[list[float]] = []  # read since the last call of `mean`
 
     def add(self, values: Tensor) -> None:
-        """Append the values (len(names),) of a step without reading them."""
+        """Append the values (len(names),) of a step without copying them to the host."""
         self._pending.append(values)
 
     def read(self, step: int) -> tuple[int, dict[str, float]] | None:

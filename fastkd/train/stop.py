@@ -1,4 +1,4 @@
-"""End a run on SIGTERM, the signal of cluster schedulers, in the same way as on Ctrl-C."""
+"""End a run on SIGTERM, which cluster schedulers send, as on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Termination:
     """Raise `Terminated` on SIGTERM inside the block and restore the default handler afterwards.
 
     Active only in the main thread, where Python handles signals, and only if no other handler is installed: the
-    caller's, or that of a cluster's library, stays in place. Forked processes end as by default.
+    caller's, or that of a cluster's library, stays in place. Forked processes keep the default behaviour.
     """
 
     def __init__(self) -> None:

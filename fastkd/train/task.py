@@ -32,7 +32,7 @@ def segmentation_loss(
     Args:
         output: model output with ``logits`` (B, 2, H, W), or the logits; channel 1 is the referred object.
         batch: holds ``mask`` (B, H, W), bool or 0/1. Other values are an error on the CPU. On other devices and in a
-            traced graph, where reading them would synchronise, they make the loss NaN, never a wrong number.
+            traced graph, where reading them would synchronise, they make the loss NaN.
         class_weights: weights of background and object pixels; (0.9, 1.1) is the usual choice on RefCOCO.
         dice_weight: factor of dice; 0 skips it.
 
@@ -51,7 +51,7 @@ def segmentation_loss(
             f"segmentation_loss: mask {tuple(mask.shape)} does not match logits {tuple(logits.shape)}; "
             f"expected {(logits.shape[0], *logits.shape[2:])}"
         )
-    truth = mask.flatten(1).to(torch.float32)
+    truth = mask.flatten(1).to(torch.float32)  # (B, H·W)
     if mask.dtype != torch.bool:
         if mask.device.type == "cpu" and not torch.compiler.is_compiling():
             check_mask(mask, "segmentation_loss: mask")
@@ -63,6 +63,6 @@ def segmentation_loss(
     ce = F.binary_cross_entropy_with_logits(margin, truth, weight, reduction="none").sum(1) / weight.sum(1)  # (B,)
     if not dice_weight:
         return ce.mean()
-    p = margin.sigmoid()
+    p = margin.sigmoid()  # (B, H·W)
     dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
     return (ce + dice_weight * dice).mean()

@@ -92,7 +92,7 @@ class TestEnvironment:
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         alone = type("State", (), {"distributed_type": "NO", "num_processes": 1})
         monkeypatch.setattr("accelerate.PartialState", lambda cpu: alone())
-        with pytest.raises(ValueError, match="WORLD_SIZE=2, but this process joined no other"):
+        with pytest.raises(ValueError, match="WORLD_SIZE=2, but this process joined no others"):
             launch.join(TrainConfig(device="cpu"))
 
     def test_each_process_needs_its_own_device(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from fastkd.train.optim import BatchOrder, adamw, lr_factor
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
-        ({"batch_size": 2.5}, "batch_size must be a whole number >= 1, got 2.5"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer >= 1, got 2.5"),
         ({"lr": 0}, "lr must be a finite number > 0, got 0"),
         ({"lr": None}, "lr must be a finite number > 0, got None"),
         ({"grad_clip": -1.0}, "grad_clip must be a finite number > 0 or None"),
@@ -27,8 +27,8 @@ from fastkd.train.optim import BatchOrder, adamw, lr_factor
         ({"batch_size": 10, "accumulate": 4}, "batch_size must be a multiple of accumulate"),
         ({"lr": "0.1"}, "lr must be a finite number > 0, got '0.1'"),
         ({"weight_decay": None}, "weight_decay must be a finite number >= 0, got None"),
-        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
-        ({"eval_every": 0}, "eval_every must be a whole number >= 1 or None"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"eval_every": 0}, "eval_every must be an integer >= 1 or None"),
     ],
 )
 def test_rejects_values_out_of_range(setting: dict[str, Any], message: str) -> None:

@@ -179,7 +179,7 @@ class TestLogAndCheckpoints:
 
     def test_rejects_a_bad_out_dir_or_config(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(FileExistsError, match=r"out_dir .*file' is a file; give a folder"):
+        with pytest.raises(FileExistsError, match=r"out_dir .*file' is a file; pass a folder"):
             run(toy(), out=tmp_path / "file")
         with pytest.raises(TypeError, match="config must be a TrainConfig or None, got dict"):
             train(toy(), Scenes(), {"steps": 2}, collate=collate)
