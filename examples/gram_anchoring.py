@@ -7,7 +7,7 @@ those of an earlier checkpoint of the same network, the Gram teacher:
     pixel_relation_kd(student_patches, gram_teacher_patches, distance="mse")
 
 within each image; with ``cross_image=True``, as here, between all patches of the batch. The features themselves may
-change as long as their similarities stay. No matrix of patches × patches is stored.
+change as long as their similarities stay. The loss never stores the patches × patches matrix.
 
 Here a tiny transformer continues training on a task of its class token, without and with the anchor, and prints the
 drift of its patch similarities. For your own model: pass the patch tokens after the final norm, without class and
@@ -30,7 +30,7 @@ IMAGE, PATCH, WIDTH, CLASSES = 32, 4, 64, 8
 
 
 class TinyViT(nn.Module):
-    """Return class-token logits and patch features."""
+    """Small vision transformer that returns class-token logits and patch features."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Distil between models that you cannot change: `Taps` read features by module path, `Distiller` adds the losses.
 
 A torchvision MobileNetV3 learns from a ResNet. Neither returns intermediate features; taps read them. Their widths
-differ (48 and 256 channels), so the channel-wise term owns a 1×1 aligner, which trains with the student without
-becoming part of it. Needs ``pip install 'fastkd[ris]'`` (for torchvision); the weights are random.
+differ (48 and 256 channels), so the channel-wise term owns a 1×1 aligner, which trains with the student but is
+not part of it. Needs ``pip install 'fastkd[ris]'`` (for torchvision); the weights are random.
 
 For your own models: list the module paths with ``model.named_modules()``, print the taps' shapes once, and choose
 modules whose maps have the same height and width. ``inputs`` names the keys of the batch to pass to both models as
@@ -53,7 +53,7 @@ def main(steps: int = 10) -> tuple[fastkd.Distiller, list[float]]:
         teacher,
         task_loss,
         [
-            fastkd.Term(aligned, "map", weight=0.5, name="where"),
+            fastkd.Term(aligned, "map", weight=0.5, name="channels"),
             fastkd.Term(losses.pixel_relation_kd, "map", weight=0.1, name="pixels"),
             fastkd.Term(losses.logit_kd, lambda output: output, weight=0.5, name="logits", kwargs={"temperature": 2.0}),
         ],
@@ -61,8 +61,8 @@ def main(steps: int = 10) -> tuple[fastkd.Distiller, list[float]]:
         student_taps={"map": STUDENT_PATH},
         teacher_taps={"map": TEACHER_PATH},
     )
-    print(distiller.check(batch))  # finds silent mistakes, shows each term's gradient norm
-    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)  # of the student and of the aligner
+    print(distiller.check(batch))  # finds silent mistakes and shows each term's gradient norm
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)  # student and aligner
     history = []
     for step in range(steps):
         out = distiller(batch)

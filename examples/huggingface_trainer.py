@@ -3,9 +3,9 @@
 A tiny SegFormer learns from a wider one on random images. Both have random weights; nothing is downloaded.
 Needs ``pip install 'fastkd[ris]'``.
 
-For your own models: replace the two models by ``from_pretrained`` and `RandomImages` by your data set. `logit_kd` needs
-the same classes and size on both sides; `pixel_relation_kd` accepts feature maps of different widths. Trainer optimises
-only ``model.parameters()``: if a loss module owns an aligner, make it a submodule of the student.
+For your own models: load both with ``from_pretrained`` and replace `RandomImages` with your dataset. `logit_kd`
+needs the same classes and size on both sides; `pixel_relation_kd` accepts feature maps of different widths. Trainer
+optimises only ``model.parameters()``: if a loss module owns an aligner, make it a submodule of the student.
 
     python examples/huggingface_trainer.py
 """
@@ -27,7 +27,7 @@ LOGIT_WEIGHT, RELATION_WEIGHT = 0.5, 0.5
 
 
 class DistillationTrainer(Trainer):
-    """Trainer that adds two distillation terms to the model's own loss."""
+    """Add two distillation terms to the model's own loss."""
 
     def __init__(self, *args: Any, teacher: torch.nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

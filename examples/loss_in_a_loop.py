@@ -54,7 +54,7 @@ def main(steps: int = 50) -> list[float]:
     history = []
     for step in range(steps):
         logits, features = student(images)
-        with torch.no_grad():  # the teacher is a constant; its graph would cost memory
+        with torch.no_grad():  # the teacher gets no gradient; a graph would waste memory
             _, teacher_features = teacher(images)
         task = F.cross_entropy(logits, labels)
         relation = channel_kd(features, teacher_features)

@@ -1,8 +1,8 @@
 """Distil a referring-image-segmentation student end to end: data, training, evaluation, prediction.
 
 Writes a small procedural set in RefCOCO's layout, distils a student of 0.29 M parameters from the shipped teacher for a
-few steps, evaluates both on the validation split, and segments one sentence. A useful student needs about 1000 steps
-and 2500 images (``make demo``). Needs ``pip install 'fastkd[ris]'``.
+few steps, evaluates both on the validation split, and segments the object of one sentence. A useful student needs
+about 1000 steps and 2500 images (``make demo``). Needs ``pip install 'fastkd[ris]'``.
 
 For your own data: point `RefCOCO` at the folder of RefCOCO, RefCOCO+ or RefCOCOg. For your own teacher: see
 docs/teachers.md; for larger students, `fastkd.models.list_presets()`.
@@ -29,7 +29,7 @@ TEACHER = files("fastkd.models") / "assets" / "shapes-teacher"
 
 
 def main(steps: int = 20, images: int = 80) -> dict[str, Any]:
-    """Return the training history, the scores of teacher and student, and one prediction with its image."""
+    """Run the example; return the training history, both scores, and one prediction with its image."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "shapes"

@@ -1,4 +1,4 @@
-"""The ``fastkd`` command: data sets, training, distillation, evaluation, prediction, export and the demo."""
+"""The ``fastkd`` command: datasets, training, distillation, evaluation, prediction, export and the demo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_LENGTH = 600
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    An error is one line on stderr and status 2; ``FASTKD_TRACEBACK=1`` raises it with its traceback.
+    An error is printed to stderr as one line, with status 2; ``FASTKD_TRACEBACK=1`` raises it instead.
     """
     from fastkd.cli._app import build_app
 
@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
         if issubclass(category, FastKDWarning):
-            return f"fastkd: warning: {message}\n"  # without the line of code that raised it
+            return f"fastkd: warning: {message}\n"  # without the source line that issued it
         return format_warning(message, category, *where, **line)
 
     warnings.formatwarning = one_line  # type: ignore[assignment]
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Terminated:
         print("fastkd: ended by SIGTERM", file=sys.stderr)
         return 143
-    except BrokenPipeError:  # the reader of the pipe has ended, as `head` does
+    except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
         drop_output()
         return 141
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Names of the commands; each is implemented and documented in its own module."""
+"""Register the commands; each is implemented and documented in its own module."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from tyro.extras import SubcommandApp
 
 
 def build_app() -> SubcommandApp:
-    """Return the application; commands import torch and the rest when they run."""
+    """Return the application; commands import torch and other heavy packages when they run."""
     from fastkd.cli import convert, data, demo, evaluate, export, info, predict, train
 
     app = SubcommandApp()
     app.command(name="info")(info.info)
     shapes = SubcommandApp()
     shapes.command(name="make-shapes")(data.make_shapes)
-    app.command(shapes, name="data", help="make data sets")
+    app.command(shapes, name="data", help="make datasets")
     app.command(name="train")(train.train)
     app.command(name="distill")(train.distill)
     app.command(name="evaluate")(evaluate.evaluate)

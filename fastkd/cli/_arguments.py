@@ -15,7 +15,11 @@ Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
 def parse_terms(terms: Sequence[str]) -> dict[str, float]:
-    """Convert ``["first_order=0.5", "logit=0.2"]`` to a dict of name to share."""
+    """Convert ``["first_order=0.5", "logit=0.2"]`` to a dict of name to share.
+
+    Raises:
+        ValueError: an entry is not name=share, or a name is repeated.
+    """
     shares: dict[str, float] = {}
     for term in terms:
         name, equals, share = term.partition("=")
@@ -29,7 +33,7 @@ def parse_terms(terms: Sequence[str]) -> dict[str, float]:
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Raise ``OSError`` for an output folder that cannot be created or written to, before any work is done."""
+    """Raise ``OSError`` before any work is done if an output folder cannot be created or written to."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{option}: {existing} is a file, so {folder} cannot be a folder")

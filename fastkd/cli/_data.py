@@ -1,4 +1,4 @@
-"""Data sets named on the command line, opened with the size, normalisation and tokenizer of a model."""
+"""Open the datasets named on the command line with the image size, normalisation and tokenizer of a model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class DataArgs:
 
     Args:
         data: folder that holds ``refcoco/`` and ``images/``.
-        dataset: one of the sets in it: refcoco, refcoco+ or refcocog.
+        dataset: refcoco, refcoco+ or refcocog.
         split_by: author of the splits: unc, google or umd.
         tokenizer: path of the vocab.txt (or tokenizer folder) that defines the word ids, or "shapes"; if omitted, the
             one in the model's folder or named by its configuration, else the teacher's.
-        skip_unusable: skip refs without a sentence, a mask or a readable image file, and report their number; without
-            this option they are an error. Every image is decoded once to check it.
+        skip_unusable: skip refs without a sentence, a mask or a readable image file, and report their number, instead
+            of raising an error. Decodes every image once.
     """
 
     data: Path
@@ -65,9 +65,9 @@ def open_split(
     teacher: dict[str, Any] | None = None,
     **refcoco: Any,
 ) -> ReferDataset:
-    """Return one split with the model's image size and normalisation, and its tokenizer or the one given.
+    """Return one split with the model's image size and normalisation, and with ``tokenizer`` or the model's own.
 
-    ``teacher`` is the result of `teacher_tokenizer_options`; ``refcoco`` are further arguments of `RefCOCO`.
+    ``teacher`` is the result of `teacher_tokenizer_options`; ``refcoco`` is passed on to `RefCOCO`.
     """
     from fastkd.data import RefCOCO, ReferDataset
     from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
@@ -118,8 +118,8 @@ def teacher_tokenizer_options(
         if tokenizer is None and theirs is not None and theirs != ours:
             raise ValueError(
                 f"the student's vocabulary has {ours} words, the teacher's {theirs}: they read the same word ids, so "
-                "they need the same tokenizer; choose a student with the teacher's, or pass --teacher-tokenizer: terms "
-                "must then not compare them word by word"
+                "they need the same tokenizer; choose a student with the teacher's tokenizer, or pass "
+                "--teacher-tokenizer and use no term that compares them word by word"
             )
         if tokenizer is None:
             return {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def build_model(name: str, seed: int, tokenizer: str | None = None) -> RISModel:
     """Return a new model from a preset's name or a config.json, or a saved one from its folder.
 
-    A new model uses the padding id of its tokenizer (the one given, else that of its configuration).
+    A new model uses the padding id of ``tokenizer`` or, if None, of its configuration's tokenizer.
     """
     import torch
 
@@ -32,7 +32,7 @@ def build_model(name: str, seed: int, tokenizer: str | None = None) -> RISModel:
             config.tokenizer = str(path.parent.absolute())
     elif name not in list_presets() and ("/" in name or "\\" in name):
         raise FileNotFoundError(
-            f"no model folder at {path}; give a folder, a .json or a preset ({', '.join(list_presets())})"
+            f"no model folder at {path}; pass a folder, a .json or a preset ({', '.join(list_presets())})"
         )
     else:
         config = preset(name)
@@ -71,12 +71,12 @@ def load_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
 
 
 def load_local_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
-    """Return `load_model` of a local file or folder, or "shapes"; a mistyped path is not looked up on the hub."""
+    """Load a local file or folder, or "shapes", like `load_model`; a mistyped path is not looked up on the hub."""
     if name != "shapes" and not Path(name).expanduser().exists():
-        raise FileNotFoundError(f"no model at {name}; give a folder written by save_pretrained (a run's best/ is one)")
+        raise FileNotFoundError(f"no model at {name}; pass a folder written by save_pretrained (a run's best/ is one)")
     return load_model(name)
 
 
 def shapes_teacher() -> Path:
-    """Return the folder of the shipped teacher for the procedural set."""
+    """Return the folder of the teacher for the procedural set that ships with fastkd."""
     return Path(__file__).resolve().parent.parent / "models" / "assets" / "shapes-teacher"

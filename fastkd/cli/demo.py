@@ -52,10 +52,10 @@ def demo(
     Args:
         out: folder for data, runs, results.json and report.html.
         images: number of scenes in the set.
-        seeds: one comparison per seed; initial weights and data order follow the seed.
-        terms: name=share of each, as in ``fastkd distill``.
+        seeds: one comparison per seed, which determines initial weights and data order.
+        terms: terms as name=share, as in ``fastkd distill``.
         config: settings of every run; --seeds replaces its seed.
-        test_split: split of the table; curves are on val.
+        test_split: split that the table scores; curves use val.
         overwrite: replace an earlier demo in --out.
     """
     from fastkd.cli._arguments import parse_terms
@@ -109,8 +109,8 @@ def _compare(
 ) -> dict[str, Run]:
     """Train the student alone, distilled, and alone for equal time, from the same initial weights and data order.
 
-    Equal time is a number of steps, from the measured cost of a step (`_relative_cost`), so that the learning-rate
-    schedule completes.
+    Equal time is expressed in steps, from their measured cost (`_relative_cost`), so that the learning-rate schedule
+    completes.
     """
     from dataclasses import replace
 
@@ -158,10 +158,10 @@ def _compare(
 
 
 def _relative_cost(models: Sequence[Any], train_set: ReferDataset, config: TrainConfig, rounds: int = 5) -> float:
-    """Return how many steps of the first model take as long as one of the second; trains both.
+    """Return how many steps of the first model take as long as one of the second; this trains both.
 
-    The models alternate every twenty steps and the result is the median of the ratios: other load on the machine then
-    slows both, whereas runs of minutes, one after the other, may meet different loads.
+    The models alternate in runs of 25 steps, 20 of them timed, and the result is the median ratio, so that other load
+    on the machine affects both alike. Long runs, one after the other, might see different loads.
     """
     from dataclasses import replace
     from statistics import median
@@ -172,7 +172,7 @@ def _relative_cost(models: Sequence[Any], train_set: ReferDataset, config: Train
 
     def seconds(model: Any) -> float:
         lines = train(model, train_set, probe, progress=False).history
-        return lines[-1]["seconds"] - lines[0]["seconds"]  # without the first five, which warm up
+        return lines[-1]["seconds"] - lines[0]["seconds"]  # excludes the first five steps, the warm-up
 
     turns = [[seconds(model) for model in models] for _ in range(rounds)]
     return median(second / first for first, second in turns)
@@ -184,15 +184,15 @@ def _result_rows(
     from fastkd.report import ResultRow
 
     rows = [ResultRow("teacher", _parameters(teacher), teacher_score.metrics, note="shipped with fastkd")]
-    for name, these in runs.items():
-        metrics = {key: [run.test.metrics[key] for run in these] for key in these[0].test.metrics}
+    for name, seed_runs in runs.items():
+        metrics = {key: [run.test.metrics[key] for run in seed_runs] for key in seed_runs[0].test.metrics}
         rows.append(
             ResultRow(
                 name,
-                _parameters(these[0].model),
+                _parameters(seed_runs[0].model),
                 {key: values if len(values) > 1 else values[0] for key, values in metrics.items()},
-                steps=round(sum(run.training.steps for run in these) / len(these)),
-                train_seconds=sum(run.training.seconds for run in these) / len(these),
+                steps=round(sum(run.training.steps for run in seed_runs) / len(seed_runs)),
+                train_seconds=sum(run.training.seconds for run in seed_runs) / len(seed_runs),
                 baseline=None if name == ALONE else ALONE,
             )
         )
@@ -212,7 +212,7 @@ def _examples(
     from fastkd.data import collate
     from fastkd.report import Example
 
-    models = {"teacher": teacher, **{name: these[0].model for name, these in runs.items() if name != LONGER}}
+    models = {"teacher": teacher, **{name: seed_runs[0].model for name, seed_runs in runs.items() if name != LONGER}}
     samples = [test[round(i * (len(test) - 1) / max(1, count - 1))] for i in range(min(count, len(test)))]
     batch = collate(samples)
     masks = {}
@@ -245,9 +245,9 @@ def _write_results(
 
     curves = [
         series
-        for name, these in runs.items()
-        if these[0].training.out_dir
-        for series in curves_from_log(these[0].training.out_dir, run=name)
+        for name, seed_runs in runs.items()
+        if seed_runs[0].training.out_dir
+        for series in curves_from_log(seed_runs[0].training.out_dir, run=name)
     ]
     results = {
         "teacher": teacher_score.to_dict(),
@@ -261,8 +261,8 @@ def _write_results(
                 "test": run.test.to_dict(),
                 "val": [{"step": step, "metrics": result.metrics} for step, result in run.training.evaluations],
             }
-            for name, these in runs.items()
-            for seed, run in zip(seeds, these, strict=True)
+            for name, seed_runs in runs.items()
+            for seed, run in zip(seeds, seed_runs, strict=True)
         ],
         "rows": [asdict(row) for row in rows],
     }

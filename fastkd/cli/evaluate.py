@@ -21,14 +21,14 @@ def evaluate(
     """Score a saved model on every sentence of a split.
 
     Args:
-        data: the data set.
+        data: the dataset.
         model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), a folder or hub name
             of transformers' CLIPSeg or SAM 3, or "shapes" for the shipped teacher of the procedural set.
         split: train, val, test, testA or testB.
         protocol: evaluation protocol, "lavt" (at the model's own size) or "lavt480".
         batch_size: samples per forward.
         device: "auto", "cpu", "cuda", ...
-        out: JSON file to write the result to as well.
+        out: JSON file to also write the result to.
     """
     from fastkd.cli._models import load_model
     from fastkd.evaluate import evaluate as run

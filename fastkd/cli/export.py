@@ -29,7 +29,7 @@ def export(
         width: image width; if omitted, the height.
         tokenizer: path of a vocab.txt or of a tokenizer folder; if omitted, the one in the model's folder or named by
             its configuration, if any.
-        tolerance: largest difference allowed, relative to the largest logit.
+        tolerance: largest difference accepted, relative to the largest logit.
         threads: threads of torch and onnxruntime for the comparison.
     """
     import torch

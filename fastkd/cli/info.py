@@ -6,7 +6,7 @@ import json as json_module
 
 
 def info(json: bool = False) -> None:
-    """Show versions, devices and backends, with the reason for each backend that is not in use.
+    """Show versions, devices and backends, and why a backend is not in use.
 
     Args:
         json: print JSON instead of text.

@@ -19,7 +19,7 @@ def predict(
     tokenizer: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Segment the object that a sentence refers to; write IMAGE-mask.png and IMAGE-overlay.png, print a score.
+    """Segment the object that a sentence refers to; write IMAGE-mask.png and IMAGE-overlay.png and print a score.
 
     The score is the mean probability of the object over the predicted mask, or 0 for an empty mask. It measures the
     model's confidence in the chosen pixels, not the quality of the mask.
@@ -43,7 +43,7 @@ def predict(
     from fastkd.report.overlays import overlay, write_png
 
     image, out = image.expanduser(), out.expanduser()
-    pixels = read_image(image)  # first, because it fails soonest
+    pixels = read_image(image)  # before the slower loading of the model, to report errors early
     check_folder("out", out)
     loaded = load_local_model(model).to(pick_device(device))
     if tokenizer is not None:

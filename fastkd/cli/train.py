@@ -22,10 +22,10 @@ def train(
     config: Config = _CONFIG,
     overwrite: bool = False,
 ) -> None:
-    """Train a model on its task alone.
+    """Train a model alone, without a teacher.
 
     Args:
-        data: the data set.
+        data: the dataset.
         out: folder for log and checkpoints.
         model: a preset's name, a config.json, or a folder written by save_pretrained.
         config: the settings.
@@ -44,19 +44,18 @@ def distill(
     config: Config = _CONFIG,
     overwrite: bool = False,
 ) -> None:
-    """Train a student with a teacher.
+    """Distil a teacher into a student.
 
     Args:
-        data: the data set.
+        data: the dataset.
         out: folder for log and checkpoints.
         teacher: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``, or its .pth), a
             folder or hub name of transformers' CLIPSeg or SAM 3, or "shapes" for the shipped teacher of the procedural
             set.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
-        terms: name=share of each, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
-            divided by that of the task's, measured on the first batches. Names are those of
-            fastkd.distill.recipes.TERMS. For a teacher with its own tokenizer: ``mask``, and ``pixel_pixel`` if it
-            compares pixels with words.
+        terms: terms as name=share, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
+            relative to the task's, measured on the first batches. fastkd.distill.recipes.TERMS lists the names. A
+            teacher with its own tokenizer supports ``mask``, and ``pixel_pixel`` if it compares pixels with words.
         teacher_tokenizer: path of the teacher's tokenizer if it differs from the student's; those of CLIPSeg and SAM 3
             are looked up next to their weights.
         config: the settings.

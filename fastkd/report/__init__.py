@@ -4,7 +4,7 @@
 - `console_table` prints the results in a terminal.
 - `save_overlay` writes one image with a mask drawn over it.
 
-Metrics are percentages, as in published tables: 52.9 means 52.9 %.
+Metrics are percentages, as in published tables: 52.9, not 0.529.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def console_table(rows: Sequence[ResultRow], *, title: str = "Results (%)", cons
     """Print result rows as a table; a row with a baseline shows its gains under its metrics.
 
     One model per line if the terminal is wide enough, else one per column. Characters missing from the console's
-    encoding are replaced by plain ones.
+    encoding are replaced by ASCII.
 
     Args:
         rows: lines of the table, in order.
@@ -52,8 +52,8 @@ def console_table(rows: Sequence[ResultRow], *, title: str = "Results (%)", cons
         if row.note:
             console.print(styled(f"{row.name}: {row.note}", "dim"))
     for name in dict.fromkeys(row.baseline for row in rows if row.baseline):
-        gainers = ", ".join(row.name for row in rows if row.baseline == name)
-        console.print(styled(f"Second line of {gainers}: gain over {name}, in points.", "dim"))
+        compared = ", ".join(row.name for row in rows if row.baseline == name)
+        console.print(styled(f"Second line of {compared}: gain over {name}, in points.", "dim"))
 
 
 def _grid(rows: Sequence[ResultRow], encoding: str) -> list[list[Text]]:

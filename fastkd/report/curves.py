@@ -1,4 +1,4 @@
-"""Line charts as inline SVG; colours are CSS variables, so that the same drawing serves light, dark and print."""
+"""Line charts as inline SVG; colours are CSS variables, so that one drawing works in light, dark and print."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from fastkd import _info
 
 
 def describe() -> dict[str, str]:
-    """Return the versions, processor, threads and GPU of this process, by the names that the report shows."""
+    """Return the versions, processor, threads and GPU of this process, keyed by the report's labels."""
     import torch
 
     facts = _info.environment()

@@ -29,7 +29,7 @@ def curves_from_log(
 
     Raises:
         FileNotFoundError: the log does not exist.
-        ValueError: a line that does not belong to such a log, an unknown metric, or no values yet.
+        ValueError: a line that is not from such a log, an unknown metric, or no values yet.
 
     Example:
         >>> curves = curves_from_log("runs/alone") + curves_from_log("runs/distilled")
@@ -38,7 +38,7 @@ def curves_from_log(
     if path.is_dir():
         path = path / "log.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"path: no log at {path}: give the out_dir of a training run, or its log.jsonl")
+        raise FileNotFoundError(f"path: no log at {path}: pass the out_dir of a training run, or its log.jsonl")
     events = _events(path)
     title = next((str(event["title"]) for event in events if event["event"] == "start" and event.get("title")), None)
     name = run or title or path.parent.name

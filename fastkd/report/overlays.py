@@ -17,7 +17,7 @@ from fastkd._atomic import replace_files
 TRUTH = (0, 114, 178)
 PREDICTION = (230, 126, 0)
 FILL = 0.4  # opacity of the fill
-FADE = 0.45  # blend of the rest of the image with mid grey
+FADE = 0.45  # share of mid grey blended into the rest of the image
 PANEL = 384  # longest side of a panel in pixels, twice its size on screen
 
 
@@ -43,7 +43,7 @@ def as_image(image: Any, name: str = "image") -> np.ndarray:
         raise TypeError(f"{name} must be uint8, or float in [0, 1], got dtype {array.dtype}")
     if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):  # NaN fails too
         raise ValueError(
-            f"{name} must lie in [0, 1] when it is float, got values from {array.min():.3g} to {array.max():.3g}: "
+            f"{name} must lie in [0, 1] if it is float, got values from {array.min():.3g} to {array.max():.3g}: "
             "undo the normalisation first (multiply by the standard deviation, add the mean)"
         )
     return (array.clip(0, 1) * 255 + 0.5).astype(np.uint8)
@@ -58,7 +58,7 @@ def as_mask(mask: Any, size: tuple[int, int], name: str = "mask") -> np.ndarray:
     array = _numpy(mask)
     if array.shape != size:
         raise ValueError(
-            f"{name} has shape {array.shape}, but the image is {size[0]}×{size[1]}: give a mask of the same size"
+            f"{name} has shape {array.shape}, but the image is {size[0]}×{size[1]}: pass a mask of the same size"
         )
     if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
         raise ValueError(
@@ -124,7 +124,7 @@ def save_overlay(
         mask: (H, W), bool or 0/1: array or tensor.
         path: file to write; its folder is created if missing.
         colour: RGB, 0–255.
-        longest: longest side of the picture in pixels; default: the image's.
+        longest: longest side of the result in pixels; default: the image's.
 
     Returns:
         The path written.
@@ -141,13 +141,13 @@ def save_overlay(
 
 
 def write_png(picture: np.ndarray, path: Path) -> None:
-    """Write a picture (H, W, 3), or a grey one (H, W), uint8, as PNG, whatever the suffix of the path."""
+    """Write a uint8 image, (H, W, 3) or grey (H, W), as PNG, regardless of the path's suffix."""
     # Not optimised: for 12 megapixels that takes 23 s instead of 3 s and saves 8 %.
     Image.fromarray(picture).save(path, "PNG")
 
 
 def data_uri(picture: np.ndarray) -> str:
-    """Return a picture as a ``data:`` URI: WebP if Pillow supports it (a quarter of the size), else PNG."""
+    """Return an image as a ``data:`` URI: WebP if Pillow supports it (a quarter of the size), else PNG."""
     buffer = io.BytesIO()
     if features.check("webp"):
         Image.fromarray(picture).save(buffer, "WEBP", quality=88, method=4)

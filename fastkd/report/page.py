@@ -52,7 +52,7 @@ def write_report(
         path: file to write; its folder is created if missing. An existing file is replaced once the page is complete.
         title: heading of the page.
         rows: rows of the results table; those with a ``baseline`` show their gains.
-        curves: training and validation curves, such as those of `curves_from_log`; no section if empty.
+        curves: training and validation curves, for example from `curves_from_log`; no section if empty.
         examples: images with truth and predictions; no section if empty.
         notes: paragraphs under the heading, one string or several.
         environment: facts to list (``{"CPU": "..."}``); default: versions, processor and threads of this process.
@@ -71,7 +71,7 @@ def write_report(
     """
     if Path(path).is_dir():
         raise IsADirectoryError(
-            f"path: {path} is a folder: give the name of a file, such as {Path(path) / 'report.html'}"
+            f"path: {path} is a folder: pass the name of a file, such as {Path(path) / 'report.html'}"
         )
     facts = describe() if environment is None else environment
     body = "\n".join(
@@ -140,15 +140,15 @@ def _metric(row: ResultRow, metric: str, rows: Sequence[ResultRow]) -> str:
         return cell
     difference, spread = gain(row.metrics[metric], baseline.metrics[metric])
     direction = "up" if difference > 0 else "down" if difference < 0 else ""
-    more = f" ± {text.number(spread)}" if spread is not None else ""
-    return f'{cell}<span class="gain {direction}">{text.signed(difference)}{more}</span>'
+    deviation = f" ± {text.number(spread)}" if spread is not None else ""
+    return f'{cell}<span class="gain {direction}">{text.signed(difference)}{deviation}</span>'
 
 
 def _table_caption(rows: Sequence[ResultRow]) -> str:
     sentences = []
     for name in dict.fromkeys(row.baseline for row in rows if row.baseline):
-        gainers = " and ".join(row.name for row in rows if row.baseline == name)
-        sentences.append(f"Coloured: gain of {gainers} over {name}, in points.")
+        compared = " and ".join(row.name for row in rows if row.baseline == name)
+        sentences.append(f"Coloured: gain of {compared} over {name}, in points.")
     if any(summary(value)[1] is not None for row in rows for value in row.metrics.values()):
         sentences.append("± is the standard deviation over seeds; for a gain, that of the paired differences.")
     return f'\n<p class="caption">{escape(" ".join(sentences))}</p>' if sentences else ""

@@ -1,4 +1,4 @@
-"""Content of a report: result rows, curves and examples; each is checked on construction."""
+"""Content of a report: result rows, curves and examples; all validated on construction."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class CurveSeries:
         for name, other in (("values", self.values), ("seconds", self.seconds)):
             if other is not None and len(other) != len(self.steps):
                 raise ValueError(
-                    f"{where}: {name} has {len(other)} points, but steps has {len(self.steps)}: give the same number"
+                    f"{where}: {name} has {len(other)} points, but steps has {len(self.steps)}: pass the same number"
                 )
 
 
@@ -103,7 +103,7 @@ class Example:
         truth: (H, W) mask, bool or 0/1.
         predictions: model name to (H, W) mask, in the order of the columns.
         sentence: the referring expression.
-        ious: model name to IoU in percent; default: computed from the masks.
+        ious: model name to IoU in percent; computed from the masks if omitted.
     """
 
     image: Any
@@ -173,7 +173,7 @@ def check_rows(rows: Sequence[ResultRow]) -> list[str]:
     names = [row.name for row in rows]
     if len(set(names)) != len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"rows: the names {repeated} appear more than once; give each ResultRow its own name")
+        raise ValueError(f"rows: the names {repeated} appear more than once; give each ResultRow a unique name")
     for row in rows:
         if row.baseline is not None and (row.baseline not in names or row.baseline == row.name):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""HTML skeleton and style sheet of the page, inline, so that the report is one file without scripts or network."""
+"""HTML skeleton and inline style sheet of the page: the report is one file without scripts or external resources."""
 
 from __future__ import annotations
 
