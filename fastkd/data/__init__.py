@@ -1,6 +1,6 @@
 """Referring-expression data: a RefCOCO reader, a torch dataset, a tokenizer and a procedural set.
 
-Needs the extra ``[ris]`` (``pip install 'fastkd[ris]'``); names are imported on first use.
+Needs the ``[ris]`` extra (``pip install 'fastkd[ris]'``); names are imported on first use.
 """
 
 from __future__ import annotations

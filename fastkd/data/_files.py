@@ -24,17 +24,17 @@ class _Damaged(pickle.UnpicklingError, ValueError):
     """The file is not a complete pickle."""
 
 
-class _Refused(_Damaged):
+class _Rejected(_Damaged):
     """The file names a class or a function."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Load lists, dicts, strings and numbers; refuse a pickle that names any class or function."""
+    """Load lists, dicts, strings and numbers; reject a pickle that names any class or function."""
 
     path: Path
 
     def find_class(self, module: str, name: str) -> Any:
-        raise _Refused(
+        raise _Rejected(
             f"{self.path} names {module}.{name}: a refs file holds only lists, dicts, strings and integers, so this "
             "file is not trusted and nothing in it was run. Download the refs file from its original source"
         )
@@ -44,7 +44,7 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
     """Read the refs from a pickle written by Python 2 or 3.
 
     Raises:
-        FileNotFoundError: The file does not exist; the message describes the expected layout.
+        FileNotFoundError: The file does not exist; the message shows the expected layout.
         pickle.UnpicklingError: The file names a class or function, or is not a pickle; also a ValueError.
         ValueError: The content is not a list of refs.
     """
@@ -71,7 +71,7 @@ def _unpickle(content: bytes, path: Path, encoding: str) -> Any:
     reader.path = path
     try:
         return reader.load()
-    except (_Refused, UnicodeDecodeError):
+    except (_Rejected, UnicodeDecodeError):
         raise
     except Exception as error:  # damaged pickles raise many types
         raise _Damaged(f"{path} can't be read as a pickle ({error}): download it again") from error
@@ -92,9 +92,9 @@ def read_instances(path: Path) -> dict[str, Any]:
 def find_images(
     root: Path, image_root: str | os.PathLike[str] | None, needed: list[str], partial: bool = False
 ) -> tuple[Path, set[str]]:
-    """Return the folder with the image files ``needed``, and the missing files (only if ``partial``).
+    """Return the image folder, and those of the ``needed`` files that it lacks (none unless ``partial``).
 
-    A name with folders, such as "train2014/x.jpg", may also be relative to the parent of a usual folder.
+    A name such as "train2014/x.jpg" may also be relative to the parent of a usual folder.
 
     Raises:
         FileNotFoundError: There is no such folder, or a file is missing and ``partial`` is False.
@@ -127,7 +127,7 @@ def find_images(
 
 
 def _missing(folder: Path, needed: list[str]) -> set[str]:
-    """Return the names without a file in the folder."""
+    """Return the names of files that the folder lacks."""
     present: dict[str, set[str]] = {}
     missing = set()
     for name in needed:

@@ -1,4 +1,4 @@
-"""Join refs with images and annotations; refuse ambiguous ids and contradictions."""
+"""Join refs with images and annotations; reject ambiguous ids and contradictions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def index(
 ) -> dict[int, dict[str, Any]]:
     """Return the records by ``id``, restricted to ``ids`` if given.
 
-    Records that repeat with equal ``fields`` are accepted.
+    Duplicates with equal ``fields`` are accepted.
 
     Raises:
-        ValueError: Two records of one id differ.
+        ValueError: Two records with the same id differ.
     """
     found: dict[int, dict[str, Any]] = {}
     for record in records:
@@ -41,7 +41,7 @@ def index(
 
 
 def check_unique(refs: Sequence[Ref], path: Path) -> None:
-    """Refuse repeated ref and sentence ids, which would be counted twice in the metrics.
+    """Reject repeated ref and sentence ids, which would be counted twice in the metrics.
 
     Raises:
         ValueError: An id occurs more than once.
@@ -56,7 +56,7 @@ def check_unique(refs: Sequence[Ref], path: Path) -> None:
 
 
 def check_agreement(ref: Ref, annotation: dict[str, Any], path: Path) -> None:
-    """Refuse a ref whose image or category differs from its annotation's.
+    """Reject a ref whose image or category differs from its annotation's.
 
     Raises:
         ValueError: The annotation declares a value and it differs.

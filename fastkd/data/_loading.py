@@ -1,4 +1,4 @@
-"""Iterate over a DataLoader and turn its workers' errors into short messages."""
+"""Iterate over a DataLoader and shorten its workers' error messages."""
 
 from __future__ import annotations
 
@@ -58,11 +58,13 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _on_cpu() -> AbstractContextManager[Any]:
+    """Return a context in which tensors are created on the CPU."""
     is_cpu = torch.get_default_device().type == "cpu"
     return nullcontext() if is_cpu else torch.device("cpu")  # a device context slows down every torch call
 
 
 def _explain(error: Exception, iterator: Any) -> Exception:
+    """Return a clearer exception for an error of the loader or a worker, or the error itself."""
     text = str(error)
     sizes = re.search(r"stack expects each tensor to be equal size, but (got .*)", text)
     if sizes or "resize storage that is not resizable" in text:  # the latter when a worker stacks into shared memory

@@ -16,7 +16,7 @@ def set_epoch(dataset: Any, epoch: int) -> None:
 
 
 def declared_values(dataset: Any, name: str) -> list[Any]:
-    """Return an attribute of a dataset, or of each dataset inside it; None where it is not declared."""
+    """Return the values of an attribute, one per dataset in `leaves`; None where it is not declared."""
     return [getattr(part, name, None) for part in leaves(dataset, name)]
 
 
@@ -41,14 +41,15 @@ def _contained(dataset: Any) -> list[Any]:
     """Return the datasets among an object's attributes, including those in lists and dicts."""
     found: list[Any] = []
     for value in getattr(dataset, "__dict__", {}).values():
-        several = list(value.values()) if isinstance(value, Mapping) else value
-        if isinstance(several, list | tuple):
-            if several and _is_dataset(several[0]):  # do not scan long lists of other objects
-                found.extend(one for one in several if _is_dataset(one))
+        items = list(value.values()) if isinstance(value, Mapping) else value
+        if isinstance(items, list | tuple):
+            if items and _is_dataset(items[0]):  # do not scan long lists of other objects
+                found.extend(item for item in items if _is_dataset(item))
         elif _is_dataset(value):
             found.append(value)
     return found
 
 
 def _is_dataset(value: Any) -> bool:
+    """Return whether a value is a dataset instance, by class or by its ``set_epoch``."""
     return not isinstance(value, type) and (isinstance(value, Dataset) or hasattr(value, "set_epoch"))

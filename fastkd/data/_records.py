@@ -15,7 +15,7 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """One referred object with its sentences; several refs may share an ``ann_id``, but not a ``ref_id``."""
+    """One referred object with its sentences; refs may share an ``ann_id``, but not a ``ref_id``."""
 
     ref_id: int
     ann_id: int

@@ -20,7 +20,7 @@ Sample = dict[str, Any]
 
 
 class ReferDataset(Dataset[Sample]):
-    """Samples of a :class:`RefCOCO` split, resized to a square regardless of the aspect ratio.
+    """Samples of a `RefCOCO` split, resized to a square regardless of the aspect ratio.
 
     Images are resized bilinearly and normalised by ``image_mean`` and ``image_std``; masks are resized by nearest
     neighbour. A sample is a dict, with S = ``image_size`` and T = ``max_words``:
@@ -34,19 +34,19 @@ class ReferDataset(Dataset[Sample]):
 
     Args:
         refcoco: The split to serve.
-        tokenizer: A tokenizer from :func:`load_tokenizer`.
+        tokenizer: The student's tokenizer, from `load_tokenizer`.
         image_size: Side of the square in pixels.
         max_words: Length of ``input_ids``, including ``[CLS]`` and ``[SEP]``.
-        sentences: ``"random"``: one sample per ref, with a sentence drawn by (seed, epoch, index), reproducible across
-            runs and workers; ``"all"``: one sample per sentence, for evaluation.
+        sentences: ``"random"``: one sample per ref, its sentence determined by (seed, epoch, index) in any run or
+            worker; ``"all"``: one sample per sentence, for evaluation.
         seed: Seed of the sentence draw.
         teacher_tokenizer: The tokenizer of a teacher that does not use the student's; a `Distiller` passes its ids to
             the teacher.
         teacher_max_words: Length of ``teacher_input_ids``; default: ``max_words``.
         cache: Keep decoded and resized images and masks in memory, (S, S, 3) + (S, S) bytes per sample, once they are
-            read; each DataLoader worker keeps its own copy unless :meth:`fill_cache` ran first.
-        image_mean: Mean of red, green and blue, in [0, 1], for normalising images: the model's ``config.image_mean``.
-        image_std: Their standard deviation.
+            read; each DataLoader worker keeps its own copy unless `fill_cache` ran first.
+        image_mean: Mean of red, green and blue, in [0, 1], to normalise images; use the model's ``config.image_mean``.
+        image_std: Their standard deviations.
 
     Example::
 
@@ -77,9 +77,9 @@ class ReferDataset(Dataset[Sample]):
         tokenizers = [("tokenizer", "max_words", tokenizer, max_words)]
         if teacher_tokenizer is not None:
             tokenizers.append(("teacher_tokenizer", "teacher_max_words", teacher_tokenizer, teacher_max_words))
-        for name, length_name, one, length in tokenizers:
-            if not callable(one):
-                raise TypeError(f"{name} must come from load_tokenizer, got {type(one).__name__}")
+        for name, length_name, loaded, length in tokenizers:
+            if not callable(loaded):
+                raise TypeError(f"{name} must come from load_tokenizer, got {type(loaded).__name__}")
             if not isinstance(length, int) or length < 3:
                 raise ValueError(
                     f"{length_name} must be an integer of at least 3 ([CLS], a word, [SEP]), got {length!r}"
@@ -101,7 +101,7 @@ class ReferDataset(Dataset[Sample]):
         self._images: dict[int, np.ndarray] | None = {} if cache else None
         self._masks: dict[int, np.ndarray] | None = {} if cache else None
         self._ids: dict[str, dict[str, torch.Tensor]] = {}
-        # in shared memory, so that persistent workers see set_epoch
+        # In shared memory, so that persistent workers see set_epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -187,7 +187,7 @@ def normalise(
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Collate samples to a batch: stack tensors, collect ids and sentences in lists.
+    """Collate samples into a batch: stack tensors, collect ids and sentences in lists.
 
     Keys: ``image`` float32 (B, 3, S, S), ``input_ids`` int64 (B, T), ``word_mask`` bool (B, T), ``mask`` bool
     (B, S, S); the lists ``ref_id``, ``sent_id``, ``image_id``, ``sentence``; with a teacher's tokenizer also
@@ -212,6 +212,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _stack(key: str, samples: Sequence[Sample]) -> torch.Tensor:
+    """Return the samples' tensors of one key, stacked to (B, ...)."""
     shapes = {tuple(sample[key].shape): _describe(n, sample) for n, sample in reversed(list(enumerate(samples)))}
     if len(shapes) > 1:
         found = " and ".join(f"{shape} in {name}" for shape, name in list(shapes.items())[:3])

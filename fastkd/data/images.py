@@ -20,7 +20,7 @@ class UnsupportedBitDepth(ValueError):
 def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
     """Return an image as (H, W, 3) uint8 RGB.
 
-    The EXIF orientation of files and PIL images is applied, 16-bit grey is reduced to 8 bits, transparency is dropped.
+    The EXIF orientation of files and PIL images is applied, 16-bit grey reduced to 8 bits and transparency dropped.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -50,7 +50,7 @@ def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.n
 
 
 def find_damaged(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return the files that :func:`read_image` cannot read, with the reasons; decode each once."""
+    """Return the files that `read_image` cannot read, with the reasons; decode each once."""
 
     def check(path: Path) -> tuple[Path, str]:
         try:

@@ -1,6 +1,6 @@
 """Convert COCO segmentations to masks.
 
-pycocotools does not validate its arguments, so it gets validated polygons only, and RLEs are decoded here.
+pycocotools does not validate its arguments: polygons are validated before it sees them, and RLEs are decoded here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _LONGEST_OUTLINE = 1e7  # pixels; rasterising needs 40 bytes per pixel of outlin
 
 
 def check_segmentation(segmentation: Any, owner: str, size: tuple[int, int] | None = None) -> None:
-    """Raise ``ValueError`` unless ``segmentation`` is polygons, an RLE or a list of RLEs.
+    """Raise ``ValueError`` unless ``segmentation`` is a list of polygons, an RLE or a list of RLEs.
 
     Args:
         segmentation: The value in instances.json.
         owner: Name of the annotation in error messages.
-        size: (height, width) of the image; if given, also refuse polygons far outside of it and RLEs of another size.
+        size: (height, width) of the image; if given, also reject polygons far outside it and RLEs of another size.
     """
     if isinstance(segmentation, dict):
         _check_rle(segmentation, owner, size)
@@ -92,7 +92,7 @@ def rasterise(
     """Return the mask of a COCO segmentation, (height, width) bool, at the original size.
 
     Args:
-        segmentation: Polygons, an RLE, or a list of RLEs.
+        segmentation: A list of polygons, an RLE, or a list of RLEs.
         height: Height of the image.
         width: Width of the image.
         rule: How to combine several polygons or RLEs of one object: ``"union"`` keeps the pixels that any part covers,
@@ -108,7 +108,7 @@ def rasterise(
     check_segmentation(segmentation, owner, (height, width))
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
     if isinstance(parts[0], dict):
-        layers: np.ndarray = np.stack([_decoded(part, owner) for part in parts], axis=2)
+        layers: np.ndarray = np.stack([_decoded(part, owner) for part in parts], axis=2)  # (H, W, parts)
     else:
         layers = coco_mask.decode(coco_mask.frPyObjects(parts, height, width))
     covered = layers.sum(axis=2, dtype=np.int64)

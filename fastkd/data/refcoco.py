@@ -36,8 +36,8 @@ SENTENCE_FIELDS = ("sent", "raw", "raw.lower")
 class RefCOCO:
     """One split of RefCOCO, RefCOCO+ or RefCOCOg, read from the published files.
 
-    The refs pickle is read by an unpickler that refuses every class, as utf-8 or, with a warning, as latin1. The
-    constructor checks files, segmentations and sentences; images and masks are read on access. It refuses an id shared
+    The refs pickle is read by an unpickler that rejects every class, as utf-8 or, with a warning, as latin1. The
+    constructor checks files, segmentations and sentences; images and masks are read on access. It rejects an id shared
     by two different images or annotations, a repeated ref or sentence id, and a ref whose image or category differs
     from its annotation's; exact repetitions of an image or annotation are accepted. gRefCOCO (lists of annotations,
     no-target sentences) is not supported.
@@ -45,10 +45,10 @@ class RefCOCO:
     Args:
         root: The folder that holds ``refcoco/``, ``refcoco+/`` or ``refcocog/`` and the images.
         name: ``"refcoco"``, ``"refcoco+"`` or ``"refcocog"``.
-        split_by: Origin of the split: ``"unc"``, ``"google"`` or ``"umd"``.
-        split: ``"train"``, ``"val"``, ``"testA"``, ``"testB"`` or ``"test"``. A ref is in testA or testB if its split
-            contains the letter, so ``"testAB"`` is in both.
-        image_root: The folder of the JPEG files; default: the first of four usual folders under ``root``.
+        split_by: Author of the split: ``"unc"``, ``"google"`` or ``"umd"``.
+        split: ``"train"``, ``"val"``, ``"testA"``, ``"testB"`` or ``"test"``. A ref of
+            split ``"testAB"`` is in both testA and testB.
+        image_root: The folder of the JPEG files; default: the first of four usual folders under ``root`` with all.
         mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels covered by exactly one polygon.
         sentence_field: ``"sent"`` (lower-case, no punctuation), ``"raw"``, or ``"raw.lower"``.
         skip_unusable: Skip empty sentences, and refs without a sentence, with an unusable segmentation, or with a
@@ -90,10 +90,10 @@ class RefCOCO:
         self.name, self.split_by, self.split = name, split_by, split
         self.mask_rule, self.sentence_field = mask_rule, sentence_field
         path = self.root / name / f"refs({split_by}).p"
-        every = read_refs(path)
-        chosen = [ref for ref in every if _in_split(ref["split"], split)]
+        all_refs = read_refs(path)
+        chosen = [ref for ref in all_refs if _in_split(ref["split"], split)]
         if not chosen:
-            splits = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in every).items()))
+            splits = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in all_refs).items()))
             raise ValueError(f"{path} has no ref of split {split!r}; it has {splits or 'no refs'}")
         if check_counts:
             self._check_count(path, len(chosen))
@@ -123,7 +123,7 @@ class RefCOCO:
 
     @property
     def sentence_count(self) -> int:
-        """Return the number of sentences of all refs."""
+        """Return the total number of sentences."""
         return sum(len(ref.sentences) for ref in self.refs)
 
     def ref(self, ref_id: int) -> Ref:
@@ -134,11 +134,11 @@ class RefCOCO:
             raise KeyError(f"ref_id {ref_id!r} is not in split {self.split!r} of {self.name}") from None
 
     def image_path(self, image_id: int) -> Path:
-        """Return the path of an image, named by instances.json."""
+        """Return the path of an image, from instances.json."""
         return self.image_root / self._entry(image_id)["file_name"]
 
     def image_size(self, image_id: int) -> tuple[int, int]:
-        """Return height and width from instances.json."""
+        """Return the (height, width) of an image, from instances.json."""
         entry = self._entry(image_id)
         return entry["height"], entry["width"]
 
@@ -288,12 +288,14 @@ def _damaged(path: Path, reason: object, users: str) -> str:
 
 
 def _in_split(ref_split: str, split: str) -> bool:
+    """Return whether a ref belongs to a split; "testAB" belongs to testA and testB."""
     if split in ("testA", "testB"):
         return ref_split.startswith("test") and split[-1] in ref_split[4:]
     return ref_split == split
 
 
 def _parse_ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref | None:
+    """Return the ref with its non-empty sentences, or None if there are none."""
     sentences = []
     for sentence in ref["sentences"]:
         key = field.partition(".")[0]

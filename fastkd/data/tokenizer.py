@@ -1,4 +1,4 @@
-"""Tokenize sentences with the shipped vocabulary or with local files; never downloads."""
+"""Tokenize sentences with the shipped vocabulary or local files, never a download."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastkd.errors import FastKDWarning
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _CONFIG = "tokenizer_config.json"
 FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
-_ROLES = {  # of special tokens, for a tokenizer.json without a tokenizer_config.json
+_ROLES = {  # names of special tokens, for a tokenizer.json without a tokenizer_config.json
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": ("[UNK]", "<unk>"),
     "cls_token": ("[CLS]", "<s>"),
     "sep_token": ("[SEP]", "</s>"),
     "mask_token": ("[MASK]", "<mask>"),
 }
-_CASED = 0.01  # a vocabulary is cased if more than this share of its pieces has capitals
+_CASED = 0.01  # a vocabulary is cased if a larger share of its pieces has capitals
 
 
 class Tokenizer:
@@ -37,8 +37,7 @@ class Tokenizer:
 
     Attributes:
         name: The source: "shapes" or a path.
-        pad_id: Id of ``[PAD]``, not necessarily 0; None if the tokenizer has none, in which case masked positions hold
-            0.
+        pad_id: Id of ``[PAD]``, not always 0; None if there is none, in which case padding positions hold 0.
 
     Example::
 
@@ -71,17 +70,17 @@ class Tokenizer:
         self._inner.save_pretrained(str(folder))
 
     def to_json(self) -> str:
-        """Return the files of :meth:`save` as one string, for `from_json`."""
+        """Return the files of `save` as one string, for `from_json`."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             return json.dumps({path.name: path.read_text("utf-8") for path in sorted(Path(folder).iterdir())})
 
     @classmethod
     def from_json(cls, text: str, name: str) -> Tokenizer:
-        """Build a tokenizer from the string of :meth:`to_json`.
+        """Build a tokenizer from the string of `to_json`.
 
         Raises:
-            ValueError: The string does not come from :meth:`to_json`.
+            ValueError: The string does not come from `to_json`.
         """
         files = json.loads(text)
         if not isinstance(files, dict) or not set(files) <= set(FILES):
@@ -92,7 +91,7 @@ class Tokenizer:
             return cls(load_tokenizer(folder)._inner, name)
 
     def pieces(self) -> list[str]:
-        """Return the vocabulary, every piece in order of its id."""
+        """Return the vocabulary's pieces in order of their ids."""
         ids = self._inner.get_vocab()
         return sorted(ids, key=ids.__getitem__)
 
@@ -160,6 +159,7 @@ class Tokenizer:
 
 
 def _abbreviate(text: str, limit: int) -> str:
+    """Return the repr of a text, shortened to ``limit`` characters."""
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
 
 
@@ -280,6 +280,6 @@ def _options(path: Path) -> dict[str, Any]:
 
 
 def _is_cased(pieces: list[str]) -> bool:
-    """Return whether more than 1 % of the pieces, special tokens aside, are unreachable after lower-casing."""
+    """Return whether more than 1 % of the pieces, not counting special tokens, have capitals."""
     words = [piece for piece in pieces if not (piece.startswith("[") and piece.endswith("]"))]
     return sum(piece != piece.lower() for piece in words) > _CASED * len(words)

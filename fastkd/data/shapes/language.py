@@ -11,7 +11,7 @@ ordinal        10 %   the second circle from the left
 =============  =====  ==================================================================
 
 The kinds are drawn first, and a scene without an unambiguous sentence of a drawn kind is rejected, so the proportions
-do not depend on the difficulty of a kind. Every sentence expresses a meaning that was evaluated on the scene.
+do not depend on how hard a kind is to satisfy. Every sentence expresses a meaning that was evaluated on the scene.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Expression:
 
 
 def words() -> set[str]:
-    """Return all words that sentences of the set may contain."""
+    """Return all words that sentences may contain."""
     texts: list[str] = ["the from", *KINDS, *COLOURS, *TEXTURES, *_THINGS, *_RANKS.values(), *m.DIRECTIONS]
     tables: list[Iterable[tuple[str, ...]]] = [
         *[_SIZE_WORDS.values(), _EXTREME.values(), _REGION.values(), _RELATION.values(), _SUPERLATIVE.values()]
@@ -86,7 +86,7 @@ def draw_kinds(rng: Random) -> list[str]:
 
 
 def describe(scene: Scene, kinds: list[str], rng: Random) -> list[Expression] | None:
-    """Return one sentence per entry of ``kinds``, or None if this scene allows none of some kind.
+    """Return one sentence per entry of ``kinds``, or None if the scene allows no sentence of some kind.
 
     A shape gets at most `SENTENCES_PER_REF` sentences, of distinct kinds. Shapes that already have one are preferred,
     so that a scene has few refs with several sentences each.
@@ -141,13 +141,13 @@ def _verbalise_noun(noun: m.Noun, rng: Random) -> str:
     return " ".join(word for word in (size, noun.texture, noun.colour, thing) if word)
 
 
-def _draw_noun(shape: Shape, rng: Random, most: int) -> m.Noun:
-    """Draw at most ``most`` of the shape's attributes; a medium size has no word."""
+def _draw_noun(shape: Shape, rng: Random, limit: int) -> m.Noun:
+    """Draw a noun with at most ``limit`` of the shape's attributes; a medium size has no word."""
     attributes = {"kind": (shape.kind, 0.75), "colour": (shape.colour, 0.55), "texture": (shape.texture, 0.2)}
     if shape.size != "medium":
         attributes["size"] = (shape.size, 0.2)
     chosen = {name: value for name, (value, share) in attributes.items() if rng.random() < share}
-    while len(chosen) > most:
+    while len(chosen) > limit:
         chosen.pop(rng.choice(tuple(chosen)))
     return m.Noun(**chosen)
 
@@ -183,6 +183,7 @@ def _complete(kind: str, noun: m.Noun, count: int, scene: Scene, target: int, rn
         order = sorted(noun.members(scene), key=lambda i: sign * scene.centre[i][axis])
         rank = order.index(target) + 1
         return m.Ordinal(noun, rank, direction) if count >= 3 and rank in _RANKS else None
+    # A relation, chosen so that it probably holds.
     anchor = rng.choice([i for i in range(len(scene)) if i != target])
     named = _draw_noun(scene.shapes[anchor], rng, 2)
     if named.members(scene) != [anchor]:

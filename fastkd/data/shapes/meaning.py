@@ -1,7 +1,7 @@
 """Semantics of descriptions: small programs that are evaluated on a scene.
 
-Truth has three values (Kleene): a shape matches the description by a clear margin (``YES``), clearly does not (``NO``),
-or may be judged either way (``UNCLEAR``). A description identifies a shape if that shape is ``YES`` and all others are
+Truth has three values (Kleene logic): a shape clearly matches the description (``YES``), clearly does not (``NO``), or
+is a borderline case (``UNCLEAR``). A description identifies a shape if that shape is ``YES`` and all others are
 ``NO``, so strict and loose readings agree.
 """
 
@@ -107,7 +107,7 @@ class Superlative:
     biggest: bool
 
     def truth(self, scene: Scene) -> list[int]:
-        """Return YES for the shape whose total and visible areas both lead by a ratio."""
+        """Return YES for the shape whose side and visible area both lead by a ratio."""
         members = self.noun.members(scene)
         if not members:
             return [NO] * len(scene)
@@ -147,7 +147,7 @@ class Relation:
     anchor: Noun
 
     def truth(self, scene: Scene) -> list[int]:
-        """Return NO for all shapes if ``anchor`` does not have exactly one member."""
+        """Return YES for members that clearly have the relation; all NO unless ``anchor`` has exactly one member."""
         anchors = self.anchor.members(scene)
         if len(anchors) != 1:
             return [NO] * len(scene)
@@ -167,10 +167,12 @@ def identify(meaning: Meaning, scene: Scene) -> int | None:
 
 
 def _spread(scene: Scene, values: dict[int, int]) -> list[int]:
+    """Return the truth value of every shape: that in ``values``, else NO."""
     return [values.get(i, NO) for i in range(len(scene))]
 
 
 def _first(members: list[int], place: Callable[[int], float]) -> dict[int, int]:
+    """Return YES for the member that comes first by the margin, else UNCLEAR for those within it."""
     if not members:
         return {}
     at = sorted((place(i), i) for i in members)
@@ -206,9 +208,10 @@ def _related(scene: Scene, i: int, relation: str, to: int) -> int:
 
 
 def _nearest(scene: Scene, members: list[int], to: int) -> dict[int, int]:
+    """Return YES for the member that is clearly the nearest, else UNCLEAR for the closest ones."""
     if not members:
         return {}
     x, y = scene.centre[to]
-    far = sorted((((scene.centre[i][0] - x) ** 2 + (scene.centre[i][1] - y) ** 2) ** 0.5, i) for i in members)
-    close = [i for d, i in far if d < DISTANCE_RATIO * far[0][0] + MARGIN / 2]
+    distances = sorted((((scene.centre[i][0] - x) ** 2 + (scene.centre[i][1] - y) ** 2) ** 0.5, i) for i in members)
+    close = [i for d, i in distances if d < DISTANCE_RATIO * distances[0][0] + MARGIN / 2]
     return {close[0]: YES} if len(close) == 1 else dict.fromkeys(close, UNCLEAR)

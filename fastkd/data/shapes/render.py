@@ -37,7 +37,7 @@ def render(scene: Scene, size: int, rng: Random) -> tuple[np.ndarray, np.ndarray
     for index, (left, top, right, bottom) in enumerate(boxes):
         fine = (owner[top:bottom, left:right] == index + 1).view(np.uint8)
         rows = np.add.reduce([fine[k::s] for k in range(s)])
-        cover = np.add.reduce([rows[:, k::s] for k in range(s)])  # of s * s samples per pixel
+        cover = np.add.reduce([rows[:, k::s] for k in range(s)])  # covered samples, of s * s per pixel
         labels[top // s : bottom // s, left // s : right // s][2 * cover >= s * s] = index + 1
     pixels = np.asarray(canvas.reduce(s), dtype=np.float32)
     noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
@@ -105,7 +105,7 @@ def _dots(draw: ImageDraw.ImageDraw, width: int, height: int, period: float, fil
 
 
 def _background(size: int, rng: Random) -> Image.Image:
-    """Return a greyish plane or gradient."""
+    """Return a nearly grey background, plain or a gradient."""
     first, second = _grey(rng), _grey(rng)
     if rng.random() < 0.3:
         return Image.new("RGB", (size, size), first)
@@ -123,7 +123,7 @@ def _grey(rng: Random) -> Colour:
 
 
 def _clutter(canvas: Image.Image, rng: Random) -> None:
-    """Draw thin strokes and small blobs in grey, which sentences cannot refer to."""
+    """Draw thin grey strokes and small blobs, which no sentence refers to."""
     draw = ImageDraw.Draw(canvas)
     side = canvas.width
     for _ in range(rng.choice((0, 0, 4, 8, 14))):

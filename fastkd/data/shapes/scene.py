@@ -51,8 +51,8 @@ class Shape:
     def outline(self) -> np.ndarray:
         """Return the corners, (n, 2) float64, in units of the image side."""
         cos, sin = math.cos(self.angle), math.sin(self.angle)
-        turn = np.array([[cos, sin], [-sin, cos]])
-        return unit_outline(self.kind) @ turn * self.side + (self.x, self.y)
+        rotation = np.array([[cos, sin], [-sin, cos]])
+        return unit_outline(self.kind) @ rotation * self.side + (self.x, self.y)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ def unit_outline(kind: str) -> np.ndarray:
 
 
 def _raster(shape: Shape) -> np.ndarray:
+    """Return the mask of a shape on the grid, (GRID, GRID) bool."""
     image = Image.new("L", (GRID, GRID))
     # A grid cell is set if its centre is inside; Pillow's integer coordinates are pixel centres.
     corners = (shape.outline() * GRID - 0.5).ravel().tolist()
@@ -133,8 +134,8 @@ def _draw_shape(rng: Random, kinds: list[str], colours: list[str], placed: list[
     reach = float(np.hypot(corners[:, 0], corners[:, 1]).max()) * side * (1.0 if kind != "square" else 0.85) + _BORDER
     if placed and rng.random() < 0.35:  # near another shape, so that occlusion is frequent
         near = rng.choice(placed)
-        turn, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.35, 0.6) * (near.side + side)
-        x, y = near.x + far * math.cos(turn), near.y + far * math.sin(turn)
+        direction, distance = rng.uniform(0, 2 * math.pi), rng.uniform(0.35, 0.6) * (near.side + side)
+        x, y = near.x + distance * math.cos(direction), near.y + distance * math.sin(direction)
         x, y = min(max(x, reach), 1 - reach), min(max(y, reach), 1 - reach)
     else:
         x, y = rng.uniform(reach, 1 - reach), rng.uniform(reach, 1 - reach)
@@ -142,7 +143,7 @@ def _draw_shape(rng: Random, kinds: list[str], colours: list[str], placed: list[
 
 
 def draw_scene(rng: Random, *, crowded: bool = False) -> Scene:
-    """Draw a random scene of 3 to 8 sufficiently visible shapes (6 to 8 if ``crowded``).
+    """Return a random scene of 3 to 8 sufficiently visible shapes (6 to 8 if ``crowded``).
 
     Each scene uses a few kinds and colours, so that most scenes have several shapes of one kind or colour.
     """
@@ -153,7 +154,7 @@ def draw_scene(rng: Random, *, crowded: bool = False) -> Scene:
         colours = rng.sample(tuple(COLOURS), rng.randint(2, 4))
         shapes: list[Shape] = []
         seen: list[np.ndarray] = []  # visible part of each shape so far
-        full: list[np.ndarray] = []
+        full: list[np.ndarray] = []  # each shape without occlusion
         for _ in range(6 * count):
             if len(shapes) == count:
                 break
@@ -170,6 +171,7 @@ def draw_scene(rng: Random, *, crowded: bool = False) -> Scene:
 
 
 def _measure(shapes: list[Shape], seen: list[np.ndarray], full: list[np.ndarray]) -> Scene:
+    """Return the scene of shapes with visible parts ``seen`` and unoccluded masks ``full``, on the grid."""
     at = (np.arange(GRID) + 0.5) / GRID
     counts = [int(np.count_nonzero(part)) for part in seen]
     totals = [int(np.count_nonzero(mask)) for mask in full]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sentence_kinds(root: str | os.PathLike[str]) -> dict[int, str]:
-    """Return the kind (attribute, place, ...) of every sentence of a shapes set, by ``sent_id``.
+    """Return ``sent_id`` to kind (attribute, place, ...) for all sentences of a shapes set.
 
     Raises:
         FileNotFoundError: ``root`` has no ``shapes.json``, so it was not written by ``make_shapes``.

@@ -13,8 +13,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def vocabulary() -> list[str]:
     """Return the pieces in order of their ids, starting with ``[PAD]`` = 0.
 
-    Every word of the generator is one piece; letters and digits, alone and with ``##``, spell any other word. After a
-    change of the language, run ``python -m fastkd.data.shapes.vocab`` to rewrite the shipped file.
+    Every word of the generator is one piece; letters and digits, alone and with ``##``, spell any other word. After
+    changing the language, run ``python -m fastkd.data.shapes.vocab`` to rewrite the shipped file.
     """
     letters = list(ascii_lowercase + digits)
     return [*SPECIAL, *sorted(words() - set(letters)), *letters, *(f"##{letter}" for letter in letters)]

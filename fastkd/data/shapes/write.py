@@ -37,8 +37,8 @@ def make_shapes(
     """Write a procedural referring-expression set under ``root`` in the layout of RefCOCO.
 
     Each image shows 3 to 8 textured, partly occluded shapes. Each sentence identifies one of them by attribute, place,
-    relation, superlative or ordinal, in the fixed proportions of ``KIND_SHARES``; it is evaluated on its scene, so that
-    exactly one shape matches, by a margin. The layout::
+    relation, superlative or ordinal, in the fixed proportions of ``KIND_SHARES``; its meaning is evaluated on the
+    scene, so that exactly one shape matches, by a margin. The layout::
 
         root/refcoco/instances.json     COCO style: polygons of the visible part of every shape
         root/refcoco/refs(unc).p        pickled list of dicts, 1 to 4 sentences each
@@ -50,10 +50,10 @@ def make_shapes(
     ``image_size``. Two runs write identical bytes (with the same version of Pillow).
 
     Args:
-        root: The folder to create; written atomically.
+        root: The folder to create, atomically.
         images: Number of images, at least 4, so that every split has one.
         image_size: Side of the square images in pixels, at least 32.
-        seed: Any integer.
+        seed: Random seed, any integer.
         overwrite: Replace an earlier set at ``root``; a folder with other files is never replaced.
         progress: Called as ``progress(done, images)`` after each image.
 
@@ -203,7 +203,7 @@ def _add_refs(
         refs.append(
             {
                 "sent_ids": [sentence["sent_id"] for sentence in sentences],
-                # As in RefCOCO, this is not a file's name: it includes the annotation id.
+                # As in RefCOCO, not the name of a file: it includes the annotation id.
                 "file_name": f"COCO_train2014_{index + 1:012d}_{first_ann + target}.jpg",
                 "ann_id": first_ann + target,
                 "ref_id": len(refs),
