@@ -1,7 +1,7 @@
 """Students (timm × transformers with fusion) and teachers (LAVT, CLIPSeg, SAM 3) for referring image segmentation.
 
-Needs the extra ``pip install 'fastkd[ris]'``. Names are imported on first use; presets and configurations need neither
-torch nor timm::
+Needs the ``[ris]`` extra (``pip install 'fastkd[ris]'``). Names are imported on first use; presets and configurations
+need neither torch nor timm::
 
     import fastkd.models as models
 

@@ -14,6 +14,7 @@ from fastkd._messages import close_matches, shortened
 from fastkd.models import hub
 
 Fuse = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""(stage index, map) to (map to return, input of the next stage)."""
 
 _SUPPORTED = (
     "supported families: Swin, ConvNeXt, ResNet, RegNet, EfficientNet, MobileNet, EfficientViT, FastViT, TinyViT, "
@@ -30,8 +31,8 @@ class StagedBackbone(nn.Module):
     Args:
         name: A timm model name.
         args: Arguments for ``timm.create_model``.
-        out_indices: The stages to return.
-        weights: None (random), ``"timm"`` (timm's published weights, needs a network or a cache), or the path of a
+        out_indices: Indices of the stages to return.
+        weights: None (random), ``"timm"`` (timm's published weights, downloaded or cached), or the path of a
             state dict (``.safetensors``, or a pickle of tensors) under timm's names for that model.
 
     Attributes:
@@ -69,7 +70,7 @@ class StagedBackbone(nn.Module):
                 f"modules; {_SUPPORTED}"
             )
         chain = None
-        for flatten in (True, False):  # families differ in which one they need
+        for flatten in (True, False):  # each family of networks needs one or the other
             try:
                 chain = FeatureListNet(
                     network,
@@ -86,7 +87,7 @@ class StagedBackbone(nn.Module):
             )
         for module in chain.modules():
             if isinstance(module, PatchEmbed) and not module.strict_img_size:
-                # Swin pads its windows and mergings, so pad the patches too. (Final applies to torch.jit only.)
+                # Swin pads its windows and mergings, so pad the patches too. (Declared Final, but only for torch.jit.)
                 setattr(module, "dynamic_img_pad", True)  # noqa: B010
         has_option = "strict_img_size" in inspect.signature(type(network)).parameters
         self._size_hint = "backbone_args={'strict_img_size': False} allows any size" if has_option else ""
@@ -106,8 +107,8 @@ class StagedBackbone(nn.Module):
 
         Args:
             image: (B, 3, H, W).
-            fuse: Called with the stage's index and its map (B, C_i, H_i, W_i); returns ``(for_output, for_next)``,
-                both of that shape.
+            fuse: Called with a stage's index and its map (B, C_i, H_i, W_i); returns the map to return and the input of
+                the next stage, both of that shape.
 
         Raises:
             ValueError: The backbone does not support the image size, or a stage does not return a map.
@@ -118,7 +119,7 @@ class StagedBackbone(nn.Module):
             try:
                 x = block(x)
             except AssertionError as error:  # timm's check of the image size
-                reason = str(error).rstrip(".") or f"{name!r} needs a map that its blocks divide"
+                reason = str(error).rstrip(".") or f"{name!r} needs a map size that its blocks divide"
                 details = "; ".join(filter(None, [reason, self._size_hint]))
                 raise ValueError(
                     f"the backbone does not support an image of {tuple(image.shape[-2:])}: {details}"
@@ -146,8 +147,8 @@ def _create(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
 
     if not isinstance(name, str) or not timm.is_model(name):
         known = timm.list_models()
-        longer = sorted((one for one in known if str(name) and str(name) in one), key=len)
-        close = list(dict.fromkeys([*longer, *close_matches(name, known, limit=4, cutoff=0.4)]))[:4]
+        containing = sorted((other for other in known if str(name) and str(name) in other), key=len)
+        close = list(dict.fromkeys([*containing, *close_matches(name, known, limit=4, cutoff=0.4)]))[:4]
         hint = f"; close matches: {', '.join(close)}" if close else ""
         raise ValueError(f"timm {timm.__version__} has no backbone {name!r}{hint}")
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
@@ -191,7 +192,7 @@ def _normalisation(network: nn.Module, weights: str | Path) -> tuple[tuple[float
 
 
 def _load_weights(network: nn.Module, path: Path) -> set[str]:
-    """Load a timm state dict; return the names it lacks, which may include a head that is dropped later."""
+    """Load a timm state dict; return the names missing from it, which may belong to a head that is dropped later."""
     import sys
 
     from fastkd.models.checkpoint import read_state_dict
@@ -201,7 +202,7 @@ def _load_weights(network: nn.Module, path: Path) -> set[str]:
     if convert is not None:
         try:
             state = convert(state, network)
-        except Exception as error:  # it indexes keys without checking that they exist
+        except Exception as error:  # it assumes that its keys exist
             raise ValueError(
                 f"{path}: timm cannot convert these keys for a {type(network).__name__} "
                 f"({type(error).__name__}: {error})"

@@ -12,27 +12,27 @@ from fastkd._messages import suggestion
 
 @dataclass
 class RISConfig:
-    """The architecture of a :class:`~fastkd.models.RISModel`; JSON-serialisable, without names of weights.
+    """Architecture of a `fastkd.models.RISModel`; JSON-serialisable, without the source of weights.
 
     Args:
         backbone: A timm model name, e.g. ``"swin_tiny_patch4_window7_224"``.
         backbone_args: Arguments for ``timm.create_model``, e.g. ``{"depths": [1, 1, 1, 1]}``. Block lists of timm's
             bring-your-own-blocks networks are dicts: ``{"blocks": [{"type": "basic", "d": 1, "c": 32}]}``.
-        out_indices: The stages to fuse with the sentence, as in timm's ``features_only``; finest first.
+        out_indices: Stages to fuse with the sentence, finest first, numbered as in timm's ``features_only``.
         text_model: A transformers model type, e.g. ``"bert"``.
-        text: Arguments of its configuration, e.g. ``{"hidden_size": 64, "num_hidden_layers": 2}``.
+        text: Arguments of the text model's configuration, e.g. ``{"hidden_size": 64, "num_hidden_layers": 2}``.
         fusion_heads: Heads of the pixel–word attention, one number or one per stage; must divide the stage's channels.
-        coordinates: Add eight normalised coordinates of each pixel's cell to the fusion's pixels; small networks need
-            them for spatial words ("left", "top").
+        coordinates: Feed eight normalised coordinates per pixel to the fusion; small networks need them for spatial
+            words ("left", "top").
         decoder_width: Channels of the decoder's last map, ``RISOutput.decoder_features``.
-        decoder_hidden: Channels of the decoder's other maps; None: ``decoder_width``.
+        decoder_hidden: Channels of the decoder's other maps; None means ``decoder_width``.
         image_size: The intended image size; any size that the backbone supports works.
         max_words: Number of word ids per sentence.
-        tokenizer: Name or path of the tokenizer, for :func:`fastkd.data.load_tokenizer`; not used by the model itself.
+        tokenizer: Name or path of the tokenizer, for `fastkd.data.load_tokenizer`; not used by the model itself.
             In a saved model's folder, ``"."`` is that folder.
-        image_mean: Mean of red, green and blue, in [0, 1], for normalising images. None: timm's for the
-            ``backbone_weights``, ImageNet's without weights. A model's ``config`` always holds numbers.
-        image_std: Their standard deviation.
+        image_mean: Mean of red, green and blue, in [0, 1], to normalise images. None means timm's for the
+            ``backbone_weights``, or ImageNet's without weights. A model's ``config`` always holds numbers.
+        image_std: Their standard deviations.
 
     Raises:
         ValueError: A field is out of range.
@@ -65,27 +65,25 @@ class RISConfig:
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-        self.out_indices = _whole_numbers("out_indices", self.out_indices)
+        self.out_indices = _integers("out_indices", self.out_indices)
         if not isinstance(self.fusion_heads, int) or isinstance(self.fusion_heads, bool):
-            self.fusion_heads = _whole_numbers("fusion_heads", self.fusion_heads)
+            self.fusion_heads = _integers("fusion_heads", self.fusion_heads)
         if not self.out_indices or any(b <= a for a, b in zip(self.out_indices, self.out_indices[1:], strict=False)):
             raise ValueError(f"out_indices must be increasing stage numbers, got {self.out_indices}")
         if len(self.heads) != len(self.out_indices):
             raise ValueError(
                 f"fusion_heads has {len(self.heads)} numbers for {len(self.out_indices)} stages "
-                f"(out_indices={self.out_indices}); give one number or one per stage"
+                f"(out_indices={self.out_indices}); pass one number or one per stage"
             )
         for name in ("decoder_width", "image_size", "max_words"):
             if not _is_positive(getattr(self, name)):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
         if self.decoder_hidden is not None and not _is_positive(self.decoder_hidden):
-            raise ValueError(
-                f"decoder_hidden must be None or a whole number of at least 1, got {self.decoder_hidden!r}"
-            )
+            raise ValueError(f"decoder_hidden must be None or an integer of at least 1, got {self.decoder_hidden!r}")
         if min(self.heads) < 1:
             raise ValueError(f"fusion_heads must be at least 1, got {self.fusion_heads}")
         if (self.image_mean is None) != (self.image_std is None):
-            raise ValueError("image_mean and image_std belong together: give both or neither")
+            raise ValueError("image_mean and image_std belong together: pass both or neither")
         if self.image_mean is not None and self.image_std is not None:
             self.image_mean = _channel_values("image_mean", self.image_mean)
             self.image_std = _channel_values("image_std", self.image_std, positive=True)
@@ -105,7 +103,7 @@ class RISConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RISConfig:
-        """Build a configuration from :meth:`to_dict`'s values.
+        """Build a configuration from `to_dict`'s values.
 
         Raises:
             ValueError: A field is unknown or out of range.
@@ -124,14 +122,14 @@ def _is_positive(value: object) -> bool:
 
 def _channel_values(name: str, value: Any, positive: bool = False) -> tuple[float, ...]:
     real = isinstance(value, list | tuple) and all(
-        isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value
+        isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each) for each in value
     )
     if not real or len(value) != 3 or (positive and min(value) <= 0):
         raise ValueError(f"{name} must be three numbers{' above 0' if positive else ''}, got {value!r}")
-    return tuple(float(one) for one in value)
+    return tuple(map(float, value))
 
 
-def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+def _integers(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not all(type(number) is int for number in value):
-        raise ValueError(f"{name} must be whole numbers, such as [0, 1, 2, 3], got {value!r}")
+        raise ValueError(f"{name} must be integers, such as [0, 1, 2, 3], got {value!r}")
     return tuple(value)

@@ -1,4 +1,4 @@
-"""Decode the fused stage maps to a mask."""
+"""Decode the fused stage maps into mask logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class TopDownDecoder(nn.Module):
-    """A light top-down decoder: 1×1 lateral, upsample, add, 3×3 convolution, batch norm and ReLU at every stage.
+    """Light top-down decoder; at every stage: 1×1 lateral, upsample and add, 3×3 convolution, batch norm, ReLU.
 
     Args:
         channels: Channels of the stage maps, finest first.

@@ -36,14 +36,14 @@ _LARGEST = 2**31 - 2**24  # bytes: protobuf's limit per file, minus space for th
 
 @dataclass
 class Exported:
-    """Files written by :func:`export_onnx` and their properties.
+    """Files written by `export_onnx` and their properties.
 
     Attributes:
         onnx: The network.
         metadata: The JSON file next to it.
         vocabulary: The tokenizer's pieces, one per line, by id; None without a tokenizer.
-        parameters: Number of parameters in the file, equal to that of an undistilled student of the configuration.
-        differences: Batch size to the largest difference from torch, relative to the largest logit.
+        parameters: Number of parameters in the file, as many as in a new student of the configuration.
+        differences: Largest difference from torch per batch size, relative to the largest logit.
     """
 
     onnx: Path
@@ -63,9 +63,9 @@ def export_onnx(
     batch_sizes: Sequence[int] = (1, 3),
     seed: int = 0,
 ) -> Exported:
-    """Export the student to ONNX with a fixed image size and a dynamic batch size.
+    """Export the student to ONNX with a fixed image size and a dynamic batch size; return the files' properties.
 
-    The file is run by onnxruntime on random images and sentences and compared with torch at every batch size. Then the
+    onnxruntime runs the network on random images and sentences, at every batch size. If it agrees with torch, the
     network, its metadata and its vocabulary are written together. Every parameter is an fp32 initialiser under torch's
     name; constant folding is left to the runtime.
 
@@ -76,7 +76,7 @@ def export_onnx(
         model: The student; ``torch.compile`` and other wrappers around it or its parts are removed.
         path: The file to write; ``.json`` and ``.vocab.txt`` with the same stem are written next to it.
         size: (height, width); default: the configuration's ``image_size`` for both.
-        tokenizer: The model's own; stored in the metadata, with its vocabulary.
+        tokenizer: The model's tokenizer; described in the metadata, and its vocabulary is written.
         tolerance: Largest accepted difference between onnxruntime's and torch's logits, relative to the largest logit.
         batch_sizes: The batch sizes to compare; at least two, to detect a batch size frozen by mistake.
         seed: Seed of the random images and sentences.
@@ -84,7 +84,7 @@ def export_onnx(
     Raises:
         ValueError: The name does not end in .onnx, its .json belongs to something else (a model's config.json), the
             backbone does not support the size, the tolerance is not positive, or the model is too large for one file,
-            not in fp32, or has parameters that its configuration does not have.
+            not in fp32, or has parameters that its configuration lacks.
         TypeError: The model is not a RISModel.
         ArithmeticError: onnxruntime and torch differ by more than the tolerance.
         RuntimeError: torch cannot trace the model, or parameters were lost.
@@ -118,10 +118,10 @@ def _export(
     if min(height, width) < 1:
         raise ValueError(f"size must be (height, width) of at least 1, got {(height, width)}")
     _require("onnx", "onnxscript", "onnxruntime")
-    expected, held = undistilled_parameters(model), model.parameter_count()["total"]
-    if held != expected:
+    expected, actual = undistilled_parameters(model), model.parameter_count()["total"]
+    if actual != expected:
         raise ValueError(
-            f"the model has {held} parameters, a student of its configuration has {expected}: modules were added to "
+            f"the model has {actual} parameters, a student of its configuration has {expected}: modules were added to "
             "it. Aligners belong to the Distiller, which keeps them out of the student"
         )
     weights = 4 * sum(v.numel() for v in model.state_dict().values())
@@ -143,7 +143,7 @@ def _export(
         with replace_files(path, metadata, *filter(None, [vocabulary])) as partials:
             example = _example(model, 2, height, width, seed)
             with torch.no_grad():
-                model(*example)  # report an unsupported size with the model's error, not the tracer's
+                model(*example)  # an unsupported size raises the model's error, not the tracer's
             _trace(network, example).save(str(partials[0]), external_data=False)
             parameters = _count(partials[0], model)
             if parameters != expected:
@@ -220,7 +220,7 @@ def _example(model: RISModel, batch: int, height: int, width: int, seed: int) ->
     ids = torch.randint(1, vocabulary, (batch, words), generator=generator)
     lengths = torch.randint(1, words + 1, (batch, 1), generator=generator)
     lengths[-1] = words
-    mask = torch.arange(words) < lengths
+    mask = torch.arange(words) < lengths  # (batch, words)
     return image, ids.masked_fill(~mask, model.text_encoder.pad_id), mask
 
 
@@ -245,7 +245,7 @@ def _trace(network: _LogitsOnly, example: tuple[Tensor, ...]) -> Any:
 
 
 def _count(path: Path, model: RISModel) -> int:
-    """Count the parameters in the file: the model's initialisers except buffers and constants of its code."""
+    """Return the number of parameters in the file: initialisers except buffers and constants made in forward."""
     import onnx
 
     buffers = {f"model.{name}" for name, _ in model.named_buffers()}
@@ -257,12 +257,13 @@ def _count(path: Path, model: RISModel) -> int:
 def _compare(
     path: Path, model: RISModel, height: int, width: int, batch_sizes: Sequence[int], seed: int
 ) -> dict[int, float]:
+    """Return the largest difference from torch per batch size, relative to the largest logit."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # hide notes about constant folding
-    # As bytes: onnxruntime cannot open a path that is not decodable in the locale.
+    # Passed as bytes: onnxruntime cannot open a path that is not decodable in the locale.
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     differences = {}
     for batch in batch_sizes:

@@ -37,8 +37,8 @@ class PixelWordAttention(nn.Module):
     """Attention from pixels to valid words: logits = q·k / √C per head, softmax over words.
 
     q = InstanceNorm(f_query(x)), k = f_key(words), v = f_value(words), out = LayerNorm(W(softmax(q·kᵀ/√C) v)).
-    C is the key width of all heads together, as in LAVT. LAVT ends in an InstanceNorm over the pixels instead: when
-    all pixels attend alike, it removes their common value (the sentence) and amplifies rounding errors by up to 1/√eps
+    C is the key width of all heads together, as in LAVT. LAVT ends in an InstanceNorm over the pixels instead. When all
+    pixels attend alike, that removes their common value (the sentence) and amplifies rounding errors by up to 1/√eps
     per stage, which made training from scratch diverge.
 
     Args:
@@ -53,7 +53,7 @@ class PixelWordAttention(nn.Module):
             raise ValueError(f"fusion_heads={heads} does not divide the stage's {channels} channels")
         self.heads = heads
         self.f_query = nn.Linear(channels, channels)
-        # No bias: it would shift a pixel's logits of all words equally, which the softmax cancels.
+        # No bias: it would shift all of a pixel's logits equally, which softmax cancels.
         self.f_key = nn.Linear(word_channels, channels, bias=False)
         self.f_value = nn.Linear(word_channels, channels)
         self.W = nn.Linear(channels, channels)
@@ -73,23 +73,24 @@ class PixelWordAttention(nn.Module):
         # The most negative finite number, not -inf: GPU inputs are not checked, and a sentence without a valid word
         # must not produce NaN.
         masked = logits.masked_fill(~word_mask[:, None, None], torch.finfo(logits.dtype).min)
-        out = masked.softmax(dim=-1).to(value.dtype) @ value
+        out = masked.softmax(dim=-1).to(value.dtype) @ value  # (B, heads, N, C/heads)
         return self.norm(self.W(out.transpose(1, 2).flatten(2))), logits
 
     def _split_heads(self, x: Tensor) -> Tensor:
+        """Reshape (B, N, C) to (B, heads, N, C/heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Fusion(nn.Module):
-    """Fuse the words into one stage.
+    """Fuse the words into the map of one stage.
 
     lang = attention(x, words) + sentence(mean of the valid words);
     out = LayerNorm(GELU(project_mm(GELU(vis_project(x)) ⊙ lang)));
     next = x + tanh(gate(out)) ⊙ out, with gate = Linear, ReLU, Linear.
 
     Two changes from LAVT, whose encoders are pretrained, allow training from scratch. LAVT gates the map before its
-    LayerNorm, which keeps the words' contribution small at first. It also has no sentence branch; without one, spatial
-    words were not grounded after 4500 steps.
+    LayerNorm, which keeps the words' contribution small at first; here the gate follows the LayerNorm. LAVT also has no
+    sentence branch; without one, spatial words were not grounded after 4500 steps.
 
     Args:
         channels: C, the stage's channels.
@@ -139,4 +140,5 @@ class Fusion(nn.Module):
 
 
 def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Reshape (B, H·W, C) to (B, C, H, W)."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))

@@ -1,4 +1,4 @@
-"""Reduce the many exceptions of the hub and the network to one reason."""
+"""Turn the exceptions of the Hugging Face Hub and its HTTP clients into one reason."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _HTTP_CLIENTS = ("httpx", "requests.", "urllib3.")  # httpx or httpx2, depending on huggingface_hub's version
-_OFFLINE = "HF_HUB_OFFLINE is set and it is not cached: unset it if a network is available"
+_OFFLINE = "HF_HUB_OFFLINE is set and it is not cached: unset it if you are online"
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a text is "owner/name" rather than a local path."""
+    """Return whether a string is "owner/name" rather than a local path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()
 
 
@@ -45,7 +45,7 @@ def fetch_failure(error: BaseException) -> str | None:
 
 
 def fetch_error(name: str, error: BaseException, *, causes_kept: bool = True) -> ValueError:
-    """Return one error for a name that could not be fetched.
+    """Return the error to raise for a name that could not be fetched.
 
     Args:
         name: The hub name.
@@ -60,7 +60,7 @@ def fetch_error(name: str, error: BaseException, *, causes_kept: bool = True) ->
     reason = reason or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return ValueError(
         f"{name!r} is not a local folder and could not be fetched from the hub ({reason}): pass the path of a folder, "
-        "or check the name, the network and whether a licence must be accepted"
+        "or check the name, the connection and whether a licence must be accepted"
     )
 
 

@@ -17,7 +17,7 @@ from fastkd.errors import FastKDWarning
 
 @dataclass(frozen=True)
 class WordLimits:
-    """The words that a model accepts.
+    """Word inputs that a model accepts.
 
     Attributes:
         width: D, the width of a word vector.
@@ -35,7 +35,7 @@ class WordLimits:
 
 
 def word_limit(model: torch.nn.Module) -> int:
-    """Return the configured number of word ids, at most the number of position embeddings."""
+    """Return the configured number of word ids per sentence, capped at the number of position embeddings."""
     model = unwrap(model)
     config: Any = model.config
     positions = getattr(getattr(model, "text_encoder", None), "max_words", None)
@@ -43,7 +43,11 @@ def word_limit(model: torch.nn.Module) -> int:
 
 
 def placement(module: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype of a module's first floating-point parameter or buffer."""
+    """Return the device and dtype of a module's first floating-point parameter or buffer.
+
+    Raises:
+        ValueError: There is none.
+    """
     for tensor in chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
@@ -51,7 +55,7 @@ def placement(module: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def check_normalisation(model: torch.nn.Module, dataset: Any, whose: str = "model") -> None:
-    """Refuse a dataset whose images are not normalised as the model expects.
+    """Reject a dataset whose images are not normalised as the model expects.
 
     Raises:
         ValueError: Both declare a normalisation and they differ.
@@ -67,7 +71,7 @@ def check_normalisation(model: torch.nn.Module, dataset: Any, whose: str = "mode
 
 
 def _format(values: Any) -> str:
-    mean, std = (", ".join(f"{one:g}" for one in part) for part in values)
+    mean, std = (", ".join(f"{each:g}" for each in part) for part in values)
     return f"mean ({mean}) and std ({std})"
 
 
@@ -88,13 +92,13 @@ def tokenizer_name(model: torch.nn.Module) -> str | None:
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: Any, whose: str = "model") -> None:
-    """Refuse a tokenizer with more entries than the model's word embeddings, or with another padding id.
+    """Reject a tokenizer with more entries than the model's word embeddings, or with another padding id.
 
     On a GPU, an id out of range would abort the process. The padding embedding is never trained, and some text encoders
     count positions from the padding id.
 
     Raises:
-        ValueError: Both declare the values and they do not match.
+        ValueError: Model and tokenizer declare values that do not match.
     """
     rows, entries = table_size(model), getattr(tokenizer, "vocab_size", None)
     if rows is not None and isinstance(entries, int) and entries > rows:
@@ -121,7 +125,7 @@ def _padding_id(model: torch.nn.Module) -> Any:
 
 
 def check_host_ids(input_ids: Any, model: torch.nn.Module) -> None:
-    """Refuse ids outside the model's word embeddings while they are on the CPU, where no synchronisation is needed.
+    """Reject ids outside the model's word embeddings while they are on the CPU, where no synchronisation is needed.
 
     Raises:
         ValueError: An id is out of range.
@@ -180,7 +184,7 @@ def check_inputs(
 
 
 def _is_readable(values: Tensor) -> bool:
-    """Return whether reading values needs no synchronisation and no graph break."""
+    """Return whether values can be read without a synchronisation or graph break."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -218,7 +222,7 @@ def _check_words(words: Tensor, batch: int, limits: WordLimits) -> None:
 
 
 def _check_tensors(device: torch.device, **tensors: Tensor | None) -> None:
-    """Refuse arguments that are not tensors or not on the model's device."""
+    """Reject arguments that are not tensors or not on the model's device."""
     for name, tensor in tensors.items():
         if tensor is None and name != "image":
             continue

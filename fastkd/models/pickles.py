@@ -25,7 +25,7 @@ _GET = ("GET", "BINGET", "LONG_BINGET")
 
 
 def load(path: Path) -> Any:
-    """Read a file of ``torch.save``; refuse objects other than tensors, plain containers and ``argparse.Namespace``.
+    """Read a file of ``torch.save``; reject objects other than tensors, plain containers and ``argparse.Namespace``.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -38,15 +38,15 @@ def load(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, about pickle protocols other than torch.save's
         if disallowed := _disallowed_names(path):
-            raise _refusal(path, disallowed)
+            raise _rejection(path, disallowed)
         # torch cannot memory-map a file whose name is not decodable in the locale (lone surrogates encode its bytes).
         decodable = not any("\ud800" <= character <= "\udfff" for character in str(path))
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=decodable and zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:  # not shown: torch's message suggests running the code
+        except pickle.UnpicklingError as error:  # not chained: torch's message suggests running the code
             names, protocol = referenced_names(path)
             if disallowed := [name for name in names if not is_allowed(name)]:
-                raise _refusal(path, disallowed) from None
+                raise _rejection(path, disallowed) from None
             if protocol > 2:
                 raise ValueError(
                     f"{path} was pickled with protocol {protocol}, but torch's safe loader reads only protocol 2, "
@@ -125,10 +125,10 @@ def _disallowed_names(path: Path) -> list[str]:
         return []
 
 
-def _refusal(path: Path, names: list[str]) -> ValueError:
+def _rejection(path: Path, names: list[str]) -> ValueError:
     return ValueError(
         f"{path} holds objects other than {_ALLOWED}: {', '.join(names)}. Such a file can run code when it is "
-        "loaded, so it was refused and nothing was run; download it from its source, or save it without them"
+        "loaded, so it was rejected and nothing was run; download it from its source, or save it without them"
     )
 
 

@@ -101,7 +101,7 @@ def _student_5m() -> RISConfig:
 
 
 def _student_5m_mobilenet() -> RISConfig:
-    # Half width: at full width, the last stage's 960 channels make the fusion larger than both encoders.
+    # Half width: at full width, the last stage's 960 channels would make the fusion larger than both encoders.
     return _student("mobilenetv4_conv_small_050", (1, 2, 3, 4), _bert(128, 2, 2), 48)
 
 
@@ -155,7 +155,7 @@ _PRESETS: dict[str, tuple[str, Callable[[], RISConfig]]] = {
 
 
 def preset(name: str) -> RISConfig:
-    """Return a new configuration by name.
+    """Return a new configuration of a preset.
 
     Raises:
         ValueError: There is no such preset.

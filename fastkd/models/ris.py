@@ -36,10 +36,10 @@ class RISOutput:
     """Output of a model; every field can be distilled.
 
     Attributes:
-        logits: (B, 2, H, W) at the image's size; channel 1 is the referred object, the prediction is the argmax.
+        logits: (B, 2, H, W) at the image's size; channel 1 is the referred object; argmax gives the mask.
         decoder: (B, 2, h, w), the logits before the last upsampling.
         decoder_features: (B, C_dec, h, w), the input of the classifier.
-        stages: (B, C_i, H_i, W_i) after fusion, finest first.
+        stages: (B, C_i, H_i, W_i) per stage, after fusion, finest first.
         words: (B, T, D), the text encoder's output.
         pixel_word_logits: (B, heads_i, H_i·W_i, T) of each stage's fusion, scaled as in the softmax, before masking.
         word_mask: (B, T) bool, True at words.
@@ -75,7 +75,7 @@ class RISModel(
     The fused map of a stage is the input of the next stage, after Yang et al., "LAVT", CVPR 2022, arXiv 2112.02244.
 
     Args:
-        config: The architecture, e.g. ``preset("shapes-student")``.
+        config: Architecture, e.g. ``preset("shapes-student")``.
         backbone_weights: None, ``"timm"`` for timm's published weights, or the path of a timm state dict. Unless the
             configuration has ``image_mean`` and ``image_std``, it gets timm's for these weights.
         text_weights: None, or a transformers folder or hub name. Unless the configuration names a tokenizer, it gets
@@ -83,8 +83,8 @@ class RISModel(
 
     Attributes:
         config: The configuration, including ``image_mean`` and ``image_std``.
-        tokenizer: The tokenizer of its word ids, if set (training sets it); None: the one that the configuration
-            names. ``save_pretrained`` writes it into the folder, next to the weights.
+        tokenizer: The tokenizer of its word ids, set by training; None means the one that the configuration names.
+            ``save_pretrained`` writes it into the folder, next to the weights.
 
     Example::
 
@@ -130,14 +130,14 @@ class RISModel(
         word_mask: Tensor | None = None,
         words: Tensor | None = None,
     ) -> RISOutput:
-        """Segment the object that the sentence refers to.
+        """Return the mask logits of the object that the sentence refers to, with all intermediate outputs.
 
         Args:
             image: (B, 3, H, W), normalised by the configuration's ``image_mean`` and ``image_std``; cast to the
                 weights' dtype.
             input_ids: (B, T) integer word ids.
             words: (B, T, D) word vectors, instead of ``input_ids``; the text encoder is skipped.
-            word_mask: (B, T) bool, True at words. None: every id except the padding id, or every vector.
+            word_mask: (B, T) bool, True at words. None means every id except the padding id, or every vector.
 
         Raises:
             ValueError: Shapes do not match, both or neither of ``input_ids`` and ``words`` are given, or a sentence
@@ -164,7 +164,7 @@ class RISModel(
         return RISOutput(full, decoder, features, stages, words, logits, word_mask)
 
     def parameter_count(self) -> dict[str, int]:
-        """Return parameter counts by part: ``{"total": ..., "backbone": ..., "text_encoder": ..., ...}``."""
+        """Return the number of parameters by part: ``{"total": ..., "backbone": ..., "text_encoder": ..., ...}``."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {"total": sum(parts.values()), **parts}
 
@@ -199,7 +199,7 @@ class RISModel(
             return self.tokenizer
         try:
             return load_tokenizer(str(named))
-        except (OSError, ValueError) as error:  # do not lose the weights
+        except (OSError, ValueError) as error:  # save the weights in any case
             warnings.warn(
                 f"the model is saved without its tokenizer, which should be in the folder: {error}",
                 FastKDWarning,
@@ -215,7 +215,7 @@ class RISModel(
             pretrained_model_name_or_path: A folder with ``config.json`` and ``model.safetensors``, or a hub name
                 ("owner/name").
             **kwargs: ``map_location`` and, for a hub name, the download options of
-                :class:`huggingface_hub.PyTorchModelHubMixin`.
+                `huggingface_hub.PyTorchModelHubMixin`.
 
         Raises:
             FileNotFoundError: The folder or a file in it does not exist.
@@ -230,7 +230,7 @@ class RISModel(
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:
-            if hub.fetch_failure(error) is None:  # fetched, but not a model of fastkd
+            if hub.fetch_failure(error) is None:  # fetched, but not a fastkd model
                 raise
             raise hub.fetch_error(str(pretrained_model_name_or_path), error) from error
 

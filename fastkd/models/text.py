@@ -14,12 +14,12 @@ from fastkd.models import hub
 
 
 class TextEncoder(nn.Module):
-    """A transformers encoder without pooler, built from its configuration, without downloads.
+    """A transformers encoder without pooler, built from its configuration.
 
     Args:
         model_type: A transformers model type that maps word ids to ``last_hidden_state``: "bert", "distilbert", ...
         args: Arguments of its configuration.
-        weights: None (random), a folder written by ``save_pretrained``, or a hub name (needs a network or a cache).
+        weights: None (random), a folder written by ``save_pretrained``, or a hub name (downloaded or cached).
 
     Attributes:
         width: D, the width of a word vector.
@@ -46,7 +46,7 @@ class TextEncoder(nn.Module):
             found = AutoModel._model_mapping[type(config)]
         except (ValueError, KeyError) as error:
             raise ValueError(f"text_model={model_type!r}: transformers has no encoder for it ({error})") from error
-        unknown = [name for name in args if not hasattr(default, name)]  # transformers would silently ignore them
+        unknown = [name for name in args if not hasattr(default, name)]  # transformers would ignore them silently
         if unknown:
             hint = suggestion(unknown[0], close_matches(unknown[0], default.to_dict()))
             raise ValueError(f"text: the configuration of {model_type!r} has no argument {unknown[0]!r}.{hint}")
@@ -63,7 +63,7 @@ class TextEncoder(nn.Module):
         self.pad_id: int = config.pad_token_id or 0
         self.max_words: int | None = getattr(config, "max_position_embeddings", None)
         for name, table in self.model.named_modules():
-            # RoBERTa and MPNet number positions from the padding id on.
+            # RoBERTa and MPNet number positions from padding id + 1.
             if name.endswith("position_embeddings") and isinstance(getattr(table, "padding_idx", None), int):
                 self.max_words = table.num_embeddings - table.padding_idx - 1
 
@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
 
 
 def _load(model_class: Any, config: Any, weights: str | Path, options: dict[str, Any]) -> Any:
-    """Return the encoder with all parameters from the weights.
+    """Return the encoder, all of its parameters loaded from the weights.
 
     Raises:
         ValueError: The weights cannot be fetched or read, or do not cover all parameters.
@@ -83,7 +83,7 @@ def _load(model_class: Any, config: Any, weights: str | Path, options: dict[str,
         model, loaded = model_class.from_pretrained(
             str(weights), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except pickle.UnpicklingError as error:  # not shown: torch's message suggests running the code
+    except pickle.UnpicklingError as error:  # not quoted: torch's message suggests running the code
         raise ValueError(
             f"{source} cannot be read: their pickle is damaged, or holds objects other than tensors, which could run "
             "code. Nothing was run; download them again, or save them as safetensors"

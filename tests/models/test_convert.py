@@ -162,7 +162,7 @@ def test_rejects_bad_destinations(published, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         convert(published, tmp_path / "nowhere" / "t.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
+    with pytest.raises(IsADirectoryError, match="is a folder; pass the name of a file"):
         convert(published, tmp_path / "folder.safetensors", overwrite=True)
     target = tmp_path / "t.safetensors"
     with pytest.raises(

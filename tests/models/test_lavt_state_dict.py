@@ -137,8 +137,8 @@ def test_names_a_missing_block(small):
     [
         ({"fusion_heads": (1, 1, 1)}, "fusion_heads must be four"),
         ({"fusion_heads": 2}, "fusion_heads must be four"),
-        ({"fusion_heads": "1-1-1-1"}, "fusion_heads must be whole numbers"),
-        ({"fusion_heads": (1, 1, 1.0, 1)}, "fusion_heads must be whole numbers"),
+        ({"fusion_heads": "1-1-1-1"}, "fusion_heads must be integers"),
+        ({"fusion_heads": (1, 1, 1.0, 1)}, "fusion_heads must be integers"),
         ({"fusion_heads": (1, 0, 1, 1)}, "fusion_heads must be at least 1"),
         ({"fusion_heads": (1, 1, 5, 1)}, "5 does not divide the 32 channels of stage 2"),
         ({"text_heads": 3}, "3 heads do not divide 64"),

@@ -65,9 +65,9 @@ def test_rejects_bad_configurations():
         tiny(fusion_heads=(1, 1))
     with pytest.raises(ValueError, match="decoder_width"):
         tiny(decoder_width=0)
-    with pytest.raises(ValueError, match="decoder_width must be a whole number of at least 1, got '64'"):
+    with pytest.raises(ValueError, match="decoder_width must be an integer of at least 1, got '64'"):
         tiny(decoder_width="64")
-    with pytest.raises(ValueError, match="out_indices must be whole numbers"):
+    with pytest.raises(ValueError, match="out_indices must be integers"):
         tiny(out_indices=3)
     for field, wrong, expected in (
         ("backbone", 5, "a string"),
@@ -76,8 +76,8 @@ def test_rejects_bad_configurations():
         ("backbone_args", [1], "a dict of arguments"),
         ("text", None, "a dict of arguments"),
         ("coordinates", "no", "true or false"),
-        ("fusion_heads", True, "whole numbers"),
-        ("out_indices", [True, 2, 3], "whole numbers"),
+        ("fusion_heads", True, "integers"),
+        ("out_indices", [True, 2, 3], "integers"),
     ):
         with pytest.raises(ValueError, match=f"{field} must be {expected}"):
             tiny(**{field: wrong})

@@ -157,7 +157,7 @@ def test_rejects_backbones_that_cannot_be_fused():
         tokens(torch.zeros(1, 3, 224, 224), lambda i, x: (x, x))
     assert "token sequences (LeViT) cannot be fused" in " ".join(unpacked.value.__notes__)
     blocks = StagedBackbone("halonet26t", {}, LATER)
-    with pytest.raises(ValueError, match=r"\(64, 96\): 'stages_2' needs a map that its blocks divide$"):
+    with pytest.raises(ValueError, match=r"\(64, 96\): 'stages_2' needs a map size that its blocks divide$"):
         blocks(torch.zeros(1, 3, 64, 96), lambda i, x: (x, x))
     strict = StagedBackbone(FAMILIES["swin"][0], {**SWIN, "strict_img_size": True}, FINE)
     with pytest.raises(

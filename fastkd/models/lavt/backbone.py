@@ -26,11 +26,11 @@ class Stage(nn.Module):
         self.fusion = PixelWordFusion(width, config.word_width, config.fusion_heads[index])
         self.res_gate = nn.Sequential(
             nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False), nn.Tanh()
-        )  # published checkpoints have one in the last stage too, where it is unused
+        )  # published checkpoints have it in the last stage too, where it is unused
         self.downsample = PatchMerging(width) if index < 3 else None
 
     def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the fused map, the next stage's input and the attention logits.
+        """Run the blocks, the fusion and the downsampling.
 
         Args:
             x: (B, H, W, C).
@@ -38,10 +38,11 @@ class Stage(nn.Module):
             word_mask: (B, T) bool.
 
         Returns:
-            (B, H, W, C); (B, ⌈H/2⌉, ⌈W/2⌉, 2C), or ``x`` after the blocks in the last stage; (B, heads, H·W, T).
+            The fused map (B, H, W, C); the next stage's input (B, ⌈H/2⌉, ⌈W/2⌉, 2C), in the last stage the blocks'
+            output (B, H, W, C); the attention logits (B, heads, H·W, T).
         """
         height, width = x.shape[1:3]
-        allowed = self._allowed(height, width, x.device)
+        allowed = self._shift_mask(height, width, x.device)
         for block in self.blocks:
             x = block(x, allowed)
         fused, logits = self.fusion(x.flatten(1, 2), words, word_mask)
@@ -50,13 +51,14 @@ class Stage(nn.Module):
             return fused, x, logits
         return fused, self.downsample(x + self.res_gate(fused) * fused), logits
 
-    def _allowed(self, height: int, width: int, device: torch.device) -> Tensor:
+    def _shift_mask(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Return `shift_mask` of the map padded to whole windows."""
         padded_height, padded_width = (side + -side % self.window for side in (height, width))
         return shift_mask(padded_height, padded_width, self.window, device)
 
 
 class LAVTBackbone(nn.Module):
-    """Fuse words into an image encoder; return the LayerNorm of each stage's fused map, at strides 4, 8, 16 and 32.
+    """Swin encoder fused with the words; returns each stage's fused map after a LayerNorm, at strides 4, 8, 16 and 32.
 
     After Yang et al., CVPR 2022, and Liu et al., ICCV 2021.
     """
@@ -79,6 +81,6 @@ class LAVTBackbone(nn.Module):
         maps, all_logits = [], []
         for stage, norm in zip(self.layers, (self.norm0, self.norm1, self.norm2, self.norm3), strict=True):
             fused, x, logits = stage(x, words, word_mask)
-            maps.append(norm(fused).permute(0, 3, 1, 2))
+            maps.append(norm(fused).permute(0, 3, 1, 2))  # (B, C_i, H_i, W_i)
             all_logits.append(logits)
         return maps, all_logits

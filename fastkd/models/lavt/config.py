@@ -1,4 +1,4 @@
-"""LAVT's configuration, read from the shapes of its weights except for the heads, which shapes do not determine."""
+"""LAVT's configuration, derived from the shapes of its weights, except for heads that shapes do not determine."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _TEXT_HEAD_WIDTH = 64  # in BERT models of every size
 
 @dataclass(frozen=True)
 class LAVTConfig:
-    """The architecture of a :class:`~fastkd.models.LAVT`; every field is JSON-serialisable.
+    """Architecture of a `fastkd.models.LAVT`; JSON-serialisable.
 
     Args:
-        embed: Channels of the first stage; each later stage doubles them.
+        embed: Channels of the first stage; they double at each later stage.
         depths: Swin blocks per stage.
         heads: Attention heads of the Swin blocks per stage.
         window: Side of the attention windows.
         fusion_heads: Heads of the pixel–word attention per stage; shapes do not determine them.
         word_width: Width of a word vector.
         hidden: Channels of the decoder's maps.
-        text: Sizes of the BERT, under BertConfig's names; None: the model takes word vectors only.
+        text: Sizes of the BERT, under BertConfig's names; None if the model takes word vectors only.
         image_size: The intended image size; any size works.
         max_words: Number of word ids per sentence.
-        tokenizer: Name or path of the tokenizer, for :func:`fastkd.data.load_tokenizer`; not used by the model itself.
+        tokenizer: Name or path of the tokenizer, for `fastkd.data.load_tokenizer`; not used by the model itself.
 
     Raises:
         ValueError: A field is out of range.
@@ -63,12 +63,12 @@ class LAVTConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed", "window", "word_width", "hidden", "image_size", "max_words"):
-            object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
         for name in ("depths", "heads", "fusion_heads"):
             value = getattr(self, name)
-            numbers = _whole_numbers(name, value)
+            numbers = _integers(name, value)
             if len(numbers) != 4:
-                raise ValueError(f"{name} must be four whole numbers, one per stage, got {value!r}")
+                raise ValueError(f"{name} must be four integers, one per stage, got {value!r}")
             object.__setattr__(self, name, numbers)
         if self.text is not None:
             self._check_text(self.text)
@@ -83,7 +83,7 @@ class LAVTConfig:
         if not isinstance(text, dict) or set(text) != set(_TEXT_SIZES):
             raise ValueError(f"text must be None or a dict of {', '.join(_TEXT_SIZES)}, got {text!r}")
         for name in _TEXT_SIZES:
-            _whole_number(f"text[{name!r}]", text[name])
+            _integer(f"text[{name!r}]", text[name])
         if text["hidden_size"] != self.word_width:
             raise ValueError(
                 f"the text encoder's word vectors are {text['hidden_size']} wide, the fusion takes {self.word_width}: "
@@ -103,7 +103,7 @@ class LAVTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LAVTConfig:
-        """Build a configuration from :meth:`to_dict`'s values.
+        """Build a configuration from `to_dict`'s values.
 
         Raises:
             ValueError: A field is missing, unknown or out of range.
@@ -126,9 +126,9 @@ class LAVTConfig:
 
         Args:
             state: ``backbone.*``, ``classifier.*`` and optionally ``text_encoder.*``, without the prefix ``module.``.
-            fusion_heads: One number per stage.
-            text_heads: Heads of the text encoder; None: one per 64 channels, as in BERT.
-            rest: ``image_size``, ``max_words``, ``tokenizer``.
+            fusion_heads: Heads of the fusion, one number per stage.
+            text_heads: Heads of the text encoder; None means one per 64 channels, as in BERT.
+            rest: ``image_size``, ``max_words`` and ``tokenizer``.
 
         Raises:
             ValueError: A required key is missing, or its shape does not match a LAVT.
@@ -163,6 +163,7 @@ def _table(stage: int) -> str:
 
 
 def _text(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+    """Return the sizes of the text encoder."""
     vocabulary, width = _shape(state, "text_encoder.embeddings.word_embeddings.weight", 2)
     if heads is None:
         if width % _TEXT_HEAD_WIDTH:
@@ -175,7 +176,7 @@ def _text(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
         vocabulary,
         width,
         len({m[1] for m in map(_TEXT_LAYER.match, state) if m}),
-        _whole_number("text_heads", heads),
+        _integer("text_heads", heads),
         _shape(state, "text_encoder.encoder.layer.0.intermediate.dense.weight", 2)[0],
         _shape(state, "text_encoder.embeddings.position_embeddings.weight", 2)[0],
         _shape(state, "text_encoder.embeddings.token_type_embeddings.weight", 2)[0],
@@ -184,6 +185,7 @@ def _text(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
 
 
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    """Return the shape of a tensor; raise ``ValueError`` if it is missing or has another number of dimensions."""
     if name not in state:
         part = name.partition(".")[0] + "."
         present = [other for other in state if other.startswith(part)] or list(state)
@@ -198,22 +200,22 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int
 
 def _fusion_heads(value: Any) -> tuple[int, ...]:
     if isinstance(value, int):  # ambiguous: wider stages often have more heads
-        raise ValueError(f"fusion_heads must be four whole numbers, one per stage, got {value!r}")
-    return _whole_numbers("fusion_heads", value)
+        raise ValueError(f"fusion_heads must be four integers, one per stage, got {value!r}")
+    return _integers("fusion_heads", value)
 
 
-def _whole_number(name: str, value: Any) -> int:
-    return _whole_numbers(name, (value,), shown=repr(value))[0]
+def _integer(name: str, value: Any) -> int:
+    return _integers(name, (value,), shown=repr(value))[0]
 
 
-def _whole_numbers(name: str, values: Any, shown: str | None = None) -> tuple[int, ...]:
+def _integers(name: str, values: Any, shown: str | None = None) -> tuple[int, ...]:
     shown = shown or repr(values)
     try:
         if isinstance(values, str | bytes) or any(isinstance(value, bool) for value in values):
             raise TypeError
         numbers = tuple(operator.index(value) for value in values)  # accepts numpy integers
     except TypeError:
-        raise ValueError(f"{name} must be whole numbers, got {shown}") from None
+        raise ValueError(f"{name} must be integers, got {shown}") from None
     if any(number < 1 for number in numbers):
         raise ValueError(f"{name} must be at least 1, got {shown}")
     return numbers

@@ -29,13 +29,13 @@ def convert(
     Optimizer and scheduler states are dropped. The file is written atomically.
 
     Args:
-        source: The ``.pth``, in either layout; read by :func:`~fastkd.models.lavt.published.read_checkpoint`.
-        destination: The ``.safetensors`` to write.
-        tokenizer: The model's tokenizer, as for :func:`fastkd.data.load_tokenizer`, e.g. the path of BERT's uncased
+        source: The ``.pth``, in either layout; read by `fastkd.models.lavt.published.read_checkpoint`.
+        destination: The ``.safetensors`` file to write.
+        tokenizer: The model's tokenizer, as for `fastkd.data.load_tokenizer`, e.g. the path of BERT's uncased
             ``vocab.txt``. Its name and its files are stored in the converted file. If it does not exist, only the
             name is stored, with a `FastKDWarning`.
-        image_size: The training resolution; stored only.
-        max_words: The number of word ids in training; stored only.
+        image_size: The training resolution; only stored.
+        max_words: Word ids per sentence in training; only stored.
         overwrite: Replace an existing file.
 
     Returns:
@@ -94,7 +94,7 @@ def _check_destination(path: Path, overwrite: bool) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+        raise IsADirectoryError(f"{path} is a folder; pass the name of a file")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name or pass overwrite (--overwrite)")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize bilinearly with aligned corners."""
+    """Resize (B, C, H, W) bilinearly with aligned corners."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 

@@ -1,7 +1,7 @@
 """LAVT's pixel–word fusion as published: InstanceNorm over the pixels, no sentence branch.
 
 After Yang et al., "LAVT: Language-Aware Vision Transformer for Referring Image Segmentation", CVPR 2022,
-arXiv 2112.02244. (:mod:`fastkd.models.fusion` is the variant for networks trained from scratch.)
+arXiv 2112.02244. `fastkd.models.fusion` is the variant for training from scratch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastkd.models.fusion import instance_norm
 
 
 class Pointwise(nn.Conv1d):
-    """A linear layer (B, N, C_in) → (B, N, C_out) that stores its weight as Conv1d does, (C_out, C_in, 1)."""
+    """A linear layer (B, N, C_in) → (B, N, C_out) with the weight of a Conv1d, (C_out, C_in, 1)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 1)
@@ -68,18 +68,19 @@ class ImageLanguageAttention(nn.Module):
         valid = word_mask.unsqueeze(-1).to(x.dtype)  # (B, T, 1)
         query = self._split_heads(self.f_query(x))  # (B, heads, N, C/heads)
         key = self._split_heads(self.f_key(words) * valid)  # (B, heads, T, C/heads)
-        value = self._split_heads(self.f_value(words) * valid)
+        value = self._split_heads(self.f_value(words) * valid)  # (B, heads, T, C/heads)
         logits = (query * x.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, heads, N, T)
         masked = logits + (1e4 * valid - 1e4).transpose(1, 2).unsqueeze(1)
-        out = masked.softmax(dim=-1).to(value.dtype) @ value
+        out = masked.softmax(dim=-1).to(value.dtype) @ value  # (B, heads, N, C/heads)
         return self.W(out.transpose(1, 2).flatten(2)), logits
 
     def _split_heads(self, x: Tensor) -> Tensor:
+        """Reshape (B, N, C) to (B, heads, N, C/heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class PixelWordFusion(nn.Module):
-    """fused = GELU(project_mm(GELU(vis_project(x)) ⊙ lang)), with lang from :class:`ImageLanguageAttention`."""
+    """Fuse words into pixels: GELU(project_mm(GELU(vis_project(x)) ⊙ lang)), lang from `ImageLanguageAttention`."""
 
     def __init__(self, width: int, word_width: int, heads: int) -> None:
         super().__init__()
@@ -88,6 +89,12 @@ class PixelWordFusion(nn.Module):
         self.project_mm = nn.Sequential(Pointwise(width, width), nn.GELU())
 
     def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the fused pixels (B, N, C) and the logits (B, heads, N, T), from (B, N, C), (B, T, D), (B, T)."""
+        """Return the fused pixels (B, N, C) and the logits (B, heads, N, T).
+
+        Args:
+            x: (B, N, C).
+            words: (B, T, D).
+            word_mask: (B, T) bool.
+        """
         lang, logits = self.image_lang_att(x, words, word_mask)
         return self.project_mm(self.vis_project(x) * lang), logits

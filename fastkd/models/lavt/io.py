@@ -21,7 +21,7 @@ _TOKENIZER = "tokenizer_files"
 def write(
     path: Path, config: LAVTConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None, origin: dict[str, str]
 ) -> dict[str, str]:
-    """Write a LAVT with ``origin`` in the metadata, atomically, and return the metadata.
+    """Write a LAVT atomically, with ``origin`` in its metadata, and return the metadata.
 
     Raises:
         OSError: The disk is full or the folder is not writable.
@@ -49,7 +49,7 @@ def write(
 
 
 def read(path: Path) -> tuple[LAVTConfig, dict[str, Tensor], Tokenizer | None]:
-    """Return configuration, weights and tokenizer (None if the file has none) of a file that :func:`write` wrote.
+    """Return configuration, weights and tokenizer (None if the file has none) of a file written by `write`.
 
     Raises:
         FileNotFoundError: The file does not exist.

@@ -38,11 +38,11 @@ class LAVT(nn.Module):
         next  = merge(x + tanh(gate(fused)) ⊙ fused)
 
     The decoder starts at stages[3], upsamples bilinearly with aligned corners and concatenates the finer stages.
-    Modules and parameters have the names of published checkpoints. For :class:`fastkd.Taps`,
+    Modules and parameters have the names of published checkpoints. For `fastkd.Taps`,
     ``("backbone.layers.3.fusion", 0)`` is a fused map as pixels (B, N, C).
 
     Args:
-        config: The architecture; :meth:`from_state_dict` derives it from weights.
+        config: The architecture; `from_state_dict` derives it from weights.
 
     Raises:
         TypeError: ``config`` is not a LAVTConfig.
@@ -63,7 +63,7 @@ class LAVT(nn.Module):
         if not isinstance(config, LAVTConfig):
             raise TypeError(f"config must be a LAVTConfig, got {type(config).__name__}; see LAVT.from_state_dict")
         self.config = config
-        self.tokenizer: Tokenizer | None = None  # set when the file holds one
+        self.tokenizer: Tokenizer | None = None  # set if the file holds one
         self.backbone = LAVTBackbone(config)
         self.classifier = LAVTDecoder(config.widths, config.hidden)
         self.text_encoder = None if config.text is None else _bert(config.text)
@@ -82,13 +82,13 @@ class LAVT(nn.Module):
         word_mask: Tensor | None = None,
         words: Tensor | None = None,
     ) -> RISOutput:
-        """Segment the object that the sentence refers to.
+        """Return the mask logits of the object that the sentence refers to, with all intermediate outputs.
 
         Args:
             image: (B, 3, H, W), ImageNet-normalised, larger than 32 pixels; the weights were trained at 480×480.
             input_ids: (B, T) integer word ids, if the model has a text encoder.
             words: (B, T, D) word vectors, instead of ``input_ids``.
-            word_mask: (B, T) bool, True at words. None: every id except 0, or every vector.
+            word_mask: (B, T) bool, True at words. None means every id except 0, or every vector.
 
         Returns:
             ``logits`` (B, 2, H, W); ``decoder`` (B, 2, h, w), before the last upsampling; ``decoder_features``
@@ -130,9 +130,9 @@ class LAVT(nn.Module):
         source: str = "state_dict",
         **rest: Any,
     ) -> LAVT:
-        """Build a model from weights, in eval mode; derive sizes, depths, heads and window from their shapes.
+        """Build a model from weights, in eval mode; derive sizes, depths, heads and window from shapes.
 
-        Every key is accounted for: the prefix ``module.`` (DDP) is removed; ``relative_position_index``,
+        No key is ignored silently: the prefix ``module.`` (DDP) is removed; ``relative_position_index``,
         ``position_ids`` and BERT's pooler are dropped; batch-norm counters may be missing; any other missing or
         unexpected key is an error. Half-precision weights become float32.
 
@@ -140,13 +140,13 @@ class LAVT(nn.Module):
             state_dict: ``backbone.*`` and ``classifier.*``, and ``text_encoder.*`` if it includes the text encoder.
             fusion_heads: Heads of the fusion per stage, which shapes do not determine: the checkpoint's ``args.mha``.
             bert_state_dict: The text encoder's weights if stored separately, under transformers' BertModel names.
-            text_heads: Heads of the text encoder; None: one per 64 channels, as in BERT.
+            text_heads: Heads of the text encoder; None means one per 64 channels, as in BERT.
             source: Name of the weights in error messages.
-            rest: ``image_size``, ``max_words`` and ``tokenizer`` of :class:`LAVTConfig`.
+            rest: ``image_size``, ``max_words`` and ``tokenizer`` of `LAVTConfig`.
 
         Raises:
-            ValueError: Keys are missing, unexpected or misshapen (all are listed), or ``fusion_heads`` are not four
-                divisors of the stages' channels. Nothing is loaded.
+            ValueError: Keys are missing or unexpected, tensors have the wrong shape (all are listed), or
+                ``fusion_heads`` are not four divisors of the stages' channels. Nothing is loaded.
             TypeError: An argument is not a dict of tensors.
 
         Example::
@@ -156,7 +156,7 @@ class LAVT(nn.Module):
         """
         try:
             state = gather(state_dict, bert_state_dict)
-        except (TypeError, ValueError) as error:  # name the file rather than the argument
+        except (TypeError, ValueError) as error:  # name the file instead of the argument
             if source == "state_dict":
                 raise
             raise ValueError(f"{source}: {error}") from None
@@ -175,7 +175,7 @@ class LAVT(nn.Module):
 
         Args:
             path: ``.safetensors`` written by ``fastkd convert``, or a checkpoint in one of the two published layouts,
-                read by :func:`fastkd.models.lavt.published.read_checkpoint`.
+                read by `fastkd.models.lavt.published.read_checkpoint`.
             map_location: The device to load to.
 
         Raises:
@@ -202,11 +202,11 @@ class LAVT(nn.Module):
 
     @property
     def vocab_size(self) -> int | None:
-        """Return the number of word ids of the text encoder; None without one."""
+        """Return the vocabulary size of the text encoder; None without one."""
         return self._limits.vocab_size
 
     def parameter_count(self) -> dict[str, int]:
-        """Return parameter counts by part: ``{"total": ..., "backbone": ..., "classifier": ..., ...}``."""
+        """Return the number of parameters by part: ``{"total": ..., "backbone": ..., "classifier": ..., ...}``."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {"total": sum(parts.values()), **parts}
 

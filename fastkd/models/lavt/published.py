@@ -19,7 +19,7 @@ from fastkd.models.lavt.state_dict import TEXT_PREFIX
 
 @dataclass(frozen=True)
 class LAVTCheckpoint:
-    """The weights and settings of a published checkpoint.
+    """Weights and settings of a published checkpoint.
 
     Attributes:
         layout: "lavt" (text weights under ``bert_model``) or "lavt_one" (text weights inside ``model``).
@@ -35,7 +35,7 @@ class LAVTCheckpoint:
 
 
 def read_checkpoint(path: str | Path) -> LAVTCheckpoint:
-    """Read a checkpoint such as ``refcoco.pth``; refuse pickled objects other than tensors and settings.
+    """Read a checkpoint such as ``refcoco.pth``; reject pickled objects other than tensors and settings.
 
     Args:
         path: A file written by ``torch.save``: a dict with ``model``, ``args`` and, in one of the layouts,

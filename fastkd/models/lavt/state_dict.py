@@ -1,4 +1,4 @@
-"""Normalise LAVT state dicts: map published names to fastkd's and account for every key."""
+"""Normalise LAVT state dicts: remove wrapper prefixes, computed buffers and BERT's pooler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gather(state_dict: Mapping[str, Any], bert_state_dict: Mapping[str, Any] | N
 
     Raises:
         TypeError: An argument is not a dict of names and tensors.
-        ValueError: Two names for one tensor, text weights given twice, or a computed buffer of the wrong shape.
+        ValueError: Two names for one tensor, text weights present twice, or a computed buffer of the wrong shape.
     """
     state = _named_tensors("state_dict", state_dict)
     if bert_state_dict is not None:
@@ -55,7 +55,7 @@ def _is_position_index(name: str, state: Mapping[str, Tensor]) -> bool:
         return False
     rows = table.shape[0] if table.dim() else 0
     window = (math.isqrt(rows) + 1) // 2
-    # A table with another number of rows is reported when the configuration is read.
+    # LAVTConfig.from_state_dict reports a table with another number of rows.
     if (2 * window - 1) ** 2 == rows and state[name].shape != (window**2, window**2):
         raise ValueError(
             f"state_dict: {name} is {tuple(state[name].shape)}, expected {(window**2, window**2)} for the {rows} rows "
@@ -72,6 +72,7 @@ def add_counters(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
 
 
 def _named_tensors(argument: str, state: Any) -> dict[str, Tensor]:
+    """Return the tensors by name, without wrapper prefixes."""
     if not isinstance(state, Mapping):
         raise TypeError(f"{argument} must be a dict of names and tensors, got {type(state).__name__}")
     named: dict[str, Tensor] = {}

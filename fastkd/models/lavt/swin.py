@@ -24,21 +24,21 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 def split_windows(x: Tensor, window: int) -> Tensor:
     """Split (B, H, W, C) into (B, windows, window², C), row by row; H and W must be multiples of the window."""
     b, h, w, c = x.shape
-    tiles = x.view(b, h // window, window, w // window, window, c)
+    tiles = x.view(b, h // window, window, w // window, window, c)  # (B, rows, window, columns, window, C)
     return tiles.transpose(2, 3).reshape(b, -1, window * window, c)
 
 
 def join_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
-    """Invert :func:`split_windows`: (B, windows, window², C) to (B, height, width, C)."""
+    """Invert `split_windows`: (B, windows, window², C) to (B, height, width, C)."""
     b, c = x.shape[0], x.shape[-1]
-    tiles = x.view(b, height // window, width // window, window, window, c)
+    tiles = x.view(b, height // window, width // window, window, window, c)  # (B, rows, columns, window, window, C)
     return tiles.transpose(2, 3).reshape(b, height, width, c)
 
 
 def shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """Return the attention mask after the cyclic shift, (windows, window², window²) bool, True where allowed.
 
-    The shift wraps the first window//2 rows (columns) around to the end, next to rows that are far from them in the
+    The shift wraps the first window//2 rows (columns) around to the end, next to rows that are far away in the
     image. Two tokens may attend to each other if both or neither were wrapped, in each direction. Height and width must
     be multiples of the window.
     """
@@ -46,7 +46,7 @@ def shift_mask(height: int, width: int, window: int, device: torch.device) -> Te
     wrapped_y = torch.arange(height, device=device) >= height - shift
     wrapped_x = torch.arange(width, device=device) >= width - shift
     region = 2 * wrapped_y[:, None].long() + wrapped_x  # (H, W)
-    inside = split_windows(region[None, :, :, None], window)[0, :, :, 0]
+    inside = split_windows(region[None, :, :, None], window)[0, :, :, 0]  # (windows, window²)
     return inside[:, :, None] == inside[:, None, :]
 
 
@@ -69,7 +69,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embed the patches of an image."""
+        """Return the patch embeddings of an image."""
         below, right = -image.shape[2] % PATCH, -image.shape[3] % PATCH
         if below or right:
             image = F.pad(image, (0, right, 0, below))
@@ -77,10 +77,10 @@ class PatchEmbed(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Window attention softmax(q·kᵀ / √(C/heads) + bias) v, the bias looked up by relative position.
+    """Window attention softmax(q·kᵀ / √(C/heads) + bias) v, with a bias by relative position.
 
     Args:
-        width: C.
+        width: C, the channels.
         heads: Must divide C.
         window: Side of a window; the bias table has (2·window − 1)² rows.
     """
@@ -108,7 +108,7 @@ class WindowAttention(nn.Module):
             bias = bias.masked_fill(~allowed[:, None], -torch.inf).flatten(0, 1)
             q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
-        out = out.reshape(b, windows, self.heads, n, c // self.heads).transpose(2, 3)
+        out = out.reshape(b, windows, self.heads, n, c // self.heads).transpose(2, 3)  # (B, windows, N, heads, C/heads)
         return self.proj(out.reshape(b, windows, n, c))
 
 
@@ -142,7 +142,7 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
-        """Apply to (B, H, W, C); ``allowed`` is :func:`shift_mask` of the padded map, used by shifted blocks."""
+        """Apply to (B, H, W, C); ``allowed`` is `shift_mask` of the padded map, used by shifted blocks."""
         height, width = x.shape[1:3]
         y = pad_to_multiple(self.norm1(x), self.window)
         padded = y.shape[1:3]
@@ -159,7 +159,7 @@ class SwinBlock(nn.Module):
 class PatchMerging(nn.Module):
     """(B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 2C): concatenate the pixels of each 2×2 square, LayerNorm, Linear.
 
-    Their order is (even row, even column), (odd, even), (even, odd), (odd, odd); odd sides are zero-padded.
+    The order is (even row, even column), (odd, even), (even, odd), (odd, odd); odd sides are zero-padded.
     """
 
     def __init__(self, width: int) -> None:

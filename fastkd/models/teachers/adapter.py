@@ -1,4 +1,4 @@
-"""Base class of text-prompted teachers: convert the student's image, return `RISModel`'s output."""
+"""Base class of text-prompted teachers: convert the student's image, return a `RISOutput`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fastkd.models.ris import RISOutput
 from fastkd.models.teachers import files
 from fastkd.models.teachers.files import TeacherConfig
 
-_IN_FORWARD = ""  # key of `_recorded` while a forward runs; no module has this name
+_IN_FORWARD = ""  # key of `_recorded` that marks a running forward; no module has this name
 _ADAPTERS: dict[str, type[TextPromptedTeacher]] = {}
 """Adapter by transformers' model_type; filled as the subclasses are defined."""
 
 
 @dataclass
 class NetworkOutput:
-    """Output of an adapter's network: mask logits (B, 1, h, w), and the fields of `RISOutput`."""
+    """Output of an adapter's network: mask logits (B, 1, h, w), and fields for `RISOutput`."""
 
     mask: Tensor
     features: Tensor
@@ -51,8 +51,8 @@ class TextPromptedTeacher(nn.Module):
     their argmax is m > 0.
 
     Attributes:
-        network: transformers' module, for :class:`fastkd.Taps` (``"network.clip.vision_model.encoder.layers.3"``).
-        config: :class:`TeacherConfig`.
+        network: transformers' module, for `fastkd.Taps` (``"network.clip.vision_model.encoder.layers.3"``).
+        config: `TeacherConfig`.
         has_own_tokenizer: If True, a `Distiller` refuses a batch without ``teacher_input_ids``. Set it to False if the
             student uses the teacher's tokenizer.
 
@@ -69,7 +69,7 @@ class TextPromptedTeacher(nn.Module):
     default_mean: ClassVar[tuple[float, ...]]
     default_std: ClassVar[tuple[float, ...]]
     casts_inputs: ClassVar = True
-    image_normalisation: ClassVar = (IMAGENET_MEAN, IMAGENET_STD)  # of its input, not of the network's
+    image_normalisation: ClassVar = (IMAGENET_MEAN, IMAGENET_STD)  # of the teacher's input, not the network's
     _scale: Tensor
     _shift: Tensor
 
@@ -97,8 +97,8 @@ class TextPromptedTeacher(nn.Module):
                 It may include the tokenizer and ``preprocessor_config.json``.
             map_location: The device to load to.
             options: ``image_size``, ``image_mean``, ``image_std``, ``max_words`` and ``tokenizer`` override the files;
-                others are passed to the class. Without ``preprocessor_config.json``, the configuration determines the
-                size, and ``default_mean`` and ``default_std`` of the class the normalisation.
+                others are passed to the class. Without ``preprocessor_config.json``, the size is the configuration's,
+                and the normalisation the class's ``default_mean`` and ``default_std``.
 
         Raises:
             FileNotFoundError: The folder, its configuration or its weights do not exist.
@@ -109,8 +109,8 @@ class TextPromptedTeacher(nn.Module):
         folder = files.fetch(path)
         adapter = cls._adapter_for(folder)
         network = files.load_network(adapter.network_class, folder)
-        given = {key: options.pop(key) for key in files.OPTIONS if key in options}
-        config = files.read_config(network, folder, given, adapter.default_mean, adapter.default_std)
+        overrides = {key: options.pop(key) for key in files.OPTIONS if key in options}
+        config = files.read_config(network, folder, overrides, adapter.default_mean, adapter.default_std)
         return adapter(network, config, **options).to(map_location).eval()
 
     @classmethod
@@ -137,7 +137,7 @@ class TextPromptedTeacher(nn.Module):
 
     @abstractmethod
     def run(self, pixels: Tensor, input_ids: Tensor, word_mask: Tensor) -> NetworkOutput:
-        """Run the network.
+        """Run the network and return its output.
 
         Args:
             pixels: (B, 3, S, S), resized and normalised for the network.
@@ -152,7 +152,7 @@ class TextPromptedTeacher(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Return the number of token ids of the text encoder."""
+        """Return the vocabulary size of the text encoder."""
         return int(self.text_config.vocab_size)
 
     def pixels(self, image: Tensor) -> Tensor:
@@ -161,18 +161,18 @@ class TextPromptedTeacher(nn.Module):
         # Cast to half precision last: antialiasing does not support it, and the mean would be rounded.
         dtype = self._scale.dtype
         image = image.to(torch.promote_types(dtype, torch.float32))
-        # Renormalising is affine per channel, so it commutes with resizing, which mostly leaves fewer pixels.
+        # Resize first, usually to fewer pixels; the order does not matter, as normalising is affine per channel.
         if image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
         return (image * self._scale + self._shift).to(dtype)
 
     def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> RISOutput:
-        """Segment the object that the sentence refers to.
+        """Return the mask logits of the object that the sentence refers to, with intermediate outputs.
 
         Args:
             image: (B, 3, H, W), ImageNet-normalised, of any size.
             input_ids: (B, T) integer ids of the teacher's own tokenizer.
-            word_mask: (B, T) bool, True at tokens. None: up to each sentence's end token.
+            word_mask: (B, T) bool, True at tokens. None means up to each sentence's end token.
 
         Returns:
             ``logits`` (B, 2, H, W) and ``decoder`` (B, 2, h, w), both [0, m]; see the subclass for the other fields.
@@ -201,14 +201,14 @@ class TextPromptedTeacher(nn.Module):
         return RISOutput(logits, decoder, out.features, out.stages, out.words, out.pixel_word_logits, word_mask)
 
     def parameter_count(self) -> dict[str, int]:
-        """Return parameter counts by part of the network: ``{"total": ..., ...}``."""
+        """Return the number of parameters by part of the network: ``{"total": ..., ...}``."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.network.named_children()}
         return {"total": sum(p.numel() for p in self.parameters()), **parts}
 
     def ends(self, input_ids: Tensor) -> Tensor | None:
         """Return (B, T) bool, True at end tokens; None if the configured end token is not in the vocabulary."""
         end = self.text_config.eos_token_id
-        if end == 2:  # CLIP's first configurations declare a wrong id; theirs is the largest id of a sentence
+        if end == 2:  # early CLIP configurations declare this wrong id; the end token is the largest id
             return input_ids == input_ids.amax(1, keepdim=True)
         return input_ids == end if isinstance(end, int) and end < self.vocab_size else None
 
@@ -217,7 +217,7 @@ class TextPromptedTeacher(nn.Module):
         module.register_forward_hook(_Recorder(self._recorded, name, select))
 
     def _check_end_tokens(self, input_ids: Tensor) -> None:
-        """Refuse ids of another tokenizer, most of which are valid ids here but mean other words."""
+        """Reject ids of another tokenizer, most of which are valid here but mean other words."""
         ends = self.ends(input_ids)
         if ends is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return
@@ -229,6 +229,7 @@ class TextPromptedTeacher(nn.Module):
             )
 
     def _mask_up_to_end(self, input_ids: Tensor) -> Tensor:
+        """Return (B, T) bool, True up to and including each sentence's first end token."""
         ends = self.ends(input_ids)
         if ends is None:
             return torch.ones_like(input_ids, dtype=torch.bool)
@@ -237,23 +238,23 @@ class TextPromptedTeacher(nn.Module):
 
 
 class _Recorder:
-    """A forward hook; a class, so that the teacher can be pickled and copied."""
+    """Forward hook that stores activations; a class, so that the teacher can be pickled and copied."""
 
     def __init__(self, recorded: dict[str, Any], name: str, select: Callable[[Any, Any], Any]) -> None:
         self.recorded, self.name, self.select = recorded, name, select
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _IN_FORWARD in self.recorded:  # otherwise the network was called directly and nothing would be released
+        if _IN_FORWARD in self.recorded:  # otherwise the network was called directly, and nobody would clear the record
             self.recorded[self.name] = self.select(args, output)
 
 
 def first_input(args: Any, output: Any) -> Any:
-    """Select a module's first input, for :meth:`TextPromptedTeacher.record`."""
+    """Return a module's first input, for `TextPromptedTeacher.record`."""
     return args[0]
 
 
 def whole_output(args: Any, output: Any) -> Any:
-    """Select a module's output, for :meth:`TextPromptedTeacher.record`."""
+    """Return a module's output, for `TextPromptedTeacher.record`."""
     return output
 
 

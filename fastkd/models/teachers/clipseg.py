@@ -42,7 +42,7 @@ class CLIPSegTeacher(TextPromptedTeacher):
     def __init__(self, network: Any, config: TeacherConfig) -> None:
         super().__init__(network, config)
         patch = network.config.vision_config.patch_size
-        if config.image_size % patch:  # incomplete patches would be cropped and the mask stretched over them
+        if config.image_size % patch:  # the remainder would be cropped and the mask stretched over it
             raise ValueError(f"image_size must be a multiple of the patch of {patch} pixels, got {config.image_size}")
         self._grid = (config.image_size // patch,) * 2
         self.record("words", network.clip.text_model, whole_output)
@@ -56,7 +56,7 @@ class CLIPSegTeacher(TextPromptedTeacher):
         return self.network.config.text_config  # type: ignore[union-attr]
 
     def run(self, pixels: Tensor, input_ids: Tensor, word_mask: Tensor) -> NetworkOutput:
-        """Run the network on resized, normalised images."""
+        """Run the network on resized, normalised images and collect its activations."""
         out = self.network(input_ids=input_ids, pixel_values=pixels, attention_mask=word_mask.long())
         count = len(self.network.decoder.layers)  # type: ignore[union-attr, arg-type]
         tokens = [self._recorded[f"layer{number}"] for number in range(count)]  # (B, 1 + h·w, d)

@@ -11,7 +11,7 @@ from fastkd._messages import shortened
 from fastkd.data.tokenizer import has_tokenizer
 from fastkd.models import checkpoint, hub
 
-_FETCHED = ["*.json", "*.safetensors", "*.txt"]  # weights without pickles, tokenizer files
+_FETCHED = ["*.json", "*.safetensors", "*.txt"]  # weights (no pickles) and tokenizer files
 _MAX_WORDS = 32  # referring expressions are shorter; most of CLIP's 77 positions would be padding
 OPTIONS = ("image_size", "image_mean", "image_std", "max_words", "tokenizer")
 """Fields of `TeacherConfig` that a caller may override."""
@@ -19,15 +19,15 @@ OPTIONS = ("image_size", "image_mean", "image_std", "max_words", "tokenizer")
 
 @dataclass
 class TeacherConfig:
-    """The inputs that a text-prompted teacher expects.
+    """Inputs that a text-prompted teacher expects.
 
     Attributes:
         model_type: transformers' name of the architecture.
         image_size: Side of the square that images are resized to.
         image_mean: Mean of red, green and blue, for values in [0, 1], that the network was trained with.
-        image_std: Their standard deviation.
+        image_std: Their standard deviations.
         max_words: Token ids per sentence, at most the text encoder's position embeddings.
-        tokenizer: Folder of its tokenizer for :func:`fastkd.data.load_tokenizer`, or None.
+        tokenizer: Folder of its tokenizer for `fastkd.data.load_tokenizer`, or None.
         keep_end: Whether the tokenizer must keep the end token of a truncated sentence.
     """
 
@@ -88,7 +88,7 @@ def fetch(path: str | Path) -> Path:
 
 
 def load_network(class_name: str, folder: Path) -> Any:
-    """Load a transformers network in float32; require that its parameters and the file's weights match one to one.
+    """Load a transformers network in float32; require a one-to-one match of parameters and weights.
 
     transformers itself would fill missing weights with random numbers and drop layers that the configuration lacks.
 
@@ -117,7 +117,7 @@ def load_network(class_name: str, folder: Path) -> Any:
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     # Older files also hold position ids 0, 1, 2, ..., which are not weights.
     unexpected = [key for key in report["unexpected_keys"] if not str(key).endswith("position_ids")]
-    for keys, problem in ((missing, "missing or misshapen"), (unexpected, "unexpected")):
+    for keys, problem in ((missing, "missing or of another shape"), (unexpected, "unexpected")):
         if keys:
             raise ValueError(
                 f"{folder}: its weights do not match {class_name} as its {checkpoint.CONFIG_FILE} describes it: "
@@ -129,24 +129,24 @@ def load_network(class_name: str, folder: Path) -> Any:
 def read_config(
     network: Any,
     folder: Path,
-    given: dict[str, Any],
+    overrides: dict[str, Any],
     default_mean: tuple[float, ...],
     default_std: tuple[float, ...],
 ) -> TeacherConfig:
-    """Return the teacher's configuration: ``given`` overrides the folder's files, which override the defaults.
+    """Return the teacher's configuration: ``overrides`` come before the folder's files, and these before the defaults.
 
     Raises:
         ValueError: A value is out of range, or a file is not JSON.
     """
     images = _read_preprocessor(folder)
-    size = given.get("image_size", _side(images.get("size")) or network.config.vision_config.image_size)
-    mean = _per_channel(given.get("image_mean", images.get("image_mean", default_mean)))
-    std = _per_channel(given.get("image_std", images.get("image_std", default_std)))
+    size = overrides.get("image_size", _side(images.get("size")) or network.config.vision_config.image_size)
+    mean = _per_channel(overrides.get("image_mean", images.get("image_mean", default_mean)))
+    std = _per_channel(overrides.get("image_std", images.get("image_std", default_std)))
     limit = network.config.text_config.max_position_embeddings
-    words = given.get("max_words", min(_MAX_WORDS, limit))
-    tokenizer = given.get("tokenizer", str(folder) if has_tokenizer(folder) else None)
+    words = overrides.get("max_words", min(_MAX_WORDS, limit))
+    tokenizer = overrides.get("tokenizer", str(folder) if has_tokenizer(folder) else None)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"image_size must be a whole number of at least 1, got {size!r}")
+        raise ValueError(f"image_size must be an integer of at least 1, got {size!r}")
     for name, values in (("image_mean", mean), ("image_std", std)):
         numbers = len(values) == 3 and all(isinstance(value, int | float) for value in values)
         if not numbers or (name == "image_std" and min(values) <= 0):
@@ -179,6 +179,7 @@ def _per_channel(value: Any) -> tuple[Any, ...]:
 
 
 def _side(size: Any) -> int | None:
+    """Return the longest side of an image processor's ``size``, or None."""
     if isinstance(size, dict):
         sides = [side for side in size.values() if isinstance(side, int)]
         return max(sides, default=None)

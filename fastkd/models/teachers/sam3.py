@@ -66,20 +66,21 @@ class SAM3Teacher(TextPromptedTeacher):
         return self.network.config.text_config  # type: ignore[union-attr]
 
     def run(self, pixels: Tensor, input_ids: Tensor, word_mask: Tensor) -> NetworkOutput:
-        """Run the network on resized, normalised images."""
+        """Run the network on resized, normalised images and collect its activations."""
         out = self.network(pixel_values=pixels, input_ids=input_ids, attention_mask=word_mask.long())
         if self.masks == "semantic":
             mask = out.semantic_seg
         else:
-            best = out.pred_logits.argmax(1)  # the presence score is a common factor of all queries
+            best = out.pred_logits.argmax(1)  # (B,); the presence score is a common factor of all queries
             mask = out.pred_masks[torch.arange(len(best), device=best.device), best].unsqueeze(1)
-        maps = self._recorded["maps"].fpn_hidden_states[:-1]  # the network does not use the coarsest either
+        maps = self._recorded["maps"].fpn_hidden_states[:-1]  # without the coarsest, which the network does not use
         fused = as_map(self._recorded["fused"].last_hidden_state, tuple(maps[-1].shape[-2:]))
         stages = [*maps[:-1], fused]
         words = self._recorded["words"]
         return NetworkOutput(mask, self._recorded["features"], stages, words, self._pixel_word_logits())
 
     def _pixel_word_logits(self) -> list[Tensor]:
+        """Return the cross-attention logits (B, heads, N, T) of each DETR encoder layer."""
         logits = []
         for number, layer in enumerate(self.network.detr_encoder.layers):  # type: ignore[union-attr, arg-type]
             heads = layer.cross_attn.num_attention_heads
