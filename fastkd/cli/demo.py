@@ -206,7 +206,7 @@ def _parameters(model: RISModel) -> int:
 def _examples(
     teacher: RISModel, runs: Mapping[str, Sequence[Run]], test: ReferDataset, count: int = 12
 ) -> list[Example]:
-    """Return examples spread evenly over the test split, whatever their scores."""
+    """Return examples spread evenly over the test split, regardless of their scores."""
     import torch
 
     from fastkd.data import collate

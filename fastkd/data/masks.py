@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 RULES = ("union", "lavt")
 _HINT = "remove this annotation's refs, or download instances.json again"
 _NO_PIXEL = "{owner} covers no pixel of its {height} x {width} image: the segmentation is empty or outside"
-_FAR = 10.0  # in image sides; valid polygons leave their image by much less
+_FAR = 10.0  # in image sides; valid polygons exceed their image by much less
 _LONGEST_OUTLINE = 1e7  # pixels; rasterising needs 40 bytes per pixel of outline
 
 
@@ -111,7 +111,7 @@ def rasterise(
         layers: np.ndarray = np.stack([_decoded(part, owner) for part in parts], axis=2)  # (H, W, parts)
     else:
         layers = coco_mask.decode(coco_mask.frPyObjects(parts, height, width))
-    covered = layers.sum(axis=2, dtype=np.int64)
+    covered = layers.sum(axis=2, dtype=np.int64)  # (H, W), number of parts
     mask: np.ndarray = covered > 0 if rule == "union" else covered == 1
     if rule == "union" and not mask.any():
         raise ValueError(_NO_PIXEL.format(owner=owner, height=height, width=width))

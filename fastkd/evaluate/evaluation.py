@@ -176,7 +176,7 @@ def evaluate(
                 check_mask(batch["mask"])
                 batch = to_device(batch, target, channels_last)
                 with autocast(precision, target):
-                    logits = _logits(model, batch)
+                    logits = _logits(model, batch)  # (B, 2, H, W)
                 nan = has_nan(logits)
                 if bool(nan.any()):
                     failure = _describe_sample(batch, int(nan.nonzero()[0, 0]))
@@ -226,6 +226,7 @@ def evaluate(
 
 
 def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return the model's logits (B, 2, H, W); raise ``ValueError`` if they do not match the masks."""
     output = run_model(model, **{key: batch[key] for key in ("image", "input_ids", "word_mask") if key in batch})
     logits = output if isinstance(output, Tensor) else output.logits
     mask = batch["mask"]
@@ -281,7 +282,7 @@ def _warn_undeclared_sentences(dataset: Dataset[Any]) -> None:
 
 
 def _joined_names(dataset: Dataset[Any], attribute: str) -> str | None:
-    """Return a string attribute of a dataset, or those of its parts joined by commas, or None."""
+    """Return a string attribute of a dataset or of its parts, joined by commas, or None."""
     found: dict[str, None] = {}
     for part in leaves(dataset, attribute):
         values = (getattr(source, attribute, None) for source in (part, getattr(part, "refcoco", None)))

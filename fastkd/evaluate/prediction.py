@@ -101,7 +101,7 @@ def predict(
             if bool(has_nan(logits)[0]):
                 raise FloatingPointError(f"the model's logits hold NaN, which gives no mask: {nan_cause(model)}")
             logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]  # (2, H, W)
-            probability = logits.softmax(0)[1].cpu().numpy()
+            probability = logits.softmax(0)[1].cpu().numpy()  # (H, W)
             mask = logits.argmax(0).bool().cpu().numpy()
     finally:
         model.train(training)

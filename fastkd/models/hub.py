@@ -21,7 +21,7 @@ def fetch_failure(error: BaseException) -> str | None:
 
     chain = list(_causes(error))
     known: tuple[tuple[type[BaseException], str], ...] = (
-        (errors.GatedRepoError, "its licence must be accepted on the hub first, and a token given (hf auth login)"),
+        (errors.GatedRepoError, "its licence must be accepted on the hub first, and a token is needed (hf auth login)"),
         (
             errors.RepositoryNotFoundError,
             "the hub has no such name, or it is private and needs a token (hf auth login)",
@@ -31,15 +31,15 @@ def fetch_failure(error: BaseException) -> str | None:
         (errors.HFValidationError, "it is not a valid hub name"),
     )
     for kind, text in known:
-        if any(isinstance(one, kind) for one in chain):
+        if any(isinstance(cause, kind) for cause in chain):
             return text
     unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, urllib.error.URLError)
     network = (*unreachable, ConnectionError, TimeoutError)
-    if any(isinstance(one, network) or type(one).__module__.startswith(_HTTP_CLIENTS) for one in chain):
+    if any(isinstance(cause, network) or type(cause).__module__.startswith(_HTTP_CLIENTS) for cause in chain):
         if constants.HF_HUB_OFFLINE:
             return _OFFLINE
         return "the hub is unreachable and it is not cached"
-    if any(isinstance(one, errors.HfHubHTTPError) for one in chain):
+    if any(isinstance(cause, errors.HfHubHTTPError) for cause in chain):
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 

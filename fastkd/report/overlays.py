@@ -34,7 +34,7 @@ def as_image(image: Any, name: str = "image") -> np.ndarray:
         return read_image(image)
     array = _numpy(image)
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-        array = array.transpose(1, 2, 0)
+        array = array.transpose(1, 2, 0)  # (H, W, 3)
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ValueError(f"{name} must be (H, W, 3) or (3, H, W), got shape {array.shape}")
     if array.dtype == np.uint8:

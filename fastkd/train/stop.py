@@ -12,19 +12,19 @@ from typing import Any, Self
 from fastkd.data._loading import WorkerExited
 from fastkd.errors import Terminated
 
-_PATIENCE = 2.0  # seconds: SIGTERM may reach a loading process before this one
+_SIGNAL_TIMEOUT = 2.0  # seconds: SIGTERM may reach a loading process before this one
 
 
 class Termination:
     """Raise `Terminated` on SIGTERM inside the block and restore the default handler afterwards.
 
     Active only in the main thread, where Python handles signals, and only if no other handler is installed: the
-    caller's, or that of a cluster's library, stays in place. Forked processes keep the default behaviour.
+    handler of the caller or a cluster library stays in place. Forked processes keep the default behaviour.
     """
 
     def __init__(self) -> None:
         self.received = False
-        self._holding = False
+        self._settling = False
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -47,13 +47,13 @@ class Termination:
         A scheduler often sends SIGTERM to the loading processes as well. Their end may be noticed first, so this waits
         for the signal before blaming them.
         """
-        self._holding = True
+        self._settling = True
         if not self._before:
             return error
         if (child := getattr(signal, "SIGCHLD", None)) is not None and child not in self._before:
             self._replace(child, signal.SIG_DFL)  # torch's handler raises if a loading process was killed
         if isinstance(error, WorkerExited) and error.exitcode == -signal.SIGTERM:
-            deadline = time.monotonic() + _PATIENCE
+            deadline = time.monotonic() + _SIGNAL_TIMEOUT
             while not self.received and time.monotonic() < deadline:
                 time.sleep(0.02)
         return Terminated() if self.received and not isinstance(error, KeyboardInterrupt | Terminated) else error
@@ -67,5 +67,5 @@ class Termination:
             os.kill(os.getpid(), number)
             return
         self.received = True
-        if not self._holding:
+        if not self._settling:
             raise Terminated

@@ -36,7 +36,7 @@ def render(scene: Scene, size: int, rng: Random) -> tuple[np.ndarray, np.ndarray
     owner = np.asarray(owners)
     for index, (left, top, right, bottom) in enumerate(boxes):
         fine = (owner[top:bottom, left:right] == index + 1).view(np.uint8)
-        rows = np.add.reduce([fine[k::s] for k in range(s)])
+        rows = np.add.reduce([fine[k::s] for k in range(s)])  # sum over the s rows of each pixel
         cover = np.add.reduce([rows[:, k::s] for k in range(s)])  # covered samples, of s * s per pixel
         labels[top // s : bottom // s, left // s : right // s][2 * cover >= s * s] = index + 1
     pixels = np.asarray(canvas.reduce(s), dtype=np.float32)

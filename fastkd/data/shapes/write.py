@@ -116,17 +116,17 @@ def draw(index: int, seed: int) -> tuple[Scene, list[Expression]]:
 def _write(
     folder: Path, images: int, image_size: int, seed: int, progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
-    photos = folder / "images" / "train2014"
-    photos.mkdir(parents=True)
+    image_folder = folder / "images" / "train2014"
+    image_folder.mkdir(parents=True)
     instances: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     refs: list[dict[str, Any]] = []
-    side: dict[str, dict[str, Any]] = {"objects": {}, "sentences": {}}
+    sidecar: dict[str, dict[str, Any]] = {"objects": {}, "sentences": {}}
     for index in range(images):
         scene, expressions = draw(index, seed)
         appearance = Random(f"{FORMAT}/{seed}/{index}/look")
         pixels, labels = render(scene, image_size, appearance)
         name = f"COCO_train2014_{index + 1:012d}.jpg"
-        Image.fromarray(pixels).save(photos / name, format="JPEG", quality=92, subsampling=0)
+        Image.fromarray(pixels).save(image_folder / name, format="JPEG", quality=92, subsampling=0)
         instances["images"].append(
             {
                 "license": 1,
@@ -144,7 +144,7 @@ def _write(
             _annotation(first + k, index + 1, scene, k, labels == k + 1) for k in range(len(scene))
         ]
         for k, shape in enumerate(scene.shapes):
-            side["objects"][str(first + k)] = {
+            sidecar["objects"][str(first + k)] = {
                 "kind": shape.kind,
                 "colour": shape.colour,
                 "texture": shape.texture,
@@ -152,16 +152,16 @@ def _write(
                 "visible": round(scene.visible[k], 4),
                 "depth": k,
             }
-        _add_refs(refs, side["sentences"], scene, expressions, index, first, appearance)
+        _add_refs(refs, sidecar["sentences"], scene, expressions, index, first, appearance)
         if progress is not None:
             progress(index + 1, images)
-    _save(folder, instances, refs, side, {"images": images, "image_size": image_size, "seed": seed})
-    kinds = Counter(side["sentences"].values())
+    _save(folder, instances, refs, sidecar, {"images": images, "image_size": image_size, "seed": seed})
+    kinds = Counter(sidecar["sentences"].values())
     return {
         "images": images,
         "objects": len(instances["annotations"]),
         "refs": len(refs),
-        "sentences": len(side["sentences"]),
+        "sentences": len(sidecar["sentences"]),
         "refs_by_split": dict(Counter(ref["split"] for ref in refs)),
         "sentences_by_kind": {kind: kinds[kind] for kind in KIND_SHARES},
     }
@@ -187,25 +187,25 @@ def _add_refs(
     scene: Scene,
     expressions: list[Expression],
     index: int,
-    first_ann: int,
+    first_ann_id: int,
     rng: Random,
 ) -> None:
     by_target: dict[int, list[Expression]] = {}
-    for one in expressions:
-        by_target.setdefault(one.target, []).append(one)
+    for expression in expressions:
+        by_target.setdefault(expression.target, []).append(expression)
     for target, group in sorted(by_target.items()):
         sentences: list[dict[str, Any]] = []
-        for one in group:
-            sent_id = len(kinds)
-            kinds[str(sent_id)] = one.kind
-            raw = one.text.capitalize() + "." if rng.random() < 0.5 else one.text
-            sentences.append({"tokens": one.text.split(), "raw": raw, "sent_id": sent_id, "sent": one.text})
+        for expression in group:
+            sent_id, text = len(kinds), expression.text
+            kinds[str(sent_id)] = expression.kind
+            raw = text.capitalize() + "." if rng.random() < 0.5 else text
+            sentences.append({"tokens": text.split(), "raw": raw, "sent_id": sent_id, "sent": text})
         refs.append(
             {
                 "sent_ids": [sentence["sent_id"] for sentence in sentences],
                 # As in RefCOCO, not the name of a file: it includes the annotation id.
-                "file_name": f"COCO_train2014_{index + 1:012d}_{first_ann + target}.jpg",
-                "ann_id": first_ann + target,
+                "file_name": f"COCO_train2014_{index + 1:012d}_{first_ann_id + target}.jpg",
+                "ann_id": first_ann_id + target,
                 "ref_id": len(refs),
                 "image_id": index + 1,
                 "split": split_of(index),
@@ -219,7 +219,7 @@ def _save(
     folder: Path,
     instances: dict[str, list[dict[str, Any]]],
     refs: list[dict[str, Any]],
-    side: dict[str, dict[str, Any]],
+    sidecar: dict[str, dict[str, Any]],
     settings: dict[str, int],
 ) -> None:
     (folder / "refcoco").mkdir()
@@ -232,5 +232,5 @@ def _save(
     (folder / "refcoco" / "instances.json").write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
     # The published files use protocol 2.
     (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    sidecar: dict[str, Any] = {"format": FORMAT, **settings, "shares": KIND_SHARES, **side}
-    (folder / "shapes.json").write_text(json.dumps(sidecar, separators=(",", ":")), encoding="utf-8")
+    extra: dict[str, Any] = {"format": FORMAT, **settings, "shares": KIND_SHARES, **sidecar}
+    (folder / "shapes.json").write_text(json.dumps(extra, separators=(",", ":")), encoding="utf-8")

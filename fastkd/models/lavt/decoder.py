@@ -15,7 +15,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class LAVTDecoder(nn.Module):
-    """Start at y = stage 4; repeat y = ReLU(bn2(conv2(ReLU(bn1(conv1([resize(y), stage])))))); classify by conv1_1.
+    """From y = stage 4, repeat y = ReLU(bn2(conv2(ReLU(bn1(conv1([resize(y), stage])))))), then classify with conv1_1.
 
     Each pair of convolutions is named after the coarser of its two stages: conv1_4, bn1_4, conv2_4, bn2_4, then _3
     and _2.

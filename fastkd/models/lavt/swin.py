@@ -103,10 +103,10 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(x).view(b, windows, n, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, N, C/heads)
         if allowed is None:
-            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B·windows, heads, N, C/heads)
         else:  # each window has its own mask: merge windows into the heads dimension, broadcast over the batch
             bias = bias.masked_fill(~allowed[:, None], -torch.inf).flatten(0, 1)
-            q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+            q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)  # (B, windows·heads, N, C/heads)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
         out = out.reshape(b, windows, self.heads, n, c // self.heads).transpose(2, 3)  # (B, windows, N, heads, C/heads)
         return self.proj(out.reshape(b, windows, n, c))

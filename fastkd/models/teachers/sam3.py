@@ -72,7 +72,7 @@ class SAM3Teacher(TextPromptedTeacher):
             mask = out.semantic_seg
         else:
             best = out.pred_logits.argmax(1)  # (B,); the presence score is a common factor of all queries
-            mask = out.pred_masks[torch.arange(len(best), device=best.device), best].unsqueeze(1)
+            mask = out.pred_masks[torch.arange(len(best), device=best.device), best].unsqueeze(1)  # (B, 1, h, w)
         maps = self._recorded["maps"].fpn_hidden_states[:-1]  # without the coarsest, which the network does not use
         fused = as_map(self._recorded["fused"].last_hidden_state, tuple(maps[-1].shape[-2:]))
         stages = [*maps[:-1], fused]
