@@ -78,5 +78,5 @@ def load_local_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
 
 
 def shapes_teacher() -> Path:
-    """Return the folder of the teacher for the procedural set that ships with fastkd."""
+    """Return the folder of the shipped teacher for the procedural set."""
     return Path(__file__).resolve().parent.parent / "models" / "assets" / "shapes-teacher"

@@ -48,7 +48,7 @@ class RefCOCO:
         split_by: Author of the split: ``"unc"``, ``"google"`` or ``"umd"``.
         split: ``"train"``, ``"val"``, ``"testA"``, ``"testB"`` or ``"test"``. A ref of
             split ``"testAB"`` is in both testA and testB.
-        image_root: The folder of the JPEG files; default: the first of four usual folders under ``root`` with all.
+        image_root: The folder of the JPEG files; default: the first of four usual ones in ``root`` that has them all.
         mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels covered by exactly one polygon.
         sentence_field: ``"sent"`` (lower-case, no punctuation), ``"raw"``, or ``"raw.lower"``.
         skip_unusable: Skip empty sentences, and refs without a sentence, with an unusable segmentation, or with a

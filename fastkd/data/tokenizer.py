@@ -1,4 +1,4 @@
-"""Tokenize sentences with the shipped vocabulary or local files, never a download."""
+"""Tokenize sentences with the shipped vocabulary or local files; never downloads anything."""
 
 from __future__ import annotations
 

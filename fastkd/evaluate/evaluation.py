@@ -39,7 +39,7 @@ class EvalResult:
         refs: number of distinct refs among them, or None if the batches have no ``ref_id``.
         resolution: (H, W) at which masks were compared.
         decision: rule that turned logits into masks, "argmax".
-        threshold: condition that P@X counts, "IoU >= X".
+        threshold: condition for a sample to count in P@X, "IoU >= X".
         precision: arithmetic of the network: "fp32", "bf16", "fp16" or "fp64".
         seconds: wall-clock seconds, loading included.
         sample_iou: (sentences,) float64 IoU in [0, 1], in dataset order.

@@ -22,8 +22,8 @@ class RISMetrics(Metric):
         oIoU = ΣI / ΣU,    mIoU = mean of I/U,    P@X = share of samples with I/U ≥ X,
 
     where a sample with U = 0 has IoU 0. I and U are stored per sample as int64: sums are exact, processes merge by
-    concatenation, and `sample_iou` is available afterwards. Pass each sample to one process
-    only; padding would count.
+    concatenation, and `sample_iou` is available afterwards. Each sample must be added in one process only,
+    without padding.
 
     Example:
         >>> metrics = RISMetrics()

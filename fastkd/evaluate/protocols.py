@@ -13,7 +13,7 @@ class Protocol:
         name: name of the protocol.
         resolution: side of the square at which masks are compared, or None for the dataset's own size.
         decision: rule that turns logits into a mask.
-        threshold: condition that P@X counts.
+        threshold: condition for a sample to count in P@X.
     """
 
     name: str

@@ -14,7 +14,7 @@ from fastkd._messages import close_matches, shortened
 from fastkd.models import hub
 
 Fuse = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-"""(stage index, map) to (map to return, input of the next stage)."""
+"""Map (stage index, map) to (fused map, input of the next stage)."""
 
 _SUPPORTED = (
     "supported families: Swin, ConvNeXt, ResNet, RegNet, EfficientNet, MobileNet, EfficientViT, FastViT, TinyViT, "
@@ -107,8 +107,8 @@ class StagedBackbone(nn.Module):
 
         Args:
             image: (B, 3, H, W).
-            fuse: Called with a stage's index and its map (B, C_i, H_i, W_i); returns the map to return and the input of
-                the next stage, both of that shape.
+            fuse: Called with a stage's index and its map (B, C_i, H_i, W_i); returns (fused map, input of the next
+                stage), both of that shape.
 
         Raises:
             ValueError: The backbone does not support the image size, or a stage does not return a map.
@@ -202,7 +202,7 @@ def _load_weights(network: nn.Module, path: Path) -> set[str]:
     if convert is not None:
         try:
             state = convert(state, network)
-        except Exception as error:  # it assumes that its keys exist
+        except Exception as error:  # timm's filter assumes that its keys exist
             raise ValueError(
                 f"{path}: timm cannot convert these keys for a {type(network).__name__} "
                 f"({type(error).__name__}: {error})"

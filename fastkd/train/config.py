@@ -20,8 +20,8 @@ class TrainConfig:
     batch_size: int = 16
     """Samples per optimiser step, over all micro-batches and all processes."""
     accumulate: int = 1
-    """Micro-batches per step. They need less memory and give the result of the whole batch, unless something mixes
-    samples (BatchNorm, or a term with ``across_batch`` or ``cross_image``), which causes a warning."""
+    """Micro-batches per step, to save memory. The result is that of the whole batch, unless something mixes samples
+    (BatchNorm, or a term with ``across_batch`` or ``cross_image``), which causes a warning."""
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 1e-2

@@ -133,7 +133,7 @@ def read_config(
     default_mean: tuple[float, ...],
     default_std: tuple[float, ...],
 ) -> TeacherConfig:
-    """Return the teacher's configuration: ``overrides`` come before the folder's files, and these before the defaults.
+    """Return the teacher's configuration: ``overrides`` take precedence over the folder's files, then defaults.
 
     Raises:
         ValueError: A value is out of range, or a file is not JSON.
