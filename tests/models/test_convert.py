@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="needs the [ris] extra")
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tiny_lavt import CHECKPOINT_BERT, bert_weights, training_checkpoint, weights
+from tiny_lavt import CHECKPOINT_BERT, training_checkpoint
 
 import fastkd
 from fastkd.cli import main
@@ -39,22 +39,6 @@ STUDENT = {
     "decoder_width": 32,
     "image_size": 64,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def vision() -> dict[str, torch.Tensor]:
-    return weights(8, (1, 2, 1, 1), window=3, word_width=CHECKPOINT_BERT["hidden_size"])
-
-
-@pytest.fixture(scope="module")
-def text() -> dict[str, torch.Tensor]:
-    return bert_weights(**CHECKPOINT_BERT)
-
-
-@pytest.fixture
-def published(vision, text, tmp_path) -> Path:
-    torch.save(training_checkpoint(vision, text, mha="1-2-2-4"), tmp_path / "lavt.pth")
-    return tmp_path / "lavt.pth"
 
 
 def forward(model):

@@ -16,26 +16,10 @@ import torch
 pytest.importorskip("timm", reason="needs the [ris] extra")
 pytest.importorskip("transformers", reason="needs the [ris] extra")
 
-from tiny_lavt import CHECKPOINT_BERT, bert_weights, training_checkpoint, weights
+from tiny_lavt import training_checkpoint
 
 from fastkd.models import LAVT
 from fastkd.models.lavt import convert, read_checkpoint
-
-
-@pytest.fixture(scope="module")
-def vision() -> dict[str, torch.Tensor]:
-    return weights(8, (1, 2, 1, 1), window=3, word_width=CHECKPOINT_BERT["hidden_size"])
-
-
-@pytest.fixture(scope="module")
-def text() -> dict[str, torch.Tensor]:
-    return bert_weights(**CHECKPOINT_BERT)
-
-
-@pytest.fixture
-def published(vision, text, tmp_path) -> Path:
-    torch.save(training_checkpoint(vision, text, mha="1-2-2-4"), tmp_path / "lavt.pth")
-    return tmp_path / "lavt.pth"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from tiny_models import TEXT
 
 timm = pytest.importorskip("timm", reason="needs the [ris] extra")
 pytest.importorskip("transformers", reason="needs the [ris] extra")
@@ -51,15 +52,6 @@ FAMILIES = {
         FINE,
     ),
 }
-TEXT = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 12,
-}
-
 
 ODD = [(65, 79), (33, 47)]
 
