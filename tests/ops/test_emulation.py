@@ -154,7 +154,7 @@ CHECKED = {
 
 @pytest.mark.timeout(1800)
 def test_sanitizers_report_nothing(rig: Rig) -> None:
-    files = [str(TESTS / f"test_contract_{name}.py") for name in ("determinism", "memory")]
+    files = [str(TESTS / "contract" / f"test_{name}.py") for name in ("determinism", "memory")]
     done = rig.contract(*files, "-k", f"cuda and ({CHECKED[rig.kind]})")
     output = done.stdout[-4000:] + done.stderr[-6000:]
     assert done.returncode == 0, output
