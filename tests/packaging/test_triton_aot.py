@@ -21,6 +21,7 @@ from shared_build import shared_folder
 pytest.importorskip("triton", reason="Triton is not installed")
 
 MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+SAMPLED = ("80", "90", "100")
 PRODUCTS = ("relation.tiles", "relation.derivative", "relation.product")
 KERNELS = {
     *("softmax_kl.forward", "softmax_kl.backward", *PRODUCTS, "relation.merge"),
@@ -85,14 +86,17 @@ def test_tables_have_no_spills(version: str) -> None:
 
 
 def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
-    """Registers are not compared: their number depends on the version of ptxas."""
+    """Compile for one chip of each kind of matrix instruction.
+
+    Registers are not compared: their number depends on the version of ptxas.
+    """
     file = tmp_path / "aot.json"
     kernels = SCRIPT.parents[1] / "kernels"
     with shared_folder("triton-sample", kernels, importlib.metadata.version("triton")) as folder:
-        output = run("--sample", "--json", str(file), TRITON_CACHE_DIR=str(folder))
+        output = run("--sample", "--targets", *SAMPLED, "--json", str(file), TRITON_CACHE_DIR=str(folder))
     assert file.exists(), output
     rows = json.loads(file.read_text())["rows"]
-    assert {(row["kernel"], row["target"]) for row in rows} >= {(k, t) for k in KERNELS for t in MATRIX_INSTRUCTIONS}
+    assert {(row["kernel"], row["target"]) for row in rows} >= {(k, f"sm_{t}") for k in KERNELS for t in SAMPLED}
     version = importlib.metadata.version("triton")
     if version not in TABLES:
         spilled = [row for row in rows if not row["ok"]]

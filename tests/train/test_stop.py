@@ -144,7 +144,8 @@ def test_process_with_workers_ends(whole_group: bool, tmp_path: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 143, error
-    assert "Traceback" not in error
+    # Python's own thread in a loading process prints one if it was cut off while it passed a tensor on.
+    assert all("multiprocessing/resource_sharer.py" in text[:300] for text in error.split("Traceback")[1:]), error
     assert len(workers) == 2
     assert not alive
     assert read_log(tmp_path / "run")[-1]["reason"] == "Terminated"
