@@ -159,7 +159,7 @@ def _propose(kind: str, scene: Scene, target: int, rng: Random) -> m.Meaning | N
         noun = _draw_noun(shape, rng, 3 if kind == "attribute" else 2)
         count = len(noun.members(scene))
         # Except for attributes, the noun must be ambiguous, or the rest of the sentence would be redundant.
-        if (count == 1) != (kind == "attribute") or noun == m.Noun() == (kind == "attribute"):
+        if (count == 1) != (kind == "attribute"):
             continue
         meaning = _complete(kind, noun, count, scene, target, rng)
         if meaning is not None and m.identify(meaning, scene) == target:
