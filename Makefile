@@ -2,15 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A worker that is done takes over tests of another. Each needs 2 to 4 GB of memory.
+# worksteal: an idle worker takes over tests from a busy one. Each worker needs 2 to 4 GB of memory.
 TEST_WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
-# nvcc alone does not mean that CUDA kernels can run: without a visible GPU they are not compiled, with one for its chip.
-# `FASTKD_CUDA=1 make test` compiles them anyway, FASTKD_CUDA_TARGETS=all for every chip.
+# CUDA kernels are compiled for the visible GPU, and skipped without one even if nvcc is installed.
+# `FASTKD_CUDA=1 make test` compiles them anyway; FASTKD_CUDA_TARGETS=all selects every chip.
 export FASTKD_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),auto,0)
-# The Python version of the machine with the GPU, not of this one.
+# Python version on the GPU machine, which may differ from this one's.
 WHEELHOUSE ?= wheelhouse
 WHEELHOUSE_PYTHON ?= 3.12
-SOURCES := pyproject.toml setup.py $(shell find fastkd kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null)
+SOURCES := pyproject.toml setup.py \
+	$(shell find fastkd kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null)
 
 VERSIONS ?= oldest torch-2.14 torch-2.15
 
@@ -19,11 +20,11 @@ VERSIONS ?= oldest torch-2.14 torch-2.15
 help:
 	@echo "make demo        install into $(VENV), then distil a small student and write runs/demo/report.html"
 	@echo "make test        install into $(VENV), then run the tests on the installed package"
-	@echo "make test-versions  the same under each of tests/versions/*.txt, in its own environment (.venv-NAME)"
-	@echo "make check       format, lint and types, without changing anything"
-	@echo "make bench       the speed comparisons (pytest --benchmark-only)"
+	@echo "make test-versions  the same with the versions of each tests/versions/*.txt, each in .venv-NAME"
+	@echo "make check       check format, lint and types, without changing anything"
+	@echo "make bench       run the speed comparisons (pytest --benchmark-only)"
 	@echo "make teacher     train the demo's teacher again (about an hour)"
-	@echo "make wheelhouse  wheels for scripts/gpu_check.sh on a machine without a network (Python $(WHEELHOUSE_PYTHON))"
+	@echo "make wheelhouse  fetch wheels for scripts/gpu_check.sh on an offline machine (Python $(WHEELHOUSE_PYTHON))"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,7 +48,7 @@ demo: $(VENV)/.ris
 test: $(VENV)/.test
 	FASTKD_TEST_INSTALLED=1 $(BIN)/pytest $(TEST_WORKERS) $(TEST_ARGS)
 
-# The constraints apply to the build's requirements as well.
+# The constraints also apply to the build requirements.
 test-versions:
 	for name in $(VERSIONS); do \
 		PIP_CONSTRAINT=$(CURDIR)/tests/versions/$$name.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/tests/versions/$$name.txt \
@@ -68,7 +69,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(BIN)/pytest --benchmark-only
 
-# The demo's teacher: its own scenes (seed 1; the demo's are seed 0), 42 minutes of training on one core, stored in fp16.
+# The demo's teacher: trained on scenes of seed 1 (the demo uses seed 0) for 42 minutes on one core; stored in fp16.
 teacher: $(VENV)/.ris
 	$(BIN)/fastkd data make-shapes runs/teacher-data --images 16000 --image-size 64 --seed 1 --overwrite
 	$(BIN)/fastkd train --data runs/teacher-data --model shapes-teacher --out runs/teacher --steps 60000 \

@@ -4,8 +4,8 @@ Needs no torch, flags, GPU or compiler: modules that cannot be built are skipped
 ``fastkd.info()``). Environment variables:
 
     FASTKD_CUDA          "auto" (default): CUDA kernels if nvcc works; "1": fail without them; "0": skip them
-    FASTKD_CUDA_TARGETS  chips to compile for: by default the visible GPUs, or all chips without one; "all"; "80,90"
-    MAX_JOBS             compiler processes at a time; by default as many as cores and memory allow
+    FASTKD_CUDA_TARGETS  chips to compile for: the visible GPUs' (default; all without a GPU), "native", "all", "80,90"
+    MAX_JOBS             number of parallel compiler processes; by default as many as cores and memory allow
 """
 
 from __future__ import annotations
@@ -36,27 +36,25 @@ def jobs() -> int:
 
 
 def check_switches() -> None:
-    """Raise SystemExit if a switch has an unknown value."""
+    """Raise SystemExit if FASTKD_CUDA has an unknown value."""
     cuda = os.environ.get("FASTKD_CUDA", "auto")
     if cuda not in ("", "auto", "0", "1"):
         raise SystemExit(f"FASTKD_CUDA: expected auto, 0 or 1, got {cuda!r}")
 
 
 class Build(build):
-    """Build into an empty folder: files of an earlier version would get into the wheel."""
+    """Empty the build folder first: files of an earlier version would get into the wheel."""
 
     def run(self) -> None:
         """Run the command."""
-        if self.build_lib in (
-            self.build_purelib,
-            self.build_platlib,
-        ):  # the default folder, not one that the user named
+        # Only the default folder, not one that the user named.
+        if self.build_lib in (self.build_purelib, self.build_platlib):
             clear(self.build_lib)
         super().run()
 
 
 class BdistWheel(bdist_wheel):
-    """Empty the folder that is packed as well: a killed build leaves it behind."""
+    """Empty the folder to be packed first: a killed build leaves files in it."""
 
     def run(self) -> None:
         """Run the command."""
@@ -77,7 +75,7 @@ if __name__ == "__main__":
     setup(
         packages=[
             *find_packages(include=["fastkd", "fastkd.*"]),
-            "fastkd.data.assets",  # without Python files: listed, so that setuptools treats them as packages
+            "fastkd.data.assets",  # data only: listed so that setuptools treats them as packages
             "fastkd.models.assets",
             "fastkd.kernels",
             *(f"fastkd.kernels.{name}" for name in find_packages("kernels")),

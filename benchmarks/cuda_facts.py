@@ -1,12 +1,12 @@
-"""Print what every CUDA kernel costs on each chip it is compiled for; no GPU is needed.
+"""Print the resources that every CUDA kernel uses on each chip it is compiled for; no GPU is needed.
 
-    python -m benchmarks.cuda_facts                                           the installed fastkd._cuda
-    python -m benchmarks.cuda_facts --targets all --json benchmarks/results/nvcc/13.0.88.json    build it first
+    python -m benchmarks.cuda_facts                                           # the installed fastkd._cuda
+    python -m benchmarks.cuda_facts --targets all --json benchmarks/results/nvcc/13.0.88.json    # build it first
 
 Registers, spills, local memory, stack, static shared memory and the number of matrix instructions come from
-``cuobjdump``, which ships with CUDA and inside Triton. ``code`` is a digest of the machine code: a table's rows are of
-today's kernels if compiling them for one chip gives that chip's digests again. Dynamic shared memory is not recorded in
-the module: launches check it.
+``cuobjdump``, which ships with CUDA and inside Triton. ``code`` is a digest of the machine code: a table is up to date
+if compiling for one chip reproduces that chip's digests. The module does not record dynamic shared memory; launches
+check it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHARED_LIMIT = 48 * 1024
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 ENCODING = re.compile(r"/\* (0x[0-9a-f]{16}) \*/")
 NAMESPACE = "fastkd4cuda"
-"""Part of the mangled name of each of fastkd's kernels; the CUDA runtime adds none."""
+"""Part of the mangled name of each fastkd kernel, as opposed to other functions in the module."""
 
 
 def build(folder: Path, targets: str) -> Path:
@@ -56,7 +56,7 @@ def build(folder: Path, targets: str) -> Path:
 
 
 def program(name: str) -> str:
-    """Return the path of a program next to this Python, on PATH, or among CUDA's inside Triton."""
+    """Return the path of a program: next to this Python, on PATH, or CUDA's tools inside Triton."""
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = shutil.which(name, path=places)
     if found is None and name in ("cuobjdump", "nvdisasm"):
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--module", type=Path, help="read this module instead of the installed one")
-    parser.add_argument("--targets", help="build the module for these chips first: all, or such as 80,90")
+    parser.add_argument("--targets", help="first build the module for these chips: all, or e.g. 80,90")
     parser.add_argument("--build", type=Path, help="folder of that build (default: a temporary one)")
     parser.add_argument("--match", default="", help="only kernels whose name matches this pattern")
     args = parser.parse_args(argv)

@@ -97,7 +97,7 @@ def _first_order(m_s: Tensor, m_t: Tensor) -> Tensor:
 
 
 def cross_modal(v_s: Tensor, l_s: Tensor, v_t: Tensor, l_t: Tensor) -> Tensor:
-    """Compute the second order from T×T products of a, b and d = a − b, the algebra of docs/maths.md."""
+    """Compute the second-order terms from T×T products of a, b and d = a − b, as derived in docs/maths.md."""
     (m_s, a), (m_t, b) = attention(v_s, l_s), attention(v_t, l_t)
     d = a - b
     a_t, b_t, d_t = (x.transpose(1, 2) for x in (a, b, d))
@@ -108,7 +108,7 @@ def cross_modal(v_s: Tensor, l_s: Tensor, v_t: Tensor, l_t: Tensor) -> Tensor:
 
 
 def cross_modal_nn(v_s: Tensor, l_s: Tensor, v_t: Tensor, l_t: Tensor) -> Tensor:
-    """Compute the second order as it is defined, with N×N matrices."""
+    """Compute the second-order terms by their definition, with N×N matrices."""
     (m_s, a), (m_t, b) = attention(v_s, l_s), attention(v_t, l_t)
     pixel_pixel = (a @ a.transpose(1, 2) - b @ b.transpose(1, 2)).square().sum((1, 2))
     word_word = (a.transpose(1, 2) @ a - b.transpose(1, 2) @ b).square().sum((1, 2))
@@ -121,7 +121,7 @@ ROWS = {"channel_kd": channel_rows, "pixel_relation_kd": pixel_rows}
 
 
 def formula(workload: Workload, nn: bool = False) -> Loss:
-    """Return the plain formula of a workload; ``nn`` selects the one with N×N matrices, for ``cross_modal_kd``."""
+    """Return the plain formula of a workload; with ``nn``, the one of ``cross_modal_kd`` with N×N matrices."""
     if workload.loss in ROWS:
         return relation(workload.distance, ROWS[workload.loss])
     if workload.loss == "cross_modal_kd":
@@ -130,7 +130,7 @@ def formula(workload: Workload, nn: bool = False) -> Loss:
 
 
 def fastkd(workload: Workload, backend: str) -> Loss:
-    """Return fastkd's function with the options of the formula."""
+    """Return fastkd's loss with the options that match the formula."""
     from fastkd import losses
 
     if workload.loss == "cross_modal_kd":

@@ -58,9 +58,9 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Time the calls in turn, round after round, so that other load on the machine affects all of them alike.
 
-    Each timed call is preceded by an untimed one of the same provider, so that it does not pay for caches filled and
-    memory returned to the system by the provider before it. Warm-up: two calls each, then up to four rounds in a
-    quarter of the time. Calls named in ``slow`` take seconds; they are warmed up once and timed in two rounds only.
+    Each timed call follows an untimed one of the same provider, so that it does not pay for caches filled and memory
+    returned to the system by the previous provider. Warm-up: two calls each, then up to four rounds in a quarter of the
+    time. Calls named in ``slow`` take seconds; they are warmed up once and timed in two rounds only.
     """
     for name, call in calls.items():
         for _ in range(1 if name in slow else 2):
@@ -97,7 +97,7 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """Return this machine's best rates: bytes copied (read + written), FLOP of matrix products, exponentials."""
+    """Return this machine's best rates per second: bytes copied (read + written), matrix FLOP, exponentials."""
     gpu = device.startswith("cuda")
     n = 2**29 if gpu else 2**25
     a = torch.rand(n, device=device)
@@ -156,6 +156,6 @@ def device_slug(env: dict[str, Any]) -> str:
 
 
 def write_results(path: Path, env: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write a results file whole or not at all."""
+    """Write a results file atomically."""
     with replace_files(path) as (partial,):
         partial.write_text(json.dumps({"environment": env, "rows": rows} | more, indent=1) + "\n", encoding="utf-8")

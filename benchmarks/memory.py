@@ -46,7 +46,7 @@ def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
     call()
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else memory cached by malloc would hide this call's allocations
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise memory cached by malloc would hide this call's allocations
         CLEAR.write_text("5", encoding="ascii")  # reset the high-water mark
         before = _status("VmRSS")
         result = call()

@@ -28,7 +28,7 @@ def candidates(workload: Workload, device_type: str, autotune: bool = False) -> 
 
 
 def in_sweep(workload: Workload, device_type: str, sweep: str) -> list[str]:
-    """Return the providers that one sweep times; each sweep includes eager, the base of all ratios within a run."""
+    """Return the providers that one sweep times. Each sweep includes eager, the baseline of all ratios."""
     names = candidates(workload, device_type, autotune=True)
     others = {"compile": ("eager", "compile", "reference"), "autotune": ("eager", "compile_max")}
     if sweep == "own":

@@ -24,7 +24,7 @@ def arithmetic(workload: Workload) -> str:
 
 
 def minimum(workload: Workload, mode: str) -> dict[str, int]:
-    """Return the least bytes of memory traffic, FLOP of matrix products and exponentials of "forward" or "both" passes.
+    """Return the least memory traffic in bytes, matrix FLOP and exponentials of the "forward" pass or of "both" passes.
 
     Elementwise operations are not counted: they overlap with the memory traffic and exponentials of their elements.
     """
@@ -86,7 +86,7 @@ def _narrow_is_less(narrow: int, dtype: str, tiles: int) -> bool:
 
 
 def seconds(least: dict[str, int], ceilings: dict[str, float], dtype: str) -> float:
-    """Return the least time at the machine's measured rates, with matrix products in ``dtype``.
+    """Return the least time in seconds at the machine's measured rates, with matrix products in ``dtype``.
 
     Products and exponentials share a core's units, so their times add; memory traffic overlaps with both.
     """

@@ -3,9 +3,9 @@
     python -m benchmarks [--family relation] [--workloads SUBSTRING] [--dtype bfloat16] [--seconds 10] [--out FOLDER]
 
 Each workload runs in its own process, which times all providers in turn, round after round, and compares medians.
-Prints one line per workload and fastkd backend, forward plus backward, with targets in parentheses; ``!`` marks a miss,
-followed by the speed-up that a kernel at the roofline would have. ``--all`` prints every provider and mode. Writes
-FAMILY.json. See docs/benchmarks.md.
+Prints one line per workload and fastkd backend, forward plus backward, with targets in parentheses. ``!`` marks a
+missed target, preceded by the speed-up that a kernel at the roofline would have. ``--all`` prints every provider and
+mode. Writes FAMILY.json. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from fastkd._console import plain_characters
 
 Rows = list[dict[str, Any]]
 
-
-SHARES = {"forward": 0.3, "both": 0.7, "graph": 0.4}  # of a workload's time
+SHARES = {"forward": 0.3, "both": 0.7, "graph": 0.4}  # relative, of a workload's time
 
 
 def compare(workload: workloads.Workload, device: str, seconds: float, names: list[str]) -> Iterator[Rows]:
@@ -116,7 +115,7 @@ def relative_error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 def child_command(
     workload: workloads.Workload | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool
 ) -> list[str]:
-    """Return the command that measures one workload, or only the ceilings, in a process: see :func:`run_child`."""
+    """Return the command that measures one workload, or only the ceilings, by :func:`run_child` in a new process."""
     one = ["--device", device, "--seconds", str(seconds), "--one-to", str(path), *(["--ceilings"] if ceilings else [])]
     if workload is not None:
         one += [
@@ -146,7 +145,7 @@ def run_child(
 def run_in_subprocess(
     workload: workloads.Workload, device: str, seconds: float, names: list[str], ceilings: bool
 ) -> dict[str, Any]:
-    """Return ``{"rows", "ceilings"}`` of a workload, unaffected by allocators, threads or graphs of other workloads."""
+    """Return ``{"rows", "ceilings"}`` of a workload, isolated from other workloads' allocators, threads and graphs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lines.jsonl"
         done = subprocess.run(child_command(workload, device, seconds, names, path, ceilings), check=False)
@@ -167,7 +166,7 @@ def missing_rows(workload: workloads.Workload, names: list[str], rows: Rows, not
 
 
 def rows_kept(path: Path, now: set[str], best: dict[str, float]) -> Rows:
-    """Return the rows of a results file that are not measured now, with their commit, and update the best ceilings."""
+    """Return the rows of a results file that are not measured again, with their commit; update the best ceilings."""
     if not path.exists():
         return []
     old = json.loads(path.read_text(encoding="utf-8"))
@@ -207,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--all", action="store_true", help="print every provider and mode")
     parser.add_argument("--out", type=Path, help="folder for FAMILY.json; default: benchmarks/results/DEVICE")
-    parser.add_argument("--keep", action="store_true", help="keep rows of FAMILY.json that are not measured now")
+    parser.add_argument("--keep", action="store_true", help="keep rows of FAMILY.json that are not measured again")
     for name, options in {"one": {}, "one-to": {"type": Path}, "providers": {"nargs": "+"}}.items():
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **options)
     parser.add_argument("--ceilings", action="store_true", help=argparse.SUPPRESS)
@@ -233,8 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         results[family] = rows_kept(path, {workload.name for workload in todo}, best) if args.keep else []
         for workload in todo:
             names = providers.candidates(workload, torch.device(args.device).type, args.autotune)
-            again = not best or args.device == "cpu"  # a CPU's ceilings vary with other load: keep the best
-            result = run_in_subprocess(workload, args.device, args.seconds, names, again)
+            with_ceilings = not best or args.device == "cpu"  # a CPU's ceilings vary with other load: keep the best
+            result = run_in_subprocess(workload, args.device, args.seconds, names, with_ceilings)
             results[family] += result["rows"]
             best |= {name: max(rate, best.get(name, 0)) for name, rate in result["ceilings"].items()}
             for name in [name for name in results if results[name]]:  # a new best ceiling changes earlier shares

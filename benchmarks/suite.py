@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cases(family: str) -> list[Any]:
-    """Return a family's fp32 workloads by provider, except ``eager_nn``: N×N matrices take seconds and gigabytes."""
+    """Return a family's fp32 workloads with each provider but ``eager_nn``, which takes seconds and gigabytes."""
     return [
         pytest.param(workload, provider, id=f"{workload.name}-{provider}")
         for workload in workloads.select(family, "cpu", (torch.float32,))

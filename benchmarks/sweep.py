@@ -1,10 +1,10 @@
-"""Find the size from which a kernel of fastkd is faster, by a sweep of small sizes per loss.
+"""Find the size from which fastkd's kernels are faster, by sweeping small sizes of each loss.
 
     python -m benchmarks.sweep [--family relation] [--dtype float32] [--seconds 1] [--out FOLDER]
 
 Times fastkd's kernel, the reference and the plain formula, forward and backward, and prints for each loss the number of
-student elements from which the kernel is faster than each of them, at every larger size too. The largest number of a
-family is its entry of ``MIN_ELEMENTS`` in fastkd/ops/dispatch.py. Writes sweep.json.
+student elements from which the kernel is faster than each of the others, at all larger sizes too. A family's entry of
+``MIN_ELEMENTS`` in fastkd/ops/dispatch.py is its largest number. Writes sweep.json.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.table [--results FOLDER] [--write README.md]
 
-prints the speed table of the README, or writes it between its markers.
+prints the README's speed table, or writes it between its markers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OTHERS = ("eager_nn", "eager", "compile", "compile_max", "reference")
 def against_targets(measured: list[workloads.Workload], rows: list[Row]) -> str:
     """Return one line per workload and fastkd backend, in the mode of its targets.
 
-    ``!`` marks a missed target, followed by the speed-up that a kernel at the roofline would have.
+    ``!`` marks a missed target, preceded by the speed-up that a kernel at the roofline would have.
     """
     head = ["work", "kernel", "ms", "x eager", "x compile", "x eager NxN", "extra memory", "of limit", "error"]
     tuned = any(r["provider"] == "compile_max" for r in rows)

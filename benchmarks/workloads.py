@@ -34,9 +34,9 @@ class Workload:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     distance: str = ""
-    teacher_width: int | None = None  # None: the student's
-    maps: bool = False  # cross_modal_kd: pixels as (B, D, H, W) maps, else as (B, N, D) tokens
-    autocast: bool = False  # on a GPU, to its dtype; the plain formulas then compute softmaxes in fp32
+    teacher_width: int | None = None  # None: same as the student's
+    maps: bool = False  # cross_modal_kd: pixels are (B, D, H, W) maps instead of (B, N, D) tokens
+    autocast: bool = False  # on a GPU, to the workload's dtype; the plain formulas then compute softmaxes in fp32
     small: bool = False  # launch-bound: the target applies to the CUDA graph
     modes: tuple[str, ...] = ("forward", "both")
     target: Target = field(default=Target(), compare=False)
@@ -67,7 +67,7 @@ class Workload:
         return b, h * w, c, self.teacher_width or c
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
-        """Return new random features; zeros could run faster and would hide elements that were never written."""
+        """Return new random features: zeros could run faster, and would hide elements that are never written."""
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int, student: bool) -> Tensor:
@@ -174,7 +174,7 @@ FIRST = [
     ("pixel_relation_kd", (2, 128, 120, 120)),
     ("channel_kd", (32, 1024, 15, 15)),
 ]
-"""The most valuable workloads on a GPU, in order; the others follow."""
+"""The workloads of highest priority on a GPU, in order; the others follow."""
 
 SWEEPS = ("own", "compile", "autotune")
 """Sweeps over all workloads, in order: fastkd's kernels first, slow-to-compile providers later. Each times eager."""
@@ -193,7 +193,7 @@ def select(family: str, device_type: str, dtypes: tuple[torch.dtype, ...] | None
 
 
 def by_value(device_type: str, dtypes: tuple[torch.dtype, ...] | None = None) -> list[Workload]:
-    """Return the workloads of all families, the most valuable first."""
+    """Return the workloads of all families, in order of priority."""
     found = [workload for family in CPU_WORKLOADS for workload in select(family, device_type, dtypes)]
     rank = {key: i for i, key in enumerate(FIRST)}
     return sorted(found, key=lambda workload: rank.get((workload.loss, workload.shape), len(rank)))

@@ -2,8 +2,8 @@
 
     python scripts/install.py '.[ris,test]'
 
-pip hides the output of a build, or with ``-v`` prints all of it. This prints what is collected and compiled, and the
-end of the output if the installation fails. Needs the standard library alone.
+pip hides the output of a build, or with ``-v`` prints all of it. This script prints what is collected and
+compiled, and the end of the output if the installation fails. It needs only the standard library.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def shown(line: str) -> str | None:
 
 
 def main() -> int:
-    """Run pip with the arguments given and return its exit status."""
+    """Run pip with the given arguments and return its exit status."""
     command = [sys.executable, "-m", "pip", "install", "-v", "--progress-bar", "off", *sys.argv[1:]]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     last: deque[str] = deque(maxlen=SHOWN_ON_FAILURE)

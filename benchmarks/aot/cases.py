@@ -8,5 +8,5 @@ TARGETS = (80, 90, 100, 120)
 """Compute capability × 10 of each chip."""
 
 Case = tuple[Any, ...]
-"""(name, kernel, argument types, constants, warps) and optional compiler options; "but" lists the chips that do not use
-the case. A type ending in ":16" marks an argument divisible by 16."""
+"""(name, kernel, argument types, constants, warps) and optional compiler options; "but" lists the chips that do not
+use the case. A type ending in ":16" marks an argument divisible by 16."""

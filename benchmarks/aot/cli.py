@@ -3,8 +3,8 @@
     python -m benchmarks.aot [--json FILE] [--targets 80 90 100 120] [--dtypes fp32 bf16]
 
 Registers, spills, shared memory and matrix instruction counts come from ``cuobjdump``, which ships with Triton. Rows
-that FILE already has for the same code are not compiled again. ``benchmarks.aot.versions`` does the same for every
-supported version of Triton.
+that FILE already has for the same code are not recompiled. ``benchmarks.aot.versions`` does this for every supported
+version of Triton.
 """
 
 from __future__ import annotations

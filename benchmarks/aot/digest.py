@@ -1,4 +1,4 @@
-"""Hash everything an ahead-of-time compilation depends on, so that unchanged kernels are not compiled again."""
+"""Hash everything that an ahead-of-time compilation depends on, so that unchanged kernels are not recompiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.aot.cases import Case
 def digest(case: Case) -> str:
     """Return a hash of the kernel, every device function it calls, its argument types, constants and options.
 
-    Comments, docstrings, formatting and the modules that hold the functions do not affect it.
+    It does not depend on comments, docstrings, formatting or the modules that define the functions.
     """
     _, kernel, types, constants, warps, *more = case
     options = {name: value for group in more for name, value in group.items() if name != "but"}

@@ -44,8 +44,8 @@ def key(row: dict[str, Any]) -> str:
 def block_label(constants: dict[str, Any]) -> str:
     """Return a short label of a block shape, such as ``128x64x64s``.
 
-    The sizes are followed by ``+`` for a kernel that loops and one for rows split across programs, ``s`` for stored
-    tiles and ``'`` for rows as the inner dimension.
+    After the sizes, ``+`` marks a kernel that loops and another ``+`` rows split across programs, ``s`` stored tiles,
+    and ``'`` rows as the inner dimension.
     """
     sizes = [str(constants[size]) for size in SIZES if size in constants]
     return "x".join(sizes) + "".join(mark for name, mark in MARKS.items() if constants.get(name) is True)
@@ -56,7 +56,7 @@ MARKS = {"LOOP": "+", "SPLIT": "+", "STORE": "s", "STORED": "s", "STUDENT_ROWS_I
 
 
 def select(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = "") -> Iterator[Entry]:
-    """Yield every kernel and block shape used on each chip once."""
+    """Yield each kernel and block shape once per chip that uses it."""
     seen = set()
     for dtype in dtypes:
         for i, case in enumerate(CASES[family](dtype)):
@@ -71,14 +71,14 @@ def select(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match
 
 
 def sample(entries: list[Entry]) -> list[Entry]:
-    """Return one block shape per kernel and chip: the middle one of its bf16 cases, if it has any."""
+    """Return one block shape per kernel and chip: the middle one, of the bf16 cases if there are any."""
     groups: dict[tuple[str, int], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry[3][0], entry[2]), []).append(entry)
     chosen = []
     for group in groups.values():
-        trained = [entry for entry in group if entry[0] == "bf16"] or group
-        chosen.append(trained[len(trained) // 2])
+        preferred = [entry for entry in group if entry[0] == "bf16"] or group
+        chosen.append(preferred[len(preferred) // 2])
     return chosen
 
 
@@ -118,7 +118,7 @@ def known_rows(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_table(file: Path, environment: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    """Write a table with one row per line, and the compiler versions it was made with."""
+    """Write a table with one row per line, and the compiler versions that produced it."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = f'{{"environment": {json.dumps(environment)}, "rows": [\n{lines}\n]}}\n'
     with replace_files(file) as (partial,):

@@ -81,7 +81,7 @@ COMPARING = ("terms", "grams", "merge", "gradient")
 """Kernels that compare student and teacher."""
 
 SPECIALISED: dict[str, tuple[str, ...]] = {"merge": ()}
-"""Sizes specialised on divisibility by 16, for kernels without the usual ones."""
+"""Sizes specialised on divisibility by 16, for kernels where these are not ``pixels`` and ``width``."""
 
 ABSENT = {
     "logits": ("norms_ptr",),
@@ -89,7 +89,7 @@ ABSENT = {
     "words": ("norms_ptr",),
     "merge_words": ("words_ptr",),
 }
-"""Arguments that only the cosine passes; otherwise None."""
+"""Arguments that are None unless the similarity is cosine."""
 
 
 def unit_strides(kernel: str, maps: bool) -> tuple[str, ...]:

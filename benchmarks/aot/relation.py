@@ -9,7 +9,7 @@ from benchmarks.aot.cases import TARGETS, Case
 
 
 def relation_cases(dtype: str) -> Iterator[Case]:
-    """Yield every kernel in every block shape of its plan; variants of the method only for one or two shapes."""
+    """Yield every kernel in every block shape of its plan, but not every method in every shape."""
     from fastkd.kernels.relation import backward, derivative, forward, merge
     from fastkd.kernels.relation.plan import NARROW_CAPABILITIES, PLANES, REGIMES, SMALL_BACKWARD, WIDE_METHODS
 

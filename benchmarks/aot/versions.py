@@ -3,7 +3,7 @@
     python -m benchmarks.aot.versions [--versions 3.6.0 3.9.0] [--environments DIR] [--out DIR] [-- ARGUMENTS]
 
 Each environment contains only that version of Triton and takes everything else from the current Python, including
-torch, which the kernels only import. Existing environments are reused.
+torch, which the kernels only import. Complete environments are reused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.aot.facts import RESULTS
 
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-"""The newest of each minor version from ``fastkd.ops.backends.OLDEST_TRITON`` on."""
+"""The newest release of each minor version since ``fastkd.ops.backends.OLDEST_TRITON``."""
 
 
 def environment(folder: Path, version: str) -> Path:

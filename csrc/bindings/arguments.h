@@ -30,7 +30,7 @@ inline DType parse_dtype(const std::string& name) {
     throw py::value_error("dtype: expected float32, float16, bfloat16 or float64, got '" + name + "'");
 }
 
-// Convert an address of elements of `alignment` bytes each.
+// Convert an address. Throws if it is 0 or not a multiple of `alignment` bytes.
 inline void* parse_pointer(std::uintptr_t address, const char* name, std::int64_t alignment) {
     if (address == 0) {
         throw py::value_error(std::string(name) + ": expected an address, got 0");

@@ -50,7 +50,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                                dtype);
         },
         py::arg("input"), py::arg("output"), py::arg("count"), py::arg("dtype"),
-        "Write the kernels' exp of contiguous elements, each at most 0. For tests.");
+        "Write exp of contiguous elements, each at most 0, as computed in the kernels. For tests.");
     define_softmax_kl(
         module, "threads",
         [](const softmax_kl::Forward& args, std::int64_t threads) {

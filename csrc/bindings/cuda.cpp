@@ -110,7 +110,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         "runtime_version", [] { return CUDART_VERSION; },
         "Return the version of the CUDA runtime in this module, e.g. 13000 for 13.0.");
 #if defined(FASTKD_EMULATED)
-    module.attr("EMULATED") = true; // the kernels run on the host and take its tensors
+    module.attr("EMULATED") = true; // the kernels run on the host and take CPU tensors
     module.def(
         "set_order",
         [](const std::string& name) {

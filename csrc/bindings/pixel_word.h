@@ -1,4 +1,4 @@
-// PixelWord of fastkd._cpu and fastkd._cuda, with the same methods in both. An address of 0 stands for a missing array.
+// The class PixelWord of fastkd._cpu and fastkd._cuda, with the same methods in both. Address 0 means no array.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ inline void* parse_optional(std::uintptr_t address, const char* name, std::int64
     return address == 0 ? nullptr : parse_pointer(address, name, alignment);
 }
 
-// Features or logits; `dtype` is that of the arithmetic.
+// Parse features or logits. `dtype`: of the arithmetic.
 inline pixel_word::Array parse_array(const PixelArray& given, const char* name, DType dtype) {
     const auto& [address, dtype_name, strides] = given;
     pixel_word::Array array{};
@@ -31,7 +31,7 @@ inline pixel_word::Array parse_array(const PixelArray& given, const char* name, 
     array.pixel = strides[1];
     array.column = strides[2];
     if ((array.dtype == DType::Float64) != (dtype == DType::Float64)) {
-        throw py::value_error(std::string(name) + ": expected float64 exactly if the arithmetic is float64, got '" +
+        throw py::value_error(std::string(name) + ": expected float64 if and only if the arithmetic is float64, got '" +
                               dtype_name + "'");
     }
     if (array.data != nullptr && array.pixel != 1 && array.column != 1) {
@@ -58,7 +58,7 @@ inline pixel_word::Side parse_side(const PixelWordSide& given, const char* name,
     return side;
 }
 
-// With `words_as_pixels` words have the pixels' dtype instead of that of the arithmetic.
+// With `words_as_pixels`, words have the pixels' dtype instead of the arithmetic's.
 inline pixel_word::Problem parse_problem(const PixelWordProblem& given, bool words_as_pixels) {
     const auto& [student, teacher, pixel_mask, batch, pixels, dtype_name, cosine, terms] = given;
     pixel_word::Problem problem{};
@@ -86,7 +86,7 @@ inline pixel_word::Problem parse_problem(const PixelWordProblem& given, bool wor
     return problem;
 }
 
-// With `required`, raise an error if an array that the backward of these terms reads is missing.
+// With `required`, throw if an array that the backward of these terms reads is missing.
 inline pixel_word::Kept parse_kept(const PixelWordKept& given, const pixel_word::Problem& problem, bool required) {
     const std::int64_t size = element_size(problem.dtype);
     pixel_word::Kept kept{};
@@ -103,8 +103,8 @@ inline pixel_word::Kept parse_kept(const PixelWordKept& given, const pixel_word:
     return kept;
 }
 
-// A problem and the kernels' extra argument, a number of threads or a stream. `Kernels` parses that argument, checks
-// the problem, and calls the kernels.
+// A problem and the kernels' extra argument: a number of threads, or a stream. `Kernels` parses this argument, checks
+// the problem and calls the kernels.
 template <class Kernels>
 struct PixelWordCall {
     pixel_word::Problem problem;
@@ -148,8 +148,7 @@ void define_pixel_word(py::module_& module) {
             },
             py::arg("kept"), py::arg("loss"), py::arg("workspace"),
             "Write loss[b] = (pixel_to_word, word_to_pixel, pixel_pixel, word_word) of sample b, and the arrays kept "
-            "for "
-            "the backward.")
+            "for the backward.")
         .def(
             "backward",
             [](const Call& call, const PixelWordKept& kept, std::uintptr_t grad_loss,

@@ -47,7 +47,7 @@ inline relation::Rows parse_rows(const RowsTuple& rows, const char* name, DType 
     return {parse_pointer(address, name, element_size(dtype)), width, batch_stride, row_stride, col_stride};
 }
 
-// The validated settings of a call. In Python it has the methods forward, backward and workspace_bytes.
+// The validated settings of a call. The Python class has the methods forward, backward and workspace_bytes.
 struct RelationCall {
     enum class Form { streamed, stored, gram };
     relation::Options options;
@@ -76,15 +76,16 @@ inline RelationCall::Form parse_form(const std::string& name, bool cross, relati
     throw py::value_error("form: expected streamed, stored or gram, got '" + name + "'");
 }
 
-// `Kernels` has `extra`, the name of the extra argument; check(call), which throws; workspace(call, backward), which
-// returns (bytes, minimum); and forward(call, args) and backward(call, args), which run without the GIL.
+// `Kernels` provides the name `extra` of the extra argument; check(call), which throws if the call is unsupported;
+// workspace(call, backward), which returns (bytes, minimum); and forward(call, args) and backward(call, args), which
+// run without the GIL.
 template <class Kernels>
 py::class_<RelationCall> define_relation(py::module_& module) {
     return py::class_<RelationCall>(module, "Relation", py::module_local(), // _cpu and _cuda each have their own
                                     "relation of (batch, rows, width) student and teacher, in a workspace of at most "
                                     "`limit` bytes. form: 'streamed' recomputes the rows x rows matrices tile by tile, "
-                                    "'stored' keeps them for "
-                                    "the backward, 'gram' (CPU) computes mse from matrices of width x width.")
+                                    "'stored' keeps them for the backward, 'gram' (CPU) computes mse from matrices of "
+                                    "width x width.")
         .def(py::init([](std::int64_t batch, std::int64_t rows, std::int64_t student_width, std::int64_t teacher_width,
                          const std::string& similarity, const std::string& distance, double temperature, bool negate,
                          bool cross, const std::string& dtype, const std::string& form, std::int64_t extra,

@@ -48,8 +48,7 @@ void define_softmax_kl(py::module_& module, const char* extra, ForwardKernel for
         py::arg("batch"), py::arg("rows"), py::arg("cols"), py::arg("student_strides"), py::arg("teacher_strides"),
         py::arg("dtype"), py::arg("temperature"), py::arg(extra),
         "Write loss[b, r] = KL(softmax(teacher/temperature) || softmax(student/temperature)) over the columns of row "
-        "(b, r), "
-        "and both log-sum-exps in float64. Addresses, sizes, (batch, row) strides in elements.");
+        "(b, r), and both log-sum-exps in float64. Addresses, sizes, (batch, row) strides in elements.");
     module.def(
         "softmax_kl_backward",
         [backward](std::uintptr_t grad_loss, Strides grad_loss_strides, std::uintptr_t student, std::uintptr_t teacher,

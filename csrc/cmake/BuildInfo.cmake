@@ -1,5 +1,5 @@
-# The record of the build, and of why a module was skipped: printed as a summary, and installed as
-# fastkd/_build_info.<tag of the Python>.json.
+# Records what was built, and why modules were skipped: printed as a summary, and installed as
+# fastkd/_build_info.<Python's tag>.json.
 
 set(BUILD_INFO_JSON "{}")
 set(BUILD_INFO_SUMMARY "")
@@ -36,14 +36,14 @@ macro(summary text)
 endmacro()
 
 function(build_info_write)
-  # Modules and record carry the Python's tag: several Pythons may be installed in place from one tree.
+  # File names carry Python's tag: several Pythons may install in place from one tree.
   set(tag "${SKBUILD_SOABI}")
   if(NOT tag)
     set(tag "${Python_SOABI}")
   endif()
   set(file "${CMAKE_CURRENT_BINARY_DIR}/_build_info.${tag}.json")
   file(WRITE "${file}" "${BUILD_INFO_JSON}\n")
-  # Remove modules of earlier builds for this Python, which may have had other switches.
+  # Remove modules of earlier builds for this Python, which may have had other options.
   foreach(name IN ITEMS _cpu.${tag}.so _cpu.${tag}.pyd _cuda.${tag}.so _cuda.${tag}.pyd _build_info.${tag}.json)
     install(CODE "file(REMOVE \"\${CMAKE_INSTALL_PREFIX}/fastkd/${name}\")")
   endforeach()

@@ -51,7 +51,7 @@ set(flags_avx2 -mavx2 -mfma -mf16c -mprfchw)
 set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${flags_avx2})
 check_cxx_source_compiles("
   #if !defined(__x86_64__)
-  #error another processor
+  #error not x86-64
   #endif
   int main() { return 0; }" FASTKD_ISA_X86)
 if(FASTKD_ISA_X86)
@@ -107,5 +107,5 @@ summary("CPU kernels:  ${isas_text} (${compiler}, ${threads})")
 if(undone)
   build_info_list(cpu undone ${undone})
   list(JOIN undone ", " undone_text)
-  summary("              undone, for exact results: ${undone_text}")
+  summary("              fast-math flags undone: ${undone_text}")
 endif()

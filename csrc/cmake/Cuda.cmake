@@ -1,5 +1,5 @@
-# fastkd._cuda, as the environment variable FASTKD_CUDA requests: "auto" (or unset) builds it if nvcc works, "1" fails
-# if nvcc does not, "0" skips it. FASTKD_CUDA_TARGETS selects the chips (CudaTargets.cmake).
+# fastkd._cuda. The environment variable FASTKD_CUDA: "auto" (or unset) builds it if nvcc works, "1" fails if nvcc does
+# not work, "0" skips it. FASTKD_CUDA_TARGETS selects the chips (CudaTargets.cmake).
 include(CudaTargets)
 
 set(FASTKD_CUDA "$ENV{FASTKD_CUDA}")
@@ -29,7 +29,7 @@ if(NOT TARGET _cpu)
   return()
 endif()
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES OFF) # the module states its own below
+  set(CMAKE_CUDA_ARCHITECTURES OFF) # set through -gencode below
 endif()
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
@@ -48,7 +48,7 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 11.8)
   return()
 endif()
 
-# The targets that this nvcc knows.
+# Drop the targets that this nvcc does not know.
 cuda_targets(targets detected)
 execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known_targets)
 set(unknown ${all_cuda_targets})
@@ -65,9 +65,9 @@ if(NOT targets)
   return()
 endif()
 
-# The kernels use nothing that sm_80 lacks, so chips share PTX: each file is compiled to PTX once for the chips before sm_100
-# and once for those from it on (whose kernels would spill registers with sm_80's), and assembled per chip. A chip's code
-# does not depend on the other targets. The first PTX is included for the driver to compile on other, later chips.
+# The kernels need nothing beyond sm_80, so chips share PTX: each file is compiled to PTX once for chips before sm_100
+# and once for sm_100 and later (where sm_80's PTX would make kernels spill registers), and assembled per chip. A chip's
+# code does not depend on the other targets. The first PTX is included for the driver to compile on other, later chips.
 set(known ${all_cuda_targets})
 list(REMOVE_ITEM known ${unknown})
 set(gencode "")

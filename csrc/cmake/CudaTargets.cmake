@@ -1,16 +1,17 @@
-# cuda_targets(<result> <detected>): the chips to compile for, such as "80;90", from FASTKD_CUDA_TARGETS:
+# cuda_targets(<result> <detected>): sets <result> to the chips to compile for, such as "80;90", from
+# FASTKD_CUDA_TARGETS:
 #
-#     unset          the visible GPUs' chips; all chips where nvidia-smi shows no GPU that one of them covers
+#     unset          the visible GPUs' chips; all chips if nvidia-smi lists no GPU, or one that no chip here covers
 #     native         the visible GPUs' chips, or an error
 #     all            all chips, as for a wheel
-#     80,90          these
+#     80,90          these chips
 #
-# <detected> becomes true where the visible GPUs decided. tests/packaging/test_build.py runs this file by itself.
+# <detected> is true if the chips come from the visible GPUs. tests/packaging/test_build.py runs this file alone.
 
 if(CMAKE_SCRIPT_MODE_FILE)
   cmake_policy(VERSION 3.24)
 endif()
-set(all_cuda_targets 80 86 89 90 100 120) # not 103: nvcc 13.0 miscompiles for it, and it runs sm_100's code
+set(all_cuda_targets 80 86 89 90 100 120) # not 103: nvcc 13.0 miscompiles for it, and sm_103 runs sm_100 code
 
 # Code for a chip runs on later chips of its generation (a cubin of sm_80 runs on sm_87).
 function(cuda_target_of capability result)
@@ -36,7 +37,7 @@ function(visible_cuda_targets result)
     foreach(capability IN LISTS capabilities)
       cuda_target_of(${capability} target)
       if(NOT target)
-        message(STATUS "A GPU of compute capability ${capability} has no target of its own")
+        message(STATUS "A GPU of compute capability ${capability} matches no target")
         set(found "")
         break()
       endif()
@@ -56,7 +57,7 @@ function(cuda_targets result detected)
       set(targets ${visible})
     elseif(targets STREQUAL "native")
       message(FATAL_ERROR "FASTKD_CUDA_TARGETS=native needs a supported GPU that nvidia-smi lists, and there is none. "
-                          "State the chips instead, such as FASTKD_CUDA_TARGETS=90, or all")
+                          "List the chips instead, e.g. FASTKD_CUDA_TARGETS=90, or use all")
     else()
       set(targets all)
     endif()

@@ -1,15 +1,15 @@
-# The CUDA kernels compiled for the host, for tests: tests/emulation has its own cuda/device.cuh and cuda/matrix.cuh, where
-# a block's threads are fibers. The result is a module _cuda that takes CPU tensors:
+# The CUDA kernels compiled for the host, for tests: tests/emulation replaces cuda/device.cuh and cuda/matrix.cuh, and
+# runs a block's threads as fibers. The result is a module _cuda that takes CPU tensors:
 #
 #     cmake -G Ninja -S csrc -B build/emulated -DFASTKD_EMULATE=ON && cmake --build build/emulated
 #
-# FASTKD_SANITIZE ("address;undefined" or "thread") adds these sanitizers. Python has to start with their run-time library
-# in LD_PRELOAD.
+# FASTKD_SANITIZE ("address;undefined" or "thread") adds sanitizers. Python must then be started with their run-time
+# library in LD_PRELOAD.
 
 enable_language(CXX)
 include(CheckCXXCompilerFlag)
 set(emulation_flags -O2 -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized)
-check_cxx_compiler_flag("-mfma -mf16c" FASTKD_EMULATION_FMA) # contracts products and sums into FMAs, as nvcc does
+check_cxx_compiler_flag("-mfma -mf16c" FASTKD_EMULATION_FMA) # contract products and sums into FMAs, as nvcc does
 if(FASTKD_EMULATION_FMA)
   list(APPEND emulation_flags -mfma -mf16c -ffp-contract=fast)
 endif()

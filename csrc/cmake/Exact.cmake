@@ -1,6 +1,6 @@
-# Undoes fast maths that the environment requests (CXXFLAGS, CUDAFLAGS, NVCC_APPEND_FLAGS, ...), for fastkd only. With it
-# losses would not be exactly 0, NaN and infinity would be ignored, and loading the module would flush every denormal
-# number of the process to 0. cpu/kernels.h rejects fast maths that is not undone here.
+# Undoes fast math requested by the environment (CXXFLAGS, CUDAFLAGS, NVCC_APPEND_FLAGS, ...), for fastkd only. With
+# fast math, equal networks would not give exactly 0, NaN and infinity would be ignored, and loading the module would
+# flush the whole process's denormals to 0. cpu/kernels.h rejects fast math that is not undone here.
 
 # These follow the environment's flags and override them.
 set(exact_flags -fno-fast-math -fno-unsafe-math-optimizations -fno-finite-math-only -fno-associative-math
@@ -22,13 +22,13 @@ foreach(name IN ITEMS CMAKE_CXX_FLAGS CMAKE_CUDA_FLAGS ENV{CXXFLAGS} ENV{CUDAFLA
   endif()
 endforeach()
 
-# exact_options(<target>) goes after all other options of the target. At link time the flags keep crtfastmath.o out.
+# exact_options(<target>): call it after setting all other options. At link time the flags keep crtfastmath.o out.
 function(exact_options target)
   target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${exact_flags}>")
   target_link_options(${target} PRIVATE -O3 -fno-fast-math -fno-unsafe-math-optimizations)
 endfunction()
 
-# exact_cuda(<target>) removes the flags, since nvcc cannot override them; also from variables that nvcc reads itself.
+# exact_cuda(<target>): removes the flags, which nvcc cannot override, also from the variables that nvcc reads itself.
 function(exact_cuda target)
   string(REGEX REPLACE "(^| )${fast_nvcc}" " " CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS}")
   set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS}" PARENT_SCOPE)

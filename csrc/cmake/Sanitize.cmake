@@ -4,8 +4,8 @@
 #     cmake -G Ninja -S csrc -B build/asan "-DFASTKD_SANITIZE=address;undefined"
 #     cmake --build build/asan && build/asan/sanitize
 #
-# ThreadSanitizer cannot follow GCC's libgomp, which is not built for it: every OpenMP barrier would be reported as a race.
-# With "thread", tests/openmp_on_threads.cpp implements the kernels' OpenMP calls on threads instead.
+# ThreadSanitizer does not understand GCC's libgomp, which is not instrumented: it would report races across every
+# OpenMP barrier. With "thread", tests/openmp_on_threads.cpp implements the kernels' OpenMP calls on threads instead.
 
 list(JOIN FASTKD_SANITIZE "," sanitizers)
 if(NOT sanitizers MATCHES "^(address|undefined|address,undefined|thread)$")

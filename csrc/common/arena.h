@@ -1,4 +1,4 @@
-// Division of one workspace into aligned pieces, and the rounding of sizes that goes with it. The only bump allocator.
+// Integer rounding, and the workspace allocator, which divides one workspace into aligned pieces.
 #pragma once
 
 #include "common/platform.h"
@@ -14,11 +14,11 @@ constexpr FASTKD_HD auto round_up(A a, B multiple) {
     return ceil_div(a, multiple) * multiple;
 }
 
-// Pieces start at multiples of `alignment` bytes: a cache line on a CPU, 256 on a GPU as cudaMalloc aligns.
+// Pieces start at multiples of `alignment` bytes: a cache line on a CPU, 256 bytes on a GPU, as in cudaMalloc.
 template <int alignment>
 class Arena {
   public:
-    // Without a base the arena only measures: take() returns null.
+    // Without a base the arena only counts bytes: take() returns null.
     FASTKD_HD explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
 
     // Reserve `bytes` and return their offset from the start.

@@ -1,4 +1,4 @@
-// The floating-point types of kernel arguments. Arithmetic is in float, for double in double.
+// The floating-point types of kernel arguments. Arithmetic is in float, or in double for double.
 #pragma once
 
 #include "common/platform.h"

@@ -51,13 +51,13 @@ struct Array {
 
 struct Side {
     Array pixels; // (B, N, width); if `width` is 0 the logits (B, N, words); null in a backward that does not read them
-    const void*
-        words; // (B, words, width) contiguous; on a CPU in the dtype of the arithmetic, on a GPU in that of the pixels
+    // (B, words, width) contiguous; on a CPU in the dtype of the arithmetic, on a GPU in the dtype of the pixels.
+    const void* words;
     const std::uint8_t* word_mask; // (B, words), or null
     std::int64_t word_count;
     std::int64_t width;
     double scale;
-    bool bf16_words; // every element of `words` is exactly a bfloat16
+    bool bf16_words; // every element of `words` is exactly representable in bfloat16
 };
 
 struct Problem {
@@ -76,8 +76,8 @@ struct Problem {
 struct Kept {
     void* logits;  // (B, words of the student + words of the teacher, N): M if computed from features
     void* norms;   // (B, N) of the student's pixels, for the cosine
-    void* columns; // over pixels: (B, 2, words) log-sum-exps of u_S, u_T, double; on a GPU (B, 4, words), for each
-                   // network the maximum of M and 1/sum e^{u - scale max}
+    void* columns; // softmax over pixels: (B, 2, words) log-sum-exps of u_S and u_T, double; on a GPU (B, 4, words):
+                   // for each network the maximum of M and 1/sum e^{u - scale max}
     void* grams;   // (B, 3, words, words): G, K, E, where words is the larger count
 };
 
@@ -123,15 +123,15 @@ FASTKD_HD T slope_z(T g, T k, T by_pp) {
     return by_pp * (g - k);
 }
 
-// Running sums of one word's KL over pixels: softmax_kl's KLState with one scale per network, and maxima of M instead
-// of u. A maximum over no pixels is never subtracted.
+// Running sums of one word's KL over pixels: like softmax_kl's KLState, but with one scale per network, and maxima of M
+// instead of u. A maximum over no pixels is never subtracted.
 template <class T>
 struct ColumnSums {
     T max_s, max_t;
     T z_s, z_t;
     T a;
 
-    static FASTKD_HD ColumnSums of_nothing() {
+    static FASTKD_HD ColumnSums empty() {
         return {-static_cast<T>(HUGE_VALF), -static_cast<T>(HUGE_VALF), T(0), T(0), T(0)};
     }
 

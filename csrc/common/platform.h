@@ -15,8 +15,8 @@
 
 namespace fastkd {
 
-// a b, rounded before any addition. Where equal products are subtracted, a fused multiply-add would leave one of them
-// unrounded, and the difference would not be 0.
+// Return a b, rounded before any addition. Where equal products are subtracted, a fused multiply-add would leave one of
+// them unrounded, and the difference would not be 0.
 template <class T>
 FASTKD_HD T rounded_product(T a, T b) {
 #if defined(__CUDA_ARCH__)

@@ -51,15 +51,15 @@ struct Options {
     DType dtype;
 
     FASTKD_HD std::int64_t others() const { return cross ? batch : 1; }
-    // Cosine logits lie in [-1/tau, 1/tau], so all rows share the shift 1/tau. Below this temperature e^{-2/tau} would
-    // leave the range of normal floats, and each row tracks its own maximum.
+    // CPU: return whether all rows share the shift 1/tau, since cosine logits lie in [-1/tau, 1/tau]. Below this
+    // temperature e^{-2/tau} would leave the range of normal floats, and each row tracks its own maximum.
     FASTKD_HD bool fixed_shift() const { return similarity == Similarity::cosine && temperature >= 0.02; }
 };
 
 constexpr double norm_floor = 1e-12;
 
-// double (statistic_planes * others + 2, batch, rows): `statistic_planes` numbers per (o, b, row), then scale^S,
-// scale^T.
+// `statistics` is double (statistic_planes * others + 2, batch, rows): `statistic_planes` numbers per (o, b, row), then
+// scale^S, scale^T. (The form "gram": only the scales.) On a CPU (for a GPU see cuda/relation/rows.cuh):
 //     kl, fixed shift    z^S, z^T, sum f^T (u^T - u^S)      kl, else    log-sum-exp^S, log-sum-exp^T
 //     row_cosine         n, m, loss, |E^T_i|^2/m^2 (1 unless m is clamped to norm_floor)
 constexpr int statistic_planes = 5;
@@ -75,17 +75,17 @@ FASTKD_HD std::int64_t stored_elements(std::int64_t rows) {
 //
 //     E^S_ij - E^T_ij = e_ij = d_i . a_j + b_i . d_j = w_i . z_j,   W = [D | B],  Z = [A | D],
 //
-// d_i truncated to the width of A, d_j to that of B. With the Gram matrix G = sum_j z_j z_j^T
+// d_i truncated to the width of A and d_j to the width of B. With the Gram matrix G = sum_j z_j z_j^T
 //
 //     sum_j e_ij^2 = w_i^T G w_i,     d loss/d a_i = (2/columns) (g_i G_A + sum_j g_j a_j z_j^T) w_i,
 //
-// where G_A are the rows of G that belong to A. Every product contains D twice, so for equal widths nothing cancels as
+// where G_A is the rows of G that belong to A. Every product contains D twice, so for equal widths nothing cancels as
 // the student approaches the teacher. For different widths channels do not correspond: the relations may agree although
-// D is large, and w^T G w then has a rounding error proportional to |E|^2, the plain formula one proportional to |E|
-// |e|. So G is double. bfloat16 is the exception: its plain formula rounds E itself to 8 bits, an error far above
-// float's at |E|^2. (fp16's 11 bits are not coarse enough for that.)
+// D is large, and w^T G w then has a rounding error proportional to |E|^2, the plain formula only to |E| |e|. So G
+// is double. bfloat16 is the exception: its plain formula rounds E itself to 8 bits, an error far above float's at
+// |E|^2. (fp16's 11 bits are not coarse enough for that.)
 //
-// `stored` is G, (problems, gram_side, gram_side); a problem is a sample, or with cross the batch.
+// `stored` holds G, (problems, gram_side, gram_side); a problem is a sample, or with `cross` the batch.
 FASTKD_HD bool gram_double(DType dtype, std::int64_t student_width, std::int64_t teacher_width) {
     return dtype == DType::Float64 || (dtype != DType::BFloat16 && student_width != teacher_width);
 }
@@ -103,7 +103,7 @@ struct Forward {
     Options options;
     void* loss;         // (batch, rows) of float, double for Float64
     double* statistics; // as above
-    void* stored;       // (batch, stored_elements(rows)), or null; else G
+    void* stored;       // "stored": (batch, stored_elements(rows)); "gram": G; or null
     void* workspace;
 };
 

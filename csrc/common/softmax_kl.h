@@ -66,7 +66,7 @@ FASTKD_HD T minus_infinity() {
     return -static_cast<T>(HUGE_VALF);
 }
 
-// The value to subtract for a maximum: a part of a row that is all -inf must give e^u = 0, not NaN.
+// Return the value to subtract for a maximum: a part of a row that is all -inf must give e^u = 0, not NaN.
 template <class T>
 FASTKD_HD T shift_of(T max) {
     return max == minus_infinity<T>() ? T(0) : max;
@@ -79,7 +79,7 @@ struct KLState {
     T z_s, z_t;
     T a;
 
-    static FASTKD_HD KLState of_nothing() { return {minus_infinity<T>(), minus_infinity<T>(), T(0), T(0), T(0)}; }
+    static FASTKD_HD KLState empty() { return {minus_infinity<T>(), minus_infinity<T>(), T(0), T(0), T(0)}; }
 
     // Rescale the sums to larger maxima; smaller ones change nothing.
     FASTKD_HD void raise(T new_max_s, T new_max_t, T inv_temperature) {
@@ -139,8 +139,8 @@ struct KLState {
     FASTKD_HD T loss() const { return a / z_t + std::log(z_s / z_t); }
 };
 
-// log z of a row's sum. For a float the exponent is split off first: the error is then 2e-8 instead of 5e-7 at 1e4
-// columns, and it enters every probability of the row.
+// Return log z of a row's sum. For a float the exponent is split off first: the error is then 2e-8 instead of 5e-7 at
+// 1e4 columns, and it enters every probability of the row.
 FASTKD_HD double log_of_sum(double z) {
     return std::log(z);
 }

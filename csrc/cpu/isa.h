@@ -15,8 +15,8 @@ namespace fastkd::cpu {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// Return the machine's best instruction set, or the lesser one requested by the environment variable FASTKD_CPU_ISA.
-// Decided once. Throws std::runtime_error if the machine lacks the requested one.
+// Return the machine's best instruction set, or the lower one requested by the environment variable FASTKD_CPU_ISA.
+// Determined at the first call. Throws std::runtime_error if the machine lacks the requested one.
 Isa isa();
 const char* isa_name(Isa isa);
 // Return whether isa() is avx512 and the machine has AVX512-BF16, which multiplies pairs of bfloat16 into float.

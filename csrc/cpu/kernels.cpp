@@ -1,4 +1,4 @@
-// Run-time choice of the instruction set.
+// Selection of the instruction set at run time.
 #include "cpu/kernels.h"
 
 #include <cstdlib>

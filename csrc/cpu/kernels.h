@@ -12,14 +12,14 @@
 // cmake/Exact.cmake undoes fast-math flags from the environment; a build without it fails here.
 #if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(__NO_SIGNED_ZEROS__)
-#error "fastkd needs exact arithmetic: remove -ffast-math, -Ofast and their like, or append -fno-fast-math \
+#error "fastkd needs exact arithmetic: remove -ffast-math, -Ofast and similar flags, or append -fno-fast-math \
 -fno-unsafe-math-optimizations -fno-finite-math-only -fno-associative-math -fno-reciprocal-math -fsigned-zeros"
 #endif
 
 namespace fastkd::cpu {
 
-// Kernels distribute rows or chunks of pixels over `threads` OpenMP threads. One thread sums each in a fixed order, so
-// results do not depend on the number of threads.
+// Kernels distribute rows or chunks of pixels over `threads` OpenMP threads. Each is summed by one thread in a fixed
+// order, so results do not depend on the number of threads.
 struct Kernels {
     void (*softmax_kl_forward)(const softmax_kl::Forward& args, int threads);
     void (*softmax_kl_backward)(const softmax_kl::Backward& args, int threads);
@@ -33,7 +33,7 @@ struct Kernels {
     pixel_word::Workspace (*pixel_word_workspace)(const pixel_word::Problem& problem, bool backward, int threads);
     void (*pixel_word_forward)(const pixel_word::Forward& args, int threads);
     void (*pixel_word_backward)(const pixel_word::Backward& args, int threads);
-    // Write e^x, x <= 0, of `count` contiguous elements of Float32 or Float64 by the kernels' own exp. For tests.
+    // Write e^x, x <= 0, of `count` contiguous elements of Float32 or Float64, as computed in the kernels. For tests.
     void (*exp)(const void* input, void* output, std::int64_t count, DType dtype);
 };
 

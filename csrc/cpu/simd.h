@@ -1,5 +1,5 @@
-// Vectors of one instruction set by the vector extensions of GCC and Clang, which provide arithmetic, comparisons and
-// `mask ? a : b`. This file adds conversions of the storage types, row tails, reductions in a fixed order, and
+// Vectors of one instruction set, using the vector extensions of GCC and Clang, which provide arithmetic, comparisons
+// and `mask ? a : b`. This file adds conversions of the storage types, row tails, reductions in a fixed order, and
 // non-temporal stores.
 #pragma once
 
@@ -30,7 +30,7 @@ struct VectorOf {
 template <class T>
 constexpr int lanes = FASTKD_VECTOR_BYTES / sizeof(T);
 
-// A vector of T (float or double), and the unsigned integers of its lanes.
+// A vector of T (float or double), and the vector of unsigned integers with the same lanes.
 template <class T>
 using Vec = typename VectorOf<T, lanes<T>>::type;
 
@@ -100,7 +100,7 @@ FASTKD_INLINE Vec<float> load(const float* from) {
 FASTKD_INLINE Vec<double> load(const double* from) {
     return load_raw<Vec<double>>(from);
 }
-// GCC emits several instructions for these conversions; the machine has one.
+// Intrinsics, because GCC emits several instructions for these conversions.
 FASTKD_INLINE Words widen(Shorts value) {
 #if defined(__AVX512F__)
     return bit_cast<Words>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(value)));
@@ -175,7 +175,7 @@ FASTKD_INLINE void store(S* to, V value) {
     __builtin_memcpy(to, &raw, sizeof(raw));
 }
 
-// Non-temporal store to an address aligned to the stored size, where the machine has one. Finish with stream_fence.
+// Store to an address aligned to the stored size, non-temporally if the instruction set can. Finish with stream_fence.
 template <class S, class V>
 FASTKD_INLINE void store_stream(S* to, V value) {
     const auto raw = as_stored<S>(value);
@@ -218,8 +218,8 @@ FASTKD_INLINE Bits<T> lane_index() {
     return index;
 }
 
-// Load the last `rest` (0 < rest < lanes) of a row's `count` elements, all other lanes filled with `fill`. If the row
-// has at least `lanes` elements, its last vector is read and the lanes before the tail are replaced.
+// Load the last `rest` (0 < rest < lanes) of a row's `count` elements, with all other lanes set to `fill`. If the row
+// has at least `lanes` elements, its last vector is read, so the tail is in the upper lanes.
 template <class S, class T = Compute<S>>
 FASTKD_INLINE Vec<T> load_tail(const S* row, std::int64_t count, std::int64_t rest, T fill) {
     using Bit = typename BitsOf<T>::type;

@@ -5,7 +5,7 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// Call body(S{}) with the storage type S of `dtype`, one whose arithmetic is in T.
+// Call body(S{}) with the storage type S of `dtype`, where Compute<S> is T.
 template <class T, class Body>
 FASTKD_INLINE void with_storage_of(DType dtype, const Body& body) {
     if constexpr (sizeof(T) == 8) {

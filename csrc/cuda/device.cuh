@@ -15,11 +15,11 @@
 
 #define FASTKD_KERNEL __global__
 #define FASTKD_DEVICE __device__ __forceinline__
-// An array or object of static size in smem.
+// A statically sized array or object in smem.
 #define FASTKD_SHARED __shared__
-// Declares `name`, a pointer to the launch's dynamic smem (Grid::shared_bytes), aligned to 128 bytes.
+// Declare `name`, a pointer to the launch's dynamic smem (Grid::shared_bytes), aligned to 128 bytes.
 #define FASTKD_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-// At least one thread block per SM. Without the bound ptxas may spill registers to fit more.
+// At least one thread block per SM. Without this bound, ptxas may spill registers to fit more blocks.
 #define FASTKD_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
 // At least `blocks` thread blocks per SM, for kernels known to have the registers.
 #define FASTKD_LAUNCH_BOUNDS_OF(threads, blocks) __launch_bounds__(threads, blocks)
@@ -41,37 +41,37 @@ FASTKD_DEVICE std::int64_t grid_x() {
     return static_cast<std::int64_t>(gridDim.x);
 }
 
-// Waits for every thread of the block.
+// Wait for every thread of the block.
 FASTKD_DEVICE void block_barrier() {
     __syncthreads();
 }
 
-// Waits for every lane of the warp; smem written before is visible to all lanes after.
+// Wait for every lane of the warp; smem written before the barrier is visible to all lanes after it.
 FASTKD_DEVICE void warp_barrier() {
     __syncwarp();
 }
 
-// Returns the value of lane `lane`. All lanes of the warp must call it.
+// Return the value of lane `lane`. All lanes of the warp must call it.
 template <class T>
 FASTKD_DEVICE T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
 
-// Returns the value of the lane with index (own index ^ mask). All lanes of the warp must call it.
+// Return the value of the lane with index (own index ^ mask). All lanes of the warp must call it.
 template <class T>
 FASTKD_DEVICE T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// Returns 2^x to 2 ulp, with one instruction; 0 below 2^-126.
+// Return 2^x to 2 ulp, with one instruction; 0 if the result is below 2^-126.
 FASTKD_DEVICE float exp2_of(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
 
-// Returns a b, never contracted into an FMA, so that the difference of two equal products is 0.
-FASTKD_DEVICE float multiply_alone(float a, float b) {
+// Return a b, never contracted into an FMA, so that the difference of equal products is 0.
+FASTKD_DEVICE float multiply_without_fma(float a, float b) {
     return __fmul_rn(a, b);
 }
 
@@ -134,7 +134,7 @@ struct Grid {
 
 constexpr int default_shared_limit = 48 * 1024; // larger dynamic smem has to be enabled per kernel
 
-// Launches kernel<<<grid>>>(args...) on the stream without waiting; returns the launch's error.
+// Launch kernel<<<grid>>>(args...) on the stream without waiting, and return the launch's error.
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t stream, Args... args) {
     if (grid.shared_bytes > default_shared_limit) {
@@ -149,7 +149,7 @@ cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t stream, Args... args) 
     return cudaGetLastError();
 }
 
-// Gets the number of SMs of the current device.
+// Get the number of SMs of the current device.
 inline cudaError_t multiprocessors(int* count) {
     int device = 0;
     const cudaError_t error = cudaGetDevice(&device);

@@ -1,4 +1,4 @@
-// Every CUDA launcher. They enqueue on a stream of the current device without waiting and return CUDA's error code.
+// The CUDA launchers. Each enqueues on a stream of the current device without waiting and returns CUDA's error code.
 #pragma once
 
 #include <cuda_runtime_api.h>

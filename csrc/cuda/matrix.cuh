@@ -37,7 +37,7 @@ FASTKD_DEVICE void multiply_16x8x8(float (&c)[4], const std::uint32_t (&a)[4], c
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Returns a float rounded to tf32's 11 significant bits; value - result is exact in fp32.
+// Return a float rounded to tf32's 11 significant bits; value - result is exact in fp32.
 FASTKD_DEVICE float round_to_tf32(float value) {
     std::uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
@@ -52,13 +52,13 @@ FASTKD_DEVICE float float_of(std::uint32_t bits) {
     return __uint_as_float(bits);
 }
 
-// Returns two floats rounded to 16 bits each, `low` in the lower half.
+// Return two floats rounded to 16 bits each, `low` in the lower half.
 template <class Storage>
 FASTKD_DEVICE std::uint32_t pack_pair(float low, float high) {
     return narrow<Storage>(low).bits | static_cast<std::uint32_t>(narrow<Storage>(high).bits) << 16;
 }
 
-// Loads four 8 x 8 matrices of 16-bit elements (or 8 x 4 of 32 bits) from smem: lane 8 i + r passes the address of row
+// Load four 8 x 8 matrices of 16-bit elements (or 8 x 4 of 32 bits) from smem: lane 8 i + r passes the address of row
 // r of matrix i, 16 bytes at a multiple of 16. r[i] gets elements 2t and 2t + 1 (32 bits: element t) of row g of matrix
 // i.
 FASTKD_DEVICE void load_matrices(std::uint32_t (&r)[4], const void* row) {
@@ -69,7 +69,7 @@ FASTKD_DEVICE void load_matrices(std::uint32_t (&r)[4], const void* row) {
                  : "memory");
 }
 
-// Loads the matrices transposed (16-bit elements): r[i] gets rows 2t and 2t + 1 of column g of matrix i.
+// Load the matrices transposed (16-bit elements): r[i] gets rows 2t and 2t + 1 of column g of matrix i.
 FASTKD_DEVICE void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -78,13 +78,13 @@ FASTKD_DEVICE void load_matrices_transposed(std::uint32_t (&r)[4], const void* r
                  : "memory");
 }
 
-// Starts copying 16, 8 or 4 bytes to smem, both addresses multiples of the size; where `inside` is false, writes zeros
-// without reading `from`. The thread may read the bytes after waiting for the copy's group, others after a barrier as
-// well.
+// Start copying 16, 8 or 4 bytes to smem; both addresses must be multiples of the size. If `inside` is false, write
+// zeros without reading `from`. This thread may read the bytes after waiting for the copy's group; other threads also
+// need a barrier.
 template <int bytes = 16>
 FASTKD_DEVICE void copy_async(void* to, const void* from, bool inside) {
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-    if constexpr (bytes == 16) { // bypasses L1, which only 16-byte copies can
+    if constexpr (bytes == 16) { // .cg bypasses L1; it supports only 16 bytes
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0)
                      : "memory");
     } else {
@@ -95,12 +95,12 @@ FASTKD_DEVICE void copy_async(void* to, const void* from, bool inside) {
     }
 }
 
-// Commits the thread's copies since the last commit as a group.
+// Commit the thread's copies since the last commit as a group.
 FASTKD_DEVICE void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most `groups` of the thread's groups, the latest ones, are pending.
+// Wait until at most the latest `groups` of the thread's groups are pending.
 template <int groups>
 FASTKD_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");

@@ -1,5 +1,5 @@
 // Check pixel_word, forward and backward, against plain loops in double that build the pixels x pixels matrices:
-// features and logits, rows and maps, masked pixels that are NaN, words that only one network has.
+// features and logits, rows and maps, masked pixels that are NaN, words that one network lacks.
 #include "tests/pixel_word_oracle.h"
 
 namespace fastkd::sanitize {
@@ -46,7 +46,7 @@ std::vector<std::uint8_t> random_mask(std::int64_t batch, std::int64_t count, bo
     return mask;
 }
 
-struct ExactBuffer { // allocated to the exact size, so that sanitizers see accesses beyond the end
+struct ExactBuffer { // of the exact size, so that sanitizers see accesses beyond the end
     explicit ExactBuffer(const std::vector<std::uint8_t>& mask) : buffer(static_cast<std::int64_t>(mask.size())) {
         std::copy(mask.begin(), mask.end(), buffer.data());
     }
@@ -60,7 +60,7 @@ void compare(const Case& c) {
     Random random(static_cast<std::uint64_t>(c.pixels * 131 + c.words_s * 17 + c.width_s * 7 + c.threads));
     const auto mask = random_mask(c.batch, c.pixels, c.masked_pixels, random);
     const auto mask_s = random_mask(c.batch, c.words_s, c.masked_words, random);
-    const bool words_may_differ = c.terms == pixel_word::pixel_pixel; // the networks' words may differ
+    const bool words_may_differ = c.terms == pixel_word::pixel_pixel;
     const auto mask_t = words_may_differ ? random_mask(c.batch, c.words_t, c.masked_words, random) : mask_s;
     const ExactBuffer pixel_mask(mask), word_mask_s(mask_s), word_mask_t(mask_t);
     Input<S> student(c, c.maps_s, c.student, c.columns_s(), mask, random);

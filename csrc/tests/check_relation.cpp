@@ -14,7 +14,7 @@ struct Case {
     relation::Options options;
     std::int64_t width_s, width_t;
     bool gram, stored, tight; // the form (streamed if neither), and the smallest workspace
-    bool columns;             // features as (batch, width, rows), as in maps
+    bool columns;             // features are (batch, width, rows), as in maps
     Layout student, teacher, grad;
     int threads;
 };
@@ -78,8 +78,8 @@ void softmax(std::vector<double>& logits, double& log_sum) {
     }
 }
 
-// One row's loss, and its derivative by each element of the student's row of E, a difference of terms of magnitude
-// `size`.
+// Return one row's loss. Write its derivative with respect to each element of the student's row of E to `slope`, and
+// the magnitude of the terms whose difference this is to `size`.
 double distance(const relation::Options& o, const std::vector<double>& e_s, const std::vector<double>& e_t,
                 std::vector<double>& slope, std::vector<double>& size) {
     const auto count = static_cast<std::int64_t>(e_s.size());
@@ -123,7 +123,7 @@ struct Sizes {
     double terms, products;
 };
 
-// The expected losses and gradient.
+// Compute the expected losses and gradient.
 Sizes oracle(const Case& c, Scaled& s, Scaled& t, const std::vector<double>& grad, std::vector<double>& loss,
              Matrix& dx) {
     const relation::Options& o = c.options;

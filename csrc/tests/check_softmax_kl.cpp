@@ -55,7 +55,7 @@ void call(const Case& c, Rows<S>& student, Rows<S>& teacher, Rows<Compute<S>>& g
     cpu::kernels().softmax_kl_backward(backward, c.threads);
 }
 
-// At logits of 1e4 a log-sum-exp accurate to a double needs more than double arithmetic.
+// At logits of 1e4, a log-sum-exp with a double's accuracy needs more than double arithmetic.
 template <class S>
 long double log_sum_exp(const S* row, std::int64_t cols, double temperature) {
     double max = -HUGE_VAL, sum = 0;

@@ -64,7 +64,7 @@ Attention attention(const Case& c, const double* pixels, const double* words, st
     return to;
 }
 
-// Softmax and log-softmax of `count` logits `step` apart, without the masked ones.
+// Write softmax and log-softmax of `count` logits, `step` apart, excluding masked ones.
 void softmax(const double* x, std::int64_t count, std::int64_t step, const std::uint8_t* mask, double* p,
              double* log_p) {
     double max = -HUGE_VAL, sum = 0;
@@ -89,7 +89,8 @@ double kl(const Doubles& p_t, const Doubles& log_t, const Doubles& log_s) {
     return sum;
 }
 
-// A sample's four losses and their gradient by the student's scaled logits. `mask` is the pixel mask or null.
+// Compute a sample's four losses and their gradient with respect to the student's scaled logits. `mask` is the pixel
+// mask, or null.
 void oracle(const Case& c, const Attention& s, const Attention& t, const std::uint8_t* mask, std::int64_t valid_words,
             const double* grad, double* loss, Doubles& du) {
     const std::int64_t n = c.pixels, words = c.words_s;
@@ -167,7 +168,7 @@ void oracle(const Case& c, const Attention& s, const Attention& t, const std::ui
     }
 }
 
-// The gradient of x from that of x^ = x/norm: subtract the component along x.
+// Turn the gradient of x^ = x/norm into the gradient of x: subtract the component along x and divide by the norm.
 void unscale(double* dx, const double* x, std::int64_t width, double norm, bool cosine) {
     double along = 0;
     for (std::int64_t d = 0; d < width && cosine; ++d) {

@@ -2,7 +2,7 @@
 //
 //     sanitize [CHECK...]     FASTKD_CPU_ISA selects the instruction set
 //
-// Exit status: 0 success, 3 a wrong result, 77 the machine lacks the instruction set; others come from a sanitizer.
+// Exit status: 0 success, 3 wrong results, 77 the machine lacks the instruction set; other values: a sanitizer's.
 #include "tests/sanitize.h"
 
 #include <cstdio>
@@ -98,7 +98,7 @@ Half to_storage<Half>(double x) {
 std::vector<Layout> layouts(std::int64_t batch, std::int64_t rows, std::int64_t cols) {
     return {{"contiguous", rows * cols, cols, 0},
             {"gaps", rows * (cols + 5) + 1, cols + 5, 3},
-            {"rows outside", cols, batch * cols, 1},
+            {"rows outermost", cols, batch * cols, 1},
             {"one sample", 0, cols, 0},
             {"one row", 0, 0, 2}};
 }

@@ -71,8 +71,8 @@ template <class T>
 class Buffer {
   public:
     explicit Buffer(std::int64_t count) : count_(count), data_(static_cast<T*>(std::malloc(count * sizeof(T)))) {
-        std::memset(static_cast<void*>(data_), 0xff,
-                    count * sizeof(T)); // NaN, which shows reads before writes and missing writes
+        // NaN, which reveals reads before writes and missing writes.
+        std::memset(static_cast<void*>(data_), 0xff, count * sizeof(T));
     }
     ~Buffer() { std::free(data_); }
     Buffer(const Buffer&) = delete;

@@ -2,9 +2,9 @@
 
     python scripts/gpu/build.py CACHE --wheels FOLDER [--targets 90]
 
-CACHE/build receives the package, CACHE/tools the missing requirements of the build and the tests, from the folder of
-wheels. If the CUDA kernels cannot be built, the package is installed without them, so that the Triton kernels can be
-checked, and the build counts as failed. No network is needed.
+The package is installed into CACHE/build, and missing requirements of the build and the tests, from the folder of
+wheels, into CACHE/tools. If the CUDA kernels cannot be built, the package is installed without them, so that the Triton
+kernels can be checked, and the build counts as failed. No network is needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def is_current(folder: Path, wanted: dict[str, str]) -> bool:
 
 
 def install_requirements(folder: Path, target: Path) -> bool:
-    """Install missing requirements; return whether those of the build are met (the tests report theirs)."""
+    """Install missing requirements; return whether the build's are met (the tests report their own)."""
     ready = []
     for requirements in wheels.requirements():
         error = None
@@ -58,7 +58,7 @@ def install_requirements(folder: Path, target: Path) -> bool:
 
 
 def install(folder: Path, targets: str, with_cuda: str) -> bool:
-    """Install the checkout into ``folder``, completely or not at all."""
+    """Install the checkout into ``folder`` atomically; return whether this succeeded."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--upgrade", "--target", str(partial), "-v"]

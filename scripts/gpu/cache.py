@@ -22,7 +22,7 @@ LOADED = (".cubin", ".json", ".so")  # files of a Triton kernel that are loaded;
 
 
 def pack(folder: Path, archive: Path, max_bytes: int = MAX_BYTES) -> list[str]:
-    """Write the archive, oldest files first; return the folders with omitted files and their number."""
+    """Write the archive, oldest files first; return a text such as "3 files of triton" per folder with omissions."""
     chosen, size, skipped = [], 0, []
     for name in FOLDERS:
         omitted = 0
@@ -42,7 +42,7 @@ def pack(folder: Path, archive: Path, max_bytes: int = MAX_BYTES) -> list[str]:
 
 
 def _files(folder: Path, name: str) -> Iterator[Path]:
-    """Yield the files of a folder, oldest first: the first checks need those."""
+    """Yield the files of a folder, oldest first: the first checks need them."""
     for path in sorted((folder / name).rglob("*"), key=lambda p: (p.lstat().st_mtime, str(p))):
         parts = path.relative_to(folder).parts
         if path.is_file() and "__pycache__" not in parts and ("triton" not in parts[:2] or path.suffix in LOADED):

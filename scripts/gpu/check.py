@@ -2,7 +2,7 @@
 
     scripts/gpu_check.sh OUT_DIR [PART...] [--seconds 530] [--cache FOLDER|ARCHIVE] [--resume OLD_OUT_DIR] [--jobs N]
 
-Exit status: 0 all parts passed, 1 some failed or did not finish, 2 wrong use, 3 no NVIDIA GPU.
+Exit status: 0 all parts passed, 1 some failed or did not finish, 2 usage error, 3 no NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from records import PACKAGE, digest  # noqa: E402
 
 ROOT = HERE.parents[1]
 PARTS = ("first_light", "tests", "benchmarks", "sanitizer")
-BY_NAME = ("autotune",)
+BY_NAME = ("autotune",)  # run only if named
 SHARES = {"tests": 2.0, "benchmarks": 4.0, "autotune": 4.0, "sanitizer": 0.0}
-"""Relative shares of the remaining time. Later parts get the time that a part does not use; the sanitizer only that."""
+"""Relative shares of the remaining time. Unused time goes to later parts; the sanitizer gets only unused time."""
 
 BUILD_LIMIT = 200  # seconds
 FIRST_LIGHT_LIMIT = 120  # including the build
 FIRST_LIGHT_MIN_SECONDS = 80  # even if the build took long
 MIN_SECONDS = 10  # do not start a part with less time left
 PACKING_SECONDS = 12  # reserved for packing the cache
-CHIPS = ("80", "86", "89", "90", "100", "120")  # for any other chip build all targets
+CHIPS = ("80", "86", "89", "90", "100", "120")  # for any other chip csrc/cmake/CudaTargets.cmake selects the targets
 
 
 class Check:
@@ -50,7 +50,7 @@ class Check:
         self.python = os.environ.get("PYTHON", sys.executable)
         self.env = environment(self.cache)
         versions = report.versions(self.python, self.env)
-        # Checks are valid for every GPU of a chip, timings for one model of card.
+        # Results of checks apply to every GPU with this chip, timings only to this model.
         self.id = "-".join([digest(ROOT, PACKAGE), f"sm{gpu['chip']}", *versions])
         self.timing_id = f"{self.id}-{gpu['name'].replace(' ', '_')}"
         self.log = (self.out / "log.txt").open("a", buffering=1, encoding="utf-8", errors="replace")
@@ -109,11 +109,11 @@ class Check:
             elif limit < MIN_SECONDS:
                 self.skip(name, "no time was left; the next call continues here")
             else:
-                own = kernel_caches(self.cache / "tests") if name == "tests" else {}
-                self.part(name, limit, self.command(name, limit), own)
+                env = kernel_caches(self.cache / "tests") if name == "tests" else {}
+                self.part(name, limit, self.command(name, limit), env)
 
     def command(self, part: str, limit: float) -> list[str]:
-        """Return the command of a part, told to stop shortly before the limit, with its results written."""
+        """Return the command of a part, which writes its results and stops shortly before the limit."""
         seconds, jobs = str(max(1, round(limit - 4))), ["--jobs", str(self.jobs)]
         python = [self.python]
         if part == "build":
@@ -144,7 +144,7 @@ class Check:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the environment of every part: build, packages and kernel caches of this folder."""
+    """Return the environment of every part: it uses the build, packages and kernel caches of ``folder``."""
     build_, tools = folder / "build", folder / "tools"
     path = [str(tools / "bin"), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     return (
@@ -184,7 +184,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all of these) or autotune"
     )
     parser.add_argument("--seconds", type=float, default=530, help="limit of the whole call")
-    parser.add_argument("--cache", type=Path, help="folder of the build and of compiled kernels (OUT_DIR/cache)")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of the build and of compiled kernels; default: OUT_DIR/cache"
+    )
     parser.add_argument("--resume", type=Path, help="OUT_DIR of an earlier call to continue")
     parser.add_argument("--jobs", type=int, default=min(processes.cores(), 14), help="number of processes")
     args = parser.parse_intermixed_args(argv)

@@ -29,7 +29,7 @@ JOIN_SECONDS = 5
 
 @dataclass
 class _Child(Generic[T]):
-    """A process and its tasks. The first task runs from when the process reports that it has begun."""
+    """A process and its tasks. The first task is running while ``begun`` is set."""
 
     tasks: deque[T]
     process: Any = None
@@ -119,7 +119,7 @@ def run_all(
 
 
 def _received(child: _Child[T]) -> Iterator[tuple[T, Row]]:
-    """Handle a message of a child; the generator returns whether its process is finished."""
+    """Handle a message from a child: yield its finished task, if any, and return whether the process is finished."""
     try:
         message = child.connection.recv()
     except (EOFError, ConnectionError):
@@ -128,7 +128,7 @@ def _received(child: _Child[T]) -> Iterator[tuple[T, Row]]:
             code = child.process.exitcode
             status = f"signal {signal.Signals(-code).name}" if (code or 0) < 0 else f"exit status {code}"
             yield _failed(child, f"the process ended: {status}", child.trace())
-            child.tasks.popleft()  # even if it had not begun: do not restart a process forever that dies early
+            child.tasks.popleft()  # even if not begun: do not keep restarting a process that dies early
         return True
     if message is None:
         child.begun = time.monotonic()
@@ -147,7 +147,7 @@ def _failed(child: _Child[T], error: str, trace: list[str]) -> tuple[T, Row]:
 def _work(
     tasks: list[T], run: Callable[[T], Row], broken: Callable[[], bool], connection: Connection, traces: Any
 ) -> None:
-    """Run the tasks in the child; send None before each, then its row and whether a new process must continue."""
+    """Run the tasks in the child; send None before each, then its row and whether a new process must take over."""
     os.setsid()
     end_with_parent()
     faulthandler.enable(traces, all_threads=False)

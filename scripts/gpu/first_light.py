@@ -10,7 +10,7 @@ Triton, numpy and fastkd.
 
 With --device cpu, Triton's interpreter and the CUDA kernels built for the host run the small size.
 
-Exit status: 0 all checks passed, 1 some failed or did not run in time, 2 wrong use.
+Exit status: 0 all checks passed, 1 some failed or did not run in time, 2 usage error.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Check:
 
 
 def least_workspace(problem: Problem, backend: str) -> str:
-    """Return the minimum in MiB that the error about a too small workspace states."""
+    """Return the minimum workspace in MiB, from the error that a smaller limit raises."""
     with mock.patch.dict(os.environ, {"FASTKD_WORKSPACE_MIB": "0.0001"}):
         try:
             problem.loss(backend)
@@ -249,7 +249,7 @@ def _indexed(device: str) -> torch.device:
 
 @contextmanager
 def _stand_in(backend: str) -> Iterator[None]:
-    """Run kernels on CPU tensors: CUDA kernels built for the host, or Triton's interpreter."""
+    """Let kernels run on CPU tensors: CUDA kernels built for the host, or Triton's interpreter."""
     with ExitStack() as stack:
         stack.enter_context(threads(1))
         if backend == "cuda":

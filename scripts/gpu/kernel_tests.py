@@ -38,10 +38,10 @@ KERNEL_TESTS = [
     *("tests/contract/test_gradients.py", "tests/contract/test_memory.py", "tests/contract/test_random_inputs.py"),
     *("tests/contract/test_torch_integration.py", "tests/contract/test_special_values.py"),
 ]
-"""Tests that launch kernels. None needs the packages of the trainer or the data sets, which may be missing."""
+"""Tests that launch kernels. They do not need the packages of the trainer and data sets, which may be missing."""
 
 MAX_RESTARTS = 30
-MAX_FULL_TEXTS = 50  # failures printed in full; the file has the texts of all
+MAX_FULL_TEXTS = 50  # number of failures printed in full; the results file has all texts
 UNAVAILABLE = "backend is not in use"  # such a skip counts as a failure: kernels were not built or do not load
 
 
@@ -64,7 +64,7 @@ class Worker:
     name: str
     process: subprocess.Popen[str]
     log: Path
-    at: str = ""  # the test it is running
+    at: str = ""  # the running test
     since: float = field(default_factory=time.monotonic)
 
 
@@ -156,7 +156,7 @@ class Pool:
     def selection(self) -> tuple[int, int]:
         """Return the number of selected tests, and of tests that had passed before."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("selected-*")]
-        # Workers that collect later also exclude tests run meanwhile: use the numbers of the first.
+        # Workers that collect later also exclude tests that ran in the meantime: use the first worker's numbers.
         return max((data["selected"] for data in found), default=0), min((data["before"] for data in found), default=0)
 
 

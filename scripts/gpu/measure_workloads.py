@@ -1,11 +1,11 @@
-"""Measure the benchmark workloads, the most valuable first, within a time limit; skip those already measured.
+"""Measure the benchmark workloads, in order of priority, within a time limit; skip those already measured.
 
     python scripts/gpu/measure_workloads.py OUT.jsonl [--limit 400] [--id TEXT] [--sweeps own compile]
         [--workloads SUBSTRING]
     python scripts/gpu/measure_workloads.py OUT.jsonl --fold FOLDER     # write FAMILY.json as in benchmarks/results
 
 The first sweep times fastkd's kernels and eager on all workloads; the second times torch.compile, the reference and
-eager again. Each workload runs in its own process, as in benchmarks/run.py: a crash or hang costs only its own limit.
+eager again. Each workload runs in its own process, as in benchmarks/run.py: a crash or hang affects only that workload.
 Appends a line per measured mode ({"id", "family", "work", "sweep", "rows"}), one per finished workload ({"ended"})
 and, once per run, the environment and the ceilings.
 """
@@ -62,7 +62,7 @@ class Session:
         return sorted(left, key=lambda x: (self.args.sweeps.index(x[0]), (x[0], x[1].name) in ended))
 
     def child(self, workload: workloads.Workload | None, names: list[str], about: Row, limit: float) -> int:
-        """Measure one workload, or the ceilings, in a process; append its lines at once and return its exit status."""
+        """Measure one workload, or the ceilings, in a child process, appending its lines; return its exit status."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "lines.jsonl"
             tail = Tail(path)
@@ -78,12 +78,12 @@ class Session:
         """Measure one workload in one sweep; return whether all of fastkd's backends succeeded."""
         names = providers.in_sweep(workload, self.kind, sweep)
         about = {"family": workload.family, "work": workload.name, "sweep": sweep}
-        most = self.args.workload_seconds or LIMITS[sweep]
-        limit, first, begin = min(self.left, most), len(self.lines), time.monotonic()
+        full_limit = self.args.workload_seconds or LIMITS[sweep]
+        limit, first, begin = min(self.left, full_limit), len(self.lines), time.monotonic()
         status = self.child(workload, names, about, limit)
         rows = [row for line in self.lines[first:] for row in line.get("rows", [])]
         print(f"{sweep}: {workload.name} ({time.monotonic() - begin:.0f} s): {short_times(workload, rows)}", flush=True)
-        if status == processes.TIMED_OUT and limit < most:
+        if status == processes.TIMED_OUT and limit < full_limit:
             return False  # out of time for the whole call: the next call measures this workload
         reason = f"timed out after {limit:.0f} s" if status == processes.TIMED_OUT else f"exited with status {status}"
         note = {} if status == 0 else {"note": f"the process {reason}"}
@@ -91,10 +91,10 @@ class Session:
             print(f"  {note['note']}", flush=True)
             self.add(about | {"rows": run.missing_rows(workload, names, rows, note["note"])})
         self.add(about | {"ended": status == 0, "seconds": round(time.monotonic() - begin, 1)} | note)
-        own = providers.fastkd_backends(self.kind)
+        required = providers.fastkd_backends(self.kind)
         for row in [row for row in rows if not row["ok"]]:
             print(f"  {row['provider']} {row['mode']}: {row['note']}", flush=True)
-        return status == 0 and all(row["ok"] for row in rows if row["provider"] in own)
+        return status == 0 and all(row["ok"] for row in rows if row["provider"] in required)
 
     def run_all(self) -> int:
         """Measure the unfinished workloads until the limit; return the exit status."""
@@ -115,7 +115,7 @@ class Session:
 
 
 def short_times(workload: workloads.Workload, rows: list[Row]) -> str:
-    """Return the medians of all providers in the mode of the targets, as text."""
+    """Return each provider's median in the mode of the targets, as text."""
     shown = [r for r in rows if r["mode"] == workload.target_mode and r["ok"]]
     return ", ".join(f"{r['provider']} {r['ms']['median']:.3f} ms" for r in shown) or "no times"
 

@@ -17,7 +17,7 @@ TIMED_OUT = 124
 LIBC = ctypes.CDLL(None)  # loaded here because little is safe between fork and exec
 PR_SET_PDEATHSIG = 1
 cores: Callable[[], int] = runpy.run_path(str(Path(__file__).resolve().parents[2] / "fastkd" / "_machine.py"))["cores"]
-"""Number of processors available to this process; read from the sources, because fastkd may not be installed yet."""
+"""Number of processors available to this process; loaded from the sources, because fastkd may not be installed yet."""
 
 
 def run(

@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def stage(nodeid: str) -> int:
-    """Return the stage of a test: kernels without JIT, then Triton's, then the contract in the same order."""
+    """Return the stage of a test: compiled kernels, then Triton's, then contract tests in the same order."""
     return 2 * nodeid.startswith("tests/contract/") + ("triton" in nodeid)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 Row = dict[str, Any]
 
 replace_files = runpy.run_path(str(Path(__file__).resolve().parents[2] / "fastkd" / "_atomic.py"))["replace_files"]
-"""Write files whole or not at all; read from the sources, because fastkd may not be installed yet."""
+"""Write files atomically; loaded from the sources, because fastkd may not be installed yet."""
 
 PACKAGE = ("csrc", "kernels", "fastkd", "setup.py", "pyproject.toml")
 """Sources of the installed package."""
@@ -48,13 +48,13 @@ def read(path: Path) -> list[Row]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     with replace_files(path) as (partial,):
         partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def digest(root: Path, names: Iterable[str]) -> str:
-    """Return a hash of source files and folders that is the same in every checkout, with or without git."""
+    """Return a hash of source files and folders, the same in every checkout, with or without git."""
     sha = hashlib.sha256()
     for name in names:
         path = root / name
@@ -69,7 +69,7 @@ def digest(root: Path, names: Iterable[str]) -> str:
 
 
 class Tail:
-    """Reader of the rows appended to a file from now on."""
+    """Reader of the rows appended to a file after its creation."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -5,13 +5,13 @@
 
 and the same with ``--tool racecheck``. Without torch's cache each tensor is a separate allocation, so an out-of-bounds
 access is an error. Inputs are created on the CPU and copied; results are not compared. Each finished case is appended
-to OUT.jsonl at once. Cases that are ok under the same --id are skipped. The tool reports its findings in its output
+to OUT.jsonl at once. Cases that passed under the same --id are skipped. The tool reports its findings in its output
 and exit status, so start a new file after a finding.
 
     sanitize.py OUT.jsonl [--id TEXT] [--only SUBSTRING] [--seconds N] [--device cuda]
     sanitize.py --list
 
-Exit status: 0 all cases finished, 1 one failed or the time ran out, 2 wrong use.
+Exit status: 0 all cases finished, 1 one failed or the time ran out, 2 usage error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Case(NamedTuple):
     shapes: Sequence[tuple[int, ...]]
     dtype: torch.dtype
     options: dict[str, Any]
-    maps: bool = False  # (B, K, R) in memory
+    maps: bool = False  # inputs are (B, K, R) in memory
     masked: bool = False
     workspace_mib: float | None = None
 

@@ -28,7 +28,7 @@ MIN_SECONDS = 5  # do not start a tool with less time left
 
 
 def watch(tool: str, args: argparse.Namespace, seconds: float, folder: Path) -> bool:
-    """Run one tool, copying the lines of its calls at once; return whether it finished without findings.
+    """Run one tool, copying the row of each call at once; return whether it finished without findings.
 
     Calls that passed in an earlier run of the same tool are skipped, if that run had no findings and only timed out.
     """

@@ -1,4 +1,4 @@
-"""Find the packages missing for the GPU check, in addition to torch, and fetch or install them.
+"""Find the packages that the GPU check needs in addition to torch, and fetch or install them.
 
     python scripts/gpu/wheels.py fetch FOLDER [--python-version 3.12] [--machine x86_64]
 
@@ -35,7 +35,8 @@ class Missing(NamedTuple):
 
     def __str__(self) -> str:
         name, bound = split(self.requirement)
-        return f"{name}: {'not found' if self.found is None else f'found {self.found}'}, needs >= {bound or 'any'}"
+        found = "not found" if self.found is None else f"found {self.found}"
+        return f"{name}: {found}, needs {f'>= {bound}' if bound else 'any version'}"
 
 
 def requirements(pyproject: Path = ROOT / "pyproject.toml") -> tuple[list[str], list[str]]:

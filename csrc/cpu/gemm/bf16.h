@@ -11,7 +11,7 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-using PairWord = std::uint32_t; // two bfloat16, neighbours along K
+using PairWord = std::uint32_t; // two bfloat16, adjacent along K
 
 FASTKD_INLINE std::int64_t pairs_of(std::int64_t count) {
     return (count + 1) / 2;
@@ -86,7 +86,7 @@ FASTKD_NOINLINE void pack_pairs(const BFloat16* x, std::int64_t p_stride, std::i
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// As micro_product, panel_product and the products of packed blocks in gemm/packed.h, with `inner` counting pairs.
+// Like micro_product, panel_product and the products of packed blocks in gemm/packed.h; `inner` counts pairs.
 template <int width>
 FASTKD_WITH_BF16 FASTKD_INLINE void micro_product_pairs(const PairWord* a, std::int64_t a_row, std::int64_t a_inner,
                                                         const PairWord* b, std::int64_t inner, float* c,

@@ -45,8 +45,8 @@ struct Panels {
     }
 };
 
-// c[m][:] (+)= sum_i a[m][i] b[i][:], m < micro_rows, over a panel of `width` vectors; a[m][i] = a[m a_row + i
-// a_inner].
+// c[m][:] (+)= sum_i a[m][i] b[i][:], m < micro_rows, over a panel of `width` vectors, where a[m][i] is
+// a[m a_row + i a_inner].
 template <class T, int width>
 FASTKD_INLINE void micro_product(const T* a, std::int64_t a_row, std::int64_t a_inner, const T* b, std::int64_t inner,
                                  T* c, std::int64_t c_row, bool add) {
@@ -75,7 +75,7 @@ FASTKD_INLINE void micro_product(const T* a, std::int64_t a_row, std::int64_t a_
     }
 }
 
-// As micro_product, for any `inner` and `rows` rows; a and c must have `rows` rounded up to micro_rows.
+// Like micro_product, for any `inner` and `rows`; a and c must have `rows` rounded up to micro_rows.
 template <class T, int width>
 FASTKD_INLINE void panel_product_of(const T* a, std::int64_t a_row, std::int64_t a_inner, std::int64_t rows, const T* b,
                                     std::int64_t inner, T* c, std::int64_t c_row, bool add) {
@@ -100,7 +100,7 @@ FASTKD_NOINLINE void panel_product(int width, const T* a, std::int64_t a_row, st
     }
 }
 
-// c[x][y] (+)= sum_i x_packed[i][x] y_packed[i][y] of two blocks packed in panels over x and over y.
+// c[x][y] (+)= sum_i x_packed[i][x] y_packed[i][y], for two blocks packed in panels over x and over y.
 template <class T>
 FASTKD_INLINE void packed_product(const T* x, Panels<T> x_panels, const T* y, Panels<T> y_panels, std::int64_t inner,
                                   T* c, std::int64_t c_row, bool add) {
@@ -114,7 +114,7 @@ FASTKD_INLINE void packed_product(const T* x, Panels<T> x_panels, const T* y, Pa
     }
 }
 
-// c[m][y] (+)= sum_i a[m][i] y_packed[i][y]; a[m][i] = a[m a_row + i a_inner].
+// c[m][y] (+)= sum_i a[m][i] y_packed[i][y], where a[m][i] is a[m a_row + i a_inner].
 template <class T>
 FASTKD_INLINE void strided_product(const T* a, std::int64_t a_row, std::int64_t a_inner, std::int64_t rows, const T* y,
                                    Panels<T> y_panels, std::int64_t inner, T* c, std::int64_t c_row, bool add) {

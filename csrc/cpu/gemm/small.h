@@ -1,4 +1,4 @@
-// Products of small row-major matrices that are in the caches, accumulated in registers.
+// Products of small row-major matrices in cache, accumulated in registers.
 #pragma once
 
 #include <utility>
@@ -28,8 +28,8 @@ struct Matrix {
     std::int64_t col;
 };
 
-// Memory to prefetch into the L2 cache during a product, a few lines per tile: a product reads each element several
-// times, so memory would otherwise be idle after the first read.
+// Memory to prefetch into the L2 cache during a product, a few lines per tile. A product reads each element several
+// times, so the memory would otherwise be idle after the first read.
 struct Prefetch {
     const char* row = nullptr;
     std::int64_t rows = 0;
@@ -56,11 +56,11 @@ struct Prefetch {
 
 enum class Store {
     set,
-    add,   // accumulate
+    add,
     stream // non-temporal, to aligned addresses: see store_stream
 };
 
-// ---- C = A B, vectorised along the rows of B and C - ----------------------------------------------------------------
+// ---- C = A B, vectorised along the rows of B and C -----------------------------------------------------------------
 
 template <class T, int rows, int vectors>
 void multiply_tile(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t depth,
@@ -113,11 +113,11 @@ FASTKD_INLINE void multiply_rows(std::int64_t rows, Matrix<T> a, const T* b, std
 }
 
 enum class Walk {
-    down,  // a strip of B for all rows of A: for a large B
-    across // a strip of rows of A for all of B: for a large C
+    down,  // one strip of B after another, each for all rows of A: for a large B
+    across // one strip of rows of A after another, each for all of B: for a large C
 };
 
-// C (rows x cols) = A (rows x depth) B (depth x cols), `cols` is a multiple of `lanes`.
+// C (rows x cols) = A (rows x depth) B (depth x cols); `cols` is a multiple of `lanes`.
 template <class T>
 void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t rows,
               std::int64_t cols, std::int64_t depth, Walk walk, Store mode, Prefetch fetch = {}) {
@@ -169,7 +169,7 @@ void multiply(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_
     }
 }
 
-// ---- C = A B^T, vectorised along the rows of A and B  --------------------------------------------------------------
+// ---- C = A B^T, vectorised along the rows of A and B ---------------------------------------------------------------
 
 // For each group of `width` lanes, select the lower (or upper) half of a's group, then that of b's.
 template <class T, int width>
@@ -201,7 +201,7 @@ FASTKD_INLINE void add_lanes(Vec<T>* values) {
     }
 }
 
-// Up to dot_rows x dot_cols elements of A B^T. Row indices are clamped to the last row.
+// Compute up to dot_rows x dot_cols elements of A B^T. Row indices are clamped to the last row.
 template <class T>
 void dot_tile(const T* a, std::int64_t a_row, std::int64_t rows, const T* b, std::int64_t b_row, std::int64_t cols,
               std::int64_t depth, T* out) {
@@ -239,8 +239,7 @@ void dot_tile(const T* a, std::int64_t a_row, std::int64_t rows, const T* b, std
 }
 
 // C (rows x cols) = A (rows x depth) B^T (B: cols x depth), added to C if `accumulate`. `depth` is a multiple of
-// `lanes`. With `symmetric` only the lower triangle is complete; of the upper one only parts of the tiles on the
-// diagonal.
+// `lanes`. With `symmetric`, only the lower triangle is complete; tiles on the diagonal also write to the upper one.
 template <class T, class C>
 void multiply_transposed(const T* a, std::int64_t a_row, const T* b, std::int64_t b_row, C* c, std::int64_t c_row,
                          std::int64_t rows, std::int64_t cols, std::int64_t depth, bool accumulate,

@@ -1,4 +1,4 @@
-// The products of gemm/small.h for bfloat16 without widening: operands hold pairs of neighbours along K, and one
+// The products of gemm/small.h for bfloat16 without widening: operands hold pairs of elements adjacent along K, and one
 // AVX512-BF16 instruction adds two exact products to a float. Used only if bf16_products() is true.
 #pragma once
 
@@ -22,7 +22,7 @@ FASTKD_INLINE void interleave(__m512i even, __m512i odd, __m512i (&pairs)[2]) {
     pairs[1] = _mm512_permutex2var_epi16(even, bit_cast<__m512i>(first + 0x100010), odd);
 }
 
-// The right operand of a product, pair by pair: packed as pairs, ...
+// The right operand of a product, packed as pairs.
 struct PackedPairs {
     const PairWord* data; // [pair][column]
     std::int64_t row;
@@ -35,7 +35,7 @@ struct PackedPairs {
         pairs[1] = load_pairs(data + pair * row + lanes<float>);
     }
 };
-// ... or plain rows, every two of which are interleaved to a row of pairs.
+// The right operand as plain rows; every two rows are interleaved into a row of pairs.
 struct PairsOfRows {
     const BFloat16* data;
     std::int64_t row;
@@ -96,8 +96,8 @@ FASTKD_INLINE void pair_rows(std::int64_t rows, Matrix<PairWord> a, B b, C* c, s
     }
 }
 
-// C (rows x cols) = A (rows x depth pairs) B (depth pairs x cols); `cols` is a multiple of pair_strip. C of bfloat16
-// excludes Store::add.
+// C (rows x cols) = A (rows x depth pairs) B (depth pairs x cols); `cols` is a multiple of pair_strip. A bfloat16 C
+// does not support Store::add.
 template <class B, class C>
 void multiply_pairs(Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int64_t rows, std::int64_t cols,
                     std::int64_t depth, Store mode, Prefetch fetch = {}) {
@@ -128,7 +128,7 @@ void multiply_pairs(Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int6
     }
 }
 
-// As dot_tile, for rows of bfloat16.
+// Like dot_tile, for rows of bfloat16.
 FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_dot_tile(const BFloat16* a, std::int64_t a_row, std::int64_t rows,
                                                     const BFloat16* b, std::int64_t b_row, std::int64_t cols,
                                                     std::int64_t depth, float* out) {
@@ -193,7 +193,7 @@ FASTKD_NOINLINE void add_transposed_pairs(const BFloat16* a, std::int64_t a_row,
     }
 }
 
-// Mask of the first `count` of pair_strip elements.
+// Return the mask of the first `count` of pair_strip elements.
 FASTKD_INLINE __mmask32 leading_mask(std::int64_t count) {
     return count >= pair_strip ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
 }

@@ -28,7 +28,7 @@ FASTKD_INLINE Vec<T> shift_of(Vec<T> max) {
     return max == softmax_kl::minus_infinity<T>() ? Vec<T>{} : max;
 }
 
-// log prod x of many positive x, lane by lane. A product of 64 factors must not overflow a double.
+// The log of the product of many positive numbers, multiplied lane by lane. 64 factors must not overflow a double.
 template <class T>
 struct LogProduct {
     using Doubles = typename VectorOf<double, lanes<T>>::type;
@@ -51,7 +51,7 @@ struct LogProduct {
     }
 };
 
-// Write A and D unless null, and prefetch meanwhile. With `kl` return the sum of KL(B[p] || A[p]) over valid pixels.
+// Write A and D unless null, prefetching `fetch`. With `kl`, return the sum of KL(B[p] || A[p]) over valid pixels.
 template <class T, bool kl>
 double attend(const Logits<T>& logits, const Pixels<T>& pixels, T* a, T* d, Prefetch fetch = {}) {
     fetch.spread(pixels.width / lanes<T>);
@@ -115,7 +115,7 @@ struct Maxima {
     T student, teacher;
 };
 
-// Add the panel to the words' states over pixels; the states refer to the scaled logits.
+// Add the panel's pixels to each word's state; the states refer to the scaled logits.
 template <class T>
 void accumulate_columns(const Logits<T>& logits, const Pixels<T>& pixels, KLState<double>* states, Maxima<T>* maxima) {
     const T nothing = softmax_kl::minus_infinity<T>();
@@ -159,7 +159,7 @@ struct Coefficients {
     T word_to_pixel;
 };
 
-// Write d/dM of the terms over words. `a` is A followed by D; `out` holds dA meanwhile.
+// Write d/dM of the terms over words. `a` is A followed by D; `out` temporarily holds dA.
 template <class T>
 void gradient_over_words(const Coefficients<T>& by, const T* a, const T* d, std::int64_t words, std::int64_t stride,
                          std::int64_t width, T* out) {
@@ -184,7 +184,7 @@ void gradient_over_words(const Coefficients<T>& by, const T* a, const T* d, std:
     }
 }
 
-// Write d/dM of word_to_pixel to `out`, or add it with `add`.
+// Write d/dM of word_to_pixel to `out`, or add it if `add`.
 template <class T>
 void gradient_over_pixels(const Logits<T>& logits, T by, const double* lse_student, const double* lse_teacher,
                           std::int64_t width, bool add, T* out) {
@@ -231,7 +231,7 @@ void pixel_norms(const Panel<T>& panel, std::int64_t columns, std::int64_t padde
     }
 }
 
-// 1/max(norm, norm_floor).
+// Return 1/max(norm, norm_floor).
 template <class T>
 FASTKD_INLINE Vec<T> inverse_norms(const T* norms) {
     const Vec<T> norm = load(norms);

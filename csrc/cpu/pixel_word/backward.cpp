@@ -62,7 +62,7 @@ Logits<T> backward_logits(const Backward& args, const Plan<T>& plan, const Pixel
             exp_of<T>(problem.teacher)};
 }
 
-// The saved logits of the next panel.
+// Return the memory of the next panel's saved logits.
 template <class T>
 FASTKD_INLINE Prefetch next_logits(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels) {
     const Problem& problem = plan.problem;
@@ -98,7 +98,8 @@ void gradient_of_logits(const Backward& args, const Plan<T>& plan, const Pixels<
     }
 }
 
-// For the cosine: scratch.scaled = dM/|V|, and own = -<dM, M>/|V|^2, the coefficient of V in each pixel's gradient.
+// For the cosine, write scratch.scaled = dM/|V| and own = -<dM, M>/|V|^2, the coefficient of V in each pixel's
+// gradient.
 template <class T>
 void scale_by_norms(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Logits<T>& logits,
                     const Scratch<T>& scratch, T* own) {
@@ -150,13 +151,13 @@ void gradient_of_pixels(const Backward& args, const Plan<T>& plan, const Pixels<
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// Both gradients from bfloat16 without widening, with dM split into a sum of two bfloat16.
+// Compute both gradients from bfloat16 without widening, with dM split into a sum of two bfloat16.
 void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pixels<float>& pixels, std::int64_t words,
                         const Scratch<float>& scratch, float* grad_words) {
     const Side& student = plan.problem.student;
     const std::int64_t stride = plan.panel_pixels, padded = plan.width_student, columns = student.width;
     const std::int64_t strips = round_up(pixels.width, pair_strip);
-    auto* high = reinterpret_cast<BFloat16*>(scratch.student); // the logits are not needed any more
+    auto* high = reinterpret_cast<BFloat16*>(scratch.student); // the logits are no longer needed
     auto* low = high + words * stride;
     auto* pairs = reinterpret_cast<PairWord*>(scratch.teacher);
     split_rows(scratch.out, words, pixels.width, stride, high, low, pairs);

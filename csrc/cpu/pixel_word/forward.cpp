@@ -17,7 +17,7 @@ namespace {
 using pixel_word::Forward;
 using pixel_word::Workspace;
 
-// Write -inf for words that the network does not have.
+// Write -inf for words that the network lacks.
 template <class T>
 FASTKD_INLINE void absent_logits(const std::int32_t* word, std::int64_t words, std::int64_t width, std::int64_t stride,
                                  T* out) {
@@ -250,7 +250,7 @@ void forward_group(const Forward& args, const Plan<T>& plan) {
             const ForwardSums sums = sums_of(plan, unit);
             *sums.row_kl = 0;
             for (std::int64_t k = 0; plan.has(pixel_word::word_to_pixel) && k < plan.words; ++k) {
-                sums.states[k] = KLState<double>::of_nothing();
+                sums.states[k] = KLState<double>::empty();
                 scratch.maxima[k] = {softmax_kl::minus_infinity<T>(), softmax_kl::minus_infinity<T>()};
             }
             for (std::int64_t i = 0; plan.has(pixel_word::second_order) && i < 3 * plan.words * plan.words; ++i) {

@@ -45,7 +45,7 @@ FASTKD_INLINE void store_row(const T* from, std::int64_t count, S* to) {
     }
 }
 
-// As store_row, non-temporal and to aligned addresses. Finish with stream_fence.
+// Like store_row, with non-temporal stores to aligned addresses. Finish with stream_fence.
 template <class T, class S>
 FASTKD_INLINE void stream_row(const T* from, std::int64_t count, S* to) {
     const std::int64_t whole = count / lanes<T> * lanes<T>;
@@ -92,8 +92,8 @@ FASTKD_INLINE S* address(const Array& array, const Pixels<T>& pixels, S) {
 }
 
 // Return the panel in place if its dtype, masks and padding allow; otherwise copy it to `scratch`, with invalid pixels
-// and the columns from `columns` to `padded` set to zero. With `copy_map` maps are always copied: every feature of a
-// map is on another page, and if there are few features or several passes, the TLB misses cost more than the copy.
+// and the columns from `columns` to `padded` set to zero. With `copy_map`, maps are always copied: each feature of a
+// map is on a different page, and with few features or several passes the TLB misses cost more than the copy.
 template <class T>
 Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns, std::int64_t padded,
                     bool copy_map, T* scratch) {
@@ -121,7 +121,7 @@ Panel<T> load_panel(const Array& array, const Pixels<T>& pixels, std::int64_t co
     return {scratch, rows ? padded : pixels.width, rows};
 }
 
-// The memory of these pixels, for prefetching during a product.
+// Return the memory of these pixels, for prefetching during a product.
 template <class T>
 Prefetch prefetch_of(const Array& array, const Pixels<T>& pixels, std::int64_t columns) {
     const std::int64_t size = element_size(array.dtype);

@@ -8,7 +8,7 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// Mask of the valid pixels among the pair_strip pixels from `p` on.
+// Return the mask of the valid pixels among the pair_strip pixels from `p` on.
 FASTKD_INLINE __mmask32 valid_mask(const Pixels<float>& pixels, std::int64_t p) {
     if (pixels.valid == nullptr && pixels.count - p >= pair_strip) {
         return ~__mmask32{0};
@@ -19,6 +19,7 @@ FASTKD_INLINE __mmask32 valid_mask(const Pixels<float>& pixels, std::int64_t p) 
     }
     return there;
 }
+
 // Pack the panel as out[pair of columns][pixel]. Invalid pixels, an odd last column and the padding to whole strips are
 // zero.
 FASTKD_NOINLINE void pack_panel(const Array& array, const Pixels<float>& pixels, std::int64_t columns, PairWord* out,
@@ -68,7 +69,7 @@ FASTKD_NOINLINE void pack_panel(const Array& array, const Pixels<float>& pixels,
     }
 }
 
-// The panel in place, or copied to `scratch` with rows padded to whole strips.
+// A panel in place, or copied to scratch memory with rows padded to whole strips.
 struct PanelBF16 {
     const BFloat16* data;
     std::int64_t stride;

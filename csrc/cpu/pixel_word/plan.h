@@ -17,16 +17,15 @@ namespace fastkd::cpu::FASTKD_ISA {
 using pixel_word::Problem;
 using pixel_word::Side;
 
-// Lanes of the widest vectors, so that sizes are the same for every instruction set.
-constexpr std::int64_t column_padding = 16;
-// Limit of the chunks' sums, not counting the first of each sample.
+constexpr std::int64_t column_padding = 16; // lanes of the widest vectors: sizes are equal for all instruction sets
+// Limit of the chunks' sums, not counting each sample's first chunk.
 constexpr std::int64_t partial_bytes = 12 * 1024 * 1024;
 constexpr std::int64_t stream_bytes = 4 * 1024 * 1024; // larger gradients bypass the caches
 
 // A sample's valid pixels and words. Words that at least one network has are numbered densely; the others are skipped.
 struct Sample {
     std::int64_t pixels;
-    std::int64_t words;         // of the dense numbering
+    std::int64_t words;         // in the dense numbering
     std::int32_t* student_word; // [words]: the student's word, or -1 if it has none
     std::int32_t* teacher_word;
     std::int32_t* student_slot; // [student's words]: its dense number, or -1
@@ -37,14 +36,14 @@ template <class T>
 struct Scratch {
     T* panel;
     T* gradient;
-    T* student; // [words][panel_pixels], likewise the next four
+    T* student; // [words][panel_pixels], as are teacher, out and scaled
     T* teacher;
-    T* a; // A, then D
+    T* a; // [2 words][panel_pixels]: A, then D
     T* out;
     T* scaled;
     T* mix;   // [2 words][words]
-    T* valid; // [panel_pixels], likewise the next
-    T* norms;
+    T* valid; // [panel_pixels]
+    T* norms; // [2][panel_pixels]
     Maxima<T>* maxima;
 };
 
@@ -82,7 +81,7 @@ struct Plan {
         return problem.batch * problem.pixels * problem.student.width * static_cast<std::int64_t>(sizeof(T)) >=
                stream_bytes;
     }
-    // The memory of the next panel.
+    // Return the memory of the next panel.
     FASTKD_INLINE Prefetch next(const Side& side, const Pixels<T>& pixels) const {
         const std::int64_t begin = pixels.begin + panel_pixels;
         if (begin >= problem.pixels) {
@@ -92,7 +91,7 @@ struct Plan {
         return prefetch_of<T>(side.pixels, {pixels.sample, begin, count, 0, nullptr}, side.width);
     }
 
-    // The pixels of the panel that starts at `begin`.
+    // Return the pixels of the panel that starts at `begin`.
     FASTKD_INLINE Pixels<T> pixels_at(std::int64_t sample, std::int64_t begin, std::int64_t end, T* valid) const {
         Pixels<T> pixels{sample, begin, smaller(panel_pixels, end - begin), 0, nullptr};
         pixels.width = round_up(pixels.count, column_padding);
@@ -166,7 +165,7 @@ Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int th
     plan.width_student = round_up(student.width, plan.pairs_student ? 2 * column_padding : column_padding);
     plan.width_teacher = round_up(teacher.width, plan.pairs_teacher ? 2 * column_padding : column_padding);
     const std::int64_t width = larger(plan.width_student, plan.width_teacher);
-    // A panel fits the L2 cache. Panels of maps are longer, as their rows are read and summed in short runs.
+    // A panel fits the L2 cache. Panels of maps are longer, because a panel's length is also its row length.
     const std::int64_t row_bytes =
         width * (plan.pairs_student ? element_size(DType::BFloat16) : static_cast<std::int64_t>(sizeof(T)));
     plan.panel_pixels =
@@ -247,8 +246,8 @@ FASTKD_INLINE bool has_word(const Side& side, std::int64_t sample, std::int64_t 
            (side.word_mask == nullptr || side.word_mask[sample * side.word_count + word] != 0);
 }
 
-// Pack words densely numbered, rows padded with zeros; a word that the side lacks is a zero row. For the cosine,
-// normalise.
+// Pack the words in dense numbering, padded with zeros; words that the side lacks become zero rows. For the cosine,
+// normalise them.
 template <class T>
 void pack_words(const Side& side, std::int64_t sample, const std::int32_t* word, std::int64_t count,
                 std::int64_t padded, bool cosine, T* to, T* norms) {
@@ -273,7 +272,7 @@ void pack_words(const Side& side, std::int64_t sample, const std::int32_t* word,
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
-// As pack_words, in bfloat16: [word][column] for the logits, [word][column][2 copies] for the gradient of the pixels.
+// Like pack_words, in bfloat16: [word][column] for the logits, [word][column][2 copies] for the gradient of the pixels.
 FASTKD_INLINE void pack_word_pairs(const Side& side, std::int64_t sample, const std::int32_t* word, std::int64_t count,
                                    std::int64_t padded, bool backward, void* to) {
     const auto* from = static_cast<const float*>(side.words) + sample * side.word_count * side.width;

@@ -22,11 +22,11 @@ template <class Visit>
 FASTKD_INLINE void pairs_within(std::int64_t begin, std::int64_t end, int threads, const Visit& visit) {
     const std::int64_t n = end - begin;
     parallel_for(threads, n, [&](std::int64_t i, int thread) { visit(begin + i, begin + i, thread); });
-    const std::int64_t even = n + n % 2, turning = even - 1;
-    for (std::int64_t round = 0; round < turning; ++round) { // round-robin: all indices but the last rotate
+    const std::int64_t even = n + n % 2, rotating = even - 1;
+    for (std::int64_t round = 0; round < rotating; ++round) { // round-robin: all indices but the last rotate
         parallel_for(threads, even / 2, [&](std::int64_t k, int thread) {
-            const std::int64_t i = k == 0 ? turning : (round + k) % turning;
-            const std::int64_t j = (round + turning - k) % turning;
+            const std::int64_t i = k == 0 ? rotating : (round + k) % rotating;
+            const std::int64_t j = (round + rotating - k) % rotating;
             if (i < n && j < n) {
                 visit(begin + (i < j ? i : j), begin + (i < j ? j : i), thread);
             }
@@ -34,17 +34,17 @@ FASTKD_INLINE void pairs_within(std::int64_t begin, std::int64_t end, int thread
     }
 }
 
-// The position of the pair i <= j in the order of pairs_within(0, n).
+// Return the position of the pair i <= j in the order of pairs_within(0, n).
 FASTKD_INLINE std::int64_t place_within(std::int64_t n, std::int64_t i, std::int64_t j) {
     if (i == j) {
         return i;
     }
-    const std::int64_t turning = n + n % 2 - 1;
-    if (j == turning) { // the index that does not rotate comes first in its round
+    const std::int64_t rotating = n + n % 2 - 1;
+    if (j == rotating) { // the index that does not rotate comes first in its round
         return n + i * (n / 2);
     }
-    const std::int64_t sum = i + j, round = (sum % 2 == 0 ? sum : sum + turning) / 2 % turning;
-    const std::int64_t k = i > round ? i - round : i - round + turning, opposite = turning - k;
+    const std::int64_t sum = i + j, round = (sum % 2 == 0 ? sum : sum + rotating) / 2 % rotating;
+    const std::int64_t k = i > round ? i - round : i - round + rotating, opposite = rotating - k;
     return n + round * (n / 2) + (k < opposite ? k : opposite) - n % 2;
 }
 
@@ -68,7 +68,7 @@ constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<BFloat16> = true;
 
-// The arguments of one call, typed.
+// The arguments of one call, for storage type S.
 template <class S>
 struct Relation {
     using T = Compute<S>;
@@ -101,7 +101,7 @@ struct Relation {
     FASTKD_INLINE std::int64_t sample(std::int64_t problem, std::int64_t block) const {
         return options.cross ? block / plan.group_blocks : problem;
     }
-    // Statistics of the rows of `block` against the group of blocks that contains `other`.
+    // Return the statistics of the rows of `block` with respect to the group of blocks that contains `other`.
     FASTKD_INLINE RowStatistics statistics_of(std::int64_t problem, std::int64_t block, std::int64_t other) const {
         const std::int64_t o = options.cross ? other / plan.group_blocks : 0;
         const std::int64_t index = (o * options.batch + sample(problem, block)) * options.rows + first_row(block);
@@ -126,7 +126,7 @@ struct Relation {
         }
     }
 
-    // Multiply bfloat16 rows in pairs, unscaled, and scale the products, unless the products could overflow.
+    // Set `pairs`: multiply bfloat16 rows in pairs, unscaled, and scale the products, unless these could overflow.
     void use_pairs() {
         pairs = sizeof(S) == 2 && plan.pairs;
         const double* scales = scales_of(0, 0, 0);

@@ -17,7 +17,7 @@ namespace {
 using relation::Backward;
 using relation::Forward;
 
-// A is the type of G and of all products.
+// The template parameter A is the type of G and of all products.
 template <class S, class A>
 struct Gram {
     using T = Compute<S>;
@@ -163,7 +163,7 @@ struct Gram {
         strided_product<A>(matrix + plan.student_side, plan.side, 1, plan.student_side, second, rows, teacher.width,
                            out, plan.block, true);
     }
-    // The same for all k, summed over l >= k only; entries within micro_rows below the diagonal must be 0.
+    // Like multiply, for all k, but summed over l >= k only; entries within micro_rows below the diagonal must be 0.
     FASTKD_INLINE void multiply_upper(const A* gram, const A* first, const A* second, std::int64_t count,
                                       A* out) const {
         const Panels<A> rows(count);

@@ -6,7 +6,7 @@
 namespace fastkd::cpu {
 namespace {
 
-// Return the plan with the most threads whose workspace fits `limit`; at least one thread.
+// Return the plan with the most threads, at least one, whose workspace fits `limit`.
 template <class Plan>
 auto with_most_threads(int threads, std::int64_t limit, const Plan& plan_for) {
     auto plan = plan_for(threads);

@@ -11,7 +11,7 @@ constexpr std::int64_t stored_chunk = 256; // columns that the form "stored" pac
 constexpr std::int64_t gram_chunk = 256;   // rows packed at a time for G
 
 // Rows are divided into blocks; pairs of blocks are the tiles of the relation matrix. A problem is one relation matrix:
-// a sample's, or with `cross` the whole batch's. Threads process whole problems, `teams` at a time, or share one.
+// of a sample, or with `cross` of the whole batch. Threads process whole problems, `teams` at a time, or share one.
 struct RelationPlan {
     bool stored; // the form "stored": tiles are kept in `stored`; else they are recomputed
     bool backward;
@@ -19,10 +19,10 @@ struct RelationPlan {
     std::int64_t problems, groups, block, group_blocks, blocks;
     std::int64_t teams;    // problems processed concurrently
     int team_threads;      // threads per problem
-    std::int64_t resident; // packed blocks in memory: all, or two halves
+    std::int64_t resident; // packed blocks in memory at a time: all, or two groups of equal size
     std::int64_t student_width;
 
-    // Offsets in bytes: of a team from the start of its part of the workspace, then of a thread from that of its own.
+    // Offsets in bytes, relative to the team's part of the workspace, then relative to the thread's.
     std::int64_t packs, accumulator, row_sums, matrix, team_bytes;
     std::int64_t tiles, panel, thread_bytes;
     std::int64_t bytes;   // of the workspace
@@ -43,7 +43,7 @@ struct GramPlan {
     std::int64_t size;                             // bytes of an element of G: see gram_double
 
     std::int64_t rows, scaled_rows, weighted, team_bytes; // per team: packed chunk, chunk times g, G weighted by g
-    std::int64_t own, other, product, product2, result, thread_bytes; // per thread: W in two parts, products, gradient
+    std::int64_t own, other, product, product2, result, thread_bytes; // per thread: two parts of W, products, gradient
     std::int64_t bytes, minimum;
 };
 

@@ -97,7 +97,7 @@ FASTKD_INLINE void find_scales(const Options& options, const Rows& student, cons
     });
 }
 
-// The factor of a row's gradient: its scale, or 0 if the norm was clamped to norm_floor.
+// Return the factor of a row's gradient: its scale, or 0 if the norm was clamped to norm_floor.
 FASTKD_INLINE double outer_scale(const Options& options, double scale) {
     return options.similarity == Similarity::cosine && scale >= 1 / relation::norm_floor ? 0 : scale;
 }

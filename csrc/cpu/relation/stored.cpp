@@ -143,7 +143,7 @@ struct Stored : Relation<S> {
                       args.out_col_stride);
         });
     }
-    // As backward, with H rounded to bfloat16: see bf16_tiles.h.
+    // Like backward, with H rounded to bfloat16: see bf16_tiles.h.
     void backward_pairs(const Backward& args, std::int64_t team, std::int64_t problem, const T* stored) const {
         const std::int64_t n = plan.blocks, ld = n * plan.block;
         double* q = this->template at<double>(team, plan.row_sums);

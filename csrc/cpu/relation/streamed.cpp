@@ -2,7 +2,7 @@
 //
 //     loss_i = distance(E^S_i, E^T_i),     E = X^ X^^T,     d/d x^_i = sum_j H_ij x^_j
 //
-// Blocks of rows are normalised and packed: all of them, or two halves at a time if the workspace is smaller. A tile of
+// Blocks of rows are normalised and packed: all of them, or two groups at a time if the workspace is smaller. A tile of
 // E is computed, reduced and discarded; the backward recomputes it.
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"

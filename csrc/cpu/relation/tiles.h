@@ -27,7 +27,7 @@ struct RowStatistics {
     FASTKD_INLINE double* operator[](int k) const { return data + k * plane; }
 };
 
-// Mask of the lanes of the vector at `col` that are within `cols`.
+// Return the mask of the lanes within `cols` of the vector at `col`.
 template <class T>
 FASTKD_INLINE auto inside(std::int64_t cols, std::int64_t col) {
     const std::int64_t valid = cols - col < lanes<T> ? cols - col : lanes<T>;
@@ -211,7 +211,7 @@ FASTKD_NOINLINE void negate_tile(T* e, std::int64_t ld, std::int64_t rows, std::
 // ---- H -------------------------------------------------------------------------------------------------------------
 
 // A row's coefficients in H: a and b of common/relation.h if f is the same for all rows. For kl with a maximum per row,
-// `a` is g/tau and the other members are those of both networks' LogSoftmax.
+// `a` is g/tau, and the other members belong to both networks' LogSoftmax.
 template <class T>
 struct RowCoefficients {
     T a[tile_side], b[tile_side];
@@ -275,9 +275,10 @@ FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, d
     }
 }
 
-// H if f is the same for all rows: f_s a - f_t b, written so that equal networks give exactly 0. With `cross` a row is
-// not related to itself and its z may be far below 1. Then f_t a, the term that cancels in one way of writing the
-// difference, may far exceed the result, while f_s b, which cancels in the other, is far below it.
+// Compute H if f is the same for all rows: f_s a - f_t b, written so that equal networks give exactly 0. The two such
+// forms, f_t (a - b) + (f_s - f_t) a and f_s (a - b) + (f_s - f_t) b, contain a product that cancels: f_t a or f_s b.
+// With `cross`, a row is not related to itself, so its z may be far below 1 and one of these products far above the
+// result: the form with the smaller product is used.
 template <class T, bool cross, class Function>
 FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoefficients<T>& row,
                                    const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
@@ -302,7 +303,7 @@ FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoe
     fill_h(tile, element, outer, h, q_row, q_col);
 }
 
-// H of kl with a maximum per row.
+// Compute H of kl with a maximum per row.
 template <class T>
 FASTKD_NOINLINE void gradient_tile_kl(Tile<T> tile, ScaledExp<T> exp, const RowCoefficients<T>& row,
                                       const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {

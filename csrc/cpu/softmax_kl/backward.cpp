@@ -28,7 +28,7 @@ FASTKD_INLINE void row_gradient(const S* s, const S* t, S* out, std::int64_t cou
     };
     std::int64_t i = 0;
     if constexpr (stream) {
-        // One unaligned store up to the first aligned address; later stores rewrite its excess with the same values.
+        // One unaligned store reaches the first aligned address; the next store rewrites the overlap with equal values.
         constexpr std::uintptr_t alignment = sizeof(S) * lanes<T>;
         const std::uintptr_t beyond = reinterpret_cast<std::uintptr_t>(out) % alignment;
         if (beyond != 0 && count >= 2 * lanes<T>) {

@@ -36,7 +36,7 @@ void forward(const Forward& args, int threads) {
         const std::int64_t next = r + 1 < shape.count() ? r + 1 : r;
         const S* next_s = student + row_offset(args.student_strides, shape.rows, next);
         const S* next_t = teacher + row_offset(args.teacher_strides, shape.rows, next);
-        auto state = KLState<double>::of_nothing();
+        auto state = KLState<double>::empty();
         for (std::int64_t begin = 0; begin < shape.cols; begin += block) {
             const std::int64_t count = shape.cols - begin < block ? shape.cols - begin : block;
             state.raise(block_max(s + begin, count), block_max(t + begin, count), exp.scale);

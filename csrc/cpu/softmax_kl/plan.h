@@ -1,4 +1,4 @@
-// The division of softmax_kl's rows over threads.
+// Distribution of softmax_kl's rows over threads.
 #pragma once
 
 #include "common/softmax_kl.h"
@@ -6,7 +6,7 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-constexpr std::int64_t thread_elements = 1 << 14; // fewer do not repay starting a thread
+constexpr std::int64_t thread_elements = 1 << 14; // for fewer, starting a thread costs more than it saves
 
 FASTKD_INLINE int useful_threads(softmax_kl::Shape shape, int threads) {
     const std::int64_t useful = shape.count() * shape.cols / thread_elements + 1;

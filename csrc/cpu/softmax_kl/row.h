@@ -16,7 +16,7 @@ struct KLSums {
     }
 };
 
-// e^{d_s/tau}, e^{d_t/tau} and e^{d_t/tau} (d_t - d_s), the last without its factor 1/tau.
+// Return e^{d_s/tau}, e^{d_t/tau} and e^{d_t/tau} (d_t - d_s); the last lacks a factor of 1/tau.
 template <class T>
 FASTKD_INLINE KLSums<T> kl_terms(Vec<T> d_s, Vec<T> d_t, ScaledExp<T> exp) {
     const Vec<T> e_t = exp(d_t, T(0), T(0));
@@ -24,8 +24,8 @@ FASTKD_INLINE KLSums<T> kl_terms(Vec<T> d_s, Vec<T> d_t, ScaledExp<T> exp) {
     return {exp(d_s, T(0), T(0)), e_t, e_t == T(0) ? Vec<T>{} : e_t * (d_t - d_s)};
 }
 
-// Add the sums over these elements, whose maxima the state already includes. Meanwhile prefetch the next `count`
-// elements from next_s and next_t, so that finding their maxima does not wait for memory.
+// Add the sums over these elements, whose maxima the state already includes. Also prefetch the next `count` elements
+// from next_s and next_t, so that finding their maxima does not wait for memory.
 template <class S, class T = Compute<S>>
 FASTKD_INLINE void accumulate(softmax_kl::KLState<double>& state, const S* s, const S* t, std::int64_t count,
                               ScaledExp<T> exp, const S* next_s, const S* next_t) {

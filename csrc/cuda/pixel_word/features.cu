@@ -1,4 +1,4 @@
-// pixel_word on a GPU, backward: dV = dM L and dL = dM^T V from dM. For the cosine gradient.cu leaves dM/|V| in place
+// pixel_word on a GPU, backward: dV = dM L and dL = dM^T V from dM. For the cosine, gradient.cu writes dM/|V| instead
 // of dM, and <dM, M>/|V|^2 as `projections`: dV = dM L^ - projection V, and merge_words removes the part of dL along L.
 //
 // A warp computes 32 features (16 if they, or the words, would need too many registers), 16 pixels per step: lane (g,
@@ -16,7 +16,7 @@ using pixel_word::Backward;
 
 constexpr int few_tiles = 4; // of words
 
-enum class Access { rows, maps, any }; // some features of a pixel, four pixels of a feature, one element
+enum class Access { rows, maps, any }; // a lane's features of a pixel, four pixels of a feature, one element
 
 // Elements read or written by one instruction.
 template <class S, int count>
@@ -41,15 +41,15 @@ struct Features {
     const float* projections; // (B, N); or null without the cosine
     float* sums;              // (B, runs, T, D); or null without dL
     int pixel_count, count, width;
-    int feature_warps, chunks; // per thread block; thread blocks per row of features
+    int feature_warps, chunks; // warps across features per thread block; thread blocks across features
     bool quads;                // four pixels of dM are read together
-    Cut cut;
+    Runs runs;
 };
 
 constexpr float least_norm = static_cast<float>(pixel_word::norm_floor);
 
-// Loads v[q][f], pixel `pixel` + q, feature `feature` + f; 0 outside and where the pixel is masked. Addresses are
-// incremented: computed ones would occupy registers from step to step.
+// Load v[q][f], pixel `pixel` + q, feature `feature` + f; 0 outside and where the pixel is masked. Addresses are
+// incremented: computed addresses would occupy registers across steps.
 template <class S, int lane_features>
 FASTKD_DEVICE void load_features(const Strided& array, const S* from, int pixel, int feature, int width,
                                  const bool (&ok)[4], float (&v)[4][lane_features]) {
@@ -143,7 +143,7 @@ FASTKD_DEVICE void multiply(float (&c)[4], const std::uint32_t (&a_high)[4], con
     multiply_16x8x8(c, a_high, b_high);
 }
 
-// Computes 1/|L| of every word; 0 for masked words, even if they hold NaN.
+// Compute 1/|L| of every word; 0 for masked words, even if they hold NaN.
 template <class S>
 FASTKD_DEVICE void word_norms(const Features& args, std::int64_t sample, const Lane& at, float* inverse) {
     for (int word = at.warp; word < args.count; word += block_warps) {
@@ -170,8 +170,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
     const int block = static_cast<int>(block_x()), run = block / args.chunks; // below 2^31
-    const int run_of_sample = run % args.cut.blocks_per_sample;
-    const std::int64_t sample = run / args.cut.blocks_per_sample;
+    const int run_of_sample = run % args.runs.blocks_per_sample;
+    const std::int64_t sample = run / args.runs.blocks_per_sample;
     const int of_features = at.warp % args.feature_warps, of_pixels = at.warp / args.feature_warps;
     const int pixel_warps = block_warps / args.feature_warps, step = pixel_warps * tile_pixels;
     const int first_feature = block % args.chunks * args.feature_warps * warp_features;
@@ -205,8 +205,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
     const float* const grad_logits = args.grad_logits + sample * args.count * args.pixel_count;
     float dl[most_tiles][fragments_m][4] = {}; // [8 words][tile of features]
 #pragma unroll 1
-    for (int s = 0; s < args.cut.steps_per_block; ++s) {
-        const int first_pixel = (run_of_sample * args.cut.steps_per_block + s) * step + of_pixels * tile_pixels;
+    for (int s = 0; s < args.runs.steps_per_block; ++s) {
+        const int first_pixel = (run_of_sample * args.runs.steps_per_block + s) * step + of_pixels * tile_pixels;
         if (first_pixel >= args.pixel_count) {
             break;
         }
@@ -316,7 +316,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tile
         return;
     }
 
-    // Adds the sums of the warps that share features, in the order of their pixels.
+    // Add the sums of the warps that share features, in the order of their pixels.
     for (int warp = 1; warp < pixel_warps; ++warp) {
         block_barrier();
 #pragma unroll
@@ -377,7 +377,7 @@ template <class S>
 cudaError_t run(const Features& features, std::int64_t batch, int warp_features, cudaStream_t stream) {
     const int tiles = ceil_div(features.count, tile_words);
     const int bytes = most_words * 4 + features.feature_warps * tiles * warp_features / 16 * 32 * 16;
-    const Grid grid{batch * features.cut.blocks_per_sample * features.chunks, block_threads, 1, bytes};
+    const Grid grid{batch * features.runs.blocks_per_sample * features.chunks, block_threads, 1, bytes};
     return tiles <= few_tiles ? launch(features_kernel<S, few_tiles>, grid, stream, features)
                               : launch(features_kernel<S, most_words / tile_words>, grid, stream, features);
 }

@@ -1,5 +1,5 @@
-// pixel_word on a GPU in fp64: the steps of fp32 without tensor cores, for any strides. One warp per pixel, with words
-// distributed over its lanes. Not optimised further: fp64 is slow on most GPUs.
+// pixel_word on a GPU in fp64: the same steps as fp32, without tensor cores, for any strides. One warp per pixel, with
+// words distributed over its lanes. Not optimised further: fp64 is slow on most GPUs.
 #include "cuda/pixel_word/tile.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -29,7 +29,7 @@ struct SideArgs {
     int count, width, first_row;
 };
 
-// Computes M of one pixel per warp, one word per lane.
+// Compute M of one pixel per warp, one word per lane.
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads)
     logits_fp64_kernel(SideArgs side, const std::uint8_t* pixel_mask, double* logits, int rows, std::int64_t pixels,
                        std::int64_t blocks, bool cosine) {
@@ -72,7 +72,7 @@ struct Pair64 {
     int student_count, teacher_count, words, terms;
     std::int64_t pixels;
     double student_scale, teacher_scale;
-    Cut cut;
+    Runs runs;
 };
 
 // The softmax over one pixel's words: a lane's M, e^u and u (0 where masked) of words lane, lane + 32, ...
@@ -111,14 +111,14 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) terms_fp64_kernel(Pair64 
     double* const a = reinterpret_cast<double*>(shared); // A [pixel][words], then D, M_S, M_T
     const int size = fp64_step * args.words;
     const Lane at;
-    const std::int64_t sample = block_x() / args.cut.blocks_per_sample,
-                       run_of_sample = block_x() % args.cut.blocks_per_sample;
+    const std::int64_t sample = block_x() / args.runs.blocks_per_sample,
+                       run_of_sample = block_x() % args.runs.blocks_per_sample;
     const Partial<double> partial{partials + block_x() * Partial<double>::size(args.words), args.words};
     double row_kl = 0;
-    ColumnSums<double> column = ColumnSums<double>::of_nothing(); // of word thread_x()
+    ColumnSums<double> column = ColumnSums<double>::empty(); // of word thread_x()
     const int square = args.words * args.words;
-    for (int s = 0; s < args.cut.steps_per_block; ++s) {
-        const std::int64_t begin = (run_of_sample * args.cut.steps_per_block + s) * fp64_step, n = begin + at.warp;
+    for (int s = 0; s < args.runs.steps_per_block; ++s) {
+        const std::int64_t begin = (run_of_sample * args.runs.steps_per_block + s) * fp64_step, n = begin + at.warp;
         if (begin >= args.pixels) {
             break;
         }
@@ -197,14 +197,14 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) gradient_fp64_kernel(Grad
     const Pair64& pair = args.pair;
     const Lane at;
     double* const a = reinterpret_cast<double*>(shared) + at.warp * 2 * pair.words; // A and D of the warp's pixel
-    const std::int64_t sample = block_x() / pair.cut.blocks_per_sample,
-                       run_of_sample = block_x() % pair.cut.blocks_per_sample;
+    const std::int64_t sample = block_x() / pair.runs.blocks_per_sample,
+                       run_of_sample = block_x() % pair.runs.blocks_per_sample;
     const Coefficients<double> by = args.coefficients[sample];
     const int square = pair.words * pair.words;
     const double* const x_slopes = args.slopes + sample * 2 * square;
     const double* const columns = args.columns + sample * 4 * pair.words;
-    for (int s = 0; s < pair.cut.steps_per_block; ++s) {
-        const std::int64_t n = (run_of_sample * pair.cut.steps_per_block + s) * fp64_step + at.warp;
+    for (int s = 0; s < pair.runs.steps_per_block; ++s) {
+        const std::int64_t n = (run_of_sample * pair.runs.steps_per_block + s) * fp64_step + at.warp;
         if (n >= pair.pixels) {
             break;
         }
@@ -279,15 +279,15 @@ struct Features {
     double* sums;
     std::int64_t pixel_count;
     int count, width, step;
-    Cut cut;
+    Runs runs;
 };
 
-// Computes dV of a thread block's pixels, and their part of dM^T V.
+// Compute dV of a thread block's pixels, and their part of dM^T V.
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) features_fp64_kernel(Features args) {
     FASTKD_SHARED double inverse[most_words]; // 1/|L|, 0 for masked words
     const Lane at;
-    const std::int64_t sample = block_x() / args.cut.blocks_per_sample,
-                       run_of_sample = block_x() % args.cut.blocks_per_sample;
+    const std::int64_t sample = block_x() / args.runs.blocks_per_sample,
+                       run_of_sample = block_x() % args.runs.blocks_per_sample;
     for (int word = at.warp; word < args.count; word += block_warps) {
         double square = 0;
         for (int d = at.lane; args.norms != nullptr && d < args.width; d += warp_size) {
@@ -302,8 +302,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) features_fp64_kernel(Feat
     }
     block_barrier();
     const double* const grad_logits = args.grad_logits + sample * args.count * args.pixel_count;
-    const std::int64_t first = run_of_sample * args.cut.steps_per_block * args.step,
-                       beyond = first + args.cut.steps_per_block * args.step;
+    const std::int64_t first = run_of_sample * args.runs.steps_per_block * args.step,
+                       beyond = first + args.runs.steps_per_block * args.step;
     const std::int64_t end = beyond < args.pixel_count ? beyond : args.pixel_count;
     for (std::int64_t i = thread_x(); args.grad_pixels.data != nullptr && i < (end - first) * args.width;
          i += block_threads) {
@@ -343,14 +343,14 @@ Strided strided(const pixel_word::Array& array) {
     return {static_cast<const double*>(array.data), array.batch, array.pixel, array.column};
 }
 
-Pair64 pair_of(const Problem& problem, const Plan& plan, const void* kept, Cut cut) {
+Pair64 pair_of(const Problem& problem, const Plan& plan, const void* kept, Runs runs) {
     const Logits student = logits_of(problem, kept, true), teacher = logits_of(problem, kept, false);
     const auto of = [](const Logits& logits) {
         return Strided{static_cast<const double*>(logits.data), logits.batch, logits.pixel, logits.word};
     };
     return {of(student),           of(teacher),           student.mask, teacher.mask,  problem.pixel_mask,
             student.count,         teacher.count,         plan.words,   problem.terms, problem.pixels,
-            problem.student.scale, problem.teacher.scale, cut};
+            problem.student.scale, problem.teacher.scale, runs};
 }
 
 } // namespace

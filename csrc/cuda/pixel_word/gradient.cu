@@ -2,8 +2,9 @@
 // <dM, M>/|V|^2 of each pixel.
 //
 // A warp computes 16 pixels and up to 32 words, as in the forward. dA = A X + D Z is a product over words: A and D are
-// already its A fragments, and X and Z are loaded from gmem (in practice from cache) in prepare_gradient's B fragments.
-// Where several warps share a pixel's words they exchange A and D through smem; otherwise warps are independent.
+// already in the layout of A fragments, and X and Z are loaded from gmem (in practice from cache) as B fragments, which
+// prepare_gradient wrote. If several warps share a pixel's words, they exchange A and D through smem; otherwise warps
+// are independent.
 #include "cuda/pixel_word/tile.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -26,10 +27,10 @@ struct Gradient {
     const float* norms; // (B, N) |V|; or null without the cosine
     float* projections; // (B, N) <dM, M>/|V|^2; or null without the cosine
     int pixels, words, terms;
-    Cut cut;
+    Runs runs;
 };
 
-// Replaces x by 2^u, u = scale2 (x - top), and computes the sum over the warp's words.
+// Replace x by 2^u, u = scale2 (x - top), and compute its sum over the warp's words.
 template <int tiles>
 FASTKD_DEVICE void exponentials(float (&x)[tiles][4], std::uint32_t words, const float (&top)[2], float scale2,
                                 float (&z)[2]) {
@@ -65,7 +66,7 @@ FASTKD_DEVICE Fragment fragment_of(const float (&x)[tiles][4], int first) {
     return fragment;
 }
 
-// `pairs`: two pixels per store. A separate branch, so that the compiler does not merge the stores of both.
+// `pairs`: two pixels per store. A template parameter, so that the compiler does not merge the stores of both cases.
 template <bool pairs, class S, int tiles>
 FASTKD_DEVICE void store_words(const Gradient& args, S* to, int first_word, int pixel, const float (&dm)[tiles][4]) {
 #pragma unroll
@@ -106,8 +107,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
     FASTKD_DYNAMIC_SHARED(shared);
     const Lane at;
     const int part = at.warp % split, group = at.warp / split;
-    const int block = static_cast<int>(block_x()), run_of_sample = block % args.cut.blocks_per_sample; // below 2^31
-    const std::int64_t sample = block / args.cut.blocks_per_sample;
+    const int block = static_cast<int>(block_x()), run_of_sample = block % args.runs.blocks_per_sample; // below 2^31
+    const std::int64_t sample = block / args.runs.blocks_per_sample;
     const int first_word = part * own * tile_words + 2 * at.t;
     const std::uint32_t words_s =
         valid_words<own>(args.student.mask, sample, args.student.count, first_word - 2 * at.t, at.t);
@@ -121,7 +122,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
         args.slopes + ((sample * 2 * all_steps * all_tiles + part * own) * warp_size + at.lane) * 4;
     const float* const columns = args.columns + sample * 4 * args.words + first_word;
 
-    // smem, where warps share rows: four sums of parts of rows, [4][student, teacher][split][pixel]; then A and D,
+    // smem, if warps share rows: four reductions over parts of rows, [4][student, teacher][split][pixel]; then A and D,
     // [warp][A, D][16 words][lane], high and low parts.
     float* const own_rows = reinterpret_cast<float*>(shared) + group * tile_pixels + 2 * at.g;
     auto* const fragments = reinterpret_cast<Fragment*>(shared + 8 * split * step * sizeof(float));
@@ -145,8 +146,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) grad
     const auto sum = [](float a, float b) { return a + b; };
 
 #pragma unroll 1
-    for (int s = 0; s < args.cut.steps_per_block; ++s) {
-        const int begin = (run_of_sample * args.cut.steps_per_block + s) * step;
+    for (int s = 0; s < args.runs.steps_per_block; ++s) {
+        const int begin = (run_of_sample * args.runs.steps_per_block + s) * step;
         if (begin >= args.pixels) {
             break;
         }
@@ -334,7 +335,7 @@ cudaError_t run(const Gradient& gradient, std::int64_t batch, cudaStream_t strea
     constexpr int bytes = split == 1 ? 16 // unused
                                      : 8 * split * step * static_cast<int>(sizeof(float)) +
                                            block_warps * 2 * ((own + 1) / 2) * 32 * static_cast<int>(sizeof(Fragment));
-    return launch(gradient_kernel<own, split>, {batch * gradient.cut.blocks_per_sample, block_threads, 1, bytes},
+    return launch(gradient_kernel<own, split>, {batch * gradient.runs.blocks_per_sample, block_threads, 1, bytes},
                   stream, gradient);
 }
 

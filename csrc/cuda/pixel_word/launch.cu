@@ -1,9 +1,9 @@
-// pixel_word on a GPU: the launchers and the steps per sample. Formulas: common/pixel_word.h.
+// pixel_word on a GPU: the launchers, and the kernels that process whole samples. Formulas: common/pixel_word.h.
 //
 // Forward: logits from features (logits.cu); partial sums of the losses per run of pixels (terms.cu); their sum over a
 // sample's runs, in order (merge_kernel). Backward: coefficients per sample from its matrices (prepare_kernel); the
 // gradient of the logits (gradient.cu), then of the features (features.cu) and words (words_kernel). fp64: fp64.cu.
-// No atomics: two runs give the same bits.
+// No atomics: every run gives the same bits.
 #include "cuda/kernels.h"
 #include "cuda/pixel_word/tile.cuh"
 
@@ -29,7 +29,7 @@ struct Merge {
     double student_scale, teacher_scale;
 };
 
-// Merges the sums of a warp's lanes.
+// Merge the sums of a warp's lanes.
 template <class T>
 FASTKD_DEVICE ColumnSums<T> over_lanes(ColumnSums<T> sum, T scale_s, T scale_t) {
     sum.raise(max_over(sum.max_s, 1, warp_size), max_over(sum.max_t, 1, warp_size), scale_s, scale_t);
@@ -39,7 +39,7 @@ FASTKD_DEVICE ColumnSums<T> over_lanes(ColumnSums<T> sum, T scale_s, T scale_t) 
     return sum;
 }
 
-// One thread block per sample: merges the partial sums of its runs into the losses.
+// Merge the partial sums of a sample's runs into its losses. One thread block per sample.
 template <class T>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) merge_kernel(Merge args) {
     FASTKD_SHARED T scratch[merge_warps];
@@ -61,7 +61,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) merge_kernel(Merge args) 
     T column_kl = 0; // one warp per word
     for (int word = warp; (args.terms & pixel_word::word_to_pixel) != 0 && word < args.words; word += merge_warps) {
         const T scale_s = static_cast<T>(args.student_scale), scale_t = static_cast<T>(args.teacher_scale);
-        ColumnSums<T> sum = ColumnSums<T>::of_nothing();
+        ColumnSums<T> sum = ColumnSums<T>::empty();
         for (int p = lane; p < args.runs; p += warp_size) {
             const Partial<T> partial{partials + p * size, args.words};
             sum.merge({partial.column(0)[word], partial.column(1)[word], partial.column(2)[word],
@@ -134,7 +134,7 @@ struct Prepare {
     void* slopes;
 };
 
-// Returns scale X or scale Z at (row, column), 0 outside.
+// Return scale X (`which` 0) or scale Z (1) at (row, column); 0 outside.
 template <class T>
 FASTKD_DEVICE T slope(const T* grams, int words, int which, int row, int column, T by_pp, T by_ww) {
     if (row >= words || column >= words) {
@@ -146,7 +146,7 @@ FASTKD_DEVICE T slope(const T* grams, int words, int which, int row, int column,
                       : pixel_word::slope_z(grams[at], grams[square + at], by_pp);
 }
 
-// Returns the maximum over a thread block to all its threads.
+// Return the maximum over a thread block, to all its threads.
 template <class T>
 FASTKD_DEVICE T block_max(T value, T* scratch) {
     value = max_over(value, 1, warp_size);
@@ -161,9 +161,9 @@ FASTKD_DEVICE T block_max(T value, T* scratch) {
     return value;
 }
 
-// One thread block per sample: the backward's coefficients and slopes. In fp32 the slopes are divided by their largest
-// and stored as B fragments of split halves, [X, Z][16 rows][8 columns][lane] (high of rows 2t, high of rows 2t + 8,
-// low of both); in fp64 they are stored as matrices.
+// Compute the backward's coefficients and slopes. One thread block per sample. In fp32 the slopes are divided by the
+// largest one and stored as B fragments of split halves, [X, Z][16 rows][8 columns][lane] (high of rows 2t, high of
+// rows 2t + 8, low of both); in fp64 they are stored as matrices.
 template <class T>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(merge_threads) prepare_kernel(Prepare args) {
     FASTKD_SHARED T scratch[merge_warps];
@@ -228,8 +228,11 @@ struct Words {
 
 constexpr int words_threads = 128;
 
-// One thread block per word: dL in the dtype of L, the sum over runs; for the cosine minus its component along L,
-// (d - L <d, L>/|L|^2)/|L|.
+// Write dL, the sum d over runs, in the dtype of L. For the cosine, remove its component along L:
+//
+//     dL = (d - L <d, L>/|L|^2)/|L|
+//
+// One thread block per word.
 template <class S>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(words_threads) words_kernel(Words args) {
     using T = Compute<S>;
@@ -340,7 +343,7 @@ namespace fastkd::cuda {
 
 using namespace pixel_word;
 
-// Returns from the caller with the first error; later launches are skipped.
+// Return from the calling function on an error, skipping later launches.
 #define FASTKD_TRY(call)                                                                                               \
     if (const cudaError_t error = (call); error != cudaSuccess) {                                                      \
         return error;                                                                                                  \

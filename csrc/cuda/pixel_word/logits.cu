@@ -12,7 +12,7 @@ namespace {
 constexpr int step_bytes = 64;              // of a row of features: 16 for each of four lanes
 constexpr int most_words_bytes = 40 * 1024; // of smem: at least two thread blocks per SM
 
-enum class Access { rows, maps, any }; // 16 bytes of a pixel's features; two pixels of a feature; one element
+enum class Access { rows, maps, any }; // each load: 16 bytes of a pixel; two pixels of a feature; one element
 
 struct SideArgs {
     const void* pixels;
@@ -21,7 +21,7 @@ struct SideArgs {
     const std::uint8_t* mask;
     float* norms; // of the pixels, or null
     int count, width, first_row;
-    int chunk; // features of the words in smem at a time, a multiple of a step
+    int chunk; // features of the words that are in smem at a time; a multiple of a step
     Access access;
     bool packed_words; // words are read 16 bytes at a time
 };
@@ -33,7 +33,7 @@ struct Features {
     float* logits; // (B, rows, N)
     int rows, pixels;
     bool cosine;
-    Cut cut;
+    Runs runs;
 };
 
 // Pitch of words in smem: an odd number of steps, so that the eight rows of a fragment lie in different banks.
@@ -44,7 +44,7 @@ FASTKD_HD int row_bytes(int chunk_bytes) {
 // 16 bytes of elements as four 32-bit registers.
 using Bits = Pack<std::uint32_t>;
 
-// Loads 16 bytes of elements, from `feature` on, of pixels `pixel` and `pixel` + 1; zeros from feature `end` on.
+// Load 16 bytes of elements, from `feature` on, of pixels `pixel` and `pixel` + 1; zeros from feature `end` on.
 template <Access access, class S>
 FASTKD_DEVICE void load_features(const SideArgs& side, const S* from, int feature, int end, int pixel, int pixels,
                                  Bits (&v)[2]) {
@@ -81,7 +81,7 @@ FASTKD_DEVICE void load_features(const SideArgs& side, const S* from, int featur
     }
 }
 
-// Returns element k.
+// Return element k.
 template <class S>
 FASTKD_DEVICE float element(const Bits& bits, int k) {
     if constexpr (sizeof(S) == 4) {
@@ -119,7 +119,7 @@ FASTKD_DEVICE void multiply(float (&c)[4], const Bits (&v)[2], const Bits& l) {
     add(c, sum);
 }
 
-// Copies the words' features [begin, begin + side.chunk) to smem, with zeros past the width and the last word.
+// Copy the words' features [begin, begin + side.chunk) to smem, with zeros past the width and the last word.
 template <class S>
 FASTKD_DEVICE void stage_words(const SideArgs& side, std::int64_t sample, int begin, unsigned char* to, int stride) {
     constexpr int size = Pack<S>::size;
@@ -143,7 +143,7 @@ FASTKD_DEVICE void stage_words(const SideArgs& side, std::int64_t sample, int be
     copy_async_commit();
 }
 
-// Computes 1 / |L| of every word.
+// Compute 1 / |L| of every word.
 template <class S>
 FASTKD_DEVICE void word_norms(const SideArgs& side, std::int64_t sample, const Lane& at, float* inverse) {
     for (int word = at.warp; word < side.count; word += block_warps) {
@@ -163,7 +163,8 @@ FASTKD_DEVICE void word_norms(const SideArgs& side, std::int64_t sample, const L
     }
 }
 
-// M += V L^T over the `end` features from `first` on, whose words are in smem; squares += |V|^2 of the lane's features.
+// Add V L^T over the `end` features from `first` on, whose words are in smem, to m, and |V|^2 of the lane's features to
+// squares.
 template <Access access, class S, int most_tiles>
 FASTKD_DEVICE void add_products(const SideArgs& side, const S* from, int first, int end, int pixel, int pixels,
                                 bool cosine, const unsigned char* words, int stride, const Lane& at,
@@ -215,8 +216,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
     const Lane at;
     const bool second = args.side_count == 2 && block_x() % 2 != 0;
     const SideArgs& side = second ? args.sides[1] : args.sides[0];
-    const std::int64_t run = block_x() / args.side_count, sample = run / args.cut.blocks_per_sample;
-    const int run_of_sample = static_cast<int>(run % args.cut.blocks_per_sample);
+    const std::int64_t run = block_x() / args.side_count, sample = run / args.runs.blocks_per_sample;
+    const int run_of_sample = static_cast<int>(run % args.runs.blocks_per_sample);
     const int stride = row_bytes(side.chunk * static_cast<int>(sizeof(S)));
     float* const inverse_words = reinterpret_cast<float*>(shared); // [most_words]
     unsigned char* const words = shared + (args.cosine ? most_words * sizeof(float) : 0);
@@ -231,9 +232,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 
         copy_async_wait<0>();
     }
     block_barrier();
-    for (int s = 0; s < args.cut.steps_per_block; ++s) {
+    for (int s = 0; s < args.runs.steps_per_block; ++s) {
         const std::int64_t begin =
-            (static_cast<std::int64_t>(run_of_sample) * args.cut.steps_per_block + s) * block_warps * tile_pixels;
+            (static_cast<std::int64_t>(run_of_sample) * args.runs.steps_per_block + s) * block_warps * tile_pixels;
         if (begin >= args.pixels) {
             break;
         }
@@ -306,7 +307,7 @@ SideArgs side_of(const Problem& problem, bool student, float* norms) {
     const auto at = reinterpret_cast<std::uintptr_t>(pixels.data);
     const int row = static_cast<int>(round_up(side.word_count, tile_words));
     std::int64_t steps = ceil_div(side.width * size, step_bytes);
-    const std::int64_t most = most_words_bytes / row / step_bytes - 1; // minus one for the padding
+    const std::int64_t most = most_words_bytes / row / step_bytes - 1; // one step is padding
     steps = steps < most ? steps : most;
     Access access = Access::any;
     if (pixels.column == 1 && side.width % pack == 0 && pixels.pixel % pack == 0 && pixels.batch % pack == 0 &&
@@ -341,7 +342,7 @@ cudaError_t run(const Features& features, std::int64_t batch, cudaStream_t strea
         words = side.count > words ? side.count : words;
     }
     bytes += features.cosine ? most_words * static_cast<int>(sizeof(float)) : 0;
-    const Grid grid{batch * features.side_count * features.cut.blocks_per_sample, block_threads, 1, bytes};
+    const Grid grid{batch * features.side_count * features.runs.blocks_per_sample, block_threads, 1, bytes};
     return words <= 32 ? launch(logits_kernel<S, 4>, grid, stream, features)
                        : launch(logits_kernel<S, most_words / tile_words>, grid, stream, features);
 }

@@ -1,5 +1,5 @@
-// pixel_word's thread blocks and workspace on a GPU. They depend only on batch and sizes, not on the device, so that
-// the results do not depend on the device either.
+// pixel_word's thread blocks and workspace on a GPU. They depend only on the batch and sizes, so that results do not
+// depend on the device.
 #pragma once
 
 #include "common/arena.h"
@@ -15,14 +15,14 @@ constexpr int tile_words = 8, tile_pixels = 16;
 constexpr int block_warps = 8;
 constexpr int block_threads = 32 * block_warps;
 
-// Thread blocks of a sample, and steps of pixels per thread block: its run.
-struct Cut {
+// Division of a sample's pixels into runs, one per thread block.
+struct Runs {
     int steps_per_block;
     int blocks_per_sample;
 };
 
-// Returns about `wanted` thread blocks for the batch, at most `most` per sample.
-inline Cut cut(std::int64_t pixels, int step, std::int64_t batch, std::int64_t wanted, std::int64_t most) {
+// Return runs that need about `wanted` thread blocks for the batch, at most `most` per sample.
+inline Runs divide_pixels(std::int64_t pixels, int step, std::int64_t batch, std::int64_t wanted, std::int64_t most) {
     const std::int64_t steps = ceil_div(pixels, step);
     std::int64_t blocks = wanted / batch;
     blocks = blocks < 1 ? 1 : (blocks < most ? blocks : most);
@@ -49,7 +49,7 @@ struct Partial {
     FASTKD_HD T* column(int member) const { return data + 4 + member * round_up(words, 4); }
     FASTKD_HD T* matrices() const { return data + 4 + 5 * round_up(words, 4); }
 
-    // Returns the index of entry (i, j) of G, K or E (0, 1, 2); for G and E i >= j.
+    // Return the index of entry (i, j) of G, K or E (0, 1, 2); for G and E i >= j.
     FASTKD_HD std::int64_t entry(int matrix, int i, int j) const {
         if (sizeof(T) != 4) {
             return (static_cast<std::int64_t>(matrix) * words + i) * words + j;
@@ -67,8 +67,8 @@ template <class T>
 struct Coefficients {
     T row_kl;    // scale g_pw / n
     T column_kl; // scale g_wp / t
-    T unit_x;    // scale of scale X as split halves
-    T unit_z;
+    T unit_x;    // factor that converts products with the stored slopes (split halves) to scale X
+    T unit_z;    // likewise for scale Z
 };
 
 inline int larger_count(const Problem& problem) {
@@ -76,12 +76,12 @@ inline int larger_count(const Problem& problem) {
     return static_cast<int>(student > teacher ? student : teacher);
 }
 
-// Returns the number of warps that share the words of a pixel, 32 each.
+// Return the number of warps that share the words of a pixel, 32 each.
 inline int split_of(int words) {
     return words <= 32 ? 1 : (words <= 64 ? 2 : 4);
 }
 
-// Returns a warp's features in features.cu: accumulators grow with features times words.
+// Return the features per warp in features.cu; accumulators grow with features times words.
 constexpr FASTKD_HD int warp_features_of(int words, std::int64_t size) {
     return words <= 32 && size == 2 ? 32 : 16;
 }
@@ -89,15 +89,15 @@ constexpr FASTKD_HD int warp_features_of(int words, std::int64_t size) {
 struct Plan {
     int words;
     int split;
-    int tiles;                    // of 8 words, for which a kernel is compiled
+    int tiles;                    // of 8 words: the kernel variant
     std::int64_t size;            // bytes of an element of the arithmetic
     std::int64_t bytes;           // of the workspace
-    Cut logits, terms;            // forward
-    std::int64_t partials, grams; // offsets in bytes; grams only if the forward keeps none
-    Cut gradient, runs;           // backward
+    Runs logits, terms;           // forward
+    std::int64_t partials, grams; // offsets in bytes; grams only if they are not saved
+    Runs gradient, runs;          // backward
     std::int64_t coefficients, slopes, grad_logits, projections, sums;
-    int feature_warps; // of a thread block, adjacent in the features
-    int warp_features; // features of each
+    int feature_warps; // warps of a thread block that share pixels and split the features
+    int warp_features; // features per warp
 };
 
 constexpr int fp64_step = 8, fp64_features_step = 64; // pixels
@@ -110,9 +110,9 @@ inline Plan plan_forward(const Problem& problem) {
     plan.split = split_of(words);
     plan.tiles = words <= 24 ? 3 : 4 * plan.split;
     plan.size = fp64 ? 8 : 4;
-    plan.logits = cut(problem.pixels, block_warps * tile_pixels, 2 * problem.batch, 1056, problem.pixels);
-    plan.terms =
-        cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 528, 128);
+    plan.logits = divide_pixels(problem.pixels, block_warps * tile_pixels, 2 * problem.batch, 1056, problem.pixels);
+    plan.terms = divide_pixels(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch,
+                               528, 128);
     const std::int64_t partial = fp64 ? Partial<double>::size(words) : Partial<float>::size(words);
     Arena<256> arena;
     plan.partials = arena.take_bytes(problem.batch * plan.terms.blocks_per_sample * partial * plan.size);
@@ -131,14 +131,14 @@ inline Plan plan_backward(const Problem& problem) {
     plan.split = split_of(words);
     plan.tiles = words <= 24 ? 3 : 4 * plan.split;
     plan.size = fp64 ? 8 : 4;
-    plan.gradient = cut(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels, problem.batch, 1056,
-                        problem.pixels);
+    plan.gradient = divide_pixels(problem.pixels, fp64 ? fp64_step : block_warps / plan.split * tile_pixels,
+                                  problem.batch, 1056, problem.pixels);
     plan.warp_features = warp_features_of(words, element_size(problem.student.pixels.dtype));
     const std::int64_t groups = ceil_div(width, plan.warp_features);
     plan.feature_warps = groups >= 3 ? 4 : (groups >= 2 ? 2 : 1);
     const std::int64_t chunks = ceil_div(groups, plan.feature_warps);
     const int step = fp64 ? fp64_features_step : block_warps / plan.feature_warps * tile_pixels;
-    plan.runs = cut(problem.pixels, step, problem.batch * (features && !fp64 ? chunks : 1), 528, 64);
+    plan.runs = divide_pixels(problem.pixels, step, problem.batch * (features && !fp64 ? chunks : 1), 528, 64);
     const std::int64_t steps = (plan.tiles + 1) / 2; // of 16 words
     const bool second = (problem.terms & pixel_word::second_order) != 0;
     Arena<256> arena;
@@ -153,7 +153,7 @@ inline Plan plan_backward(const Problem& problem) {
     return plan;
 }
 
-// Returns whether the kernels can index a problem; a launch has fewer than 2^31 thread blocks.
+// Return whether the kernels can index a problem. A launch has fewer than 2^31 thread blocks.
 inline bool fits(const Problem& problem) {
     const Side& student = problem.student;
     const Side& teacher = problem.teacher;

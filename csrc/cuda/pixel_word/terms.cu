@@ -1,9 +1,9 @@
 // pixel_word on a GPU, forward: partial sums of the four losses (common/pixel_word.h) over a run of pixels, from
-// logits; merge_terms adds them.
+// the logits; merge_terms adds them.
 //
 // A warp holds 16 pixels and up to 32 words in registers; for more words two or four warps share the pixels. The thread
-// block then computes S^T S of S = [A D], which is in smem as split halves: the tiles on and below the diagonal,
-// distributed over the warps. They contain G and E below their diagonals, and K.
+// block then computes S^T S, where S = [A D] is in smem as split halves: only the tiles on and below the diagonal,
+// distributed over the warps. They contain the lower triangles of G and E, and K.
 #include "cuda/pixel_word/tile.cuh"
 
 namespace fastkd::cuda::pixel_word {
@@ -17,10 +17,10 @@ struct Terms {
     const std::uint8_t* pixel_mask;
     float* partials;
     int pixels, words, terms;
-    Cut cut;
+    Runs runs;
 };
 
-// Adds a lane's two pixels to the sums of its words 2 i + c.
+// Add a lane's two pixels to the sums of its words 2 i + c.
 template <int tiles>
 FASTKD_DEVICE void add_columns(const float (&x)[tiles][4], const float (&y)[tiles][4], std::uint32_t words,
                                const bool (&pixel_ok)[2], float scale_s, float scale_t,
@@ -61,7 +61,7 @@ FASTKD_DEVICE void add_columns(const float (&x)[tiles][4], const float (&y)[tile
     }
 }
 
-// Merges the sums of the eight lanes that share a word.
+// Merge the sums of the eight lanes that share a word.
 FASTKD_DEVICE void merge_lanes(ColumnSums<float>& sum, float scale_s, float scale_t) {
     sum.raise(max_over(sum.max_s, 4, warp_size), max_over(sum.max_t, 4, warp_size), scale_s, scale_t);
     sum.z_s = sum_over(sum.z_s, 4, warp_size);
@@ -69,7 +69,7 @@ FASTKD_DEVICE void merge_lanes(ColumnSums<float>& sum, float scale_s, float scal
     sum.a = sum_over(sum.a, 4, warp_size);
 }
 
-// Replaces x by 2^u, u = scale2 (x - top), and y likewise; computes their sums and sum e_t (u_t - u_s) per pixel.
+// Replace x by 2^u, u = scale2 (x - top), and y likewise; compute their sums and sum e_t (u_t - u_s) per pixel.
 template <int tiles>
 FASTKD_DEVICE void exponentials(float (&x)[tiles][4], float (&y)[tiles][4], std::uint32_t words_s,
                                 std::uint32_t words_t, const float (&top_s)[2], const float (&top_t)[2], float scale2_s,
@@ -97,7 +97,7 @@ FASTKD_DEVICE void exponentials(float (&x)[tiles][4], float (&y)[tiles][4], std:
     }
 }
 
-// Loads the 16 columns of S from `column` on for the 16 pixels from `pixel` on: an A fragment of S^T, and two B
+// Load the 16 columns of S from `column` on for the 16 pixels from `pixel` on: an A fragment of S^T, and two B
 // fragments of S, columns 0 to 7 in elements 0 and 2, 8 to 15 in 1 and 3.
 FASTKD_DEVICE void load_columns(std::uint32_t (&fragment)[4], const std::uint16_t* matrix, int stride, int pixel,
                                 int column, int lane) {
@@ -117,8 +117,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
     const Lane at;
     const int part = at.warp % split, group = at.warp / split;
     const int slab = static_cast<int>(block_x() % slabs);
-    const std::int64_t run = block_x() / slabs, sample = run / args.cut.blocks_per_sample;
-    const int run_of_sample = static_cast<int>(run % args.cut.blocks_per_sample);
+    const std::int64_t run = block_x() / slabs, sample = run / args.runs.blocks_per_sample;
+    const int run_of_sample = static_cast<int>(run % args.runs.blocks_per_sample);
     const int first_word = part * own * tile_words + 2 * at.t;
     const std::uint32_t words_s =
         valid_words<own>(args.student.mask, sample, args.student.count, first_word - 2 * at.t, at.t);
@@ -134,7 +134,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
     auto* const high = reinterpret_cast<std::uint16_t*>(rows + (split > 1 ? 4 * split * step : 0));
     std::uint16_t* const low = high + step * stride;
     float* const own_rows = rows + group * tile_pixels + 2 * at.g;
-    // Combines the results of a group's warps for their parts of the rows.
+    // Combine the results of a group's warps, each for its part of the rows.
     const auto across_parts = [&](float* of_rows, float (&of_s)[2], float (&of_t)[2], auto&& combine) {
         for (int h = 0; at.t == 0 && h < 2; ++h) {
             of_rows[part * step + h] = of_s[h];
@@ -155,7 +155,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
     ColumnSums<float> columns[2 * own];
 #pragma unroll
     for (int k = 0; k < 2 * own; ++k) {
-        columns[k] = ColumnSums<float>::of_nothing();
+        columns[k] = ColumnSums<float>::empty();
     }
     const int products = tiles * (tiles + 1) / 2; // of 16 x 16
     const int each_products = ceil_div(products, warps);
@@ -167,8 +167,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) term
     const int first_column = first_product - first_row * (first_row + 1) / 2;
     float product[own_products][2][4] = {};
 
-    for (int s = 0; s < args.cut.steps_per_block; ++s) {
-        const int begin = (run_of_sample * args.cut.steps_per_block + s) * step;
+    for (int s = 0; s < args.runs.steps_per_block; ++s) {
+        const int begin = (run_of_sample * args.runs.steps_per_block + s) * step;
         if (begin >= args.pixels) {
             break;
         }
@@ -318,7 +318,7 @@ cudaError_t run(const Terms& terms, std::int64_t batch, cudaStream_t stream) {
     int bytes = 2 * step * stride * 2 + (split > 1 ? 4 * split * step * 4 : 0);
     bytes = bytes < sums ? sums : bytes;
     return launch(terms_kernel<own, split, slabs>,
-                  {batch * terms.cut.blocks_per_sample * slabs, block_threads, 1, bytes}, stream, terms);
+                  {batch * terms.runs.blocks_per_sample * slabs, block_threads, 1, bytes}, stream, terms);
 }
 
 } // namespace

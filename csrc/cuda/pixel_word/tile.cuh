@@ -1,7 +1,7 @@
 // Shared by pixel_word's kernels: the layout of 16 pixels x 8 words in a warp, loads of logits, split-precision
 // numbers.
 //
-// The layout is that of the tensor cores' C fragments (matrix.cuh). Lane (g, t) = (lane / 4, lane % 4) holds pixels 2g
+// It is the layout of the tensor cores' C fragments (matrix.cuh). Lane (g, t) = (lane / 4, lane % 4) holds pixels 2g
 // and 2g + 1 and words 2t and 2t + 1 of a tile x[4]: x[2 h + c] is pixel 2g + h, word 2t + c. Two tiles are also an A
 // fragment of a 16-bit product over 16 words, where the fragment's row g + 8 h is pixel 2g + h. A softmax over words
 // needs shuffles only among the four lanes with the same g, and a warp reads 64 contiguous bytes.
@@ -21,7 +21,7 @@ struct alignas(2 * sizeof(S)) Pair {
     S at[2];
 };
 
-// Writes two elements with one instruction, at a multiple of their size. (The compiler may split the copy of a Pair.)
+// Write two elements with one instruction, at a multiple of their size. (The compiler may split the copy of a Pair.)
 template <class S>
 FASTKD_DEVICE void store_pair(S* to, S first, S second) {
     if constexpr (sizeof(S) == 4) {
@@ -38,12 +38,12 @@ struct Lane {
     FASTKD_DEVICE Lane() : warp(thread_x() / warp_size), lane(thread_x() % warp_size), g(lane / 4), t(lane % 4) {}
 };
 
-// Returns whether a word or pixel exists and is not masked.
+// Return whether a word or pixel exists and is not masked.
 FASTKD_DEVICE bool valid(const std::uint8_t* mask, std::int64_t sample, std::int64_t index, std::int64_t count) {
     return index < count && (mask == nullptr || mask[sample * count + index] != 0);
 }
 
-// The student's or the teacher's logits, given or computed from features.
+// The student's or the teacher's logits: inputs, or computed from features.
 struct Logits {
     const void* data;
     DType dtype;
@@ -51,7 +51,7 @@ struct Logits {
     const std::uint8_t* mask;
     int count;
     float scale;
-    bool pairs; // neighbouring pixels are read together
+    bool pairs; // adjacent pixels are read together
 };
 
 template <class S>
@@ -91,7 +91,7 @@ inline Logits logits_of(const Problem& problem, const void* kept, bool of_studen
     return logits;
 }
 
-// Returns bits: 2 i + c is set if word first + 8 i + 2 t + c exists and is not masked.
+// Return bits: 2 i + c is set if word first + 8 i + 2 t + c exists and is not masked.
 template <int tiles>
 FASTKD_DEVICE std::uint32_t valid_words(const std::uint8_t* mask, std::int64_t sample, int count, int first, int t) {
     std::uint32_t bits = 0;
@@ -104,7 +104,7 @@ FASTKD_DEVICE std::uint32_t valid_words(const std::uint8_t* mask, std::int64_t s
     return bits;
 }
 
-// Loads M of a lane's two pixels and its words, 0 where masked. `from` is the first pixel's first word.
+// Load M of a lane's two pixels and its words, 0 where masked. `from` is the first pixel's first word.
 template <class S, int tiles>
 FASTKD_DEVICE void load_logits(const Logits& logits, const S* from, std::uint32_t words, const bool (&pixel_ok)[2],
                                float (&x)[tiles][4]) {
@@ -125,14 +125,14 @@ FASTKD_DEVICE void load_logits(const Logits& logits, const S* from, std::uint32_
                     second = pixel_ok[1] ? widen(from[logits.pixel]) : 0.0f;
                 }
             }
-            from += (c == 0 ? 1 : tile_words - 1) * logits.word; // incremental: addresses occupy no registers
+            from += (c == 0 ? 1 : tile_words - 1) * logits.word; // incremented, to save registers
             x[i][c] = pixel_ok[0] ? first : 0.0f;
             x[i][2 + c] = pixel_ok[1] ? second : 0.0f;
         }
     }
 }
 
-// Loads M of pixels `pixel` and `pixel` + 1 and of words from `first_word` on, in any dtype.
+// Load M of pixels `pixel` and `pixel` + 1 and of words from `first_word` on, in any dtype.
 template <int tiles>
 FASTKD_DEVICE void load_logits(const Logits& logits, std::int64_t sample, int pixel, int first_word,
                                std::uint32_t words, const bool (&pixel_ok)[2], float (&x)[tiles][4]) {
@@ -165,7 +165,7 @@ FASTKD_DEVICE T sum_over(T value, int from, int to) {
     return value;
 }
 
-// Computes the maxima of M over the warp's words for a lane's two pixels.
+// Compute the maxima of M over the warp's words for a lane's two pixels.
 template <int tiles>
 FASTKD_DEVICE void row_maxima(const float (&x)[tiles][4], std::uint32_t words, float (&top)[2]) {
 #pragma unroll
@@ -183,9 +183,9 @@ FASTKD_DEVICE void row_maxima(const float (&x)[tiles][4], std::uint32_t words, f
     }
 }
 
-// Splits two numbers in [-1, 1], times 4096, into sums of two fp16 numbers: to 2^-22 and 2^-36, finer than a float's
-// resolution of a difference of two probabilities.
-constexpr float unit_of_halves = 0x1p-24f; // scale of products of such numbers
+// Split two numbers in [-1, 1], times 4096, into sums of two fp16 numbers, with errors of 2^-22 relative and 2^-36
+// absolute: below a float's rounding of a difference of two probabilities.
+constexpr float unit_of_halves = 0x1p-24f; // undoes both factors of 4096 in a product
 FASTKD_DEVICE void split_halves(float x, float y, std::uint32_t& high, std::uint32_t& low) {
     x *= 4096;
     y *= 4096;
@@ -194,8 +194,8 @@ FASTKD_DEVICE void split_halves(float x, float y, std::uint32_t& high, std::uint
                           y - widen(Half{static_cast<std::uint16_t>(high >> 16)}));
 }
 
-// Tensor cores truncate sums towards 0; over many steps that loses 1e-6 and more. So the accumulator of a few steps
-// starts at 0, and its value is added here with rounding.
+// Add `step` to `sum` with rounding. Tensor cores truncate sums towards 0, which loses 1e-6 or more over many steps, so
+// accumulators start at 0 every few steps.
 FASTKD_DEVICE void add(float (&sum)[4], const float (&step)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -211,14 +211,14 @@ FASTKD_DEVICE void multiply_halves(float (&c)[4], const std::uint32_t (&a_high)[
     multiply_16x8x16<Half>(c, a_high, b_high);
 }
 
-// Splits x = high + low in tf32: to 2^-22, or exactly with low = 0 if x is a 16-bit number.
+// Split x = high + low in tf32: to 2^-22, or exactly with low = 0 if x is a 16-bit number.
 FASTKD_DEVICE void split(float x, std::uint32_t& high, std::uint32_t& low) {
     const float rounded = round_to_tf32(x);
     high = bits_of(rounded);
     low = bits_of(x - rounded);
 }
 
-// Returns the sum over a thread block to all its threads; `scratch` holds one element per warp.
+// Return the sum over a thread block, to all its threads. `scratch` holds one element per warp.
 template <class T>
 FASTKD_DEVICE T block_sum(T value, T* scratch, int warps) {
     value = sum_over(value, 1, warp_size);
@@ -234,7 +234,7 @@ FASTKD_DEVICE T block_sum(T value, T* scratch, int warps) {
     return sum;
 }
 
-// Returns the number of set entries of a sample's mask, or `count` without a mask.
+// Return the number of set entries of a sample's mask, or `count` without a mask.
 FASTKD_DEVICE int count_valid(const std::uint8_t* mask, std::int64_t sample, std::int64_t count, int threads,
                               int* scratch) {
     if (mask == nullptr) {

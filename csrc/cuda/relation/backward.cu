@@ -1,8 +1,8 @@
 // relation on a GPU, backward: H, the derivative of the losses with respect to the similarities, tile by tile; then its
 // product with the rows (product.cu). Every sum is computed by one thread in a fixed order.
 //
-// Each row's coefficients come from its statistics and its gradient g (divided by the samples, where they are
-// averaged):
+// Each row's coefficients come from its statistics and its gradient g (divided by the number of samples if the loss
+// averages over them):
 //
 //     kl            H = f_S (A_i + A_j) - f_T (B_i + B_j),   A = g sigma/(tau z_S), B = g sigma/(tau z_T), f as in the
 //                   forward; with maxima f differs between i and j
@@ -13,8 +13,8 @@
 //
 //     f_S A - f_T B = (f_S - f_T) A + f_T D = (f_S - f_T) B + f_S D
 //
-// The form that multiplies f_S - f_T by the smaller coefficient has no term larger than the two subtracted. So H keeps
-// its digits as the student approaches the teacher, and is exactly 0 where they are equal. The stored matrix is
+// The form that multiplies f_S - f_T by the smaller coefficient has no term larger than the two subtracted. So H stays
+// accurate as the student approaches the teacher, and is exactly 0 where they are equal. The stored matrix is
 // M_ij = s_i H_ij s_j, so the product takes the rows unscaled. Where M is rounded, q is summed from the rounded
 // numbers, so that rounding errors along a row cancel against q. A cosine's diagonal is 1 for every x and is skipped.
 #include "cuda/kernels.h"
@@ -26,7 +26,7 @@ namespace {
 
 struct DerivativeArgs {
     Side student, teacher;
-    Cut cut;
+    LaunchRange range;
     Method method;
     bool cosine, negate;
     float inv_temperature;
@@ -39,16 +39,16 @@ struct DerivativeArgs {
     float* sums; // parts of q, one plane
 };
 
-// A, B and D of a row; `index` is its position in a plane of the statistics, `row` that in the batch.
+// A, B and D of a row; `index` is its position in a plane of the statistics, `row` its position in the batch.
 struct Coefficients {
     float a = 0.0f, b = 0.0f, d = 0.0f;
 
     FASTKD_DEVICE Coefficients(const DerivativeArgs& args, std::int64_t index, std::int64_t row) {
-        const std::int64_t rows = args.cut.rows, samples = args.cut.samples;
+        const std::int64_t rows = args.range.rows, samples = args.range.samples;
         float g = args.grad_loss[row / rows * args.grad_batch_stride + row % rows * args.grad_row_stride] /
                   static_cast<float>(samples);
         const auto statistic = [&](int number) {
-            return static_cast<float>(args.statistics[number * samples * args.cut.all_rows + index]);
+            return static_cast<float>(args.statistics[number * samples * args.range.all_rows + index]);
         };
         switch (args.method) {
         case Method::mse:
@@ -75,7 +75,7 @@ struct Coefficients {
     }
 };
 
-// Numbers per row that H needs, in smem for the tile's rows and columns.
+// Numbers per row that H needs; in smem for the tile's rows and columns.
 enum RowNumber { scale_s, scale_t, norm, number_a, number_d, number_b, max_s, max_t, row_numbers };
 
 template <class B>
@@ -90,21 +90,21 @@ struct DerivativeShared {
     static constexpr int bytes = B::pipeline_bytes + 2 * row_numbers * B::block_m * 4;
 };
 
-// Returns f_S A - f_T B, given D = A - B.
+// Return f_S A - f_T B, given D = A - B.
 FASTKD_DEVICE float difference(float f_s, float f_t, float a, float b, float d) {
     const bool by_a = std::fabs(a) <= std::fabs(b);
     return (f_s - f_t) * (by_a ? a : b) + (by_a ? f_t : f_s) * d;
 }
 
-// Computes one tile of M, and its parts of q for its rows and, off the diagonal, its columns.
+// Compute one tile of M, and its contributions to q of its rows and, off the diagonal, its columns.
 template <class B>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) derivative_kernel(DerivativeArgs args) {
     using Shared = DerivativeShared<B>;
     using H = typename Shared::H;
     FASTKD_DYNAMIC_SHARED(shared);
     constexpr int tile_size = B::block_m, planes = Shared::planes;
-    const Cut& cut = args.cut;
-    const Tile tile = Tile::of<tile_size>(cut, block_x());
+    const LaunchRange& range = args.range;
+    const Tile tile = Tile::of<tile_size>(range, block_x());
     float* const numbers_i = reinterpret_cast<float*>(shared + B::pipeline_bytes); // [row_numbers][tile_size]
     float* const numbers_j = numbers_i + row_numbers * tile_size;
     for (int at = thread_x(); at < 2 * tile_size; at += B::threads) {
@@ -118,10 +118,10 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) der
             continue;
         }
         const std::int64_t row =
-            (of_j ? tile.sample_j : tile.sample_i) * cut.rows + (of_j ? tile.row_j : tile.row_i) + within;
+            (of_j ? tile.sample_j : tile.sample_i) * range.rows + (of_j ? tile.row_j : tile.row_i) + within;
         // Row i's statistics with respect to the sample of j, and vice versa.
-        const std::int64_t other = (of_j ? tile.sample_i : tile.sample_j) - tile.problem * cut.samples;
-        const std::int64_t index = other * cut.all_rows + row;
+        const std::int64_t other = (of_j ? tile.sample_i : tile.sample_j) - tile.problem * range.samples;
+        const std::int64_t index = other * range.all_rows + row;
         const Coefficients coefficients(args, index, row);
         numbers[number_a * tile_size] = coefficients.a;
         numbers[number_b * tile_size] = coefficients.b;
@@ -129,12 +129,12 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) der
         if (args.cosine) {
             const double scale = args.scales[row];
             numbers[scale_s * tile_size] = static_cast<float>(scale);
-            numbers[scale_t * tile_size] = static_cast<float>(args.scales[cut.all_rows + row]);
+            numbers[scale_t * tile_size] = static_cast<float>(args.scales[range.all_rows + row]);
             numbers[norm * tile_size] = 1.0f / static_cast<float>(scale);
         }
         if (args.method == Method::kl_maxima) {
             numbers[max_s * tile_size] = static_cast<float>(args.statistics[index]);
-            numbers[max_t * tile_size] = static_cast<float>(args.statistics[cut.samples * cut.all_rows + index]);
+            numbers[max_t * tile_size] = static_cast<float>(args.statistics[range.samples * range.all_rows + index]);
         }
     }
     typename B::AccumulatorFragments e_s, e_t;
@@ -149,8 +149,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) der
                 }
             };
         };
-        visit_stored<B>(stored, cut, tile, 0, load(e_s));
-        visit_stored<B>(stored, cut, tile, 1, load(e_t));
+        visit_stored<B>(stored, range, tile, 0, load(e_s));
+        visit_stored<B>(stored, range, tile, 1, load(e_t));
         block_barrier();
     } else {
         multiply_rows<B>(args.student, args.teacher, tile, shared, e_s, e_t);
@@ -163,7 +163,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) der
     const float sign = args.negate ? -1.0f : 1.0f, kappa = args.inv_temperature * 1.4426950408889634f;
     const bool cosine = args.cosine, diagonal = tile.diagonal();
     const float factor = args.student.factor;
-    // Replaces E^S by M.
+    // Replace E^S by M.
     const auto terms_of = [&](auto h_of) {
         return [&, h_of](int i, int j, int e, float (&term)[1]) {
             const int row = B::row_of(i, e), col = B::col_of(j, e);
@@ -186,8 +186,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) der
     };
     const auto store = [&](int, int index, bool for_rows, float sum) {
         if (for_rows || !diagonal) {
-            const std::int64_t slot = for_rows ? cut.slot(tile.i, tile.j) : cut.slot(tile.j, tile.i);
-            args.sums[(tile.problem_in_launch * cut.slots() + slot) * tile_size + index] = sum;
+            const std::int64_t slot = for_rows ? range.slot(tile.i, tile.j) : range.slot(tile.j, tile.i);
+            args.sums[(tile.problem_in_launch * range.slots() + slot) * tile_size + index] = sum;
         }
     };
     float* const reductions = reinterpret_cast<float*>(shared + Shared::staged_bytes);
@@ -223,7 +223,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) der
                        store);
     }
 
-    // Staged in smem, so that whole lines are written to gmem.
+    // Stage M in smem, so that whole lines are written to gmem.
     H* const staged = reinterpret_cast<H*>(shared);
 #pragma unroll
     for (int i = 0; i < B::fragments_m; ++i) {
@@ -250,8 +250,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) der
     }
     block_barrier();
     constexpr int size = Pack<H>::size, packs = tile_size / size;
-    H* const to = static_cast<H*>(args.h) +
-                  (tile.problem_in_launch * cut.tiles + cut.stored(tile.i, tile.j)) * (planes * tile_size * tile_size);
+    H* const to = static_cast<H*>(args.h) + (tile.problem_in_launch * range.tiles + range.stored(tile.i, tile.j)) *
+                                                (planes * tile_size * tile_size);
 #pragma unroll 4
     for (int at = thread_x(); at < planes * tile_size * packs; at += B::threads) {
         const int line = at / packs, piece = at % packs * size;
@@ -302,11 +302,11 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
         using S = decltype(element);
         constexpr int tile_size = decltype(tile_size_type)::value;
         using B = TileBlocking<S, tile_size>;
-        return for_each_launch(options, plan, [&](const Cut& cut) {
+        return for_each_launch(options, plan, [&](const LaunchRange& range) {
             void* const h = workspace + plan.h;
             const DerivativeArgs derivative{student,
                                             teacher,
-                                            cut,
+                                            range,
                                             plan.method,
                                             cosine,
                                             negate,
@@ -320,10 +320,10 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
                                             h,
                                             floats_at(plan.sums)};
             cudaError_t launched =
-                launch(derivative_kernel<B>, {cut.problems * cut.tiles, B::threads, 1, DerivativeShared<B>::bytes},
+                launch(derivative_kernel<B>, {range.problems * range.tiles, B::threads, 1, DerivativeShared<B>::bytes},
                        stream, derivative);
             if (launched == cudaSuccess && cosine) {
-                launched = launch_merge({cut, Method::mse, tile_size, inv_temperature, false, floats_at(plan.sums),
+                launched = launch_merge({range, Method::mse, tile_size, inv_temperature, false, floats_at(plan.sums),
                                          nullptr, nullptr, row_sums},
                                         stream);
             }
@@ -332,7 +332,7 @@ cudaError_t relation_backward(const relation::Backward& args, const RelationPlan
             }
             const bool direct = plan.whole() && plan.splits == 1;
             const ProductArgs product{student,
-                                      cut,
+                                      range,
                                       h,
                                       row_sums,
                                       scales,

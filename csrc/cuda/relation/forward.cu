@@ -2,7 +2,7 @@
 //
 // Three kernels: the rows' scales; tiles of the student's and teacher's matrices, one pair of row blocks I <= J per
 // thread block, reduced immediately to a few sums for its rows and, E being symmetric, its columns; and the merge of
-// those sums in a fixed order (merge.cu). No atomics: two runs give the same bits.
+// those sums in a fixed order (merge.cu). No atomics: every run gives the same bits.
 #include "cuda/kernels.h"
 #include "cuda/relation/launch.cuh"
 
@@ -15,8 +15,8 @@ struct ScalesArgs {
     double* scales; // (2, all_rows)
 };
 
-// blockDim is (32, 8): one block per 32 rows of one side. A warp reads a row where rows are contiguous; otherwise each
-// thread reads its own row, and each warp an eighth of the columns.
+// Compute the scales of cosine rows. blockDim is (32, 8): one block per 32 rows of one side. A warp reads a row, or for
+// MN-major rows each thread reads a row and each warp an eighth of the columns.
 template <class S>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) scales_kernel(ScalesArgs args) {
     FASTKD_SHARED float partial[groups][rows_of_group];
@@ -83,17 +83,17 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) scales_kernel(Sca
 
 struct TilesArgs {
     Side student, teacher;
-    Cut cut;
+    LaunchRange range;
     Method method;
     bool cosine, negate;
     float inv_temperature;
     const double* scales; // (2, all_rows)
     float* sums;
-    float* stored; // or null: matrices are not stored
+    float* stored; // or null: do not store the matrices
 };
 
 template <class B>
-constexpr int staged_pitch = B::block_n + 1; // elements of a row, and of a column, lie in different banks
+constexpr int staged_pitch = B::block_n + 1; // adjacent elements of a row, and of a column, are in different banks
 
 template <class B>
 FASTKD_HD constexpr int tiles_shared_bytes(Method method) {
@@ -102,7 +102,7 @@ FASTKD_HD constexpr int tiles_shared_bytes(Method method) {
     return (more ? staged : B::pipeline_bytes) + 4 * B::block_m * size;
 }
 
-// Sums of kl with maxima: a KLState per row and column, each computed by one thread from smem.
+// Sum kl with maxima: one KLState per row and column, each computed by one thread from smem.
 template <class B, class Store>
 FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const typename B::AccumulatorFragments& e_s,
                                         const typename B::AccumulatorFragments& e_t, float sign, float inv_temperature,
@@ -118,7 +118,7 @@ FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const typename B::Accumul
         const bool for_rows = at < B::block_m;
         const int index = for_rows ? at : at - B::block_m, step = for_rows ? 1 : pitch;
         const float* const line = shared + (for_rows ? index * pitch : index);
-        auto state = softmax_kl::KLState<float>::of_nothing();
+        auto state = softmax_kl::KLState<float>::empty();
 #pragma unroll 1
         for (int first = 0; first < (for_rows ? B::block_n : B::block_m); first += batch) {
             float x_s[batch], x_t[batch];
@@ -137,22 +137,22 @@ FASTKD_DEVICE void sum_tile_with_maxima(float* shared, const typename B::Accumul
     }
 }
 
-// Sums one tile over its rows and, off the diagonal, over its columns.
+// Sum one tile over its rows and, off the diagonal, over its columns.
 template <class B>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) tiles_kernel(TilesArgs args) {
     FASTKD_DYNAMIC_SHARED(shared);
     constexpr int tile_size = B::block_m;
-    const Cut& cut = args.cut;
-    const Tile tile = Tile::of<tile_size>(cut, block_x());
+    const LaunchRange& range = args.range;
+    const Tile tile = Tile::of<tile_size>(range, block_x());
     // [student, teacher][rows i, rows j][tile_size]
     float* const scales = reinterpret_cast<float*>(shared + tiles_shared_bytes<B>(args.method)) - 4 * tile_size;
     if (args.cosine) {
         for (int at = thread_x(); at < 4 * tile_size; at += B::threads) {
             const int within = at % tile_size, of_j = at / tile_size % 2;
             const std::int64_t row =
-                (of_j ? tile.sample_j : tile.sample_i) * cut.rows + (of_j ? tile.row_j : tile.row_i) + within;
+                (of_j ? tile.sample_j : tile.sample_i) * range.rows + (of_j ? tile.row_j : tile.row_i) + within;
             const bool inside = within < (of_j ? tile.rows_j : tile.rows_i);
-            scales[at] = inside ? static_cast<float>(args.scales[at / (2 * tile_size) * cut.all_rows + row]) : 0.0f;
+            scales[at] = inside ? static_cast<float>(args.scales[at / (2 * tile_size) * range.all_rows + row]) : 0.0f;
         }
     }
     typename B::AccumulatorFragments e_s, e_t;
@@ -165,18 +165,18 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) til
     scale_products<B>(e_t, tile, args.cosine, scales + 2 * tile_size, scales + 3 * tile_size, args.teacher.factor,
                       outside);
     if (args.stored != nullptr) {
-        visit_stored<B>(args.stored, cut, tile, 0, [&](float* at, int i, int j) {
+        visit_stored<B>(args.stored, range, tile, 0, [&](float* at, int i, int j) {
             store_pack(at, Pack<float>{{e_s.c[i][j][0], e_s.c[i][j][1], e_s.c[i][j][2], e_s.c[i][j][3]}});
         });
-        visit_stored<B>(args.stored, cut, tile, 1, [&](float* at, int i, int j) {
+        visit_stored<B>(args.stored, range, tile, 1, [&](float* at, int i, int j) {
             store_pack(at, Pack<float>{{e_t.c[i][j][0], e_t.c[i][j][1], e_t.c[i][j][2], e_t.c[i][j][3]}});
         });
     }
 
     const auto store = [&](int plane, int index, bool for_rows, float sum) {
         if (for_rows || !tile.diagonal()) {
-            const std::int64_t slot = for_rows ? cut.slot(tile.i, tile.j) : cut.slot(tile.j, tile.i);
-            args.sums[((tile.problem_in_launch * cut.slots() + slot) * planes_of(args.method) + plane) * tile_size +
+            const std::int64_t slot = for_rows ? range.slot(tile.i, tile.j) : range.slot(tile.j, tile.i);
+            args.sums[((tile.problem_in_launch * range.slots() + slot) * planes_of(args.method) + plane) * tile_size +
                       index] = sum;
         }
     };
@@ -268,15 +268,15 @@ cudaError_t relation_forward(const relation::Forward& args, const RelationPlan& 
                 return error;
             }
         }
-        return for_each_launch(options, plan, [&](const Cut& cut) {
-            const TilesArgs tiles{student, teacher,         cut,    plan.method, cosine,
+        return for_each_launch(options, plan, [&](const LaunchRange& range) {
+            const TilesArgs tiles{student, teacher,         range,  plan.method, cosine,
                                   negate,  inv_temperature, scales, sums,        static_cast<float*>(args.stored)};
-            const Grid grid{cut.problems * cut.tiles, B::threads, 1, tiles_shared_bytes<B>(plan.method)};
+            const Grid grid{range.problems * range.tiles, B::threads, 1, tiles_shared_bytes<B>(plan.method)};
             const cudaError_t launched = launch(tiles_kernel<B>, grid, stream, tiles);
             if (launched != cudaSuccess) {
                 return launched;
             }
-            return launch_merge({cut, plan.method, decltype(tile_size)::value, inv_temperature, !cosine, sums,
+            return launch_merge({range, plan.method, decltype(tile_size)::value, inv_temperature, !cosine, sums,
                                  args.statistics, static_cast<float*>(args.loss), nullptr},
                                 stream);
         });

@@ -1,9 +1,9 @@
 // Tiled matrix products C[m][n] = sum_k A[m][k] B[n][k] on tensor cores, for relation's kernels: operands of any layout
 // in gmem, copies of their tiles to smem, and a warp's part of one k-tile's product.
 //
-// A tile lies in smem as in gmem: K-major, [mn][k], or MN-major, [k][mn], where 16-bit fragments are loaded transposed.
-// Lines are padded by 16 bytes (MN-major floats: 32), so that the eight rows of an 8 x 8 matrix, or the lanes of a
-// fragment of floats, fall into different banks.
+// A tile has the same layout in smem as in gmem: K-major, [mn][k], or MN-major, [k][mn], where 16-bit fragments are
+// loaded transposed. Lines are padded by 16 bytes (MN-major floats: 32), so that the eight rows of an 8 x 8 matrix, or
+// the lanes of a fragment of floats, fall into different banks.
 #pragma once
 
 #include "cuda/matrix.cuh"
@@ -11,7 +11,7 @@
 namespace fastkd::cuda::relation {
 
 // (mn, k) -> data[mn * mn_stride + k * k_stride], in elements. Along the contiguous mode, each group of `alignment`
-// elements starts at a multiple of its size and lies entirely inside or outside the operand: one copy moves it.
+// elements starts at a multiple of its size and lies entirely inside or outside the operand, so one copy moves it.
 struct Operand {
     const void* data;
     std::int64_t mn_stride;
@@ -34,8 +34,8 @@ struct SmemTile {
     static_assert(bytes % 128 == 0, "the tile after it is aligned to 128 bytes");
 };
 
-// Copies the tile at `from` to smem, with zeros from mn = `mn_left` and k = `k_left` on. Returns at once: the copies
-// are asynchronous.
+// Copy the tile at `from` to smem, with zeros from mn = `mn_left` and k = `k_left` on. The copies are
+// asynchronous.
 template <class S, int block_mn, int block_k, int threads>
 struct GmemToSmem {
     using Smem = SmemTile<S, block_mn, block_k>;
@@ -61,7 +61,7 @@ struct GmemToSmem {
         }
     }
 
-    // 16-bit elements that cp.async cannot copy (at least 4 bytes), or with arbitrary strides.
+    // Copy 16-bit elements that cp.async, which needs 4 bytes or more, cannot: odd alignments and arbitrary strides.
     static FASTKD_DEVICE void copy_elements(S* to, const S* from, const Operand& operand, int outer_left,
                                             int inner_left) {
         constexpr int all = block_mn * block_k, batch = 8; // loads in flight
@@ -105,7 +105,7 @@ struct GmemToSmem {
     }
 };
 
-// Loads A's fragment of rows m to m + 15 and columns k to k + 15 (floats: to k + 7).
+// Load A's fragment of rows m to m + 15 and columns k to k + 15 (floats: to k + 7).
 template <bool mn_major, int pitch, class S>
 FASTKD_DEVICE void load_a(std::uint32_t (&a)[4], const S* smem, int m, int k) {
     const int lane = thread_x() % warp_size, row = lane % 8, matrix = lane / 8;
@@ -126,7 +126,7 @@ FASTKD_DEVICE void load_a(std::uint32_t (&a)[4], const S* smem, int m, int k) {
     }
 }
 
-// Loads two of B's fragments, of columns n to n + 7 (b[0], b[1]) and n + 8 to n + 15 (b[2], b[3]).
+// Load two of B's fragments, of columns n to n + 7 (b[0], b[1]) and n + 8 to n + 15 (b[2], b[3]).
 template <bool mn_major, int pitch, class S>
 FASTKD_DEVICE void load_b(std::uint32_t (&b)[4], const S* smem, int n, int k) {
     const int lane = thread_x() % warp_size, row = lane % 8, matrix = lane / 8;
@@ -148,7 +148,7 @@ FASTKD_DEVICE void load_b(std::uint32_t (&b)[4], const S* smem, int n, int k) {
 }
 
 // Floats split into two tf32 numbers: value = high + low to 2^-22. `finite` is `high`, or 0 for an infinity; the cross
-// products take it, since inf * low would be NaN where the product is infinite.
+// products use it, since inf * low would be NaN where the product is infinite.
 template <int count>
 struct SplitFloats {
     std::uint32_t high[count], low[count], finite[count];
@@ -195,7 +195,7 @@ template <class S, int fragments_m, int fragments_n>
 struct Accumulator {
     float c[fragments_m][fragments_n][4];
 
-    // Calls put(i, j, e) for every element.
+    // Call put(i, j, e) for every element.
     template <class Put>
     static FASTKD_DEVICE void visit(const Put& put) {
 #pragma unroll
@@ -214,7 +214,7 @@ struct Accumulator {
         visit([&](int i, int j, int e) { c[i][j][e] = 0.0f; });
     }
 
-    // Adds the product of one k-tile; `m` and `n` are the warp's first row and column.
+    // Add the product of one k-tile; `m` and `n` are the warp's first row and column.
     template <bool a_mn_major, bool b_mn_major, int block_k, int pitch_a, int pitch_b>
     FASTKD_DEVICE void add(const S* a, const S* b, int m, int n) {
         if constexpr (sizeof(S) == 2) {
@@ -268,7 +268,7 @@ struct Accumulator {
         }
     }
 
-    // Adds the product of A, given as the sum of two bfloat16 matrices, and B, whose fp16 elements are split here.
+    // Add the product of A, given as the sum of two bfloat16 matrices, and B, whose fp16 elements are split here.
     template <bool a_mn_major, bool b_mn_major, int block_k, int pitch_a, int pitch_b>
     FASTKD_DEVICE void add_split(const BFloat16* a_high, const BFloat16* a_low, const Half* b, int m, int n) {
 #pragma unroll

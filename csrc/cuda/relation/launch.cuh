@@ -7,7 +7,7 @@
 
 namespace fastkd::cuda::relation {
 
-// Returns Operand::alignment: the largest power of two, up to 16 bytes, that divides the address, the strides and the
+// Return Operand::alignment: the largest power of two, up to 16 bytes, that divides the address, the strides and the
 // contiguous mode's `length`.
 inline int alignment_of(const void* data, std::int64_t a, std::int64_t b, std::int64_t length, std::int64_t size) {
     std::int64_t alignment = 16 / size;
@@ -55,22 +55,22 @@ inline cudaError_t check_call(const relation::Options& options, const relation::
                : cudaSuccess;
 }
 
-// Calls visit(cut) for each launch until one fails.
+// Call visit(range) for each launch until one fails.
 template <class Visit>
 cudaError_t for_each_launch(const relation::Options& options, const RelationPlan& plan, const Visit& visit) {
-    Cut cut{};
-    cut.rows = options.rows;
-    cut.all_rows = options.batch * options.rows;
-    cut.samples = plan.samples;
-    cut.row_blocks = plan.row_blocks;
-    cut.blocks = plan.blocks;
-    for (cut.first_problem = 0; cut.first_problem < plan.problems; cut.first_problem += plan.together) {
-        const std::int64_t left = plan.problems - cut.first_problem;
-        cut.problems = plan.together < left ? plan.together : left;
-        for (cut.first = 0; cut.first < plan.blocks; cut.first += plan.band) {
-            cut.last = cut.first + plan.band < plan.blocks ? cut.first + plan.band : plan.blocks;
-            cut.tiles = plan.tiles(cut.first, cut.last);
-            const cudaError_t error = visit(cut);
+    LaunchRange range{};
+    range.rows = options.rows;
+    range.all_rows = options.batch * options.rows;
+    range.samples = plan.samples;
+    range.row_blocks = plan.row_blocks;
+    range.blocks = plan.blocks;
+    for (range.first_problem = 0; range.first_problem < plan.problems; range.first_problem += plan.together) {
+        const std::int64_t left = plan.problems - range.first_problem;
+        range.problems = plan.together < left ? plan.together : left;
+        for (range.first = 0; range.first < plan.blocks; range.first += plan.band) {
+            range.last = range.first + plan.band < plan.blocks ? range.first + plan.band : plan.blocks;
+            range.tiles = plan.tiles(range.first, range.last);
+            const cudaError_t error = visit(range);
             if (error != cudaSuccess) {
                 return error;
             }
@@ -79,7 +79,7 @@ cudaError_t for_each_launch(const relation::Options& options, const RelationPlan
     return cudaSuccess;
 }
 
-// Calls visit(element of the dtype, std::integral_constant of the tile size).
+// Call visit(element of the dtype, std::integral_constant of the tile size).
 template <class Visit>
 cudaError_t with_tile(DType dtype, std::int64_t tile_size, const Visit& visit) {
     using Large = std::integral_constant<int, 128>;

@@ -1,42 +1,42 @@
-// relation on a GPU, forward, last step: merges the sums of all tiles into each row's statistics and loss. The backward
-// merges the parts of q here as well.
+// relation on a GPU, last step of the forward: merges the sums of all tiles into each row's statistics and loss. The
+// backward also uses it, to merge the parts of q.
 #include "cuda/relation/rows.cuh"
 
 namespace fastkd::cuda::relation {
 namespace {
 
-// blockDim is (32, 8): one thread block per 32 rows, of row blocks from `first` on; each warp takes an eighth of the
-// slots.
+// Merge the sums of 32 rows; with `plain`, one plane over all samples, into row_sums. blockDim is (32, 8): one thread
+// block per 32 rows, for row blocks from `first` on; each warp sums an eighth of the slots.
 template <Method method, bool plain>
 FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
     constexpr int planes = plain ? 1 : planes_of(method);
     constexpr bool maxima = !plain && method == Method::kl_maxima;
     using State = softmax_kl::KLState<float>;
     FASTKD_SHARED float partial[groups][planes][rows_of_group];
-    const Cut& cut = args.cut;
-    const std::int64_t parts = args.tile_size / rows_of_group, later = cut.blocks - cut.first;
-    const std::int64_t part = block_x() % parts, block = cut.first + block_x() / parts % later;
-    const std::int64_t problem_in_launch = block_x() / parts / later, problem = cut.first_problem + problem_in_launch;
+    const LaunchRange& range = args.range;
+    const std::int64_t parts = args.tile_size / rows_of_group, later = range.blocks - range.first;
+    const std::int64_t part = block_x() % parts, block = range.first + block_x() / parts % later;
+    const std::int64_t problem_in_launch = block_x() / parts / later, problem = range.first_problem + problem_in_launch;
     const int within = static_cast<int>(part) * rows_of_group + thread_x();
-    const std::int64_t row = block % cut.row_blocks * args.tile_size + within;
-    const bool mine = row < cut.rows && thread_y() == 0;
-    const std::int64_t index = (problem * cut.samples + block / cut.row_blocks) * cut.rows + row;
-    const std::int64_t end = block < cut.last ? cut.blocks : cut.last;
+    const std::int64_t row = block % range.row_blocks * args.tile_size + within;
+    const bool mine = row < range.rows && thread_y() == 0;
+    const std::int64_t index = (problem * range.samples + block / range.row_blocks) * range.rows + row;
+    const std::int64_t end = block < range.last ? range.blocks : range.last;
     float loss = 0.0f;
-    for (std::int64_t other = 0; other < cut.samples; ++other) {
-        std::int64_t from = other * cut.row_blocks, to = from + cut.row_blocks;
-        from = from > cut.first ? from : cut.first;
+    for (std::int64_t other = 0; other < range.samples; ++other) {
+        std::int64_t from = other * range.row_blocks, to = from + range.row_blocks;
+        from = from > range.first ? from : range.first;
         to = to < end ? to : end;
         if (plain) { // sums over all samples
-            from = cut.first;
+            from = range.first;
             to = end;
         }
         float total[planes] = {};
-        State state = State::of_nothing();
+        State state = State::empty();
         for (std::int64_t slot = from + thread_y(); slot < to; slot += groups) {
-            const float* at = args.sums +
-                              (problem_in_launch * cut.slots() + cut.slot(block, slot)) * (planes * args.tile_size) +
-                              within;
+            const float* at =
+                args.sums + (problem_in_launch * range.slots() + range.slot(block, slot)) * (planes * args.tile_size) +
+                within;
             if constexpr (maxima) {
                 state.merge(
                     {at[0], at[args.tile_size], at[2 * args.tile_size], at[3 * args.tile_size], at[4 * args.tile_size]},
@@ -60,18 +60,18 @@ FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
         block_barrier();
         if (mine) {
             const auto of_statistics = [&](int plane) -> double& {
-                return args.statistics[(plane * cut.samples + other) * cut.all_rows + index];
+                return args.statistics[(plane * range.samples + other) * range.all_rows + index];
             };
             if constexpr (plain) {
-                float sum = cut.first > 0 ? args.row_sums[index] : 0.0f;
+                float sum = range.first > 0 ? args.row_sums[index] : 0.0f;
                 for (int group = 0; group < groups; ++group) {
                     sum += partial[group][0][thread_x()];
                 }
                 args.row_sums[index] = sum;
             } else {
                 if constexpr (maxima) {
-                    State sum = State::of_nothing();
-                    if (cut.first > 0) {
+                    State sum = State::empty();
+                    if (range.first > 0) {
                         sum = {static_cast<float>(of_statistics(0)), static_cast<float>(of_statistics(1)),
                                static_cast<float>(of_statistics(2)), static_cast<float>(of_statistics(3)),
                                static_cast<float>(of_statistics(4))};
@@ -88,7 +88,7 @@ FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
                 } else {
 #pragma unroll
                     for (int plane = 0; plane < planes; ++plane) {
-                        total[plane] = cut.first > 0 ? static_cast<float>(of_statistics(plane)) : 0.0f;
+                        total[plane] = range.first > 0 ? static_cast<float>(of_statistics(plane)) : 0.0f;
                         for (int group = 0; group < groups; ++group) {
                             total[plane] += partial[group][plane][thread_x()];
                         }
@@ -96,7 +96,7 @@ FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
                     if constexpr (method == Method::kl) {
                         loss += total[2] / total[1] * args.inv_temperature + std::log(total[0] / total[1]);
                     } else if constexpr (method == Method::mse) {
-                        loss += total[0] / static_cast<float>(cut.rows);
+                        loss += total[0] / static_cast<float>(range.rows);
                     } else {
                         loss += RowCosine(total).loss;
                     }
@@ -114,11 +114,11 @@ FASTKD_DEVICE void merge_rows(const MergeArgs& args) {
     }
     if (mine) {
         if (args.unit_scales) {
-            double* scales = args.statistics + relation::statistic_planes * cut.samples * cut.all_rows + index;
-            scales[0] = scales[cut.all_rows] = 1.0;
+            double* scales = args.statistics + relation::statistic_planes * range.samples * range.all_rows + index;
+            scales[0] = scales[range.all_rows] = 1.0;
         }
-        if (block < cut.last) {
-            args.loss[index] = loss / static_cast<float>(cut.samples);
+        if (block < range.last) {
+            args.loss[index] = loss / static_cast<float>(range.samples);
         }
     }
 }
@@ -143,7 +143,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(rows_of_group* groups) merge_kernel(Merg
 } // namespace
 
 cudaError_t launch_merge(const MergeArgs& args, cudaStream_t stream) {
-    const std::int64_t rows = args.cut.problems * (args.cut.blocks - args.cut.first) * args.tile_size;
+    const std::int64_t rows = args.range.problems * (args.range.blocks - args.range.first) * args.tile_size;
     return launch(merge_kernel, {rows / rows_of_group, rows_of_group, groups}, stream, args);
 }
 

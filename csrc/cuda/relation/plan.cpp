@@ -12,7 +12,7 @@ std::int64_t tile_of(const relation::Options& options) {
     return wide && options.rows > 64 && tiles >= enough_tiles ? 128 : 64;
 }
 
-// Returns the plan with `together` problems, or a band of `band` row blocks, per launch. `counted` gets the bytes that
+// Return the plan with `together` problems, or a band of `band` row blocks, per launch. Set `counted` to the bytes that
 // the limit applies to.
 RelationPlan lay_out(RelationPlan plan, const relation::Options& options, bool backward, std::int64_t limit,
                      std::int64_t together, std::int64_t band, std::int64_t* counted) {

@@ -8,7 +8,7 @@
 
 #include "common/relation.h"
 
-// Makes the names that all backends share visible to the kernels.
+// Make the names that all backends share visible to the kernels.
 namespace fastkd::cuda::relation {
 using namespace fastkd::relation;
 }
@@ -17,21 +17,21 @@ namespace fastkd::cuda {
 
 enum class Method { kl, kl_maxima, mse, row_cosine };
 
-// Sums per row and tile.
+// Return the number of sums per row and tile.
 FASTKD_HD constexpr int planes_of(Method method) {
     return method == Method::kl ? 3 : method == Method::mse ? 1 : 5;
 }
 
-// Cosines lie in [-1, 1]: from this temperature on e^{(E - 1)/tau} is at least e^-50, so 1 can replace every row's
-// maximum.
+// Cosines lie in [-1, 1]: at this temperature and above, e^{(E - 1)/tau} is at least e^-50, so 1 can replace every
+// row's maximum.
 constexpr double fixed_shift_temperature = 0.04;
 
 Method method_of(const relation::Options& options);
 
-// With fewer tiles of 128 x 128, tiles of 64 x 64 occupy more SMs: two tiles for each of an H100's 132. Floats, and
-// rows with their own maxima, always use 64 x 64.
+// Tiles are 128 x 128 if there are at least this many, two per SM of an H100 (132); with fewer, 64 x 64 tiles occupy
+// more SMs. Floats, and rows with their own maxima, always use 64 x 64.
 constexpr std::int64_t enough_tiles = 264;
-constexpr std::int64_t enough_products = 132; // with fewer thread blocks the sum over H's columns is split
+constexpr std::int64_t enough_products = 132; // with fewer thread blocks, the sum over H's columns is split
 
 struct RelationPlan {
     Method method;
@@ -43,16 +43,16 @@ struct RelationPlan {
     std::int64_t row_sums, h, sums, partials, totals; // offsets in the workspace, in bytes
 
     std::int64_t bytes;   // of the workspace
-    std::int64_t minimum; // smallest `limit` that is enough
+    std::int64_t minimum; // the smallest sufficient `limit`
 
     bool whole() const { return band == blocks; }
-    // Tiles of a problem in a launch of row blocks [first, last).
+    // Return the number of tiles of a problem in a launch of row blocks [first, last).
     std::int64_t tiles(std::int64_t first, std::int64_t last) const {
         return (last - first) * blocks - (last - first) * (first + last - 1) / 2;
     }
 };
 
-// Columns of the gradient per thread block (BLOCK_N of the product).
+// Return the gradient's columns per thread block (BLOCK_N of the product).
 FASTKD_HD constexpr int product_columns(std::int64_t element_size) {
     return element_size == 4 ? 64 : 128;
 }
@@ -61,7 +61,7 @@ FASTKD_HD constexpr int product_columns(std::int64_t element_size) {
 RelationPlan plan_relation(const relation::Options& options, std::int64_t student_width, bool backward,
                            std::int64_t limit);
 
-// Number of floats of the stored tiles of student and teacher.
+// Return the number of floats in the stored tiles of student and teacher.
 std::int64_t stored_elements(const relation::Options& options);
 
 } // namespace fastkd::cuda

@@ -27,7 +27,7 @@ template <>
 struct ProductBlocking<float, 64> : Blocking<float, 64, 64, 32, 32, 16, 3, 2> {};
 
 // A (rows x cols) piece of the gradient in smem, laid out as in gmem: [row][column] or, where `mn_major`,
-// [column][row]; followed by two numbers per row.
+// [column][row]. Two numbers per row follow.
 template <int rows, int cols>
 struct Piece {
     static constexpr int pad = 4;
@@ -89,16 +89,16 @@ FASTKD_DEVICE void finish_lines(const ProductArgs& args, const float* sums, S* t
     }
 }
 
-// Writes a piece of the gradient; `row` and `col` are its first, within the sample.
+// Write a piece of the gradient; `row` and `col` are its first row and column, within the sample.
 template <class S, int rows, int cols, int threads>
 FASTKD_DEVICE void finish(const ProductArgs& args, float* sums, std::int64_t sample, std::int64_t row,
                           std::int64_t col) {
     const Gradient& out = args.gradient;
-    const int rows_left = static_cast<int>(args.cut.rows - row < rows ? args.cut.rows - row : rows);
+    const int rows_left = static_cast<int>(args.range.rows - row < rows ? args.range.rows - row : rows);
     const int cols_left = static_cast<int>(args.student.width - col < cols ? args.student.width - col : cols);
     float* const of_rows = sums + Piece<rows, cols>::sums;
     for (int at = thread_x(); args.cosine && at < rows_left; at += threads) {
-        const std::int64_t index = sample * args.cut.rows + row + at;
+        const std::int64_t index = sample * args.range.rows + row + at;
         const auto scale = static_cast<float>(args.scales[index]);
         of_rows[at] = args.row_sums[index] * scale * scale;
         of_rows[rows + at] = scale >= no_direction ? 0.0f : 1.0f;
@@ -131,23 +131,23 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
     constexpr int planes = StoredH<S>::planes, per_block = tile_size / B::block_k;
     constexpr int stage_bytes = planes * SmemH::bytes + B::SmemB::bytes;
     FASTKD_DYNAMIC_SHARED(shared);
-    const Cut& cut = args.cut;
-    const std::int64_t band = cut.last - cut.first, after = cut.blocks - cut.last;
+    const LaunchRange& range = args.range;
+    const std::int64_t band = range.last - range.first, after = range.blocks - range.last;
     const std::int64_t items = band * args.splits + after; // per problem and block of columns
     const std::int64_t width_block = block_x() % args.width_blocks;
     const std::int64_t item = block_x() / args.width_blocks % items,
                        problem_in_launch = block_x() / args.width_blocks / items;
-    const std::int64_t problem = cut.first_problem + problem_in_launch;
+    const std::int64_t problem = range.first_problem + problem_in_launch;
     const bool in_band = item < band * args.splits;
-    const std::int64_t block = in_band ? cut.first + item / args.splits : cut.last + (item - band * args.splits);
+    const std::int64_t block = in_band ? range.first + item / args.splits : range.last + (item - band * args.splits);
     const std::int64_t split = in_band ? item % args.splits : 0;
     // H's columns: from the band on, or for rows after the band only the band's.
-    const std::int64_t columns = in_band ? cut.blocks - cut.first : band;
+    const std::int64_t columns = in_band ? range.blocks - range.first : band;
     const std::int64_t share = in_band ? ceil_div(columns, args.splits) : columns;
     const std::int64_t begin = split * share < columns ? split * share : columns;
     const std::int64_t end = begin + share < columns ? begin + share : columns;
     const int k_tiles = static_cast<int>(end - begin) * per_block;
-    const std::int64_t first = cut.first + begin;
+    const std::int64_t first = range.first + begin;
     const std::int64_t col = width_block * B::block_n;
 
     const auto transposed = [&](int k_tile) { return first + k_tile / per_block < block; };
@@ -160,9 +160,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
             const int k = k_tile % per_block * B::block_k;
             unsigned char* const to = shared + k_tile % B::stages * stage_bytes;
             const bool transpose = transposed(k_tile);
-            const std::int64_t tile = transpose ? cut.stored(other, block) : cut.stored(block, other);
+            const std::int64_t tile = transpose ? range.stored(other, block) : range.stored(block, other);
             const H* const h = static_cast<const H*>(args.h) +
-                               (problem_in_launch * cut.tiles + tile) * (planes * tile_size * tile_size) +
+                               (problem_in_launch * range.tiles + tile) * (planes * tile_size * tile_size) +
                                (transpose ? k * tile_size : k);
             const Operand h_operand{h, transpose ? 1 : tile_size, transpose ? tile_size : 1,
                                     16 / static_cast<int>(sizeof(H)), transpose};
@@ -172,11 +172,11 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
                                                                         h + plane * tile_size * tile_size, h_operand,
                                                                         tile_size, B::block_k);
             }
-            const std::int64_t row = other % cut.row_blocks * tile_size + k;
-            const std::int64_t k_left = row < cut.rows ? cut.rows - row : 0;
+            const std::int64_t row = other % range.row_blocks * tile_size + k;
+            const std::int64_t k_left = row < range.rows ? range.rows - row : 0;
             const S* const x = k_left == 0
                                    ? static_cast<const S*>(rows.data) // not read
-                                   : rows_at<S>(args.student, problem * cut.samples + other / cut.row_blocks, row) +
+                                   : rows_at<S>(args.student, problem * range.samples + other / range.row_blocks, row) +
                                          col * rows.k_stride;
             GmemToSmem<S, B::block_n, B::block_k, B::threads>::start(reinterpret_cast<S*>(to + planes * SmemH::bytes),
                                                                      x, x_operand, args.student.width - col, k_left);
@@ -226,21 +226,21 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
         float* const sums = reinterpret_cast<float*>(shared);
         const bool mn_major = args.gradient.mn_major;
         visit([&](int r, int k, float value) { sums[Piece<tile_size, B::block_n>::at(mn_major, r, k)] = value; });
-        finish<S, tile_size, B::block_n, B::threads>(args, sums, problem * cut.samples + block / cut.row_blocks,
-                                                     block % cut.row_blocks * tile_size, col);
+        finish<S, tile_size, B::block_n, B::threads>(args, sums, problem * range.samples + block / range.row_blocks,
+                                                     block % range.row_blocks * tile_size, col);
         return;
     }
     constexpr std::int64_t piece = tile_size * B::block_n;
     if (in_band) {
         float* const to =
             args.partials +
-            (((problem_in_launch * band + (block - cut.first)) * args.width_blocks + width_block) * args.splits +
+            (((problem_in_launch * band + (block - range.first)) * args.width_blocks + width_block) * args.splits +
              split) *
                 piece;
         visit([&](int r, int k, float value) { to[r * B::block_n + k] = value; });
     } else {
         float* const to = args.totals + (block * args.width_blocks + width_block) * piece;
-        const bool add_to_earlier = cut.first > 0;
+        const bool add_to_earlier = range.first > 0;
         visit([&](int r, int k, float value) {
             float& total = to[r * B::block_n + k];
             total = add_to_earlier ? total + value : value;
@@ -250,23 +250,23 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
 
 constexpr int finish_rows = 32, finish_threads = 256;
 
-// Adds the parts of 32 rows and one block of columns in order, and writes the gradient.
+// Add the parts of 32 rows and one block of columns in order, and write the gradient.
 template <class S, int tile_size>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(finish_threads) finish_kernel(ProductArgs args) {
     constexpr int cols = ProductBlocking<S, tile_size>::block_n, strips = tile_size / finish_rows;
     constexpr std::int64_t piece = tile_size * cols;
     FASTKD_SHARED float sums[Piece<finish_rows, cols>::bytes / sizeof(float)];
-    const Cut& cut = args.cut;
-    const std::int64_t band = cut.last - cut.first;
+    const LaunchRange& range = args.range;
+    const std::int64_t band = range.last - range.first;
     const std::int64_t strip = block_x() % strips, width_block = block_x() / strips % args.width_blocks;
     const std::int64_t local = block_x() / strips / args.width_blocks % band;
-    const std::int64_t problem_in_launch = block_x() / strips / args.width_blocks / band, block = cut.first + local;
+    const std::int64_t problem_in_launch = block_x() / strips / args.width_blocks / band, block = range.first + local;
     const std::int64_t ahead = strip * finish_rows * cols;
     const float* const parts =
         args.partials + ((problem_in_launch * band + local) * args.width_blocks + width_block) * args.splits * piece +
         ahead;
     const float* const total =
-        cut.first > 0 ? args.totals + (block * args.width_blocks + width_block) * piece + ahead : nullptr;
+        range.first > 0 ? args.totals + (block * args.width_blocks + width_block) * piece + ahead : nullptr;
     for (int at = thread_x(); at < finish_rows * cols; at += finish_threads) {
         float sum = total != nullptr ? total[at] : 0.0f;
         for (std::int64_t split = 0; split < args.splits; ++split) {
@@ -274,25 +274,26 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(finish_threads) finish_kernel(ProductArg
         }
         sums[Piece<finish_rows, cols>::at(args.gradient.mn_major, at / cols, at % cols)] = sum;
     }
-    const std::int64_t row = block % cut.row_blocks * tile_size + strip * finish_rows;
-    if (row < cut.rows) {
-        const std::int64_t sample = (cut.first_problem + problem_in_launch) * cut.samples + block / cut.row_blocks;
+    const std::int64_t row = block % range.row_blocks * tile_size + strip * finish_rows;
+    if (row < range.rows) {
+        const std::int64_t sample =
+            (range.first_problem + problem_in_launch) * range.samples + block / range.row_blocks;
         finish<S, finish_rows, cols, finish_threads>(args, sums, sample, row, width_block * cols);
     }
 }
 
 template <class S, int tile_size>
 cudaError_t run_product(const ProductArgs& args, cudaStream_t stream) {
-    const Cut& cut = args.cut;
-    const std::int64_t band = cut.last - cut.first;
-    const std::int64_t items = band * args.splits + (cut.blocks - cut.last);
-    const Grid grid{cut.problems * items * args.width_blocks, ProductBlocking<S, tile_size>::threads, 1,
+    const LaunchRange& range = args.range;
+    const std::int64_t band = range.last - range.first;
+    const std::int64_t items = band * args.splits + (range.blocks - range.last);
+    const Grid grid{range.problems * items * args.width_blocks, ProductBlocking<S, tile_size>::threads, 1,
                     product_shared_bytes<S, tile_size>()};
     const cudaError_t error = launch(product_kernel<S, tile_size>, grid, stream, args);
     if (error != cudaSuccess || args.partials == nullptr) {
         return error;
     }
-    const std::int64_t strips = cut.problems * band * args.width_blocks * (tile_size / finish_rows);
+    const std::int64_t strips = range.problems * band * args.width_blocks * (tile_size / finish_rows);
     return launch(finish_kernel<S, tile_size>, {strips, finish_threads}, stream, args);
 }
 

@@ -5,7 +5,7 @@
 
 namespace fastkd::cuda::relation {
 
-// The type H is stored in. For bfloat16 rows H is rounded to bfloat16. For fp16 rows it is the sum of two bfloat16
+// The storage type of H. For bfloat16 rows H is rounded to bfloat16. For fp16 rows it is the sum of two bfloat16
 // matrices, since it has fp32's range, and the rows are split likewise. For floats it stays fp32.
 template <class S>
 struct StoredH {
@@ -27,19 +27,19 @@ struct Gradient {
 
 struct ProductArgs {
     Side student;
-    Cut cut;
+    LaunchRange range;
     const void* h;
     const float* row_sums; // q
     const double* scales;
     Gradient gradient;
-    float* partials; // [problem of the launch][row block of the band][block of columns][split][tile_size][block_n]; or
-                     // null
-    float* totals;   // [row block][block of columns][tile_size][block_n]; or null where the launch is whole
+    // [problem of the launch][row block of the band][block of columns][split][tile_size][block_n]; or null.
+    float* partials;
+    float* totals; // [row block][block of columns][tile_size][block_n]; or null where the launch is whole
     std::int64_t width_blocks, splits;
     bool cosine;
 };
 
-// Launches the product of H's tiles with the student's rows and, where it is split, the sum of its parts.
+// Launch the product of H's tiles with the student's rows and, where it is split, the sum of its parts.
 cudaError_t launch_product(const ProductArgs& args, DType dtype, int tile_size, cudaStream_t stream);
 
 } // namespace fastkd::cuda::relation

@@ -1,5 +1,5 @@
-// Per-row statistics of relation, and the merge of tile sums into them. They are Forward::statistics of
-// common/relation.h: double (statistic_planes, others, batch, rows), then scale^S and scale^T. With
+// Per-row statistics of relation on a GPU, and the merge of tile sums into them. They are stored in Forward::statistics
+// (common/relation.h): double (statistic_planes, others, batch, rows), then scale^S and scale^T. With
 // f_x = e^{(v_x - m_x)/tau}, v = sigma E, and m = 1 where the shift is fixed, the planes are:
 //
 //     kl            z_S = sum f_S,  z_T = sum f_T,  a = sum f_T (v_T - v_S)
@@ -40,7 +40,7 @@ struct RowCosine {
 constexpr int rows_of_group = 32, groups = 8; // blockDim of kernels with 32 rows per block
 
 struct MergeArgs {
-    Cut cut;
+    LaunchRange range;
     Method method;
     int tile_size;
     float inv_temperature;
@@ -51,8 +51,8 @@ struct MergeArgs {
     float* row_sums;
 };
 
-// Adds the sums of a launch's tiles to those of earlier launches, in a fixed order. Writes the losses of the band's
-// rows, whose sums are then complete.
+// Add the sums of a launch's tiles to those of earlier launches, in a fixed order. Write the losses of the band's rows,
+// whose sums are then complete.
 cudaError_t launch_merge(const MergeArgs& args, cudaStream_t stream);
 
 } // namespace fastkd::cuda::relation

@@ -49,19 +49,19 @@ struct Side {
     float factor; // of the similarities; unused for cosines
 };
 
-// One launch's part of the work (see plan.h).
-struct Cut {
+// The problems and row blocks of one launch (see plan.h).
+struct LaunchRange {
     std::int64_t rows, all_rows; // of a sample, of the batch
     std::int64_t samples, row_blocks, blocks;
     std::int64_t first_problem, problems, first, last;
     std::int64_t tiles; // of a problem
 
-    // Index of tile (I, J >= I) among the band's stored tiles.
+    // Return the index of tile (I, J >= I) among the band's stored tiles.
     FASTKD_DEVICE std::int64_t stored(std::int64_t i, std::int64_t j) const {
         return (i - first) * blocks - (i * (i - 1) - first * (first - 1)) / 2 + (j - i);
     }
-    // Index of a tile's partial sums. Its row sums are slot J of row block I, its column sums slot I of block J. Blocks
-    // of the band have slots [first, blocks), later ones [first, last).
+    // Return the index of a tile's partial sums. Its row sums are slot J of row block I, its column sums slot I of
+    // block J. Blocks of the band have slots [first, blocks), later ones [first, last).
     FASTKD_DEVICE std::int64_t slot(std::int64_t block, std::int64_t other) const {
         const std::int64_t band = last - first;
         return block < last ? (block - first) * blocks + other
@@ -78,15 +78,16 @@ struct Tile {
     int row_i, row_j;   // first row of each block, within its sample
     int rows_i, rows_j; // number of rows of each block
 
-    // Row block first + n and its counterpart last - 1 - n together have the same number of tiles for every n.
+    // Return tile `index` of the launch. Row blocks first + n and last - 1 - n together have the same number of tiles
+    // for every n.
     template <int tile_size>
-    static FASTKD_DEVICE Tile of(const Cut& cut, std::int64_t index) {
-        const int tiles = static_cast<int>(cut.tiles), blocks = static_cast<int>(cut.blocks);
-        const int first = static_cast<int>(cut.first), last = static_cast<int>(cut.last);
-        const int samples = static_cast<int>(cut.samples), row_blocks = static_cast<int>(cut.row_blocks);
+    static FASTKD_DEVICE Tile of(const LaunchRange& range, std::int64_t index) {
+        const int tiles = static_cast<int>(range.tiles), blocks = static_cast<int>(range.blocks);
+        const int first = static_cast<int>(range.first), last = static_cast<int>(range.last);
+        const int samples = static_cast<int>(range.samples), row_blocks = static_cast<int>(range.row_blocks);
         Tile tile;
         tile.problem_in_launch = static_cast<int>(index) / tiles;
-        tile.problem = static_cast<int>(cut.first_problem) + tile.problem_in_launch;
+        tile.problem = static_cast<int>(range.first_problem) + tile.problem_in_launch;
         const int number = static_cast<int>(index) % tiles, pair = 2 * blocks - (first + last - 1);
         const int up = number / pair, left = number % pair, row_tiles = blocks - (first + up);
         tile.i = left < row_tiles ? first + up : last - 1 - up;
@@ -95,7 +96,7 @@ struct Tile {
         tile.sample_j = tile.problem * samples + tile.j / row_blocks;
         tile.row_i = tile.i % row_blocks * tile_size;
         tile.row_j = tile.j % row_blocks * tile_size;
-        const int rows = static_cast<int>(cut.rows);
+        const int rows = static_cast<int>(range.rows);
         tile.rows_i = rows - tile.row_i < tile_size ? rows - tile.row_i : tile_size;
         tile.rows_j = rows - tile.row_j < tile_size ? rows - tile.row_j : tile_size;
         return tile;
@@ -108,7 +109,7 @@ FASTKD_DEVICE const S* rows_at(const Side& side, std::int64_t sample, std::int64
     return static_cast<const S*>(side.rows.data) + sample * side.batch_stride + row * side.rows.mn_stride;
 }
 
-// Computes <x_i, x_j> of student and teacher through the smem pipeline, which is free again on return. The teacher's
+// Compute <x_i, x_j> of student and teacher through the smem pipeline, which is free again on return. The teacher's
 // first k-tiles are copied during the student's last products.
 template <class B>
 FASTKD_DEVICE void multiply_rows(const Side& student, const Side& teacher, const Tile& tile, unsigned char* shared,
@@ -166,7 +167,7 @@ FASTKD_DEVICE void multiply_rows(const Side& student, const Side& teacher, const
     block_barrier();
 }
 
-// Scales dot products to similarities. Products are never contracted into FMAs, so that equal student and teacher
+// Scale dot products to similarities. Products are never contracted into FMAs, so that equal student and teacher
 // similarities stay equal. Elements outside the tile's rows and columns become `outside`. Scales of rows are in smem.
 template <class B>
 FASTKD_DEVICE void scale_products(typename B::AccumulatorFragments& sum, const Tile& tile, bool cosine,
@@ -174,16 +175,17 @@ FASTKD_DEVICE void scale_products(typename B::AccumulatorFragments& sum, const T
     B::AccumulatorFragments::visit([&](int i, int j, int e) {
         const int row = B::row_of(i, e), col = B::col_of(j, e);
         const float by_row = cosine ? scales_i[row] : factor, by_col = cosine ? scales_j[col] : 1.0f;
-        const float value = multiply_alone(multiply_alone(sum.c[i][j][e], by_row), by_col);
+        const float value = multiply_without_fma(multiply_without_fma(sum.c[i][j][e], by_row), by_col);
         sum.c[i][j][e] = row < tile.rows_i && col < tile.rows_j ? value : outside;
     });
 }
 
-// Visits the tiles stored for the backward, in fragment order: both kernels use the same Blocking.
+// Visit the tiles stored for the backward, in fragment order: both kernels use the same Blocking.
 template <class B, class Visit>
-FASTKD_DEVICE void visit_stored(float* stored, const Cut& cut, const Tile& tile, int which, const Visit& visit) {
-    const std::int64_t i = tile.i, number = i * cut.blocks - i * (i - 1) / 2 + (tile.j - i);
-    const std::int64_t of_problem = cut.blocks * (cut.blocks + 1) / 2;
+FASTKD_DEVICE void visit_stored(float* stored, const LaunchRange& range, const Tile& tile, int which,
+                                const Visit& visit) {
+    const std::int64_t i = tile.i, number = i * range.blocks - i * (i - 1) / 2 + (tile.j - i);
+    const std::int64_t of_problem = range.blocks * (range.blocks + 1) / 2;
     float* at =
         stored + ((tile.problem * of_problem + number) * 2 + which) * (B::block_m * B::block_n) + thread_x() * 4;
 #pragma unroll
@@ -209,9 +211,9 @@ constexpr int lanes_of_row = 1, lanes_of_col = 4; // lowest bit in which lanes o
 template <class B, int planes>
 constexpr int reduction_floats = planes * (B::warps_n * B::block_m + B::warps_m * B::block_n);
 
-// Sums the `planes` numbers that terms(i, j, e, out) computes per element over the tile's rows and columns, and calls
-// store(plane, index, for_rows, sum) once per sum, on one thread. Needs reduction_floats of smem not in use by any
-// thread.
+// Sum the `planes` numbers that terms(i, j, e, out) computes per element over the tile's rows and columns, and call
+// store(plane, index, for_rows, sum) once per sum, on one thread. Needs reduction_floats of smem that no thread is
+// using.
 template <class B, int planes, class Terms, class Store>
 FASTKD_DEVICE void sum_tile(float* shared, const Terms& terms, const Store& store) {
     float* const of_rows = shared;                                    // [warps_across][planes][rows]

@@ -1,9 +1,9 @@
 // softmax_kl on a GPU. Formulas: common/softmax_kl.h.
 //
-// A group of threads computes a row: one warp where rows are short (several rows per thread block), else the whole
+// A group of threads computes a row: one warp if rows are short (several rows per thread block), otherwise the whole
 // thread block. Each thread reads its part of the row 16 bytes at a time into a KLState. The states of a group are
-// raised to common maxima and added in a fixed order, lanes by shuffles, then warps through smem. No atomics: two runs
-// give the same bits.
+// raised to common maxima and added in a fixed order, lanes by shuffles, then warps through smem. No atomics: every
+// run gives the same bits.
 #include "common/softmax_kl.h"
 
 #include "cuda/device.cuh"
@@ -20,7 +20,7 @@ using softmax_kl::LogSoftmax;
 using softmax_kl::RowStrides;
 
 constexpr int block_threads = 256;
-constexpr std::int64_t short_row_bytes = 8192; // longest row for one warp: a choice, not measured
+constexpr std::int64_t short_row_bytes = 8192; // longest row for one warp: chosen, not measured
 constexpr std::int64_t max_blocks = 1 << 20;   // with more rows each thread block loops over several
 
 FASTKD_DEVICE std::int64_t row_offset(RowStrides strides, std::int64_t rows, std::int64_t index) {
@@ -68,7 +68,7 @@ FASTKD_DEVICE T sum_of_lanes(T value) {
     return value;
 }
 
-// Merges a warp's states; every lane gets the result.
+// Merge a warp's states; every lane gets the result.
 template <class T>
 FASTKD_DEVICE void merge_lanes(KLState<T>& state, T inv_temperature) {
     state.raise(max_of_lanes(state.max_s), max_of_lanes(state.max_t), inv_temperature);
@@ -77,7 +77,7 @@ FASTKD_DEVICE void merge_lanes(KLState<T>& state, T inv_temperature) {
     state.a = sum_of_lanes(state.a);
 }
 
-// Merges the states of `warps` warps; the first warp gets the result.
+// Merge the states of `warps` warps; the first warp gets the result.
 template <int warps, class T>
 FASTKD_DEVICE void merge_warps(KLState<T>& state, int lane, T inv_temperature) {
     FASTKD_SHARED KLState<T> of_warp[warps];
@@ -86,7 +86,7 @@ FASTKD_DEVICE void merge_warps(KLState<T>& state, int lane, T inv_temperature) {
     }
     block_barrier();
     if (lane < warp_size) {
-        state = lane < warps ? of_warp[lane] : KLState<T>::of_nothing();
+        state = lane < warps ? of_warp[lane] : KLState<T>::empty();
         merge_lanes(state, inv_temperature);
     }
     block_barrier(); // before of_warp is overwritten
@@ -103,7 +103,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) forward_kernel(Forward ar
     for (std::int64_t first = block_x() * groups; first < args.shape.count(); first += grid_x() * groups) {
         const std::int64_t row = first + thread_y();
         const bool mine = row < args.shape.count();
-        auto state = KLState<T>::of_nothing();
+        auto state = KLState<T>::empty();
         if (mine) {
             const S* s = static_cast<const S*>(args.student) + row_offset(args.student_strides, args.shape.rows, row);
             const S* t = static_cast<const S*>(args.teacher) + row_offset(args.teacher_strides, args.shape.rows, row);

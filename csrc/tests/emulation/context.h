@@ -1,4 +1,4 @@
-// Switches between stacks within one host thread. Include only in engine.cpp: it defines a symbol.
+// Switching between stacks within one host thread. Include only in engine.cpp: it defines a symbol.
 #pragma once
 
 #include <cstddef>

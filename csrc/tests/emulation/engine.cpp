@@ -26,8 +26,8 @@ namespace {
 
 // ---- fibers ----
 
-// A barrier of `members` threads. When all have arrived, the next generation starts.
-struct Meeting {
+// A barrier for `members` threads. When all have arrived, the next generation starts.
+struct Barrier {
     int members = 0, arrived = 0;
     std::uint64_t generation = 0;
     Operation operation = Operation::none;
@@ -35,7 +35,7 @@ struct Meeting {
 };
 
 struct Warp {
-    Meeting meeting;
+    Barrier barrier;
     Slots slots[2];
     float products[2][32][4];
 };
@@ -48,7 +48,7 @@ struct Fiber {
     void* fake_stack = nullptr;
     int index = 0, exchanges = 0;
     bool done = true;
-    const Meeting* waits = nullptr;
+    const Barrier* waits = nullptr;
     std::uint64_t until = 0; // waits while waits->generation has this value
     const char* at = "";
     std::vector<std::vector<Copy>> groups; // of asynchronous copies; the last one is not committed yet
@@ -58,7 +58,7 @@ struct Fiber {
 struct Engine {
     std::vector<std::unique_ptr<Fiber>> fibers; // one per thread of the largest block so far
     std::vector<Warp> warps;
-    Meeting block;
+    Barrier block;
     Fiber outside; // the caller of run
     Fiber* current = nullptr;
     int threads = 0, threads_x = 1, running = 0;
@@ -125,7 +125,7 @@ int next_of(int i) {
     return engine.order == Order::reverse ? (i + n - 1) % n : (i + 1) % n;
 }
 
-// Returns the next fiber that is ready, or the caller of run if none is.
+// Return the next fiber that is ready, or the caller of run if none is.
 Fiber& next_fiber(int after) {
     int i = engine.order == Order::random ? static_cast<int>(engine.random() % engine.threads) : next_of(after);
     for (int tried = 0; tried < engine.threads; ++tried, i = next_of(i)) {
@@ -143,20 +143,20 @@ Fiber& next_fiber(int after) {
     std::abort(); // not reached
 }
 
-void arrive(Meeting& meeting, Operation operation, const char* what) {
+void arrive(Barrier& barrier, Operation operation, const char* what) {
     Fiber& self = *engine.current;
-    if (meeting.arrived == 0) {
-        meeting.operation = operation;
-    } else if (meeting.operation != operation) {
+    if (barrier.arrived == 0) {
+        barrier.operation = operation;
+    } else if (barrier.operation != operation) {
         fail(std::string("lanes of one warp are in different operations, one in ") + what);
     }
-    if (++meeting.arrived == meeting.members) {
-        meeting.arrived = 0;
-        ++meeting.generation;
+    if (++barrier.arrived == barrier.members) {
+        barrier.arrived = 0;
+        ++barrier.generation;
         return;
     }
-    self.waits = &meeting;
-    self.until = meeting.generation;
+    self.waits = &barrier;
+    self.until = barrier.generation;
     self.at = what;
     Fiber& next = next_fiber(self.index);
     change_to(next);
@@ -257,7 +257,7 @@ void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, co
     engine.block.members = threads;
     engine.warps.assign(threads / 32, {});
     for (Warp& warp : engine.warps) {
-        warp.meeting.members = 32;
+        warp.barrier.members = 32;
     }
     engine.current = &engine.outside;
     engine.error.clear();
@@ -302,35 +302,36 @@ void check(bool fine, const char* what) {
 
 // Consecutive barriers alternate between the two `order` addresses.
 void block_barrier() {
-    Meeting& meeting = engine.block;
-    char* order = &meeting.order[meeting.generation % 2];
+    Barrier& barrier = engine.block;
+    char* order = &barrier.order[barrier.generation % 2];
     happens_before(order);
-    arrive(meeting, Operation::barrier, "a barrier of the block");
+    arrive(barrier, Operation::barrier, "a barrier of the block");
     happens_after(order);
 }
 
 void warp_barrier() {
-    Meeting& meeting = engine.warps[engine.current->index / 32].meeting;
-    char* order = &meeting.order[meeting.generation % 2];
+    Barrier& barrier = engine.warps[engine.current->index / 32].barrier;
+    char* order = &barrier.order[barrier.generation % 2];
     happens_before(order);
-    arrive(meeting, Operation::barrier, "a barrier of the warp");
+    arrive(barrier, Operation::barrier, "a barrier of the warp");
     happens_after(order);
 }
 
 namespace {
 
-// Writes the words and waits for the warp. The last lane to arrive computes the product before the others continue.
-Warp& meet(Operation operation, const std::uint32_t* words, int count, const char* what, int* turn, bool multiplies) {
+// Write the words and wait for the warp. The last lane to arrive computes the product before the others continue.
+Warp& write_and_wait(Operation operation, const std::uint32_t* words, int count, const char* what, int* turn,
+                     bool multiplies) {
     Fiber& self = *engine.current;
     Warp& warp = engine.warps[self.index / 32];
     *turn = self.exchanges++ % 2;
     for (int i = 0; i < count; ++i) {
         warp.slots[*turn][self.index % 32][i] = words[i];
     }
-    if (multiplies && warp.meeting.arrived == 31) {
+    if (multiplies && warp.barrier.arrived == 31) {
         multiply_fragments(operation, warp.slots[*turn], warp.products[*turn]);
     }
-    arrive(warp.meeting, operation, what);
+    arrive(warp.barrier, operation, what);
     return warp;
 }
 
@@ -338,8 +339,8 @@ Warp& meet(Operation operation, const std::uint32_t* words, int count, const cha
 
 const Slots& exchange(Operation operation, const std::uint32_t* words, int count) {
     int turn;
-    Warp& warp = meet(operation, words, count, operation == Operation::shuffle ? "a shuffle" : "a load of matrices",
-                      &turn, false);
+    Warp& warp = write_and_wait(operation, words, count,
+                                operation == Operation::shuffle ? "a shuffle" : "a load of matrices", &turn, false);
     return warp.slots[turn];
 }
 
@@ -352,7 +353,7 @@ void multiply(Operation operation, float (&c)[4], const std::uint32_t (&a)[4], c
         products[i] = c[i];
     }
     int turn;
-    meet(operation, words, 6, "a matrix product", &turn, true);
+    write_and_wait(operation, words, 6, "a matrix product", &turn, true);
     for (int i = 0; i < 4; ++i) {
         c[i] = products[i];
     }

@@ -1,8 +1,8 @@
-// Runs a kernel's thread blocks on the host: every thread of a block is a fiber, and fibers switch only where threads
+// Run a kernel's thread blocks on the host: every thread of a block is a fiber, and fibers switch only where threads
 // wait for each other. So code that lacks a barrier really runs before or after the code it should have waited for.
 //
-// Blocks run one after another. The order of fibers and blocks is selectable: a kernel whose bits depend on it lacks a
-// barrier, or its blocks share memory. ThreadSanitizer knows the fibers and the barriers only, so it reports accesses
+// Blocks run one after another. The order of fibers and blocks is selectable: a kernel whose results depend on it lacks
+// a barrier, or its blocks share memory. ThreadSanitizer knows only the fibers and the barriers, so it reports accesses
 // that no barrier orders as races.
 #pragma once
 
@@ -11,11 +11,11 @@
 
 namespace fastkd::emulation {
 
-// The order of threads and blocks: ascending, descending, or random with a fixed seed.
+// The order of threads and blocks: ascending, descending, or threads at random (fixed seed) and blocks ascending.
 enum class Order { forward, reverse, random };
 void set_order(Order order);
 
-// Calls body() as each thread of each block. Throws std::runtime_error on a deadlock, if lanes of a warp meet in
+// Call body() once per thread of each block. Throws std::runtime_error on a deadlock, if lanes of a warp meet in
 // different operations, and where `check` fails.
 void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, const std::function<void()>& body);
 
@@ -31,7 +31,7 @@ unsigned char* dynamic_shared(); // filled with ones (NaN) when a block starts
 void block_barrier();
 void warp_barrier();
 
-// Ends the run with an error if `fine` is false.
+// End the run with an error if `fine` is false.
 void check(bool fine, const char* what);
 
 // 32-bit words that each lane writes for every lane of the warp to read.
@@ -39,11 +39,11 @@ constexpr int slot_words = 8;
 using Slots = std::uint32_t[32][slot_words];
 enum class Operation { none, barrier, shuffle, load_matrices, multiply_f16, multiply_bf16, multiply_tf32 };
 
-// Waits for the other lanes and returns the words of all 32, valid until this lane's next exchange but one. As on a GPU
-// it orders no other memory accesses.
+// Wait for the other lanes and return the words of all 32, valid until this lane's second exchange from now. As on a
+// GPU, this orders no other memory accesses.
 const Slots& exchange(Operation operation, const std::uint32_t* words, int count);
 
-// Computes c += A B over a warp, from each lane's fragments. Products are exact; 8 at a time (tf32: 4) are added
+// Compute c += A B over a warp, from each lane's fragments. Products are exact; 8 at a time (tf32: 4) are added
 // exactly, and the sum is truncated to a float, as the hardware does.
 void multiply(Operation operation, float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
 
@@ -57,6 +57,7 @@ struct Copy {
 bool copies_at_once();
 void copy_start(Copy copy);
 void copy_commit();
-bool copy_next(int groups, Copy* copy); // returns the next copy due before at most `groups` groups are pending
+// Get the next copy to execute before at most `groups` groups are pending; return false if there is none.
+bool copy_next(int groups, Copy* copy);
 
 } // namespace fastkd::emulation

@@ -23,7 +23,7 @@ float float_value(std::uint32_t bits) {
     return value;
 }
 
-// Returns a double truncated to a float.
+// Return a double truncated to a float.
 float truncate(double value) {
     const float nearest = static_cast<float>(value);
     return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(value)
@@ -31,7 +31,7 @@ float truncate(double value) {
                : nearest;
 }
 
-// Assembles the fragments of matrix.cuh and multiplies; `wide` elements have 32 bits, otherwise two share a word.
+// Assemble the fragments of matrix.cuh and multiply them; `wide` elements have 32 bits, otherwise two share a word.
 template <bool wide, class Value>
 void multiply_as(const Slots& slots, float (&products)[32][4], Value value) {
     constexpr int depth = wide ? 8 : 16;

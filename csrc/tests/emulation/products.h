@@ -5,7 +5,7 @@
 
 namespace fastkd::emulation {
 
-// Adds A B to each lane's four sums. `slots` holds every lane's words: four of A, two of B, as in cuda/matrix.cuh.
+// Add A B to each lane's four sums. `slots` holds every lane's words: four of A, two of B, as in cuda/matrix.cuh.
 void multiply_fragments(Operation operation, const Slots& slots, float (&products)[32][4]);
 
 } // namespace fastkd::emulation

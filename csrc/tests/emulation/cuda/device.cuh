@@ -1,4 +1,4 @@
-// cuda/device.cuh for the host: the same names, for kernels that run under tests/emulation/engine.h.
+// Host version of csrc/cuda/device.cuh: the same names, for kernels that run under tests/emulation/engine.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -51,7 +51,7 @@ inline float exp2_of(float x) {
     return std::isnan(x) ? x : (x < -126 ? 0.0f : std::exp2(x));
 }
 
-inline float multiply_alone(float a, float b) {
+inline float multiply_without_fma(float a, float b) {
     const volatile float product = a * b; // volatile: the compiler must not contract it into an FMA
     return product;
 }

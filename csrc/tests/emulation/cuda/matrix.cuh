@@ -1,4 +1,4 @@
-// cuda/matrix.cuh for the host; that file documents the functions and the layout of fragments.
+// Host version of csrc/cuda/matrix.cuh, which documents the functions and the layout of fragments.
 #pragma once
 
 #include "cuda/device.cuh"
