@@ -137,6 +137,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def run(*command: str, cwd: str | None = None) -> str:
+    """Run a command and return its output."""
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 

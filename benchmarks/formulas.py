@@ -31,6 +31,7 @@ def kl(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
 
 
 def channel_distribution(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the KL between the networks' softmaxes over the pixels of each channel."""
     batch, channels = student.shape[:2]  # (B, C, H, W)
     loss = kl(student.flatten(2) / CWD_TEMPERATURE, teacher.flatten(2) / CWD_TEMPERATURE)
     return loss * CWD_TEMPERATURE**2 / (batch * channels)
@@ -92,6 +93,7 @@ def attention(pixels: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_order(m_s: Tensor, m_t: Tensor) -> Tensor:
+    """Return pixel_to_word + word_to_pixel of logits (B, N, T)."""
     batch, pixels, words = m_s.shape
     return kl(m_s, m_t, 2) / (batch * pixels) + kl(m_s, m_t, 1) / (batch * words)
 

@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def synchronize(device: str) -> None:
+    """Wait for the GPU, if the device is one."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
@@ -43,6 +44,7 @@ _buffers: dict[str, torch.Tensor] = {}
 
 
 def _flush_cache(device: str) -> None:
+    """Overwrite the GPU's L2 cache."""
     if device not in _buffers:
         _buffers[device] = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     _buffers[device].fill_(1)
@@ -90,6 +92,7 @@ def time_in_turns(
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
+    """Return the 20th percentile, median and 80th percentile."""
     if len(times) == 1:
         return {"p20": times[0], "median": times[0], "p80": times[0]}
     fifths = statistics.quantiles(times, n=5, method="inclusive")

@@ -57,6 +57,7 @@ def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
 
 
 def _status(name: str) -> int:
+    """Return a field of /proc/self/status in bytes."""
     found = re.search(rf"{name}:\s*(\d+) kB", STATUS.read_text(encoding="utf-8", errors="replace"))
     if found is None:
         raise OSError(f"{STATUS} has no field {name}")

@@ -47,6 +47,7 @@ def measure(name: str, size: int, repeats: int) -> tuple[dict[str, int], int, li
 
 
 def table(names: Sequence[str], size: int, repeats: int) -> str:
+    """Measure the presets and return them as a Markdown table."""
     lines = [
         f"| preset | towers | parameters (M): all | backbone | text | FLOP at {size}² (G) | one thread (ms) |",
         "|---|---|---|---|---|---|---|",
@@ -63,6 +64,7 @@ def table(names: Sequence[str], size: int, repeats: int) -> str:
 
 
 def description(repeats: int) -> str:
+    """Return the conditions of the measurement, as text."""
     from importlib.metadata import version
 
     from fastkd._info import cpu_name

@@ -78,10 +78,12 @@ def compare(workload: workloads.Workload, device: str, seconds: float, names: li
 
 
 def summarize_error(exception: Exception) -> str:
+    """Return the type and the first line of an exception."""
     return f"{type(exception).__name__}: {(str(exception).splitlines() or [''])[0]}"
 
 
 def empty_row(workload: workloads.Workload, mode: str, provider: str) -> dict[str, Any]:
+    """Return a results row without measurements."""
     least = roofline.minimum(workload, mode)
     return {
         "work": workload.name,

@@ -26,6 +26,7 @@ EAGER_MAX_SIDE = 60  # N×N matrices of larger maps take gigabytes
 def measure_workload(
     workload: workloads.Workload, names: list[str], device: str, seconds: float, memory_only: bool
 ) -> run.Rows:
+    """Return one row per provider: extra memory, and unless ``memory_only`` the times of both passes."""
     inputs = workload.inputs(device)
     failed = {
         name: why for name in names if (why := providers.unavailable_reason(name, workload.family, device)) is not None

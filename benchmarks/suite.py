@@ -23,6 +23,7 @@ def cases(family: str) -> list[Any]:
 
 
 def run(benchmark: Any, workload: workloads.Workload, provider: str) -> None:
+    """Time one provider of a workload, or skip the test if the provider is unavailable."""
     if (reason := providers.unavailable_reason(provider, workload.family, DEVICE)) is not None:
         pytest.skip(f"{provider} is unavailable: {reason}")
     step = providers.make_step(workload, provider, "both", workload.inputs(DEVICE))

@@ -66,6 +66,7 @@ def elements(workload: Workload) -> int:
 
 
 def compare(workload: Workload, names: list[str], device: str, seconds: float) -> run.Rows:
+    """Time both passes and return one row per provider."""
     inputs = workload.inputs(device)
     failed = {
         name: why for name in names if (why := providers.unavailable_reason(name, workload.family, device)) is not None

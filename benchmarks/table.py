@@ -75,6 +75,7 @@ def of_one_run(rows: list[Row]) -> dict[str, Row]:
 
 
 def every_row(rows: list[Row]) -> str:
+    """Return all rows as a text table."""
     lines = [["work", "mode", "provider", "ms", "extra MiB", "resident MiB", "of limit", "error"]]
     for r in rows:
         name = [r["work"], r["mode"], r["provider"]]
@@ -88,6 +89,7 @@ def every_row(rows: list[Row]) -> str:
 
 
 def _share(row: Row, target: workloads.Target) -> str:
+    """Return the share of the target's roofline; ``!`` marks a missed target."""
     share = row[f"share_of_{target.of}"]
     if share is None:
         return "-"
@@ -96,6 +98,7 @@ def _share(row: Row, target: workloads.Target) -> str:
 
 
 def _ratio(row: Row, base: Row | None, target: float | None) -> str:
+    """Return the speed-up over ``base`` and its target; ``!`` marks a missed target."""
     if base is None or not base["ok"]:
         return "-"
     ratio = base["ms"]["median"] / row["ms"]["median"]
@@ -108,6 +111,7 @@ def _ratio(row: Row, base: Row | None, target: float | None) -> str:
 
 
 def _memory(workload: workloads.Workload, row: Row, eager: Row | None) -> str:
+    """Return the extra memory in MiB and its target; ``!`` marks a missed target."""
     got, target = row["peak_extra_bytes"], workload.target.memory
     if got is None or target is None:
         return _mebibytes(got)
@@ -123,6 +127,7 @@ def _mebibytes(count: int | None) -> str:
 
 
 def _aligned(lines: list[list[str]]) -> str:
+    """Return lines of cells as text with aligned columns; short lines do not affect the widths."""
     full = [line for line in lines if len(line) == len(lines[0])]
     widths = [max(len(line[i]) for line in full) for i in range(len(lines[0]))]
     first = max(len(line[0]) for line in lines)

@@ -83,6 +83,7 @@ class Workload:
 
 
 def _gradient_bytes(workload: Workload) -> int:
+    """Return the bytes of the student's gradients."""
     size = torch.empty((), dtype=workload.dtype).element_size()
     if workload.family == "pixel_word":
         b, n, t, d = workload.shape
@@ -91,6 +92,7 @@ def _gradient_bytes(workload: Workload) -> int:
 
 
 def _rows(workload: Workload) -> int:
+    """Return the side N of the matrix that "no NxN" rules out: the number of channels or pixels."""
     channels, *pixels = workload.shape[1:]
     return channels if workload.loss in ("channel_kd", "cross_modal_kd") else pixels[0] * pixels[1]
 

@@ -9,6 +9,7 @@ namespace fastkd::cpu::FASTKD_ISA {
 
 // ---- lanes x lanes transposes --------------------------------------------------------------------------------------
 
+// Return the lanes of (a, b) at the given indices.
 template <int... index, class V>
 FASTKD_INLINE V shuffle(V a, V b) {
 #if defined(__clang__)
@@ -19,6 +20,7 @@ FASTKD_INLINE V shuffle(V a, V b) {
 #endif
 }
 
+// Swap the off-diagonal blocks of `distance` lanes between two rows: one step of a transpose.
 template <int distance, class V, int... c>
 FASTKD_INLINE void swap_blocks(V& a, V& b, std::integer_sequence<int, c...>) {
     constexpr int n = sizeof...(c);
@@ -27,6 +29,7 @@ FASTKD_INLINE void swap_blocks(V& a, V& b, std::integer_sequence<int, c...>) {
     a = low;
 }
 
+// Transpose a square of vectors in place.
 template <class T, int distance = lanes<T> / 2>
 FASTKD_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
     if constexpr (distance > 0) {
@@ -40,6 +43,7 @@ FASTKD_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
     }
 }
 
+// Store the first `count` lanes, or all if there are fewer.
 template <class S, class V>
 FASTKD_INLINE void store_first(S* to, V value, std::int64_t count) {
     constexpr std::int64_t all = sizeof(V) / sizeof(Compute<S>);
@@ -91,7 +95,7 @@ FASTKD_INLINE Vec<Compute<S>> load_first(const S* from, std::int64_t count) {
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// T in a non-deduced context.
+// T, but not deduced from the argument.
 template <class T>
 struct SameAs {
     using type = T;

@@ -35,12 +35,14 @@ struct Prefetch {
     std::int64_t rows = 0;
     std::int64_t stride = 0; // bytes from one row to the next
     std::int64_t bytes = 0;
-    std::int64_t at = 0;
-    std::int64_t each = 0;
+    std::int64_t at = 0;   // position in the row, in bytes
+    std::int64_t each = 0; // lines per step
 
+    // Divide the memory evenly among the calls of step().
     FASTKD_INLINE void spread(std::int64_t tiles) {
         each = (rows * ceil_div(bytes, 64) + tiles - 1) / (tiles > 0 ? tiles : 1);
     }
+    // Prefetch the next lines.
     FASTKD_INLINE void step() {
         for (std::int64_t i = 0; i < each && rows > 0; ++i) {
             __builtin_prefetch(row + at, 0, 2);
@@ -62,6 +64,7 @@ enum class Store {
 
 // ---- C = A B, vectorised along the rows of B and C -----------------------------------------------------------------
 
+// Compute a tile of rows x vectors, accumulated in registers.
 template <class T, int rows, int vectors>
 void multiply_tile(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t depth,
                    Store mode) {
@@ -102,6 +105,7 @@ void multiply_tile(Matrix<T> a, const T* b, std::int64_t b_row, T* c, std::int64
     }
 }
 
+// Call multiply_tile with `rows` as a template argument.
 template <class T, int vectors, int most = broadcast_rows>
 FASTKD_INLINE void multiply_rows(std::int64_t rows, Matrix<T> a, const T* b, std::int64_t b_row, T* c,
                                  std::int64_t c_row, std::int64_t depth, Store mode) {

@@ -48,6 +48,7 @@ struct PairsOfRows {
     }
 };
 
+// Compute a tile of rows x pair_strip, accumulated in registers.
 template <int rows, class B, class C>
 FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_tile(Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int64_t depth,
                                                 Store mode) {
@@ -86,6 +87,7 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void pair_tile(Matrix<PairWord> a, B b, C* c, s
     }
 }
 
+// Call pair_tile with `rows` as a template argument.
 template <class B, class C, int most = broadcast_rows>
 FASTKD_INLINE void pair_rows(std::int64_t rows, Matrix<PairWord> a, B b, C* c, std::int64_t c_row, std::int64_t depth,
                              Store mode) {

@@ -194,6 +194,7 @@ void gradients_of_pairs(const Backward& args, const Plan<float>& plan, const Pix
 }
 #endif
 
+// Write the gradient of one panel's pixels, and add its part of the words' gradient to grad_words.
 template <class T>
 void backward_panel(const Backward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Coefficients<T>& by,
                     const Scratch<T>& scratch, T* grad_words) {

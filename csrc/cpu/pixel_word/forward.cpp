@@ -70,6 +70,7 @@ void logits_of(const Plan<T>& plan, const Side& side, const Pixels<T>& pixels, c
     absent_logits(word, words, pixels.width, stride, out);
 }
 
+// Save both networks' logits of a panel for the backward, with 0 for words that a network lacks.
 template <class T>
 void save_logits(const Plan<T>& plan, const Pixels<T>& pixels, const Scratch<T>& scratch, void* kept) {
     const Problem& problem = plan.problem;
@@ -97,8 +98,9 @@ void save_logits(const Plan<T>& plan, const Pixels<T>& pixels, const Scratch<T>&
     clear(problem.teacher, problem.student.word_count);
 }
 
+// A chunk's partial sums.
 struct ForwardSums {
-    double* row_kl;
+    double* row_kl;          // sum of the KL over words
     double* grams;           // [3][words][words]: G, K, E
     KLState<double>* states; // [words]
 };
@@ -110,6 +112,7 @@ FASTKD_INLINE ForwardSums sums_of(const Plan<T>& plan, std::int64_t unit) {
     return {begin, begin + 1, reinterpret_cast<KLState<double>*>(begin + 1 + grams)};
 }
 
+// Add one panel to the sums of its chunk.
 template <class T>
 void forward_panel(const Forward& args, const Plan<T>& plan, const Pixels<T>& pixels, const Scratch<T>& scratch,
                    ForwardSums sums) {

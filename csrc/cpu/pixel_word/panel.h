@@ -9,6 +9,7 @@ namespace fastkd::cpu::FASTKD_ISA {
 
 using pixel_word::Array;
 
+// Return whether `dtype` is T's.
 template <class T>
 FASTKD_INLINE bool stored_as_is(DType dtype) {
     return dtype == (sizeof(T) == 8 ? DType::Float64 : DType::Float32);
@@ -86,6 +87,7 @@ FASTKD_INLINE bool by_pixel(const Array& array) {
     return array.column == 1;
 }
 
+// Return the address of the panel's first element. The last argument only selects the type.
 template <class T, class S>
 FASTKD_INLINE S* address(const Array& array, const Pixels<T>& pixels, S) {
     return const_cast<S*>(static_cast<const S*>(array.data)) + pixels.sample * array.batch + pixels.begin * array.pixel;
@@ -146,6 +148,7 @@ struct PanelOut {
     bool stream; // non-temporal
 };
 
+// Return the destination: in place if the dtype, masks and padding allow, otherwise `scratch`.
 template <class T>
 FASTKD_INLINE PanelOut<T> start_panel(const Array& array, const Pixels<T>& pixels, std::int64_t columns,
                                       std::int64_t padded, bool stream, T* scratch) {
@@ -161,6 +164,7 @@ FASTKD_INLINE PanelOut<T> start_panel(const Array& array, const Pixels<T>& pixel
     return {scratch, rows ? padded : pixels.width, rows, false, stream};
 }
 
+// Copy the panel's gradient to memory, with 0 for invalid pixels, unless it was written in place.
 template <class T>
 void finish_panel(const PanelOut<T>& panel, const Array& array, const Pixels<T>& pixels, std::int64_t columns) {
     if (panel.in_memory) {

@@ -123,6 +123,7 @@ FASTKD_INLINE bool multiplies_pairs(const Problem& problem, const Side& side) {
 #endif
 }
 
+// Allocate a thread's scratch memory in the arena.
 template <class T>
 Scratch<T> lay_out_scratch(const Plan<T>& plan, Arena<64>& arena, bool backward) {
     const std::int64_t width = plan.width_student > plan.width_teacher ? plan.width_student : plan.width_teacher;
@@ -154,6 +155,7 @@ FASTKD_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) {
     return a < b ? b : a;
 }
 
+// Plan a forward or backward. Without a workspace, only sizes are computed.
 template <class T>
 Plan<T> make_plan(const Problem& problem, bool backward, void* workspace, int threads) {
     Plan<T> plan{problem};
@@ -241,6 +243,7 @@ FASTKD_INLINE ScaledExp<T> exp_of(const Side& side) {
 
 // ---- per sample ----------------------------------------------------------------------------------------------------
 
+// Return whether the side has a word and does not mask it.
 FASTKD_INLINE bool has_word(const Side& side, std::int64_t sample, std::int64_t word) {
     return word < side.word_count &&
            (side.word_mask == nullptr || side.word_mask[sample * side.word_count + word] != 0);
@@ -308,6 +311,7 @@ void pack_words_of(const Plan<T>& plan, const Side& side, std::int64_t b, bool b
                student ? plan.word_norms + b * plan.words : nullptr);
 }
 
+// Number the sample's words, count its valid pixels, and pack its words.
 template <class T>
 void prepare_sample(const Plan<T>& plan, std::int64_t b, bool backward) {
     const Problem& problem = plan.problem;

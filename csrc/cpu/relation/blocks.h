@@ -107,6 +107,7 @@ struct Relation {
         const std::int64_t index = (o * options.batch + sample(problem, block)) * options.rows + first_row(block);
         return {statistics + index, others * options.batch * options.rows};
     }
+    // Return the scales of the student's (network 0) or the teacher's (1) rows from `row` on.
     FASTKD_INLINE double* scales_of(int network, std::int64_t b, std::int64_t row) const {
         const std::int64_t plane = relation::statistic_planes * others + network;
         return statistics + (plane * options.batch + b) * options.rows + row;
@@ -115,6 +116,7 @@ struct Relation {
         return static_cast<const S*>(rows.data) + sample(problem, block) * rows.batch_stride +
                first_row(block) * rows.row_stride;
     }
+    // Write the scales of a block's rows, padded with zeros.
     FASTKD_INLINE void typed_scales(int network, std::int64_t problem, std::int64_t block, T (&out)[tile_side]) const {
         const double* scales = scales_of(network, sample(problem, block), first_row(block));
         const std::int64_t rows = rows_of(block);
@@ -204,6 +206,7 @@ struct Relation {
         }
     }
 
+    // Set the statistics to those of no tiles.
     void clear_statistics() const {
         const std::int64_t plane = others * options.batch * options.rows;
         const bool maxima = options.distance == Distance::kl && !options.fixed_shift();
@@ -242,6 +245,7 @@ struct Relation {
             }
         }
     }
+    // Return one row's loss, and replace its sums by the statistics that the backward reads.
     FASTKD_INLINE double finish_row(RowStatistics row, std::int64_t r) const {
         if (options.distance == Distance::mse) {
             return row[0][r] / static_cast<double>(options.rows);
@@ -261,6 +265,7 @@ struct Relation {
     }
 
     // ---- backward
+    // Write the coefficients of a block's rows, zero beyond the last row.
     FASTKD_INLINE void coefficients(const Backward& args, std::int64_t problem, std::int64_t block, std::int64_t other,
                                     RowCoefficients<T>& out) const {
         const RowStatistics row = statistics_of(problem, block, other);

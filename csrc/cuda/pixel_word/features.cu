@@ -90,6 +90,7 @@ FASTKD_DEVICE void load_features(const Strided& array, const S* from, int pixel,
     }
 }
 
+// Store dv in the layout of load_features.
 template <class S, int lane_features>
 FASTKD_DEVICE void store_features(const Strided& array, S* to, int pixel, int pixels, int feature, int width,
                                   const float (&dv)[4][lane_features]) {
@@ -160,6 +161,7 @@ FASTKD_DEVICE void word_norms(const Features& args, std::int64_t sample, const L
     }
 }
 
+// Compute dV and the partial sums of dL of one run of pixels and one chunk of features.
 template <class S, int most_tiles>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= few_tiles ? 2 : 1)
     features_kernel(Features args) {

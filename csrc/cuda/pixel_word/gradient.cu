@@ -100,6 +100,7 @@ FASTKD_DEVICE void store_gradient(const Gradient& args, S* to, int first_word, i
     }
 }
 
+// `own` and `split` as in terms.cu.
 template <int own, int split>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, own == 3 ? 2 : 1) gradient_kernel(Gradient args) {
     constexpr int groups = block_warps / split, step = groups * tile_pixels;

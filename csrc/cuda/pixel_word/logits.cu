@@ -210,6 +210,7 @@ FASTKD_DEVICE void add_products(const SideArgs& side, const S* from, int first, 
     }
 }
 
+// Compute the logits of one run of pixels for one network; of two networks, odd blocks compute the second.
 template <class S, int most_tiles>
 FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, most_tiles <= 4 ? 2 : 1) logits_kernel(Features args) {
     FASTKD_DYNAMIC_SHARED(shared);

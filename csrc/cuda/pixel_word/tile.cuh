@@ -59,13 +59,15 @@ inline bool aligned(const void* address, std::int64_t elements) {
     return reinterpret_cast<std::uintptr_t>(address) % (elements * sizeof(S)) == 0;
 }
 
+// Return whether each pair of adjacent pixels can be accessed as one aligned element.
 inline bool even_pixels(const void* data, std::int64_t size, std::int64_t pixels, std::int64_t batch,
                         std::int64_t pixel, std::int64_t word) {
     return pixel == 1 && pixels % 2 == 0 && batch % 2 == 0 && word % 2 == 0 &&
            reinterpret_cast<std::uintptr_t>(data) % (2 * size) == 0;
 }
 
-// `kept` holds the logits computed from features, (B, words of the student + words of the teacher, N).
+// Return one network's logits. `kept` holds those computed from features, (B, words of the student + words of the
+// teacher, N).
 inline Logits logits_of(const Problem& problem, const void* kept, bool of_student) {
     const Side& side = of_student ? problem.student : problem.teacher;
     Logits logits{side.pixels.data,
@@ -146,6 +148,7 @@ FASTKD_DEVICE void load_logits(const Logits& logits, std::int64_t sample, int pi
     }
 }
 
+// Return the maximum over the lanes whose index differs in the bits from `from` to below `to`.
 template <class T>
 FASTKD_DEVICE T max_over(T value, int from, int to) {
 #pragma unroll
@@ -156,6 +159,7 @@ FASTKD_DEVICE T max_over(T value, int from, int to) {
     return value;
 }
 
+// Return the sum over these lanes.
 template <class T>
 FASTKD_DEVICE T sum_over(T value, int from, int to) {
 #pragma unroll

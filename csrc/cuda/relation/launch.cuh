@@ -40,6 +40,7 @@ inline Side side_of(const relation::Rows& rows, const relation::Options& options
 
 constexpr std::int64_t most_blocks = 0x7fffffff; // of a launch
 
+// Return an error if sizes exceed the kernels' indices.
 inline cudaError_t check_call(const relation::Options& options, const relation::Rows& student,
                               const relation::Rows& teacher, const RelationPlan& plan) {
     for (const std::int64_t size : {options.batch, options.rows, student.width, teacher.width}) {

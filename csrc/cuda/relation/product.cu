@@ -39,6 +39,7 @@ struct Piece {
     }
 };
 
+// Write a piece line by line along its contiguous mode.
 template <class S, int rows, int cols, int threads, bool mn_major>
 FASTKD_DEVICE void finish_lines(const ProductArgs& args, const float* sums, S* to, const S* from, int rows_left,
                                 int cols_left) {

@@ -104,6 +104,7 @@ struct Tile {
     FASTKD_DEVICE bool diagonal() const { return i == j; }
 };
 
+// Return the address of a sample's row.
 template <class S>
 FASTKD_DEVICE const S* rows_at(const Side& side, std::int64_t sample, std::int64_t row) {
     return static_cast<const S*>(side.rows.data) + sample * side.batch_stride + row * side.rows.mn_stride;
@@ -197,6 +198,7 @@ FASTKD_DEVICE void visit_stored(float* stored, const LaunchRange& range, const T
     }
 }
 
+// Return the sum over the lanes whose index differs in the bits from `from` to below `to`.
 FASTKD_DEVICE float sum_over(float value, int from, int to) {
 #pragma unroll
     for (int mask = 1; mask < warp_size; mask *= 2) {
