@@ -1,15 +1,15 @@
-"""Test the operator contract for every loss on every backend: accuracy. Its other points have their own files.
+"""Test the operator contract (docs/architecture.md) for every loss on every backend: accuracy.
 
 | point | tested in |
 |---|---|
-| 1 dtypes, 9 error against fp64 | here |
-| 2 per-row gradients; 3 functional; 8 teachers that require grad | ``test_gradients.py`` |
-| 3 every output element is written; 6 offsets and layouts; memory | ``test_memory.py`` |
-| 4 bit-identical results | ``test_determinism.py`` |
-| 5 streams, CUDA graphs; 7 ``torch.library``, ``torch.compile``, autocast, DDP | ``test_torch_integration.py`` |
-| 8 NaN and Inf; masks, −inf logits, one-hot teachers, extreme values | ``test_special_values.py`` |
+| 1 dtypes; 6 error against fp64 | here |
+| 1 teachers that require grad; 2 per-row gradients; 3 inputs unchanged; 5 double backward | ``test_gradients.py`` |
+| 1 strides; 2 saved tensors; 3 every output element is written; 4 64-bit offsets | ``test_memory.py`` |
+| 3 bit-identical results | ``test_determinism.py`` |
+| 4 streams, CUDA graphs; 5 ``torch.library``, ``torch.compile``; autocast, DDP | ``test_torch_integration.py`` |
+| 6 NaN and Inf; masks, −inf logits, one-hot teachers, extreme values | ``test_special_values.py`` |
 | random shapes, strides, dtypes, temperatures | ``test_random_inputs.py`` |
-| bad input | ``test_contract_errors.py``, ``losses/test_losses_errors.py`` |
+| invalid input | ``test_contract_errors.py``, ``losses/test_losses_errors.py`` |
 
 Cases are listed in ``helpers/contract_cases.py``, the formulas they are compared with in
 ``helpers/contract_formulas.py``. A backend is tested as soon as it is listed in ``fastkd.ops.backends.BACKENDS``.
@@ -30,7 +30,7 @@ from fastkd.ops import dispatch
 
 
 def check_errors(problem: Problem, backend: str) -> None:
-    """Assert point 9 for the per-row losses and the gradients of their weighted sum."""
+    """Assert the error bounds (point 6) of the per-row losses and of the gradients of their weighted sum."""
     weight = problem.weight()
     for output in compare_with_fp64(problem, backend, problem.run(backend, weight), weight):
         assert output.error <= output.allowed, output[:3]

@@ -1,4 +1,4 @@
-"""Test the operator contract for every loss on every backend: point 4, bit-identical and independent of the batch."""
+"""Test the operator contract for every loss on every backend: results are bit-identical (point 3)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Test the operator contract for every loss on every backend: memory.
 
-Points 3 (every output element is written), 6 (64-bit offsets; strided, offset, channels-last and expanded inputs) and
-2 (tensors saved for the backward).
+Points 1 (strided, offset, channels-last and expanded inputs), 2 (tensors saved for the backward), 3 (every output
+element is written) and 4 (64-bit offsets).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Test the operator contract for every loss on every backend: special values.
 
-Point 8 (NaN and Inf propagate), masks, −inf logits, one-hot teachers, student equal to teacher, large logits, fp16
+Point 6 (NaN and Inf propagate), masks, −inf logits, one-hot teachers, student equal to teacher, large logits, fp16
 extremes.
 """
 

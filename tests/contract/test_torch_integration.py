@@ -1,6 +1,6 @@
 """Test the operator contract for every loss on every backend: integration with torch.
 
-Points 5 (streams, CUDA graphs) and 7 (``torch.library``, ``torch.compile``), autocast, distributed training, pickling.
+Points 4 (streams, CUDA graphs) and 5 (``torch.library``, ``torch.compile``), autocast, distributed training, pickling.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure and bound the errors of losses and gradients against fp64: point 9 of the operator contract."""
+"""Measure and bound the errors of losses and gradients against fp64 (point 6 of the operator contract)."""
 
 from __future__ import annotations
 
