@@ -19,8 +19,8 @@ def _has_gpu() -> bool:
         return False
 
 
-# Triton reads this when a kernel is defined, once per process. With a GPU kernels are compiled as for users, without
-# one interpreted on CPU tensors. Detecting the GPU must not import torch, some versions of which import Triton.
+# Triton reads this when a kernel is defined, once per process. With a GPU, kernels are compiled as for users; without
+# one, they are interpreted on CPU tensors. Detecting the GPU must not import torch: some versions import Triton.
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -35,7 +35,7 @@ os.environ.setdefault("PYTHONSAFEPATH", "1")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise the fixtures below with the backends of ``fastkd.ops.dispatch`` and the contract's cases.
 
-    Without a GPU, generate one case per test and GPU backend, which is skipped.
+    Without a GPU, generate a single, skipped case per test and GPU backend.
     """
     own = {n.strip() for mark in metafunc.definition.iter_markers("parametrize") for n in _names(mark.args[0])}
     fixtures = set(metafunc.fixturenames) - own  # a test may parametrise these names itself

@@ -1,4 +1,4 @@
-"""Imports point downwards only, never in a circle, and `fastkd.distill` and below run with torch alone."""
+"""Imports point downwards only, without cycles, and `fastkd.distill` and below need only torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def find_modules(root: Path) -> dict[str, Path]:
 
 
 def find_imports(modules: dict[str, Path]) -> Iterator[Import]:
-    """Yield every import of one module by another: also inside functions and under TYPE_CHECKING.
+    """Yield every import of one module by another, also inside functions and under TYPE_CHECKING.
 
     The exception is TYPE_CHECKING in an ``__init__.py``, which repeats names that are loaded on first use.
     """
@@ -152,7 +152,7 @@ def test_finds_a_planted_cycle(tmp_path: Path) -> None:
 
 
 def plant(root: Path) -> None:
-    """Write a small package whose imports are in order."""
+    """Write a small package whose imports all point downwards."""
     files = {
         "fastkd/__init__.py": "if TYPE_CHECKING:\n    from fastkd import cli\n",
         "fastkd/_helper.py": "",

@@ -101,7 +101,7 @@ def test_relative_cost_ignores_changes_of_load(monkeypatch):
     from fastkd.cli.demo import _relative_cost
     from fastkd.train import TrainConfig, TrainResult
 
-    load = iter([1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # of ten turns; one turn straddles a change
+    load = iter([1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # in ten turns; one pair of turns straddles a change
 
     def fake_train(subject, dataset, config, **rest):
         seconds = next(load) * {"alone": 1.0, "distilled": 2.4}[subject]

@@ -76,12 +76,12 @@ def test_mixed_dtypes_are_promoted(setting: Any) -> None:
 
 @pytest.mark.parametrize("wrong", ["loss off by 1e-4", "gradient off by 1e-3", "gradient of the wrong weights"])
 def test_checks_detect_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    honest = Problem.run
+    correct_run = Problem.run
 
     def broken(self: Problem, backend: str, weight: torch.Tensor) -> list[torch.Tensor]:
         if wrong.endswith("weights"):
-            return honest(self, backend, torch.full_like(weight, weight.mean().item()))
-        loss, *grads = honest(self, backend, weight)
+            return correct_run(self, backend, torch.full_like(weight, weight.mean().item()))
+        loss, *grads = correct_run(self, backend, weight)
         return [loss * (1 + 1e-4), *grads] if wrong.startswith("loss") else [loss, *(g * (1 + 1e-3) for g in grads)]
 
     for case in BASIC.values():

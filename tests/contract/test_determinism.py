@@ -26,13 +26,13 @@ def test_same_bits_every_time(setting: Any, dtype: torch.dtype) -> None:
         weight = problem.weight()
         first = problem.run(setting.place.backend, weight)
         for _ in range(1 if setting.place.is_simulated else 2):
-            moved = problem.mapped(lambda x: x.clone())  # other addresses, the same numbers
+            moved = problem.mapped(lambda x: x.clone())  # the same numbers at other addresses
             assert_same(moved.run(setting.place.backend, weight), first)
 
 
 @pytest.mark.applies(lambda kernel_setting: kernel_setting.place.backend == "cpu")
 def test_same_bits_for_any_number_of_threads(kernel_setting: Any) -> None:
-    """At the small sizes, which one thread computes, and at one that occupies three."""
+    """Small sizes, which one thread computes, and one that occupies three threads."""
     case = kernel_setting.case
     sizes = [*case.sizes.values(), parallel_size(case)]
     for size in sizes:

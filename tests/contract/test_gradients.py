@@ -28,7 +28,7 @@ def backwards(problem: Problem, loss: Tensor, weight: Tensor | None = None, **op
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.applies(lambda setting: setting.supports(torch.float64))
 def test_gradcheck(setting: Any) -> None:
-    """The kernels in fp64: the derivative of every row with respect to every input element."""
+    """Check the derivative of every row with respect to every input element, in fp64."""
     problem = leaves_of(setting, size="tiny", dtype=torch.float64)
     n = problem.students
     assert torch.autograd.gradcheck(
@@ -38,7 +38,7 @@ def test_gradcheck(setting: Any) -> None:
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 def test_gradient_of_each_row(setting: Any) -> None:
-    """A one-hot row gradient gives the gradient of that row; these add up to the whole gradient."""
+    """A one-hot row gradient gives the gradient of that row; the gradients of all rows add up to the total."""
     problem = leaves_of(setting)
     rows = problem.loss(setting.place.backend)
     total = [torch.zeros_like(x) for x in problem.args[: problem.students]]
@@ -116,7 +116,7 @@ def test_second_backward_gives_same_bits(setting: Any) -> None:
     first = backwards(problem, rows, weight, retain_graph=True)
     kept = [x.clone() for x in first]
     for x in first:
-        x.fill_(torch.nan)  # shows if the gradient is kept as a buffer
+        x.fill_(torch.nan)  # detects a gradient that is reused as a buffer
     assert_same(backwards(problem, rows, weight, retain_graph=True), kept)
     backwards(problem, rows, 2 * weight, retain_graph=True)
     assert_same(backwards(problem, rows, weight), kept)

@@ -39,7 +39,7 @@ def offset(x: Tensor) -> Tensor:
 
 
 def gaps(x: Tensor) -> Tensor:
-    """Return a view of every other index of dimension 1, between NaNs: contiguous maps far from one another."""
+    """Return a view of every other index of dimension 1, between NaNs: contiguous maps with gaps between them."""
     wide = x.new_full((x.shape[0], 2 * x.shape[1] + 1, *x.shape[2:]), math.nan)
     return wide[:, 1::2].copy_(x)
 
@@ -108,7 +108,7 @@ def test_masks_of_any_layout(setting: Any) -> None:
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_expanded_inputs(setting: Any, dim: int) -> None:
-    """Stride 0 in the teacher, and in the student, whose gradients then add up."""
+    """Stride 0 in the teacher, and in the student, where gradients add up over the expanded dimension."""
     problem = setting.case.problem(device=setting.place.device)
     n = problem.students
     expand = lambda x: x.narrow(dim, 0, 1).expand(x.shape)
@@ -193,7 +193,7 @@ def test_every_output_element_is_written(setting: Any, value: float) -> None:
 
 
 def test_every_output_element_is_written_under_torch_fill(basic_setting: Any) -> None:
-    """As above with torch's own switch, which also fills tensors that C++ operators allocate."""
+    """Repeat the check with torch's own switch, which also fills tensors allocated by C++ operators."""
     problem = basic_setting.case.problem(device=basic_setting.place.device)
     want = problem.run(basic_setting.place.backend)
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

@@ -73,7 +73,7 @@ def check(problem: Problem, backend: str) -> None:
     largest = max(1e-6, *(x.abs().max().item() for x in exact))
     if problem.case.family == "softmax_kl":  # τ (p_s − p_t), also where both are 1
         largest = max(largest, 0.1 * problem.case.temperature)
-    # Directions turn by 1 / |row|, also where their gradients cancel to 0, as those of rows of one element do.
+    # Gradients of directions have terms of size 1 / |row|, even where they cancel to 0, as in rows of one element.
     if problem.case.family == "relation" or problem.case.has_cosines:
         largest = max(largest, 1 / smallest_row(problem))
     for grad, want, one in zip(grads, exact, noise, strict=True):

@@ -23,7 +23,7 @@ TEMPERATURES = (0.05, 1.0, 20.0)
 
 
 def has_several_logits(case: Case) -> bool:
-    """Return whether a softmax has at least two logits that one of −inf leaves."""
+    """Return whether a softmax keeps at least two logits after one is set to −inf."""
     one_channel = case.loss is logit_kd and case.shapes(*case.sizes["small"])[0][1] < 3
     return case.takes_logits and not one_channel
 
@@ -99,7 +99,7 @@ def test_large_logits(setting: Any, temperature: float) -> None:
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fp16_extremes(setting: Any, dtype: torch.dtype) -> None:
-    """Inputs of ±65504 overflow nowhere unless the exact gradient exceeds the range of fp16."""
+    """Inputs of ±65504 do not overflow unless the exact gradient exceeds the range of fp16."""
     for temperature in TEMPERATURES[::2] if setting.place.is_simulated else TEMPERATURES:
         problem = setting.case.at(temperature=temperature).problem(dtype=torch.float32, device=setting.place.device)
         problem = problem.mapped(lambda x: (x.sign() * 65504).to(dtype))

@@ -184,7 +184,7 @@ def test_modules_can_be_pickled_and_copied(setting: Any, tmp_path: Path) -> None
 
 @pytest.mark.applies(lambda kernel_setting: kernel_setting.place.device == "cuda")
 def test_cuda_graph_capture(kernel_setting: Any) -> None:
-    """Capture synchronises nothing; the replay reads the current values of the inputs."""
+    """Capture does not synchronise; the replay reads the current values of the inputs."""
     backend = kernel_setting.place.backend
     problem = kernel_setting.case.problem(device="cuda").leaves()
     own = problem.args[: problem.students]

@@ -46,7 +46,7 @@ def test_refs_may_share_an_annotation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("split", "expected"), [("testA", [0, 2]), ("testB", [1, 2]), ("val", [4])])
-def test_testA_and_testB_are_selected_by_letter(tmp_path: Path, split: str, expected: list[int]) -> None:
+def test_testA_and_testB_include_refs_of_testAB(tmp_path: Path, split: str, expected: list[int]) -> None:
     splits = ["testA", "testB", "testAB", "train", "val"]
     write_set(tmp_path, [make_ref(k, s) for k, s in enumerate(splits)])
     assert [ref.ref_id for ref in RefCOCO(tmp_path, split=split)] == expected

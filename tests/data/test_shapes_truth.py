@@ -77,7 +77,7 @@ class World:
         return found
 
     def read(self, text: str) -> list[int]:
-        """Return the shapes that a sentence may refer to, under its loosest reading."""
+        """Return the shapes that a sentence may refer to, read as loosely as possible."""
         text = text.removeprefix("the ")
         for words, axis, sign in (
             ("leftmost {}|{} furthest to the left|{} on the far left", 0, 1),
@@ -160,7 +160,7 @@ def test_every_sentence_refers_to_its_shape_only(root: Path, refs: list[dict], w
 
 
 def test_interpreter_detects_wrong_sentences(refs: list[dict], worlds: dict[int, World]) -> None:
-    """On the neighbouring image most sentences are wrong, so the previous test can fail."""
+    """For the next image most sentences are wrong, so the previous test can fail."""
     wrong = total = 0
     for ref in refs:
         world = worlds[ref["image_id"] % IMAGES + 1]

@@ -57,7 +57,7 @@ def test_warns_once_about_unknown_words(recwarn: pytest.WarningsRecorder) -> Non
     assert not [w for w in recwarn if issubclass(w.category, FastKDWarning)]
 
 
-def test_typed_special_tokens_are_text(tmp_path: Path) -> None:
+def test_special_tokens_in_a_sentence_are_read_as_text(tmp_path: Path) -> None:
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = [*specials, "[", "]", "sep", "pad", "mask", "red"]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
@@ -154,7 +154,7 @@ def test_loads_a_folder_with_only_tokenizer_json(tmp_path: Path, special: tuple[
     ids, mask = tokenizer(["red mug", f"red {special[3]}"], 8)
     assert ids[0].tolist() == [2, 0, 5, 3, 4, 4, 4, 4]
     assert mask[0].tolist() == [True] * 4 + [False] * 4
-    assert (ids[1][mask[1]] == pieces.index(special[3])).sum() == 1  # a typed special token is text
+    assert (ids[1][mask[1]] == pieces.index(special[3])).sum() == 1  # a special token in the sentence is read as text
     with pytest.warns(FastKDWarning, match=f"cannot represent 'blue'.*replaces it by {re.escape(special[1])}"):
         tokenizer(["blue"], 8)
     with pytest.raises(ValueError, match=r"lower_case applies to a vocab\.txt only"):

@@ -1,4 +1,4 @@
-"""The distiller: its module tree, its loss, gradients, and mistakes found before training."""
+"""The distiller: module tree, loss, gradients, and mistakes found before training."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class TestForward:
 
 
 class TestErrors:
-    """One clear error for each mistake that would otherwise go unnoticed."""
+    """Each mistake that would otherwise go unnoticed raises one clear error."""
 
     def test_rejects_the_student_as_teacher(self) -> None:
         model = Toy()

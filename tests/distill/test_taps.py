@@ -164,7 +164,7 @@ def test_compiled_and_wrapped_parts(net: Net) -> None:
 
 
 def test_module_whose_own_name_is_module(net: Net) -> None:
-    net.module = nn.Linear(4, 4)  # the model's own name, not a wrapper's
+    net.module = nn.Linear(4, 4)  # a child of the model, not a wrapper
     net.forward = lambda x: net.module(x)  # type: ignore[method-assign]
     with fastkd.Taps(net, {"own": "module"}) as taps:
         assert taps.paths == {"own": "module"}

@@ -243,7 +243,7 @@ class TestCommands:
             assert code == 0, capsys.readouterr().err
             assert (
                 json.loads((out / "best" / "config.json").read_text())["tokenizer"] == "shapes"
-            )  # that of the student
+            )  # the student's tokenizer
             assert self.run("evaluate", "--data", scenes, "--model", tiny_folders[kind], "--split", "val") == 0
             assert "mIoU" in capsys.readouterr().out
 

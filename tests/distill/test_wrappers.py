@@ -62,7 +62,7 @@ class Marked(Dataset[dict[str, Any]]):
 
 
 class Augmented(Dataset[Any]):
-    """User-defined wrapper of a data set."""
+    """User-defined wrapper around a data set."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -99,7 +99,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 class TestModels:
     @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-    def test_saved_names_are_those_of_the_model(self, wrap: Any, tmp_path: Path) -> None:
+    def test_saved_names_are_the_models(self, wrap: Any, tmp_path: Path) -> None:
         model = wrap(Net())
         before = list(model.state_dict())
         save_student(model, tmp_path / "last")

@@ -1,4 +1,4 @@
-"""Metrics against hand-computed values and a loop over pixels; evaluation and its reported conditions."""
+"""Metrics against hand-computed values and a loop over pixels; evaluation and the conditions that it reports."""
 
 from __future__ import annotations
 

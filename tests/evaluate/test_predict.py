@@ -97,7 +97,7 @@ def test_exif_orientation_is_applied(teacher, scene, tmp_path):
     path, sentence = scene
     upright = Image.open(path).resize((80, 64))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned camera: display rotated a quarter clockwise
+    exif[0x0112] = 6  # a rotated camera: display rotated by 90° clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     found = predict(teacher, tmp_path / "turned.png", sentence)
     assert np.array_equal(found.image, np.asarray(upright))

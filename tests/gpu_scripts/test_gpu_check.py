@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh without a GPU; its parts, limits and resuming with fake tools."""
+"""scripts/gpu_check.sh without a GPU: its parts, time limits and resumption, with fake tools."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_failed_part_does_not_stop_others_and_the_next_call_resumes(tmp_path: Pa
         "log.txt",
         "cache.tar.gz",
         *results,
-    }  # a rented machine may return at most 8 files and no folder
+    }  # few files and no folder, so that they are easy to copy
 
     # On another machine: skips the build, passed tests, and tools without findings.
     other = tmp_path / "other"

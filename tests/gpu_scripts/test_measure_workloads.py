@@ -1,4 +1,4 @@
-"""scripts/gpu/measure_workloads.py: order, sweeps, and resuming after a crash, a hang or a kill."""
+"""scripts/gpu/measure_workloads.py: order, sweeps, and resumption after a crash, a hang or a kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ modules = ("providers", "run", "table", "workloads")
 providers, run, table, workloads = (stand_in.script(f"benchmarks.{name}") for name in modules)
 
 SCRIPT = str(stand_in.SCRIPTS / "measure_workloads.py")
-# Replaces the process of benchmarks/run.py: append the planned lines, with a crash or hang where planned.
+# Replaces the process of benchmarks/run.py: appends the planned lines, and crashes or hangs where planned.
 CHILD = """
 import json, os, sys, time
 for line in json.load(open(sys.argv[2])):

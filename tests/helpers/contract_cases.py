@@ -23,7 +23,7 @@ ALL_TERMS = {"pixel_to_word": 1.0, "word_to_pixel": 0.5, "pixel_pixel": 3.0, "wo
 
 
 def _holes(*shape: int, device: torch.device) -> Tensor:
-    """Return a mask without every fourth entry, shifted by one from sample to sample, and never empty."""
+    """Return a mask that is False at every fourth entry, shifted by one per sample, and True at least once in each."""
     index = torch.arange(math.prod(shape[1:])) + torch.arange(shape[0])[:, None]
     mask = index % 4 != 0
     mask[:, -1] |= ~mask.any(1)
@@ -204,7 +204,7 @@ REPRESENTATIVE = {
     "channel_distribution_kd plain",
     "logit_kd masked",
     "channel_kd kl",  # rows outermost, cosines, matrices stored
-    "channel_kd kl dot negate",  # maxima of unbounded similarities, a sign
+    "channel_kd kl dot negate",  # maxima of unbounded similarities, negation
     "channel_kd mse",
     "channel_kd row_cosine mean across_batch",
     "pixel_relation_kd kl unequal widths",  # rows innermost, cosines, nothing stored
@@ -217,22 +217,22 @@ REPRESENTATIVE = {
     "cross_modal_kd_from_logits heads masked",
 }
 """Cases that together reach every branch of the GPU kernels: each distance, rows innermost and outermost, with and
-without cosines, negation, image pairs, masks, and every term. The other cases differ in torch code around the kernels,
-which is the same for every backend."""
+without cosines, negation, image pairs, masks, and every term. The other cases differ only in the torch code around the
+kernels, which is the same for every backend."""
 
 
 # --- places and settings ----------------------------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
-    """A backend and the device its tensors live on."""
+    """A backend and the device of its tensors."""
 
     backend: str
     device: str
 
     @property
     def is_simulated(self) -> bool:
-        """Return whether a GPU's kernels run on CPU tensors, in Triton's interpreter or built for the host."""
+        """Return whether GPU kernels run on CPU tensors, in Triton's interpreter or built for the host."""
         return self.device == "cpu" and self.backend in ("triton", "cuda")
 
 
@@ -268,7 +268,7 @@ INTERPRETED = {
     "cross_modal_kd all": ("more words than a vector",),
 }
 """Sizes in addition to "small" that Triton's interpreter runs for relation and pixel_word, where a call takes up to
-3 s: one for each way in which a kernel exceeds one block. ``ops/test_relation_triton.py`` and
+3 s: one for each dimension in which a kernel exceeds one block. ``ops/test_relation_triton.py`` and
 ``ops/test_pixel_word_triton.py`` combine options, forms and block edges. A GPU runs every size."""
 
 

@@ -32,17 +32,16 @@ def compare_with_fp64(problem: Problem, backend: str, got: Sequence[Tensor], wei
     errors = [error(a, b) for a, b in zip(got, exact, strict=True)]
     stored = [1.01 * rounding(b, a.dtype) for a, b in zip(got, exact, strict=True)]
     noise = fp32_noise(problem, weight, exact)
-    # The ceiling. Kernels compute fp16 and bf16 inputs in fp32, so it is that of fp32 and the rounding of the stored
-    # gradient.
+    # The ceiling: the rounding of the stored gradient, and fp32 noise, since kernels compute fp16 and bf16 in fp32.
     ceilings = [stored[0]] + [roundings(problem.case.family, backend, dtype) * one for one in stored[1:]]
     smaller = torch.finfo(arithmetic(dtype)).eps / torch.finfo(torch.float32).eps
-    # A log-sum-exp is one number in fp64, but is kept in more digits than fp32: exponentials amplify the difference.
+    # For fp64 inputs a log-sum-exp has no extra digits, unlike for fp32; exponentials amplify its rounding.
     saturated = 4 * problem.condition() * rounding(problem.slope(), dtype) if dtype == torch.float64 else 0.0
     allowed = [storing + 8 * smaller * one + saturated for storing, one in zip(ceilings, noise, strict=True)]
-    if dtype != torch.float64:  # there the eager formula is the oracle
+    if dtype != torch.float64:  # in fp64 the eager formula is the oracle
         # The eager formula may be exact by chance for one or two entries, hence the noise.
         plain = [error(a, b) for a, b in zip(problem.plain(weight), exact, strict=True)]
-        bounds = [2 * users + storing + 2 * one for users, storing, one in zip(plain, stored, noise, strict=True)]
+        bounds = [2 * eager + storing + 2 * one for eager, storing, one in zip(plain, stored, noise, strict=True)]
         allowed = [min(pair) for pair in zip(allowed, bounds, strict=True)]
     names = ["losses", *(f"gradient of input {i}" for i in range(problem.students))]
     return [Output(*one) for one in zip(names, errors, allowed, exact, strict=True)]
@@ -54,7 +53,7 @@ def fp32_noise(problem: Problem, weight: Tensor, exact: Sequence[Tensor]) -> lis
         problem = problem.mapped(lambda x: x.float())
         exact = problem.exact(weight)
     plain = problem.mapped(lambda x: x.float()).plain(weight)
-    largest = max(1e-6, *(b.abs().max().item() for b in exact[1:]))  # summands of a gradient of 0 are not 0
+    largest = max(1e-6, *(b.abs().max().item() for b in exact[1:]))  # a gradient of 0 is a sum of nonzero terms
     sizes = [problem.magnitude()] + [problem.condition() * largest] * problem.students
     noise = [error(a, b) for a, b in zip(plain, exact, strict=True)]
     assert all(

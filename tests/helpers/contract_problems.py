@@ -1,4 +1,4 @@
-"""Define a case of the contract suite (a loss with options) and a problem (a case with inputs), run in any way."""
+"""Define a case of the contract suite (a loss with options) and a problem (a case with inputs)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Case:
     loss: Callable[..., Any]
     module_class: type[torch.nn.Module] | None
     shapes: Shapes  # size -> shapes of the student's inputs, then of as many inputs of the teacher
-    sizes: Mapping[str, Size]  # "small", and one for each further path through the kernels
+    sizes: Mapping[str, Size]  # "small", and one for each other path through the kernels
     options: dict[str, Any] = field(default_factory=dict)
     masks: Callable[[Sequence[Tensor]], dict[str, Any]] = no_masks
     pools_the_batch: bool = False  # the loss of a sample depends on the other samples
@@ -171,13 +171,13 @@ class Problem:
     # Conditioning of the problem, for the absolute error bounds of fp32 arithmetic.
 
     def condition(self) -> float:
-        """Return the size of the logarithms whose difference is the loss; 4 for other distances."""
+        """Return the magnitude of the logarithms whose difference is a KL; 4 for other distances."""
         peak, entries = self._peak()
         distance = self.case.options.get("distance", "kl")
         return peak / self.case.temperature + math.log(entries) + 1 if distance == "kl" else 4.0
 
     def slope(self) -> float:
-        """Return the largest input over τ, which amplifies rounding errors of a softmax in its gradient."""
+        """Return the largest input divided by τ, which amplifies rounding errors of a softmax in its gradient."""
         return max(x.abs().max().item() for x in self.args) / self.case.temperature
 
     def magnitude(self) -> float:

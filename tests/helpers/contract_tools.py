@@ -119,8 +119,8 @@ def quick_interpreter(checks_overflow: bool = False) -> Iterator[None]:
     """Halve the time of Triton's interpreter for thousands of small calls.
 
     The interpreter patches all of ``triton.language`` whenever a kernel calls a function, although the launch has just
-    done so: here once for each of Triton's own modules. It also checks integers for overflow, which only the tests of
-    single kernels (``ops/test_*_triton.py``) need.
+    done so; here it does so once for each of Triton's own modules. It also checks integers for overflow, which only the
+    tests of single kernels (``ops/test_*_triton.py``) need.
     """
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""``fastkd._cuda`` and its facts for tests: the installed module, or one built for a single chip and shared."""
+"""Provide ``fastkd._cuda`` and its facts to tests: the installed module, or a shared build for a single chip."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 class CudaBuild(NamedTuple):
-    """A compiled module, what its build recorded, and the rows of ``benchmarks.cuda_facts``."""
+    """A compiled module, its build information, and the rows of ``benchmarks.cuda_facts``."""
 
     module: Path
     info: dict[str, Any]
     rows: list[dict[str, Any]]
 
     def load(self) -> ModuleType:
-        """Import the module under another name, next to any that is ``fastkd._cuda``."""
+        """Import and return the module under another name, so that ``fastkd._cuda`` may be loaded too."""
         spec = importlib.util.spec_from_file_location("built._cuda", self.module)
         assert spec is not None
         assert spec.loader is not None
@@ -46,7 +46,7 @@ class CudaBuild(NamedTuple):
 
 @functools.cache
 def cuda_build() -> CudaBuild:
-    """Return the installed module, or one compiled for ``TARGET``; skip the test where neither is possible."""
+    """Return the installed module, or one compiled for ``TARGET``; skip the test if neither is possible."""
     pytest.importorskip("triton", reason="Triton, whose cuobjdump reads the module, is not installed")
     info = _native.build_info().get("cuda", {})
     if info.get("built"):
@@ -76,7 +76,7 @@ def _texts(files: list[Path]) -> list[str]:
 
 
 def _facts(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Return the rows that the script wrote to the folder, now or for an earlier test."""
+    """Run the script unless its results are in the folder already; return their rows."""
     file, unfinished = folder / "cuda.json", folder / "unfinished.json"
     if not file.exists():
         paths = (str(ROOT), os.environ.get("PYTHONPATH"))

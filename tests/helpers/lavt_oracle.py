@@ -1,4 +1,4 @@
-"""Compute LAVT in float64 numpy from its formulas: one window, one head and one sample at a time.
+"""Compute LAVT in float64 numpy from its formulas, one window, head and sample at a time.
 
 Shares no code with fastkd. The attention mask of shifted windows follows from coordinates, padding is a larger array of
 zeros, and bilinear resizing uses corner-aligned coordinates.

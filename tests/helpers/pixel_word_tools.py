@@ -58,7 +58,7 @@ def check(inputs: Sequence[Tensor], ours: Any, plain: Any, leaves: int = 2, **op
         assert g.shape == e.shape
         error, plain_error = ((x.double() - e).abs().max().item() for x in (g, p))
         stored = torch.finfo(g.dtype).eps
-        # A KL is a difference of terms around 1, its gradient one of terms around 1/entries.
+        # A KL is a difference of terms around 1; its gradient is a difference of terms around 1/entries.
         size = max(e.abs().max().item(), 1 / entries if index else 1.0)
         if g.dtype == torch.float64:  # the eager formula is the oracle
             assert error <= 32 * arithmetic * size
@@ -81,7 +81,7 @@ class Kernels:
 
 
 def here(inputs: list[Tensor]) -> list[Tensor]:
-    """Return the inputs on the device on which this machine runs GPU kernels."""
+    """Return the inputs on the device of this machine's GPU kernels."""
     return [x.to(DEVICE) for x in inputs]
 
 

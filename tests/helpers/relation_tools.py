@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkd.ops.relation import relation
 from fastkd.ops.relation.reference import relation as reference
 
-# Every method of the kernels, with and without negation; 0.03 is too small a temperature for the fixed shift.
+# Every method of the kernels, with and without negation. At a temperature of 0.03 the fixed shift does not apply.
 METHODS: dict[str, dict[str, Any]] = {
     "kl": {"temperature": 0.2},
     "kl away from its shift": {"temperature": 0.05, "negate": True},
@@ -53,7 +53,7 @@ def check_kernel(
     ``least`` is a lower bound on the size of summands that cancel.
     """
     condition = 1.0
-    if options.get("distance", "kl") == "kl":  # logits and log-sum-exps, whose differences losses are
+    if options.get("distance", "kl") == "kl":  # the loss is a difference of logits and log-sum-exps
         condition = 1 / options.get("temperature", 0.1) + math.log(student.shape[1])
     got = run_kernel(backend, student, teacher, weight, **options)
     options.pop("keep", None)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-KEPT = 2  # folders per name: for the current sources and for the previous ones
+KEPT = 2  # folders per name: for the current sources and the previous ones
 
 
 def cache_root() -> Path:

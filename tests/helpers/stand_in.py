@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "gpu"
 
 NVIDIA_SMI = """#!/bin/sh
-case "$*" in *query-gpu*) echo "Pretended GPU, 9.0, 580.1" ;; *) echo "GPU 0: pretended" ;; esac
+case "$*" in *query-gpu*) echo "Fake GPU, 9.0, 580.1" ;; *) echo "GPU 0: fake" ;; esac
 """
 # A Python whose torch reports a GPU and whose pip installs only an empty package fastkd.
 PYTHON = f"""#!/bin/sh
@@ -26,7 +26,7 @@ case "$*" in
       echo built >> "$PIP_LOG" ;;
     esac
     while [ "$1" != --target ]; do shift; done
-    mkdir -p "$2/fastkd" && echo "def info(): return 'pretended'" > "$2/fastkd/__init__.py"
+    mkdir -p "$2/fastkd" && echo "def info(): return 'fake'" > "$2/fastkd/__init__.py"
     cp {ROOT}/fastkd/errors.py "$2/fastkd" ;;
   *) exec {sys.executable} "$@" ;;
 esac

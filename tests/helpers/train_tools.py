@@ -22,7 +22,7 @@ from fastkd.train import TrainConfig, segmentation_loss, train
 
 
 class Toy(nn.Module):
-    """A small model whose norm does not mix samples, so that micro-batches add up to the whole batch."""
+    """A small model whose norm does not mix samples, so micro-batches are equivalent to the whole batch."""
 
     def __init__(self, width: int = 4, dropout: float = 0.0) -> None:
         super().__init__()

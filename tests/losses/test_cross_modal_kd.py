@@ -117,7 +117,7 @@ def test_every_term_equals_the_loop(masked, similarity, tau):
         torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-12)
 
 
-def test_default_terms_are_documented():
+def test_default_terms():
     inputs, (words, pixels) = make(1), masks()
     want = expected(inputs, words, pixels, "scaled_dot", 1.0)
     got = cross_modal_kd(*inputs, word_mask=words, pixel_mask=pixels)
@@ -148,7 +148,7 @@ def test_from_logits_equals_the_loop(heads):
         torch.testing.assert_close(got[term], want, rtol=1e-8, atol=1e-12)
 
 
-def test_from_logits_agrees_with_the_features():
+def test_from_logits_agrees_with_features():
     v_s, l_s, v_t, l_t = inputs = make(3)
     words, pixels = masks()
     m_s, m_t = v_s @ l_s.mT / 3**0.5, v_t @ l_t.mT / 5**0.5
@@ -354,7 +354,7 @@ def test_strided_expanded_and_low_precision_inputs():
     torch.testing.assert_close(inside, cross_modal_kd(*[x.float() for x in half]), rtol=0, atol=0)
 
 
-def test_a_pixel_mask_of_one_pixel_and_one_word():
+def test_masks_with_one_valid_pixel_and_word():
     inputs = make(15)
     words, pixels = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
     words[:, 1] = pixels[:, 2] = True

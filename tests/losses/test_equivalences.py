@@ -48,7 +48,7 @@ def test_torch_distiller_cwd(maps):
     same(channel_distribution_kd(student, teacher, temperature=tau), want, student)
 
 
-def test_fp16_does_not_underflow_as_log_of_softmax_does():
+def test_fp16_does_not_underflow_unlike_log_of_softmax():
     student, teacher = torch.tensor([[[0.0, 40.0]]]).half(), torch.tensor([[[40.0, 0.0]]]).half()
     theirs = F.kl_div(student.softmax(-1).log(), teacher.softmax(-1), reduction="sum")
     assert not torch.isfinite(theirs)
@@ -72,7 +72,7 @@ def test_ickd(maps):
 
 
 def test_cirkd_mini_batch_pixel_term(maps):
-    """After its 4×4 average pool: every ordered pair of images, a softmax per pair, no τ²."""
+    """CIRKD, after its 4×4 average pool: every ordered pair of images, a softmax per pair, no τ²."""
     tau = 0.1
     student, teacher = maps[0].requires_grad_(), maps[1]
     pooled_s, pooled_t = (F.avg_pool2d(x, 4, 4) for x in (student, teacher))
@@ -97,7 +97,7 @@ def test_cirkd_v2_channel_term_of_own_image_pairs(maps):
 
 
 def test_skds_pair_wise(maps):
-    """On max-pooled maps. Its norm is detached from the gradient; ours is not, so only the values agree."""
+    """SKDS, on max-pooled maps: values agree; gradients do not, since SKDS detaches the norm."""
     student, teacher = (F.max_pool2d(x, 2, 2) for x in maps)
     student.requires_grad_()
 
@@ -120,7 +120,7 @@ def test_skds_pair_wise(maps):
 
 
 def test_danet_channel_attention(maps):
-    """Its softmax(rowmax(E) − E) is softmax(−E)."""
+    """DANet's softmax(rowmax(E) − E) equals softmax(−E)."""
     student, teacher = (x * 0.3 for x in maps)
     student.requires_grad_()
 
@@ -135,7 +135,7 @@ def test_danet_channel_attention(maps):
 
 
 def test_similarity_preserving(maps):
-    """SP relates the samples of a batch: the relation family with rows = samples."""
+    """SP relates the samples of a batch: ``relation`` with samples as rows."""
     student, teacher = maps[0].requires_grad_(), maps[1]
     g_s, g_t = (F.normalize(x.reshape(B, -1) @ x.reshape(B, -1).T, dim=1) for x in (student, teacher))
     want = (g_t - g_s).square().sum() / B**2

@@ -15,7 +15,7 @@ BACKENDS = ["reference", "auto"]
 
 
 @pytest.fixture(autouse=True)
-def kernels_for_few_classes_too(monkeypatch):
+def _kernels_for_few_classes(monkeypatch):
     monkeypatch.setattr(logit, "FEW_CLASSES", 0)
 
 
@@ -189,7 +189,7 @@ def test_classes_in_any_dimension(k, backend):
     # Tokens of a language model: (B, T, V).
     words = [x.flatten(2).mT.contiguous() for x in (student, teacher)]
     torch.testing.assert_close(f(*words, class_dim=-1, reduction="none"), rows.flatten(1))
-    assert f(*words, reduction="none").shape == (2, k)  # by default V counts as the pixels
+    assert f(*words, reduction="none").shape == (2, k)  # by default V is read as pixels
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""Bad input to a loss: one clear error that names the argument, the value received, and the fix."""
+"""Invalid input to a loss: one clear error that names the argument, the value received, and the fix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def maps(*shape):
 
 
 def call(f, *, student=None, teacher=None, **options):
-    """Call a loss with valid inputs, except those given."""
+    """Call a loss with valid inputs, replaced by those given."""
     if f is cross_modal_kd:
         inputs = {
             "student_pixels": maps(2, 6, 4),

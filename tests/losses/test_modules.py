@@ -1,4 +1,4 @@
-"""Properties of all losses: torch.compile, pickling, retained graphs, and module forms with the same arguments."""
+"""All losses: torch.compile, pickling, retained graphs, and modules with the arguments of their functions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_aligner_accepts_any_floating_dtype_and_rejects_other_inputs():
             made(bad, teacher)
 
 
-def test_repr_shows_the_shape_of_a_weight_and_not_its_numbers():
+def test_repr_shows_the_shape_of_a_weight_but_not_its_values():
     assert "weight=tensor of shape (8, 32)" in repr(ChannelKD(weight=torch.rand(8, 32)))
 
 

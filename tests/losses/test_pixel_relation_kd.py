@@ -70,7 +70,7 @@ def test_every_option_equals_the_loop(widths, similarity, distance, cross_image)
     student, teacher = maps(widths=widths)
     want = oracle(student, teacher, similarity, distance, 0.3, cross_image)
     weight = torch.rand(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for backend in ("reference", "auto"):  # auto takes the Gram form of "mse" where the widths are small
+    for backend in ("reference", "auto"):  # "auto" uses the Gram form of "mse" for small widths
         f = lambda backend=backend, **more: pixel_relation_kd(
             student,
             teacher,

@@ -50,7 +50,7 @@ def test_aligner_hooks_take_effect(module):
     made.aligner.linear.register_forward_hook(lambda _, args, output: output + args[0].sum(-1, keepdim=True))
     matrix = 2 * (made.aligner.linear.weight + 1)
     torch.testing.assert_close(made(student, teacher), aligned_loss(module, matrix, student, teacher))
-    # A plain layer computes in a dtype wider than its weight's; a hooked one leaves that to its hooks.
+    # A plain layer computes in the inputs' dtype if it is wider than the weight's; a hooked one does not.
     got = made(student.double(), teacher)
     torch.testing.assert_close(got, aligned_loss(module, matrix, student, teacher).to(got.dtype))
 

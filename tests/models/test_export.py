@@ -1,4 +1,4 @@
-"""ONNX export: matches torch at other batch sizes, holds only the student, writes nothing on failure."""
+"""ONNX export: the file matches torch at every batch size, holds only the student, and is not written on failure."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run(path, image, ids, mask):
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_matches_torch_at_every_batch_size(student, exported, batch):
-    """Uses other inputs than the export's own comparison."""
+    """Use inputs that differ from those of the export's own comparison."""
     generator = torch.Generator().manual_seed(99 + batch)
     image = torch.randn(batch, 3, 40, 56, generator=generator)
     ids = torch.randint(1, 160, (batch, 8), generator=generator)
@@ -100,7 +100,7 @@ def test_output_depends_on_the_sentence_but_not_on_padding(exported):
     assert not torch.allclose(other, plain, rtol=1e-3)
 
 
-def test_metadata_describe_inputs_and_outputs(student, exported):
+def test_metadata_describes_inputs_and_outputs(student, exported):
     facts = json.loads(exported.metadata.read_text())
     assert exported.metadata.name == "student.json"
     assert facts["inputs"]["image"] == {"shape": ["batch", 3, 40, 56], "dtype": "float32"}
@@ -187,7 +187,7 @@ def test_exports_other_families_at_odd_sizes(backbone, args, out_indices, size, 
 
 
 class Program:
-    """Stand-in for a new trace: the fixture's file."""
+    """Stand-in for a traced program that holds the fixture's file."""
 
     def __init__(self, path, edit=lambda proto: None):
         self.proto = onnx.load(str(path))

@@ -1,4 +1,4 @@
-"""Failed downloads and unreadable weights: one short error for the many exceptions of the libraries."""
+"""Failed downloads and unreadable weights: one short error for each of the libraries' exceptions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ConnectTimeout(Exception):
 
 
 def caused(cause: BaseException) -> Exception:
-    """Return a long error of another library with its cause."""
+    """Return a long error, as other libraries raise, with a cause."""
     error = OSError("Something went wrong.\nSee http://hub.example for a page of advice.\n" + "more\n" * 40)
     error.__cause__ = cause
     return error

@@ -1,4 +1,4 @@
-"""LAVT's forward: the published model's outputs, an independent slow implementation, gradients, bad inputs."""
+"""LAVT's forward against the published model's outputs and a slow independent implementation; gradients; bad inputs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_matches_the_published_model():
 
 
 REGIMES = {
-    # Maps of 94, 47, 24, 12: only the last is a whole window; odd maps are merged and resized.
+    # Maps of 94, 47, 24, 12: only the last is one whole window; odd maps are merged and resized.
     "window 12 at 376": ((376, 376), 12, 8, (1, 2, 4, 8), (2, 2, 2, 2)),
     # Maps of 25×33, 13×17, 7×9, 4×5: each has an odd side, the last is smaller than a window.
     "window 7, oblong": ((100, 132), 7, 8, (2, 1, 8, 4), (2, 2, 3, 2)),

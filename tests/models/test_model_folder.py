@@ -165,7 +165,7 @@ class TestNormalisation:
 
 class TestTokenizer:
     def test_saved_model_keeps_its_vocabulary(self, scenes, tmp_path, monkeypatch):
-        """A relative path, and another folder with another vocabulary of that name."""
+        """Save a relative tokenizer path; elsewhere the same path is another vocabulary."""
         pieces = load_tokenizer("shapes").pieces()
         here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
         for folder, content in ((here, pieces), (elsewhere, [*pieces[:5], *reversed(pieces[5:])])):
@@ -250,7 +250,7 @@ class TestTokenizer:
         assert new.text_encoder.pad_id == 3
         assert preset("shapes-student").text == build_model("shapes-student", seed=0).config.text
 
-    def test_export_metadata_include_casing_and_normalisation(self, tmp_path):
+    def test_export_metadata_includes_casing_and_normalisation(self, tmp_path):
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
         from fastkd.models.export import _facts

@@ -167,7 +167,7 @@ def test_text_weights_from_a_folder(tmp_path):
 
 @pytest.mark.parametrize(("text_model", "limit"), [("bert", 12), ("roberta", 10), ("mpnet", 10)])
 def test_position_embeddings_limit_the_sentence_length(text_model, limit):
-    """RoBERTa and MPNet number positions from the padding id, 1, on."""
+    """RoBERTa and MPNet number positions from the padding id (1) upwards."""
     model = build(tiny(text_model=text_model)).eval()
     image, ids, _ = inputs(1, words=limit)
     ids = ids.clamp(min=2)

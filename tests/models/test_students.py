@@ -140,7 +140,7 @@ def test_rejects_backbones_that_cannot_be_fused():
     with pytest.raises(ValueError, match=r"'hrnet_w18_small' is not a chain of modules.*Swin, ConvNeXt"):
         StagedBackbone("hrnet_w18_small", {}, FINE)
     with pytest.raises(ValueError, match=r"'sam2_hiera_tiny' .*has parameters \(pos_embed, pos_embed_window\) outside"):
-        StagedBackbone("sam2_hiera_tiny", {}, FINE)  # walked, its maps would lack the positions without a word
+        StagedBackbone("sam2_hiera_tiny", {}, FINE)  # walking it would silently omit the position embeddings
     lists = StagedBackbone("selecsls42", {}, (1, 2))
     with pytest.raises(ValueError, match="returns a list, not a map"):
         lists(torch.zeros(1, 3, 64, 96), lambda i, x: (x, x))

@@ -1,4 +1,4 @@
-"""Teachers from transformers: outputs match the wrapped networks."""
+"""Teachers from transformers: their outputs match those of the wrapped networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of a backend: names, reasons, the environment, remembered failures."""
+"""Selection of a backend: names, reasons, the environment, remembered failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ X = torch.zeros(1, 1, 4096)
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Forget all tests of backends and all warnings."""
+    """Clear the results of self-tests and the record of warnings; return the monkeypatch."""
     monkeypatch.setattr(dispatch, "_reasons", {})
     monkeypatch.setattr(dispatch, "_warned", set())
     return monkeypatch
@@ -62,8 +62,8 @@ def test_a_new_backend_needs_only_its_object(monkeypatch: pytest.MonkeyPatch) ->
     assert "npu" in fastkd.info()["backends"]
 
 
-def test_fp64_is_refused_by_name_and_skipped_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One fp64 input is enough: all are promoted."""
+def test_fp64_raises_for_a_named_backend_and_is_skipped_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fp64 input is enough, since all inputs are promoted."""
     monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
     for backend in BACKENDS.values():
         monkeypatch.setattr(backend, "device_type_reason", lambda *_: None)
@@ -249,7 +249,7 @@ def test_a_failure_is_remembered_and_warned_about_once(fresh: pytest.MonkeyPatch
 
 
 def test_a_self_test_that_exits_is_a_reason(fresh: pytest.MonkeyPatch) -> None:
-    """SystemExit ends a thread silently."""
+    """In a thread, SystemExit would otherwise be silent."""
 
     def exits() -> None:
         raise SystemExit("this build of the library is no longer supported")

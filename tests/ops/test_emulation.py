@@ -1,9 +1,9 @@
-"""The CUDA kernels on the host, beyond the contract: in different orders of threads, and under sanitizers.
+"""The CUDA kernels on the host: in different thread orders, and under sanitizers.
 
 A block's threads are fibers that switch only where they wait for each other (csrc/tests/emulation). The contract suite
 includes these kernels as ``cuda@cpu``; here it runs again in a separate process, under AddressSanitizer with
 UndefinedBehaviorSanitizer and under ThreadSanitizer, which knows only the order that barriers impose. Bugs planted in
-copies of a kernel show that each kind is found.
+copies of a kernel prove that each kind is detected.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def test_sanitizers_report_nothing(rig: Rig) -> None:
 
 
 class Bug(NamedTuple):
-    """A planted fault, the tests that run with it, and the message they must end with."""
+    """A planted fault, the tests that run with it, and the message they must fail with."""
 
     kind: str
     file: str

@@ -78,7 +78,7 @@ def test_every_backend_counts_the_same_products(
         (losses.cross_modal_kd, FEATURES, {"terms": {"pixel_to_word": 1.0, "word_to_pixel": 1.0}}),
     ],
 )
-def test_forward_counts_as_the_plain_formula(
+def test_forward_counts_the_products_of_the_plain_formula(
     loss: Callable[..., Tensor], shapes: list[tuple[int, ...]], options: dict[str, Any]
 ) -> None:
     with require_backend(Place("cpu", "cpu")):

@@ -52,7 +52,7 @@ def batch(data):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("plain", [False, True])
-def test_evaluation_equals_that_of_the_same_weights_in_fp32(student, data, kind, plain):
+def test_evaluation_matches_the_same_weights_in_fp32(student, data, kind, plain):
     torch.manual_seed(1)
     model = (Plain().eval() if plain else copy.deepcopy(student)).to(kind)
     result = evaluate(model, data)
@@ -93,7 +93,7 @@ def test_mixed_weight_dtypes_are_unchanged(student, batch):
     teacher.last.bfloat16()
     teacher.last.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
     distiller = Distiller(student, teacher, segmentation_loss, [Term(losses.logit_kd, "logits")])
-    assert distiller.run_teacher(batch).logits.dtype == torch.bfloat16  # its own conversions
+    assert distiller.run_teacher(batch).logits.dtype == torch.bfloat16  # from the model's own conversions
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +125,7 @@ def test_lavt_accepts_float32_images_and_words():
 def test_training_with_a_half_precision_teacher(student, data):
     torch.manual_seed(3)
     teacher = RISModel(preset("shapes-student")).eval().requires_grad_(False).half()
-    subject = Distiller(copy.deepcopy(student), teacher, segmentation_loss, [Term(losses.logit_kd, "logits")])
+    distiller = Distiller(copy.deepcopy(student), teacher, segmentation_loss, [Term(losses.logit_kd, "logits")])
     for precision in ("fp32", "bf16"):
         config = TrainConfig(steps=1, batch_size=2, device="cpu", precision=precision, log_every=1)
-        assert train(subject, data, config, progress=False).history[0]["terms"]["logit_kd"] > 0
+        assert train(distiller, data, config, progress=False).history[0]["terms"]["logit_kd"] > 0

@@ -89,17 +89,17 @@ def both(student: Tensor, teacher: Tensor, temperature: float, threads: int = 2,
 
 
 def formula(student: Tensor, teacher: Tensor, temperature: float) -> list[Tensor]:
-    """Return loss and gradient of the usual torch code, in the dtype of the inputs."""
+    """Return loss and gradient of the plain torch formula, in the dtype of the inputs."""
     student = student.detach().requires_grad_()
     log_p_s, p_t = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
     loss = torch.nn.functional.kl_div(log_p_s, p_t, reduction="none").sum(-1)
     return [loss.detach(), torch.autograd.grad(loss.sum(), student)[0]]
 
 
-def pair(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 2.0, apart: float = 0.5) -> list[Tensor]:
+def pair(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 2.0, difference: float = 0.5) -> list[Tensor]:
     generator = torch.Generator().manual_seed(shape[-1])
     student = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
-    teacher = student + torch.randn(shape, generator=generator, dtype=torch.float64) * apart
+    teacher = student + torch.randn(shape, generator=generator, dtype=torch.float64) * difference
     return [student.to(dtype), teacher.to(dtype)]
 
 
@@ -129,20 +129,20 @@ def test_exp_at_the_ends_of_its_range(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cols", [1, 3, 15, 16, 17, 225, BLOCK, BLOCK + 1, 3 * BLOCK - 1])
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
-def test_error_is_at_most_that_of_torch(dtype: torch.dtype, cols: int, temperature: float) -> None:
+def test_error_is_at_most_twice_torchs(dtype: torch.dtype, cols: int, temperature: float) -> None:
     student, teacher = pair(4, max(4, 8192 // cols), cols, dtype=dtype)
     exact = formula(student.double(), teacher.double(), temperature)
     eager = formula(student, teacher, temperature)
-    floor = 2e-14 if dtype == torch.float64 else 0.0  # in fp64 the oracle is rounded too
+    minimum = 2e-14 if dtype == torch.float64 else 0.0  # in fp64 the oracle is rounded too
     for got, plain, want in zip(both(student, teacher, temperature), eager, exact, strict=True):
-        error, eagers_error = (x.double() - want for x in (got, plain))
-        assert error.square().mean().sqrt() <= 2 * eagers_error.square().mean().sqrt() + floor
-        assert error.abs().max() <= 3 * eagers_error.abs().max() + floor
+        error, eager_error = (x.double() - want for x in (got, plain))
+        assert error.square().mean().sqrt() <= 2 * eager_error.square().mean().sqrt() + minimum
+        assert error.abs().max() <= 3 * eager_error.abs().max() + minimum
 
 
 @pytest.mark.parametrize("level", [1e4, -1e4])
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 3.0])
-def test_large_logits_are_as_accurate_as_small_ones(level: float, temperature: float) -> None:
+def test_large_logits_do_not_reduce_accuracy(level: float, temperature: float) -> None:
     student, teacher = ((x * 512).round() / 512 + level for x in pair(2, 3, 900))  # exact in fp32 at both levels
     loss, grad = both(student, teacher, temperature)
     exact_loss, exact_grad = formula(student.double(), teacher.double(), temperature)
@@ -172,10 +172,10 @@ def test_gradient_near_the_teacher_is_relatively_exact() -> None:
 @pytest.mark.parametrize("cols", [4, 33, 3 * BLOCK])
 def test_minus_infinity_has_probability_zero(cols: int) -> None:
     student, teacher = pair(1, 1, cols)
-    for gone in (slice(0, cols // 2), slice(cols // 2, cols)):  # whole blocks among them, at either end
+    for excluded in (slice(0, cols // 2), slice(cols // 2, cols)):  # includes whole blocks, at either end
         s, t = student.clone(), teacher.clone()
-        t[..., gone] = -INF
-        s[..., gone][..., ::2] = -INF
+        t[..., excluded] = -INF
+        s[..., excluded][..., ::2] = -INF
         loss, grad = both(s, t, 1.3)
         log_p_s, log_p_t = ((x.double() / 1.3).log_softmax(-1) for x in (s, t))
         kept = t > -INF
@@ -226,7 +226,7 @@ def test_every_value_of_low_precision_is_read_exactly(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight", [1.0, 3e-6, 7e4, NAN])  # normal, subnormal, overflowing, not a number
 def test_gradient_is_rounded_once_to_nearest(dtype: torch.dtype, weight: float) -> None:
-    student, teacher = pair(2, 5, 77, dtype=dtype, apart=4.0)
+    student, teacher = pair(2, 5, 77, dtype=dtype, difference=4.0)
     wide = student.float(), teacher.float()
     results = []
     for s, t in ((student, teacher), wide):
@@ -367,7 +367,7 @@ def test_rejects_an_unknown_instruction_set() -> None:
     assert "'avx1024'" in done.stderr
 
 
-@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="this is such a run")
+@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="already a run with a chosen instruction set")
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_lower_instruction_sets_pass_this_file(isa: str) -> None:
     if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):

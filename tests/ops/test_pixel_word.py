@@ -29,7 +29,7 @@ if (reason := dispatch.unavailable_reason("cpu", "pixel_word", "cpu")) is not No
 
 INF, NAN = math.inf, math.nan
 ISAS = ["baseline", "avx2", "avx512"]
-LANE_DEPENDENT = "(fp64 and (37 or 129 or 257)) or test_dtypes or direction or equal or infinite or identical"
+LANE_DEPENDENT = "(fp64 and (37 or 129 or 257)) or test_dtypes or norm_zero or equal or infinite or identical"
 
 
 def cpu(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def check(inputs: Sequence[Tensor], ours: Any = cpu, plain: Any = reference, lea
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
-SHAPES = [  # One pixel; partial and whole vectors, panels and chunks, plus one. Few and many words; odd widths.
+SHAPES = [  # One pixel; partial and whole vectors, panels and chunks, and one more. Few and many words; odd widths.
     (2, 1, 1, 1, 1),
     (2, 37, 5, 3, 4),
     (1, 128, 20, 16, 32),
@@ -81,7 +81,7 @@ def test_dtypes(dtype: torch.dtype, similarity: str) -> None:
 @pytest.mark.parametrize("layout", ["rows", "maps"])
 @pytest.mark.parametrize("shape", [*SHAPES[:5], (2, 150, 21, 64, 96)], ids=str)
 def test_bfloat16_without_widening(shape: tuple[int, ...], layout: str) -> None:
-    """Also mixed with words or a network of another dtype, which are widened."""
+    """Include words or a network of another dtype, which are widened."""
     half, wide = make(*shape, dtype=torch.bfloat16), make(*shape)
     for inputs in (half, [half[0], wide[1], *half[2:]], [*wide[:2], *half[2:]], [*half[:3], wide[3]]):
         given = as_maps(inputs) if layout == "maps" else inputs
@@ -175,7 +175,7 @@ def test_masked_pixels_get_a_zero_gradient_even_if_words_are_nan() -> None:
         assert grad[masks["pixel_mask"]].isnan().all()
 
 
-def test_pixels_and_words_without_direction_get_a_zero_gradient() -> None:
+def test_pixels_and_words_of_norm_zero_get_a_zero_gradient() -> None:
     inputs = make(2, 40, 6, 16, dtype=torch.float64)
     inputs[0][0, 3] = 0
     inputs[0][1, 5] *= 1e-14
@@ -220,7 +220,7 @@ def test_infinite_logits() -> None:
     want = run(reference_from_logits, [m_s.double(), m_t.double()], 1)
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-7)
-    m_s[0, 3, 0] = -INF  # excluded by the student, possible to the teacher
+    m_s[0, 3, 0] = -INF  # excluded by the student, allowed by the teacher
     assert cpu_from_logits(m_s, m_t)["pixel_to_word"][0] == INF
 
 
@@ -337,7 +337,7 @@ def test_computes_only_requested_outputs() -> None:
         torch.testing.assert_close(given[leaf].grad, both[leaf], rtol=0, atol=0)
 
 
-def test_a_second_backward_and_inputs_left_alone() -> None:
+def test_second_backward_is_equal_and_inputs_are_unchanged() -> None:
     inputs = make(2, 50, 4, 16)
     before = [x.clone() for x in inputs]
     leaves = [x.requires_grad_() for x in inputs[:2]]
@@ -349,7 +349,7 @@ def test_a_second_backward_and_inputs_left_alone() -> None:
 
 
 def test_every_output_element_is_written() -> None:
-    """torch.empty hands out NaN here, also as workspace."""
+    """Uninitialised tensors, workspaces included, hold NaN here."""
     cases = [(make(2, 150, 5, 17), {}), (make(2, 150, 5, 17), make_masks(2, 150, 5))]
     want = [run(cpu, x, similarity="cosine", **masks) for x, masks in cases]
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

@@ -67,7 +67,7 @@ def test_several_steps_per_block(shape: tuple[int, ...]) -> None:
     check([x[-2:] for x in inputs], cuda, reference, **{name: mask[-2:] for name, mask in masks.items()})
     weights = torch.linspace(1, 2, shape[0], device=DEVICE)[-2:] / torch.linspace(1, 2, 2, device=DEVICE)
     alone = run(cuda, [x[-2:] for x in inputs], **{name: mask[-2:] for name, mask in masks.items()})
-    alone[1:] = [x * weights[:, None, None] for x in alone[1:]]  # here each step has its own thread block
+    alone[1:] = [x * weights[:, None, None] for x in alone[1:]]  # alone, each step has its own thread block
     for got, want in zip(in_batch, alone, strict=True):
         torch.testing.assert_close(got[-2:], want, rtol=1e-5, atol=1e-7)
 

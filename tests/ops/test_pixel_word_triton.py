@@ -36,8 +36,8 @@ def kernels() -> Iterator[None]:
 
 triton, from_logits = Kernels("triton").features, Kernels("triton").logits
 
-# (B, N, T, D_S, D_T) for each padded number of words, 16 to 128: less than a block of pixels, whole blocks, one more;
-# features within one block or more. From 33 words on Gram matrices are computed in slabs, from 65 on the gradient too.
+# (B, N, T, D_S, D_T) for each padded number of words, 16 to 128: less than a block of pixels, whole blocks, one pixel
+# more; one or more blocks of features. Gram matrices are computed in slabs from 33 words on, the gradient from 65.
 SHAPES = [(2, 1, 1, 1, 2), (2, 33, 16, 3, 70), (2, 64, 20, 65, 40), (1, 65, 33, 17, 5), (1, 40, 128, 8, 8)]
 
 

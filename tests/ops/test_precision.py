@@ -1,6 +1,6 @@
 """fastkd's fp32 products are fp32 at every ``torch.set_float32_matmul_precision``; the aligner's follow the setting.
 
-Few CPUs round fp32 operands at "medium". A dispatch mode does it here for every fp32 product, as they and GPUs do.
+Few CPUs round fp32 operands at "medium", so a dispatch mode rounds those of every fp32 product here, as GPUs do.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Rounding(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def restored():
+def restore_setting():
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(params=[("cpu",), ()], ids=["fp64", "parts"])
-def means(request, monkeypatch):
-    """Use the products of CPUs, or those of devices where fp64 is slow or missing."""
+def product_method(request, monkeypatch):
+    """Compute products as on CPUs (in fp64), or as on devices where fp64 is slow or missing (in bf16 parts)."""
     monkeypatch.setattr(products, "FAST_FP64", request.param)
 
 
@@ -75,7 +75,7 @@ def test_simulated_tf32_rounds_unprotected_products():
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_losses_and_gradients_are_those_of_fp32(name, backend, means):
+def test_losses_and_gradients_have_fp32_accuracy(name, backend, product_method):
     want = value_and_gradient(name, "reference", torch.float64)
     for setting in SETTINGS:
         torch.set_float32_matmul_precision(setting)
@@ -86,7 +86,7 @@ def test_losses_and_gradients_are_those_of_fp32(name, backend, means):
 
 
 @pytest.mark.parametrize("width", [16, 12])
-def test_gram_form_is_fp32(width, means, monkeypatch):
+def test_gram_form_is_fp32(width, product_method, monkeypatch):
     """The Gram form that "auto" takes without kernels."""
     monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("reference",))
     student, teacher = draw(2, 16, 8, 8), draw(2, width, 8, 8, seed=1)
@@ -101,7 +101,7 @@ def test_gram_form_is_fp32(width, means, monkeypatch):
     torch.testing.assert_close(grad.double(), want_grad, rtol=1e-4, atol=1e-5 * want_grad.abs().max().item())
 
 
-def test_products_are_differentiated_in_every_way(means):
+def test_products_are_differentiable_in_every_mode(product_method):
     torch.set_float32_matmul_precision("medium")
     x, y = draw(3, 7, 9), draw(1, 9, 5, seed=1)
     close = lambda got, want: torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
@@ -124,7 +124,7 @@ def test_products_are_differentiated_in_every_way(means):
     close(mapped, want[0])
 
 
-def test_a_compiled_graph_follows_the_setting(means):
+def test_a_compiled_graph_follows_the_setting(product_method):
     torch._dynamo.reset()
     dtypes = []
 
@@ -150,7 +150,7 @@ def test_a_compiled_graph_follows_the_setting(means):
     assert dtypes == [(torch.float32, 8), protected, (torch.float32, 8)]
 
 
-def test_an_aligner_obeys_the_setting_of_its_user():
+def test_aligner_follows_the_users_setting():
     made = ChannelKD(student_channels=4, teacher_channels=6)
     torch.set_float32_matmul_precision("medium")
     with Rounding():

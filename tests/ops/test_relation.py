@@ -34,7 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 ISAS = ["baseline", "avx2", "avx512"]
 LANE_DEPENDENT = "every_form or every_shape or shift or gram_form or zero_ or number_of_threads"
-"""Tests of code that depends on the number of vector lanes: products, packing, tails, rows of zeros."""
+"""Select tests of code that depends on the number of vector lanes: products, packing, tails, rows of zeros."""
 
 
 def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -213,7 +213,7 @@ def test_gram_form_is_accurate_near_the_teacher(difference: float) -> None:
 
 
 def plain_formula(student: Tensor, teacher: Tensor, similarity: str) -> Tensor:
-    """Compute the mse in the inputs' dtype throughout, as the baseline for the kernels' errors."""
+    """Return the mse computed in the inputs' dtype throughout, the baseline for the kernels' errors."""
 
     def matrix(x: Tensor) -> Tensor:
         if similarity == "cosine":
@@ -255,7 +255,7 @@ def test_unequal_widths_are_accurate_near_the_teacher(
 @pytest.mark.parametrize("form", [*FORMS, "gram"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_results_are_identical_for_any_number_of_threads(form: str, batch: int, dtype: torch.dtype) -> None:
-    """With one sample threads share a problem; with three each thread takes whole problems."""
+    """With one sample, threads share a problem; with three, each thread computes whole problems."""
     student, teacher = rows((batch, 330, 30), 0, dtype), rows((batch, 330, 30), 1, dtype)
     weight = rows((batch, 330), 2)
     options = {"distance": "mse"} if form == "gram" else FORMS[form]
@@ -375,7 +375,7 @@ def test_workspace_is_bounded_for_any_number_of_rows(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["streamed", "stored", "gram"])
 def test_workspace_is_bounded_for_many_threads(form: str) -> None:
-    """Only as many threads work as the limit has scratch memory for."""
+    """The limit on scratch memory also limits the number of threads."""
     for threads in (1, 64, 4096):
         call = cpu.Relation(
             *(200, 1024, 400, 300, "cosine", "mse" if form == "gram" else "kl", 0.1, False, False),

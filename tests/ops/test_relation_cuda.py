@@ -52,7 +52,7 @@ def drawn_for(method: str, shape: tuple[int, int, int], dtype: torch.dtype) -> t
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edges_of_tiles(dtype: torch.dtype, method: str, form: str) -> None:
-    """Rows and widths slightly above block sizes: a second row block almost empty, a k-tile of one column."""
+    """Rows and widths slightly above block sizes: an almost empty second row block, a k-tile of one column."""
     shape = (2 if form == "across samples" else 1, 67, 17 if dtype == torch.float32 else 33)
     student, teacher = drawn_for(method, shape, dtype)
     check(student, teacher, rows(shape[:2], 3).abs(), **METHODS[method], **FORMS[form])
@@ -213,7 +213,7 @@ def test_rows_of_zeros_and_tiny_rows(distance: str) -> None:
 
 
 def test_rows_of_very_different_norms_in_fp16() -> None:
-    """H times the rows' scales has fp32's range: tiny rows do not degrade the gradients of others."""
+    """H times the rows' scales has the range of fp32, so tiny rows do not degrade the gradients of others."""
     student, teacher = rows((1, 66, 30), 0, torch.float16), rows((1, 66, 30), 1, torch.float16)
     student[0, 7] *= 1e-4
     student[0, 9] *= 1e3

@@ -55,7 +55,7 @@ def all_regimes() -> list[Any]:
 def test_every_block_shape_and_its_edges(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, choice: int, form: str
 ) -> None:
-    """Rows and widths slightly exceed a block: two row blocks, and the last lacks a block of columns."""
+    """Rows and widths slightly exceed a block, so the last blocks are partial."""
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     regime = plans.REGIMES[name][choice]
     monkeypatch.setitem(plans.REGIMES, name, (regime,))
@@ -65,7 +65,7 @@ def test_every_block_shape_and_its_edges(
     for method, options in methods.items():
         batch = 2 if form == "across samples" else 1
         student, teacher = rows((batch, count, width), 0, dtype), rows((batch, count, width + 5), 1, dtype)
-        if "maxima" in method:  # close rows: otherwise a softmax at temperature 0.03 is one-hot
+        if "maxima" in method:  # similar rows: otherwise a softmax at temperature 0.03 is one-hot
             student, teacher = (0.05 * x + rows((batch, 1, x.shape[2]), 2, dtype) for x in (student, teacher))
         check(student, teacher, rows((batch, count), 3).abs(), **options, **FORMS[form])
 

@@ -1,7 +1,7 @@
 """The CPU kernels under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 
 A driver without Python (csrc/tests) runs every kernel with extreme shapes, layouts, values and numbers of threads, on
-exactly sized memory. Bugs injected into a copy of a kernel show that the sanitizers would find them.
+exactly sized memory. Bugs injected into a copy of a kernel prove that the sanitizers detect them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def tool(name: str) -> str:
     return found
 
 
-class Ran(NamedTuple):
-    """The result of a run of the driver."""
+class DriverRun(NamedTuple):
+    """Output and exit status of the driver."""
 
     stdout: str
     stderr: str
@@ -52,14 +52,14 @@ class Rig(NamedTuple):
 
     @property
     def every_isa(self) -> bool:
-        """Return whether to run every instruction set. Work is distributed alike in all, so "thread" needs only one."""
+        """Return whether to run every instruction set; all divide work in the same way, so "thread" needs only one."""
         return self.kind == "address"
 
     def make(self) -> None:
         done = subprocess.run([tool("cmake"), "--build", str(self.build)], capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
-    def run(self, *isas: str, checks: tuple[str, ...] = ()) -> list[Ran]:
+    def run(self, *isas: str, checks: tuple[str, ...] = ()) -> list[DriverRun]:
         """Run the driver for each of these instruction sets concurrently, with all checks unless some are named."""
         driver = [str(self.build / "sanitize"), *checks]
         done = self._run(driver, isas)
@@ -70,7 +70,7 @@ class Rig(NamedTuple):
         return done
 
     @staticmethod
-    def _run(command: list[str], isas: tuple[str, ...]) -> list[Ran]:
+    def _run(command: list[str], isas: tuple[str, ...]) -> list[DriverRun]:
         options = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": ""}
         running = [
             subprocess.Popen(
@@ -82,7 +82,7 @@ class Rig(NamedTuple):
             )
             for isa in isas
         ]
-        return [Ran(*process.communicate(timeout=900), process.returncode) for process in running]
+        return [DriverRun(*process.communicate(timeout=900), process.returncode) for process in running]
 
 
 @pytest.fixture(scope="module", params=list(SANITIZERS))
@@ -110,7 +110,7 @@ def configure(rig: Rig) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_sanitizers_find_nothing(rig: Rig) -> None:
+def test_sanitizers_report_nothing(rig: Rig) -> None:
     isas = ISAS if rig.every_isa else ISAS[:1]
     for isa, done in zip(isas, rig.run(*isas), strict=True):
         if done.returncode == LACKS_ISA and isa != "baseline":

@@ -1,4 +1,4 @@
-"""Numbers that change from call to call under torch.compile: temperatures and weights, and the sizes of maps.
+"""Values that change from call to call under torch.compile: temperatures, weights and map sizes.
 
 A schedule costs one graph for its first value and one for all others, and each value gives eager's numbers.
 """
@@ -21,7 +21,7 @@ from fastkd import losses
 
 Step = Callable[[list[Tensor], dict[str, Any], float | Tensor], Tensor]
 TEMPERATURES = {"softmax_kl": (4.0, 3.5, 2.0, 0.6), "relation": (0.2, 0.1, 0.03, 0.02), "pixel_word": (1.5, 1.0, 0.3)}
-"""Relations of cosines keep different statistics below 0.04."""
+"""For relations of cosines both sides of 0.04, below which other statistics are stored."""
 
 
 class Net(nn.Module):
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _forgotten() -> Iterator[None]:
+def _reset_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -45,7 +45,7 @@ def _forgotten() -> Iterator[None]:
 def assert_follows(
     step: Step, problem: Problem, numbers: tuple[float | Tensor, ...], graphs: int = 2, **options: Any
 ) -> None:
-    """``step``, compiled at most ``graphs`` times, gives eager's loss and gradients for every number."""
+    """Assert that ``step``, compiled at most ``graphs`` times, gives eager's loss and gradients for every number."""
     compiled = torch.compile(step, fullgraph=True, **({"backend": "aot_eager"} | options))
     values = set()
     for i, number in enumerate(numbers):
@@ -87,7 +87,7 @@ def test_temperature_under_inductor() -> None:
 
 
 def test_scheduled_overload_equals_the_default_overload(basic_kernel_setting: Any) -> None:
-    """Schema, fake, autograd registration and dynamic shapes; and at each temperature the other overload's bits."""
+    """The overload passes opcheck and gives the same bits as the default overload."""
     problem = basic_kernel_setting.case.problem(device=basic_kernel_setting.place.device).leaves()
     with Recorder() as recorder:
         rows = problem.loss(basic_kernel_setting.place.backend)

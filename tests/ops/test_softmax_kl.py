@@ -37,7 +37,7 @@ def run(
 
 
 def oracle(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the same in fp64, by definition."""
+    """Return losses and gradient in fp64, from the definition."""
     s, t = student.detach().cpu().double(), teacher.detach().cpu().double()
     loss = reference(s, t, temperature)
     g = torch.ones_like(loss) if weight is None else weight.cpu().double()
@@ -46,7 +46,7 @@ def oracle(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor 
 
 
 def eager(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the same by the plain torch formula, in the inputs' dtype."""
+    """Return losses and gradient of the plain torch formula, in the inputs' dtype."""
     student = student.detach().requires_grad_()
     log_p = torch.log_softmax(student / temperature, -1)
     p_t = torch.softmax(teacher / temperature, -1)
@@ -97,7 +97,7 @@ def test_student_equal_to_teacher_is_exactly_zero(place: Any) -> None:
 
 @pytest.mark.parametrize("cols", [5, 2500, 9000])
 def test_infinities_and_nan(place: Any, cols: int) -> None:
-    """Each row has another special value; its loss must be finite, inf or NaN as the oracle's."""
+    """Each row has a different special value; its loss must be finite, inf or NaN where the oracle's is."""
     student, teacher = make((1, 12, cols), torch.float32, place.device)
     last = cols - 1
     student[0, 0, 3] = NAN

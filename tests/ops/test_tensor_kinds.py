@@ -57,7 +57,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 
 @pytest.fixture
 def maps() -> tuple[Tensor, Tensor]:
-    """Student and teacher, large enough for "auto" to take kernels."""
+    """Return student and teacher, large enough for "auto" to use kernels."""
     draw = torch.Generator().manual_seed(3)
     return torch.randn(2, 16, 10, 10, generator=draw), torch.randn(2, 16, 10, 10, generator=draw)
 
@@ -137,7 +137,7 @@ def test_batched_and_forward_mode_backwards(loss: Loss, maps: tuple[Tensor, Tens
 
 @pytest.mark.parametrize("loss", [logit_kd, channel_kd], ids=lambda f: f.__name__)
 def test_transforms_under_torch_compile(loss: Loss, maps: tuple[Tensor, Tensor]) -> None:
-    """Traced inside a transform, plain torch without a graph break; outside, the kernels."""
+    """Inside a transform, plain torch is traced without a graph break; outside, the kernels run."""
     student, teacher = maps
     torch._dynamo.reset()
     right = exact(loss, student, teacher)
@@ -211,7 +211,7 @@ def test_wrapper_classes_use_plain_torch(loss: Loss, maps: tuple[Tensor, Tensor]
 
 
 def test_plain_subclasses_use_the_kernels(maps: tuple[Tensor, Tensor], kernels: None) -> None:
-    """Such a tensor has its own memory."""
+    """A subclass that holds its own memory is a plain tensor."""
 
     class Image(Tensor):
         pass
@@ -248,11 +248,11 @@ def test_rejects_a_sparse_mask(maps: tuple[Tensor, Tensor]) -> None:
             loss(*maps, pixel_mask=mask)
 
 
-# --- values that do not exist -----------------------------------------------------------------------------------------
+# --- tensors without values -------------------------------------------------------------------------------------------
 
 
 def masked(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    """Call every loss that checks values."""
+    """Return the results of every loss that checks values of masks or weights."""
     batch, device = student.shape[0], student.device
     pixels = torch.ones(batch, 100, dtype=torch.bool, device=device)
     weight = torch.ones(batch, 16, device=device)

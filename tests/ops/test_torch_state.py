@@ -1,4 +1,4 @@
-"""The first call of a process under any state of torch: the backend is available afterwards, and exact."""
+"""The first call of a process under any state of torch leaves the backend available and exact."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = dispatch.FAMILIES
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Forget all tests of backends; skip without the C++ kernels."""
+    """Clear the results of self-tests and return the monkeypatch; skip without the C++ kernels."""
     reason = unavailable_reason("cpu")
     if reason is not None:
         pytest.skip(reason)
@@ -56,9 +56,9 @@ def half_by_default() -> Iterator[None]:
 def within(transform: Callable[..., Any]) -> Callable[[Callable[[], None]], None]:
     """Return a function that runs another inside a transform of torch.func."""
 
-    def run(something: Callable[[], None]) -> None:
+    def run(action: Callable[[], None]) -> None:
         def inside(x: torch.Tensor) -> torch.Tensor:
-            something()
+            action()
             return (x * 2).sum()
 
         transform(inside)(torch.ones(3))
@@ -67,31 +67,31 @@ def within(transform: Callable[..., Any]) -> Callable[[Callable[[], None]], None
 
 
 def under(context: Callable[[], Any]) -> Callable[[Callable[[], None]], None]:
-    def run(something: Callable[[], None]) -> None:
+    def run(action: Callable[[], None]) -> None:
         with context():
-            something()
+            action()
 
     return run
 
 
-def traced(something: Callable[[], None]) -> None:
+def traced(action: Callable[[], None]) -> None:
     def inside(x: torch.Tensor) -> torch.Tensor:
-        something()
+        action()
         return x * 2
 
     torch.jit.trace(inside, (torch.ones(3),), check_trace=False)
 
 
-def compiled(something: Callable[[], None]) -> None:
-    asked = torch.compiler.assume_constant_result(lambda: something() or 1)
-    torch.compile(lambda x: x * asked(), backend="eager", fullgraph=True)(torch.ones(3))
+def compiled(action: Callable[[], None]) -> None:
+    constant = torch.compiler.assume_constant_result(lambda: action() or 1)
+    torch.compile(lambda x: x * constant(), backend="eager", fullgraph=True)(torch.ones(3))
 
 
-def checkpointed(something: Callable[[], None]) -> None:
+def checkpointed(action: Callable[[], None]) -> None:
     from torch.utils.checkpoint import checkpoint
 
     def inside(x: torch.Tensor) -> torch.Tensor:
-        something()
+        action()
         return x * 2
 
     checkpoint(inside, torch.ones(3, requires_grad=True), use_reentrant=False).sum().backward()
@@ -162,7 +162,7 @@ def test_self_test_may_query_its_own_backend(fresh: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "transient"),
+    ("error", "transient"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"), True),
         (MemoryError(), True),
@@ -170,15 +170,15 @@ def test_self_test_may_query_its_own_backend(fresh: pytest.MonkeyPatch) -> None:
         (OSError(12, os.strerror(12)), True),
         (RuntimeError("no kernel image is available for execution on the device"), False),
     ],
-    ids=["GPU", "Python", "CPU", "system", "lasting"],
+    ids=["GPU", "Python", "CPU", "system", "permanent"],
 )
-def test_out_of_memory_is_not_remembered(fresh: pytest.MonkeyPatch, trouble: Exception, transient: bool) -> None:
+def test_out_of_memory_is_not_remembered(fresh: pytest.MonkeyPatch, error: Exception, transient: bool) -> None:
     family = importlib.import_module("fastkd.ops.softmax_kl")
     fresh.setattr(dispatch, "_warned", set())
     real = family.self_test
 
     def raises(*_: object) -> None:
-        raise trouble
+        raise error
 
     fresh.setattr(family, "self_test", raises)
     inputs = torch.zeros(1, 1, 4096), torch.ones(1, 1, 4096)

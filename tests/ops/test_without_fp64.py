@@ -40,7 +40,7 @@ def draw(*shape, seed=0):
 MAP, WIDE = draw(2, 6, 8, 8), draw(2, 9, 8, 8, seed=1)
 NEAR = torch.cat([MAP, torch.zeros(2, 3, 8, 8)], 1)[:, torch.randperm(9, generator=torch.Generator().manual_seed(2))]
 PIXELS, WORDS, OTHERS = draw(2, 40, 6), draw(2, 5, 6), draw(2, 7, 6, seed=1)
-ONLY = {"pixel_pixel": 1.0}
+PIXEL_PIXEL = {"pixel_pixel": 1.0}
 LOSSES = {
     "channel_kd": (losses.channel_kd, [MAP, MAP.flip(1)], {"centered": True, "weight": "attention"}),
     "own guide": (losses.channel_distribution_kd, [MAP, MAP.flip(1)], {"guide": "own"}),
@@ -55,11 +55,11 @@ LOSSES = {
     ),
     "mse, other widths, near": (losses.pixel_relation_kd, [MAP + 1e-3 * MAP.flip(1), NEAR], {"distance": "mse"}),
     "cross_modal_kd": (losses.cross_modal_kd, [PIXELS, WORDS, PIXELS.flip(1), WORDS], {}),
-    "other words": (losses.cross_modal_kd, [PIXELS, WORDS, PIXELS.flip(1), OTHERS], {"terms": ONLY}),
+    "other words": (losses.cross_modal_kd, [PIXELS, WORDS, PIXELS.flip(1), OTHERS], {"terms": PIXEL_PIXEL}),
     "other words, near": (
         losses.cross_modal_kd,
         [PIXELS, WORDS, PIXELS, torch.cat([WORDS, WORDS], 1)],
-        {"terms": ONLY},
+        {"terms": PIXEL_PIXEL},
     ),
 }
 
@@ -69,7 +69,7 @@ LOSSES = {
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_fp32_losses_need_no_fp64(name, backend, error):
     function, inputs, options = LOSSES[name]
-    computes_fp64(CPU)  # the device has fp64; what is refused below is not to be asked of the answer remembered
+    computes_fp64(CPU)  # cache that the device has fp64: the mode below must not rely on it
     leaf, exact = inputs[0].clone().requires_grad_(), inputs[0].double().requires_grad_()
     with WithoutDouble(error):
         loss = function(leaf, *inputs[1:], **options, backend=backend)
@@ -87,7 +87,7 @@ def test_fp64_support_is_tested_once_per_device(monkeypatch):
     monkeypatch.setattr(numerics, "_try_fp64", lambda device: tries.append(device) or trial(device))
     with WithoutDouble():
         assert not computes_fp64(CPU)
-    assert numerics._fp64 == {}  # the mode's answer is not stored as the device's
+    assert numerics._fp64 == {}  # the result under the mode is not cached for the device
     assert computes_fp64(CPU)
     assert computes_fp64(CPU)
     assert len(tries) == 2

@@ -1,4 +1,4 @@
-"""The build: packaged files, modules of several Pythons, compiler flags, CUDA targets, parallel jobs and progress."""
+"""The build: packaged files, several Python versions, compiler flags, CUDA targets, parallel jobs and progress."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_links_without_the_startup_code_that_flushes_denormals(commands):
             ["c++", "-ffast-math", *flags, "-shared", "-xc++", os.devnull, "-###"], capture_output=True, text=True
         )
         if added and "crtfastmath" not in done.stderr:
-            pytest.skip("this compiler adds nothing")
+            pytest.skip("this compiler adds no such code")
         assert ("crtfastmath" in done.stderr) is added
 
 

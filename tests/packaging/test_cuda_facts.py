@@ -1,7 +1,7 @@
 """The CUDA kernels as compiled: no spills on any chip, tensor cores in products, a module of modest size.
 
-The table in benchmarks/results/nvcc holds the facts of all chips. Where fastkd is installed without CUDA kernels they
-are compiled for one chip, whose machine code has to be the table's.
+The table in benchmarks/results/nvcc holds the facts of all chips. Where fastkd is installed without CUDA kernels, they
+are compiled for one chip, whose machine code must match the table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cuda_build import CSRC, ROOT, CudaBuild, cuda_build
 FAMILIES = sorted(folder.name for folder in (CSRC / "cuda").iterdir() if folder.is_dir())
 TABLES = {file.stem: file for file in (ROOT / "benchmarks" / "results" / "nvcc").glob("*.json")}
 CHIPS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
-LARGEST = 25 * 2**20  # bytes of the module for all chips; fewer chips have a share of it
+LARGEST = 25 * 2**20  # bytes of the module for all chips; the limit for fewer chips is proportional
 REWRITE = "python -m benchmarks.cuda_facts --targets all --json benchmarks/results/nvcc/{}.json"
 PRODUCTS = {f"relation.{name}_kernel" for name in ("tiles", "derivative", "product")} | {
     f"pixel_word.{name}_kernel" for name in ("logits", "terms", "gradient", "features")

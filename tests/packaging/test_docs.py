@@ -1,4 +1,4 @@
-"""The documentation names files that exist, states the code's own facts, and its snippets run."""
+"""The documentation names files that exist and agrees with the code, and its snippets run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def expanded(page: str) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Avoid that threads wait for one another on small tensors."""
+    """Use one thread: with small tensors, more would only wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -155,7 +155,7 @@ def test_readme_snippets_run_and_agree(tmp_path: Path) -> None:
 
 
 class Constant(torch.nn.Module):
-    """A model that returns its parameters, whatever it gets."""
+    """A model that returns its parameters."""
 
     def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""An installation's contents: compiled modules without torch or CUDA libraries, and a record of the build."""
+"""An installation holds compiled modules that need neither torch nor CUDA libraries, and a record of the build."""
 
 from __future__ import annotations
 

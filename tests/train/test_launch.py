@@ -33,7 +33,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestEnvironment:
-    def test_accepts_defaults_and_agreement_of_the_launcher(self) -> None:
+    def test_accepts_launcher_settings_that_are_defaults_or_agree(self) -> None:
         default = {
             "ACCELERATE_MIXED_PRECISION": "no",
             "ACCELERATE_DYNAMO_BACKEND": "NO",

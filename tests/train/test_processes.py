@@ -38,7 +38,7 @@ class Sometimes(nn.Module):
 
 
 def test_two_processes() -> None:
-    """Start two processes once for all that needs them."""
+    """Run all checks that need two processes in one start, which takes seconds."""
     out = two_processes("""
     import torch, warnings
     sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")

@@ -27,7 +27,7 @@ from fastkd.errors import Terminated
 from fastkd.train.stop import Termination
 
 
-class Acting(Scenes):
+class CallsAtStep4(Scenes):
     """Data set that calls a function before its 25th sample, in step 4 with batches of 8."""
 
     def __init__(self, act: Callable[[], Any]) -> None:
@@ -47,7 +47,7 @@ def terminate() -> None:
 def test_saves_the_student(tmp_path: Path) -> None:
     model = toy()
     with pytest.raises(Terminated) as stop:
-        run(model, Acting(terminate), tmp_path)
+        run(model, CallsAtStep4(terminate), tmp_path)
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     end = read_log(tmp_path)[-1]
@@ -61,7 +61,7 @@ def test_keeps_a_handler_of_the_caller() -> None:
     before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
     try:
         handler = signal.getsignal(signal.SIGTERM)
-        assert run(toy(), Acting(terminate)).steps == 6
+        assert run(toy(), CallsAtStep4(terminate)).steps == 6
         assert calls == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
@@ -70,7 +70,9 @@ def test_keeps_a_handler_of_the_caller() -> None:
 
 def test_sets_no_handler_in_another_thread() -> None:
     seen: list[Any] = []
-    thread = threading.Thread(target=lambda: run(toy(), Acting(lambda: seen.append(signal.getsignal(signal.SIGTERM)))))
+    thread = threading.Thread(
+        target=lambda: run(toy(), CallsAtStep4(lambda: seen.append(signal.getsignal(signal.SIGTERM))))
+    )
     thread.start()
     thread.join()
     assert seen == [signal.SIG_DFL]
