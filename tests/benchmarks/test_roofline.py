@@ -39,13 +39,15 @@ def test_products_count_at_the_rate_of_their_dtype() -> None:
     ):
         case = case_of(dtype, teacher_width, distance)
         assert roofline.arithmetic(case) == arithmetic
-        least = roofline.minimum(case, "both")
-        assert roofline.seconds(least | {"exp": 0}, CEILINGS, arithmetic) == pytest.approx(least["flop"] / rate)
+        minimum = roofline.minimum(case, "both")
+        assert roofline.seconds(minimum | {"exp": 0}, CEILINGS, arithmetic) == pytest.approx(minimum["flop"] / rate)
 
 
 def test_mse_counts_the_cheaper_form() -> None:
     wide, narrow = case_of(torch.float32, 63, side=3), case_of(torch.float32, 63, side=30)
-    assert roofline.minimum(wide, "both")["flop"] == 2 * 81 * (2 * (64 + 63) + 2 * 64)  # R×R, twice and a product
+    assert roofline.minimum(wide, "both")["flop"] == 2 * 81 * (
+        2 * (64 + 63) + 2 * 64
+    )  # the R×R matrices twice, and a product
     assert roofline.arithmetic(wide) == "float32"
     assert roofline.minimum(narrow, "both")["flop"] == 2 * 900 * ((64 + 63) ** 2 + 2 * 64 * (64 + 63))
 

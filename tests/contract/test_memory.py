@@ -118,13 +118,13 @@ def test_expanded_inputs(setting: Any, dim: int) -> None:
     ):
         expanded = problem.replaced(*args)
         want = expanded.mapped(lambda x: x.contiguous()).run(setting.place.backend)
-        problem.assert_near(expanded.run(setting.place.backend), want, least=1.0)
+        problem.assert_near(expanded.run(setting.place.backend), want, min_size=1.0)
     base = [x.narrow(dim, 0, 1).detach().requires_grad_() for x in problem.args[:n]]
     args = [b.expand(x.shape) for b, x in zip(base, problem.args, strict=False)]
     loss = problem.replaced(*args, *problem.args[n:]).loss(setting.place.backend).sum()
     got = torch.autograd.grad(loss, base)
     whole = problem.replaced(*(x.detach() for x in args), *problem.args[n:]).run(setting.place.backend)[1:]
-    problem.assert_near(list(got), [x.sum(dim, keepdim=True) for x in whole], ulps=32, least=1.0)
+    problem.assert_near(list(got), [x.sum(dim, keepdim=True) for x in whole], ulps=32, min_size=1.0)
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)

@@ -139,7 +139,7 @@ def test_rows_of_zeros(setting: Any) -> None:
         assert all(x.isfinite().all() for x in got)
         dead.assert_near(got, want, ulps=32)
     zeros = problem.mapped(torch.zeros_like)
-    problem.assert_near(zeros.run(setting.place.backend), reference_of(zeros), least=1.0)
+    problem.assert_near(zeros.run(setting.place.backend), reference_of(zeros), min_size=1.0)
 
 
 # --- −inf, one-hot, NaN and Inf ---------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_mask_with_one_valid_pixel_and_word(setting: Any) -> None:
     masks = {name: only(mask) for name, mask in problem.masks.items()}
     one = Problem(problem.case, problem.args, masks)
     got = one.run(setting.place.backend)
-    one.assert_near(got, one.exact(), least=1.0)
+    one.assert_near(got, one.exact(), min_size=1.0)
 
 
 @pytest.mark.applies(lambda setting: setting.case.has_masks)

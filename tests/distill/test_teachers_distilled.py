@@ -63,7 +63,7 @@ def batches(scenes, tiny_folders) -> dict[str, Any]:
     return {
         "alone": batch(),
         "both": batch(teacher_tokenizer=theirs, teacher_max_words=32),
-        "equal": batch(teacher_tokenizer=theirs, teacher_max_words=20),  # the same number of words, but other words
+        "equal": batch(teacher_tokenizer=theirs, teacher_max_words=20),  # the same number of tokens, but different ones
     }
 
 
@@ -252,7 +252,7 @@ class TestCommands:
         assert self.run(*common, "--teacher", tiny_folders["sam3"]) == 2  # the default term compares words
         error = capsys.readouterr().err
         assert "tokenised differently" in error
-        assert "compare no words, as the recipe 'mask' does" in error  # a value for --terms
+        assert "compare no words, as the recipe 'mask' does" in error  # usable as a value of --terms
         assert self.run(*common, "--teacher", tiny_folders["clipseg"], "--terms", "pixel_pixel=0.1") == 2
         assert "term 'pixel_pixel', teacher: " in (error := capsys.readouterr().err)
         assert "0 items: this network does not compute it" in error

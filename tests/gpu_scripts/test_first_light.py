@@ -165,7 +165,9 @@ def test_faults_are_recorded_and_other_checks_continue(
     for name, text in texts.items():
         assert text in failed.pop(name)
         assert f"FAILED {name}: " in printed
-    failed.pop("softmax_kl triton self-test", None)  # the second sample contains arbitrary memory
+    failed.pop(
+        "softmax_kl triton self-test", None
+    )  # its second sample is uninitialised memory, which may be correct by chance
     assert not failed
     assert any("in hanging" in line for line in first["pixel_word cuda bf16 small"]["trace"])
     assert any("in crashing" in line for line in first["pixel_word triton bf16 small"]["trace"])

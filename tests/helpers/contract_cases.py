@@ -86,7 +86,7 @@ CHANNEL_SIZES = {
     "wide rows": (1, 3, 19, 29, 19, 29),
 }
 EVEN_SIZES = {"small": (2, 4, 4, 4, 2, 4), "more": (1, 9, 6, 10, 4, 6)}
-# Equal and unequal widths, rows narrower and wider than their number (narrow rows have a Gram form).
+# Equal widths; rows with fewer and with more columns than there are rows (narrow rows have a Gram form).
 PIXEL_SIZES = {
     "small": (2, 4, 4, 3, 4),
     "one pixel": (2, 4, 4, 1, 1),

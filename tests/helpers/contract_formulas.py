@@ -22,7 +22,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(log_p_s, p_t, reduction="none").sum(-1)
 
 
-def attention_weight(rows: Tensor) -> Tensor:
+def attention_weight(rows: Tensor) -> Tensor:  # (S, C, N) -> (S, C)
     return rows.shape[-2] * (rows.abs().mean(-1) / 0.5).softmax(-1)
 
 
@@ -35,7 +35,7 @@ def channel_distribution_kd(
     guide_temperature: float = 0.1,
     weight: str | None = None,
 ) -> Tensor:
-    s, t = student.flatten(2), teacher.flatten(2)
+    s, t = student.flatten(2), teacher.flatten(2)  # (B, C, N)
     w = attention_weight(t) if weight == "attention" else 1
     if guide is not None:
         p_s, p_t = ((F.normalize(x, dim=2) @ F.normalize(x, dim=2).mT / guide_temperature).softmax(2) for x in (s, t))
@@ -44,9 +44,9 @@ def channel_distribution_kd(
 
 
 def logit_kd(student: Tensor, teacher: Tensor, *, temperature: float, pixel_mask: Tensor | None = None) -> Tensor:
-    s, t = (x.movedim(1, -1) for x in (student, teacher))
+    s, t = (x.movedim(1, -1) for x in (student, teacher))  # (B, H, W, K)
     if s.shape[-1] == 1:
-        s, t = (F.pad(x, (1, 0)) for x in (s, t))
+        s, t = (F.pad(x, (1, 0)) for x in (s, t))  # one logit z: the two classes (0, z)
     rows = temperature**2 * kl(s, t, temperature)
     return rows if pixel_mask is None else torch.where(pixel_mask.reshape(rows.shape), rows, 0)
 
@@ -66,13 +66,14 @@ def row_distance(e_s: Tensor, e_t: Tensor, distance: str, temperature: float) ->
 
 
 def channel_rows(x: Tensor, centered: bool, patches: int, across_batch: bool) -> Tensor:
+    """Return rows (samples or patches, C, pixels) from maps (B, C, H, W)."""
     if across_batch:
-        x = torch.cat([sample.flatten(1) for sample in x], 1)[None]
+        x = torch.cat([sample.flatten(1) for sample in x], 1)[None]  # (1, C, B·N)
         return x - x.mean(2, keepdim=True) if centered else x
     if centered:
         x = x - x.mean((2, 3), keepdim=True)
     tiles = [tile for line in x.chunk(patches, 2) for tile in line.chunk(patches, 3)]
-    return torch.stack(tiles, 1).flatten(0, 1).flatten(2)
+    return torch.stack(tiles, 1).flatten(0, 1).flatten(2)  # (B·patches², C, N/patches²)
 
 
 def channel_kd(
@@ -104,7 +105,7 @@ def pixel_relation_kd(
     temperature: float = 0.1,
     cross_image: bool = False,
 ) -> Tensor:
-    s, t = (x.flatten(2).mT for x in (student, teacher))
+    s, t = (x.flatten(2).mT for x in (student, teacher))  # (B, N, C)
     samples = range(s.shape[0])
     rows = {
         (i, j): row_distance(
@@ -150,8 +151,8 @@ def cross_modal_kd(
     for b in range(student_pixels.shape[0]):
         logits = []
         for v, w, mask in ((student_pixels, student_words, masks[0]), (teacher_pixels, teacher_words, masks[1])):
-            v = (v.flatten(2).mT if v.dim() == 4 else v)[b][valid(pixel_mask, b, v)]
-            w = w[b][valid(mask, b, w)]
+            v = (v.flatten(2).mT if v.dim() == 4 else v)[b][valid(pixel_mask, b, v)]  # (n, D)
+            w = w[b][valid(mask, b, w)]  # (t, D)
             width = v.shape[1] ** 0.5
             logits.append(similarities(v, w, "cosine") if similarity == "cosine" else v @ w.T / width)
         out.append(cross_modal_sample(*logits, temperature, terms))
@@ -172,7 +173,7 @@ def cross_modal_kd_from_logits(
     for b in range(student_logits.shape[0]):
         heads = []
         for m, mask in zip((student_logits, teacher_logits), masks, strict=True):
-            m = m[b] if m.dim() == 4 else m[b][None]
+            m = m[b] if m.dim() == 4 else m[b][None]  # (heads, N, T)
             heads.append(m[:, valid(pixel_mask, b, m)][:, :, valid(mask, b, m)])
         out.append(torch.stack([cross_modal_sample(*h, temperature, terms) for h in zip(*heads, strict=True)]).mean())
     return torch.stack(out)

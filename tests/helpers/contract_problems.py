@@ -150,15 +150,17 @@ class Problem:
         drawn = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         return (drawn + 0.25).to(self.args[0].device)
 
-    def assert_near(self, got: Sequence[Tensor], want: Sequence[Tensor], ulps: float = 8, least: float = 1e-6) -> None:
+    def assert_near(
+        self, got: Sequence[Tensor], want: Sequence[Tensor], ulps: float = 8, min_size: float = 1e-6
+    ) -> None:
         """Assert that results differ by at most ``ulps`` fp32 roundings of the largest summand.
 
-        ``got`` and ``want`` are losses and gradients, or gradients alone; ``least`` is a lower bound on the summands
+        ``got`` and ``want`` are losses and gradients, or gradients alone; ``min_size`` is a lower bound on the summands
         that cancel in a gradient.
         """
         assert len(got) == len(want)
         n = self.students
-        largest = max(least, *(x.detach().abs().max().item() for x in want[-n:]))
+        largest = max(min_size, *(x.detach().abs().max().item() for x in want[-n:]))
         sizes = [self.magnitude()] * (len(want) - n) + [self.condition() * largest] * n
         for a, b, size in zip(got, want, sizes, strict=True):
             allowed = (

@@ -92,7 +92,7 @@ class Oracle:
             out[:, part] = softmax(scores) @ v[:, part]
         return self.affine(out, f"{name}.proj")
 
-    def block(self, x, name, heads, shift):
+    def block(self, x, name, heads, shift):  # x: (H, W, C)
         height, width, c = x.shape
         w = self.window
         tall, wide = -(-height // w) * w, -(-width // w) * w
@@ -109,7 +109,7 @@ class Oracle:
         mlp = self.affine(gelu(self.affine(self.norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
         return x + mlp
 
-    def fuse(self, x, words, valid, name, heads):
+    def fuse(self, x, words, valid, name, heads):  # x: (N, C), words: (T, D), valid: (T,)
         n, c = x.shape
         att = f"{name}.image_lang_att"
         query = instance_norm(self.affine(x, f"{att}.f_query.0"))
@@ -125,14 +125,14 @@ class Oracle:
         visual = gelu(self.affine(x, f"{name}.vis_project.0"))
         return gelu(self.affine(visual * lang, f"{name}.project_mm.0")), np.stack(logits)
 
-    def merge(self, x, name):
+    def merge(self, x, name):  # (H, W, C) -> (H/2, W/2, 2C)
         height, width, c = x.shape
         even = np.zeros((height + height % 2, width + width % 2, c))
         even[:height, :width] = x
         four = [even[0::2, 0::2], even[1::2, 0::2], even[0::2, 1::2], even[1::2, 1::2]]
         return self.norm(np.concatenate(four, -1), f"{name}.norm") @ self.p(f"{name}.reduction.weight").T
 
-    def embed(self, image):
+    def embed(self, image):  # (3, H, W) -> (H/4, W/4, C)
         height, width = image.shape[1:]
         padded = np.zeros((3, -(-height // 4) * 4, -(-width // 4) * 4))
         padded[:, :height, :width] = image

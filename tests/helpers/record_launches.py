@@ -97,7 +97,7 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
     finally:
         driver._active = before
         for function in functions:
-            function.device_caches.clear()  # they hold placeholders
+            function.device_caches.clear()  # remove the placeholder kernels
 
 
 def _name(function: Any) -> str:

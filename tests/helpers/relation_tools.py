@@ -46,11 +46,11 @@ def run_kernel(backend: str, student: Tensor, teacher: Tensor, weight: Tensor, *
 
 
 def check_kernel(
-    backend: str, student: Tensor, teacher: Tensor, weight: Tensor, least: float = 0.1, **options: Any
+    backend: str, student: Tensor, teacher: Tensor, weight: Tensor, min_size: float = 0.1, **options: Any
 ) -> list[Tensor]:
     """Assert that errors against fp64 are at most twice the eager formula's in fp32, plus roundings.
 
-    ``least`` is a lower bound on the size of summands that cancel.
+    ``min_size`` is a lower bound on the size of summands that cancel.
     """
     condition = 1.0
     if options.get("distance", "kl") == "kl":  # the loss is a difference of logits and log-sum-exps
@@ -63,5 +63,5 @@ def check_kernel(
         largest = right.abs().max().item()
         stored = STORED[mine.dtype] * (2 if mine.dtype == torch.bfloat16 and backend in H_IN_BF16 else 1)
         allowed = 2 * (eager.double() - right).abs().max().item() + stored * largest
-        assert (mine.double() - right).abs().max().item() <= allowed + 3e-7 * condition * max(largest, least)
+        assert (mine.double() - right).abs().max().item() <= allowed + 3e-7 * condition * max(largest, min_size)
     return got

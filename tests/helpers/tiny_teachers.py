@@ -97,7 +97,7 @@ def write(kind: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = (clipseg if kind == "clipseg" else sam3)(len(words))
     with torch.no_grad():
-        for parameter in model.parameters():  # with transformers' small initial weights, words have almost no effect
+        for parameter in model.parameters():  # with transformers' small initial weights words have almost no effect
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(folder)
     words.save_pretrained(folder)

@@ -56,7 +56,7 @@ def test_every_option_equals_the_loop(guide, weight, backend):
         want, w = oracle(student, teacher, tau, guide, 0.3, weight)
         options = {"temperature": tau, "guide": guide, "guide_temperature": 0.3, "weight": weight, "backend": backend}
         f = lambda r, options=options: channel_distribution_kd(student, teacher, reduction=r, **options)
-        # At τ = 20 the KL is a difference of numbers near log N, and τ² enlarges its rounding.
+        # At τ = 20 the KL is a difference of numbers near log N, and τ² amplifies its rounding error.
         torch.testing.assert_close(f("none"), want, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(f("sum"), want.sum(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(f("mean"), want.sum() / w.sum(), rtol=1e-9, atol=1e-12)

@@ -138,7 +138,7 @@ def test_gram_form_is_accurate_near_the_teacher(difference):
     g = torch.Generator().manual_seed(3)
     teacher = torch.randn(1, 400, 16, generator=g)
     student = teacher + difference * torch.randn(1, 400, 16, generator=g)
-    wide = torch.cat([teacher, torch.zeros(1, 400, 1)], 2)  # the same relations, but no difference of features
+    wide = torch.cat([teacher, torch.zeros(1, 400, 1)], 2)  # the same relations, but the widths differ
     for target in (teacher, wide):
         leaf, exact_leaf = student.clone().requires_grad_(), student.double().requires_grad_()
         got = relation_mse_gram(leaf, target, similarity="cosine")

@@ -62,7 +62,7 @@ def student():
 
 @pytest.fixture(scope="module")
 def exported(student, tmp_path_factory):
-    # A new folder whose name is not decodable in this locale.
+    # A new folder whose name is not valid UTF-8.
     path = tmp_path_factory.mktemp("onnx") / os.fsdecode(b"mad\xe9") / "student.onnx"
     return export_onnx(student, path, size=(40, 56), tokenizer=load_tokenizer("shapes"))
 
@@ -135,7 +135,7 @@ def test_parameters_equal_those_of_an_undistilled_student(student, exported):
     assert sum(sizes[name] for name, _ in fresh.named_parameters()) == exported.parameters
     assert exported.parameters == fresh.parameter_count()["total"]
     other = sizes.keys() - {n for n, _ in fresh.named_parameters()} - buffers
-    assert sum(sizes[name] for name in other) < 64  # constants of the code
+    assert sum(sizes[name] for name in other) < 64  # constants of the traced code
 
 
 def test_a_distilled_student_exports_no_extra_parameters(tmp_path):

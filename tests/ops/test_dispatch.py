@@ -128,8 +128,8 @@ def test_reports_a_runtime_that_sees_no_device(simulate: Callable[..., None]) ->
     ("targets", "capability", "runs"),
     [
         (("sm_80", "sm_90"), (8, 0), True),
-        (("sm_80", "sm_90"), (8, 7), True),  # a newer revision of a generation
-        (("sm_86", "sm_90"), (8, 0), False),  # an older one
+        (("sm_80", "sm_90"), (8, 7), True),  # a newer revision of the same generation
+        (("sm_86", "sm_90"), (8, 0), False),  # an older revision
         (("sm_80", "sm_90"), (7, 5), False),
         (("sm_80", "sm_90"), (10, 0), False),
         (("sm_80", "sm_90", "compute_90"), (10, 0), True),  # compiled by the driver

@@ -218,7 +218,7 @@ def test_every_value_of_low_precision_is_read_exactly(dtype: torch.dtype) -> Non
     finite = x[..., 0].isfinite()
     assert (lse[finite] == x[..., 0].double()[finite]).all()
     assert (lse[~finite].isnan() | (x[~finite][:, 0] == -INF)).all()
-    wide = x.expand(1, -1, 64).contiguous()  # and through full vectors
+    wide = x.expand(1, -1, 64).contiguous()  # whole vectors
     _, lse, _ = forward(wide, wide.clone(), 1.0)
     assert (lse[finite] == x[..., 0].double()[finite] + math.log(64)).all()
 
@@ -264,7 +264,9 @@ def test_gradient_is_weighted_per_row() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cols", [225, 14400])
 def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, cols: int) -> None:
-    student, teacher = pair(2, 5_000_000 // cols // 2, cols, dtype=dtype)  # large enough to be streamed past the caches
+    student, teacher = pair(
+        2, 5_000_000 // cols // 2, cols, dtype=dtype
+    )  # large enough for stores that bypass the caches
     first = both(student, teacher, 4.0, threads=1)
     for threads in (1, 2, 5):
         for got, want in zip(both(student, teacher, 4.0, threads=threads), first, strict=True):

@@ -443,8 +443,8 @@ def test_workspace_is_bounded_for_any_number_of_pixels(backward: bool) -> None:
     mib = 2**20
     for b, t, d in ((4, 20, 128), (8, 20, 512), (32, 77, 256), (1, 20, 4096), (10_000, 77, 1024)):
         for n in (900, 14_400, 10_000_000):
-            size, least = _native.load("cpu").PixelWord(problem(b, n, t, d), 16, 32 * mib).workspace_bytes(backward)
-            assert least <= 4 * mib
+            size, minimum = _native.load("cpu").PixelWord(problem(b, n, t, d), 16, 32 * mib).workspace_bytes(backward)
+            assert minimum <= 4 * mib
             assert size <= 32 * mib
 
 
@@ -464,8 +464,8 @@ def test_small_workspace_gives_the_same_results(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold") as error:
         function(*inputs, **options)
-    least = str(error.value).split("at least ")[1].split(",")[0]
-    for mib in (least, "0.5", "2"):  # the size in the error suffices, also for the backward
+    minimum = str(error.value).split("at least ")[1].split(",")[0]
+    for mib in (minimum, "0.5", "2"):  # the size in the error suffices, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
         for got, want in zip(run(function, inputs, leaves, **options), whole, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

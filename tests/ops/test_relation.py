@@ -283,8 +283,8 @@ def test_small_workspace_gives_the_same_results(
     monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
         relation(student, teacher, backend="cpu", **options)
-    least = str(error.value).split("at least ")[1].split(",")[0]
-    for mib in (least, "1", "1.5"):  # the size in the error suffices, also for the backward
+    minimum = str(error.value).split("at least ")[1].split(",")[0]
+    for mib in (minimum, "1", "1.5"):  # the size in the error suffices, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
         for got, want in zip(kernel(student, teacher, weight, **options), whole, strict=True):
             assert distance(got, want.double()) <= 5e-7
@@ -315,36 +315,40 @@ def test_falls_back_to_streamed_if_a_form_exceeds_the_workspace(
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", repr((backward or forward) / 2**20))
         return loss.detach(), torch.autograd.grad((loss * weight).sum(), leaf)[0]
 
-    def least(name: str) -> int:
+    def minimum_workspace(name: str) -> int:
         call = cpu.Relation(
             *shape, teacher_width, "cosine", options.get("distance", "kl"), 0.1, False, False,
             str(dtype).removeprefix("torch."), name, 1, 2**40,
         )  # fmt: skip
         return max(call.workspace_bytes(backward)[1] for backward in (False, True))
 
-    assert least("streamed") < least(form)
+    assert minimum_workspace("streamed") < minimum_workspace(form)
     whole = with_limit(2**25)
     assert chosen == [form, form]
-    assert all(map(torch.equal, with_limit(least(form)), whole))  # one thread: identical bits
+    assert all(map(torch.equal, with_limit(minimum_workspace(form)), whole))  # one thread: identical bits
     assert chosen == [form, form]
-    streamed = with_limit(least(form) - 64)
+    streamed = with_limit(minimum_workspace(form) - 64)
     assert chosen == ["streamed", "streamed"]
     # The forward chooses the form: a higher limit in the backward must not make it read matrices that were not stored.
-    for results in (streamed, with_limit(least("streamed")), with_limit(least(form) - 64, 2**25)):
+    for results in (
+        streamed,
+        with_limit(minimum_workspace("streamed")),
+        with_limit(minimum_workspace(form) - 64, 2**25),
+    ):
         for got, want in zip(results, whole, strict=True):
             assert distance(got, want.double()) <= 1000 * arithmetic.eps + 2 * torch.finfo(got.dtype).eps
         assert chosen == ["streamed", "streamed"]
     with pytest.raises(ValueError, match=r"does not hold one block of rows of this call; set it to at least [\d.]+,"):
-        with_limit(2**25, least("streamed"))
+        with_limit(2**25, minimum_workspace("streamed"))
     assert chosen == [form, form]
     with pytest.raises(ValueError, match="does not hold one block of rows of this call; set it to at least") as error:
-        with_limit(least("streamed") - 64)
+        with_limit(minimum_workspace("streamed") - 64)
     named = float(str(error.value).split("at least ")[1].split(",")[0])
-    assert least("streamed") <= named * 2**20 < least("streamed") + 0.01 * 2**20
+    assert minimum_workspace("streamed") <= named * 2**20 < minimum_workspace("streamed") + 0.01 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_least_workspace_in_python_matches_the_plan(dtype: torch.dtype) -> None:
+def test_minimum_workspace_in_python_matches_the_plan(dtype: torch.dtype) -> None:
     for count, student, teacher in ((100, 16, 16), (333, 20, 13), (2000, 100, 300), (48, 7, 9), (1400, 1024, 1000)):
         for form, distance_name, known in (
             ("gram", "mse", forms.min_gram_bytes(student, teacher, dtype)),
@@ -368,8 +372,8 @@ def test_workspace_is_bounded_for_any_number_of_rows(form: str) -> None:
         )
         copy = count * width * 4 + 96 * 64 * 4
         for backward in (False, True):
-            size, least = call.workspace_bytes(backward)
-            assert least <= 32 * mib
+            size, minimum = call.workspace_bytes(backward)
+            assert minimum <= 32 * mib
             assert size <= 32 * mib + (1.1 * copy if backward and form == "streamed" else 0) * 2
 
 
@@ -381,8 +385,8 @@ def test_workspace_is_bounded_for_many_threads(form: str) -> None:
             *(200, 1024, 400, 300, "cosine", "mse" if form == "gram" else "kl", 0.1, False, False),
             *("float64", form, threads, 64 * 2**20),
         )
-        size, least = call.workspace_bytes(True)
-        assert least <= 64 * 2**20
+        size, minimum = call.workspace_bytes(True)
+        assert minimum <= 64 * 2**20
         assert size <= 64 * 2**20 + threads * (1100 * 416 * 8 if form == "streamed" else 0)
 
 
@@ -421,7 +425,7 @@ def test_norms_whose_squares_overflow_or_underflow(scale: float) -> None:
         loss, _ = kernel(student, teacher, weight)
         exact, _ = loss_and_gradient(reference, student.double(), teacher.double(), weight.double())
         assert distance(loss, exact) <= 1e-5
-    else:  # below norm_floor: zero gradient
+    else:  # norms below NORM_FLOOR: zero gradient
         assert kernel(student, teacher, weight)[1].abs().max() == 0
 
 

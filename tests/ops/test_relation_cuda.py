@@ -79,7 +79,7 @@ def test_edges_of_large_tiles(dtype: torch.dtype, method: str, form: str) -> Non
 @pytest.mark.parametrize("method", METHODS)
 def test_single_row_and_single_column(method: str) -> None:
     for shape in ((2, 1, 7), (2, 5, 1)):
-        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), least=4.0, **METHODS[method])
+        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), min_size=4.0, **METHODS[method])
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -133,8 +133,8 @@ def test_small_workspace_gives_the_same_results(
     monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
         relation(student, teacher, backend="cuda", **options)
-    least = float(str(error.value).split("at least ")[1].split(",")[0])
-    for mib in (least, 1.6 * least):  # the size in the error is enough, also for the backward
+    minimum = float(str(error.value).split("at least ")[1].split(",")[0])
+    for mib in (minimum, 1.6 * minimum):  # the size in the error is enough, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", str(mib))
         assert_near(kernel(student, teacher, weight, **options), whole)
 
@@ -168,9 +168,9 @@ def test_workspace_and_stored_sizes(method: str, dtype: torch.dtype) -> None:
                 "streamed" if cross else "stored", 0, limit,
             )  # fmt: skip
             for backward in (False, True):
-                needed, least = call.workspace_bytes(backward)
+                needed, minimum = call.workspace_bytes(backward)
                 own = batch * (count + 127) * (widths[0] + 127) * 4 if backward else 0
-                assert least <= limit
+                assert minimum <= limit
                 assert needed <= limit + own
             if not cross:
                 assert call.stored_elements() == relation_plan.stored_elements(batch, count, dtype, *named)

@@ -73,7 +73,7 @@ def test_every_block_shape_and_its_edges(
 @pytest.mark.parametrize("method", METHODS)
 def test_one_row_and_one_column(method: str) -> None:
     for shape in ((2, 1, 7), (2, 5, 1)):
-        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), least=4.0, **METHODS[method])
+        check(rows(shape, 0), rows(shape, 1), rows(shape[:2], 3), min_size=4.0, **METHODS[method])
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -88,8 +88,8 @@ def test_small_workspace_changes_nothing(monkeypatch: pytest.MonkeyPatch, method
     monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
         relation(student, teacher, backend="triton", **options)
-    least = str(error.value).split("at least ")[1].split(",")[0]
-    for mib in (least, "0.15"):  # the minimum stated in the error suffices, also for the backward
+    minimum = str(error.value).split("at least ")[1].split(",")[0]
+    for mib in (minimum, "0.15"):  # the minimum stated in the error suffices, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", mib)
         for got, want in zip(kernel(student, teacher, weight, **options), whole, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=3e-6 * want.abs().max().item())

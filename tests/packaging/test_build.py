@@ -189,7 +189,7 @@ def test_removes_fast_maths_from_nvcc_flags(tmp_path):
     rules = (tmp_path / "build.ninja").read_text() + (tmp_path / "CMakeFiles" / "rules.ninja").read_text()
     launches = {
         line for line in rules.splitlines() if "NVCC_APPEND_FLAGS" in line
-    }  # the file depends on CMake's version
+    }  # in one of the two files, depending on CMake's version
     assert launches
     assert all("fast_math" not in line and "-DKEPT" in line for line in launches)
 
@@ -227,7 +227,11 @@ NO_GPU = "exit 9"
         ("echo 9.0", "native", "90"),
         ("echo 9.0", "120, 80", "80;120"),
         ("echo 8.9; echo 8.0; echo 8.9", "", "80;89"),
-        ("echo 8.7; echo 10.3; echo 12.1", "", "86;100;120"),  # covered by the code for an earlier chip
+        (
+            "echo 8.7; echo 10.3; echo 12.1",
+            "",
+            "86;100;120",
+        ),  # these run the code for an earlier chip of their generation
         ("echo 9.0; echo 11.0", "", ALL),  # one of the GPUs needs the PTX
         ("echo 7.5", "", ALL),
         ("echo No devices were found", "", ALL),
@@ -314,7 +318,7 @@ V1 = "9:name=systemd:/x\n4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n"
     ("membership", "files", "cores", "memory"),
     [
         ("0::/\n", {}, 64, 16 * GIB),
-        ("", {"cpu0max": "100000 100000"}, 64, 16 * GIB),  # in no group
+        ("", {"cpu0max": "100000 100000"}, 64, 16 * GIB),  # not in any group
         ("0::/\n", {"cpu0max": "max 100000", "memory0max": "max"}, 64, 16 * GIB),
         ("0::/\n", {"cpu0max": "250000 100000", "memory0max": f"{4 * GIB}"}, 3, 4 * GIB),
         ("0::/\n", {"cpu0max": "50000 100000"}, 1, 16 * GIB),

@@ -102,7 +102,7 @@ def test_named_commands_exist() -> None:
     assert {"demo", "test", "check"} <= named
     assert named <= targets
     commands = {path.stem for path in ROOT.glob("fastkd/cli/[a-z]*.py")} | {"distill"}
-    assert set(re.findall(r"`fastkd ([a-z]+)", text)) - {"needs"} <= commands  # an error message
+    assert set(re.findall(r"`fastkd ([a-z]+)", text)) - {"needs"} <= commands  # "fastkd needs" begins an error message
 
 
 def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_cuda_module_reports_its_targets_and_cuda_errors() -> None:
     check_targets(build.info["targets"])
     assert cuda.runtime_version() >= 11080
     if cuda.device_count() == 0:
-        unused = (256,) * 5  # addresses, not read: the launch fails
+        unused = (256,) * 5  # addresses that are not read, since the launch fails
         with pytest.raises(RuntimeError, match="softmax_kl_forward: cudaError"):
             cuda.softmax_kl_forward(*unused, 1, 1, 4, (4, 4), (4, 4), "float32", 1.0, 0)
 
