@@ -159,7 +159,7 @@ def test_contours_of_random_masks_are_exact() -> None:
 
 def test_image_colours_match_the_annotations(root: Path, instances: dict, objects: dict[int, dict]) -> None:
     """The inner pixels of a plain shape are closest to its declared colour."""
-    right = total = 0
+    correct = total = 0
     for annotation in instances["annotations"]:
         mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(annotation["segmentation"], SIZE, SIZE))) > 0
         inner = mask.copy()
@@ -171,10 +171,10 @@ def test_image_colours_match_the_annotations(root: Path, instances: dict, object
         name = f"COCO_train2014_{annotation['image_id']:012d}.jpg"
         colour = np.asarray(Image.open(root / "images/train2014" / name))[inner].mean(axis=0)
         nearest = min(scene.COLOURS, key=lambda c: np.abs(np.subtract(scene.COLOURS[c], colour)).sum())
-        right += nearest == objects[annotation["id"]]["colour"]
+        correct += nearest == objects[annotation["id"]]["colour"]
         total += 1
     assert total > 100
-    assert right / total > 0.98
+    assert correct / total > 0.98
 
 
 def test_scenes_are_visible_and_often_occluded() -> None:

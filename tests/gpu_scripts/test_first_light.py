@@ -101,33 +101,33 @@ from fastkd.kernels.softmax_kl import backward as softmax_kl
 from fastkd.ops.pixel_word import native as pixel_word_native, triton as pixel_word_triton
 from fastkd.ops.relation import native as relation_native
 
-def partly_unwritten(grad_loss, student, teacher, statistics, grad_student, temperature, honest=softmax_kl.backward):
-    honest(grad_loss[:1], student[:1], teacher[:1], statistics[:, :1].contiguous(), grad_student[:1], temperature)
+def partly_unwritten(grad_loss, student, teacher, statistics, grad_student, temperature, original=softmax_kl.backward):
+    original(grad_loss[:1], student[:1], teacher[:1], statistics[:, :1].contiguous(), grad_student[:1], temperature)
 
 def raising(*args):
     raise RuntimeError("injected fault")
 
-def hanging(features, *args, honest=pixel_word_native.forward):
+def hanging(features, *args, original=pixel_word_native.forward):
     if features[0].dtype == torch.bfloat16:
         time.sleep(1000)
-    honest(features, *args)
+    original(features, *args)
 
-def crashing(features, *args, honest=pixel_word_triton.forward):
+def crashing(features, *args, original=pixel_word_triton.forward):
     if features[0].dtype == torch.bfloat16:
         os.kill(os.getpid(), signal.SIGSEGV)
-    honest(features, *args)
+    original(features, *args)
 
 calls = []
-def nondeterministic(student, teacher, loss, *args, honest=relation_native.forward):
-    honest(student, teacher, loss, *args)
+def nondeterministic(student, teacher, loss, *args, original=relation_native.forward):
+    original(student, teacher, loss, *args)
     calls.append(student.dtype)
     if calls.count(student.dtype) == 2 and student.dtype == torch.bfloat16:
         loss[0, 0] = torch.nextafter(loss[0, 0], torch.tensor(9.0))
 
-def logged(check, device, honest=first_light_checks.run):
+def logged(check, device, original=first_light_checks.run):
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{check.name}: {os.getpid()}\\n")
-    return honest(check, device)
+    return original(check, device)
 
 first_light_checks.run = logged
 first_light_checks.unusable = lambda device: True  # as after an illegal access
@@ -187,12 +187,12 @@ def test_faults_are_recorded_and_other_checks_continue(
 
 SLOW = """
 import first_light_checks
-honest = first_light_checks.run
+original = first_light_checks.run
 def slow(check, device):
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{os.getpid()}\\n")
     time.sleep(1.0)
-    return honest(check, device)
+    return original(check, device)
 first_light_checks.run = slow
 """
 ONE = ("--families", "softmax_kl", "--backends", "triton")
@@ -379,8 +379,10 @@ def test_band_and_tile_cases_use_bands_and_large_tiles(scripts: tuple[Any, Any],
             given = ("cosine", "kl", 0.1, False, False, str(dtype).removeprefix("torch."), "streamed", 0)
             with emulated():
                 whole = launch.native("cuda").Relation(1, rows, student, teacher, *given, 2**40)
-            ways = [way for way in (False, True) if whole.workspace_bytes(way)[0] > float(limit) * 2**20]
-            assert ways == ([True] if "of the backward" in name else [False, True]), name
+            banded = [
+                backward for backward in (False, True) if whole.workspace_bytes(backward)[0] > float(limit) * 2**20
+            ]
+            assert banded == ([True] if "of the backward" in name else [False, True]), name
             seen.add(("bands", dtype))
         else:
             assert limit is None

@@ -18,13 +18,13 @@ def update(sources: Path, copy: Path) -> None:
 
 
 @contextmanager
-def planted(path: Path, right: str, wrong: str, make: Callable[[], None]) -> Iterator[None]:
-    """Replace ``right`` by ``wrong`` in the file, build, and restore the text afterwards."""
+def planted(path: Path, original: str, faulty: str, make: Callable[[], None]) -> Iterator[None]:
+    """Replace ``original`` by ``faulty`` in the file, build, and restore the text afterwards."""
     text = path.read_text()
-    assert text.count(right) == 1, (
-        f"{path.name}: expected one occurrence of {right!r}; adapt the fault to the changed source"
+    assert text.count(original) == 1, (
+        f"{path.name}: expected one occurrence of {original!r}; adapt the fault to the changed source"
     )
-    path.write_text(text.replace(right, wrong))
+    path.write_text(text.replace(original, faulty))
     try:
         make()
         yield

@@ -59,9 +59,9 @@ def check_kernel(
     options.pop("keep", None)
     exact = loss_and_gradient(reference, student.double(), teacher.double(), weight.double(), **options)
     plain = loss_and_gradient(reference, student.float(), teacher.float(), weight, **options)
-    for mine, eager, right in zip(got, plain, exact, strict=True):
-        largest = right.abs().max().item()
-        stored = STORED[mine.dtype] * (2 if mine.dtype == torch.bfloat16 and backend in H_IN_BF16 else 1)
-        allowed = 2 * (eager.double() - right).abs().max().item() + stored * largest
-        assert (mine.double() - right).abs().max().item() <= allowed + 3e-7 * condition * max(largest, min_size)
+    for ours, eager, expected in zip(got, plain, exact, strict=True):
+        largest = expected.abs().max().item()
+        stored = STORED[ours.dtype] * (2 if ours.dtype == torch.bfloat16 and backend in H_IN_BF16 else 1)
+        allowed = 2 * (eager.double() - expected).abs().max().item() + stored * largest
+        assert (ours.double() - expected).abs().max().item() <= allowed + 3e-7 * condition * max(largest, min_size)
     return got

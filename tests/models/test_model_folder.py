@@ -121,17 +121,17 @@ class TestNormalisation:
         student, teacher = small(**OWN, tokenizer="shapes"), small(tokenizer="shapes").requires_grad_(False)
         theirs = open_split(scenes, "train", teacher, sentences="all")
         ours = open_split(scenes, "train", student, sentences="all")
-        batch, right = collate([ours[0], ours[1]]), collate([theirs[0], theirs[1]])
+        batch, teachers_batch = collate([ours[0], ours[1]]), collate([theirs[0], theirs[1]])
         distiller = Distiller(student, teacher, segmentation_loss, [Term(losses.logit_kd, "logits")])
         images = []
         teacher.register_forward_pre_hook(lambda module, args, kwargs: images.append(kwargs["image"]), with_kwargs=True)
         output = distiller(batch)
-        torch.testing.assert_close(images[0], right["image"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(images[0], teachers_batch["image"], rtol=0, atol=2e-5)
         torch.testing.assert_close(output.student.logits, student(**distiller.model_inputs(batch)).logits)
-        distiller.run_teacher({**batch, "teacher_image": right["image"] + 1})  # already made for the teacher
-        assert torch.equal(images[1], right["image"] + 1)
+        distiller.run_teacher({**batch, "teacher_image": teachers_batch["image"] + 1})  # already made for the teacher
+        assert torch.equal(images[1], teachers_batch["image"] + 1)
         distiller = Distiller(teacher, small(), segmentation_loss, [Term(losses.logit_kd, "logits")])
-        assert distiller._teacher_inputs(right)["image"] is right["image"]  # no conversion, no copy
+        assert distiller._teacher_inputs(teachers_batch)["image"] is teachers_batch["image"]  # no conversion, no copy
 
     def test_renormalise(self):
         image = torch.rand(2, 3, 5, 4).contiguous(memory_format=torch.channels_last)

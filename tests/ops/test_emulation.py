@@ -167,10 +167,10 @@ class Bug(NamedTuple):
 
     kind: str
     file: str
-    right: str
-    wrong: str
+    original: str
+    faulty: str
     finding: str
-    where: str = "cuda"
+    select: str = "cuda"
     test: str = "ops/test_softmax_kl.py"
 
 
@@ -225,7 +225,7 @@ BUGS = {
 @pytest.mark.timeout(1800)
 def test_finds_planted_bugs(rig: Rig, name: str) -> None:
     bug = BUGS[name]
-    with planted(rig.sources / bug.file, bug.right, bug.wrong, rig.make):
-        done = rig.contract(str(TESTS / bug.test), "-k", f"cuda and {bug.where}")
+    with planted(rig.sources / bug.file, bug.original, bug.faulty, rig.make):
+        done = rig.contract(str(TESTS / bug.test), "-k", f"cuda and {bug.select}")
     assert done.returncode != 0, done.stdout
     assert bug.finding in done.stdout + done.stderr

@@ -114,13 +114,13 @@ def test_products_are_differentiable_in_every_mode(product_method):
         forward = torch.func.jvp(f, (x, y), (torch.ones_like(x), torch.ones_like(y)))
         mapped = torch.vmap(torch.func.grad(f), in_dims=(0, None))(x, y[0])
     want = torch.autograd.grad(plain(*exact), exact, create_graph=True)
-    for got, right in zip(first, want, strict=True):
-        close(got, right)
+    for got, expected in zip(first, want, strict=True):
+        close(got, expected)
     close(second[0], torch.autograd.grad(want[0].sum(), exact[1])[0])
-    for got, right in zip(
+    for got, expected in zip(
         forward, torch.func.jvp(plain, tuple(exact), tuple(map(torch.ones_like, exact))), strict=True
     ):
-        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
     close(mapped, want[0])
 
 

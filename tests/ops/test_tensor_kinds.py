@@ -78,8 +78,8 @@ def exact(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
     return gradient(loss, student.double(), teacher.double(), backend="reference").float()
 
 
-def near(got: Any, right: Tensor) -> None:
-    torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4 * right.abs().max().item())
+def near(got: Any, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------
@@ -88,16 +88,16 @@ def near(got: Any, right: Tensor) -> None:
 @every_loss
 def test_auto_gives_the_derivative_inside_transforms(loss: Loss, maps: tuple[Tensor, Tensor]) -> None:
     student, teacher = maps
-    right = exact(loss, student, teacher)
-    near(torch.func.grad(loss)(student, teacher), right)
+    expected = exact(loss, student, teacher)
+    near(torch.func.grad(loss)(student, teacher), expected)
 
     one_each = [exact(loss, student[i : i + 1], teacher[i : i + 1]) for i in range(2)]
     leaf = student.clone().requires_grad_()
     per_sample = torch.func.vmap(lambda s, t: loss(s[None], t[None]))(leaf, teacher)
     near(torch.autograd.grad(per_sample.sum(), leaf)[0], torch.cat(one_each))
 
-    step = right.sign()
-    slope = (right * step).sum()
+    step = expected.sign()
+    slope = (expected * step).sum()
     near(torch.func.jvp(lambda s: loss(s, teacher), (student,), (step,))[1], slope)
     with forward_ad.dual_level():
         near(forward_ad.unpack_dual(loss(forward_ad.make_dual(student, step), teacher)).tangent, slope)
@@ -140,11 +140,11 @@ def test_transforms_under_torch_compile(loss: Loss, maps: tuple[Tensor, Tensor])
     """Inside a transform, plain torch is traced without a graph break; outside, the kernels run."""
     student, teacher = maps
     torch._dynamo.reset()
-    right = exact(loss, student, teacher)
+    expected = exact(loss, student, teacher)
     inside = torch.compile(torch.func.grad(lambda s, t: loss(s, t)), backend="aot_eager", fullgraph=True)
-    near(inside(student, teacher), right)
+    near(inside(student, teacher), expected)
     outside = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    near(gradient(outside, student, teacher), right)
+    near(gradient(outside, student, teacher), expected)
 
 
 # --- tensors that are not plain memory --------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_accepts_masks_and_weights_made_under_inference_mode(
     weight = torch.arange(32.0).reshape(2, 16)
     with torch.inference_mode():
         made = [x.clone() for x in (pixels, valid, weight)]
-    for loss, right, given in (
+    for loss, expected, given in (
         (logit_kd, {"pixel_mask": pixels}, {"pixel_mask": made[0]}),
         (attention_kd, {"pixel_mask": pixels, "word_mask": valid}, {"pixel_mask": made[0], "word_mask": made[1]}),
         (from_logits_kd, {"pixel_mask": pixels}, {"pixel_mask": made[0]}),
@@ -180,7 +180,7 @@ def test_accepts_masks_and_weights_made_under_inference_mode(
         (channel_distribution_kd, {"weight": weight}, {"weight": made[2]}),
     ):
         got = gradient(loss, student, teacher, backend=backend, **given)
-        near(got, gradient(loss, student, teacher, backend="reference", **right))
+        near(got, gradient(loss, student, teacher, backend="reference", **expected))
 
 
 class Wrapped(Tensor):
@@ -283,8 +283,8 @@ def test_batched_masks_and_weights(maps: tuple[Tensor, Tensor]) -> None:
 
     got = torch.func.vmap(one)(student, teacher, mask, weight)
     for i in range(2):
-        for value, right in zip(got, one(student[i], teacher[i], mask[i], weight[i]), strict=True):
-            torch.testing.assert_close(value[i], right, rtol=1e-4, atol=1e-7)
+        for value, expected in zip(got, one(student[i], teacher[i], mask[i], weight[i]), strict=True):
+            torch.testing.assert_close(value[i], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_values_are_checked_where_they_exist(maps: tuple[Tensor, Tensor]) -> None:

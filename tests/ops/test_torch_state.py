@@ -141,10 +141,10 @@ def test_first_call_under_inference_mode_then_training(fresh: pytest.MonkeyPatch
 def test_self_test_may_query_its_own_backend(fresh: pytest.MonkeyPatch) -> None:
     """The self-test runs while the caller holds the lock."""
     family = importlib.import_module("fastkd.ops.softmax_kl")
-    asked = []
+    seen = []
 
-    def asks(backend: str, device: torch.device) -> None:
-        asked.append(
+    def query(backend: str, device: torch.device) -> None:
+        seen.append(
             (
                 unavailable_reason("cpu", "softmax_kl", "cpu"),
                 unavailable_reason("cpu", "relation", "cpu"),
@@ -152,13 +152,13 @@ def test_self_test_may_query_its_own_backend(fresh: pytest.MonkeyPatch) -> None:
             )
         )
 
-    fresh.setattr(family, "self_test", asks)
+    fresh.setattr(family, "self_test", query)
     waiting = threading.Thread(target=unavailable_reason, args=("cpu", "softmax_kl", "cpu"), daemon=True)
     waiting.start()
     waiting.join(60)
     assert not waiting.is_alive()
-    assert [row[:2] for row in asked] == [(None, None)]
-    assert asked[0][2] != waiting.ident
+    assert [row[:2] for row in seen] == [(None, None)]
+    assert seen[0][2] != waiting.ident
 
 
 @pytest.mark.parametrize(
