@@ -94,7 +94,7 @@ def _applies(item: Any, predicate: Callable[..., bool]) -> bool:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Return each backend of softmax_kl on each of its devices."""
+    """Yield each backend of softmax_kl on each of its devices."""
     from gpu_kernels import require_backend
 
     with require_backend(request.param):
@@ -103,7 +103,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def kernel_place(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Return each ``place`` except the reference's: backends behind a registered operator."""
+    """Yield each ``place`` except the reference's: backends behind a registered operator."""
     from gpu_kernels import require_backend
 
     with require_backend(request.param):
@@ -112,31 +112,31 @@ def kernel_place(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Return each contract case on each backend and device of its family."""
+    """Yield each contract case on each backend and device of its family."""
     yield from _setting(request)
 
 
 @pytest.fixture
 def kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Return each ``setting`` except the reference's."""
+    """Yield each ``setting`` except the reference's."""
     yield from _setting(request)
 
 
 @pytest.fixture
 def compiled_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Return each case on the C++ backend and one case per loss on the others, for tests that take seconds."""
+    """Yield each case on the C++ backend and one case per loss on the others, for tests that take seconds."""
     yield from _setting(request)
 
 
 @pytest.fixture
 def basic_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Return one case of each family on each backend and device."""
+    """Yield one case of each family on each backend and device."""
     yield from _setting(request)
 
 
 @pytest.fixture
 def basic_kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Return each ``basic_setting`` except the reference's."""
+    """Yield each ``basic_setting`` except the reference's."""
     yield from _setting(request)
 
 
