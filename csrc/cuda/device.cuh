@@ -149,11 +149,4 @@ cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t stream, Args... args) 
     return cudaGetLastError();
 }
 
-// Get the number of SMs of the current device.
-inline cudaError_t multiprocessors(int* count) {
-    int device = 0;
-    const cudaError_t error = cudaGetDevice(&device);
-    return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-}
-
 } // namespace fastkd::cuda

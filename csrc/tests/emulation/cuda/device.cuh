@@ -133,10 +133,4 @@ cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t, Args... args) {
     return cudaSuccess;
 }
 
-// A small number, so that small problems use several blocks and loops within each.
-inline cudaError_t multiprocessors(int* count) {
-    *count = 4;
-    return cudaSuccess;
-}
-
 } // namespace fastkd::cuda
