@@ -232,9 +232,13 @@ template <class S>
 void shapes(int offset) {
     constexpr int some_terms[] = {15, 4, 1, 2, 8, 12, 3, 6};
     int turn = offset; // cycles through options instead of a full product
+    int shape = 0;
     for (const std::int64_t pixels : {1, 15, 16, 17, 64, 65, 129, 300, 512}) { // around panel sizes, and several chunks
         for (const std::int64_t width : {0, 1, 3, 16, 33, 260}) {
             for (const std::int64_t words : {1, 5, 20, 33}) {
+                if (shape++ % shape_stride != 0) {
+                    continue;
+                }
                 ++turn;
                 if (turn % 3 != 0 && pixels * words > 3000) {
                     continue;
