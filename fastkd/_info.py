@@ -112,14 +112,21 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """Return the processor's model name, or its architecture where the system does not report a model."""
+def cpu_name(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's name with its family and model, or its architecture where the system reports no name.
+
+    Family and model tell apart processors that a virtual machine names alike, such as "AMD EPYC".
+    """
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(.+)", text, re.MULTILINE | re.IGNORECASE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    # Lines such as "model name	: AMD EPYC"; the first processor's are kept.
+    fields = dict(reversed(re.findall(r"^([\w ]+?)\s*:[ \t]*(.*?)\s*$", text, re.MULTILINE)))
+    if not fields.get("model name"):
+        return platform.processor() or platform.machine()
+    name, family, model = (fields.get(key) for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {family}, model {model})" if family and model else str(name)
 
 
 def _driver_version() -> str | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 
 import pytest
 
+from fastkd._info import cpu_name
 from fastkd.cli import main
 from fastkd.errors import FastKDWarning
 
@@ -21,6 +23,22 @@ def shapes(tmp_path_factory):
 
 
 SHORT = ["--steps", "3", "--batch-size", "4", "--threads", "1", "--log-every", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t\t: 1\n", "AMD EPYC (family 25, model 17)"),
+        ("processor\t: 0\nmodel name\t: Cortex-A72\n", "Cortex-A72"),
+        ("processor\t: 0\nCPU part\t: 0xd0c\n", platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_cpu_name_includes_family_and_model(tmp_path, text, name):
+    file = tmp_path / "cpuinfo"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    assert cpu_name(file) == name
 
 
 def test_info_prints_text_and_json(capsys):
