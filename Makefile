@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # worksteal: an idle worker takes over tests from a busy one. Each worker needs 2 to 4 GB of memory.
 TEST_WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # CUDA kernels are compiled for the visible GPU, and skipped without one even if nvcc is installed.
-# `FASTKD_CUDA=1 make test` compiles them anyway; FASTKD_CUDA_TARGETS=all selects every chip.
+# `FASTKD_CUDA=1 make test` compiles them anyway; FASTKD_CUDA_TARGETS=all selects the chips of a wheel.
 export FASTKD_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),auto,0)
 # Python version on the GPU machine, which may differ from this one's.
 WHEELHOUSE ?= wheelhouse

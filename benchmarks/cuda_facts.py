@@ -1,7 +1,7 @@
 """Print the resources that every CUDA kernel uses on each chip it is compiled for; no GPU is needed.
 
-    python -m benchmarks.cuda_facts                                           # the installed fastkd._cuda
-    python -m benchmarks.cuda_facts --targets all --json benchmarks/results/nvcc/13.0.88.json    # build it first
+    python -m benchmarks.cuda_facts                                              # the installed fastkd._cuda
+    python -m benchmarks.cuda_facts --targets 80,86,89,90,100,120 --json benchmarks/results/nvcc/13.0.88.json
 
 Registers, spills, local memory, stack, static shared memory and the number of matrix instructions come from
 ``cuobjdump``, which ships with CUDA and inside Triton. ``code`` is a digest of the machine code: a table is up to date

@@ -51,8 +51,8 @@ endif()
 # Drop the targets that this nvcc does not know.
 cuda_targets(targets detected)
 execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known_targets)
-set(unknown ${all_cuda_targets})
-foreach(target IN LISTS all_cuda_targets)
+set(unknown ${known_cuda_targets})
+foreach(target IN LISTS known_cuda_targets)
   if(known_targets MATCHES "compute_${target}[^0-9]")
     list(REMOVE_ITEM unknown ${target})
   endif()
@@ -68,7 +68,7 @@ endif()
 # The kernels need nothing beyond sm_80, so chips share PTX: each file is compiled to PTX once for chips before sm_100
 # and once for sm_100 and later (where sm_80's PTX would make kernels spill registers), and assembled per chip. A chip's
 # code does not depend on the other targets. The first PTX is included for the driver to compile on other, later chips.
-set(known ${all_cuda_targets})
+set(known ${known_cuda_targets})
 list(REMOVE_ITEM known ${unknown})
 set(gencode "")
 set(ptx "")

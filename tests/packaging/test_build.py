@@ -214,7 +214,7 @@ def selected_targets(path: str, requested: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-ALL = "80;86;89;90;100;120"
+ALL = "80;90;100;120"
 NO_GPU = "exit 9"
 
 

@@ -17,7 +17,7 @@ FAMILIES = sorted(folder.name for folder in (CSRC / "cuda").iterdir() if folder.
 TABLES = {file.stem: file for file in (ROOT / "benchmarks" / "results" / "nvcc").glob("*.json")}
 CHIPS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 LARGEST = 25 * 2**20  # bytes of the module for all chips; the limit for fewer chips is proportional
-REWRITE = "python -m benchmarks.cuda_facts --targets all --json benchmarks/results/nvcc/{}.json"
+REWRITE = "python -m benchmarks.cuda_facts --targets 80,86,89,90,100,120 --json benchmarks/results/nvcc/{}.json"
 PRODUCTS = {f"relation.{name}_kernel" for name in ("tiles", "derivative", "product")} | {
     f"pixel_word.{name}_kernel" for name in ("logits", "terms", "gradient", "features")
 }
