@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 from benchmarks import table, workloads  # noqa: E402
 
-FOLDER = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
+FOLDER = ROOT / "benchmarks" / "results" / "amd-epyc-family-25-model-17-2-cores"
 
 
 def test_readme_table_matches_the_results(tmp_path: Path) -> None:
