@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 
 from fastkd import _info
 from fastkd._atomic import replace_files
+from fastkd.ops.dispatch import unavailable_reason
+from fastkd.ops.launch import native
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -100,7 +103,10 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """Return this machine's best rates per second: bytes copied (read + written), matrix FLOP, exponentials."""
+    """Return this machine's best rates per second: bytes copied (read + written), matrix FLOP, exponentials.
+
+    On a CPU, products and exponentials are the faster of torch's and of loops in registers (:func:`peak_rates`).
+    """
     gpu = device.startswith("cuda")
     n = 2**29 if gpu else 2**25
     a = torch.rand(n, device=device)
@@ -120,13 +126,40 @@ def ceilings(device: str) -> dict[str, float]:
         calls["fp64"] = lambda: double @ double
     best = {name: min(t) / 1e3 for name, t in time_in_turns(calls, device, seconds=1.5).items()}
     flop = {name: round(2 * side**3 / best[name]) for name in ("fp32", "bf16", "fp64") if name in best}
-    fp64 = {"matmul_fp64_flop_per_s": flop["fp64"]} if "fp64" in flop else {}
-    return fp64 | {
-        "copy_bytes_per_s": round(2 * 4 * n / best["copy"]),
+    rates = {
         "matmul_flop_per_s": flop.get("fp32", flop["bf16"]),
         "matmul_bf16_flop_per_s": flop["bf16"],
         "exp_per_s": round(max(n // 8 / best["exp"], n // 256 / best["exp_cached"])),
     }
+    if not gpu:
+        rates["matmul_fp64_flop_per_s"] = flop["fp64"]
+        for name, rate in peak_rates(torch.get_num_threads()).items():
+            rates[name] = max(rates[name], rate)
+    return {"copy_bytes_per_s": round(2 * 4 * n / best["copy"]), **rates}
+
+
+def peak_rates(threads: int, rounds: int = 20) -> dict[str, int]:
+    """Return the peak FLOP and exponentials per second of ``threads`` cores, or none without the C++ kernels.
+
+    The exponential is the kernels' own; operands stay in registers or in the first-level cache.
+    """
+    if unavailable_reason("cpu") is not None:
+        return {}
+    cpu = native("cpu")
+    loops = {
+        "matmul_flop_per_s": ("float32", 100_000),  # about 20 ms each
+        "matmul_bf16_flop_per_s": ("bfloat16", 100_000),
+        "matmul_fp64_flop_per_s": ("float64", 100_000),
+        "exp_per_s": ("exp", 100_000),
+    }
+    best = dict.fromkeys(loops, 0.0)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            for name, (operation, repeats) in loops.items():
+                begin = time.perf_counter()
+                count = sum(pool.map(cpu.peak, [operation] * threads, [repeats] * threads))
+                best[name] = max(best[name], count / (time.perf_counter() - begin))
+    return {name: round(rate) for name, rate in best.items()}
 
 
 def environment(device: str) -> dict[str, Any]:

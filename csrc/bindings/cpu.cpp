@@ -51,6 +51,24 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         },
         py::arg("input"), py::arg("output"), py::arg("count"), py::arg("dtype"),
         "Write exp of contiguous elements, each at most 0, as computed in the kernels. For tests.");
+    module.def(
+        "peak",
+        [](const std::string& operation, std::int64_t repeats) {
+            constexpr std::pair<const char*, cpu::Peak> operations[] = {{"float32", cpu::Peak::float_product},
+                                                                        {"float64", cpu::Peak::double_product},
+                                                                        {"bfloat16", cpu::Peak::bf16_product},
+                                                                        {"exp", cpu::Peak::exp}};
+            for (const auto& [name, peak] : operations) {
+                if (operation == name) {
+                    const py::gil_scoped_release unlocked;
+                    return cpu::kernels().peak(peak, repeats);
+                }
+            }
+            throw py::value_error("operation: expected float32, float64, bfloat16 or exp, got '" + operation + "'");
+        },
+        py::arg("operation"), py::arg("repeats"),
+        "Run products of a dtype, or fp32 exponentials, at the peak rate of one core; return the FLOP or "
+        "exponentials.");
     define_softmax_kl(
         module, "threads",
         [](const softmax_kl::Forward& args, std::int64_t threads) {

@@ -9,10 +9,19 @@ namespace fastkd::cpu {
 namespace {
 
 #define FASTKD_TABLE(isa)                                                                                              \
-    Kernels{isa::softmax_kl_forward,         isa::softmax_kl_backward,     isa::relation_streamed_forward,             \
-            isa::relation_streamed_backward, isa::relation_stored_forward, isa::relation_stored_backward,              \
-            isa::relation_gram_forward,      isa::relation_gram_backward,  isa::pixel_word_workspace,                  \
-            isa::pixel_word_forward,         isa::pixel_word_backward,     isa::exp},
+    Kernels{isa::softmax_kl_forward,                                                                                   \
+            isa::softmax_kl_backward,                                                                                  \
+            isa::relation_streamed_forward,                                                                            \
+            isa::relation_streamed_backward,                                                                           \
+            isa::relation_stored_forward,                                                                              \
+            isa::relation_stored_backward,                                                                             \
+            isa::relation_gram_forward,                                                                                \
+            isa::relation_gram_backward,                                                                               \
+            isa::pixel_word_workspace,                                                                                 \
+            isa::pixel_word_forward,                                                                                   \
+            isa::pixel_word_backward,                                                                                  \
+            isa::exp,                                                                                                  \
+            isa::peak},
 constexpr Kernels tables[] = {FASTKD_FOR_EACH_ISA(FASTKD_TABLE)};
 #undef FASTKD_TABLE
 

@@ -18,6 +18,9 @@
 
 namespace fastkd::cpu {
 
+// Operations whose peak rate can be measured; without bf16 instructions bf16 products are widened to float.
+enum class Peak { float_product, double_product, bf16_product, exp };
+
 // Kernels distribute rows or chunks of pixels over `threads` OpenMP threads. Each is summed by one thread in a fixed
 // order, so results do not depend on the number of threads.
 struct Kernels {
@@ -35,6 +38,8 @@ struct Kernels {
     void (*pixel_word_backward)(const pixel_word::Backward& args, int threads);
     // Write e^x, x <= 0, of `count` contiguous elements of Float32 or Float64, as computed in the kernels. For tests.
     void (*exp)(const void* input, void* output, std::int64_t count, DType dtype);
+    // Run a loop of `operation` at its peak rate; return the number of FLOP or exponentials. For benchmarks.
+    double (*peak)(Peak operation, std::int64_t repeats);
 };
 
 #define FASTKD_DECLARE_KERNELS(isa)                                                                                    \
@@ -51,6 +56,7 @@ struct Kernels {
     void pixel_word_forward(const pixel_word::Forward& args, int threads);                                             \
     void pixel_word_backward(const pixel_word::Backward& args, int threads);                                           \
     void exp(const void* input, void* output, std::int64_t count, DType dtype);                                        \
+    double peak(Peak operation, std::int64_t repeats);                                                                 \
     }
 FASTKD_FOR_EACH_ISA(FASTKD_DECLARE_KERNELS)
 #undef FASTKD_DECLARE_KERNELS

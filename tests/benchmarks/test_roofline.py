@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastkd import _native
+
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks import roofline, workloads
+from benchmarks import measure, roofline, workloads
 
 CEILINGS = {
     "copy_bytes_per_s": 1e15,
@@ -55,3 +58,29 @@ def test_mse_counts_the_cheaper_form() -> None:
 def test_missing_float64_rate_falls_back_to_float32() -> None:
     older = {name: rate for name, rate in CEILINGS.items() if name != "matmul_fp64_flop_per_s"}
     assert roofline.seconds({"bytes": 0, "flop": 1000, "exp": 0}, older, "float64") == 10
+
+
+def test_peak_loops_are_not_optimised_away() -> None:
+    cpu = _native.load("cpu")
+    for operation in ("float32", "float64", "bfloat16", "exp"):
+        seconds, counts = {}, {}
+        for repeats in (500, 5000):
+            times = []
+            for _ in range(5):
+                begin = time.thread_time()
+                counts[repeats] = cpu.peak(operation, repeats)
+                times.append(time.thread_time() - begin)
+            seconds[repeats] = min(times)
+        assert counts[5000] == 10 * counts[500] > 0
+        assert seconds[5000] > 4 * seconds[500], operation
+
+
+def test_peak_rejects_an_unknown_operation() -> None:
+    with pytest.raises(ValueError, match="operation: expected float32, float64, bfloat16 or exp, got 'int8'"):
+        _native.load("cpu").peak("int8", 1)
+
+
+def test_peak_rates_name_ceilings() -> None:
+    rates = measure.peak_rates(threads=1, rounds=1)
+    assert rates.keys() <= CEILINGS.keys()
+    assert min(rates.values()) > 1e8
