@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import CASES, REPRESENTATIVE
+from contract_cases import CASES, REPRESENTATIVE, Place
 from contract_problems import Case, Problem
 from contract_tools import assert_same, poisoned, saved_for_backward
 from torch import Tensor
@@ -66,19 +66,30 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+CONTIGUOUS: dict[tuple[str, Place], list[Tensor]] = {}
+"""Results of contiguous inputs, by case and place: the same for every layout."""
+
+
 @pytest.mark.simulated_cases(REPRESENTATIVE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(setting: Any, layout: str) -> None:
-    """Student, teacher or both in another layout give the results of contiguous inputs."""
+    """Student, teacher or both in another layout give the results of contiguous inputs.
+
+    Simulated kernels run once, with the student in this layout and the teacher in the one before it.
+    """
     problem = setting.case.problem(device=setting.place.device)
     weight = problem.weight()
-    want = problem.run(setting.place.backend, weight)
+    key = (setting.case.name, setting.place)
+    if key not in CONTIGUOUS:
+        CONTIGUOUS[key] = problem.run(setting.place.backend, weight)
+    want = CONTIGUOUS[key]
     changed = problem.mapped(LAYOUTS[layout])
     assert_same(changed.args, problem.args)
     n = problem.students
-    sides = [(changed, problem), (problem, changed)]
-    if not setting.place.is_simulated:
-        sides.append((changed, changed))
+    sides = [(changed, problem), (problem, changed), (changed, changed)]
+    if setting.place.is_simulated:  # one slow run, with different strides on the two sides
+        names = list(LAYOUTS)
+        sides = [(changed, problem.mapped(LAYOUTS[names[names.index(layout) - 1]]))]
     for own, teachers in sides:
         mixed = problem.replaced(*own.args[:n], *teachers.args[n:])
         problem.assert_near(mixed.run(setting.place.backend, weight), want)
@@ -229,7 +240,7 @@ def test_cpu_workspaces_are_written_before_read() -> None:
         pytest.skip("the C++ kernels are unavailable here")
     helpers = str(Path(__file__).parents[1] / "helpers")
     digests = set()
-    for byte in ("0", "85", "255"):  # floats of 255 are NaN, of 85 about −1e13
+    for byte in ("85", "255"):  # floats of 255 are NaN, of 85 about −1e13
         environment = os.environ | {"MALLOC_PERTURB_": byte}
         done = subprocess.run(
             [sys.executable, "-c", DIGEST, helpers], env=environment, capture_output=True, text=True, timeout=300

@@ -24,7 +24,6 @@ except ImportError as error:
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-ISAS = ["baseline", "avx2", "avx512"]
 BLOCK = 2048  # fp32 columns of a forward block
 
 
@@ -367,14 +366,3 @@ def test_rejects_an_unknown_instruction_set() -> None:
     done = python("import fastkd._cpu as m; m.isa()", FASTKD_CPU_ISA="avx1024")
     assert "FASTKD_CPU_ISA: expected an instruction set of this machine (baseline" in done.stderr
     assert "'avx1024'" in done.stderr
-
-
-@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="already a run with a chosen instruction set")
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_lower_instruction_sets_pass_this_file(isa: str) -> None:
-    if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):
-        pytest.skip(f"{isa} is not below this machine's {cpu.isa()}")
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"FASTKD_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,8 +25,6 @@ if (reason := dispatch.unavailable_reason("cpu", "pixel_word", "cpu")) is not No
     pytest.skip(f"no compiled kernels: {reason}", allow_module_level=True)
 
 INF, NAN = math.inf, math.nan
-ISAS = ["baseline", "avx2", "avx512"]
-LANE_DEPENDENT = "(fp64 and (37 or 129 or 257)) or test_dtypes or norm_zero or equal or infinite or identical"
 
 
 def cpu(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -515,15 +510,3 @@ def test_rejects_invalid_input(change: dict[Any, Any], message: str) -> None:
             inputs[index] = change.pop(index)
     with pytest.raises((TypeError, ValueError), match=message):
         pixel_word(*inputs, **change)
-
-
-@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="already a run with a chosen instruction set")
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_lower_instruction_sets_pass_this_file(isa: str) -> None:
-    best = _native.load("cpu").isa()
-    if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(best) <= ISAS.index(isa):
-        pytest.skip(f"{isa} is not below this machine's {best}")
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", LANE_DEPENDENT, __file__]
-    environment = os.environ | {"FASTKD_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]

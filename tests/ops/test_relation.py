@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -32,9 +29,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "stored": {"keep": True},
     "across samples": {"cross": True},
 }
-ISAS = ["baseline", "avx2", "avx512"]
-LANE_DEPENDENT = "every_form or every_shape or shift or gram_form or zero_ or number_of_threads"
-"""Select tests of code that depends on the number of vector lanes: products, packing, tails, rows of zeros."""
 
 
 def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -455,14 +449,3 @@ def test_native_call_rejects_invalid_arguments() -> None:
     call = cpu.Relation(*good)
     with pytest.raises(ValueError, match="student: expected an address, got 0"):
         call.forward((0, 5, 20, 5, 1), (64, 5, 20, 5, 1), 64, 64, 64, 64)
-
-
-@pytest.mark.skipif("FASTKD_CPU_ISA" in os.environ, reason="already a run with a chosen instruction set")
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_lower_instruction_sets_pass_this_file(isa: str) -> None:
-    if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):
-        pytest.skip(f"{isa} is not below this machine's {cpu.isa()}")
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", LANE_DEPENDENT, __file__]
-    environment = os.environ | {"FASTKD_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]

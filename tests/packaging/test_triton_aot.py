@@ -21,7 +21,7 @@ from shared_build import shared_folder
 pytest.importorskip("triton", reason="Triton is not installed")
 
 MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
-SAMPLED = ("80", "90", "100")
+SAMPLED = ("90", "100")
 PRODUCTS = ("relation.tiles", "relation.derivative", "relation.product")
 KERNELS = {
     *("softmax_kl.forward", "softmax_kl.backward", *PRODUCTS, "relation.merge"),
@@ -86,7 +86,7 @@ def test_tables_have_no_spills(version: str) -> None:
 
 
 def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
-    """Compile for one chip of each kind of matrix instruction.
+    """Compile for the chips whose matrix instructions read shared memory; the tables hold sm_80's and sm_120's.
 
     Registers are not compared: their number depends on the version of ptxas.
     """

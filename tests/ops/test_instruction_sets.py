@@ -1,0 +1,34 @@
+"""The CPU kernels with instruction sets below this machine's best, in one process per set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd import _native
+
+try:
+    cpu = _native.load("cpu")
+except ImportError as error:
+    pytest.skip(f"the C++ kernels are unavailable here: {error}", allow_module_level=True)
+
+ISAS = ["baseline", "avx2", "avx512"]
+FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("native", "relation", "pixel_word")]
+RELATION = "every_form or every_shape or shift or gram_form or zero_ or number_of_threads"
+PIXEL_WORD = "(fp64 and (37 or 129 or 257)) or test_dtypes or norm_zero or equal or infinite or identical"
+LANE_DEPENDENT = f"test_native or (test_relation and ({RELATION})) or (test_pixel_word and ({PIXEL_WORD}))"
+"""Select tests of code that depends on the number of vector lanes: products, packing, tails, rows of zeros."""
+
+
+@pytest.mark.parametrize("isa", ISAS[:-1])
+def test_lower_instruction_sets_pass_the_tests_that_depend_on_lanes(isa: str) -> None:
+    if isa not in _native.build_info()["cpu"]["isas"] or ISAS.index(cpu.isa()) <= ISAS.index(isa):
+        pytest.skip(f"{isa} is not below this machine's {cpu.isa()}")
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", LANE_DEPENDENT, *map(str, FILES)]
+    environment = os.environ | {"FASTKD_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]
