@@ -15,16 +15,16 @@ from fastkd.ops import dispatch
 Step = Callable[[], Any]
 
 
-def fastkd_backends(device_type: str) -> list[str]:
-    """Return the backends with compiled kernels for a device type, available here or not."""
-    return [backend for backend in dispatch.AUTO_ORDER[device_type] if backend != "reference"]
+def fastkd_backends(family: str, device_type: str) -> list[str]:
+    """Return the backends with compiled kernels of a family for a device type, available here or not."""
+    return [backend for backend in dispatch.auto_order(family, device_type) if backend != "reference"]
 
 
 def candidates(workload: Workload, device_type: str, autotune: bool = False) -> list[str]:
     """Return the providers of a workload on a device type, available here or not."""
     nn = ["eager_nn"] if workload.target.eager_nn is not None else []
     compiled = ["compile", *(["compile_max"] if autotune else [])]
-    return [*nn, "eager", *compiled, "reference", *fastkd_backends(device_type)]
+    return [*nn, "eager", *compiled, "reference", *fastkd_backends(workload.family, device_type)]
 
 
 def in_sweep(workload: Workload, device_type: str, sweep: str) -> list[str]:

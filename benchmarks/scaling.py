@@ -73,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     times, bytes_ = [], []
     for side in SIDES:
         workload = workloads.Workload("pixel_word", "cross_modal_kd", (4, side * side, 20, 128))
-        names = ["eager", *providers.fastkd_backends(kind)]
+        names = ["eager", *providers.fastkd_backends(workload.family, kind)]
         times += [(side * side, row) for row in measure_workload(workload, names, args.device, args.seconds, False)]
         workload = workloads.Workload("relation", "pixel_relation_kd", (1, 64, side, side), distance="kl")
-        names = [*(["eager"] if side <= EAGER_MAX_SIDE else []), *providers.fastkd_backends(kind)]
+        names = [*(["eager"] if side <= EAGER_MAX_SIDE else []), *providers.fastkd_backends(workload.family, kind)]
         bytes_ += [(side * side, row) for row in measure_workload(workload, names, args.device, args.seconds, True)]
         print(f"  N = {side * side}", flush=True)
     fits = fit("ms", times) + fit("peak_extra_bytes", bytes_)

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: run.Rows = []
     crossovers: list[dict[str, Any]] = []
     for family in args.family:
-        kernels = providers.fastkd_backends(torch.device(args.device).type)
+        kernels = providers.fastkd_backends(family, torch.device(args.device).type)
         for sizes in sweep(family):
             mine: run.Rows = []
             for workload in sizes:

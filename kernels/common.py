@@ -41,6 +41,16 @@ def round_to(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def exact_quotient(x, y):
+    """Return x / y rounded to nearest: in fp32 ``/`` is approximate on a GPU, and x / x need not be 1."""
+    if x.dtype.is_fp32():
+        q = tl.div_rn(x, y)
+    else:
+        q = x / y
+    return q
+
+
 def launching_on(x: Tensor) -> AbstractContextManager[object]:
     """Make the device of ``x`` current, so that Triton launches on that device's current stream."""
     if INTERPRETED:

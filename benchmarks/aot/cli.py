@@ -71,7 +71,7 @@ def print_rows(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         print(
             f"{row['kernel']:22} {row.get('DISTANCE', ''):10} {row['dtype']:5} {facts.block_label(row):>13} "
             f"{row['warps']:>5} {row['target']:>6} {row['registers']:>5} {row['shared']:>7} {row['spills']:>6} {matrix}"
-            f"{'' if row['ok'] else '  <- spills or exceeds shared memory'}",
+            f"{'' if row['ok'] else '  <- spills, too much shared memory, or log of an approximate quotient'}",
             flush=True,
         )
         yield row

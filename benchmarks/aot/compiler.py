@@ -15,6 +15,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTC[A-Z]*MMA|HMMA|QMMA)\b")
 """Matrix instructions: HGMMA and QGMMA on sm_90, UTC*MMA on sm_100, warp-level HMMA and QMMA elsewhere."""
 
+LOGARITHM = ", -1059760811"
+"""End of the instruction with which the library's logarithm starts: it extracts the exponent of its argument."""
+
 LOCAL = {"loads": re.compile(r"\bLDL\b"), "stores": re.compile(r"\bSTL\b")}
 
 
@@ -51,6 +54,30 @@ def instructions(sass: str) -> dict[str, Any]:
     found = {name: len(pattern.findall(sass)) for name, pattern in LOCAL.items()}
     spills = found["stores"] + found["loads"] if found["stores"] else 0
     return {"spills": spills, "matrix_instructions": dict(Counter(MATRIX_INSTRUCTION.findall(sass)))}
+
+
+def logarithms_of_approximate_quotients(ptx: str) -> int:
+    """Count the logarithms of a quotient that PTX computes approximately.
+
+    Such a quotient of equal numbers need not be 1, so the loss of equal networks would not be 0.
+    """
+    sources: dict[str, tuple[str, list[str]]] = {}  # register -> (instruction, registers that it reads)
+    logarithms = []
+    for name, operands in re.findall(r"^\s*(?:@%p\d+ )?([a-z0-9_.]+)\s+(%[^;]*);", ptx, re.MULTILINE):
+        registers = re.findall(r"%[a-z]+\d+", operands)
+        if registers:
+            sources[registers[0]] = (name, registers[1:])
+            if name.startswith("lg2") or operands.endswith(LOGARITHM):
+                logarithms.append(registers[0])
+
+    def approximate(register: str, depth: int) -> bool:
+        name, read = sources.get(register, ("", []))
+        if name.startswith(("div.full", "div.approx", "rcp.approx")):
+            return True
+        copies = name.startswith(("lg2", "mov", "mul", "selp", "add.s32"))
+        return copies and depth > 0 and any(approximate(other, depth - 1) for other in read)
+
+    return sum(approximate(register, 6) for register in logarithms)
 
 
 def resources(cubin: bytes) -> dict[str, Any]:

@@ -124,6 +124,18 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
             throw py::value_error("order: expected forward, reverse or random, got '" + name + "'");
         },
         py::arg("order"), "Set the order in which threads and blocks run.");
+    module.def(
+        "record_launches",
+        [](bool on) {
+            std::vector<std::tuple<std::string, std::int64_t, int, int>> rows;
+            for (const emulation::Launch& launch : emulation::set_recording(on)) {
+                rows.emplace_back(launch.kernel, launch.blocks, launch.threads, launch.shared_bytes);
+            }
+            return rows;
+        },
+        py::arg("on"),
+        "Record launches instead of running them, or run them again. Return those recorded so far as (type of the "
+        "kernel, thread blocks, threads per block, bytes of smem).");
 #endif
     define_relation<CudaRelation>(module).def(
         "stored_elements", [](const RelationCall& call) { return cuda::stored_elements(call.options); },

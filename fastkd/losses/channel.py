@@ -9,6 +9,7 @@ from fastkd.losses._reduce import channel_attention, reduce_rows
 from fastkd.ops import checks
 from fastkd.ops.numerics import compute_dtype
 from fastkd.ops.relation import relation_unchecked
+from fastkd.ops.relation.plan import keeping_pays
 from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
@@ -102,7 +103,7 @@ def channel_kd(
         distance=distance,
         temperature=temperature,
         negate=negate,
-        keep=True,  # C×C is small compared with C×N
+        keep=keeping_pays(rows_s, rows_t),  # C×C is small compared with C×N
         backend=backend,
     )
     return reduce_rows(rows, weight, reduction)

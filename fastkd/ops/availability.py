@@ -38,6 +38,10 @@ class TransientReason(str):
     """A reason that may not apply to the next call, such as a lack of memory; it is not cached."""
 
 
+class UntestedReason(TransientReason):
+    """The reason while a CUDA graph is captured: nothing can be loaded or read back, so no test can run."""
+
+
 def in_self_test() -> bool:
     """Return whether this thread is running a self-test."""
     return getattr(_thread, "active", False)
@@ -50,8 +54,11 @@ def is_capturing(device: str | torch.device | None) -> bool:
 
 def probe(backend: Probed, family: str | None, device: torch.device | None) -> str | None:
     """Return why ``backend`` cannot be used, or None. The self-test needs a family and a device."""
-    if is_capturing(device):  # the caller's stream: skip the self-test
-        family = None
+    if is_capturing(device):
+        return backend.machine_reason() or UntestedReason(
+            "its kernels have not run in this process, and cannot be loaded and tested while a CUDA graph is captured: "
+            "call the loss once, with its backward, before the capture"
+        )
     if in_self_test():
         return _probe_here(backend, family, device)
     answers: list[str | None] = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd.errors import BackendUnavailable, FastKDWarning
-from fastkd.ops.availability import TransientReason, in_self_test, is_capturing, probe
+from fastkd.ops.availability import TransientReason, UntestedReason, in_self_test, probe
 from fastkd.ops.backends import BACKENDS, KERNEL_DTYPES
 from fastkd.ops.torch_state import constant_result, is_transformed, wrapper_class_name
 
@@ -28,6 +28,13 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
 }
 """The backends that "auto" tries on each device type, in order; other devices use the reference."""
+
+FAMILY_ORDER: dict[tuple[str, str], tuple[str, ...]] = {("relation", "cuda"): ("cuda", "triton", "reference")}
+"""(family, device type) -> the order of a family that differs from ``AUTO_ORDER``.
+
+Not measured on a GPU yet. The CUDA kernels of ``relation`` compute half of each symmetric matrix also where a matrix
+takes several launches, and split the sum of a product that would not fill the GPU; the Triton kernels do neither.
+"""
 
 MIN_ELEMENTS: dict[tuple[str, str], int] = {("softmax_kl", "cpu"): 2048, ("pixel_word", "cpu"): 1024}
 """(family, device type) -> number of elements of ``student`` below which the reference was measured faster."""
@@ -103,8 +110,7 @@ def unavailable_reason(backend: str, family: str | None = None, device: str | to
             reason = probe(BACKENDS[backend], family, None if device is None else torch.device(device))
         finally:
             _testing.discard(key)
-        # The self-test is skipped while a CUDA graph is captured: do not cache that answer.
-        if not isinstance(reason, TransientReason) and not is_capturing(device):
+        if not isinstance(reason, TransientReason):
             _reasons[key] = reason
     return reason
 
@@ -171,19 +177,26 @@ def _resolve(
     return requested
 
 
+def auto_order(family: str, device_type: str) -> tuple[str, ...]:
+    """Return the backends that "auto" tries for a family on a device type, in order."""
+    return FAMILY_ORDER.get((family, device_type)) or AUTO_ORDER.get(device_type, ())
+
+
 def _auto_backend(family: str, device_type: str, device: str, dtype_class: str, plain: bool) -> str:
-    """Return the first backend of ``AUTO_ORDER`` that works; warn once about each unavailable one.
+    """Return the first backend of :func:`auto_order` that works; warn once about each unavailable one.
 
     ``plain`` requests plain torch, for a small input or one that no kernel supports.
     """
     if plain or dtype_class == "other":
         return "reference"
-    for name in AUTO_ORDER.get(device_type, ()):
+    for name in auto_order(family, device_type):
         if dtype_class == "fp64" and family in BACKENDS[name].families_without_fp64:
             continue
         reason = unavailable_reason(name, family, device)
         if reason is None:
             return name
+        if isinstance(reason, UntestedReason):  # falling back would leave a slower backend in the graph for good
+            raise BackendUnavailable(f"{family} on {device}: {name}: {reason}, or use backend='reference'")
         # A transient reason is also warned about once, without silencing a later permanent one.
         transient = isinstance(reason, TransientReason)
         if name not in _warned and not (transient and f"{name}, transient" in _warned):

@@ -17,7 +17,9 @@ from torch import Tensor
 from fastkd.ops import fork  # noqa: F401 - ends OpenMP threads before a fork
 from fastkd.ops.torch_state import constant_result
 
-DEFAULT_WORKSPACE_MIB = 32.0
+CPU_WORKSPACE_MIB = 32.0
+MAX_GPU_WORKSPACE_MIB = 512.0
+"""A GPU's default is 1 % of its memory, at most this: kernels then run in few launches, each of which fills the GPU."""
 
 _thread = threading.local()  # .default_limit is True where FASTKD_WORKSPACE_MIB is ignored
 
@@ -83,12 +85,21 @@ def default_workspace_limit() -> Iterator[None]:
         _thread.default_limit = False
 
 
+@functools.cache
+def default_workspace_mib(device: torch.device) -> float:
+    """Return the default of ``FASTKD_WORKSPACE_MIB`` for kernels on ``device``."""
+    if device.type != "cuda":
+        return CPU_WORKSPACE_MIB
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**20
+    return min(MAX_GPU_WORKSPACE_MIB, memory / 100)
+
+
 @constant_result
-def workspace_limit() -> int:
-    """Return the maximum bytes of scratch memory of a kernel: ``FASTKD_WORKSPACE_MIB``, 32 MiB by default."""
+def workspace_limit(device: torch.device) -> int:
+    """Return the maximum bytes of scratch memory of a kernel on ``device``: ``FASTKD_WORKSPACE_MIB`` or the default."""
     text = "" if getattr(_thread, "default_limit", False) else os.environ.get("FASTKD_WORKSPACE_MIB", "")
     try:
-        value = float(text) if text else DEFAULT_WORKSPACE_MIB
+        value = float(text) if text else default_workspace_mib(device)
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
@@ -96,9 +107,9 @@ def workspace_limit() -> int:
     return int(value * 2**20)
 
 
-def check_workspace(minimum: int) -> int:
+def check_workspace(minimum: int, device: torch.device) -> int:
     """Return the workspace limit; if it is below ``minimum`` bytes, raise a ``ValueError`` that states the minimum."""
-    limit = workspace_limit()
+    limit = workspace_limit(device)
     if minimum > limit:
         raise ValueError(
             f"FASTKD_WORKSPACE_MIB: a workspace of {limit / 2**20:.3g} MiB does not hold one block of rows of this "
@@ -110,5 +121,7 @@ def check_workspace(minimum: int) -> int:
 def allocate_workspace(call: Any, backward: bool, like: Tensor) -> Tensor:
     """Return the workspace of a native call on the device of ``like``, as a tensor so that torch accounts for it."""
     needed = [call.workspace_bytes(direction) for direction in (False, True)]  # (bytes, minimum) each
-    check_workspace(max(minimum for _, minimum in needed))  # the forward already fails if its backward would
+    check_workspace(
+        max(minimum for _, minimum in needed), like.device
+    )  # the forward already fails if its backward would
     return torch.empty(needed[backward][0], dtype=torch.uint8, device=like.device)

@@ -20,11 +20,27 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 _fp64: dict[torch.device, bool] = {}
+FAST_FP64_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 
 
 def computes_fp64(device: torch.device) -> bool:
     """Return whether ``device`` computes in fp64; Apple's GPUs and some of Intel's do not. Tested once per device."""
     return _computes_fp64(device.type, device.index)
+
+
+def has_fast_fp64(device: torch.device) -> bool:
+    """Return whether ``device`` computes fp64 products at half the rate of fp32 or so: CPUs, and A100, H100 and B200.
+
+    Other NVIDIA GPUs have 1/32 or 1/64 of the rate.
+    """
+    return _has_fast_fp64(device.type, device.index) and computes_fp64(device)
+
+
+@constant_result
+def _has_fast_fp64(device_type: str, index: int | None) -> bool:
+    if device_type == "cuda" and torch.cuda.is_available():  # else fake tensors
+        return torch.cuda.get_device_capability(index) in FAST_FP64_CAPABILITIES
+    return device_type in ("cpu", "cuda")
 
 
 @constant_result

@@ -83,7 +83,17 @@ def load_x_and_z(grams_ptr, words, i, j, g_ww, g_pp):
 # ---------------------------------------------------------------------------------------------------------------------
 # dM from the logits. Only SLAB rows of X and Z, and the same columns of A and D, are live at a time.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["student_count", "teacher_count", "words", "blocks_per_program"])
+@triton.jit(
+    do_not_specialize=[
+        "student_count",
+        "teacher_count",
+        "words",
+        "blocks_per_program",
+        "grad_loss_stride_b",
+        "grad_loss_stride_term",
+    ],
+    do_not_specialize_on_alignment=["grad_loss_ptr"],
+)
 def gradient_kernel(
     student_ptr,  # M_S (B, N, T), any strides
     student_stride_b,

@@ -194,7 +194,7 @@ def terms_kernel(
             a, u_s, _, sum_s = attention(x, valid_s, student_scale)
             b, u_t, _, sum_t = attention(y, valid_t, teacher_scale)
             if PIXEL_TO_WORD & TERMS:
-                row = tl.sum(tl.where(b == 0.0, 0.0, b * (u_t - u_s)), axis=1) + tl.log(sum_s / sum_t)
+                row = tl.sum(tl.where(b == 0.0, 0.0, b * (u_t - u_s)), axis=1) + tl.log(tl.div_rn(sum_s, sum_t))
                 kl += tl.where(pixel_ok, row, 0.0)
             if SECOND_ORDER & TERMS:
                 high_a, low_a = split_fp16(a)

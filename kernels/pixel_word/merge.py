@@ -122,7 +122,7 @@ def merge_kernel(
                 student_scale, teacher_scale,
             )  # fmt: skip
         ok = valid_words(student_mask_ptr, sample, student_count, j)
-        kl = c / z_t + tl.log(z_s / z_t)
+        kl = c / z_t + tl.log(tl.div_rn(z_s, z_t))
         word_to_pixel = tl.sum(tl.where(ok, kl, 0.0), axis=0) / tl.sum(ok.to(tl.float32), axis=0)
         if columns_ptr is not None:
             column_out = columns_ptr + sample * 4 * student_count + j

@@ -24,7 +24,10 @@ from fastkd.kernels.relation.tiles import products, scaled, stored_tile, triangl
 # fp32, or for bfloat16 rows as a sum of two bfloat16 numbers (16 bits of H) that are multiplied separately. The
 # diagonal of a cosine relation is constant, so it is set to 0 rather than subtracted again with q.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["rows", "n_rows", "samples", "grad_stride_b", "grad_stride_r"])
+@triton.jit(
+    do_not_specialize=["rows", "n_rows", "samples", "grad_stride_b", "grad_stride_r"],
+    do_not_specialize_on_alignment=["grad_ptr"],
+)
 def coefficients_kernel(
     grad_ptr,  # (batch, rows), with the strides below, which may be 0
     statistics_ptr,  # (PLANES, samples, batch · rows)

@@ -145,7 +145,7 @@ def merge_kernel(
             tl.store(out + 2 * plane, m_t, mask=in_range)
             tl.store(out + 3 * plane, z_t, mask=in_range)
             tl.store(out + 4 * plane, a, mask=in_range)
-            loss += (a / z_t + (m_s - m_t)) * inv_temperature + tl.log(z_s / z_t)
+            loss += (a / z_t + (m_s - m_t)) * inv_temperature + tl.log(tl.div_rn(z_s, z_t))
         else:
             x0 = tl.load(out, mask=old, other=0.0)
             x0 = _accumulate(x0, by_col, col_slot, i_from, i_to, in_range, SLOTS)
@@ -163,7 +163,7 @@ def merge_kernel(
                 x2 = _accumulate(x2, by_row + 2 * row_plane, row_slot, j_from, j_to, in_range, SLOTS)
                 tl.store(out + 2 * plane, x2, mask=in_range)
                 if DISTANCE == "kl":
-                    loss += x2 / x1 * inv_temperature + tl.log(x0 / x1)
+                    loss += x2 / x1 * inv_temperature + tl.log(tl.div_rn(x0, x1))
                 else:
                     x3 = tl.load(out + 3 * plane, mask=old, other=0.0)
                     x3 = _accumulate(x3, by_col + 3 * col_plane, col_slot, i_from, i_to, in_range, SLOTS)

@@ -19,7 +19,11 @@ from fastkd._integers import ceil_div
 #
 # Each element is computed by one program, independently of the others, so results are bit-identical between runs.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["n_rows", "rows_per_batch"])
+# Gradients of any layout share one compilation: a CUDA graph may be captured with another layout than the warm-up's.
+@triton.jit(
+    do_not_specialize=["n_rows", "rows_per_batch", "grad_stride_b", "grad_stride_r"],
+    do_not_specialize_on_alignment=["grad_loss_ptr"],
+)
 def backward_kernel(
     grad_loss_ptr,  # (batch, rows), with the strides below, which may be 0
     student_ptr,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, MAX_REGISTERS, float64, launching_on
+from fastkd.kernels.common import LOG2E, MAX_REGISTERS, exact_quotient, float64, launching_on
 from fastkd.kernels.softmax_kl.plan import MAX_PARTS, blocks_for, parts_for
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def _merge_lanes(m_s, z_s, m_t, z_t, a, scale):
 @triton.jit
 def _store_results(loss_ptr, statistics_ptr, n_rows, row, in_range, top_s, z_s, top_t, z_t, a, inv_tau):
     """Store the loss and the statistics of each row."""
-    loss = (a / z_t + (top_s - top_t)) * inv_tau + tl.log(z_s / z_t)
+    loss = (a / z_t + (top_s - top_t)) * inv_tau + tl.log(exact_quotient(z_s, z_t))
     tl.store(loss_ptr + row, loss, mask=in_range)
     tl.store(statistics_ptr + row, top_s, mask=in_range)
     tl.store(statistics_ptr + n_rows.to(tl.int64) + row, z_s, mask=in_range)

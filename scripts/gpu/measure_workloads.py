@@ -91,7 +91,7 @@ class Session:
             print(f"  {note['note']}", flush=True)
             self.add(about | {"rows": run.missing_rows(workload, names, rows, note["note"])})
         self.add(about | {"ended": status == 0, "seconds": round(time.monotonic() - begin, 1)} | note)
-        required = providers.fastkd_backends(self.kind)
+        required = providers.fastkd_backends(workload.family, self.kind)
         for row in [row for row in rows if not row["ok"]]:
             print(f"  {row['provider']} {row['mode']}: {row['note']}", flush=True)
         return status == 0 and all(row["ok"] for row in rows if row["provider"] in required)

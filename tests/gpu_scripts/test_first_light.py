@@ -250,7 +250,7 @@ import importlib, json, torch
 from collections import Counter
 import first_light_checks as checks
 from benchmarks import providers, workloads
-from record_launches import recorded
+from benchmarks.aot.record import recorded
 
 def summarize(recording):
     types = sorted({t for one in recording.specialisations for t in one.signature.values() if t.startswith("*")})

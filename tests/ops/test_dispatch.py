@@ -111,6 +111,21 @@ def simulate(fresh: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
+@pytest.mark.parametrize("backend", ["cuda", "auto"])
+def test_first_use_while_a_graph_is_captured_is_an_error(
+    simulate: Callable[..., None], fresh: pytest.MonkeyPatch, backend: str
+) -> None:
+    """A module cannot be loaded then, and a fallback would stay in the graph."""
+    simulate(Module())
+    fresh.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    resolve = lambda: dispatch._resolve("relation", backend, "cuda", 0, "", False)
+    with pytest.raises(fastkd.BackendUnavailable, match="call the loss once, with its backward, before the capture"):
+        resolve()
+    assert ("cuda", "relation", "cuda:0") not in dispatch._reasons
+    fresh.setitem(dispatch._reasons, ("cuda", "relation", "cuda:0"), None)  # the self-test passed before the capture
+    assert resolve() == "cuda"
+
+
 def test_reports_a_driver_older_than_the_runtime(simulate: Callable[..., None]) -> None:
     simulate(Module(devices=0, driver=12080))
     assert unavailable_reason("cuda") == (

@@ -190,7 +190,7 @@ def test_row_cosine_of_close_and_of_zero_relations() -> None:
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that gets "triton" for each forward of its kernels, with Triton first in the "auto" order."""
-    monkeypatch.setitem(dispatch.AUTO_ORDER, DEVICE, ("triton", "reference"))
+    monkeypatch.setitem(dispatch.FAMILY_ORDER, ("relation", DEVICE), ("triton", "reference"))
     relation(rows((1, 9, 4), 0), rows((1, 9, 4), 1))  # run the self-test
     names: list[str] = []
     forward = triton_calls.forward

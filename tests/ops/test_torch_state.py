@@ -215,7 +215,7 @@ def test_self_test_ignores_the_workspace_limit(fresh: pytest.MonkeyPatch, mib: s
             call()
     assert [unavailable_reason("cpu", family, "cpu") for family in FAMILIES] == [None] * len(FAMILIES)
     fresh.delenv("FASTKD_WORKSPACE_MIB")
-    assert launch.workspace_limit() == 32 * 2**20
+    assert launch.workspace_limit(torch.device("cpu")) == 32 * 2**20
     assert channel_kd(maps, maps * 2).item() == pytest.approx(0, abs=1e-6)  # cosines are independent of the scale
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -11,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from fastkd import losses
 from fastkd.ops import dispatch, numerics
 from fastkd.ops.numerics import computes_fp64
+from fastkd.ops.relation import _has_torch_gram
+from fastkd.ops.relation.reference import relation, relation_mse_gram
 
 CPU = torch.device("cpu")
 
@@ -125,3 +130,29 @@ def test_metrics_move_to_the_cpu_without_fp64(monkeypatch):
     assert not moved
     assert counted[1].compute() == want
     assert len(moved) == 2
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((8, 0), True), ((8, 9), False), ((9, 0), True), ((12, 0), False)])
+def test_gram_matrices_avoid_slow_fp64(monkeypatch, capability, fast):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(numerics, "_fp64", {torch.device("cuda", 0): True})
+    gpu = torch.device("cuda", 0)
+    rows = lambda width, dtype: SimpleNamespace(shape=(2, 40, width), dtype=dtype, device=gpu)
+    assert numerics.has_fast_fp64(gpu) == fast
+    assert _has_torch_gram(rows(8, torch.float32), rows(5, torch.float32)) == fast
+    assert _has_torch_gram(rows(8, torch.bfloat16), rows(5, torch.float32)) == fast
+    assert _has_torch_gram(rows(8, torch.bfloat16), rows(5, torch.bfloat16))
+    assert _has_torch_gram(rows(8, torch.float32), rows(8, torch.float32))
+
+
+def test_bf16_gram_matrices_of_unequal_widths_are_as_exact_as_the_plain_formula():
+    student, teacher = MAP.flatten(2).mT.bfloat16(), WIDE.flatten(2).mT.bfloat16()
+    near = torch.cat([student, torch.zeros(2, 64, 3).bfloat16()], 2)
+    plain = lambda x: F.normalize(x, dim=2)  # as eager code in bf16 computes it
+    for other in (teacher, near + 0.01 * teacher):
+        exact = relation(student.double(), other.double(), distance="mse")
+        eager = (plain(student) @ plain(student).mT - plain(other) @ plain(other).mT).square().mean(2)
+        with WithoutDouble():
+            got = relation_mse_gram(student, other, similarity="cosine")
+        assert (got - exact).norm() <= 2 * (eager - exact).norm()

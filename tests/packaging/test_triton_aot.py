@@ -80,6 +80,7 @@ def test_tables_match_the_current_code_for_every_supported_triton() -> None:
 @pytest.mark.parametrize("version", TABLES)
 def test_tables_have_no_spills(version: str) -> None:
     rows = list(table(version).values())
+    assert all(row["ok"] for row in rows)
     assert {row["target"] for row in rows} == set(MATRIX_INSTRUCTIONS)
     assert_no_spills(rows)
     assert_matrix_instructions(rows)
@@ -107,10 +108,32 @@ def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
         return
     assert_no_spills(rows)
     assert_matrix_instructions(rows)
+    assert all(row["ok"] for row in rows)
     known = table(version)
     for row in rows:
         assert row["shared"] == known[key(row)]["shared"]
         assert row["matrix_instructions"] == known[key(row)]["matrix_instructions"]
+
+
+@pytest.mark.parametrize(
+    ("quotient", "count"), [("div.full.f32", 1), ("div.approx.f32", 1), ("div.rn.f32", 0), ("add.f32", 0)]
+)
+def test_finds_logarithms_of_approximate_quotients(monkeypatch: pytest.MonkeyPatch, quotient: str, count: int) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parents[1]))
+    from benchmarks.aot.compiler import logarithms_of_approximate_quotients
+
+    ptx = f"""
+        ld.global.f32 %f1, [%rd1];
+        {quotient} %f3, %f1, %f2;
+        setp.lt.f32 %p1, %f3, 0f00800000;
+        mul.f32 %f4, %f3, 0f4B000000;
+        selp.f32 %f5, %f4, %f3, %p1;
+        mov.b32 %r1, %f5;
+        add.s32 %r2, %r1, -1059760811;
+        lg2.approx.f32 %f7, %f1;
+    """
+    assert logarithms_of_approximate_quotients(ptx) == count
+    assert logarithms_of_approximate_quotients(ptx.replace("%f7, %f1", "%f7, %f3")) == 2 * count
 
 
 CODE = """

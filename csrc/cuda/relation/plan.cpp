@@ -74,9 +74,13 @@ RelationPlan plan_relation(const relation::Options& options, std::int64_t studen
     lay_out(plan, options, backward, 0, 1, 1, &minimum);
     plan.minimum = minimum;
     RelationPlan found = lay_out(plan, options, backward, limit, 1, plan.blocks, &counted);
-    if (counted <= limit) {                                              // as many whole problems as fit
-        std::int64_t most = limit / (counted > 0 ? counted : 1) * 2 + 1; // buffers shared by all problems count once
-        most = most < plan.problems ? most : plan.problems;
+    if (counted <= limit) { // as many whole problems as fit
+        // Without partial sums, which many problems need not, and without row_sums, which are of all problems.
+        std::int64_t alone = 0;
+        lay_out(plan, options, backward, 0, 1, plan.blocks, &alone);
+        const std::int64_t shared = backward ? options.batch * options.rows * 4 : 0;
+        const std::int64_t each = alone - shared > 1024 ? alone - shared - 512 : 512; // less the rounding of offsets
+        const std::int64_t most = limit / each < plan.problems ? limit / each : plan.problems;
         for (std::int64_t together = most; together > 1; --together) {
             const RelationPlan more = lay_out(plan, options, backward, limit, together, plan.blocks, &counted);
             if (counted <= limit) {

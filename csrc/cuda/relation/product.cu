@@ -16,7 +16,7 @@ namespace {
 template <class S, int tile_size>
 struct ProductBlocking;
 template <>
-struct ProductBlocking<BFloat16, 128> : Blocking<BFloat16, 128, 128, 64, 32, 32, 4, 1> {};
+struct ProductBlocking<BFloat16, 128> : Blocking<BFloat16, 128, 128, 64, 32, 32, 4, 2> {};
 template <>
 struct ProductBlocking<BFloat16, 64> : Blocking<BFloat16, 64, 128, 32, 64, 32, 3, 2> {};
 template <>
@@ -140,7 +140,9 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
                        problem_in_launch = block_x() / args.width_blocks / items;
     const std::int64_t problem = range.first_problem + problem_in_launch;
     const bool in_band = item < band * args.splits;
-    const std::int64_t block = in_band ? range.first + item / args.splits : range.last + (item - band * args.splits);
+    // Indices of row blocks have 32 bits, to save registers.
+    const int block =
+        static_cast<int>(in_band ? range.first + item / args.splits : range.last + (item - band * args.splits));
     const std::int64_t split = in_band ? item % args.splits : 0;
     // H's columns: from the band on, or for rows after the band only the band's.
     const std::int64_t columns = in_band ? range.blocks - range.first : band;
@@ -148,7 +150,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
     const std::int64_t begin = split * share < columns ? split * share : columns;
     const std::int64_t end = begin + share < columns ? begin + share : columns;
     const int k_tiles = static_cast<int>(end - begin) * per_block;
-    const std::int64_t first = range.first + begin;
+    const int first = static_cast<int>(range.first + begin), row_blocks = static_cast<int>(range.row_blocks);
     const std::int64_t col = width_block * B::block_n;
 
     const auto transposed = [&](int k_tile) { return first + k_tile / per_block < block; };
@@ -157,7 +159,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
     const Operand x_operand{rows.data, rows.k_stride, rows.mn_stride, rows.alignment, !rows.mn_major};
     const auto copy = [&](int k_tile) {
         if (k_tile < k_tiles) {
-            const std::int64_t other = first + k_tile / per_block;
+            const int other = first + k_tile / per_block;
             const int k = k_tile % per_block * B::block_k;
             unsigned char* const to = shared + k_tile % B::stages * stage_bytes;
             const bool transpose = transposed(k_tile);
@@ -173,12 +175,12 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
                                                                         h + plane * tile_size * tile_size, h_operand,
                                                                         tile_size, B::block_k);
             }
-            const std::int64_t row = other % range.row_blocks * tile_size + k;
+            const std::int64_t row = static_cast<std::int64_t>(other % row_blocks) * tile_size + k;
             const std::int64_t k_left = row < range.rows ? range.rows - row : 0;
-            const S* const x = k_left == 0
-                                   ? static_cast<const S*>(rows.data) // not read
-                                   : rows_at<S>(args.student, problem * range.samples + other / range.row_blocks, row) +
-                                         col * rows.k_stride;
+            const S* const x =
+                k_left == 0
+                    ? static_cast<const S*>(rows.data) // not read
+                    : rows_at<S>(args.student, problem * range.samples + other / row_blocks, row) + col * rows.k_stride;
             GmemToSmem<S, B::block_n, B::block_k, B::threads>::start(reinterpret_cast<S*>(to + planes * SmemH::bytes),
                                                                      x, x_operand, args.student.width - col, k_left);
         }
@@ -227,8 +229,8 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
         float* const sums = reinterpret_cast<float*>(shared);
         const bool mn_major = args.gradient.mn_major;
         visit([&](int r, int k, float value) { sums[Piece<tile_size, B::block_n>::at(mn_major, r, k)] = value; });
-        finish<S, tile_size, B::block_n, B::threads>(args, sums, problem * range.samples + block / range.row_blocks,
-                                                     block % range.row_blocks * tile_size, col);
+        finish<S, tile_size, B::block_n, B::threads>(args, sums, problem * range.samples + block / row_blocks,
+                                                     static_cast<std::int64_t>(block % row_blocks) * tile_size, col);
         return;
     }
     constexpr std::int64_t piece = tile_size * B::block_n;

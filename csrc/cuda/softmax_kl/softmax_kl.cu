@@ -20,6 +20,10 @@ using softmax_kl::LogSoftmax;
 using softmax_kl::RowStrides;
 
 constexpr int block_threads = 256;
+// Four blocks per SM leave a thread 64 registers: more rows in flight than with the 86 that ptxas prefers. Doubles
+// would spill.
+template <class S>
+constexpr int min_blocks_per_sm = sizeof(S) == 8 ? 2 : 4;
 constexpr std::int64_t short_row_bytes = 8192; // longest row for one warp: chosen, not measured
 constexpr std::int64_t max_blocks = 1 << 20;   // with more rows each thread block loops over several
 
@@ -94,7 +98,7 @@ FASTKD_DEVICE void merge_warps(KLState<T>& state, int lane, T inv_temperature) {
 
 // blockDim is (group, groups): `group` threads per row.
 template <class S, int group>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) forward_kernel(Forward args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, min_blocks_per_sm<S>) forward_kernel(Forward args) {
     using T = Compute<S>;
     constexpr int groups = block_threads / group;
     constexpr int warps = group / warp_size;
@@ -144,7 +148,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) forward_kernel(Forward ar
 }
 
 template <class S, int group>
-FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS(block_threads) backward_kernel(Backward args) {
+FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(block_threads, min_blocks_per_sm<S>) backward_kernel(Backward args) {
     using T = Compute<S>;
     constexpr int groups = block_threads / group;
     const T inv_temperature = static_cast<T>(args.inv_temperature);

@@ -10,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/emulation/context.h"
@@ -272,6 +273,23 @@ void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, co
         engine.fibers.clear(); // they cannot be resumed; their stacks are leaked, since AddressSanitizer refers to them
         throw std::runtime_error("emulation: " + engine.error);
     }
+}
+
+namespace {
+bool recording = false;
+std::vector<Launch> launches;
+} // namespace
+
+std::vector<Launch> set_recording(bool on) {
+    recording = on;
+    return std::move(launches);
+}
+
+bool recorded(const char* kernel, std::int64_t blocks, int threads, int shared_bytes) {
+    if (recording) {
+        launches.push_back({kernel, blocks, threads, shared_bytes});
+    }
+    return recording;
 }
 
 int thread_x() {

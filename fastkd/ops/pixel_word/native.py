@@ -113,7 +113,7 @@ def _call(
         options.terms,
     )
     with launch_on(student.pixels) as extra:
-        call = native(backend).PixelWord(problem, extra, workspace_limit())
+        call = native(backend).PixelWord(problem, extra, workspace_limit(student.pixels.device))
         yield call, allocate_workspace(call, backward, student.pixels)
 
 

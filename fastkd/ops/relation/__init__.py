@@ -17,7 +17,7 @@ from fastkd.ops.availability import compare
 from fastkd.ops.backends import BACKENDS
 from fastkd.ops.dispatch import backend_from_env, choose
 from fastkd.ops.launch import family_module, promoted, statistics_dtype
-from fastkd.ops.numerics import computes_fp64
+from fastkd.ops.numerics import has_fast_fp64
 from fastkd.ops.registration import (
     Implementation,
     gradient,
@@ -28,7 +28,14 @@ from fastkd.ops.registration import (
     save_temperature,
     saved_temperature,
 )
-from fastkd.ops.relation.plan import Options, Sizes, backward_flops, choose_form, forward_flops
+from fastkd.ops.relation.plan import (
+    Options,
+    Sizes,
+    backward_flops,
+    choose_form,
+    forward_flops,
+    has_double_gram,
+)
 from fastkd.ops.relation.reference import relation as reference
 from fastkd.ops.relation.reference import relation_mse_gram
 from fastkd.ops.torch_state import savable
@@ -57,7 +64,7 @@ def relation(
         backend: "auto", "reference", "cpu", "triton" or "cuda". All but the reference are differentiable once. The mean
             squared error of narrow rows is computed from K×K Gram matrices, which takes less time and memory than R×R
             tiles. "cpu" does so where K ≤ 2/5 of the columns, 1/4 where the widths differ, 1/3 in bfloat16; "auto" does
-            so in plain torch, where "cpu" is not used and K ≤ 1/2 (if the widths differ, also only with fp64). A
+            so in plain torch, where "cpu" is not used and K ≤ 1/2 (if fp64 is needed, only where it is fast). A
             backend requested here or by ``FASTKD_BACKEND`` always computes the call itself, "reference" by the plain
             formula. "triton" and "cuda" do not support fp64.
 
@@ -137,8 +144,9 @@ def relation_unchecked(
 
 
 def _has_torch_gram(student: Tensor, teacher: Tensor) -> bool:
-    """Return whether plain torch can use Gram matrices; unequal widths need fp64."""
-    return student.shape[2] == teacher.shape[2] or computes_fp64(student.device)
+    """Return whether plain torch can use Gram matrices without slow fp64."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return not has_double_gram(student.shape[2], teacher.shape[2], dtype) or has_fast_fp64(student.device)
 
 
 class _Relation(torch.autograd.Function):

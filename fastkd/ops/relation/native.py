@@ -102,5 +102,5 @@ def _call(student: Tensor, teacher: Tensor, extra: int, options: Options) -> Any
         dtype_name(student.dtype),
         options.form,
         extra,
-        workspace_limit(),
+        workspace_limit(student.device),
     )

@@ -73,7 +73,23 @@ def choose_form(
         form, minimum = "stored", min_stored_bytes(rows, dtype)
     else:
         return "streamed"
-    return form if minimum <= workspace_limit() else "streamed"
+    return form if minimum <= workspace_limit(torch.device("cpu")) else "streamed"
+
+
+MIN_KEPT_WIDTH = {torch.bfloat16: 470, torch.float16: 160, torch.float32: 80}
+"""Width of rows from which a GPU reads both relation matrices faster than it multiplies the rows again.
+
+Counted, not measured: an element of the matrices costs 8 bytes written and read, or 2K FLOP of the half that is
+computed, three times as many for fp16 and six for fp32. An H100's 3 TB/s and about 350 TFLOP/s give K = 470.
+"""
+
+
+def keeping_pays(student: Tensor, teacher: Tensor) -> bool:
+    """Return whether a backward should read the stored relation matrices of these rows instead of recomputing them."""
+    if student.device.type != "cuda":
+        return True
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return student.shape[2] + teacher.shape[2] >= 2 * MIN_KEPT_WIDTH.get(dtype, 0)
 
 
 def _prefers_gram(columns: int, width: int, equal_widths: bool, dtype: torch.dtype) -> bool:

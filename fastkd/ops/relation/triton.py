@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,7 @@ def forward(
     student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, stored: Tensor, options: Options
 ) -> None:
     """Fill ``loss``, ``statistics`` and ``stored``."""
-    _kernels("forward").forward(student, teacher, loss, statistics, stored, options, check_workspace)
+    _kernels("forward").forward(student, teacher, loss, statistics, stored, options, _limit_for(student))
 
 
 def backward(
@@ -39,8 +40,13 @@ def backward(
 ) -> None:
     """Fill ``grad_student``."""
     _kernels("backward").backward(
-        grad_loss, student, teacher, statistics, stored, grad_student, options, check_workspace
+        grad_loss, student, teacher, statistics, stored, grad_student, options, _limit_for(student)
     )
+
+
+def _limit_for(x: Tensor) -> Callable[[int], int]:
+    """Return a function from the smallest sufficient workspace to the workspace limit on the device of ``x``."""
+    return lambda minimum: check_workspace(minimum, x.device)
 
 
 def _kernels(name: str) -> Any:

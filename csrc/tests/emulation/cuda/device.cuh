@@ -129,6 +129,9 @@ cudaError_t launch(Kernel kernel, Grid grid, cudaStream_t, Args... args) {
     if (grid.blocks < 1 || grid.blocks > 0x7fffffff || grid.shared_bytes > shared_limit) {
         return cudaErrorInvalidConfiguration;
     }
+    if (emulation::recorded(__PRETTY_FUNCTION__, grid.blocks, grid.threads_x * grid.threads_y, grid.shared_bytes)) {
+        return cudaSuccess;
+    }
     emulation::run(grid.blocks, grid.threads_x, grid.threads_y, grid.shared_bytes, [&] { kernel(args...); });
     return cudaSuccess;
 }

@@ -1,18 +1,24 @@
 """Record what Triton would compile and launch, without a GPU, by replacing Triton's driver.
 
-Triton's own launch code, binder and specialiser run; nothing is compiled or executed. Use it in a process in which
-Triton does not interpret kernels (that is fixed per process):
+    python -m benchmarks.aot.record [--memory 80] [--chip 90] [--match channel_kd]
+
+prints the launches of each GPU workload, forward and backward, and the number of programs of each, for a GPU with that
+many GB of memory. Triton's own launch code, binder and specialiser run; nothing is compiled or executed. In Python:
 
     with recorded() as recording:
         some_loss(*cpu_tensors, backend="triton")  # inputs are not read, results are undefined
     recording.launches  # [(kernel, grid)], in order
     recording.specialisations  # [Specialisation], each once
 
-Works with Triton 3.6 to 3.9.
+Triton must not interpret kernels in the process (that is fixed per process). Works with Triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,6 +27,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+
+from benchmarks import providers, workloads
+from fastkd._console import plain_characters
+from fastkd.ops.launch import MAX_GPU_WORKSPACE_MIB
 
 
 class Specialisation(NamedTuple):
@@ -126,3 +136,34 @@ class _StandIn:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+
+def workload_launches(workload: workloads.Workload, recording: Recording) -> list[tuple[str, int]]:
+    """Return (kernel, number of programs) of each launch of a workload's forward and backward."""
+    inputs = tuple(torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for x in workload.inputs("meta"))
+    before = len(recording.launches)
+    providers.make_step(workload, "triton", "both", inputs)()
+    return [(name, math.prod(grid)) for name, grid in recording.launches[before:]]
+
+
+@plain_characters()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", type=float, default=80, help="GB of the GPU, which determine the workspace")
+    parser.add_argument("--chip", type=int, default=90, help="compute capability of the GPU, times 10")
+    parser.add_argument("--match", default="", help="only workloads whose name contains this")
+    args = parser.parse_args(argv)
+    limit = min(MAX_GPU_WORKSPACE_MIB, args.memory * 1000**3 / 2**20 / 100)
+    with mock.patch.dict(os.environ, {"FASTKD_WORKSPACE_MIB": str(limit)}), recorded(args.chip) as recording:
+        for workload in (w for family in workloads.GPU_WORKLOADS for w in workloads.select(family, "cuda")):
+            if args.match in workload.name:
+                found = workload_launches(workload, recording)
+                print(f"{workload.name}: {len(found)} launches")
+                for kernel, programs in found:
+                    print(f"    {kernel:36} {programs:>8} programs")
+    print(f"{len(recording.specialisations)} specialisations")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
