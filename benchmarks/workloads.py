@@ -101,7 +101,7 @@ MEMORY: dict[str, Callable[[Workload, int], float]] = {
     "gradient + 1 MiB": lambda w, eager: _gradient_bytes(w) + 2**20,
     "5 % of eager": lambda w, eager: 0.05 * eager,
     "1 % of eager": lambda w, eager: 0.01 * eager,
-    "64 MiB": lambda w, eager: 64 * 2**20,
+    "gradient + 512 MiB": lambda w, eager: _gradient_bytes(w) + 512 * 2**20,  # a GPU's largest workspace
     "no NxN": lambda w, eager: 4 * _rows(w) ** 2,  # one N×N matrix in fp32
     "gradient + 3 CxC": lambda w, eager: _gradient_bytes(w) + 3 * 4 * w.shape[0] * w.shape[1] ** 2,
 }
@@ -138,7 +138,7 @@ CPU_WORKLOADS: dict[str, list[Workload]] = {
 
 _COPY, _ROWS_COPY = (Target(5, compile, share=share, of="copy") for compile, share in ((1.5, 0.8), (2, 0.7)))
 _PRODUCT = Target(2.5, 1.8, share=0.35, of="product")
-_PIXELS = Target(4, 2.5, memory="64 MiB", share=0.35, of="product")
+_PIXELS = Target(4, 2.5, memory="gradient + 512 MiB", share=0.35, of="product")
 _NO_SLOWER = Target(1, share=0)
 GPU_WORKLOADS: dict[str, list[Workload]] = {
     "softmax_kl": [

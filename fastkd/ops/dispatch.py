@@ -64,8 +64,8 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: t
 
     Args:
         family: one of ``FAMILIES``.
-        backend: the caller's argument. "auto" uses ``FASTKD_BACKEND`` if it is set, else the first of ``AUTO_ORDER``
-            that works; any other name is used or raises an error, and is never replaced.
+        backend: the caller's argument. "auto" uses ``FASTKD_BACKEND`` if it is set, else the first that works of
+            :func:`auto_order`; any other name is used or raises an error, and is never replaced.
         student: the tensor whose device, dtype and size determine the choice.
         others: further inputs. "auto" skips a backend that does not support one of their dtypes, and uses the reference
             inside vmap, torch.func transforms and forward mode and for wrapper classes such as DTensor.

@@ -29,9 +29,9 @@ def computes_fp64(device: torch.device) -> bool:
 
 
 def has_fast_fp64(device: torch.device) -> bool:
-    """Return whether ``device`` computes fp64 products at half the rate of fp32 or so: CPUs, and A100, H100 and B200.
+    """Return whether ``device`` computes in fp64, and is not an NVIDIA GPU with 1/32 or 1/64 of its fp32 rate.
 
-    Other NVIDIA GPUs have 1/32 or 1/64 of the rate.
+    Of the supported NVIDIA GPUs, the A100, H100 and B200 have half of the rate.
     """
     return _has_fast_fp64(device.type, device.index) and computes_fp64(device)
 
@@ -40,7 +40,7 @@ def has_fast_fp64(device: torch.device) -> bool:
 def _has_fast_fp64(device_type: str, index: int | None) -> bool:
     if device_type == "cuda" and torch.cuda.is_available():  # else fake tensors
         return torch.cuda.get_device_capability(index) in FAST_FP64_CAPABILITIES
-    return device_type in ("cpu", "cuda")
+    return True
 
 
 @constant_result

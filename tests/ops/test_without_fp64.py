@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,7 +14,7 @@ from fastkd import losses
 from fastkd.ops import dispatch, numerics
 from fastkd.ops.numerics import computes_fp64
 from fastkd.ops.relation import _has_torch_gram
-from fastkd.ops.relation.reference import relation, relation_mse_gram
+from fastkd.ops.relation.reference import relation_mse_gram
 
 CPU = torch.device("cpu")
 
@@ -142,17 +141,14 @@ def test_gram_matrices_avoid_slow_fp64(monkeypatch, capability, fast):
     assert numerics.has_fast_fp64(gpu) == fast
     assert _has_torch_gram(rows(8, torch.float32), rows(5, torch.float32)) == fast
     assert _has_torch_gram(rows(8, torch.bfloat16), rows(5, torch.float32)) == fast
-    assert _has_torch_gram(rows(8, torch.bfloat16), rows(5, torch.bfloat16))
+    assert _has_torch_gram(rows(8, torch.bfloat16), rows(5, torch.bfloat16)) == fast
     assert _has_torch_gram(rows(8, torch.float32), rows(8, torch.float32))
 
 
-def test_bf16_gram_matrices_of_unequal_widths_are_as_exact_as_the_plain_formula():
-    student, teacher = MAP.flatten(2).mT.bfloat16(), WIDE.flatten(2).mT.bfloat16()
-    near = torch.cat([student, torch.zeros(2, 64, 3).bfloat16()], 2)
-    plain = lambda x: F.normalize(x, dim=2)  # as eager code in bf16 computes it
-    for other in (teacher, near + 0.01 * teacher):
-        exact = relation(student.double(), other.double(), distance="mse")
-        eager = (plain(student) @ plain(student).mT - plain(other) @ plain(other).mT).square().mean(2)
-        with WithoutDouble():
-            got = relation_mse_gram(student, other, similarity="cosine")
-        assert (got - exact).norm() <= 2 * (eager - exact).norm()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gram_matrices_of_equal_functions_cancel(dtype):
+    """A teacher with zero channels in addition has the same relations: in fp32 the loss would be 1e-7, or below 0."""
+    student = (MAP.flatten(2).mT + 3).to(dtype)  # cosines near 1
+    teacher = torch.cat([student, torch.zeros(2, 64, 3, dtype=dtype)], 2)
+    loss = relation_mse_gram(student, teacher, similarity="cosine")
+    assert loss.abs().max() <= 1e-14

@@ -28,14 +28,7 @@ from fastkd.ops.registration import (
     save_temperature,
     saved_temperature,
 )
-from fastkd.ops.relation.plan import (
-    Options,
-    Sizes,
-    backward_flops,
-    choose_form,
-    forward_flops,
-    has_double_gram,
-)
+from fastkd.ops.relation.plan import Options, Sizes, backward_flops, choose_form, forward_flops
 from fastkd.ops.relation.reference import relation as reference
 from fastkd.ops.relation.reference import relation_mse_gram
 from fastkd.ops.torch_state import savable
@@ -144,9 +137,8 @@ def relation_unchecked(
 
 
 def _has_torch_gram(student: Tensor, teacher: Tensor) -> bool:
-    """Return whether plain torch can use Gram matrices without slow fp64."""
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return not has_double_gram(student.shape[2], teacher.shape[2], dtype) or has_fast_fp64(student.device)
+    """Return whether plain torch can use Gram matrices; unequal widths need fp64, which is slow on some GPUs."""
+    return student.shape[2] == teacher.shape[2] or has_fast_fp64(student.device)
 
 
 class _Relation(torch.autograd.Function):

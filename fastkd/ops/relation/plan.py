@@ -24,7 +24,7 @@ STORED_BLOCK = 48
 """Side of the tiles of stored relation matrices, as in ``csrc/common/relation.h``."""
 
 MAX_STORED_BYTES = 2048 * 2048 * 4
-"""Larger relation matrices are never stored: H would fill the workspace of the backward."""
+"""Larger relation matrices are never stored: H would fill a CPU's workspace in the backward."""
 
 MAX_GRAM_WIDTH = 1024
 """The Gram matrices of wider rows would exceed 32 MiB."""

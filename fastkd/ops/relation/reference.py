@@ -58,12 +58,11 @@ def relation_mse_gram(student: Tensor, teacher: Tensor, *, similarity: str, cros
     With A = X_S, B = X_T and D = A − B, row i of AAᵀ − BBᵀ is d_i Aᵀ + b_i Dᵀ, so its squared norm is
     d_i(AᵀA)d_iᵀ + b_i(DᵀD)b_iᵀ + 2 d_i(AᵀD)b_iᵀ. Every summand has the factor D twice, so nothing cancels as the
     student approaches the teacher. If the widths differ, D is undefined; a_i(AᵀA)a_iᵀ + b_i(BᵀB)b_iᵀ − 2 a_i(AᵀB)b_iᵀ
-    is used instead, which does cancel and therefore needs fp64, except for bf16 inputs (``csrc/common/relation.h``).
+    is used instead, which does cancel and therefore needs fp64 (``numerics.has_fast_fp64``).
     """
     dtype = compute_dtype(student, teacher)
     same_width = student.shape[-1] == teacher.shape[-1]
-    bf16 = torch.promote_types(student.dtype, teacher.dtype) == torch.bfloat16
-    work = dtype if same_width or bf16 else torch.float64
+    work = dtype if same_width else torch.float64
     with full_precision(student.device):
         a = _scaled(student.to(work), similarity)
         b = _scaled(teacher.to(work), similarity)
