@@ -44,5 +44,5 @@ def softmax_kl_cases(dtype: str) -> Iterator[Case]:
         for split in (False, True) if loop else (False,):
             yield case("forward", block | {"LOOP": loop, "SPLIT": split}, blocks.warps, **forward.MAX_REGISTERS)
         if not loop:  # the backward does not loop
-            yield case("backward", block, blocks.warps)
+            yield case("backward", block, blocks.warps, enable_fp_fusion=False)
     yield case("merge", {"PARTS": plan.MAX_PARTS}, 1)
