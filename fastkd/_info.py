@@ -115,7 +115,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 def cpu_name(file: Path = Path("/proc/cpuinfo")) -> str:
     """Return the processor's name with its family and model, or its architecture where the system reports no name.
 
-    Family and model tell apart processors that a virtual machine names alike, such as "AMD EPYC".
+    Virtual machines often report only "AMD EPYC" or "Intel Xeon"; family and model identify the processor.
     """
     try:
         text = file.read_text(encoding="utf-8", errors="replace")

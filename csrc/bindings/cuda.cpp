@@ -12,6 +12,7 @@
 #include "cuda/kernels.h"
 #if defined(FASTKD_EMULATED)
 #include "tests/emulation/engine.h"
+#include "tests/emulation/recording.h"
 #endif
 
 namespace fastkd::bindings {

@@ -275,23 +275,6 @@ void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, co
     }
 }
 
-namespace {
-bool recording = false;
-std::vector<Launch> launches;
-} // namespace
-
-std::vector<Launch> set_recording(bool on) {
-    recording = on;
-    return std::move(launches);
-}
-
-bool recorded(const char* kernel, std::int64_t blocks, int threads, int shared_bytes) {
-    if (recording) {
-        launches.push_back({kernel, blocks, threads, shared_bytes});
-    }
-    return recording;
-}
-
 int thread_x() {
     return engine.current->index % engine.threads_x;
 }

@@ -8,8 +8,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <string>
-#include <vector>
 
 namespace fastkd::emulation {
 
@@ -20,18 +18,6 @@ void set_order(Order order);
 // Call body() once per thread of each block. Throws std::runtime_error on a deadlock, if lanes of a warp meet in
 // different operations, and where `check` fails.
 void run(std::int64_t blocks, int threads_x, int threads_y, int shared_bytes, const std::function<void()>& body);
-
-// A launch that was recorded instead of run. `kernel` is the type of the kernel, which names its arguments.
-struct Launch {
-    std::string kernel;
-    std::int64_t blocks;
-    int threads;
-    int shared_bytes;
-};
-// From now on record launches, without running them, or run them. Returns the launches recorded so far.
-std::vector<Launch> set_recording(bool on);
-// Return true, and record the launch, while launches are recorded.
-bool recorded(const char* kernel, std::int64_t blocks, int threads, int shared_bytes);
 
 // ---- called by kernels, through cuda/device.cuh and cuda/matrix.cuh ----
 

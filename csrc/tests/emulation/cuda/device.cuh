@@ -10,6 +10,7 @@
 
 #include "common/dtype.h"
 #include "tests/emulation/engine.h"
+#include "tests/emulation/recording.h"
 
 #define FASTKD_KERNEL static
 #define FASTKD_DEVICE inline
