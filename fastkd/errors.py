@@ -12,10 +12,14 @@ class FastKDWarning(UserWarning):
 
 
 class Terminated(SystemExit):
-    """SIGTERM ended the training, after the student was saved; the process exits with status 143."""
+    """A signal ended the training, after its state was saved; the process exits with status 128 + the signal's number.
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+    Args:
+        number: the signal, SIGTERM or SIGUSR1.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + number)
 
     def __str__(self) -> str:
-        return "SIGTERM"
+        return signal.Signals(int(self.code or 0) - 128).name

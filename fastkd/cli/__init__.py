@@ -40,9 +40,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastkd: interrupted", file=sys.stderr)
         return 130
-    except Terminated:
-        print("fastkd: ended by SIGTERM", file=sys.stderr)
-        return 143
+    except Terminated as error:
+        print(f"fastkd: ended by {error}", file=sys.stderr)
+        return int(error.code or 0)
     except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
         drop_output()
         return 141

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastkd._console import show
 from fastkd.cli._arguments import Config
@@ -21,6 +21,8 @@ def train(
     model: str = "shapes-student",
     config: Config = _CONFIG,
     overwrite: bool = False,
+    resume: bool = False,
+    resume_allow: tuple[str, ...] = (),
 ) -> None:
     """Train a model alone, without a teacher.
 
@@ -30,8 +32,10 @@ def train(
         model: a preset's name, a config.json, or a folder written by save_pretrained.
         config: the settings.
         overwrite: replace an earlier run in --out.
+        resume: continue the run in --out from its latest checkpoint, or start it if there is none yet.
+        resume_allow: settings that may differ from those of the run to resume, such as ``lr steps``.
     """
-    _run(data, out, model, config, overwrite)
+    _run(data, out, model, config, _Folder(overwrite, resume, resume_allow))
 
 
 def distill(
@@ -43,6 +47,8 @@ def distill(
     teacher_tokenizer: str | None = None,
     config: Config = _CONFIG,
     overwrite: bool = False,
+    resume: bool = False,
+    resume_allow: tuple[str, ...] = (),
 ) -> None:
     """Distil a teacher into a student.
 
@@ -60,8 +66,18 @@ def distill(
             are looked up next to their weights.
         config: the settings.
         overwrite: replace an earlier run in --out.
+        resume: continue the run in --out from its latest checkpoint, or start it if there is none yet.
+        resume_allow: settings that may differ from those of the run to resume, such as ``lr steps``.
     """
-    _run(data, out, student, config, overwrite, teacher, terms, teacher_tokenizer)
+    _run(data, out, student, config, _Folder(overwrite, resume, resume_allow), teacher, terms, teacher_tokenizer)
+
+
+class _Folder(NamedTuple):
+    """What to do with an earlier run in the output folder."""
+
+    overwrite: bool
+    resume: bool
+    resume_allow: tuple[str, ...]
 
 
 def _run(
@@ -69,7 +85,7 @@ def _run(
     out: Path,
     model_name: str,
     config: TrainConfig,
-    overwrite: bool,
+    folder: _Folder,
     teacher_name: str | None = None,
     terms: Sequence[str] = (),
     teacher_tokenizer: str | None = None,
@@ -82,6 +98,7 @@ def _run(
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
     from fastkd.train.balance import balance_on
+    from fastkd.train.resume import saved_settings
 
     model = build_model(model_name, config.seed, data.tokenizer)
     teacher = None if teacher_name is None else load_model(teacher_name)
@@ -92,10 +109,17 @@ def _run(
     train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
     val_set = data.open("val", model, sentences="all")
     trained: Any = model
+    shares = {} if teacher is None else parse_terms(terms)
     if teacher is not None:
-        shares = parse_terms(terms)
         trained = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
-        weights = balance_on(trained, train_set, shares, config)
-        show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
-    result = run(trained, train_set, config, val_dataset=val_set, out_dir=out, overwrite=overwrite)
+        saved = saved_settings(out) if folder.resume else {}
+        if all(saved.get(f"shares.{name}") == share for name, share in shares.items()):
+            trained.set_weights({name: saved[f"weights.{name}"] for name in shares})
+        else:
+            balance_on(trained, train_set, shares, config)
+        show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in trained.weights.items()))
+    chosen: dict[str, Any] = {"data": str(data.data.absolute()), "dataset": data.dataset, "split_by": data.split_by}
+    chosen |= {"tokenizer": data.tokenizer, "student": model_name, "teacher_tokenizer": teacher_tokenizer}
+    chosen |= {f"shares.{name}": share for name, share in shares.items()}
+    result = run(trained, train_set, config, val_dataset=val_set, out_dir=out, settings=chosen, **folder._asdict())
     show(f"best on val: {result.best}\nstudent: {out / 'best'}")

@@ -1,14 +1,167 @@
-"""Save checkpoints of the student."""
+"""Write, find and read checkpoints: the student alone, or all that a run needs to continue.
+
+A run's checkpoint is a folder ``checkpoints/step-000500``, which is complete or absent:
+
+- ``student.safetensors``, ``aligners.safetensors`` (all that trains outside the student) and ``average.safetensors``;
+- ``optimizer.pt``, the optimiser's state dict, which loads with ``weights_only=True``;
+- ``state.json``: step, seconds, settings, term weights, evaluations, and size and CRC-32 of the other files.
+
+Nothing else is needed: learning rate, order of samples and random numbers are functions of the step.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import warnings
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from fastkd._atomic import replace_folder
 from fastkd._wrappers import unwrapped
+from fastkd.errors import FastKDWarning
+
+FOLDER = "checkpoints"
+_FORMAT = 1
+_PARTS = ("student", "aligners", "average")
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass
+class Checkpoint:
+    """State of a run after a step.
+
+    Attributes:
+        step: optimiser steps taken.
+        tensors: ``"student"``, ``"aligners"`` or ``"average"`` to tensors by name; empty ones are not written.
+        optimizer: the optimiser's state dict.
+        state: everything else, as JSON values.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write ``folder/step-…`` and return it; it appears once it is complete and on the disk."""
+    path = folder / f"step-{checkpoint.step:06d}"
+    with replace_folder(path, durable=True) as partial:
+        for part, tensors in checkpoint.tensors.items():
+            if tensors:
+                # Copies: safetensors rejects tensors that share memory.
+                host = {
+                    name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                    for name, t in tensors.items()
+                }
+                save_file(host, str(partial / f"{part}.safetensors"))
+        torch.save(checkpoint.optimizer, partial / "optimizer.pt")
+        files = {file.name: [file.stat().st_size, _crc32(file)] for file in sorted(partial.iterdir())}
+        state = {"format": _FORMAT, "step": checkpoint.step, **checkpoint.state, "files": files}
+        (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint to the CPU.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another format.
+    """
+    state = read_state(path)
+    tensors = {
+        part: load_file(path / f"{part}.safetensors") for part in _PARTS if f"{part}.safetensors" in state["files"]
+    }
+    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    return Checkpoint(state["step"], tensors, optimizer, state)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's ``state.json`` after checking all files against it.
+
+    Raises:
+        ValueError: as in `read_checkpoint`.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != _FORMAT:
+            raise ValueError(f"format {state['format']!r}, this version of fastkd reads {_FORMAT}")
+        for name, expected in state["files"].items():
+            found = [(path / name).stat().st_size, _crc32(path / name)]
+            if found != expected:
+                raise ValueError(f"{name} has (size, CRC-32) {found}, written were {expected}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint {path} is incomplete or damaged: {error!s}") from error
+    return state
+
+
+def find_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return step to path of the checkpoints in a folder, the latest first; their content is not checked."""
+    found = {int(match[1]): path for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint that can be read, or None; warn about those that cannot."""
+    for path in find_checkpoints(folder).values():
+        try:
+            read_state(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; it is skipped", FastKDWarning, stacklevel=2)
+        else:
+            return path
+    return None
+
+
+class CheckpointWriter:
+    """Write the checkpoints of a run and remove old ones.
+
+    Args:
+        folder: folder of the checkpoints; None writes none.
+        keep: number of latest ones to keep.
+        latest: step of the checkpoint that the run continues from.
+    """
+
+    def __init__(self, folder: Path | None, keep: int, latest: int | None = None) -> None:
+        self.folder, self.keep, self.latest = folder if keep else None, keep, latest
+
+    def write(self, checkpoint: Checkpoint, best: int | None) -> str | None:
+        """Write a checkpoint unless that of the step exists; keep that of step ``best`` too.
+
+        Returns:
+            Why it could not be written, after a warning, or None.
+        """
+        if self.folder is None or checkpoint.step == self.latest:
+            return None
+        try:
+            write_checkpoint(checkpoint, self.folder)
+        except (OSError, SafetensorError) as error:
+            latest = "there is no earlier one" if self.latest is None else f"that of step {self.latest} is kept"
+            warnings.warn(
+                f"the checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}); {latest}",
+                FastKDWarning,
+                stacklevel=2,
+            )
+            return str(error)
+        self.latest = checkpoint.step
+        remove_old_checkpoints(self.folder, self.keep, best)
+        return None
+
+
+def remove_old_checkpoints(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the ``keep`` latest and that of step ``best``."""
+    for step in list(find_checkpoints(folder))[keep:]:
+        if step != best:
+            shutil.rmtree(folder / f"step-{step:06d}", ignore_errors=True)
 
 
 def save_student(student: nn.Module, folder: Path) -> Path:
@@ -26,3 +179,11 @@ def save_student(student: nn.Module, folder: Path) -> Path:
 
             save_model(model, str(partial / "model.safetensors"))
     return folder
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value

@@ -8,11 +8,11 @@ import torch
 
 
 class Clock:
-    """A wall clock that can be paused."""
+    """A wall clock that can be paused, and that continues from ``elapsed`` seconds."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, elapsed: float = 0.0) -> None:
         self._device = device
-        self._elapsed = 0.0
+        self._elapsed = elapsed
         self._started: float | None = None
 
     @property

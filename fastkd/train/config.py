@@ -49,6 +49,13 @@ class TrainConfig:
     """Steps between evaluations on the validation set; None evaluates only at the end."""
     eval_batch_size: int = 32
     """Samples per evaluation batch."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints to resume from; None writes one only when the run ends, for whatever reason."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints to keep, in addition to the one with the best validation mIoU; 0 writes none."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the student's parameters (0.999 is common), which is then evaluated and
+    saved in place of them; None for no average."""
     log_every: int = 20
     """Steps between lines of the log."""
     max_seconds: float | None = None
@@ -61,11 +68,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "eval_batch_size": 1}
-        for name, minimum in {**counts, "log_every": 1}.items():
+        for name, minimum in {**counts, "log_every": 1, "keep_checkpoints": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        for name in ("threads", "eval_every"):
+        for name in ("threads", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
@@ -77,6 +84,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (_finite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if self.ema is not None and not (_finite(self.ema) and 0 < self.ema < 1):
+            raise ValueError(f"ema must be a number between 0 and 1 (such as 0.999) or None, got {self.ema!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.precision not in ("auto", "fp32", "bf16"):

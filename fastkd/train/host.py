@@ -16,6 +16,8 @@ from fastkd.data.tokenizer import Tokenizer
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.words import PREFIX
 from fastkd.evaluate._values import check_mask
+from fastkd.evaluate.evaluation import check_dataset
+from fastkd.evaluate.protocols import PROTOCOLS
 from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary
 from fastkd.train.task import segmentation_loss
 
@@ -36,6 +38,19 @@ def check_tokenizers(distiller: Distiller, dataset: Any) -> None:
     if distiller.teacher is not None:
         for tokenizer in ours if None in theirs else theirs:
             check_vocabulary(distiller.teacher, tokenizer, "teacher")
+
+
+def check_validation(distiller: Distiller, dataset: Any) -> None:
+    """Reject a validation set that does not fit protocol "lavt" or the student, before hours of training.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    check_dataset(dataset, PROTOCOLS["lavt"])
+    for part in leaves(dataset, "image_mean"):
+        check_normalisation(distiller.student, part, "student")
+    for tokenizer in declared_values(dataset, "tokenizer"):
+        check_vocabulary(distiller.student, tokenizer)
 
 
 def _check_same(attribute: str, tokenizers: Sequence[Any]) -> None:

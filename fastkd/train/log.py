@@ -7,32 +7,68 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastkd import _info
+from fastkd._atomic import replace_files
 from fastkd._console import plain
+from fastkd.errors import FastKDWarning
 
 
 class RunLog:
-    """Log with one JSON object per line, flushed after each; without a path it writes nothing."""
+    """Log with one JSON object per line, flushed after each; without a path it writes nothing.
 
-    def __init__(self, path: Path | None) -> None:
-        self._file = path.open("w", encoding="utf-8") if path is not None else None
+    Lines that cannot be written (a full disk) are kept and written with the next one; the first failure is a warning.
+
+    Args:
+        path: the file, or None.
+        append: continue the file, rather than replace it.
+    """
+
+    def __init__(self, path: Path | None, append: bool = False) -> None:
+        self._path = path
+        self._file = path.open("a" if append else "w", encoding="utf-8") if path is not None else None
+        self._warned = False
 
     def write(self, event: str, **values: Any) -> None:
         """Append ``{"event": event, ...}``."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps({"event": event, **_finite(values)}, default=str) + "\n")
-            self._file.flush()
+            self._file.flush()  # after a failure the file's buffer still holds the rest
+        except OSError as error:
+            self._warn(error)
+
+    def restart(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the content by the given lines, as a whole."""
+        if self._path is not None:
+            self.close()
+            with replace_files(self._path) as (partial,):
+                partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the log {self._path} cannot be written ({error}); the run continues and tries again with each line",
+                FastKDWarning,
+                stacklevel=3,
+            )
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""`train`: check the arguments, prepare the output folder, and run until the end, Ctrl-C or SIGTERM."""
+"""`train`: check the arguments, prepare or continue the output folder, and run until the end or a signal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch.utils.data import Dataset
 
 from fastkd._wrappers import unwrap
 from fastkd.distill.distiller import Distiller
+from fastkd.train.checkpoint import FOLDER, CheckpointWriter, read_checkpoint
 from fastkd.train.config import TrainConfig
 from fastkd.train.log import Progress, RunLog
 from fastkd.train.result import TrainResult
+from fastkd.train.resume import check_settings, find_start, lines_until, read_lines, run_settings
 from fastkd.train.run import TrainingRun
+from fastkd.train.seeding import kept_generators
 from fastkd.train.stop import Termination
 from fastkd.train.task import segmentation_loss
 
@@ -32,6 +36,9 @@ def train(
     title: str = "train",
     progress: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
+    resume_allow: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train a student, alone or under a `Distiller`: AdamW, polynomial decay, one process or many.
 
@@ -41,9 +48,11 @@ def train(
     a run on the same device. Distillation terms are averaged over micro-batches, like the task loss.
 
     With ``out_dir``, ``log.jsonl`` holds one JSON object per line (event "start" with the settings and the environment,
-    then "train", "eval" and finally "end"), ``last/`` the student's latest checkpoint (written at every evaluation, at
-    the end, on Ctrl-C and on SIGTERM) and ``best/`` the one with the best validation mIoU. Checkpoints are written
-    completely or not at all.
+    then "train", "eval", "checkpoint" and finally "end"), ``last/`` the student (written at every evaluation, at the
+    end, and on Ctrl-C, SIGTERM or SIGUSR1) and ``best/`` the one with the best validation mIoU. ``checkpoints/`` holds
+    what a run needs to continue: written every ``checkpoint_every`` steps, at the end, on those signals and after an
+    error, with the state after the latest complete step. Each is written completely or not at all. A run that was
+    stopped or killed and resumed ends with the same weights, bit for bit, as one that was not, on the same device.
 
     Args:
         model: a `Distiller`, or a model to train on ``task_loss`` alone; either may be compiled. Parameter names
@@ -58,17 +67,24 @@ def train(
         title: name of the run in the progress bar and the log.
         progress: show progress.
         overwrite: replace an earlier run in ``out_dir``.
+        resume: continue the run in ``out_dir`` from its latest checkpoint, or start it if there is none yet. All
+            processes read the checkpoint, so they need a common file system.
+        resume_allow: settings that may differ from those of the run to resume, such as ``["lr", "steps"]``; a group
+            such as ``"weights"`` allows all of ``weights.*``. Settings that cannot change the result, such as
+            ``workers``, may always differ.
+        settings: further settings of the run, JSON values by name (paths, for example), compared in the same way.
 
     Returns:
         Steps, seconds and evaluations. The model is trained in place; it stays on the training device, in eval mode.
 
     Raises:
         ValueError: a mistake that `Distiller.check` finds, an environment that contradicts the configuration, a batch
-            size that does not fit the data or the processes, masks with values other than 0 and 1, or word ids outside
-            a model's vocabulary.
+            size that does not fit the data or the processes, masks with values other than 0 and 1, word ids outside
+            a model's vocabulary, or a run to resume that has other settings.
         TypeError: ``config`` is not a `TrainConfig`.
-        FileExistsError: ``out_dir`` holds an earlier run.
-        Terminated: SIGTERM arrived (a `SystemExit` with status 143); not if another handler is installed.
+        FileExistsError: ``out_dir`` holds an earlier run or, with ``resume``, something else than a run to continue.
+        Terminated: SIGTERM or SIGUSR1 arrived (a `SystemExit` with status 143 or 138); not if another handler is
+            installed.
         FloatingPointError: a loss or gradient that is not finite, or NaN in validation; the message names its source.
 
     Example:
@@ -86,13 +102,28 @@ def train(
     run = TrainingRun(distiller, train_dataset, config or TrainConfig(), collate, title)
     run.module = model if distiller is inner else distiller  # a compiled distiller is called through its wrapper
     main = run.processes.is_main_process
-    folder = _make_folder(Path(out_dir), overwrite) if out_dir is not None and main else None
-    run.result.out_dir, run.overwrite = folder, overwrite
-    run.log = RunLog(folder / "log.jsonl" if folder else None)
+    folder = Path(out_dir) if out_dir is not None else None
+    if resume:
+        if folder is None or overwrite:
+            raise ValueError("resume needs out_dir, the folder of the run, and contradicts overwrite=True")
+        _resume(run, folder, resume_allow, _settings(run, val_dataset, settings))
+    else:
+        run.settings = _settings(run, val_dataset, settings)
+    if folder is not None and main:
+        _prepare_folder(folder, overwrite, resume)
+        run.result.out_dir, run.overwrite = folder, overwrite
+    run.log = RunLog(folder / "log.jsonl" if folder and main else None, append=run.resumed is not None)
+    latest = run.resumed.step if run.resumed is not None else None
+    run.checkpoints = CheckpointWriter(folder and folder / FOLDER, run.config.keep_checkpoints, latest)
     run.bar = Progress(run.config.steps, title, progress and main)
+    if resume:
+        run.bar.print(
+            f"resumes after step {latest}" if latest is not None else f"no checkpoint in {folder}: starts afresh"
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(run.config.threads or threads)
-    with Termination() as stop:
+    with Termination() as stop, kept_generators():
+        run.stop = stop
         try:
             with torch.inference_mode(False), torch.enable_grad():  # regardless of the caller's mode
                 run.train(val_dataset)
@@ -109,12 +140,50 @@ def train(
     return run.result
 
 
-def _make_folder(folder: Path, overwrite: bool) -> Path:
-    if (folder / "log.jsonl").exists() and not overwrite:
+def _settings(run: TrainingRun, val_dataset: Any, further: Mapping[str, Any] | None) -> dict[str, Any]:
+    return run_settings(
+        run.config,
+        run.distiller,
+        device=run.device,
+        precision=run.precision,
+        processes=run.processes.num_processes,
+        samples=run.order.samples,
+        val_samples=None if val_dataset is None else len(val_dataset),
+        further=further or {},
+    )
+
+
+def _resume(run: TrainingRun, folder: Path, allowed: Sequence[str], settings: dict[str, Any]) -> None:
+    """Load the latest checkpoint of a folder, if there is one, and shorten the log to its step."""
+    run.settings = settings
+    found: list[Any] = [None, None]  # path, error: chosen once, so that all processes load the same checkpoint
+    if run.processes.is_main_process:
+        try:
+            found[0] = find_start(folder)
+        except (ValueError, OSError) as reason:
+            found[1] = reason
+    if run.parallel:
+        torch.distributed.broadcast_object_list(found)
+    path, error = found
+    if error is not None:
+        raise error
+    if path is None:
+        return
+    checkpoint = read_checkpoint(path)
+    run.changed = check_settings(checkpoint.state["settings"], settings, allowed)
+    lines = lines_until(read_lines(folder / "log.jsonl"), checkpoint.state)
+    run.resume(checkpoint, lines)
+
+
+def _prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
+    """Make the folder; remove the checkpoints of a run that is replaced."""
+    if not overwrite and not resume and any((folder / name).exists() for name in ("log.jsonl", FOLDER)):
         raise FileExistsError(
-            f"out_dir {str(folder)!r} holds an earlier run; choose another folder or pass overwrite=True"
+            f"out_dir {str(folder)!r} holds an earlier run; choose another folder, pass overwrite=True, or continue it "
+            "with resume=True"
         )
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out_dir {str(folder)!r} is a file; pass a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    if overwrite:
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)

@@ -15,17 +15,17 @@ _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_e
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; norms, biases and embedding tables are not decayed."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    decayed: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_table = id(parameter) in tables or name.rpartition(".")[2] in _POSITION_TABLES
-        (others if parameter.ndim <= 1 or is_table else decayed).append(parameter)
+        (others if parameter.ndim <= 1 or is_table else decayed).append((name, parameter))
     if not decayed and not others:
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = {p.device.type for p in (*decayed, *others)} <= {"cpu", "cuda"}
+    fused = {p.device.type for _, p in (*decayed, *others)} <= {"cpu", "cuda"}
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused)
 
 
@@ -40,6 +40,10 @@ class BatchOrder:
 
     The order depends only on the seed and the epoch, not on the model or the number of micro-batches, processes and
     loading workers. The incomplete last batch of an epoch is dropped.
+
+    Attributes:
+        epoch: the epoch to iterate over.
+        skip: number of steps at its start to skip.
     """
 
     def __init__(self, samples: int, config: TrainConfig, rank: int = 0, ranks: int = 1) -> None:
@@ -54,17 +58,21 @@ class BatchOrder:
                 "lower batch_size or use more data"
             )
         self.samples, self.config, self.rank, self.ranks = samples, config, rank, ranks
-        self.epoch = 0
+        self.epoch = self.skip = 0
+
+    def move_to(self, step: int) -> None:
+        """Set epoch and position to the batch of a step, counted from 0."""
+        self.epoch, self.skip = divmod(step, self.samples // self.config.batch_size)
 
     def __len__(self) -> int:
-        return self.samples // self.config.batch_size * self.config.accumulate
+        return (self.samples // self.config.batch_size - self.skip) * self.config.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.samples, generator=generator, device="cpu").tolist()
         size, parts = self.config.batch_size, self.config.accumulate * self.ranks
         part = size // parts
-        for start in range(0, len(order) - size + 1, size):
+        for start in range(self.skip * size, len(order) - size + 1, size):
             for micro in range(self.config.accumulate):
                 first = start + (micro * self.ranks + self.rank) * part
                 yield order[first : first + part]

@@ -20,8 +20,9 @@ class TrainResult:
         samples_per_second: batch_size · steps / seconds.
         stopped: the limit that ended the run, "steps" or "max_seconds".
         history: the "train" lines of the log.
-        evaluations: step and result of every evaluation.
+        evaluations: step and result of every evaluation; those before a resumed step have no per-sample values.
         out_dir: folder of log and checkpoints, or None.
+        resumed_at: step of the checkpoint that the run continued from, or None.
     """
 
     steps: int = 0
@@ -32,6 +33,7 @@ class TrainResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[tuple[int, EvalResult]] = field(default_factory=list)
     out_dir: Path | None = None
+    resumed_at: int | None = None
 
     @property
     def best(self) -> EvalResult | None:

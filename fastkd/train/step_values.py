@@ -41,6 +41,15 @@ class StepValues:
         self._window.extend(rows)
         return None
 
+    @property
+    def window(self) -> list[list[float]]:
+        """Values per step since the previous call of `mean`; call `read` first."""
+        return self._window
+
+    @window.setter
+    def window(self, rows: Sequence[Sequence[float]]) -> None:
+        self._window = [list(row) for row in rows]
+
     def mean(self) -> Tensor:
         """Return the mean (len(names),) of the values read since the previous call, float64 on the CPU."""
         mean = torch.tensor(self._window, dtype=torch.float64, device="cpu").mean(0)

@@ -64,6 +64,22 @@ def test_train_then_evaluate(shapes, tmp_path, capsys):
     assert "mIoU" in capsys.readouterr().out
 
 
+def test_resume_keeps_the_weights_and_refuses_other_settings(shapes, tmp_path, capsys):
+    out = tmp_path / "run"
+    args = ["distill", "--data", str(shapes), "--out", str(out), *SHORT]
+    assert main([*args, "--resume"]) == 0
+    error = capsys.readouterr()
+    assert "starts afresh" in error.err
+    assert main([*args, "--resume", "--steps", "4"]) == 2
+    assert "steps: 3 → 4" in capsys.readouterr().err
+    assert main([*args, "--resume", "--steps", "4", "--resume-allow", "steps"]) == 0
+    assert "weights: first_order" in capsys.readouterr().out
+    assert main([*args, "--resume", "--terms", "first_order=0.25"]) == 2
+    assert "shares.first_order: 0.5 → 0.25" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "resume"] == [3]
+
+
 def test_skip_unusable_skips_refs_and_reports_them(shapes, tmp_path, capsys):
     import pickle
     import shutil

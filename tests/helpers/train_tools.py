@@ -82,7 +82,9 @@ def distiller(seed: int = 0, loss: Any = F.mse_loss, **kwargs: Any) -> Distiller
 
 
 def run(model: nn.Module, data: Dataset[Any] | None = None, out: Path | None = None, **settings: Any) -> Any:
-    more = {k: settings.pop(k) for k in ("val_dataset", "overwrite", "task_loss") if k in settings}
+    more = {
+        k: settings.pop(k) for k in ("val_dataset", "overwrite", "task_loss", "resume", "resume_allow") if k in settings
+    }
     config = TrainConfig(**{"steps": 6, "batch_size": 8, "lr": 1e-2, "device": "cpu", **settings})
     return train(model, data or Scenes(), config, collate=collate, progress=False, out_dir=out, **more)
 

@@ -113,7 +113,7 @@ class TestLogAndCheckpoints:
         result = run(distiller(), out=tmp_path, eval_every=2, log_every=2, val_dataset=Scenes(9))
         log = read_log(tmp_path)
         events = [line["event"] for line in log]
-        assert events == ["start", "train", "eval", "train", "eval", "train", "eval", "end"]
+        assert events == ["start", "train", "eval", "train", "eval", "train", "eval", "checkpoint", "end"]
         start = log[0]
         assert start["config"]["lr"] == 1e-2
         assert start["environment"]["torch"] == torch.__version__
@@ -133,7 +133,7 @@ class TestLogAndCheckpoints:
     def test_checkpoints_hold_the_student(self, tmp_path: Path) -> None:
         model = distiller()
         result = run(model, out=tmp_path, eval_every=1, val_dataset=Scenes(), lr=0.3)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "log.jsonl"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "checkpoints", "last", "log.jsonl"]
         last = load_file(tmp_path / "last" / "model.safetensors")
         assert last.keys() == model.student.state_dict().keys()
         assert all(torch.equal(v, last[k]) for k, v in model.student.state_dict().items())
@@ -159,7 +159,7 @@ class TestLogAndCheckpoints:
         Saved.fail = True
         with pytest.raises(OSError, match="disk full"):
             run(model, out=tmp_path, overwrite=True)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "log.jsonl"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "last", "log.jsonl"]
         assert (tmp_path / "last" / "model.txt").read_text() == "whole"
         assert read_log(tmp_path)[-1]["reason"] == "OSError"
 
@@ -175,7 +175,7 @@ class TestLogAndCheckpoints:
         run(toy(), out=tmp_path, val_dataset=Scenes(8))
         assert (tmp_path / "best").is_dir()
         run(toy(), out=tmp_path, overwrite=True)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "log.jsonl"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "last", "log.jsonl"]
 
     def test_rejects_a_bad_out_dir_or_config(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

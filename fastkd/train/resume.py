@@ -1,0 +1,194 @@
+"""Continue a run in its folder: compare settings, and keep the log up to the checkpoint's step."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd._atomic import remove_leftovers
+from fastkd._messages import suggestion
+from fastkd._wrappers import unwrap
+from fastkd.distill.distiller import Distiller
+from fastkd.distill.terms import loss_and_options
+from fastkd.evaluate.evaluation import EvalResult
+from fastkd.train.checkpoint import FOLDER, find_checkpoints, latest_checkpoint, read_state
+from fastkd.train.config import TrainConfig
+
+# These do not influence the result, so they may differ without permission.
+_FREE = frozenset({"workers", "log_every", "checkpoint_every", "keep_checkpoints", "eval_batch_size", "check"})
+
+
+def find_start(folder: Path) -> Path | None:
+    """Return the checkpoint to continue from, or None to start afresh; remove what killed processes left half-written.
+
+    Raises:
+        FileExistsError: the folder is not a run, or a complete run without checkpoints.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    log = folder / "log.jsonl"
+    if not log.is_file() and not (folder / FOLDER).is_dir():
+        raise FileExistsError(
+            f"out_dir {str(folder)!r} is not a run: it has neither log.jsonl nor {FOLDER}/; resume=True (--resume) "
+            "needs the folder of a run, or one that is empty or does not exist yet"
+        )
+    remove_leftovers(folder)
+    if (folder / FOLDER).is_dir():
+        remove_leftovers(folder / FOLDER)
+        if (path := latest_checkpoint(folder / FOLDER)) is not None:
+            return path
+        if find_checkpoints(folder / FOLDER):
+            raise FileExistsError(
+                f"out_dir {str(folder)!r}: none of its checkpoints can be read; restore one, or pass overwrite=True "
+                "(--overwrite) in place of resume to start afresh"
+            )
+    lines = read_lines(log)
+    if lines and lines[-1].get("event") == "end" and "samples_per_second" in lines[-1]:
+        raise FileExistsError(
+            f"out_dir {str(folder)!r} holds a complete run without checkpoints; choose another folder or pass "
+            "overwrite=True (--overwrite)"
+        )
+    return None
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run in a folder, empty if it has no readable checkpoint."""
+    for path in find_checkpoints(folder / FOLDER).values():
+        with contextlib.suppress(ValueError):  # `find_start` warns about it
+            return dict(read_state(path)["settings"])
+    return {}
+
+
+def run_settings(
+    config: TrainConfig,
+    distiller: Distiller,
+    *,
+    device: torch.device,
+    precision: str,
+    processes: int,
+    samples: int,
+    val_samples: int | None,
+    further: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what determines a run's result, by flat key, as JSON values.
+
+    Args:
+        config: device and precision are replaced by those in effect.
+        distiller: weights, losses and options of its terms, and a digest of its teacher.
+        device: device in effect.
+        precision: precision in effect.
+        processes: number of processes.
+        samples: size of the training set.
+        val_samples: size of the validation set.
+        further: settings that only the caller knows, such as paths.
+    """
+    settings: dict[str, Any] = {**asdict(config), "device": device.type, "precision": precision}
+    settings = {key: value for key, value in settings.items() if key not in _FREE}
+    settings |= {"processes": processes, "samples": samples, "val_samples": val_samples}
+    for name, term in distiller.terms.items():
+        loss, options = loss_and_options(term)
+        settings[f"terms.{name}"] = _qualified_name(loss)
+        settings[f"weights.{name}"] = term.weight
+        if isinstance(loss, nn.Module):
+            options = {**vars(loss), **options}
+        plain = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool) and k[0] != "_"}
+        settings |= {f"terms.{name}.{key}": value for key, value in plain.items() if key not in ("training", "backend")}
+    if distiller.teacher is not None:
+        settings["teacher"] = _digest(unwrap(distiller.teacher))
+    return json.loads(json.dumps(settings | dict(further), default=str))  # type: ignore[no-any-return]
+
+
+def check_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ from those of the run, key to (before, now).
+
+    Raises:
+        ValueError: a setting differs and neither it nor its group (``weights`` of ``weights.kd``) is in ``allowed``, or
+            ``allowed`` names an unknown one.
+    """
+    keys = list(dict.fromkeys([*before, *now]))
+    known = {*keys, *(key.partition(".")[0] for key in keys)}
+    for key in allowed:
+        if key not in known:
+            raise ValueError(f"resume_allow (--resume-allow): no setting is named {key!r}.{suggestion(key, known)}")
+    changed = {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+    refused = {key: values for key, values in changed.items() if not {key, key.partition(".")[0]} & set(allowed)}
+    if refused:
+        listed = ", ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in refused.items())
+        raise ValueError(
+            f"the run to resume has other settings ({listed}); restore them, or allow the change by name: "
+            f"resume_allow={sorted(refused)} (--resume-allow {' '.join(sorted(refused))})"
+        )
+    return changed
+
+
+def read_lines(log: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; a line cut off by the end of the process is skipped."""
+    lines = []
+    for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def lines_until(lines: Sequence[dict[str, Any]], state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of a log that precede a checkpoint with this ``state.json``."""
+    evaluated = {evaluation["step"] for evaluation in state["evaluations"]}
+
+    def precedes(line: Mapping[str, Any]) -> bool:
+        step = line.get("step", 0)
+        if line.get("event") == "train":
+            return bool(step <= state["reported"])
+        return step in evaluated if line.get("event") == "eval" else bool(step <= state["step"])
+
+    return [line for line in lines if precedes(line)]
+
+
+def evaluation_to_json(step: int, result: EvalResult) -> dict[str, Any]:
+    """Return an evaluation without its per-sample values."""
+    return {"step": step, **result.to_dict()}
+
+
+def evaluation_from_json(values: Mapping[str, Any]) -> tuple[int, EvalResult]:
+    """Return step and result of an evaluation; its per-sample values are empty."""
+    rest = {key: value for key, value in values.items() if key not in ("step", "eval_seconds", "resolution")}
+    height, width = values["resolution"]
+    result = EvalResult(
+        **rest,
+        resolution=(height, width),
+        seconds=values["eval_seconds"],
+        sample_iou=torch.empty(0, dtype=torch.float64),
+    )
+    return values["step"], result
+
+
+def _qualified_name(loss: Any) -> str:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    kind = type(loss) if isinstance(loss, nn.Module) or not hasattr(loss, "__qualname__") else loss
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _digest(model: nn.Module) -> str:
+    """Return a model's class with a checksum of names, shapes and the first 16 values of every tensor."""
+    checksum = 0
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            corner = value.detach()[tuple(slice(4) for _ in value.shape)]  # in any memory format
+            first = corner.reshape(-1)[:16].to("cpu", torch.float64)
+            checksum = zlib.crc32(f"{name}{tuple(value.shape)}{first.tolist()}".encode(), checksum)
+    return f"{type(model).__name__} {checksum:08x}"
