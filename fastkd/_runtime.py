@@ -30,13 +30,13 @@ def pick_device(name: str | torch.device | None) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Return "fp32" or "bf16"; ``"auto"`` is "bf16" on a GPU with bf16 arithmetic (not emulated), else "fp32".
+    """Return "fp32", "bf16" or "fp16"; ``"auto"`` is "bf16" on a GPU with bf16 arithmetic (not emulated), else "fp32".
 
     Raises:
         ValueError: an unknown precision.
     """
-    if name not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {name!r}")
+    if name not in ("auto", "fp32", "bf16", "fp16"):
+        raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {name!r}")
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and _has_bf16(device) else "fp32"
@@ -50,11 +50,11 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the autocast context for "fp32", "bf16" or "auto" (see `pick_precision`); it overrides an outer one."""
-    bf16 = pick_precision(precision, device) == "bf16"
-    if not bf16 and not torch.amp.is_autocast_available(device.type):
+    """Return the autocast context of a precision (see `pick_precision`); it overrides an outer one."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_precision(precision, device))
+    if dtype is None and not torch.amp.is_autocast_available(device.type):
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device, channels_last: bool = False) -> dict[str, Any]:

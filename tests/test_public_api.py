@@ -224,12 +224,14 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "TrainConfig": (
             "(*, steps=1000, batch_size=16, accumulate=1, lr=0.0005, weight_decay=0.01, warmup=0, "
             "power=0.9, grad_clip=1.0, seed=0, device='auto', precision='auto', channels_last=False, "
-            "workers=0, threads=None, eval_every=None, eval_batch_size=32, checkpoint_every=None, "
-            "keep_checkpoints=2, ema=None, log_every=20, max_seconds=None, find_unused_parameters=False, check=True)"
+            "workers=0, threads=None, skip_bad_samples=False, eval_every=None, eval_batch_size=32, "
+            "checkpoint_every=None, keep_checkpoints=2, ema=None, log_every=20, max_seconds=None, "
+            "find_unused_parameters=False, check=True)"
         ),
         "TrainResult": (
             "(steps=0, seconds=0.0, eval_seconds=0.0, samples_per_second=0.0, stopped='steps', "
-            "history=factory, evaluations=factory, out_dir=None, resumed_at=None)"
+            "history=factory, evaluations=factory, out_dir=None, skipped=0, bad_samples=factory, "
+            "resumed_at=None)"
         ),
         "TrainResult.best": "property",
         "TrainResult.last": "property",

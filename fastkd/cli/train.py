@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkd._console import show
 from fastkd.cli._arguments import Config
 from fastkd.cli._data import Data
 from fastkd.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from fastkd import Distiller
 
 _CONFIG = TrainConfig()
 _TERMS = ("first_order=0.5",)
@@ -23,6 +26,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     resume_allow: tuple[str, ...] = (),
+    replay: Path | None = None,
 ) -> None:
     """Train a model alone, without a teacher.
 
@@ -34,8 +38,10 @@ def train(
         overwrite: replace an earlier run in --out.
         resume: continue the run in --out from its latest checkpoint, or start it if there is none yet.
         resume_allow: settings that may differ from those of the run to resume, such as ``lr steps``.
+        replay: a file ``replay-step-….pt`` of a run that stopped, with its other arguments: compute the losses and
+            gradients of its samples again and print them, without training.
     """
-    _run(data, out, model, config, _Folder(overwrite, resume, resume_allow))
+    _run(data, out, model, config, _Folder(overwrite, resume, resume_allow), replay)
 
 
 def distill(
@@ -49,6 +55,7 @@ def distill(
     overwrite: bool = False,
     resume: bool = False,
     resume_allow: tuple[str, ...] = (),
+    replay: Path | None = None,
 ) -> None:
     """Distil a teacher into a student.
 
@@ -68,8 +75,11 @@ def distill(
         overwrite: replace an earlier run in --out.
         resume: continue the run in --out from its latest checkpoint, or start it if there is none yet.
         resume_allow: settings that may differ from those of the run to resume, such as ``lr steps``.
+        replay: a file ``replay-step-….pt`` of a run that stopped, with its other arguments: compute the losses and
+            gradients of its samples again and print them, without training.
     """
-    _run(data, out, student, config, _Folder(overwrite, resume, resume_allow), teacher, terms, teacher_tokenizer)
+    folder = _Folder(overwrite, resume, resume_allow)
+    _run(data, out, student, config, folder, replay, teacher, terms, teacher_tokenizer)
 
 
 class _Folder(NamedTuple):
@@ -86,6 +96,7 @@ def _run(
     model_name: str,
     config: TrainConfig,
     folder: _Folder,
+    replay: Path | None,
     teacher_name: str | None = None,
     terms: Sequence[str] = (),
     teacher_tokenizer: str | None = None,
@@ -108,10 +119,11 @@ def _run(
         model.config.tokenizer, model.tokenizer = teacher.config.tokenizer, getattr(teacher, "tokenizer", None)
     train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
     val_set = data.open("val", model, sentences="all")
-    trained: Any = model
     shares = {} if teacher is None else parse_terms(terms)
+    trained = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
+    if replay is not None:
+        return _replay(replay, trained, config)
     if teacher is not None:
-        trained = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
         saved = saved_settings(out) if folder.resume else {}
         if all(saved.get(f"shares.{name}") == share for name, share in shares.items()):
             trained.set_weights({name: saved[f"weights.{name}"] for name in shares})
@@ -123,3 +135,12 @@ def _run(
     chosen |= {f"shares.{name}": share for name, share in shares.items()}
     result = run(trained, train_set, config, val_dataset=val_set, out_dir=out, settings=chosen, **folder._asdict())
     show(f"best on val: {result.best}\nstudent: {out / 'best'}")
+
+
+def _replay(path: Path, distiller: Distiller, config: TrainConfig) -> None:
+    from fastkd.train.launch import requested
+    from fastkd.train.replay import not_finite, replay_batch
+
+    report = replay_batch(path, distiller, requested(config)[0])
+    sources = not_finite(report)
+    show(f"{report}\nnot finite: {', '.join(sources) if sources else 'nothing'}")

@@ -130,6 +130,11 @@ class ReferDataset(Dataset[Sample]):
             "sentence": sentence.text,
         }
 
+    def describe(self, index: int) -> str:
+        """Return the ids of a sample, for messages."""
+        ref, sentence = self._select(index % len(self))
+        return f"ref {ref.ref_id}, sentence {sentence.sent_id}, image {ref.image_id}"
+
     def fill_cache(self) -> None:
         """Read every image and mask (with ``cache=True``), so that workers started later share them."""
         if self._images is None:

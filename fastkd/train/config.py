@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # as `fastkd._runtime.pick_precision`, which imports torch
 
 
 @dataclass(kw_only=True)
@@ -36,15 +38,17 @@ class TrainConfig:
     """Seed of data order and dropout. Seed the initial weights where the model is built; a dataset has its own seed."""
     device: str = "auto"
     """"auto" (the GPU if there is one; the CPU under ``accelerate launch --cpu``), "cpu", "cuda" or "cuda:1"."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the networks: "auto" is bf16 on a GPU that supports it (compute capability 8.0 or higher) or if
-    ``accelerate launch`` requests it, else fp32. Weights stay in fp32."""
+    precision: Precision = "auto"
+    """Precision of the networks: "auto" is bf16 on a GPU that supports it (compute capability 8.0 or higher), what
+    ``accelerate launch`` requests, or fp32. Weights stay in fp32; fp16 scales the loss."""
     channels_last: bool = False
     """Store images and convolution weights channels-last, which speeds up convolutions on most devices."""
     workers: int = 0
     """Data-loading processes; 0 loads in the training process."""
     threads: int | None = None
     """torch's CPU threads during the run; None keeps the current number."""
+    skip_bad_samples: bool = False
+    """Replace a training sample that cannot be read by the next one, and list it, rather than raise an error."""
     eval_every: int | None = None
     """Steps between evaluations on the validation set; None evaluates only at the end."""
     eval_batch_size: int = 32
@@ -88,8 +92,8 @@ class TrainConfig:
             raise ValueError(f"ema must be a number between 0 and 1 (such as 0.999) or None, got {self.ema!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {self.precision!r}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {self.precision!r}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate, got batch_size={self.batch_size} "

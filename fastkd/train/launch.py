@@ -107,17 +107,17 @@ def _precision(name: str, environ: Mapping[str, str]) -> str:
     mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if mixed in ("", "no"):  # the default of accelerate launch
         return name
-    if mixed != "bf16":
+    if mixed not in ("bf16", "fp16"):
         raise ValueError(
-            f"ACCELERATE_MIXED_PRECISION={mixed}: the trainer computes in fp32 or bf16; start it with "
-            "--mixed_precision no or bf16, or unset the variable"
+            f"ACCELERATE_MIXED_PRECISION={mixed}: the trainer computes in fp32, bf16 or fp16; start it with "
+            "--mixed_precision no, bf16 or fp16, or unset the variable"
         )
-    if name == "fp32":
+    if name not in ("auto", mixed):
         raise ValueError(
-            "ACCELERATE_MIXED_PRECISION=bf16 contradicts precision='fp32' of the configuration: set precision='bf16' "
-            "or 'auto', or start it with --mixed_precision no"
+            f"ACCELERATE_MIXED_PRECISION={mixed} contradicts precision={name!r} of the configuration: set "
+            f"precision={mixed!r} or 'auto', or start it with --mixed_precision no"
         )
-    return "bf16"
+    return mixed
 
 
 def _flag(environ: Mapping[str, str], variable: str) -> bool:

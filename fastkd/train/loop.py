@@ -85,7 +85,8 @@ def train(
         FileExistsError: ``out_dir`` holds an earlier run or, with ``resume``, something else than a run to continue.
         Terminated: SIGTERM or SIGUSR1 arrived (a `SystemExit` with status 143 or 138); not if another handler is
             installed.
-        FloatingPointError: a loss or gradient that is not finite, or NaN in validation; the message names its source.
+        FloatingPointError: ten steps in a row were skipped since a loss or gradient was not finite, or NaN in
+            validation; the message names its source and the samples.
 
     Example:
         >>> result = train(distiller, train_set, TrainConfig(steps=600), val_dataset=val_set, out_dir="runs/distilled")
@@ -112,6 +113,7 @@ def train(
     if folder is not None and main:
         _prepare_folder(folder, overwrite, resume)
         run.result.out_dir, run.overwrite = folder, overwrite
+    run.folder = folder
     run.log = RunLog(folder / "log.jsonl" if folder and main else None, append=run.resumed is not None)
     latest = run.resumed.step if run.resumed is not None else None
     run.checkpoints = CheckpointWriter(folder and folder / FOLDER, run.config.keep_checkpoints, latest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -60,9 +61,19 @@ class BatchOrder:
         self.samples, self.config, self.rank, self.ranks = samples, config, rank, ranks
         self.epoch = self.skip = 0
 
+    def position(self, step: int) -> tuple[int, int]:
+        """Return the epoch of a step, counted from 0, and the number of steps before it in that epoch."""
+        return divmod(step, self.samples // self.config.batch_size)
+
     def move_to(self, step: int) -> None:
         """Set epoch and position to the batch of a step, counted from 0."""
-        self.epoch, self.skip = divmod(step, self.samples // self.config.batch_size)
+        self.epoch, self.skip = self.position(step)
+
+    def indices(self, step: int) -> list[list[int]]:
+        """Return the sample indices of each micro-batch of a step, counted from 0."""
+        order = BatchOrder(self.samples, self.config, self.rank, self.ranks)
+        order.move_to(step)
+        return list(itertools.islice(order, self.config.accumulate))
 
     def __len__(self) -> int:
         return (self.samples // self.config.batch_size - self.skip) * self.config.accumulate

@@ -22,6 +22,8 @@ class TrainResult:
         history: the "train" lines of the log.
         evaluations: step and result of every evaluation; those before a resumed step have no per-sample values.
         out_dir: folder of log and checkpoints, or None.
+        skipped: steps without an update since a loss or gradient was not finite.
+        bad_samples: index in the training set to error, of samples replaced by ``skip_bad_samples``.
         resumed_at: step of the checkpoint that the run continued from, or None.
     """
 
@@ -33,6 +35,8 @@ class TrainResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[tuple[int, EvalResult]] = field(default_factory=list)
     out_dir: Path | None = None
+    skipped: int = 0
+    bad_samples: dict[int, str] = field(default_factory=dict)
     resumed_at: int | None = None
 
     @property

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,35 +21,29 @@ from torch.utils.data import Dataset
 
 from fastkd._runtime import autocast
 from fastkd.distill.distiller import Distiller
-from fastkd.errors import Terminated
+from fastkd.errors import FastKDWarning
 from fastkd.evaluate.evaluation import evaluate
 from fastkd.ops.numerics import computes_fp64
-from fastkd.train.average import Average
-from fastkd.train.checkpoint import Checkpoint, CheckpointWriter, save_student
-from fastkd.train.clock import Clock
+from fastkd.train.checkpoint import save_student
 from fastkd.train.config import TrainConfig
-from fastkd.train.feed import endless_batches
+from fastkd.train.feed import Feed
 from fastkd.train.host import check_tokenizers, check_validation, keep_tokenizer
 from fastkd.train.launch import join
-from fastkd.train.log import Progress, RunLog, environment
-from fastkd.train.optim import BatchOrder, adamw, lr_factor
-from fastkd.train.result import TrainResult
-from fastkd.train.resume import evaluation_from_json, evaluation_to_json
+from fastkd.train.log import environment
+from fastkd.train.optim import BatchOrder, lr_factor
+from fastkd.train.replay import find_broken, write_replay
+from fastkd.train.saved_run import SavedRun
 from fastkd.train.seeding import seed_step
+from fastkd.train.skips import LIMIT, any_not_finite, describe
 from fastkd.train.split import check_all_reduced, data_parallel, warn_of_micro_batches
-from fastkd.train.state import ModelState, copy_tensors, load_optimizer, optimizer_state
-from fastkd.train.step_values import StepValues
-from fastkd.train.stop import Termination
+from fastkd.train.state import ModelState
 
 
-class TrainingRun:
-    """State of one call of `fastkd.train.train`; the caller sets the attributes without a default."""
+class TrainingRun(SavedRun):
+    """One call of `fastkd.train.train`; the caller sets ``module``, ``folder`` and what `SavedRun` needs."""
 
-    log: RunLog
-    bar: Progress
     module: nn.Module
-    stop: Termination
-    checkpoints: CheckpointWriter
+    folder: Path | None = None  # of log, checkpoints and replay files
     overwrite = False
 
     def __init__(
@@ -59,66 +54,31 @@ class TrainingRun:
         collate: Callable[[list[Any]], dict[str, Any]] | None,
         title: str,
     ) -> None:
-        self.processes, self.device, self.precision = join(config)
+        processes, device, self.precision = join(config)
+        super().__init__(distiller, config, processes, device)
         self.parallel = self.processes.num_processes > 1
-        self.distiller, self.dataset, self.config, self.title = distiller, dataset, config, title
-        index, count = self.processes.process_index, self.processes.num_processes
-        self.order = BatchOrder(len(dataset), config, index, count)  # type: ignore[arg-type]
+        self.dataset, self.title = dataset, title
+        self.rank, count = self.processes.process_index, self.processes.num_processes
+        self.order = BatchOrder(len(dataset), config, self.rank, count)  # type: ignore[arg-type]
         self.collate = collate or _default_collate()
-        self.values = StepValues(["loss", "task", *distiller.terms, "gradient"])
-        self.result = TrainResult()
-        self.clock = Clock(self.device)
-        self.step = 0
-        self.batch: dict[str, Any] = {}
-        self.settings: dict[str, Any] = {}
-        self.resumed: Checkpoint | None = None
-        self._lines: list[dict[str, Any]] = []  # of the log until the resumed step
-        self.changed: dict[str, tuple[Any, Any]] = {}  # settings that differ from the resumed run's
-        self.model: ModelState | None = None  # once training has begun
-        self._reported, self._lr, self._fraction_done = 0, 0.0, 0.0
-        self._updating = False  # weights and optimiser are between two steps
-
-    def resume(self, checkpoint: Checkpoint, lines: list[dict[str, Any]]) -> None:
-        """Continue after the step of a checkpoint; ``lines`` are those of the log until then."""
-        state = checkpoint.state
-        self.resumed, self.step = checkpoint, checkpoint.step
-        self.clock = Clock(self.device, state["seconds"])
-        self.values.window = state["window"]
-        self._reported, self._lr, self._fraction_done = state["reported"], state["lr"], state["fraction"]
-        self._lines = lines
-        self.result.history = [
-            {key: value for key, value in line.items() if key != "event"}
-            for line in lines
-            if line.get("event") == "train"
-        ]
-        self.result.evaluations = [evaluation_from_json(values) for values in state["evaluations"]]
-        self.result.eval_seconds, self.result.resumed_at = state["eval_seconds"], self.step
+        self.feed = Feed(dataset, self.order, config, self.collate, distiller, device)
 
     def train(self, val_dataset: Dataset[Any] | None) -> None:
         """Train until the last step or ``max_seconds``, then evaluate."""
         config, distiller = self.config, self.distiller
         check_tokenizers(distiller, self.dataset)
         keep_tokenizer(distiller.student, self.dataset)
-        seed_step(config.seed, self.step, self.processes.process_index)
+        seed_step(config.seed, self.step, 0, self.rank)
         distiller.to(self.device)
         if config.channels_last:
             distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         distiller.train()
-        model = ModelState(distiller)
-        if self.resumed is not None:
-            model.load(self.resumed.tensors)
-        self.optimizer = optimizer = adamw(distiller, config)
-        self.average = Average(distiller.student, config.ema, self.stop) if config.ema is not None else None
-        if self.resumed is not None:
-            load_optimizer(optimizer, self.resumed.optimizer)
-            if self.average is not None and "average" in self.resumed.tensors:
-                copy_tensors(self.resumed.tensors["average"], self.average.tensors, "average")
-        batches = endless_batches(self.dataset, self.order, self.step, config, self.collate, distiller, self.device)
+        model = self.prepare(self.precision)
+        batches = self.feed.start(self.step)
         first = next(batches)
         self._begin(first, val_dataset)
         batches = itertools.chain([first], batches)
         self.model, self.resumed = model, None
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         module = self.module
         if self.parallel:
             with autocast(self.precision, self.device):
@@ -133,27 +93,14 @@ class TrainingRun:
             if fraction >= 1:
                 self.result.stopped = "max_seconds"
                 break
-            lr = config.lr * lr_factor(self.step, fraction, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            seed_step(config.seed, self.step, self.processes.process_index)
             values = self._forward_backward(module, batches)
             check_all_reduced(module, self.step + 1)
-            norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
-            row = torch.cat([values, norm.detach().reshape(1).to(values)])
-            if self.device.type == "cpu" and not row.isfinite().all():  # no synchronisation: stop before the update
-                self.values.add(row)
-                self._check_values(self.step + 1)
+            row = torch.cat([values, self.updater.clip().detach().reshape(1).to(values)])
             with self.stop.shielded():
-                self._updating = True
-                optimizer.step()
-                if self.average is not None:
-                    self.average.update(self.step + 1)
-                model.keep_buffers()
-                self.values.add(row)
-                self.step, self._lr, self._fraction_done = self.step + 1, lr, fraction
-                self._updating = False
-            optimizer.zero_grad(set_to_none=True)
+                skipped = self._update(model, row, fraction)
+            self.updater.zero_grad()
+            if skipped or self.step % LIMIT == 0:
+                self._check_values()
         self._check_values()
         self.clock.stop()
         self.clock.start()
@@ -161,7 +108,8 @@ class TrainingRun:
             self._evaluate(val_dataset)
         self.clock.stop()
         distiller.eval()
-        self._save()
+        self._collect_bad_samples()
+        self.save()
         if self.average is not None:
             self.average.copy_to_student()
         self._end()
@@ -173,75 +121,33 @@ class TrainingRun:
         if isinstance(error, torch.OutOfMemoryError):
             error.add_note("Increase accumulate (smaller micro-batches), or reduce batch_size or the image size.")
         try:
-            self._save_early(error)
+            for step, _ in self.values.read(self.step):
+                self.skips.add(step)
+            self.save_early(error)
         except Exception as failure:  # the first error is the one to raise
             error.add_note(f"The state after step {self.step} could not be saved: {failure}")
         self.log.write(
             "end", reason=type(error).__name__, message=str(error), step=self.step, seconds=self.clock.seconds
         )
 
-    def _save_early(self, error: BaseException) -> None:
-        folder = self.result.out_dir
-        if not folder or not self.step or self.model is None or isinstance(error, FloatingPointError):
-            return
-        if self._updating:
-            self.bar.print(f"the update of step {self.step + 1} was not completed, so its state is not saved")
-        else:
-            self._save()
-            if isinstance(error, KeyboardInterrupt | Terminated):
-                with self._averaged():
-                    save_student(self.distiller.student, folder / "last")
-                self.bar.print(f"interrupted at step {self.step}; the student is in {folder / 'last'}")
-        if self.checkpoints.latest is not None:
-            self.bar.print(f"resume=True (--resume) continues after step {self.checkpoints.latest}")
-
     def _after_step(self, val_dataset: Dataset[Any] | None) -> None:
         """Report, evaluate and save, as far as it is due after this number of steps and not done."""
         config, step = self.config, self.step
-        if step > self._reported and (step % config.log_every == 0 or step == config.steps):
+        if step > self.reported and (step % config.log_every == 0 or step == config.steps):
+            self._check_values()
             with self.stop.shielded():
-                self._report(self._lr, self._fraction_done)
+                self._report()
         if not step or step == config.steps:
             return
         is_best = False
         if config.eval_every and step % config.eval_every == 0 and step not in dict(self.result.evaluations):
             is_best = self._evaluate(val_dataset)
         if config.checkpoint_every and (is_best or step % config.checkpoint_every == 0):
+            self._check_values()
             self.clock.stop()
             with self.stop.shielded():
-                self._save()
+                self.save()
             self.clock.start()
-
-    def _save(self) -> None:
-        """Write a checkpoint of the state after the latest step."""
-        writer = self.checkpoints
-        if not self.processes.is_main_process or writer.folder is None or self.step in (0, writer.latest):
-            return
-        self._check_values()
-        assert self.model is not None
-        average = {} if self.average is None else {"average": self.average.tensors}
-        state = {
-            "seconds": self.clock.seconds,
-            "eval_seconds": self.result.eval_seconds,
-            "lr": self._lr,
-            "fraction": self._fraction_done,
-            "reported": self._reported,
-            "window": self.values.window,
-            "evaluations": [evaluation_to_json(step, result) for step, result in self.result.evaluations],
-            "settings": self.settings,
-        }
-        checkpoint = Checkpoint(
-            self.step, {**self.model.consistent(), **average}, optimizer_state(self.optimizer), state
-        )
-        best = max(self.result.evaluations, key=lambda each: each[1].miou, default=(None, None))[0]
-        start = time.perf_counter()
-        failure = writer.write(checkpoint, best)
-        written = {"save_seconds": time.perf_counter() - start} if failure is None else {"error": failure}
-        self.log.write("checkpoint", step=self.step, **written)
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the student has its averaged parameters, if there are any."""
-        return nullcontext() if self.average is None else self.average.applied()
 
     def _begin(self, first: dict[str, Any], val_dataset: Dataset[Any] | None) -> None:
         """Check the first batch and the validation set, then log the settings."""
@@ -250,11 +156,8 @@ class TrainingRun:
         distiller, report = self.distiller, None
         if self.processes.is_main_process:
             warn_of_micro_batches(distiller, self.config, self.processes.num_processes)
-        if self.config.check:
-            with autocast(self.precision, self.device):
-                report = distiller.check(first)
-        if self.resumed is not None:
-            self.log.restart(self._lines)
+        if self.resumed is not None:  # checked when it started; the next batch may be one to skip
+            self.log.restart(self.lines)
             self.log.write(
                 "resume",
                 step=self.step,
@@ -264,6 +167,9 @@ class TrainingRun:
                 environment=self._environment(),
             )
             return
+        if self.config.check:
+            with autocast(self.precision, self.device):
+                report = distiller.check(first)
         counts = {"student": distiller.student, "aligners": distiller.term_modules, "teacher": distiller.teacher}
         self.log.write(
             "start",
@@ -285,12 +191,13 @@ class TrainingRun:
         parts = self.config.accumulate
         total: Tensor | None = None
         for micro in range(parts):
-            self.batch = next(batches)
+            seed_step(self.config.seed, self.step, micro, self.rank)
+            batch = next(batches)
             last = micro + 1 == parts
             with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
                 with autocast(self.precision, self.device):
-                    output = module(self.batch)
-                (output.loss / parts if parts > 1 else output.loss).backward()
+                    output = module(batch)
+                self.updater.scaler.scale(output.loss / parts if parts > 1 else output.loss).backward()
             values = (
                 torch.stack([v.detach().float() for v in (output.loss, output.task, *output.terms.values())]) / parts
             )
@@ -298,25 +205,78 @@ class TrainingRun:
         assert total is not None
         return total
 
-    def _check_values(self, step: int | None = None) -> None:
-        """Raise ``FloatingPointError`` if a value since the previous call is not finite."""
-        non_finite = self.values.read(self.step if step is None else step)
-        if non_finite is not None:
-            raise FloatingPointError(self._explain_non_finite(*non_finite))
+    def _update(self, model: ModelState, row: Tensor, fraction: float) -> bool:
+        """Complete the step: update the weights, or skip that; return whether it is known to be skipped."""
+        updater = self.updater
+        not_finite = any_not_finite(row, self.parallel)  # (2,): any value, any loss
+        skip = not_finite[0]
+        known = updater.waits and bool(skip)
+        ignored = known and updater.is_overflow(not_finite[1])
+        lr = self.config.lr * lr_factor(self.step, fraction, self.config)
+        self.updating = True
+        updater.step(lr, skip)
+        if known or not updater.waits:
+            model.restore_buffers(None if known else skip)
+        if self.average is not None and not known:
+            self.average.update(self.step + 1)
+        model.keep_buffers()
+        self.values.add(row, skip, ignored)
+        self.step, self.lr, self.fraction = self.step + 1, lr, fraction
+        self.updating = False
+        return known and not ignored
 
-    def _explain_non_finite(self, step: int, values: dict[str, float]) -> str:
-        """Return an error message that names the losses, or the sources of the gradient, that are not finite."""
-        losses = [name for name in values if name not in ("loss", "gradient") and not math.isfinite(values[name])]
-        if losses:
-            text = " and ".join("the task loss" if name == "task" else f"term {name!r}" for name in losses)
-            return f"{text} is {values[losses[0]]} at step {step}; the run stops, earlier checkpoints are kept"
-        norms = self.distiller.gradient_report(self.batch).norms
-        sources = [name for name, norm in norms.items() if not math.isfinite(norm)]
-        return (
-            f"the gradient is {values['gradient']} at step {step} while every loss is finite"
-            + (f"; it comes from {' and '.join(map(repr, sources))}" if sources else "")
-            + "; the run stops, earlier checkpoints are kept"
+    def _check_values(self) -> None:
+        """Count the skipped steps since the previous call; raise ``FloatingPointError`` at `LIMIT` in a row."""
+        for step, values in self.values.read(self.step):
+            losses, text = describe(values)
+            at_limit = self.skips.add(step)
+            self.log.write("skip", step=step, cause=text, values=values, samples=self.order.indices(step - 1))
+            if self.skips.count == 1 and self.processes.is_main_process:
+                message = f"step {step} is skipped: {text}; after {LIMIT} in a row the run stops"
+                warnings.warn(message, FastKDWarning, stacklevel=2)
+            if at_limit:
+                self._stop_at(step, losses, text)
+
+    def _stop_at(self, step: int, losses: list[str], text: str) -> None:
+        """Raise ``FloatingPointError`` with the samples and the sources, after writing a file that replays them."""
+        assert self.model is not None
+        broken = find_broken(self.distiller, self.feed, step - 1, self.config.seed, self.precision, losses)
+        if broken.sources and not losses:
+            text += f"; it comes from {' and '.join(map(repr, broken.sources))}"
+        if not broken.sources:
+            text += "; computed again, everything is finite"
+        replay = ""
+        if self.folder is not None:
+            path = self.folder / f"replay-step-{step:06d}{f'-rank{self.rank}' if self.parallel else ''}.pt"
+            try:
+                write_replay(path, broken, self.model, self.distiller.weights, self.precision)
+                replay = f"; --replay {path} computes it again"
+            except OSError as error:
+                replay = f"; {path} could not be written ({error})"
+        raise FloatingPointError(
+            f"{LIMIT} steps in a row were skipped, the latest at step {step}: {text}; {broken.samples()}{replay}"
         )
+
+    def _collect_bad_samples(self) -> None:
+        """List the samples that any process replaced since the previous call."""
+        if not self.config.skip_bad_samples:
+            return
+        found = [self.feed.bad]
+        if self.parallel:
+            found = [{} for _ in range(self.processes.num_processes)]
+            torch.distributed.all_gather_object(found, self.feed.bad)
+        known = self.result.bad_samples
+        new = {index: error for part in found for index, error in part.items() if index not in known}
+        if not new:
+            return
+        if not known and self.processes.is_main_process:
+            first = next(iter(new.values()))
+            message = (
+                f"samples of the training set cannot be read and are replaced, such as {first}; the log lists them"
+            )
+            warnings.warn(message, FastKDWarning, stacklevel=2)
+        known.update(new)
+        self.log.write("bad_samples", step=self.step, samples={str(index): error for index, error in new.items()})
 
     def _fraction(self) -> float:
         """Return the completed fraction of the steps or of ``max_seconds``, whichever is larger."""
@@ -328,9 +288,9 @@ class TrainingRun:
             fraction = float(broadcast(torch.tensor(fraction, device=self.device)))
         return fraction
 
-    def _report(self, lr: float, fraction: float) -> None:
+    def _report(self) -> None:
         """Write one line of the log: means over the steps since the previous line."""
-        self._check_values()
+        self._collect_bad_samples()
         seconds = self.clock.seconds
         mean = self.values.mean()
         if self.parallel:
@@ -343,15 +303,17 @@ class TrainingRun:
             "task": means["task"],
             "terms": {name: means[name] for name in self.distiller.terms},
             "gradient_norm": means["gradient"],
-            "lr": lr,
+            "lr": self.lr,
+            "loss_scale": self.updater.loss_scale,
+            "skipped": self.skips.since_report(),
             "seconds": seconds,
             "samples_per_second": self.step * self.config.batch_size / seconds,
         }
         self.result.history.append(line)
         self.log.write("train", **line)
-        self._reported = self.step
+        self.reported = self.step
         shown = {name: value for name, value in means.items() if name != "gradient"}
-        self.bar.update(self.step, shown, seconds, max(fraction, self.step / self.config.steps))
+        self.bar.update(self.step, shown, seconds, max(self.fraction, self.step / self.config.steps))
 
     def _evaluate(self, val_dataset: Dataset[Any] | None) -> bool:
         """Evaluate and save the student with the clock stopped; return whether it is the best so far."""
@@ -359,7 +321,7 @@ class TrainingRun:
         self.clock.stop()
         student, folder = self.distiller.student, self.result.out_dir
         is_best = False
-        with self._averaged():
+        with self.averaged():
             if val_dataset is not None:
                 start = time.perf_counter()
                 evaluation = evaluate(
@@ -393,7 +355,7 @@ class TrainingRun:
     def _end(self) -> None:
         """Complete the result and write the last line of the log."""
         result = self.result
-        result.steps, result.seconds = self.step, self.clock.seconds
+        result.steps, result.seconds, result.skipped = self.step, self.clock.seconds, self.skips.count
         result.samples_per_second = self.step * self.config.batch_size / max(result.seconds, 1e-9)
         self.log.write(
             "end",
@@ -402,9 +364,14 @@ class TrainingRun:
             seconds=result.seconds,
             eval_seconds=result.eval_seconds,
             samples_per_second=result.samples_per_second,
+            skipped=result.skipped,
+            bad_samples=len(result.bad_samples),
             best=result.best.to_dict() if result.best else None,
         )
-        self.bar.print(f"{result.steps} steps in {result.seconds:.0f} s, {result.samples_per_second:.0f} samples/s")
+        text = f"{result.steps} steps in {result.seconds:.0f} s, {result.samples_per_second:.0f} samples/s"
+        text += f", {result.skipped} steps skipped" if result.skipped else ""
+        text += f", {len(result.bad_samples)} samples replaced" if result.bad_samples else ""
+        self.bar.print(text)
 
 
 def _default_collate() -> Callable[[list[Any]], dict[str, Any]]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_IGNORED = 2.0
+
 
 class StepValues:
     """Per-step values, kept on the device until they are read.
@@ -18,40 +20,38 @@ class StepValues:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self._pending: list[Tensor] = []  # (len(names),) per step, on the device
-        self._window: list[list[float]] = []  # read since the last call of `mean`
+        self.window: list[list[float]] = []  # of steps not skipped, since the last call of `mean`
+        self._pending: list[Tensor] = []  # (len(names) + 1,) per step, on the device
 
-    def add(self, values: Tensor) -> None:
-        """Append the values (len(names),) of a step without copying them to the host."""
-        self._pending.append(values)
+    def add(self, values: Tensor, skipped: Tensor, ignored: bool = False) -> None:
+        """Append the values (len(names),) of a step and whether it was skipped (), without copying them to the host.
 
-    def read(self, step: int) -> tuple[int, dict[str, float]] | None:
-        """Copy pending values to the host; return the first step with a NaN or Inf and its values, or None.
+        An ``ignored`` step does not count as skipped; its finite values count in the mean.
+        """
+        flag = torch.full_like(values[:1], _IGNORED) if ignored else skipped.to(values).reshape(1)
+        self._pending.append(torch.cat([values, flag]))
+
+    def read(self, step: int) -> list[tuple[int, dict[str, float]]]:
+        """Copy pending values to the host; return number and values of the steps among them that were skipped.
 
         Args:
             step: number of the latest step, counted from 1.
         """
         if not self._pending:
-            return None
+            return []
         rows = torch.stack(self._pending).tolist()
         self._pending.clear()
-        for number, row in enumerate(rows, step - len(rows) + 1):
-            if not all(map(math.isfinite, row)):
-                return number, dict(zip(self.names, row, strict=True))
-        self._window.extend(rows)
-        return None
-
-    @property
-    def window(self) -> list[list[float]]:
-        """Values per step since the previous call of `mean`; call `read` first."""
-        return self._window
-
-    @window.setter
-    def window(self, rows: Sequence[Sequence[float]]) -> None:
-        self._window = [list(row) for row in rows]
+        skipped = []
+        for number, (*values, flag) in enumerate(rows, step - len(rows) + 1):
+            if flag == 1:
+                skipped.append((number, dict(zip(self.names, values, strict=True))))
+            else:
+                self.window.append([value if math.isfinite(value) else math.nan for value in values])
+        return skipped
 
     def mean(self) -> Tensor:
-        """Return the mean (len(names),) of the values read since the previous call, float64 on the CPU."""
-        mean = torch.tensor(self._window, dtype=torch.float64, device="cpu").mean(0)
-        self._window.clear()
+        """Return the mean (len(names),) of the finite values read since the previous call, float64; NaN if none."""
+        rows = self.window or [[math.nan] * len(self.names)]
+        mean = torch.tensor(rows, dtype=torch.float64, device="cpu").nanmean(0)
+        self.window.clear()
         return mean

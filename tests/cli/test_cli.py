@@ -80,6 +80,20 @@ def test_resume_keeps_the_weights_and_refuses_other_settings(shapes, tmp_path, c
     assert [line["step"] for line in lines if line["event"] == "resume"] == [3]
 
 
+def test_replay_prints_the_losses_of_the_batch_that_stopped_a_run(shapes, tmp_path, capsys):
+    out = tmp_path / "run"
+    args = ["train", "--data", str(shapes), "--batch-size", "4", "--threads", "1"]
+    with pytest.warns(FastKDWarning, match="step 2 is skipped: the task loss is nan"):
+        assert main([*args, "--out", str(out), "--steps", "20", "--lr", "1e30", "--grad-clip", "None"]) == 2
+    [file] = out.glob("replay-*.pt")
+    error = capsys.readouterr().err
+    assert f"--replay {file} computes it again" in error
+    assert "(ref_id " in error
+    assert main([*args, "--out", str(tmp_path / "none"), "--replay", str(file)]) == 0
+    assert "not finite: task" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
 def test_skip_unusable_skips_refs_and_reports_them(shapes, tmp_path, capsys):
     import pickle
     import shutil

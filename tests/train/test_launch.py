@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from fastkd import Distiller
 from fastkd._runtime import autocast, pick_precision
 from fastkd.train import TrainConfig, launch, segmentation_loss
 from fastkd.train.balance import balance_on
+from fastkd.train.config import Precision
 from fastkd.train.launch import requested
 
 CPU = torch.device("cpu")
@@ -44,6 +45,7 @@ class TestEnvironment:
         assert resolve(default, accumulate=4, device="cpu", precision="bf16") == ("cpu", "bf16")
         assert resolve({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, accumulate=4, device="cpu") == ("cpu", "fp32")
         assert resolve({"ACCELERATE_MIXED_PRECISION": "bf16"}, device="cpu") == ("cpu", "bf16")
+        assert resolve({"ACCELERATE_MIXED_PRECISION": "fp16"}, device="cpu") == ("cpu", "fp16")
 
     def test_auto_follows_the_requested_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -59,7 +61,8 @@ class TestEnvironment:
             ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {}),
             ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto", {"accumulate": 2}),
             ("ACCELERATE_MIXED_PRECISION", "bf16", {"precision": "fp32"}),
-            ("ACCELERATE_MIXED_PRECISION", "fp16", {}),
+            ("ACCELERATE_MIXED_PRECISION", "fp16", {"precision": "bf16"}),
+            ("ACCELERATE_MIXED_PRECISION", "bf16", {"precision": "fp16"}),
             ("ACCELERATE_MIXED_PRECISION", "fp8", {"precision": "bf16"}),
             ("ACCELERATE_USE_CPU", "true", {"device": "cuda"}),
             ("ACCELERATE_TORCH_DEVICE", "cuda:1", {"device": "cpu"}),
@@ -116,6 +119,12 @@ class TestPrecision:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # of two generations
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (9, 0))[device.index])
         assert [pick_precision("auto", torch.device("cuda", index)) for index in (0, 1)] == ["fp32", "bf16"]
+
+    def test_settings_and_runtime_have_the_same_precisions(self) -> None:
+        for name in get_args(Precision):
+            assert pick_precision(name, CPU) == ("fp32" if name == "auto" else name)
+        with pytest.raises(ValueError, match="precision must be"):
+            pick_precision("fp8", CPU)
 
     def test_fp32_overrides_an_outer_autocast(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):

@@ -30,10 +30,10 @@ from fastkd._atomic import remove_leftovers
 from fastkd.errors import FastKDWarning, Terminated
 from fastkd.train import TrainConfig, segmentation_loss, train
 from fastkd.train.checkpoint import find_checkpoints, latest_checkpoint, read_checkpoint
-from fastkd.train.feed import endless_batches
+from fastkd.train.feed import Feed
 from fastkd.train.optim import BatchOrder
 from fastkd.train.resume import check_settings
-from fastkd.train.seeding import SeededSamples
+from fastkd.train.samples import TrainingSamples
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -445,14 +445,16 @@ class TestData:
         for workers in (0, 2):
             settings = TrainConfig(batch_size=8, accumulate=2, workers=workers)
             args = (settings, collate, distiller(), torch.device("cpu"))
-            from_start = endless_batches(data, BatchOrder(44, config), 0, *args)
+            from_start = Feed(data, BatchOrder(44, config), *args).start(0)
             all_ids = [next(from_start)["ref_id"] for _ in range(2 * 14)]
             for step in (3, 5, 11):
-                resumed = endless_batches(data, BatchOrder(44, config), step, *args)
+                feed = Feed(data, BatchOrder(44, config), *args)
+                resumed = feed.start(step)
                 assert [next(resumed)["ref_id"] for _ in range(4)] == all_ids[2 * step : 2 * step + 4]
+                assert feed.reload(step, 1)["ref_id"] == all_ids[2 * step + 1]
 
     def test_samples_depend_on_seed_epoch_and_index_only(self) -> None:
-        samples = SeededSamples(Noisy(), 3)
+        samples = TrainingSamples(Noisy(), 3)
         states = torch.get_rng_state(), random.getstate()
         first = samples[5]["image"]
         assert torch.equal(states[0], torch.get_rng_state())
@@ -460,7 +462,7 @@ class TestData:
         assert torch.equal(samples.__getitems__([9, 5])[1]["image"], first)
         samples.epoch = 1
         assert not torch.equal(samples[5]["image"], first)
-        assert not torch.equal(SeededSamples(Noisy(), 4)[5]["image"], first)
+        assert not torch.equal(TrainingSamples(Noisy(), 4)[5]["image"], first)
 
 
 def test_two_processes_resume(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from fastkd.train.optim import BatchOrder, adamw, lr_factor
         ({"lr": None}, "lr must be a finite number > 0, got None"),
         ({"grad_clip": -1.0}, "grad_clip must be a finite number > 0 or None"),
         ({"weight_decay": float("nan")}, "weight_decay must be a finite number >= 0"),
-        ({"precision": "fp8"}, "precision must be 'auto', 'fp32' or 'bf16', got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be 'auto', 'fp32', 'bf16' or 'fp16', got 'fp8'"),
         ({"batch_size": 10, "accumulate": 4}, "batch_size must be a multiple of accumulate"),
         ({"lr": "0.1"}, "lr must be a finite number > 0, got '0.1'"),
         ({"weight_decay": None}, "weight_decay must be a finite number >= 0, got None"),

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("accelerate", reason="needs the [ris] extra")
@@ -21,7 +20,6 @@ from train_tools import Scenes, Toy, collate, distiller, read_log, run, same, to
 from fastkd import Distiller, Term
 from fastkd.errors import FastKDWarning
 from fastkd.train import TrainConfig, segmentation_loss, train
-from fastkd.train.optim import BatchOrder
 from fastkd.train.split import warn_of_micro_batches
 
 
@@ -226,41 +224,6 @@ class TestEarlyEnd:
             run(again, Interrupt(), power=0.0)
         assert same(whole.student, again.student)
 
-    def test_non_finite_term_names_term_and_step(self, tmp_path: Path) -> None:
-        calls = []
-
-        def breaks(student: Tensor, teacher: Tensor) -> Tensor:
-            calls.append(0)
-            return F.mse_loss(student, teacher) * (float("inf") if len(calls) == 4 else 1.0)  # call 1: the check
-
-        model = distiller(loss=breaks)
-        with pytest.raises(FloatingPointError, match=r"term 'kd' is inf at step 3"):
-            run(model, out=tmp_path)
-        assert all(torch.isfinite(p).all() for p in model.student.parameters())
-        assert read_log(tmp_path)[-1] | {"seconds": 0} == {
-            "event": "end",
-            "reason": "FloatingPointError",
-            "message": "term 'kd' is inf at step 3; the run stops, earlier checkpoints are kept",
-            "step": 2,
-            "seconds": 0,
-        }
-
-    def test_non_finite_task_raises(self) -> None:
-        with pytest.raises(FloatingPointError, match="the task loss is nan at step"):
-            run(toy(), Scenes(poison=int(list(BatchOrder(32, TrainConfig(batch_size=8)))[2][0])), check=False)
-
-    def test_non_finite_gradient_is_traced_to_its_term(self) -> None:
-        calls = []
-
-        def cliff(student: Tensor, teacher: Tensor) -> Tensor:
-            calls.append(0)
-            if len(calls) >= 3:
-                return (student - student.detach()).abs().sqrt().sum() + 1  # finite, with an infinite slope
-            return F.mse_loss(student, teacher)
-
-        with pytest.raises(FloatingPointError, match=r"gradient is nan at step 2 .* it comes from 'kd'"):
-            run(distiller(loss=cliff))
-
     def test_checks_run_before_training(self, tmp_path: Path) -> None:
         model = distiller()
         model.teacher.train()
@@ -300,9 +263,12 @@ class TestLearning:
         assert result.history[-1]["loss"] < result.history[0]["loss"]
 
     @pytest.mark.gpu
-    def test_non_finite_value_on_the_gpu_raises_at_the_next_log_line(self) -> None:
-        with pytest.raises(FloatingPointError, match="the task loss is nan at step"):
-            run(toy(), Scenes(poison=3), check=False, device="cuda", steps=40, log_every=10)
+    def test_step_that_is_not_finite_is_skipped_on_the_gpu(self) -> None:
+        model = toy()
+        with pytest.warns(FastKDWarning, match="the task loss is nan; after 10 in a row"):
+            result = run(model, Scenes(poison=3), check=False, device="cuda", steps=40, log_every=20)
+        assert result.skipped == 10  # once per epoch
+        assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 class Stored(Scenes):
