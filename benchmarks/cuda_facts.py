@@ -4,9 +4,9 @@
     python -m benchmarks.cuda_facts --targets 80,86,89,90,100,120 --json benchmarks/results/nvcc/13.0.88.json
 
 Registers, spills, local memory, stack, static shared memory and the number of matrix instructions come from
-``cuobjdump``, which ships with CUDA and inside Triton. ``code`` is a digest of the machine code: a table is up to date
-if compiling for one chip reproduces that chip's digests. The module does not record dynamic shared memory; launches
-check it.
+``cuobjdump``, which ships with CUDA and inside Triton. ``code`` is a digest of the machine code. A table also holds a
+digest of the sources it was compiled from, without comments, and the size of the module. The module does not record
+dynamic shared memory; launches check it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from benchmarks.aot.facts import write_table
 CSRC = Path(__file__).parents[1] / "csrc"
 FAMILIES = sorted(folder.name for folder in (CSRC / "cuda").iterdir() if folder.is_dir())
 
+SOURCES = ("cuda/**/*.cu", "cuda/**/*.cuh", "cuda/**/*.h", "common/*.h", "cmake/Cuda.cmake", "cmake/Exact.cmake")
+"""Files in csrc that the machine code is compiled from; ``cuda/relation/plan.cpp`` has no device code."""
+
 SHARED_LIMIT = 48 * 1024
 """Bytes of static shared memory that a kernel may declare, on every chip."""
 
@@ -39,8 +42,11 @@ NAMESPACE = "fastkd4cuda"
 """Part of the mangled name of each fastkd kernel, as opposed to other functions in the module."""
 
 
-def build(folder: Path, targets: str) -> Path:
-    """Build ``fastkd._cuda`` for ``targets`` (as ``FASTKD_CUDA_TARGETS``) in ``folder`` and return the module."""
+def build(folder: Path, targets: str, source: str | None = None) -> Path:
+    """Compile for ``targets`` (as ``FASTKD_CUDA_TARGETS``) in ``folder`` and return the module.
+
+    With ``source``, a .cu file relative to csrc, compile only that file and return the object.
+    """
     import pybind11
 
     configure = [
@@ -49,10 +55,21 @@ def build(folder: Path, targets: str) -> Path:
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
     ]
     environment = os.environ | {"FASTKD_CUDA": "1", "FASTKD_CUDA_TARGETS": targets}
-    for command in (configure, [program("cmake"), "--build", str(folder), "--target", "_cuda"]):
+    product = f"CMakeFiles/_cuda.dir/{source}.o" if source else "_cuda"
+    for command in (configure, [program("cmake"), "--build", str(folder), "--target", product]):
         subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
-    (module,) = folder.glob("_cuda.*")
-    return module
+    (built,) = [folder / product] if source else folder.glob("_cuda.*")
+    return built
+
+
+def source_digest() -> str:
+    """Return a hash of all sources of the machine code; comments and white space do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in CSRC.glob(pattern)):
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"#[^\n]*" if path.suffix == ".cmake" else r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
+        digest.update(f"{path.relative_to(CSRC)}\0{' '.join(text.split())}\0".encode())
+    return digest.hexdigest()[:12]
 
 
 def program(name: str) -> str:
@@ -169,7 +186,8 @@ def report(module: Path, match: str, file: Path | None) -> int:
         rows.append(row)
     print(f"{module.name}: {module.stat().st_size / 2**20:.1f} MiB")
     if file:
-        write_table(file, {"compiler": compiler()}, rows)
+        facts_of_module = {"compiler": compiler(), "sources": source_digest(), "bytes": module.stat().st_size}
+        write_table(file, facts_of_module, rows)
     return 0 if rows and all(row["ok"] for row in rows) else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import re
@@ -71,12 +72,14 @@ def select(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match
 
 
 def sample(entries: list[Entry]) -> list[Entry]:
-    """Return one block shape per kernel and chip: the middle one, of the bf16 cases if there are any."""
-    groups: dict[tuple[str, int], list[Entry]] = {}
+    """Return one block shape per kernel, the middle one of the bf16 cases if there are any; the chips alternate."""
+    groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((entry[3][0], entry[2]), []).append(entry)
+        groups.setdefault(entry[3][0], []).append(entry)
+    chips = itertools.cycle(sorted({entry[2] for entry in entries}))
     chosen = []
-    for group in groups.values():
+    for group, chip in zip(groups.values(), chips, strict=False):
+        group = [entry for entry in group if entry[2] == chip] or group
         preferred = [entry for entry in group if entry[0] == "bf16"] or group
         chosen.append(preferred[len(preferred) // 2])
     return chosen

@@ -6,7 +6,7 @@
 #     all            the fewest chips whose code runs on every supported GPU, as for a wheel
 #     80,90          these chips
 #
-# <detected> is true if the chips come from the visible GPUs. tests/packaging/test_build.py runs this file alone.
+# <detected> is true if the chips come from the visible GPUs. tests/packaging/test_cuda_targets.py runs this file alone.
 
 if(CMAKE_SCRIPT_MODE_FILE)
   cmake_policy(VERSION 3.24)

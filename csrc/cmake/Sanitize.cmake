@@ -32,12 +32,8 @@ if(sanitizers STREQUAL "thread")
   target_link_libraries(sanitize PRIVATE Threads::Threads)
 endif()
 
-# Checks that AddressSanitizer covers as well, or that double the compile time.
-set(unneeded -fno-sanitize=null,object-size,vptr,pointer-overflow)
-
 function(sanitize_options target)
   target_compile_definitions(${target} PRIVATE FASTKD_SANITIZE)
-  target_compile_options(${target} PRIVATE -Og -g1 -fno-omit-frame-pointer -fsanitize=${sanitizers}
-                                           ${unneeded} -fno-sanitize-recover=all)
+  target_compile_options(${target} PRIVATE -fsanitize=${sanitizers} ${sanitizer_flags})
   target_link_options(${target} PRIVATE -fsanitize=${sanitizers})
 endfunction()

@@ -38,7 +38,7 @@ KERNEL_TESTS = [
     *("tests/contract/test_gradients.py", "tests/contract/test_memory.py", "tests/contract/test_random_inputs.py"),
     *("tests/contract/test_torch_integration.py", "tests/contract/test_special_values.py"),
 ]
-"""Tests that launch kernels. They do not need the packages of the trainer and data sets, which may be missing."""
+"""Tests that launch kernels. They do not need the packages of the trainer and datasets, which may be missing."""
 
 MAX_RESTARTS = 30
 MAX_FULL_TEXTS = 50  # number of failures printed in full; the results file has all texts

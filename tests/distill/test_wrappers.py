@@ -1,4 +1,4 @@
-"""Models and data sets inside wrappers: compiled and averaged models, Subset and ConcatDataset."""
+"""Models and datasets inside wrappers: compiled and averaged models, Subset and ConcatDataset."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class Marked(Dataset[dict[str, Any]]):
-    """Data set that records its epochs."""
+    """Dataset that records its epochs."""
 
     def __init__(self, sentences: str | None = "all", **facts: Any) -> None:
         self.epochs: list[int] = []
@@ -62,7 +62,7 @@ class Marked(Dataset[dict[str, Any]]):
 
 
 class Augmented(Dataset[Any]):
-    """User-defined wrapper around a data set."""
+    """User-defined wrapper around a dataset."""
 
     def __init__(self, source: Any) -> None:
         self.source = source

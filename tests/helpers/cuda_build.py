@@ -1,4 +1,4 @@
-"""Provide ``fastkd._cuda`` and its facts to tests: the installed module, or a shared build for a single chip."""
+"""Provide ``fastkd._cuda`` and its facts to tests: the installed module, or what is compiled here for a single chip."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 from emulation import CSRC, tool
@@ -21,22 +22,23 @@ from shared_build import shared_folder
 import fastkd
 from fastkd import _native
 
-ROOT = CSRC.parent
+sys.path.append(str(CSRC.parent))
+from benchmarks import cuda_facts
+
 TARGET = "90"  # compiled where fastkd is installed without CUDA kernels
-READERS = [ROOT / "benchmarks" / name for name in ("cuda_facts.py", "aot/compiler.py")]
+SAMPLE = "cuda/softmax_kl/softmax_kl.cu"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
-class CudaBuild(NamedTuple):
-    """A compiled module, its build information, and the rows of ``benchmarks.cuda_facts``."""
+class CudaModule(NamedTuple):
+    """A compiled module and its build information."""
 
-    module: Path
+    file: Path
     info: dict[str, Any]
-    rows: list[dict[str, Any]]
 
     def load(self) -> ModuleType:
         """Import and return the module under another name, so that ``fastkd._cuda`` may be loaded too."""
-        spec = importlib.util.spec_from_file_location("built._cuda", self.module)
+        spec = importlib.util.spec_from_file_location("built._cuda", self.file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -44,15 +46,51 @@ class CudaBuild(NamedTuple):
         return module
 
 
-@functools.cache
-def cuda_build() -> CudaBuild:
-    """Return the installed module, or one compiled for ``TARGET``; skip the test if neither is possible."""
-    pytest.importorskip("triton", reason="Triton, whose cuobjdump reads the module, is not installed")
+def installed_module() -> CudaModule | None:
+    """Return the module installed with fastkd, if it was built."""
     info = _native.build_info().get("cuda", {})
-    if info.get("built"):
-        module = Path(fastkd.__file__).parent / f"_cuda{SUFFIX}"
-        with shared_folder("cuda-facts", module, *_texts(READERS)) as folder:
-            return CudaBuild(module, info, _facts(folder, "--module", str(module)))
+    return CudaModule(Path(fastkd.__file__).parent / f"_cuda{SUFFIX}", info) if info.get("built") else None
+
+
+@functools.cache
+def cuda_module() -> CudaModule:
+    """Return the installed module, or one compiled for ``TARGET`` without optimisation, which halves the time."""
+    installed = installed_module()
+    if installed:
+        return installed
+    with shared_folder("cuda-module", CSRC / "cuda", *_compiler_and_texts()) as folder:
+        flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -Xcicc -O0 -Xptxas -O0"
+        with patch.dict(os.environ, NVCC_APPEND_FLAGS=flags.strip()):
+            module = cuda_facts.build(folder / "build", TARGET)
+        return CudaModule(module, _build_info(module.parent))
+
+
+class Facts(NamedTuple):
+    """Rows of ``benchmarks.cuda_facts`` and the compiler they come from."""
+
+    compiler: str
+    rows: list[dict[str, Any]]
+
+
+@functools.cache
+def compiled_facts() -> Facts:
+    """Return the facts of the installed module, or of ``SAMPLE`` compiled for ``TARGET``."""
+    pytest.importorskip("triton", reason="Triton, whose cuobjdump reads the module, is not installed")
+    installed = installed_module()
+    if installed:
+        return Facts(installed.info["compiler"], list(cuda_facts.facts(installed.file)))
+    with shared_folder("cuda-sample", CSRC / "cuda", *_compiler_and_texts()) as folder:
+        compiled = cuda_facts.build(folder, TARGET, SAMPLE)
+        return Facts(_build_info(folder)["compiler"], list(cuda_facts.facts(compiled)))
+
+
+def _build_info(folder: Path) -> dict[str, Any]:
+    (record,) = folder.glob("_build_info.*.json")
+    return json.loads(record.read_text(encoding="utf-8"))["cuda"]
+
+
+def _compiler_and_texts() -> list[str]:
+    """Return what a build depends on beside csrc/cuda; skip the test where it is not possible."""
     nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
     if nvcc is None:
         pytest.skip("fastkd was installed without CUDA kernels, and nvcc is not installed")
@@ -63,26 +101,5 @@ def cuda_build() -> CudaBuild:
         pytest.skip(str(error))
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     others = [CSRC / "CMakeLists.txt", *sorted(CSRC.glob("cmake/*")), *sorted(CSRC.glob("common/*"))]
-    others += [*sorted(CSRC.glob("bindings/*")), *READERS]
-    with shared_folder("cuda-module", CSRC / "cuda", TARGET, version, *_texts(others)) as folder:
-        build = folder / "build"
-        rows = _facts(folder, "--targets", TARGET, "--build", str(build))
-        (record,) = build.glob("_build_info.*.json")
-        return CudaBuild(build / f"_cuda{SUFFIX}", json.loads(record.read_text())["cuda"], rows)
-
-
-def _texts(files: list[Path]) -> list[str]:
-    return [path.read_text(encoding="utf-8") for path in files]
-
-
-def _facts(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Run the script unless its results are in the folder already; return their rows."""
-    file, unfinished = folder / "cuda.json", folder / "unfinished.json"
-    if not file.exists():
-        paths = (str(ROOT), os.environ.get("PYTHONPATH"))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-        command = [sys.executable, "-m", "benchmarks.cuda_facts", *arguments, "--json", str(unfinished)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert unfinished.exists(), (done.stdout + done.stderr)[-4000:]
-        unfinished.rename(file)
-    return json.loads(file.read_text(encoding="utf-8"))["rows"]
+    others += sorted(CSRC.glob("bindings/*"))
+    return [TARGET, version, *(path.read_text(encoding="utf-8") for path in others)]

@@ -1,4 +1,4 @@
-"""A small model, a data set that it can learn, and short training runs."""
+"""A small model, a dataset that it can learn, and short training runs."""
 
 from __future__ import annotations
 

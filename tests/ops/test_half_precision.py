@@ -1,4 +1,4 @@
-"""Models with half- or double-precision weights, given the float32 images of a data set."""
+"""Models with half- or double-precision weights, given the float32 images of a dataset."""
 
 from __future__ import annotations
 

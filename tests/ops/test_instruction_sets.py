@@ -17,7 +17,9 @@ except ImportError as error:
     pytest.skip(f"the C++ kernels are unavailable here: {error}", allow_module_level=True)
 
 ISAS = ["baseline", "avx2", "avx512"]
-FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("native", "relation", "pixel_word")]
+FILES = [
+    Path(__file__).with_name(f"test_{name}.py") for name in ("native", "relation", "pixel_word", "pixel_word_contract")
+]
 RELATION = "every_form or every_shape or shift or gram_form or zero_ or number_of_threads"
 PIXEL_WORD = "(fp64 and (37 or 129 or 257)) or test_dtypes or norm_zero or equal or infinite or identical"
 LANE_DEPENDENT = f"test_native or (test_relation and ({RELATION})) or (test_pixel_word and ({PIXEL_WORD}))"

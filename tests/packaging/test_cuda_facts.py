@@ -1,91 +1,96 @@
 """The CUDA kernels as compiled: no spills on any chip, tensor cores in products, a module of modest size.
 
-The table in benchmarks/results/nvcc holds the facts of all chips. Where fastkd is installed without CUDA kernels, they
-are compiled for one chip, whose machine code must match the table.
+The tables in benchmarks/results/nvcc hold the facts of all chips and a digest of the sources. Where fastkd is installed
+without CUDA kernels, one source file is compiled for one chip, and its machine code must match the table.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda_build import CSRC, ROOT, CudaBuild, cuda_build
+from cuda_build import CSRC, SAMPLE, TARGET, compiled_facts, installed_module
+
+from benchmarks import cuda_facts
 
 FAMILIES = sorted(folder.name for folder in (CSRC / "cuda").iterdir() if folder.is_dir())
-TABLES = {file.stem: file for file in (ROOT / "benchmarks" / "results" / "nvcc").glob("*.json")}
+FILES = {file.stem: file for file in (CSRC.parent / "benchmarks" / "results" / "nvcc").glob("*.json")}
+TABLES = {version: json.loads(file.read_text(encoding="utf-8")) for version, file in FILES.items()}
 CHIPS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
-LARGEST = 25 * 2**20  # bytes of the module for all chips; the limit for fewer chips is proportional
+LARGEST = 25 * 2**20  # bytes of the module for all chips
 REWRITE = "python -m benchmarks.cuda_facts --targets 80,86,89,90,100,120 --json benchmarks/results/nvcc/{}.json"
 PRODUCTS = {f"relation.{name}_kernel" for name in ("tiles", "derivative", "product")} | {
     f"pixel_word.{name}_kernel" for name in ("logits", "terms", "gradient", "features")
 }
-
-pytestmark = pytest.mark.timeout(1800)  # compiling for one chip takes a minute of CPU time
-
-
-@pytest.fixture(scope="module")
-def build() -> CudaBuild:
-    return cuda_build()
+every_table = pytest.mark.parametrize("version", TABLES)
 
 
-def table(file: Path) -> list[dict[str, Any]]:
-    return json.loads(file.read_text(encoding="utf-8"))["rows"]
+def by_kernel(rows: list[dict[str, Any]], selected: Callable[[dict[str, Any]], bool]) -> dict[tuple[str, str], Any]:
+    return {(row["kernel"], row["target"]): row for row in rows if selected(row)}
 
 
-def kernels(rows: list[dict[str, Any]], chip: str) -> set[str]:
-    return {row["kernel"] for row in rows if row["target"] == chip}
+@every_table
+def test_table_is_of_the_current_sources(version: str) -> None:
+    assert TABLES[version]["environment"]["sources"] == cuda_facts.source_digest(), (
+        f"{FILES[version].name} is out of date; run {REWRITE.format(version)}"
+    )
 
 
-def version_of(build: CudaBuild) -> str:
-    return build.info["compiler"].removeprefix("nvcc ")
-
-
-def test_every_chip_has_every_kernel(build: CudaBuild) -> None:
-    chips = {target for target in build.info["targets"] if target.startswith("sm_")}
-    assert chips == {row["target"] for row in build.rows}
-    for chip in chips:
-        assert kernels(build.rows, chip) == {row["kernel"] for row in build.rows}
-        assert {name.split(".")[0] for name in kernels(build.rows, chip)} == set(FAMILIES)
-
-
-def test_no_kernel_spills(build: CudaBuild) -> None:
-    failed = [row for row in build.rows if not row["ok"]]
-    if failed and version_of(build) not in TABLES:
-        pytest.xfail(f"{len(failed)} kernels spill with {build.info['compiler']}, for which there is no table")
-    assert not failed
-
-
-def test_table_matches_the_compiled_kernels(build: CudaBuild) -> None:
-    version = version_of(build)
-    if version not in TABLES:
-        pytest.skip(f"no table for nvcc {version}: {REWRITE.format(version)}")
-    chips = {row["target"] for row in build.rows}
-    recorded = {(row["kernel"], row["target"]): row for row in table(TABLES[version]) if row["target"] in chips}
-    compiled = {(row["kernel"], row["target"]): row for row in build.rows}
-    stale = sorted(key for key in compiled.keys() | recorded.keys() if compiled.get(key) != recorded.get(key))
-    assert not stale, f"{TABLES[version].name} is out of date; run {REWRITE.format(version)}"
-
-
-@pytest.mark.parametrize("file", TABLES.values(), ids=TABLES)
-def test_table_covers_all_chips_without_spills(file: Path) -> None:
-    rows = table(file)
+@every_table
+def test_every_chip_has_every_kernel_without_spills(version: str) -> None:
+    rows = TABLES[version]["rows"]
     assert {row["target"] for row in rows} == CHIPS
     for chip in CHIPS:
-        assert kernels(rows, chip) == {row["kernel"] for row in rows}
+        kernels = {row["kernel"] for row in rows if row["target"] == chip}
+        assert kernels == {row["kernel"] for row in rows}
+        assert {name.split(".")[0] for name in kernels} == set(FAMILIES)
     assert all(row["ok"] for row in rows)
 
 
-@pytest.mark.parametrize("file", TABLES.values(), ids=TABLES)
-def test_products_use_tensor_cores(file: Path) -> None:
+@every_table
+def test_products_use_tensor_cores(version: str) -> None:
     """On every chip ``mma.sync`` is compiled to HMMA; the fp64 kernels have plain loops."""
-    products = [row for row in table(file) if row["kernel"].split("<")[0] in PRODUCTS]
+    products = [row for row in TABLES[version]["rows"] if row["kernel"].split("<")[0] in PRODUCTS]
     assert {row["kernel"].split("<")[0] for row in products} == PRODUCTS
     for row in products:
         assert row["matrix_instructions"].get("HMMA", 0) > 0, row
 
 
-def test_module_is_small(build: CudaBuild) -> None:
-    chips = {row["target"] for row in build.rows}
-    assert build.module.stat().st_size < LARGEST * len(chips) / len(CHIPS)
+@every_table
+def test_module_is_small(version: str) -> None:
+    assert 2**20 < TABLES[version]["environment"]["bytes"] < LARGEST
+
+
+@pytest.mark.timeout(1800)
+def test_compiled_kernels_match_the_table() -> None:
+    compiled = compiled_facts()
+    assert {row["kernel"].split(".")[0] for row in compiled.rows} == (
+        set(FAMILIES) if installed_module() else {Path(SAMPLE).parent.name}
+    )
+    version = compiled.compiler.removeprefix("nvcc ")
+    if version not in TABLES:
+        spilled = [row["kernel"] for row in compiled.rows if not row["ok"]]
+        if spilled:
+            pytest.xfail(f"{spilled} spill with nvcc {version}, for which there is no table")
+        return
+    families = {row["kernel"].split(".")[0] for row in compiled.rows}
+    chips = {row["target"] for row in compiled.rows}
+    assert installed_module() or chips == {f"sm_{TARGET}"}
+    recorded = by_kernel(
+        TABLES[version]["rows"], lambda row: row["target"] in chips and row["kernel"].split(".")[0] in families
+    )
+    assert by_kernel(compiled.rows, lambda row: True) == recorded, REWRITE.format(version)
+
+
+def test_digest_depends_on_the_code_but_not_on_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = tmp_path / "cuda" / "family" / "kernel.cu"
+    kernel.parent.mkdir(parents=True)
+    monkeypatch.setattr(cuda_facts, "CSRC", tmp_path)
+    digests = []
+    for code in ("int a = 1; // one\n", "/* an integer\n */ int a = 1;", "int a = 2;"):
+        kernel.write_text(code)
+        digests.append(cuda_facts.source_digest())
+    assert digests[0] == digests[1] != digests[2]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda_build import cuda_build
+from cuda_build import cuda_module
 
 from fastkd import _native
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def built(name: str) -> Path:
     """Return the file of a compiled module; skip with the reason why it was not built."""
     if name == "cuda":
-        return cuda_build().module
+        return cuda_module().file
     info = _native.build_info().get(name)
     if info is None:
         pytest.skip("this source tree was never installed")
@@ -111,10 +111,10 @@ print(a.Relation is b.Relation, a.PixelWord is b.PixelWord)
 
 @pytest.mark.timeout(1800)
 def test_cuda_module_reports_its_targets_and_cuda_errors() -> None:
-    build = cuda_build()
-    cuda = build.load()
-    assert cuda.targets() == build.info["targets"]
-    check_targets(build.info["targets"])
+    module = cuda_module()
+    cuda = module.load()
+    assert cuda.targets() == module.info["targets"]
+    check_targets(module.info["targets"])
     assert cuda.runtime_version() >= 11080
     if cuda.device_count() == 0:
         unused = (256,) * 5  # addresses that are not read, since the launch fails

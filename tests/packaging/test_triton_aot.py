@@ -87,7 +87,7 @@ def test_tables_have_no_spills(version: str) -> None:
 
 
 def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
-    """Compile for the chips whose matrix instructions read shared memory; the tables hold sm_80's and sm_120's.
+    """Compile each kernel for one of the chips whose matrix instructions read shared memory.
 
     Registers are not compared: their number depends on the version of ptxas.
     """
@@ -97,7 +97,8 @@ def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
         output = run("--sample", "--targets", *SAMPLED, "--json", str(file), TRITON_CACHE_DIR=str(folder))
     assert file.exists(), output
     rows = json.loads(file.read_text())["rows"]
-    assert {(row["kernel"], row["target"]) for row in rows} >= {(k, f"sm_{t}") for k in KERNELS for t in SAMPLED}
+    assert {row["kernel"] for row in rows} >= KERNELS
+    assert {row["target"] for row in rows} == {f"sm_{t}" for t in SAMPLED}
     version = importlib.metadata.version("triton")
     if version not in TABLES:
         spilled = [row for row in rows if not row["ok"]]

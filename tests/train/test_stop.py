@@ -28,7 +28,7 @@ from fastkd.train.stop import Termination
 
 
 class CallsAtStep4(Scenes):
-    """Data set that calls a function before its 25th sample, in step 4 with batches of 8."""
+    """Dataset that calls a function before its 25th sample, in step 4 with batches of 8."""
 
     def __init__(self, act: Callable[[], Any]) -> None:
         super().__init__()
