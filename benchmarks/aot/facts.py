@@ -72,7 +72,7 @@ def select(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match
 
 
 def sample(entries: list[Entry]) -> list[Entry]:
-    """Return one block shape per kernel, the middle one of the bf16 cases if there are any; the chips alternate."""
+    """Return one block shape per kernel: the middle one of bf16 cases that multiply, if any. The chips alternate."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry[3][0], []).append(entry)
@@ -80,7 +80,7 @@ def sample(entries: list[Entry]) -> list[Entry]:
     chosen = []
     for group, chip in zip(groups.values(), chips, strict=False):
         group = [entry for entry in group if entry[2] == chip] or group
-        preferred = [entry for entry in group if entry[0] == "bf16"] or group
+        preferred = [e for e in group if e[0] == "bf16" and not e[3][3].get("STORED")] or group
         chosen.append(preferred[len(preferred) // 2])
     return chosen
 
