@@ -31,13 +31,15 @@ from fastkd.train.update import Updater
 CPU = torch.device("cpu")
 
 
-def breaks_from(call: int, until: int = 10**9) -> Callable[[Tensor, Tensor], Tensor]:
+def breaks_from(call: int, until: int = 10**9, but: int = 0) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a loss that is infinite in some of its calls; call 1 is the check of the first batch."""
     calls = []
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         calls.append(0)
-        return F.mse_loss(student, teacher) * (float("inf") if call <= len(calls) < until else 1.0)
+        return F.mse_loss(student, teacher) * (
+            float("inf") if call <= len(calls) < until and len(calls) != but else 1.0
+        )
 
     return loss
 
@@ -85,12 +87,12 @@ class TestNotFinite:
     def test_ten_in_a_row_stop_the_run(self, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if not waits:
             monkeypatch.setattr(Updater, "waits", property(lambda self: False, lambda *args: None), raising=False)
-        model = distiller(loss=breaks_from(4), dropout=0.5)
+        model = distiller(loss=breaks_from(3), dropout=0.5)
         message = (
             r"10 steps in a row were skipped, the latest at step 11: term 'kd' is inf; samples \d+, .*\(ref_id \d+"
         )
         with pytest.warns(FastKDWarning, match="step 2 is"), pytest.raises(FloatingPointError, match=message) as stop:
-            run(model, out=tmp_path, steps=40, accumulate=2, log_every=20)
+            run(model, out=tmp_path, steps=40, log_every=20)
         file = tmp_path / "replay-step-000011.pt"
         assert f"--replay {file} computes it again" in str(stop.value)
         log = read_log(tmp_path)
@@ -101,19 +103,21 @@ class TestNotFinite:
         report = replay_batch(file, again, CPU)
         assert not_finite(report) == ["kd"]
         assert same(again.student, model.student)
+        [skip] = [line for line in log if line["event"] == "skip" and line["step"] == 11]
+        assert report.values["task"] == skip["values"]["task"]  # with the same dropout
         fine = replay_batch(file, distiller(seed=5, dropout=0.5), CPU)
         assert not_finite(fine) == []
-        assert fine.values["task"] == report.values["task"]  # with the same dropout
+        assert fine.values["task"] == report.values["task"]
         with pytest.raises(ValueError, match=r"checkpoint's student does not fit the model"):
             replay_batch(file, distiller(width=6), CPU)
 
     def test_a_finite_step_ends_the_row_and_a_resumed_run_has_ten_again(self, tmp_path: Path) -> None:
         with pytest.warns(FastKDWarning, match="step 2 is skipped"):
-            assert run(distiller(loss=breaks_from(3, 12)), steps=12).skipped == 9
+            assert run(distiller(loss=breaks_from(3, but=12)), steps=19).skipped == 17  # step 11 is finite
         with pytest.warns(FastKDWarning, match="is skipped"), pytest.raises(FloatingPointError, match="at step 11"):
             run(distiller(loss=breaks_from(3)), out=tmp_path, steps=24)
-        result = run(distiller(), out=tmp_path, steps=24, resume=True, resume_allow=["terms"])
-        assert (result.resumed_at, result.steps, result.skipped) == (11, 24, 10)
+        result = run(distiller(loss=breaks_from(1, 10)), out=tmp_path, steps=24, resume=True)
+        assert (result.resumed_at, result.steps, result.skipped) == (11, 24, 19)
 
     def test_gradient_is_traced_to_its_term(self) -> None:
         calls = []
@@ -161,6 +165,13 @@ class TestHalfPrecision:
     def test_a_loss_that_is_not_finite_counts(self) -> None:
         with pytest.warns(FastKDWarning, match="step 3 is"), pytest.raises(FloatingPointError, match="at step 12"):
             run(distiller(loss=breaks_from(4)), precision="fp16", steps=20)
+
+    @pytest.mark.gpu
+    def test_on_the_gpu(self) -> None:
+        result = run(distiller(), precision="fp16", device="cuda", steps=20, log_every=20)
+        assert result.skipped == 0
+        assert result.history[0]["loss"] > 0
+        assert result.history[0]["loss_scale"] >= 1
 
 
 class Damaged(Scenes):

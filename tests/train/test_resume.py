@@ -194,6 +194,18 @@ class TestContinuation:
         saved = load_file(tmp_path / "last" / "model.safetensors")["stem.weight"]
         assert torch.equal(saved, model.student.stem.weight)
 
+    def test_wrapped_student_and_channels_last(self, tmp_path: Path) -> None:
+        """Checkpoints have the model's own names and do not depend on the memory format."""
+        options: dict[str, Any] = {"power": 0.0, "check": False}
+        whole = toy()
+        run(whole, steps=4, **options)
+        run(torch.compile(toy(), backend="eager"), out=tmp_path, steps=2, channels_last=True, **options)
+        assert "stem.weight" in read_checkpoint(tmp_path / "checkpoints" / "step-000002").tensors["student"]
+        model = toy()
+        run(model, out=tmp_path, steps=4, resume=True, resume_allow=["steps", "channels_last"], **options)
+        for ours, expected in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
 
 class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -439,19 +451,21 @@ class TestSettings:
 
 
 class TestData:
-    def test_position_follows_from_the_step(self) -> None:
-        config = TrainConfig(batch_size=8, accumulate=2)
-        data = Scenes(44)
-        for workers in (0, 2):
-            settings = TrainConfig(batch_size=8, accumulate=2, workers=workers)
-            args = (settings, collate, distiller(), torch.device("cpu"))
-            from_start = Feed(data, BatchOrder(44, config), *args).start(0)
-            all_ids = [next(from_start)["ref_id"] for _ in range(2 * 14)]
-            for step in (3, 5, 11):
-                feed = Feed(data, BatchOrder(44, config), *args)
-                resumed = feed.start(step)
-                assert [next(resumed)["ref_id"] for _ in range(4)] == all_ids[2 * step : 2 * step + 4]
-                assert feed.reload(step, 1)["ref_id"] == all_ids[2 * step + 1]
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_position_follows_from_the_step(self, workers: int) -> None:
+        config = TrainConfig(batch_size=8, accumulate=2, workers=workers)
+        feed = lambda: Feed(Noisy(44), BatchOrder(44, config), config, collate, distiller(), torch.device("cpu"))
+        batches = feed().start(0)
+        every = [next(batches) for _ in range(2 * 14)]
+        for step in (3, 5, 11):  # 5 steps per epoch
+            resumed = feed()
+            batches = resumed.start(step)
+            for expected in every[2 * step : 2 * step + 4]:
+                found = next(batches)
+                assert found["ref_id"] == expected["ref_id"]
+                assert torch.equal(found["image"], expected["image"])
+            again = resumed.reload(1, 1)  # of an earlier epoch
+            assert torch.equal(again["image"], every[3]["image"])
 
     def test_samples_depend_on_seed_epoch_and_index_only(self) -> None:
         samples = TrainingSamples(Noisy(), 3)
