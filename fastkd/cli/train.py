@@ -134,7 +134,8 @@ def _run(
     chosen |= {"tokenizer": data.tokenizer, "student": model_name, "teacher_tokenizer": teacher_tokenizer}
     chosen |= {f"shares.{name}": share for name, share in shares.items()}
     result = run(trained, train_set, config, val_dataset=val_set, out_dir=out, settings=chosen, **folder._asdict())
-    show(f"best on val: {result.best}\nstudent: {out / 'best'}")
+    if result.out_dir is not None:  # in one of several processes
+        show(f"best on val: {result.best}\nstudent: {out / 'best'}")
 
 
 def _replay(path: Path, distiller: Distiller, config: TrainConfig) -> None:
