@@ -30,6 +30,7 @@ from fastkd._wrappers import unwrapped
 from fastkd.errors import FastKDWarning
 
 FOLDER = "checkpoints"
+WRITE_ERRORS = (OSError, SafetensorError)  # of a full disk, say
 _FORMAT = 1
 _PARTS = ("student", "aligners", "average")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -64,7 +65,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
                     for name, t in tensors.items()
                 }
                 save_file(host, str(partial / f"{part}.safetensors"))
-        torch.save(checkpoint.optimizer, partial / "optimizer.pt")
+        save_plain(checkpoint.optimizer, partial / "optimizer.pt")
         files = {file.name: [file.stat().st_size, _crc32(file)] for file in sorted(partial.iterdir())}
         state = {"format": _FORMAT, "step": checkpoint.step, **checkpoint.state, "files": files}
         (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -144,7 +145,7 @@ class CheckpointWriter:
             return None
         try:
             write_checkpoint(checkpoint, self.folder)
-        except (OSError, SafetensorError) as error:
+        except WRITE_ERRORS as error:
             latest = "there is no earlier one" if self.latest is None else f"that of step {self.latest} is kept"
             warnings.warn(
                 f"the checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}); {latest}",
@@ -179,6 +180,19 @@ def save_student(student: nn.Module, folder: Path) -> Path:
 
             save_model(model, str(partial / "model.safetensors"))
     return folder
+
+
+def save_plain(content: Any, path: Path) -> None:
+    """Save tensors and plain values with torch.
+
+    Raises:
+        OSError: the file could not be written; torch itself raises a RuntimeError on a full disk.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _crc32(path: Path) -> int:

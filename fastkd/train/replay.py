@@ -16,6 +16,7 @@ from fastkd._messages import shortened
 from fastkd._runtime import autocast, to_device
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.gradients import GradientReport
+from fastkd.train.checkpoint import save_plain
 from fastkd.train.feed import Feed
 from fastkd.train.seeding import kept_generators, seed_step
 from fastkd.train.state import ModelState
@@ -88,7 +89,7 @@ def write_replay(path: Path, broken: Broken, model: ModelState, weights: Mapping
         "tensors": {part: {n: t.detach().cpu() for n, t in each.items()} for part, each in model.consistent().items()},
     }
     with replace_files(path) as (partial,):
-        torch.save(content, partial)
+        save_plain(content, partial)
 
 
 def replay_batch(path: str | Path, distiller: Distiller, device: torch.device) -> GradientReport:

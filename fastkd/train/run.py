@@ -24,7 +24,7 @@ from fastkd.distill.distiller import Distiller
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate.evaluation import evaluate
 from fastkd.ops.numerics import computes_fp64
-from fastkd.train.checkpoint import save_student
+from fastkd.train.checkpoint import WRITE_ERRORS, save_student
 from fastkd.train.config import TrainConfig
 from fastkd.train.feed import Feed
 from fastkd.train.host import check_tokenizers, check_validation, keep_tokenizer
@@ -343,14 +343,25 @@ class TrainingRun(SavedRun):
                     self.log.write("eval", step=self.step, seconds=self.clock.seconds, best=is_best, **scores)
                     self.bar.print(f"step {self.step}: {evaluation}")
                 if folder:
-                    save_student(student, folder / "last")
-                    if is_best:
-                        save_student(student, folder / "best")
-                    elif self.overwrite and val_dataset is None:  # written by the run being replaced
+                    self._save_student(folder, is_best)
+                    if self.overwrite and val_dataset is None:  # written by the run being replaced
                         shutil.rmtree(folder / "best", ignore_errors=True)
         self.distiller.train()
         self.clock.start()
         return is_best
+
+    def _save_student(self, folder: Path, is_best: bool) -> None:
+        """Save the student; before the last step, failure is a warning."""
+        try:
+            for name in ("last", "best") if is_best else ("last",):
+                save_student(self.distiller.student, folder / name)
+        except WRITE_ERRORS as error:
+            if self.result.stopped == "max_seconds" or self.step >= self.config.steps:
+                raise
+            message = (
+                f"the student of step {self.step} could not be saved to {folder / name} ({error}); training continues"
+            )
+            warnings.warn(message, FastKDWarning, stacklevel=2)
 
     def _end(self) -> None:
         """Complete the result and write the last line of the log."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate", reason="needs the [ris] extra")
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from train_tools import Scenes, collate, distiller, read_log, run, toy, two_processes
 
@@ -326,6 +328,26 @@ class TestFiles:
         with pytest.warns(FastKDWarning, match="is skipped"), pytest.raises(FileExistsError, match="none of its check"):
             run_of_six(tmp_path, resume=True)
         assert (tmp_path / "log.jsonl").read_text() == before
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs limits of the size of files")
+    @pytest.mark.parametrize("kilobytes", [6, 20])
+    def test_failed_write_keeps_the_latest_and_says_so(self, kilobytes: int, tmp_path: Path) -> None:
+        """Files of 6 KiB do not hold the student, and 20 KiB not the optimiser's state; each has its own writer."""
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit = Acts(4, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes << 10, hard)))
+        options: dict[str, Any] = {"out": tmp_path, "check": False, "checkpoint_every": 2, "steps": 6}
+        final_save = pytest.raises((OSError, SafetensorError), match="too large") if kilobytes == 6 else nullcontext()
+        try:
+            with pytest.warns(FastKDWarning, match="could not be (written|saved) to .*too large") as found, final_save:
+                run(toy(width=64), task_loss=limit, val_dataset=Scenes(4), eval_every=5, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "the checkpoint of step 4 could not be written" in str(found[0].message)
+        assert any("the student of step 5 could not be saved" in str(w.message) for w in found) is (kilobytes == 6)
+        assert list(find_checkpoints(tmp_path / "checkpoints")) == [2]
+        assert run(toy(width=64), resume=True, val_dataset=Scenes(4), eval_every=5, **options).resumed_at == 2
 
     def test_full_disk_keeps_the_latest_and_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(descriptor: int) -> None:
