@@ -3,10 +3,10 @@
     python -m benchmarks.cuda_facts                                              # the installed fastkd._cuda
     python -m benchmarks.cuda_facts --targets 80,86,89,90,100,120 --json benchmarks/results/nvcc/13.0.88.json
 
-Registers, spills, local memory, stack, static shared memory and the number of matrix instructions come from
-``cuobjdump``, which ships with CUDA and inside Triton. ``code`` is a digest of the machine code. A table also holds a
-digest of the sources it was compiled from, without comments, and the size of the module. The module does not record
-dynamic shared memory; launches check it.
+Registers, spills, local memory, stack, static shared memory and the numbers of matrix instructions, asynchronous copies
+and two-byte loads from global memory come from ``cuobjdump``, which ships with CUDA and inside Triton. ``code`` is a
+digest of the machine code. A table also holds a digest of the sources it was compiled from, without comments, and the
+size of the module. The module does not record dynamic shared memory; launches check it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ SHARED_LIMIT = 48 * 1024
 """Bytes of static shared memory that a kernel may declare, on every chip."""
 
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+ASYNC_COPY = re.compile(r"\bLDGSTS\b")
+TWO_BYTE_LOAD = re.compile(r"\bLDG\.[A-Z0-9.]*[US]16\b")
 ENCODING = re.compile(r"/\* (0x[0-9a-f]{16}) \*/")
 NAMESPACE = "fastkd4cuda"
 """Part of the mangled name of each fastkd kernel, as opposed to other functions in the module."""
@@ -134,6 +136,8 @@ def row_of(kernel: str, chip: str, numbers: list[str], sass: str) -> dict[str, A
         "shared": shared,
         "local": local,
         **counts,
+        "async_copies": len(ASYNC_COPY.findall(sass)),
+        "two_byte_loads": len(TWO_BYTE_LOAD.findall(sass)),
         "code": hashlib.sha256(" ".join(ENCODING.findall(sass)).encode()).hexdigest()[:12],
         "ok": counts["spills"] == 0 and local == 0 and shared <= SHARED_LIMIT,
     }

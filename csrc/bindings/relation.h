@@ -36,15 +36,15 @@ inline relation::Distance parse_distance(const std::string& name) {
     throw py::value_error("distance: expected kl, mse or row_cosine, got '" + name + "'");
 }
 
-// (address, width, strides of batch, row and column)
-using RowsTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+// (address, width, strides of batch, row and column, padded)
+using RowsTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool>;
 
 inline relation::Rows parse_rows(const RowsTuple& rows, const char* name, DType dtype) {
-    const auto& [address, width, batch_stride, row_stride, col_stride] = rows;
+    const auto& [address, width, batch_stride, row_stride, col_stride, padded] = rows;
     if (width < 1) {
         throw py::value_error(std::string(name) + ": expected a width of at least 1, got " + std::to_string(width));
     }
-    return {parse_pointer(address, name, element_size(dtype)), width, batch_stride, row_stride, col_stride};
+    return {parse_pointer(address, name, element_size(dtype)), width, batch_stride, row_stride, col_stride, padded};
 }
 
 // The validated settings of a call. The Python class has the methods forward, backward and workspace_bytes.

@@ -38,6 +38,7 @@ struct Rows {
     std::int64_t batch_stride;
     std::int64_t row_stride;
     std::int64_t col_stride;
+    bool padded = false; // on a GPU: addresses and strides are multiples of 16 bytes, and zeros follow each line
 };
 
 struct Options {

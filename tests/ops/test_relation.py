@@ -448,4 +448,4 @@ def test_native_call_rejects_invalid_arguments() -> None:
             cpu.Relation(*arguments)
     call = cpu.Relation(*good)
     with pytest.raises(ValueError, match="student: expected an address, got 0"):
-        call.forward((0, 5, 20, 5, 1), (64, 5, 20, 5, 1), 64, 64, 64, 64)
+        call.forward((0, 5, 20, 5, 1, False), (64, 5, 20, 5, 1, False), 64, 64, 64, 64)

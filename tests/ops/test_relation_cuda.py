@@ -87,7 +87,7 @@ def test_single_row_and_single_column(method: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copies_of_every_alignment(dtype: torch.dtype) -> None:
-    """Copies of 16, 8, 4 and 2 bytes, as widths, strides and addresses allow."""
+    """Copies of 16, 8 and 4 bytes, as widths, strides and addresses allow; a padded copy of other 16-bit rows."""
     weight = rows((2, 70), 2)
     for width in (40, 36, 34, 35):
         student, teacher = rows((2, 70, width), 0, dtype), rows((2, 70, width), 1, dtype)
@@ -255,7 +255,7 @@ def test_rejects_unsupported_arguments() -> None:
             make(1, given["rows"], 4, 4, *named, given["dtype"], given["form"], 0, 2**25)
     x, out = torch.zeros(1, 3, 4, device=DEVICE), torch.zeros(64, dtype=torch.float64, device=DEVICE)
     call = make(1, 3, 4, 4, *named, "float32", "streamed", 0, 2**25)
-    at = (x.data_ptr(), 4, *x.stride())
+    at = (x.data_ptr(), 4, *x.stride(), False)
     space = torch.empty(call.workspace_bytes(False)[0], dtype=torch.uint8, device=DEVICE).data_ptr()
     for student, loss, message in (
         ((0, *at[1:]), out.data_ptr(), "student: expected an address, got 0"),
@@ -264,6 +264,9 @@ def test_rejects_unsupported_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call.forward(student, at, loss, out.data_ptr(), 0, space)
+    odd = make(1, 3, 3, 3, *named, "bfloat16", "streamed", 0, 2**25)
+    with pytest.raises(RuntimeError, match="relation_forward: cudaErrorInvalidValue"):  # neither aligned nor padded
+        odd.forward((at[0], 3, 9, 3, 1, False), (at[0], 3, 9, 3, 1, False), out.data_ptr(), out.data_ptr(), 0, space)
     for sizes in ((2**31, 3, 4, 4), (2**16, 2**16, 4, 4), (1, 3, 2**31, 4)):
         huge = make(*sizes, *named, "float32", "streamed", 0, 2**25)
         with pytest.raises(RuntimeError, match="relation_forward: cudaErrorInvalidValue"):

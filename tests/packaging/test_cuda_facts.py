@@ -60,6 +60,17 @@ def test_products_use_tensor_cores(version: str) -> None:
 
 
 @every_table
+def test_rows_of_relations_are_copied_asynchronously(version: str) -> None:
+    """Rows of any width: the kernels have no other copies, and read 16-bit elements singly only for the norms."""
+    rows = [row for row in TABLES[version]["rows"] if row["kernel"].split("<")[0] in PRODUCTS]
+    rows = [row for row in rows if row["kernel"].startswith("relation.")]
+    assert len({row["kernel"] for row in rows}) > 10
+    for row in rows:
+        assert row["async_copies"] > 0, row
+        assert row["two_byte_loads"] == 0 or row["kernel"].startswith("relation.product_kernel"), row
+
+
+@every_table
 def test_module_is_small(version: str) -> None:
     assert 2**20 < TABLES[version]["environment"]["bytes"] < LARGEST
 

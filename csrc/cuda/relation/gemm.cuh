@@ -11,7 +11,8 @@
 namespace fastkd::cuda::relation {
 
 // (mn, k) -> data[mn * mn_stride + k * k_stride], in elements. Along the contiguous mode, each group of `alignment`
-// elements starts at a multiple of its size and lies entirely inside or outside the operand, so one copy moves it.
+// elements, of 4 to 16 bytes, starts at a multiple of its size, so one copy moves it. It lies inside or outside the
+// operand, or ends with zeros.
 struct Operand {
     const void* data;
     std::int64_t mn_stride;
@@ -49,8 +50,9 @@ struct GmemToSmem {
         const int shift = operand.mn_major ? log2_of(block_mn / size) : log2_of(block_k / size);
         const int pitch = operand.mn_major ? Smem::mn_major_pitch : Smem::k_major_pitch;
         const std::int64_t outer_stride = operand.mn_major ? operand.k_stride : operand.mn_stride;
-        const std::int64_t inner_stride = operand.mn_major ? operand.mn_stride : operand.k_stride;
-#pragma unroll(bytes == 16 ? vectors / threads : 2) // narrow copies are rare; unrolled, they would cost registers
+        // Only floats may have no contiguous mode.
+        const std::int64_t inner_stride = sizeof(S) == 2 ? 1 : operand.mn_major ? operand.mn_stride : operand.k_stride;
+#pragma unroll(bytes == 16 ? vectors / threads : 1) // narrow copies are rare; unrolled, they would cost registers
         for (int round = 0; round < vectors / threads; ++round) {
             const int vector = round * threads + thread_x();
             const int outer = vector >> shift;
@@ -58,32 +60,6 @@ struct GmemToSmem {
             const bool inside = outer < outer_left && inner < inner_left;
             const S* at = inside ? from + outer * outer_stride + inner * inner_stride : from;
             copy_async<bytes>(to + outer * pitch + inner, at, inside);
-        }
-    }
-
-    // Copy 16-bit elements that cp.async, which needs 4 bytes or more, cannot: odd alignments and arbitrary strides.
-    static FASTKD_DEVICE void copy_elements(S* to, const S* from, const Operand& operand, int outer_left,
-                                            int inner_left) {
-        constexpr int all = block_mn * block_k, batch = 8; // loads in flight
-        static_assert(all % (threads * batch) == 0, "threads copy equal shares");
-        const int shift = operand.mn_major ? log2_of(block_mn) : log2_of(block_k);
-        const int pitch = operand.mn_major ? Smem::mn_major_pitch : Smem::k_major_pitch;
-        const std::int64_t outer_stride = operand.mn_major ? operand.k_stride : operand.mn_stride;
-        const std::int64_t inner_stride = operand.mn_major ? operand.mn_stride : operand.k_stride;
-#pragma unroll 1
-        for (int first = thread_x(); first < all; first += threads * batch) {
-            S held[batch];
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                const int outer = (first + i * threads) >> shift, inner = (first + i * threads) & ((1 << shift) - 1);
-                const bool inside = outer < outer_left && inner < inner_left;
-                held[i] = inside ? from[outer * outer_stride + inner * inner_stride] : S{};
-            }
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                const int outer = (first + i * threads) >> shift, inner = (first + i * threads) & ((1 << shift) - 1);
-                to[outer * pitch + inner] = held[i];
-            }
         }
     }
 
@@ -97,10 +73,8 @@ struct GmemToSmem {
             copy_vectors<16>(to, from, operand, outer_left, inner_left);
         } else if (bytes == 8) {
             copy_vectors<8>(to, from, operand, outer_left, inner_left);
-        } else if (bytes == 4) {
+        } else {
             copy_vectors<4>(to, from, operand, outer_left, inner_left);
-        } else if constexpr (sizeof(S) == 2) {
-            copy_elements(to, from, operand, outer_left, inner_left);
         }
     }
 };

@@ -25,24 +25,30 @@ inline Side side_of(const relation::Rows& rows, const relation::Options& options
     side.rows.mn_stride = rows.row_stride;
     side.rows.k_stride = rows.col_stride;
     side.rows.mn_major = rows.row_stride == 1 && rows.col_stride != 1;
-    if (side.rows.mn_major) {
-        side.rows.alignment = alignment_of(rows.data, rows.batch_stride, rows.col_stride, options.rows, size);
-    } else if (rows.col_stride == 1) {
-        side.rows.alignment = alignment_of(rows.data, rows.batch_stride, rows.row_stride, rows.width, size);
-    } else {
-        side.rows.alignment = 1;
-    }
+    const std::int64_t stride = side.rows.mn_major ? rows.col_stride : rows.row_stride;
+    const std::int64_t length = side.rows.mn_major ? options.rows : rows.width;
+    const bool contiguous = side.rows.mn_major || rows.col_stride == 1;
+    side.rows.alignment =
+        contiguous ? alignment_of(rows.data, rows.batch_stride, stride, rows.padded ? 0 : length, size) : 1;
     side.width = rows.width;
     side.batch_stride = rows.batch_stride;
     side.factor = options.similarity == relation::Similarity::mean ? 1.0f / static_cast<float>(rows.width) : 1.0f;
     return side;
 }
 
+// Return whether asynchronous copies, of 4 bytes or more, can read the rows; if not, pass a padded copy.
+inline bool readable(const Side& side, DType dtype) {
+    return side.rows.alignment * element_size(dtype) >= 4;
+}
+
 constexpr std::int64_t most_blocks = 0x7fffffff; // of a launch
 
-// Return an error if sizes exceed the kernels' indices.
+// Return an error if rows are not readable, or if sizes exceed the kernels' indices.
 inline cudaError_t check_call(const relation::Options& options, const relation::Rows& student,
                               const relation::Rows& teacher, const RelationPlan& plan) {
+    if (!readable(side_of(student, options), options.dtype) || !readable(side_of(teacher, options), options.dtype)) {
+        return cudaErrorInvalidValue;
+    }
     for (const std::int64_t size : {options.batch, options.rows, student.width, teacher.width}) {
         if (size < 1 || size >= most_blocks) {
             return cudaErrorInvalidValue;

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._integers import round_up
 from fastkd.ops.launch import (
     allocate_workspace,
     dtype_name,
@@ -53,9 +54,10 @@ def forward(
     with launch_on(student) as extra:
         call = _call(student, teacher, extra, options)
         workspace = allocate_workspace(call, False, student)
+        of_student, of_teacher = _readable(student, options.backend), _readable(teacher, options.backend)
         call.forward(
-            _rows(student),
-            _rows(teacher),
+            _rows(*of_student),
+            _rows(*of_teacher),
             loss.data_ptr(),
             statistics.data_ptr(),
             stored.data_ptr(),
@@ -76,11 +78,12 @@ def backward(
     with launch_on(student) as extra:
         call = _call(student, teacher, extra, options)
         workspace = allocate_workspace(call, True, student)
+        of_student, of_teacher = _readable(student, options.backend), _readable(teacher, options.backend)
         call.backward(
             grad_loss.data_ptr(),
             grad_loss.stride(),
-            _rows(student),
-            _rows(teacher),
+            _rows(*of_student),
+            _rows(*of_teacher),
             statistics.data_ptr(),
             stored.data_ptr(),
             grad_student.data_ptr(),
@@ -89,9 +92,27 @@ def backward(
         )
 
 
-def _rows(x: Tensor) -> tuple[int, ...]:
-    """Return address, width, and the strides of batch, row and column."""
-    return (x.data_ptr(), x.shape[2], *x.stride())
+def _readable(x: Tensor, backend: str) -> tuple[Tensor, bool]:
+    """Return rows that the kernels can read, and whether zeros pad their contiguous dimension to 16 bytes.
+
+    Asynchronous copies on a GPU move 4 bytes or more, so 16-bit rows of odd length or address are copied.
+    """
+    batch_stride, row_stride, column_stride = x.stride()
+    rows_inner = row_stride == 1 and column_stride != 1
+    length, line_stride = (x.shape[1], column_stride) if rows_inner else (x.shape[2], row_stride)
+    in_pairs = not any(n % 2 for n in (length, line_stride, batch_stride, x.data_ptr() // x.element_size()))
+    if backend != "cuda" or x.element_size() > 2 or (in_pairs and 1 in (row_stride, column_stride)):
+        return x, False
+    lines = x.mT if rows_inner else x  # (B, lines, length)
+    padded = x.new_empty((*lines.shape[:2], round_up(length, 16 // x.element_size())))
+    padded[..., length:] = 0
+    padded = padded[..., :length].copy_(lines)
+    return padded.mT if rows_inner else padded, True
+
+
+def _rows(x: Tensor, padded: bool) -> tuple[Any, ...]:
+    """Return address, width, the strides of batch, row and column, and whether zeros follow."""
+    return (x.data_ptr(), x.shape[2], *x.stride(), padded)
 
 
 def _call(student: Tensor, teacher: Tensor, extra: int, options: Options) -> Any:
