@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastkd.errors import BackendUnavailable
 
 LOG2E = tl.constexpr(1.4426950408889634)
 """log2(e), as the hardware computes 2^x, not e^x."""
@@ -51,8 +54,42 @@ def exact_quotient(x, y):
     return q
 
 
-def launching_on(x: Tensor) -> AbstractContextManager[object]:
-    """Make the device of ``x`` current, so that Triton launches on that device's current stream."""
+@triton.jit
+def dot_add(x, y, acc, PRECISION: tl.constexpr):
+    """Return acc + x y, added in fp32: tensor cores truncate sums, so each product starts from 0."""
+    if PRECISION == "tf32x3":
+        return tl.dot(x, y, acc, input_precision=PRECISION)  # Triton adds acc to the sum of the three products
+    # Triton would make acc the accumulator of a product without a limit on imprecise sums.
+    return acc + tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=32)
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured on the current stream of the device of ``x``."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def launching_on(x: Tensor) -> Iterator[None]:
+    """Make the device of ``x`` current, so that Triton launches on that device's current stream.
+
+    An error while a CUDA graph is captured becomes a `BackendUnavailable` with the fix: a dtype or layout that has not
+    run before needs another kernel, which the driver refuses to load then.
+    """
+    with _current(x):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or not is_capturing(x):
+                raise
+            raise BackendUnavailable(
+                f"triton on {x.device}: a kernel failed while a CUDA graph was captured: {error}; other dtypes and "
+                "layouts need other kernels, which cannot be loaded then: call the loss once on such inputs, with its "
+                "backward, before the capture"
+            ) from error
+
+
+def _current(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of ``x`` current."""
     if INTERPRETED:
         import numpy  # silence its warnings about −inf − (−inf), which the kernels mask
 

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel and block shape ahead of time, without a GPU, and print their resources on each chip.
+"""Compile what the GPU workloads and the contract's cases launch, without a GPU, and print its resources on each chip.
 
     python -m benchmarks.aot [--json FILE] [--targets 80 90 100 120] [--dtypes fp32 bf16]
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--families", nargs="+", default=tuple(facts.CASES), choices=tuple(facts.CASES))
+    parser.add_argument("--families", nargs="+", default=facts.FAMILIES, choices=facts.FAMILIES)
     parser.add_argument(
         "--match", default="", help="only kernels and block shapes, as printed, that match this regular expression"
     )
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         selected = {family: facts.sample(entries) for family, entries in selected.items()}
     if args.list:
         for entries in selected.values():
-            for dtype, _, target, case in entries:
-                print(json.dumps(facts.identity(dtype, case, target)))
+            for _, _, target, case in entries:
+                print(json.dumps(facts.identity(case, target)))
         return 0
     print(
         f"{'kernel':22} {'method':10} {'dtype':5} {'block':>13} {'warps':>5} {'chip':>6} {'regs':>5} {'shared':>7} "
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     known = {} if args.all or not args.json else facts.known_rows(args.json)
     rows = []
-    for family, entries in selected.items():
-        rows += print_rows(facts.rows(family, entries, known, args.jobs))
+    for entries in selected.values():
+        rows += print_rows(facts.rows(entries, known, args.jobs))
     if args.json:
         facts.write_table(args.json, {"triton": version("triton")}, rows)
     return 0 if all(row["ok"] for row in rows) else 1
@@ -71,7 +71,7 @@ def print_rows(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         print(
             f"{row['kernel']:22} {row.get('DISTANCE', ''):10} {row['dtype']:5} {facts.block_label(row):>13} "
             f"{row['warps']:>5} {row['target']:>6} {row['registers']:>5} {row['shared']:>7} {row['spills']:>6} {matrix}"
-            f"{'' if row['ok'] else '  <- spills, too much shared memory, or log of an approximate quotient'}",
+            f"{'' if row['ok'] else '  <- spills, too much shared memory, or inexact'}",
             flush=True,
         )
         yield row

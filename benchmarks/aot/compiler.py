@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.aot.cases import Case
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Maximum shared memory per block in bytes, by compute capability × 10."""
 
@@ -18,30 +20,25 @@ MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTC[A-Z]*MMA|HMMA|QMMA)\b")
 LOGARITHM = ", -1059760811"
 """End of the instruction with which the library's logarithm starts: it extracts the exponent of its argument."""
 
+NARROW_LOAD = re.compile(r"\bLDG\S*\.[US]16\b")
+
 LOCAL = {"loads": re.compile(r"\bLDL\b"), "stores": re.compile(r"\bSTL\b")}
 
 
-def compile_case(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: int, **options: Any
-) -> Any:
-    """Compile one kernel for one chip, specialised as for a launch with aligned pointers and strides."""
+def compile_case(case: Case, target: int) -> Any:
+    """Compile a case for one chip."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    aligned = [
-        i
-        for i, (name, kind) in enumerate(types.items())
-        if kind.startswith("*") or kind.endswith(":16") or "stride_b" in name
-    ]
+    place = {name: (i,) for i, name in enumerate(case.signature)}
     source = ASTSource(
-        fn=kernel,
-        signature={name: kind.removesuffix(":16") for name, kind in types.items()},
-        constexprs={(list(types).index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        fn=case.load(),
+        signature=case.signature,
+        constexprs={place[name]: value for name, value in case.constants.items()},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in case.aligned},
     )
-    options = {"num_warps": warps, "enable_fp_fusion": True, **options}
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=case.options)
 
 
 def instructions(sass: str) -> dict[str, Any]:
@@ -80,8 +77,19 @@ def logarithms_of_approximate_quotients(ptx: str) -> int:
     return sum(approximate(register, 6) for register in logarithms)
 
 
+def sums_in_tensor_cores(ttgir: str) -> int:
+    """Count the matrix products in Triton's GPU dialect whose accumulator is carried by a loop.
+
+    Tensor cores truncate sums, so the products of a loop's steps are added in fp32. On sm_100, whose products write to
+    tensor memory, none is counted.
+    """
+    carried = {name for names in re.findall(r"iter_args\((.*?)\) ->", ttgir) for name in re.findall(r"(%\w+) =", names)}
+    accumulators = re.findall(r"(?:tt\.dot|ttng\.warp_group_dot) %[\w#]+, %[\w#]+, (%[\w#]+)", ttgir)
+    return sum(name in carried for name in accumulators)
+
+
 def resources(cubin: bytes) -> dict[str, Any]:
-    """Return the registers, stack, shared and local memory (bytes), spills and matrix instructions of a cubin."""
+    """Return the registers, stack, shared and local memory (bytes) and some counts of instructions of a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -96,4 +104,4 @@ def resources(cubin: bytes) -> dict[str, Any]:
     if set(found) != {"REG", "STACK", "SHARED", "LOCAL"}:
         raise RuntimeError(f"cannot parse the output of cuobjdump -res-usage: {text!r}")
     used = {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "local": found["LOCAL"]}
-    return used | instructions(sass)
+    return used | instructions(sass) | {"loads_of_16_bits": len(NARROW_LOAD.findall(sass))}

@@ -9,17 +9,14 @@ import inspect
 import textwrap
 from typing import Any
 
-from benchmarks.aot.cases import Case
 
-
-def digest(case: Case) -> str:
-    """Return a hash of the kernel, every device function it calls, its argument types, constants and options.
+def digest(kernel: Any, *arguments: dict[str, Any] | tuple[str, ...]) -> str:
+    """Return a hash of a kernel, every device function it calls, and of its arguments' types, values and options.
 
     It does not depend on comments, docstrings, formatting or the modules that define the functions.
     """
-    _, kernel, types, constants, warps, *more = case
-    options = {name: value for group in more for name, value in group.items() if name != "but"}
-    parts = [_closure(kernel), *(repr(sorted(group.items())) for group in (types, constants, options)), str(warps)]
+    groups = (sorted(group.items()) if isinstance(group, dict) else sorted(group) for group in arguments)
+    parts = [_closure(kernel), *(repr(group) for group in groups)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

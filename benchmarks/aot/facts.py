@@ -12,29 +12,36 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.aot.cases import Case
-from benchmarks.aot.compiler import SHARED_LIMIT, compile_case, logarithms_of_approximate_quotients, resources
+from benchmarks.aot.cases import Case, recorded_cases
+from benchmarks.aot.compiler import (
+    SHARED_LIMIT,
+    compile_case,
+    logarithms_of_approximate_quotients,
+    resources,
+    sums_in_tensor_cores,
+)
 from benchmarks.aot.digest import digest
-from benchmarks.aot.pixel_word import pixel_word_cases
-from benchmarks.aot.relation import relation_cases
-from benchmarks.aot.softmax_kl import softmax_kl_cases
 from fastkd._atomic import replace_files
 
 RESULTS = Path(__file__).parents[1] / "results" / "triton"
 """Folder of the committed tables: one VERSION.json per version of Triton, written by ``benchmarks.aot.versions``."""
 
-CASES = {"softmax_kl": softmax_kl_cases, "relation": relation_cases, "pixel_word": pixel_word_cases}
-FACTS = ("registers", "stack", "shared", "local", "spills", "matrix_instructions", "shared_limit", "ok")
+FAMILIES = ("softmax_kl", "relation", "pixel_word")
+FACTS = (
+    *("registers", "stack", "shared", "local", "spills", "matrix_instructions", "loads_of_16_bits"),
+    *("shared_limit", "ok"),
+)
 
 Entry = tuple[str, int, int, Case]
-"""(dtype, index of the case in its family's list, target, case)."""
+"""(dtype, index of the case among its chip's, target, case)."""
 
 
-def identity(dtype: str, case: Case, target: int) -> dict[str, Any]:
+def identity(case: Case, target: int) -> dict[str, Any]:
     """Return the columns that identify a row: kernel, dtype, constants, warps, chip and code digest."""
-    named = {n: value for n, value in case[3].items() if n.isupper() and isinstance(value, int | str)}
-    chip = {"target": f"sm_{target}", "source": digest(case)}
-    return {"kernel": case[0], "dtype": dtype, **named, "warps": case[4], **chip}
+    named = {n: value for n, value in case.constants.items() if n.isupper() and isinstance(value, int | str)}
+    source = digest(case.load(), case.signature, case.constants, case.aligned, case.options)
+    chip = {"target": f"sm_{target}", "source": source}
+    return {"kernel": case.kernel, "dtype": case.dtype, **named, "warps": case.options["num_warps"], **chip}
 
 
 def key(row: dict[str, Any]) -> str:
@@ -57,18 +64,12 @@ MARKS = {"LOOP": "+", "SPLIT": "+", "STORE": "s", "STORED": "s", "STUDENT_ROWS_I
 
 
 def select(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match: str = "") -> Iterator[Entry]:
-    """Yield each kernel and block shape once per chip that uses it."""
-    seen = set()
-    for dtype in dtypes:
-        for i, case in enumerate(CASES[family](dtype)):
-            if not re.search(match, f"{case[0]} {block_label(case[3])}"):
-                continue
-            excluded = case[5].get("but", ()) if len(case) > 5 else ()
-            for target in (target for target in targets if target not in excluded):
-                name = key(identity(dtype, case, target))
-                if name not in seen:
-                    seen.add(name)
-                    yield dtype, i, target, case
+    """Yield the cases of a family once per chip."""
+    for target in targets:
+        for i, case in enumerate(recorded_cases(target)):
+            label = f"{case.kernel} {block_label(case.constants)}"
+            if case.family == family and case.dtype in dtypes and re.search(match, label):
+                yield case.dtype, i, target, case
 
 
 def sample(entries: list[Entry]) -> list[Entry]:
@@ -85,28 +86,21 @@ def sample(entries: list[Entry]) -> list[Entry]:
     return chosen
 
 
-def compile_row(family: str, dtype: str, index: int, target: int) -> dict[str, Any]:
-    """Compile one case of a family for one chip and return its row."""
-    case = list(CASES[family](dtype))[index]
-    _, kernel, types, constants, warps, *more = case
-    options = {k: v for more in more for k, v in more.items() if k != "but"}
-    compiled = compile_case(kernel, types, constants, warps, target, **options)
-    row = identity(dtype, case, target) | resources(compiled.asm["cubin"])
+def compile_row(case: Case, target: int) -> dict[str, Any]:
+    """Compile one case for one chip and return its row."""
+    compiled = compile_case(case, target)
+    row = identity(case, target) | resources(compiled.asm["cubin"])
     row["shared"] = max(row["shared"], compiled.metadata.shared)
     row["shared_limit"] = SHARED_LIMIT[target]
-    approximate = logarithms_of_approximate_quotients(compiled.asm["ptx"])
-    row["ok"] = row["local"] == row["spills"] == approximate == 0 and row["shared"] <= row["shared_limit"]
+    inexact = logarithms_of_approximate_quotients(compiled.asm["ptx"]) + sums_in_tensor_cores(compiled.asm["ttgir"])
+    row["ok"] = row["local"] == row["spills"] == inexact == 0 and row["shared"] <= row["shared_limit"]
     return row
 
 
-def rows(
-    family: str, entries: list[Entry], known: dict[str, dict[str, Any]], jobs: int | None = None
-) -> Iterator[dict[str, Any]]:
+def rows(entries: list[Entry], known: dict[str, dict[str, Any]], jobs: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield one row per entry, taken from ``known`` or else compiled by ``jobs`` worker processes."""
-    keys = [key(identity(dtype, case, target)) for dtype, _, target, case in entries]
-    missing = [
-        (family, dtype, i, target) for (dtype, i, target, _), k in zip(entries, keys, strict=True) if k not in known
-    ]
+    keys = [key(identity(case, target)) for _, _, target, case in entries]
+    missing = [(case, target) for (_, _, target, case), k in zip(entries, keys, strict=True) if k not in known]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         compiled = pool.map(compile_row, *zip(*missing, strict=True)) if missing else iter(())
         for k in keys:

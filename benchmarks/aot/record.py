@@ -34,13 +34,13 @@ from fastkd.ops.launch import MAX_GPU_WORKSPACE_MIB
 
 
 class Specialisation(NamedTuple):
-    """A kernel as Triton would compile it: the arguments of ``triton.compiler.ASTSource`` and the options."""
+    """A kernel as Triton would compile it: the arguments of ``triton.compiler.ASTSource`` and the launch's options."""
 
     kernel: str  # family.module.function
     function: Any
     signature: dict[str, str]
     constants: dict[Any, Any]
-    options: Any
+    options: dict[str, Any]  # stated at the launch; Triton's defaults are not included
     attributes: Any
 
 
@@ -62,7 +62,7 @@ class Recording:
 def recorded(capability: int = 90) -> Iterator[Recording]:
     """Record launches of the Triton backend, with CPU tensors in place of those on a chip of this capability."""
     from fastkd.kernels import common
-    from fastkd.kernels.pixel_word import forward as pixel_word
+    from fastkd.kernels.pixel_word import backward, forward
     from fastkd.kernels.relation import forward as relation
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -72,20 +72,25 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
     if common.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: Triton compiles nothing here; record in a process without it")
     recording = Recording()
+    with_capability = (forward, backward, relation)  # modules that read a tensor's capability
     launch = JITFunction.run
     functions = set()
+    stated: dict[str, Any] = {}  # options of the launch in progress
 
     def compiled(
         self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: bool
     ) -> Any:
         functions.add(self)
-        recording.specialisations.append(Specialisation(_name(self), self, signature, constants, options, attributes))
+        one = Specialisation(_name(self), self, signature, constants, dict(stated), attributes)
+        recording.specialisations.append(one)
         kernel = self.device_caches[device][0][key] = object()
         return kernel
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         recording.launches.append((_name(self), tuple(grid)))
-        if "enable_fp_fusion" not in kwargs:
+        stated.clear()
+        stated.update((name, value) for name, value in kwargs.items() if name not in self.arg_names)
+        if "enable_fp_fusion" not in stated:
             recording.without_fp_fusion.add(_name(self))
         return launch(self, *args, grid=grid, warmup=True, **kwargs)  # everything except the launch
 
@@ -93,7 +98,7 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
     driver.set_active(_StandIn(capability))
     replaced = [
         (torch.cuda, "device", lambda device: nullcontext()),
-        *((module, "capability", lambda x: capability // 10) for module in (pixel_word, relation)),
+        *((module, "capability", lambda x: capability // 10) for module in with_capability),
         (JITFunction, "_do_compile", compiled),
         (JITFunction, "run", run),
         (dispatch, "unavailable_reason", lambda *args, **kwargs: None),

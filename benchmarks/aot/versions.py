@@ -1,4 +1,4 @@
-"""Write the tables of ``benchmarks.aot`` for every supported version of Triton, each in a separate environment.
+"""Write the tables of ``benchmarks.aot`` for the oldest and the newest Triton, each in a separate environment.
 
     python -m benchmarks.aot.versions [--versions 3.6.0 3.9.0] [--environments DIR] [--out DIR] [-- ARGUMENTS]
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.aot.facts import RESULTS
 
-VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-"""The newest release of each minor version since ``fastkd.ops.backends.OLDEST_TRITON``."""
+VERSIONS = ("3.6.0", "3.9.0")
+"""The oldest and the newest version of Triton: ``fastkd.ops.backends.OLDEST_TRITON`` and the latest release."""
 
 
 def environment(folder: Path, version: str) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, launching_on, round_to
+from fastkd.kernels.common import LOG2E, capability, launching_on, round_to
 from fastkd.kernels.pixel_word.features import merge_words_kernel, pixels_kernel, words_kernel
 from fastkd.kernels.pixel_word.plan import (
     FUSED,
@@ -30,6 +30,7 @@ from fastkd.kernels.pixel_word.plan import (
     MERGE_WORDS_BLOCKS,
     gradient_blocks,
     padded_words,
+    pixel_unit,
     pixels_blocks,
     split_pixels,
     words_blocks,
@@ -180,8 +181,8 @@ def gradient_kernel(
                 if SLAB == TP:
                     high_a, low_a = split_fp16(a)
                     high_d, low_d = split_fp16(a - b)
-                    da = unit_x * split_product(high_a, low_a, high_x, low_x, du)
-                    da += unit_z * split_product(high_d, low_d, high_z, low_z, du)
+                    da = unit_x * split_product(high_a, low_a, high_x, low_x)
+                    da += unit_z * split_product(high_d, low_d, high_z, low_z)
                 else:
                     da = tl.zeros((BN, TP), tl.float32)
                     for start in range(0, TP, SLAB):
@@ -199,8 +200,8 @@ def gradient_kernel(
                         high_x, low_x, unit_x, high_z, low_z, unit_z = load_x_and_z(grams_ptr, words, i, j, g_ww, g_pp)
                         high_a, low_a = split_fp16(slab_a)
                         high_d, low_d = split_fp16(slab_a - slab_b)
-                        da += unit_x * split_product(high_a, low_a, high_x, low_x, du)
-                        da += unit_z * split_product(high_d, low_d, high_z, low_z, du)
+                        da += unit_x * split_product(high_a, low_a, high_x, low_x)
+                        da += unit_z * split_product(high_d, low_d, high_z, low_z)
                 du = a * (da - tl.sum(da * a, axis=1)[:, None])
             if PIXEL_TO_WORD & TERMS:
                 du += g_pw * (a - b)
@@ -263,7 +264,7 @@ def backward(
             return
         cosine = norms is not None
         cosine_features, cosine_words = (student.pixels, student.words) if cosine else (None, None)
-        half = student.pixels.element_size() == 2
+        half, unit = student.pixels.element_size() == 2, pixel_unit(pixels)
         if grad_pixels.numel():
             blocks = pixels_blocks(padded_words(count), half)
             pixels_kernel[(batch, ceil_div(pixels, blocks.pixels))](
@@ -273,22 +274,23 @@ def backward(
                 student.word_mask,
                 pixel_mask,
                 logits if cosine else None,
-                0 if logits is None else logits.stride(0),
+                logits.stride(0) if cosine else 0,
                 cosine_features,
                 *strides(cosine_features),
                 norms,
                 grad_pixels,
                 *grad_pixels.stride(),
-                pixels,
+                pixels // unit,
                 count,
                 width,
+                PIXEL_UNIT=unit,
                 BN=blocks.pixels,
                 TP=padded_words(count),
                 BD=blocks.columns,
                 **blocks.launch(),
             )
         if grad_words.numel():
-            blocks = words_blocks(padded_words(count), half)
+            blocks = words_blocks(padded_words(count), half, capability(grad_loss))
             chunks = ceil_div(width, blocks.columns)
             blocks_per_program, runs = split_pixels(pixels, blocks.pixels, batch * chunks, MAX_PARTIALS)
             sums = torch.empty((batch, runs, count, width), dtype=torch.float32, device=grad_loss.device)
@@ -299,11 +301,12 @@ def backward(
                 norms,
                 pixel_mask,
                 sums,
-                pixels,
+                pixels // unit,
                 count,
                 width,
                 blocks_per_program,
                 runs,
+                PIXEL_UNIT=unit,
                 BN=blocks.pixels,
                 TP=padded_words(count),
                 BD=blocks.columns,

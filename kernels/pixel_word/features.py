@@ -9,14 +9,14 @@ from fastkd.kernels.pixel_word.tiles import NORM_FLOOR, valid_pixels, valid_word
 
 
 @triton.jit
-def fp32_product(x, y, acc, EXACT: tl.constexpr):
-    """Return acc + x y in about fp32 precision. EXACT: y is exact in TF32, so splitting x into two parts suffices."""
+def fp32_product(x, y, EXACT: tl.constexpr):
+    """Return x y in about fp32 precision. EXACT: y is exact in TF32, so splitting x into two parts suffices."""
     y = y.to(tl.float32)
     if EXACT:
         high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # truncated to TF32
-        acc = tl.dot(x - high, y, acc, input_precision="tf32")
-        return tl.dot(high, y, acc, input_precision="tf32")
-    return tl.dot(x, y, acc, input_precision="tf32x3")
+        low = tl.dot(x - high, y, input_precision="tf32")
+        return tl.dot(high, y, low, input_precision="tf32")
+    return tl.dot(x, y, input_precision="tf32x3")
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def inverse_norms(words_ptr, stride_t, stride_d, j, word_ok, width, TP: tl.const
 # ---------------------------------------------------------------------------------------------------------------------
 # dV = dM L, or (dM L̂ − V̂ ⟨dM, M⟩)/|V| for the cosine.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["pixels", "count"])
 def pixels_kernel(
     grad_logits_ptr,  # dM (B, T, N)
     words_ptr,  # L (B, T, D)
@@ -54,14 +54,16 @@ def pixels_kernel(
     grad_pixels_stride_b,
     grad_pixels_stride_n,
     grad_pixels_stride_d,
-    pixels,
+    pixels,  # in units of PIXEL_UNIT
     count,
     width,
+    PIXEL_UNIT: tl.constexpr,
     BN: tl.constexpr,
     TP: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Compute dV of one block of pixels."""
+    pixels *= PIXEL_UNIT
     EXACT: tl.constexpr = not words_ptr.dtype.element_ty.is_fp32()
     sample = tl.program_id(0).to(tl.int64)
     words_ptr += sample * words_stride_b
@@ -86,7 +88,7 @@ def pixels_kernel(
         d = d.to(tl.int64)
         at = words_ptr + j.to(tl.int64)[:, None] * words_stride_t + d[None, :] * words_stride_d
         w = tl.load(at, mask=word_ok[:, None] & in_range[None, :], other=0.0)
-        dv = fp32_product(dm, w, tl.zeros((BN, BD), tl.float32), EXACT)
+        dv = fp32_product(dm, w, EXACT)
         if norms_ptr is not None:
             from_v = features_ptr + sample * features_stride_b
             from_v += n[:, None] * features_stride_n + d[None, :] * features_stride_d
@@ -101,7 +103,7 @@ def pixels_kernel(
 # dMᵀ V, or dMᵀ V̂ for the cosine: a program processes all words, BD features and one run of pixels. A second kernel adds
 # the sums of the runs in order and, for the cosine, removes the component along L̂ from the gradient of each word.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["words", "blocks_per_program", "runs"])
+@triton.jit(do_not_specialize=["pixels", "words", "blocks_per_program", "runs"])
 def words_kernel(
     grad_logits_ptr,  # dM (B, T, N)
     features_ptr,  # V (B, N, D)
@@ -111,16 +113,18 @@ def words_kernel(
     norms_ptr,  # for the cosine: |V| (B, N); else None
     pixel_mask_ptr,  # (B, N), or None
     sums_ptr,  # output (B, runs, T, D)
-    pixels,
+    pixels,  # in units of PIXEL_UNIT
     words,
     width,
     blocks_per_program,
     runs,
+    PIXEL_UNIT: tl.constexpr,
     BN: tl.constexpr,
     TP: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Compute ``BD`` columns of dMᵀ V over ``blocks_per_program`` blocks of pixels."""
+    pixels *= PIXEL_UNIT
     sample = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, TP)
     d = tl.program_id(2) * BD + tl.arange(0, BD)
@@ -140,7 +144,7 @@ def words_kernel(
             dm = dm * (1.0 / tl.maximum(norm, NORM_FLOOR))[None, :]
         at = features_ptr + n[:, None] * features_stride_n + d.to(tl.int64)[None, :] * features_stride_d
         v = tl.load(at, mask=pixel_ok[:, None] & in_range[None, :], other=0.0)
-        dl = fp32_product(dm, v, dl, EXACT)
+        dl += fp32_product(dm, v, EXACT)  # added in fp32: tensor cores truncate sums
     at = sums_ptr + ((sample * runs + tl.program_id(1)) * words + j[:, None]) * width + d[None, :]
     tl.store(at, dl, mask=(j < words)[:, None] & in_range[None, :])
 
@@ -156,7 +160,7 @@ def _sum_runs(sums_ptr, sample, word, words, width, runs, d, CHUNK: tl.constexpr
     return total
 
 
-@triton.jit(do_not_specialize=["words", "runs"])
+@triton.jit(do_not_specialize=["words", "width", "runs"])
 def merge_words_kernel(
     sums_ptr,  # (B, runs, T, D)
     words_ptr,  # for the cosine: L (B, T, D); else None

@@ -34,6 +34,7 @@ from fastkd.kernels.pixel_word.plan import (
     MERGE_BLOCKS,
     logits_blocks,
     padded_words,
+    pixel_unit,
     split_pixels,
     terms_blocks,
 )
@@ -68,7 +69,7 @@ if INTERPRETED:  # numpy cannot multiply bfloat16; products of 16-bit numbers ar
 # ---------------------------------------------------------------------------------------------------------------------
 # The logits from features, one block of pixels per program; each feature is read once.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["student_count", "teacher_count"])
+@triton.jit(do_not_specialize=["student_count", "teacher_count", "pixels"])
 def logits_kernel(
     student_ptr,  # V (B, N, D)
     student_stride_b,
@@ -95,7 +96,8 @@ def logits_kernel(
     pixel_mask_ptr,  # (B, N), or None
     logits_ptr,  # output (B, T_S + T_T, N)
     norms_ptr,  # output |V_S| (B, N), or None
-    pixels,  # N
+    pixels,  # N / PIXEL_UNIT
+    PIXEL_UNIT: tl.constexpr,
     BN: tl.constexpr,
     TP: tl.constexpr,
     BD: tl.constexpr,
@@ -103,6 +105,7 @@ def logits_kernel(
     COSINE: tl.constexpr,
 ):
     """Compute M of both networks for one block of pixels."""
+    pixels *= PIXEL_UNIT
     sample = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, TP)
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
@@ -317,7 +320,8 @@ def forward(
                 pixel_mask,
                 logits,
                 norms,
-                pixels,
+                pixels // pixel_unit(pixels),
+                PIXEL_UNIT=pixel_unit(pixels),
                 BN=blocks.pixels,
                 TP=words,
                 BD=blocks.columns,

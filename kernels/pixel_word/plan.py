@@ -31,8 +31,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int = 3
     registers: int | None = None
-    """Register limit per thread, set where the default of ptxas spills (``common.MAX_REGISTERS``). With 128, two 8-warp
-    programs share a multiprocessor."""
+    """Register limit per thread, set where the default of ptxas spills (``common.MAX_REGISTERS``)."""
 
     def launch(self, fused: bool = True) -> dict[str, Any]:
         """Return the options of a launch."""
@@ -50,19 +49,21 @@ def padded_words(words: int) -> int:
 def logits_blocks(words: int, half: bool) -> Blocks:
     """Return the blocks of ``logits_kernel`` for TP words."""
     if half:
-        return Blocks(64, 64, 4 if words <= 64 else 8)
+        return Blocks(64, 64 if words <= 64 else 32, 8)
     return Blocks(64 if words <= 64 else 32, 32, 4 if words <= 32 else 8)
 
 
 def terms_blocks(words: int, capability: int) -> Blocks:
-    """Return the blocks of ``terms_kernel`` and, for more words than ``columns``, of ``grams_kernel``."""
-    # With two stages Triton 3.6 spills registers at 32 words on 10.x, and cannot compile grams_kernel at 64.
-    stages = 1 if capability == 10 else 2
+    """Return the blocks of ``terms_kernel`` and, for more words than ``columns``, of ``grams_kernel``.
+
+    With two stages registers spill at 16 and 32 words on 9.0 and 10.x, and Triton 3.6 cannot compile ``grams_kernel``
+    at 64 words for 10.x, where odd widths at 32 words spill without a stated limit.
+    """
     return {
-        16: Blocks(32, 32, 4, 2),
-        32: Blocks(16, 32, 4, stages),
-        64: Blocks(32, 32, 8, stages),
-        128: Blocks(16, 16, 8, 1, registers=128),
+        16: Blocks(32, 32, 4, 1),
+        32: Blocks(16, 32, 4, 1, registers=255 if capability == 10 else None),
+        64: Blocks(32, 32, 8, 1),
+        128: Blocks(16, 16, 8, 1, registers=255),
     }[words]
 
 
@@ -80,13 +81,14 @@ def pixels_blocks(words: int, half: bool) -> Blocks:
     """Return the blocks of ``pixels_kernel``."""
     if words > 64:
         return Blocks(32 if half else 16, 32, 8, 2)
-    return Blocks(64, 64 if half else 32, 4 if words <= 32 else 8)
+    return Blocks(64, 64, 8) if half else Blocks(64, 32, 4 if words <= 32 else 8)
 
 
-def words_blocks(words: int, half: bool) -> Blocks:
+def words_blocks(words: int, half: bool, capability: int) -> Blocks:
     """Return the blocks of ``words_kernel``."""
     if half:
-        return Blocks(64 if words <= 64 else 32, 64, 4 if words <= 32 else 8, 3 if words <= 64 else 2)
+        registers = 255 if words == 32 and capability == 10 else None
+        return Blocks(64 if words <= 64 else 32, 64, 4 if words <= 32 else 8, 3 if words <= 64 else 2, registers)
     return Blocks(32, 32, 4 if words <= 64 else 8, 2)
 
 
@@ -95,6 +97,11 @@ MERGE_BLOCKS = Blocks(0, 0, 8, registers=255)
 
 MERGE_WORDS_BLOCKS = Blocks(0, 128, 4)
 """Blocks of ``merge_words_kernel``."""
+
+
+def pixel_unit(pixels: int) -> int:
+    """Return the unit in which kernels take the number of pixels: 16, which makes loads wide, where it divides it."""
+    return 1 if pixels % 16 else 16
 
 
 def split_pixels(pixels: int, block: int, batch: int, max_programs: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E
+from fastkd.kernels.common import LOG2E, dot_add
 from torch import Tensor
 
 PIXEL_TO_WORD = tl.constexpr(1)
@@ -96,6 +96,7 @@ def compute_logits(
     BN: tl.constexpr, TP: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     """Return M = V Lᵀ or the cosines, and |V|. Masked rows are loaded as 0, so their M is 0 even if they hold NaN."""
+    PRECISION: tl.constexpr = "tf32x3" if DOT.is_fp32() else "ieee"
     m = tl.zeros((BN, TP), tl.float32)
     square_v = tl.zeros((BN,), tl.float32)
     square_l = tl.zeros((TP,), tl.float32)
@@ -114,7 +115,7 @@ def compute_logits(
             mask=here[:, None] & word_ok[None, :],
             other=0.0,
         )
-        m = tl.dot(v.to(DOT), w.to(DOT), m, input_precision="tf32x3")
+        m = dot_add(v.to(DOT), w.to(DOT), m, PRECISION)
         if COSINE:
             v = v.to(tl.float32)
             w = w.to(tl.float32)
@@ -162,14 +163,13 @@ def split_fp16(x):
 
 
 @triton.jit
-def split_product(high_x, low_x, high_y, low_y, acc):
-    """Return acc + x y / SPLIT_UNIT, without the product of the two low parts."""
-    acc = tl.dot(low_x, high_y, acc)
-    acc = tl.dot(high_x, low_y, acc)
-    return tl.dot(high_x, high_y, acc)
+def split_product(high_x, low_x, high_y, low_y):
+    """Return x y / SPLIT_UNIT, without the product of the two low parts."""
+    low = tl.dot(high_x, low_y, tl.dot(low_x, high_y))
+    return tl.dot(high_x, high_y, low)
 
 
 @triton.jit
 def gram(high_x, low_x, high_y, low_y, acc):
-    """Return acc + xᵀ y / SPLIT_UNIT."""
-    return split_product(tl.trans(high_x), tl.trans(low_x), high_y, low_y, acc)
+    """Return acc + xᵀ y / SPLIT_UNIT, added in fp32: tensor cores truncate sums."""
+    return acc + split_product(tl.trans(high_x), tl.trans(low_x), high_y, low_y)

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import launching_on, round_to
+from fastkd.kernels.common import dot_add, launching_on, round_to
 from fastkd.kernels.relation.derivative import coefficients_kernel, derivative_kernel
 from fastkd.kernels.relation.forward import Call, Options
 from fastkd.kernels.relation.plan import Blocks
-from fastkd.kernels.relation.tiles import WIDENS, Operand
+from fastkd.kernels.relation.tiles import UNSPECIALISED, WIDENS, Networks, Operand
 from torch import Tensor
 
 from fastkd._integers import ceil_div
@@ -35,11 +35,11 @@ from fastkd._integers import ceil_div
 # ---------------------------------------------------------------------------------------------------------------------
 # The product. For a block of rows i and columns k,
 #
-#     dX_ik = Σ_j (s_i H_ij s_j) x_jk − s_i² q_i x_ik     ("mean" and "dot": without the last term)
+#     dX_ik = Σ_j (s_i H_ij s_j) x_jk − s_i² q_i x_ik     ("mean" and "dot": without the last term),
+#
+# where derivative_kernel has written parts of s_i q_i.
 # ---------------------------------------------------------------------------------------------------------------------
-@triton.jit(
-    do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "problems", "first", "last", "n_rows"]
-)
+@triton.jit(**UNSPECIALISED)
 def product_kernel(
     h_ptr,  # H and q, as derivative_kernel wrote them
     q_ptr,
@@ -47,29 +47,27 @@ def product_kernel(
     student_ptr,
     student_width,
     student_stride_b,
-    student_stride_r,
-    student_stride_k,
+    student_stride_outer,
+    student_stride_inner,
     grad_ptr,  # output (B, R, K)
     grad_width,
     grad_stride_b,
-    grad_stride_r,
-    grad_stride_k,
+    grad_stride_outer,
+    grad_stride_inner,
     row_units,
     samples,
     row_blocks,
     first_problem,
-    problems,
     first,
     last,
     n_rows,
+    cosine,  # 0 or 1
     STUDENT_UNIT: tl.constexpr,
     STUDENT_ROWS_INNER: tl.constexpr,
     GRAD_UNIT: tl.constexpr,
     GRAD_ROWS_INNER: tl.constexpr,
     ROW_UNIT: tl.constexpr,
-    COSINE: tl.constexpr,
     MIRROR: tl.constexpr,
-    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -86,6 +84,10 @@ def product_kernel(
     K_UNIT: tl.constexpr = STUDENT_UNIT if STUDENT_ROWS_INNER else 1
     GRAD_R_UNIT: tl.constexpr = 1 if GRAD_ROWS_INNER else GRAD_UNIT
     GRAD_K_UNIT: tl.constexpr = GRAD_UNIT if GRAD_ROWS_INNER else 1
+    student_stride_r = student_stride_inner if STUDENT_ROWS_INNER else student_stride_outer
+    student_stride_k = student_stride_outer if STUDENT_ROWS_INNER else student_stride_inner
+    grad_stride_r = grad_stride_inner if GRAD_ROWS_INNER else grad_stride_outer
+    grad_stride_k = grad_stride_outer if GRAD_ROWS_INNER else grad_stride_inner
     width = student_width * R_UNIT
     across_blocks = (width + WIDTH - 1) // WIDTH
     index = tl.program_id(0)
@@ -104,7 +106,6 @@ def product_kernel(
     at_i = local * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
     h_row = h_ptr + local_problem * down * across + at_i.to(tl.int64)[:, None] * across + depth[None, :]
-    plane = problems.to(tl.int64) * down * across
     student_ptr += (k.to(tl.int64) * student_stride_k * K_UNIT)[None, :]
     step = tl.full((), DEPTH, tl.int64) * student_stride_r * R_UNIT
     acc = tl.full((ROWS, WIDTH), 0.0, tl.float32)
@@ -115,20 +116,15 @@ def product_kernel(
         for start in range(0, rows, DEPTH):
             x = tl.load(x_at, mask=(start + depth < rows)[:, None] & (k < width)[None, :], other=0.0)
             h = tl.load(h_at)
-            if WIDENS or not SPLIT:
+            if WIDENS or h_ptr.dtype.element_ty.is_fp32():
                 x = x.to(tl.float32)
                 h = h.to(tl.float32)
-            acc = tl.dot(h, x, acc, input_precision=PRECISION)
-            if SPLIT:
-                h = tl.load(h_at + plane)
-                if WIDENS:
-                    h = h.to(tl.float32)
-                acc = tl.dot(h, x, acc, input_precision=PRECISION)
+            acc = dot_add(h, x, acc, PRECISION)
             h_at += DEPTH
             x_at += step
 
     mask = mask_i[:, None] & (k < width)[None, :]
-    if COSINE:
+    if cosine != 0:
         q = tl.full((ROWS,), 0.0, tl.float32)
         q_row = q_ptr + local_problem * columns * down + at_i
         for start in range(0, columns, SLOTS):
@@ -141,7 +137,7 @@ def product_kernel(
         s = tl.load(scale_ptr + b_i * rows + r_i, mask=mask_i, other=0.0)
         own = b_i * student_stride_b * STUDENT_UNIT + r_i.to(tl.int64) * student_stride_r * R_UNIT
         x = tl.load(student_ptr + own[:, None], mask=mask, other=0.0).to(tl.float32)
-        acc -= x * s[:, None] * (q * s)[:, None]
+        acc -= x * (q * s)[:, None]
         acc = tl.where((s >= 1e12)[:, None], 0.0, acc)
     out = grad_ptr + (b_i * grad_stride_b * GRAD_UNIT + r_i.to(tl.int64) * grad_stride_r * GRAD_R_UNIT)[:, None]
     out += (k.to(tl.int64) * grad_stride_k * GRAD_K_UNIT)[None, :]
@@ -152,7 +148,7 @@ COEFFICIENTS_BLOCK = 256
 
 
 def product_constants(blocks: Blocks, dtype: str) -> dict[str, Any]:
-    """Return the constants specific to the product; H of bfloat16 rows is already split into bfloat16 numbers."""
+    """Return the constants specific to the product; H of bfloat16 rows is bfloat16 too."""
     precision = "ieee" if dtype == "bf16" else "tf32x3"
     return {"WIDTH": blocks.cols, "DEPTH": blocks.depth, "PRECISION": precision, "SLOTS": 16}
 
@@ -175,8 +171,9 @@ def backward(
     grid, shape, product = call.plan.backward, call.plan.backward.shape, call.plan.product
     limit = limit_for(call.plan.min_bytes())
     scales = statistics[-2:]
-    split = student.dtype == torch.bfloat16
-    out = Operand.of(grad_student)
+    h_dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
+    own = call.networks.student
+    out = Operand.of(grad_student, own.unit)
     new = lambda size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=student.device)
     with launching_on(student):
         coefficients = new(2 * grid.samples * call.n_rows)
@@ -190,7 +187,6 @@ def backward(
             *grad_loss.stride(),
             call.inv_temperature,
             DISTANCE=call.method,
-            NEGATE=call.negate,
             BLOCK=COEFFICIENTS_BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
@@ -199,50 +195,52 @@ def backward(
             mirror = launch.band == grid.blocks
             tiles = grid.triangle(launch) if mirror else launch.band * grid.columns
             size = launch.problems * launch.band * shape.rows * grid.columns
-            h = new((1 + split) * size * shape.cols, torch.bfloat16 if split else torch.float32)
+            h = new(size * shape.cols, h_dtype)
             q = new(size)
             place = (
-                call.rows // call.row_unit,
                 grid.samples,
                 grid.row_blocks,
                 launch.first_problem,
-                launch.problems,
                 launch.first,
                 launch.last,
                 call.n_rows,
             )
+            read = mirror and stored.numel() > 0
+            # Stored tiles replace the inputs, whose layouts then need no compilations.
+            networks = Networks(Operand.unread(student), Operand.unread(teacher)) if read else call.networks
+            blocks = shape if read else call.plan.blocks_for(shape, own.unit)
             derivative_kernel[(launch.problems * tiles,)](
-                *call.networks,
+                *networks.arguments,
                 coefficients,
                 statistics,
                 scales,
                 stored,
                 h,
                 q,
+                call.rows // networks.row_unit,
                 *place,
                 tiles,
                 *call.factors,
                 call.inv_temperature,
-                STORED=mirror and stored.numel() > 0,
+                STORED=read,
                 MIRROR=mirror,
-                SPLIT=split,
-                **call.constants(shape, fused=False),
+                **call.constants(networks, blocks, fused=False),
             )
             product_kernel[(launch.problems * launch.band * ceil_div(student.shape[2], product.cols),)](
                 h,
                 q,
                 scales,
-                *call.student.arguments,
+                *own.arguments,
                 *out.arguments,
+                call.rows // call.networks.row_unit,
                 *place,
-                STUDENT_UNIT=call.student.unit,
-                STUDENT_ROWS_INNER=call.student.rows_inner,
+                int(call.cosine),
+                STUDENT_UNIT=own.unit,
+                STUDENT_ROWS_INNER=own.rows_inner,
                 GRAD_UNIT=out.unit,
                 GRAD_ROWS_INNER=out.rows_inner,
-                ROW_UNIT=call.row_unit,
-                COSINE=call.cosine,
+                ROW_UNIT=call.networks.row_unit,
                 MIRROR=mirror,
-                SPLIT=split,
                 ROWS=shape.rows,
                 COLS=shape.cols,
                 **product_constants(product, call.plan.dtype),

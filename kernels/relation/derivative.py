@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E
+from fastkd.kernels.common import LOG2E, round_to
 from fastkd.kernels.relation.merge import row_cosine
-from fastkd.kernels.relation.tiles import products, scaled, stored_tile, triangle
+from fastkd.kernels.relation.tiles import UNSPECIALISED, products, scaled, stored_tile, triangle
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -21,8 +21,10 @@ from fastkd.kernels.relation.tiles import products, scaled, stored_tile, triangl
 # H is exactly 0 if student and teacher are equal, because the kernel is compiled without fused multiply-adds: with them
 # f_S A − f_T D would not cancel. (f_T (A − D) + (f_S − f_T) A would, but z_S may be far smaller than f_T if no
 # similarity is near the fixed shift.) The kernel writes s_i H_ij s_j, so that the product reads unnormalised rows: in
-# fp32, or for bfloat16 rows as a sum of two bfloat16 numbers (16 bits of H) that are multiplied separately. The
-# diagonal of a cosine relation is constant, so it is set to 0 rather than subtracted again with q.
+# fp32, or rounded to bfloat16 for bfloat16 rows. q is summed from the rounded numbers, so that the rounding error along
+# a row is removed with it, and written as s_i q_i. The diagonal of a cosine relation is constant, so it is set to 0
+# rather than subtracted again with q. σ is part of s_i, so that in the code e_s and e_t are σE, and h is the derivative
+# with respect to them.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit(
     do_not_specialize=["rows", "n_rows", "samples", "grad_stride_b", "grad_stride_r"],
@@ -39,7 +41,6 @@ def coefficients_kernel(
     grad_stride_r,
     inv_temperature,
     DISTANCE: tl.constexpr,
-    NEGATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute the coefficients of ``BLOCK`` rows per program, for the columns of one sample."""
@@ -64,7 +65,7 @@ def coefficients_kernel(
         a = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * c)
         d = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * (difference / m))
     else:
-        g = (-g if NEGATE else g) * inv_temperature
+        g = g * inv_temperature
         Z: tl.constexpr = 1 if DISTANCE == "kl maxima" else 0  # plane of z_S
         Z_T: tl.constexpr = 3 if DISTANCE == "kl maxima" else 1  # plane of z_T
         a = g / tl.load(ptr + Z * plane, mask=in_range, other=1.0)
@@ -85,57 +86,33 @@ def _h_from_maxima(v_s, v_t, coefficients_ptr, statistics_ptr, plane, index, in_
     return f_s * tl.expand_dims(a, AXIS) - f_t * tl.expand_dims(d, AXIS)
 
 
-@triton.jit
-def _store_h(h, ptr, plane, SPLIT: tl.constexpr):
-    """Store H in fp32, or split into two bfloat16 planes."""
-    if SPLIT:
-        high = h.to(tl.bfloat16)
-        tl.store(ptr, high)
-        tl.store(ptr + plane, (h - high.to(tl.float32)).to(tl.bfloat16))
-    else:
-        tl.store(ptr, h)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "row_units",
-        "samples",
-        "row_blocks",
-        "first_problem",
-        "problems",
-        "first",
-        "last",
-        "tiles",
-        "n_rows",
-    ]
-)
+@triton.jit(**UNSPECIALISED)
 def derivative_kernel(
     student_ptr,
     student_width,
     student_stride_b,
-    student_stride_r,
-    student_stride_k,
+    student_stride_outer,
+    student_stride_inner,
     teacher_ptr,
     teacher_width,
     teacher_stride_b,
-    teacher_stride_r,
-    teacher_stride_k,
+    teacher_stride_outer,
+    teacher_stride_inner,
     coefficients_ptr,  # (2, samples, batch · rows)
     statistics_ptr,  # (PLANES, samples, batch · rows)
     scale_ptr,  # (2, batch · rows)
     stored_ptr,  # tiles of both relation matrices if STORED (tiles.py)
-    h_ptr,  # output (1, or 2 if SPLIT, problems, last − first blocks of ROWS, columns of COLS)
+    h_ptr,  # output (problems, last − first blocks of ROWS, columns of COLS)
     q_ptr,  # output (problems, columns, last − first blocks of ROWS)
     row_units,  # rows / ROW_UNIT
     samples,  # of a problem
     row_blocks,  # of a sample
     first_problem,
-    problems,  # in this launch
     first,  # row blocks of this launch: [first, last)
     last,
     n_rows,  # batch · rows
     tiles,  # of a problem, in this launch
-    student_factor,
+    student_factor,  # of the similarities: their sign σ, divided by the width for "mean"
     teacher_factor,
     inv_temperature,
     STUDENT_UNIT: tl.constexpr,
@@ -145,10 +122,8 @@ def derivative_kernel(
     ROW_UNIT: tl.constexpr,
     COSINE: tl.constexpr,
     DISTANCE: tl.constexpr,
-    NEGATE: tl.constexpr,
     STORED: tl.constexpr,
     MIRROR: tl.constexpr,  # compute tiles I ≤ J of whole problems; else all tiles of some row blocks
-    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -177,23 +152,24 @@ def derivative_kernel(
         index_i = b_i * rows + r_i
         index_j = b_j * rows + r_j
         if COSINE:
-            s_i = tl.load(scale_ptr + index_i, mask=mask_i, other=0.0)
-            s_j = tl.load(scale_ptr + index_j, mask=mask_j, other=0.0)
+            s_i = tl.load(scale_ptr + index_i, mask=mask_i, other=1.0) * student_factor
+            s_j = tl.load(scale_ptr + index_j, mask=mask_j, other=1.0)
         if STORED:
             tile_ptr = stored_tile(stored_ptr, problem, row, col, columns, row_blocks, ROWS, COLS)
             e_s = tl.load(tile_ptr)
             e_t = tl.load(tile_ptr + ROWS * COLS)
         else:
-            e_s = products(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k,
+            e_s = products(student_ptr, student_width, student_stride_b, student_stride_outer, student_stride_inner,
                            b_i, r_i, mask_i, b_j, r_j, mask_j,
                            STUDENT_UNIT, STUDENT_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
-            e_t = products(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
+            e_t = products(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_outer, teacher_stride_inner,
                            b_i, r_i, mask_i, b_j, r_j, mask_j,
                            TEACHER_UNIT, TEACHER_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
             if COSINE:
                 e_s = scaled(e_s, s_i, s_j)
-                e_t = scaled(e_t, tl.load(scale_ptr + n_rows.to(tl.int64) + index_i, mask=mask_i, other=0.0),
-                             tl.load(scale_ptr + n_rows.to(tl.int64) + index_j, mask=mask_j, other=0.0))  # fmt: skip
+                teacher_scale_ptr = scale_ptr + n_rows.to(tl.int64)
+                t_i = tl.load(teacher_scale_ptr + index_i, mask=mask_i, other=0.0) * teacher_factor
+                e_t = scaled(e_t, t_i, tl.load(teacher_scale_ptr + index_j, mask=mask_j, other=0.0))
             else:
                 e_s = e_s * student_factor
                 e_t = e_t * teacher_factor
@@ -204,10 +180,8 @@ def derivative_kernel(
         index_i += (b_j - problem * samples) * n_rows
         index_j += (b_i - problem * samples) * n_rows
         if DISTANCE == "kl maxima":
-            v_s = -e_s if NEGATE else e_s
-            v_t = -e_t if NEGATE else e_t
-            h = _h_from_maxima(v_s, v_t, coefficients_ptr, statistics_ptr, plane, index_i, mask_i, kappa, 1)
-            h += _h_from_maxima(v_s, v_t, coefficients_ptr, statistics_ptr, plane, index_j, mask_j, kappa, 0)
+            h = _h_from_maxima(e_s, e_t, coefficients_ptr, statistics_ptr, plane, index_i, mask_i, kappa, 1)
+            h += _h_from_maxima(e_s, e_t, coefficients_ptr, statistics_ptr, plane, index_j, mask_j, kappa, 0)
         else:
             a_i = tl.load(coefficients_ptr + index_i, mask=mask_i, other=0.0)
             a_j = tl.load(coefficients_ptr + index_j, mask=mask_j, other=0.0)
@@ -218,8 +192,8 @@ def derivative_kernel(
                 d_i = tl.load(coefficients_ptr + plane + index_i, mask=mask_i, other=0.0)
                 d_j = tl.load(coefficients_ptr + plane + index_j, mask=mask_j, other=0.0)
                 if DISTANCE == "kl":
-                    f_s = tl.exp2(((-e_s if NEGATE else e_s) - 1.0) * kappa)
-                    f_t = tl.exp2(((-e_t if NEGATE else e_t) - 1.0) * kappa)
+                    f_s = tl.exp2((e_s - 1.0) * kappa)
+                    f_t = tl.exp2((e_t - 1.0) * kappa)
                     h = f_s * a - f_t * (d_i[:, None] + d_j[None, :])
                 else:
                     h = e_t * (d_i[:, None] + d_j[None, :]) + (e_s - e_t) * a
@@ -232,18 +206,17 @@ def derivative_kernel(
         down = band.to(tl.int64) * ROWS
         q_ptr += local_problem * columns * down
         h_ptr += local_problem * down * across
-        plane = problems.to(tl.int64) * down * across
         at_i = (row - first) * ROWS + tl.arange(0, ROWS)
         at_j = col * COLS + tl.arange(0, COLS)
+        scaled_h = h * s_i[:, None] * s_j[None, :] if COSINE else h * student_factor
+        rounded = round_to(tl.where(valid, scaled_h, 0.0), h_ptr.dtype.element_ty)
+        tl.store(h_ptr + at_i.to(tl.int64)[:, None] * across + at_j[None, :], rounded)
+        mirrored = MIRROR and col >= Q * (row + 1)
         if COSINE:
             # Mask again: in the padding a NaN scale would give 0·NaN.
-            q = tl.where(valid, h * e_s, 0.0)
-            h = tl.where(valid, h * s_i[:, None] * s_j[None, :], 0.0)
-            tl.store(q_ptr + col * down + at_i, tl.sum(q, axis=1))
-        else:
-            h = h * student_factor
-        _store_h(h, h_ptr + at_i.to(tl.int64)[:, None] * across + at_j[None, :], plane, SPLIT)
-        if MIRROR and col >= Q * (row + 1):
+            q = tl.where(valid, rounded.to(tl.float32) * e_s, 0.0)
+            tl.store(q_ptr + col * down + at_i, tl.sum(q * (student_factor / s_j)[None, :], axis=1))
+        if mirrored:
+            tl.store(h_ptr + at_j.to(tl.int64)[None, :] * across + at_i[:, None], rounded)
             if COSINE:
-                tl.store(q_ptr + row * Q * down + at_j, tl.sum(q, axis=0))
-            _store_h(h, h_ptr + at_j.to(tl.int64)[None, :] * across + at_i[:, None], plane, SPLIT)
+                tl.store(q_ptr + row * Q * down + at_j, tl.sum(q * (1.0 / s_i)[:, None], axis=0))

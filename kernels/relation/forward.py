@@ -26,12 +26,12 @@ from fastkd.kernels.relation.merge import merge_kernel
 from fastkd.kernels.relation.plan import PLANES, Blocks, Plan, method_of
 from fastkd.kernels.relation.tiles import (
     LOWEST,
-    Operand,
+    UNSPECIALISED,
+    Networks,
     products,
     scaled,
     stored_tile,
     triangle,
-    unit_of,
 )
 from torch import Tensor
 
@@ -46,8 +46,8 @@ def _store_scales(
     x_ptr,
     width,
     stride_b,
-    stride_r,
-    stride_k,
+    stride_outer,
+    stride_inner,
     scale_ptr,
     row,
     rows,
@@ -60,6 +60,8 @@ def _store_scales(
     """Store the scales of the rows ``row``."""
     R_UNIT: tl.constexpr = 1 if ROWS_INNER else UNIT
     K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
+    stride_r = stride_inner if ROWS_INNER else stride_outer
+    stride_k = stride_outer if ROWS_INNER else stride_inner
     width = width * R_UNIT
     k = tl.arange(0, DEPTH)
     ptr = x_ptr + (row // rows * stride_b * UNIT + row % rows * stride_r * R_UNIT)[:, None]
@@ -74,18 +76,18 @@ def _store_scales(
     tl.store(scale_ptr + row, tl.where(square <= 1e-24, 1e12, 1.0 / tl.sqrt_rn(square)), mask=in_range)
 
 
-@triton.jit(do_not_specialize=["rows", "n_rows"])
+@triton.jit(**UNSPECIALISED)
 def scales_kernel(
     student_ptr,
     student_width,
     student_stride_b,
-    student_stride_r,
-    student_stride_k,
+    student_stride_outer,
+    student_stride_inner,
     teacher_ptr,
     teacher_width,
     teacher_stride_b,
-    teacher_stride_r,
-    teacher_stride_k,
+    teacher_stride_outer,
+    teacher_stride_inner,
     scale_ptr,  # output (2, batch · rows)
     rows,
     n_rows,  # batch · rows
@@ -100,17 +102,17 @@ def scales_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = row < n_rows
     if tl.program_id(1) == 0:
-        _store_scales(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k, scale_ptr,
-                row, rows, in_range, STUDENT_UNIT, STUDENT_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
+        _store_scales(student_ptr, student_width, student_stride_b, student_stride_outer, student_stride_inner,
+                scale_ptr, row, rows, in_range, STUDENT_UNIT, STUDENT_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
     else:
-        _store_scales(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
+        _store_scales(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_outer, teacher_stride_inner,
                 scale_ptr + n_rows.to(tl.int64), row, rows, in_range,
                 TEACHER_UNIT, TEACHER_ROWS_INNER, BLOCK, DEPTH)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tiles. With E^S and E^T of one tile, v = σE, κ = log2(e)/τ and d = E^S − E^T, the sums over its columns (AXIS 1: one
-# per row) or over its rows (AXIS 0) are
+# per row) or over its rows (AXIS 0) are as follows. In the code e_s and e_t are v: σ is part of the factors.
 #
 #     kl            z_x = Σ f_x, f_x = 2^{κ(v_x − 1)},  a = Σ f_T (v_T − v_S)
 #     kl maxima     m_x = max v_x,  z_x = Σ 2^{κ(v_x − m_x)},  a = Σ 2^{κ(v_T − m_T)} (v_T − v_S)
@@ -120,21 +122,17 @@ def scales_kernel(
 # v_T = −inf has weight 0, and 0·(v_T − v_S) counts as 0 for any v_S. NaN and +inf propagate to the sums.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
-def _store_sums(
-    e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, NEGATE: tl.constexpr, AXIS: tl.constexpr
-):
+def _store_sums(e_s, e_t, valid, kappa, out_ptr, plane, DISTANCE: tl.constexpr, AXIS: tl.constexpr):
     """Store the sums of one tile along AXIS, one plane per sum."""
     if DISTANCE == "kl":
-        v_s = -e_s if NEGATE else e_s
-        v_t = -e_t if NEGATE else e_t
-        f_s = tl.where(valid, tl.exp2((v_s - 1.0) * kappa), 0.0)
-        f_t = tl.where(valid, tl.exp2((v_t - 1.0) * kappa), 0.0)
+        f_s = tl.where(valid, tl.exp2((e_s - 1.0) * kappa), 0.0)
+        f_t = tl.where(valid, tl.exp2((e_t - 1.0) * kappa), 0.0)
         tl.store(out_ptr, tl.sum(f_s, axis=AXIS))
         tl.store(out_ptr + plane, tl.sum(f_t, axis=AXIS))
-        tl.store(out_ptr + 2 * plane, tl.sum(tl.where(valid, f_t * (v_t - v_s), 0.0), axis=AXIS))
+        tl.store(out_ptr + 2 * plane, tl.sum(tl.where(valid, f_t * (e_t - e_s), 0.0), axis=AXIS))
     elif DISTANCE == "kl maxima":
-        v_s = tl.where(valid, -e_s if NEGATE else e_s, float("-inf"))
-        v_t = tl.where(valid, -e_t if NEGATE else e_t, float("-inf"))
+        v_s = tl.where(valid, e_s, float("-inf"))
+        v_t = tl.where(valid, e_t, float("-inf"))
         m_s = tl.maximum(tl.max(v_s, axis=AXIS), LOWEST)
         m_t = tl.maximum(tl.max(v_t, axis=AXIS), LOWEST)
         f_s = tl.exp2((v_s - tl.expand_dims(m_s, AXIS)) * kappa)
@@ -158,20 +156,18 @@ def _store_sums(
             tl.store(out_ptr + 4 * plane, tl.sum(e_s * e_t, axis=AXIS))
 
 
-@triton.jit(
-    do_not_specialize=["row_units", "samples", "row_blocks", "first_problem", "first", "last", "tiles", "n_rows"]
-)
+@triton.jit(**UNSPECIALISED)
 def tiles_kernel(
     student_ptr,
     student_width,
     student_stride_b,
-    student_stride_r,
-    student_stride_k,
+    student_stride_outer,
+    student_stride_inner,
     teacher_ptr,
     teacher_width,
     teacher_stride_b,
-    teacher_stride_r,
-    teacher_stride_k,
+    teacher_stride_outer,
+    teacher_stride_inner,
     scale_ptr,  # (2, batch · rows)
     by_row_ptr,  # output (problems, PLANES, columns, last − first row blocks of ROWS)
     by_col_ptr,  # output (problems, PLANES, last − first, columns of COLS)
@@ -184,7 +180,7 @@ def tiles_kernel(
     last,
     tiles,  # of a problem, in this launch
     n_rows,  # batch · rows
-    student_factor,
+    student_factor,  # of the similarities: their sign σ, divided by the width for "mean"
     teacher_factor,
     inv_temperature,
     STUDENT_UNIT: tl.constexpr,
@@ -194,7 +190,6 @@ def tiles_kernel(
     ROW_UNIT: tl.constexpr,
     COSINE: tl.constexpr,
     DISTANCE: tl.constexpr,
-    NEGATE: tl.constexpr,
     STORE: tl.constexpr,
     PLANES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -216,17 +211,18 @@ def tiles_kernel(
     if col % (row_blocks * Q) * COLS < rows:
         mask_i = r_i < rows
         mask_j = r_j < rows
-        e_s = products(student_ptr, student_width, student_stride_b, student_stride_r, student_stride_k,
+        e_s = products(student_ptr, student_width, student_stride_b, student_stride_outer, student_stride_inner,
                        b_i, r_i, mask_i, b_j, r_j, mask_j,
                        STUDENT_UNIT, STUDENT_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
-        e_t = products(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_r, teacher_stride_k,
+        e_t = products(teacher_ptr, teacher_width, teacher_stride_b, teacher_stride_outer, teacher_stride_inner,
                        b_i, r_i, mask_i, b_j, r_j, mask_j,
                        TEACHER_UNIT, TEACHER_ROWS_INNER, ROWS, COLS, DEPTH, PRECISION)  # fmt: skip
         scale_i = scale_ptr + b_i * rows + r_i
         scale_j = scale_ptr + b_j * rows + r_j
         if COSINE:
-            e_s = scaled(e_s, tl.load(scale_i, mask=mask_i, other=0.0), tl.load(scale_j, mask=mask_j, other=0.0))
-            e_t = scaled(e_t, tl.load(scale_i + n_rows.to(tl.int64), mask=mask_i, other=0.0),
+            e_s = scaled(e_s, tl.load(scale_i, mask=mask_i, other=0.0) * student_factor,
+                         tl.load(scale_j, mask=mask_j, other=0.0))  # fmt: skip
+            e_t = scaled(e_t, tl.load(scale_i + n_rows.to(tl.int64), mask=mask_i, other=0.0) * teacher_factor,
                          tl.load(scale_j + n_rows.to(tl.int64), mask=mask_j, other=0.0))  # fmt: skip
         else:
             e_s = e_s * student_factor
@@ -241,11 +237,11 @@ def tiles_kernel(
         band = last - first
         plane = columns.to(tl.int64) * band * ROWS
         out = by_row_ptr + local_problem * PLANES * plane + (col.to(tl.int64) * band + (row - first)) * ROWS
-        _store_sums(e_s, e_t, valid, kappa, out + tl.arange(0, ROWS), plane, DISTANCE, NEGATE, 1)
+        _store_sums(e_s, e_t, valid, kappa, out + tl.arange(0, ROWS), plane, DISTANCE, 1)
         if col >= Q * (row + 1):
             plane = columns.to(tl.int64) * band * COLS
             out = by_col_ptr + local_problem * PLANES * plane + ((row - first).to(tl.int64) * columns + col) * COLS
-            _store_sums(e_s, e_t, valid, kappa, out + tl.arange(0, COLS), plane, DISTANCE, NEGATE, 0)
+            _store_sums(e_s, e_t, valid, kappa, out + tl.arange(0, COLS), plane, DISTANCE, 0)
 
 
 SCALE_BLOCK = {"BLOCK": 32, "DEPTH": 64}
@@ -278,29 +274,20 @@ class Call:
         self.method = method_of(options.similarity, options.distance, options.temperature)
         dtype = DTYPES[student.dtype]
         self.plan = Plan(batch, rows, options.cross, self.method, dtype, stored, capability(student))
-        self.student, other = Operand.of(student), Operand.of(teacher)
-        self.networks = (*self.student.arguments, *other.arguments)
-        self.layout = {
-            "STUDENT_UNIT": self.student.unit,
-            "STUDENT_ROWS_INNER": self.student.rows_inner,
-            "TEACHER_UNIT": other.unit,
-            "TEACHER_ROWS_INNER": other.rows_inner,
-        }
-        self.row_unit = unit_of(rows, largest=8) if self.student.rows_inner or other.rows_inner else 1
+        self.networks = Networks.of(student, teacher)
         self.inv_temperature = 1 / options.temperature
         self.cosine = options.similarity == "cosine"
         mean = options.similarity == "mean"
-        self.factors = (1 / width, 1 / teacher.shape[2]) if mean else (1.0, 1.0)
-        self.negate = options.negate and options.distance == "kl"
+        sign = -1.0 if options.negate and options.distance == "kl" else 1.0
+        self.factors = (sign / width, sign / teacher.shape[2]) if mean else (sign, sign)
 
-    def constants(self, shape: Blocks, fused: bool = True) -> dict[str, Any]:
-        """Return the constants and launch options of the kernels that compute tiles."""
+    def constants(self, networks: Networks, shape: Blocks, fused: bool = True) -> dict[str, Any]:
+        """Return the constants and launch options of the kernels that compute tiles of ``networks``."""
         return {
-            **self.layout,
-            "ROW_UNIT": self.row_unit,
+            **networks.layout,
+            "ROW_UNIT": networks.row_unit,
             "COSINE": self.cosine,
             "DISTANCE": self.method,
-            "NEGATE": self.negate,
             "PRECISION": PRECISION[self.plan.dtype],
             **shape.constants(),
             **shape.launch(fused),
@@ -328,7 +315,13 @@ def forward(
     with launching_on(student):
         if call.cosine:
             scales_kernel[(ceil_div(call.n_rows, SCALE_BLOCK["BLOCK"]), 2)](
-                *call.networks, scales, call.rows, call.n_rows, **call.layout, **SCALE_BLOCK, **ROW_LAUNCH
+                *call.networks.arguments,
+                scales,
+                call.rows,
+                call.n_rows,
+                **call.networks.layout,
+                **SCALE_BLOCK,
+                **ROW_LAUNCH,
             )
         else:
             scales.zero_()  # an operator must write every element of its output
@@ -343,12 +336,12 @@ def forward(
             )
             tiles = grid.triangle(launch)
             tiles_kernel[(launch.problems * tiles,)](
-                *call.networks,
+                *call.networks.arguments,
                 scales,
                 by_row,
                 by_col,
                 stored,
-                call.rows // call.row_unit,
+                call.rows // call.networks.row_unit,
                 grid.samples,
                 grid.row_blocks,
                 launch.first_problem,
@@ -360,7 +353,7 @@ def forward(
                 call.inv_temperature,
                 STORE=stored.numel() > 0,
                 PLANES=planes,
-                **call.constants(shape),
+                **call.constants(call.networks, call.plan.blocks_for(shape, call.networks.student.unit)),
             )
             merge_kernel[(launch.problems * grid.blocks * (shape.rows // MERGE_BLOCK["BLOCK"]),)](
                 by_row,

@@ -46,29 +46,28 @@ class Regime(NamedTuple):
 
     tiles: Blocks
     product: Blocks
-    heavy_warps: int
-    """Warps of the backward's tiles and of the forward's with maxima, which need more registers at the same shape."""
-
     heavy_stages: int = 3
+    """Stages of the backward's tiles and of the forward's with maxima, which need more registers at the same shape."""
+
     wide: Blocks | None = None
     """Blocks of the forward's tiles for ``WIDE_METHODS``, if no tile is stored."""
 
     @property
     def heavy(self) -> Blocks:
         """Return the blocks of kernels with high register pressure."""
-        return self.tiles._replace(warps=self.heavy_warps, stages=self.heavy_stages, registers=None)
+        return self.tiles._replace(stages=self.heavy_stages)
 
 
 REGIMES: dict[str, tuple[Regime, ...]] = {
     "bf16": (
-        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 32, 8, 4), 8, wide=Blocks(128, 128, 64, 8, 3)),
-        Regime(Blocks(64, 64, 64, 4, 3, registers=255), Blocks(64, 128, 32, 4, 4), 8),
+        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 64, 8, 3, registers=255), wide=Blocks(128, 128, 64, 8, 3)),
+        Regime(Blocks(64, 64, 64, 8, 3), Blocks(64, 64, 64, 8, 3)),
     ),
     "fp16": (
-        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 2), 8, wide=Blocks(128, 128, 64, 8, 3)),
-        Regime(Blocks(64, 64, 64, 4, 3, registers=255), Blocks(64, 64, 32, 4, 2), 8),
+        Regime(Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 16, 8, 3), wide=Blocks(128, 128, 64, 8, 3)),
+        Regime(Blocks(64, 64, 64, 8, 3), Blocks(64, 64, 16, 8, 3, registers=255)),
     ),
-    "fp32": (Regime(Blocks(64, 32, 16, 8, 3), Blocks(64, 32, 16, 4, 3), 8, 2),),
+    "fp32": (Regime(Blocks(64, 32, 16, 8, 3), Blocks(64, 32, 16, 4, 3), heavy_stages=2),),
 }
 """Tile sizes by dtype, the largest first. Chosen by ahead-of-time compilation (benchmarks/aot), not yet measured."""
 
@@ -156,7 +155,7 @@ class Plan:
     def __init__(
         self, batch: int, rows: int, cross: bool, method: str, dtype: str, stored: bool, capability: int
     ) -> None:
-        self.method, self.dtype = method, dtype
+        self.method, self.dtype, self.capability = method, dtype, capability
         samples, problems = (batch, 1) if cross else (1, batch)
         # With maxima, the exponentials of rows and columns are live at once, too many for the registers of large tiles.
         small = rows <= 64 or method == "kl maxima"
@@ -174,6 +173,18 @@ class Plan:
         self.backward = grid(regime.heavy)
         self.product = regime.product
 
+    def blocks_for(self, shape: Blocks, unit: int) -> Blocks:
+        """Return the blocks of a kernel that reads rows in units of ``unit`` elements.
+
+        Elements copied one by one take more registers for addresses: the fp32 tiles spilled on 12.0 under the default
+        limit, the fp16 backward on 10.0.
+        """
+        if unit == 1 and self.dtype == "fp32":
+            return shape._replace(registers=255)
+        if unit == 1 and self.dtype == "fp16" and self.capability == 10:
+            return shape._replace(depth=shape.depth // 2)
+        return shape
+
     def min_bytes(self) -> int:
         """Return the minimum workspace: that of one row block, in the larger of forward and backward."""
         return max(self.forward_bytes(), self.backward_bytes())
@@ -184,6 +195,7 @@ class Plan:
         return 4 * PLANES[self.method] * self.forward.columns * (shape.rows + shape.cols)
 
     def backward_bytes(self) -> int:
-        """Return the bytes of one row block of H (4 per element) and its partial sums of q."""
+        """Return the bytes of one row block of H and its partial sums of q."""
         shape = self.backward.shape
-        return 4 * self.backward.columns * shape.rows * (shape.cols + 1)
+        size = 2 if self.dtype == "bf16" else 4
+        return self.backward.columns * shape.rows * (size * shape.cols + 4)

@@ -8,11 +8,12 @@ block.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from fastkd.kernels.common import INTERPRETED
+from fastkd.kernels.common import INTERPRETED, dot_add
 from torch import Tensor
 
 WIDENS = tl.constexpr(INTERPRETED)
@@ -22,16 +23,29 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Initial value of running maxima, as −inf − (−inf) would be NaN."""
 
 
-def unit_of(*numbers: int, largest: int) -> int:
-    """Return the largest power of two up to ``largest`` that divides all ``numbers``."""
-    unit = largest
-    while any(n % unit for n in numbers):
-        unit //= 2
-    return unit
+_SIZES = (
+    "rows",
+    "row_units",
+    "samples",
+    "row_blocks",
+    "first_problem",
+    "problems",
+    "first",
+    "last",
+    "tiles",
+    "n_rows",
+    "cosine",
+)
+_OPERANDS = ("student", "teacher", "grad")
+UNSPECIALISED: dict[str, Any] = {
+    "do_not_specialize": [*_SIZES, *(f"{x}_{n}" for x in _OPERANDS for n in ("width", "stride_b", "stride_outer"))],
+    "do_not_specialize_on_alignment": ["scale_ptr", *(f"{x}_stride_inner" for x in _OPERANDS)],
+}
+"""Options of ``triton.jit``: of sizes and strides, only whether an inner stride is 1 is compiled into a kernel."""
 
 
 class Operand(NamedTuple):
-    """A (B, R, K) tensor of any strides as kernel arguments ``tensor, width, stride_b, stride_r, stride_k``.
+    """A (B, R, K) tensor of any strides as kernel arguments ``tensor, width, stride_b, stride_outer, stride_inner``.
 
     Triton vectorises loads only if it can prove alignment, but it specialises arguments only on divisibility by 16, and
     a row of 900 elements is divisible only by 4. Outer strides are therefore passed in units of ``unit`` elements, a
@@ -41,22 +55,27 @@ class Operand(NamedTuple):
     tensor: Tensor
     width: int
     strides: tuple[int, int, int]
-    rows_inner: bool  # stride_r is 1 and stride_k is not: a (C, H, W) map viewed as rows of pixels
+    rows_inner: bool  # the rows' stride is 1 and the columns' is not: a (C, H, W) map viewed as rows of pixels
     unit: int
 
     @classmethod
-    def of(cls, x: Tensor) -> Operand:
-        """Return the operand of a (B, R, K) tensor."""
+    def of(cls, x: Tensor, largest: int = 16) -> Operand:
+        """Return the operand of a (B, R, K) tensor, with a unit of up to ``largest`` elements or 16 bytes."""
         rows, width = x.shape[1:]
         by_batch, by_row, by_col = x.stride()
-        largest = 16 // x.element_size()
+        largest = min(largest, 16 // x.element_size())
         if by_col != 1 and by_row == 1:
-            unit = unit_of(by_batch, by_col, rows, largest=largest)
-            return cls(x, width, (by_batch // unit, 1, by_col // unit), True, unit)
+            unit = math.gcd(by_batch, by_col, rows, largest)
+            return cls(x, width, (by_batch // unit, by_col // unit, 1), True, unit)
         if by_col == 1:
-            unit = unit_of(by_batch, by_row, width, largest=largest)
+            unit = math.gcd(by_batch, by_row, width, largest)
             return cls(x, width // unit, (by_batch // unit, by_row // unit, 1), False, unit)
         return cls(x, width, (by_batch, by_row, by_col), False, 1)
+
+    @classmethod
+    def unread(cls, x: Tensor) -> Operand:
+        """Return an operand for a kernel that does not read it: the same constants for all layouts."""
+        return cls(x, 0, (0, 0, 1), False, 1)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -64,13 +83,46 @@ class Operand(NamedTuple):
         return (self.tensor, self.width, *self.strides)
 
 
+class Networks(NamedTuple):
+    """The rows of both networks as operands. Their units are equal: one kernel per combination would be compiled."""
+
+    student: Operand
+    teacher: Operand
+
+    @classmethod
+    def of(cls, student: Tensor, teacher: Tensor) -> Networks:
+        """Return the operands of two (B, R, K) tensors."""
+        unit = min(Operand.of(x).unit for x in (student, teacher))
+        return cls(Operand.of(student, unit), Operand.of(teacher, unit))
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the operands as arguments of a kernel."""
+        return (*self.student.arguments, *self.teacher.arguments)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Return the operands' units and orders as constants of a kernel."""
+        return {
+            "STUDENT_UNIT": self.student.unit,
+            "STUDENT_ROWS_INNER": self.student.rows_inner,
+            "TEACHER_UNIT": self.teacher.unit,
+            "TEACHER_ROWS_INNER": self.teacher.rows_inner,
+        }
+
+    @property
+    def row_unit(self) -> int:
+        """Return a unit of the number of rows that makes masks of rows as wide as the loads."""
+        return self.student.unit if self.student.rows_inner or self.teacher.rows_inner else 1
+
+
 @triton.jit
 def products(
     x_ptr,
     width,
     stride_b,
-    stride_r,
-    stride_k,
+    stride_outer,
+    stride_inner,
     b_i,
     r_i,
     mask_i,
@@ -87,6 +139,8 @@ def products(
     """Return ⟨x_i, x_j⟩ of rows r_i of sample b_i and r_j of b_j, accumulated in fp32; 0 where a row is masked."""
     R_UNIT: tl.constexpr = 1 if ROWS_INNER else UNIT
     K_UNIT: tl.constexpr = UNIT if ROWS_INNER else 1
+    stride_r = stride_inner if ROWS_INNER else stride_outer
+    stride_k = stride_outer if ROWS_INNER else stride_inner
     width = width * R_UNIT
     k = tl.arange(0, DEPTH)
     off = k.to(tl.int64) * stride_k * K_UNIT
@@ -103,7 +157,7 @@ def products(
         if WIDENS:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = dot_add(a, b, acc, PRECISION)
         a_ptr += step
         b_ptr += step
     return acc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastkd.kernels.common import LOG2E, float64, launching_on, round_to
-from fastkd.kernels.softmax_kl.plan import blocks_for
+from fastkd.kernels.softmax_kl.plan import blocks_for, unit_for
 from torch import Tensor
 
 from fastkd._integers import ceil_div
@@ -21,7 +21,17 @@ from fastkd._integers import ceil_div
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients of any layout share one compilation: a CUDA graph may be captured with another layout than the warm-up's.
 @triton.jit(
-    do_not_specialize=["n_rows", "rows_per_batch", "grad_stride_b", "grad_stride_r"],
+    do_not_specialize=[
+        "n_rows",
+        "rows_per_batch",
+        "cols",
+        "grad_stride_b",
+        "grad_stride_r",
+        "student_stride_b",
+        "student_stride_r",
+        "teacher_stride_b",
+        "teacher_stride_r",
+    ],
     do_not_specialize_on_alignment=["grad_loss_ptr"],
 )
 def backward_kernel(
@@ -32,7 +42,7 @@ def backward_kernel(
     grad_student_ptr,  # output (batch, rows, cols), contiguous
     n_rows,
     rows_per_batch,
-    cols,
+    cols,  # in units of UNIT elements, like the inputs' strides
     grad_stride_b,
     grad_stride_r,
     student_stride_b,
@@ -42,9 +52,11 @@ def backward_kernel(
     inv_temperature: tl.float64,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Compute the gradient of one ``ROWS`` × ``COLS`` block per program."""
     ACC: tl.constexpr = grad_loss_ptr.dtype.element_ty
+    cols *= UNIT
     inv_tau = float64(inv_temperature).to(ACC)
     scale = inv_tau * LOG2E
 
@@ -60,8 +72,10 @@ def backward_kernel(
     z_s = tl.load(statistics_ptr + n_rows.to(tl.int64) + row, mask=in_range, other=1.0)
     m_t = tl.load(statistics_ptr + 2 * n_rows.to(tl.int64) + row, mask=in_range, other=0.0)
     z_t = tl.load(statistics_ptr + 3 * n_rows.to(tl.int64) + row, mask=in_range, other=1.0)
-    s = tl.load(student_ptr + (b * student_stride_b + r * student_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
-    t = tl.load(teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None] + j, mask=mask, other=0.0).to(ACC)
+    student_row = student_ptr + ((b * student_stride_b + r * student_stride_r) * UNIT)[:, None]
+    teacher_row = teacher_ptr + ((b * teacher_stride_b + r * teacher_stride_r) * UNIT)[:, None]
+    s = tl.load(student_row + j, mask=mask, other=0.0).to(ACC)
+    t = tl.load(teacher_row + j, mask=mask, other=0.0).to(ACC)
 
     p_s = tl.exp2((s - m_s[:, None]) * scale) * (1.0 / z_s)[:, None]
     p_t = tl.exp2((t - m_t[:, None]) * scale) * (1.0 / z_t)[:, None]
@@ -81,6 +95,7 @@ def backward(
     """Fill ``grad_student`` (B, R, N), contiguous, from a per-row gradient (B, R) of any strides."""
     batch, rows, cols = student.shape
     blocks = blocks_for(cols, student.element_size())
+    unit = unit_for(student, teacher)
     with launching_on(student):
         backward_kernel[(ceil_div(batch * rows, blocks.rows), ceil_div(cols, blocks.cols))](
             grad_loss,
@@ -90,16 +105,17 @@ def backward(
             grad_student,
             batch * rows,
             rows,
-            cols,
+            cols // unit,
             grad_loss.stride(0),
             grad_loss.stride(1),
-            student.stride(0),
-            student.stride(1),
-            teacher.stride(0),
-            teacher.stride(1),
+            student.stride(0) // unit,
+            student.stride(1) // unit,
+            teacher.stride(0) // unit,
+            teacher.stride(1) // unit,
             1.0 / temperature,
             ROWS=blocks.rows,
             COLS=blocks.cols,
+            UNIT=unit,
             num_warps=blocks.warps,
             enable_fp_fusion=False,  # fused, p_s − p_t would leave the rounding error of one product
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastkd.kernels.common import LOG2E, MAX_REGISTERS, exact_quotient, float64, launching_on
-from fastkd.kernels.softmax_kl.plan import MAX_PARTS, blocks_for, parts_for
+from fastkd.kernels.softmax_kl.plan import MAX_PARTS, blocks_for, parts_for, unit_for
 from torch import Tensor
 
 from fastkd._integers import ceil_div
@@ -60,7 +60,18 @@ def _store_results(loss_ptr, statistics_ptr, n_rows, row, in_range, top_s, z_s, 
     tl.store(statistics_ptr + 3 * n_rows.to(tl.int64) + row, z_t, mask=in_range)
 
 
-@triton.jit(do_not_specialize=["n_rows", "rows_per_batch", "part_cols"])
+@triton.jit(
+    do_not_specialize=[
+        "n_rows",
+        "rows_per_batch",
+        "cols",
+        "part_blocks",
+        "student_stride_b",
+        "student_stride_r",
+        "teacher_stride_b",
+        "teacher_stride_r",
+    ]
+)
 def forward_kernel(
     student_ptr,  # (batch, rows, cols), with the strides below and inner stride 1
     teacher_ptr,
@@ -69,8 +80,8 @@ def forward_kernel(
     parts_ptr,  # output if SPLIT: (parts, 5, batch · rows) m_s, z_s, m_t, z_t, a of each part, contiguous
     n_rows,  # batch · rows
     rows_per_batch,
-    cols,
-    part_cols,  # columns of a part, a multiple of COLS
+    cols,  # in units of UNIT elements, like the inputs' strides
+    part_blocks,  # columns of a part, in units of COLS
     student_stride_b,
     student_stride_r,
     teacher_stride_b,
@@ -80,21 +91,24 @@ def forward_kernel(
     COLS: tl.constexpr,
     LOOP: tl.constexpr,  # cols > COLS
     SPLIT: tl.constexpr,  # several programs per row
+    UNIT: tl.constexpr,
 ):
     """Compute the losses and statistics of ``ROWS`` rows per program, or if SPLIT the sums of one part of a row."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
     inv_tau = float64(inv_temperature).to(ACC)
     scale = inv_tau * LOG2E
 
+    cols *= UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_range = row < n_rows
     b = row // rows_per_batch
     r = row % rows_per_batch
-    student_row = student_ptr + (b * student_stride_b + r * student_stride_r)[:, None]
-    teacher_row = teacher_ptr + (b * teacher_stride_b + r * teacher_stride_r)[:, None]
+    student_row = student_ptr + ((b * student_stride_b + r * student_stride_r) * UNIT)[:, None]
+    teacher_row = teacher_ptr + ((b * teacher_stride_b + r * teacher_stride_r) * UNIT)[:, None]
     lane = tl.arange(0, COLS)[None, :]
     end = cols
     if SPLIT:
+        part_cols = part_blocks * COLS
         begin = tl.program_id(1) * part_cols
         student_row += begin
         teacher_row += begin
@@ -178,6 +192,7 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
     batch, rows, cols = student.shape
     blocks = blocks_for(cols, student.element_size())
     parts, part_cols = parts_for(batch * rows, cols) if blocks.rows == 1 else (1, cols)
+    unit = unit_for(student, teacher)
     # With one part per row the kernel does not use this argument.
     sums = loss.new_empty((parts, 5, batch * rows)) if parts > 1 else loss
     with launching_on(student):
@@ -189,17 +204,18 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
             sums,
             batch * rows,
             rows,
-            cols,
-            part_cols,
-            student.stride(0),
-            student.stride(1),
-            teacher.stride(0),
-            teacher.stride(1),
+            cols // unit,
+            ceil_div(part_cols, blocks.cols),
+            student.stride(0) // unit,
+            student.stride(1) // unit,
+            teacher.stride(0) // unit,
+            teacher.stride(1) // unit,
             1.0 / temperature,
             ROWS=blocks.rows,
             COLS=blocks.cols,
             LOOP=cols > blocks.cols,
             SPLIT=parts > 1,
+            UNIT=unit,
             num_warps=blocks.warps,
             enable_fp_fusion=True,
             **MAX_REGISTERS,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
+
+from torch import Tensor
 
 from fastkd._integers import ceil_div, round_up
 
@@ -45,3 +48,13 @@ def parts_for(rows: int, cols: int) -> tuple[int, int]:
     parts = max(1, min(TARGET_PROGRAMS // rows, cols // MIN_PART_COLS, MAX_PARTS))
     columns = round_up(ceil_div(cols, parts), LONG_ROW_BLOCK.cols)
     return ceil_div(cols, columns), columns
+
+
+def unit_for(student: Tensor, teacher: Tensor) -> int:
+    """Return the largest number of elements, up to 16 bytes, that divides the length and the strides of all rows.
+
+    Triton vectorises only loads whose alignment it can prove, and specialises arguments only on divisibility by 16, but
+    rows of 900 elements are divisible by 4. Lengths and strides are therefore passed in units, a constant.
+    """
+    strides = (*student.stride()[:2], *teacher.stride()[:2])
+    return math.gcd(student.shape[2], *strides, 16 // student.element_size())

@@ -62,7 +62,7 @@ _ROWS = _case("softmax_kl", losses.channel_distribution_kd)
 
 REGIMES: dict[str, dict[str, Regime]] = {
     "softmax_kl": {
-        "small": Regime(_ROWS, (2, 3, 4, 5)),
+        "small": Regime(_ROWS, (2, 3, 3, 7)),
         "odd width": Regime(_ROWS, (2, 37, 7, 7)),
         "maps": Regime(_case("softmax_kl", losses.logit_kd), (2, 19, 12, 10), channels_last=True),
         "bands": Regime(_ROWS, (2, 3, 131, 201)),  # 6 programs share each row of 26331

@@ -29,10 +29,10 @@ def rounding(magnitude: float | Tensor, dtype: torch.dtype) -> float:
 def roundings(family: str, backend: str, dtype: torch.dtype) -> int:
     """Return how many roundings to ``dtype`` a gradient undergoes.
 
-    Two for relations of bfloat16 in C++ and CUDA, which also round the matrix that the rows are multiplied with (on a
+    Two for relations of bfloat16 in the kernels, which also round the matrix that the rows are multiplied with (on a
     CPU with bfloat16 instructions); else one, of the result.
     """
-    return 2 if family == "relation" and backend in ("cpu", "cuda") and dtype == torch.bfloat16 else 1
+    return 2 if family == "relation" and backend != "reference" and dtype == torch.bfloat16 else 1
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {"streamed": {}, "stored": {"keep": True}, "a
 # Half a unit in the last place of each dtype that stores gradients, relative to the largest entry.
 STORED = {torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 DTYPES = list(STORED)
-H_IN_BF16 = ("cuda",)
+H_IN_BF16 = ("triton", "cuda")
 """Backends that also round the matrix H to bfloat16 for rows of bfloat16."""
 
 

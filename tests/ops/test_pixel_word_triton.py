@@ -85,7 +85,7 @@ def test_every_number_of_words_has_blocks() -> None:
     for words in range(1, plan.MAX_WORDS + 1):
         padded = plan.padded_words(words)
         assert words <= padded <= max(16, 2 * words)
-        for blocks in (plan.logits_blocks(padded, True), plan.words_blocks(padded, False)):
+        for blocks in (plan.logits_blocks(padded, True), plan.words_blocks(padded, False, 9)):
             assert blocks.pixels >= 16
             assert blocks.columns >= 16
         assert padded % plan.gradient_blocks(padded).columns == 0

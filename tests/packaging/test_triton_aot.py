@@ -1,8 +1,8 @@
-"""Every Triton kernel and block shape compiles for every supported chip without spills, within the shared memory limit.
+"""Every Triton kernel that the GPU workloads or the contract launch compiles without spills, within the memory limits.
 
-The tables in benchmarks/results/triton list all of them for each version of Triton that the block shapes were chosen
-for, with a digest of the code. The tests check that the digests are current, and compile a sample with the installed
-Triton; compiling everything takes ten minutes.
+The tables in benchmarks/results/triton list them for each version of Triton that the block shapes were chosen for, with
+a digest of the code. The tests check that the digests are current, and compile a sample with the installed Triton;
+compiling everything takes ten minutes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ KERNELS = {
 }
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "aot"
 TABLES = {file.stem: file for file in (SCRIPT.parent / "results" / "triton").glob("*.json")}
-FACTS = ("registers", "stack", "shared", "local", "spills", "matrix_instructions", "shared_limit", "ok")
+FACTS = (
+    *("registers", "stack", "shared", "local", "spills", "matrix_instructions", "loads_of_16_bits"),
+    *("shared_limit", "ok"),
+)
 
 
 def run(*arguments: str, **variables: str) -> str:
@@ -56,6 +59,7 @@ def assert_no_spills(rows: list[dict]) -> None:
         assert row["shared"] <= row["shared_limit"], row
         assert not row["spills"], row
         assert not row["local"], row
+        assert row["target"] != "sm_90" or not row["stack"], row  # elsewhere a stack may only align
 
 
 def assert_matrix_instructions(rows: list[dict]) -> None:
@@ -66,11 +70,11 @@ def assert_matrix_instructions(rows: list[dict]) -> None:
         assert set(row["matrix_instructions"]) == {MATRIX_INSTRUCTIONS[row["target"]]}, row
 
 
-def test_tables_match_the_current_code_for_every_supported_triton() -> None:
+def test_tables_match_the_current_code() -> None:
     today = {key(json.loads(line)) for line in run("--list").splitlines() if line.startswith("{")}
     assert len(today) > 800
     assert {json.loads(k)["kernel"] for k in today} >= KERNELS
-    assert {"3.6", "3.7", "3.8", "3.9"} <= {version.rpartition(".")[0] for version in TABLES}
+    assert {"3.6"} <= {version.rpartition(".")[0] for version in TABLES}
     for version in TABLES:
         assert set(table(version)) == today, (
             f"{version}: run `python -m benchmarks.aot.versions` to compile the kernels that changed"
@@ -84,6 +88,17 @@ def test_tables_have_no_spills(version: str) -> None:
     assert {row["target"] for row in rows} == set(MATRIX_INSTRUCTIONS)
     assert_no_spills(rows)
     assert_matrix_instructions(rows)
+
+
+@pytest.mark.parametrize("version", TABLES)
+def test_rows_of_900_are_loaded_wide(version: str) -> None:
+    """30×30 maps are divisible by 4, not by 16; 15×15 maps must be loaded element by element."""
+    rows = [row for row in table(version).values() if row["kernel"] in ("softmax_kl.forward", "softmax_kl.backward")]
+    units = {unit: [row["loads_of_16_bits"] for row in rows if row["dtype"] == "bf16" and row["UNIT"] == unit]
+             for unit in (1, 4, 8)}  # fmt: skip
+    assert min(units[1]) > 0
+    assert max(units[4]) == max(units[8]) == 0
+    assert len(units[4]) >= 8  # forward and backward on four chips
 
 
 def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
@@ -137,6 +152,22 @@ def test_finds_logarithms_of_approximate_quotients(monkeypatch: pytest.MonkeyPat
     assert logarithms_of_approximate_quotients(ptx.replace("%f7, %f1", "%f7, %f3")) == 2 * count
 
 
+@pytest.mark.parametrize(("accumulator", "count"), [("%acc", 1), ("%zero", 0)])
+@pytest.mark.parametrize("product", ["tt.dot", "ttng.warp_group_dot"])
+def test_finds_sums_in_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, product: str, accumulator: str, count: int
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parents[1]))
+    from benchmarks.aot.compiler import sums_in_tensor_cores
+
+    ttgir = f"""
+        %sum:2 = scf.for %i = %a to %n step %k iter_args(%acc = %zero, %p = %q) -> (tensor<64x64xf32, #mma>, i32) {{
+          %next = {product} %x, %y#0, {accumulator} {{isAsync = true}} : tensor<64x64xbf16> * tensor<64x64xbf16>
+          %next_1 = {product} %x, %y#0, %next : tensor<64x64xbf16> * tensor<64x64xbf16>
+    """
+    assert sums_in_tensor_cores(ttgir) == count
+
+
 CODE = """
 class Kernel:
     def __init__(self, fn):
@@ -180,6 +211,7 @@ def test_digest_depends_only_on_the_code(
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        digests.append(digest(("name", module.kernel, {"x": "i32"}, {"ROWS": 4}, 4)))
-        assert digest(("name", module.kernel, {"x": "i32"}, {"ROWS": 4}, 4, {"maxnreg": 80})) != digests[-1]
+        arguments = ({"x": "i32"}, {"ROWS": 4}, ("x",))
+        digests.append(digest(module.kernel, *arguments, {"num_warps": 4}))
+        assert digest(module.kernel, *arguments, {"num_warps": 4, "maxnreg": 80}) != digests[-1]
     assert (digests[0] != digests[1]) == changes
