@@ -179,6 +179,7 @@ def environment(device: str) -> dict[str, Any]:
     names = ("device", "driver", "cuda", "cpu", "cores", "threads", "torch", "triton", "python")
     return {
         **{name: facts[name] for name in names},
+        "isa": None if unavailable_reason("cpu") else native("cpu").isa(),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "date": facts["date"],

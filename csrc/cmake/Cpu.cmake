@@ -58,12 +58,21 @@ if(FASTKD_ISA_X86)
   list(APPEND isas avx2 avx512)
 endif()
 
+check_cxx_source_compiles([[
+  int main() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }
+]] FASTKD_AMX_ASSEMBLER)
+# FASTKD_EMULATE_AMX, for tests: plain C++ instead of AMX, for machines with AVX512-BF16. The sanitizers need it.
+option(FASTKD_EMULATE_AMX "" OFF)
+
 find_package(OpenMP COMPONENTS CXX)
 
 function(cpu_options target)
+  if(FASTKD_EMULATE_AMX OR FASTKD_SANITIZE)
+    target_include_directories(${target} BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests/emulation")
+  endif()
   target_include_directories(${target} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
   target_compile_options(${target} PRIVATE $<$<NOT:$<BOOL:${FASTKD_SANITIZE}>>:-O3> -Wall -Wextra $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>) # GCC's intrinsics trigger it
-  target_compile_definitions(${target} PRIVATE $<$<BOOL:${FASTKD_ISA_X86}>:FASTKD_ISA_X86>)
+  target_compile_definitions(${target} PRIVATE $<$<BOOL:${FASTKD_ISA_X86}>:FASTKD_ISA_X86> $<$<BOOL:${FASTKD_AMX_ASSEMBLER}>:FASTKD_AMX_ASSEMBLER>)
   if(OpenMP_CXX_FOUND AND FASTKD_SANITIZE STREQUAL "thread")
     target_compile_options(${target} PRIVATE ${OpenMP_CXX_FLAGS}) # without its library: see Sanitize.cmake
   elseif(OpenMP_CXX_FOUND)

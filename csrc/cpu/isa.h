@@ -13,13 +13,18 @@
 
 namespace fastkd::cpu {
 
-enum class Isa { baseline, avx2, avx512 };
+// The kernels of amx are those of avx512, with AMX products of bfloat16.
+enum class Isa { baseline, avx2, avx512, amx };
 
-// Return the machine's best instruction set, or the lower one requested by the environment variable FASTKD_CPU_ISA.
+// Return the machine's best instruction set, or the one requested by the environment variable FASTKD_CPU_ISA. amx was
+// not measured on any machine, so it is used only if requested.
 // Determined at the first call. Throws std::runtime_error if the machine lacks the requested one.
 Isa isa();
 const char* isa_name(Isa isa);
-// Return whether isa() is avx512 and the machine has AVX512-BF16, which multiplies pairs of bfloat16 into float.
+// Return whether isa() is at least avx512 and the machine has AVX512-BF16, which multiplies pairs of bfloat16 into
+// float.
 bool bf16_products();
+// Return whether isa() is amx, whose tiles multiply bfloat16 into float.
+bool amx_products();
 
 } // namespace fastkd::cpu

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/amx.h"
+
 namespace fastkd::cpu {
 namespace {
 
@@ -47,8 +49,8 @@ Isa chosen_isa() {
         return best;
     }
     std::string available;
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-        if (isa > best) {
+    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx}) {
+        if (isa > best && !(isa == Isa::amx && best == Isa::avx512 && request_tiles())) {
             break;
         }
         if (requested == std::string(isa_name(isa))) {
@@ -69,6 +71,8 @@ Isa isa() {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+    case Isa::amx:
+        return "amx";
     case Isa::avx512:
         return "avx512";
     case Isa::avx2:
@@ -80,14 +84,18 @@ const char* isa_name(Isa isa) {
 
 bool bf16_products() {
 #if defined(FASTKD_ISA_X86)
-    return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+    return isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
 }
 
+bool amx_products() {
+    return isa() == Isa::amx;
+}
+
 const Kernels& kernels() {
-    return tables[static_cast<int>(isa())];
+    return tables[static_cast<int>(isa() == Isa::amx ? Isa::avx512 : isa())];
 }
 
 } // namespace fastkd::cpu

@@ -1,7 +1,7 @@
 // Loops that run at the peak rate of a core's vector units, for the roofline of the benchmarks (benchmarks/measure.py).
 // Operands stay in registers, or in the first-level cache for exponentials.
 #include "cpu/exp.h"
-#include "cpu/gemm/bf16.h"
+#include "cpu/gemm/amx.h"
 #include "cpu/kernels.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -52,6 +52,19 @@ FASTKD_WITH_BF16 double bf16_dot_products(std::int64_t repeats) {
 }
 #endif
 
+#if defined(FASTKD_AMX) && defined(FASTKD_BF16_PRODUCTS)
+double amx_dot_products(std::int64_t repeats) {
+    configure_tiles(tile_shapes(tile_pairs));
+    for_constants<8>([](auto tile) { zero_tile<decltype(tile)::value>(); });
+    constexpr int steps = 8, sums = 6;
+    for (std::int64_t i = 0; i < steps * repeats; ++i) {
+        for_constants<sums>([](auto sum) { multiply_tiles<decltype(sum)::value, left_tile, right_tile>(); });
+    }
+    release_tiles();
+    return 4.0 * tile_rows * tile_rows * tile_pairs * sums * steps * static_cast<double>(repeats); // FLOP
+}
+#endif
+
 double exponentials(std::int64_t repeats) {
     constexpr int count = 1024;
     const ScaledExp<float> exp{1.0f};
@@ -77,6 +90,11 @@ double peak(Peak operation, std::int64_t repeats) {
     case Peak::double_product:
         return fused_multiply_adds<double>(repeats);
     case Peak::bf16_product:
+#if defined(FASTKD_AMX) && defined(FASTKD_BF16_PRODUCTS)
+        if (amx_products()) {
+            return amx_dot_products(repeats);
+        }
+#endif
 #if defined(FASTKD_BF16_PRODUCTS)
         if (bf16_products()) {
             return bf16_dot_products(repeats);

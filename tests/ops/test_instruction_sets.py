@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the C++ kernels are unavailable here: {error}", allow_module_level=True)
 
-ISAS = ["baseline", "avx2", "avx512"]
+ISAS = ["baseline", "avx2", "avx512", "amx"]
 FILES = [
     Path(__file__).with_name(f"test_{name}.py") for name in ("native", "relation", "pixel_word", "pixel_word_contract")
 ]

@@ -133,6 +133,17 @@ def test_sanitizers_report_nothing(rig: Rig) -> None:
         assert "WARNING" not in done.stderr
 
 
+def test_sanitizers_report_nothing_in_emulated_amx_products(rig: Rig) -> None:
+    if rig.isas[-1] != "avx512":
+        pytest.skip("the AVX-512 kernels were not built with this sanitizer")
+    (done,) = rig.run("amx", checks=("relation",))
+    if done.returncode == LACKS_ISA:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    assert "instruction set amx" in done.stdout
+    assert done.stdout.strip().endswith(" right, 0 wrong")
+
+
 BUGS = {
     # The maximum of a row reads one element beyond its end.
     "address": (

@@ -86,6 +86,32 @@ FASTKD_NOINLINE void pack_pairs(const BFloat16* x, std::int64_t p_stride, std::i
 }
 
 #if defined(FASTKD_BF16_PRODUCTS)
+// to[c][pair] = from[pair][c] for `pairs` pairs and `cols` rounded up to whole vectors. `to_ld` counts words.
+FASTKD_NOINLINE void transpose_pairs(const PairWord* from, std::int64_t ld, std::int64_t pairs, std::int64_t cols,
+                                     PairWord* to, std::int64_t to_ld) {
+    constexpr int n = lanes<float>;
+    for (std::int64_t p = 0; p < pairs && pairs < n; ++p) {
+        for (std::int64_t c = 0; c < round_up(cols, n); ++c) {
+            to[c * to_ld + p] = from[p * ld + c];
+        }
+    }
+    for (std::int64_t p = 0; p < pairs && pairs >= n; p += n) {
+        const std::int64_t first = p + n <= pairs ? p : pairs - n; // the last vectors overlap
+        for (std::int64_t c = 0; c < cols; c += n) {
+            Vec<float> block[n];
+#pragma GCC unroll 16
+            for (int l = 0; l < n; ++l) {
+                block[l] = load_raw<Vec<float>>(from + (first + l) * ld + c);
+            }
+            transpose<float>(block);
+#pragma GCC unroll 16
+            for (int l = 0; l < n; ++l) {
+                __builtin_memcpy(to + (c + l) * to_ld + first, &block[l], sizeof(block[l]));
+            }
+        }
+    }
+}
+
 // Like micro_product, panel_product and the products of packed blocks in gemm/packed.h; `inner` counts pairs.
 template <int width>
 FASTKD_WITH_BF16 FASTKD_INLINE void micro_product_pairs(const PairWord* a, std::int64_t a_row, std::int64_t a_inner,
@@ -145,6 +171,8 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void panel_product_pairs(int width, const PairW
     }
 }
 #else // never called: see bf16_products()
+FASTKD_INLINE void transpose_pairs(const PairWord*, std::int64_t, std::int64_t, std::int64_t, PairWord*, std::int64_t) {
+}
 FASTKD_INLINE void panel_product_pairs(int, const PairWord*, std::int64_t, std::int64_t, std::int64_t, const PairWord*,
                                        std::int64_t, float*, std::int64_t, bool) {
 }

@@ -75,32 +75,8 @@ FASTKD_WITH_BF16 FASTKD_NOINLINE void round_tile(Tile<float> tile, const float* 
         q_col[c] += static_cast<double>(col_sums[c]);
     }
 }
-
-// to[c][pair] = mirror[pair][c] for `pairs` (at least lanes) pairs and `cols` rounded up to whole vectors. `to_ld`
-// counts words.
-FASTKD_NOINLINE void transpose_pairs(const PairWord* mirror, std::int64_t ld, std::int64_t pairs, std::int64_t cols,
-                                     PairWord* to, std::int64_t to_ld) {
-    constexpr int n = lanes<float>;
-    for (std::int64_t p = 0; p < pairs; p += n) {
-        const std::int64_t first = p + n <= pairs ? p : pairs - n; // the last vectors overlap
-        for (std::int64_t c = 0; c < cols; c += n) {
-            Vec<float> block[n];
-#pragma GCC unroll 16
-            for (int l = 0; l < n; ++l) {
-                block[l] = load_raw<Vec<float>>(mirror + (first + l) * ld + c);
-            }
-            transpose<float>(block);
-#pragma GCC unroll 16
-            for (int l = 0; l < n; ++l) {
-                __builtin_memcpy(to + (c + l) * to_ld + first, &block[l], sizeof(block[l]));
-            }
-        }
-    }
-}
 #else // never called: see bf16_products()
 FASTKD_INLINE void round_tile(Tile<float>, const float*, const TileScales&, RoundedTile, double*, double*) {
-}
-FASTKD_INLINE void transpose_pairs(const PairWord*, std::int64_t, std::int64_t, std::int64_t, PairWord*, std::int64_t) {
 }
 #endif
 

@@ -5,6 +5,7 @@
 // disjoint rows, and each row's sums are added in the order of the rounds, independent of the number of threads.
 #pragma once
 
+#include "cpu/gemm/amx.h"
 #include "cpu/pages.h"
 #include "cpu/relation/bf16_tiles.h"
 #include "cpu/relation/plan.h"
@@ -136,14 +137,19 @@ struct Relation {
             pairs = !(scales[r] < 1e-15); // NaN passes
         }
     }
-    // Pack columns [from, from + width) of a block as [width][rows], scaled unless `pairs`.
+    // Pack columns [from, from + width) of a block as [width][rows], scaled unless `pairs`. With plan.amx, rows of
+    // pairs follow: the left operand of AMX products.
     FASTKD_INLINE void pack_block_of(const Rows& rows, int network, std::int64_t problem, std::int64_t block,
                                      std::int64_t from, std::int64_t width, T* to) const {
         const S* x = rows_at(rows, problem, block) + from * rows.col_stride;
         if constexpr (is_bf16<S>) {
             if (pairs) {
-                return pack_pairs(x, rows.row_stride, rows.col_stride, rows_of(block), width,
-                                  reinterpret_cast<PairWord*>(to));
+                auto* packed = reinterpret_cast<PairWord*>(to);
+                pack_pairs(x, rows.row_stride, rows.col_stride, rows_of(block), width, packed);
+                if (plan.amx) {
+                    rows_of_pairs(packed, rows_of(block), pairs_of(width), packed + plan.block * pairs_of(width));
+                }
+                return;
             }
         }
         T scales[tile_side];
@@ -155,10 +161,15 @@ struct Relation {
                                        bool add) const {
         const Panels<T> rows(rows_of(i)), cols(rows_of(j));
         if constexpr (is_bf16<S>) {
+            const auto* left = reinterpret_cast<const PairWord*>(x);
+            const auto* right = reinterpret_cast<const PairWord*>(y);
+            const std::int64_t inner = pairs_of(width);
+            if (pairs && plan.amx) {
+                return amx_product(left + plan.block * inner, inner, rows_of(i), right, cols, inner, e, plan.block,
+                                   add);
+            }
             if (pairs) {
-                return packed_product_pairs(reinterpret_cast<const PairWord*>(x), rows,
-                                            reinterpret_cast<const PairWord*>(y), cols, pairs_of(width), e, plan.block,
-                                            add);
+                return packed_product_pairs(left, rows, right, cols, inner, e, plan.block, add);
             }
         }
         packed_product<T>(x, rows, y, cols, width, e, plan.block, add);

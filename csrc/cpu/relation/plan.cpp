@@ -23,6 +23,9 @@ RelationPlan plan_relation_for(const relation::Options& options, std::int64_t st
     plan.stored = stored;
     plan.backward = backward;
     plan.pairs = options.dtype == DType::BFloat16 && bf16_products();
+    plan.amx = plan.pairs && amx_products();
+    plan.packed_widths[0] = plan.amx ? round_up(student_width, 2) : student_width; // both packs hold whole pairs
+    plan.packed_widths[1] = plan.amx ? round_up(teacher_width, 2) : teacher_width;
     plan.problems = options.cross ? 1 : options.batch;
     plan.groups = options.others();
     plan.block = stored ? relation::stored_block : streamed_block;
@@ -39,8 +42,9 @@ RelationPlan plan_relation_for(const relation::Options& options, std::int64_t st
     plan.thread_bytes = thread.bytes();
 
     const std::int64_t packed_block =
-        stored ? (backward ? 0 : plan.block * stored_chunk * size)
-               : plan.block * (student_width + teacher_width + (backward ? plan.student_width : 0)) * size;
+        stored
+            ? (backward ? 0 : plan.block * stored_chunk * size)
+            : plan.block * (plan.packed_widths[0] + plan.packed_widths[1] + (backward ? plan.student_width : 0)) * size;
     const std::int64_t matrix = stored && backward ? rows * rows * size : 0;
     const std::int64_t accumulator = !stored && backward ? rows * plan.student_width * size : 0;
     const std::int64_t row_sums = backward ? rows * 8 : 0;

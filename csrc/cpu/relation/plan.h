@@ -16,11 +16,13 @@ struct RelationPlan {
     bool stored; // the form "stored": tiles are kept in `stored`; else they are recomputed
     bool backward;
     bool pairs; // bfloat16 rows are multiplied in pairs, without widening
+    bool amx;   // ... and by AMX, for which blocks are packed twice (cpu/gemm/amx.h)
     std::int64_t problems, groups, block, group_blocks, blocks;
     std::int64_t teams;    // problems processed concurrently
     int team_threads;      // threads per problem
     std::int64_t resident; // packed blocks in memory at a time: all, or two groups of equal size
     std::int64_t student_width;
+    std::int64_t packed_widths[2]; // of a packed block of the student's and the teacher's rows, form "streamed"
 
     // Offsets in bytes, relative to the team's part of the workspace, then relative to the thread's.
     std::int64_t packs, accumulator, row_sums, matrix, team_bytes;

@@ -58,7 +58,8 @@ struct Stored : Relation<S> {
             return Pair{i, i + index};
         };
         const std::int64_t count = n * (n + 1) / 2;
-        const std::int64_t chunk = this->pairs ? 2 * stored_chunk : stored_chunk; // the same number of bytes
+        // The same number of bytes: pairs take half of it, or are packed twice.
+        const std::int64_t chunk = this->pairs && !plan.amx ? 2 * stored_chunk : stored_chunk;
         for (int network = 0; network < 2; ++network) {
             const Rows& rows = network == 0 ? student : teacher;
             for (std::int64_t from = 0; from < rows.width; from += chunk) {
@@ -172,8 +173,13 @@ struct Stored : Relation<S> {
             T* result = scratch(plan.teams > 1 ? team : thread, plan.panel) + ld * 48;
             pack_pairs(x + begin * student.col_stride, student.col_stride, student.row_stride, cols, options.rows,
                        panel);
-            panel_product_pairs(width.width(p), words, ld / 2, 1, options.rows, panel, pairs_of(options.rows), result,
-                                elements, false);
+            const std::int64_t inner = pairs_of(options.rows);
+            if (plan.amx) {
+                amx_product(words, ld / 2, options.rows, panel, Panels<T>(elements), inner, result, elements, false);
+            } else {
+                panel_product_pairs(width.width(p), words, ld / 2, 1, options.rows, panel, inner, result, elements,
+                                    false);
+            }
             for (std::int64_t r = 0; r < options.rows; r += tile_side) {
                 const std::int64_t count = options.rows - r < tile_side ? options.rows - r : tile_side;
                 T outer[tile_side], along[tile_side];

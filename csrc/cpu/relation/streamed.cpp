@@ -33,19 +33,21 @@ struct Streamed : Relation<S> {
     using Base::teacher;
     using Base::typed_scales;
 
+    // Offsets of the teacher's part of a packed block, and of its [rows][width].
+    FASTKD_INLINE std::int64_t teacher_offset() const { return plan.block * plan.packed_widths[0]; }
+    FASTKD_INLINE std::int64_t rows_offset() const { return teacher_offset() + plan.block * plan.packed_widths[1]; }
     // A packed block: the student's and the teacher's [width][rows], then the student's [rows][width] for the backward.
     // With `pairs`, pairs along the first index.
     FASTKD_INLINE T* packed(std::int64_t team, std::int64_t slot) const {
-        const std::int64_t width = student.width + teacher.width + (plan.backward ? plan.student_width : 0);
-        return at(team, plan.packs) + slot * plan.block * width;
+        return at(team, plan.packs) + slot * (rows_offset() + (plan.backward ? plan.block * plan.student_width : 0));
     }
     void pack_block(std::int64_t team, std::int64_t slot, std::int64_t problem, std::int64_t block) const {
         T* to = packed(team, slot);
         this->pack_block_of(student, 0, problem, block, 0, student.width, to);
-        this->pack_block_of(teacher, 1, problem, block, 0, teacher.width, to + plan.block * student.width);
+        this->pack_block_of(teacher, 1, problem, block, 0, teacher.width, to + teacher_offset());
         if (plan.backward) {
             const S* x = rows_at(student, problem, block);
-            T* by_rows = to + plan.block * (student.width + teacher.width);
+            T* by_rows = to + rows_offset();
             if constexpr (is_bf16<S>) {
                 if (this->pairs) {
                     return pack_pairs(x, student.col_stride, student.row_stride, student.width, rows_of(block),
@@ -64,9 +66,8 @@ struct Streamed : Relation<S> {
         T* e_t = e_s + plan.block * plan.block;
         const T* x = packed(team, slot_i);
         const T* y = packed(team, slot_j);
-        const std::int64_t skip = plan.block * student.width;
         this->multiply_blocks(x, i, y, j, student.width, e_s, false);
-        this->multiply_blocks(x + skip, i, y + skip, j, teacher.width, e_t, false);
+        this->multiply_blocks(x + teacher_offset(), i, y + teacher_offset(), j, teacher.width, e_t, false);
         this->finish_products(problem, i, j, e_s, e_t);
         return {e_s, e_t, plan.block, rows_of(i), rows_of(j)};
     }
@@ -122,26 +123,37 @@ struct Streamed : Relation<S> {
         });
         __builtin_memset(q, 0, rows * sizeof(double));
         const Panels<T> width(student.width);
-        const std::int64_t by_rows = plan.block * (student.width + teacher.width); // in a packed block
         stream(team, problem,
                [&](Tile<T> tile, std::int64_t i, std::int64_t j, std::int64_t slot_i, std::int64_t slot_j,
                    std::int64_t thread) {
                    T* h = scratch(thread, plan.tiles) + 2 * plan.block * plan.block;
                    T* own = sums + i * plan.block * ld;
                    T* other = sums + j * plan.block * ld;
-                   const T* x_own = packed(team, slot_i) + by_rows;
-                   const T* x_other = packed(team, slot_j) + by_rows;
+                   const T* x_own = packed(team, slot_i) + rows_offset();
+                   const T* x_other = packed(team, slot_j) + rows_offset();
                    if constexpr (is_bf16<S>) {
                        if (this->pairs) {
                            auto* m = reinterpret_cast<BFloat16*>(h + plan.block * plan.block);
                            auto* mirror = reinterpret_cast<PairWord*>(m + plan.block * plan.block);
                            make_m(args, tile, problem, i, j, h, {m, plan.block, mirror}, q);
-                           strided_product_pairs(reinterpret_cast<const PairWord*>(m), plan.block / 2, 1, tile.rows,
-                                                 reinterpret_cast<const PairWord*>(x_other), width, pairs_of(tile.cols),
-                                                 own, ld, true);
+                           const auto* words = reinterpret_cast<const PairWord*>(m);
+                           const auto* right = reinterpret_cast<const PairWord*>(x_other);
+                           const auto* right_own = reinterpret_cast<const PairWord*>(x_own);
+                           const std::int64_t pairs = plan.block / 2;
+                           if (plan.amx) {
+                               amx_product(words, pairs, tile.rows, right, width, pairs_of(tile.cols), own, ld, true);
+                               if (i != j) {
+                                   auto* left = reinterpret_cast<PairWord*>(h); // no longer needed
+                                   transpose_pairs(mirror, plan.block, pairs, tile.cols, left, pairs);
+                                   amx_product(left, pairs, tile.cols, right_own, width, pairs_of(tile.rows), other, ld,
+                                               true);
+                               }
+                               return;
+                           }
+                           strided_product_pairs(words, pairs, 1, tile.rows, right, width, pairs_of(tile.cols), own, ld,
+                                                 true);
                            if (i != j) {
-                               strided_product_pairs(mirror, 1, plan.block, tile.cols,
-                                                     reinterpret_cast<const PairWord*>(x_own), width,
+                               strided_product_pairs(mirror, 1, plan.block, tile.cols, right_own, width,
                                                      pairs_of(tile.rows), other, ld, true);
                            }
                            return;
