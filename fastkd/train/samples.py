@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from fastkd.train.seeding import kept_generators, seed_sample
 
 BAD = "bad_samples"  # key of a batch that lists the samples it replaced
-_TRIES = 10  # if so many samples in a row cannot be read, the data set is at fault
+_TRIES = 10  # if so many samples in a row cannot be read, the dataset is at fault
 
 
 class BadSample(NamedTuple):
