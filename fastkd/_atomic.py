@@ -10,10 +10,11 @@ from pathlib import Path
 
 
 @contextmanager
-def replace_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
+def replace_files(*paths: Path, durable: bool = False) -> Iterator[tuple[Path, ...]]:
     """Yield a temporary path next to each of ``paths``; when the block ends, rename them into place.
 
-    If the block raises, no file is replaced and the temporary ones are removed.
+    If the block raises, no file is replaced and the temporary ones are removed. ``durable`` is that of
+    `replace_folder`.
 
     Example:
         >>> with replace_files(Path("facts.json")) as (partial,):  # doctest: +SKIP
@@ -28,7 +29,11 @@ def replace_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
         yield partials
         for partial, path in zip(partials, paths, strict=True):
             _make_readable(partial)
+            if durable:
+                _sync(partial)
             partial.replace(path)
+            if durable:
+                _sync(path.parent)
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)

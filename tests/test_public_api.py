@@ -25,6 +25,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "Distiller.forward": "(self, batch)",
         "Distiller.model_inputs": "(self, batch)",
         "Distiller.run_teacher": "(self, batch)",
+        "Distiller.record_teacher": "(self, batch)",
+        "Distiller.with_teacher": "(self, teacher)",
+        "Distiller.teacher_tap_targets": "property",
         "Distiller.check": "(self, batch)",
         "Distiller.gradient_shares": "(self, batch)",
         "Distiller.balance": "(self, batch, shares)",
@@ -212,6 +215,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "Distiller.forward": "(self, batch)",
         "Distiller.model_inputs": "(self, batch)",
         "Distiller.run_teacher": "(self, batch)",
+        "Distiller.record_teacher": "(self, batch)",
+        "Distiller.with_teacher": "(self, teacher)",
+        "Distiller.teacher_tap_targets": "property",
         "Distiller.check": "(self, batch)",
         "Distiller.gradient_shares": "(self, batch)",
         "Distiller.balance": "(self, batch, shares)",
@@ -220,6 +226,14 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "Taps": "(model, paths)",
         "Taps.clear": "(self)",
         "Taps.close": "(self)",
+        "TeacherCache": "(folder, teacher=None)",
+        "TeacherCache.build": (
+            "(cls, folder, distiller, dataset, *, batch_size=16, dtype='teacher', device='auto', precision='auto', "
+            "channels_last=False, workers=0, threads=None, collate=None, overwrite=False, progress=True, notes=None)"
+        ),
+        "TeacherCache.collate": "(self, collate, distiller)",
+        "TeacherCache.read": "(self, batch, inputs, paths)",
+        "TeacherCache.check_dataset": "(self, dataset, collate, inputs)",
         "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory)",
         "TrainConfig": (
             "(*, steps=1000, batch_size=16, accumulate=1, lr=0.0005, weight_decay=0.01, warmup=0, "

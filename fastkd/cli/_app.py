@@ -7,7 +7,7 @@ from tyro.extras import SubcommandApp
 
 def build_app() -> SubcommandApp:
     """Return the application; commands import torch and other heavy packages when they run."""
-    from fastkd.cli import convert, data, demo, evaluate, export, info, predict, train
+    from fastkd.cli import cache, convert, data, demo, evaluate, export, info, predict, train
 
     app = SubcommandApp()
     app.command(name="info")(info.info)
@@ -16,6 +16,7 @@ def build_app() -> SubcommandApp:
     app.command(shapes, name="data", help="make datasets")
     app.command(name="train")(train.train)
     app.command(name="distill")(train.distill)
+    app.command(name="cache")(cache.cache)
     app.command(name="evaluate")(evaluate.evaluate)
     app.command(name="predict")(predict.predict)
     app.command(name="export")(export.export)

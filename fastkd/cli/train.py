@@ -47,10 +47,11 @@ def train(
 def distill(
     data: Data,
     out: Path,
-    teacher: str = "shapes",
+    teacher: str | None = None,
     student: str = "shapes-student",
     terms: tuple[str, ...] = _TERMS,
     teacher_tokenizer: str | None = None,
+    teacher_cache: Path | None = None,
     config: Config = _CONFIG,
     overwrite: bool = False,
     resume: bool = False,
@@ -64,13 +65,15 @@ def distill(
         out: folder for log and checkpoints.
         teacher: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``, or its .pth), a
             folder or hub name of transformers' CLIPSeg or SAM 3, or "shapes" for the shipped teacher of the procedural
-            set.
+            set; default: "shapes", or the one in --teacher-cache.
         student: a preset's name, a config.json, or a folder written by save_pretrained.
         terms: terms as name=share, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
             relative to the task's, measured on the first batches. fastkd.distill.recipes.TERMS lists the names. A
             teacher with its own tokenizer supports ``mask``, and ``pixel_pixel`` if it compares pixels with words.
         teacher_tokenizer: path of the teacher's tokenizer if it differs from the student's; those of CLIPSeg and SAM 3
             are looked up next to their weights.
+        teacher_cache: a folder written by ``fastkd cache``, read in place of running the teacher; --teacher, if given,
+            must be the one that was cached.
         config: the settings.
         overwrite: replace an earlier run in --out.
         resume: continue the run in --out from its latest checkpoint, or start it if there is none yet.
@@ -79,7 +82,9 @@ def distill(
             gradients of its samples again and print them, without training.
     """
     folder = _Folder(overwrite, resume, resume_allow)
-    _run(data, out, student, config, folder, replay, teacher, terms, teacher_tokenizer)
+    if teacher_cache is None:
+        teacher = teacher or "shapes"
+    _run(data, out, student, config, folder, replay, teacher, terms, teacher_tokenizer, teacher_cache)
 
 
 class _Folder(NamedTuple):
@@ -100,11 +105,12 @@ def _run(
     teacher_name: str | None = None,
     terms: Sequence[str] = (),
     teacher_tokenizer: str | None = None,
+    teacher_cache: Path | None = None,
 ) -> None:
     from fastkd import Distiller
     from fastkd.cli._arguments import parse_terms
-    from fastkd.cli._data import teacher_tokenizer_options
-    from fastkd.cli._models import build_model, load_model
+    from fastkd.cli._models import build_model
+    from fastkd.cli._teacher import open_teacher
     from fastkd.distill.recipes import recipe
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
@@ -112,11 +118,7 @@ def _run(
     from fastkd.train.resume import saved_settings
 
     model = build_model(model_name, config.seed, data.tokenizer)
-    teacher = None if teacher_name is None else load_model(teacher_name)
-    teacher_options = {} if teacher is None else teacher_tokenizer_options(model, teacher, teacher_tokenizer)
-    model.config.tokenizer = data.tokenizer or model.config.tokenizer
-    if model.config.tokenizer is None and teacher is not None and not teacher_options:
-        model.config.tokenizer, model.tokenizer = teacher.config.tokenizer, getattr(teacher, "tokenizer", None)
+    teacher, teacher_options = open_teacher(model, data.tokenizer, teacher_name, teacher_tokenizer, teacher_cache)
     train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
     val_set = data.open("val", model, sentences="all")
     shares = {} if teacher is None else parse_terms(terms)

@@ -14,8 +14,10 @@ from fastkd._wrappers import unwrap
 from fastkd.distill import checks, words
 from fastkd.distill.forward import normalisation, renormalise, run_model
 from fastkd.distill.gradients import GradientReport, balanced_weights, preserve_state, report_gradients
+from fastkd.distill.recorded import RecordedTeacher
+from fastkd.distill.selectors import select
 from fastkd.distill.taps import Taps
-from fastkd.distill.terms import Term, loss_and_options, term_value
+from fastkd.distill.terms import Term, loss_and_options, teacher_paths, term_value
 
 
 @dataclass
@@ -116,6 +118,13 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     @property
+    def teacher_tap_targets(self) -> dict[str, tuple[str, int | str | None]]:
+        """The teacher's taps: name to module path and index."""
+        if isinstance(self.teacher, RecordedTeacher):
+            return dict(self.teacher.taps)
+        return {} if self._teacher_taps is None else dict(self._teacher_taps.targets)
+
+    @property
     def weights(self) -> dict[str, float]:
         """Term name to weight."""
         return {name: term.weight for name, term in self.terms.items()}
@@ -126,6 +135,16 @@ class Distiller(nn.Module):
             if name not in self.terms:
                 raise ValueError(f"weights: no term named {name!r}.{suggestion(name, self.terms)}")
         self.terms |= {name: replace(self.terms[name], weight=weight) for name, weight in weights.items()}
+
+    def with_teacher(self, teacher: nn.Module) -> Distiller:
+        """Return a distiller with the same student, terms, weights and aligners, but another teacher.
+
+        Taps of the present teacher are not kept: they watch its modules.
+        """
+        terms = list(self.terms.values())
+        return Distiller(
+            self.student, teacher, self.task_loss, terms, inputs=self.inputs, student_taps=self._student_taps
+        )
 
     def forward(self, batch: Mapping[str, Any]) -> DistillOutput:
         """Run both models and every loss on one batch."""
@@ -155,8 +174,23 @@ class Distiller(nn.Module):
             return None
         if unwrap(self.teacher).training:
             raise ValueError("teacher is in train mode: its dropout and batch statistics are on; call teacher.eval()")
+        if isinstance(self.teacher, RecordedTeacher):
+            return self.teacher.output(batch)
         with torch.no_grad():
             return run_model(self.teacher, **self._teacher_inputs(batch))
+
+    def record_teacher(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the teacher and return what the terms read from its output, by path: tensors or lists of tensors.
+
+        Raises:
+            ValueError: a term selects by a function, or something that does not exist.
+        """
+        paths = [path for term in self.terms.values() for path in teacher_paths(term)]
+        output = self.run_teacher(batch)
+        found = {path: select(path, output, self._teacher_taps)[0] for path in dict.fromkeys(paths)}
+        if self._teacher_taps is not None:
+            self._teacher_taps.clear()
+        return found
 
     def _teacher_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's inputs from a batch, the image converted to the teacher's normalisation."""
@@ -266,11 +300,17 @@ def _check_arguments(student: Any, teacher: Any, task_loss: Any, terms: Sequence
         raise TypeError(f"inputs must be a sequence of keys, got the string {inputs!r}; pass ({inputs!r},)")
     if teacher is not None and unwrap(teacher) is unwrap(student):
         raise ValueError("teacher and student are the same object: there is nothing to learn; pass another model")
+    if isinstance(teacher, RecordedTeacher):
+        for term in terms:
+            teacher.check_paths(f"term {term.name!r}", teacher_paths(term))
     if teacher is None and terms:
         raise ValueError(f"terms need a teacher, got {[t.name for t in terms]} and teacher=None")
 
 
 def _as_taps(model: nn.Module | None, taps: Taps | Mapping[str, Any] | None) -> Taps | None:
+    if isinstance(model, RecordedTeacher):
+        model.check_taps(taps.targets if isinstance(taps, Taps) else taps or {})
+        return None
     if taps is None or isinstance(taps, Taps):
         return taps
     if model is None:

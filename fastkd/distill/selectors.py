@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastkd._messages import suggestion
+from fastkd.distill.recorded import RecordedOutput
 
 Selector = str | Callable[[Any], Any] | tuple[str | Callable[[Any], Any], ...]
 """A path such as ``"stages.3"``, a callable that takes the model's output, or a tuple of either."""
@@ -18,6 +19,8 @@ def select(selector: Selector, output: Any, taps: Mapping[str, Any] | None = Non
     """Return the selected values, always as a tuple; a path may begin with the name of a tap."""
     if isinstance(selector, tuple):
         return tuple(value for part in selector for value in select(part, output, taps))
+    if isinstance(output, RecordedOutput):
+        return (output.read(selector),)
     if not isinstance(selector, str):
         return (selector(output),)
     head, _, rest = selector.partition(".")

@@ -52,6 +52,7 @@ class Taps(Mapping[str, Any]):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         modules = dict(_modules(model))
         self.paths: dict[str, str] = {}
+        self.targets: dict[str, tuple[str, int | str | None]] = {}  # with the index, for `RecordedTeacher`
         self._outputs = _Outputs()
         self._handles: list[RemovableHandle] = []
         found: list[tuple[str, nn.Module, int | str | None]] = []
@@ -67,6 +68,7 @@ class Taps(Mapping[str, Any]):
                     f"tap {name!r}: the model has no module {path!r}.{suggestion(path, _candidates(path, modules))}"
                 )
             self.paths[name] = path
+            self.targets[name] = (path, index)
             found.append((name, modules[path], index))
         self._handles.append(unwrap(model).register_forward_pre_hook(_ClearHook(self._outputs)))
         for name, module, index in found:

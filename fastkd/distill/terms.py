@@ -105,6 +105,31 @@ def term_value(
         raise
 
 
+def teacher_paths(term: Term) -> list[str]:
+    """Return the paths that a term reads from the teacher's output.
+
+    Raises:
+        ValueError: it selects by a function, which has no name under which its result could be recorded.
+    """
+    selector = term.student if term.teacher is None else term.teacher
+    parts = selector if isinstance(selector, tuple) else (selector,)
+    for part in parts:
+        if not isinstance(part, str):
+            raise ValueError(
+                f"term {term.name!r} selects from the teacher by a function ({getattr(part, '__name__', part)}), whose "
+                "result cannot be recorded under a name: select by a path or the name of a tap"
+            )
+    paths = [str(part) for part in parts]
+    pending = list(term.kwargs.values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str) and value.startswith("teacher."):
+            paths.append(value.removeprefix("teacher."))
+        elif type(value) in (tuple, list):
+            pending.extend(value)
+    return list(dict.fromkeys(paths))
+
+
 def loss_and_options(term: Term) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return a term's loss without `functools.partial` around it, and all keyword arguments it is called with."""
     loss, options = term.loss, dict(term.kwargs)

@@ -19,6 +19,11 @@ PREFIX = "teacher_"
 _SENTENCE = ("input_ids", "words", "word_mask")  # all three come from the same tokenizer
 
 
+def is_sentence(key: str) -> bool:
+    """Return whether a key of a batch holds tokens of the sentence, for the student or the teacher."""
+    return key.removeprefix(PREFIX) in _SENTENCE
+
+
 def has_teacher_words(inputs: Sequence[str], batch: Mapping[str, Any]) -> bool:
     """Return whether the batch holds the sentence tokenised for the teacher as well."""
     return any(key in inputs and PREFIX + key in batch for key in _SENTENCE)
@@ -30,19 +35,24 @@ def teacher_inputs(teacher: nn.Module, inputs: Sequence[str], batch: Mapping[str
     Raises:
         ValueError: the teacher has its own tokenizer, but the batch holds only the student's tokens.
     """
-    words_differ = has_teacher_words(inputs, batch)
-    if not words_differ and _has_own_tokenizer(teacher):
+    if not has_teacher_words(inputs, batch) and _has_own_tokenizer(teacher):
         raise ValueError(
             f"teacher {type(unwrap(teacher)).__name__} reads token ids of its own tokenizer, but the batch has no "
             "'teacher_input_ids': make them with ReferDataset(..., teacher_tokenizer=...); or, if the student has the "
             "same tokenizer, set teacher.has_own_tokenizer = False"
         )
+    return {name: batch[key] for name, key in teacher_keys(inputs, batch).items()}
+
+
+def teacher_keys(inputs: Sequence[str], batch: Mapping[str, Any]) -> dict[str, str]:
+    """Return the batch's key of each of the teacher's inputs, by the name of the input."""
+    words_differ = has_teacher_words(inputs, batch)
     chosen = {}
     for key in inputs:
         if PREFIX + key in batch:
-            chosen[key] = batch[PREFIX + key]
+            chosen[key] = PREFIX + key
         elif key in batch and not (words_differ and key in _SENTENCE):
-            chosen[key] = batch[key]
+            chosen[key] = key
     return chosen
 
 

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from fastkd.train.loop import train
     from fastkd.train.result import TrainResult
     from fastkd.train.task import segmentation_loss
+    from fastkd.train.teacher_cache.reader import TeacherCache
 
 __all__ = [
     "DistillOutput",
     "Distiller",
     "GradientReport",
     "Taps",
+    "TeacherCache",
     "Term",
     "TrainConfig",
     "TrainResult",
@@ -35,6 +37,7 @@ __getattr__ = lazy_names(
         "Distiller": "fastkd.distill",
         "GradientReport": "fastkd.distill",
         "Taps": "fastkd.distill",
+        "TeacherCache": "fastkd.train.teacher_cache.reader",
         "Term": "fastkd.distill",
         "TrainConfig": "fastkd.train.config",
         "TrainResult": "fastkd.train.result",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from fastkd._runtime import autocast, to_device
@@ -12,6 +13,8 @@ from fastkd.distill.distiller import Distiller
 from fastkd.train.config import TrainConfig
 from fastkd.train.host import check_batch, check_tokenizers
 from fastkd.train.launch import requested
+from fastkd.train.seeding import kept_generators, seed_step
+from fastkd.train.teacher_cache.reader import collate_for
 
 
 def balance_on(
@@ -23,7 +26,8 @@ def balance_on(
         distiller: student, teacher and the terms to weight.
         dataset: the training set; `fastkd.data.collate` makes its batches.
         shares: term name to the norm of its weighted gradient, relative to the task's.
-        config: settings of the run; only batch size, device and precision are used.
+        config: settings of the run; only what determines a first step is used: batch size,
+            device, precision, memory format, threads and seed.
         batches: number of batches to average gradient norms over.
 
     Returns:
@@ -32,14 +36,23 @@ def balance_on(
     from fastkd.data import collate
 
     check_tokenizers(distiller, dataset)
+    collated_by = collate_for(distiller, collate)
     count = len(dataset)  # type: ignore[arg-type]
     size = min(config.batch_size, count)
     device, precision = requested(config)
     distiller.to(device).train()
+    if config.channels_last:
+        distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     starts = range(0, min(batches * size, count - size + 1), size)
-    collated = [collate([dataset[i] for i in range(start, start + size)]) for start in starts]
+    collated = [collated_by([dataset[i] for i in range(start, start + size)]) for start in starts]
     for batch in collated:
         check_batch(distiller, batch)
-    samples = [to_device(batch, device) for batch in collated]
-    with autocast(precision, device):
-        return distiller.balance(samples, shares)
+    samples = [to_device(batch, device, config.channels_last) for batch in collated]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        with autocast(precision, device), kept_generators():
+            seed_step(config.seed, 0, 0, 0)  # dropout must not depend on what was loaded before
+            return distiller.balance(samples, shares)
+    finally:
+        torch.set_num_threads(threads)

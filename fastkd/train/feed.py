@@ -16,6 +16,7 @@ from fastkd.train.config import TrainConfig
 from fastkd.train.host import check_batch
 from fastkd.train.optim import BatchOrder
 from fastkd.train.samples import BAD, BadSample, CollateGood, TrainingSamples
+from fastkd.train.teacher_cache.reader import collate_for
 
 
 class Feed:
@@ -38,6 +39,7 @@ class Feed:
     ) -> None:
         self.order, self.config, self.distiller, self.device = order, config, distiller, device
         self.samples = TrainingSamples(dataset, config.seed, config.skip_bad_samples)
+        collate = collate_for(distiller, collate)
         self._collate = CollateGood(collate) if config.skip_bad_samples else collate
         self.bad: dict[int, str] = {}
 

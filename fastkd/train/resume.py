@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd._atomic import remove_leftovers
 from fastkd._messages import suggestion
-from fastkd._wrappers import unwrap
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.terms import loss_and_options
 from fastkd.evaluate.evaluation import EvalResult
 from fastkd.train.checkpoint import FOLDER, find_checkpoints, latest_checkpoint, read_state
 from fastkd.train.config import TrainConfig
+from fastkd.train.teacher_cache.reader import teacher_settings
 
 # These do not influence the result, so they may differ without permission.
 _FREE = frozenset({"workers", "log_every", "checkpoint_every", "keep_checkpoints", "eval_batch_size", "check"})
@@ -103,7 +102,7 @@ def run_settings(
         plain = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool) and k[0] != "_"}
         settings |= {f"terms.{name}.{key}": value for key, value in plain.items() if key not in ("training", "backend")}
     if distiller.teacher is not None:
-        settings["teacher"] = _digest(unwrap(distiller.teacher))
+        settings |= teacher_settings(distiller.teacher)
     return json.loads(json.dumps(settings | dict(further), default=str))  # type: ignore[no-any-return]
 
 
@@ -181,14 +180,3 @@ def _qualified_name(loss: Any) -> str:
         loss = loss.func
     kind = type(loss) if isinstance(loss, nn.Module) or not hasattr(loss, "__qualname__") else loss
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _digest(model: nn.Module) -> str:
-    """Return a model's class with a checksum of names, shapes and the first 16 values of every tensor."""
-    checksum = 0
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            corner = value.detach()[tuple(slice(4) for _ in value.shape)]  # in any memory format
-            first = corner.reshape(-1)[:16].to("cpu", torch.float64)
-            checksum = zlib.crc32(f"{name}{tuple(value.shape)}{first.tolist()}".encode(), checksum)
-    return f"{type(model).__name__} {checksum:08x}"

@@ -37,6 +37,7 @@ from fastkd.train.seeding import seed_step
 from fastkd.train.skips import LIMIT, any_not_finite, describe
 from fastkd.train.split import check_all_reduced, data_parallel, warn_of_micro_batches
 from fastkd.train.state import ModelState
+from fastkd.train.teacher_cache.reader import check_cache
 
 
 class TrainingRun(SavedRun):
@@ -67,6 +68,7 @@ class TrainingRun(SavedRun):
         """Train until the last step or ``max_seconds``, then evaluate."""
         config, distiller = self.config, self.distiller
         check_tokenizers(distiller, self.dataset)
+        check_cache(distiller, self.feed.samples, self.collate, self.precision)
         keep_tokenizer(distiller.student, self.dataset)
         seed_step(config.seed, self.step, 0, self.rank)
         distiller.to(self.device)

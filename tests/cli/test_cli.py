@@ -80,6 +80,30 @@ def test_resume_keeps_the_weights_and_refuses_other_settings(shapes, tmp_path, c
     assert [line["step"] for line in lines if line["event"] == "resume"] == [3]
 
 
+def test_cached_teacher_gives_the_weights_of_a_teacher_online(shapes, tmp_path, capsys):
+    terms = ["first_order=0.5", "mask=0.2"]
+    cache = ["cache", "--data", str(shapes), "--out", str(tmp_path / "cache"), "--threads", "1", "--batch-size", "4"]
+    assert main([*cache, "--terms", *terms]) == 0
+    printed = capsys.readouterr()
+    assert "samples of 297 KiB" in printed.err
+    assert "teacher cache: " in printed.out
+    cached = ["--teacher-cache", str(tmp_path / "cache")]
+    args = ["distill", "--data", str(shapes), *SHORT, "--terms", *terms]
+    assert main([*args, "--out", str(tmp_path / "online")]) == 0
+    assert main([*args, "--out", str(tmp_path / "cached"), *cached, "--teacher", "shapes"]) == 0
+    files = [tmp_path / run / "last" / "model.safetensors" for run in ("online", "cached")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    capsys.readouterr()
+    other = ["--out", str(tmp_path / "other"), *cached]
+    assert main([*args, *other, "--teacher", str(tmp_path / "online" / "last")]) == 2
+    assert "holds the output of another teacher, 'shapes'" in capsys.readouterr().err
+    assert main(["distill", "--data", str(shapes), *SHORT, *other, "--terms", "logit=0.2"]) == 2
+    assert "term 'logit': 'decoder' of the teacher was not recorded" in capsys.readouterr().err
+    assert main([*cache, "--terms", *terms, "--dtype", "bf16"]) == 2
+    assert "in another dtype" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_replay_prints_the_losses_of_the_batch_that_stopped_a_run(shapes, tmp_path, capsys):
     out = tmp_path / "run"
     args = ["train", "--data", str(shapes), "--batch-size", "4", "--threads", "1"]

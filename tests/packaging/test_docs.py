@@ -209,6 +209,13 @@ def test_data_page_runs_and_lists_the_keys_of_a_batch(tmp_path: Path, monkeypatc
                 )
 
 
+def test_teacher_cache_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_ris()
+    names = run("docs/teacher_cache.md", tmp_path, monkeypatch)
+    assert names["result"].steps == 2
+    assert names["cache"].measured["change_with_order"] == 0
+
+
 def test_data_page_lists_splits_and_published_counts() -> None:
     needs_ris()
     from fastkd.data.refcoco import PUBLISHED_REFS, SPLITS

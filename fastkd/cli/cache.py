@@ -1,0 +1,79 @@
+"""``fastkd cache``: run a teacher once over a dataset, for ``fastkd distill --teacher-cache``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fastkd._console import show
+from fastkd.cli._data import Data
+from fastkd.train.config import Precision
+
+_TERMS = ("first_order",)
+
+
+def cache(
+    data: Data,
+    out: Path,
+    teacher: str = "shapes",
+    student: str = "shapes-student",
+    terms: tuple[str, ...] = _TERMS,
+    teacher_tokenizer: str | None = None,
+    dtype: Literal["teacher", "bf16", "fp16"] = "teacher",
+    batch_size: int = 16,
+    device: str = "auto",
+    precision: Precision = "auto",
+    channels_last: bool = False,
+    workers: int = 0,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Run a teacher once over every sentence of a training set, and store what the terms compare.
+
+    Prints size and time before it begins. Killed or stopped, the same command continues.
+
+    Args:
+        data: the dataset.
+        out: folder of the cache.
+        teacher: as in ``fastkd distill``.
+        student: as in ``fastkd distill``; its image size, normalisation and tokenizer apply.
+        terms: names of terms, such as ``first_order logit``; shares (``first_order=0.5``) are ignored.
+        teacher_tokenizer: as in ``fastkd distill``.
+        dtype: "teacher" stores the teacher's own dtype and gives the results of a teacher online; "bf16" and "fp16"
+            take half of fp32's size, and their error is measured and printed.
+        batch_size: samples per forward of the teacher. With the runs' batch size, precision, memory format and threads
+            their results are bit-identical to those of a teacher online; other values may change the last digits.
+        device: "auto", "cpu", "cuda", ...
+        precision: precision of the teacher.
+        channels_last: memory format of images and convolution weights.
+        workers: data-loading processes.
+        threads: torch's CPU threads; None keeps the default.
+        overwrite: replace another cache in --out.
+    """
+    from fastkd import Distiller
+    from fastkd.cli._arguments import check_folder
+    from fastkd.cli._models import build_model
+    from fastkd.cli._teacher import describe, open_teacher
+    from fastkd.distill.recipes import recipe
+    from fastkd.train import TeacherCache, segmentation_loss
+
+    check_folder("--out", out)
+    model = build_model(student, 0, data.tokenizer)
+    loaded, options = open_teacher(model, data.tokenizer, teacher, teacher_tokenizer)
+    samples = data.open("train", model, sentences="all", teacher=options)
+    names = list(dict.fromkeys(term.partition("=")[0] for term in terms))
+    built = TeacherCache.build(
+        out,
+        Distiller(model, loaded, segmentation_loss, recipe(names)),
+        samples,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        precision=precision,
+        channels_last=channels_last,
+        workers=workers,
+        threads=threads,
+        overwrite=overwrite,
+        notes=describe(teacher, loaded, options),
+    )
+    show(f"teacher cache: {out}, {len(built)} samples")

@@ -1,0 +1,143 @@
+"""A stand-in for a teacher that ran before: what the terms read of its output comes with the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkd._messages import shortened, suggestion
+
+PREFIX = "recorded_teacher."  # of a batch's keys
+_MISSING = "batch has no {}: it must come with every batch; TeacherCache.collate adds it"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One path into the teacher's output.
+
+    Attributes:
+        count: number of tensors if it leads to a list, else None.
+        dtypes: the teacher's dtype of each tensor.
+        orders: the dimensions of each tensor in the order in which they lie in memory, the batch first: (0, 2, 3, 1)
+            for a channels-last map. Recorded tensors are permuted to this order.
+    """
+
+    count: int | None
+    dtypes: tuple[torch.dtype, ...]
+    orders: tuple[tuple[int, ...], ...]
+
+    def keys(self, path: str) -> list[str]:
+        """Return the batch's key of each tensor."""
+        return [PREFIX + name for name in part_names(path, self.count)]
+
+
+def part_names(path: str, count: int | None) -> list[str]:
+    """Return a name for each tensor at a path of the teacher's output."""
+    return [path] if count is None else [f"{path}/{position}" for position in range(count)]
+
+
+class RecordedOutput(Mapping[str, Any]):
+    """Output of a `RecordedTeacher`: the paths that the batch holds, each a tensor or a list of tensors.
+
+    Tensors have the teacher's dtype, whatever dtype they were recorded in, and its strides.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], batch: Mapping[str, Any], fix: str) -> None:
+        self._parts, self._batch, self._fix = parts, batch, fix
+
+    def __getitem__(self, path: str) -> Any:
+        part = self._parts[path]
+        tensors = [
+            self._batch[key].to(dtype).permute([order.index(dim) for dim in range(len(order))])  # (B, ...)
+            for key, dtype, order in zip(part.keys(path), part.dtypes, part.orders, strict=True)
+        ]
+        return tensors[0] if part.count is None else tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return (path for path, part in self._parts.items() if all(key in self._batch for key in part.keys(path)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def read(self, selector: Any) -> Any:
+        """Return what a selector reads.
+
+        Raises:
+            ValueError: it is a function, or was not recorded.
+        """
+        if not isinstance(selector, str):
+            raise ValueError(
+                f"{getattr(selector, '__name__', selector)!r} is a function, which reads the output of a teacher that "
+                "runs, not a recorded one: select by a path or the name of a tap"
+            )
+        check_recorded(selector, self._parts, self._fix)
+        missing = [key for key in self._parts[selector].keys(selector) if key not in self._batch]
+        if missing:
+            raise ValueError(_MISSING.format(shortened(missing)))
+        return self[selector]
+
+
+class RecordedTeacher(nn.Module):
+    """A module without parameters that takes the place of a `Distiller`'s teacher.
+
+    Args:
+        parts: what was recorded, by path.
+        taps: name to ``(module path, index)`` of the taps that were recorded.
+        fix: how to record more, for error messages.
+    """
+
+    has_own_tokenizer = False
+
+    def __init__(
+        self, parts: Mapping[str, Part], taps: Mapping[str, tuple[str, int | str | None]], fix: str = "record it too"
+    ) -> None:
+        super().__init__()
+        self.parts, self.taps, self.fix = dict(parts), dict(taps), fix
+        self.eval()
+
+    def output(self, batch: Mapping[str, Any]) -> RecordedOutput:
+        """Return the part of the teacher's output that the batch holds.
+
+        Raises:
+            ValueError: it holds none.
+        """
+        if not any(key.startswith(PREFIX) for key in batch):
+            raise ValueError(_MISSING.format("recorded output of the teacher"))
+        return RecordedOutput(self.parts, batch, self.fix)
+
+    def train(self, mode: bool = True) -> RecordedTeacher:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def check_paths(self, owner: str, paths: Sequence[str]) -> None:
+        """Raise ``ValueError`` if a path was not recorded; ``owner`` begins the message."""
+        for path in paths:
+            try:
+                check_recorded(path, self.parts, self.fix)
+            except ValueError as error:
+                raise ValueError(f"{owner}: {error}") from error
+
+    def check_taps(self, taps: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if something else than these taps was recorded under their names."""
+        recorded = {path.partition(".")[0] for path in self.parts}
+        for name, target in taps.items():
+            if name in recorded and self.taps.get(name) != tap_target(target):
+                raise ValueError(
+                    f"teacher_taps: {name!r} is module {tap_target(target)!r} here, but "
+                    f"{self.taps.get(name, 'no tap')!r} was recorded under this name: {self.fix}"
+                )
+
+
+def tap_target(target: Any) -> tuple[str, int | str | None]:
+    """Return a tap's target, a path or ``(path, index)``, as ``(path, index)``."""
+    return (target, None) if isinstance(target, str) else (target[0], target[1])
+
+
+def check_recorded(path: str, parts: Mapping[str, Part], fix: str) -> None:
+    """Raise ``ValueError`` if a path was not recorded."""
+    if path not in parts:
+        raise ValueError(f"{path!r} of the teacher was not recorded: {fix}.{suggestion(path, parts)}")

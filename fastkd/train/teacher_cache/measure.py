@@ -1,0 +1,184 @@
+"""Checks and measurements on the first batch, before a teacher cache is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastkd.data._nested import set_epoch
+from fastkd.distill.distiller import Distiller
+from fastkd.distill.gradients import preserve_state
+from fastkd.distill.recorded import PREFIX, Part, RecordedTeacher, part_names
+from fastkd.distill.words import is_sentence, teacher_keys
+from fastkd.train.samples import TrainingSamples
+from fastkd.train.teacher_cache.keys import digest_of, sample_keys
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+_TOLERANCE = 1e-3  # of the largest value, as in `Distiller.check`
+
+
+def spread(count: int, number: int = 16) -> list[int]:
+    """Return up to ``number`` evenly spaced indices below ``count``."""
+    number = min(number, count)
+    return [index * count // number for index in range(number)]
+
+
+def repeatable_keys(
+    dataset: Dataset[Any], collate: Collate, inputs: Sequence[str]
+) -> tuple[dict[str, str], list[bytes]]:
+    """Read some samples twice, in different epochs; return the batch's key of each teacher input, and their keys.
+
+    Raises:
+        ValueError: what the teacher receives changes between the two reads.
+    """
+    indices = spread(len(dataset))  # type: ignore[arg-type]
+    reads = []
+    for epoch in (1, 0):
+        set_epoch(dataset, epoch)
+        samples = TrainingSamples(dataset, seed=epoch)
+        samples.epoch = epoch
+        batch = collate([samples[index] for index in indices])
+        names = teacher_keys(inputs, batch)
+        if not names:
+            raise ValueError(f"a batch holds none of the teacher's inputs ({', '.join(inputs)})")
+        reads.append(sample_keys(batch, list(names.values())))
+    for index, before, after in zip(indices, *reads, strict=True):
+        changed = [name for n, name in enumerate(names.values()) if digest_of(before, n) != digest_of(after, n)]
+        if changed:
+            raise ValueError(_changes(changed, index))
+    return names, reads[-1]
+
+
+def _changes(names: Sequence[str], index: int) -> str:
+    if all(is_sentence(name) for name in names):
+        return (
+            f"the sentence of sample {index} changes from epoch to epoch: cache a data set that lists every sentence "
+            "(ReferDataset(..., sentences='all')); a run may then draw them at random"
+        )
+    return (
+        f"{' and '.join(names)} of sample {index} changes from epoch to epoch: a random augmentation would be cached "
+        "in one view only; cache and train on a data set without it, or train with the teacher online"
+    )
+
+
+def flatten(values: Mapping[str, Any], size: int) -> tuple[dict[str, Part], dict[str, Tensor]]:
+    """Return the parts and the tensors, by name, of what terms read from the teacher's output on ``size`` samples.
+
+    The tensors' dimensions are permuted to the order in which they lie in memory.
+
+    Raises:
+        ValueError: a value that is not a tensor or list of tensors with one row per sample.
+    """
+    parts: dict[str, Part] = {}
+    tensors: dict[str, Tensor] = {}
+    for path, value in values.items():
+        several = list(value) if isinstance(value, list | tuple) else [value]
+        for tensor in several:
+            if not isinstance(tensor, Tensor) or tensor.ndim == 0 or tensor.shape[0] != size:
+                found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(
+                    f"{path!r} of the teacher cannot be cached: expected tensors with one row for each of {size} "
+                    f"samples, got {found}"
+                )
+        count = len(several) if isinstance(value, list | tuple) else None
+        orders = tuple(_memory_order(tensor) for tensor in several)
+        parts[path] = Part(count, tuple(tensor.dtype for tensor in several), orders)
+        permuted = [tensor.permute(order) for tensor, order in zip(several, orders, strict=True)]
+        tensors |= dict(zip(part_names(path, count), permuted, strict=True))
+    return parts, tensors
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """Return the dimensions in the order in which they lie in memory; the usual order if they overlap or have gaps."""
+    strides = tensor.stride()
+    order = (0, *sorted(range(1, tensor.ndim), key=lambda dim: -strides[dim]))
+    return order if tensor.permute(order).is_contiguous() else tuple(range(tensor.ndim))
+
+
+def rounded(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a floating-point tensor in a narrower dtype, any other as it is.
+
+    Raises:
+        ValueError: a finite value becomes infinite.
+    """
+    if dtype is None or not value.is_floating_point() or value.dtype.itemsize <= dtype.itemsize:
+        return value
+    narrow = value.to(dtype)
+    if bool((narrow.isinf() & value.isfinite()).any()):
+        largest = float(value[value.isfinite()].abs().max())
+        raise ValueError(f"{name!r} of the teacher has values of {largest:.3g}, outside the range of {dtype}: use bf16")
+    return narrow
+
+
+def check_independent(distiller: Distiller, batch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> float:
+    """Run the teacher on the batch in reverse order; return the largest change, relative to the largest value.
+
+    It is 0 where a sample's result is, bit for bit, the same whatever the other samples of a batch of this size are.
+
+    Raises:
+        ValueError: the teacher mixes samples of a batch.
+    """
+    size = len(next(iter(tensors.values())))
+    reverse = {key: _reversed(value, size) for key, value in batch.items()}
+    _, again = flatten(distiller.record_teacher(reverse), size)
+    worst = 0.0
+    for name, value in tensors.items():
+        first, second = (each.double().nan_to_num(0, 0, 0) for each in (value, again[name].flip(0)))
+        if first.numel():
+            change = float((first - second).abs().max() / first.abs().max().clamp_min(1e-300))
+            worst = max(worst, change)
+    if worst > _TOLERANCE:
+        raise ValueError(
+            f"the teacher's output for a sample changes by {worst:.2g} with the order of the batch: its forward mixes "
+            "samples, so it cannot be cached per sample"
+        )
+    return worst
+
+
+def _reversed(value: Any, size: int) -> Any:
+    if isinstance(value, Tensor) and value.ndim and len(value) == size:
+        return value.flip(0)
+    return value[::-1] if isinstance(value, list) and len(value) == size else value
+
+
+def rounding_errors(
+    distiller: Distiller,
+    batch: Mapping[str, Any],
+    parts: Mapping[str, Part],
+    taps: Mapping[str, tuple[str, int | str | None]],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> dict[str, dict[str, float]]:
+    """Return the relative error of each term's loss and gradient if the teacher's output is stored in a dtype."""
+    if dtype is None:
+        return {}
+    recorded = distiller.with_teacher(RecordedTeacher(parts, taps))
+    parameters = [p for p in distiller.student.parameters() if p.requires_grad]
+    found: list[dict[str, tuple[Tensor, Tensor]]] = []
+    for stored in (tensors, {name: rounded(name, value, dtype) for name, value in tensors.items()}):
+        with preserve_state(distiller), torch.enable_grad():
+            output = recorded({**batch, **{PREFIX + name: value for name, value in stored.items()}})
+            found.append({name: (term.detach(), _gradient(term, parameters)) for name, term in output.terms.items()})
+    exact, stored_values = found
+    return {
+        name: {
+            "loss": _relative(stored_values[name][0], exact[name][0]),
+            "gradient": _relative(stored_values[name][1], exact[name][1]),
+        }
+        for name in exact
+    }
+
+
+def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the gradient as one vector."""
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return torch.cat([g.detach().reshape(-1).double() for g in gradients if g is not None])
+
+
+def _relative(value: Tensor, exact: Tensor) -> float:
+    difference = torch.linalg.vector_norm(value.double() - exact.double())
+    return float(difference / torch.linalg.vector_norm(exact.double()).clamp_min(1e-300))
