@@ -85,11 +85,14 @@ def pixels_blocks(words: int, half: bool) -> Blocks:
 
 
 def words_blocks(words: int, half: bool, capability: int) -> Blocks:
-    """Return the blocks of ``words_kernel``."""
+    """Return the blocks of ``words_kernel``.
+
+    By default ptxas stops at 128 or 168 registers, and odd widths spill: 16 words on 9.0, 32 on 10.x and 12.x.
+    """
+    registers = 255 if (half and words == 16) or (words == 32 and capability >= 10) else None
     if half:
-        registers = 255 if words == 32 and capability == 10 else None
         return Blocks(64 if words <= 64 else 32, 64, 4 if words <= 32 else 8, 3 if words <= 64 else 2, registers)
-    return Blocks(32, 32, 4 if words <= 64 else 8, 2)
+    return Blocks(32, 32, 4 if words <= 64 else 8, 2, registers)
 
 
 MERGE_BLOCKS = Blocks(0, 0, 8, registers=255)

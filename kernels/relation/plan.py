@@ -77,9 +77,9 @@ WIDE_METHODS = ("kl", "mse")
 NARROW_CAPABILITIES = (8, 10, 12)
 """Major compute capabilities on which wide blocks spill registers (on 8.0 only under Triton 3.6)."""
 
-SMALL_BACKWARD: dict[str, tuple[int, ...]] = {"bf16": (10,), "fp16": (10, 12)}
+SMALL_BACKWARD: dict[str, tuple[int, ...]] = {"bf16": (10, 12), "fp16": (10, 12)}
 """Major compute capabilities on which a backward that recomputes tiles uses the smallest: larger ones spill under
-Triton 3.6 to 3.8."""
+Triton 3.6 to 3.9."""
 
 
 def method_of(similarity: str, distance: str, temperature: float) -> str:
