@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 pytest.importorskip("accelerate", reason="needs the [ris] extra")
 
+from teacher_cache_tools import built_and_trained
 from train_tools import Scenes, collate, distiller, run, toy, two_processes
 
 from fastkd.evaluate import evaluate
@@ -37,10 +40,10 @@ class Sometimes(nn.Module):
         return logits + self.extra[:, None, None] if self.calls < 3 else logits
 
 
-def test_two_processes() -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """Run all checks that need two processes in one start, which takes seconds."""
-    out = two_processes("""
-    import torch, warnings
+    program = """
+    import pathlib, torch, warnings
     sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")
     from test_processes import Sometimes
     from fastkd.evaluate import evaluate
@@ -60,7 +63,10 @@ def test_two_processes() -> None:
         write(f"raised {rank} {error}")
     steps = t.run(Sometimes(), steps=4, check=False, find_unused_parameters=True).steps
     write(f"completed {rank} {steps}")
-""")
+    from teacher_cache_tools import built_and_trained
+    write(f"cached {rank} {built_and_trained(pathlib.Path(FOLDER))}")
+"""
+    out = two_processes(program.replace("FOLDER", repr(str(tmp_path / "both"))))
     lines = {tuple(line.split(" ", 2)[:2]): line.split(" ", 2)[2] for line in out.splitlines() if line.count(" ") > 1}
     model = toy()
     model.spare = nn.Linear(2, 2)
@@ -78,3 +84,10 @@ def test_two_processes() -> None:
         sentences, height, width, miou, samples = lines["scored", rank].split()
         assert (sentences, height, width, samples) == ("1", "(8,", "8)", str(own))
         assert float(miou) == pytest.approx(score.miou, abs=1.0)
+    norm_alone = float(built_and_trained(tmp_path / "alone").split()[1])
+    for rank, shards in (("0", "00000,00002"), ("1", "00001,00003")):  # disjoint, and equal to those of one process
+        written, norm = lines["cached", rank].split()
+        assert written == shards
+        assert float(norm) == pytest.approx(norm_alone, rel=1e-6)
+    for file in (tmp_path / "alone").iterdir():
+        assert file.read_bytes() == (tmp_path / "both" / file.name).read_bytes()
