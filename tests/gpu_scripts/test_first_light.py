@@ -151,7 +151,7 @@ def test_faults_are_recorded_and_other_checks_continue(
     failed = {name: row["error"] for name, row in first.items() if not row["ok"]}
     bits = "a second run gave different bits"
     texts = {
-        "softmax_kl triton bf16 small": "in 60 of 120 entries, most at (1, 0, 0, 0) of (2, 3, 4, 5): nan for",
+        "softmax_kl triton bf16 small": "in 63 of 126 entries, most at (1, 0, 0, 0) of (2, 3, 3, 7): nan for",
         "softmax_kl triton fp32 small": "gradient of input 0: off by inf, allowed",
         "relation triton bf16 small": "RuntimeError: injected fault",
         "relation triton fp32 small": "RuntimeError: injected fault",

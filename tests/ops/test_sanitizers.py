@@ -133,6 +133,7 @@ def test_sanitizers_report_nothing(rig: Rig) -> None:
         assert "WARNING" not in done.stderr
 
 
+@pytest.mark.parametrize("rig", ["address"], indirect=True)
 def test_sanitizers_report_nothing_in_emulated_amx_products(rig: Rig) -> None:
     if rig.isas[-1] != "avx512":
         pytest.skip("the AVX-512 kernels were not built with this sanitizer")

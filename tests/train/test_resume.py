@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -210,6 +210,13 @@ class TestContinuation:
 
 
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def default_handler(self) -> Iterator[None]:
+        """Handle SIGINT as usual, also where a shell started the tests in the background, which ignores it."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
     def test_update_and_save_are_completed(self, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A signal inside the optimiser's update and a second one inside the save leave a whole state."""
