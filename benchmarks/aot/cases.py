@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: each kernel as the GPU workloads and the contract's cases launch it, recorded."""
+"""Cases of ahead-of-time compilation: kernels as the GPU workloads and the contract's cases launch them, recorded."""
 
 from __future__ import annotations
 

@@ -76,12 +76,12 @@ def sample(entries: list[Entry]) -> list[Entry]:
     """Return one block shape per kernel: the middle one of bf16 cases that multiply, if any. The chips alternate."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault(entry[3][0], []).append(entry)
+        groups.setdefault(entry[3].kernel, []).append(entry)
     chips = itertools.cycle(sorted({entry[2] for entry in entries}))
     chosen = []
     for group, chip in zip(groups.values(), chips, strict=False):
         group = [entry for entry in group if entry[2] == chip] or group
-        preferred = [e for e in group if e[0] == "bf16" and not e[3][3].get("STORED")] or group
+        preferred = [e for e in group if e[0] == "bf16" and not e[3].constants.get("STORED")] or group
         chosen.append(preferred[len(preferred) // 2])
     return chosen
 

@@ -88,7 +88,7 @@ def distill(
 
 
 class _Folder(NamedTuple):
-    """What to do with an earlier run in the output folder."""
+    """Treatment of an earlier run in the output folder."""
 
     overwrite: bool
     resume: bool

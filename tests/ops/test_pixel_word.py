@@ -9,12 +9,11 @@ from typing import Any
 import pixel_word_tools as tools
 import pytest
 import torch
-from pixel_word_tools import Masks, as_maps, make, make_masks, run
+from pixel_word_tools import Kernels, Masks, as_maps, make, make_masks, run
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from fastkd.ops import dispatch
-from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits
 from fastkd.ops.pixel_word.reference import TERMS
 from fastkd.ops.pixel_word.reference import pixel_word as reference
 from fastkd.ops.pixel_word.reference import pixel_word_from_logits as reference_from_logits
@@ -23,14 +22,7 @@ if (reason := dispatch.unavailable_reason("cpu", "pixel_word", "cpu")) is not No
     pytest.skip(f"no compiled kernels: {reason}", allow_module_level=True)
 
 INF, NAN = math.inf, math.nan
-
-
-def cpu(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
-    return pixel_word(*inputs, backend="cpu", **options)
-
-
-def cpu_from_logits(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
-    return pixel_word_from_logits(*inputs, backend="cpu", **options)
+cpu, cpu_from_logits = Kernels("cpu").features, Kernels("cpu").logits
 
 
 def check(inputs: Sequence[Tensor], ours: Any = cpu, plain: Any = reference, leaves: int = 2, **options: Any) -> None:

@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import pixel_word_tools as tools
 import pytest
 import torch
-from pixel_word_tools import as_maps, make, make_masks, run
-from torch import Tensor
+from contract_tools import threads
+from pixel_word_tools import Kernels, as_maps, make, make_masks, run
 
 from fastkd import _native
 from fastkd.ops import dispatch
 from fastkd.ops.pixel_word import pixel_word, pixel_word_from_logits
-from fastkd.ops.pixel_word.reference import pixel_word as reference
 
 if (reason := dispatch.unavailable_reason("cpu", "pixel_word", "cpu")) is not None:
     pytest.skip(f"no compiled kernels: {reason}", allow_module_level=True)
 
 INF, NAN = math.inf, math.nan
-
-
-def cpu(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
-    return pixel_word(*inputs, backend="cpu", **options)
-
-
-def cpu_from_logits(*inputs: Tensor, **options: Any) -> dict[str, Tensor]:
-    return pixel_word_from_logits(*inputs, backend="cpu", **options)
-
-
-def check(inputs: Sequence[Tensor], ours: Any = cpu, plain: Any = reference, leaves: int = 2, **options: Any) -> None:
-    tools.check(inputs, ours, plain, leaves, **options)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+cpu, cpu_from_logits = Kernels("cpu").features, Kernels("cpu").logits
 
 
 @pytest.mark.parametrize("layout", ["rows", "maps"])

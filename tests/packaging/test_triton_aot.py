@@ -2,7 +2,7 @@
 
 The tables in benchmarks/results/triton list them for each version of Triton that the block shapes were chosen for, with
 a digest of the code. The tests check that the digests are current, and compile a sample with the installed Triton;
-compiling everything takes ten minutes.
+compiling everything takes many minutes.
 """
 
 from __future__ import annotations

@@ -309,8 +309,8 @@ class TestRefusedWhileBuilding:
         ("distiller", "data", "options", "message"),
         [
             (lambda: make(teacher=other_teacher()), Scenes, {}, r"of another teacher \(weights: "),
-            (make, lambda: Scenes(31), {}, r"of another data set \(samples: 32 → 31"),
-            (make, lambda: Changed(scaled), {}, "of another data set .probes.image"),
+            (make, lambda: Scenes(31), {}, r"of another dataset \(samples: 32 → 31"),
+            (make, lambda: Changed(scaled), {}, "of another dataset .probes.image"),
             (make, lambda: Changed(smaller), {}, r"of another transform .*\(shapes.image: \[3, 8, 8\] → \[3, 4, 4\]\)"),
             (lambda: make(terms=[Term(F.mse_loss, "logits")]), Scenes, {}, "of other terms or taps"),
             (make, Scenes, {"dtype": "bf16"}, r"in another dtype \('teacher' → 'bfloat16'\)"),

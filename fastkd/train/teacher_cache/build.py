@@ -1,4 +1,4 @@
-"""Run a teacher over a data set, shard by shard."""
+"""Run a teacher over a dataset, shard by shard."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Build:
         if not distiller.terms:
             raise ValueError("a teacher cache needs at least one term: its terms determine what is stored")
         if not len(dataset):  # type: ignore[arg-type]
-            raise ValueError("the data set is empty: there is nothing to cache")
+            raise ValueError("the dataset is empty: there is nothing to cache")
         self.processes, self.device, self.precision = join(config)
         self.folder, self.distiller, self.dataset = folder, distiller, dataset
         self.config, self.batch_size, self.dtype = config, config.batch_size, _DTYPES[dtype]

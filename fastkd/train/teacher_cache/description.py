@@ -19,7 +19,7 @@ _KINDS = {  # parts of the identity, and what a difference means; the first one 
     "format": "written by another version of fastkd",
     "teacher": "of another teacher",
     "transform": "of another transform (image size, normalisation, number of words or tokenizer)",
-    "data": "of another data set",
+    "data": "of another dataset",
     "terms": "of other terms or taps",
     "dtype": "in another dtype",
     "computed": "computed in another way",
@@ -96,7 +96,7 @@ def differences(held: Any, requested: Any, name: str = "") -> str:
 
 
 def declared_transform(dataset: Any) -> dict[str, list[Any]]:
-    """Return what the data sets in a data set declare of their transform, by name; plain JSON values."""
+    """Return what the datasets in a dataset declare of their transform, by name; plain JSON values."""
     found: dict[str, list[Any]] = {}
     for part in leaves(dataset, "image_mean"):
         for name in _TRANSFORM:

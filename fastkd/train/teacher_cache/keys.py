@@ -1,6 +1,6 @@
 """Keys of samples: digests of what the teacher receives.
 
-A key depends on image, sentence, transform and tokenizer, for data sets of any kind. A sample that differs in any of
+A key depends on image, sentence, transform and tokenizer, for datasets of any kind. A sample that differs in any of
 them, such as one that is augmented at random, has another key and is not found.
 """
 

@@ -56,12 +56,12 @@ def repeatable_keys(
 def _changes(names: Sequence[str], index: int) -> str:
     if all(is_sentence(name) for name in names):
         return (
-            f"the sentence of sample {index} changes from epoch to epoch: cache a data set that lists every sentence "
+            f"the sentence of sample {index} changes from epoch to epoch: cache a dataset that lists every sentence "
             "(ReferDataset(..., sentences='all')); a run may then draw them at random"
         )
     return (
         f"{' and '.join(names)} of sample {index} changes from epoch to epoch: a random augmentation would be cached "
-        "in one view only; cache and train on a data set without it, or train with the teacher online"
+        "in one view only; cache and train on a dataset without it, or train with the teacher online"
     )
 
 

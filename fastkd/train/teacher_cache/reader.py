@@ -32,7 +32,7 @@ _IDS = ("ref_id", "sent_id", "image_id")
 
 
 class TeacherCache(RecordedTeacher):
-    """A teacher that was run once over a data set: pass it to a `Distiller` in place of the teacher.
+    """A teacher that was run once over a dataset: pass it to a `Distiller` in place of the teacher.
 
     Samples are found by what the teacher would receive, image and tokens, so a sample that was not cached, or is
     transformed in another way, is an error. Shards are memory-mapped and their rows checked against a CRC-32. Outputs
@@ -110,7 +110,7 @@ class TeacherCache(RecordedTeacher):
         progress: bool = True,
         notes: Mapping[str, Any] | None = None,
     ) -> TeacherCache:
-        """Run a distiller's teacher over a data set and store what its terms read; return the cache.
+        """Run a distiller's teacher over a dataset and store what its terms read; return the cache.
 
         Shards appear one by one, each complete. A build that was stopped or killed continues with the missing shards
         when it is called again. Under ``accelerate launch`` or ``torchrun``, every process builds its share of the
@@ -136,7 +136,7 @@ class TeacherCache(RecordedTeacher):
             notes: JSON values to keep with the cache.
 
         Raises:
-            ValueError: ``folder`` holds another cache (the message says in what it differs), the data set draws
+            ValueError: ``folder`` holds another cache (the message says in what it differs), the dataset draws
                 images or sentences at random, the teacher mixes the samples of a batch, changes between two passes or
                 returns NaN, a term selects by a function, or a value exceeds the range of ``dtype``.
             OSError: the disk has less free space than needed.
@@ -183,7 +183,7 @@ class TeacherCache(RecordedTeacher):
         if given != self._inputs:
             raise ValueError(
                 f"the cached teacher received {self._inputs} (input: key of the batch), this batch would give it "
-                f"{given}: use the data set's options of the cache (such as teacher_tokenizer)"
+                f"{given}: use the dataset's options of the cache (such as teacher_tokenizer)"
             )
         keys = sample_keys(batch, list(given.values()))
         rows = [self._rows.get(key, -1) for key in keys]
@@ -196,10 +196,10 @@ class TeacherCache(RecordedTeacher):
         return found
 
     def check_dataset(self, dataset: Dataset[Any], collate: Collate, inputs: Sequence[str]) -> None:
-        """Look up a few samples of a data set.
+        """Look up a few samples of a dataset.
 
         Raises:
-            ValueError: the data set declares another transform, or a sample is not in the cache.
+            ValueError: the dataset declares another transform, or a sample is not in the cache.
         """
         declared = description.declared_transform(dataset)
         text = ", ".join(
@@ -209,7 +209,7 @@ class TeacherCache(RecordedTeacher):
         )
         if text:
             raise ValueError(
-                f"{self.folder} was computed with another transform ({text}): use the data set's options of the cache, "
+                f"{self.folder} was computed with another transform ({text}): use the dataset's options of the cache, "
                 "or build a cache with these"
             )
         for index in spread(len(dataset), 8):  # type: ignore[arg-type]
@@ -233,7 +233,7 @@ class TeacherCache(RecordedTeacher):
         ]
         if unknown and not all(is_sentence(name) for name in unknown):
             reason = (
-                f"no cached sample has its {' or '.join(unknown)}: the data set is another one, its transform differs "
+                f"no cached sample has its {' or '.join(unknown)}: the dataset is another one, its transform differs "
                 "(size, normalisation), or it augments at random"
             )
         elif unknown:

@@ -1,4 +1,4 @@
-"""Shards: safetensors files with the teacher's output for consecutive samples of a data set.
+"""Shards: safetensors files with the teacher's output for consecutive samples of a dataset.
 
 A shard holds, with n samples: ``keys`` (n, bytes) uint8, and for every recorded tensor ``value/NAME`` (n, ...) and
 ``crc/NAME`` (n,) int64, the CRC-32 of each row. Its metadata names the cache it belongs to. Files are memory-mapped: a
