@@ -51,6 +51,11 @@ def unwrapped(module: nn.Module) -> Iterator[nn.Module]:
             parent._modules[name] = child
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module's weights are divided between processes by ``fully_shard`` (FSDP2)."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
 def plain_name(name: str) -> str:
     """Return a parameter's name without the parts that torch's wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _RESERVED)

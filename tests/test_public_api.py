@@ -119,6 +119,16 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "ReferDataset.set_epoch": "(self, epoch)",
         "ReferDataset.fill_cache": "(self)",
         "Sentence": "(sent_id, text)",
+        "ShardDataset": (
+            "(source, tokenizer, image_size=480, max_words=20, buffer=1000, seed=0, fields=None, "
+            "teacher_tokenizer=None, teacher_max_words=None, image_mean=(0.485, 0.456, 0.406), "
+            "image_std=(0.229, 0.224, 0.225))"
+        ),
+        "ShardDataset.set_epoch": "(self, epoch)",
+        "ShardDataset.check_readers": "(self, readers)",
+        "ShardDataset.read": "(self, reader, readers, start=0)",
+        "ShardDataset.order": "(self, reader, readers, start=0)",
+        "ShardDataset.settings": "(self)",
         "Tokenizer": "(inner, name, keep_end=False)",
         "Tokenizer.vocab_size": "property",
         "Tokenizer.lower_case": "property",
@@ -130,6 +140,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "load_tokenizer": "(source='shapes', *, keep_end=False, lower_case=None)",
         "make_shapes": "(root, *, images=5000, image_size=128, seed=0, overwrite=False, progress=None)",
         "shapes": "module",
+        "write_shards": "(samples, folder, *, samples_per_shard=1000, format='tar', overwrite=False)",
     },
     "fastkd.models": {
         "CLIPSegTeacher": "(network, config)",
@@ -238,9 +249,10 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "TrainConfig": (
             "(*, steps=1000, batch_size=16, accumulate=1, lr=0.0005, weight_decay=0.01, warmup=0, "
             "power=0.9, grad_clip=1.0, seed=0, device='auto', precision='auto', channels_last=False, "
-            "workers=0, threads=None, skip_bad_samples=False, eval_every=None, eval_batch_size=32, "
-            "checkpoint_every=None, keep_checkpoints=2, ema=None, log_every=20, max_seconds=None, "
-            "find_unused_parameters=False, check=True)"
+            "compile_student=False, workers=0, threads=None, skip_bad_samples=False, eval_every=None, "
+            "eval_batch_size=32, checkpoint_every=None, keep_checkpoints=2, ema=None, log_every=20, max_seconds=None, "
+            "sync_batchnorm=False, shard_teacher=False, offload_teacher=False, find_unused_parameters=False, "
+            "check=True)"
         ),
         "TrainResult": (
             "(steps=0, seconds=0.0, eval_seconds=0.0, samples_per_second=0.0, stopped='steps', "

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fastkd.data.dataset import ReferDataset, collate
     from fastkd.data.refcoco import RefCOCO
     from fastkd.data.shapes import make_shapes
+    from fastkd.data.shards import write_shards
+    from fastkd.data.stream import ShardDataset
     from fastkd.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -22,11 +24,13 @@ __all__ = [
     "RefCOCO",
     "ReferDataset",
     "Sentence",
+    "ShardDataset",
     "Tokenizer",
     "collate",
     "load_tokenizer",
     "make_shapes",
     "shapes",
+    "write_shards",
 ]
 
 __getattr__ = lazy_names(
@@ -36,11 +40,13 @@ __getattr__ = lazy_names(
         "RefCOCO": "fastkd.data.refcoco",
         "ReferDataset": "fastkd.data.dataset",
         "Sentence": "fastkd.data._records",
+        "ShardDataset": "fastkd.data.stream",
         "Tokenizer": "fastkd.data.tokenizer",
         "collate": "fastkd.data.dataset",
         "load_tokenizer": "fastkd.data.tokenizer",
         "make_shapes": "fastkd.data.shapes.write",
         "shapes": "fastkd.data.shapes",
+        "write_shards": "fastkd.data.shards",
     },
 )
 

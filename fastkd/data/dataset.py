@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
+from fastkd.data._prepare import Prepared, normalise
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.images import to_square
 from fastkd.data.refcoco import Ref, RefCOCO, Sentence
@@ -19,7 +19,7 @@ from fastkd.data.tokenizer import Tokenizer
 Sample = dict[str, Any]
 
 
-class ReferDataset(Dataset[Sample]):
+class ReferDataset(Prepared, Dataset[Sample]):
     """Samples of a `RefCOCO` split, resized to a square regardless of the aspect ratio.
 
     Images are resized bilinearly and normalised by ``image_mean`` and ``image_std``; masks are resized by nearest
@@ -73,30 +73,12 @@ class ReferDataset(Dataset[Sample]):
     ) -> None:
         if not isinstance(refcoco, RefCOCO):
             raise TypeError(f"refcoco must be a RefCOCO, got {type(refcoco).__name__}: pass RefCOCO(root, split=...)")
-        teacher_max_words = max_words if teacher_max_words is None else teacher_max_words
-        tokenizers = [("tokenizer", "max_words", tokenizer, max_words)]
-        if teacher_tokenizer is not None:
-            tokenizers.append(("teacher_tokenizer", "teacher_max_words", teacher_tokenizer, teacher_max_words))
-        for name, length_name, loaded, length in tokenizers:
-            if not callable(loaded):
-                raise TypeError(f"{name} must come from load_tokenizer, got {type(loaded).__name__}")
-            if not isinstance(length, int) or length < 3:
-                raise ValueError(
-                    f"{length_name} must be an integer of at least 3 ([CLS], a word, [SEP]), got {length!r}"
-                )
         if sentences not in ("random", "all"):
             raise ValueError(f"sentences must be 'random' (one per ref and epoch) or 'all', got {sentences!r}")
-        if not isinstance(image_size, int) or image_size < 1:
-            raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
-        if len(image_mean) != 3 or len(image_std) != 3 or not min(image_std) > 0:
-            raise ValueError(
-                "image_mean and image_std must be three numbers each, image_std above 0, got "
-                f"{image_mean!r} and {image_std!r}"
-            )
-        self.refcoco, self.tokenizer = refcoco, tokenizer
-        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
-        self.image_size, self.max_words, self.sentences, self.seed = image_size, max_words, sentences, seed
-        self.teacher_tokenizer, self.teacher_max_words = teacher_tokenizer, teacher_max_words
+        self._set_transform(
+            tokenizer, image_size, max_words, teacher_tokenizer, teacher_max_words, image_mean, image_std
+        )
+        self.refcoco, self.sentences, self.seed = refcoco, sentences, seed
         self._pairs = [(ref, sentence) for ref in refcoco for sentence in ref.sentences]
         self._images: dict[int, np.ndarray] | None = {} if cache else None
         self._masks: dict[int, np.ndarray] | None = {} if cache else None
@@ -153,12 +135,7 @@ class ReferDataset(Dataset[Sample]):
 
     def _tokens(self, text: str) -> dict[str, torch.Tensor]:
         if text not in self._ids:
-            input_ids, word_mask = self.tokenizer([text], self.max_words)
-            tokens = {"input_ids": input_ids[0], "word_mask": word_mask[0]}
-            if self.teacher_tokenizer is not None:
-                input_ids, word_mask = self.teacher_tokenizer([text], self.teacher_max_words)
-                tokens |= {"teacher_input_ids": input_ids[0], "teacher_word_mask": word_mask[0]}
-            self._ids[text] = tokens
+            self._ids[text] = self._tokenise(text)
         return self._ids[text]
 
     def _image(self, image_id: int) -> np.ndarray:
@@ -172,23 +149,10 @@ class ReferDataset(Dataset[Sample]):
     def _mask(self, ref_id: int) -> np.ndarray:
         if self._masks is not None and ref_id in self._masks:
             return self._masks[ref_id]
-        mask = self.refcoco.mask(ref_id)
-        if mask.shape != (self.image_size, self.image_size):
-            picture = Image.fromarray(mask.astype(np.uint8))
-            mask = np.array(picture.resize((self.image_size,) * 2, Image.Resampling.NEAREST)).astype(bool)
+        mask = self._square_mask(self.refcoco.mask(ref_id))
         if self._masks is not None:
             self._masks[ref_id] = mask
         return mask
-
-
-def normalise(
-    pixels: np.ndarray, image_mean: Sequence[float] = IMAGENET_MEAN, image_std: Sequence[float] = IMAGENET_STD
-) -> torch.Tensor:
-    """Convert an RGB image (H, W, 3) uint8 to float32 (3, H, W) and normalise it; mean and std are in [0, 1]."""
-    image = torch.from_numpy(pixels).permute(2, 0, 1).float()
-    mean = torch.tensor(image_mean).mul_(255.0)[:, None, None]
-    std = torch.tensor(image_std).mul_(255.0)[:, None, None]
-    return image.sub_(mean).div_(std).contiguous()
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._messages import shortened
+from fastkd._wrappers import is_sharded, unwrap
 from fastkd.distill.gradients import GradientReport
 
 NamedTensors = list[tuple[str, Tensor]]
@@ -33,6 +34,8 @@ def check_frozen(teacher: nn.Module, student: nn.Module) -> None:
     empty = [name for name, p in teacher.named_parameters() if p.is_meta]
     if empty:
         raise ValueError(f"teacher has parameters without weights ({shortened(empty)}): load them before distilling")
+    if is_sharded(unwrap(teacher)):
+        return  # weights may wait in host memory
     device = next((p.device for p in student.parameters()), None)
     elsewhere = [
         f"{name} on {p.device}" for name, p in teacher.named_parameters() if device is not None and p.device != device

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._messages import suggestion
-from fastkd._wrappers import unwrap
+from fastkd._wrappers import is_sharded, unwrap
 from fastkd.distill import checks, words
 from fastkd.distill.forward import normalisation, renormalise, run_model
 from fastkd.distill.gradients import GradientReport, balanced_weights, preserve_state, report_gradients
@@ -276,7 +276,7 @@ class Distiller(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self.teacher is not None and recurse:
+        if self.teacher is not None and recurse and not is_sharded(unwrap(self.teacher)):  # its shards have their place
             self.teacher._apply(fn)
         return self
 

@@ -12,8 +12,10 @@ from fastkd._runtime import autocast, to_device
 from fastkd.distill.distiller import Distiller
 from fastkd.train.config import TrainConfig
 from fastkd.train.host import check_batch, check_tokenizers
-from fastkd.train.launch import requested
+from fastkd.train.launch import join, requested
 from fastkd.train.seeding import kept_generators, seed_step
+from fastkd.train.shard import shard_teacher
+from fastkd.train.stream_feed import first_samples
 from fastkd.train.teacher_cache.reader import collate_for
 
 
@@ -40,19 +42,22 @@ def balance_on(
     count = len(dataset)  # type: ignore[arg-type]
     size = min(config.batch_size, count)
     device, precision = requested(config)
+    if config.shard_teacher:
+        _, device, precision = join(config)
+        shard_teacher(distiller.teacher, config, device)
     distiller.to(device).train()
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    starts = range(0, min(batches * size, count - size + 1), size)
-    collated = [collated_by([dataset[i] for i in range(start, start + size)]) for start in starts]
+    samples = first_samples(dataset, min(batches, count // size) * size)
+    collated = [collated_by(samples[start : start + size]) for start in range(0, len(samples), size)]
     for batch in collated:
         check_batch(distiller, batch)
-    samples = [to_device(batch, device, config.channels_last) for batch in collated]
+    inputs = [to_device(batch, device, config.channels_last) for batch in collated]
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
         with autocast(precision, device), kept_generators():
             seed_step(config.seed, 0, 0, 0)  # dropout must not depend on what was loaded before
-            return distiller.balance(samples, shares)
+            return distiller.balance(inputs, shares)
     finally:
         torch.set_num_threads(threads)

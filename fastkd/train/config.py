@@ -43,6 +43,9 @@ class TrainConfig:
     ``accelerate launch`` requests, or fp32. Weights stay in fp32; fp16 scales the loss."""
     channels_last: bool = False
     """Store images and convolution weights channels-last, which speeds up convolutions on most devices."""
+    compile_student: bool = False
+    """Compile the student with ``torch.compile`` for the training steps; evaluations and saved files are those of the
+    student itself. Dropout may draw other numbers than without it."""
     workers: int = 0
     """Data-loading processes; 0 loads in the training process."""
     threads: int | None = None
@@ -64,6 +67,12 @@ class TrainConfig:
     """Steps between lines of the log."""
     max_seconds: float | None = None
     """Stop after this many seconds of training (evaluation excluded); the learning rate decays to zero by then."""
+    sync_batchnorm: bool = False
+    """With several processes, let the student's BatchNorm layers normalise over the samples of all of them."""
+    shard_teacher: bool = False
+    """With several processes, divide the teacher's weights between them (FSDP2), for one too large for one GPU."""
+    offload_teacher: bool = False
+    """Keep the shards of ``shard_teacher`` in host memory and copy each block to the GPU when it runs."""
     find_unused_parameters: bool = False
     """With several processes, look for parameters without a gradient at every step. Needed if the parameters in use
     depend on the batch; enabled automatically if the first batch leaves some without a gradient."""
@@ -94,6 +103,8 @@ class TrainConfig:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {self.precision!r}")
+        if self.offload_teacher and not self.shard_teacher:
+            raise ValueError("offload_teacher=True needs shard_teacher=True: it is the shards that wait in host memory")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate, got batch_size={self.batch_size} "

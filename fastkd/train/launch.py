@@ -38,12 +38,15 @@ def requested(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> t
         if _flag(environ, variable):
             raise ValueError(
                 f"{variable}={environ[variable]} requests {strategy}; the trainer is data-parallel only: start it with "
-                "torchrun or accelerate launch --multi_gpu, or use the Distiller in your own loop"
+                "torchrun or accelerate launch --multi_gpu (shard_teacher=True shards a large teacher), or use the "
+                "Distiller in your own loop"
             )
-    if (backend := environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("", "no"):
+    backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no") and not (backend.lower() == "inductor" and config.compile_student):
         raise ValueError(
-            f"ACCELERATE_DYNAMO_BACKEND={backend} requests a compiled model, but the trainer does not compile: pass "
-            "torch.compile(student), and start it without --dynamo_backend"
+            f"ACCELERATE_DYNAMO_BACKEND={backend} contradicts compile_student={config.compile_student} of the "
+            "configuration: set compile_student=True, which compiles with inductor, and start it without "
+            "--dynamo_backend, or unset the variable"
         )
     steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("", "1", str(config.accumulate)):

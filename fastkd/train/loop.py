@@ -21,6 +21,7 @@ from fastkd.train.resume import check_settings, find_start, lines_until, read_li
 from fastkd.train.run import TrainingRun
 from fastkd.train.seeding import kept_generators
 from fastkd.train.stop import Termination
+from fastkd.train.sync_norm import synchronised_norms
 from fastkd.train.task import segmentation_loss
 
 
@@ -124,7 +125,8 @@ def train(
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(run.config.threads or threads)
-    with Termination() as stop, kept_generators():
+    norms = synchronised_norms(distiller.student, run.device, run.config.sync_batchnorm and run.parallel)
+    with Termination() as stop, kept_generators(), norms:
         run.stop = stop
         try:
             with torch.inference_mode(False), torch.enable_grad():  # regardless of the caller's mode
@@ -149,9 +151,9 @@ def _settings(run: TrainingRun, val_dataset: Any, further: Mapping[str, Any] | N
         device=run.device,
         precision=run.precision,
         processes=run.processes.num_processes,
-        samples=run.order.samples,
+        samples=len(run.dataset),  # type: ignore[arg-type]
         val_samples=None if val_dataset is None else len(val_dataset),
-        further=further or {},
+        further={**run.order.settings(), **(further or {})},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,20 @@ def lr_factor(step: int, progress: float, config: TrainConfig) -> float:
     return warm * max(0.0, 1.0 - progress) ** config.power
 
 
+def check_batch_size(samples: int, config: TrainConfig, ranks: int) -> None:
+    """Raise ``ValueError`` for a batch that cannot be divided, or that the training set cannot fill."""
+    if config.batch_size % (config.accumulate * ranks):
+        raise ValueError(
+            f"batch_size must be a multiple of accumulate times processes, got batch_size={config.batch_size}, "
+            f"accumulate={config.accumulate} and {ranks} processes"
+        )
+    if samples < config.batch_size:
+        raise ValueError(
+            f"the training set has {samples} samples, fewer than one batch of {config.batch_size}: "
+            "lower batch_size or use more data"
+        )
+
+
 class BatchOrder:
     """Batch sampler: sample indices of each micro-batch of one process in the current epoch.
 
@@ -48,18 +63,13 @@ class BatchOrder:
     """
 
     def __init__(self, samples: int, config: TrainConfig, rank: int = 0, ranks: int = 1) -> None:
-        if config.batch_size % (config.accumulate * ranks):
-            raise ValueError(
-                f"batch_size must be a multiple of accumulate times processes, got batch_size={config.batch_size}, "
-                f"accumulate={config.accumulate} and {ranks} processes"
-            )
-        if samples < config.batch_size:
-            raise ValueError(
-                f"the training set has {samples} samples, fewer than one batch of {config.batch_size}: "
-                "lower batch_size or use more data"
-            )
+        check_batch_size(samples, config, ranks)
         self.samples, self.config, self.rank, self.ranks = samples, config, rank, ranks
         self.epoch = self.skip = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return what determines the order in addition to the configuration, for the settings of a run."""
+        return {}
 
     def position(self, step: int) -> tuple[int, int]:
         """Return the epoch of a step, counted from 0, and the number of steps before it in that epoch."""

@@ -21,7 +21,7 @@ from fastkd.train.feed import Feed
 from fastkd.train.seeding import kept_generators, seed_step
 from fastkd.train.state import ModelState
 
-_IDS = ("ref_id", "sent_id", "image_id")
+_IDS = ("ref_id", "sent_id", "image_id", "id")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Broken:
         return text + (f" ({'; '.join(ids)})" if ids else "")
 
 
-def find_broken(distiller: Distiller, feed: Feed, step: int, seed: int, precision: str, losses: list[str]) -> Broken:
+def find_broken(
+    distiller: Distiller, feed: Feed, step: int, seed: int, precision: str, losses: list[str], together: bool = False
+) -> Broken:
     """Load a step's micro-batches again and return the first that breaks, or the last one if none does.
 
     Args:
@@ -59,14 +61,18 @@ def find_broken(distiller: Distiller, feed: Feed, step: int, seed: int, precisio
         seed: seed of the run.
         precision: precision of the networks.
         losses: losses that were not finite in the step; empty if only the gradient was not.
+        together: processes wait for each other inside the networks, so all compute all micro-batches.
     """
     broken: Broken | None = None
+    found = False
     for micro, indices in enumerate(feed.order.indices(step)):
         batch, numbers = feed.reload(step, micro), (seed, step, micro, feed.order.rank)
         report = _report(distiller, batch, numbers, precision, feed.device)
         sources = not_finite(report)
-        broken = Broken(batch, numbers, indices, sources, report)
-        if sources and (not losses or set(losses) & set(sources)):
+        if not found:
+            broken = Broken(batch, numbers, indices, sources, report)
+            found = bool(sources) and (not losses or bool(set(losses) & set(sources)))
+        if found and not together:
             break
     assert broken is not None
     return broken

@@ -23,7 +23,10 @@ from fastkd.train.config import TrainConfig
 from fastkd.train.teacher_cache.reader import teacher_settings
 
 # These do not influence the result, so they may differ without permission.
-_FREE = frozenset({"workers", "log_every", "checkpoint_every", "keep_checkpoints", "eval_batch_size", "check"})
+_FREE = frozenset(
+    {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "eval_batch_size", "check"}
+    | {"shard_teacher", "offload_teacher"}
+)
 
 
 def find_start(folder: Path) -> Path | None:

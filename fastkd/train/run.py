@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,20 @@ from fastkd.errors import FastKDWarning
 from fastkd.evaluate.evaluation import evaluate
 from fastkd.ops.numerics import computes_fp64
 from fastkd.train.checkpoint import WRITE_ERRORS, save_student
+from fastkd.train.compiled import CompiledStudent
 from fastkd.train.config import TrainConfig
-from fastkd.train.feed import Feed
 from fastkd.train.host import check_tokenizers, check_validation, keep_tokenizer
 from fastkd.train.launch import join
 from fastkd.train.log import environment
-from fastkd.train.optim import BatchOrder, lr_factor
+from fastkd.train.optim import lr_factor
 from fastkd.train.replay import find_broken, write_replay
 from fastkd.train.saved_run import SavedRun
 from fastkd.train.seeding import seed_step
+from fastkd.train.shard import shard_teacher
 from fastkd.train.skips import LIMIT, any_not_finite, describe
-from fastkd.train.split import check_all_reduced, data_parallel, warn_of_micro_batches
+from fastkd.train.split import check_all_reduced, data_parallel, warn_of_micro_batches, warn_of_unused
 from fastkd.train.state import ModelState
+from fastkd.train.stream_feed import feed_for
 from fastkd.train.teacher_cache.reader import check_cache
 
 
@@ -46,6 +48,7 @@ class TrainingRun(SavedRun):
     module: nn.Module
     folder: Path | None = None  # of log, checkpoints and replay files
     overwrite = False
+    student_call: Callable[[], AbstractContextManager[None]] = nullcontext  # around a forward of a training step
 
     def __init__(
         self,
@@ -60,9 +63,9 @@ class TrainingRun(SavedRun):
         self.parallel = self.processes.num_processes > 1
         self.dataset, self.title = dataset, title
         self.rank, count = self.processes.process_index, self.processes.num_processes
-        self.order = BatchOrder(len(dataset), config, self.rank, count)  # type: ignore[arg-type]
         self.collate = collate or _default_collate()
-        self.feed = Feed(dataset, self.order, config, self.collate, distiller, device)
+        self.feed = feed_for(dataset, config, self.collate, distiller, device, self.rank, count)
+        self.order = self.feed.order
 
     def train(self, val_dataset: Dataset[Any] | None) -> None:
         """Train until the last step or ``max_seconds``, then evaluate."""
@@ -71,6 +74,7 @@ class TrainingRun(SavedRun):
         check_cache(distiller, self.feed.samples, self.collate, self.precision)
         keep_tokenizer(distiller.student, self.dataset)
         seed_step(config.seed, self.step, 0, self.rank)
+        shard_teacher(distiller.teacher, config, self.device)
         distiller.to(self.device)
         if config.channels_last:
             distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -82,9 +86,12 @@ class TrainingRun(SavedRun):
         batches = itertools.chain([first], batches)
         self.model, self.resumed = model, None
         module = self.module
+        if config.compile_student:
+            self.student_call = CompiledStudent(distiller, module).active
         if self.parallel:
             with autocast(self.precision, self.device):
                 module = data_parallel(module, distiller, first, config, self.device)
+        first_step = True
         self.clock.start()
         while True:
             self.stop.check()
@@ -97,6 +104,9 @@ class TrainingRun(SavedRun):
                 break
             values = self._forward_backward(module, batches)
             check_all_reduced(module, self.step + 1)
+            if first_step and not self.parallel:  # `data_parallel` has warned
+                warn_of_unused(module)
+            first_step = False
             row = torch.cat([values, self.updater.clip().detach().reshape(1).to(values)])
             with self.stop.shielded():
                 skipped = self._update(model, row, fraction)
@@ -197,7 +207,7 @@ class TrainingRun(SavedRun):
             batch = next(batches)
             last = micro + 1 == parts
             with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
-                with autocast(self.precision, self.device):
+                with autocast(self.precision, self.device), self.student_call():
                     output = module(batch)
                 self.updater.scaler.scale(output.loss / parts if parts > 1 else output.loss).backward()
             values = (
@@ -242,7 +252,8 @@ class TrainingRun(SavedRun):
     def _stop_at(self, step: int, losses: list[str], text: str) -> None:
         """Raise ``FloatingPointError`` with the samples and the sources, after writing a file that replays them."""
         assert self.model is not None
-        broken = find_broken(self.distiller, self.feed, step - 1, self.config.seed, self.precision, losses)
+        together = self.config.shard_teacher or self.config.sync_batchnorm
+        broken = find_broken(self.distiller, self.feed, step - 1, self.config.seed, self.precision, losses, together)
         if broken.sources and not losses:
             text += f"; it comes from {' and '.join(map(repr, broken.sources))}"
         if not broken.sources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +20,27 @@ from fastkd.errors import FastKDWarning
 from fastkd.train.config import TrainConfig
 
 _POOLING_OPTIONS = ("across_batch", "cross_image")  # make a loss compare samples with each other
+_ENOUGH = 16  # samples whose batch statistics are as good as those of all; smaller shares cause a warning
 
 
 def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: int = 1) -> None:
-    """Warn about BatchNorm layers and terms that mix samples, whose result depends on the micro-batch size."""
-    if config.accumulate == 1:
-        return
+    """Warn about BatchNorm layers and terms that mix samples, whose result depends on the micro-batch size.
+
+    Micro-batches are those of one process; without accumulation, only BatchNorm of few samples causes a warning.
+    """
     size = config.batch_size // (config.accumulate * processes)
     norms = [name for name, m in distiller.student.named_modules() if isinstance(m, _BatchNorm) and m.training]
+    if config.accumulate == 1:
+        if norms and processes > 1 and size < _ENOUGH and not config.sync_batchnorm:
+            warnings.warn(
+                f"{len(norms)} BatchNorm layers ({shortened([plain_name(name) for name in norms])}) normalise within "
+                f"the {size} samples of each process, so a step differs from that of one process with "
+                f"{config.batch_size}: set sync_batchnorm=True, or use norms that do not mix samples (GroupNorm, "
+                "frozen BatchNorm)",
+                FastKDWarning,
+                stacklevel=2,
+            )
+        return
     pooled = [name for name, term in distiller.terms.items() if _pools(term)]
     found = []
     if norms:
@@ -35,6 +48,8 @@ def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: 
     if pooled:
         options = " or ".join(_POOLING_OPTIONS)
         found.append(f"{shortened(list(map(repr, pooled)))} ({options}) compare{'s' * (len(pooled) == 1)}")
+    if config.sync_batchnorm and not pooled:
+        size *= processes
     if found:
         warnings.warn(
             f"accumulate={config.accumulate}: {' and '.join(found)} within each micro-batch of {size}, so a step "
@@ -56,16 +71,27 @@ def data_parallel(
     torch.distributed.all_gather_object(gathered, without_gradient(distiller, batch))
     names = list(dict.fromkeys(name for part in gathered for name in part))
     if names and torch.distributed.get_rank() == 0:
-        warnings.warn(
-            f"{len(names)} parameters get no gradient on the first batch, so they do not train: {shortened(names)}. "
-            "With several processes, looking for them at every step takes time: freeze them (requires_grad_(False)) or "
-            "remove them from the student",
-            FastKDWarning,
-            stacklevel=2,
-        )
+        _warn_without_gradient(names, " With several processes, looking for them at every step takes time.")
     find_unused = bool(names) or config.find_unused_parameters
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=find_unused)
+
+
+def warn_of_unused(module: nn.Module) -> None:
+    """Warn of trainable parameters without a gradient after the first backward of one process."""
+    names = [plain_name(name) for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if names:
+        _warn_without_gradient(names)
+
+
+def _warn_without_gradient(names: Sequence[str], consequence: str = "") -> None:
+    """Warn that parameters do not train."""
+    warnings.warn(
+        f"{len(names)} parameters get no gradient on the first batch, so they do not train: {shortened(names)}."
+        f"{consequence} Freeze them (requires_grad_(False)) or remove them from the student",
+        FastKDWarning,
+        stacklevel=3,
+    )
 
 
 def without_gradient(distiller: Distiller, batch: Mapping[str, Any]) -> list[str]:

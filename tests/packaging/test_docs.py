@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
-def snippets(page: str) -> str:
-    """Return all Python snippets of a page as one program."""
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL))
+def snippets(page: str) -> list[str]:
+    """Return the Python snippets of a page, which run in order."""
+    return re.findall(r"^```python\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL)
 
 
 def table(page: str, heading: str) -> list[list[str]]:
@@ -105,11 +106,17 @@ def test_named_commands_exist() -> None:
     assert set(re.findall(r"`fastkd ([a-z]+)", text)) - {"needs"} <= commands  # "fastkd needs" begins an error message
 
 
+def streams() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("webdataset", "pyarrow"))
+
+
 def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "snippets", **given}
-    exec(compile(snippets(page), page, "exec"), names)
+    for number, snippet in enumerate(snippets(page)):
+        if "ShardDataset" not in snippet or streams():  # needs the [stream] extra
+            exec(compile(snippet, f"{page}, snippet {number}", "exec"), names)
     return names
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 pytest.importorskip("accelerate", reason="needs the [ris] extra")
 
 from safetensors.torch import load_file
-from train_tools import Scenes, Toy, collate, distiller, read_log, run, same, toy, two_processes
+from train_tools import Scenes, Toy, collate, distiller, read_log, run, same, toy
 
 from fastkd import Distiller, Term
 from fastkd.errors import FastKDWarning
@@ -84,26 +84,6 @@ class TestAccumulation:
         model.eval()  # frozen BatchNorm: no warning
         warn_of_micro_batches(model, TrainConfig(batch_size=8, accumulate=4))
         warn_of_micro_batches(pooled, TrainConfig(batch_size=8))
-
-    def test_two_processes_equal_one(self, tmp_path: Path) -> None:
-        """Data-parallel training and evaluation, on two CPU processes."""
-        single = distiller()
-        result = run(single, log_every=2, val_dataset=Scenes(15))
-        two_processes(f"""
-    r = t.run(t.distiller(), out=Path({str(tmp_path)!r}), log_every=2, val_dataset=t.Scenes(15))
-    assert r.last.sentences == 15 and r.last.refs == 15 and len(r.last.sent_ids) in (7, 8), r.last
-""")
-        log = read_log(tmp_path)
-        assert log[0]["environment"]["processes"] == 2
-        lines = [line for line in log if line["event"] == "train"]
-        for ours, theirs in zip(result.history, lines, strict=True):
-            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
-            assert theirs["terms"]["kd"] == pytest.approx(ours["terms"]["kd"], rel=1e-4)
-        saved = load_file(tmp_path / "last" / "model.safetensors")
-        for name, value in single.student.state_dict().items():
-            torch.testing.assert_close(saved[name], value, rtol=1e-3, atol=1e-4)
-        [evaluation] = [line for line in log if line["event"] == "eval"]
-        assert evaluation["metrics"]["mIoU"] == pytest.approx(result.last.miou, abs=1.0)
 
 
 class TestLogAndCheckpoints:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from fastkd._integers import ceil_div
 from fastkd._messages import shortened
@@ -20,7 +20,8 @@ from fastkd.distill.terms import teacher_paths
 from fastkd.distill.words import is_sentence, teacher_keys
 from fastkd.errors import FastKDWarning
 from fastkd.train.config import Precision, TrainConfig
-from fastkd.train.digest import summary, weights_digest
+from fastkd.train.digest import weights_digest
+from fastkd.train.shard import teacher_summary
 from fastkd.train.teacher_cache import description
 from fastkd.train.teacher_cache.keys import digest_of, sample_keys
 from fastkd.train.teacher_cache.measure import Collate, spread
@@ -212,6 +213,8 @@ class TeacherCache(RecordedTeacher):
                 f"{self.folder} was computed with another transform ({text}): use the dataset's options of the cache, "
                 "or build a cache with these"
             )
+        if isinstance(dataset, IterableDataset):
+            return  # a missing sample is an error when it is read
         for index in spread(len(dataset), 8):  # type: ignore[arg-type]
             self.read(collate([dataset[index]]), inputs, ())
 
@@ -276,7 +279,7 @@ def teacher_settings(teacher: nn.Module) -> dict[str, str]:
     """Return what a run's settings hold of its teacher, so that a resumed run has the same one, from the same cache."""
     if isinstance(teacher, TeacherCache):
         return {"teacher": teacher.summary, "teacher_cache": teacher.fingerprint}
-    return {"teacher": summary(unwrap(teacher))}
+    return {"teacher": teacher_summary(teacher)}
 
 
 def check_cache(distiller: Distiller, dataset: Dataset[Any], collate: Collate, precision: str) -> None:

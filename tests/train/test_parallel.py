@@ -1,0 +1,313 @@
+"""One process equals two and equals accumulated micro-batches; BatchNorm over all, sharded teachers, compilation."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("accelerate", reason="needs the [ris] extra")
+from safetensors.torch import load_file
+from stream_tools import pictures
+from train_tools import Scenes, distiller, read_log, run, same, toy, two_processes
+
+from fastkd import Distiller, Term
+from fastkd.data import write_shards
+from fastkd.errors import FastKDWarning
+from fastkd.train import TrainConfig, segmentation_loss
+from fastkd.train.shard import _blocks
+from fastkd.train.sync_norm import synchronised_norms
+
+
+class Blocks(nn.Module):
+    """A teacher of blocks, one of them shared with the stem."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        block = lambda: nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(2, width), nn.SiLU())
+        self.blocks = nn.ModuleList([block() for _ in range(3)])
+        self.blocks[2][0].weight = self.blocks[0][0].weight
+        self.head = nn.Conv2d(width, 2, 1)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
+        x = self.stem(image)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x) * self.scale
+
+
+class Normed(nn.Module):
+    """A student with BatchNorm layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.mix = nn.Conv2d(6, 6, 1, bias=False)
+        self.last = nn.BatchNorm2d(6, momentum=None)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
+        return self.head(self.last(self.mix(self.norm(self.stem(image)).relu())))
+
+
+def with_teacher(student: nn.Module) -> Distiller:
+    torch.manual_seed(100)
+    teacher = Blocks().eval().requires_grad_(False)
+    return Distiller(student, teacher, segmentation_loss, [Term(F.mse_loss, lambda y: y, weight=0.5, name="kd")])
+
+
+def normed() -> Normed:
+    torch.manual_seed(0)
+    return Normed()
+
+
+def trained(folder: Path, name: str, model: nn.Module, **settings: Any) -> None:
+    """Train, and save the weights and the losses of every step."""
+    result = run(model, **{"steps": 4, "log_every": 1, "lr": 1e-3, **settings})
+    student = model.student if isinstance(model, Distiller) else model
+    content = {"weights": student.state_dict(), "losses": [line["loss"] for line in result.history]}
+    torch.save(content, folder / f"{name}.pt")
+
+
+def streamed(folder: Path, rank: int) -> None:
+    """Train on shards, 2 of 4 per process, and save the ids of the samples in the order of the steps."""
+    from stream_tools import Words
+
+    from fastkd.data import ShardDataset, collate
+    from fastkd.train import train
+
+    served: list[str] = []
+
+    def recorded(samples: list[Any]) -> dict[str, Any]:
+        served.extend(sample["id"] for sample in samples)
+        return collate(samples)
+
+    data = ShardDataset(folder / "shards", Words(), image_size=8, max_words=3, buffer=3)
+    config = TrainConfig(steps=6, batch_size=4, device="cpu", check=False)
+    train(toy(), data, config, collate=recorded, progress=False)
+    (folder / str(rank) / "served").write_text(" ".join(served))
+
+
+def refused(write: Any, name: str, call: Any) -> None:
+    try:
+        call()
+    except ValueError as error:
+        write(f"{name} {error}")
+
+
+PROGRAM = """
+    import pathlib, warnings
+    sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")
+    import fastkd.train.shard, test_parallel as p
+    folder = pathlib.Path(FOLDER) / str(rank)
+    folder.mkdir()
+    write = lambda line: os.write(1, (str(rank) + " " + line + chr(10)).encode())
+    p.trained(folder, "plain", p.with_teacher(t.toy()))
+    p.trained(folder, "accumulated", p.with_teacher(t.toy()), accumulate=2)
+    model = p.normed()
+    p.trained(folder, "synchronised", model, sync_batchnorm=True)
+    write(f"kinds {type(model.norm).__name__} {type(model.last).__name__}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t.run(p.normed(), steps=1)
+    write(f"alone {[str(w.message) for w in caught if 'BatchNorm' in str(w.message)]}")
+    shard = fastkd.train.shard.shard_teacher
+    fastkd.train.run.shard_teacher = lambda *args: shard(*args, smallest=590)
+    model = p.with_teacher(t.toy())
+    p.trained(folder, "sharded", model, shard_teacher=True)
+    local = sum(q.to_local().numel() for q in model.teacher.parameters())
+    write(f"elements {local} {sum(q.numel() for q in model.teacher.parameters())}")
+    p.trained(folder, "again", model, shard_teacher=True, steps=1)
+    p.trained(folder, "offloaded", p.with_teacher(t.toy()), shard_teacher=True, offload_teacher=True)
+    t.run(p.with_teacher(t.toy()), shard_teacher=True, steps=2, out=pathlib.Path(FOLDER) / "run")
+    t.run(p.with_teacher(t.toy()), steps=3, out=pathlib.Path(FOLDER) / "run", resume=True, resume_allow=["steps"])
+    r = t.run(t.distiller(), out=pathlib.Path(FOLDER) / "evaluated", log_every=2, val_dataset=t.Scenes(15))
+    write(f"scored {r.last.sentences} {r.last.refs} {len(r.last.sent_ids)}")
+    p.refused(write, "few", lambda: t.run(t.toy(), t.Scenes(1), batch_size=2))
+    p.refused(write, "odd", lambda: t.run(t.toy(), batch_size=3))
+"""
+STREAMS = all(importlib.util.find_spec(name) is not None for name in ("webdataset", "pyarrow"))
+if STREAMS:
+    PROGRAM += """
+    p.streamed(pathlib.Path(FOLDER), rank)
+"""
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], str]]:
+    """Run all checks that need two processes in one start, which takes seconds."""
+    folder = tmp_path_factory.mktemp("parallel")
+    if STREAMS:
+        write_shards(pictures(12), folder / "shards", samples_per_shard=3)
+    out = two_processes(PROGRAM.replace("FOLDER", repr(str(folder))))
+    lines = [line.split(" ", 2) for line in out.splitlines() if line[:2] in ("0 ", "1 ")]
+    return folder, {(rank, name): text for rank, name, text in lines}
+
+
+def weights(folder: Path, rank: int, name: str) -> dict[str, Any]:
+    return torch.load(folder / str(rank) / f"{name}.pt", weights_only=True)
+
+
+def test_one_process_equals_two_and_equals_accumulated(parallel: Any, tmp_path: Path) -> None:
+    folder, _ = parallel
+    (tmp_path / "0").mkdir()
+    trained(tmp_path / "0", "plain", with_teacher(toy()))
+    trained(tmp_path / "0", "accumulated", with_teacher(toy()), accumulate=4)
+    whole = weights(tmp_path, 0, "plain")
+    others = [weights(tmp_path, 0, "accumulated")]
+    others += [weights(folder, rank, name) for rank in (0, 1) for name in ("plain", "accumulated")]
+    for other in others:
+        torch.testing.assert_close(other["weights"], whole["weights"], rtol=1e-5, atol=1e-6)
+        assert other["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+    for name in ("plain", "accumulated"):
+        ranks = [weights(folder, rank, name)["weights"] for rank in (0, 1)]
+        assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+
+
+def test_evaluation_and_log_of_two_processes(parallel: Any) -> None:
+    folder, lines = parallel
+    assert [lines[rank, "scored"] for rank in "01"] == ["15 15 8", "15 15 7"]
+    single = distiller()
+    result = run(single, log_every=2, val_dataset=Scenes(15))
+    log = read_log(folder / "evaluated")
+    assert log[0]["environment"]["processes"] == 2
+    trained_lines = [line for line in log if line["event"] == "train"]
+    for ours, theirs in zip(result.history, trained_lines, strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs["terms"]["kd"] == pytest.approx(ours["terms"]["kd"], rel=1e-4)
+    saved = load_file(folder / "evaluated" / "last" / "model.safetensors")
+    for name, value in single.student.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-3, atol=1e-4)
+    [evaluation] = [line for line in log if line["event"] == "eval"]
+    assert evaluation["metrics"]["mIoU"] == pytest.approx(result.last.miou, abs=1.0)
+
+
+def test_batch_norm_over_all_processes_equals_the_whole_batch(parallel: Any, tmp_path: Path) -> None:
+    folder, lines = parallel
+    (tmp_path / "0").mkdir()
+    trained(tmp_path / "0", "whole", normed())
+    whole = weights(tmp_path, 0, "whole")
+    for rank in (0, 1):
+        found = weights(folder, rank, "synchronised")
+        torch.testing.assert_close(found["weights"], whole["weights"], rtol=1e-5, atol=2e-6)
+        assert found["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+        assert lines[str(rank), "kinds"] == "BatchNorm2d BatchNorm2d"  # again, after the run
+    assert "2 BatchNorm layers (norm, last) normalise within the 4 samples of each process" in lines["0", "alone"]
+    assert lines["1", "alone"] == "[]"
+
+
+def test_activation_of_a_batch_norm_of_timm_is_kept() -> None:
+    norm_act = pytest.importorskip("timm.layers.norm_act", reason="needs the [ris] extra")
+    model = norm_act.BatchNormAct2d(4, act_layer=nn.SiLU)
+    x = torch.randn(2, 4, 3, 3)
+    expected = model(x)
+    for device in ("cpu", "cuda"):  # with one process both classes are those of torch
+        with synchronised_norms(model, torch.device(device)):
+            assert type(model) is not norm_act.BatchNormAct2d
+            assert torch.equal(model(x), expected)
+    assert type(model) is norm_act.BatchNormAct2d
+
+
+def test_unknown_batch_norm_is_refused() -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    with (
+        pytest.raises(ValueError, match=r"cannot replace the forward of 1 \(Own\)"),
+        synchronised_norms(nn.Sequential(nn.BatchNorm2d(2), Own(2)), torch.device("cpu")),
+    ):
+        pass
+
+
+def test_sharded_teacher_gives_the_same_loss(parallel: Any) -> None:
+    folder, lines = parallel
+    for rank in (0, 1):
+        plain = weights(folder, rank, "plain")
+        for name in ("sharded", "offloaded"):
+            assert weights(folder, rank, name)["losses"] == plain["losses"]
+        held, total = map(int, lines[str(rank), "elements"].split())
+        assert 0.45 * total < held < 0.55 * total
+
+
+def test_blocks_of_a_teacher_leave_shared_weights_to_the_root() -> None:
+    model = Blocks()
+    assert _blocks(model, 590) == [model.blocks[1]]
+    assert _blocks(model, 10_000) == []
+    model.blocks[2][0].weight = nn.Parameter(torch.zeros(8, 8, 3, 3))
+    assert _blocks(model, 590) == [model.blocks[2], model.blocks[1], model.blocks[0]]
+
+
+def test_batches_that_cannot_be_divided_are_refused(parallel: Any) -> None:
+    _, lines = parallel
+    for rank in "01":
+        assert "the training set has 1 samples, fewer than one batch of 2" in lines[rank, "few"]
+        assert "got batch_size=3, accumulate=1 and 2 processes" in lines[rank, "odd"]
+
+
+def test_sharding_needs_processes_and_a_teacher() -> None:
+    with pytest.raises(ValueError, match="shard_teacher=True with one process"):
+        run(distiller(), shard_teacher=True)
+    with pytest.raises(ValueError, match="offload_teacher=True needs shard_teacher=True"):
+        TrainConfig(offload_teacher=True)
+
+
+def test_compiled_student_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With taps, checks and evaluation; without code generation, which takes seconds."""
+    calls: list[bool] = []
+
+    class Observed(type(toy())):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            if not torch.compiler.is_compiling():
+                calls.append(self.training)
+            return super().forward(*args, **kwargs)
+
+    def model() -> Distiller:
+        torch.manual_seed(0)
+        student, teacher = Observed(), toy(100, width=4).eval().requires_grad_(False)
+        term = Term(F.mse_loss, "early", weight=0.5, name="kd")
+        taps = {"early": "norm"}
+        return Distiller(student, teacher, segmentation_loss, [term], student_taps=taps, teacher_taps=taps)
+
+    eager, compiled = model(), model()
+    run(eager)
+    calls.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    run(compiled, compile_student=True, val_dataset=Scenes(8), out=tmp_path)
+    assert same(eager.student, compiled.student)
+    assert calls == [True, False]  # the check and the evaluation; the 6 steps run the compiled graph
+    assert type(compiled.student) is Observed
+    names = set(load_file(tmp_path / "last" / "model.safetensors"))
+    names |= set(load_file(tmp_path / "checkpoints" / "step-000006" / "student.safetensors"))
+    assert names == set(eager.student.state_dict())
+    with pytest.raises(ValueError, match="the model is compiled already"):
+        run(torch.compile(toy()), compile_student=True)
+
+
+def test_parameters_without_a_gradient_are_listed() -> None:
+    model = distiller()
+    model.student.spare, model.student.frozen = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    with pytest.warns(
+        FastKDWarning, match=r"^2 parameters get no gradient .*: student.spare.weight, student.spare.bias"
+    ):
+        run(model, steps=2)
+
+
+if STREAMS:
+
+    def test_two_processes_share_the_shards(parallel: Any) -> None:
+        folder, _ = parallel
+        served = [(folder / str(rank) / "served").read_text().split() for rank in (0, 1)]
+        assert all(len(ids) == 12 for ids in served)
+        for first in (0, 6):  # a pass is 3 steps
+            assert sorted(served[0][first : first + 6] + served[1][first : first + 6]) == sorted(
+                f"s{n}" for n in range(12)
+            )

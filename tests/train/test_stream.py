@@ -1,0 +1,114 @@
+"""Training from shards: divided between processes and workers, resumed, refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate", reason="needs the [ris] extra")
+pytest.importorskip("webdataset", reason="needs the [stream] extra")
+
+import torch
+from stream_tools import Words, pictures
+from torch.utils.data import IterableDataset
+from train_tools import distiller, run, same, toy
+
+from fastkd.data import ShardDataset, write_shards
+from fastkd.train import TrainConfig
+from fastkd.train.balance import balance_on
+from fastkd.train.loop import train
+from fastkd.train.stream_feed import StreamOrder
+
+
+def shards(folder: Path, count: int = 30, per_shard: int = 4) -> Path:
+    write_shards(pictures(count), folder, samples_per_shard=per_shard)
+    return folder
+
+
+def stream(folder: Path, **options: Any) -> ShardDataset:
+    return ShardDataset(folder, Words(), **{"image_size": 8, "max_words": 5, "buffer": 6, **options})
+
+
+def train_on(model: Any, data: ShardDataset, out: Path | None = None, **settings: Any) -> Any:
+    more = {k: settings.pop(k) for k in ("resume", "resume_allow") if k in settings}
+    config = TrainConfig(**{"steps": 9, "batch_size": 4, "lr": 1e-2, "device": "cpu", "power": 0.0, **settings})
+    return train(model, data, config, progress=False, out_dir=out, **more)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, workers: int) -> None:
+    folder = shards(tmp_path / "shards")
+    whole, part = toy(), toy()
+    train_on(whole, stream(folder), workers=workers, accumulate=2)
+    train_on(part, stream(folder), tmp_path / "run", steps=5, workers=workers, accumulate=2)
+    resumed = toy(1)
+    allow = {"resume": True, "resume_allow": ["steps"]}
+    train_on(resumed, stream(folder), tmp_path / "run", workers=workers, accumulate=2, **allow)
+    assert same(whole, resumed)
+    assert not same(whole, part)
+
+
+def test_other_shards_or_readers_are_refused(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "shards")
+    train_on(toy(), stream(folder), tmp_path / "run", steps=2)
+    with pytest.raises(ValueError, match=r"stream.readers: 1 → 2\).*--resume-allow stream.readers"):
+        train_on(toy(), stream(folder), tmp_path / "run", steps=2, workers=2, resume=True)
+    write_shards(pictures(30), folder, samples_per_shard=5, overwrite=True)
+    with pytest.raises(ValueError, match=r"stream.shards: 8 → 6, stream.digest: "):
+        train_on(toy(), stream(folder), tmp_path / "run", steps=2, resume=True)
+
+
+def test_processes_and_workers_share_the_samples(tmp_path: Path) -> None:
+    data = stream(shards(tmp_path / "shards", 32, 4))
+    config = TrainConfig(batch_size=8, workers=2)
+    ranks = [StreamOrder(data, config, rank, 2) for rank in (0, 1)]
+    for first in (0, 4):  # 4 steps are a pass: 8 samples for each of 4 readers
+        served = [
+            n for order in ranks for step in range(first, first + 4) for [part] in [order.indices(step)] for n in part
+        ]
+        assert sorted(served) == list(range(32))
+
+
+def test_batches_and_replays_hold_the_samples_of_the_order(tmp_path: Path) -> None:
+    from fastkd.data import collate
+    from fastkd.train.stream_feed import feed_for
+
+    data = stream(shards(tmp_path / "shards"))
+    config = TrainConfig(batch_size=6, accumulate=2, workers=2)
+    for rank in (0, 1, 2):
+        feed = feed_for(
+            data, TrainConfig(batch_size=6, accumulate=2), collate, distiller(), torch.device("cpu"), rank, 3
+        )
+        batches = feed.start(4)
+        for step in (4, 5):
+            for micro, numbers in enumerate(feed.order.indices(step)):
+                names = [f"s{n}" for n in numbers]
+                assert next(batches)["id"] == names
+                assert feed.reload(step, micro)["id"] == names
+    assert StreamOrder(data, config, 0, 3).position(40)[0] > 3
+
+
+def test_unsuitable_settings_are_refused(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "shards", 8, 4)
+    with pytest.raises(ValueError, match=r"2 shards cannot be divided between 3 readers .*lower workers"):
+        train_on(toy(), stream(folder), workers=3)
+    with pytest.raises(ValueError, match="has 8 samples, fewer than one batch of 16"):
+        train_on(toy(), stream(folder), batch_size=16)
+    with pytest.raises(ValueError, match="skip_bad_samples=True needs a dataset with random access"):
+        train_on(toy(), stream(folder), skip_bad_samples=True)
+
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="train_dataset is a Endless, an IterableDataset"):
+        run(toy(), Endless())
+
+
+def test_terms_are_balanced_on_the_first_samples(tmp_path: Path) -> None:
+    model = distiller()
+    balance_on(model, stream(shards(tmp_path / "shards")), {"kd": 0.5}, TrainConfig(batch_size=4, device="cpu"))
+    assert model.weights["kd"] != 0.5
