@@ -117,6 +117,27 @@ def cross_modal_nn(v_s: Tensor, l_s: Tensor, v_t: Tensor, l_t: Tensor) -> Tensor
     return _first_order(m_s, m_t) + ((pixel_pixel + word_word) / a.shape[1] ** 2).mean()
 
 
+# ---- attention_kd --------------------------------------------------------------------------------------------------
+
+
+def attention_maps(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    """Return the mean KL between the networks' attention maps, with both (B, heads, N, M) maps in memory."""
+    e_s, e_t = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5 for q, k in ((q_s, k_s), (q_t, k_t)))
+    return kl(e_s, e_t) / e_s[..., 0].numel()
+
+
+def exact_attention_maps(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the gradients of :func:`attention_maps` for float64 inputs, computed one head at a time."""
+    batch, heads = inputs[0].shape[:2]
+    grads = [torch.zeros_like(x) for x in inputs[:2]]
+    for b in range(batch):
+        for h in range(heads):
+            head = tuple(x.detach()[b, h][None, None].requires_grad_(x.requires_grad) for x in inputs)
+            for grad, part in zip(grads, gradients(attention_maps, head), strict=True):
+                grad[b, h] = part[0, 0] / (batch * heads)
+    return grads
+
+
 # ---- by workload ---------------------------------------------------------------------------------------------------
 
 ROWS = {"channel_kd": channel_rows, "pixel_relation_kd": pixel_rows}
@@ -128,6 +149,8 @@ def formula(workload: Workload, nn: bool = False) -> Loss:
         return relation(workload.distance, ROWS[workload.loss])
     if workload.loss == "cross_modal_kd":
         return cross_modal_nn if nn else cross_modal
+    if workload.loss == "attention_kd":
+        return attention_maps
     return channel_distribution
 
 
@@ -137,6 +160,8 @@ def fastkd(workload: Workload, backend: str) -> Loss:
 
     if workload.loss == "cross_modal_kd":
         return lambda *inputs: losses.cross_modal_kd(*inputs, terms=TERMS, backend=backend)
+    if workload.loss == "attention_kd":
+        return lambda *inputs: losses.attention_kd(*inputs, backend=backend)
     if workload.loss == "channel_distribution_kd":
         return lambda s, t: losses.channel_distribution_kd(s, t, temperature=CWD_TEMPERATURE, backend=backend)
     function = getattr(losses, workload.loss)
@@ -155,4 +180,6 @@ def exact_gradients(workload: Workload, inputs: tuple[Tensor, ...]) -> list[Tens
     doubles = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
     if workload.loss in ROWS:
         return [exact_relation(workload.distance, ROWS[workload.loss], *doubles)]
+    if workload.loss == "attention_kd":
+        return exact_attention_maps(doubles)
     return gradients(formula(workload), doubles)

@@ -40,6 +40,13 @@ def minimum(workload: Workload, mode: str) -> dict[str, int]:
         moved = 2 * elements + batch * rows * width_s if both else elements
         flop, exp = _relation(workload, rows, width_s, width_t, both)
         return {"bytes": moved * size, "flop": batch * flop, "exp": batch * exp}
+    if workload.family == "attention_kl":
+        batch, heads, queries, keys, width = workload.shape
+        # Q and K of both networks, and both gradients. With a gradient known in advance, as of a mean, no map is
+        # computed twice: Q Kᵀ twice, H K, Hᵀ Q.
+        moved = (3 if both else 2) * batch * heads * (queries + keys) * width
+        pairs = batch * heads * queries * keys
+        return {"bytes": moved * size, "flop": (8 if both else 4) * pairs * width, "exp": 2 * pairs}
     batch, pixels, words, width = workload.shape
     # Forward: both networks' pixels. Backward: the student's again, and its gradient. The words are negligible.
     moved = batch * pixels * width * (4 if both else 2)

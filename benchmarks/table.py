@@ -188,7 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table between the markers of this page")
     args = parser.parse_args(argv)
     folder = args.results or measure.RESULTS / measure.device_slug(measure.environment("cpu"))
-    files = [folder / f"{family}.json" for family in workloads.CPU_WORKLOADS]
+    shown = [f for f in workloads.CPU_WORKLOADS if any(w.name in README_ROWS for w in workloads.select(f, "cpu"))]
+    files = [folder / f"{family}.json" for family in shown]
     if absent := [str(file) for file in files if not file.exists()]:
         raise SystemExit(f"no results: {', '.join(absent)}; run `python -m benchmarks --device cpu`")
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]

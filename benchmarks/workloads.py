@@ -27,7 +27,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Workload:
-    """One loss at one shape and dtype. Shapes are (B, C, H, W), and (B, N, T, D) for cross_modal_kd."""
+    """One loss at one shape and dtype.
+
+    Shapes are (B, C, H, W); (B, N, T, D) for cross_modal_kd; (B, heads, N, M, D) for attention_kd.
+    """
 
     family: str
     loss: str
@@ -78,6 +81,9 @@ class Workload:
             side = round(n**0.5)
             pixels = (b, d, side, side) if self.maps else (b, n, d)
             return tuple(random(*shape, student=s) for s in (True, False) for shape in (pixels, (b, t, d)))
+        if self.family == "attention_kl":
+            b, heads, n, m, d = self.shape
+            return tuple(random(b, heads, rows, d, student=s) for s in (True, False) for rows in (n, m))
         b, c, *rest = self.shape
         return random(b, c, *rest, student=True), random(b, self.teacher_width or c, *rest, student=False)
 
@@ -88,6 +94,9 @@ def _gradient_bytes(workload: Workload) -> int:
     if workload.family == "pixel_word":
         b, n, t, d = workload.shape
         return b * (n + t) * d * size
+    if workload.family == "attention_kl":
+        b, heads, n, m, d = workload.shape
+        return b * heads * (n + m) * d * size
     return torch.Size(workload.shape).numel() * size
 
 
@@ -100,6 +109,7 @@ def _rows(workload: Workload) -> int:
 MEMORY: dict[str, Callable[[Workload, int], float]] = {
     "gradient + 1 MiB": lambda w, eager: _gradient_bytes(w) + 2**20,
     "5 % of eager": lambda w, eager: 0.05 * eager,
+    "2 % of eager": lambda w, eager: 0.02 * eager,
     "1 % of eager": lambda w, eager: 0.01 * eager,
     "gradient + 512 MiB": lambda w, eager: _gradient_bytes(w) + 512 * 2**20,  # a GPU's largest workspace
     "no NxN": lambda w, eager: 4 * _rows(w) ** 2,  # one N×N matrix in fp32
@@ -108,6 +118,7 @@ MEMORY: dict[str, Callable[[Workload, int], float]] = {
 """Upper bounds on a call's extra memory in bytes, as functions of the workload and of eager's extra memory."""
 
 _KL = ("relation", "pixel_relation_kd")
+_ATTENTION = ("attention_kl", "attention_kd")
 _CWD = Target(6, 2.7, memory="gradient + 1 MiB")
 _CHANNELS = Target(2, 1.5, memory="gradient + 3 CxC")
 _WORDS, _FEW_WORDS = Target(3, 3, 300, "no NxN"), Target(2, 1.7)
@@ -132,6 +143,11 @@ CPU_WORKLOADS: dict[str, list[Workload]] = {
         Workload("pixel_word", "cross_modal_kd", (8, 900, 20, 512), target=_FEW_WORDS),
         Workload("pixel_word", "cross_modal_kd", (4, 14400, 20, 128), maps=True, target=replace(_WORDS, eager_nn=None)),
         Workload("pixel_word", "cross_modal_kd", (8, 900, 20, 512), maps=True, target=_FEW_WORDS),
+    ],
+    "attention_kl": [
+        Workload(*_ATTENTION, (4, 8, 1024, 1024, 64), target=Target(2, 1.5, share=0.6)),
+        Workload(*_ATTENTION, (1, 8, 4096, 4096, 64), target=Target(2, 1.5, memory="2 % of eager", share=0.6)),
+        Workload(*_ATTENTION, (256, 4, 49, 49, 32), target=Target(1.5, share=0)),  # Swin's windows
     ],
 }
 """Workloads of each family on a CPU."""

@@ -46,6 +46,13 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "train": "module",
     },
     "fastkd.losses": {
+        "AttentionKD": (
+            "(*, scale=None, temperature=1.0, causal=False, relation_heads=None, reduction='mean', backend='auto')"
+        ),
+        "AttentionKD.forward": (
+            "(self, student_q, student_k, teacher_q, teacher_k, *, student_bias=None, teacher_bias=None, "
+            "key_mask=None, query_mask=None)"
+        ),
         "ChannelDistributionKD": (
             "(*, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, reduction='mean', "
             "backend='auto', student_channels=None, teacher_channels=None)"
@@ -72,6 +79,11 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "reduction='mean', backend='auto')"
         ),
         "PixelRelationKD.forward": "(self, student, teacher, *, weight=None)",
+        "attention_kd": (
+            "(student_q, student_k, teacher_q, teacher_k, *, scale=None, temperature=1.0, student_bias=None, "
+            "teacher_bias=None, key_mask=None, query_mask=None, causal=False, relation_heads=None, "
+            "reduction='mean', backend='auto')"
+        ),
         "channel_distribution_kd": (
             "(student, teacher, *, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, "
             "reduction='mean', backend='auto')"

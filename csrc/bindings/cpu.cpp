@@ -1,4 +1,5 @@
 // The module fastkd._cpu. It depends on neither torch nor NumPy: tensors are passed as addresses.
+#include "bindings/attention_kl.h"
 #include "bindings/pixel_word.h"
 #include "bindings/relation_cpu.h"
 #include "bindings/softmax_kl.h"
@@ -28,6 +29,21 @@ struct PixelWordKernels {
     }
     static void backward(const pixel_word::Backward& args, int threads) {
         cpu::kernels().pixel_word_backward(args, threads);
+    }
+};
+
+struct AttentionKernels {
+    static int parse_extra(std::int64_t threads) { return parse_threads(threads); }
+    static cpu::AttentionPlan plan(const AttentionCall& call, const attention_kl::Problem& problem) {
+        return cpu::plan_attention(problem, parse_threads(call.extra), call.limit);
+    }
+    static std::pair<std::int64_t, std::int64_t> workspace(const AttentionCall& call,
+                                                           const attention_kl::Problem& problem) {
+        const cpu::AttentionPlan planned = plan(call, problem);
+        return {planned.bytes, planned.minimum};
+    }
+    static void run(const AttentionCall& call, const attention_kl::Call& args) {
+        cpu::kernels().attention_kl_run(args, plan(call, call.problem));
     }
 };
 
@@ -79,6 +95,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         });
     define_relation<CpuRelation>(module);
     define_pixel_word<PixelWordKernels>(module);
+    define_attention_kl<AttentionKernels>(module, "threads");
 }
 
 } // namespace fastkd::bindings

@@ -4,8 +4,9 @@ set(cpu_kernels
   cpu/softmax_kl/forward.cpp cpu/softmax_kl/backward.cpp
   cpu/relation/streamed.cpp cpu/relation/stored.cpp cpu/relation/gram.cpp
   cpu/pixel_word/forward.cpp cpu/pixel_word/backward.cpp
+  cpu/attention_kl/attention_kl.cpp
   cpu/exp.cpp cpu/peak.cpp)
-set(cpu_common cpu/kernels.cpp cpu/pages.cpp cpu/relation/plan.cpp) # compiled once
+set(cpu_common cpu/kernels.cpp cpu/pages.cpp cpu/relation/plan.cpp cpu/attention_kl/plan.cpp) # compiled once
 
 function(cpu_skipped reason)
   build_info(cpu built false)

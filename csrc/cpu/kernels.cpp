@@ -22,6 +22,7 @@ namespace {
             isa::pixel_word_workspace,                                                                                 \
             isa::pixel_word_forward,                                                                                   \
             isa::pixel_word_backward,                                                                                  \
+            isa::attention_kl_run,                                                                                     \
             isa::exp,                                                                                                  \
             isa::peak},
 constexpr Kernels tables[] = {FASTKD_FOR_EACH_ISA(FASTKD_TABLE)};

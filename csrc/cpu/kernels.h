@@ -2,10 +2,12 @@
 // and one in the table of kernels.cpp.
 #pragma once
 
+#include "common/attention_kl.h"
 #include "common/dtype.h"
 #include "common/pixel_word.h"
 #include "common/relation.h"
 #include "common/softmax_kl.h"
+#include "cpu/attention_kl/plan.h"
 #include "cpu/isa.h"
 #include "cpu/relation/plan.h"
 
@@ -36,6 +38,8 @@ struct Kernels {
     pixel_word::Workspace (*pixel_word_workspace)(const pixel_word::Problem& problem, bool backward, int threads);
     void (*pixel_word_forward)(const pixel_word::Forward& args, int threads);
     void (*pixel_word_backward)(const pixel_word::Backward& args, int threads);
+    // Losses and gradients in one pass over blocks of queries.
+    void (*attention_kl_run)(const attention_kl::Call& call, const AttentionPlan& plan);
     // Write e^x, x <= 0, of `count` contiguous elements of Float32 or Float64, as computed in the kernels. For tests.
     void (*exp)(const void* input, void* output, std::int64_t count, DType dtype);
     // Run a loop of `operation` at its peak rate; return the number of FLOP or exponentials. For benchmarks.
@@ -55,6 +59,7 @@ struct Kernels {
     pixel_word::Workspace pixel_word_workspace(const pixel_word::Problem& problem, bool backward, int threads);        \
     void pixel_word_forward(const pixel_word::Forward& args, int threads);                                             \
     void pixel_word_backward(const pixel_word::Backward& args, int threads);                                           \
+    void attention_kl_run(const attention_kl::Call& call, const AttentionPlan& plan);                                  \
     void exp(const void* input, void* output, std::int64_t count, DType dtype);                                        \
     double peak(Peak operation, std::int64_t repeats);                                                                 \
     }

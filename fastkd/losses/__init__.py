@@ -4,6 +4,7 @@ The functions take any floating dtype on any device, compute in fp32 (fp64 for f
 docs/maths.md defines them. The teacher's tensors are constants and must not require grad.
 """
 
+from fastkd.losses.attention import AttentionKD, attention_kd
 from fastkd.losses.channel import ChannelKD, channel_kd
 from fastkd.losses.channel_distribution import ChannelDistributionKD, channel_distribution_kd
 from fastkd.losses.cross_modal import DEFAULT_TERMS, CrossModalKD, cross_modal_kd, cross_modal_kd_from_logits
@@ -12,11 +13,13 @@ from fastkd.losses.pixel_relation import PixelRelationKD, pixel_relation_kd
 
 __all__ = [
     "DEFAULT_TERMS",
+    "AttentionKD",
     "ChannelDistributionKD",
     "ChannelKD",
     "CrossModalKD",
     "LogitKD",
     "PixelRelationKD",
+    "attention_kd",
     "channel_distribution_kd",
     "channel_kd",
     "cross_modal_kd",

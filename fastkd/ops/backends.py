@@ -1,7 +1,7 @@
 """The backends: one object each, with its devices, its dtypes, and the reasons why it cannot run on a machine.
 
-To add a backend, add its object to ``BACKENDS``; to each family's folder add the file that ``module`` names, with the
-same functions as the family's ``native.py``.
+To add a backend, add its object to ``BACKENDS``; to the folder of each family that it computes add the file that
+``module`` names, with the same functions as the family's ``native.py``.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ class Backend:
 
     families_without_fp64: frozenset[str] = frozenset()
     """Families whose kernels do not support float64, because a GPU's matrix units are slow in fp64 or lack it."""
+
+    families_without_kernels: frozenset[str] = frozenset()
+    """Families that the backend does not compute."""
 
 
 def _no_reason(*_: object) -> None:
@@ -217,6 +220,7 @@ BACKENDS: dict[str, Backend] = {
             _triton_machine_reason,
             _triton_device_reason,
             families_without_fp64=frozenset({"relation", "pixel_word"}),
+            families_without_kernels=frozenset({"attention_kl"}),
         ),
         Backend(
             "cuda",
@@ -225,6 +229,7 @@ BACKENDS: dict[str, Backend] = {
             _cuda_machine_reason,
             _cuda_device_reason,
             families_without_fp64=frozenset({"relation"}),
+            families_without_kernels=frozenset({"attention_kl"}),
         ),
     )
 }

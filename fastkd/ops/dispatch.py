@@ -20,8 +20,8 @@ from fastkd.ops.availability import TransientReason, UntestedReason, in_self_tes
 from fastkd.ops.backends import BACKENDS, KERNEL_DTYPES
 from fastkd.ops.torch_state import constant_result, is_transformed, wrapper_class_name
 
-FAMILIES = ("softmax_kl", "relation", "pixel_word")
-"""The kernel families; every backend implements all of them."""
+FAMILIES = ("softmax_kl", "relation", "pixel_word", "attention_kl")
+"""The kernel families; a backend computes all of them except its ``families_without_kernels``."""
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -98,6 +98,8 @@ def unavailable_reason(backend: str, family: str | None = None, device: str | to
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return None
+    if family in BACKENDS[backend].families_without_kernels:
+        return f"it has no {family} kernels; use backend='auto'"
     key = (backend, family, None if device is None else str(device))
     if key in _reasons:
         return _reasons[key]
@@ -179,7 +181,8 @@ def _resolve(
 
 def auto_order(family: str, device_type: str) -> tuple[str, ...]:
     """Return the backends that "auto" tries for a family on a device type, in order."""
-    return FAMILY_ORDER.get((family, device_type)) or AUTO_ORDER.get(device_type, ())
+    order = FAMILY_ORDER.get((family, device_type)) or AUTO_ORDER.get(device_type, ())
+    return tuple(name for name in order if family not in BACKENDS[name].families_without_kernels)
 
 
 def _auto_backend(family: str, device_type: str, device: str, dtype_class: str, plain: bool) -> str:

@@ -21,6 +21,7 @@ WORKLOADS = [
     ),
     Workload("pixel_word", "cross_modal_kd", (2, 16, 5, 8)),
     Workload("pixel_word", "cross_modal_kd", (2, 16, 5, 8), maps=True),
+    Workload("attention_kl", "attention_kd", (2, 3, 5, 7, 4)),
 ]
 
 

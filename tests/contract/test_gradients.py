@@ -87,6 +87,8 @@ def test_reductions(setting: Any, reduction: str) -> None:
         want = none.sum()
     elif problem.case.loss.__name__ == "logit_kd" and problem.masks:
         want = none.sum() / problem.masks["pixel_mask"].sum()
+    elif problem.case.loss.__name__ == "attention_kd" and problem.masks:
+        want = none.sum() / (problem.masks["query_mask"].sum() * none.shape[1])
     else:  # Attention weights have mean 1 already.
         want = none.mean()
     loss = problem.loss(setting.place.backend, reduction)

@@ -254,6 +254,8 @@ def large_size(case: Case) -> tuple[int, ...]:
     """Return a size at which an N×N matrix is larger than all other tensors that may be saved."""
     if case.family == "softmax_kl":
         return (2, 3, 20, 20)
+    if case.family == "attention_kl":
+        return (1, 1, 1, 399, 1, 4) if "causal" in case.name else (1, 1, 400, 400, 4, 4)
     if case.loss.__name__ == "channel_kd":
         return (1, 8, 24, 24, 20, 20)
     if case.loss.__name__ == "pixel_relation_kd":

@@ -16,7 +16,7 @@ from contract_problems import Case, Problem
 from contract_tools import error
 from torch import Tensor
 
-from fastkd.losses import cross_modal_kd_from_logits, logit_kd
+from fastkd.losses import attention_kd, cross_modal_kd_from_logits, logit_kd
 
 INF, NAN = math.inf, math.nan
 TEMPERATURES = (0.05, 1.0, 20.0)
@@ -219,6 +219,8 @@ def padded(problem: Problem, pixels: int, words: int, fill: float) -> Problem:
     args = list(problem.args)
     if case.loss is logit_kd:
         args = [more(x, 3, pixels) for x in args]
+    elif case.loss is attention_kd:
+        args = [more(x, 2, words if i % n else pixels) for i, x in enumerate(args)]  # keys, queries
     elif case.loss is cross_modal_kd_from_logits:
         args = [more(more(x, -1, words), -2, pixels) for x in args]
     else:
@@ -226,7 +228,7 @@ def padded(problem: Problem, pixels: int, words: int, fill: float) -> Problem:
         args = [more(x, 1, words if i % n == 1 else 0) for i, x in enumerate(args)]
     masks = {}
     for name, mask in problem.masks.items():
-        count = pixels if name == "pixel_mask" else words
+        count = pixels if name in ("pixel_mask", "query_mask") else words
         masks[name] = tuple(more(m, 1, count) for m in mask) if isinstance(mask, tuple) else more(mask, -1, count)
     return Problem(case, args, masks)
 
@@ -266,6 +268,8 @@ def test_masked_values_change_nothing(setting: Any, fill: float) -> None:
         keep = torch.ones_like(x, dtype=torch.bool)
         if case.loss is logit_kd:
             keep &= pixel[:, None]
+        elif case.loss is attention_kd:
+            keep &= problem.masks["key_mask" if i % n else "query_mask"][:, None, :, None]
         elif case.loss is cross_modal_kd_from_logits:
             heads = [1] * (x.dim() - 3)
             keep &= pixel.view(x.shape[0], *heads, -1, 1) & words[i // n].view(x.shape[0], *heads, 1, -1)

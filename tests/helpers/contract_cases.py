@@ -194,7 +194,39 @@ PIXEL_WORD = [
     _from_logits("heads masked", {"small": (2, 6, 4), "more words than a vector": (2, 9, 17)}, 3, masked=True),
 ]
 
-CASES = [*SOFTMAX_KL, *RELATION, *PIXEL_WORD]
+# --- attention_kl -----------------------------------------------------------------------------------------------------
+
+ATTENTION_SIZES = {  # b, heads, n, m, d_s, d_t
+    "small": (2, 2, 4, 5, 3, 3),
+    "queries beyond a block": (1, 1, 70, 33, 8, 8),
+    "wide heads": (1, 2, 9, 19, 33, 17),
+}
+
+
+def _attention(name: str, sizes: Mapping[str, Size], masked: bool = False, **options: Any) -> Case:
+    shapes = lambda b, heads, n, m, d_s, d_t: [(b, heads, rows, d) for d in (d_s, d_t) for rows in (n, m)]
+    masks = lambda args: {
+        f"{rows}_mask": _holes(x.shape[0], x.shape[2], device=x.device)
+        for rows, x in zip(("query", "key"), args, strict=False)
+    }
+    return Case(f"attention_kd {name}", "attention_kl", losses.attention_kd, losses.AttentionKD, shapes, sizes,
+                options, masks if masked else no_masks)  # fmt: skip
+
+
+def _causal_relation_heads() -> Case:
+    """Return a case of networks with different numbers of heads, regrouped to two."""
+    shapes = lambda b, h_s, h_t, n, more, d: [(b, 2 * h, rows, d) for h in (h_s, h_t) for rows in (n, n + more)]
+    sizes = {"small": (2, 1, 3, 4, 1, 2), "more": (1, 2, 1, 68, 9, 3)}
+    return replace(_attention("causal relation heads", sizes, causal=True, relation_heads=2), shapes=shapes)
+
+
+ATTENTION_KL = [
+    _attention("plain", ATTENTION_SIZES),
+    _attention("masked", {"small": (2, 2, 4, 6, 3, 5), "more": (2, 1, 9, 40, 8, 4)}, True, temperature=0.5),
+    _causal_relation_heads(),
+]
+
+CASES = [*SOFTMAX_KL, *RELATION, *PIXEL_WORD, *ATTENTION_KL]
 BASIC = {case.family: case for case in reversed(CASES)}
 """The first case of each family, for checks that do not depend on the options of a loss."""
 
@@ -215,6 +247,7 @@ REPRESENTATIVE = {
     "cross_modal_kd cosine masked",
     "cross_modal_kd other tokens",
     "cross_modal_kd_from_logits heads masked",
+    *(case.name for case in ATTENTION_KL),
 }
 """Cases that together reach every branch of the GPU kernels: each distance, rows innermost and outermost, with and
 without cosines, negation, image pairs, masks, and every term. The other cases differ only in the torch code around the
@@ -257,7 +290,8 @@ DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cud
 
 
 def places(family: str) -> list[Place]:
-    return [Place(b, d) for b in dispatch.BACKENDS for d in DEVICES[b]]
+    backends = [b.name for b in dispatch.BACKENDS.values() if family not in b.families_without_kernels]
+    return [Place(b, d) for b in backends for d in DEVICES[b]]
 
 
 INTERPRETED = {

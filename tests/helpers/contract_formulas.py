@@ -51,6 +51,39 @@ def logit_kd(student: Tensor, teacher: Tensor, *, temperature: float, pixel_mask
     return rows if pixel_mask is None else torch.where(pixel_mask.reshape(rows.shape), rows, 0)
 
 
+def attention_logits(q: Tensor, k: Tensor, relation_heads: int | None = None) -> Tensor:
+    """Return Q Kᵀ/√d (B, heads, N, M); with ``relation_heads``, of all heads put side by side and divided again."""
+    if relation_heads is not None:
+        q, k = (torch.stack(torch.cat(x.unbind(1), -1).chunk(relation_heads, -1), 1) for x in (q, k))
+    return q @ k.mT / q.shape[-1] ** 0.5
+
+
+def attention_kd(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    *,
+    temperature: float = 1.0,
+    causal: bool = False,
+    relation_heads: int | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> Tensor:
+    maps = [attention_logits(*qk, relation_heads) for qk in ((student_q, student_k), (teacher_q, teacher_k))]
+    *_, n, m = maps[0].shape
+    samples = []
+    for b in range(student_q.shape[0]):
+        e_s, e_t = (e[b][..., valid(key_mask, b, e)] for e in maps)  # (heads, N, valid keys)
+        if causal:  # for unmasked keys
+            ends = [i + m - n + 1 for i in range(n)]
+            rows = torch.stack([kl(e_s[:, i, :e], e_t[:, i, :e], temperature) for i, e in enumerate(ends)], 1)
+        else:
+            rows = kl(e_s, e_t, temperature)
+        samples.append(rows if query_mask is None else torch.where(query_mask[b].to(rows.device), rows, 0))
+    return torch.stack(samples)
+
+
 def similarities(x: Tensor, y: Tensor, kind: str) -> Tensor:
     if kind == "cosine":
         return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT

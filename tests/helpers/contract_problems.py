@@ -187,7 +187,7 @@ class Problem:
         options, loss = self.case.options, self.condition()
         if options.get("distance", "kl") != "kl":
             return 4 * self._peak()[0] ** 2 if options["distance"] == "mse" else 4.0
-        if self.case.family != "relation":
+        if self.case.family not in ("relation", "attention_kl"):  # these have no factor τ²
             loss *= max(self.case.temperature**2, 1.0) * sum(options.get("terms", {"": 1.0}).values())
         return loss * (self.args[0].shape[1] if "weight" in options else 1)  # attention weights are at most C
 
@@ -196,6 +196,10 @@ class Problem:
         args, n = [x.double().cpu() for x in self.args], self.students
         if self.case.family == "softmax_kl" or self.case.loss is losses.cross_modal_kd_from_logits:
             return max(x.abs().max().item() for x in args), max(x.numel() // x.shape[0] for x in args)
+        if self.case.family == "attention_kl":
+            heads = self.case.options.get("relation_heads")
+            maps = [formulas.attention_logits(*args[i : i + 2], heads) for i in (0, n)]
+            return max(e.abs().max().item() for e in maps), maps[0].shape[-1]
         kind = self.case.options.get("similarity", "cosine" if self.case.family == "relation" else "scaled_dot")
         entries = max(x.numel() // x.shape[0] for x in args)
         if kind == "cosine":

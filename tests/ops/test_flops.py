@@ -104,6 +104,20 @@ def test_unneeded_gradients_are_not_counted() -> None:
     assert counter.get_total_flops() == GRADIENT_PRODUCTS // 2
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_unit_gradients_are_counted_in_the_forward(kept: int) -> None:
+    """Maps of both networks, and one gradient: in the forward of a mean, recomputed in the backward of rows."""
+    args = [torch.randn(2, 3, rows, d).requires_grad_(i == kept) for i, (rows, d) in
+            enumerate([(5, 4), (7, 4), (5, 6), (7, 6)])]  # fmt: skip
+    maps, gradient = 2 * (2 * 3 * 5 * 7) * (4 + 6), 2 * (2 * 3 * 5 * 7) * 4
+    for reduction, want in (("mean", (maps + gradient, 0)), ("none", (maps, maps + gradient))):
+        with require_backend(Place("cpu", "cpu")), FlopCounterMode(display=False) as forward:
+            loss = losses.attention_kd(*args, reduction=reduction, backend="cpu")
+        with FlopCounterMode(display=False) as backward:
+            loss.sum().backward()
+        assert (forward.get_total_flops(), backward.get_total_flops()) == want
+
+
 @pytest.mark.parametrize("first", ["fastkd.losses", "torch.utils.flop_counter"])
 def test_formulas_are_registered_in_any_import_order(first: str) -> None:
     script = f"""
@@ -111,7 +125,7 @@ import importlib, sys
 importlib.import_module({first!r})
 import fastkd.losses, torch, torch.utils.flop_counter as counter
 names = [n for n in dir(torch.ops.fastkd) if n.endswith("ward")]
-assert len(names) == 6, names
+assert len(names) == 8, names
 assert all(getattr(torch.ops.fastkd, name) in counter.flop_registry for name in names)
 assert counter.__spec__.loader.get_source(counter.__name__)
 """

@@ -18,11 +18,16 @@ except ImportError as error:
 
 ISAS = ["baseline", "avx2", "avx512", "amx"]
 FILES = [
-    Path(__file__).with_name(f"test_{name}.py") for name in ("native", "relation", "pixel_word", "pixel_word_contract")
+    Path(__file__).with_name(f"test_{name}.py")
+    for name in ("native", "relation", "pixel_word", "pixel_word_contract", "attention_kl")
 ]
 RELATION = "every_form or every_shape or shift or gram_form or zero_ or number_of_threads"
 PIXEL_WORD = "(fp64 and (37 or 129 or 257)) or test_dtypes or norm_zero or equal or infinite or identical"
-LANE_DEPENDENT = f"test_native or (test_relation and ({RELATION})) or (test_pixel_word and ({PIXEL_WORD}))"
+ATTENTION = "cpu and (sizes or everything or equal)"
+LANE_DEPENDENT = (
+    f"test_native or (test_relation and ({RELATION})) or (test_pixel_word and ({PIXEL_WORD})) "
+    f"or (test_attention_kl and {ATTENTION})"
+)
 """Select tests of code that depends on the number of vector lanes: products, packing, tails, rows of zeros."""
 
 

@@ -20,7 +20,8 @@ import fastkd
 from fastkd import losses
 
 Step = Callable[[list[Tensor], dict[str, Any], float | Tensor], Tensor]
-TEMPERATURES = {"softmax_kl": (4.0, 3.5, 2.0, 0.6), "relation": (0.2, 0.1, 0.03, 0.02), "pixel_word": (1.5, 1.0, 0.3)}
+TEMPERATURES = {"softmax_kl": (4.0, 3.5, 2.0, 0.6), "relation": (0.2, 0.1, 0.03, 0.02), "pixel_word": (1.5, 1.0, 0.3),
+                "attention_kl": (1.5, 1.0, 0.3)}  # fmt: skip
 """For relations of cosines both sides of 0.04, below which other statistics are stored."""
 
 
