@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from fastkd.distill import checks, words
 from fastkd.distill.forward import normalisation, renormalise, run_model
 from fastkd.distill.gradients import GradientReport, balanced_weights, preserve_state, report_gradients
 from fastkd.distill.recorded import RecordedTeacher
+from fastkd.distill.schedules import Schedule
 from fastkd.distill.selectors import select
 from fastkd.distill.taps import Taps
 from fastkd.distill.terms import Term, loss_and_options, teacher_paths, term_value
@@ -25,11 +27,11 @@ class DistillOutput:
     """Output of a `Distiller`: the loss to call ``backward`` on, and its parts.
 
     Attributes:
-        loss: task + Σ weight · term, a scalar.
+        loss: task + Σ weight · term, a scalar, with the weights of the step where there are schedules.
         task: the task loss.
-        terms: name to unweighted term.
+        terms: name to unweighted term; 0 for one whose schedule is 0 at this step, which is not computed.
         student: the student's output.
-        teacher: the teacher's output, or None without a teacher.
+        teacher: the teacher's output; None without a teacher, or if no term is computed at this step.
     """
 
     loss: Tensor
@@ -61,10 +63,13 @@ class Distiller(nn.Module):
         student_taps: name to module path (or a `Taps`) for features missing from the student's output; terms select
             them by name.
         teacher_taps: the same for the teacher.
+        task_schedule: factor of the task loss by step, like `Term.schedule`; ``Schedule(start=1000)`` with terms that
+            stop there first distils and then trains on the task alone.
 
     Raises:
         ValueError: teacher = student, terms without a teacher, two terms of one name, an unknown tap path.
-        TypeError: a model that is not a module, a task loss that is not callable, a term that is not a `Term`.
+        TypeError: a model that is not a module, a task loss that is not callable, a term that is not a `Term`, or a
+            schedule that is not a `Schedule`.
 
     Example:
         >>> teacher = RISModel.from_pretrained("teacher").eval().requires_grad_(False)
@@ -87,6 +92,7 @@ class Distiller(nn.Module):
         inputs: Sequence[str] = ("image", "input_ids", "word_mask"),
         student_taps: Taps | Mapping[str, Any] | None = None,
         teacher_taps: Taps | Mapping[str, Any] | None = None,
+        task_schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         terms = [terms] if isinstance(terms, Term) else list(terms)
@@ -111,6 +117,11 @@ class Distiller(nn.Module):
             self.term_parameters = nn.ParameterDict(parameters)
         self._student_taps = _as_taps(student, student_taps)
         self._teacher_taps = _as_taps(teacher, teacher_taps)
+        if not isinstance(task_schedule, Schedule | None):
+            raise TypeError(f"task_schedule must be a Schedule or None, got {task_schedule!r}")
+        self.task_schedule = task_schedule
+        self._step: int | None = None
+        self._factors: dict[str, float] | None = None  # "task" and term name to factor at the step
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -136,6 +147,28 @@ class Distiller(nn.Module):
                 raise ValueError(f"weights: no term named {name!r}.{suggestion(name, self.terms)}")
         self.terms |= {name: replace(self.terms[name], weight=weight) for name, weight in weights.items()}
 
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """``"task"`` and term name to schedule, where there is one."""
+        named = {"task": self.task_schedule, **{name: term.schedule for name, term in self.terms.items()}}
+        return {name: schedule for name, schedule in named.items() if schedule is not None}
+
+    def set_step(self, step: int) -> None:
+        """Set the step, counted from 0, whose schedules apply from now on; needed before each step if there are any.
+
+        A term whose factor is 0 is not computed, and the teacher does not run while there is no other term.
+        """
+        self._step = step
+        scheduled = self.schedules
+        if scheduled:
+            names = ("task", *self.terms)
+            self._factors = {name: scheduled[name].factor(step) if name in scheduled else 1.0 for name in names}
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Return the weights at a step, counted from 0: ``"task"`` and term name to weight times schedule."""
+        weights, scheduled = {"task": 1.0, **self.weights}, self.schedules
+        return {n: w * scheduled[n].factor(step) if n in scheduled else w for n, w in weights.items()}
+
     def with_teacher(self, teacher: nn.Module) -> Distiller:
         """Return a distiller with the same student, terms, weights and aligners, but another teacher.
 
@@ -143,22 +176,39 @@ class Distiller(nn.Module):
         """
         terms = list(self.terms.values())
         return Distiller(
-            self.student, teacher, self.task_loss, terms, inputs=self.inputs, student_taps=self._student_taps
+            self.student,
+            teacher,
+            self.task_loss,
+            terms,
+            inputs=self.inputs,
+            student_taps=self._student_taps,
+            task_schedule=self.task_schedule,
         )
 
     def forward(self, batch: Mapping[str, Any]) -> DistillOutput:
         """Run both models and every loss on one batch."""
+        factors = self._factors
+        if factors is None and self.schedules:
+            raise ValueError(
+                f"{next(iter(self.schedules))!r} has a schedule: call distiller.set_step(step), counted from 0, before "
+                "each step (fastkd.train.train does)"
+            )
+        skipped = [] if factors is None else [name for name in self.terms if factors[name] == 0]
         student = run_model(self.student, **self.model_inputs(batch))
-        teacher = self.run_teacher(batch)
+        teacher = self.run_teacher(batch) if not skipped or len(skipped) < len(self.terms) else None
         words_differ = words.has_teacher_words(self.inputs, batch)
         task = self.task_loss(student, batch)
-        loss = task
+        loss = task if factors is None or self.task_schedule is None else factors["task"] * task
         terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
+            if name in skipped:
+                terms[name] = torch.zeros_like(task)
+                continue
             if words_differ:
                 words.check_term(name, *loss_and_options(term))
             terms[name] = value = term_value(term, student, teacher, batch, self._student_taps, self._teacher_taps)
-            loss = loss + term.weight * value
+            weight = term.weight if factors is None else term.weight * factors[name]
+            loss = loss + weight * value
         for taps in (self._student_taps, self._teacher_taps):
             if taps is not None:
                 taps.clear()
@@ -208,7 +258,7 @@ class Distiller(nn.Module):
         Those are: a teacher in train mode, with parameters that require a gradient, without weights, on another device,
         with NaN in its output or taps, or with values that change between two passes; a term or task loss that is not a
         finite scalar or sends no finite gradient to the student; a term that is exactly 0; a tap that never fires.
-        Models, gradients and random state are left unchanged.
+        Models, gradients and random state are left unchanged. Schedules are ignored: every term is checked.
 
         Args:
             batch: a training batch on the distiller's device; the student should be in train mode.
@@ -228,14 +278,33 @@ class Distiller(nn.Module):
         checks.check_gradients(report)
         return report
 
-    def gradient_report(self, batch: Mapping[str, Any]) -> GradientReport:
-        """Return values and gradient norms of the task and of every term on one batch, without side effects."""
+    def gradient_report(self, batch: Mapping[str, Any], step: int | None = None) -> GradientReport:
+        """Return values and gradient norms of the task and of every term on one batch, without side effects.
+
+        With ``step``, schedules apply, and only the terms that are computed at that step are reported.
+        """
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("student has no parameter that requires a gradient: nothing can train")
-        with preserve_state(self), torch.enable_grad():
+        weights = self.weights if step is None else self.weights_at(step)
+        with preserve_state(self), torch.enable_grad(), self.at_step(step):
+            computed = [name for name in self.terms if self._factors is None or self._factors[name]]
             output = self(batch)
-            return report_gradients({"task": output.task, **output.terms}, parameters, self.weights)
+            losses = {"task": output.task, **{name: output.terms[name] for name in computed}}
+            return report_gradients(losses, parameters, {name: weights[name] for name in computed})
+
+    @contextmanager
+    def at_step(self, step: int | None) -> Iterator[None]:
+        """Apply the schedules of another step inside the block; None ignores schedules."""
+        before = self._step, self._factors
+        try:
+            if step is None:
+                self._factors = dict.fromkeys(("task", *self.terms), 1.0) if self.schedules else None
+            else:
+                self.set_step(step)
+            yield
+        finally:
+            self._step, self._factors = before
 
     def gradient_shares(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """Return term name to gradient share: the norm of its weighted gradient divided by that of the task's."""

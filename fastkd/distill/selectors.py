@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -26,14 +26,14 @@ def select(selector: Selector, output: Any, taps: Mapping[str, Any] | None = Non
     head, _, rest = selector.partition(".")
     if taps is not None and head in taps:
         return (follow(taps[head], rest) if rest else taps[head],)
-    return (follow(output, selector),)
+    return (follow(output, selector, taps or ()),)
 
 
-def follow(value: Any, path: str) -> Any:
+def follow(value: Any, path: str, taps: Iterable[str] = ()) -> Any:
     """Follow a dotted path through attributes, mapping keys and list positions.
 
     A position may be a number (``"stages.3"``, ``"stages.-1"``), ``*`` for a whole list (``"stages.*"``) or a slice
-    (``"stages.1:"``); the last two return a list.
+    (``"stages.1:"``); the last two return a list. ``taps`` are other names that a path could have begun with.
 
     Raises:
         ValueError: the path does not exist or leads to None; the message names the failing part and its alternatives.
@@ -56,7 +56,8 @@ def follow(value: Any, path: str) -> Any:
         elif hasattr(value, part) and not callable(getattr(value, part)):
             value = getattr(value, part)
         else:
-            raise ValueError(f"path {path!r}: {where} has no {part!r}.{suggestion(part, _names_in(value))}")
+            names = [*_names_in(value), *(() if walked else taps)]
+            raise ValueError(f"path {path!r}: {where} has no {part!r}.{suggestion(part, names)}")
         walked = f"{walked}.{part}" if walked else part
         if value is None:
             raise ValueError(f"path {path!r} leads to None at {walked!r}: the model did not return it")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.distill.schedules import Schedule
 from fastkd.distill.selectors import Selector, select
 
 _RESERVED = ("task", "loss", "gradient")  # names of other columns of the log
@@ -35,10 +36,11 @@ class Term:
         kwargs: further arguments of the loss. A string that begins with ``batch.``, ``student.`` or ``teacher.`` is
             looked up there at every step, also inside a tuple or list; other values are passed unchanged, and an
             ``nn.Parameter`` trains with the student.
+        schedule: factor of the weight by step, for `Distiller.set_step`; None: 1 at every step.
 
     Raises:
         ValueError: a weight that is negative or not finite, or a name with a dot.
-        TypeError: a loss that is not callable.
+        TypeError: a loss that is not callable, or a schedule that is not a `Schedule`.
 
     Example:
         >>> Term(losses.channel_distribution_kd, "decoder_features", weight=4.0)
@@ -51,6 +53,7 @@ class Term:
     weight: float = 1.0
     name: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
@@ -64,6 +67,8 @@ class Term:
             raise ValueError(f"Term {self.name!r}: weight must be a finite number >= 0, got {self.weight!r}")
         if not isinstance(self.kwargs, Mapping):
             raise TypeError(f"Term {self.name!r}: kwargs must be a dict, got {self.kwargs!r}")
+        if not isinstance(self.schedule, Schedule | None):
+            raise TypeError(f"Term {self.name!r}: schedule must be a Schedule or None, got {self.schedule!r}")
         for side in ("student", "teacher"):
             selector = getattr(self, side)
             if isinstance(selector, list):

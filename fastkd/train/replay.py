@@ -126,7 +126,7 @@ def _report(
 ) -> GradientReport:
     seed_step(*numbers)
     with autocast(precision, device):
-        return distiller.gradient_report(batch)
+        return distiller.gradient_report(batch, step=numbers[1])
 
 
 def _plain(value: Any) -> Any:

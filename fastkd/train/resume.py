@@ -85,7 +85,7 @@ def run_settings(
 
     Args:
         config: device and precision are replaced by those in effect.
-        distiller: weights, losses and options of its terms, and a digest of its teacher.
+        distiller: weights, schedules, losses, selectors and options of its terms, and a digest of its teacher.
         device: device in effect.
         precision: precision in effect.
         processes: number of processes.
@@ -102,8 +102,10 @@ def run_settings(
         settings[f"weights.{name}"] = term.weight
         if isinstance(loss, nn.Module):
             options = {**vars(loss), **options}
-        plain = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool) and k[0] != "_"}
+        plain = {k: v for k, v in options.items() if _is_plain(v) and k[0] != "_"}
+        plain |= {"student": _selector(term.student), "teacher": _selector(term.teacher)}
         settings |= {f"terms.{name}.{key}": value for key, value in plain.items() if key not in ("training", "backend")}
+    settings |= {f"schedules.{name}": asdict(schedule) for name, schedule in distiller.schedules.items()}
     if distiller.teacher is not None:
         settings |= teacher_settings(distiller.teacher)
     return json.loads(json.dumps(settings | dict(further), default=str))  # type: ignore[no-any-return]
@@ -176,6 +178,22 @@ def evaluation_from_json(values: Mapping[str, Any]) -> tuple[int, EvalResult]:
         sample_iou=torch.empty(0, dtype=torch.float64),
     )
     return values["step"], result
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value can be compared after a round trip through JSON."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float | bool)
+
+
+def _selector(selector: Any) -> Any:
+    """Return a selector as a JSON value; a function by its name."""
+    if isinstance(selector, tuple):
+        return [_selector(part) for part in selector]
+    return selector if isinstance(selector, str | None) else _qualified_name(selector)
 
 
 def _qualified_name(loss: Any) -> str:

@@ -88,6 +88,7 @@ class TrainingRun(SavedRun):
         module = self.module
         if config.compile_student:
             self.student_call = CompiledStudent(distiller, module).active
+        distiller.set_step(self.step)
         if self.parallel:
             with autocast(self.precision, self.device):
                 module = data_parallel(module, distiller, first, config, self.device)
@@ -105,7 +106,7 @@ class TrainingRun(SavedRun):
             values = self._forward_backward(module, batches)
             check_all_reduced(module, self.step + 1)
             if first_step and not self.parallel:  # `data_parallel` has warned
-                warn_of_unused(module)
+                warn_of_unused(module, distiller)
             first_step = False
             row = torch.cat([values, self.updater.clip().detach().reshape(1).to(values)])
             with self.stop.shielded():
@@ -200,6 +201,7 @@ class TrainingRun(SavedRun):
 
     def _forward_backward(self, module: nn.Module, batches: Iterator[dict[str, Any]]) -> Tensor:
         """Accumulate the gradient of one step; return the mean loss, task and terms, (2 + terms,)."""
+        self.distiller.set_step(self.step)
         parts = self.config.accumulate
         total: Tensor | None = None
         for micro in range(parts):

@@ -72,14 +72,16 @@ def data_parallel(
     names = list(dict.fromkeys(name for part in gathered for name in part))
     if names and torch.distributed.get_rank() == 0:
         _warn_without_gradient(names, " With several processes, looking for them at every step takes time.")
-    find_unused = bool(names) or config.find_unused_parameters
+    find_unused = bool(names) or config.find_unused_parameters or bool(_scheduled_parameters(distiller))
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=find_unused)
 
 
-def warn_of_unused(module: nn.Module) -> None:
+def warn_of_unused(module: nn.Module, distiller: Distiller) -> None:
     """Warn of trainable parameters without a gradient after the first backward of one process."""
-    names = [plain_name(name) for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    later = {id(parameter) for parameter in _scheduled_parameters(distiller)}
+    unused = {name: p for name, p in module.named_parameters() if p.requires_grad and p.grad is None}
+    names = [plain_name(name) for name, p in unused.items() if id(p) not in later]
     if names:
         _warn_without_gradient(names)
 
@@ -95,9 +97,9 @@ def _warn_without_gradient(names: Sequence[str], consequence: str = "") -> None:
 
 
 def without_gradient(distiller: Distiller, batch: Mapping[str, Any]) -> list[str]:
-    """Return the names of trainable parameters that the loss of a batch does not depend on; restore all state."""
+    """Return the names of trainable parameters that the loss of a batch does not depend on, ignoring schedules."""
     named = [(plain_name(name), p) for name, p in distiller.named_parameters() if p.requires_grad]
-    with preserve_state(distiller), torch.enable_grad():
+    with preserve_state(distiller), torch.enable_grad(), distiller.at_step(None):
         loss = distiller(batch).loss
         if not loss.requires_grad:
             return [name for name, _ in named]
@@ -120,6 +122,14 @@ def check_all_reduced(module: nn.Module, step: int) -> None:
             f"{shortened([plain_name(name) for name in names])}. DDP then leaves gradients unreduced: set "
             "find_unused_parameters=True, or use every parameter at every step"
         )
+
+
+def _scheduled_parameters(distiller: Distiller) -> list[nn.Parameter]:
+    """Return the trainable parameters of terms, such as aligners, that may be computed at some steps only."""
+    scheduled = [term for name, term in distiller.terms.items() if name in distiller.schedules]
+    owned = [each for term in scheduled if isinstance(term.loss, nn.Module) for each in term.loss.parameters()]
+    owned += [each for term in scheduled for each in term.kwargs.values() if isinstance(each, nn.Parameter)]
+    return [parameter for parameter in owned if parameter.requires_grad]
 
 
 def _pools(term: Term) -> bool:

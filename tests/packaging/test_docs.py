@@ -172,10 +172,10 @@ class Constant(torch.nn.Module):
         return SimpleNamespace(**self.outputs)
 
 
-def test_recipes_table_is_complete() -> None:
+def test_table_of_named_terms_is_complete() -> None:
     from fastkd.distill.recipes import TERMS, recipe
 
-    rows = {row[0].strip("`"): row for row in table("docs/distiller.md", "Recipes")}
+    rows = {row[0].strip("`"): row for row in table("docs/distiller.md", "Named terms")}
     assert list(rows) == list(TERMS)
     for term in recipe(list(TERMS)):
         assert rows[term.name][2].strip("`") == term.student

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ pytest.importorskip("accelerate", reason="needs the [ris] extra")
 from teacher_cache_tools import built_and_trained
 from train_tools import Scenes, collate, distiller, run, toy, two_processes
 
+from fastkd import Distiller, losses
+from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import evaluate
 from fastkd.train.split import without_gradient
@@ -41,12 +44,19 @@ class Sometimes(nn.Module):
         return logits + self.extra[:, None, None] if self.calls < 3 else logits
 
 
+def scheduled() -> Distiller:
+    """Return a distiller whose term, with an aligner, is computed at steps 1 and 2 only."""
+    model = distiller(loss=losses.ChannelDistributionKD(student_channels=2, teacher_channels=2))
+    model.terms = {name: replace(term, schedule=Schedule(start=1, stop=3)) for name, term in model.terms.items()}
+    return model
+
+
 def test_two_processes(tmp_path: Path) -> None:
     """Run all checks that need two processes in one start, which takes seconds."""
     program = """
     import pathlib, torch, warnings
     sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")
-    from test_processes import Sometimes
+    from test_processes import Sometimes, scheduled
     from fastkd.evaluate import evaluate
     write = lambda line: os.write(1, (line + chr(10)).encode())  # one write per line: lines do not interleave
     model = t.toy()
@@ -64,6 +74,8 @@ def test_two_processes(tmp_path: Path) -> None:
         write(f"raised {rank} {error}")
     steps = t.run(Sometimes(), steps=4, check=False, find_unused_parameters=True).steps
     write(f"completed {rank} {steps}")
+    aligned = scheduled()  # its aligner gets no gradient at steps 0 and 3
+    write(f"scheduled {rank} {t.run(aligned, steps=4, log_every=1).history[-1]['task']:.5f}")
     from teacher_cache_tools import built_and_trained
     write(f"cached {rank} {built_and_trained(pathlib.Path(FOLDER))}")
 """
@@ -81,6 +93,8 @@ def test_two_processes(tmp_path: Path) -> None:
         assert "1 parameters got no gradient at step 2, although" in lines["raised", rank]
         assert "student.extra" in lines["raised", rank]
         assert lines["completed", rank] == "4"
+    task = run(scheduled(), steps=4, log_every=1).history[-1]["task"]
+    assert [float(lines["scheduled", rank]) for rank in "01"] == pytest.approx([task, task], rel=1e-4)
     score = evaluate(model, Scenes(1), collate=collate)
     for rank, own in (("0", 1), ("1", 0)):
         sentences, height, width, miou, samples = lines["scored", rank].split()

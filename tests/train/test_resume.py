@@ -29,6 +29,7 @@ from train_tools import Scenes, collate, distiller, read_log, run, toy, two_proc
 
 from fastkd import Distiller, Term, losses
 from fastkd._atomic import remove_leftovers
+from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning, Terminated
 from fastkd.train import TrainConfig, segmentation_loss, train
 from fastkd.train.checkpoint import find_checkpoints, latest_checkpoint, read_checkpoint
@@ -74,12 +75,13 @@ def terminate(number: int = signal.SIGTERM) -> None:
 
 
 def stateful(task_loss: Any = segmentation_loss) -> Distiller:
-    """Return a distiller with dropout, running statistics and an aligner."""
+    """Return a distiller with dropout, running statistics, an aligner and a schedule."""
     teacher = toy(100, width=8).eval().requires_grad_(False)
     student = toy(dropout=0.3)
     student.norm = nn.BatchNorm2d(4)
     torch.manual_seed(1)
-    term = Term(losses.ChannelKD(student_channels=2, teacher_channels=2), lambda logits: logits, weight=0.5, name="kd")
+    aligned, schedule = losses.ChannelKD(student_channels=2, teacher_channels=2), Schedule("cosine", stop=10, final=0.1)
+    term = Term(aligned, lambda logits: logits, weight=0.5, name="kd", schedule=schedule)
     return Distiller(student, teacher, task_loss, [term])
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from train_tools import Scenes, Toy, collate, distiller, read_log, run, same, toy
 
 from fastkd import Distiller, Term
+from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.train import TrainConfig, segmentation_loss, train
 from fastkd.train.split import warn_of_micro_batches
@@ -84,6 +85,20 @@ class TestAccumulation:
         model.eval()  # frozen BatchNorm: no warning
         warn_of_micro_batches(model, TrainConfig(batch_size=8, accumulate=4))
         warn_of_micro_batches(pooled, TrainConfig(batch_size=8))
+
+
+def test_term_before_its_schedule_neither_counts_nor_runs_the_teacher() -> None:
+    model, alone = distiller(), toy()
+    forwards: list[int] = []
+    model.teacher.register_forward_hook(lambda *call: forwards.append(1))  # type: ignore[union-attr]
+    model.terms = {name: replace(term, schedule=Schedule(start=4)) for name, term in model.terms.items()}
+    result = run(model, steps=4, check=False, log_every=4)
+    run(alone, steps=4, check=False)
+    assert same(model.student, alone)
+    assert forwards == []
+    assert result.history[0]["terms"] == {"kd": 0}
+    run(model, steps=5, check=False)
+    assert len(forwards) == 1
 
 
 class TestLogAndCheckpoints:
