@@ -75,13 +75,14 @@ if __name__ == "__main__":
     setup(
         packages=[
             *find_packages(include=["fastkd", "fastkd.*"]),
-            "fastkd.data.assets",  # data only: listed so that setuptools treats them as packages
+            "fastkd.cli.assets",  # data only: listed so that setuptools treats them as packages
+            "fastkd.data.assets",
             "fastkd.models.assets",
             "fastkd.kernels",
             *(f"fastkd.kernels.{name}" for name in find_packages("kernels")),
         ],
         package_dir={"fastkd.kernels": "kernels"},
-        package_data={"": ["py.typed", "**/*.txt", "**/*.json", "**/*.safetensors", "**/*.html"]},
+        package_data={"": ["py.typed", "**/*.txt", "**/*.json", "**/*.yaml", "**/*.safetensors", "**/*.html"]},
         exclude_package_data={"fastkd": ["_build_info*.json"]},
         cmake_source_dir="csrc",
         cmdclass={"build": Build, "bdist_wheel": BdistWheel},

@@ -19,6 +19,7 @@ EXTRA = {
     "tokenizers",
     "torchmetrics",
     "transformers",
+    "yaml",
 }
 """Import names of the extra's packages."""
 

@@ -17,11 +17,15 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "BackendUnavailable": "exception",
         "Distiller": (
             "(student, teacher, task_loss, terms=(), *, inputs=('image', 'input_ids', 'word_mask'), "
-            "student_taps=None, teacher_taps=None)"
+            "student_taps=None, teacher_taps=None, task_schedule=None)"
         ),
         "Distiller.teacher": "property",
         "Distiller.weights": "property",
         "Distiller.set_weights": "(self, weights)",
+        "Distiller.schedules": "property",
+        "Distiller.at_step": "(self, step)",
+        "Distiller.set_step": "(self, step)",
+        "Distiller.weights_at": "(self, step)",
         "Distiller.forward": "(self, batch)",
         "Distiller.model_inputs": "(self, batch)",
         "Distiller.run_teacher": "(self, batch)",
@@ -35,7 +39,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "Taps": "(model, paths)",
         "Taps.clear": "(self)",
         "Taps.close": "(self)",
-        "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory)",
+        "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory, schedule=None)",
         "data": "module",
         "distill": "module",
         "evaluate": "module",
@@ -44,6 +48,19 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "models": "module",
         "report": "module",
         "train": "module",
+    },
+    "fastkd.distill": {
+        "DistillOutput": "(loss, task, terms, student, teacher)",
+        "Distiller": (
+            "(student, teacher, task_loss, terms=(), *, inputs=('image', 'input_ids', 'word_mask'), "
+            "student_taps=None, teacher_taps=None, task_schedule=None)"
+        ),
+        "GradientReport": "(values, norms, weights)",
+        "Schedule": "(kind='constant', start=0, stop=None, initial=1.0, final=0.0)",
+        "Schedule.factor": "(self, step)",
+        "Taps": "(model, paths)",
+        "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory, schedule=None)",
+        "recipe": "(names)",
     },
     "fastkd.losses": {
         "AttentionKD": (
@@ -230,11 +247,14 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "DistillOutput": "(loss, task, terms, student, teacher)",
         "Distiller": (
             "(student, teacher, task_loss, terms=(), *, inputs=('image', 'input_ids', 'word_mask'), "
-            "student_taps=None, teacher_taps=None)"
+            "student_taps=None, teacher_taps=None, task_schedule=None)"
         ),
         "Distiller.teacher": "property",
         "Distiller.weights": "property",
         "Distiller.set_weights": "(self, weights)",
+        "Distiller.schedules": "property",
+        "Distiller.set_step": "(self, step)",
+        "Distiller.weights_at": "(self, step)",
         "Distiller.forward": "(self, batch)",
         "Distiller.model_inputs": "(self, batch)",
         "Distiller.run_teacher": "(self, batch)",
@@ -257,7 +277,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "TeacherCache.collate": "(self, collate, distiller)",
         "TeacherCache.read": "(self, batch, inputs, paths)",
         "TeacherCache.check_dataset": "(self, dataset, collate, inputs)",
-        "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory)",
+        "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory, schedule=None)",
         "TrainConfig": (
             "(*, steps=1000, batch_size=16, accumulate=1, lr=0.0005, weight_decay=0.01, warmup=0, "
             "power=0.9, grad_clip=1.0, seed=0, device='auto', precision='auto', channels_last=False, "
@@ -277,7 +297,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "train": (
             "(model, train_dataset, config=None, *, val_dataset=None, out_dir=None, "
             "task_loss=segmentation_loss, collate=None, title='train', progress=True, overwrite=False, "
-            "resume=False, resume_allow=(), settings=None)"
+            "resume=False, resume_allow=(), settings=None, files=None)"
         ),
     },
     "fastkd.report": {

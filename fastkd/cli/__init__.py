@@ -34,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
-        build_app().cli(prog="fastkd", args=args)
+        build_app(sys.argv[1:] if args is None else args).cli(prog="fastkd", args=args)
         if sys.stdout is not None:
             sys.stdout.flush()  # report a full disk before returning a status
     except KeyboardInterrupt:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tyro.extras import SubcommandApp
 
 
-def build_app() -> SubcommandApp:
-    """Return the application; commands import torch and other heavy packages when they run."""
-    from fastkd.cli import cache, convert, data, demo, evaluate, export, info, predict, train
+def build_app(args: Sequence[str] = ()) -> SubcommandApp:
+    """Return the application; commands import torch and other heavy packages when they run.
+
+    ``args`` begins with the command and, for ``train`` and ``distill``, its configuration, whose settings become the
+    defaults of the flags.
+    """
+    from fastkd.cli import cache, convert, data, demo, evaluate, export, info, predict, recipes, train
 
     app = SubcommandApp()
     app.command(name="info")(info.info)
     shapes = SubcommandApp()
     shapes.command(name="make-shapes")(data.make_shapes)
     app.command(shapes, name="data", help="make datasets")
-    app.command(name="train")(train.train)
-    app.command(name="distill")(train.distill)
+    app.command(name="train")(train.with_settings(train.train, args))
+    app.command(name="distill")(train.with_settings(train.distill, args))
+    app.command(name="recipes")(recipes.recipes)
     app.command(name="cache")(cache.cache)
     app.command(name="evaluate")(evaluate.evaluate)
     app.command(name="predict")(predict.predict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,24 +11,6 @@ import tyro
 from fastkd.train.config import TrainConfig
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
-
-
-def parse_terms(terms: Sequence[str]) -> dict[str, float]:
-    """Convert ``["first_order=0.5", "logit=0.2"]`` to a dict of name to share.
-
-    Raises:
-        ValueError: an entry is not name=share, or a name is repeated.
-    """
-    shares: dict[str, float] = {}
-    for term in terms:
-        name, equals, share = term.partition("=")
-        try:
-            if not equals or name in shares:
-                raise ValueError
-            shares[name] = float(share)
-        except ValueError:
-            raise ValueError(f"terms: expected each term once, as name=share (first_order=0.5), got {term!r}") from None
-    return shares
 
 
 def check_folder(option: str, folder: Path) -> None:

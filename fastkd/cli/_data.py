@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -23,6 +23,9 @@ class DataArgs:
         split_by: author of the splits: unc, google or umd.
         tokenizer: path of the vocab.txt (or tokenizer folder) that defines the word ids, or "shapes"; if omitted, the
             one in the model's folder or named by its configuration, else the teacher's.
+        image_root: folder of the JPEG files; if omitted, the first of four usual ones under --data.
+        mask_rule: union of an object's polygons, or lavt: pixels covered by exactly one, as in LAVT's scores.
+        sentence_field: sent (lower-case, no punctuation), raw, or raw.lower.
         skip_unusable: skip refs without a sentence, a mask or a readable image file, and report their number, instead
             of raising an error. Decodes every image once.
     """
@@ -31,6 +34,9 @@ class DataArgs:
     dataset: str = "refcoco"
     split_by: str = "unc"
     tokenizer: str | None = None
+    image_root: Path | None = None
+    mask_rule: Literal["union", "lavt"] = "union"
+    sentence_field: Literal["sent", "raw", "raw.lower"] = "sent"
     skip_unusable: bool = False
 
     def open(
@@ -47,6 +53,9 @@ class DataArgs:
             teacher=teacher,
             name=self.dataset,
             split_by=self.split_by,
+            image_root=self.image_root,
+            mask_rule=self.mask_rule,
+            sentence_field=self.sentence_field,
             skip_unusable=self.skip_unusable,
         )
 

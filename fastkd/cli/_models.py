@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastkd.errors import FastKDWarning
 
 if TYPE_CHECKING:
     from fastkd.models import LAVT, RISModel, TextPromptedTeacher
 
 
-def build_model(name: str, seed: int, tokenizer: str | None = None) -> RISModel:
+def build_model(
+    name: str,
+    seed: int,
+    tokenizer: str | None = None,
+    *,
+    backbone_weights: str | None = None,
+    text_weights: str | None = None,
+) -> RISModel:
     """Return a new model from a preset's name or a config.json, or a saved one from its folder.
 
-    A new model uses the padding id of ``tokenizer`` or, if None, of its configuration's tokenizer.
+    A new model uses the padding id of ``tokenizer`` or, if None, of its configuration's tokenizer. Its weights
+    are those of `RISModel`'s arguments, or "random".
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: an unknown preset, or weights for a folder that has its own, or that do not fit.
     """
     import torch
 
@@ -21,7 +36,14 @@ def build_model(name: str, seed: int, tokenizer: str | None = None) -> RISModel:
     from fastkd.models import RISConfig, RISModel, list_presets, preset
 
     path = Path(name)
+    weights = {"backbone_weights": backbone_weights, "text_weights": text_weights}
     if path.is_dir():
+        for option, source in weights.items():
+            if source is not None:
+                raise ValueError(
+                    f"--{option.replace('_', '-')} {source}: {name} has its own weights; omit the option, or pass a "
+                    "preset or a config.json to start from other weights"
+                )
         return RISModel.from_pretrained(path)
     torch.manual_seed(seed)
     if path.suffix == ".json":
@@ -41,7 +63,33 @@ def build_model(name: str, seed: int, tokenizer: str | None = None) -> RISModel:
         pad = load_tokenizer(source).pad_id
         if pad:
             config.text.setdefault("pad_token_id", pad)
-    return RISModel(config)
+    return RISModel(config, **{option: None if one == "random" else one for option, one in weights.items()})
+
+
+def warn_of_random_weights(name: str, model: RISModel, backbone_weights: str | None, text_weights: str | None) -> None:
+    """Warn once about a new model's towers that begin with random weights unless they were requested.
+
+    Models of the procedural set are meant to learn from nothing; no weights were published for them.
+    """
+    from fastkd.models.presets import published_text_weights
+
+    if Path(name).is_dir() or model.config.tokenizer == "shapes":
+        return
+    random, advice = [], []
+    if backbone_weights is None:
+        random.append("backbone")
+        advice.append("--backbone-weights timm (downloads timm's) or FILE")
+    if text_weights is None:
+        random.append("text encoder")
+        hub_name = published_text_weights(model.config)
+        advice.append(f"--text-weights {f'{hub_name} (downloads them) or ' if hub_name else ''}FOLDER")
+    if random:
+        warnings.warn(
+            f"{name}: {' and '.join(random)} start from random weights, which takes far more data and steps than "
+            f"published ones: pass {' and '.join(advice)}, or the value random to accept it",
+            FastKDWarning,
+            stacklevel=2,
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

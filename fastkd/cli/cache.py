@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastkd._console import show
 from fastkd.cli._data import Data
-from fastkd.train.config import Precision
+from fastkd.cli._settings import TapPaths, Terms, TermSettings
+from fastkd.train.config import Precision, TrainConfig
 
-_TERMS = ("first_order",)
+_TERMS = {"first_order": TermSettings()}
+_NO_TAPS: dict[str, Any] = {}
 
 
 def cache(
@@ -17,7 +19,10 @@ def cache(
     out: Path,
     teacher: str = "shapes",
     student: str = "shapes-student",
-    terms: tuple[str, ...] = _TERMS,
+    backbone_weights: str | None = None,
+    text_weights: str | None = None,
+    terms: Terms = _TERMS,
+    teacher_taps: TapPaths = _NO_TAPS,
     teacher_tokenizer: str | None = None,
     dtype: Literal["teacher", "bf16", "fp16"] = "teacher",
     batch_size: int = 16,
@@ -37,7 +42,10 @@ def cache(
         out: folder of the cache.
         teacher: as in ``fastkd distill``.
         student: as in ``fastkd distill``; its image size, normalisation and tokenizer apply.
+        backbone_weights: as in ``fastkd distill``; images are normalised as for these weights.
+        text_weights: as in ``fastkd distill``.
         terms: names of terms, such as ``first_order logit``; shares (``first_order=0.5``) are ignored.
+        teacher_taps: as in ``fastkd distill``.
         teacher_tokenizer: as in ``fastkd distill``.
         dtype: "teacher" stores the teacher's own dtype and gives the results of a teacher online; "bf16" and "fp16"
             take half of fp32's size, and their error is measured and printed.
@@ -54,17 +62,18 @@ def cache(
     from fastkd.cli._arguments import check_folder
     from fastkd.cli._models import build_model
     from fastkd.cli._teacher import describe, open_teacher
-    from fastkd.distill.recipes import recipe
+    from fastkd.cli._terms import build_terms
     from fastkd.train import TeacherCache, segmentation_loss
 
     check_folder("--out", out)
-    model = build_model(student, 0, data.tokenizer)
+    weights = {"backbone_weights": backbone_weights, "text_weights": text_weights}
+    model = build_model(student, 0, data.tokenizer, **weights)
     loaded, options = open_teacher(model, data.tokenizer, teacher, teacher_tokenizer)
     samples = data.open("train", model, sentences="all", teacher=options)
-    names = list(dict.fromkeys(term.partition("=")[0] for term in terms))
+    recorded = build_terms(terms, TrainConfig().steps)  # no schedule changes what is recorded
     built = TeacherCache.build(
         out,
-        Distiller(model, loaded, segmentation_loss, recipe(names)),
+        Distiller(model, loaded, segmentation_loss, recorded, teacher_taps=teacher_taps or None),
         samples,
         batch_size=batch_size,
         dtype=dtype,

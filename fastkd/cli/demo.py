@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastkd._atomic import replace_files
 from fastkd._console import show
 from fastkd.cli._arguments import Config
+from fastkd.cli._settings import Terms, TermSettings
 from fastkd.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from fastkd.train import TrainResult
 
 ALONE, DISTILLED, LONGER = "alone", "distilled", "alone, equal time"
-TERMS = ("first_order=0.5", "guided_channel_distribution=0.5")
+TERMS = {"first_order": TermSettings(share=0.5), "guided_channel_distribution": TermSettings(share=0.5)}
 TRAINING = TrainConfig(steps=1000, batch_size=16, lr=1e-3, warmup=50, channels_last=True, log_every=10)
 
 
@@ -38,7 +39,7 @@ def demo(
     out: Path = Path("runs/demo"),
     images: int = 2500,
     seeds: tuple[int, ...] = (0,),
-    terms: tuple[str, ...] = TERMS,
+    terms: Terms = TERMS,
     config: Config = TRAINING,
     test_split: str = "testA",
     overwrite: bool = True,
@@ -58,14 +59,14 @@ def demo(
         test_split: split that the table scores; curves use val.
         overwrite: replace an earlier demo in --out.
     """
-    from fastkd.cli._arguments import parse_terms
     from fastkd.cli._data import open_split
     from fastkd.cli._models import shapes_teacher
+    from fastkd.cli._terms import shares_of
     from fastkd.evaluate import evaluate
     from fastkd.models import RISModel
     from fastkd.report import console_table
 
-    shares = parse_terms(terms)
+    shares = shares_of(terms)
     teacher = RISModel.from_pretrained(shapes_teacher()).eval().requires_grad_(False)
     root = _make_data(out, images, teacher.config.image_size)
     test = open_split(root, test_split, teacher, sentences="all")
@@ -74,7 +75,7 @@ def demo(
 
     runs: dict[str, list[Run]] = {ALONE: [], DISTILLED: [], LONGER: []}
     for seed in seeds:
-        for name, run in _compare(root, test, teacher, shares, config, seed, out, overwrite).items():
+        for name, run in _compare(root, test, teacher, terms, config, seed, out, overwrite).items():
             runs[name].append(run)
 
     rows = _result_rows(teacher, teacher_score, runs, seeds)
@@ -101,7 +102,7 @@ def _compare(
     root: Path,
     test: ReferDataset,
     teacher: RISModel,
-    shares: Mapping[str, float],
+    terms: Mapping[str, TermSettings],
     config: TrainConfig,
     seed: int,
     out: Path,
@@ -117,7 +118,7 @@ def _compare(
     from fastkd import Distiller
     from fastkd.cli._data import open_split
     from fastkd.cli._models import build_model
-    from fastkd.distill.recipes import recipe
+    from fastkd.cli._terms import build_terms, shares_of
     from fastkd.evaluate import evaluate
     from fastkd.train import segmentation_loss, train
     from fastkd.train.balance import balance_on
@@ -132,8 +133,8 @@ def _compare(
         student = build_model("shapes-student", seed)
         if not distil:
             return student, student
-        distiller = Distiller(student, teacher, segmentation_loss, recipe(list(shares)))
-        balance_on(distiller, train_set, shares, config)
+        distiller = Distiller(student, teacher, segmentation_loss, build_terms(terms, config.steps))
+        balance_on(distiller, train_set, shares_of(terms), config)
         return student, distiller
 
     def run(name: str, config: TrainConfig, distil: bool) -> Run:

@@ -2,129 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from fastkd._console import show
-from fastkd.cli._arguments import Config
-from fastkd.cli._data import Data
+from fastkd.cli._settings import DistillSettings, RunSettings, TrainSettings, with_absolute_paths
 from fastkd.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from fastkd import Distiller
 
-_CONFIG = TrainConfig()
-_TERMS = ("first_order=0.5",)
+_Flat = tyro.conf.arg(name="")
+ConfigFile = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+
+
+@dataclass(kw_only=True)
+class Folder:
+    """Treatment of an earlier run in the output folder.
+
+    Args:
+        overwrite: replace an earlier run in --out.
+        resume: continue the run in --out from its latest checkpoint, or start it if there is none yet.
+        resume_allow: settings that may differ from those of the run to resume, such as ``lr steps``.
+        replay: a file ``replay-step-….pt`` of a run that stopped, with its other arguments: compute the losses and
+            gradients of its samples again and print them, without training.
+    """
+
+    overwrite: bool = False
+    resume: bool = False
+    resume_allow: tuple[str, ...] = ()
+    replay: Path | None = None
+
+
+_FOLDER = Folder()
 
 
 def train(
-    data: Data,
-    out: Path,
-    model: str = "shapes-student",
-    config: Config = _CONFIG,
-    overwrite: bool = False,
-    resume: bool = False,
-    resume_allow: tuple[str, ...] = (),
-    replay: Path | None = None,
+    settings: Annotated[TrainSettings, _Flat],
+    config_file: ConfigFile = None,
+    folder: Annotated[Folder, _Flat] = _FOLDER,
 ) -> None:
     """Train a model alone, without a teacher.
 
     Args:
-        data: the dataset.
-        out: folder for log and checkpoints.
-        model: a preset's name, a config.json, or a folder written by save_pretrained.
-        config: the settings.
-        overwrite: replace an earlier run in --out.
-        resume: continue the run in --out from its latest checkpoint, or start it if there is none yet.
-        resume_allow: settings that may differ from those of the run to resume, such as ``lr steps``.
-        replay: a file ``replay-step-….pt`` of a run that stopped, with its other arguments: compute the losses and
-            gradients of its samples again and print them, without training.
+        settings: the settings of the run.
+        config_file: directly after the command: a YAML file with settings under the flags' names (``batch_size: 32``);
+            flags override it. A run's folder holds its own as config.yaml.
+        folder: treatment of an earlier run.
     """
-    _run(data, out, model, config, _Folder(overwrite, resume, resume_allow), replay)
+    _run(settings, settings.model, folder)
 
 
 def distill(
-    data: Data,
-    out: Path,
-    teacher: str | None = None,
-    student: str = "shapes-student",
-    terms: tuple[str, ...] = _TERMS,
-    teacher_tokenizer: str | None = None,
-    teacher_cache: Path | None = None,
-    config: Config = _CONFIG,
-    overwrite: bool = False,
-    resume: bool = False,
-    resume_allow: tuple[str, ...] = (),
-    replay: Path | None = None,
+    settings: Annotated[DistillSettings, _Flat],
+    config_file: ConfigFile = None,
+    folder: Annotated[Folder, _Flat] = _FOLDER,
 ) -> None:
     """Distil a teacher into a student.
 
     Args:
-        data: the dataset.
-        out: folder for log and checkpoints.
-        teacher: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``, or its .pth), a
-            folder or hub name of transformers' CLIPSeg or SAM 3, or "shapes" for the shipped teacher of the procedural
-            set; default: "shapes", or the one in --teacher-cache.
-        student: a preset's name, a config.json, or a folder written by save_pretrained.
-        terms: terms as name=share, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient
-            relative to the task's, measured on the first batches. fastkd.distill.recipes.TERMS lists the names. A
-            teacher with its own tokenizer supports ``mask``, and ``pixel_pixel`` if it compares pixels with words.
-        teacher_tokenizer: path of the teacher's tokenizer if it differs from the student's; those of CLIPSeg and SAM 3
-            are looked up next to their weights.
-        teacher_cache: a folder written by ``fastkd cache``, read in place of running the teacher; --teacher, if given,
-            must be the one that was cached.
-        config: the settings.
-        overwrite: replace an earlier run in --out.
-        resume: continue the run in --out from its latest checkpoint, or start it if there is none yet.
-        resume_allow: settings that may differ from those of the run to resume, such as ``lr steps``.
-        replay: a file ``replay-step-….pt`` of a run that stopped, with its other arguments: compute the losses and
-            gradients of its samples again and print them, without training.
+        settings: the settings of the run.
+        config_file: directly after the command: a YAML file with settings under the flags' names (``batch_size: 32``),
+            or the name of a recipe (``fastkd recipes``); flags override it. A run's folder holds its own as
+            config.yaml.
+        folder: treatment of an earlier run.
     """
-    folder = _Folder(overwrite, resume, resume_allow)
-    if teacher_cache is None:
-        teacher = teacher or "shapes"
-    _run(data, out, student, config, folder, replay, teacher, terms, teacher_tokenizer, teacher_cache)
+    if settings.teacher is None and settings.teacher_cache is None:
+        settings.teacher = "shapes"
+    _run(settings, settings.student, folder)
 
 
-class _Folder(NamedTuple):
-    """Treatment of an earlier run in the output folder."""
+def with_settings(command: Callable[..., None], args: Sequence[str]) -> Callable[..., None]:
+    """Return a command whose flags default to the settings of the configuration in ``args``, if it names one.
 
-    overwrite: bool
-    resume: bool
-    resume_allow: tuple[str, ...]
+    Args:
+        command: `train` or `distill`.
+        args: the command line: the command, then perhaps its configuration.
+
+    Raises:
+        FileNotFoundError: there is no such configuration.
+        ValueError: the configuration is invalid.
+    """
+    kind = TrainSettings if command is train else DistillSettings
+    settings: RunSettings = kind()
+    source = args[1] if len(args) > 1 and args[0] == command.__name__ and not args[1].startswith("-") else None
+    if source is not None:
+        from fastkd.cli._yaml import load_settings
+
+        settings = load_settings(kind, source)
+
+    def run(*, config_file: str | None, **rest: Any) -> None:
+        if config_file != source:
+            raise ValueError(
+                f"{config_file!r}: the configuration must directly follow the command: fastkd "
+                f"{command.__name__} {config_file} --flag ..."
+            )
+        command(config_file=config_file, **rest)
+
+    return functools.partial(functools.wraps(command)(run), settings=settings)
 
 
-def _run(
-    data: Data,
-    out: Path,
-    model_name: str,
-    config: TrainConfig,
-    folder: _Folder,
-    replay: Path | None,
-    teacher_name: str | None = None,
-    terms: Sequence[str] = (),
-    teacher_tokenizer: str | None = None,
-    teacher_cache: Path | None = None,
-) -> None:
+def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
+    import torch
+
     from fastkd import Distiller
-    from fastkd.cli._arguments import parse_terms
-    from fastkd.cli._models import build_model
+    from fastkd.cli._models import build_model, warn_of_random_weights
     from fastkd.cli._teacher import open_teacher
-    from fastkd.distill.recipes import recipe
+    from fastkd.cli._terms import build_terms, shares_of
+    from fastkd.cli._yaml import dump_settings
     from fastkd.train import segmentation_loss
     from fastkd.train import train as run
     from fastkd.train.balance import balance_on
     from fastkd.train.resume import saved_settings
 
-    model = build_model(model_name, config.seed, data.tokenizer)
-    teacher, teacher_options = open_teacher(model, data.tokenizer, teacher_name, teacher_tokenizer, teacher_cache)
+    data, config, out = settings.data, settings.config, settings.out
+    weights = {"backbone_weights": settings.backbone_weights, "text_weights": settings.text_weights}
+    options: dict[str, Any] = {}
+    terms, shares = [], {}
+    if isinstance(settings, DistillSettings):
+        torch.manual_seed(config.seed)  # of aligners
+        shares, terms = shares_of(settings.terms), build_terms(settings.terms, config.steps)
+        options = {
+            "student_taps": settings.student_taps or None,
+            "teacher_taps": settings.teacher_taps or None,
+            "task_schedule": settings.task.resolve(config.steps),
+        }
+    model = build_model(model_name, config.seed, data.tokenizer, **weights)
+    if folder.replay is None:
+        warn_of_random_weights(model_name, model, **weights)
+    teacher: Any = None
+    teacher_options: dict[str, Any] = {}
+    if isinstance(settings, DistillSettings):
+        names = (settings.teacher, settings.teacher_tokenizer, settings.teacher_cache)
+        teacher, teacher_options = open_teacher(model, data.tokenizer, *names)
     train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
     val_set = data.open("val", model, sentences="all")
-    shares = {} if teacher is None else parse_terms(terms)
-    trained = Distiller(model, teacher, segmentation_loss, recipe(list(shares)))
-    if replay is not None:
-        return _replay(replay, trained, config)
+    trained = Distiller(model, teacher, segmentation_loss, terms, **options)
+    if folder.replay is not None:
+        return _replay(folder.replay, trained, config)
+    resolved = with_absolute_paths(settings)
     if teacher is not None:
         saved = saved_settings(out) if folder.resume else {}
         if all(saved.get(f"shares.{name}") == share for name, share in shares.items()):
@@ -132,12 +153,32 @@ def _run(
         else:
             balance_on(trained, train_set, shares, config)
         show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in trained.weights.items()))
-    chosen: dict[str, Any] = {"data": str(data.data.absolute()), "dataset": data.dataset, "split_by": data.split_by}
-    chosen |= {"tokenizer": data.tokenizer, "student": model_name, "teacher_tokenizer": teacher_tokenizer}
-    chosen |= {f"shares.{name}": share for name, share in shares.items()}
-    result = run(trained, train_set, config, val_dataset=val_set, out_dir=out, settings=chosen, **folder._asdict())
+    header = "# fastkd {} with this file starts the same run; with --resume it continues this one.\n"
+    result = run(
+        trained,
+        train_set,
+        config,
+        val_dataset=val_set,
+        out_dir=out,
+        overwrite=folder.overwrite,
+        resume=folder.resume,
+        resume_allow=folder.resume_allow,
+        settings=_compared(resolved, shares),
+        files={"config.yaml": header.format("train" if teacher is None else "distill") + dump_settings(resolved)},
+    )
     if result.out_dir is not None:  # in one of several processes
         show(f"best on val: {result.best}\nstudent: {out / 'best'}")
+
+
+def _compared(settings: RunSettings, shares: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a resumed run compares in addition to `TrainConfig`, the terms and the teacher's weights."""
+    from fastkd.cli._yaml import plain_settings
+
+    elsewhere = {"out", "teacher", "teacher_cache", "terms", "task", *vars(settings.config)}
+    compared = {key: value for key, value in plain_settings(settings).items() if key not in elsewhere and value != {}}
+    if "model" in compared:
+        compared["student"] = compared.pop("model")
+    return compared | {f"shares.{name}": share for name, share in shares.items()}
 
 
 def _replay(path: Path, distiller: Distiller, config: TrainConfig) -> None:

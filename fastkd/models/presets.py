@@ -169,6 +169,24 @@ def preset(name: str) -> RISConfig:
     return _PRESETS[name][1]()
 
 
+_PUBLISHED_TEXT = {  # layers, width: English, uncased, BERT's vocabulary
+    (2, 128): "google/bert_uncased_L-2_H-128_A-2",
+    (4, 256): "google/bert_uncased_L-4_H-256_A-4",
+    (8, 256): "google/bert_uncased_L-8_H-256_A-4",
+    (4, 512): "google/bert_uncased_L-4_H-512_A-8",
+    (6, 384): "nreimers/MiniLM-L6-H384-uncased",
+    (6, 768): "google/bert_uncased_L-6_H-768_A-12",
+    (12, 768): "google-bert/bert-base-uncased",
+}
+
+
+def published_text_weights(config: RISConfig) -> str | None:
+    """Return the hub name of weights of the size of a configuration's text encoder; None if none is known."""
+    sizes = (config.text.get("num_hidden_layers"), config.text.get("hidden_size"))
+    is_bert = config.text_model == "bert" and config.text.get("vocab_size") == 30522
+    return _PUBLISHED_TEXT.get(sizes) if is_bert else None  # type: ignore[arg-type]
+
+
 def list_presets() -> dict[str, str]:
     """Return the presets' names and descriptions."""
     return {name: about for name, (about, _) in _PRESETS.items()}

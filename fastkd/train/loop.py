@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fastkd._atomic import replace_files
 from fastkd._wrappers import unwrap
 from fastkd.distill.distiller import Distiller
 from fastkd.train.checkpoint import FOLDER, CheckpointWriter, read_checkpoint
@@ -40,6 +41,7 @@ def train(
     resume: bool = False,
     resume_allow: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Train a student, alone or under a `Distiller`: AdamW, polynomial decay, one process or many.
 
@@ -74,6 +76,8 @@ def train(
             such as ``"weights"`` allows all of ``weights.*``. Settings that cannot change the result, such as
             ``workers``, may always differ.
         settings: further settings of the run, JSON values by name (paths, for example), compared in the same way.
+        files: texts to keep with the run, such as its configuration: name to content of files in ``out_dir``, written
+            before the first step.
 
     Returns:
         Steps, seconds and evaluations. The model is trained in place; it stays on the training device, in eval mode.
@@ -116,6 +120,10 @@ def train(
         run.result.out_dir, run.overwrite = folder, overwrite
     run.folder = folder
     run.log = RunLog(folder / "log.jsonl" if folder and main else None, append=run.resumed is not None)
+    if folder is not None and main:
+        for name, text in (files or {}).items():  # after the log: a folder without one is not a run to resume
+            with replace_files(folder / name) as (partial,):
+                partial.write_text(text, encoding="utf-8")
     latest = run.resumed.step if run.resumed is not None else None
     run.checkpoints = CheckpointWriter(folder and folder / FOLDER, run.config.keep_checkpoints, latest)
     run.bar = Progress(run.config.steps, title, progress and main)

@@ -1,0 +1,85 @@
+"""Build the terms of a distiller from their settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fastkd import losses
+from fastkd._messages import suggestion
+from fastkd.cli._settings import TermSettings
+from fastkd.distill.recipes import TERMS, recipe
+from fastkd.distill.terms import Term
+
+
+def build_terms(settings: Mapping[str, TermSettings], steps: int) -> list[Term]:
+    """Return the terms of a run of this many steps; those with a share have weight 1 and are to be balanced.
+
+    Raises:
+        ValueError: an unknown term, loss or option, or a loss without the tensors that it compares.
+    """
+    return [_build(name, term, steps) for name, term in settings.items()]
+
+
+def shares_of(settings: Mapping[str, TermSettings]) -> dict[str, float]:
+    """Return the terms that are weighted by a gradient share: name to share.
+
+    Raises:
+        ValueError: a term with neither share nor weight.
+    """
+    for name, term in settings.items():
+        if term.share is None and term.weight is None:
+            raise ValueError(f"terms: {name!r} needs a share or a weight: name=share ({name}=0.5), or {name},weight=2")
+    return {name: term.share for name, term in settings.items() if term.share is not None}
+
+
+def _build(name: str, settings: TermSettings, steps: int) -> Term:
+    given = dict(settings.options)
+    if settings.temperature is not None:
+        given["temperature"] = settings.temperature
+    if settings.loss is None:
+        if name not in TERMS:
+            raise ValueError(
+                f"terms: no term named {name!r}.{suggestion(name, TERMS)} For another one give its loss, student and "
+                "teacher"
+            )
+        [term] = recipe([name])
+    else:
+        if settings.student is None:
+            raise ValueError(f"terms.{name}: loss={settings.loss!r} needs student, a path or the name of a tap")
+        loss = _loss(name, settings.loss)
+        if inspect.isclass(loss):
+            _check_options(name, loss, given)
+            loss, given = loss(**given), {}
+        term = Term(loss, settings.student, name=name)
+    _check_options(name, term.loss, given)
+    return replace(
+        term,
+        student=term.student if settings.student is None else settings.student,
+        teacher=term.teacher if settings.teacher is None else settings.teacher,
+        weight=1.0 if settings.weight is None else settings.weight,
+        kwargs={**term.kwargs, **given},
+        schedule=settings.resolve(steps),
+    )
+
+
+def _loss(term: str, name: str) -> Any:
+    """Return a function or module class of `fastkd.losses`."""
+    known = [each for each in losses.__all__ if callable(getattr(losses, each))]
+    if name not in known:
+        raise ValueError(f"terms.{term}.loss: fastkd.losses has no {name!r}.{suggestion(name, known)}")
+    return getattr(losses, name)
+
+
+def _check_options(term: str, loss: Any, given: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless a loss function, module or module class accepts these keyword arguments."""
+    called = loss.forward if isinstance(loss, nn.Module) else loss
+    known = [name for name, one in inspect.signature(called).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    for name in given:
+        if name not in known:
+            label = getattr(loss, "__name__", type(loss).__name__)
+            raise ValueError(f"terms.{term}: {label} has no option {name!r}.{suggestion(name, known)}")

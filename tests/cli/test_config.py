@@ -1,0 +1,299 @@
+"""Runs from a YAML configuration: types, errors, recipes, weights, and the configuration in a run's folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("timm", reason="needs the [ris] extra")
+
+import torch
+import yaml
+from tiny_lavt import CHECKPOINT_BERT, bert_weights, weights
+from tiny_models import tiny
+
+from fastkd.cli import main
+from fastkd.cli._data import DataArgs
+from fastkd.cli._models import build_model, warn_of_random_weights
+from fastkd.cli._settings import (
+    DistillSettings,
+    TermSettings,
+    TrainSettings,
+    parse_taps,
+    parse_terms,
+    show_taps,
+    show_terms,
+)
+from fastkd.cli._terms import build_terms, shares_of
+from fastkd.cli._yaml import dump_settings, load_settings, recipes
+from fastkd.data import make_shapes
+from fastkd.distill import Schedule
+from fastkd.errors import FastKDWarning
+from fastkd.models import list_presets, preset
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text("utf-8")
+[EXAMPLE, STAGES] = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+SHORT = ["--batch-size", "4", "--threads", "1", "--log-every", "1", "--eval-every", "None"]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shapes") / "data"
+    make_shapes(root, images=20, image_size=64)
+    return root
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def start_line(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "log.jsonl").read_text("utf-8").splitlines()[0])
+
+
+def test_run_of_the_page_and_the_same_run_from_its_folder(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    flags = ["--data", str(shapes), *SHORT, "--steps", "3", "--warmup", "0"]
+    config = write(tmp_path, EXAMPLE.replace("stop: 800", "stop: 3").replace("start: 100", "start: 2"))
+    assert main(["distill", config, "--out", str(out), *flags]) == 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    assert log[0]["weights"]["mask"] == 2.0
+    assert log[0]["gradients"]["shares"]["first_order"] == pytest.approx(0.5, rel=0.5)  # of the first batch of four
+    assert [line["terms"]["middle"] > 0 for line in log if line["event"] == "train"] == [False, False, True]
+    assert main(["distill", str(out / "config.yaml"), "--out", str(again)]) == 0
+    files = [folder / "last" / "model.safetensors" for folder in (out, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    written = [yaml.safe_load((folder / "config.yaml").read_text("utf-8")) for folder in (out, again)]
+    assert written[0] | {"out": str(again)} == written[1]
+    assert (written[0]["data"], written[0]["mask_rule"], written[0]["lr"]) == (str(shapes), "union", 1e-3)
+    capsys.readouterr()
+    resumed = ["distill", str(out / "config.yaml"), "--resume"]
+    assert main([*resumed, "--mask-rule", "lavt", "--task", "start=1"]) == 2
+    error = capsys.readouterr().err
+    assert "mask_rule: 'union' → 'lavt'" in error
+    assert "schedules.task: None → {" in error
+    assert main([*resumed, "--steps", "4", "--resume-allow", "steps"]) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text("utf-8"))["steps"] == 4
+
+
+@pytest.mark.parametrize("name", ["shapes", "refcoco-lavt-swin-t", "refcoco-custom"])
+def test_recipe_is_complete_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    given = yaml.safe_load(recipes()[name].read_text("utf-8"))
+    settings = load_settings(DistillSettings, name)
+    assert {key for key, value in given.items() if value == "???"} <= {"data", "out", "teacher", "student"}
+    if given["student"] != "???":
+        assert settings.student in list_presets()
+    assert shares_of(settings.terms).keys() == settings.terms.keys()
+    assert [term.name for term in build_terms(settings.terms, settings.config.steps)] == list(settings.terms)
+    settings = replace(
+        settings, data=replace(settings.data, data=tmp_path), out=tmp_path, teacher="t", student="shapes-student"
+    )
+    assert load_settings(DistillSettings, write(tmp_path, dump_settings(settings))) == settings
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| `(--[^`]*)` \|$", PAGE, re.MULTILINE)
+    assert {name for name, _ in rows} == set(recipes()) == {line.partition(":")[0] for line in listed.splitlines()}
+    for name, flags in rows:
+        text = recipes()[name].read_text("utf-8")
+        assert main(["recipes", name]) == 0
+        assert capsys.readouterr().out == text
+        assert re.findall(r"^(\w+): \?\?\?", text, re.MULTILINE) == flags.replace("--", "").split()
+    assert main(["recipes", "shape"]) == 2
+    assert "no recipe is named 'shape'. Did you mean 'shapes'?" in capsys.readouterr().err
+
+
+def test_recipe_of_lavt_runs_with_local_weights(shapes: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    teacher, text = tmp_path / "lavt.pth", tmp_path / "bert"
+    bert = bert_weights(**CHECKPOINT_BERT)
+    torch.save({"model": weights(depths=(1, 1, 1, 1)), "bert_model": bert}, teacher)
+    BertModel(BertConfig(**CHECKPOINT_BERT), add_pooling_layer=False).save_pretrained(text)
+    config = tiny("swin", text=CHECKPOINT_BERT, image_size=64).to_dict()
+    student = tmp_path / "student.json"
+    student.write_text(json.dumps(config), encoding="utf-8")
+    flags = [
+        "--data",
+        str(shapes),
+        "--teacher",
+        str(teacher),
+        "--student",
+        str(student),
+        "--tokenizer",
+        "shapes",
+        *SHORT,
+    ]
+    flags += ["--workers", "0", "--steps", "1", "--text-weights", str(text), "--checkpoint-every", "None"]
+    with pytest.warns(FastKDWarning, match="backbone start from random weights.*--backbone-weights timm"):
+        assert (
+            main(
+                ["distill", "refcoco-lavt-swin-t", "--out", str(tmp_path / "out"), *flags, "--backbone-weights", "None"]
+            )
+            == 0
+        )
+    assert start_line(tmp_path / "out")["config"]["lr"] == 5e-5
+    model = build_model(str(student), 0, "shapes", text_weights=str(text))
+    loaded = BertModel.from_pretrained(text, add_pooling_layer=False)
+    for ours, theirs in zip(model.text_encoder.model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_random_weights_are_warned_of_unless_requested(tmp_path: Path) -> None:
+    model: Any = SimpleNamespace(config=preset("swin-tiny-bert"))
+    with pytest.warns(FastKDWarning) as caught:
+        warn_of_random_weights("swin-tiny-bert", model, None, None)
+    [warning] = caught
+    text = str(warning.message)
+    assert text.startswith("swin-tiny-bert: backbone and text encoder start from random weights")
+    assert "--backbone-weights timm" in text
+    assert "--text-weights google-bert/bert-base-uncased" in text
+    warn_of_random_weights("swin-tiny-bert", model, "random", "random")  # a warning would be an error
+    warn_of_random_weights("shapes-student", SimpleNamespace(config=preset("shapes-student")), None, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"--text-weights bert: .* has its own weights"):
+        build_model(str(tmp_path), 0, text_weights="bert")
+
+
+def test_data_options_reach_the_dataset(shapes: Path, tmp_path: Path) -> None:
+    root, images = tmp_path / "data", tmp_path / "elsewhere"
+    shutil.copytree(shapes, root)
+    (root / "images" / "train2014").rename(images)
+    data = DataArgs(root, image_root=images, mask_rule="lavt", sentence_field="raw")
+    refs = data.open("val", build_model("shapes-student", 0), sentences="all").refcoco
+    assert (refs.image_root, refs.mask_rule, refs.sentence_field) == (images, "lavt", "raw")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "no setting is named 'stepz'. Did you mean 'steps'"),
+        ("steps: many", "steps must be an integer, got 'many' (str)"),
+        ("steps: true", "steps must be an integer, got True (bool)"),
+        ("steps: 0", "steps must be an integer >= 1, got 0"),
+        ("lr: [1]", "lr must be a number, got [1] (list)"),
+        ("channels_last: 'yes'", "channels_last must be true or false, got 'yes'"),
+        ("ema: fast", "ema must be a number or null, got 'fast'"),
+        ("mask_rule: lavd", "mask_rule must be one of 'union', 'lavt', got 'lavd'"),
+        ("data: 3", "data must be a path, got 3 (int)"),
+        ("terms: first_order", "terms must be a mapping, got 'first_order'"),
+        ("terms: {mask: yes}", "terms.mask must be a number (share) or a mapping, got True"),
+        ("terms: {mask: {shar: 1}}", "terms.mask: nothing is named 'shar'. Did you mean 'share'"),
+        ("terms: {mask: {start: 1.5}}", "terms.mask.start must be an integer, got 1.5 (float)"),
+        ("terms: {mask: {share: 1, weight: 2}}", "terms.mask: share=1 and weight=2 exclude each other"),
+        ("terms: {mask: -1}", "terms.mask: share must be a finite number >= 0, got -1"),
+        ("task: {schedule: step}", "task.schedule must be one of 'constant', 'linear', 'cosine', got 'step'"),
+        ("task: {start: 9, stop: 3}", "stop must be after start, got start=9 and stop=3"),
+        ("teacher_taps: {map: [a, b, c]}", "teacher_taps.map must be text or a list of text and an integer or text"),
+        ("resume: true", "resume is not a setting of the run: pass --resume"),
+        ("lr: 1\nlr: 2", "not YAML: 'lr' appears twice"),
+        ("lr: [1", "not YAML"),
+        ("- steps", "must hold a mapping of settings"),
+        ("out: !!python/name:os.system", "not YAML"),
+    ],
+)
+def test_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        load_settings(DistillSettings, write(tmp_path, text))
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ("first_ordre: 1", "no term named 'first_ordre'. Did you mean 'first_order'"),
+        ("mask: {start: 1}", "'mask' needs a share or a weight"),
+        ("pixel_pixel: {share: 1, temperature: 2}", "pixel_pixel_kd has no option 'temperature'"),
+        (
+            "mask: {share: 1, options: {temperatur: 2}}",
+            "logit_kd has no option 'temperatur'. Did you mean 'temperature'",
+        ),
+        ("mid: {share: 1, loss: chanel_kd, student: a}", "fastkd.losses has no 'chanel_kd'. Did you mean 'channel_kd'"),
+        ("mid: {share: 1, loss: channel_kd}", "loss='channel_kd' needs student"),
+        ("mid: {share: 1, loss: ChannelKD, student: a, options: {chanels: 3}}", "ChannelKD has no option 'chanels'"),
+    ],
+)
+def test_mistake_in_a_term_is_named(term: str, message: str, tmp_path: Path) -> None:
+    settings = load_settings(DistillSettings, write(tmp_path, f"terms: {{{term}}}"))
+    with pytest.raises(ValueError) as error:
+        (build_terms(settings.terms, 100), shares_of(settings.terms))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "no.yaml"], "no configuration at no.yaml, and no recipe of that name"),
+        (["distill", "shape"], "Did you mean 'shapes'"),
+        (["train", "shapes"], "no setting is named 'teacher'"),
+        (["distill", "--steps", "2", "shapes", "--data", "d", "--out", "o"], "must directly follow the command"),
+        (
+            ["distill", "{file}", "--data", "{shapes}", "--out", "{out}"],
+            "student: path 'midle': RISOutput has no 'midle'",
+        ),
+        (["distill", "{file}", "--data", "{shapes}", "--out", "{out}"], "'middle'"),
+    ],
+)
+def test_mistake_on_the_command_line_is_one_line(
+    arguments: list[str], message: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terms = "terms: {mid: {loss: channel_kd, share: 1, student: midle, teacher: middle}}"
+    file = write(
+        tmp_path, f"{terms}\nstudent_taps: {{middle: decoder}}\nteacher_taps: {{middle: decoder}}\nbatch_size: 2"
+    )
+    assert main([each.format(file=file, shapes=shapes, out=tmp_path / "out") for each in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("fastkd: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_flags_are_those_that_are_parsed() -> None:
+    terms = {
+        "first_order": TermSettings(share=0.5, schedule="linear", start=3, stop=9, final=0.25),
+        "mid": TermSettings(weight=2.0, loss="channel_kd", student="a", teacher="b", temperature=0.1),
+    }
+    assert parse_terms(show_terms(terms)) == terms
+    taps = {"a": "layers.1", "b": ("text", "last_hidden_state"), "c": ("fusion", 0)}
+    assert parse_taps(show_taps(taps)) == taps
+    for texts in (["a"], ["a=b", "a=c"], ["=b"]):
+        with pytest.raises(ValueError, match="expected each tap once, as name=path"):
+            parse_taps(texts)
+    for texts in (["=0.5"], ["mask=1", "mask=2"], ["mask=1,share=2"], ["mask=1,start"], ["mask=x"]):
+        with pytest.raises(ValueError, match="name=share"):
+            parse_terms(texts)
+
+
+def test_schedule_without_stop_ends_with_the_run() -> None:
+    [term] = build_terms({"mask": TermSettings(share=1.0, schedule="linear")}, 50)
+    assert term.schedule == Schedule("linear", stop=50)
+    assert build_terms({"mask": TermSettings(share=1.0)}, 50)[0].schedule is None
+    stages = yaml.safe_load(STAGES)
+    assert stages["task"]["start"] == stages["terms"]["first_order"]["stop"]
+
+
+def test_help_shows_the_values_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["distill", "shapes", "--help"])
+    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "first_order=0.5 guided_channel_distribution=0.5)" in shown
+    assert "Peak learning rate of AdamW. (default: 0.001)" in shown
+
+
+def test_exponents_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    settings = load_settings(TrainSettings, write(tmp_path, "lr: 1e-3\nweight_decay: 5E-2\nmax_seconds: 3"))
+    assert (settings.config.lr, settings.config.weight_decay, settings.config.max_seconds) == (1e-3, 0.05, 3.0)
