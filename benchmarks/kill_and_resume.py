@@ -38,7 +38,15 @@ SIDE = 8
 SYNC_SECONDS = 0.004  # added to each file of a save, so that kills hit it
 SAMPLE_SECONDS = 0.001
 ACCUMULATE = 2
-TIMES = ("seconds", "samples_per_second", "eval_seconds", "save_seconds")
+TIMES = (
+    "seconds",
+    "samples_per_second",
+    "eval_seconds",
+    "save_seconds",
+    "milliseconds",
+    "data_share",
+    "peak_memory_mib",
+)
 
 
 class Output(NamedTuple):
@@ -122,6 +130,7 @@ def train(folder: Path, steps: int, workers: int, resume: bool, forwards: Any) -
         device="cpu",
         workers=workers,
         log_every=4,
+        allow_untrained_teacher=True,
         eval_every=23,
         checkpoint_every=5,
     )

@@ -55,7 +55,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(student, teacher, task_loss, terms=(), *, inputs=('image', 'input_ids', 'word_mask'), "
             "student_taps=None, teacher_taps=None, task_schedule=None)"
         ),
-        "GradientReport": "(values, norms, weights)",
+        "GradientReport": "(values, norms, weights, reached=factory, parts=factory)",
         "Schedule": "(kind='constant', start=0, stop=None, initial=1.0, final=0.0)",
         "Schedule.factor": "(self, step)",
         "Taps": "(model, paths)",
@@ -264,8 +264,11 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "Distiller.check": "(self, batch)",
         "Distiller.gradient_shares": "(self, batch)",
         "Distiller.balance": "(self, batch, shares)",
-        "GradientReport": "(values, norms, weights)",
+        "GradientReport": "(values, norms, weights, reached=factory, parts=factory)",
         "GradientReport.shares": "property",
+        "GradientReport.rows": "(self)",
+        "PreflightReport": "(gradients, memory, seconds)",
+        "PreflightReport.to_dict": "(self)",
         "Taps": "(model, paths)",
         "Taps.clear": "(self)",
         "Taps.close": "(self)",
@@ -282,9 +285,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(*, steps=1000, batch_size=16, accumulate=1, lr=0.0005, weight_decay=0.01, warmup=0, "
             "power=0.9, grad_clip=1.0, seed=0, device='auto', precision='auto', channels_last=False, "
             "compile_student=False, workers=0, threads=None, skip_bad_samples=False, eval_every=None, "
-            "eval_batch_size=32, checkpoint_every=None, keep_checkpoints=2, ema=None, log_every=20, max_seconds=None, "
-            "sync_batchnorm=False, shard_teacher=False, offload_teacher=False, find_unused_parameters=False, "
-            "check=True)"
+            "eval_batch_size=32, checkpoint_every=None, keep_checkpoints=2, ema=None, log_every=20, "
+            "gradients_every=None, tracker=(), max_seconds=None, sync_batchnorm=False, shard_teacher=False, "
+            "offload_teacher=False, find_unused_parameters=False, check=True, allow_untrained_teacher=False)"
         ),
         "TrainResult": (
             "(steps=0, seconds=0.0, eval_seconds=0.0, samples_per_second=0.0, stopped='steps', "
@@ -293,6 +296,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
         ),
         "TrainResult.best": "property",
         "TrainResult.last": "property",
+        "preflight": (
+            "(model, train_dataset, config=None, *, val_dataset=None, task_loss=segmentation_loss, collate=None)"
+        ),
         "segmentation_loss": "(output, batch, *, class_weights=(0.9, 1.1), dice_weight=1.0)",
         "train": (
             "(model, train_dataset, config=None, *, val_dataset=None, out_dir=None, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastkd.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from fastkd import Distiller
+    from fastkd.train import PreflightReport
 
 _Flat = tyro.conf.arg(name="")
 ConfigFile = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
@@ -31,12 +33,15 @@ class Folder:
         resume_allow: settings that may differ from those of the run to resume, such as ``lr steps``.
         replay: a file ``replay-step-….pt`` of a run that stopped, with its other arguments: compute the losses and
             gradients of its samples again and print them, without training.
+        preflight_only: check the first batch, print the table of its terms and costs, and stop; --no-check trains
+            without it.
     """
 
     overwrite: bool = False
     resume: bool = False
     resume_allow: tuple[str, ...] = ()
     replay: Path | None = None
+    preflight_only: bool = False
 
 
 _FOLDER = Folder()
@@ -115,7 +120,7 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
     from fastkd.cli._teacher import open_teacher
     from fastkd.cli._terms import build_terms, shares_of
     from fastkd.cli._yaml import dump_settings
-    from fastkd.train import segmentation_loss
+    from fastkd.train import preflight, segmentation_loss
     from fastkd.train import train as run
     from fastkd.train.balance import balance_on
     from fastkd.train.resume import saved_settings
@@ -153,6 +158,8 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
         else:
             balance_on(trained, train_set, shares, config)
         show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in trained.weights.items()))
+    if folder.preflight_only:
+        return _show_preflight(preflight(trained, train_set, config, val_dataset=val_set))
     header = "# fastkd {} with this file starts the same run; with --resume it continues this one.\n"
     result = run(
         trained,
@@ -179,6 +186,18 @@ def _compared(settings: RunSettings, shares: Mapping[str, float]) -> dict[str, A
     if "model" in compared:
         compared["student"] = compared.pop("model")
     return compared | {f"shares.{name}": share for name, share in shares.items()}
+
+
+def _show_preflight(report: PreflightReport) -> None:
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    if sys.stdout is None or not sys.stdout.isatty():
+        return show(str(report))
+    from rich.console import Console
+
+    Console().print(report)
 
 
 def _replay(path: Path, distiller: Distiller, config: TrainConfig) -> None:

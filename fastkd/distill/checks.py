@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._messages import shortened
-from fastkd._wrappers import is_sharded, unwrap
+from fastkd._wrappers import is_sharded, plain_name, unwrap
 from fastkd.distill.gradients import GradientReport
 
 NamedTensors = list[tuple[str, Tensor]]
@@ -31,9 +32,7 @@ def check_frozen(teacher: nn.Module, student: nn.Module) -> None:
             f"teacher has parameters that require a gradient ({shortened(trainable)}): call "
             "teacher.requires_grad_(False)"
         )
-    empty = [name for name, p in teacher.named_parameters() if p.is_meta]
-    if empty:
-        raise ValueError(f"teacher has parameters without weights ({shortened(empty)}): load them before distilling")
+    check_has_weights(teacher)
     if is_sharded(unwrap(teacher)):
         return  # weights may wait in host memory
     device = next((p.device for p in student.parameters()), None)
@@ -44,6 +43,13 @@ def check_frozen(teacher: nn.Module, student: nn.Module) -> None:
         raise ValueError(
             f"student is on {device}, but the teacher has {shortened(elsewhere)}: move both with distiller.to(device)"
         )
+
+
+def check_has_weights(teacher: nn.Module) -> None:
+    """Raise ``ValueError`` if a parameter of the teacher is on the meta device."""
+    empty = [name for name, p in teacher.named_parameters() if p.is_meta]
+    if empty:
+        raise ValueError(f"teacher has parameters without weights ({shortened(empty)}): load them before distilling")
 
 
 def check_deterministic(run_teacher: Callable[[], NamedTensors]) -> None:
@@ -64,6 +70,65 @@ def check_deterministic(run_teacher: Callable[[], NamedTensors]) -> None:
                 f"teacher's {name} changes between two passes over one batch: something in it is random or keeps "
                 "state; make its forward deterministic"
             )
+
+
+def check_trained(teacher: nn.Module, run_teacher: Callable[[], Any]) -> None:
+    """Raise ``ValueError`` if normalisation layers that the teacher's forward uses hold their initial values.
+
+    Training changes them, so their weights were not loaded. Other layers begin at random and do not show it.
+    """
+    used: dict[str, bool] = {}  # path to whether the values are the initial ones
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            if name not in used:
+                used[name] = _is_initial(module)
+
+        return hook
+
+    norms = [(name, module) for name, module in teacher.named_modules() if _is_norm(module)]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms]
+    try:
+        run_teacher()
+    finally:
+        for handle in handles:
+            handle.remove()
+    initial = [plain_name(name) for name, untrained in used.items() if untrained]
+    if initial:
+        raise ValueError(
+            f"teacher: {len(initial)} of the {len(used)} normalisation layers that it uses hold their initial values "
+            f"({shortened(initial)}), so {'its' if len(initial) == len(used) else 'some of its'} weights were not "
+            "loaded: load them all, or set allow_untrained_teacher=True (--allow-untrained-teacher)"
+        )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def _is_initial(module: nn.Module) -> bool:
+    """Return whether scale and running variance are 1, offset and running mean 0, as before training."""
+    expected = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    found = [(getattr(module, name, None), value) for name, value in expected.items()]
+    return all(bool((tensor == value).all()) for tensor, value in found if isinstance(tensor, Tensor))
+
+
+@contextmanager
+def process_group_explained() -> Iterator[None]:
+    """Raise a clear ``ValueError`` in place of torch's if something in the block needs other processes, without any."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if not alone or "process group has not been initialized" not in str(error):
+            raise
+        source = " ".join(getattr(error, "__notes__", ())) or "This is the task loss or a model."
+        raise ValueError(
+            "something in the forward calls torch.distributed, but this process has joined no others. "
+            f"{source} Start it with torchrun or accelerate launch, or let it skip the call in a single process "
+            "(torch.distributed.is_initialized())"
+        ) from error
 
 
 def check_gradients(report: GradientReport) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -71,6 +71,9 @@ class Distiller(nn.Module):
         TypeError: a model that is not a module, a task loss that is not callable, a term that is not a `Term`, or a
             schedule that is not a `Schedule`.
 
+    Attributes:
+        timer: None, or a function from "student", "teacher" or "losses" to a context in which `forward` runs that part.
+
     Example:
         >>> teacher = RISModel.from_pretrained("teacher").eval().requires_grad_(False)
         >>> distiller = fastkd.Distiller(student, teacher, segmentation_loss, [
@@ -122,6 +125,7 @@ class Distiller(nn.Module):
         self.task_schedule = task_schedule
         self._step: int | None = None
         self._factors: dict[str, float] | None = None  # "task" and term name to factor at the step
+        self.timer: Callable[[str], AbstractContextManager[Any]] | None = None
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -194,25 +198,33 @@ class Distiller(nn.Module):
                 "each step (fastkd.train.train does)"
             )
         skipped = [] if factors is None else [name for name in self.terms if factors[name] == 0]
-        student = run_model(self.student, **self.model_inputs(batch))
-        teacher = self.run_teacher(batch) if not skipped or len(skipped) < len(self.terms) else None
+        with self._timed("student"):
+            student = run_model(self.student, **self.model_inputs(batch))
+        with self._timed("teacher"):
+            teacher = self.run_teacher(batch) if not skipped or len(skipped) < len(self.terms) else None
         words_differ = words.has_teacher_words(self.inputs, batch)
-        task = self.task_loss(student, batch)
-        loss = task if factors is None or self.task_schedule is None else factors["task"] * task
         terms: dict[str, Tensor] = {}
-        for name, term in self.terms.items():
-            if name in skipped:
-                terms[name] = torch.zeros_like(task)
-                continue
-            if words_differ:
-                words.check_term(name, *loss_and_options(term))
-            terms[name] = value = term_value(term, student, teacher, batch, self._student_taps, self._teacher_taps)
-            weight = term.weight if factors is None else term.weight * factors[name]
-            loss = loss + weight * value
+        with self._timed("losses"):
+            task = self.task_loss(student, batch)
+            loss = task if factors is None or self.task_schedule is None else factors["task"] * task
+            for name, term in self.terms.items():
+                if name in skipped:
+                    terms[name] = torch.zeros_like(task)
+                    continue
+                if words_differ:
+                    words.check_term(name, *loss_and_options(term))
+                terms[name] = value = term_value(term, student, teacher, batch, self._student_taps, self._teacher_taps)
+                weight = term.weight if factors is None else term.weight * factors[name]
+                loss = loss + weight * value
         for taps in (self._student_taps, self._teacher_taps):
             if taps is not None:
                 taps.clear()
         return DistillOutput(loss, task, terms, student, teacher)
+
+    def _timed(self, part: str) -> AbstractContextManager[Any]:
+        if torch.compiler.is_compiling() or self.timer is None:
+            return nullcontext()
+        return self.timer(part)
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the student's inputs from a batch."""
@@ -257,7 +269,8 @@ class Distiller(nn.Module):
 
         Those are: a teacher in train mode, with parameters that require a gradient, without weights, on another device,
         with NaN in its output or taps, or with values that change between two passes; a term or task loss that is not a
-        finite scalar or sends no finite gradient to the student; a term that is exactly 0; a tap that never fires.
+        finite scalar or sends no finite gradient to the student; a term that is exactly 0; a tap that never fires; a
+        loss that calls torch.distributed in a process that joined no others.
         Models, gradients and random state are left unchanged. Schedules are ignored: every term is checked.
 
         Args:
@@ -274,16 +287,18 @@ class Distiller(nn.Module):
             checks.check_frozen(self.teacher, self.student)
             with preserve_state(self):
                 checks.check_deterministic(lambda: self._teacher_tensors(batch))
-        report = self.gradient_report(batch)
+        with checks.process_group_explained():
+            report = self.gradient_report(batch)
         checks.check_gradients(report)
         return report
 
-    def gradient_report(self, batch: Mapping[str, Any], step: int | None = None) -> GradientReport:
+    def gradient_report(self, batch: Mapping[str, Any], step: int | None = None, scale: float = 1.0) -> GradientReport:
         """Return values and gradient norms of the task and of every term on one batch, without side effects.
 
-        With ``step``, schedules apply, and only the terms that are computed at that step are reported.
+        With ``step``, schedules apply, and only the terms that are computed at that step are reported. ``scale`` is the
+        loss scale of fp16.
         """
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        parameters = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("student has no parameter that requires a gradient: nothing can train")
         weights = self.weights if step is None else self.weights_at(step)
@@ -291,7 +306,7 @@ class Distiller(nn.Module):
             computed = [name for name in self.terms if self._factors is None or self._factors[name]]
             output = self(batch)
             losses = {"task": output.task, **{name: output.terms[name] for name in computed}}
-            return report_gradients(losses, parameters, {name: weights[name] for name in computed})
+            return report_gradients(losses, parameters, {name: weights[name] for name in computed}, scale)
 
     @contextmanager
     def at_step(self, step: int | None) -> Iterator[None]:

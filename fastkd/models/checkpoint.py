@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd._atomic import replace_files
 from fastkd._messages import shortened
 from fastkd._wrappers import plain_names, unwrapped
 from fastkd.models import pickles
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+RECORD_FILE = "training.json"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -68,6 +71,21 @@ def read_config(folder: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
     return values
+
+
+def write_record(record: Mapping[str, Any], folder: Path) -> None:
+    """Write settings and scores of the run that trained a model into its folder."""
+    with replace_files(folder / RECORD_FILE) as (partial,):
+        partial.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return what `write_record` wrote, or None; nothing depends on it, so an unreadable file is no error."""
+    try:
+        values = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -85,6 +85,8 @@ class RISModel(
         config: The configuration, including ``image_mean`` and ``image_std``.
         tokenizer: The tokenizer of its word ids, set by training; None means the one that the configuration names.
             ``save_pretrained`` writes it into the folder, next to the weights.
+        training_run: Settings and scores of the run that trained it, set by training; None if unknown.
+            ``save_pretrained`` writes them as ``training.json``.
 
     Example::
 
@@ -115,6 +117,7 @@ class RISModel(
             config = replace(config, tokenizer=str(Path(text_weights).absolute()))
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.training_run: dict[str, Any] | None = None
         self.text_encoder = TextEncoder(config.text_model, config.text, text_weights)
         channels = self.backbone.channels
         self.fusions = nn.ModuleList(
@@ -189,6 +192,8 @@ class RISModel(
         with replace_files(*files) as (weights, config):
             save_file(state, weights, metadata={"format": "pt"})
             config.write_text(text, encoding="utf-8")
+        if self.training_run is not None:
+            checkpoint.write_record(self.training_run, save_directory)
 
     def _tokenizer_to_save(self) -> Tokenizer | None:
         """Return the tokenizer to save with the model; None if there is none or it ships with fastkd."""
@@ -256,7 +261,7 @@ class RISModel(
             force_download=force_download,
             local_files_only=local_files_only,
             token=token,
-            allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, *TOKENIZER_FILES],
+            allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.RECORD_FILE, *TOKENIZER_FILES],
         )
         return cls._from_folder(Path(folder), map_location)
 
@@ -270,5 +275,6 @@ class RISModel(
         config.tokenizer = locate_tokenizer(config.tokenizer, folder)
         state = checkpoint.read_state_dict(folder / checkpoint.WEIGHTS_FILE)
         model = cls(config)
+        model.training_run = checkpoint.read_record(folder)
         checkpoint.load_strictly(model, state, str(folder / checkpoint.WEIGHTS_FILE))
         return model.to(map_location).eval()

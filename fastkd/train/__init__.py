@@ -12,7 +12,8 @@ from fastkd._lazy import lazy_names
 if TYPE_CHECKING:
     from fastkd.distill import Distiller, DistillOutput, GradientReport, Taps, Term
     from fastkd.train.config import TrainConfig
-    from fastkd.train.loop import train
+    from fastkd.train.first_batch import PreflightReport
+    from fastkd.train.loop import preflight, train
     from fastkd.train.result import TrainResult
     from fastkd.train.task import segmentation_loss
     from fastkd.train.teacher_cache.reader import TeacherCache
@@ -21,11 +22,13 @@ __all__ = [
     "DistillOutput",
     "Distiller",
     "GradientReport",
+    "PreflightReport",
     "Taps",
     "TeacherCache",
     "Term",
     "TrainConfig",
     "TrainResult",
+    "preflight",
     "segmentation_loss",
     "train",
 ]
@@ -36,11 +39,13 @@ __getattr__ = lazy_names(
         "DistillOutput": "fastkd.distill",
         "Distiller": "fastkd.distill",
         "GradientReport": "fastkd.distill",
+        "PreflightReport": "fastkd.train.first_batch",
         "Taps": "fastkd.distill",
         "TeacherCache": "fastkd.train.teacher_cache.reader",
         "Term": "fastkd.distill",
         "TrainConfig": "fastkd.train.config",
         "TrainResult": "fastkd.train.result",
+        "preflight": "fastkd.train.loop",
         "segmentation_loss": "fastkd.train.task",
         "train": "fastkd.train.loop",
     },

@@ -16,6 +16,7 @@ import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from fastkd._atomic import replace_folder
 from fastkd._wrappers import unwrapped
 from fastkd.errors import FastKDWarning
+from fastkd.models.checkpoint import write_record
 
 FOLDER = "checkpoints"
 WRITE_ERRORS = (OSError, SafetensorError)  # of a full disk, say
@@ -165,13 +167,16 @@ def remove_old_checkpoints(folder: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(folder / f"step-{step:06d}", ignore_errors=True)
 
 
-def save_student(student: nn.Module, folder: Path) -> Path:
+def save_student(student: nn.Module, folder: Path, record: Mapping[str, Any] | None = None) -> Path:
     """Save the student to a folder and return the folder; an earlier checkpoint is replaced once this one is complete.
 
     Calls the model's ``save_pretrained``, or writes ``model.safetensors`` if there is none. Parameter names have no
-    wrapper prefixes (``torch.compile``, data parallelism, averaging).
+    wrapper prefixes (``torch.compile``, data parallelism, averaging). ``record``, settings and scores of the run, is
+    written to ``training.json``.
     """
     with replace_folder(folder) as partial, unwrapped(student) as model:
+        if record is not None and hasattr(model, "training_run"):
+            setattr(model, "training_run", dict(record))  # noqa: B010 (the model takes it along, to the hub for example)
         save_pretrained: Any = getattr(model, "save_pretrained", None)
         if save_pretrained is not None:
             save_pretrained(partial)
@@ -179,6 +184,8 @@ def save_student(student: nn.Module, folder: Path) -> Path:
             from safetensors.torch import save_model
 
             save_model(model, str(partial / "model.safetensors"))
+        if record is not None:
+            write_record(record, partial)
     return folder
 
 

@@ -65,6 +65,12 @@ class TrainConfig:
     saved in place of them; None for no average."""
     log_every: int = 20
     """Steps between lines of the log."""
+    gradients_every: int | None = None
+    """Steps between lines of the log with the gradient norm of each term, which costs a backward per term; None logs
+    only that of their sum."""
+    tracker: tuple[str, ...] = ()
+    """Trackers that also get the log's numbers, through accelerate: "tensorboard" (in the run's folder), "wandb",
+    "trackio" or "mlflow"."""
     max_seconds: float | None = None
     """Stop after this many seconds of training (evaluation excluded); the learning rate decays to zero by then."""
     sync_batchnorm: bool = False
@@ -77,7 +83,9 @@ class TrainConfig:
     """With several processes, look for parameters without a gradient at every step. Needed if the parameters in use
     depend on the batch; enabled automatically if the first batch leaves some without a gradient."""
     check: bool = True
-    """Run the distiller's checks on the first batch before training."""
+    """Before training, run the checks on the first batch and print the table of its terms and costs."""
+    allow_untrained_teacher: bool = False
+    """Accept a teacher whose normalisation layers hold their initial values, as if its weights had not been loaded."""
 
     def __post_init__(self) -> None:
         counts = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "eval_batch_size": 1}
@@ -85,7 +93,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        for name in ("threads", "eval_every", "checkpoint_every"):
+        for name in ("threads", "eval_every", "checkpoint_every", "gradients_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
@@ -105,6 +113,9 @@ class TrainConfig:
             raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {self.precision!r}")
         if self.offload_teacher and not self.shard_teacher:
             raise ValueError("offload_teacher=True needs shard_teacher=True: it is the shards that wait in host memory")
+        if isinstance(self.tracker, str):
+            raise ValueError(f"tracker must be a tuple of names, got the string {self.tracker!r}: ({self.tracker!r},)")
+        self.tracker = tuple(self.tracker)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate, got batch_size={self.batch_size} "

@@ -18,6 +18,7 @@ from fastkd import _info
 from fastkd._atomic import replace_files
 from fastkd._console import plain
 from fastkd.errors import FastKDWarning
+from fastkd.train.trackers import Trackers
 
 
 class RunLog:
@@ -28,15 +29,18 @@ class RunLog:
     Args:
         path: the file, or None.
         append: continue the file, rather than replace it.
+        trackers: get every line too.
     """
 
-    def __init__(self, path: Path | None, append: bool = False) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, append: bool = False, trackers: Trackers | None = None) -> None:
+        self._path, self.trackers = path, trackers
         self._file = path.open("a" if append else "w", encoding="utf-8") if path is not None else None
         self._warned = False
 
     def write(self, event: str, **values: Any) -> None:
         """Append ``{"event": event, ...}``."""
+        if self.trackers is not None:
+            self.trackers.add(event, values)
         if self._file is None:
             return
         try:
@@ -47,14 +51,21 @@ class RunLog:
 
     def restart(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace the content by the given lines, as a whole."""
-        if self._path is not None:
-            self.close()
+        if self._path is not None and self._file is not None:
+            self._file.close()
             with replace_files(self._path) as (partial,):
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             self._file = self._path.open("a", encoding="utf-8")
 
+    def forward(self) -> None:
+        """Send the trackers the lines since the previous call."""
+        if self.trackers is not None:
+            self.trackers.flush()
+
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and end the trackers' runs."""
+        if self.trackers is not None:
+            self.trackers.close()
         if self._file is not None:
             try:
                 self._file.close()
@@ -136,6 +147,18 @@ class Progress:
                 self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False)
             else:
                 print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+        except OSError:
+            self.shown = False
+
+    def show(self, content: Any) -> None:
+        """Print an object above the bar: as rich shows it on a terminal, else the lines of ``str``."""
+        if not self.shown:
+            return
+        try:
+            if self._bar is not None:
+                self._bar.console.print(content)
+            else:
+                print(content, file=sys.stderr, flush=True)
         except OSError:
             self.shown = False
 

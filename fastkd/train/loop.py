@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.utils.data import Dataset
 
 from fastkd._atomic import replace_files
 from fastkd._wrappers import unwrap
+from fastkd.distill.checks import check_has_weights
 from fastkd.distill.distiller import Distiller
 from fastkd.train.checkpoint import FOLDER, CheckpointWriter, read_checkpoint
 from fastkd.train.config import TrainConfig
+from fastkd.train.first_batch import PreflightReport
 from fastkd.train.log import Progress, RunLog
 from fastkd.train.result import TrainResult
 from fastkd.train.resume import check_settings, find_start, lines_until, read_lines, run_settings
@@ -24,6 +27,7 @@ from fastkd.train.seeding import kept_generators
 from fastkd.train.stop import Termination
 from fastkd.train.sync_norm import synchronised_norms
 from fastkd.train.task import segmentation_loss
+from fastkd.train.trackers import Trackers, check_trackers
 
 
 def train(
@@ -50,9 +54,13 @@ def train(
     environment that contradicts the configuration is an error. The same seed, batch size and initial weights reproduce
     a run on the same device. Distillation terms are averaged over micro-batches, like the task loss.
 
+    Before the first step, the first batch is checked and a table of the terms and of what a step costs is printed, as
+    by `preflight`.
+
     With ``out_dir``, ``log.jsonl`` holds one JSON object per line (event "start" with the settings and the environment,
     then "train", "eval", "checkpoint" and finally "end"), ``last/`` the student (written at every evaluation, at the
-    end, and on Ctrl-C, SIGTERM or SIGUSR1) and ``best/`` the one with the best validation mIoU. ``checkpoints/`` holds
+    end, and on Ctrl-C, SIGTERM or SIGUSR1) and ``best/`` the one with the best validation mIoU, both with the settings
+    of the run in ``training.json``. ``checkpoints/`` holds
     what a run needs to continue: written every ``checkpoint_every`` steps, at the end, on those signals and after an
     error, with the state after the latest complete step. Each is written completely or not at all. A run that was
     stopped or killed and resumed ends with the same weights, bit for bit, as one that was not, on the same device.
@@ -83,9 +91,10 @@ def train(
         Steps, seconds and evaluations. The model is trained in place; it stays on the training device, in eval mode.
 
     Raises:
-        ValueError: a mistake that `Distiller.check` finds, an environment that contradicts the configuration, a batch
-            size that does not fit the data or the processes, masks with values other than 0 and 1, word ids outside
-            a model's vocabulary, or a run to resume that has other settings.
+        ValueError: a mistake that the checks find (see `preflight`), an environment that contradicts the configuration,
+            a batch size that does not fit the data or the processes, masks with values other than 0 and 1, word ids
+            outside a model's vocabulary, an unknown tracker, or a run to resume that has other settings.
+        ImportError: a tracker whose package is not installed.
         TypeError: ``config`` is not a `TrainConfig`.
         FileExistsError: ``out_dir`` holds an earlier run or, with ``resume``, something else than a run to continue.
         Terminated: SIGTERM or SIGUSR1 arrived (a `SystemExit` with status 143 or 138); not if another handler is
@@ -97,18 +106,10 @@ def train(
         >>> result = train(distiller, train_set, TrainConfig(steps=600), val_dataset=val_set, out_dir="runs/distilled")
         >>> print(result.best)
     """
-    if config is not None and not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig or None, got {type(config).__name__}")
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):  # `train` wraps it again
-        model = model.module
-    inner = unwrap(model)
-    distiller = inner if isinstance(inner, Distiller) else Distiller(model, None, task_loss)
-    if distiller is inner and task_loss is not segmentation_loss:
-        raise ValueError("task_loss is for a model without a Distiller; this Distiller has its own")
-    run = TrainingRun(distiller, train_dataset, config or TrainConfig(), collate, title)
-    run.module = model if distiller is inner else distiller  # a compiled distiller is called through its wrapper
+    run = _new_run(model, train_dataset, config, task_loss, collate, title)
     main = run.processes.is_main_process
     folder = Path(out_dir) if out_dir is not None else None
+    check_trackers(run.config.tracker, folder)
     if resume:
         if folder is None or overwrite:
             raise ValueError("resume needs out_dir, the folder of the run, and contradicts overwrite=True")
@@ -119,26 +120,28 @@ def train(
         _prepare_folder(folder, overwrite, resume)
         run.result.out_dir, run.overwrite = folder, overwrite
     run.folder = folder
-    run.log = RunLog(folder / "log.jsonl" if folder and main else None, append=run.resumed is not None)
+    latest = run.resumed.step if run.resumed is not None else None
+    trackers = None
+    if main and run.config.tracker:
+        known = next((line.get("trackers") for line in run.lines if line.get("event") == "start"), None)
+        trackers = Trackers(run.config.tracker, folder, title, known, latest or 0)
+        trackers.configure(run.settings)
+    run.log = RunLog(folder / "log.jsonl" if folder and main else None, run.resumed is not None, trackers)
     if folder is not None and main:
         for name, text in (files or {}).items():  # after the log: a folder without one is not a run to resume
             with replace_files(folder / name) as (partial,):
                 partial.write_text(text, encoding="utf-8")
-    latest = run.resumed.step if run.resumed is not None else None
     run.checkpoints = CheckpointWriter(folder and folder / FOLDER, run.config.keep_checkpoints, latest)
     run.bar = Progress(run.config.steps, title, progress and main)
     if resume:
         run.bar.print(
             f"resumes after step {latest}" if latest is not None else f"no checkpoint in {folder}: starts afresh"
         )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(run.config.threads or threads)
-    norms = synchronised_norms(distiller.student, run.device, run.config.sync_batchnorm and run.parallel)
-    with Termination() as stop, kept_generators(), norms:
+    norms = synchronised_norms(run.distiller.student, run.device, run.config.sync_batchnorm and run.parallel)
+    with Termination() as stop, _state_of_run(run.config), norms:
         run.stop = stop
         try:
-            with torch.inference_mode(False), torch.enable_grad():  # regardless of the caller's mode
-                run.train(val_dataset)
+            run.train(val_dataset)
         except BaseException as error:
             cause = stop.settle(error)
             run.end_early(cause)
@@ -146,10 +149,83 @@ def train(
                 raise
             raise cause from error
         finally:
+            run.distiller.timer = None
             run.bar.close()
             run.log.close()
-            torch.set_num_threads(threads)
     return run.result
+
+
+def preflight(
+    model: nn.Module,
+    train_dataset: Dataset[Any],
+    config: TrainConfig | None = None,
+    *,
+    val_dataset: Dataset[Any] | None = None,
+    task_loss: Callable[[Any, Mapping[str, Any]], Tensor] = segmentation_loss,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+) -> PreflightReport:
+    """Do all that `train` does before its first step, and return the table that it prints.
+
+    On the first batch, each loss L_i gets its gradient norm ‖∇L_i‖ with respect to the student's parameters and its
+    share w_i ‖∇L_i‖ / ‖∇L_task‖ with weight w_i. Nothing is trained or written; afterwards the model is on the training
+    device, in train mode.
+
+    Args:
+        model: as in `train`, like all other arguments.
+        train_dataset: its first batch is checked.
+        config: the settings; ``check`` is ignored.
+        val_dataset: checked against protocol "lavt" and the student's tokenizer and normalisation.
+        task_loss: task loss of a plain model.
+        collate: turns a list of samples into a batch.
+
+    Returns:
+        Value, gradient norm, weight and share of each term; the parts of the student that its gradient reaches; bytes
+        of memory and seconds of a step by use.
+
+    Raises:
+        ValueError: a teacher in train mode, with parameters that require a gradient or without (all of) its weights,
+            with outputs that are not finite or change between two passes; a term that is 0, not finite or sends no
+            gradient to the student; a loss that adds up samples although steps have several micro-batches, or that
+            needs other processes in a run of one; and as in `train`.
+        RuntimeError: a tap that never fires.
+
+    Example:
+        >>> print(preflight(distiller, train_set, TrainConfig(batch_size=16)))
+    """
+    run = _new_run(model, train_dataset, config, task_loss, collate, "preflight")
+    norms = synchronised_norms(run.distiller.student, run.device, run.config.sync_batchnorm and run.parallel)
+    with _state_of_run(run.config), norms:
+        return run.preflight(val_dataset)
+
+
+def _new_run(
+    model: nn.Module, train_dataset: Dataset[Any], config: TrainConfig | None, task_loss: Any, collate: Any, title: str
+) -> TrainingRun:
+    if config is not None and not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig or None, got {type(config).__name__}")
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):  # `train` wraps it again
+        model = model.module
+    inner = unwrap(model)
+    distiller = inner if isinstance(inner, Distiller) else Distiller(model, None, task_loss)
+    if distiller is inner and task_loss is not segmentation_loss:
+        raise ValueError("task_loss is for a model without a Distiller; this Distiller has its own")
+    if distiller.teacher is not None:
+        check_has_weights(distiller.teacher)  # also needed for its digest
+    run = TrainingRun(distiller, train_dataset, config or TrainConfig(), collate, title)
+    run.module = model if distiller is inner else distiller  # a compiled distiller is called through its wrapper
+    return run
+
+
+@contextmanager
+def _state_of_run(config: TrainConfig) -> Iterator[None]:
+    """Set torch's threads and gradient mode, whatever the caller's are, and restore them and the generators after."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        with kept_generators(), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _settings(run: TrainingRun, val_dataset: Any, further: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -198,4 +274,5 @@ def _prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
         raise FileExistsError(f"out_dir {str(folder)!r} is a file; pass a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        for name in (FOLDER, "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)

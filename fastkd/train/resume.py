@@ -24,8 +24,19 @@ from fastkd.train.teacher_cache.reader import teacher_settings
 
 # These do not influence the result, so they may differ without permission.
 _FREE = frozenset(
-    {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "eval_batch_size", "check"}
-    | {"shard_teacher", "offload_teacher"}
+    {
+        "workers",
+        "log_every",
+        "gradients_every",
+        "tracker",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "eval_batch_size",
+        "check",
+        "shard_teacher",
+        "offload_teacher",
+        "allow_untrained_teacher",
+    }
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -23,16 +23,16 @@ from fastkd._runtime import autocast
 from fastkd.distill.distiller import Distiller
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate.evaluation import evaluate
-from fastkd.ops.numerics import computes_fp64
 from fastkd.train.checkpoint import WRITE_ERRORS, save_student
 from fastkd.train.compiled import CompiledStudent
 from fastkd.train.config import TrainConfig
+from fastkd.train.first_batch import PreflightReport, check_first_batch
 from fastkd.train.host import check_tokenizers, check_validation, keep_tokenizer
 from fastkd.train.launch import join
 from fastkd.train.log import environment
 from fastkd.train.optim import lr_factor
 from fastkd.train.replay import find_broken, write_replay
-from fastkd.train.saved_run import SavedRun
+from fastkd.train.reported_run import ReportedRun
 from fastkd.train.seeding import seed_step
 from fastkd.train.shard import shard_teacher
 from fastkd.train.skips import LIMIT, any_not_finite, describe
@@ -42,8 +42,8 @@ from fastkd.train.stream_feed import feed_for
 from fastkd.train.teacher_cache.reader import check_cache
 
 
-class TrainingRun(SavedRun):
-    """One call of `fastkd.train.train`; the caller sets ``module``, ``folder`` and what `SavedRun` needs."""
+class TrainingRun(ReportedRun):
+    """One call of `fastkd.train.train`; the caller sets ``module``, ``folder`` and what `ReportedRun` needs."""
 
     module: nn.Module
     folder: Path | None = None  # of log, checkpoints and replay files
@@ -70,18 +70,12 @@ class TrainingRun(SavedRun):
     def train(self, val_dataset: Dataset[Any] | None) -> None:
         """Train until the last step or ``max_seconds``, then evaluate."""
         config, distiller = self.config, self.distiller
-        check_tokenizers(distiller, self.dataset)
-        check_cache(distiller, self.feed.samples, self.collate, self.precision)
+        self._place()
         keep_tokenizer(distiller.student, self.dataset)
-        seed_step(config.seed, self.step, 0, self.rank)
-        shard_teacher(distiller.teacher, config, self.device)
-        distiller.to(self.device)
-        if config.channels_last:
-            distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        distiller.train()
         model = self.prepare(self.precision)
         batches = self.feed.start(self.step)
-        first = next(batches)
+        with self.timer.part("data"):
+            first = next(batches)
         self._begin(first, val_dataset)
         batches = itertools.chain([first], batches)
         self.model, self.resumed = model, None
@@ -93,6 +87,8 @@ class TrainingRun(SavedRun):
             with autocast(self.precision, self.device):
                 module = data_parallel(module, distiller, first, config, self.device)
         first_step = True
+        self.timer.read()  # what came before does not count
+        distiller.timer = self.timer.part
         self.clock.start()
         while True:
             self.stop.check()
@@ -108,10 +104,11 @@ class TrainingRun(SavedRun):
             if first_step and not self.parallel:  # `data_parallel` has warned
                 warn_of_unused(module, distiller)
             first_step = False
-            row = torch.cat([values, self.updater.clip().detach().reshape(1).to(values)])
-            with self.stop.shielded():
-                skipped = self._update(model, row, fraction)
-            self.updater.zero_grad()
+            with self.timer.part("update"):
+                row = torch.cat([values, self.updater.clip().detach().reshape(1).to(values)])
+                with self.stop.shielded():
+                    skipped = self._update(model, row, fraction)
+                self.updater.zero_grad()
             if skipped or self.step % LIMIT == 0:
                 self._check_values()
         self._check_values()
@@ -121,11 +118,43 @@ class TrainingRun(SavedRun):
             self._evaluate(val_dataset)
         self.clock.stop()
         distiller.eval()
-        self._collect_bad_samples()
+        self.collect_bad_samples()
         self.save()
         if self.average is not None:
             self.average.copy_to_student()
-        self._end()
+        self.end()
+
+    def preflight(self, val_dataset: Dataset[Any] | None) -> PreflightReport:
+        """Check the validation set and the first batch, without training."""
+        self._place()
+        if val_dataset is not None:
+            check_validation(self.distiller, val_dataset)
+        with self.timer.part("data"):
+            first = next(self.feed.start(0))
+        return self._check(first)
+
+    def _place(self) -> None:
+        """Check what the dataset declares, and move the models to the device, in train mode."""
+        distiller, config = self.distiller, self.config
+        check_tokenizers(distiller, self.dataset)
+        check_cache(distiller, self.feed.samples, self.collate, self.precision)
+        seed_step(config.seed, self.step, 0, self.rank)
+        shard_teacher(distiller.teacher, config, self.device)
+        distiller.to(self.device)
+        if config.channels_last:
+            distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        distiller.train()
+
+    def _check(self, first: dict[str, Any]) -> PreflightReport:
+        return check_first_batch(
+            self.distiller,
+            first,
+            self.config,
+            self.device,
+            self.precision,
+            self.processes.num_processes,
+            self.timer.read()["data"],
+        )
 
     def end_early(self, error: BaseException) -> None:
         """Log why a run ended early, and save the state after the latest step."""
@@ -149,7 +178,8 @@ class TrainingRun(SavedRun):
         if step > self.reported and (step % config.log_every == 0 or step == config.steps):
             self._check_values()
             with self.stop.shielded():
-                self._report()
+                self.report()
+        self.log.forward()
         if not step or step == config.steps:
             return
         is_best = False
@@ -181,8 +211,8 @@ class TrainingRun(SavedRun):
             )
             return
         if self.config.check:
-            with autocast(self.precision, self.device):
-                report = distiller.check(first)
+            report = self._check(first)
+            self.bar.show(report)
         counts = {"student": distiller.student, "aligners": distiller.term_modules, "teacher": distiller.teacher}
         self.log.write(
             "start",
@@ -192,7 +222,10 @@ class TrainingRun(SavedRun):
             parameters={k: sum(p.numel() for p in m.parameters()) for k, m in counts.items() if m is not None},
             samples={"train": len(self.dataset), "val": len(val_dataset) if val_dataset is not None else None},  # type: ignore[arg-type]
             weights=distiller.weights,
-            gradients=report and {"values": report.values, "norms": report.norms, "shares": report.shares},
+            gradients=report and {**asdict(report.gradients), "shares": report.gradients.shares},
+            memory=report and report.memory,
+            step_seconds=report and report.seconds,
+            trackers=self.log.trackers.identities if self.log.trackers is not None else {},
         )
 
     def _environment(self) -> dict[str, Any]:
@@ -205,13 +238,17 @@ class TrainingRun(SavedRun):
         parts = self.config.accumulate
         total: Tensor | None = None
         for micro in range(parts):
+            with self.timer.part("data"):
+                batch = next(batches)
+            if not micro and self.config.gradients_every and (self.step + 1) % self.config.gradients_every == 0:
+                self.log_gradients(batch)
             seed_step(self.config.seed, self.step, micro, self.rank)
-            batch = next(batches)
             last = micro + 1 == parts
             with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
                 with autocast(self.precision, self.device), self.student_call():
                     output = module(batch)
-                self.updater.scaler.scale(output.loss / parts if parts > 1 else output.loss).backward()
+                with self.timer.part("backward"):
+                    self.updater.scaler.scale(output.loss / parts if parts > 1 else output.loss).backward()
             values = (
                 torch.stack([v.detach().float() for v in (output.loss, output.task, *output.terms.values())]) / parts
             )
@@ -234,7 +271,8 @@ class TrainingRun(SavedRun):
         if self.average is not None and not known:
             self.average.update(self.step + 1)
         model.keep_buffers()
-        self.values.add(row, skip, ignored)
+        weights = self.distiller.weights_at(self.step)
+        self.values.add(row, skip, ignored, [weights[name] for name in self.distiller.terms])
         self.step, self.lr, self.fraction = self.step + 1, lr, fraction
         self.updating = False
         return known and not ignored
@@ -272,27 +310,6 @@ class TrainingRun(SavedRun):
             f"{LIMIT} steps in a row were skipped, the latest at step {step}: {text}; {broken.samples()}{replay}"
         )
 
-    def _collect_bad_samples(self) -> None:
-        """List the samples that any process replaced since the previous call."""
-        if not self.config.skip_bad_samples:
-            return
-        found = [self.feed.bad]
-        if self.parallel:
-            found = [{} for _ in range(self.processes.num_processes)]
-            torch.distributed.all_gather_object(found, self.feed.bad)
-        known = self.result.bad_samples
-        new = {index: error for part in found for index, error in part.items() if index not in known}
-        if not new:
-            return
-        if not known and self.processes.is_main_process:
-            first = next(iter(new.values()))
-            message = (
-                f"samples of the training set cannot be read and are replaced, such as {first}; the log lists them"
-            )
-            warnings.warn(message, FastKDWarning, stacklevel=2)
-        known.update(new)
-        self.log.write("bad_samples", step=self.step, samples={str(index): error for index, error in new.items()})
-
     def _fraction(self) -> float:
         """Return the completed fraction of the steps or of ``max_seconds``, whichever is larger."""
         fraction = self.step / self.config.steps
@@ -302,33 +319,6 @@ class TrainingRun(SavedRun):
         if self.parallel:  # all processes must stop at the same step
             fraction = float(broadcast(torch.tensor(fraction, device=self.device)))
         return fraction
-
-    def _report(self) -> None:
-        """Write one line of the log: means over the steps since the previous line."""
-        self._collect_bad_samples()
-        seconds = self.clock.seconds
-        mean = self.values.mean()
-        if self.parallel:
-            dtype = torch.float64 if computes_fp64(self.device) else torch.float32
-            mean = reduce(mean.to(self.device, dtype), "mean")
-        means = dict(zip(self.values.names, mean.tolist(), strict=True))
-        line = {
-            "step": self.step,
-            "loss": means["loss"],
-            "task": means["task"],
-            "terms": {name: means[name] for name in self.distiller.terms},
-            "gradient_norm": means["gradient"],
-            "lr": self.lr,
-            "loss_scale": self.updater.loss_scale,
-            "skipped": self.skips.since_report(),
-            "seconds": seconds,
-            "samples_per_second": self.step * self.config.batch_size / seconds,
-        }
-        self.result.history.append(line)
-        self.log.write("train", **line)
-        self.reported = self.step
-        shown = {name: value for name, value in means.items() if name != "gradient"}
-        self.bar.update(self.step, shown, seconds, max(self.fraction, self.step / self.config.steps))
 
     def _evaluate(self, val_dataset: Dataset[Any] | None) -> bool:
         """Evaluate and save the student with the clock stopped; return whether it is the best so far."""
@@ -369,7 +359,7 @@ class TrainingRun(SavedRun):
         """Save the student; before the last step, failure is a warning."""
         try:
             for name in ("last", "best") if is_best else ("last",):
-                save_student(self.distiller.student, folder / name)
+                save_student(self.distiller.student, folder / name, self.record())
         except WRITE_ERRORS as error:
             if self.result.stopped == "max_seconds" or self.step >= self.config.steps:
                 raise
@@ -377,27 +367,6 @@ class TrainingRun(SavedRun):
                 f"the student of step {self.step} could not be saved to {folder / name} ({error}); training continues"
             )
             warnings.warn(message, FastKDWarning, stacklevel=2)
-
-    def _end(self) -> None:
-        """Complete the result and write the last line of the log."""
-        result = self.result
-        result.steps, result.seconds, result.skipped = self.step, self.clock.seconds, self.skips.count
-        result.samples_per_second = self.step * self.config.batch_size / max(result.seconds, 1e-9)
-        self.log.write(
-            "end",
-            reason=result.stopped,
-            step=result.steps,
-            seconds=result.seconds,
-            eval_seconds=result.eval_seconds,
-            samples_per_second=result.samples_per_second,
-            skipped=result.skipped,
-            bad_samples=len(result.bad_samples),
-            best=result.best.to_dict() if result.best else None,
-        )
-        text = f"{result.steps} steps in {result.seconds:.0f} s, {result.samples_per_second:.0f} samples/s"
-        text += f", {result.skipped} steps skipped" if result.skipped else ""
-        text += f", {len(result.bad_samples)} samples replaced" if result.bad_samples else ""
-        self.bar.print(text)
 
 
 def _default_collate() -> Callable[[list[Any]], dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +17,21 @@ from fastkd.train.average import Average
 from fastkd.train.checkpoint import Checkpoint, CheckpointWriter, save_student
 from fastkd.train.clock import Clock
 from fastkd.train.config import TrainConfig
-from fastkd.train.log import Progress, RunLog
+from fastkd.train.log import Progress, RunLog, environment
 from fastkd.train.result import TrainResult
 from fastkd.train.resume import evaluation_from_json, evaluation_to_json
 from fastkd.train.skips import Skips
 from fastkd.train.state import ModelState, copy_tensors, load_optimizer, optimizer_state
 from fastkd.train.step_values import StepValues
 from fastkd.train.stop import Termination
+from fastkd.train.timing import StepTimer
 from fastkd.train.update import Updater
 
 
 class SavedRun:
     """State of a run after a number of steps; the caller sets the attributes without a value here."""
 
+    title: str
     log: RunLog
     bar: Progress
     stop: Termination
@@ -37,7 +41,9 @@ class SavedRun:
         self, distiller: Distiller, config: TrainConfig, processes: PartialState, device: torch.device
     ) -> None:
         self.distiller, self.config, self.processes, self.device = distiller, config, processes, device
-        self.values = StepValues(["loss", "task", *distiller.terms, "gradient"])
+        self.values = StepValues(["loss", "task", *distiller.terms, "gradient"], list(distiller.terms))
+        self.timer = StepTimer(device)
+        self.timed = (0, 0.0)  # step and seconds when the timer was last read
         self.result = TrainResult()
         self.clock = Clock(device)
         self.skips = Skips()
@@ -58,6 +64,7 @@ class SavedRun:
         state = checkpoint.state
         self.resumed, self.step, self.lines = checkpoint, checkpoint.step, lines
         self.clock = Clock(self.device, state["seconds"])
+        self.timed = (self.step, state["seconds"])
         self.values.window = state["window"]
         self.skips.load(state["skips"])
         self.reported, self.lr, self.fraction = state["reported"], state["lr"], state["fraction"]
@@ -89,6 +96,18 @@ class SavedRun:
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the student has its averaged parameters, if there are any."""
         return nullcontext() if self.average is None else self.average.applied()
+
+    def record(self) -> dict[str, Any]:
+        """Return what a model's folder tells of the run: settings without local folders, and the step's scores."""
+        local = {key for key, value in self.settings.items() if isinstance(value, str) and os.path.isabs(value)}
+        scores = dict(self.result.evaluations).get(self.step)
+        return {
+            "title": self.title,
+            "step": self.step,
+            "settings": {key: Path(v).name if key in local else v for key, v in self.settings.items()},
+            "evaluation": None if scores is None else scores.to_dict(),
+            "environment": environment(self.device),
+        }
 
     def save(self) -> None:
         """Write a checkpoint of the state after the latest step; the caller has read all values."""
@@ -129,7 +148,7 @@ class SavedRun:
             self.save()
             if isinstance(error, KeyboardInterrupt | Terminated):
                 with self.averaged():
-                    save_student(self.distiller.student, folder / "last")
+                    save_student(self.distiller.student, folder / "last", self.record())
                 self.bar.print(f"interrupted at step {self.step}; the student is in {folder / 'last'}")
         if self.checkpoints.latest is not None:
             self.bar.print(f"resume=True (--resume) continues after step {self.checkpoints.latest}")

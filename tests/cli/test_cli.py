@@ -118,6 +118,16 @@ def test_replay_prints_the_losses_of_the_batch_that_stopped_a_run(shapes, tmp_pa
     assert not (tmp_path / "none").exists()
 
 
+def test_preflight_prints_the_table_and_trains_nothing(shapes, tmp_path, capsys):
+    args = ["distill", "--data", str(shapes), "--out", str(tmp_path / "run"), *SHORT]
+    assert main([*args, "--preflight-only"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["weights:", "term", "task", "first_order", "memory:", "seconds"]
+    assert float(table[3].split()[4]) == pytest.approx(0.5, abs=0.2)  # balanced on other samples
+    assert "text_encoder" in table[3]  # not the decoder
+    assert not (tmp_path / "run").exists()
+
+
 def test_skip_unusable_skips_refs_and_reports_them(shapes, tmp_path, capsys):
     import pickle
     import shutil

@@ -138,7 +138,17 @@ def test_recipe_of_lavt_runs_with_local_weights(shapes: Path, tmp_path: Path) ->
         "shapes",
         *SHORT,
     ]
-    flags += ["--workers", "0", "--steps", "1", "--text-weights", str(text), "--checkpoint-every", "None"]
+    flags += [
+        "--workers",
+        "0",
+        "--steps",
+        "1",
+        "--text-weights",
+        str(text),
+        "--checkpoint-every",
+        "None",
+        "--allow-untrained-teacher",
+    ]
     with pytest.warns(FastKDWarning, match="backbone start from random weights.*--backbone-weights timm"):
         assert (
             main(

@@ -85,7 +85,8 @@ def run(model: nn.Module, data: Dataset[Any] | None = None, out: Path | None = N
     more = {
         k: settings.pop(k) for k in ("val_dataset", "overwrite", "task_loss", "resume", "resume_allow") if k in settings
     }
-    config = TrainConfig(**{"steps": 6, "batch_size": 8, "lr": 1e-2, "device": "cpu", **settings})
+    usual = {"steps": 6, "batch_size": 8, "lr": 1e-2, "device": "cpu", "allow_untrained_teacher": True}
+    config = TrainConfig(**{**usual, **settings})
     return train(model, data or Scenes(), config, collate=collate, progress=False, out_dir=out, **more)
 
 

@@ -127,5 +127,6 @@ def test_training_with_a_half_precision_teacher(student, data):
     teacher = RISModel(preset("shapes-student")).eval().requires_grad_(False).half()
     distiller = Distiller(copy.deepcopy(student), teacher, segmentation_loss, [Term(losses.logit_kd, "logits")])
     for precision in ("fp32", "bf16"):
-        config = TrainConfig(steps=1, batch_size=2, device="cpu", precision=precision, log_every=1)
+        options = {"precision": precision, "log_every": 1, "allow_untrained_teacher": True}
+        config = TrainConfig(steps=1, batch_size=2, device="cpu", **options)
         assert train(distiller, data, config, progress=False).history[0]["terms"]["logit_kd"] > 0

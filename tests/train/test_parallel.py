@@ -283,7 +283,7 @@ def test_compiled_student_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     run(compiled, compile_student=True, val_dataset=Scenes(8), out=tmp_path)
     assert same(eager.student, compiled.student)
-    assert calls == [True, False]  # the check and the evaluation; the 6 steps run the compiled graph
+    assert calls == [True, True, False]  # two of the check and the evaluation; the 6 steps run the compiled graph
     assert type(compiled.student) is Observed
     names = set(load_file(tmp_path / "last" / "model.safetensors"))
     names |= set(load_file(tmp_path / "checkpoints" / "step-000006" / "student.safetensors"))

@@ -39,6 +39,7 @@ from fastkd.train.resume import check_settings
 from fastkd.train.samples import TrainingSamples
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMES = ("seconds", "samples_per_second", "eval_seconds", "milliseconds", "data_share", "peak_memory_mib")
 
 
 class Noisy(Scenes):
@@ -99,9 +100,8 @@ def content(folder: Path) -> tuple[Any, ...]:
     checkpoint = read_checkpoint(path)
     tensors = {f"{part} {n}": t for part, named in checkpoint.tensors.items() for n, t in named.items()}
     tensors |= {f"{i} {n}": t for i, state in checkpoint.optimizer["state"].items() for n, t in state.items()}
-    times = ("seconds", "samples_per_second", "eval_seconds")
     log = [
-        {key: value for key, value in line.items() if key not in times}
+        {key: value for key, value in line.items() if key not in TIMES}
         for line in read_log(folder)
         if line["event"] in ("train", "eval")
     ]
@@ -187,7 +187,7 @@ class TestContinuation:
         first = plain.student.stem.weight.detach().clone()
         averaged = run(model, out=tmp_path, steps=1, ema=0.5)
         assert averaged.history == [
-            line | {"seconds": s["seconds"], "samples_per_second": s["samples_per_second"]}
+            line | {name: s[name] for name in TIMES if name in s}
             for line, s in zip(run(plain, steps=1).history, averaged.history, strict=True)
         ]
         last = plain.student.stem.weight

@@ -329,7 +329,7 @@ def test_ris_models_on_shapes_with_three_losses(tmp_path: Path) -> None:
     first = data.collate([sets[0][i] for i in range(8)])
     model.balance(first, {"channel_distribution_kd": 0.3, "cross_modal": 0.3, "channel": 0.1})
     assert model.gradient_shares(first)["channel"] == pytest.approx(0.1, rel=1e-3)
-    config = TrainConfig(steps=4, batch_size=8, log_every=2, device="cpu")
+    config = TrainConfig(steps=4, batch_size=8, log_every=2, device="cpu", allow_untrained_teacher=True)
     result = train(model, sets[0], config, val_dataset=sets[1], out_dir=tmp_path / "run", progress=False)
     assert sum(p.numel() for p in student.parameters()) == count
     log = read_log(tmp_path / "run")
