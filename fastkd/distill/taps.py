@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd._messages import suggestion
 from fastkd._wrappers import plain_name, unwrap
+from fastkd.distill.attention_taps import AttentionHooks, AttentionTap
 from fastkd.distill.selectors import follow
 
 
@@ -30,7 +31,8 @@ class Taps(Mapping[str, Any]):
     Args:
         model: the model to watch; it may be wrapped.
         paths: name to module path, or to ``(path, index)`` to record one part of a tuple, list, dict or object
-            (``("encoder", 0)``, ``("encoder", "last_hidden_state")``).
+            (``("encoder", 0)``, ``("encoder", "last_hidden_state")``), or to an `AttentionTap` to record the queries
+            and keys of an attention module.
 
     Raises:
         TypeError: a model that is not a module, or a path that is not a string.
@@ -72,7 +74,12 @@ class Taps(Mapping[str, Any]):
             found.append((name, modules[path], index))
         self._handles.append(unwrap(model).register_forward_pre_hook(_ClearHook(self._outputs)))
         for name, module, index in found:
-            self._handles.append(module.register_forward_hook(_RecordHook(self._outputs, name, index)))
+            if isinstance(paths[name], AttentionTap):
+                hooks = AttentionHooks(self._outputs, name, str(index))
+                self._handles.append(module.register_forward_pre_hook(hooks.before))
+                self._handles.append(module.register_forward_hook(hooks.after, always_call=True))
+            else:
+                self._handles.append(module.register_forward_hook(_RecordHook(self._outputs, name, index)))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.paths:

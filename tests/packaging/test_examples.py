@@ -57,6 +57,13 @@ def test_loss_in_a_loop(capsys):
         assert values[-1] < 0.8 * values[0], name
 
 
+def test_attention_maps() -> None:
+    needs("timm")
+    history = load("attention_maps").main(steps=12)
+    for name in ("task", "attention"):
+        assert history[-1][name] < 0.9 * history[0][name]
+
+
 def all_patches(student: Tensor, teacher: Tensor, **_: Any) -> Tensor:
     """Return the mean squared error of the similarities of all patches of a batch, by the plain formula."""
     rows = (F.normalize(x.mT.flatten(0, 1), dim=1) for x in (student, teacher))  # (B·N, C)
