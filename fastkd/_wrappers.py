@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -49,6 +51,16 @@ def unwrapped(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parent, name, child in wrapped:
             parent._modules[name] = child
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which compiled modules and functions run eagerly.
+
+    Several backwards through one graph need it: compiled code reuses the graph's memory in the first one.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._messages import suggestion
-from fastkd._wrappers import is_sharded, unwrap
+from fastkd._wrappers import is_sharded, uncompiled, unwrap
 from fastkd.distill import checks, words
 from fastkd.distill.forward import normalisation, renormalise, run_model
 from fastkd.distill.gradients import GradientReport, balanced_weights, preserve_state, report_gradients
@@ -302,7 +302,7 @@ class Distiller(nn.Module):
         if not parameters:
             raise ValueError("student has no parameter that requires a gradient: nothing can train")
         weights = self.weights if step is None else self.weights_at(step)
-        with preserve_state(self), torch.enable_grad(), self.at_step(step):
+        with preserve_state(self), torch.enable_grad(), uncompiled(), self.at_step(step):
             computed = [name for name in self.terms if self._factors is None or self._factors[name]]
             output = self(batch)
             losses = {"task": output.task, **{name: output.terms[name] for name in computed}}

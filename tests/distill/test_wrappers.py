@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset
 
@@ -39,6 +40,16 @@ class Net(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.body(image))
+
+
+def _counting(graphs: list[Any]) -> Callable[..., Any]:
+    """Return a compiler that lists the graphs it gets and runs them as they are."""
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return compiler
 
 
 class Marked(Dataset[dict[str, Any]]):
@@ -143,6 +154,25 @@ class TestModels:
         state = load_file(tmp_path / "last" / "model.safetensors")
         for name, value in plain.state_dict().items():
             torch.testing.assert_close(state[name], value)
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_gradient_shares_of_a_compiled_student_are_computed_eagerly(self, in_place: bool) -> None:
+        """Compiled code reuses its graph's memory, and each term needs a backward of its own."""
+        graphs: list[Any] = []
+        student = Net()
+        if in_place:
+            student.compile(backend=_counting(graphs))
+        module = student if in_place else torch.compile(student, backend=_counting(graphs))
+        teacher = Net().eval().requires_grad_(False)
+        distiller = Distiller(
+            module, teacher, segmentation_loss, [Term(F.mse_loss, lambda y: y, name="kd")], inputs=("image",)
+        )
+        batch = collate([Marked()[0], Marked()[1]])
+        plain = Distiller(student, teacher, segmentation_loss, list(distiller.terms.values()), inputs=("image",))
+        assert distiller.check(batch).norms == plain.check(batch).norms
+        assert graphs == []
+        distiller(batch)
+        assert len(graphs) == 1
 
     def test_taps_and_word_tables_of_wrapped_models(self) -> None:
         model = Net()

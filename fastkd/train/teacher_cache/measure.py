@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastkd._wrappers import uncompiled
 from fastkd.data._nested import set_epoch
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.gradients import preserve_state
@@ -160,7 +161,7 @@ def rounding_errors(
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]
     found: list[dict[str, tuple[Tensor, Tensor]]] = []
     for stored in (tensors, {name: rounded(name, value, dtype) for name, value in tensors.items()}):
-        with preserve_state(distiller), torch.enable_grad():
+        with preserve_state(distiller), torch.enable_grad(), uncompiled():
             output = recorded({**batch, **{PREFIX + name: value for name, value in stored.items()}})
             found.append({name: (term.detach(), _gradient(term, parameters)) for name, term in output.terms.items()})
     exact, stored_values = found
