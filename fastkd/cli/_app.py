@@ -10,8 +10,8 @@ from tyro.extras import SubcommandApp
 def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     """Return the application; commands import torch and other heavy packages when they run.
 
-    ``args`` begins with the command and, for ``train`` and ``distill``, its configuration, whose settings become the
-    defaults of the flags.
+    ``args`` begins with the command and, for ``train``, ``distill`` and ``cache``, its configuration, whose settings
+    become the defaults of the flags.
     """
     from fastkd.cli import cache, convert, data, demo, evaluate, export, info, predict, recipes, train
 
@@ -23,7 +23,7 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     app.command(name="train")(train.with_settings(train.train, args))
     app.command(name="distill")(train.with_settings(train.distill, args))
     app.command(name="recipes")(recipes.recipes)
-    app.command(name="cache")(cache.cache)
+    app.command(name="cache")(cache.with_settings(args))
     app.command(name="evaluate")(evaluate.evaluate)
     app.command(name="predict")(predict.predict)
     app.command(name="export")(export.export)

@@ -15,7 +15,13 @@ from fastkd.cli._convert import build, convert, read_yaml
 from fastkd.cli._settings import REQUIRED, RunSettings, TermSettings
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-_FLAGS = ("overwrite", "resume", "resume_allow", "replay")  # what to do with the folder, not settings of the run
+_FLAGS = (
+    "overwrite",
+    "resume",
+    "resume_allow",
+    "replay",
+    "preflight_only",
+)  # what to do with the folder, not settings of the run
 _FLAT = ("data", "config")  # fields whose own fields stand in the same mapping
 Settings = TypeVar("Settings", bound=RunSettings)
 

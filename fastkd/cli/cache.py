@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fastkd._console import show
+from fastkd.cli._config_file import ConfigFile, config_of, with_defaults
 from fastkd.cli._data import Data
-from fastkd.cli._settings import TapPaths, Terms, TermSettings
+from fastkd.cli._settings import DistillSettings, TapPaths, Terms, TermSettings
 from fastkd.train.config import Precision, TrainConfig
 
 _TERMS = {"first_order": TermSettings()}
@@ -17,6 +19,7 @@ _NO_TAPS: dict[str, Any] = {}
 def cache(
     data: Data,
     out: Path,
+    config_file: ConfigFile = None,
     teacher: str = "shapes",
     student: str = "shapes-student",
     backbone_weights: str | None = None,
@@ -35,11 +38,14 @@ def cache(
 ) -> None:
     """Run a teacher once over every sentence of a training set, and store what the terms compare.
 
-    Prints size and time before it begins. Killed or stopped, the same command continues.
+    Prints size and time before it begins. Killed or stopped, the same command continues. With the configuration of a
+    run, its data, models, terms, batch size, precision, memory format and threads apply, so that runs from the cache
+    equal those with the teacher online.
 
     Args:
         data: the dataset.
         out: folder of the cache.
+        config_file: directly after the command: a configuration or recipe of ``fastkd distill``; flags override it.
         teacher: as in ``fastkd distill``.
         student: as in ``fastkd distill``; its image size, normalisation and tokenizer apply.
         backbone_weights: as in ``fastkd distill``; images are normalised as for these weights.
@@ -86,3 +92,18 @@ def cache(
         notes=describe(teacher, loaded, options),
     )
     show(f"teacher cache: {out}, {len(built)} samples")
+
+
+def with_settings(args: Sequence[str]) -> Callable[..., None]:
+    """Return the command with the settings of the configuration in ``args``, if it names one, as its defaults."""
+    source = config_of("cache", args)
+    if source is None:
+        return with_defaults(cache, None)
+    from fastkd.cli._yaml import load_settings
+
+    settings = load_settings(DistillSettings, source)
+    of_run = ("data", "student", "backbone_weights", "text_weights", "terms", "teacher_taps", "teacher_tokenizer")
+    of_config = ("batch_size", "device", "precision", "channels_last", "workers", "threads")
+    defaults = {name: getattr(settings, name) for name in of_run}
+    defaults |= {name: getattr(settings.config, name) for name in of_config}
+    return with_defaults(cache, source, teacher=settings.teacher or "shapes", **defaults)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastkd._console import show
+from fastkd.cli._config_file import ConfigFile, config_of, with_defaults
 from fastkd.cli._settings import DistillSettings, RunSettings, TrainSettings, with_absolute_paths
 from fastkd.train.config import TrainConfig
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fastkd.train import PreflightReport
 
 _Flat = tyro.conf.arg(name="")
-ConfigFile = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
 
 @dataclass(kw_only=True)
@@ -95,21 +94,12 @@ def with_settings(command: Callable[..., None], args: Sequence[str]) -> Callable
     """
     kind = TrainSettings if command is train else DistillSettings
     settings: RunSettings = kind()
-    source = args[1] if len(args) > 1 and args[0] == command.__name__ and not args[1].startswith("-") else None
+    source = config_of(command.__name__, args)
     if source is not None:
         from fastkd.cli._yaml import load_settings
 
         settings = load_settings(kind, source)
-
-    def run(*, config_file: str | None, **rest: Any) -> None:
-        if config_file != source:
-            raise ValueError(
-                f"{config_file!r}: the configuration must directly follow the command: fastkd "
-                f"{command.__name__} {config_file} --flag ..."
-            )
-        command(config_file=config_file, **rest)
-
-    return functools.partial(functools.wraps(command)(run), settings=settings)
+    return with_defaults(command, source, settings=settings)
 
 
 def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:

@@ -37,6 +37,7 @@ from fastkd.data import make_shapes
 from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.models import list_presets, preset
+from fastkd.models.presets import published_text_weights
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text("utf-8")
 [EXAMPLE, STAGES] = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -72,8 +73,11 @@ def test_run_of_the_page_and_the_same_run_from_its_folder(
     assert log[0]["gradients"]["shares"]["first_order"] == pytest.approx(0.5, rel=0.5)  # of the first batch of four
     assert [line["terms"]["middle"] > 0 for line in log if line["event"] == "train"] == [False, False, True]
     assert main(["distill", str(out / "config.yaml"), "--out", str(again)]) == 0
-    files = [folder / "last" / "model.safetensors" for folder in (out, again)]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    cache, cached = tmp_path / "cache", tmp_path / "cached"
+    assert main(["cache", str(out / "config.yaml"), "--out", str(cache)]) == 0
+    assert main(["distill", str(out / "config.yaml"), "--out", str(cached), "--teacher-cache", str(cache)]) == 0
+    weights = [(folder / "last" / "model.safetensors").read_bytes() for folder in (out, again, cached)]
+    assert weights[0] == weights[1] == weights[2]
     written = [yaml.safe_load((folder / "config.yaml").read_text("utf-8")) for folder in (out, again)]
     assert written[0] | {"out": str(again)} == written[1]
     assert (written[0]["data"], written[0]["mask_rule"], written[0]["lr"]) == (str(shapes), "union", 1e-3)
@@ -127,35 +131,11 @@ def test_recipe_of_lavt_runs_with_local_weights(shapes: Path, tmp_path: Path) ->
     config = tiny("swin", text=CHECKPOINT_BERT, image_size=64).to_dict()
     student = tmp_path / "student.json"
     student.write_text(json.dumps(config), encoding="utf-8")
-    flags = [
-        "--data",
-        str(shapes),
-        "--teacher",
-        str(teacher),
-        "--student",
-        str(student),
-        "--tokenizer",
-        "shapes",
-        *SHORT,
-    ]
-    flags += [
-        "--workers",
-        "0",
-        "--steps",
-        "1",
-        "--text-weights",
-        str(text),
-        "--checkpoint-every",
-        "None",
-        "--allow-untrained-teacher",
-    ]
+    flags = ["--data", shapes, "--teacher", teacher, "--student", student, "--tokenizer", "shapes", "--steps", "1"]
+    flags += ["--workers", "0", "--backbone-weights", "None", "--text-weights", text, "--checkpoint-every", "None"]
+    flags += ["--allow-untrained-teacher", "--out", tmp_path / "out", *SHORT]
     with pytest.warns(FastKDWarning, match="backbone start from random weights.*--backbone-weights timm"):
-        assert (
-            main(
-                ["distill", "refcoco-lavt-swin-t", "--out", str(tmp_path / "out"), *flags, "--backbone-weights", "None"]
-            )
-            == 0
-        )
+        assert main(["distill", "refcoco-lavt-swin-t", *map(str, flags)]) == 0
     assert start_line(tmp_path / "out")["config"]["lr"] == 5e-5
     model = build_model(str(student), 0, "shapes", text_weights=str(text))
     loaded = BertModel.from_pretrained(text, add_pooling_layer=False)
@@ -174,6 +154,8 @@ def test_random_weights_are_warned_of_unless_requested(tmp_path: Path) -> None:
     assert "--text-weights google-bert/bert-base-uncased" in text
     warn_of_random_weights("swin-tiny-bert", model, "random", "random")  # a warning would be an error
     warn_of_random_weights("shapes-student", SimpleNamespace(config=preset("shapes-student")), None, None)  # type: ignore[arg-type]
+    others = {name: published_text_weights(preset(name)) for name in list_presets() if not name.startswith("shapes")}
+    assert all(others.values()), others
     with pytest.raises(ValueError, match=r"--text-weights bert: .* has its own weights"):
         build_model(str(tmp_path), 0, text_weights="bert")
 
@@ -292,8 +274,16 @@ def test_schedule_without_stop_ends_with_the_run() -> None:
     [term] = build_terms({"mask": TermSettings(share=1.0, schedule="linear")}, 50)
     assert term.schedule == Schedule("linear", stop=50)
     assert build_terms({"mask": TermSettings(share=1.0)}, 50)[0].schedule is None
-    stages = yaml.safe_load(STAGES)
-    assert stages["task"]["start"] == stages["terms"]["first_order"]["stop"]
+
+
+def test_two_stages_of_the_page(shapes: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, STAGES.replace("600", "1"))
+    assert main(["distill", config, "--data", str(shapes), "--out", str(tmp_path / "out"), "--steps", "2", *SHORT]) == 0
+    lines = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text("utf-8").splitlines())
+    first, second = (line for line in lines if line["event"] == "train")
+    weight = first["loss"] / first["terms"]["first_order"]  # of the term alone
+    assert weight == pytest.approx(start_line(tmp_path / "out")["weights"]["first_order"], rel=1e-4)
+    assert (second["terms"]["first_order"], second["loss"]) == (0, second["task"])
 
 
 def test_help_shows_the_values_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,6 +294,10 @@ def test_help_shows_the_values_of_the_file(capsys: pytest.CaptureFixture[str]) -
     assert "Peak learning rate of AdamW. (default: 0.001)" in shown
 
 
-def test_exponents_without_a_dot_are_numbers(tmp_path: Path) -> None:
-    settings = load_settings(TrainSettings, write(tmp_path, "lr: 1e-3\nweight_decay: 5E-2\nmax_seconds: 3"))
-    assert (settings.config.lr, settings.config.weight_decay, settings.config.max_seconds) == (1e-3, 0.05, 3.0)
+def test_train_reads_exponents_without_a_dot_as_numbers(shapes: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, f"data: {shapes}\nout: {tmp_path / 'out'}\nlr: 2e-3\nweight_decay: 5E-2\nsteps: 1")
+    assert main(["train", config, *SHORT]) == 0
+    started = start_line(tmp_path / "out")["config"]
+    assert (started["lr"], started["weight_decay"], started["steps"]) == (2e-3, 0.05, 1)
+    written = load_settings(TrainSettings, str(tmp_path / "out" / "config.yaml"))
+    assert (written.data.data, written.config.lr, written.model) == (shapes, 2e-3, "shapes-student")
