@@ -58,11 +58,78 @@ SIGNATURES: dict[str, dict[str, str]] = {
         ),
         "GradientReport": "(values, norms, weights, reached=factory, parts=factory)",
         "Schedule": "(kind='constant', start=0, stop=None, initial=1.0, final=0.0)",
+        "Schedule.factor": "(self, step)",
         "TappedAttention": "(q, k, bias, scale, causal)",
         "Taps": "(model, paths)",
         "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory, schedule=None)",
-        "recipe": "(names)",
+        "recipe": "(names, *, group=None)",
         "tapped_attention_kd": "(student, teacher, **options)",
+    },
+    "fastkd.losses": {
+        "AttentionKD": (
+            "(*, scale=None, temperature=1.0, causal=False, relation_heads=None, reduction='mean', backend='auto')"
+        ),
+        "AttentionKD.forward": (
+            "(self, student_q, student_k, teacher_q, teacher_k, *, student_bias=None, teacher_bias=None, "
+            "key_mask=None, query_mask=None)"
+        ),
+        "ChannelDistributionKD": (
+            "(*, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, reduction='mean', "
+            "backend='auto', student_channels=None, teacher_channels=None)"
+        ),
+        "ChannelDistributionKD.forward": "(self, student, teacher, *, weight=None)",
+        "ChannelKD": (
+            "(*, similarity='cosine', distance='kl', temperature=0.1, negate=False, centered=False, "
+            "weight=None, patches=1, across_batch=False, group=None, reduction='mean', backend='auto', "
+            "student_channels=None, teacher_channels=None)"
+        ),
+        "ChannelKD.forward": "(self, student, teacher, *, weight=None)",
+        "CrossModalKD": (
+            "(*, similarity='scaled_dot', temperature=1.0, terms=None, reduction='mean', "
+            "return_terms=False, backend='auto')"
+        ),
+        "CrossModalKD.forward": (
+            "(self, student_pixels, student_words, teacher_pixels, teacher_words, *, word_mask=None, pixel_mask=None)"
+        ),
+        "DEFAULT_TERMS": "mappingproxy",
+        "LogitKD": "(*, temperature=1.0, class_dim=1, ignore_index=-100, reduction='mean', backend='auto')",
+        "LogitKD.forward": "(self, student_logits, teacher_logits, *, pixel_mask=None, labels=None)",
+        "PixelRelationKD": (
+            "(*, similarity='cosine', distance='kl', temperature=0.1, cross_image=False, group=None, weight=None, "
+            "reduction='mean', backend='auto')"
+        ),
+        "PixelRelationKD.forward": "(self, student, teacher, *, weight=None)",
+        "attention_kd": (
+            "(student_q, student_k, teacher_q, teacher_k, *, scale=None, temperature=1.0, student_bias=None, "
+            "teacher_bias=None, key_mask=None, query_mask=None, causal=False, relation_heads=None, "
+            "reduction='mean', backend='auto')"
+        ),
+        "channel_distribution_kd": (
+            "(student, teacher, *, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, "
+            "reduction='mean', backend='auto')"
+        ),
+        "channel_kd": (
+            "(student, teacher, *, similarity='cosine', distance='kl', temperature=0.1, negate=False, "
+            "centered=False, weight=None, patches=1, across_batch=False, group=None, reduction='mean', "
+            "backend='auto')"
+        ),
+        "cross_modal_kd": (
+            "(student_pixels, student_words, teacher_pixels, teacher_words, *, word_mask=None, "
+            "pixel_mask=None, similarity='scaled_dot', temperature=1.0, terms=None, reduction='mean', "
+            "return_terms=False, backend='auto')"
+        ),
+        "cross_modal_kd_from_logits": (
+            "(student_logits, teacher_logits, *, word_mask=None, pixel_mask=None, temperature=1.0, "
+            "terms=None, reduction='mean', return_terms=False, backend='auto')"
+        ),
+        "logit_kd": (
+            "(student_logits, teacher_logits, *, temperature=1.0, class_dim=1, pixel_mask=None, "
+            "labels=None, ignore_index=-100, reduction='mean', backend='auto')"
+        ),
+        "pixel_relation_kd": (
+            "(student, teacher, *, similarity='cosine', distance='kl', temperature=0.1, cross_image=False, "
+            "group=None, weight=None, reduction='mean', backend='auto')"
+        ),
     },
     "fastkd.data": {
         "Ref": "(ref_id, ann_id, image_id, category_id, split, sentences)",

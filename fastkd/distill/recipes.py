@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd import losses
 from fastkd._messages import suggestion
-from fastkd.distill.terms import Term
+from fastkd.distill.terms import Term, pools_batch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _WORDS = {"word_mask": "batch.word_mask"}
 
@@ -108,8 +112,13 @@ TERMS: dict[str, tuple[Callable[[], Term], str]] = {
 """Term name to its factory and description. The channel terms need the same decoder width on both sides."""
 
 
-def recipe(names: Sequence[str]) -> list[Term]:
+def recipe(names: Sequence[str], *, group: ProcessGroup | str | None = None) -> list[Term]:
     """Return the named terms with weight 1; balance them with `Distiller.balance`.
+
+    Args:
+        names: names of `TERMS`.
+        group: processes over which terms that compare samples with each other ("channel") pool their batches, "world"
+            for all of a data-parallel run: see `fastkd.losses.channel_kd`.
 
     Raises:
         ValueError: an unknown name; the message suggests others.
@@ -124,5 +133,7 @@ def recipe(names: Sequence[str]) -> list[Term]:
             raise ValueError(f"terms: no term named {name!r}.{suggestion(name, TERMS)}")
         term = TERMS[name][0]()
         term.name = name
+        if group is not None and pools_batch(term):
+            term.kwargs = {**term.kwargs, "group": group}
         found.append(term)
     return found

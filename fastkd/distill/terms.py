@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from fastkd.distill.schedules import Schedule
 from fastkd.distill.selectors import Selector, select
 
+POOLING_OPTIONS = ("across_batch", "cross_image")
+"""Options of a loss that make it compare samples with each other."""
+
 _RESERVED = ("task", "loss", "gradient")  # names of other columns of the log
 
 
@@ -142,6 +145,12 @@ def loss_and_options(term: Term) -> tuple[Callable[..., Any], dict[str, Any]]:
         options = {**loss.keywords, **options}
         loss = loss.func
     return loss, options
+
+
+def pools_batch(term: Term) -> bool:
+    """Return whether a term compares samples with each other."""
+    loss, options = loss_and_options(term)
+    return any(options.get(name, getattr(loss, name, False)) for name in POOLING_OPTIONS)
 
 
 def _mean_loss(term: Term, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

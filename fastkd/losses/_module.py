@@ -78,7 +78,7 @@ class ChannelAligner(nn.Module):
         take effect. Only the weight of a plain ``nn.Linear`` is read directly, to compute in a wider dtype than its
         own; any other module receives the features in the dtype of its parameters.
         """
-        checks.floating("student", features, (3, 4), "(B, C, H, W) or (B, C, N)")
+        checks.floating("student", features, (3, 4), "(B, C, H, W) or (B, C, N)", no_samples=True)  # the loss decides
         width = getattr(self.linear, "in_features", None)
         if isinstance(width, int) and features.shape[1] != width:
             raise ValueError(

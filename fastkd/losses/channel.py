@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from fastkd.losses._module import LossModule, make_aligner
-from fastkd.losses._reduce import channel_attention, reduce_rows
+from fastkd.losses._reduce import attention_of, channel_attention, reduce_rows
 from fastkd.ops import checks
+from fastkd.ops.collectives import active_group, check_call, check_group
 from fastkd.ops.numerics import compute_dtype
 from fastkd.ops.relation import relation_unchecked
+from fastkd.ops.relation.group import channel_relation, channel_sums
 from fastkd.ops.relation.plan import keeping_pays
 from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES
+from fastkd.ops.torch_state import savable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
 
@@ -27,6 +35,7 @@ def channel_kd(
     weight: Tensor | str | None = None,
     patches: int = 1,
     across_batch: bool = False,
+    group: ProcessGroup | str | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -55,7 +64,13 @@ def channel_kd(
         weight: None, a (B, C) tensor ≥ 0, or "attention": C·softmax_C(⟨|F_T|⟩_N / 0.5).
         patches: p > 1 splits H×W into p×p equal patches, each a separate sample. Needs (B, C, H, W).
         across_batch: one relation for the whole batch, whose rows are the channels over all B·N pixels; ``weight`` is
-            then (1, C). Under data parallelism each rank has its own relation.
+            then (1, C).
+        group: with ``across_batch``, pool the batches of these processes: None (this process alone), "world" (all
+            processes; this one alone where torch.distributed is not initialised) or a ``torch.distributed``
+            ProcessGroup. The loss is then equal on every rank, and the gradients, averaged over the ranks as
+            DistributedDataParallel does, are those of one process with the whole batch. All ranks call the loss and
+            its backward, with the same C, options and ``weight``; their batch sizes may differ, down to 0. Computed in
+            plain torch and differentiable once; see docs/scaling.md for what is communicated.
         reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, C); (B·p², C) with patches, samples outermost and
             patches in row-major order; (1, C) with ``across_batch``.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -69,10 +84,12 @@ def channel_kd(
 
     Example:
         >>> loss = channel_kd(student_map, teacher_map.detach(), across_batch=True, centered=True)
+        >>> loss = channel_kd(student_map, teacher_map.detach(), across_batch=True, group="world")  # under torchrun
     """
-    temperature = _check_options(similarity, distance, temperature, patches, across_batch, reduction)
-    checks.floating("student", student, (3, 4), LAYOUT)
-    checks.floating("teacher", teacher, (3, 4), LAYOUT)
+    temperature = _check_options(similarity, distance, temperature, patches, across_batch, group, reduction)
+    pooled = active_group(group)
+    checks.floating("student", student, (3, 4), LAYOUT, no_samples=pooled is not None)
+    checks.floating("teacher", teacher, (3, 4), LAYOUT, no_samples=pooled is not None)
     checks.teacher("teacher", teacher)
     checks.same_device(student=student, teacher=teacher)
     names = ("student", "teacher")
@@ -87,6 +104,26 @@ def channel_kd(
     samples = 1 if across_batch else student.shape[0]
     layout = "(1, C)" if across_batch else "(B, C)"
     checks.row_weight(weight, (samples, channels), layout, student, attention=True)
+    if pooled is not None:
+        check_call(backend, student, teacher)
+        student, teacher = savable(student.flatten(2), teacher.flatten(2))  # (B, C, N)
+        needs_sums = centered or similarity == "mean" or isinstance(weight, str)
+        sums = channel_sums(student, teacher, pooled) if needs_sums else None
+        if isinstance(weight, str):
+            assert sums is not None
+            weight = attention_of(sums.strength[None])
+        rows = channel_relation(
+            student,
+            teacher,
+            pooled,
+            similarity=similarity,
+            distance=distance,
+            temperature=temperature,
+            negate=negate,
+            centered=centered,
+            sums=sums,
+        )
+        return reduce_rows(rows, weight, reduction)
     if weight is not None:
         checks.backend("relation", backend, student)
 
@@ -110,7 +147,13 @@ def channel_kd(
 
 
 def _check_options(
-    similarity: str, distance: str, temperature: float | Tensor, patches: int, across_batch: bool, reduction: str
+    similarity: str,
+    distance: str,
+    temperature: float | Tensor,
+    patches: int,
+    across_batch: bool,
+    group: ProcessGroup | str | None,
+    reduction: str,
 ) -> float | Tensor:
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("distance", distance, DISTANCES)
@@ -124,6 +167,7 @@ def _check_options(
         raise ValueError(
             f"patches: across_batch=True forms one relation of the whole batch, so patches must be 1, not {patches}"
         )
+    check_group(group, "across_batch", across_batch)
     return temperature
 
 
@@ -167,12 +211,13 @@ class ChannelKD(LossModule):
         weight: Tensor | str | None = None,
         patches: int = 1,
         across_batch: bool = False,
+        group: ProcessGroup | str | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         student_channels: int | None = None,
         teacher_channels: int | None = None,
     ) -> None:
-        _check_options(similarity, distance, temperature, patches, across_batch, reduction)
+        _check_options(similarity, distance, temperature, patches, across_batch, group, reduction)
         super().__init__(
             {
                 "similarity": similarity,
@@ -183,6 +228,7 @@ class ChannelKD(LossModule):
                 "weight": weight,
                 "patches": patches,
                 "across_batch": across_batch,
+                "group": group,
                 "reduction": reduction,
                 "backend": backend,
             }

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
 from fastkd.ops import checks
+from fastkd.ops.collectives import active_group, check_call, check_group
 from fastkd.ops.relation import relation_unchecked
-from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES
+from fastkd.ops.relation.group import gathered_relation
+from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES, relation_mse_gram
+from fastkd.ops.torch_state import savable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LAYOUT = "(B, C, H, W) or (B, C, N)"
 
@@ -21,6 +29,7 @@ def pixel_relation_kd(
     distance: str = "kl",
     temperature: float | Tensor = 0.1,
     cross_image: bool = False,
+    group: ProcessGroup | str | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -43,6 +52,14 @@ def pixel_relation_kd(
         temperature: τ > 0, used by "kl".
         cross_image: relate the pixels of image i to the pixels of image j for all B² ordered pairs, with a softmax per
             pair; a row's loss is the mean over j.
+        group: with ``cross_image``, j runs over the images of these processes: None (this process alone), "world" (all
+            processes; this one alone where torch.distributed is not initialised) or a ``torch.distributed``
+            ProcessGroup. "mean" and "sum" are then over the rows of all ranks and equal on every rank, "none" returns
+            this rank's rows. The gradients, averaged over the ranks as DistributedDataParallel does, are those of one
+            process with the whole batch. All ranks call the loss and its backward with maps of one size and width;
+            their batch sizes may differ, down to 0. Computed in plain torch and differentiable once. "mse" adds
+            Gram matrices; the other distances gather the features of all ranks, and read their batch sizes on the
+            host, so they run outside torch.compile's graphs. docs/scaling.md states what is communicated.
         weight: None or a (B, N) tensor ≥ 0.
         reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, N), pixels in row-major order.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -57,9 +74,10 @@ def pixel_relation_kd(
     Example:
         >>> loss = pixel_relation_kd(student_map, teacher_map.detach(), distance="mse")
     """
-    temperature = _check_options(similarity, distance, temperature, reduction)
-    checks.floating("student", student, (3, 4), LAYOUT)
-    checks.floating("teacher", teacher, (3, 4), LAYOUT)
+    temperature = _check_options(similarity, distance, temperature, cross_image, group, reduction)
+    pooled = active_group(group)
+    checks.floating("student", student, (3, 4), LAYOUT, no_samples=pooled is not None)
+    checks.floating("teacher", teacher, (3, 4), LAYOUT, no_samples=pooled is not None)
     checks.teacher("teacher", teacher)
     checks.same_device(student=student, teacher=teacher)
     names = ("student", "teacher")
@@ -68,7 +86,18 @@ def pixel_relation_kd(
         "maps", names, (tuple(student.shape[2:]), tuple(teacher.shape[2:])), "resize or pool one to the other's size"
     )
     rows_s, rows_t = student.flatten(2).mT, teacher.flatten(2).mT  # (B, N, C)
-    checks.row_weight(weight, (rows_s.shape[0], rows_s.shape[1]), "(B, N)", student, attention=False)
+    rows_shape = (rows_s.shape[0], rows_s.shape[1])
+    checks.row_weight(weight, rows_shape, "(B, N)", student, attention=False, pooled=pooled is not None)
+    if pooled is not None:
+        check_call(backend, student, teacher)
+        rows_s, rows_t = savable(rows_s, rows_t)
+        if distance == "mse":
+            rows = relation_mse_gram(rows_s, rows_t, similarity=similarity, cross=True, group=pooled)
+        else:
+            rows = gathered_relation(
+                rows_s, rows_t, pooled, similarity=similarity, distance=distance, temperature=temperature
+            )
+        return reduce_rows(rows, weight, reduction, pooled)
     rows = relation_unchecked(
         rows_s,
         rows_t,
@@ -81,10 +110,18 @@ def pixel_relation_kd(
     return reduce_rows(rows, weight, reduction)
 
 
-def _check_options(similarity: str, distance: str, temperature: float | Tensor, reduction: str) -> float | Tensor:
+def _check_options(
+    similarity: str,
+    distance: str,
+    temperature: float | Tensor,
+    cross_image: bool,
+    group: ProcessGroup | str | None,
+    reduction: str,
+) -> float | Tensor:
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("distance", distance, DISTANCES)
     checks.option("reduction", reduction, checks.REDUCTIONS)
+    check_group(group, "cross_image", cross_image)
     return checks.temperature(temperature)
 
 
@@ -98,17 +135,19 @@ class PixelRelationKD(LossModule):
         distance: str = "kl",
         temperature: float | Tensor = 0.1,
         cross_image: bool = False,
+        group: ProcessGroup | str | None = None,
         weight: Tensor | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
-        _check_options(similarity, distance, temperature, reduction)
+        _check_options(similarity, distance, temperature, cross_image, group, reduction)
         super().__init__(
             {
                 "similarity": similarity,
                 "distance": distance,
                 "temperature": temperature,
                 "cross_image": cross_image,
+                "group": group,
                 "weight": weight,
                 "reduction": reduction,
                 "backend": backend,

@@ -118,8 +118,13 @@ def dense(name: str, tensor: Tensor) -> None:
     raise TypeError(f"{name}: expected a dense tensor, got layout {layout}; convert it with .to_dense()")
 
 
-def floating(name: str, tensor: object, dims: Sequence[int], layout: str, allow_empty: bool = False) -> None:
-    """Raise unless ``tensor`` is a dense floating-point tensor whose number of dimensions is one of ``dims``."""
+def floating(
+    name: str, tensor: object, dims: Sequence[int], layout: str, allow_empty: bool = False, no_samples: bool = False
+) -> None:
+    """Raise unless ``tensor`` is a dense floating-point tensor whose number of dimensions is one of ``dims``.
+
+    With ``allow_empty`` every size may be 0, with ``no_samples`` the first.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {layout}, got {type(tensor).__name__}")
     dense(name, tensor)
@@ -127,7 +132,7 @@ def floating(name: str, tensor: object, dims: Sequence[int], layout: str, allow_
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}; convert it with .float()")
     if tensor.dim() not in dims:
         raise ValueError(f"{name}: expected shape {layout}, got {tuple(tensor.shape)}")
-    if not allow_empty and any(size == 0 for size in tensor.shape):
+    if not allow_empty and any(size == 0 for size in tensor.shape[int(no_samples) :]):
         raise ValueError(f"{name}: is empty, shape {tuple(tensor.shape)}; every dimension must be at least 1")
 
 
@@ -160,8 +165,13 @@ def same_size(quantity: str, names: tuple[str, str], sizes: tuple[object, object
         raise ValueError(f"{names[0]} and {names[1]}: {quantity} differ, {sizes[0]} and {sizes[1]}; {hint}")
 
 
-def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor, attention: bool) -> None:
-    """Raise unless ``value`` is None, "attention" (if allowed), or a tensor ≥ 0 of ``shape`` that is not all 0."""
+def row_weight(
+    value: object, shape: tuple[int, int], layout: str, like: Tensor, attention: bool, pooled: bool = False
+) -> None:
+    """Raise unless ``value`` is None, "attention" (if allowed), or a tensor ≥ 0 of ``shape`` that is not all 0.
+
+    With ``pooled``, rows of other processes count too, so that all of these may be 0.
+    """
     if value is None or (attention and isinstance(value, str) and value == "attention"):
         return
     expected = ("None, 'attention'" if attention else "None") + f" or a tensor of shape {layout}"
@@ -178,7 +188,7 @@ def row_weight(value: object, shape: tuple[int, int], layout: str, like: Tensor,
     if readable(value):
         if bool((value < 0).any()):
             raise ValueError(f"weight: expected values ≥ 0, got a minimum of {value.min().item():g}")
-        if bool((value == 0).all()):
+        if not pooled and bool((value == 0).all()):
             raise ValueError(
                 "weight: is 0 everywhere, so the weighted mean is undefined; give some row a weight above 0"
             )

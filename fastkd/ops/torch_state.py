@@ -5,8 +5,10 @@ Kernels read plain, dense memory, and their autograd is an ``autograd.Function``
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -24,6 +26,25 @@ def constant_result(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def outside_graphs(reason: str) -> Callable[[F], F]:
+    """Return a decorator for a function that torch.compile must not trace, nor what it calls.
+
+    Same as ``torch.compiler.disable``, which would import all of Dynamo at decoration time.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> object:
+            if "torch._dynamo" in sys.modules:
+                return torch.compiler.disable(function)(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        call._torchdynamo_disable, call._torchdynamo_disable_msg = True, reason  # type: ignore[attr-defined]
+        return cast(F, call)
+
+    return decorate
 
 
 def is_finite(number: float) -> bool:

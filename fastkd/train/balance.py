@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from fastkd._runtime import autocast, to_device
 from fastkd.distill.distiller import Distiller
+from fastkd.ops.collectives import alone
 from fastkd.train.config import TrainConfig
 from fastkd.train.host import check_batch, check_tokenizers
 from fastkd.train.launch import join, requested
@@ -56,7 +57,7 @@ def balance_on(
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
-        with autocast(precision, device), kept_generators():
+        with autocast(precision, device), kept_generators(), alone():  # these are whole batches, equal on every rank
             seed_step(config.seed, 0, 0, 0)  # dropout must not depend on what was loaded before
             return distiller.balance(inputs, shares)
     finally:

@@ -16,6 +16,7 @@ from fastkd._messages import shortened
 from fastkd._runtime import autocast, to_device
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.gradients import GradientReport
+from fastkd.ops.collectives import alone
 from fastkd.train.checkpoint import save_plain
 from fastkd.train.feed import Feed
 from fastkd.train.seeding import kept_generators, seed_step
@@ -125,7 +126,7 @@ def _report(
     distiller: Distiller, batch: Mapping[str, Any], numbers: Any, precision: str, device: torch.device
 ) -> GradientReport:
     seed_step(*numbers)
-    with autocast(precision, device):
+    with autocast(precision, device), alone():  # the other processes may have other micro-batches to try
         return distiller.gradient_report(batch, step=numbers[1])
 
 

@@ -15,11 +15,10 @@ from fastkd._messages import shortened
 from fastkd._wrappers import plain_name
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.gradients import preserve_state
-from fastkd.distill.terms import Term, loss_and_options
+from fastkd.distill.terms import POOLING_OPTIONS, pools_batch
 from fastkd.errors import FastKDWarning
 from fastkd.train.config import TrainConfig
 
-_POOLING_OPTIONS = ("across_batch", "cross_image")  # make a loss compare samples with each other
 _ENOUGH = 16  # samples whose batch statistics are as good as those of all; smaller shares cause a warning
 
 
@@ -41,12 +40,12 @@ def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: 
                 stacklevel=2,
             )
         return
-    pooled = [name for name, term in distiller.terms.items() if _pools(term)]
+    pooled = [name for name, term in distiller.terms.items() if pools_batch(term)]
     found = []
     if norms:
         found.append(f"{len(norms)} BatchNorm layers ({shortened([plain_name(name) for name in norms])}) normalise")
     if pooled:
-        options = " or ".join(_POOLING_OPTIONS)
+        options = " or ".join(POOLING_OPTIONS)
         found.append(f"{shortened(list(map(repr, pooled)))} ({options}) compare{'s' * (len(pooled) == 1)}")
     if config.sync_batchnorm and not pooled:
         size *= processes
@@ -130,9 +129,3 @@ def _scheduled_parameters(distiller: Distiller) -> list[nn.Parameter]:
     owned = [each for term in scheduled if isinstance(term.loss, nn.Module) for each in term.loss.parameters()]
     owned += [each for term in scheduled for each in term.kwargs.values() if isinstance(each, nn.Parameter)]
     return [parameter for parameter in owned if parameter.requires_grad]
-
-
-def _pools(term: Term) -> bool:
-    """Return whether a term compares samples with each other."""
-    loss, options = loss_and_options(term)
-    return any(options.get(name, getattr(loss, name, False)) for name in _POOLING_OPTIONS)

@@ -223,6 +223,11 @@ def test_teacher_cache_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names["cache"].measured["change_with_order"] == 0
 
 
+def test_scaling_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("docs/scaling.md", tmp_path, monkeypatch)
+    assert names["student"].grad.abs().max() > 0
+
+
 def test_data_page_lists_splits_and_published_counts() -> None:
     needs_ris()
     from fastkd.data.refcoco import PUBLISHED_REFS, SPLITS
