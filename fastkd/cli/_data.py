@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from fastkd.data import ReferDataset
+    from fastkd.data import ReferDataset, ShardDataset
     from fastkd.models import LAVT, RISModel, TextPromptedTeacher
 
 
@@ -59,6 +59,14 @@ class DataArgs:
             skip_unusable=self.skip_unusable,
         )
 
+    def open_shards(
+        self, folder: Path, model: Any, *, buffer: int, seed: int, teacher: dict[str, Any] | None = None
+    ) -> ShardDataset:
+        """Return the training set in a folder of shards, prepared for the model; see `ShardDataset`."""
+        from fastkd.data import ShardDataset
+
+        return ShardDataset(folder, buffer=buffer, seed=seed, **_transform(model, self.tokenizer, teacher))
+
 
 Data = Annotated[DataArgs, tyro.conf.arg(name="")]
 
@@ -79,27 +87,29 @@ def open_split(
     ``teacher`` is the result of `teacher_tokenizer_options`; ``refcoco`` is passed on to `RefCOCO`.
     """
     from fastkd.data import RefCOCO, ReferDataset
+
+    transform = _transform(model, tokenizer, teacher)
+    return ReferDataset(
+        RefCOCO(root, split=split, **refcoco),
+        sentences=sentences,
+        seed=seed,
+        cache=model.config.image_size <= 128,  # decoded images of a small set fit in memory
+        **transform,
+    )
+
+
+def _transform(model: Any, tokenizer: str | None, teacher: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a dataset's options that follow from the model."""
     from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
     from fastkd.distill.forward import normalisation
     from fastkd.evaluate.prediction import load_tokenizer_for, tokenizer_of
     from fastkd.models.inputs import check_vocabulary, word_limit
 
-    config = model.config
     loaded = tokenizer_of(model) if tokenizer is None else load_tokenizer_for(model, tokenizer)
     check_vocabulary(model, loaded)
     image_mean, image_std = normalisation(model) or (IMAGENET_MEAN, IMAGENET_STD)
-    return ReferDataset(
-        RefCOCO(root, split=split, **refcoco),
-        loaded,
-        image_size=config.image_size,
-        max_words=word_limit(model),
-        sentences=sentences,
-        seed=seed,
-        cache=config.image_size <= 128,  # decoded images of a small set fit in memory
-        image_mean=image_mean,
-        image_std=image_std,
-        **(teacher or {}),
-    )
+    transform = {"tokenizer": loaded, "image_size": model.config.image_size, "max_words": word_limit(model)}
+    return transform | {"image_mean": image_mean, "image_std": image_std, **(teacher or {})}
 
 
 def teacher_tokenizer_options(

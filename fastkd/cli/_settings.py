@@ -194,6 +194,11 @@ class RunSettings:
 
     data: Data = field(default_factory=lambda: DataArgs(data=_missing()))
     """Location of the data."""
+    shards: Path | None = None
+    """A folder of shards, written by ``fastkd.data.write_shards``, to read the training set from in sequence, in place
+    of the split train of --data; needs the extra [stream]."""
+    shuffle_buffer: int = 1000
+    """Samples that a loading process shuffles among each other, with --shards."""
     out: Path = field(default_factory=_missing)
     """Folder for log, checkpoints and config.yaml."""
     backbone_weights: str | None = None
@@ -254,6 +259,7 @@ def with_absolute_paths(settings: RunSettings) -> Any:
         "tokenizer": _absolute(data.tokenizer),
     }
     changes: dict[str, Any] = {"data": replace(data, **shared), "out": settings.out.absolute()}
+    changes["shards"] = settings.shards and settings.shards.absolute()
     names = ("backbone_weights", "text_weights", "model", "teacher", "student", "teacher_tokenizer")
     changes |= {name: _absolute(getattr(settings, name)) for name in names if hasattr(settings, name)}
     if isinstance(settings, DistillSettings) and settings.teacher_cache is not None:

@@ -135,7 +135,13 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
     if isinstance(settings, DistillSettings):
         names = (settings.teacher, settings.teacher_tokenizer, settings.teacher_cache)
         teacher, teacher_options = open_teacher(model, data.tokenizer, *names)
-    train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
+    train_set: Any
+    if settings.shards is None:
+        train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
+    else:
+        train_set = data.open_shards(
+            settings.shards, model, buffer=settings.shuffle_buffer, seed=config.seed, teacher=teacher_options
+        )
     val_set = data.open("val", model, sentences="all")
     trained = Distiller(model, teacher, segmentation_loss, terms, **options)
     if folder.replay is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd._runtime import autocast, pick_device, pick_precision, to_device
 from fastkd.data._loading import batches
@@ -244,6 +244,11 @@ def _describe_sample(batch: dict[str, Any], row: int) -> str:
 
 def check_dataset(dataset: Dataset[Any], rules: Protocol) -> None:
     """Raise ``ValueError`` for a dataset that is empty or does not comply with the protocol."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"dataset is a {type(dataset).__name__}, which is read in sequence: evaluation needs random access to "
+            "every sentence; pass a ReferDataset, for example"
+        )
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("dataset is empty: there is nothing to evaluate; check its split")
     other = next((s for s in declared_values(dataset, "sentences") if s not in (None, "all")), None)

@@ -49,6 +49,29 @@ def test_samples_come_back(tmp_path: Path, format: str) -> None:
         assert torch.equal(read["input_ids"], Words()([read["sentence"]], 5)[0][0])
 
 
+def test_shards_of_a_split_hold_the_samples_of_the_split(tmp_path: Path) -> None:
+    """The command line's transform included, so a teacher cache of the split serves its shards too."""
+    pytest.importorskip("pycocotools", reason="needs the [ris] extra")
+    from fastkd.cli._data import DataArgs
+    from fastkd.data import RefCOCO, make_shapes
+    from fastkd.models import RISModel, preset
+
+    make_shapes(tmp_path / "shapes", images=20, image_size=64)
+    write_shards(RefCOCO(tmp_path / "shapes"), tmp_path / "shards", samples_per_shard=20)
+    model, data = RISModel(preset("shapes-student")), DataArgs(tmp_path / "shapes")
+    split = data.open("train", model, sentences="all")
+    expected = {(str(sample["ref_id"]), sample["sentence"]): sample for sample in split}
+    stream = data.open_shards(tmp_path / "shards", model, buffer=10, seed=0)
+    read = list(stream)
+    assert len(read) == len(split.refcoco)
+    for sample in read:
+        same = expected[sample["id"], sample["sentence"]]
+        for key in ("image", "mask", "input_ids", "word_mask"):
+            assert torch.equal(sample[key], same[key]), key
+    stream.set_epoch(1)
+    assert {s["sentence"] for s in stream} != {s["sentence"] for s in read}  # others are drawn
+
+
 def test_files_of_other_writers_are_read(tmp_path: Path) -> None:
     [sample] = pictures(1)
     with tarfile.open(tmp_path / "a.tar", "w") as archive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ pytest.importorskip("webdataset", reason="needs the [stream] extra")
 
 import torch
 from stream_tools import Words, pictures
-from torch.utils.data import IterableDataset
+from torch.nn import functional as F
+from torch.utils.data import Dataset, IterableDataset
 from train_tools import distiller, run, same, toy
 
+from fastkd import Distiller, Term
 from fastkd.data import ShardDataset, write_shards
-from fastkd.train import TrainConfig
+from fastkd.train import TeacherCache, TrainConfig, segmentation_loss
 from fastkd.train.balance import balance_on
 from fastkd.train.loop import train
 from fastkd.train.stream_feed import StreamOrder
@@ -32,10 +35,37 @@ def stream(folder: Path, **options: Any) -> ShardDataset:
     return ShardDataset(folder, Words(), **{"image_size": 8, "max_words": 5, "buffer": 6, **options})
 
 
+_ALLOW = {"allow_untrained_teacher": True}
+
+
 def train_on(model: Any, data: ShardDataset, out: Path | None = None, **settings: Any) -> Any:
     more = {k: settings.pop(k) for k in ("resume", "resume_allow") if k in settings}
-    config = TrainConfig(**{"steps": 9, "batch_size": 4, "lr": 1e-2, "device": "cpu", "power": 0.0, **settings})
+    config = TrainConfig(
+        **{"steps": 9, "batch_size": 4, "lr": 1e-2, "device": "cpu", "power": 0.0, **_ALLOW, **settings}
+    )
     return train(model, data, config, progress=False, out_dir=out, **more)
+
+
+class Samples(Dataset[Any]):
+    """Samples in memory."""
+
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+
+def terms(cached: TeacherCache | None = None) -> Distiller:
+    """Return a distiller whose term a cache can store, with its teacher or a cached one."""
+    model = distiller()
+    term = Term(F.mse_loss, "early", weight=0.5, name="kd")
+    taps = {"student_taps": {"early": "stem"}, "teacher_taps": {"early": "stem"}}
+    teacher = toy(100).eval().requires_grad_(False)
+    return Distiller(model.student, cached or teacher, segmentation_loss, [term], **taps)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,11 +134,29 @@ def test_unsuitable_settings_are_refused(tmp_path: Path) -> None:
         def __iter__(self) -> Iterator[Any]:
             raise AssertionError
 
+    with pytest.raises(ValueError, match="dataset is a ShardDataset, which is read in sequence: evaluation needs"):
+        run(toy(), val_dataset=stream(folder))
+    with pytest.raises(ValueError, match="dataset is a ShardDataset, which is read in sequence: a cache needs"):
+        TeacherCache.build(tmp_path / "cache", distiller(), stream(folder))
     with pytest.raises(ValueError, match="train_dataset is a Endless, an IterableDataset"):
         run(toy(), Endless())
+
+
+def test_a_teacher_cache_of_the_samples_serves_their_shards(tmp_path: Path) -> None:
+    data = stream(shards(tmp_path / "shards", 12, 4))
+    every = take(data.read(0, 1), 12) + take(data.read(0, 1, 12), 36)  # of three more passes: other sentences
+    TeacherCache.build(tmp_path / "cache", terms(), Samples(every), device="cpu", progress=False, batch_size=4)
+    online, cached = terms(), terms(TeacherCache(tmp_path / "cache"))
+    train_on(online, data, steps=3)
+    train_on(cached, stream(tmp_path / "shards"), steps=3)
+    assert same(online.student, cached.student)
 
 
 def test_terms_are_balanced_on_the_first_samples(tmp_path: Path) -> None:
     model = distiller()
     balance_on(model, stream(shards(tmp_path / "shards")), {"kd": 0.5}, TrainConfig(batch_size=4, device="cpu"))
     assert model.weights["kd"] != 0.5
+
+
+def take(iterator: Iterator[Any], count: int) -> list[Any]:
+    return list(itertools.islice(iterator, count))

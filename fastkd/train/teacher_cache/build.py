@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd._atomic import remove_leftovers
 from fastkd._integers import ceil_div, round_up
 from fastkd._runtime import autocast, to_device
-from fastkd._wrappers import unwrap
+from fastkd._wrappers import is_sharded, unwrap
 from fastkd.data._loading import batches
 from fastkd.distill import checks
 from fastkd.distill.distiller import Distiller
@@ -67,8 +67,17 @@ class Build:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, _DTYPES))}, got {dtype!r}")
         if distiller.teacher is None or isinstance(distiller.teacher, RecordedTeacher):
             raise ValueError("a teacher cache needs a distiller with a teacher that runs")
+        if is_sharded(unwrap(distiller.teacher)):
+            raise ValueError(
+                "the teacher is sharded over the processes, which compute different samples of a cache: load it again"
+            )
         if not distiller.terms:
             raise ValueError("a teacher cache needs at least one term: its terms determine what is stored")
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"dataset is a {type(dataset).__name__}, which is read in sequence: a cache needs random access; "
+                "build it from the samples that the shards were written from (the same images and sentences are found)"
+            )
         if not len(dataset):  # type: ignore[arg-type]
             raise ValueError("the dataset is empty: there is nothing to cache")
         self.processes, self.device, self.precision = join(config)
