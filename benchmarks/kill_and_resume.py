@@ -130,6 +130,7 @@ def train(folder: Path, steps: int, workers: int, resume: bool, forwards: Any) -
         device="cpu",
         workers=workers,
         log_every=4,
+        gradients_every=6,
         allow_untrained_teacher=True,
         eval_every=23,
         checkpoint_every=5,
@@ -199,7 +200,7 @@ def differences(ours: Path, theirs: Path, steps: int) -> list[str]:
         [
             {key: value for key, value in line.items() if key not in TIMES}
             for line in map(json.loads, (folder / "log.jsonl").read_text("utf-8").splitlines())
-            if line["event"] in ("train", "eval")
+            if line["event"] in ("train", "eval", "gradients")
         ]
         for folder in (ours, theirs)
     ]

@@ -1,4 +1,4 @@
-"""Parts of error messages: shortened lists and close matches."""
+"""Parts of messages: shortened lists, close matches and numbers of bytes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ def shortened(names: Sequence[str], limit: int = 3) -> str:
     """
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def with_unit(count: float) -> str:
+    """Return a number of bytes with a unit.
+
+    Example:
+        >>> with_unit(3 * 2**20)
+        '3 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
 
 
 def close_matches(name: object, known: Iterable[object], limit: int = 3, cutoff: float = 0.6) -> list[str]:

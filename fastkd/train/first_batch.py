@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd._messages import shortened
+from fastkd._messages import shortened, with_unit
 from fastkd._runtime import autocast
+from fastkd._wrappers import uncompiled
 from fastkd.distill import checks
 from fastkd.distill.distiller import Distiller, DistillOutput
 from fastkd.distill.gradients import GradientReport, preserve_state
 from fastkd.train.config import TrainConfig
 from fastkd.train.timing import StepTimer, peak_memory
-
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class PreflightReport:
 
     def lines(self) -> list[str]:
         """Return memory and seconds as text."""
-        memory = [f"{name} {_size(value)}" for name, value in self.memory.items() if value]
+        memory = [f"{name} {with_unit(value)}" for name, value in self.memory.items() if value]
         seconds = [f"{name} {value:.3g}" for name, value in self.seconds.items()]
         return [
             f"memory: {', '.join(memory)}",
@@ -101,7 +100,8 @@ def check_first_batch(
         RuntimeError: a tap that never fires.
     """
     memory = _Saved(distiller)
-    with autocast(precision, device), distiller.at_step(None):  # every term, whatever its schedule
+    # Every term, whatever its schedule; compiling would take longer than all checks.
+    with autocast(precision, device), distiller.at_step(None), uncompiled():
         with memory:
             report = distiller.check(batch)
         if distiller.teacher is not None and not config.allow_untrained_teacher:
@@ -115,24 +115,29 @@ def check_first_batch(
 
 
 def check_means(distiller: Distiller, batch: Mapping[str, Any], accumulate: int, processes: int) -> None:
-    """Raise ``ValueError`` if a loss doubles with every sample given twice: it is a sum, which micro-batches divide."""
-    half = max(1, len(batch["image"]) // 2 if isinstance(batch.get("image"), Tensor) else 1)
+    """Raise ``ValueError`` if a loss doubles with every sample given twice: it is a sum, which micro-batches divide.
+
+    A batch that cannot be repeated, since it holds more than tensors and lists with one entry per sample, passes.
+    """
+    size = next((len(v) for v in distiller.model_inputs(batch).values() if isinstance(v, Tensor) and v.ndim), 0)
+    half = max(1, size // 2)
     modes = {module: module.training for module in distiller.modules()}
     distiller.eval()
     try:
         with preserve_state(distiller), torch.no_grad():
-            once = _values(distiller(_repeated(batch, half, 1)))
-            twice = _values(distiller(_repeated(batch, half, 2)))
+            once, twice = (_values(distiller(_repeated(batch, size, half, times))) for times in (1, 2))
+    except (RuntimeError, ValueError, TypeError, LookupError):
+        return
     finally:
         for module, mode in modes.items():
             module.training = mode
     sums = [name for name, value in once.items() if value and abs(twice[name] - 2 * value) <= 0.02 * abs(2 * value)]
     if sums:
+        named = ["the task loss" if name == "task" else f"term {name!r}" for name in sums]
         raise ValueError(
-            f"{shortened(['the task loss' if name == 'task' else f'term {name!r}' for name in sums])} adds up samples "
-            f"instead of averaging over them. Gradients are averaged over accumulate={accumulate} micro-batches and "
-            f"{processes} processes, so its weight would depend on their number: use reduction='mean', or divide by "
-            "the number of samples"
+            f"{shortened(named)} adds up samples instead of averaging over them. Gradients are averaged over "
+            f"accumulate={accumulate} micro-batches and {processes} processes, so its weight would depend on their "
+            "number: use reduction='mean', or divide by the number of samples"
         )
 
 
@@ -140,14 +145,12 @@ def _values(output: DistillOutput) -> dict[str, float]:
     return {name: float(value) for name, value in {"task": output.task, **output.terms}.items()}
 
 
-def _repeated(batch: Mapping[str, Any], count: int, times: int) -> dict[str, Any]:
-    """Return the first samples of a batch, each ``times`` times."""
-    sizes = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim]
-    size = len(batch["image"]) if isinstance(batch.get("image"), Tensor) else max(sizes, default=0)
+def _repeated(batch: Mapping[str, Any], size: int, count: int, times: int) -> dict[str, Any]:
+    """Return the first ``count`` samples of a batch of ``size``, each ``times`` times."""
 
     def repeat(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim and len(value) == size:
-            return torch.cat([value[:count]] * times)
+        if isinstance(value, Tensor):
+            return torch.cat([value[:count]] * times) if value.ndim and len(value) == size else value
         return value[:count] * times if isinstance(value, list | tuple) and len(value) == size else value
 
     return {key: repeat(value) for key, value in batch.items()}
@@ -188,10 +191,6 @@ def _memory(distiller: Distiller, activations: int, device: torch.device) -> dic
 
 def _bytes(module: nn.Module | None) -> int:
     return 0 if module is None else sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-
-
-def _size(value: int) -> str:
-    return f"{value / _MIB:.3g} MiB" if value < 1000 * _MIB else f"{value / 2**30:.3g} GiB"
 
 
 class _Saved:

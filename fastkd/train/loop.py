@@ -124,7 +124,8 @@ def train(
     trackers = None
     if main and run.config.tracker:
         known = next((line.get("trackers") for line in run.lines if line.get("event") == "start"), None)
-        trackers = Trackers(run.config.tracker, folder, title, known, latest or 0)
+        name = folder.name if folder is not None and title == "train" else title  # the default tells little
+        trackers = Trackers(run.config.tracker, folder, name, known, latest or 0)
         trackers.configure(run.settings)
     run.log = RunLog(folder / "log.jsonl" if folder and main else None, run.resumed is not None, trackers)
     if folder is not None and main:

@@ -35,10 +35,11 @@ def check_trackers(names: Sequence[str], folder: Path | None) -> None:
             files in a run without a folder.
         ImportError: a package that is not installed.
     """
+    known = _classes()
     for name in names:
-        known = _classes()
         if name not in known:
             raise ValueError(f"tracker: no tracker is named {name!r}.{suggestion(name, known)}")
+    for name in names:
         packages = PACKAGES.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
             raise ImportError(

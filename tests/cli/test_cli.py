@@ -225,6 +225,7 @@ def test_rejects_a_model_configuration_that_is_not_json(shapes, tmp_path, capsys
         (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "shapes-studnet"], "shapes-student"),
         (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "some/folder"], "some/folder"),
         (["train", "--data", "{shapes}", "--out", "{tmp}", "--steps", "0"], "steps"),
+        (["train", "--data", "{shapes}", "--out", "{tmp}", "--tracker", "wandb", "tensorbord"], "tensorboard"),
         (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "first_ordre=1"], "first_order"),
         (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "first_order"], "name=share"),
         (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "logit=-1"], "logit"),

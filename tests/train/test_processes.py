@@ -51,22 +51,30 @@ def scheduled() -> Distiller:
     return model
 
 
+def summed(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student - teacher).square().sum() / 100
+
+
 def test_two_processes(tmp_path: Path) -> None:
     """Run all checks that need two processes in one start, which takes seconds."""
     program = """
     import pathlib, torch, warnings
     sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")
-    from test_processes import Sometimes, scheduled
+    from test_processes import Sometimes, scheduled, summed
     from fastkd.evaluate import evaluate
     write = lambda line: os.write(1, (line + chr(10)).encode())  # one write per line: lines do not interleave
     model = t.toy()
     model.spare = torch.nn.Linear(2, 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = t.run(model, steps=4, accumulate=2, log_every=1)
+        result = t.run(model, steps=4, accumulate=2, log_every=1, gradients_every=2)
     named = [str(w.message) for w in caught if "spare" in str(w.message)]
     score = evaluate(model, t.Scenes(1), collate=t.collate, device="cpu")
     write(f"trained {rank} {result.history[-1]['loss']:.5f} {named}")
+    try:
+        t.run(t.distiller(loss=summed))
+    except ValueError as error:
+        write(f"refused {rank} {error}")
     write(f"scored {rank} {score.sentences} {score.resolution} {score.miou:.6f} {len(score.sample_iou)}")
     try:
         t.run(Sometimes(), steps=4, check=False)
@@ -92,6 +100,8 @@ def test_two_processes(tmp_path: Path) -> None:
         assert (warning in named) is (rank == "0")
         assert "1 parameters got no gradient at step 2, although" in lines["raised", rank]
         assert "student.extra" in lines["raised", rank]
+        assert "term 'kd' adds up samples" in lines["refused", rank]
+        assert "accumulate=1 micro-batches and 2 processes" in lines["refused", rank]
         assert lines["completed", rank] == "4"
     task = run(scheduled(), steps=4, log_every=1).history[-1]["task"]
     assert [float(lines["scheduled", rank]) for rank in "01"] == pytest.approx([task, task], rel=1e-4)

@@ -207,6 +207,7 @@ class TestTrackers:
         assert second[0].options == first[0].options
         assert second[0].options["resume"] == second[1].options["resume"] == "allow"
         assert second[0].options["dir"] == str(tmp_path)
+        assert second[0].options["name"] == tmp_path.name
         assert second[1].options["name"] == first[1].options["name"]
         assert (first[2].options.get("run_id"), second[2].options["run_id"]) == (None, "from the server")
         assert [one.settings is None for one in second] == [True, True, True, False]  # stored by the first process

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd._atomic import remove_leftovers
 from fastkd._integers import ceil_div, round_up
+from fastkd._messages import with_unit
 from fastkd._runtime import autocast, to_device
 from fastkd._wrappers import is_sharded, unwrap
 from fastkd.data._loading import batches
@@ -269,7 +270,7 @@ class Build:
         """Print what will be written, how long that takes, and the errors of the dtype."""
         size = measured["bytes_per_sample"]
         bar.print(
-            f"{self.count} samples of {_bytes(size)}, {_bytes(size * self.count)} in {self.shard_count} shards; "
+            f"{self.count} samples of {with_unit(size)}, {with_unit(size * self.count)} in {self.shard_count} shards; "
             + (f"{missing} to compute, about {_duration(seconds)}" if missing else "all are complete")
         )
         change = measured["change_with_order"]
@@ -289,8 +290,8 @@ class Build:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
-                f"{self.folder} needs {_bytes(needed)}, but the disk has {_bytes(free)} free: store fewer terms, a "
-                "narrower dtype (bf16 or fp16), or choose another disk"
+                f"{self.folder} needs {with_unit(needed)}, but the disk has {with_unit(free)} free: store fewer terms, "
+                "a narrower dtype (bf16 or fp16), or choose another disk"
             )
 
     def _write(self, plans: list[_Plan], bar: Progress) -> None:
@@ -335,15 +336,6 @@ class Build:
 def _is_of_cache(name: str) -> bool:
     """Return whether a file belongs to a cache, complete or not."""
     return name == description.FILE or name.startswith(("shard-", "."))
-
-
-def _bytes(count: float) -> str:
-    """Return a number of bytes with a unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 def _duration(seconds: float) -> str:
