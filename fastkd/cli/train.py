@@ -149,10 +149,11 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
     resolved = with_absolute_paths(settings)
     if teacher is not None:
         saved = saved_settings(out) if folder.resume else {}
-        if all(saved.get(f"shares.{name}") == share for name, share in shares.items()):
+        if saved and all(saved.get(f"shares.{name}") == share for name, share in shares.items()):
             trained.set_weights({name: saved[f"weights.{name}"] for name in shares})
         else:
-            balance_on(trained, train_set, shares, config)
+            # Without a share it only tries the terms, before anything is written.
+            balance_on(trained, train_set, shares, config, batches=4 if shares else 1)
         show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in trained.weights.items()))
     if folder.preflight_only:
         return _show_preflight(preflight(trained, train_set, config, val_dataset=val_set))

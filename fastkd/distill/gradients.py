@@ -115,7 +115,7 @@ def balanced_weights(reports: Sequence[GradientReport], shares: Mapping[str, flo
     for name, share in shares.items():
         if not (math.isfinite(share) and share >= 0):
             raise ValueError(f"balance: the share of {name!r} must be a finite number >= 0, got {share!r}")
-    norms = {name: sum(report.norms[name] for report in reports) for name in ("task", *shares)}
+    norms = {name: sum(report.norms[name] for report in reports) for name in ("task", *shares) if shares}
     for name, norm in norms.items():
         if not (math.isfinite(norm) and norm > 0):
             raise ValueError(f"balance: the gradient norm of {name!r} is {norm}, so no weight gives it a share")

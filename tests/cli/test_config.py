@@ -106,6 +106,15 @@ def test_recipe_is_complete_and_survives_a_round_trip(name: str, tmp_path: Path)
     assert load_settings(DistillSettings, write(tmp_path, dump_settings(settings))) == settings
 
 
+@pytest.mark.parametrize("name", ["shapes", "refcoco-custom"])
+def test_recipe_runs(name: str, shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--data", shapes, "--out", out, "--steps", "1", "--workers", "0", "--checkpoint-every", "None", *SHORT]
+    flags += ["--teacher", "shapes", "--student", "shapes-student"] if name == "refcoco-custom" else []
+    assert main(["distill", name, *map(str, flags)]) == 0
+    assert start_line(out)["weights"].keys() == load_settings(DistillSettings, name).terms.keys()
+
+
 def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
@@ -243,7 +252,7 @@ def test_mistake_in_a_term_is_named(term: str, message: str, tmp_path: Path) -> 
 def test_mistake_on_the_command_line_is_one_line(
     arguments: list[str], message: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    terms = "terms: {mid: {loss: channel_kd, share: 1, student: midle, teacher: middle}}"
+    terms = "terms: {mid: {loss: channel_kd, weight: 1, student: midle, teacher: middle}}"
     file = write(
         tmp_path, f"{terms}\nstudent_taps: {{middle: decoder}}\nteacher_taps: {{middle: decoder}}\nbatch_size: 2"
     )
