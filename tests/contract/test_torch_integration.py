@@ -68,7 +68,7 @@ def test_every_operator_is_checked() -> None:
         for backend in dispatch.BACKENDS:
             if (
                 backend != "reference"
-                and not dispatch.unavailable_reason(backend)
+                and not dispatch.unavailable_reason(backend, case.family)
                 and not dispatch.BACKENDS[backend].device_type_reason("cpu")
             ):
                 where = Setting(case, Place(backend, "cpu"))

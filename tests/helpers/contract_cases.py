@@ -277,8 +277,10 @@ class Setting(NamedTuple):
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Return whether this backend computes in this dtype."""
-        without_fp64 = dispatch.BACKENDS[self.place.backend].families_without_fp64
-        return dtype != torch.float64 or self.case.family not in without_fp64
+        backend, family = dispatch.BACKENDS[self.place.backend], self.case.family
+        if family in backend.families_without_kernels:
+            return False
+        return dtype != torch.float64 or family not in backend.families_without_fp64
 
     def covers(self, dtype: torch.dtype) -> bool:
         """Return whether structural tests run this dtype; in simulated kernels bf16 represents fp16 as well."""
