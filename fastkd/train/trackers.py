@@ -75,19 +75,25 @@ class Trackers:
         self._new: list[str] = []
         self._queue: list[tuple[str, dict[str, Any]]] = []
         self._warned: set[str] = set()
-        for name in dict.fromkeys(names):
-            known = (identities or {}).get(name)
-            identity = known or uuid.uuid4().hex[:8]
-            options = _options(name, folder, title, identity, known is not None, step)
-            tracker_class = _classes()[name]
-            # TensorBoard's first argument is a folder inside the second one; that of the others is the project.
-            place = (name, str(folder)) if tracker_class.requires_logging_directory else (PROJECT,)
-            tracker = tracker_class(*place, **options)
-            tracker.start()
-            self._trackers[name] = tracker
-            self.identities[name] = tracker.tracker.info.run_id if name == "mlflow" else identity
-            if known is None:
-                self._new.append(name)
+        try:
+            for name in dict.fromkeys(names):
+                self._start(name, folder, title, (identities or {}).get(name), step)
+        except BaseException:
+            self.close()  # those that have started
+            raise
+
+    def _start(self, name: str, folder: Path | None, title: str, known: str | None, step: int) -> None:
+        identity = known or uuid.uuid4().hex[:8]
+        options = _options(name, folder, title, identity, known is not None, step)
+        tracker_class = _classes()[name]
+        # TensorBoard's first argument is a folder inside the second one; that of the others is the project.
+        place = (name, str(folder)) if tracker_class.requires_logging_directory else (PROJECT,)
+        tracker = tracker_class(*place, **options)
+        tracker.start()
+        self._trackers[name] = tracker
+        self.identities[name] = tracker.tracker.info.run_id if name == "mlflow" else identity
+        if known is None:
+            self._new.append(name)
 
     def configure(self, settings: Mapping[str, Any]) -> None:
         """Store the settings with the runs that begin here."""

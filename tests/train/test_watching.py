@@ -223,6 +223,21 @@ class TestTrackers:
         assert runs[0].finished
         assert [line["event"] for line in read_log(tmp_path)].count("train") == 6
 
+    def test_an_error_at_the_start_ends_those_that_have_started(
+        self, runs: list[Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(self: Recorder) -> None:
+            self.runs.append(self)
+            if len(self.runs) == 2:
+                raise ConnectionError("no login")
+
+        monkeypatch.setattr(Recorder, "start", fails)
+        with pytest.raises(ConnectionError, match="no login"):
+            run(toy(), out=tmp_path, tracker=("wandb", "trackio"))
+        assert [one.finished for one in runs] == [True, False]
+        monkeypatch.undo()
+        assert run(toy(), out=tmp_path, steps=1).steps == 1  # the folder does not hold a run
+
     def test_one_error_for_a_name_package_or_folder_that_is_missing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
