@@ -25,7 +25,10 @@ def run_model(model: nn.Module, *args: Any, **inputs: Any) -> Any:
     if not getattr(unwrap(model), "casts_inputs", False):
         args = tuple(_cast(value, dtype) for value in args)
         inputs = {name: _cast(value, dtype) for name, value in inputs.items()}
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+    # Not the weights' device: those of an offloaded teacher wait on the CPU.
+    tensors = (value for value in (*args, *inputs.values()) if isinstance(value, Tensor))
+    device = next(tensors, next(model.parameters())).device
+    with torch.autocast(device.type, enabled=False):
         return model(*args, **inputs)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd import Distiller, Term
+from fastkd.distill.forward import run_model
 
 
 @pytest.fixture
@@ -264,3 +265,18 @@ def test_set_weights_changes_all_or_none() -> None:
     with pytest.raises(ValueError, match="no term named 'other'"):
         distiller.set_weights({"mse": 2.0, "other": 1.0})
     assert distiller.weights == {"mse": 1.0}
+
+
+def test_half_precision_weights_elsewhere_do_not_choose_the_device() -> None:
+    """Weights of an offloaded teacher wait on another device than its inputs; autocast is disabled on the latter."""
+
+    class Offloaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float16, device="meta"))
+
+        def forward(self, image: Tensor) -> Tensor:
+            return image @ torch.eye(2, dtype=image.dtype)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run_model(Offloaded(), image=torch.ones(1, 2)).dtype == torch.float16
