@@ -102,6 +102,10 @@ def with_settings(args: Sequence[str]) -> Callable[..., None]:
     from fastkd.cli._yaml import load_settings
 
     settings = load_settings(DistillSettings, source)
+    if settings.shards is not None:
+        raise ValueError(
+            f"{source}: shards are read in sequence, so their teacher cannot be cached: remove the setting"
+        )
     of_run = ("data", "student", "backbone_weights", "text_weights", "terms", "teacher_taps", "teacher_tokenizer")
     of_config = ("batch_size", "device", "precision", "channels_last", "workers", "threads")
     defaults = {name: getattr(settings, name) for name in of_run}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -77,3 +79,27 @@ class Schedule:
         if self.kind == "cosine":
             return self.final + (self.initial - self.final) * (1 + math.cos(math.pi * progress)) / 2
         return float(self.initial)
+
+
+def check_schedules(
+    schedules: Mapping[str, Schedule], weights_at: Callable[[int], Mapping[str, float]], steps: int
+) -> list[str]:
+    """Look for steps of a run at which nothing trains; return the names whose schedule begins after the last step.
+
+    Args:
+        schedules: "task" and term name to schedule.
+        weights_at: returns all weights at a step.
+        steps: steps of the run.
+
+    Raises:
+        ValueError: every weight is 0 from one step to another.
+    """
+    changes = {change for each in schedules.values() for change in (each.start, each.stop) if change is not None}
+    edges = sorted({0, steps, *(change for change in changes if change < steps)})
+    for first, end in itertools.pairwise(edges):
+        if not any(any(weights_at(step).values()) for step in (first, end - 1)):  # a ramp from 0 is 0 at one end only
+            raise ValueError(
+                f"schedules: the weights of the task and of every term are 0 at steps {first} to {end - 1}, counted "
+                "from 0, so nothing trains: let one of them start earlier or stop later"
+            )
+    return [name for name, schedule in schedules.items() if schedule.start >= steps]

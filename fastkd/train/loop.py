@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from fastkd._atomic import replace_files
 from fastkd._wrappers import unwrap
 from fastkd.distill.checks import check_has_weights
 from fastkd.distill.distiller import Distiller
+from fastkd.distill.schedules import check_schedules
+from fastkd.errors import FastKDWarning
 from fastkd.train.checkpoint import FOLDER, CheckpointWriter, read_checkpoint
 from fastkd.train.config import TrainConfig
 from fastkd.train.first_batch import PreflightReport
@@ -93,7 +96,8 @@ def train(
     Raises:
         ValueError: a mistake that the checks find (see `preflight`), an environment that contradicts the configuration,
             a batch size that does not fit the data or the processes, masks with values other than 0 and 1, word ids
-            outside a model's vocabulary, an unknown tracker, or a run to resume that has other settings.
+            outside a model's vocabulary, an unknown tracker, steps at which every weight is 0, or a run to resume that
+            has other settings.
         ImportError: a tracker whose package is not installed.
         TypeError: ``config`` is not a `TrainConfig`.
         FileExistsError: ``out_dir`` holds an earlier run or, with ``resume``, something else than a run to continue.
@@ -214,6 +218,10 @@ def _new_run(
         check_has_weights(distiller.teacher)  # also needed for its digest
     run = TrainingRun(distiller, train_dataset, config or TrainConfig(), collate, title)
     run.module = model if distiller is inner else distiller  # a compiled distiller is called through its wrapper
+    unused = check_schedules(distiller.schedules, distiller.weights_at, run.config.steps)
+    if unused and run.processes.is_main_process:
+        message = f"{', '.join(unused)} never counts: its schedule starts after the last of {run.config.steps} steps"
+        warnings.warn(message, FastKDWarning, stacklevel=3)
     return run
 
 

@@ -241,6 +241,7 @@ def test_mistake_in_a_term_is_named(term: str, message: str, tmp_path: Path) -> 
         (["distill", "no.yaml"], "no configuration at no.yaml, and no recipe of that name"),
         (["distill", "shape"], "Did you mean 'shapes'"),
         (["train", "shapes"], "no setting is named 'teacher'"),
+        (["cache", "{stream}", "--out", "{out}"], "shards are read in sequence, so their teacher cannot be cached"),
         (["distill", "--steps", "2", "shapes", "--data", "d", "--out", "o"], "must directly follow the command"),
         (
             ["distill", "{file}", "--data", "{shapes}", "--out", "{out}"],
@@ -256,7 +257,10 @@ def test_mistake_on_the_command_line_is_one_line(
     file = write(
         tmp_path, f"{terms}\nstudent_taps: {{middle: decoder}}\nteacher_taps: {{middle: decoder}}\nbatch_size: 2"
     )
-    assert main([each.format(file=file, shapes=shapes, out=tmp_path / "out") for each in arguments]) == 2
+    stream = tmp_path / "stream.yaml"
+    stream.write_text(f"shards: shards\ndata: {shapes}\n", encoding="utf-8")
+    names = {"file": file, "stream": stream, "shapes": shapes, "out": tmp_path / "out"}
+    assert main([each.format(**names) for each in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("fastkd: error: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastkd import Term
 from fastkd.distill import Schedule
+from fastkd.distill.schedules import check_schedules
 
 
 @pytest.mark.parametrize(
@@ -126,3 +128,25 @@ def test_misspelt_tap_is_suggested() -> None:
     distiller = make_distiller(Term(mse, "midle"), student_taps={"middle": "stem"}, teacher_taps={"middle": "stem"})
     with pytest.raises(ValueError, match=r"term 'mse', student: path 'midle': Out has no 'midle'. .*'middle'"):
         distiller(make_batch())
+
+
+@pytest.mark.parametrize(
+    ("schedules", "message"),
+    [
+        ({"task": Schedule(start=6), "kd": Schedule(stop=4)}, "every term are 0 at steps 4 to 5"),
+        ({"task": Schedule(start=2)}, "are 0 at steps 0 to 1"),
+        ({"task": Schedule(stop=8), "kd": Schedule("linear", stop=8)}, "are 0 at steps 8 to 9"),
+        ({"task": Schedule(start=4), "kd": Schedule("linear", initial=0, final=1, stop=4)}, None),
+        ({"task": Schedule(stop=5), "kd": Schedule(start=5)}, None),
+        ({"kd": Schedule(start=10)}, None),
+    ],
+)
+def test_steps_at_which_nothing_trains_are_refused(schedules: dict[str, Schedule], message: str | None) -> None:
+    weights = {"task": 1.0, "kd": 0.0 if schedules.keys() == {"task"} else 2.0}
+
+    def weights_at(step: int) -> dict[str, float]:
+        return {name: weight * schedules.get(name, Schedule()).factor(step) for name, weight in weights.items()}
+
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        unused = check_schedules(schedules, weights_at, 10)
+        assert unused == [name for name, schedule in schedules.items() if schedule.start == 10]
