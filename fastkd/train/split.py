@@ -15,7 +15,7 @@ from fastkd._messages import shortened
 from fastkd._wrappers import plain_name
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.gradients import preserve_state
-from fastkd.distill.terms import POOLING_OPTIONS, pools_batch
+from fastkd.distill.terms import POOLING_OPTIONS, Term, loss_and_options, pools_batch
 from fastkd.errors import FastKDWarning
 from fastkd.train.config import TrainConfig
 
@@ -25,12 +25,16 @@ _ENOUGH = 16  # samples whose batch statistics are as good as those of all; smal
 def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: int = 1) -> None:
     """Warn about BatchNorm layers and terms that mix samples, whose result depends on the micro-batch size.
 
-    Micro-batches are those of one process; without accumulation, only BatchNorm of few samples causes a warning.
+    Micro-batches are those of one process, or of the group of a term that has one. Without accumulation, BatchNorm of
+    few samples and terms without a group cause a warning if there are several processes.
     """
     size = config.batch_size // (config.accumulate * processes)
     norms = [name for name, m in distiller.student.named_modules() if isinstance(m, _BatchNorm) and m.training]
-    if config.accumulate == 1:
-        if norms and processes > 1 and size < _ENOUGH and not config.sync_batchnorm:
+    pooled = [term for term in distiller.terms.values() if pools_batch(term)]
+    own = [term for term in pooled if not _has_group(term)]  # of one process
+    compares = f"({' or '.join(POOLING_OPTIONS)}) compare"
+    if config.accumulate == 1 and processes > 1:
+        if norms and size < _ENOUGH and not config.sync_batchnorm:
             warnings.warn(
                 f"{len(norms)} BatchNorm layers ({shortened([plain_name(name) for name in norms])}) normalise within "
                 f"the {size} samples of each process, so a step differs from that of one process with "
@@ -39,15 +43,22 @@ def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: 
                 FastKDWarning,
                 stacklevel=2,
             )
+        if own:
+            warnings.warn(
+                f"{_names(own)} {compares}{'s' * (len(own) == 1)} within the {size} samples of each process, so a "
+                f"step differs from that of one process with {config.batch_size}: set group='world' among the term's "
+                "options",
+                FastKDWarning,
+                stacklevel=2,
+            )
+    if config.accumulate == 1:
         return
-    pooled = [name for name, term in distiller.terms.items() if pools_batch(term)]
     found = []
     if norms:
         found.append(f"{len(norms)} BatchNorm layers ({shortened([plain_name(name) for name in norms])}) normalise")
     if pooled:
-        options = " or ".join(POOLING_OPTIONS)
-        found.append(f"{shortened(list(map(repr, pooled)))} ({options}) compare{'s' * (len(pooled) == 1)}")
-    if config.sync_batchnorm and not pooled:
+        found.append(f"{_names(pooled)} {compares}{'s' * (len(pooled) == 1)}")
+    if not own and (config.sync_batchnorm or not norms):
         size *= processes
     if found:
         warnings.warn(
@@ -129,3 +140,13 @@ def _scheduled_parameters(distiller: Distiller) -> list[nn.Parameter]:
     owned = [each for term in scheduled if isinstance(term.loss, nn.Module) for each in term.loss.parameters()]
     owned += [each for term in scheduled for each in term.kwargs.values() if isinstance(each, nn.Parameter)]
     return [parameter for parameter in owned if parameter.requires_grad]
+
+
+def _has_group(term: Term) -> bool:
+    """Return whether a term compares the samples of several processes."""
+    loss, options = loss_and_options(term)
+    return options.get("group", getattr(loss, "group", None)) is not None
+
+
+def _names(terms: Sequence[Term]) -> str:
+    return shortened([repr(term.name) for term in terms])

@@ -59,6 +59,9 @@ CASES = {
 }
 
 
+HALF = ("channel kl centered attention", "pixel kl", "pixel mse unequal widths weight")
+
+
 class Result(NamedTuple):
     """The loss and the gradients of the parameters."""
 
@@ -177,6 +180,9 @@ def single_checks(rank: int) -> dict[str, Any]:
             Student(CASES[name], torch.float32).result(part, group="world")
         found[f"collectives of {name}"] = collectives
         found[f"FLOP of {name}"] = flops_of(CASES[name], part)
+    found["dead channel"] = averaged(dead_channel(part, group="world"), 2)
+    for name in HALF:
+        found[f"bfloat16 {name}"] = half_precision(CASES[name], part)
     for name in ("channel kl", "pixel kl", "pixel mse"):
         student = Student(CASES[name], torch.float64)
         found[f"double backward of {name}"] = error_of(lambda student=student: twice_differentiated(student, part))
@@ -199,6 +205,22 @@ def single_checks(rank: int) -> dict[str, Any]:
     )
     found["distiller"] = distilled(part)
     return found
+
+
+def half_precision(case: Case, part: slice, **more: Any) -> Result:
+    """Return the loss and gradient by features in bfloat16, of a teacher in float32."""
+    student = Student(case, torch.float32)
+    student.features = student.map_of(part).detach().bfloat16().requires_grad_()
+    loss = student(part, group="world", **more)
+    return Result(loss.detach(), list(torch.autograd.grad(loss, student.features)))
+
+
+def dead_channel(part: slice, **more: Any) -> Result:
+    """Return the result for a channel that is 0 everywhere, whose cosines have no slope."""
+    student = Student(CASES["channel kl"], torch.float64)
+    with torch.no_grad():
+        student.weight[2] = 0
+    return student.result(part, **more)
 
 
 def compiled_checks(rank: int, part: slice) -> dict[str, Any]:

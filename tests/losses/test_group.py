@@ -93,6 +93,30 @@ def test_fp32_errors_are_at_most_twice_those_of_the_plain_formula(name: str, ran
             assert error(a, want) <= 2 * error(b, want) + size * torch.finfo(torch.float32).eps
 
 
+def test_a_dead_channel_gets_no_gradient(ranks: Any) -> None:
+    want = group_ranks.dead_channel(ALL, backend="reference")
+    assert want.gradients[0][2].abs().max() == 0
+    for found in ranks[2]:
+        assert_equal(found["dead channel"], want)
+
+
+@pytest.mark.parametrize("name", group_ranks.HALF)
+def test_features_in_bfloat16(name: str, ranks: Any) -> None:
+    """The loss is as exact as in fp32, and the gradient rounded once; under DDP it is that of the mean over ranks."""
+    student = Student(CASES[name], torch.float64, torch.float32)
+    with torch.no_grad():
+        features = Student(CASES[name], torch.float32).map_of(ALL).bfloat16().double()
+    student.features = features.requires_grad_()
+    loss = student(ALL, loss=formula)
+    (want,) = torch.autograd.grad(loss, features)
+    for found, part in zip(ranks[2], want.split(4), strict=True):
+        got = found[f"bfloat16 {name}"]
+        assert (got.loss.dtype, got.gradients[0].dtype) == (torch.float32, torch.bfloat16)
+        torch.testing.assert_close(got.loss.double(), loss, rtol=1e-6, atol=3e-7)
+        atol = 1e-6 * want.abs().max().item()
+        torch.testing.assert_close(got.gradients[0].double() / 2, part, rtol=2**-8, atol=atol)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_collectives_and_flop_are_those_of_the_formulas(name: str, ranks: Any) -> None:
     options, widths = CASES[name].options, CASES[name].widths

@@ -55,12 +55,17 @@ def summed(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum() / 100
 
 
+def pooled() -> Distiller:
+    """Return a distiller whose term relates the samples of all processes."""
+    return distiller(loss=losses.PixelRelationKD(cross_image=True, temperature=0.5, group="world"))
+
+
 def test_two_processes(tmp_path: Path) -> None:
     """Run all checks that need two processes in one start, which takes seconds."""
     program = """
     import pathlib, torch, warnings
     sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")
-    from test_processes import Sometimes, scheduled, summed
+    from test_processes import Sometimes, pooled, scheduled, summed
     from fastkd.evaluate import evaluate
     write = lambda line: os.write(1, (line + chr(10)).encode())  # one write per line: lines do not interleave
     model = t.toy()
@@ -75,6 +80,8 @@ def test_two_processes(tmp_path: Path) -> None:
         t.run(t.distiller(loss=summed))
     except ValueError as error:
         write(f"refused {rank} {error}")
+    terms = [line["terms"]["kd"] for line in t.run(pooled(), steps=4, log_every=1).history]
+    write(f"pooled {rank} {' '.join(f'{value:.7f}' for value in terms)}")
     write(f"scored {rank} {score.sentences} {score.resolution} {score.miou:.6f} {len(score.sample_iou)}")
     try:
         t.run(Sometimes(), steps=4, check=False)
@@ -105,6 +112,9 @@ def test_two_processes(tmp_path: Path) -> None:
         assert lines["completed", rank] == "4"
     task = run(scheduled(), steps=4, log_every=1).history[-1]["task"]
     assert [float(lines["scheduled", rank]) for rank in "01"] == pytest.approx([task, task], rel=1e-4)
+    pooled_alone = [line["terms"]["kd"] for line in run(pooled(), steps=4, log_every=1).history]
+    for rank in "01":
+        assert list(map(float, lines["pooled", rank].split())) == pytest.approx(pooled_alone, rel=1e-4)
     score = evaluate(model, Scenes(1), collate=collate)
     for rank, own in (("0", 1), ("1", 0)):
         sentences, height, width, miou, samples = lines["scored", rank].split()

@@ -86,6 +86,13 @@ class TestAccumulation:
         warn_of_micro_batches(model, TrainConfig(batch_size=8, accumulate=4))
         warn_of_micro_batches(pooled, TrainConfig(batch_size=8))
 
+        with pytest.warns(FastKDWarning, match=r"'kd' .* within the 4 samples of each process, .* group='world'"):
+            warn_of_micro_batches(pooled, TrainConfig(batch_size=8), processes=2)
+        pooled.terms["kd"] = replace(pooled.terms["kd"], kwargs={"cross_image": True, "group": "world"})
+        warn_of_micro_batches(pooled, TrainConfig(batch_size=8), processes=2)
+        with pytest.warns(FastKDWarning, match="within each micro-batch of 4"):  # of both processes
+            warn_of_micro_batches(pooled, TrainConfig(batch_size=8, accumulate=2), processes=2)
+
 
 def test_term_before_its_schedule_neither_counts_nor_runs_the_teacher() -> None:
     model, alone = distiller(), toy()

@@ -15,6 +15,7 @@ from fastkd.distill.distiller import Distiller
 from fastkd.distill.gradients import preserve_state
 from fastkd.distill.recorded import PREFIX, Part, RecordedTeacher, part_names
 from fastkd.distill.words import is_sentence, teacher_keys
+from fastkd.ops.collectives import alone
 from fastkd.train.samples import TrainingSamples
 from fastkd.train.teacher_cache.keys import digest_of, sample_keys
 
@@ -161,7 +162,7 @@ def rounding_errors(
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]
     found: list[dict[str, tuple[Tensor, Tensor]]] = []
     for stored in (tensors, {name: rounded(name, value, dtype) for name, value in tensors.items()}):
-        with preserve_state(distiller), torch.enable_grad(), uncompiled():
+        with preserve_state(distiller), torch.enable_grad(), uncompiled(), alone():
             output = recorded({**batch, **{PREFIX + name: value for name, value in stored.items()}})
             found.append({name: (term.detach(), _gradient(term, parameters)) for name, term in output.terms.items()})
     exact, stored_values = found
