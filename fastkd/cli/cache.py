@@ -35,6 +35,7 @@ def cache(
     workers: int = 0,
     threads: int | None = None,
     overwrite: bool = False,
+    allow_untrained_teacher: bool = False,
 ) -> None:
     """Run a teacher once over every sentence of a training set, and store what the terms compare.
 
@@ -63,6 +64,7 @@ def cache(
         workers: data-loading processes.
         threads: torch's CPU threads; None keeps the default.
         overwrite: replace another cache in --out.
+        allow_untrained_teacher: accept a teacher whose normalisation layers hold their initial values.
     """
     from fastkd import Distiller
     from fastkd.cli._arguments import check_folder
@@ -90,6 +92,7 @@ def cache(
         threads=threads,
         overwrite=overwrite,
         notes=describe(teacher, loaded, options),
+        allow_untrained_teacher=allow_untrained_teacher,
     )
     show(f"teacher cache: {out}, {len(built)} samples")
 
@@ -107,7 +110,7 @@ def with_settings(args: Sequence[str]) -> Callable[..., None]:
             f"{source}: shards are read in sequence, so their teacher cannot be cached: remove the setting"
         )
     of_run = ("data", "student", "backbone_weights", "text_weights", "terms", "teacher_taps", "teacher_tokenizer")
-    of_config = ("batch_size", "device", "precision", "channels_last", "workers", "threads")
+    of_config = ("batch_size", "device", "precision", "channels_last", "workers", "threads", "allow_untrained_teacher")
     defaults = {name: getattr(settings, name) for name in of_run}
     defaults |= {name: getattr(settings.config, name) for name in of_config}
     return with_defaults(cache, source, teacher=settings.teacher or "shapes", **defaults)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 PARTS = ("data", "student", "teacher", "losses", "backward", "update")
+_PENDING = 256  # events kept before looking which are complete
 
 
 class StepTimer:
@@ -22,9 +24,9 @@ class StepTimer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._events = device.type == "cuda"
+        self._device, self._events = device, device.type == "cuda"
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -35,19 +37,26 @@ class StepTimer:
             self._seconds[name] += time.perf_counter() - start
             return
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
+        stream = torch.cuda.current_stream(self._device)
+        first.record(stream)
         yield
-        last.record()
+        last.record(stream)
         self._pending.append((name, first, last))
+        if len(self._pending) > _PENDING:
+            self._collect()
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each part since the previous call; call it when the device has done all its work."""
-        for name, first, last in self._pending:
-            if last.query():
-                self._seconds[name] += first.elapsed_time(last) / 1000
+        self._collect()
         self._pending.clear()
         seconds, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
         return seconds
+
+    def _collect(self) -> None:
+        """Add the times that the device has measured so far; parts end in the order in which they began."""
+        while self._pending and self._pending[0][2].query():
+            name, first, last = self._pending.popleft()
+            self._seconds[name] += first.elapsed_time(last) / 1000
 
 
 def peak_memory(device: torch.device) -> int | None:

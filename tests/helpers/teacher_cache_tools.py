@@ -57,7 +57,8 @@ def make(cached: TeacherCache | None = None, dropout: float = 0.1, **changes: An
 
 
 def build(folder: Path, distiller: Distiller | None = None, data: Any = None, **options: Any) -> TeacherCache:
-    options = {"batch_size": 8, "device": "cpu", "collate": collate, "progress": False, **options}
+    usual = {"batch_size": 8, "device": "cpu", "collate": collate, "progress": False, "allow_untrained_teacher": True}
+    options = {**usual, **options}
     return TeacherCache.build(folder, distiller or make(), data or Scenes(), **options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ pytest.importorskip("accelerate", reason="needs the [ris] extra")
 from train_tools import Scenes, Toy, collate, read_log, run, same, toy
 
 from fastkd import Distiller, Term
-from fastkd.train import PreflightReport, TrainConfig, preflight, segmentation_loss
+from fastkd.train import PreflightReport, TeacherCache, TrainConfig, preflight, segmentation_loss
 
 
 def trained_teacher(width: int = 8) -> Toy:
@@ -126,6 +127,16 @@ def test_planted_mistake_is_refused_before_training(
     assert {line["event"] for line in log} <= {"end"}  # not "start"
     after = model.student.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_untrained_teacher_is_not_cached(tmp_path: Path) -> None:
+    distiller = make(teacher=untrained_teacher())
+    distiller.terms["kd"] = replace(distiller.terms["kd"], student=lambda logits: logits, teacher="logits")
+    distiller.teacher.forward = lambda *args, **inputs: {"logits": Toy.forward(distiller.teacher, *args, **inputs)}
+    options: dict[str, Any] = {"device": "cpu", "collate": collate, "progress": False}
+    with pytest.raises(ValueError, match="1 of the 1 normalisation layers"):
+        TeacherCache.build(tmp_path / "cache", distiller, Scenes(), **options)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_teacher_and_student_must_be_two_models() -> None:

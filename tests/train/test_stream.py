@@ -145,7 +145,8 @@ def test_unsuitable_settings_are_refused(tmp_path: Path) -> None:
 def test_a_teacher_cache_of_the_samples_serves_their_shards(tmp_path: Path) -> None:
     data = stream(shards(tmp_path / "shards", 12, 4))
     every = take(data.read(0, 1), 12) + take(data.read(0, 1, 12), 36)  # of three more passes: other sentences
-    TeacherCache.build(tmp_path / "cache", terms(), Samples(every), device="cpu", progress=False, batch_size=4)
+    options = {"device": "cpu", "progress": False, "batch_size": 4, **_ALLOW}
+    TeacherCache.build(tmp_path / "cache", terms(), Samples(every), **options)
     online, cached = terms(), terms(TeacherCache(tmp_path / "cache"))
     train_on(online, data, steps=3)
     train_on(cached, stream(tmp_path / "shards"), steps=3)

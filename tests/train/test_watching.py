@@ -123,16 +123,18 @@ class TestLog:
     def test_gpu_times_come_from_events_that_are_complete(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Event:
             made = 0
+            complete = 2
 
             def __init__(self, enable_timing: bool) -> None:
                 assert enable_timing
 
-            def record(self) -> None:
+            def record(self, stream: str) -> None:
+                assert stream == "stream of cuda:1"
                 Event.made += 1
                 self.number = Event.made
 
             def query(self) -> bool:
-                return self.number != 4
+                return self.number <= Event.complete
 
             def elapsed_time(self, other: Event) -> float:
                 return 5.0 * (other.number - self.number)
@@ -141,7 +143,8 @@ class TestLog:
                 raise AssertionError
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        timer = StepTimer(torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        timer = StepTimer(torch.device("cuda:1"))
         for part in ("teacher", "losses", "data"):
             with timer.part(part):
                 pass
@@ -150,6 +153,12 @@ class TestLog:
         assert seconds["losses"] == 0  # not complete
         assert 0 < seconds["data"] < 1  # the host's time
         assert timer.read()["teacher"] == 0
+        Event.complete = 10**9
+        for _ in range(1000):
+            with timer.part("teacher"):
+                pass
+        assert len(timer._pending) < 300  # between two lines of the log
+        assert timer.read()["teacher"] == pytest.approx(5.0)
 
     def test_gradient_norms_per_term_change_nothing(self, tmp_path: Path) -> None:
         plain, watched = distiller(dropout=0.5), distiller(dropout=0.5)

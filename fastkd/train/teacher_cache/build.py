@@ -136,6 +136,8 @@ class Build:
         taps = distiller.teacher_tap_targets
         with autocast(self.precision, self.device):
             checks.check_deterministic(lambda: list(checks.named_tensors(distiller.record_teacher(batch))))
+            if not self.config.allow_untrained_teacher and distiller.teacher is not None:
+                checks.check_trained(distiller.teacher, lambda: distiller.run_teacher(batch))
             start = time.perf_counter()
             parts, tensors = self._record(batch)
             computing = time.perf_counter() - start

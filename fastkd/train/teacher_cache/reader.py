@@ -110,6 +110,7 @@ class TeacherCache(RecordedTeacher):
         overwrite: bool = False,
         progress: bool = True,
         notes: Mapping[str, Any] | None = None,
+        allow_untrained_teacher: bool = False,
     ) -> TeacherCache:
         """Run a distiller's teacher over a dataset and store what its terms read; return the cache.
 
@@ -135,11 +136,12 @@ class TeacherCache(RecordedTeacher):
             overwrite: replace another cache in ``folder``.
             progress: show figures and progress.
             notes: JSON values to keep with the cache.
+            allow_untrained_teacher: as in `TrainConfig`.
 
         Raises:
             ValueError: ``folder`` holds another cache (the message says in what it differs), the dataset draws
-                images or sentences at random, the teacher mixes the samples of a batch, changes between two passes or
-                returns NaN, a term selects by a function, or a value exceeds the range of ``dtype``.
+                images or sentences at random, the teacher mixes the samples of a batch, changes between two passes,
+                lacks weights or returns NaN, a term selects by a function, or a value exceeds the range of ``dtype``.
             OSError: the disk has less free space than needed.
         """
         from fastkd.train.teacher_cache.build import Build
@@ -151,6 +153,7 @@ class TeacherCache(RecordedTeacher):
             channels_last=channels_last,
             workers=workers,
             threads=threads,
+            allow_untrained_teacher=allow_untrained_teacher,
         )
         Build(Path(folder), distiller, dataset, dtype, config, collate).run(overwrite, progress, notes or {})
         return cls(folder)
