@@ -29,8 +29,10 @@ def shares_of(settings: Mapping[str, TermSettings]) -> dict[str, float]:
     """Return the terms that are weighted by a gradient share: name to share.
 
     Raises:
-        ValueError: a term with neither share nor weight.
+        ValueError: no term, or one with neither share nor weight.
     """
+    if not settings:
+        raise ValueError("terms: none is given, so there is nothing to distil; fastkd train trains without a teacher")
     for name, term in settings.items():
         if term.share is None and term.weight is None:
             raise ValueError(f"terms: {name!r} needs a share or a weight: name=share ({name}=0.5), or {name},weight=2")

@@ -44,9 +44,9 @@ def load_settings(kind: type[Settings], source: str) -> Settings:
     path = Path(source).expanduser()
     if not path.is_file():
         if source not in recipes():
-            raise FileNotFoundError(
-                f"no configuration at {source}, and no recipe of that name.{suggestion(source, recipes())}"
-            )
+            inside = path / "config.yaml"
+            hint = f" Did you mean {inside}?" if inside.is_file() else suggestion(source, recipes())
+            raise FileNotFoundError(f"no configuration at {source}, and no recipe of that name.{hint}")
         path = recipes()[source]
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))

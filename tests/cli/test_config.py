@@ -240,6 +240,8 @@ def test_mistake_in_a_term_is_named(term: str, message: str, tmp_path: Path) -> 
     [
         (["distill", "no.yaml"], "no configuration at no.yaml, and no recipe of that name"),
         (["distill", "shape"], "Did you mean 'shapes'"),
+        (["distill", "{run}"], "no recipe of that name. Did you mean {run}/config.yaml?"),
+        (["distill", "shapes", "--data", "d", "--out", "o", "--terms"], "terms: none is given"),
         (["train", "shapes"], "no setting is named 'teacher'"),
         (["cache", "{stream}", "--out", "{out}"], "shards are read in sequence, so their teacher cannot be cached"),
         (["distill", "--steps", "2", "shapes", "--data", "d", "--out", "o"], "must directly follow the command"),
@@ -259,10 +261,13 @@ def test_mistake_on_the_command_line_is_one_line(
     )
     stream = tmp_path / "stream.yaml"
     stream.write_text(f"shards: shards\ndata: {shapes}\n", encoding="utf-8")
-    names = {"file": file, "stream": stream, "shapes": shapes, "out": tmp_path / "out"}
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(file, run / "config.yaml")
+    names = {"file": file, "stream": stream, "shapes": shapes, "out": tmp_path / "out", "run": run}
     assert main([each.format(**names) for each in arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert message.format(**names) in error
     assert error.startswith("fastkd: error: ")
     assert not (tmp_path / "out").exists()
 
