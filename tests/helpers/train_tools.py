@@ -102,30 +102,37 @@ _PROGRAM = """
 import os, sys; sys.path.insert(0, {folder!r})
 from pathlib import Path
 import torch.multiprocessing as mp
-import train_tools as t, fastkd.train.loop  # imported once, before the processes fork
+import train_tools as t, fastkd.train.loop, {module}  # imported once, before the processes fork
 def main(rank):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
 {body}
 if __name__ == "__main__":
-    mp.start_processes(main, nprocs=2, start_method="fork")
+    mp.start_processes(main, nprocs={count}, start_method="fork")
 """
 
 
 def two_processes(body: str) -> str:
-    """Run an indented Python body in two CPU processes that train together; return their output.
+    """Run `processes` with two of them."""
+    return processes(2, body)
+
+
+def processes(count: int, body: str, module: str = "fastkd.train.shard") -> str:
+    """Run an indented Python body in CPU processes that train together; return their output.
+
+    ``module`` is imported once, before they fork.
 
     The body may use ``rank`` and this module as ``t``.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = _PROGRAM.format(folder=str(Path(__file__).parent), body=body)
+    code = _PROGRAM.format(folder=str(Path(__file__).parent), body=body, count=count, module=module)
     env = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -142,6 +149,6 @@ def two_processes(body: str) -> str:
         out, error = parent.communicate(timeout=500)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(parent.pid, signal.SIGKILL)  # with both child processes
+            os.killpg(parent.pid, signal.SIGKILL)  # with its child processes
     assert parent.returncode == 0, error[-4000:]
     return out

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 pytest.importorskip("accelerate", reason="needs the [ris] extra")
+from parallel_tools import Blocks, normed, trained, with_teacher
 from safetensors.torch import load_file
 from stream_tools import pictures
-from train_tools import Scenes, distiller, read_log, run, same, toy, two_processes
+from train_tools import Scenes, distiller, processes, read_log, run, same, toy
 
 from fastkd import Distiller, Term
 from fastkd.data import write_shards
@@ -24,90 +25,9 @@ from fastkd.train import TrainConfig, segmentation_loss
 from fastkd.train.shard import _blocks
 from fastkd.train.sync_norm import synchronised_norms
 
-
-class Blocks(nn.Module):
-    """A teacher of blocks, one of them shared with the stem."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        block = lambda: nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(2, width), nn.SiLU())
-        self.blocks = nn.ModuleList([block() for _ in range(3)])
-        self.blocks[2][0].weight = self.blocks[0][0].weight
-        self.head = nn.Conv2d(width, 2, 1)
-        self.register_buffer("scale", torch.tensor(2.0))
-
-    def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
-        x = self.stem(image)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x) * self.scale
-
-
-class Normed(nn.Module):
-    """A student with BatchNorm layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(6)
-        self.mix = nn.Conv2d(6, 6, 1, bias=False)
-        self.last = nn.BatchNorm2d(6, momentum=None)
-        self.head = nn.Conv2d(6, 2, 1)
-
-    def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
-        return self.head(self.last(self.mix(self.norm(self.stem(image)).relu())))
-
-
-def with_teacher(student: nn.Module) -> Distiller:
-    torch.manual_seed(100)
-    teacher = Blocks().eval().requires_grad_(False)
-    return Distiller(student, teacher, segmentation_loss, [Term(F.mse_loss, lambda y: y, weight=0.5, name="kd")])
-
-
-def normed() -> Normed:
-    torch.manual_seed(0)
-    return Normed()
-
-
-def trained(folder: Path, name: str, model: nn.Module, **settings: Any) -> None:
-    """Train, and save the weights and the losses of every step."""
-    result = run(model, **{"steps": 4, "log_every": 1, "lr": 1e-3, **settings})
-    student = model.student if isinstance(model, Distiller) else model
-    content = {"weights": student.state_dict(), "losses": [line["loss"] for line in result.history]}
-    torch.save(content, folder / f"{name}.pt")
-
-
-def streamed(folder: Path, rank: int) -> None:
-    """Train on shards, 2 of 4 per process, and save the ids of the samples in the order of the steps."""
-    from stream_tools import Words
-
-    from fastkd.data import ShardDataset, collate
-    from fastkd.train import train
-
-    served: list[str] = []
-
-    def recorded(samples: list[Any]) -> dict[str, Any]:
-        served.extend(sample["id"] for sample in samples)
-        return collate(samples)
-
-    data = ShardDataset(folder / "shards", Words(), image_size=8, max_words=3, buffer=3)
-    config = TrainConfig(steps=6, batch_size=4, device="cpu", check=False)
-    train(toy(), data, config, collate=recorded, progress=False)
-    (folder / str(rank) / "served").write_text(" ".join(served))
-
-
-def refused(write: Any, name: str, call: Any) -> None:
-    try:
-        call()
-    except ValueError as error:
-        write(f"{name} {error}")
-
-
 PROGRAM = """
     import pathlib, warnings
-    sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")
-    import fastkd.train.shard, test_parallel as p
+    import parallel_tools as p
     folder = pathlib.Path(FOLDER) / str(rank)
     folder.mkdir()
     write = lambda line: os.write(1, (str(rank) + " " + line + chr(10)).encode())
@@ -148,7 +68,7 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple
     folder = tmp_path_factory.mktemp("parallel")
     if STREAMS:
         write_shards(pictures(12), folder / "shards", samples_per_shard=3)
-    out = two_processes(PROGRAM.replace("FOLDER", repr(str(folder))))
+    out = processes(2, PROGRAM.replace("FOLDER", repr(str(folder))), "parallel_tools")
     lines = [line.split(" ", 2) for line in out.splitlines() if line[:2] in ("0 ", "1 ")]
     return folder, {(rank, name): text for rank, name, text in lines}
 
@@ -171,6 +91,27 @@ def test_one_process_equals_two_and_equals_accumulated(parallel: Any, tmp_path: 
     for name in ("plain", "accumulated"):
         ranks = [weights(folder, rank, name)["weights"] for rank in (0, 1)]
         assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+
+
+def test_one_process_equals_three(tmp_path: Path) -> None:
+    processes(
+        3,
+        f"""
+    import parallel_tools as p
+    folder = Path({str(tmp_path)!r}) / str(rank)
+    folder.mkdir()
+    p.trained(folder, "plain", p.with_teacher(t.toy()), batch_size=12)
+    p.trained(folder, "synchronised", p.normed(), batch_size=12, sync_batchnorm=True)
+""",
+        "parallel_tools",
+    )
+    (tmp_path / "alone").mkdir()
+    trained(tmp_path / "alone", "plain", with_teacher(toy()), batch_size=12)
+    trained(tmp_path / "alone", "synchronised", normed(), batch_size=12)
+    for name in ("plain", "synchronised"):
+        whole = torch.load(tmp_path / "alone" / f"{name}.pt", weights_only=True)
+        for rank in range(3):
+            torch.testing.assert_close(weights(tmp_path, rank, name), whole, rtol=1e-5, atol=2e-6)
 
 
 def test_evaluation_and_log_of_two_processes(parallel: Any) -> None:
