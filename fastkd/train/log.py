@@ -57,6 +57,11 @@ class RunLog:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             self._file = self._path.open("a", encoding="utf-8")
 
+    @property
+    def identities(self) -> dict[str, str]:
+        """Tracker to the id of its run."""
+        return {} if self.trackers is None else self.trackers.identities
+
     def forward(self) -> None:
         """Send the trackers the lines since the previous call."""
         if self.trackers is not None:

@@ -127,7 +127,7 @@ def train(
     latest = run.resumed.step if run.resumed is not None else None
     trackers = None
     if main and run.config.tracker:
-        known = next((line.get("trackers") for line in run.lines if line.get("event") == "start"), None)
+        known = {name: identity for line in run.lines for name, identity in line.get("trackers", {}).items()}
         name = folder.name if folder is not None and title == "train" else title  # the default tells little
         trackers = Trackers(run.config.tracker, folder, name, known, latest or 0)
         trackers.configure(run.settings)

@@ -208,6 +208,7 @@ class TrainingRun(ReportedRun):
                 changed={key: list(values) for key, values in self.changed.items()},
                 config=asdict(self.config),
                 environment=self._environment(),
+                trackers=self.log.identities,
             )
             return
         if self.config.check:
@@ -225,7 +226,7 @@ class TrainingRun(ReportedRun):
             gradients=report and {**asdict(report.gradients), "shares": report.gradients.shares},
             memory=report and report.memory,
             step_seconds=report and report.seconds,
-            trackers=self.log.trackers.identities if self.log.trackers is not None else {},
+            trackers=self.log.identities,
         )
 
     def _environment(self) -> dict[str, Any]:

@@ -220,6 +220,9 @@ class TestTrackers:
         assert second[1].options["name"] == first[1].options["name"]
         assert (first[2].options.get("run_id"), second[2].options["run_id"]) == (None, "from the server")
         assert [one.settings is None for one in second] == [True, True, True, False]  # stored by the first process
+        run(distiller(), out=tmp_path, steps=10, tracker=("recorder", "mlflow"), **options)
+        assert runs[-1].options["run_id"] == "from the server"
+        assert runs[-2].settings is None  # known since it was added to the second process
 
     def test_a_tracker_that_fails_does_not_end_the_run(
         self, runs: list[Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
