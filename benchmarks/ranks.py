@@ -210,7 +210,7 @@ def relation(variant: str, ranks: int, shapes: Mapping[str, list[int]], size: in
         return Flops(0, 0), Traffic([], [])
     if variant == "channel":
         columns = samples * math.prod(side)
-        return channel_flops(channels, columns, columns), channel_traffic(channels, sums=True)
+        return channel_flops(channels, columns, columns), channel_traffic(channels, means=True)
     samples, width, *side = shapes["stage"]
     pixels, distance = math.prod(side), VARIANTS[variant].get("distance", "kl")
     traffic = pixel_traffic(samples, pixels, width, TEACHER_WIDTH, ranks, distance=distance, size_s=size, size_t=size)

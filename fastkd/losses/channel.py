@@ -12,7 +12,7 @@ from fastkd.ops import checks
 from fastkd.ops.collectives import active_group, check_call, check_group
 from fastkd.ops.numerics import compute_dtype
 from fastkd.ops.relation import relation_unchecked
-from fastkd.ops.relation.group import channel_relation, channel_sums
+from fastkd.ops.relation.group import channel_means, channel_relation
 from fastkd.ops.relation.plan import keeping_pays
 from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES
 from fastkd.ops.torch_state import savable
@@ -107,11 +107,11 @@ def channel_kd(
     if pooled is not None:
         check_call(backend, student, teacher)
         student, teacher = savable(student.flatten(2), teacher.flatten(2))  # (B, C, N)
-        needs_sums = centered or similarity == "mean" or isinstance(weight, str)
-        sums = channel_sums(student, teacher, pooled) if needs_sums else None
+        needs_means = centered or similarity == "mean" or isinstance(weight, str)
+        means = channel_means(student, teacher, pooled) if needs_means else None
         if isinstance(weight, str):
-            assert sums is not None
-            weight = attention_of(sums.strength[None])
+            assert means is not None
+            weight = attention_of(means.strength[None])
         rows = channel_relation(
             student,
             teacher,
@@ -121,7 +121,7 @@ def channel_kd(
             temperature=temperature,
             negate=negate,
             centered=centered,
-            sums=sums,
+            pooled=means,
         )
         return reduce_rows(rows, weight, reduction)
     if weight is not None:

@@ -121,8 +121,8 @@ def test_features_in_bfloat16(name: str, ranks: Any) -> None:
 def test_collectives_and_flop_are_those_of_the_formulas(name: str, ranks: Any) -> None:
     options, widths = CASES[name].options, CASES[name].widths
     if "across_batch" in options:
-        sums = options.get("centered", False) or options.get("similarity") == "mean"
-        want, flops = channel_traffic(7, sums=sums), channel_flops(7, 4 * 9, 4 * 9)
+        means = options.get("centered", False) or options.get("similarity") == "mean"
+        want, flops = channel_traffic(7, means=means), channel_flops(7, 4 * 9, 4 * 9)
     else:
         distance = options.get("distance", "kl")
         want = pixel_traffic(4, 9, *widths, 2, distance=distance)
@@ -135,7 +135,7 @@ def test_collectives_and_flop_are_those_of_the_formulas(name: str, ranks: Any) -
 def test_rings_send_the_tensor_once_or_twice() -> None:
     assert Collective("all_reduce", 800).sent(4) == 1200
     assert Collective("all_gather", 800).sent(4) == 600
-    traffic = channel_traffic(10, sums=False)
+    traffic = channel_traffic(10, means=False)
     assert traffic.sent(2) == 2 * 400 + 40
 
 

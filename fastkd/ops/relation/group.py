@@ -2,8 +2,8 @@
 
 Channels: the C×C Gram matrices of all ranks are added. Pixels: K×K Gram matrices are added for "mse" (`reference`), and
 the rows of all ranks gathered for the other distances, where every rank compares its own rows with all rows. The
-derivatives follow the convention of ``fastkd.ops.collectives``. ``group_costs.py`` counts what is
-communicated and computed.
+derivatives follow the convention of ``fastkd.ops.collectives``. ``group_costs.py`` counts what is communicated and
+computed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 # --- channels ---------------------------------------------------------------------------------------------------------
 
 
-class Sums(NamedTuple):
-    """Sums over the pixels of all ranks; the columns are those of C×(B·N) matrices."""
+class Means(NamedTuple):
+    """Means over the pixels of all ranks, and the numbers of columns of the C×(B·N) matrices."""
 
     student_mean: Tensor  # (C,)
     teacher_mean: Tensor  # (C,)
@@ -46,7 +46,7 @@ class Sums(NamedTuple):
     teacher_columns: Tensor  # (1,)
 
 
-def channel_sums(student: Tensor, teacher: Tensor, group: ProcessGroup) -> Sums:
+def channel_means(student: Tensor, teacher: Tensor, group: ProcessGroup) -> Means:
     """Return means over all pixels of (B, C, N) features of all ranks, without gradient, by one all-reduce."""
     dtype, channels = compute_dtype(student, teacher), student.shape[1]
     with torch.no_grad():
@@ -54,7 +54,7 @@ def channel_sums(student: Tensor, teacher: Tensor, group: ProcessGroup) -> Sums:
         columns = [torch.full((1,), x.shape[0] * x.shape[2], dtype=dtype, device=x.device) for x in (student, teacher)]
         own = torch.cat([student.sum((0, 2)), teacher.sum((0, 2)), teacher.abs().sum((0, 2)), *columns])
         s, t, strength, n_s, n_t = plain_total(own, group).split([channels, channels, channels, 1, 1])
-        return Sums(s / n_s, t / n_t, strength / n_t, n_s, n_t)
+        return Means(s / n_s, t / n_t, strength / n_t, n_s, n_t)
 
 
 def channel_relation(
@@ -67,7 +67,7 @@ def channel_relation(
     temperature: float | Tensor,
     negate: bool,
     centered: bool,
-    sums: Sums | None,
+    pooled: Means | None,
 ) -> Tensor:
     """Return the distances (1, C), equal on every rank, between the C×C relations over the pixels of all ranks.
 
@@ -82,12 +82,12 @@ def channel_relation(
         group: two or more processes.
         similarity, distance, temperature, negate: as in `reference.relation`.
         centered: subtract each channel's mean over the pixels of all ranks.
-        sums: `channel_sums`, needed if ``centered`` and by the similarity "mean".
+        pooled: `channel_means`, needed if ``centered`` and by the similarity "mean".
     """
     dtype = compute_dtype(student, teacher)
     with full_precision(student.device):
-        means = (sums.student_mean, sums.teacher_mean) if centered and sums is not None else (None, None)
-        counts = (sums.student_columns, sums.teacher_columns) if sums is not None else (None, None)
+        means = (pooled.student_mean, pooled.teacher_mean) if centered and pooled is not None else (None, None)
+        counts = (pooled.student_columns, pooled.teacher_columns) if pooled is not None else (None, None)
         if isinstance(temperature, Tensor) and temperature.requires_grad:
             temperature = share_of_gradient(temperature, group)
         e_s, e_t = (

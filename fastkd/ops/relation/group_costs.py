@@ -30,18 +30,18 @@ class Traffic(NamedTuple):
         return sum(one.sent(ranks) for one in (*self.forward, *self.backward))
 
 
-def channel_traffic(channels: int, *, sums: bool, fp64: bool = False) -> Traffic:
+def channel_traffic(channels: int, *, means: bool, fp64: bool = False) -> Traffic:
     """Return the collectives of ``channel_kd(across_batch=True, group=...)``.
 
     Args:
         channels: C.
-        sums: means are needed: ``centered=True``, ``weight="attention"`` or the similarity "mean".
+        means: means over all ranks are needed: ``centered=True``, ``weight="attention"`` or the similarity "mean".
         fp64: an input is fp64.
     """
     size = 8 if fp64 else 4
-    means = [Collective("all_reduce", size * (3 * channels + 2))] if sums else []
+    first = [Collective("all_reduce", size * (3 * channels + 2))] if means else []
     grams = [Collective("all_reduce", size * channels**2)] * 2
-    return Traffic(means + grams, [Collective("all_reduce", size * channels)])
+    return Traffic(first + grams, [Collective("all_reduce", size * channels)])
 
 
 def pixel_traffic(
