@@ -169,3 +169,14 @@ def test_imports_are_lazy_and_name_a_missing_extra() -> None:
         assert "needs the package 'pycocotools" in line
         assert "pip install 'fastkd[ris]'" in line
     assert lines[2:] == ["module 'fastkd.data' has no attribute 'nonsense'", "True"]
+
+
+def test_a_missing_reader_of_shards_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastkd.data import ShardDataset, write_shards
+
+    sample = {"id": "a", "image": np.zeros((4, 4, 3), np.uint8), "mask": np.ones((4, 4), bool), "sentence": "one"}
+    write_shards([sample], tmp_path / "shards")
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    data = ShardDataset(tmp_path / "shards", lambda texts, words: (torch.ones(1, words), torch.ones(1, words)))
+    with pytest.raises(ImportError, match=r"needs the package 'webdataset': pip install 'fastkd\[stream\]'"):
+        next(iter(data))

@@ -22,6 +22,7 @@ from fastkd import Distiller, Term
 from fastkd.data import write_shards
 from fastkd.errors import FastKDWarning
 from fastkd.train import TrainConfig, segmentation_loss
+from fastkd.train.optim import BatchOrder
 from fastkd.train.shard import _blocks
 from fastkd.train.sync_norm import synchronised_norms
 
@@ -52,6 +53,8 @@ PROGRAM = """
     t.run(p.with_teacher(t.toy()), steps=3, out=pathlib.Path(FOLDER) / "run", resume=True, resume_allow=["steps"])
     r = t.run(t.distiller(), out=pathlib.Path(FOLDER) / "evaluated", log_every=2, val_dataset=t.Scenes(15))
     write(f"scored {r.last.sentences} {r.last.refs} {len(r.last.sent_ids)}")
+    broken = {"accumulate": 4, "steps": 12, "check": False, "shard_teacher": True, "seed": 4}
+    p.refused(write, "broken", lambda: t.run(p.with_teacher(t.toy()), p.HalfBroken(), **broken))
     p.refused(write, "few", lambda: t.run(t.toy(), t.Scenes(1), batch_size=2))
     p.refused(write, "odd", lambda: t.run(t.toy(), batch_size=3))
 """
@@ -177,6 +180,19 @@ def test_sharded_teacher_gives_the_same_loss(parallel: Any) -> None:
             assert weights(folder, rank, name)["losses"] == plain["losses"]
         held, total = map(int, lines[str(rank), "elements"].split())
         assert 0.45 * total < held < 0.55 * total
+
+
+def test_a_broken_step_is_searched_by_all_processes_together(parallel: Any) -> None:
+    """A sharded teacher runs for all or for none, although the first broken micro-batch differs."""
+    _, lines = parallel
+    config = TrainConfig(batch_size=8, accumulate=4, seed=4)
+    found = []
+    for rank in (0, 1):
+        micros = BatchOrder(32, config, rank, 2).indices(9)
+        first = next(n for n, numbers in enumerate(micros) if numbers[0] % 2 == 0)
+        assert f"samples {micros[first][0]} (" in lines[str(rank), "broken"]
+        found.append(first)
+    assert found[0] != found[1]
 
 
 def test_blocks_of_a_teacher_leave_shared_weights_to_the_root() -> None:

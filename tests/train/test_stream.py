@@ -86,6 +86,8 @@ def test_other_shards_or_readers_are_refused(tmp_path: Path) -> None:
     train_on(toy(), stream(folder), tmp_path / "run", steps=2)
     with pytest.raises(ValueError, match=r"stream.readers: 1 → 2\).*--resume-allow stream.readers"):
         train_on(toy(), stream(folder), tmp_path / "run", steps=2, workers=2, resume=True)
+    allow = {"resume": True, "resume_allow": ["stream", "steps"]}
+    assert train_on(toy(), stream(folder), tmp_path / "run", steps=3, workers=2, **allow).resumed_at == 2
     write_shards(pictures(30), folder, samples_per_shard=5, overwrite=True)
     with pytest.raises(ValueError, match=r"stream.shards: 8 → 6, stream.digest: "):
         train_on(toy(), stream(folder), tmp_path / "run", steps=2, resume=True)
