@@ -169,7 +169,7 @@ def _relative_cost(models: Sequence[Any], train_set: ReferDataset, config: Train
 
     from fastkd.train import train
 
-    probe = replace(config, steps=25, log_every=5, eval_every=None, max_seconds=None, check=False)
+    probe = replace(config, steps=25, log_every=5, eval_every=None, max_seconds=None, check=False, tracker=())
 
     def seconds(model: Any) -> float:
         lines = train(model, train_set, probe, progress=False).history
