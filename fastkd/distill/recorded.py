@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd._messages import shortened, suggestion
+from fastkd.distill.int8 import from_int8
 
 PREFIX = "recorded_teacher."  # of a batch's keys
+SCALES = "@scales"  # ends the name of a tensor's scales
 _MISSING = "batch has no {}: it must come with every batch; TeacherCache.collate adds it"
 
 
@@ -24,15 +26,21 @@ class Part:
         dtypes: the teacher's dtype of each tensor.
         orders: the dimensions of each tensor in the order in which they lie in memory, the batch first: (0, 2, 3, 1)
             for a channels-last map. Recorded tensors are permuted to this order.
+        scaled: names of the tensors that are recorded as int8 codes with scales.
     """
 
     count: int | None
     dtypes: tuple[torch.dtype, ...]
     orders: tuple[tuple[int, ...], ...]
+    scaled: tuple[str, ...] = ()
+
+    def names(self, path: str) -> list[str]:
+        """Return the names of all recorded tensors, scales included."""
+        return [*part_names(path, self.count), *(name + SCALES for name in self.scaled)]
 
     def keys(self, path: str) -> list[str]:
-        """Return the batch's key of each tensor."""
-        return [PREFIX + name for name in part_names(path, self.count)]
+        """Return the batch's key of each of them."""
+        return [PREFIX + name for name in self.names(path)]
 
 
 def part_names(path: str, count: int | None) -> list[str]:
@@ -51,11 +59,16 @@ class RecordedOutput(Mapping[str, Any]):
 
     def __getitem__(self, path: str) -> Any:
         part = self._parts[path]
+        names = part_names(path, part.count)
         tensors = [
-            self._batch[key].to(dtype).permute([order.index(dim) for dim in range(len(order))])  # (B, ...)
-            for key, dtype, order in zip(part.keys(path), part.dtypes, part.orders, strict=True)
+            self._value(name, part).to(dtype).permute([order.index(dim) for dim in range(len(order))])  # (B, ...)
+            for name, dtype, order in zip(names, part.dtypes, part.orders, strict=True)
         ]
         return tensors[0] if part.count is None else tensors
+
+    def _value(self, name: str, part: Part) -> Tensor:
+        value: Tensor = self._batch[PREFIX + name]
+        return from_int8(value, self._batch[PREFIX + name + SCALES]) if name in part.scaled else value
 
     def __iter__(self) -> Iterator[str]:
         return (path for path, part in self._parts.items() if all(key in self._batch for key in part.keys(path)))

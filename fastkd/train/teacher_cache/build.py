@@ -31,17 +31,19 @@ from fastkd.train.teacher_cache import description
 from fastkd.train.teacher_cache.keys import digest_of, sample_keys
 from fastkd.train.teacher_cache.measure import (
     Collate,
+    Recorded,
     check_independent,
     flatten,
     repeatable_keys,
-    rounded,
-    rounding_errors,
+    spread,
+    storage_errors,
 )
 from fastkd.train.teacher_cache.shards import DamagedShard, Shard, shard_path, write_shard
+from fastkd.train.teacher_cache.storage import Storage
 
 _SHARD_BYTES = 256 << 20  # a kill loses at most the shard that is being computed
 _SHARDS = 8  # at least, if there are so many batches: a share for several processes
-_DTYPES = {"teacher": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MEASURED = 3  # batches on which the errors of a storage are measured
 
 
 class _Plan(NamedTuple):
@@ -64,8 +66,7 @@ class Build:
         config: TrainConfig,
         collate: Collate | None,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(repr, _DTYPES))}, got {dtype!r}")
+        self.storage = Storage(dtype)
         if distiller.teacher is None or isinstance(distiller.teacher, RecordedTeacher):
             raise ValueError("a teacher cache needs a distiller with a teacher that runs")
         if is_sharded(unwrap(distiller.teacher)):
@@ -83,7 +84,7 @@ class Build:
             raise ValueError("the dataset is empty: there is nothing to cache")
         self.processes, self.device, self.precision = join(config)
         self.folder, self.distiller, self.dataset = folder, distiller, dataset
-        self.config, self.batch_size, self.dtype = config, config.batch_size, _DTYPES[dtype]
+        self.config, self.batch_size = config, config.batch_size
         self.count: int = len(dataset)  # type: ignore[arg-type]
         if collate is None:
             from fastkd.data import collate as default
@@ -127,9 +128,8 @@ class Build:
         """Check and measure the first batch; return identity, figures, and seconds per batch."""
         distiller, teacher = self.distiller, self.distiller.teacher
         assert teacher is not None
-        indices = [index % self.count for index in range(self.batch_size)]
         start = time.perf_counter()
-        host = self.collate([self.dataset[index] for index in indices])
+        host = self._batch_at(0)
         loading = time.perf_counter() - start
         check_batch(distiller, host)
         batch = self._to_device(host)
@@ -142,11 +142,11 @@ class Build:
             parts, tensors = self._record(batch)
             computing = time.perf_counter() - start
             change = check_independent(distiller, batch, tensors)
-            on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-            errors = rounding_errors(distiller, batch, parts, taps, on_device, self.dtype)
-        stored = {name: rounded(name, tensor, self.dtype) for name, tensor in tensors.items()}
+            errors = {} if self.storage.is_exact else storage_errors(distiller, taps, self._stored_batches())
+        self.recorded = {name: list(tensor.shape[1:]) for name, tensor in tensors.items()}
+        parts, stored = self.storage.parts(parts, tensors), self.storage.stored(tensors)
+        self.shapes = {name: list(tensor.shape[1:]) for name, tensor in stored.items()}
         size = sum(tensor[0].nbytes for tensor in stored.values())
-        self.parts, self.shapes = parts, {name: list(tensor.shape[1:]) for name, tensor in stored.items()}
         self.per_shard = self._samples_per_shard(size)
         self.shard_count = ceil_div(self.count, self.per_shard)
         names = list(self.inputs.values())
@@ -172,13 +172,14 @@ class Build:
                         "count": part.count,
                         "dtypes": [str(dtype).removeprefix("torch.") for dtype in part.dtypes],
                         "orders": [list(order) for order in part.orders],
+                        **({"scaled": list(part.scaled)} if part.scaled else {}),
                     }
                     for path, part in parts.items()
                 },
                 "shapes": self.shapes,
                 "taps": {name: list(target) for name, target in taps.items()},
             },
-            "dtype": str(self.dtype or "teacher").removeprefix("torch."),
+            "dtype": str(self.storage),
             "computed": {
                 "precision": self.precision,
                 "device": self.device.type,
@@ -198,6 +199,19 @@ class Build:
         if self.config.workers:
             return identity, measured, max(loading / self.config.workers, computing)
         return identity, measured, loading + computing
+
+    def _batch_at(self, start: int) -> dict[str, Any]:
+        """Return the samples from an index on, collated to a full batch."""
+        return self.collate([self.dataset[(start + n) % self.count] for n in range(self.batch_size)])
+
+    def _stored_batches(self) -> Iterator[tuple[dict[str, Any], Recorded, Recorded]]:
+        """Yield a few batches, each with what the teacher returns and with what is stored of it."""
+        for start in spread(self.count, _MEASURED):
+            batch = self._to_device(self._batch_at(start))
+            parts, tensors = self._record(batch)
+            both = Recorded(parts, tensors), Recorded(self.storage.parts(parts, tensors), self.storage.stored(tensors))
+            exact, stored = (Recorded(one.parts, to_device(one.tensors, self.device)) for one in both)
+            yield batch, exact, stored
 
     def _samples_per_shard(self, size: int) -> int:
         """Return a multiple of the batch size, of at most `_SHARD_BYTES` if a batch is smaller than that."""
@@ -283,7 +297,7 @@ class Build:
             )
         for name, error in measured["errors"].items():
             bar.print(
-                f"{name}, stored as {str(self.dtype).removeprefix('torch.')}: relative error of the loss "
+                f"{name}, stored as {self.storage}: relative error of the loss "
                 f"{error['loss']:.1e}, of its gradient {error['gradient']:.1e}"
             )
 
@@ -293,7 +307,7 @@ class Build:
         if needed > free:
             raise OSError(
                 f"{self.folder} needs {with_unit(needed)}, but the disk has {with_unit(free)} free: store fewer terms, "
-                "a narrower dtype (bf16 or fp16), or choose another disk"
+                "a narrower dtype (bf16, fp16 or int8), or choose another disk"
             )
 
     def _write(self, plans: list[_Plan], bar: Progress) -> None:
@@ -316,7 +330,8 @@ class Build:
                 _, tensors = self._record(self._to_device(host))
             for name, tensor in tensors.items():
                 self._check_tensor(name, tensor, plan)
-                rows.setdefault(name, []).append(rounded(name, tensor[: plan.used], self.dtype))
+            for name, tensor in self.storage.stored(tensors).items():
+                rows.setdefault(name, []).append(tensor[: plan.used])
             if step == len(plans) or plans[step].shard != plan.shard:
                 values = {name: torch.cat(each) for name, each in rows.items()}
                 write_shard(shard_path(self.folder, plan.shard), keys, values, self.fingerprint)
@@ -326,10 +341,10 @@ class Build:
     def _check_tensor(self, name: str, tensor: Tensor, plan: _Plan) -> None:
         """Raise ``ValueError`` for NaN, +Inf or a size that differs from the first batch's."""
         where = f"{name!r} of the teacher on samples {plan.indices[0]} to {plan.indices[plan.used - 1]}"
-        if self.shapes.get(name) != list(tensor.shape[1:]):
+        if self.recorded.get(name) != list(tensor.shape[1:]):
             raise ValueError(
                 f"{where} has shape {tuple(tensor.shape[1:])} per sample, on the first batch "
-                f"{tuple(self.shapes.get(name, ()))}: cache samples of one size (one image_size, padded sentences)"
+                f"{tuple(self.recorded.get(name, ()))}: cache samples of one size (one image_size, padded sentences)"
             )
         if tensor.is_floating_point() and bool((tensor.isnan() | (tensor == torch.inf)).any()):
             raise ValueError(f"{where} holds NaN or Inf")

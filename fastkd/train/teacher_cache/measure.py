@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,21 +102,6 @@ def _memory_order(tensor: Tensor) -> tuple[int, ...]:
     return order if tensor.permute(order).is_contiguous() else tuple(range(tensor.ndim))
 
 
-def rounded(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a floating-point tensor in a narrower dtype, any other as it is.
-
-    Raises:
-        ValueError: a finite value becomes infinite.
-    """
-    if dtype is None or not value.is_floating_point() or value.dtype.itemsize <= dtype.itemsize:
-        return value
-    narrow = value.to(dtype)
-    if bool((narrow.isinf() & value.isfinite()).any()):
-        largest = float(value[value.isfinite()].abs().max())
-        raise ValueError(f"{name!r} of the teacher has values of {largest:.3g}, outside the range of {dtype}: use bf16")
-    return narrow
-
-
 def check_independent(distiller: Distiller, batch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> float:
     """Run the teacher on the batch in reverse order; return the largest change, relative to the largest value.
 
@@ -147,40 +133,59 @@ def _reversed(value: Any, size: int) -> Any:
     return value[::-1] if isinstance(value, list) and len(value) == size else value
 
 
-def rounding_errors(
+class Recorded(NamedTuple):
+    """What was recorded on one batch: its parts, and its tensors by name, on the batch's device."""
+
+    parts: Mapping[str, Part]
+    tensors: Mapping[str, Tensor]
+
+
+def storage_errors(
     distiller: Distiller,
-    batch: Mapping[str, Any],
-    parts: Mapping[str, Part],
     taps: Mapping[str, tuple[str, int | str | None]],
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
+    recorded: Iterable[tuple[Mapping[str, Any], Recorded, Recorded]],
 ) -> dict[str, dict[str, float]]:
-    """Return the relative error of each term's loss and gradient if the teacher's output is stored in a dtype."""
-    if dtype is None:
-        return {}
-    recorded = distiller.with_teacher(RecordedTeacher(parts, taps))
+    """Return the relative error of each term's loss and gradient that storing causes, over a few batches.
+
+    Args:
+        distiller: its student and terms.
+        taps: the teacher's taps.
+        recorded: batches, each with what the teacher returned and with what is stored of it.
+    """
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]
-    found: list[dict[str, tuple[Tensor, Tensor]]] = []
-    for stored in (tensors, {name: rounded(name, value, dtype) for name, value in tensors.items()}):
-        with preserve_state(distiller), torch.enable_grad(), uncompiled(), alone():
-            output = recorded({**batch, **{PREFIX + name: value for name, value in stored.items()}})
-            found.append({name: (term.detach(), _gradient(term, parameters)) for name, term in output.terms.items()})
-    exact, stored_values = found
+    squares: dict[tuple[str, str], list[float]] = {}  # of the difference, of the exact value; summed over batches
+    for batch, *both in recorded:
+        exact, stored = (_term_gradients(distiller, taps, batch, one, parameters) for one in both)
+        for key, value in exact.items():
+            total = squares.setdefault(key, [0.0, 0.0])
+            total[0] += float((stored[key] - value).square().sum())
+            total[1] += float(value.square().sum())
     return {
-        name: {
-            "loss": _relative(stored_values[name][0], exact[name][0]),
-            "gradient": _relative(stored_values[name][1], exact[name][1]),
-        }
-        for name in exact
+        name: {kind: math.sqrt(_ratio(*squares[name, kind])) for kind in ("loss", "gradient")}
+        for name in distiller.terms
     }
+
+
+def _term_gradients(
+    distiller: Distiller,
+    taps: Mapping[str, tuple[str, int | str | None]],
+    batch: Mapping[str, Any],
+    recorded: Recorded,
+    parameters: Sequence[Tensor],
+) -> dict[tuple[str, str], Tensor]:
+    """Return each term's loss and gradient, as vectors in fp64."""
+    with preserve_state(distiller), torch.enable_grad(), uncompiled(), alone():
+        teacher = distiller.with_teacher(RecordedTeacher(recorded.parts, taps))
+        output = teacher({**batch, **{PREFIX + name: value for name, value in recorded.tensors.items()}})
+        losses = {(name, "loss"): term.detach().double() for name, term in output.terms.items()}
+        return losses | {(name, "gradient"): _gradient(term, parameters) for name, term in output.terms.items()}
+
+
+def _ratio(difference: float, exact: float) -> float:
+    return difference / max(exact, 1e-300)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return the gradient as one vector."""
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return torch.cat([g.detach().reshape(-1).double() for g in gradients if g is not None])
-
-
-def _relative(value: Tensor, exact: Tensor) -> float:
-    difference = torch.linalg.vector_norm(value.double() - exact.double())
-    return float(difference / torch.linalg.vector_norm(exact.double()).clamp_min(1e-300))

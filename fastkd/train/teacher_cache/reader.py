@@ -15,7 +15,7 @@ from fastkd._integers import ceil_div
 from fastkd._messages import shortened
 from fastkd._wrappers import unwrap
 from fastkd.distill.distiller import Distiller
-from fastkd.distill.recorded import PREFIX, Part, RecordedTeacher, part_names
+from fastkd.distill.recorded import PREFIX, Part, RecordedTeacher
 from fastkd.distill.terms import teacher_paths
 from fastkd.distill.words import is_sentence, teacher_keys
 from fastkd.errors import FastKDWarning
@@ -27,7 +27,7 @@ from fastkd.train.teacher_cache.keys import digest_of, sample_keys
 from fastkd.train.teacher_cache.measure import Collate, spread
 from fastkd.train.teacher_cache.shards import Shard, shard_path
 
-Dtype = Literal["teacher", "bf16", "fp16"]
+Dtype = Literal["teacher", "bf16", "fp16", "int8"]
 _FIX = "cache it too (fastkd cache, with all terms of the run)"
 _IDS = ("ref_id", "sent_id", "image_id")
 
@@ -66,7 +66,10 @@ class TeacherCache(RecordedTeacher):
         content = description.read_description(self.folder)
         parts = {
             path: Part(
-                term["count"], tuple(getattr(torch, name) for name in term["dtypes"]), tuple(map(tuple, term["orders"]))
+                term["count"],
+                tuple(getattr(torch, name) for name in term["dtypes"]),
+                tuple(map(tuple, term["orders"])),
+                tuple(term.get("scaled", ())),
             )
             for path, term in content["terms"]["paths"].items()
         }
@@ -116,8 +119,8 @@ class TeacherCache(RecordedTeacher):
 
         Shards appear one by one, each complete. A build that was stopped or killed continues with the missing shards
         when it is called again. Under ``accelerate launch`` or ``torchrun``, every process builds its share of the
-        shards; they need a common file system. Size, time and, for a narrower dtype, the relative error of each
-        term's loss and gradient are measured on the first batch and printed before the work begins.
+        shards; they need a common file system. Size and time, measured on the first batch, and for a narrower dtype
+        the relative error of each term's loss and gradient over three batches are printed before the work begins.
 
         Args:
             folder: the cache's folder.
@@ -126,7 +129,8 @@ class TeacherCache(RecordedTeacher):
             batch_size: samples per forward of the teacher. With the runs' size of a micro-batch, precision, memory
                 format, device and CPU threads, their results are those of a teacher online, bit for bit; other values
                 may change the last digits.
-            dtype: "teacher" stores the teacher's own dtype, "bf16" and "fp16" half of fp32's size.
+            dtype: "teacher" stores the teacher's own dtype, "bf16" and "fp16" half of fp32's size, "int8" about 30 %
+                of it: codes, with a scale for each group of at least 16 values.
             device: as in `TrainConfig`.
             precision: as in `TrainConfig`.
             channels_last: as in `TrainConfig`.
@@ -195,7 +199,7 @@ class TeacherCache(RecordedTeacher):
             raise ValueError(self._not_cached(batch, keys, rows.index(-1)))
         found = {}
         for path in paths:
-            for name in part_names(path, self.parts[path].count):
+            for name in self.parts[path].names(path):
                 found[PREFIX + name] = torch.stack([self._row(name, row) for row in rows])
         return found
 
