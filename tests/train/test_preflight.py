@@ -145,6 +145,14 @@ def test_teacher_and_student_must_be_two_models() -> None:
         Distiller(model, model, segmentation_loss)
 
 
+def test_validation_set_is_checked_too() -> None:
+    validation = Scenes()
+    validation.sentences = "random"
+    config = TrainConfig(batch_size=8, device="cpu")
+    with pytest.raises(ValueError, match="use sentences='all'"):
+        preflight(make(), Scenes(), config, val_dataset=validation, collate=collate)
+
+
 def test_correct_runs_are_not_refused() -> None:
     checked(make(teacher=untrained_teacher()), allow_untrained_teacher=True)
     checked(make(summed))  # one micro-batch in one process
