@@ -44,6 +44,7 @@ class TestEnvironment:
         }
         assert resolve(default, accumulate=4, device="cpu", precision="bf16") == ("cpu", "bf16")
         assert resolve({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, accumulate=4, device="cpu") == ("cpu", "fp32")
+        assert resolve({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, device="cpu", compile_student=True) == ("cpu", "fp32")
         assert resolve({"ACCELERATE_MIXED_PRECISION": "bf16"}, device="cpu") == ("cpu", "bf16")
         assert resolve({"ACCELERATE_MIXED_PRECISION": "fp16"}, device="cpu") == ("cpu", "fp16")
 
@@ -71,6 +72,7 @@ class TestEnvironment:
             ("ACCELERATE_USE_MEGATRON_LM", "true", {}),
             ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", {}),
             ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", {}),
+            ("ACCELERATE_DYNAMO_BACKEND", "EAGER", {"compile_student": True}),
         ],
     )
     def test_rejects_contradictions(self, variable: str, value: str, settings: dict[str, Any]) -> None:

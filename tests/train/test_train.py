@@ -78,6 +78,13 @@ class TestAccumulation:
         model.student.norm = torch.nn.BatchNorm2d(4)
         with pytest.warns(FastKDWarning, match=r"1 BatchNorm layers \(norm\) normalise within each micro-batch of 2"):
             run(model, accumulate=4, steps=1)
+        model.train()
+        with pytest.warns(FastKDWarning, match="normalise within each micro-batch of 4"):  # of both processes
+            warn_of_micro_batches(model, TrainConfig(batch_size=8, accumulate=2, sync_batchnorm=True), 2)
+        with pytest.warns(FastKDWarning, match="normalise within the 15 samples of each process"):
+            warn_of_micro_batches(model, TrainConfig(batch_size=30), 2)
+        warn_of_micro_batches(model, TrainConfig(batch_size=32), 2)
+        warn_of_micro_batches(model, TrainConfig(batch_size=8, sync_batchnorm=True), 2)
         pooled = distiller()
         pooled.terms["kd"] = replace(pooled.terms["kd"], kwargs={"cross_image": True})
         with pytest.warns(FastKDWarning, match=r"accumulate=2: 'kd' \(across_batch or cross_image\) compares within"):
