@@ -204,3 +204,17 @@ def test_biases_scales_and_causality_are_passed_on() -> None:
         tapped_attention_kd(student, TappedAttention(k, q, None, None, False))
     with pytest.raises(TypeError, match=r"teacher: expected a TappedAttention, .* got Tensor"):
         tapped_attention_kd(student, q)
+
+
+def test_recorded_teachers_hold_queries_and_keys() -> None:
+    """A teacher cache stores tensors, so its terms select them one by one."""
+    student, teacher = vit(), vit(reg_tokens=4).requires_grad_(False)
+    options = {"inputs": ("x",), "student_taps": {"last": AttentionTap("blocks.1.attn", "1:")},
+               "teacher_taps": {"last": AttentionTap("blocks.1.attn", "5:")}}  # fmt: skip
+    task, batch = lambda output, batch: output.square().mean(), {"x": IMAGES[..., :16, :16]}
+    distiller = Distiller(student, teacher, task, [Term(attention_kd, ("last.q", "last.k"))], **options)
+    recorded = distiller.record_teacher(batch)
+    assert {path: tuple(x.shape) for path, x in recorded.items()} == {"last.q": (2, 3, 16, 8), "last.k": (2, 3, 16, 8)}
+    assert distiller.teacher_tap_targets == {"last": ("blocks.1.attn", "5:")}
+    whole = Distiller(student, teacher, task, [Term(tapped_attention_kd, "last")], **options)
+    torch.testing.assert_close(distiller(batch).loss, whole(batch).loss)

@@ -59,6 +59,21 @@ def test_every_family_has_the_functions_of_every_backend(family: str, name: str)
         assert inspect.signature(getattr(calls, function)) == inspect.signature(getattr(native, function))
 
 
+def test_a_backend_without_a_family_is_skipped_without_a_warning(fresh: pytest.MonkeyPatch) -> None:
+    absent = [(family, b.name) for b in BACKENDS.values() for family in b.families_without_kernels]
+    assert sorted(absent) == [("attention_kl", "cuda"), ("attention_kl", "triton")]
+    for family, name in absent:
+        fresh.setitem(dispatch.AUTO_ORDER, "cpu", (name, "reference"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choose(family, "auto", X) == "reference"
+        fresh.setattr(BACKENDS[name], "device_type_reason", lambda *_: None)
+        with pytest.raises(
+            fastkd.BackendUnavailable, match=f"cannot run {family} on cpu: it has no {family} kernels; use"
+        ):
+            choose(family, name, X)
+
+
 def test_a_new_backend_needs_only_its_object(monkeypatch: pytest.MonkeyPatch) -> None:
     never = lambda *_: None
     monkeypatch.setitem(BACKENDS, "npu", Backend("npu", "npu", never, never, never, frozenset({"relation"})))
