@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _TAR_FIELDS = {
     "sentence": ("txt", "sentence", "sentences.txt"),
     "id": ("__key__",),
 }
+_URL = re.compile(r"(https?|s3|gs|hf)://[\w./:@%+=&?~#,-]+")
 _PARQUET_FIELDS = {name: (name,) for name in _TAR_FIELDS}
 
 
@@ -62,7 +64,7 @@ def find_shards(source: str | os.PathLike[str]) -> list[Shard]:
     if index.name.endswith(".json") and index.is_file():
         shards = _read_index(index)
     elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (TAR, PARQUET))
+        files = sorted(file for file in path.absolute().iterdir() if file.suffix in (TAR, PARQUET))
         shards = [Shard(str(file), _count(file)) for file in files]
     else:
         raise FileNotFoundError(f"no folder of shards and no {INDEX} at {path}")
@@ -146,7 +148,7 @@ def write_shards(
             raise ValueError("write_shards got no samples")
         index = {"format": 1, "shards": [{"path": shard.path, "samples": shard.samples} for shard in shards]}
         (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return [Shard(str(path / shard.path), shard.samples) for shard in shards]
+    return [Shard(str(path.absolute() / shard.path), shard.samples) for shard in shards]
 
 
 def decode_mask(content: bytes) -> np.ndarray:
@@ -158,8 +160,19 @@ def decode_mask(content: bytes) -> np.ndarray:
 
 
 def is_url(path: str) -> bool:
-    """Return whether a shard's path is a URL or a pipe."""
-    return "://" in path or path.startswith("pipe:")
+    """Return whether a shard's path is a URL.
+
+    Raises:
+        ValueError: it is one that webdataset might pass to a shell: an index may come from elsewhere.
+    """
+    if "://" not in path and not path.startswith("pipe:"):
+        return False
+    if not _URL.fullmatch(path):
+        raise ValueError(
+            f"{path!r} is not a URL that shards are read from: expected http, https, s3, gs or hf and no "
+            "quotes, spaces or other characters that a shell interprets; commands (pipe:) are not run"
+        )
+    return True
 
 
 def _read_index(index: Path) -> list[Shard]:
@@ -170,7 +183,8 @@ def _read_index(index: Path) -> list[Shard]:
         raise ValueError(
             f'{index} is not an index of shards ({error!r}): expected {{"shards": [{{"path": …, "samples": …}}]}}'
         ) from error
-    return [Shard(s.path if is_url(s.path) else str(index.parent / s.path), s.samples) for s in shards]
+    folder = index.parent.absolute()
+    return [Shard(s.path if is_url(s.path) else str(folder / s.path), s.samples) for s in shards]
 
 
 def _count(file: Path) -> int:

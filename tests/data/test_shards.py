@@ -22,7 +22,7 @@ pytest.importorskip("pyarrow", reason="needs the [stream] extra")
 from stream_tools import Words, pictures
 
 from fastkd.data import ShardDataset, collate, write_shards
-from fastkd.data.shards import decode_mask, find_shards
+from fastkd.data.shards import Shard, decode_mask, find_shards
 
 
 def dataset(folder: Path, **options: Any) -> ShardDataset:
@@ -173,6 +173,12 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     (folder / "shard-00001.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard-00001.tar, which does not exist"):
         dataset(folder)
+    for path in ("pipe:touch x", "https://host/a'; touch x; '.tar", "file:///etc/passwd"):
+        (folder / "index.json").write_text(json.dumps({"shards": [{"path": path, "samples": 1}]}))
+        with pytest.raises(ValueError, match="is not a URL that shards are read from"):
+            dataset(folder)
+    (folder / "index.json").write_text(json.dumps({"shards": [{"path": "https://host/a.tar", "samples": 1}]}))
+    assert dataset(folder).shards == [Shard("https://host/a.tar", 1)]
     (folder / "index.json").write_text("[]")
     with pytest.raises(ValueError, match="is not an index of shards"):
         dataset(folder)
