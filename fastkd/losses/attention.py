@@ -95,6 +95,8 @@ def attention_kd(
     key_mask, query_mask = _masks(key_mask, query_mask, causal, student_q, student_k)
     student_scale, teacher_scale = _scales(scale, student_q, teacher_q)
     if teacher_temperature is not None:  # the operator takes one temperature for both networks
+        if checks.differentiates_temperature(backend, student_temperature, teacher_temperature):
+            backend = "reference"  # kernels have no gradient of the scales
         ratio = student_temperature / teacher_temperature
         teacher_scale = teacher_scale * ratio
         if teacher_bias is not None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd import BackendUnavailable
 from fastkd.losses import AttentionKD, attention_kd, pixel_relation_kd
 
 B, H, N, M, D = 2, 3, 4, 6, 5
@@ -42,15 +43,17 @@ def test_temperatures() -> None:
     torch.testing.assert_close(attention_kd(q_s, k_s, q_t, k_t, temperature=(0.5, 2)), kl(e_s * 2, e_t / 2).mean())
 
 
-def test_a_temperature_that_requires_grad_is_learned() -> None:
-    temperatures = [torch.tensor(0.7, requires_grad=True), torch.tensor(1.5, requires_grad=True)]
+@pytest.mark.parametrize("learned", [(0,), (1,), (0, 1)])
+def test_a_temperature_that_requires_grad_is_learned(learned: tuple[int, ...]) -> None:
+    temperatures = [torch.tensor(t, requires_grad=i in learned) for i, t in enumerate((0.7, 1.5))]
     args = features()
     loss = attention_kd(*args, temperature=(temperatures[0], temperatures[1]))
-    grads = torch.autograd.grad(loss, temperatures)
-    for i, grad in enumerate(grads):
+    for i, grad in zip(learned, torch.autograd.grad(loss, [temperatures[i] for i in learned]), strict=True):
         steps = [[t.item() + (i == j) * step for j, t in enumerate(temperatures)] for step in (1e-2, -1e-2)]
         high, low = (attention_kd(*(x.double() for x in args), temperature=tuple(step)) for step in steps)
         torch.testing.assert_close(grad.double(), (high - low) / 2e-2, rtol=1e-3, atol=1e-4)
+    with pytest.raises(BackendUnavailable, match="no gradient with respect to the temperature"):
+        attention_kd(*args, temperature=(temperatures[0], temperatures[1]), backend="cpu")
 
 
 def test_scales() -> None:
@@ -164,3 +167,16 @@ def test_masked_queries_may_see_no_key() -> None:
     mask = torch.tensor([[False] * 3 + [True] * 3, [True] * 6])
     loss = attention_kd(*features(), causal=True, key_mask=mask, query_mask=mask[:, 2:])
     assert loss.isfinite()
+
+
+def test_temperatures_in_a_pair_may_change_under_compile() -> None:
+    args = [x.requires_grad_(i < 2) for i, x in enumerate(features())]
+    step = lambda args, pair: attention_kd(*args, temperature=pair)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for i, pair in enumerate(((1.0, 2.0), (1.5, 2.5), (0.7, 3.0))):
+        with torch._dynamo.config.patch(error_on_recompile=i >= 2):
+            loss = compiled(args, pair)
+        want = step(args, pair)
+        torch.testing.assert_close(loss, want)
+        for a, b in zip(torch.autograd.grad(loss, args[:2]), torch.autograd.grad(want, args[:2]), strict=True):
+            torch.testing.assert_close(a, b)
