@@ -160,6 +160,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "ShardDataset.set_epoch": "(self, epoch)",
         "ShardDataset.check_readers": "(self, readers)",
         "ShardDataset.read": "(self, reader, readers, start=0)",
+        "ShardDataset.serve": "(self, reader, readers, start=0, skip_bad=False)",
         "ShardDataset.order": "(self, reader, readers, start=0)",
         "ShardDataset.settings": "(self)",
         "Tokenizer": "(inner, name, keep_end=False)",

@@ -306,8 +306,11 @@ def _chunks(samples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[
 def _write_tar(path: Path, samples: list[dict[str, Any]]) -> None:
     with tarfile.open(path, "w") as archive:
         for sample in samples:
-            with Image.open(io.BytesIO(sample["image"])) as image:
-                extension = {"JPEG": "jpg", "WEBP": "webp"}.get(image.format or "", "png")
+            try:
+                with Image.open(io.BytesIO(sample["image"])) as image:
+                    extension = {"JPEG": "jpg", "WEBP": "webp"}.get(image.format or "", "png")
+            except Exception as error:  # Pillow raises many types for damaged files
+                raise ValueError(f"sample {sample['id']!r}: its image cannot be read ({error})") from error
             text = "".join(line + "\n" for line in sample["sentence"]).encode()
             for name, content in ((extension, sample["image"]), ("mask.png", sample["mask"]), ("txt", text)):
                 member = tarfile.TarInfo(f"{sample['id']}.{name}")

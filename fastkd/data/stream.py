@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,6 +20,15 @@ from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.images import read_image, to_square
 from fastkd.data.shards import Shard, decode_mask, find_shards, read_shard
 from fastkd.data.tokenizer import Tokenizer
+
+_TRIES = 10  # if so many samples in a row cannot be decoded, the shards are at fault
+
+
+class Replaced(NamedTuple):
+    """A sample that could not be decoded: its number, and the error."""
+
+    number: int
+    error: str
 
 
 class ShardDataset(Prepared, IterableDataset[dict[str, Any]]):
@@ -106,7 +116,7 @@ class ShardDataset(Prepared, IterableDataset[dict[str, Any]]):
         workers = 1 if worker is None else worker.num_workers
         reader, readers = rank * workers + (0 if worker is None else worker.id), ranks * workers
         self.check_readers(readers)
-        return self._read_pass(self.epoch, reader, readers, 0)
+        return (self._sample(raw, self.epoch) for _, raw in self._read_pass(self.epoch, reader, readers, 0))
 
     def check_readers(self, readers: int) -> None:
         """Raise ``ValueError`` if there are more readers than shards."""
@@ -118,10 +128,35 @@ class ShardDataset(Prepared, IterableDataset[dict[str, Any]]):
 
     def read(self, reader: int, readers: int, start: int = 0) -> Iterator[dict[str, Any]]:
         """Yield the samples of one of several readers, pass after pass, from its ``start``-th on."""
-        number, start = self._locate(reader, readers, start)
+        return (sample for sample, _ in self.serve(reader, readers, start))
+
+    def serve(
+        self, reader: int, readers: int, start: int = 0, skip_bad: bool = False
+    ) -> Iterator[tuple[dict[str, Any], Replaced | None]]:
+        """Yield what `read` yields, and which sample each one replaces.
+
+        With ``skip_bad``, a sample that cannot be decoded is replaced by the reader's next one that can, which is also
+        served in its own turn, so the order of the others does not change.
+        """
+        following = self._read_raw(reader, readers, start)
+        ahead: deque[tuple[int, int, dict[str, Any]]] = deque()
         while True:
-            yield from self._read_pass(number, reader, readers, start)
-            number, start = number + 1, 0
+            errors: list[Replaced] = []
+            for turn in range(_TRIES):
+                if len(ahead) == turn:
+                    ahead.append(next(following))
+                number, index, raw = ahead[turn]
+                try:
+                    sample = self._sample(raw, number)
+                    break
+                except ValueError as error:
+                    errors.append(Replaced(index, f"sample {index} (id {raw['id']}): {error}"))
+                    if not skip_bad or len(errors) == _TRIES:
+                        if skip_bad:
+                            error.add_note(f"{_TRIES} samples in a row cannot be decoded, so none is skipped.")
+                        raise
+            ahead.popleft()
+            yield sample, errors[0] if errors else None
 
     def order(self, reader: int, readers: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield pass and number of the samples that `read` yields, without reading them.
@@ -165,10 +200,19 @@ class ShardDataset(Prepared, IterableDataset[dict[str, Any]]):
             next(order)
         return order
 
-    def _read_pass(self, number: int, reader: int, readers: int, start: int) -> Iterator[dict[str, Any]]:
+    def _read_raw(self, reader: int, readers: int, start: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield pass, number and content of the samples of a reader."""
+        number, start = self._locate(reader, readers, start)
+        while True:
+            for index, raw in self._read_pass(number, reader, readers, start):
+                yield number, index, raw
+            number, start = number + 1, 0
+
+    def _read_pass(self, number: int, reader: int, readers: int, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield number and content of the samples of a reader in a pass."""
         own = self._own_shards(number, reader, readers)
         ends = list(accumulate(self.shards[s].samples for s in own))
-        order = self._shuffle(number, reader, readers, ends[-1], start)
+        order, numbers = self._shuffle(number, reader, readers, ends[-1], start), self._numbers(number, reader, readers)
         waiting, unread = set(order.held), order.following  # all others have been served
         first = min(waiting, default=unread)
         skipped = sum(end <= first for end in ends)  # shards that are not needed any more
@@ -179,7 +223,7 @@ class ShardDataset(Prepared, IterableDataset[dict[str, Any]]):
                 at, raw = next(sequence)
                 if at >= unread or at in waiting:
                     held[at] = raw
-            yield self._sample(held.pop(position), number)
+            yield numbers[position], held.pop(position)
         for _ in sequence:  # a shard with more samples than counted is an error
             pass
 

@@ -15,6 +15,7 @@ from fastkd.distill.distiller import Distiller
 from fastkd.train.config import TrainConfig
 from fastkd.train.feed import Feed
 from fastkd.train.optim import BatchOrder, check_batch_size
+from fastkd.train.samples import BadSample
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
@@ -34,11 +35,6 @@ def feed_for(
         ValueError: the dataset or its size does not fit the configuration.
     """
     if isinstance(dataset, ShardDataset):
-        if config.skip_bad_samples:
-            raise ValueError(
-                "skip_bad_samples=True needs a dataset with random access; remove damaged samples from the shards, or "
-                "set skip_bad_samples=False"
-            )
         stream = StreamOrder(dataset, config, rank, ranks)
         return StreamFeed(dataset, stream, config, collate, distiller, device)
     if isinstance(dataset, IterableDataset):
@@ -86,6 +82,10 @@ class StreamOrder(BatchOrder):
         turn, worker = divmod(batch, self.workers)
         return self.rank * self.workers + worker, turn * self.size
 
+    def serve(self, reader: int, start: int) -> Iterator[Any]:
+        """Return the samples of a reader from a position on; see `ShardDataset.serve`."""
+        return self.dataset.serve(reader, self.readers, start, self.config.skip_bad_samples)
+
     def position(self, step: int) -> tuple[int, int]:
         """Return the pass in which a step begins, and 0."""
         reader, start = self.start(step * self.config.accumulate)
@@ -114,7 +114,7 @@ class StreamFeed(Feed):
         loader = DataLoader(
             _Readers(self.order, step * self.config.accumulate),
             batch_size=self.order.size,
-            collate_fn=self._collate,
+            collate_fn=_Collate(self._collate),
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
@@ -125,17 +125,27 @@ class StreamFeed(Feed):
     def reload(self, step: int, micro: int) -> dict[str, Any]:
         """Return a micro-batch of an earlier step, counted from 0."""
         reader, start = self.order.start(step * self.config.accumulate + micro)
-        samples = islice(self.order.dataset.read(reader, self.order.readers, start), self.order.size)
-        return self._ready(self._collate(list(samples)))
+        served = self.order.serve(reader, start)
+        return self._ready(_Collate(self._collate)(list(islice(served, self.order.size))))
 
 
-class _Readers(IterableDataset[dict[str, Any]]):
+class _Collate:
+    """Collate what `ShardDataset.serve` yields: samples, followed by a `BadSample` for each one that was replaced."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, served: list[Any]) -> dict[str, Any]:
+        """Return the batch."""
+        return self.collate([sample for sample, _ in served] + [BadSample(*each) for _, each in served if each])
+
+
+class _Readers(IterableDataset[Any]):
     """The readers of one process; a loader takes a micro-batch of each in turn, the first one from worker 0."""
 
     def __init__(self, order: StreamOrder, batch: int) -> None:
         self.order, self.batch = order, batch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        reader, start = self.order.start(self.batch + (0 if worker is None else worker.id))
-        return self.order.dataset.read(reader, self.order.readers, start)
+        return self.order.serve(*self.order.start(self.batch + (0 if worker is None else worker.id)))

@@ -195,6 +195,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"id": "a.b"}, "id 'a.b' occurs twice, is empty, holds"),
+        ({"image": b"no image"}, "sample 's0': its image cannot be read"),
         ({"sentence": ["one\ntwo"]}, "sentence must be one or more lines of text"),
         ({"mask": np.zeros((8, 8))}, r"mask must be \(H, W\) bool, got float64"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from train_tools import distiller, run, same, toy
 
 from fastkd import Distiller, Term
 from fastkd.data import ShardDataset, write_shards
+from fastkd.errors import FastKDWarning
 from fastkd.train import TeacherCache, TrainConfig, segmentation_loss
 from fastkd.train.balance import balance_on
 from fastkd.train.loop import train
@@ -129,8 +131,6 @@ def test_unsuitable_settings_are_refused(tmp_path: Path) -> None:
         train_on(toy(), stream(folder), workers=3)
     with pytest.raises(ValueError, match="has 8 samples, fewer than one batch of 16"):
         train_on(toy(), stream(folder), batch_size=16)
-    with pytest.raises(ValueError, match="skip_bad_samples=True needs a dataset with random access"):
-        train_on(toy(), stream(folder), skip_bad_samples=True)
 
     class Endless(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
@@ -142,6 +142,30 @@ def test_unsuitable_settings_are_refused(tmp_path: Path) -> None:
         TeacherCache.build(tmp_path / "cache", distiller(), stream(folder))
     with pytest.raises(ValueError, match="train_dataset is a Endless, an IterableDataset"):
         run(toy(), Endless())
+
+
+def test_samples_that_cannot_be_decoded_are_replaced_and_listed(tmp_path: Path) -> None:
+    samples = pictures(30)
+    for number in (4, 5, 17):
+        samples[number]["image"] = b"\x89PNG" + bytes(9)
+    write_shards(samples, tmp_path / "shards", samples_per_shard=4, format="parquet")
+    data, settings = stream(tmp_path / "shards"), {"skip_bad_samples": True, "workers": 2, "steps": 9}
+    with pytest.raises(ValueError, match=r"sample 's[0-9]+' of .* can't be decoded"):
+        train_on(toy(), data)
+    whole, resumed = toy(), toy(1)
+    with pytest.warns(FastKDWarning, match=r"cannot be read and are replaced, such as sample [0-9]+ \(id s"):
+        result = train_on(whole, data, **settings)
+    assert set(result.bad_samples) == {4, 5, 17}
+    with pytest.warns(FastKDWarning):
+        train_on(toy(), data, tmp_path / "run", **{**settings, "steps": 4})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastKDWarning)  # perhaps: what was reported before is not reported again
+        train_on(resumed, data, tmp_path / "run", **settings, resume=True, resume_allow=["steps"])
+    assert same(whole, resumed)
+    order = [n for _, n in take(data.order(0, 1), 31)]
+    served = [sample["id"] for sample, _ in take(data.serve(0, 1, skip_bad=True), 30)]
+    for turn, name in enumerate(served):  # a bad sample's turn goes to the next good one, which keeps its own
+        assert name == next(f"s{n}" for n in order[turn:] if n not in (4, 5, 17))
 
 
 def test_a_teacher_cache_of_the_samples_serves_their_shards(tmp_path: Path) -> None:
