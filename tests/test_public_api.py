@@ -279,9 +279,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "Taps.close": "(self)",
         "TeacherCache": "(folder, teacher=None)",
         "TeacherCache.build": (
-            "(cls, folder, distiller, dataset, *, batch_size=16, dtype='teacher', device='auto', precision='auto', "
-            "channels_last=False, workers=0, threads=None, collate=None, overwrite=False, progress=True, notes=None, "
-            "allow_untrained_teacher=False)"
+            "(cls, folder, distiller, dataset, *, batch_size=16, dtype='teacher', pca=None, device='auto', "
+            "precision='auto', channels_last=False, workers=0, threads=None, collate=None, overwrite=False, "
+            "progress=True, notes=None, allow_untrained_teacher=False)"
         ),
         "TeacherCache.collate": "(self, collate, distiller)",
         "TeacherCache.read": "(self, batch, inputs, paths)",

@@ -165,6 +165,26 @@ def show_taps(taps: Mapping[str, TapTarget]) -> list[str]:
     ]
 
 
+def parse_ranks(texts: Sequence[str]) -> dict[str, int]:
+    """Convert ``["stages.2=32"]`` to a dict of path to rank.
+
+    Raises:
+        ValueError: an entry is not path=rank, or a path is repeated.
+    """
+    ranks: dict[str, int] = {}
+    for text in texts:
+        path, _, rank = text.partition("=")
+        if not path or path in ranks or not rank.isdigit():
+            raise ValueError(f"pca: expected each path once, as path=rank (stages.2=32), got {text!r}")
+        ranks[path] = int(rank)
+    return ranks
+
+
+def show_ranks(ranks: Mapping[str, int]) -> list[str]:
+    """Return the texts that `parse_ranks` reads."""
+    return [f"{path}={rank}" for path, rank in ranks.items()]
+
+
 def _flag(
     metavar: str, kind: type[Any], parse: Callable[[Sequence[str]], Any], show: Callable[[Any], list[str]]
 ) -> Any:
@@ -180,6 +200,7 @@ def _flag(
 
 Terms = Annotated[dict[str, TermSettings], _flag("NAME=SHARE", dict, parse_terms, show_terms)]
 TapPaths = Annotated[dict[str, TapTarget], _flag("NAME=PATH", dict, parse_taps, show_taps)]
+Ranks = Annotated[dict[str, int], _flag("PATH=RANK", dict, parse_ranks, show_ranks)]
 TaskSchedule = Annotated[ScheduleSettings, _flag("KEY=VALUE", ScheduleSettings, parse_schedule, _show)]
 
 

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from fastkd._console import show
 from fastkd.cli._config_file import ConfigFile, config_of, with_defaults
 from fastkd.cli._data import Data
-from fastkd.cli._settings import DistillSettings, TapPaths, Terms, TermSettings
+from fastkd.cli._settings import DistillSettings, Ranks, TapPaths, Terms, TermSettings
 from fastkd.train.config import Precision, TrainConfig
 
 _TERMS = {"first_order": TermSettings()}
 _NO_TAPS: dict[str, Any] = {}
+_NO_RANKS: dict[str, int] = {}
 
 
 def cache(
@@ -28,6 +29,7 @@ def cache(
     teacher_taps: TapPaths = _NO_TAPS,
     teacher_tokenizer: str | None = None,
     dtype: Literal["teacher", "bf16", "fp16", "int8"] = "teacher",
+    pca: Ranks = _NO_RANKS,
     batch_size: int = 16,
     device: str = "auto",
     precision: Precision = "auto",
@@ -56,6 +58,8 @@ def cache(
         teacher_tokenizer: as in ``fastkd distill``.
         dtype: "teacher" stores the teacher's own dtype and gives the results of a teacher online; "bf16" and "fp16"
             take half of fp32's size, "int8" with scales about 30 %; their error is measured and printed.
+        pca: path=rank, such as ``stages.2=32``: keep so many principal directions of a map's channels, for the terms
+            ``channel`` and ``pixel_relation``; the error is measured and printed.
         batch_size: samples per forward of the teacher. With the runs' batch size, precision, memory format and threads
             their results are bit-identical to those of a teacher online; other values may change the last digits.
         device: "auto", "cpu", "cuda", ...
@@ -85,6 +89,7 @@ def cache(
         samples,
         batch_size=batch_size,
         dtype=dtype,
+        pca=pca,
         device=device,
         precision=precision,
         channels_last=channels_last,

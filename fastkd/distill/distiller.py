@@ -19,7 +19,7 @@ from fastkd.distill.recorded import RecordedTeacher
 from fastkd.distill.schedules import Schedule
 from fastkd.distill.selectors import select
 from fastkd.distill.taps import Taps
-from fastkd.distill.terms import Term, loss_and_options, teacher_paths, term_value
+from fastkd.distill.terms import Term, check_relational, loss_and_options, teacher_paths, term_value
 
 
 @dataclass
@@ -387,6 +387,7 @@ def _check_arguments(student: Any, teacher: Any, task_loss: Any, terms: Sequence
     if isinstance(teacher, RecordedTeacher):
         for term in terms:
             teacher.check_paths(f"term {term.name!r}", teacher_paths(term))
+        check_relational(terms, teacher.reduced)
     if teacher is None and terms:
         raise ValueError(f"terms need a teacher, got {[t.name for t in terms]} and teacher=None")
 

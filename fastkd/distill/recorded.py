@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastkd._messages import shortened, suggestion
 from fastkd.distill.int8 import from_int8
+from fastkd.distill.reduced import restore_channels
 
 PREFIX = "recorded_teacher."  # of a batch's keys
 SCALES = "@scales"  # ends the name of a tensor's scales
@@ -54,21 +55,26 @@ class RecordedOutput(Mapping[str, Any]):
     Tensors have the teacher's dtype, whatever dtype they were recorded in, and its strides.
     """
 
-    def __init__(self, parts: Mapping[str, Part], batch: Mapping[str, Any], fix: str) -> None:
-        self._parts, self._batch, self._fix = parts, batch, fix
+    def __init__(
+        self, parts: Mapping[str, Part], batch: Mapping[str, Any], fix: str, bases: Mapping[str, Tensor]
+    ) -> None:
+        self._parts, self._batch, self._fix, self._bases = parts, batch, fix, bases
 
     def __getitem__(self, path: str) -> Any:
         part = self._parts[path]
         names = part_names(path, part.count)
         tensors = [
-            self._value(name, part).to(dtype).permute([order.index(dim) for dim in range(len(order))])  # (B, ...)
+            self._value(name, part, order).to(dtype)  # (B, ...)
             for name, dtype, order in zip(names, part.dtypes, part.orders, strict=True)
         ]
         return tensors[0] if part.count is None else tensors
 
-    def _value(self, name: str, part: Part) -> Tensor:
+    def _value(self, name: str, part: Part, order: tuple[int, ...]) -> Tensor:
         value: Tensor = self._batch[PREFIX + name]
-        return from_int8(value, self._batch[PREFIX + name + SCALES]) if name in part.scaled else value
+        if name in part.scaled:
+            value = from_int8(value, self._batch[PREFIX + name + SCALES])
+        value = value.permute([order.index(dim) for dim in range(len(order))])
+        return restore_channels(value, self._bases[name], order) if name in self._bases else value
 
     def __iter__(self) -> Iterator[str]:
         return (path for path, part in self._parts.items() if all(key in self._batch for key in part.keys(path)))
@@ -101,16 +107,30 @@ class RecordedTeacher(nn.Module):
         parts: what was recorded, by path.
         taps: name to ``(module path, index)`` of the taps that were recorded.
         fix: how to record more, for error messages.
+        bases: (C, r) by name of the tensors whose channels are reduced: they are restored from r coefficients.
     """
 
     has_own_tokenizer = False
 
     def __init__(
-        self, parts: Mapping[str, Part], taps: Mapping[str, tuple[str, int | str | None]], fix: str = "record it too"
+        self,
+        parts: Mapping[str, Part],
+        taps: Mapping[str, tuple[str, int | str | None]],
+        fix: str = "record it too",
+        bases: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.parts, self.taps, self.fix = dict(parts), dict(taps), fix
+        self._reduced = tuple(bases or ())  # names hold dots, those of buffers must not
+        for number, basis in enumerate((bases or {}).values()):
+            self.register_buffer(f"basis_{number}", basis, persistent=False)
         self.eval()
+
+    @property
+    def reduced(self) -> list[str]:
+        """The paths whose channels are reduced."""
+        parts = self.parts.items()
+        return [path for path, part in parts if any(name in self._reduced for name in part_names(path, part.count))]
 
     def output(self, batch: Mapping[str, Any]) -> RecordedOutput:
         """Return the part of the teacher's output that the batch holds.
@@ -120,7 +140,8 @@ class RecordedTeacher(nn.Module):
         """
         if not any(key.startswith(PREFIX) for key in batch):
             raise ValueError(_MISSING.format("recorded output of the teacher"))
-        return RecordedOutput(self.parts, batch, self.fix)
+        bases = {name: getattr(self, f"basis_{number}") for number, name in enumerate(self._reduced)}
+        return RecordedOutput(self.parts, batch, self.fix, bases)
 
     def train(self, mode: bool = True) -> RecordedTeacher:
         """Stay in eval mode."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastkd.distill.schedules import Schedule
 from fastkd.distill.selectors import Selector, select
+from fastkd.losses import ChannelKD, PixelRelationKD, channel_kd, pixel_relation_kd
 
 POOLING_OPTIONS = ("across_batch", "cross_image")
 """Options of a loss that make it compare samples with each other."""
@@ -151,6 +152,21 @@ def pools_batch(term: Term) -> bool:
     """Return whether a term compares samples with each other."""
     loss, options = loss_and_options(term)
     return any(options.get(name, getattr(loss, name, False)) for name in POOLING_OPTIONS)
+
+
+def check_relational(terms: Iterable[Term], paths: Collection[str]) -> None:
+    """Raise ``ValueError`` for a term that reads one of the teacher's paths and does not compare relations."""
+    for term in terms:
+        loss, _ = loss_and_options(term)
+        relational = loss in (channel_kd, pixel_relation_kd) or isinstance(loss, ChannelKD | PixelRelationKD)
+        selector = term.student if term.teacher is None else term.teacher
+        selected = selector if isinstance(selector, tuple) else (selector,)
+        for path in teacher_paths(term):
+            if path in paths and not (relational and path in selected):
+                raise ValueError(
+                    f"term {term.name!r} reads {path!r} of the teacher, whose channels are reduced by PCA, but only "
+                    "channel_kd and pixel_relation_kd compare such maps: cache this path without pca"
+                )
 
 
 def _mean_loss(term: Term, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

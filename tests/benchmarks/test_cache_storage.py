@@ -16,8 +16,9 @@ def test_page_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
     module = importlib.import_module("benchmarks.cache_storage")
     content = json.loads((ROOT / module.RESULTS).read_text(encoding="utf-8"))
-    begin, end = module.MARKERS
     page = (ROOT / "docs/teacher_cache.md").read_text(encoding="utf-8")
-    assert page.partition(begin)[2].partition(end)[0].strip() == module.table(content)
-    sizes = {row["dtype"]: row["bytes"] for row in content["rows"]}
+    for name, table in module.tables(content).items():
+        begin, end = module.MARKERS[name]
+        assert page.partition(begin)[2].partition(end)[0].strip() == table
+    sizes = {row["dtype"]: row["bytes_per_sample"] for row in content["rows"]["dtypes"]}
     assert sizes["int8"] < sizes["bf16"] < sizes["teacher"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,18 +21,17 @@ from fastkd._wrappers import is_sharded, unwrap
 from fastkd.data._loading import batches
 from fastkd.distill import checks
 from fastkd.distill.distiller import Distiller
-from fastkd.distill.recorded import Part, RecordedTeacher
+from fastkd.distill.recorded import RecordedTeacher
 from fastkd.train.config import TrainConfig
 from fastkd.train.digest import summary, weights_digest
 from fastkd.train.host import check_batch, check_tokenizers
 from fastkd.train.launch import join
 from fastkd.train.log import Progress
 from fastkd.train.samples import TrainingSamples
-from fastkd.train.teacher_cache import description
+from fastkd.train.teacher_cache import description, pca
 from fastkd.train.teacher_cache.keys import digest_of, sample_keys
 from fastkd.train.teacher_cache.measure import (
     Collate,
-    Recorded,
     check_independent,
     flatten,
     repeatable_keys,
@@ -39,10 +39,11 @@ from fastkd.train.teacher_cache.measure import (
     storage_errors,
 )
 from fastkd.train.teacher_cache.shards import DamagedShard, Shard, shard_path, write_shard
-from fastkd.train.teacher_cache.storage import Storage
+from fastkd.train.teacher_cache.storage import Recorded, Storage
 
 _SHARD_BYTES = 256 << 20  # a kill loses at most the shard that is being computed
 _SHARDS = 8  # at least, if there are so many batches: a share for several processes
+_PCA_BATCHES = 8  # of which principal directions are computed
 _MEASURED = 3  # batches on which the errors of a storage are measured
 
 
@@ -63,6 +64,7 @@ class Build:
         distiller: Distiller,
         dataset: Dataset[Any],
         dtype: str,
+        ranks: Mapping[str, int],
         config: TrainConfig,
         collate: Collate | None,
     ) -> None:
@@ -82,6 +84,8 @@ class Build:
             )
         if not len(dataset):  # type: ignore[arg-type]
             raise ValueError("the dataset is empty: there is nothing to cache")
+        pca.check_ranks(ranks, list(distiller.terms.values()))
+        self.ranks = dict(ranks)
         self.processes, self.device, self.precision = join(config)
         self.folder, self.distiller, self.dataset = folder, distiller, dataset
         self.config, self.batch_size = config, config.batch_size
@@ -110,6 +114,8 @@ class Build:
         checks.check_frozen(distiller.teacher, distiller.student)
         check_tokenizers(distiller, self.dataset)
         self.inputs, probes = repeatable_keys(self.dataset, self.collate, distiller.inputs)
+        self.principal: pca.Bases = self._together(lambda: self._principal_bases(overwrite))
+        self.storage.bases = self.principal.bases
         identity, measured, rate = self._first_batch(probes)
         self.fingerprint = description.fingerprint(identity)
         missing: list[int] = self._together(lambda: self._prepare(identity, measured, notes, overwrite))
@@ -139,14 +145,14 @@ class Build:
             if not self.config.allow_untrained_teacher and distiller.teacher is not None:
                 checks.check_trained(distiller.teacher, lambda: distiller.run_teacher(batch))
             start = time.perf_counter()
-            parts, tensors = self._record(batch)
+            recorded = self._record(batch)
             computing = time.perf_counter() - start
-            change = check_independent(distiller, batch, tensors)
+            change = check_independent(distiller, batch, recorded.tensors)
             errors = {} if self.storage.is_exact else storage_errors(distiller, taps, self._stored_batches())
-        self.recorded = {name: list(tensor.shape[1:]) for name, tensor in tensors.items()}
-        parts, stored = self.storage.parts(parts, tensors), self.storage.stored(tensors)
-        self.shapes = {name: list(tensor.shape[1:]) for name, tensor in stored.items()}
-        size = sum(tensor[0].nbytes for tensor in stored.values())
+        self.recorded = {name: list(tensor.shape[1:]) for name, tensor in recorded.tensors.items()}
+        stored = self.storage.stored(recorded)
+        self.shapes = {name: list(tensor.shape[1:]) for name, tensor in stored.tensors.items()}
+        size = sum(tensor[0].nbytes for tensor in stored.tensors.values())
         self.per_shard = self._samples_per_shard(size)
         self.shard_count = ceil_div(self.count, self.per_shard)
         names = list(self.inputs.values())
@@ -174,12 +180,13 @@ class Build:
                         "orders": [list(order) for order in part.orders],
                         **({"scaled": list(part.scaled)} if part.scaled else {}),
                     }
-                    for path, part in parts.items()
+                    for path, part in stored.parts.items()
                 },
                 "shapes": self.shapes,
                 "taps": {name: list(target) for name, target in taps.items()},
+                **({"pca": {"ranks": self.ranks, "basis": self.principal.digest()}} if self.ranks else {}),
             },
-            "dtype": str(self.storage),
+            "dtype": self.storage.name,
             "computed": {
                 "precision": self.precision,
                 "device": self.device.type,
@@ -193,6 +200,7 @@ class Build:
             "bytes": size * self.count,
             "change_with_order": change,
             "errors": errors,
+            "kept": self.principal.kept,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
@@ -208,10 +216,28 @@ class Build:
         """Yield a few batches, each with what the teacher returns and with what is stored of it."""
         for start in spread(self.count, _MEASURED):
             batch = self._to_device(self._batch_at(start))
-            parts, tensors = self._record(batch)
-            both = Recorded(parts, tensors), Recorded(self.storage.parts(parts, tensors), self.storage.stored(tensors))
-            exact, stored = (Recorded(one.parts, to_device(one.tensors, self.device)) for one in both)
+            recorded = self._record(batch)
+            exact, stored = (self._on_device(one) for one in (recorded, self.storage.stored(recorded)))
             yield batch, exact, stored
+
+    def _on_device(self, recorded: Recorded) -> Recorded:
+        return Recorded(
+            recorded.parts, to_device(recorded.tensors, self.device), to_device(recorded.bases, self.device)
+        )
+
+    def _principal_bases(self, overwrite: bool) -> pca.Bases:
+        """Return the bases of the folder's cache, or new ones from a sample of the dataset."""
+        if not self.ranks:
+            return pca.Bases({}, {})
+        if not overwrite and (self.folder / description.FILE).exists():
+            held = description.read_description(self.folder)["terms"].get("pca", {})
+            if held.get("ranks") == self.ranks:
+                with contextlib.suppress(ValueError):
+                    return pca.read_bases(self.folder, held["basis"])
+        number = min(_PCA_BATCHES, ceil_div(self.count, self.batch_size))
+        with autocast(self.precision, self.device):
+            batches = (self._to_device(self._batch_at(start)) for start in spread(self.count, number))
+            return pca.principal_bases(self.ranks, (self._record(batch) for batch in batches))
 
     def _samples_per_shard(self, size: int) -> int:
         """Return a multiple of the batch size, of at most `_SHARD_BYTES` if a batch is smaller than that."""
@@ -221,10 +247,12 @@ class Build:
     def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return to_device(batch, self.device, self.config.channels_last)
 
-    def _record(self, batch: Mapping[str, Any]) -> tuple[dict[str, Part], dict[str, Tensor]]:
-        """Return parts and tensors, on the CPU, of what the terms read from the teacher's output."""
-        parts, tensors = flatten(self.distiller.record_teacher(batch), self.batch_size)
-        return parts, {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+    def _record(self, batch: Mapping[str, Any]) -> Recorded:
+        """Return what the terms read from the teacher's output, on the CPU."""
+        recorded = flatten(self.distiller.record_teacher(batch), self.batch_size)
+        return Recorded(
+            recorded.parts, {name: tensor.to("cpu").contiguous() for name, tensor in recorded.tensors.items()}
+        )
 
     def _prepare(
         self, identity: Mapping[str, Any], measured: Mapping[str, Any], notes: Mapping[str, Any], overwrite: bool
@@ -243,9 +271,12 @@ class Build:
             description.check_same(folder, description.read_description(folder), identity)
         else:
             (folder / description.FILE).unlink(missing_ok=True)
+            (folder / pca.FILE).unlink(missing_ok=True)
             for path in folder.glob("shard-*.safetensors"):
                 path.unlink()
             description.write_description(folder, identity, measured, notes)
+        if self.ranks:
+            pca.write_bases(folder, self.principal)
         return [number for number in range(self.shard_count) if not self._is_complete(number)]
 
     def _together(self, action: Callable[[], Any]) -> Any:
@@ -295,9 +326,13 @@ class Build:
                 f"a sample's output changes by up to {change:.1g} (relative) with the other samples of its batch, so "
                 "results will equal those of the teacher online up to rounding"
             )
+        for name, kept in self.principal.kept.items():
+            channels, rank = self.storage.bases[name].shape
+            bar.print(f"{name}: {rank} of {channels} principal directions keep {kept:.3%} of the squared values")
+        form = self.storage.name if self.storage.dtype else "reduced maps"
         for name, error in measured["errors"].items():
             bar.print(
-                f"{name}, stored as {self.storage}: relative error of the loss "
+                f"{name}, stored as {form}: relative error of the loss "
                 f"{error['loss']:.1e}, of its gradient {error['gradient']:.1e}"
             )
 
@@ -327,10 +362,10 @@ class Build:
             check_batch(self.distiller, host)
             keys += sample_keys(host, list(self.inputs.values()))[: plan.used]
             with autocast(self.precision, self.device):
-                _, tensors = self._record(self._to_device(host))
-            for name, tensor in tensors.items():
+                recorded = self._record(self._to_device(host))
+            for name, tensor in recorded.tensors.items():
                 self._check_tensor(name, tensor, plan)
-            for name, tensor in self.storage.stored(tensors).items():
+            for name, tensor in self.storage.stored(recorded).tensors.items():
                 rows.setdefault(name, []).append(tensor[: plan.used])
             if step == len(plans) or plans[step].shard != plan.shard:
                 values = {name: torch.cat(each) for name, each in rows.items()}
@@ -352,7 +387,7 @@ class Build:
 
 def _is_of_cache(name: str) -> bool:
     """Return whether a file belongs to a cache, complete or not."""
-    return name == description.FILE or name.startswith(("shard-", "."))
+    return name in (description.FILE, pca.FILE) or name.startswith(("shard-", "."))
 
 
 def _duration(seconds: float) -> str:

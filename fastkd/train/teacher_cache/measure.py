@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastkd.distill.words import is_sentence, teacher_keys
 from fastkd.ops.collectives import alone
 from fastkd.train.samples import TrainingSamples
 from fastkd.train.teacher_cache.keys import digest_of, sample_keys
+from fastkd.train.teacher_cache.storage import Recorded
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 _TOLERANCE = 1e-3  # of the largest value, as in `Distiller.check`
@@ -68,8 +69,8 @@ def _changes(names: Sequence[str], index: int) -> str:
     )
 
 
-def flatten(values: Mapping[str, Any], size: int) -> tuple[dict[str, Part], dict[str, Tensor]]:
-    """Return the parts and the tensors, by name, of what terms read from the teacher's output on ``size`` samples.
+def flatten(values: Mapping[str, Any], size: int) -> Recorded:
+    """Return the parts and the tensors of what terms read from the teacher's output on ``size`` samples.
 
     The tensors' dimensions are permuted to the order in which they lie in memory.
 
@@ -92,7 +93,7 @@ def flatten(values: Mapping[str, Any], size: int) -> tuple[dict[str, Part], dict
         parts[path] = Part(count, tuple(tensor.dtype for tensor in several), orders)
         permuted = [tensor.permute(order) for tensor, order in zip(several, orders, strict=True)]
         tensors |= dict(zip(part_names(path, count), permuted, strict=True))
-    return parts, tensors
+    return Recorded(parts, tensors)
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...]:
@@ -112,7 +113,7 @@ def check_independent(distiller: Distiller, batch: Mapping[str, Any], tensors: M
     """
     size = len(next(iter(tensors.values())))
     reverse = {key: _reversed(value, size) for key, value in batch.items()}
-    _, again = flatten(distiller.record_teacher(reverse), size)
+    again = flatten(distiller.record_teacher(reverse), size).tensors
     worst = 0.0
     for name, value in tensors.items():
         first, second = (each.double().nan_to_num(0, 0, 0) for each in (value, again[name].flip(0)))
@@ -131,13 +132,6 @@ def _reversed(value: Any, size: int) -> Any:
     if isinstance(value, Tensor) and value.ndim and len(value) == size:
         return value.flip(0)
     return value[::-1] if isinstance(value, list) and len(value) == size else value
-
-
-class Recorded(NamedTuple):
-    """What was recorded on one batch: its parts, and its tensors by name, on the batch's device."""
-
-    parts: Mapping[str, Part]
-    tensors: Mapping[str, Tensor]
 
 
 def storage_errors(
@@ -175,7 +169,7 @@ def _term_gradients(
 ) -> dict[tuple[str, str], Tensor]:
     """Return each term's loss and gradient, as vectors in fp64."""
     with preserve_state(distiller), torch.enable_grad(), uncompiled(), alone():
-        teacher = distiller.with_teacher(RecordedTeacher(recorded.parts, taps))
+        teacher = distiller.with_teacher(RecordedTeacher(recorded.parts, taps, bases=recorded.bases))
         output = teacher({**batch, **{PREFIX + name: value for name, value in recorded.tensors.items()}})
         losses = {(name, "loss"): term.detach().double() for name, term in output.terms.items()}
         return losses | {(name, "gradient"): _gradient(term, parameters) for name, term in output.terms.items()}

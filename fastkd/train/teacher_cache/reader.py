@@ -25,6 +25,7 @@ from fastkd.train.shard import teacher_summary
 from fastkd.train.teacher_cache import description
 from fastkd.train.teacher_cache.keys import digest_of, sample_keys
 from fastkd.train.teacher_cache.measure import Collate, spread
+from fastkd.train.teacher_cache.pca import read_bases
 from fastkd.train.teacher_cache.shards import Shard, shard_path
 
 Dtype = Literal["teacher", "bf16", "fp16", "int8"]
@@ -74,7 +75,9 @@ class TeacherCache(RecordedTeacher):
             for path, term in content["terms"]["paths"].items()
         }
         taps = {name: (target[0], target[1]) for name, target in content["terms"]["taps"].items()}
-        super().__init__(parts, taps, _FIX)
+        reduced = content["terms"].get("pca")
+        bases = read_bases(self.folder, reduced["basis"]).bases if reduced else {}
+        super().__init__(parts, taps, _FIX, bases)
         if teacher is not None and weights_digest(unwrap(teacher)) != content["teacher"]["weights"]:
             raise ValueError(
                 f"{folder} holds the output of another teacher ({content['teacher']['class']} with other weights than "
@@ -104,6 +107,7 @@ class TeacherCache(RecordedTeacher):
         *,
         batch_size: int = 16,
         dtype: Dtype = "teacher",
+        pca: Mapping[str, int] | None = None,
         device: str = "auto",
         precision: Precision = "auto",
         channels_last: bool = False,
@@ -119,8 +123,9 @@ class TeacherCache(RecordedTeacher):
 
         Shards appear one by one, each complete. A build that was stopped or killed continues with the missing shards
         when it is called again. Under ``accelerate launch`` or ``torchrun``, every process builds its share of the
-        shards; they need a common file system. Size and time, measured on the first batch, and for a narrower dtype
-        the relative error of each term's loss and gradient over three batches are printed before the work begins.
+        shards; they need a common file system. Size and time, measured on the first batch, and for a narrower
+        dtype or with ``pca`` the relative error of each term's loss and gradient over three batches, are printed before
+        the work begins.
 
         Args:
             folder: the cache's folder.
@@ -131,6 +136,8 @@ class TeacherCache(RecordedTeacher):
                 may change the last digits.
             dtype: "teacher" stores the teacher's own dtype, "bf16" and "fp16" half of fp32's size, "int8" about 30 %
                 of it: codes, with a scale for each group of at least 16 values.
+            pca: path of a map to a rank: its channels are stored as coefficients of so many principal directions and
+                restored when read. For maps that only `channel_kd` and `pixel_relation_kd` compare.
             device: as in `TrainConfig`.
             precision: as in `TrainConfig`.
             channels_last: as in `TrainConfig`.
@@ -143,7 +150,8 @@ class TeacherCache(RecordedTeacher):
             allow_untrained_teacher: as in `TrainConfig`.
 
         Raises:
-            ValueError: ``folder`` holds another cache (the message says in what it differs), the dataset draws
+            ValueError: a rank is out of range, or a term reads a reduced map that does not compare relations;
+                ``folder`` holds another cache (the message says in what it differs), the dataset draws
                 images or sentences at random, the teacher mixes the samples of a batch, changes between two passes,
                 lacks weights or returns NaN, a term selects by a function, or a value exceeds the range of ``dtype``.
             OSError: the disk has less free space than needed.
@@ -159,7 +167,7 @@ class TeacherCache(RecordedTeacher):
             threads=threads,
             allow_untrained_teacher=allow_untrained_teacher,
         )
-        Build(Path(folder), distiller, dataset, dtype, config, collate).run(overwrite, progress, notes or {})
+        Build(Path(folder), distiller, dataset, dtype, pca or {}, config, collate).run(overwrite, progress, notes or {})
         return cls(folder)
 
     def __len__(self) -> int:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastkd.distill.int8 import scale_shape, to_int8
 from fastkd.distill.recorded import SCALES, Part, part_names
+from fastkd.distill.reduced import reduce_channels
 
 DTYPES = {"teacher": None, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was recorded on one batch.
+
+    Attributes:
+        parts: by path.
+        tensors: by name, each (n, ...).
+        bases: (C, r) by name of the tensors whose channels are reduced.
+    """
+
+    parts: Mapping[str, Part]
+    tensors: Mapping[str, Tensor]
+    bases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Storage:
@@ -19,6 +35,9 @@ class Storage:
 
     Args:
         dtype: one of `DTYPES`.
+
+    Attributes:
+        bases: (C, r) by name of the tensors whose channels are reduced.
 
     Raises:
         ValueError: another dtype.
@@ -28,38 +47,42 @@ class Storage:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
         self.dtype = DTYPES[dtype]
+        self.bases: dict[str, Tensor] = {}
 
     @property
     def is_exact(self) -> bool:
         """Whether the teacher's values are stored as they are."""
-        return self.dtype is None
+        return self.dtype is None and not self.bases
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """The name of the dtype, "teacher" for the teacher's."""
         return str(self.dtype or "teacher").removeprefix("torch.")
 
-    def parts(self, parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-        """Return the parts of stored tensors from those of recorded ones."""
-        return {
-            path: replace(part, scaled=tuple(n for n in part_names(path, part.count) if self._shape(tensors[n])))
-            for path, part in parts.items()
-        }
-
-    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is stored of recorded tensors (n, ...), by name.
+    def stored(self, recorded: Recorded) -> Recorded:
+        """Return what is stored of tensors in the teacher's dtype.
 
         Raises:
             ValueError: a finite value is outside the range of the dtype.
         """
+        parts: dict[str, Part] = {}
         found: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            shape = self._shape(tensor)
-            if shape is not None:
-                found[name], found[name + SCALES] = to_int8(_narrowed(name, tensor, torch.float32), shape)
-            elif self.dtype in (torch.bfloat16, torch.float16):
-                found[name] = _narrowed(name, tensor, self.dtype)
-            else:
-                found[name] = tensor
-        return found
+        for path, part in recorded.parts.items():
+            names, scaled = part_names(path, part.count), []
+            for name, order in zip(names, part.orders, strict=True):
+                tensor = recorded.tensors[name]
+                if name in self.bases:
+                    tensor = reduce_channels(tensor, self.bases[name], order.index(1))
+                shape = self._shape(tensor)
+                if shape is not None:
+                    scaled.append(name)
+                    found[name], found[name + SCALES] = to_int8(_narrowed(name, tensor, torch.float32), shape)
+                elif self.dtype in (torch.bfloat16, torch.float16):
+                    found[name] = _narrowed(name, tensor, self.dtype)
+                else:
+                    found[name] = tensor
+            parts[path] = replace(part, scaled=tuple(scaled))
+        return Recorded(parts, found, self.bases)
 
     def _shape(self, tensor: Tensor) -> tuple[int, ...] | None:
         """Return the shape of a sample's scales if a tensor (n, ...) is stored as int8."""
