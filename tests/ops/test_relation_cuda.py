@@ -61,8 +61,9 @@ def test_edges_of_tiles(dtype: torch.dtype, method: str, form: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "method", "form"),
     [
-        *((torch.bfloat16, "kl", "streamed"), (torch.bfloat16, "kl", "stored"), (torch.float16, "kl", "streamed")),
-        *((torch.bfloat16, "mse", "stored"), (torch.bfloat16, "row_cosine", "streamed")),
+        (torch.bfloat16, "kl", "streamed"),
+        (torch.float16, "kl", "stored"),
+        (torch.bfloat16, "mse", "stored"),
     ],
     ids=str,
 )
@@ -187,6 +188,16 @@ def test_equal_student_and_teacher_give_exact_zeros(form: str, dtype: torch.dtyp
     for options in METHODS.values():
         loss, grad = kernel(student, student.clone(), weight, **options, **FORMS[form])
         assert loss.abs().max() == grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sums_are_rounded(dtype: torch.dtype) -> None:
+    """Tensor cores truncate their sums: 3600 positive products in one chain give 7 times the error of fp32."""
+    student, teacher = (rows((1, 66, 3600), seed, dtype).abs() for seed in (0, 1))
+    got = relation(student, teacher, backend="cuda", **METHODS["mse"])
+    plain = reference(student.float(), teacher.float(), **METHODS["mse"])
+    exact = reference(student.double(), teacher.double(), **METHODS["mse"])
+    assert (got - exact).abs().max() <= 4 * (plain - exact).abs().max()
 
 
 def test_gradients_stay_precise_near_the_teacher() -> None:

@@ -189,10 +189,13 @@ struct Accumulator {
     }
 
     // Add the product of one k-tile; `m` and `n` are the warp's first row and column.
-    template <bool a_mn_major, bool b_mn_major, int block_k, int pitch_a, int pitch_b>
+    //
+    // Tensor cores truncate sums instead of rounding them. Sums of floats start from 0 at each k-tile and are added
+    // here, and with `restart` those of 16-bit elements at each step of 16, which is not unrolled to save registers.
+    template <bool a_mn_major, bool b_mn_major, int block_k, int pitch_a, int pitch_b, bool restart>
     FASTKD_DEVICE void add(const S* a, const S* b, int m, int n) {
         if constexpr (sizeof(S) == 2) {
-#pragma unroll
+#pragma unroll(restart ? 1 : block_k / 16)
             for (int k = 0; k < block_k; k += 16) {
                 std::uint32_t rows[fragments_m][4];
 #pragma unroll
@@ -205,12 +208,21 @@ struct Accumulator {
                     load_b<b_mn_major, pitch_b>(columns, b, n + 8 * j, k);
 #pragma unroll
                     for (int i = 0; i < fragments_m; ++i) {
-                        multiply_pair<S>(c[i][j], c[i][j + 1], rows[i], columns);
+                        if constexpr (restart) {
+                            float left[4] = {}, right[4] = {};
+                            multiply_pair<S>(left, right, rows[i], columns);
+#pragma unroll
+                            for (int e = 0; e < 4; ++e) {
+                                c[i][j][e] += left[e];
+                                c[i][j + 1][e] += right[e];
+                            }
+                        } else {
+                            multiply_pair<S>(c[i][j], c[i][j + 1], rows[i], columns);
+                        }
                     }
                 }
             }
         } else {
-            // Tensor cores truncate sums instead of rounding them, so each k-tile is summed separately and added here.
             Accumulator k_tile_sum;
             k_tile_sum.clear();
 #pragma unroll

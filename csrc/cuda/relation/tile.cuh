@@ -141,6 +141,7 @@ FASTKD_DEVICE void multiply_rows(const Side& student, const Side& teacher, const
         copy(k_tile);
     }
     typename B::AccumulatorFragments& sum = of_teacher;
+    constexpr bool restart = true; // an error of a similarity is multiplied by 1 / temperature
 #pragma unroll 1
     for (int which = 0; which < 2; ++which) {
         sum.clear();
@@ -153,10 +154,10 @@ FASTKD_DEVICE void multiply_rows(const Side& student, const Side& teacher, const
             copy(k_tile + B::stages - 1);
             const S* const a = pipeline + k_tile % B::stages * stage_elements;
             if (mn_major) {
-                sum.template add<true, true, B::block_k, Smem::mn_major_pitch, Smem::mn_major_pitch>(
+                sum.template add<true, true, B::block_k, Smem::mn_major_pitch, Smem::mn_major_pitch, restart>(
                     a, a + Smem::elements, B::warp_row(), B::warp_col());
             } else {
-                sum.template add<false, false, B::block_k, Smem::k_major_pitch, Smem::k_major_pitch>(
+                sum.template add<false, false, B::block_k, Smem::k_major_pitch, Smem::k_major_pitch, restart>(
                     a, a + Smem::elements, B::warp_row(), B::warp_col());
             }
         }
