@@ -72,20 +72,25 @@ class Workload:
     def inputs(self, device: str) -> tuple[Tensor, ...]:
         """Return new random features: zeros could run faster, and would hide elements that are never written."""
         generator = torch.Generator().manual_seed(0)
+        return self._inputs(lambda shape: torch.randn(shape, generator=generator).to(device, self.dtype))
 
-        def random(*shape: int, student: bool) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, self.dtype).requires_grad_(student)
+    def inputs_without_values(self) -> tuple[Tensor, ...]:
+        """Return CPU tensors without values, whose memory is never touched, to record launches."""
+        return self._inputs(lambda shape: torch.empty(shape, dtype=self.dtype))
 
+    def _inputs(self, make: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor, ...]:
         if self.family == "pixel_word":
             b, n, t, d = self.shape
             side = round(n**0.5)
             pixels = (b, d, side, side) if self.maps else (b, n, d)
-            return tuple(random(*shape, student=s) for s in (True, False) for shape in (pixels, (b, t, d)))
-        if self.family == "attention_kl":
+            students = teachers = (pixels, (b, t, d))
+        elif self.family == "attention_kl":
             b, heads, n, m, d = self.shape
-            return tuple(random(b, heads, rows, d, student=s) for s in (True, False) for rows in (n, m))
-        b, c, *rest = self.shape
-        return random(b, c, *rest, student=True), random(b, self.teacher_width or c, *rest, student=False)
+            students = teachers = ((b, heads, n, d), (b, heads, m, d))
+        else:
+            b, c, *rest = self.shape
+            students, teachers = ((b, c, *rest),), ((b, self.teacher_width or c, *rest),)
+        return tuple(make(shape).requires_grad_() for shape in students) + tuple(make(shape) for shape in teachers)
 
 
 def _gradient_bytes(workload: Workload) -> int:

@@ -221,8 +221,8 @@ void compare(const Case& c) {
         own[c.grad.offset + i / length / rows * c.grad.stride_batch + i / length % rows * step + i % length] = true;
     }
     bool untouched = true;
+    const S nothing = Buffer<S>(1)[0];
     for (std::int64_t i = 0; i < grad.size(); ++i) {
-        const S nothing = Buffer<S>(1)[0];
         untouched = untouched && (own[i] || std::memcmp(&grad[i], &nothing, sizeof(S)) == 0);
     }
     expect(untouched, where + "any: the gaps between the gradient's rows were written");

@@ -97,8 +97,7 @@ def attention_kd(
     if teacher_temperature is not None:  # the operator takes one temperature for both networks
         if checks.differentiates_temperature(backend, student_temperature, teacher_temperature):
             backend = "reference"  # kernels have no gradient of the scales
-        # As a tensor: torch 2.11 compiles a graph per value of a number that divides another.
-        ratio = torch.ones_like(teacher_scale[0]) * student_temperature / teacher_temperature
+        ratio = student_temperature / teacher_temperature
         teacher_scale = teacher_scale * ratio
         if teacher_bias is not None:
             teacher_bias = teacher_bias.to(compute_dtype(teacher_bias, *features.values())) * ratio

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import CASES, REPRESENTATIVE, Place
+from contract_cases import CASES, ONE_PER_LOSS, REPRESENTATIVE, Place
 from contract_problems import Case, Problem
 from contract_tools import assert_same, poisoned, saved_for_backward
 from torch import Tensor
@@ -116,7 +116,7 @@ def test_masks_of_any_layout(setting: Any) -> None:
         problem.assert_near(Problem(problem.case, problem.args, masks).run(setting.place.backend), want)
 
 
-@pytest.mark.simulated_cases(REPRESENTATIVE)
+@pytest.mark.simulated_cases(ONE_PER_LOSS)
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_expanded_inputs(setting: Any, dim: int) -> None:
     """Stride 0 in the teacher, and in the student, where gradients add up over the expanded dimension."""

@@ -234,9 +234,7 @@ def padded(problem: Problem, pixels: int, words: int, fill: float) -> Problem:
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)
-@pytest.mark.applies(
-    lambda setting, fill: setting.case.has_masks and not (setting.place.is_simulated and fill in (0.0, INF, -INF))
-)
+@pytest.mark.applies(lambda setting, fill: setting.case.has_masks and not (setting.place.is_simulated and fill == fill))
 @pytest.mark.parametrize("fill", [0.0, 1e30, NAN, INF, -INF])
 @pytest.mark.parametrize(("pixels", "words"), [(3, 0), (0, 2), (40, 70)])
 def test_masked_padding_changes_nothing(setting: Any, pixels: int, words: int, fill: float) -> None:

@@ -102,7 +102,11 @@ def test_compiled_by_inductor_equals_eager(basic_kernel_setting: Any) -> None:
 
 
 # cross_image relates a fixed number of images: B² pairs.
-@pytest.mark.applies(lambda compiled_setting: not compiled_setting.case.options.get("cross_image"))
+@pytest.mark.applies(
+    lambda compiled_setting: (
+        compiled_setting.case.name in REPRESENTATIVE and not compiled_setting.case.options.get("cross_image")
+    )
+)
 @pytest.mark.simulated_cases(ONE_PER_FAMILY)
 def test_one_graph_serves_all_batch_sizes(compiled_setting: Any) -> None:
     """One graph for the first batch size, a second for all others. ``fullgraph`` raises on a graph break."""

@@ -175,7 +175,6 @@ def test_a_distilled_student_exports_no_extra_parameters(tmp_path):
     [
         ("swin_tiny_patch4_window7_224", SWIN, (0, 1), (33, 47)),
         ("mobilenetv4_conv_small_035", {}, (1, 2), (33, 47)),
-        ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}, (0, 1), (33, 47)),
     ],
 )
 def test_exports_other_families_at_odd_sizes(backbone, args, out_indices, size, tmp_path):

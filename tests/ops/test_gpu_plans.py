@@ -49,7 +49,7 @@ def module() -> Iterator[ModuleType]:
 
 def record(module: ModuleType, workload: workloads.Workload) -> list[Launch]:
     """Return the launches of a forward and its backward, whose inputs have no values."""
-    inputs = tuple(torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for x in workload.inputs("meta"))
+    inputs = workload.inputs_without_values()
     module.record_launches(True)
     try:
         providers.make_step(workload, "cuda", "both", inputs)()
