@@ -249,6 +249,11 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "tokenizer_of": "(model, folder=None)",
     },
     "fastkd.train": {
+        "AugmentedViews": "(dataset, augment, *, views, seed=0)",
+        "AugmentedViews.all": "(self)",
+        "AugmentedViews.epoch": "property",
+        "AugmentedViews.sample": "(self, index, view)",
+        "AugmentedViews.set_epoch": "(self, epoch)",
         "DistillOutput": "(loss, task, terms, student, teacher)",
         "Distiller": (
             "(student, teacher, task_loss, terms=(), *, inputs=('image', 'input_ids', 'word_mask'), "

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from fastkd.train.result import TrainResult
     from fastkd.train.task import segmentation_loss
     from fastkd.train.teacher_cache.reader import TeacherCache
+    from fastkd.train.teacher_cache.views import AugmentedViews
 
 __all__ = [
+    "AugmentedViews",
     "DistillOutput",
     "Distiller",
     "GradientReport",
@@ -36,6 +38,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "AugmentedViews": "fastkd.train.teacher_cache.views",
         "DistillOutput": "fastkd.distill",
         "Distiller": "fastkd.distill",
         "GradientReport": "fastkd.distill",

@@ -29,7 +29,7 @@ def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     np.random.seed(value % 2**32)  # noqa: NPY002 (what users' modules draw from)
 
 
-def seed_sample(seed: int, epoch: int, index: int) -> None:
+def seed_sample(seed: int, epoch: int, index: int | str) -> None:
     """Seed the CPU generators of Python, numpy and torch for a sample."""
     value = derived_seed("sample", seed, epoch, index)
     torch.default_generator.manual_seed(value)  # torch.manual_seed would queue work for GPUs at each call

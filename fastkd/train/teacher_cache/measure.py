@@ -20,6 +20,7 @@ from fastkd.ops.collectives import alone
 from fastkd.train.samples import TrainingSamples
 from fastkd.train.teacher_cache.keys import digest_of, sample_keys
 from fastkd.train.teacher_cache.storage import Recorded
+from fastkd.train.teacher_cache.views import augmented_in
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 _TOLERANCE = 1e-3  # of the largest value, as in `Distiller.check`
@@ -39,6 +40,8 @@ def repeatable_keys(
     Raises:
         ValueError: what the teacher receives changes between the two reads.
     """
+    if augmented_in(dataset):
+        raise ValueError("dataset is AugmentedViews, which serves one view per epoch: cache its all()")
     indices = spread(len(dataset))  # type: ignore[arg-type]
     reads = []
     for epoch in (1, 0):
@@ -65,7 +68,7 @@ def _changes(names: Sequence[str], index: int) -> str:
         )
     return (
         f"{' and '.join(names)} of sample {index} changes from epoch to epoch: a random augmentation would be cached "
-        "in one view only; cache and train on a dataset without it, or train with the teacher online"
+        "in one view only; augment by fastkd.train.AugmentedViews and cache its all(), or train with the teacher online"
     )
 
 

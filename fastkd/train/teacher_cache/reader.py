@@ -27,6 +27,7 @@ from fastkd.train.teacher_cache.keys import digest_of, sample_keys
 from fastkd.train.teacher_cache.measure import Collate, spread
 from fastkd.train.teacher_cache.pca import read_bases
 from fastkd.train.teacher_cache.shards import Shard, shard_path
+from fastkd.train.teacher_cache.views import augmented_in
 
 Dtype = Literal["teacher", "bf16", "fp16", "int8"]
 _FIX = "cache it too (fastkd cache, with all terms of the run)"
@@ -130,7 +131,8 @@ class TeacherCache(RecordedTeacher):
         Args:
             folder: the cache's folder.
             distiller: student, teacher and the terms whose inputs are stored; the student is used to measure errors.
-            dataset: every sample that a run will use; for a `ReferDataset`, with ``sentences="all"``.
+            dataset: every sample that a run will use; for a `ReferDataset`, with ``sentences="all"``, for
+                `AugmentedViews`, their `all()`.
             batch_size: samples per forward of the teacher. With the runs' size of a micro-batch, precision, memory
                 format, device and CPU threads, their results are those of a teacher online, bit for bit; other values
                 may change the last digits.
@@ -212,7 +214,7 @@ class TeacherCache(RecordedTeacher):
         return found
 
     def check_dataset(self, dataset: Dataset[Any], collate: Collate, inputs: Sequence[str]) -> None:
-        """Look up a few samples of a dataset.
+        """Look up a few samples of a dataset, in every view.
 
         Raises:
             ValueError: the dataset declares another transform, or a sample is not in the cache.
@@ -230,8 +232,17 @@ class TeacherCache(RecordedTeacher):
             )
         if isinstance(dataset, IterableDataset):
             return  # a missing sample is an error when it is read
-        for index in spread(len(dataset), 8):  # type: ignore[arg-type]
-            self.read(collate([dataset[index]]), inputs, ())
+        augmented = augmented_in(dataset)
+        epochs = [part.epoch for part in augmented]
+        try:
+            for view in range(max((part.views for part in augmented), default=1)):
+                for part in augmented:
+                    part.set_epoch(view)
+                for index in spread(len(dataset), 8):  # type: ignore[arg-type]
+                    self.read(collate([dataset[index]]), inputs, ())
+        finally:
+            for part, epoch in zip(augmented, epochs, strict=True):
+                part.set_epoch(epoch)
 
     def _row(self, name: str, row: int) -> Tensor:
         number, position = divmod(row, self._per_shard)
@@ -252,7 +263,7 @@ class TeacherCache(RecordedTeacher):
         if unknown and not all(is_sentence(name) for name in unknown):
             reason = (
                 f"no cached sample has its {' or '.join(unknown)}: the dataset is another one, its transform differs "
-                "(size, normalisation), or it augments at random"
+                "(size, normalisation), or it augments at random or in views (AugmentedViews) that were not cached"
             )
         elif unknown:
             reason = f"no cached sample has its {' or '.join(unknown)}: another sentence, tokenizer or number of words"
