@@ -106,6 +106,32 @@ def test_map_of_a_transformers_module() -> None:
         eager(**inputs)
 
 
+@pytest.mark.parametrize(
+    ("config", "path", "options"),
+    [
+        ("DINOv3ViTConfig", "model.layer.1.attention", {"num_hidden_layers": 2, "hidden_size": 24, "patch_size": 8,
+         "num_attention_heads": 3, "intermediate_size": 32, "num_register_tokens": 4}),
+        ("SwinConfig", "encoder.layers.0.blocks.1.attention",
+         {"patch_size": 4, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4}),
+    ],
+    ids=["DINOv3", "Swin shifted"],
+)  # fmt: skip
+def test_map_of_a_vision_model_of_transformers(config: str, path: str, options: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the [ris] extra")
+    make = lambda kind: transformers.AutoModel.from_config(
+        getattr(transformers, config)(image_size=32, **options), attn_implementation=kind
+    ).eval()
+    eager = make("eager")
+    if not eager._supports_sdpa:
+        pytest.skip("this transformers has no fused attention for the model")
+    model = make("sdpa")
+    eager.load_state_dict(model.state_dict())
+    with torch.no_grad(), Taps(model, {"attention": AttentionTap(path)}) as taps:
+        model(IMAGES)
+        want = eager(IMAGES, output_attentions=True).attentions[-1]
+        torch.testing.assert_close(map_of(taps["attention"]), want, rtol=1e-4, atol=1e-6)
+
+
 class Grouped(nn.Module):
     """An attention with two query heads per key head, one bool mask, and its own scale."""
 
