@@ -30,6 +30,7 @@ set_source_files_properties(${sanitize_sources} PROPERTIES COMPILE_OPTIONS "-O1;
 add_executable(sanitize tests/sanitize.cpp ${cpu_common} ${sanitize_sources})
 if(sanitizers STREQUAL "thread")
   target_sources(sanitize PRIVATE tests/openmp_on_threads.cpp)
+  target_compile_definitions(sanitize PRIVATE FASTKD_SANITIZE_THREAD)
   find_package(Threads REQUIRED)
   target_link_libraries(sanitize PRIVATE Threads::Threads)
 endif()

@@ -26,11 +26,14 @@ void expect(bool passed, const std::string& what);
 
 constexpr int thread_counts[] = {1, 2, 3, 5};
 
-// Run one shape in so many. The division of work between threads, all that ThreadSanitizer checks, needs few shapes.
-#if defined(__SANITIZE_THREAD__)
+// Run one shape in so many, and whether to run every dtype or only float and bfloat16. The division of work between
+// threads, all that ThreadSanitizer checks, needs few shapes and depends on the dtype little.
+#if defined(FASTKD_SANITIZE_THREAD)
 constexpr int shape_stride = 3;
+constexpr bool every_dtype = false;
 #else
 constexpr int shape_stride = 1;
+constexpr bool every_dtype = true;
 #endif
 
 // ---- storage -------------------------------------------------------------------------------------------------------

@@ -102,17 +102,15 @@ for command in ("", "info", "data", "train", "distill", "evaluate", "predict", "
     assert error == ""
 
 
-@pytest.mark.parametrize("environment", [CONSOLES[0], CONSOLES[2]])
-def test_training_succeeds_and_prints_scores(environment, shapes, tmp_path):
+def test_training_in_the_c_locale_succeeds_and_prints_scores(shapes, tmp_path):
     out = tmp_path / "größe"
-    status, shown, error = run(RUN, "train", "--data", shapes, "--out", out, *SHORT, **environment)
+    status, shown, error = run(RUN, "train", "--data", shapes, "--out", out, *SHORT, **C_LOCALE)
     assert status == 0, error
     assert (out / "best" / "model.safetensors").is_file()
     assert b"mIoU" in shown
     assert b"64x64" in shown
     assert "\\x" not in error
-    if environment is C_LOCALE:
-        assert os.fsencode(out) in shown  # the path, byte for byte
+    assert os.fsencode(out) in shown  # the path, byte for byte
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -186,7 +186,7 @@ def test_row_gradient_offsets_beyond_32_bits(kernel_setting: Any) -> None:
 
 @pytest.mark.applies(
     lambda setting, value: (
-        not setting.place.is_simulated or value != value or (value > 0 and setting.case.name in REPRESENTATIVE)
+        not setting.place.is_simulated or (setting.case.name in REPRESENTATIVE and (value != value or value > 0))
     )
 )
 @pytest.mark.parametrize("value", [math.nan, 1e30, -3.0])

@@ -59,9 +59,9 @@ def test_dtypes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(as_maps(inputs), cuda, reference, similarity="cosine", **masks_of(*shape[:3]))
 
 
-@pytest.mark.parametrize("shape", [(530, 130, 5, 4), (530, 65, 34, 2), (530, 33, 65, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(530, 130, 5, 4), (530, 33, 65, 2)], ids=str)
 def test_several_steps_per_block(shape: tuple[int, ...]) -> None:
-    """A batch with one thread block per sample: two steps of 128, 64 or 32 pixels, the second one partial."""
+    """A batch with one thread block per sample: two steps of 128 or 32 pixels, the second one partial."""
     inputs, masks = here(make(*shape)), masks_of(*shape[:3])
     in_batch = run(cuda, inputs, **masks)
     check([x[-2:] for x in inputs], cuda, reference, **{name: mask[-2:] for name, mask in masks.items()})
