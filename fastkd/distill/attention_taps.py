@@ -48,7 +48,8 @@ class TappedAttention:
         k: (B, heads, M, D), the keys of grouped queries repeated.
         bias: None, or what is added to the logits, with −inf where a boolean mask excludes a pair.
         scale: None (1/√D) or a number.
-        causal: whether query i attends to keys j ≤ i only.
+        causal: whether query i attends to keys j ≤ i only. Where N ≠ M, or tokens are kept in another order, ``bias``
+            excludes the other pairs instead.
     """
 
     q: Tensor
@@ -122,7 +123,16 @@ def _arguments(
     bias = attn_mask
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
+    queries, keys = query.shape[-2], key.shape[-2]
+    if is_causal and queries != keys:  # torch aligns the first query and key, attention_kd the last
+        bias, is_causal = _causal_bias(torch.arange(queries), torch.arange(keys), query), False
     return TappedAttention(query, key, bias, scale, is_causal)
+
+
+def _causal_bias(queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
+    """Return a bias (N, M) that excludes the pairs whose key has a later position than the query."""
+    later = keys > queries[:, None]
+    return like.new_zeros(later.shape).masked_fill_(later.to(like.device), -torch.inf)
 
 
 class AttentionHooks:
@@ -174,7 +184,7 @@ def _kept(name: str, attention: TappedAttention, slices: list[slice]) -> TappedA
     """Return the attention between the tokens of some slices."""
     if slices == [slice(None, None)]:
         return attention
-    q, k, bias = attention.q, attention.k, attention.bias
+    q, k, bias, causal = attention.q, attention.k, attention.bias, attention.causal
     if q.shape[-2] != k.shape[-2]:
         raise ValueError(
             f"tap {name!r}: tokens selects among queries and keys alike, but there are {q.shape[-2]} queries and "
@@ -190,4 +200,6 @@ def _kept(name: str, attention: TappedAttention, slices: list[slice]) -> TappedA
         for dim in (-2, -1):
             if bias.dim() >= -dim and bias.shape[dim] > 1:
                 bias = bias.index_select(dim, index)
-    return TappedAttention(q, k, bias, attention.scale, attention.causal)
+    if causal and kept != sorted(set(kept)):  # the order of the tokens is no longer that of their positions
+        bias, causal = _causal_bias(index, index, q), False
+    return TappedAttention(q, k, bias, attention.scale, causal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -97,7 +98,12 @@ def attention_kd(
     if teacher_temperature is not None:  # the operator takes one temperature for both networks
         if checks.differentiates_temperature(backend, student_temperature, teacher_temperature):
             backend = "reference"  # kernels have no gradient of the scales
-        ratio = student_temperature / teacher_temperature
+        # In the scales' dtype: in bf16 a quotient of temperatures would change every logit by up to 0.4 %.
+        precise = (
+            t.to(teacher_scale.dtype) if isinstance(t, Tensor) else t
+            for t in (student_temperature, teacher_temperature)
+        )
+        ratio = operator.truediv(*precise)
         teacher_scale = teacher_scale * ratio
         if teacher_bias is not None:
             teacher_bias = teacher_bias.to(compute_dtype(teacher_bias, *features.values())) * ratio

@@ -53,7 +53,7 @@ def parallel_size(case: Any) -> tuple[int, ...]:
     """Return a size that occupies three threads unequally."""
     if case.family == "softmax_kl":
         return (3, 50, 20, 35)
-    if case.family == "attention_kl":  # two or three heads: each of a thread's own, or shared
+    if case.family == "attention_kl":  # two or three heads: one per thread, or shared by the threads
         return (1, 1, 1, 150, 20, 8) if "causal" in case.name else (1, 3, 150, 130, 16, 16)
     if case.loss.__name__ == "channel_kd":
         return (3, 75, 20, 20, 14, 14)

@@ -220,6 +220,36 @@ def test_loss_of_two_tapped_attentions() -> None:
     )
 
 
+class Causal(nn.Module):
+    """Return the causal map itself, of queries and keys in one tensor (B, N + M, D)."""
+
+    def __init__(self, queries: int) -> None:
+        super().__init__()
+        self.queries = queries
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = x[:, None, : self.queries], x[:, None, self.queries :]
+        return F.scaled_dot_product_attention(q, k, torch.eye(k.shape[2]).expand(len(x), 1, -1, -1), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "tokens", "kept"),
+    [(3, 5, ":", ...), (5, 3, ":", ...), (4, 4, "1:", [1, 2, 3]), (4, 4, "2:,0:1", [2, 3, 0])],
+)
+def test_causal_maps_are_those_of_the_module(queries: int, keys: int, tokens: str, kept: Any) -> None:
+    """torch aligns the first query with the first key; tokens may be kept in any order."""
+    model, maps, tapped = nn.Sequential(Causal(queries)), [], []
+    for seed in range(2):
+        x = torch.randn(2, queries + keys, 4, generator=torch.Generator().manual_seed(seed))
+        with Taps(model, {"map": AttentionTap("0", tokens)}) as taps:
+            part = model(x)[:, :, kept][..., kept]  # (B, 1, N, M)
+            tapped.append(taps["map"])
+        maps.append(part / part.sum(-1, keepdim=True))
+    student, teacher = maps
+    want = torch.where(teacher > 0, teacher * (teacher / student).log(), 0).sum(-1).mean()
+    torch.testing.assert_close(tapped_attention_kd(*tapped), want)
+
+
 def test_biases_scales_and_causality_are_passed_on() -> None:
     q, k, bias = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), torch.randn(2, 3, 3, requires_grad=True)
     student = TappedAttention(q, k, bias, 0.3, True)

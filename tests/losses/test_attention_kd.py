@@ -56,6 +56,15 @@ def test_a_temperature_that_requires_grad_is_learned(learned: tuple[int, ...]) -
         attention_kd(*args, temperature=(temperatures[0], temperatures[1]), backend="cpu")
 
 
+def test_temperatures_in_half_precision_are_not_rounded_again() -> None:
+    """A pair becomes a factor of the teacher's scale."""
+    pair = [torch.tensor(t, dtype=torch.bfloat16, requires_grad=True) for t in (0.7, 1.3)]
+    args = [x.double() for x in features()]
+    got = attention_kd(*args, temperature=(pair[0], pair[1]))
+    want = attention_kd(*args, temperature=(pair[0].item(), pair[1].item()))
+    torch.testing.assert_close(got.detach(), want, rtol=1e-13, atol=0)
+
+
 def test_scales() -> None:
     q_s, k_s, q_t, k_t = features()
     per_head = torch.tensor([0.1, 0.7, 1.3])

@@ -250,7 +250,7 @@ def test_a_group_needs_a_loss_that_pools_the_batch() -> None:
 
 
 def test_unsupported_calls_are_refused(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group of one never communicates, so the world is said to have two ranks."""
+    """A group of one never communicates, so two ranks are reported for the world."""
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     student, teacher = maps(2, 3, 4)
     call = lambda x, **more: losses.channel_kd(x, teacher, across_batch=True, group="world", **more)
