@@ -74,7 +74,7 @@ class RecordedOutput(Mapping[str, Any]):
         if name in part.scaled:
             value = from_int8(value, self._batch[PREFIX + name + SCALES])
         value = value.permute([order.index(dim) for dim in range(len(order))])
-        return restore_channels(value, self._bases[name], order) if name in self._bases else value
+        return restore_channels(value, self._bases[name].to(value.device), order) if name in self._bases else value
 
     def __iter__(self) -> Iterator[str]:
         return (path for path, part in self._parts.items() if all(key in self._batch for key in part.keys(path)))
