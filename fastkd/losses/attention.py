@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -98,12 +97,10 @@ def attention_kd(
     if teacher_temperature is not None:  # the operator takes one temperature for both networks
         if checks.differentiates_temperature(backend, student_temperature, teacher_temperature):
             backend = "reference"  # kernels have no gradient of the scales
-        # In the scales' dtype: in bf16 a quotient of temperatures would change every logit by up to 0.4 %.
-        precise = (
-            t.to(teacher_scale.dtype) if isinstance(t, Tensor) else t
-            for t in (student_temperature, teacher_temperature)
-        )
-        ratio = operator.truediv(*precise)
+        # As fp64 tensors: in bf16 a quotient of temperatures would change every logit by up to 0.4 %, and torch 2.11
+        # compiles a graph per value of a divisor.
+        one = torch.ones_like(teacher_scale[0])
+        ratio = (one * student_temperature) / (one * teacher_temperature)
         teacher_scale = teacher_scale * ratio
         if teacher_bias is not None:
             teacher_bias = teacher_bias.to(compute_dtype(teacher_bias, *features.values())) * ratio
@@ -176,20 +173,21 @@ def _scales(scale: object, student_q: Tensor, teacher_q: Tensor) -> tuple[Tensor
 def _scale(name: str, value: object, q: Tensor) -> Tensor:
     heads = q.shape[1]
     dtype = torch.float64 if computes_fp64(q.device) else torch.float32
-    if isinstance(value, Tensor) and value.numel() != 1:
-        checks.floating(name, value, (1, 3), "(H,) or (H, 1, 1)")
-        if value.numel() != heads or value.shape[0] != heads:
-            raise ValueError(f"{name}: expected one number per head, ({heads},), got shape {tuple(value.shape)}")
+    if not isinstance(value, Tensor):
+        number = q.shape[3] ** -0.5 if value is None else checks.number(name, value)
+        assert not isinstance(number, Tensor)
+        if not is_finite(number):
+            raise ValueError(f"{name}: expected a finite number, got {number!r}")
+        return torch.full((heads,), number, dtype=dtype, device=q.device)
+    checks.floating(name, value, (0, 1, 3), "(), (H,) or (H, 1, 1)")
+    if value.numel() != 1 and tuple(value.shape) not in ((heads,), (heads, 1, 1)):
+        raise ValueError(f"{name}: expected one number per head, ({heads},), got shape {tuple(value.shape)}")
+    if value.dim():
         checks.same_device(student_q=q, **{name: value})
-        _constant(name, value)
-        return savable(value)[0].detach().reshape(-1).to(dtype)
-    number = q.shape[3] ** -0.5 if value is None else checks.number(name, value)
-    if isinstance(number, Tensor):
-        _constant(name, number)
-        number = number.item()
-    if not is_finite(number):
-        raise ValueError(f"{name}: expected a finite number, got {number!r}")
-    return torch.full((heads,), number, dtype=dtype, device=q.device)
+    _constant(name, value)
+    if checks.readable(value) and not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
+    return savable(value)[0].detach().to(q.device, dtype).reshape(-1).expand(heads)  # without reading it from a GPU
 
 
 def _constant(name: str, tensor: Tensor) -> None:

@@ -158,6 +158,8 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "scale": ({"scale": torch.ones(2)}, r"scale: expected one number per head, \(3,\), got shape \(2,\)"),
     "trained scale": ({"scale": torch.ones(H, requires_grad=True)}, "scale: requires grad.*detach"),
     "infinite scale": ({"scale": (1.0, math.inf)}, r"scale\[1\]: expected a finite number, got inf"),
+    "infinite scales": ({"scale": torch.tensor([1.0, math.inf, 1.0])}, "scale: expected finite numbers, got"),
+    "trained number": ({"scale": torch.tensor(1.0, requires_grad=True)}, "scale: requires grad.*detach"),
     "scales": ({"scale": (1.0, 1.0, 1.0)}, "scale: expected a pair"),
     "temperatures": ({"temperature": (1.0, 1.0, 1.0)}, "temperature: expected a number or a pair"),
     "temperature": ({"temperature": (1.0, 0.0)}, r"temperature\[1\]: expected a finite number above 0, got 0.0"),
