@@ -65,8 +65,13 @@ def demo(
     from fastkd.evaluate import evaluate
     from fastkd.models import RISModel
     from fastkd.report import console_table
+    from fastkd.train.resume import check_folder
+    from fastkd.train.trackers import check_trackers
 
     shares = shares_of(terms)
+    check_trackers(config.tracker, out)
+    for folder in [_run_folder(out, seed, name) for seed in seeds for name in (ALONE, DISTILLED, LONGER)]:
+        check_folder(folder, overwrite=overwrite, resume=False)
     teacher = RISModel.from_pretrained(shapes_teacher()).eval().requires_grad_(False)
     root = _make_data(out, images, teacher.config.image_size)
     test = open_split(root, test_split, teacher, sentences="all")
@@ -82,6 +87,10 @@ def demo(
     page = _write_results(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, shares, test_split)
     console_table(rows, title=f"Procedural referring segmentation, {test_split}: {len(test)} sentences (%)")
     show(f"report: {page}")
+
+
+def _run_folder(out: Path, seed: int, name: str) -> Path:
+    return out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "-")
 
 
 def _make_data(out: Path, images: int, size: int) -> Path:
@@ -139,7 +148,7 @@ def _compare(
 
     def run(name: str, config: TrainConfig, distil: bool) -> Run:
         student, trained = build(distil)
-        folder = out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "-")
+        folder = _run_folder(out, seed, name)
         title = f"{name}, seed {seed}"
         result = train(
             trained, train_set, config, val_dataset=val_set, out_dir=folder, title=title, overwrite=overwrite

@@ -42,6 +42,10 @@ class Folder:
     replay: Path | None = None
     preflight_only: bool = False
 
+    def __post_init__(self) -> None:
+        if self.overwrite and self.resume:
+            raise ValueError("--resume continues the run in --out and --overwrite replaces it: pass one of them")
+
 
 _FOLDER = Folder()
 
@@ -112,10 +116,9 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
     from fastkd.cli._yaml import dump_settings
     from fastkd.train import preflight, segmentation_loss
     from fastkd.train import train as run
-    from fastkd.train.balance import balance_on
-    from fastkd.train.resume import saved_settings
 
     data, config, out = settings.data, settings.config, settings.out
+    main = folder.replay is None and _join(config, out, folder)
     weights = {"backbone_weights": settings.backbone_weights, "text_weights": settings.text_weights}
     options: dict[str, Any] = {}
     terms, shares = [], {}
@@ -128,7 +131,7 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
             "task_schedule": settings.task.resolve(config.steps),
         }
     model = build_model(model_name, config.seed, data.tokenizer, **weights)
-    if folder.replay is None:
+    if main:
         warn_of_random_weights(model_name, model, **weights)
     teacher: Any = None
     teacher_options: dict[str, Any] = {}
@@ -148,15 +151,12 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
         return _replay(folder.replay, trained, config)
     resolved = with_absolute_paths(settings)
     if teacher is not None:
-        saved = saved_settings(out) if folder.resume else {}
-        if saved and all(saved.get(f"shares.{name}") == share for name, share in shares.items()):
-            trained.set_weights({name: saved[f"weights.{name}"] for name in shares})
-        else:
-            # Without a share it only tries the terms, before anything is written.
-            balance_on(trained, train_set, shares, config, batches=4 if shares else 1)
-        show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in trained.weights.items()))
+        _balance(trained, train_set, shares, config, out if folder.resume else None)
+        if main:
+            show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in trained.weights.items()))
     if folder.preflight_only:
-        return _show_preflight(preflight(trained, train_set, config, val_dataset=val_set))
+        report = preflight(trained, train_set, config, val_dataset=val_set)
+        return _show_preflight(report) if main else None
     header = "# fastkd {} with this file starts the same run; with --resume it continues this one.\n"
     result = run(
         trained,
@@ -170,8 +170,36 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
         settings=_compared(resolved, shares),
         files={"config.yaml": header.format("train" if teacher is None else "distill") + dump_settings(resolved)},
     )
-    if result.out_dir is not None:  # in one of several processes
+    if main:
         show(f"best on val: {result.best}\nstudent: {out / 'best'}")
+
+
+def _join(config: TrainConfig, out: Path, folder: Folder) -> bool:
+    """Join the other processes; return whether this one prints. Refuse trackers and folders before any work."""
+    from fastkd.train.launch import join
+    from fastkd.train.resume import check_folder
+    from fastkd.train.trackers import check_trackers
+
+    main = join(config)[0].is_main_process
+    check_trackers(config.tracker, out)
+    if main and not folder.preflight_only:
+        check_folder(out, overwrite=folder.overwrite, resume=folder.resume)
+    return main
+
+
+def _balance(
+    distiller: Distiller, dataset: Any, shares: Mapping[str, float], config: TrainConfig, resumed: Path | None
+) -> None:
+    """Set the weights of terms with a share: those of the run to resume if its shares are equal, else measured."""
+    from fastkd.train.balance import balance_on
+    from fastkd.train.resume import saved_settings
+
+    saved = {} if resumed is None else saved_settings(resumed)
+    if saved and all(saved.get(f"shares.{name}") == share for name, share in shares.items()):
+        distiller.set_weights({name: saved[f"weights.{name}"] for name in shares})
+    else:
+        # Without a share it only tries the terms, before anything is written.
+        balance_on(distiller, dataset, shares, config, batches=4 if shares else 1)
 
 
 def _compared(settings: RunSettings, shares: Mapping[str, float]) -> dict[str, Any]:
@@ -186,10 +214,6 @@ def _compared(settings: RunSettings, shares: Mapping[str, float]) -> dict[str, A
 
 
 def _show_preflight(report: PreflightReport) -> None:
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
-        return
     if sys.stdout is None or not sys.stdout.isatty():
         return show(str(report))
     from rich.console import Console

@@ -29,7 +29,7 @@ class RunLog:
     Args:
         path: the file, or None.
         append: continue the file, rather than replace it.
-        trackers: get every line too.
+        trackers: also get every line.
     """
 
     def __init__(self, path: Path | None, append: bool = False, trackers: Trackers | None = None) -> None:

@@ -24,7 +24,7 @@ from fastkd.train.config import TrainConfig
 from fastkd.train.first_batch import PreflightReport
 from fastkd.train.log import Progress, RunLog
 from fastkd.train.result import TrainResult
-from fastkd.train.resume import check_settings, find_start, lines_until, read_lines, run_settings
+from fastkd.train.resume import check_folder, check_settings, find_start, lines_until, read_lines, run_settings
 from fastkd.train.run import TrainingRun
 from fastkd.train.seeding import kept_generators
 from fastkd.train.stop import Termination
@@ -63,9 +63,9 @@ def train(
     With ``out_dir``, ``log.jsonl`` holds one JSON object per line (event "start" with the settings and the environment,
     then "train", "eval", "checkpoint" and finally "end"), ``last/`` the student (written at every evaluation, at the
     end, and on Ctrl-C, SIGTERM or SIGUSR1) and ``best/`` the one with the best validation mIoU, both with the settings
-    of the run in ``training.json``. ``checkpoints/`` holds
-    what a run needs to continue: written every ``checkpoint_every`` steps, at the end, on those signals and after an
-    error, with the state after the latest complete step. Each is written completely or not at all. A run that was
+    of the run in ``training.json``. ``checkpoints/`` holds what a run needs to continue: written every
+    ``checkpoint_every`` steps, at the end, on those signals and after an error, with the state after the latest
+    complete step. Each is written completely or not at all. A run that was
     stopped or killed and resumed ends with the same weights, bit for bit, as one that was not, on the same device.
 
     Args:
@@ -274,13 +274,7 @@ def _resume(run: TrainingRun, folder: Path, allowed: Sequence[str], settings: di
 
 def _prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
     """Make the folder; remove the checkpoints of a run that is replaced."""
-    if not overwrite and not resume and any((folder / name).exists() for name in ("log.jsonl", FOLDER)):
-        raise FileExistsError(
-            f"out_dir {str(folder)!r} holds an earlier run; choose another folder, pass overwrite=True, or continue it "
-            "with resume=True"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"out_dir {str(folder)!r} is a file; pass a folder")
+    check_folder(folder, overwrite=overwrite, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for name in (FOLDER, "tensorboard"):

@@ -21,6 +21,7 @@ from fastkd.evaluate.evaluation import EvalResult
 from fastkd.train.checkpoint import FOLDER, find_checkpoints, latest_checkpoint, read_state
 from fastkd.train.config import TrainConfig
 from fastkd.train.teacher_cache.reader import teacher_settings
+from fastkd.train.trackers import PACKAGES
 
 # These do not influence the result, so they may differ without permission.
 _FREE = frozenset(
@@ -40,20 +41,34 @@ _FREE = frozenset(
 )
 
 
+def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Raise ``FileExistsError`` unless a run can begin in a folder or, with ``resume``, continue there."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"out_dir {str(folder)!r} is a file; pass a folder")
+    holds_run = any((folder / name).exists() for name in ("log.jsonl", FOLDER))
+    if holds_run and not overwrite and not resume:
+        raise FileExistsError(
+            f"out_dir {str(folder)!r} holds an earlier run; choose another folder, pass overwrite=True, or continue it "
+            "with resume=True"
+        )
+    others = {path.name for path in folder.iterdir()} - set(PACKAGES) if folder.is_dir() else ()  # no trackers' folders
+    if resume and others and not holds_run:
+        raise FileExistsError(
+            f"out_dir {str(folder)!r} is not a run: it has neither log.jsonl nor {FOLDER}/; resume=True (--resume) "
+            "needs the folder of a run, or one that is empty or does not exist yet"
+        )
+
+
 def find_start(folder: Path) -> Path | None:
     """Return the checkpoint to continue from, or None to start afresh; remove what killed processes left half-written.
 
     Raises:
         FileExistsError: the folder is not a run, or a complete run without checkpoints.
     """
+    check_folder(folder, overwrite=False, resume=True)
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     log = folder / "log.jsonl"
-    if not log.is_file() and not (folder / FOLDER).is_dir():
-        raise FileExistsError(
-            f"out_dir {str(folder)!r} is not a run: it has neither log.jsonl nor {FOLDER}/; resume=True (--resume) "
-            "needs the folder of a run, or one that is empty or does not exist yet"
-        )
     remove_leftovers(folder)
     if (folder / FOLDER).is_dir():
         remove_leftovers(folder / FOLDER)

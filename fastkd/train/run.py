@@ -87,7 +87,7 @@ class TrainingRun(ReportedRun):
             with autocast(self.precision, self.device):
                 module = data_parallel(module, distiller, first, config, self.device)
         first_step = True
-        self.timer.read()  # what came before does not count
+        self.timer.read()  # discard the time before the first step
         distiller.timer = self.timer.part
         self.clock.start()
         while True:

@@ -98,7 +98,7 @@ class SavedRun:
         return nullcontext() if self.average is None else self.average.applied()
 
     def record(self) -> dict[str, Any]:
-        """Return what a model's folder tells of the run: settings without local folders, and the step's scores."""
+        """Return what a model's folder states about its run: settings without local folders, and the step's scores."""
         local = {key for key, value in self.settings.items() if isinstance(value, str) and os.path.isabs(value)}
         scores = dict(self.result.evaluations).get(self.step)
         return {

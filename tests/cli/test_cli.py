@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import platform
@@ -72,7 +73,8 @@ def test_resume_keeps_the_weights_and_refuses_other_settings(shapes, tmp_path, c
     assert "starts afresh" in error.err
     assert main([*args, "--resume", "--steps", "4"]) == 2
     assert "steps: 3 → 4" in capsys.readouterr().err
-    assert main([*args, "--resume", "--steps", "4", "--resume-allow", "steps"]) == 0
+    watched = ["--gradients-every", "2"]  # cannot change the result, so it may differ
+    assert main([*args, "--resume", "--steps", "4", "--resume-allow", "steps", *watched]) == 0
     assert "weights: first_order" in capsys.readouterr().out
     assert main([*args, "--resume", "--terms", "first_order=0.25"]) == 2
     assert "shares.first_order: 0.5 → 0.25" in capsys.readouterr().err
@@ -210,6 +212,35 @@ def test_relative_cost_alternates_the_models(shapes):
         < math.inf
     )
     assert steps == ([0] * 25 + [1] * 25) * 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["distill", "--data", "nowhere", "--out", "{run}"], "holds an earlier run"),
+        (["distill", "--data", "nowhere", "--out", "{other}", "--resume"], "is not a run"),
+        (["distill", "--data", "nowhere", "--out", "{run}", "--resume", "--overwrite"], "pass one of them"),
+        (["distill", "--data", "nowhere", "--out", "{tmp}/new", "--tracker", "mlflow"], "pip install mlflow"),
+        (["demo", "--out", "{tmp}/new", "--tracker", "mlflow"], "pip install mlflow"),
+        (["demo", "--out", "{tmp}", "--no-overwrite"], "holds an earlier run"),
+    ],
+)
+def test_folders_and_trackers_are_checked_before_any_work(args, message, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "mlflow" else find(name, *rest))
+    run = tmp_path / "seed0" / "distilled"
+    other = tmp_path / "other"
+    for file in (run / "log.jsonl", other / "notes.txt"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    try:
+        status = main([arg.format(tmp=tmp_path, run=run, other=other) for arg in args])
+    except SystemExit as stop:  # raised by the argument parser
+        status = stop.code
+    assert status == 2
+    output = capsys.readouterr()
+    assert message in " ".join((output.err + output.out).split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "seed0"]
 
 
 def test_rejects_a_model_configuration_that_is_not_json(shapes, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from teacher_cache_tools import built_and_trained
 from train_tools import Scenes, collate, distiller, run, toy, two_processes
 
 from fastkd import Distiller, losses
+from fastkd.data import make_shapes
 from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import evaluate
@@ -68,6 +70,9 @@ def test_two_processes(tmp_path: Path) -> None:
     from test_processes import Sometimes, pooled, scheduled, summed
     from fastkd.evaluate import evaluate
     write = lambda line: os.write(1, (line + chr(10)).encode())  # one write per line: lines do not interleave
+    from fastkd.cli import main as fastkd
+    command = ["distill", "--data", SHAPES, "--out", FOLDER, "--batch-size", "2", "--preflight-only"]
+    write(f"status {rank} {fastkd(command)}")
     model = t.toy()
     model.spare = torch.nn.Linear(2, 2)
     with warnings.catch_warnings(record=True) as caught:
@@ -94,12 +99,16 @@ def test_two_processes(tmp_path: Path) -> None:
     from teacher_cache_tools import built_and_trained
     write(f"cached {rank} {built_and_trained(pathlib.Path(FOLDER))}")
 """
-    out = two_processes(program.replace("FOLDER", repr(str(tmp_path / "both"))))
+    make_shapes(tmp_path / "shapes", images=20, image_size=64)
+    places = {"FOLDER": repr(str(tmp_path / "both")), "SHAPES": repr(str(tmp_path / "shapes"))}
+    out = two_processes(re.sub("|".join(places), lambda name: places[name[0]], program))
     lines = {tuple(line.split(" ", 2)[:2]): line.split(" ", 2)[2] for line in out.splitlines() if line.count(" ") > 1}
     model = toy()
     model.spare = nn.Linear(2, 2)
     with pytest.warns(FastKDWarning, match="2 parameters get no gradient on the first batch"):
         alone = run(model, steps=4, log_every=1)
+    assert (lines["status", "0"], lines["status", "1"]) == ("0", "0")
+    assert (out.count("weights: first_order"), out.count("seconds a step")) == (1, 1)
     warning = "2 parameters get no gradient on the first batch, so they do not train: student.spare.weight, student"
     for rank in "01":
         loss, _, named = lines["trained", rank].partition(" ")

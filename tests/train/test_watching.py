@@ -248,7 +248,8 @@ class TestTrackers:
             run(toy(), out=tmp_path, tracker=("wandb", "trackio"))
         assert [one.finished for one in runs] == [True, False]
         monkeypatch.undo()
-        assert run(toy(), out=tmp_path, steps=1).steps == 1  # the folder does not hold a run
+        (tmp_path / "wandb").mkdir()  # what a tracker wrote before another one failed
+        assert run(toy(), out=tmp_path, steps=1, resume=True).steps == 1
 
     def test_one_error_for_a_name_package_or_folder_that_is_missing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
