@@ -181,6 +181,7 @@ def single_checks(rank: int) -> dict[str, Any]:
         found[f"collectives of {name}"] = collectives
         found[f"FLOP of {name}"] = flops_of(CASES[name], part)
     found["dead channel"] = averaged(dead_channel(part, group="world"), 2)
+    found["far from 0"] = far_from_zero(part, torch.float32, group="world")
     for name in HALF:
         found[f"bfloat16 {name}"] = half_precision(CASES[name], part)
     for name in ("channel kl", "pixel kl", "pixel mse"):
@@ -212,6 +213,16 @@ def half_precision(case: Case, part: slice, **more: Any) -> Result:
     student = Student(case, torch.float32)
     student.features = student.map_of(part).detach().bfloat16().requires_grad_()
     loss = student(part, group="world", **more)
+    return Result(loss.detach(), list(torch.autograd.grad(loss, student.features)))
+
+
+def far_from_zero(part: slice, dtype: torch.dtype, **more: Any) -> Result:
+    """Return the loss and gradient by features that are 100 times as far from 0 as they vary."""
+    case = Case(losses.channel_kd, {"across_batch": True, "centered": True})
+    student = Student(case, dtype, torch.float32)
+    features = Student(case, torch.float32).map_of(part).detach() + 100
+    student.features = features.to(dtype).requires_grad_()
+    loss = student(part, **more)
     return Result(loss.detach(), list(torch.autograd.grad(loss, student.features)))
 
 

@@ -93,6 +93,14 @@ def test_fp32_errors_are_at_most_twice_those_of_the_plain_formula(name: str, ran
             assert error(a, want) <= 2 * error(b, want) + size * torch.finfo(torch.float32).eps
 
 
+def test_centring_is_exact_far_from_zero(ranks: Any) -> None:
+    exact, plain = (group_ranks.far_from_zero(ALL, d, loss=formula) for d in (torch.float64, torch.float32))
+    error = lambda a, b: (a.double() - b).abs().max().item()
+    (want,) = exact.gradients
+    got = torch.cat([found["far from 0"].gradients[0] for found in ranks[2]]) / 2
+    assert error(got, want) <= 2 * error(plain.gradients[0], want)
+
+
 def test_a_dead_channel_gets_no_gradient(ranks: Any) -> None:
     want = group_ranks.dead_channel(ALL, backend="reference")
     assert want.gradients[0][2].abs().max() == 0

@@ -25,7 +25,7 @@ from fastkd.ops.collectives import (
     share_of_gradient,
 )
 from fastkd.ops.launch import workspace_limit
-from fastkd.ops.numerics import NORM_FLOOR, compute_dtype, full_precision
+from fastkd.ops.numerics import NORM_FLOOR, compute_dtype, computes_fp64, full_precision
 from fastkd.ops.products import product
 from fastkd.ops.relation.reference import row_distances, scaled_rows
 from fastkd.ops.torch_state import outside_graphs
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class Means(NamedTuple):
     """Means over the pixels of all ranks, and the numbers of columns of the C×(B·N) matrices."""
 
-    student_mean: Tensor  # (C,)
+    student_mean: Tensor  # (C,) in fp64: see `_columns`
     teacher_mean: Tensor  # (C,)
     strength: Tensor  # (C,) mean of |F_T|
     student_columns: Tensor  # (1,)
@@ -48,13 +48,15 @@ class Means(NamedTuple):
 
 def channel_means(student: Tensor, teacher: Tensor, group: ProcessGroup) -> Means:
     """Return means over all pixels of (B, C, N) features of all ranks, without gradient, by one all-reduce."""
-    dtype, channels = compute_dtype(student, teacher), student.shape[1]
+    dtype, channels, device = compute_dtype(student, teacher), student.shape[1], student.device
+    wide = torch.float64 if computes_fp64(device) else dtype
     with torch.no_grad():
-        student, teacher = student.detach().to(dtype), teacher.detach().to(dtype)
-        columns = [torch.full((1,), x.shape[0] * x.shape[2], dtype=dtype, device=x.device) for x in (student, teacher)]
-        own = torch.cat([student.sum((0, 2)), teacher.sum((0, 2)), teacher.abs().sum((0, 2)), *columns])
-        s, t, strength, n_s, n_t = plain_total(own, group).split([channels, channels, channels, 1, 1])
-        return Means(s / n_s, t / n_t, strength / n_t, n_s, n_t)
+        student, teacher = student.detach(), teacher.detach()
+        sums = [x.sum((0, 2), dtype=wide) for x in (student, teacher, teacher.abs())]
+        columns = [torch.full((1,), x.shape[0] * x.shape[2], dtype=wide, device=device) for x in (student, teacher)]
+        parts = plain_total(torch.cat([*sums, *columns]), group).split([channels, channels, channels, 1, 1])
+        s, t, strength, n_s, n_t = parts
+        return Means(s / n_s, t / n_t, (strength / n_t).to(dtype), n_s.to(dtype), n_t.to(dtype))
 
 
 def channel_relation(
@@ -140,9 +142,16 @@ class _PooledGram(torch.autograd.Function):
 
 
 def _columns(features: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return features (B, C, N) as (C, B·N), minus each row's mean."""
+    """Return features (B, C, N) as (C, B·N), minus each row's mean.
+
+    The mean is subtracted in two parts. Rounded to fp32 it would leave rows whose sum is not 0, and the gradient by the
+    mean would be missing: for features far from 0 several times the error of the plain formula.
+    """
     rows = features.to(dtype).transpose(0, 1).flatten(1)
-    return rows if mean is None else rows - mean[:, None]
+    if mean is None:
+        return rows
+    nearest = mean.to(dtype)
+    return (rows - nearest[:, None]).sub_((mean - nearest).to(dtype)[:, None])
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def channel_traffic(channels: int, *, means: bool, fp64: bool = False) -> Traffi
         fp64: an input is fp64.
     """
     size = 8 if fp64 else 4
-    first = [Collective("all_reduce", size * (3 * channels + 2))] if means else []
+    first = [Collective("all_reduce", 8 * (3 * channels + 2))] if means else []  # in fp64
     grams = [Collective("all_reduce", size * channels**2)] * 2
     return Traffic(first + grams, [Collective("all_reduce", size * channels)])
 
