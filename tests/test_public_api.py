@@ -92,6 +92,12 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(self, student_pixels, student_words, teacher_pixels, teacher_words, *, word_mask=None, pixel_mask=None)"
         ),
         "DEFAULT_TERMS": "mappingproxy",
+        "FeatureKD": (
+            "(student_channels=None, teacher_channels=None, *, aligner='conv', resize=None, distance='mse', "
+            "normalize=None, weight=None, reduction='mean')"
+        ),
+        "FeatureKD.extra_repr": "(self)",
+        "FeatureKD.forward": "(self, student, teacher, *, weight=None, pixel_mask=None)",
         "LogitKD": "(*, temperature=1.0, class_dim=1, ignore_index=-100, reduction='mean', backend='auto')",
         "LogitKD.forward": "(self, student_logits, teacher_logits, *, pixel_mask=None, labels=None)",
         "PixelRelationKD": (
@@ -121,6 +127,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "cross_modal_kd_from_logits": (
             "(student_logits, teacher_logits, *, word_mask=None, pixel_mask=None, temperature=1.0, "
             "terms=None, reduction='mean', return_terms=False, backend='auto')"
+        ),
+        "feature_kd": (
+            "(student, teacher, *, distance='mse', normalize=None, weight=None, pixel_mask=None, reduction='mean')"
         ),
         "logit_kd": (
             "(student_logits, teacher_logits, *, temperature=1.0, class_dim=1, pixel_mask=None, "

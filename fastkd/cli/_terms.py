@@ -80,7 +80,9 @@ def _loss(term: str, name: str) -> Any:
 def _check_options(term: str, loss: Any, given: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless a loss function, module or module class accepts these keyword arguments."""
     called = loss.forward if isinstance(loss, nn.Module) else loss
-    known = [name for name, one in inspect.signature(called).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    parameters = inspect.signature(called).parameters.items()
+    # Positional ones of a function are the tensors it compares; of a class, options such as student_channels.
+    known = [name for name, one in parameters if inspect.isclass(loss) or one.kind is one.KEYWORD_ONLY]
     for name in given:
         if name not in known:
             label = getattr(loss, "__name__", type(loss).__name__)

@@ -45,6 +45,10 @@ def _pixel_relation() -> Term:
     return Term(losses.pixel_relation_kd, "stages.2")
 
 
+def _feature() -> Term:
+    return Term(losses.feature_kd, "decoder_features", kwargs={"distance": "cosine"})
+
+
 def _logit() -> Term:
     return Term(losses.logit_kd, "decoder")
 
@@ -102,6 +106,7 @@ TERMS: dict[str, tuple[Callable[[], Term], str]] = {
     ),
     "channel": (_channel, "channel_kd on the decoder's last map, pooled over the batch and centred"),
     "pixel_relation": (_pixel_relation, "pixel_relation_kd on the third fused stage"),
+    "feature": (_feature, "feature_kd on the decoder's last map, by the cosine of every pixel"),
     "logit": (_logit, "logit_kd on the decoder's two-channel map"),
     "mask": (_mask, "logit_kd on the logits at the image's size; works with any teacher"),
     "pixel_pixel": (
@@ -109,7 +114,8 @@ TERMS: dict[str, tuple[Callable[[], Term], str]] = {
         "relations of pixels through words at the last fused stage; tokenizers, heads and sizes may differ",
     ),
 }
-"""Term name to its factory and description. The channel terms need the same decoder width on both sides."""
+"""Term name to its factory and description. The channel terms and "feature" need the same decoder width on
+both sides."""
 
 
 def recipe(names: Sequence[str], *, group: ProcessGroup | str | None = None) -> list[Term]:

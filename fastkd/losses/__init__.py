@@ -8,6 +8,7 @@ from fastkd.losses.attention import AttentionKD, attention_kd
 from fastkd.losses.channel import ChannelKD, channel_kd
 from fastkd.losses.channel_distribution import ChannelDistributionKD, channel_distribution_kd
 from fastkd.losses.cross_modal import DEFAULT_TERMS, CrossModalKD, cross_modal_kd, cross_modal_kd_from_logits
+from fastkd.losses.feature import FeatureKD, feature_kd
 from fastkd.losses.logit import LogitKD, logit_kd
 from fastkd.losses.pixel_relation import PixelRelationKD, pixel_relation_kd
 
@@ -17,6 +18,7 @@ __all__ = [
     "ChannelDistributionKD",
     "ChannelKD",
     "CrossModalKD",
+    "FeatureKD",
     "LogitKD",
     "PixelRelationKD",
     "attention_kd",
@@ -24,6 +26,7 @@ __all__ = [
     "channel_kd",
     "cross_modal_kd",
     "cross_modal_kd_from_logits",
+    "feature_kd",
     "logit_kd",
     "pixel_relation_kd",
 ]

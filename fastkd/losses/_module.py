@@ -106,8 +106,8 @@ def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not any(hooks)
 
 
-def make_aligner(student_channels: int | None, teacher_channels: int | None) -> ChannelAligner | None:
-    """Return an aligner if both widths are given and differ, else None.
+def check_widths(student_channels: int | None, teacher_channels: int | None) -> None:
+    """Raise unless both widths are positive, or both None.
 
     Raises:
         TypeError, ValueError: a width that is not a positive int, or only one width given.
@@ -122,6 +122,11 @@ def make_aligner(student_channels: int | None, teacher_channels: int | None) -> 
             "student_channels and teacher_channels: give both or neither, "
             f"got {student_channels} and {teacher_channels}"
         )
+
+
+def make_aligner(student_channels: int | None, teacher_channels: int | None) -> ChannelAligner | None:
+    """Return an aligner if both widths are given and differ, else None; errors as in :func:`check_widths`."""
+    check_widths(student_channels, teacher_channels)
     if student_channels is None or teacher_channels is None or student_channels == teacher_channels:
         return None
     return ChannelAligner(student_channels, teacher_channels)

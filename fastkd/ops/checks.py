@@ -166,7 +166,7 @@ def same_size(quantity: str, names: tuple[str, str], sizes: tuple[object, object
 
 
 def row_weight(
-    value: object, shape: tuple[int, int], layout: str, like: Tensor, attention: bool, pooled: bool = False
+    value: object, shape: tuple[int, ...], layout: str, like: Tensor, attention: bool, pooled: bool = False
 ) -> None:
     """Raise unless ``value`` is None, "attention" (if allowed), or a tensor ≥ 0 of ``shape`` that is not all 0.
 

@@ -36,6 +36,7 @@ from fastkd.cli._yaml import dump_settings, load_settings, recipes
 from fastkd.data import make_shapes
 from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
+from fastkd.losses import FeatureKD
 from fastkd.models import list_presets, preset
 from fastkd.models.presets import published_text_weights
 
@@ -225,6 +226,10 @@ def test_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -> 
         ),
         ("mid: {share: 1, loss: chanel_kd, student: a}", "fastkd.losses has no 'chanel_kd'. Did you mean 'channel_kd'"),
         ("mid: {share: 1, loss: channel_kd}", "loss='channel_kd' needs student"),
+        (
+            "mid: {share: 1, loss: feature_kd, student: a, options: {teacher: b}}",
+            "feature_kd has no option 'teacher'",
+        ),
         ("mid: {share: 1, loss: ChannelKD, student: a, options: {chanels: 3}}", "ChannelKD has no option 'chanels'"),
     ],
 )
@@ -233,6 +238,14 @@ def test_mistake_in_a_term_is_named(term: str, message: str, tmp_path: Path) -> 
     with pytest.raises(ValueError) as error:
         (build_terms(settings.terms, 100), shares_of(settings.terms))
     assert message in str(error.value)
+
+
+def test_widths_are_options_of_a_loss_module(tmp_path: Path) -> None:
+    options = "options: {student_channels: 3, teacher_channels: 5, aligner: mlp}"
+    file = write(tmp_path, f"terms: {{mid: {{share: 1, loss: FeatureKD, student: a, {options}}}}}")
+    [term] = build_terms(load_settings(DistillSettings, file).terms, 100)
+    assert isinstance(term.loss, FeatureKD)
+    assert [tuple(p.shape) for p in term.loss.parameters()] == [(5, 3), (5, 5)]
 
 
 @pytest.mark.parametrize(
