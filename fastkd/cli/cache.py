@@ -70,6 +70,8 @@ def cache(
         overwrite: replace another cache in --out.
         allow_untrained_teacher: accept a teacher whose normalisation layers hold their initial values.
     """
+    from accelerate import PartialState
+
     from fastkd import Distiller
     from fastkd.cli._arguments import check_folder
     from fastkd.cli._models import build_model
@@ -102,7 +104,8 @@ def cache(
     errors = {name: error["gradient"] for name, error in built.measured["errors"].items()}
     worst = max(errors, key=errors.__getitem__, default="")
     error = f", error of the gradients up to {errors[worst]:.1e} ({worst})" if errors else ""
-    show(f"teacher cache: {out}, {len(built)} samples{error}")
+    if PartialState().is_main_process:
+        show(f"teacher cache: {out}, {len(built)} samples{error}")
 
 
 def with_settings(args: Sequence[str]) -> Callable[..., None]:

@@ -65,13 +65,13 @@ def demo(
     from fastkd.evaluate import evaluate
     from fastkd.models import RISModel
     from fastkd.report import console_table
-    from fastkd.train.resume import check_folder
+    from fastkd.train.resume import check_run_folder
     from fastkd.train.trackers import check_trackers
 
     shares = shares_of(terms)
     check_trackers(config.tracker, out)
     for folder in [_run_folder(out, seed, name) for seed in seeds for name in (ALONE, DISTILLED, LONGER)]:
-        check_folder(folder, overwrite=overwrite, resume=False)
+        check_run_folder(folder, overwrite=overwrite, resume=False)
     teacher = RISModel.from_pretrained(shapes_teacher()).eval().requires_grad_(False)
     root = _make_data(out, images, teacher.config.image_size)
     test = open_split(root, test_split, teacher, sentences="all")

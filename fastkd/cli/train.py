@@ -176,14 +176,16 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
 
 def _join(config: TrainConfig, out: Path, folder: Folder) -> bool:
     """Join the other processes; return whether this one prints. Refuse trackers and folders before any work."""
+    from fastkd.cli._arguments import check_folder
     from fastkd.train.launch import join
-    from fastkd.train.resume import check_folder
+    from fastkd.train.resume import check_run_folder
     from fastkd.train.trackers import check_trackers
 
     main = join(config)[0].is_main_process
     check_trackers(config.tracker, out)
     if main and not folder.preflight_only:
-        check_folder(out, overwrite=folder.overwrite, resume=folder.resume)
+        check_folder("--out", out)
+        check_run_folder(out, overwrite=folder.overwrite, resume=folder.resume)
     return main
 
 

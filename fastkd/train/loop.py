@@ -24,7 +24,7 @@ from fastkd.train.config import TrainConfig
 from fastkd.train.first_batch import PreflightReport
 from fastkd.train.log import Progress, RunLog
 from fastkd.train.result import TrainResult
-from fastkd.train.resume import check_folder, check_settings, find_start, lines_until, read_lines, run_settings
+from fastkd.train.resume import check_run_folder, check_settings, find_start, lines_until, read_lines, run_settings
 from fastkd.train.run import TrainingRun
 from fastkd.train.seeding import kept_generators
 from fastkd.train.stop import Termination
@@ -274,7 +274,7 @@ def _resume(run: TrainingRun, folder: Path, allowed: Sequence[str], settings: di
 
 def _prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
     """Make the folder; remove the checkpoints of a run that is replaced."""
-    check_folder(folder, overwrite=overwrite, resume=resume)
+    check_run_folder(folder, overwrite=overwrite, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for name in (FOLDER, "tensorboard"):

@@ -41,7 +41,7 @@ _FREE = frozenset(
 )
 
 
-def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     """Raise ``FileExistsError`` unless a run can begin in a folder or, with ``resume``, continue there."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out_dir {str(folder)!r} is a file; pass a folder")
@@ -65,7 +65,7 @@ def find_start(folder: Path) -> Path | None:
     Raises:
         FileExistsError: the folder is not a run, or a complete run without checkpoints.
     """
-    check_folder(folder, overwrite=False, resume=True)
+    check_run_folder(folder, overwrite=False, resume=True)
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     log = folder / "log.jsonl"

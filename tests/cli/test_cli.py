@@ -219,6 +219,7 @@ def test_relative_cost_alternates_the_models(shapes):
     [
         (["distill", "--data", "nowhere", "--out", "{run}"], "holds an earlier run"),
         (["distill", "--data", "nowhere", "--out", "{other}", "--resume"], "is not a run"),
+        (["train", "--data", "nowhere", "--out", "{run}/log.jsonl/new"], "cannot be a folder"),
         (["distill", "--data", "nowhere", "--out", "{run}", "--resume", "--overwrite"], "pass one of them"),
         (["distill", "--data", "nowhere", "--out", "{tmp}/new", "--tracker", "mlflow"], "pip install mlflow"),
         (["demo", "--out", "{tmp}/new", "--tracker", "mlflow"], "pip install mlflow"),
