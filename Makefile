@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# worksteal: an idle worker takes over tests from a busy one. Each worker needs 2 to 4 GB of memory.
-TEST_WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
+# One worker more than cores, since some tests wait; at most 4, since each needs 2 to 4 GB of memory. worksteal: an idle
+# worker takes over tests from a busy one.
+TEST_WORKERS ?= -n $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))') --dist worksteal
 # CUDA kernels are compiled for the visible GPU, and skipped without one even if nvcc is installed.
 # `FASTKD_CUDA=1 make test` compiles them anyway; FASTKD_CUDA_TARGETS=all selects the chips of a wheel.
 export FASTKD_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),auto,0)
