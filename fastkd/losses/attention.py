@@ -159,11 +159,10 @@ def _as_relation_heads(features: dict[str, Tensor], heads: int) -> dict[str, Ten
 
 def _scales(scale: object, student_q: Tensor, teacher_q: Tensor) -> tuple[Tensor, Tensor]:
     """Return each network's scales (H,), in fp64 if the device computes in it: they multiply every logit."""
-    pair = isinstance(scale, tuple)
-    if pair and len(scale) != 2:  # type: ignore[arg-type]
-        raise ValueError(f"scale: expected a pair (student's, teacher's), got {len(scale)} values")  # type: ignore[arg-type]
-    values: Sequence[object] = scale if isinstance(scale, tuple) else (scale, scale)
-    names = ("scale[0]", "scale[1]") if pair else ("scale", "scale")
+    values: Sequence[object] = scale if isinstance(scale, tuple | list) else (scale, scale)
+    if len(values) != 2:
+        raise ValueError(f"scale: expected a pair (student's, teacher's), got {len(values)} values")
+    names = ("scale[0]", "scale[1]") if values is scale else ("scale", "scale")
     student, teacher = (
         _scale(name, value, q) for name, value, q in zip(names, values, (student_q, teacher_q), strict=True)
     )

@@ -76,6 +76,7 @@ def test_scales() -> None:
         (per_head, by_head, by_head),
         (by_head, by_head, by_head),
         ((None, per_head), D**-0.5, by_head),
+        ([None, 0.3], D**-0.5, 0.3),
     ):
         torch.testing.assert_close(attention_kd(q_s, k_s, q_t, k_t, scale=scale), kl(e_s * s, e_t * t).mean())
 

@@ -8,7 +8,7 @@ namespace fastkd::cpu {
 constexpr std::int64_t attention_padding = 16; // a multiple of every instruction set's vector
 constexpr std::int64_t attention_max_block = 64;
 
-// Heads of samples are problems of their own. Threads process whole heads, `teams` at a time, or share one: its blocks
+// Heads of samples are separate problems. Threads process whole heads, `teams` at a time, or share one: its blocks
 // of queries are then distributed, and for dK its keys.
 struct AttentionPlan {
     std::int64_t block; // queries per block: both networks' logits fit half of a small L2

@@ -7,7 +7,7 @@ For queries :math:`Q \in \mathbb{R}^{N \times d}` and keys :math:`K \in \mathbb{
           H_{ij} = g_i (P^S_{ij} - P^T_{ij}) / \tau, \quad dQ = \mathrm{scale} \cdot H K, \quad
           dK = \mathrm{scale} \cdot H^\top Q .
 
-The gradient is linear in g, and for the sum or the mean of the losses g is one number. A forward that is told to expect
+The gradient is linear in g, and for the sum or the mean of the losses g is one number. A forward that expects
 this computes the gradients for g = 1 from the same blocks of the maps ("unit gradients"); its backward multiplies them.
 Any other g costs a second pass.
 """

@@ -116,16 +116,16 @@ def _similarities(gram: Tensor, similarity: str, columns: Tensor | None) -> Tens
 class _PooledGram(torch.autograd.Function):
     """Σ_r X_r X_rᵀ (C, C) of features (B, C, N), from which a mean (C,) is subtracted; the gradient is H X_r.
 
-    With ``floor``, a row whose norm over all ranks is below `NORM_FLOOR` gets no gradient.
+    With ``clamped``, a row whose norm over all ranks is below `NORM_FLOOR` gets no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, mean: Tensor | None, dtype: torch.dtype, floor: bool, group: ProcessGroup
+        ctx: Any, features: Tensor, mean: Tensor | None, dtype: torch.dtype, clamped: bool, group: ProcessGroup
     ) -> Tensor:
         rows = _columns(features, mean, dtype)
         gram = plain_total(product(rows, rows.T), group)
-        ctx.save_for_backward(features, mean, gram.diagonal().clone() if floor else None)
+        ctx.save_for_backward(features, mean, gram.diagonal().clone() if clamped else None)
         ctx.dtype = dtype
         return gram
 
