@@ -60,7 +60,7 @@ def cuda_module() -> CudaModule:
         return installed
     with shared_folder("cuda-module", CSRC / "cuda", *_compiler_and_texts()) as folder:
         flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -Xcicc -O0 -Xptxas -O0"
-        with patch.dict(os.environ, NVCC_APPEND_FLAGS=flags.strip()):
+        with patch.dict(os.environ, NVCC_APPEND_FLAGS=flags.strip(), CMAKE_BUILD_TYPE="None"):
             module = cuda_facts.build(folder / "build", TARGET)
         return CudaModule(module, _build_info(module.parent))
 

@@ -144,8 +144,8 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
         yield rig
 
 
-# Every case at all its sizes, in every dtype, forward and backward. AddressSanitizer also runs masks and the layouts that
-# move data; races do not depend on them, and ThreadSanitizer takes twice as long.
+# Every case at all its sizes, in every dtype, forward and backward. AddressSanitizer also runs masks and the layouts
+# that move data; races do not depend on them, and ThreadSanitizer takes twice as long.
 LAYOUTS = "test_masks_of_any_layout or test_layouts and (gaps or offset or swapped)"
 CHECKED = {
     "address": f"test_same_bits_every_time or {LAYOUTS}",
