@@ -27,7 +27,7 @@ from fastkd.models import LAVT, RISModel
 from fastkd.models.lavt import convert
 from fastkd.models.lavt.io import read as read_converted
 
-RANDOM_WEIGHTS = ("--backbone-weights", "random", "--text-weights", "random")
+UNTRAINED = ("--backbone-weights", "random", "--text-weights", "random", "--allow-untrained-teacher")
 VOCABULARY = CHECKPOINT_BERT["vocab_size"]
 STUDENT = {
     "backbone": "resnet10t",
@@ -123,7 +123,7 @@ def test_file_contains_the_tokenizer(published, scenes, tmp_path, monkeypatch, c
     Path("student.json").write_text(json.dumps(STUDENT))
     distill = ["distill", "--data", str(scenes), "--out", "run", "--teacher", "t.safetensors", "--student"]
     settings = ["--terms", "logit=0.2", "--steps", "1", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
-    assert main([*distill, "student.json", *RANDOM_WEIGHTS, *settings]) == 0, capsys.readouterr().err
+    assert main([*distill, "student.json", *UNTRAINED, *settings]) == 0, capsys.readouterr().err
     assert tokenizer_of(RISModel.from_pretrained("run/best")).pieces() == pieces  # the student uses it too
     config, state, _ = read_converted(Path("t.safetensors"))
     for damaged in ("[]", "{", '{"../x": ""}'):
@@ -231,7 +231,7 @@ def test_distill_and_evaluate(published, scenes, tmp_path, capsys):
     distill = [
         "distill", "--data", str(scenes), "--out", str(out), "--teacher", str(teacher), "--student", str(student),
         "--terms", "first_order=0.5", "logit=0.2", "channel_distribution=0.1", "--steps", "2", "--batch-size", "4",
-        "--threads", "1", *RANDOM_WEIGHTS,
+        "--threads", "1", *UNTRAINED,
     ]  # fmt: skip
     assert main(distill) == 0, capsys.readouterr().err
     assert json.loads((out / "best" / "config.json").read_text())["tokenizer"] == "shapes"  # the teacher's
