@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         "--match", default="", help="only kernels and block shapes, as printed, that match this regular expression"
     )
     parser.add_argument("--jobs", type=int, help="number of compiler processes; default: one per processor")
-    parser.add_argument("--sample", action="store_true", help="only one block shape per kernel, for one chip")
+    parser.add_argument("--sample", action="store_true", help="only one block shape of some kernels, for one chip")
     parser.add_argument("--all", action="store_true", help="recompile the rows that FILE already has")
     parser.add_argument("--list", action="store_true", help="print what would be compiled, one JSON object per line")
     args = parser.parse_args(argv)

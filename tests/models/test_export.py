@@ -170,16 +170,9 @@ def test_a_distilled_student_exports_no_extra_parameters(tmp_path):
     assert not (tmp_path / "more.onnx").exists()
 
 
-@pytest.mark.parametrize(
-    ("backbone", "args", "out_indices", "size"),
-    [
-        ("swin_tiny_patch4_window7_224", SWIN, (0, 1), (33, 47)),
-        ("mobilenetv4_conv_small_035", {}, (1, 2), (33, 47)),
-    ],
-)
-def test_exports_other_families_at_odd_sizes(backbone, args, out_indices, size, tmp_path):
-    model = build(backbone, args, out_indices)
-    done = export_onnx(model, tmp_path / "model.onnx", size=size, batch_sizes=(2, 5))
+def test_exports_swin_at_odd_sizes(tmp_path):
+    model = build("swin_tiny_patch4_window7_224", SWIN, (0, 1))
+    done = export_onnx(model, tmp_path / "model.onnx", size=(33, 47), batch_sizes=(2, 5))
     assert set(done.differences) == {2, 5}
     assert max(done.differences.values()) < 1e-5
     assert done.parameters == model.parameter_count()["total"]

@@ -102,7 +102,7 @@ def test_rows_of_900_are_loaded_wide(version: str) -> None:
 
 
 def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
-    """Compile each kernel for one of the chips whose matrix instructions read shared memory.
+    """Compile one or more kernels per family, each for one of the chips whose matrix instructions read shared memory.
 
     Registers are not compared: their number depends on the version of ptxas.
     """
@@ -112,7 +112,7 @@ def test_compiled_sample_matches_the_table(tmp_path: Path) -> None:
         output = run("--sample", "--targets", *SAMPLED, "--json", str(file), TRITON_CACHE_DIR=str(folder))
     assert file.exists(), output
     rows = json.loads(file.read_text())["rows"]
-    assert {row["kernel"] for row in rows} >= KERNELS
+    assert {row["kernel"] for row in rows} >= {"softmax_kl.forward", *PRODUCTS, "pixel_word.logits"}
     assert {row["target"] for row in rows} == {f"sm_{t}" for t in SAMPLED}
     version = importlib.metadata.version("triton")
     if version not in TABLES:
