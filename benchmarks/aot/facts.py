@@ -76,7 +76,7 @@ def select(family: str, targets: tuple[int, ...], dtypes: tuple[str, ...], match
 
 
 def sample(entries: list[Entry]) -> list[Entry]:
-    """Return one block shape per sampled kernel: the middle one of bf16 cases that multiply, if any; chips alternate."""
+    """Return one block shape per sampled kernel, in the middle of bf16 cases that multiply, if any; chips alternate."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry[3].kernel in SAMPLED:

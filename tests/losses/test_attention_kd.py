@@ -41,6 +41,16 @@ def test_temperatures() -> None:
     e_s, e_t = q_s @ k_s.mT / D**0.5, q_t @ k_t.mT / D**0.5
     torch.testing.assert_close(attention_kd(q_s, k_s, q_t, k_t, temperature=0.5), kl(e_s * 2, e_t * 2).mean())
     torch.testing.assert_close(attention_kd(q_s, k_s, q_t, k_t, temperature=(0.5, 2)), kl(e_s * 2, e_t / 2).mean())
+    bias = torch.linspace(-1, 1, M).expand(N, M)
+    got = attention_kd(q_s, k_s, q_t, k_t, temperature=(0.5, 2), student_bias=bias, teacher_bias=bias.flip(1))
+    torch.testing.assert_close(got, kl((e_s + bias) * 2, (e_t + bias.flip(1)) / 2).mean())
+
+
+def test_mean_over_valid_queries_of_all_heads() -> None:
+    args, mask = features(), torch.tensor([[True, False, True, True], [False, False, False, True]])
+    rows = attention_kd(*args, query_mask=mask, reduction="none")
+    want = rows[mask[:, None].expand(B, H, N)].mean()
+    torch.testing.assert_close(attention_kd(*args, query_mask=mask), want)
 
 
 @pytest.mark.parametrize("learned", [(0,), (1,), (0, 1)])
