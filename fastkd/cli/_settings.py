@@ -211,7 +211,7 @@ def _missing() -> Any:
 
 @dataclass(kw_only=True)
 class RunSettings:
-    """What ``fastkd train`` and ``fastkd distill`` have in common."""
+    """Settings that ``fastkd train`` and ``fastkd distill`` share."""
 
     data: Data = field(default_factory=lambda: DataArgs(data=_missing()))
     """Location of the data."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def open_teacher(
     student: RISModel, words: str | None, name: str | None, tokenizer: str | None, cache: Path | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """Return a teacher, or a cache in its place, with `ReferDataset`'s options for a tokenizer of its own.
+    """Return a teacher, or a cache in its place, with `ReferDataset`'s options for its own tokenizer.
 
     A student without a tokenizer gets the one of a teacher that reads the same word ids.
 

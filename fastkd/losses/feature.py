@@ -182,8 +182,8 @@ class FeatureKD(LossModule):
     """:func:`feature_kd` as a module with the same arguments, an aligner and a resizer.
 
     Given ``student_channels`` and ``teacher_channels``, its attribute ``aligner`` maps the student's channels to the
-    teacher's, also if the widths are equal: channels of networks trained apart have no common order. It belongs to the
-    loss and trains with the student. Without the widths it is None.
+    teacher's, also if the widths are equal: channels of separately trained networks have no common order. It belongs to
+    the loss and trains with the student. Without the widths it is None.
 
     Args:
         student_channels: channels of the student's map; give both or neither.

@@ -12,7 +12,7 @@ from fastkd._wrappers import is_sharded, unwrap
 from fastkd.train.config import TrainConfig
 from fastkd.train.digest import summary
 
-_BLOCK = 2**20  # parameters: gathering fewer at once is not worth a message of its own
+_BLOCK = 2**20  # parameters: gathering fewer at once is not worth a separate message
 
 _SUMMARIES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 

@@ -69,7 +69,7 @@ def test_two_processes(tmp_path: Path) -> None:
     sys.path.insert(0, os.path.dirname(t.__file__) + "/../train")
     from test_processes import Sometimes, pooled, scheduled, summed
     from fastkd.evaluate import evaluate
-    # One write, on a line of its own even where the other process has printed half of one.
+    # One write, with its own line even where the other process has printed half of one.
     write = lambda line: os.write(1, (chr(10) + line + chr(10)).encode())
     from fastkd.cli import main as fastkd
     command = ["distill", "--data", SHAPES, "--out", FOLDER, "--batch-size", "2", "--preflight-only"]

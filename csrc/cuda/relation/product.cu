@@ -198,7 +198,7 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF((ProductBlocking<S, tile_size>::threa
             sum.template add_split<a, b, B::block_k, pitch_a, pitch_b>(h, h + SmemH::elements, x, B::warp_row(),
                                                                        B::warp_col());
         } else {
-            // Without a restart for 16-bit rows, whose results are rounded far more coarsely than the sums.
+            // Without a restart for 16-bit rows, whose results are rounded more coarsely than the sums.
             sum.template add<a, b, B::block_k, pitch_a, pitch_b, false>(h, x, B::warp_row(), B::warp_col());
         }
     };

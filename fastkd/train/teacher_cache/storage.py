@@ -1,4 +1,4 @@
-"""What a teacher cache stores of a tensor: the tensor itself, rounded to a narrower dtype, or int8 codes and scales."""
+"""Stored forms of a tensor in a teacher cache: its own dtype, a narrower one, or int8 codes and scales."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"teacher": None, "bf16": torch.bfloat16, "fp16": torch.float16, "int8"
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was recorded on one batch.
+    """Tensors recorded on one batch.
 
     Attributes:
         parts: by path.
@@ -51,7 +51,7 @@ class Storage:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the teacher's values are stored as they are."""
+        """True if the teacher's values are stored unchanged."""
         return self.dtype is None and not self.bases
 
     @property
