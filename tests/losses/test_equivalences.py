@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd.losses import channel_distribution_kd, channel_kd, logit_kd, pixel_relation_kd
+from fastkd.losses import (
+    FeatureKD,
+    attention_kd,
+    channel_distribution_kd,
+    channel_kd,
+    feature_kd,
+    logit_kd,
+    pixel_relation_kd,
+)
 from fastkd.ops.relation import relation
 from fastkd.ops.softmax_kl import softmax_kl
 
@@ -179,6 +187,147 @@ def test_channel_relation_is_invariant_to_pixel_permutations(maps):
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     shuffled = student.flatten(2)[:, :, order]
     torch.testing.assert_close(channel_kd(shuffled, teacher.flatten(2)), channel_kd(student, teacher))
+
+
+def test_mmrazor_kl_divergence_and_torchdistill_kd_loss():
+    g = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(B, C, generator=g, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    labels, tau, alpha = torch.tensor([0, 4, 2]), 3.0, 0.3
+    kl = F.kl_div(F.log_softmax(student / tau, 1), F.softmax(teacher / tau, 1), reduction="batchmean")
+    same(2.0 * logit_kd(student, teacher, temperature=tau), 2.0 * tau**2 * kl, student)
+    hard = F.cross_entropy(student, labels)
+    ours = alpha * hard + (1 - alpha) * logit_kd(student, teacher, temperature=tau)
+    same(ours, alpha * hard + (1 - alpha) * tau**2 * kl, student)
+
+
+def test_modelopt_logits_distillation(maps):
+    """ModelOpt, classes in the last dimension; its reduction "mean" also divides by the number of classes."""
+    student, teacher, tau = maps[0].flatten(2).mT.contiguous().requires_grad_(), maps[1].flatten(2).mT, 2.0
+    log_p, q = F.log_softmax(student / tau, -1).flatten(0, 1), F.softmax(teacher / tau, -1).flatten(0, 1)
+    ours = logit_kd(student, teacher, temperature=tau, class_dim=-1)
+    same(ours, F.kl_div(log_p, q, reduction="batchmean") * tau**2, student)
+    same(ours / C, F.kl_div(log_p, q, reduction="none").mean() * tau**2, student)
+
+
+def test_deit_soft_distillation():
+    """DeiT divides the sum by all elements, not by the samples."""
+    g = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(B, C, generator=g, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    log_p, log_q = F.log_softmax(student / 3.0, 1), F.log_softmax(teacher / 3.0, 1)
+    want = F.kl_div(log_p, log_q, reduction="sum", log_target=True) * 9.0 / student.numel()
+    same(logit_kd(student, teacher, temperature=3.0) / C, want, student)
+
+
+def test_cirkd_kd(maps):
+    student, teacher, tau = maps[0].requires_grad_(), maps[1], 1.5
+    pixels = lambda x: x.permute(0, 2, 3, 1).reshape(-1, C)
+    kl = F.kl_div(F.log_softmax(pixels(student) / tau, 1), F.softmax(pixels(teacher) / tau, 1), reduction="batchmean")
+    same(logit_kd(student, teacher, temperature=tau), kl * tau**2, student)
+
+
+def test_cirkd_memory_term(maps):
+    """CIRKD's pixel and region queues: pixels against stored teacher embeddings, τ = 0.1, softened by τ_kd."""
+    student, teacher, tau, tau_kd = maps[0].requires_grad_(), maps[1], 0.1, 2.0
+    g = torch.Generator().manual_seed(2)
+    bank = F.normalize(torch.randn(9, C, generator=g, dtype=torch.float64), dim=1)
+    pixels = lambda x: F.normalize(x, dim=1).permute(0, 2, 3, 1).reshape(-1, C)
+    z_s, z_t = pixels(student) @ bank.T / tau, pixels(teacher) @ bank.T / tau
+    want = F.kl_div(F.log_softmax(z_s / tau_kd, 1), F.softmax(z_t / tau_kd, 1), reduction="batchmean") * tau_kd**2
+    logits = lambda x: torch.einsum("bchw,qc->bqhw", F.normalize(x, dim=1), bank) / tau
+    same(logit_kd(logits(student), logits(teacher), temperature=tau_kd), want, student)
+
+
+def test_lightly_train_v3(maps):
+    """LightlyTrain's distillationv3: samples against a queue of teacher embeddings, and tokens of one image."""
+    student, teacher, tau = maps[0].requires_grad_(), maps[1], 0.07
+    g = torch.Generator().manual_seed(2)
+    queue = F.normalize(torch.randn(9, C, generator=g, dtype=torch.float64), dim=1)
+    embed = lambda x: F.normalize(x.mean((2, 3)), dim=1)
+    kl = lambda s, t: F.kl_div(F.log_softmax(s / tau, -1), F.softmax(t / tau, -1), reduction="batchmean")
+    z_s, z_t = embed(student) @ queue.T, embed(teacher) @ queue.T
+    same(logit_kd(z_s, z_t, temperature=tau) / tau**2, kl(z_s, z_t), student)
+    tokens = lambda x: F.normalize(x.flatten(2).mT, dim=-1)  # (B, N, C)
+    s, t = ((x @ x.mT).flatten(0, 1) for x in (tokens(student), tokens(teacher)))
+    same(pixel_relation_kd(student, teacher, temperature=tau), kl(s, t), student)
+
+
+@pytest.mark.parametrize("image_level", [True, False])
+def test_dinov3_gram_loss(maps, image_level):
+    student, teacher = maps[0].requires_grad_(), maps[1]
+
+    def similarities(x):
+        x = F.normalize(x.flatten(2).mT, dim=-1)
+        x = x if image_level else x.flatten(0, 1)
+        return x @ x.mT
+
+    want = F.mse_loss(similarities(student), similarities(teacher))
+    ours = pixel_relation_kd(student, teacher, distance="mse", cross_image=not image_level)
+    same(ours, want, student)
+
+
+def test_minilmv2_relations():
+    """MiniLMv2: Q–Q, K–K and V–V relations of networks with 4 heads of 6 and 3 heads of 16, in 12 relation heads."""
+    g = torch.Generator().manual_seed(3)
+    tokens, heads = 7, 12
+    student = [torch.randn(B, 4, tokens, 6, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    teacher = [torch.randn(B, 3, tokens, 16, generator=g, dtype=torch.float64) for _ in range(3)]
+
+    def log_relation(x):
+        x = x.transpose(1, 2).reshape(B, tokens, heads, -1).transpose(1, 2)  # (B, R, N, d)
+        return F.log_softmax(x @ x.mT / x.shape[-1] ** 0.5, -1)
+
+    want = sum(
+        F.kl_div(log_relation(s).flatten(0, 2), log_relation(t).exp().flatten(0, 2), reduction="batchmean")
+        for s, t in zip(student, teacher, strict=True)
+    )
+    ours = sum(attention_kd(s, s, t, t, relation_heads=heads) for s, t in zip(student, teacher, strict=True))
+    for tensor in student:
+        same(ours, want, tensor)
+
+
+def test_mmrazor_pkd(maps):
+    """mmrazor's PKD: its deviation divides by n − 1, ours by n."""
+    student, teacher, n = maps[0].requires_grad_(), maps[1], B * N
+
+    def standardised(x):
+        x = x.permute(1, 0, 2, 3).reshape(C, -1)
+        return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
+
+    want = F.mse_loss(standardised(student), standardised(teacher)) / 2
+    ours = feature_kd(student, teacher, normalize="standardize") / 2 * (n - 1) / n
+    torch.testing.assert_close(ours, want, rtol=1e-6, atol=0)  # 1e-6 is added to another deviation
+    for got, grad in zip(*(torch.autograd.grad(loss, student) for loss in (ours, want)), strict=True):
+        torch.testing.assert_close(got, grad, rtol=1e-5, atol=1e-8)
+
+
+def test_mmrazor_l2_loss(maps):
+    """mmrazor's L2Loss(normalize=False): divided by the samples, or with div_element by the elements."""
+    student, teacher = maps[0].requires_grad_(), maps[1]
+    squares = (student - teacher).square().sum()
+    same(feature_kd(student, teacher), squares / student.numel(), student)
+    same(feature_kd(student, teacher) * C * N, squares / B, student)
+
+
+def test_cirkd_fitnet(maps):
+    teacher = torch.cat([maps[1], maps[0]], 1)
+    loss = FeatureKD(C, 2 * C).double()
+    conv = next(loss.parameters())
+    want = (F.conv2d(maps[0], conv[:, :, None, None]) - teacher).square().mean()
+    same(loss(maps[0], teacher), want, conv)
+
+
+def test_distilbert_cosine(maps):
+    """The cosine loss of DistilBERT on the hidden states of valid tokens, (B, N, D)."""
+    student, teacher = maps[0].flatten(2).mT.contiguous().requires_grad_(), maps[1].flatten(2).mT
+    mask = torch.rand(B, N, generator=torch.Generator().manual_seed(4)) > 0.3
+    want = F.cosine_embedding_loss(student[mask], teacher[mask], torch.ones(int(mask.sum())))
+    image = lambda x: x.mT.unsqueeze(-1)  # (B, D, N, 1)
+    ours = feature_kd(image(student), image(teacher), distance="cosine", pixel_mask=mask)
+    torch.testing.assert_close(ours, want)
+    for got, grad in zip(*(torch.autograd.grad(loss, student) for loss in (ours, want)), strict=True):
+        torch.testing.assert_close(got, grad)
 
 
 def test_dist_pearson_per_pixel_has_no_gradient_for_two_classes():

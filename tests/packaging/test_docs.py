@@ -76,6 +76,13 @@ def test_named_paths_exist(page: str) -> None:
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
 
 
+def test_each_equivalent_has_its_test() -> None:
+    rows = re.findall(r"^\| (?!you use)[^-].*$", read("docs/equivalents.md"), re.MULTILINE)
+    tests = set(re.findall(r"^def (test_\w+)", read("tests/losses/test_equivalences.py"), re.MULTILINE))
+    assert len(rows) >= 27
+    assert [row for row in rows if row.rstrip("| ").rpartition("| ")[2].strip("`") not in tests] == []
+
+
 @pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]])
 def test_links_lead_to_files_and_headings(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
