@@ -243,6 +243,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "EvalResult.oiou": "property",
         "EvalResult.to_dict": "(self)",
         "PROTOCOLS": "dict",
+        "PairedDifference": "(mean, low, high, confidence, seeds, samples)",
         "Prediction": "(sentence, image, mask, probability, score)",
         "Prediction.share": "property",
         "Protocol": "(name, resolution, decision='argmax', threshold='IoU >= X')",
@@ -254,6 +255,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(model, dataset, *, batch_size=32, protocol='lavt', device=None, precision='fp32', workers=0, "
             "collate=None, channels_last=False)"
         ),
+        "paired_bootstrap": "(ours, theirs, *, resamples=10000, confidence=0.95, seed=0)",
         "predict": "(model, image, sentence, tokenizer=None)",
         "tokenizer_of": "(model, folder=None)",
     },

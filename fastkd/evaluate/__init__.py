@@ -1,4 +1,4 @@
-"""Evaluation: metrics, named protocols, `evaluate`, and `predict` for one image.
+"""Evaluation: metrics, named protocols, `evaluate`, paired comparison, and `predict` for one image.
 
 Needs the ``[ris]`` extra; names are imported on first use.
 """
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastkd.evaluate.bootstrap import PairedDifference, paired_bootstrap
     from fastkd.evaluate.evaluation import EvalResult, evaluate
     from fastkd.evaluate.metrics import RISMetrics
     from fastkd.evaluate.prediction import Prediction, predict, tokenizer_of
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 __all__ = [
     "PROTOCOLS",
     "EvalResult",
+    "PairedDifference",
     "Prediction",
     "Protocol",
     "RISMetrics",
     "evaluate",
+    "paired_bootstrap",
     "predict",
     "tokenizer_of",
 ]
@@ -31,10 +34,12 @@ __getattr__ = lazy_names(
     {
         "PROTOCOLS": "fastkd.evaluate.protocols",
         "EvalResult": "fastkd.evaluate.evaluation",
+        "PairedDifference": "fastkd.evaluate.bootstrap",
         "Prediction": "fastkd.evaluate.prediction",
         "Protocol": "fastkd.evaluate.protocols",
         "RISMetrics": "fastkd.evaluate.metrics",
         "evaluate": "fastkd.evaluate.evaluation",
+        "paired_bootstrap": "fastkd.evaluate.bootstrap",
         "predict": "fastkd.evaluate.prediction",
         "tokenizer_of": "fastkd.evaluate.prediction",
     },
