@@ -40,6 +40,7 @@ SAMPLE_SECONDS = 0.001
 ACCUMULATE = 2
 TIMES = (
     "seconds",
+    "cpu_seconds",
     "samples_per_second",
     "eval_seconds",
     "save_seconds",

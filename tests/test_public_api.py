@@ -314,7 +314,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "TrainResult": (
             "(steps=0, seconds=0.0, eval_seconds=0.0, samples_per_second=0.0, stopped='steps', "
             "history=factory, evaluations=factory, out_dir=None, skipped=0, bad_samples=factory, "
-            "resumed_at=None)"
+            "resumed_at=None, cpu_seconds=0.0)"
         ),
         "TrainResult.best": "property",
         "TrainResult.last": "property",

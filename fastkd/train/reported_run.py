@@ -45,6 +45,7 @@ class ReportedRun(SavedRun):
             "loss_scale": self.updater.loss_scale,
             "skipped": self.skips.since_report(),
             "seconds": seconds,
+            "cpu_seconds": self.clock.cpu_seconds,
             "samples_per_second": self.step * self.config.batch_size / seconds,
             **self._costs(seconds),
         }
@@ -104,12 +105,14 @@ class ReportedRun(SavedRun):
         """Complete the result and write the last line of the log."""
         result = self.result
         result.steps, result.seconds, result.skipped = self.step, self.clock.seconds, self.skips.count
+        result.cpu_seconds = self.clock.cpu_seconds
         result.samples_per_second = self.step * self.config.batch_size / max(result.seconds, 1e-9)
         self.log.write(
             "end",
             reason=result.stopped,
             step=result.steps,
             seconds=result.seconds,
+            cpu_seconds=result.cpu_seconds,
             eval_seconds=result.eval_seconds,
             samples_per_second=result.samples_per_second,
             skipped=result.skipped,

@@ -16,6 +16,8 @@ class TrainResult:
     Attributes:
         steps: optimiser steps taken.
         seconds: wall-clock seconds of training, loading included; checks, evaluation and checkpoints excluded.
+        cpu_seconds: CPU seconds of this process in that time, all threads together, without loading processes: far fewer
+            than ``seconds`` times the threads on a machine shared with other work.
         eval_seconds: wall-clock seconds of evaluation.
         samples_per_second: batch_size · steps / seconds.
         stopped: the limit that ended the run, "steps" or "max_seconds".
@@ -38,6 +40,7 @@ class TrainResult:
     skipped: int = 0
     bad_samples: dict[int, str] = field(default_factory=dict)
     resumed_at: int | None = None
+    cpu_seconds: float = 0.0
 
     @property
     def best(self) -> EvalResult | None:

@@ -63,7 +63,7 @@ class SavedRun:
         """Continue after the step of a checkpoint; ``lines`` are those of the log until then."""
         state = checkpoint.state
         self.resumed, self.step, self.lines = checkpoint, checkpoint.step, lines
-        self.clock = Clock(self.device, state["seconds"])
+        self.clock = Clock(self.device, state["seconds"], state.get("cpu_seconds", 0.0))
         self.timed = (self.step, state["seconds"])
         self.values.window = state["window"]
         self.skips.load(state["skips"])
@@ -118,6 +118,7 @@ class SavedRun:
         average = {} if self.average is None else {"average": self.average.tensors}
         state = {
             "seconds": self.clock.seconds,
+            "cpu_seconds": self.clock.cpu_seconds,
             "eval_seconds": self.result.eval_seconds,
             "lr": self.lr,
             "fraction": self.fraction,

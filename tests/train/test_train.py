@@ -198,8 +198,9 @@ class TestLogAndCheckpoints:
                 time.sleep(0.02)
                 return super().__getitem__(i)
 
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         result = run(toy(), val_dataset=Slow(20), eval_every=2)
+        assert 0 < result.cpu_seconds < time.process_time() - cpu
         assert result.eval_seconds > 3 * 20 * 0.02
         assert result.seconds + result.eval_seconds < time.perf_counter() - start
         assert result.samples_per_second == pytest.approx(48 / result.seconds)
