@@ -48,6 +48,15 @@ def load_settings(kind: type[Settings], source: str) -> Settings:
             hint = f" Did you mean {inside}?" if inside.is_file() else suggestion(source, recipes())
             raise FileNotFoundError(f"no configuration at {source}, and no recipe of that name.{hint}")
         path = recipes()[source]
+    return settings_from(kind, read_mapping(path, source), source)
+
+
+def read_mapping(path: Path, source: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        ValueError: it is not YAML, or not a mapping; ``source`` begins the message.
+    """
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of bytes that are not UTF-8
@@ -55,6 +64,15 @@ def load_settings(kind: type[Settings], source: str) -> Settings:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(f"{source} must hold a mapping of settings (steps: 1000), got {values!r}")
+    return dict(values)
+
+
+def settings_from(kind: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
+    """Return settings from a flat mapping; ``source`` begins the messages of errors.
+
+    Raises:
+        ValueError: a key is unknown, or a value has the wrong type or is out of range.
+    """
     known = _flat_names(kind)
     for key in values:
         if key in _FLAGS:

@@ -107,57 +107,26 @@ def with_settings(command: Callable[..., None], args: Sequence[str]) -> Callable
 
 
 def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
-    import torch
-
-    from fastkd import Distiller
-    from fastkd.cli._models import build_model, warn_of_random_weights
-    from fastkd.cli._teacher import open_teacher
-    from fastkd.cli._terms import build_terms, shares_of
+    from fastkd.cli._runs import open_run
     from fastkd.cli._yaml import dump_settings
-    from fastkd.train import preflight, segmentation_loss
+    from fastkd.train import preflight
     from fastkd.train import train as run
 
-    data, config, out = settings.data, settings.config, settings.out
+    config, out = settings.config, settings.out
     main = folder.replay is None and _join(config, out, folder)
-    weights = {"backbone_weights": settings.backbone_weights, "text_weights": settings.text_weights}
-    options: dict[str, Any] = {}
-    terms, shares = [], {}
-    if isinstance(settings, DistillSettings):
-        torch.manual_seed(config.seed)  # of aligners
-        shares, terms = shares_of(settings.terms), build_terms(settings.terms, config.steps)
-        options = {
-            "student_taps": settings.student_taps or None,
-            "teacher_taps": settings.teacher_taps or None,
-            "task_schedule": settings.task.resolve(config.steps),
-        }
-    model = build_model(model_name, config.seed, data.tokenizer, **weights)
-    if main:
-        warn_of_random_weights(model_name, model, **weights)
-    teacher: Any = None
-    teacher_options: dict[str, Any] = {}
-    if isinstance(settings, DistillSettings):
-        names = (settings.teacher, settings.teacher_tokenizer, settings.teacher_cache)
-        teacher, teacher_options = open_teacher(model, data.tokenizer, *names)
-    train_set: Any
-    if settings.shards is None:
-        train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
-    else:
-        train_set = data.open_shards(
-            settings.shards, model, buffer=settings.shuffle_buffer, seed=config.seed, teacher=teacher_options
-        )
-    val_set = data.open("val", model, sentences="all")
-    trained = Distiller(model, teacher, segmentation_loss, terms, **options)
+    trained, train_set, val_set, shares = open_run(settings, model_name, warn=main)
     if folder.replay is not None:
         return _replay(folder.replay, trained, config)
     resolved = with_absolute_paths(settings)
-    if teacher is not None:
+    if trained.teacher is not None:
         _balance(trained, train_set, shares, config, out if folder.resume else None)
         if main:
             show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in trained.weights.items()))
     if folder.preflight_only:
         report = preflight(trained, train_set, config, val_dataset=val_set)
         return _show_preflight(report) if main else None
-    header = "# fastkd {} with this file starts the same run; with --resume it continues this one.\n"
+    command = "train" if trained.teacher is None else "distill"
+    header = f"# fastkd {command} with this file starts the same run; with --resume it continues this one.\n"
     result = run(
         trained,
         train_set,
@@ -168,7 +137,7 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
         resume=folder.resume,
         resume_allow=folder.resume_allow,
         settings=_compared(resolved, shares),
-        files={"config.yaml": header.format("train" if teacher is None else "distill") + dump_settings(resolved)},
+        files={"config.yaml": header + dump_settings(resolved)},
     )
     if main:
         show(f"best on val: {result.best}\nstudent: {out / 'best'}")

@@ -16,8 +16,7 @@ class TrainResult:
     Attributes:
         steps: optimiser steps taken.
         seconds: wall-clock seconds of training, loading included; checks, evaluation and checkpoints excluded.
-        cpu_seconds: CPU seconds of this process in that time, all threads together, without loading processes: far fewer
-            than ``seconds`` times the threads on a machine shared with other work.
+        cpu_seconds: CPU seconds of this process during training, all threads together, without loading processes.
         eval_seconds: wall-clock seconds of evaluation.
         samples_per_second: batch_size · steps / seconds.
         stopped: the limit that ended the run, "steps" or "max_seconds".

@@ -39,7 +39,15 @@ from fastkd.train.resume import check_settings
 from fastkd.train.samples import TrainingSamples
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES = ("seconds", "cpu_seconds", "samples_per_second", "eval_seconds", "milliseconds", "data_share", "peak_memory_mib")
+TIMES = (
+    "seconds",
+    "cpu_seconds",
+    "samples_per_second",
+    "eval_seconds",
+    "milliseconds",
+    "data_share",
+    "peak_memory_mib",
+)
 
 
 class Noisy(Scenes):
