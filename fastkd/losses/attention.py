@@ -14,7 +14,7 @@ from fastkd.ops import checks
 from fastkd.ops.attention_kl import attention_kl_unchecked
 from fastkd.ops.attention_kl.plan import Inputs
 from fastkd.ops.numerics import compute_dtype, computes_fp64
-from fastkd.ops.torch_state import is_finite, savable
+from fastkd.ops.torch_state import has_tangent, is_finite, savable
 
 Scale = float | Tensor | None
 Pair = tuple[float | Tensor, float | Tensor]
@@ -190,8 +190,10 @@ def _scale(name: str, value: object, q: Tensor) -> Tensor:
 
 
 def _constant(name: str, tensor: Tensor) -> None:
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise ValueError(f"{name}: requires grad, but the loss has no gradient for it; pass {name}.detach()")
+    recorded = torch.is_grad_enabled() and tensor.requires_grad
+    if recorded or (not torch.compiler.is_compiling() and has_tangent(tensor)):
+        state = "requires grad" if recorded else "has a forward-mode tangent"
+        raise ValueError(f"{name}: {state}, but the loss has no gradient for it; pass {name}.detach()")
 
 
 def _bias(name: str, bias: Tensor | None, shape: tuple[int, int, int, int], like: Tensor) -> Tensor | None:

@@ -60,5 +60,8 @@ def balance_on(
         with autocast(precision, device), kept_generators(), alone():  # these are whole batches, equal on every rank
             seed_step(config.seed, 0, 0, 0)  # dropout must not depend on what was loaded before
             return distiller.balance(inputs, shares)
+    except torch.OutOfMemoryError as error:
+        error.add_note("Balancing computes whole batches of batch_size, not micro-batches; set fixed weights instead.")
+        raise
     finally:
         torch.set_num_threads(threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,26 +125,31 @@ def train(
         run.result.out_dir, run.overwrite = folder, overwrite
     run.folder = folder
     latest = run.resumed.step if run.resumed is not None else None
-    trackers = None
-    if main and run.config.tracker:
-        known = {name: identity for line in run.lines for name, identity in line.get("trackers", {}).items()}
-        name = folder.name if folder is not None and title == "train" else title  # the default tells little
-        trackers = Trackers(run.config.tracker, folder, name, known, latest or 0)
-        trackers.configure(run.settings)
-    run.log = RunLog(folder / "log.jsonl" if folder and main else None, run.resumed is not None, trackers)
-    if folder is not None and main:
-        for name, text in (files or {}).items():  # after the log: a folder without one is not a run to resume
-            with replace_files(folder / name) as (partial,):
-                partial.write_text(text, encoding="utf-8")
-    run.checkpoints = CheckpointWriter(folder and folder / FOLDER, run.config.keep_checkpoints, latest)
-    run.bar = Progress(run.config.steps, title, progress and main)
-    if resume:
-        run.bar.print(
-            f"resumes after step {latest}" if latest is not None else f"no checkpoint in {folder}: starts afresh"
-        )
-    norms = synchronised_norms(run.distiller.student, run.device, run.config.sync_batchnorm and run.parallel)
-    with Termination() as stop, _state_of_run(run.config), norms:
-        run.stop = stop
+    with ExitStack() as opened:
+        run.stop = stop = opened.enter_context(Termination())  # first, so that it also covers the ends of the others
+        trackers = None
+        if main and run.config.tracker:
+            known = {name: identity for line in run.lines for name, identity in line.get("trackers", {}).items()}
+            name = folder.name if folder is not None and title == "train" else title  # the default tells little
+            trackers = Trackers(run.config.tracker, folder, name, known, latest or 0)
+            opened.callback(trackers.close)
+            trackers.configure(run.settings)
+        run.log = RunLog(folder / "log.jsonl" if folder and main else None, run.resumed is not None, trackers)
+        opened.callback(run.log.close)
+        if folder is not None and main:
+            for name, text in (files or {}).items():  # after the log: a folder without one is not a run to resume
+                with replace_files(folder / name) as (partial,):
+                    partial.write_text(text, encoding="utf-8")
+        run.checkpoints = CheckpointWriter(folder and folder / FOLDER, run.config.keep_checkpoints, latest)
+        run.bar = Progress(run.config.steps, title, progress and main)
+        opened.callback(run.bar.close)
+        if resume:
+            run.bar.print(
+                f"resumes after step {latest}" if latest is not None else f"no checkpoint in {folder}: starts afresh"
+            )
+        opened.enter_context(_state_of_run(run.config))
+        sync = run.config.sync_batchnorm and run.parallel
+        opened.enter_context(synchronised_norms(run.distiller.student, run.device, sync))
         try:
             run.train(val_dataset)
         except BaseException as error:
@@ -155,8 +160,6 @@ def train(
             raise cause from error
         finally:
             run.distiller.timer = None
-            run.bar.close()
-            run.log.close()
     return run.result
 
 

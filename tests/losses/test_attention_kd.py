@@ -184,6 +184,14 @@ def test_errors(name: str) -> None:
         attention_kd(**changed(**change))
 
 
+@pytest.mark.parametrize("name", ["scale", "student_bias", "teacher_bias"])
+def test_forward_mode_on_a_constant_is_an_error_not_zero(name: str) -> None:
+    value = torch.ones(H) if name == "scale" else torch.randn(H, N, M)
+    loss = lambda x: attention_kd(*features(), **{name: x})
+    with pytest.raises(ValueError, match=f"{name}: has a forward-mode tangent.*detach"):
+        torch.func.jvp(loss, (value,), (value,))
+
+
 def test_masked_queries_may_see_no_key() -> None:
     """Left padding with causal=True: the padded queries see no valid key, and are masked."""
     mask = torch.tensor([[False] * 3 + [True] * 3, [True] * 6])

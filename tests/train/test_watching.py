@@ -251,6 +251,18 @@ class TestTrackers:
         (tmp_path / "wandb").mkdir()  # what a tracker wrote before another one failed
         assert run(toy(), out=tmp_path, steps=1, resume=True).steps == 1
 
+    @pytest.mark.parametrize("failing", ["fastkd.train.loop.RunLog", "fastkd.train.loop.synchronised_norms"])
+    def test_trackers_end_if_the_run_cannot_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list[Recorder], failing: str
+    ) -> None:
+        def full(*args: Any) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(failing, full)
+        with pytest.raises(OSError, match="No space left"):
+            run(toy(), out=tmp_path, tracker=("recorder",))
+        assert [one.finished for one in runs] == [True]
+
     def test_one_error_for_a_name_package_or_folder_that_is_missing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
