@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from fastkd._messages import suggestion
+from fastkd.data._values import brief
 
 _NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path", type(None): "null"}
 
@@ -22,6 +23,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused below; its text may be exponentially longer than the file
             text = str(key.value)
             if text in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{text!r} appears twice", key.start_mark)
@@ -42,7 +45,7 @@ def read_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # safe: a subclass of SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -91,12 +94,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 def _key(key: Any, where: str) -> str:
     if not isinstance(key, str):
-        raise ValueError(f"{where}: names must be text, got {key!r}")
+        raise ValueError(f"{where}: names must be text, got {brief(key)}")
     return key
 
 
 def _wrong(value: Any, hint: Any, where: str) -> ValueError:
-    return ValueError(f"{where} must be {_expected(hint)}, got {value!r} ({type(value).__name__})")
+    return ValueError(f"{where} must be {_expected(hint)}, got {brief(value)} ({type(value).__name__})")
 
 
 def _expected(hint: Any) -> str:

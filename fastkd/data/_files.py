@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd.data._confine import check_inside, check_name
+from fastkd.data._plain_pickle import loads
+from fastkd.data._values import brief, is_int
 from fastkd.errors import FastKDWarning
 
 LAYOUT = """expected layout:
@@ -18,26 +20,7 @@ LAYOUT = """expected layout:
   <root>/refcocog/{instances.json, refs(umd).p, refs(google).p}
   <root>/images/train2014/COCO_train2014_*.jpg"""
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014", "coco/train2014")
-
-
-class _Damaged(pickle.UnpicklingError, ValueError):
-    """The file is not a complete pickle."""
-
-
-class _Rejected(_Damaged):
-    """The file names a class or a function."""
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Load lists, dicts, strings and numbers; reject a pickle that names any class or function."""
-
-    path: Path
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise _Rejected(
-            f"{self.path} names {module}.{name}: a refs file holds only lists, dicts, strings and integers, so this "
-            "file is not trusted and nothing in it was run. Download the refs file from its original source"
-        )
+_REF_FIELDS = {"ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list}
 
 
 def read_refs(path: Path) -> list[dict[str, Any]]:
@@ -48,101 +31,128 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
         pickle.UnpicklingError: The file names a class or function, or is not a pickle; also a ValueError.
         ValueError: The content is not a list of refs.
     """
-    content = _read_bytes(path)
+    content = read_bytes(path)
     try:
-        refs = _unpickle(content, path, "utf-8")
+        refs = loads(content, path)
     except UnicodeDecodeError as error:
-        warnings.warn(f"{path} is not utf-8 ({error}); read as latin1", FastKDWarning, stacklevel=4)
-        refs = _unpickle(content, path, "latin1")
+        warnings.warn(f"{path} is not utf-8 ({error.reason}); read as latin1", FastKDWarning, stacklevel=4)
+        refs = loads(content, path, "latin1")
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise ValueError(f"{path} must hold a list of dicts, got {type(refs).__name__}")
-    fields = {"ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list}
     for number, ref in enumerate(refs):
-        for field, kind in fields.items():
-            if not isinstance(ref.get(field), kind):
-                raise ValueError(
-                    f"{path}: {field} of ref number {number} must be {kind.__name__}, got {ref.get(field)!r}"
-                )
+        if fault := ref_fault(ref):
+            raise ValueError(f"{path}: {fault[0]} of ref number {number} must be {fault[1]}, got {fault[2]}")
     return refs
 
 
-def _unpickle(content: bytes, path: Path, encoding: str) -> Any:
-    reader = _PlainUnpickler(io.BytesIO(content), encoding=encoding)
-    reader.path = path
-    try:
-        return reader.load()
-    except (_Rejected, UnicodeDecodeError):
-        raise
-    except Exception as error:  # damaged pickles raise many types
-        raise _Damaged(f"{path} can't be read as a pickle ({error}): download it again") from error
+def ref_fault(ref: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Return the first field of a ref that has another type than expected: its name, that type and its value."""
+    for field, kind in _REF_FIELDS.items():
+        value = ref.get(field)
+        if not (is_int(value) if kind is int else isinstance(value, kind)):
+            return field, kind.__name__, brief(value)
+    return None
 
 
 def read_instances(path: Path) -> dict[str, Any]:
     """Read COCO-style annotations: a dict with the lists ``images``, ``annotations`` and ``categories``."""
-    try:
-        content = json.loads(_read_bytes(path))
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read as JSON ({error}): download it again") from error
+    content = read_json(read_bytes(path), path)
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path} has no list {key!r}: it is not a COCO instances file")
     return content
 
 
+def read_json(content: bytes, where: object) -> Any:
+    """Return the content of a JSON file, or of a line of one; ``where`` begins the message of a ``ValueError``."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} can't be read as JSON ({error}): download it again") from error
+
+
 def find_images(
-    root: Path, image_root: str | os.PathLike[str] | None, needed: list[str], partial: bool = False
+    root: Path,
+    image_root: str | os.PathLike[str] | None,
+    needed: Sequence[str],
+    partial: bool = False,
+    usual: Sequence[str] = IMAGE_FOLDERS,
 ) -> tuple[Path, set[str]]:
     """Return the image folder, and those of the ``needed`` files that it lacks (none unless ``partial``).
 
     A name such as "train2014/x.jpg" may also be relative to the parent of a usual folder.
 
+    Args:
+        root: The folder of the set; a usual folder in it must not be a link out of it.
+        image_root: The image folder, or None to look for a usual one.
+        needed: Names of the files in it.
+        partial: Accept a folder that lacks some of them.
+        usual: The usual folders below ``root``.
+
     Raises:
         FileNotFoundError: There is no such folder, or a file is missing and ``partial`` is False.
-        ValueError: A name points outside of the folder.
+        ValueError: A name points outside of the folder, or a link leads out of it.
     """
-    folders = [root / folder for folder in IMAGE_FOLDERS] if image_root is None else [Path(image_root)]
-    with_folder = [name for name in needed if "/" in name]
-    for name in with_folder:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"instances.json has file_name {name!r}, which points outside of the image folder")
-    if with_folder:
-        folders += [folder.parent for folder in folders]
-    best: tuple[set[str], Path] | None = None
+    folders = [root / folder for folder in usual] if image_root is None else [Path(image_root)]
+    for name in needed:
+        check_name(name, "instances.json")
+    if any("/" in name for name in needed):
+        folders += [parent for folder in folders if (parent := folder.parent) not in folders]
+    best: tuple[set[str], Path, set[str]] | None = None
     for folder in folders:
         if not folder.is_dir():
             continue
-        missing = _missing(folder, needed)
-        if not missing:
-            return folder, missing
+        missing, links = _compare(folder, needed)
         if best is None or len(missing) < len(best[0]):
-            best = missing, folder
-    if partial and best is not None and len(best[0]) < len(needed):
-        return best[1], best[0]
+            best = missing, folder, links
+        if not missing:
+            break
     tried = "\n".join(f"  {folder}" for folder in folders)
-    if best is not None:
-        count, example = len(best[0]), best[1] / min(best[0])
-        raise FileNotFoundError(f"{count} of {len(needed)} images are missing, such as {example}; tried:\n{tried}")
-    hint = "put the images there, or pass image_root" if image_root is None else "image_root is not a folder"
-    raise FileNotFoundError(f"no image folder; tried:\n{tried}\n{hint}")
+    if best is None:
+        hint = "put the images there, or pass image_root" if image_root is None else "image_root is not a folder"
+        raise FileNotFoundError(f"no image folder; tried:\n{tried}\n{hint}")
+    missing, folder, links = best
+    if missing and not (partial and len(missing) < len(needed)):
+        example = folder / min(missing)
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(needed)} images are missing, such as {example}; tried:\n{tried}"
+        )
+    allowed = root if image_root is None else folder
+    for name in ("", *sorted(links)):
+        check_inside(folder / name, allowed)
+    return folder, missing
 
 
-def _missing(folder: Path, needed: list[str]) -> set[str]:
-    """Return the names of files that the folder lacks."""
-    present: dict[str, set[str]] = {}
-    missing = set()
+def _compare(folder: Path, needed: Sequence[str]) -> tuple[set[str], set[str]]:
+    """Return the names of files that the folder lacks, and of files and folders in it that are links."""
+    present: dict[str, dict[str, bool]] = {}  # folder to the names of its files, and whether each is a link
+    missing, links = set(), set()
     for name in needed:
         subfolder, _, file = name.rpartition("/")
         if subfolder not in present:
-            present[subfolder] = set(os.listdir(folder / subfolder)) if (folder / subfolder).is_dir() else set()
+            present[subfolder] = _entries(folder / subfolder)
+            if os.path.realpath(folder / subfolder) != os.path.join(os.path.realpath(folder), *subfolder.split("/")):
+                links.add(subfolder)
         if file not in present[subfolder]:
             missing.add(name)
-    return missing
+        elif present[subfolder][file]:
+            links.add(name)
+    return missing, links
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} doesn't exist; {LAYOUT}") from None
-    except IsADirectoryError:
-        raise IsADirectoryError(f"{path} is a folder; {LAYOUT}") from None
+def _entries(folder: Path) -> dict[str, bool]:
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.is_symlink() for entry in entries}
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a regular file of a set; a named pipe would block, a device never end."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; {LAYOUT}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} doesn't exist; {LAYOUT}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file: expected a copy of the published file")
+    return path.read_bytes()

@@ -7,7 +7,12 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fastkd.data._records import Ref
+from fastkd.data._values import brief, is_int
+
+_LARGEST = 2**30  # pixels per image; pycocotools counts them in 32 bits
 
 
 def index(
@@ -29,15 +34,29 @@ def index(
         number = record["id"]
         if ids is not None and number not in ids:
             continue
+        if not is_int(number):
+            raise TypeError(f"{kind} id {brief(number)} is not an integer")
         first = found.setdefault(number, record)
         for field in fields:
             if first is not record and first.get(field) != record.get(field):
                 raise ValueError(
-                    f"{path} has two different entries for {kind} {number} ({field} differs: {first.get(field)!r:.60} "
-                    f"and {record.get(field)!r:.60}), so refs to it are ambiguous: remove one or give them different "
+                    f"{path} has two different entries for {kind} {number} ({field} differs: {brief(first.get(field))} "
+                    f"and {brief(record.get(field))}), so refs to it are ambiguous: remove one or give them different "
                     "ids"
                 )
     return found
+
+
+def image_fault(image: dict[str, Any]) -> str | None:
+    """Return why an image of instances.json is unusable, or None: its size must be one that Pillow opens."""
+    height, width = image["height"], image["width"]
+    if not (is_int(height) and is_int(width)):
+        return f"must have integers as height and width, got {brief(height)} and {brief(width)}"
+    if min(height, width) < 1 or height * width > min(2 * (Image.MAX_IMAGE_PIXELS or _LARGEST), _LARGEST):
+        return f"cannot be {height} x {width} (height x width)"
+    if not isinstance(image["file_name"], str):
+        return f"must have a string as file_name, got {brief(image['file_name'])}"
+    return None
 
 
 def check_unique(refs: Sequence[Ref], path: Path) -> None:
@@ -65,6 +84,6 @@ def check_agreement(ref: Ref, annotation: dict[str, Any], path: Path) -> None:
         found = annotation.get(field)
         if found is not None and found != expected:
             raise ValueError(
-                f"{path}: annotation {ref.ann_id} has {field} {found}, but ref {ref.ref_id}, which refers to it, has "
-                f"{expected}: refs and instances are from different releases, or one of them is damaged"
+                f"{path}: annotation {ref.ann_id} has {field} {brief(found)}, but ref {ref.ref_id}, which refers to "
+                f"it, has {expected}: refs and instances are from different releases, or one of them is damaged"
             )

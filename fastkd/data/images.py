@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+# Decoders that Pillow itself contains or that run in its process: for EPS it would run Ghostscript.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112  # EXIF
 
 
@@ -17,14 +21,19 @@ class UnsupportedBitDepth(ValueError):
     """The pixels of an image have an unsupported number of bits."""
 
 
-def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8 RGB.
+def read_image(image: str | os.PathLike[str] | bytes | Image.Image | np.ndarray) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8 RGB, read in the same way for training, evaluation and prediction.
 
-    The EXIF orientation of files and PIL images is applied, 16-bit grey reduced to 8 bits and transparency dropped.
+    The EXIF orientation of files and PIL images is applied, 16-bit grey reduced to 8 bits, CMYK, palettes and grey
+    converted to RGB, and transparency dropped. Of a file with several frames, the first is read.
+
+    Args:
+        image: A file, its content, a PIL image, or an array (H, W, 3) uint8.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: Pillow cannot read the file, its pixels have 32 bits, or an array has another shape.
+        ValueError: Pillow cannot read the file, it has another format than `FORMATS` or more pixels than Pillow's
+            limit, its pixels have 32 bits, or an array has another shape.
         TypeError: An array is not uint8.
     """
     if isinstance(image, Image.Image):
@@ -35,18 +44,36 @@ def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.n
         if image.dtype != np.uint8:
             raise TypeError(f"image must be uint8, got {image.dtype}")
         return image
-    path = Path(image)
-    if not path.exists():
-        raise FileNotFoundError(f"no image at {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: pass an image file")
+    name = "the image" if isinstance(image, bytes) else str(_regular_file(Path(image)))
     try:
-        with Image.open(path) as opened:
+        with open_image(image) as opened:
             return _upright(opened)
     except Exception as error:  # Pillow raises many types for damaged files
         raise ValueError(
-            f"{path} can't be read as an image ({type(error).__name__}: {error}): pass a JPEG, PNG, WebP, ..."
+            f"{name} can't be read as an image ({type(error).__name__}: {error}): pass a JPEG, PNG, WebP, ..."
         ) from error
+
+
+def open_image(image: str | os.PathLike[str] | bytes) -> Image.Image:
+    """Open a file or its content with Pillow's decoders of `FORMATS`, without decoding the pixels yet."""
+    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _regular_file(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: pass an image file")
+    if not path.exists():
+        raise FileNotFoundError(f"no image at {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file: pass an image file")
+    return path
 
 
 def find_damaged(paths: Iterable[Path]) -> dict[Path, str]:
@@ -65,7 +92,7 @@ def find_damaged(paths: Iterable[Path]) -> dict[Path, str]:
 
 def is_rotated(path: str | os.PathLike[str]) -> bool:
     """Return whether the EXIF orientation of an image file swaps its width and height."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
 
 

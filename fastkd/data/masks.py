@@ -14,7 +14,8 @@ RULES = ("union", "lavt")
 _HINT = "remove this annotation's refs, or download instances.json again"
 _NO_PIXEL = "{owner} covers no pixel of its {height} x {width} image: the segmentation is empty or outside"
 _FAR = 10.0  # in image sides; valid polygons exceed their image by much less
-_LONGEST_OUTLINE = 1e7  # pixels; rasterising needs 40 bytes per pixel of outline
+_LARGEST_COORDINATE = 1e8  # pycocotools multiplies by 5 and converts to 32 bits
+_LONGEST_OUTLINE = 1e7  # pixels of all polygons of an annotation; rasterising needs 40 bytes per pixel of outline
 
 
 def check_segmentation(segmentation: Any, owner: str, size: tuple[int, int] | None = None) -> None:
@@ -40,8 +41,9 @@ def check_segmentation(segmentation: Any, owner: str, size: tuple[int, int] | No
                 raise ValueError(f"{owner} mixes RLEs with {type(part).__name__} in one list: {_HINT}")
             _check_rle(part, owner, size)
         return
-    for polygon in segmentation:
-        _check_polygon(polygon, owner, size)
+    outline = sum(_check_polygon(polygon, owner, size) for polygon in segmentation)
+    if outline > _LONGEST_OUTLINE:
+        raise ValueError(f"{owner} has polygons whose outline is {outline:.3g} pixels long: {_HINT}")
     if size is not None and all(_is_outside(polygon, size) for polygon in segmentation):
         raise ValueError(_NO_PIXEL.format(owner=owner, height=size[0], width=size[1]))
 
@@ -59,7 +61,8 @@ def _check_rle(rle: dict[str, Any], owner: str, size: tuple[int, int] | None) ->
         raise ValueError(f"{owner}: RLE of size {list(rle['size'])} for an image of {list(size)} (h, w)")
 
 
-def _check_polygon(polygon: Any, owner: str, size: tuple[int, int] | None) -> None:
+def _check_polygon(polygon: Any, owner: str, size: tuple[int, int] | None) -> float:
+    """Return the length of the outline in pixels."""
     # pycocotools would interpret a flat list of 4 numbers as a box
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         raise ValueError(f"{owner} has a polygon that is not a list of at least 3 points (6 numbers): {_HINT}")
@@ -72,18 +75,16 @@ def _check_polygon(polygon: Any, owner: str, size: tuple[int, int] | None) -> No
     if not np.isfinite(points).all():
         raise ValueError(f"{owner} has a polygon with a NaN or infinite coordinate: {_HINT}")
     if size is None:
-        return
+        return 0.0
     height, width = size
-    far = _FAR * max(height, width)
+    far = min(_FAR * max(height, width), _LARGEST_COORDINATE - max(height, width))
     outside = (points < -far) | (points > np.array([width, height]) + far)
     if outside.any():
         raise ValueError(
             f"{owner} has a polygon with a coordinate of {points[outside][0]:g}, far outside its {height} x {width} "
             f"image: {_HINT}"
         )
-    outline = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
-    if outline > _LONGEST_OUTLINE:
-        raise ValueError(f"{owner} has a polygon whose outline is {outline:.3g} pixels long: {_HINT}")
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
 def rasterise(
@@ -107,12 +108,17 @@ def rasterise(
         raise ValueError(f"mask rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
     check_segmentation(segmentation, owner, (height, width))
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    # Part by part: a segmentation may have thousands.
     if isinstance(parts[0], dict):
-        layers: np.ndarray = np.stack([_decoded(part, owner) for part in parts], axis=2)  # (H, W, parts)
+        layers = (_decoded(part, owner) for part in parts)  # (H, W) each
     else:
-        layers = coco_mask.decode(coco_mask.frPyObjects(parts, height, width))
-    covered = layers.sum(axis=2, dtype=np.int64)  # (H, W), number of parts
-    mask: np.ndarray = covered > 0 if rule == "union" else covered == 1
+        layers = (coco_mask.decode(part).astype(bool) for part in coco_mask.frPyObjects(parts, height, width))
+    once = np.zeros((height, width), dtype=bool)
+    more = np.zeros_like(once)  # covered by several parts
+    for layer in layers:
+        more |= once & layer
+        once |= layer
+    mask = once if rule == "union" else once & ~more
     if rule == "union" and not mask.any():
         raise ValueError(_NO_PIXEL.format(owner=owner, height=height, width=width))
     return mask
@@ -133,7 +139,7 @@ def _runs(rle: dict[str, Any], owner: str) -> np.ndarray:
     """
     counts, size = rle.get("counts"), rle.get("size")
     sides = size if isinstance(size, list | tuple) else ()
-    if not counts or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    if not counts or len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= 2**30 for side in sides):
         raise ValueError(f"{owner} has an RLE without counts or size: {_HINT}")
     try:
         if isinstance(counts, str | bytes):

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from fastkd.data._files import find_images, read_instances, read_refs
-from fastkd.data._join import check_agreement, check_unique, index
+from fastkd.data._join import check_agreement, check_unique, image_fault, index
 from fastkd.data._records import Ref, Sentence
 from fastkd.data._skip import SKIP_HINT, Skips
+from fastkd.data._values import brief, is_int, sentence_fault
 from fastkd.data.images import UnsupportedBitDepth, find_damaged, is_rotated, read_image
 from fastkd.data.masks import RULES, check_segmentation, rasterise
 
@@ -29,7 +30,6 @@ PUBLISHED_REFS = {
     ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
     ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
 }
-_LARGEST = 2**30  # pixels per image; pycocotools counts pixels in 32 bits
 SENTENCE_FIELDS = ("sent", "raw", "raw.lower")
 
 
@@ -184,7 +184,7 @@ class RefCOCO:
 
     def _with_images(self, refs: list[Ref], image_root: str | os.PathLike[str] | None, skips: Skips) -> list[Ref]:
         """Set ``image_root``; return the refs whose image exists and, if skipping is enabled, can be decoded."""
-        files = {ref.ref_id: str(self._images[ref.image_id]["file_name"]) for ref in refs}
+        files: dict[int, str] = {ref.ref_id: self._images[ref.image_id]["file_name"] for ref in refs}
         needed = sorted(set(files.values()))
         self.image_root, missing = find_images(self.root, image_root, needed, skips.enabled)
         present = [self.image_root / file for file in needed if file not in missing]
@@ -224,15 +224,8 @@ class RefCOCO:
         except TypeError as error:
             raise ValueError(f"{path} is not a COCO instances file ({error}): download it again") from error
         for number, image in self._images.items():
-            if not (isinstance(image["height"], int) and isinstance(image["width"], int)):
-                raise ValueError(
-                    f"{path}: height and width of image {number} must be integers: download the file again"
-                )
-            if min(image["height"], image["width"]) < 1 or image["height"] * image["width"] > _LARGEST:
-                raise ValueError(
-                    f"{path}: image {number} cannot be {image['height']} x {image['width']} (height x width): "
-                    "download the file again"
-                )
+            if fault := image_fault(image):
+                raise ValueError(f"{path}: image {number} {fault}: download the file again")
         usable = []
         for ref in refs:
             if ref.image_id not in self._images:
@@ -299,16 +292,16 @@ def _parse_ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref
     sentences = []
     for sentence in ref["sentences"]:
         key = field.partition(".")[0]
-        complete = isinstance(sentence, dict) and isinstance(sentence.get("sent_id"), int)
+        complete = isinstance(sentence, dict) and is_int(sentence.get("sent_id"))
         if not complete or not isinstance(sentence.get(key), str):
             raise ValueError(
-                f"{path}: a sentence of ref {ref['ref_id']} has no {key!r} or no 'sent_id': {sentence!r:.200}"
+                f"{path}: a sentence of ref {ref['ref_id']} has no {key!r} or no 'sent_id': {brief(sentence)}"
             )
         text = sentence[key].lower() if field == "raw.lower" else sentence[key]
-        if not text.strip():
+        if fault := sentence_fault(text):
             skips.add(
-                "empty sentence",
-                f"{path}: sentence {sentence['sent_id']} of ref {ref['ref_id']} is empty in the field {key!r}; "
+                "empty sentence" if not text.strip() else "unusable sentence",
+                f"{path}: sentence {sentence['sent_id']} of ref {ref['ref_id']} {fault} in the field {key!r}; "
                 "try another sentence_field, or remove the sentence from the file",
             )
             continue

@@ -21,6 +21,9 @@ import numpy as np
 from PIL import Image
 
 from fastkd._atomic import replace_folder
+from fastkd.data._confine import check_name
+from fastkd.data._values import brief, is_int, sentence_fault
+from fastkd.data.images import open_image
 from fastkd.data.refcoco import RefCOCO
 
 INDEX = "index.json"
@@ -153,7 +156,7 @@ def write_shards(
 
 def decode_mask(content: bytes) -> np.ndarray:
     """Return a mask image as (H, W) bool: True where any colour, or the palette's index, is not 0."""
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(content) as image:
         bands = len([band for band in image.getbands() if band != "A"])
         values = np.asarray(image)
     return np.asarray(values[..., :bands].any(-1) if values.ndim == 3 else values.astype(bool))
@@ -178,11 +181,17 @@ def is_url(path: str) -> bool:
 def _read_index(index: Path) -> list[Shard]:
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))["shards"]
-        shards = [Shard(str(entry["path"]), int(entry["samples"])) for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
+        shards = [Shard(str(entry["path"]), entry["samples"]) for entry in entries]
+        for shard in shards:
+            if not is_int(shard.samples) or shard.samples < 0:
+                raise ValueError(f"samples of {shard.path!r} must be an integer >= 0, got {brief(shard.samples)}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f'{index} is not an index of shards ({error!r}): expected {{"shards": [{{"path": …, "samples": …}}]}}'
         ) from error
+    for shard in shards:
+        if not is_url(shard.path):
+            check_name(shard.path, str(index))
     folder = index.parent.absolute()
     return [Shard(s.path if is_url(s.path) else str(folder / s.path), s.samples) for s in shards]
 
@@ -193,11 +202,14 @@ def _count(file: Path) -> int:
         return int(_reader("pyarrow.parquet").ParquetFile(file).metadata.num_rows)
     split = _reader("webdataset.tariterators").base_plus_ext
     keys: list[str] = []
-    with tarfile.open(file) as archive:
-        for member in archive:
-            key = split(member.name)[0] if member.isreg() and not member.name.startswith("__") else None
-            if key is not None and (not keys or keys[-1] != key):
-                keys.append(key)
+    try:
+        with tarfile.open(file) as archive:
+            for member in archive:
+                key = split(member.name)[0] if member.isreg() and not member.name.startswith("__") else None
+                if key is not None and (not keys or keys[-1] != key):
+                    keys.append(key)
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} can't be read as a tar file ({error}): copy the shard again") from error
     return len(keys)
 
 
@@ -246,10 +258,17 @@ def _fields(raw: Mapping[str, Any], names: Mapping[str, tuple[str, ...]], where:
         if not isinstance(sample[field], bytes):
             raise ValueError(f"{where}: {field} must be an encoded image, got {type(sample[field]).__name__}")
     text = sample["sentence"]
-    lines = text.decode("utf-8").splitlines() if isinstance(text, bytes) else [text] if isinstance(text, str) else text
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape").splitlines()  # reported below if it is not utf-8
+    lines = [text] if isinstance(text, str) else text
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{where}: sentence must be a string or a list of strings, got {brief(text)}")
     sample["sentence"] = [line.strip() for line in lines if line.strip()]
     if not sample["sentence"]:
         raise ValueError(f"{where} has an empty sentence: remove the sample")
+    for line in sample["sentence"]:
+        if fault := sentence_fault(line):
+            raise ValueError(f"{where}: its sentence {fault}: remove the sample")
     sample["id"] = str(sample["id"])
     return sample
 
@@ -307,7 +326,7 @@ def _write_tar(path: Path, samples: list[dict[str, Any]]) -> None:
     with tarfile.open(path, "w") as archive:
         for sample in samples:
             try:
-                with Image.open(io.BytesIO(sample["image"])) as image:
+                with open_image(sample["image"]) as image:
                     extension = {"JPEG": "jpg", "WEBP": "webp"}.get(image.format or "", "png")
             except Exception as error:  # Pillow raises many types for damaged files
                 raise ValueError(f"sample {sample['id']!r}: its image cannot be read ({error})") from error

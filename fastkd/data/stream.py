@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastkd.data._prepare import Prepared, normalise
@@ -236,8 +234,7 @@ class ShardDataset(Prepared, IterableDataset[dict[str, Any]]):
 
     def _sample(self, raw: dict[str, Any], number: int) -> dict[str, Any]:
         try:
-            with Image.open(io.BytesIO(raw["image"])) as image:
-                pixels = read_image(image)
+            pixels = read_image(raw["image"])
             mask = decode_mask(raw["mask"])
         except Exception as error:  # Pillow raises many types for damaged files
             raise ValueError(

@@ -106,7 +106,7 @@ def test_file_names_with_a_folder(tmp_path: Path, folder: str, images: str, imag
 @pytest.mark.parametrize("folder", ["/etc/", "../", "train2014/../../"])
 def test_rejects_file_names_outside_of_the_folder(tmp_path: Path, folder: str) -> None:
     prefix_file_names(write_set(tmp_path), folder)
-    with pytest.raises(ValueError, match="points outside of the image folder"):
+    with pytest.raises(ValueError, match="points outside of its folder"):
         RefCOCO(tmp_path)
 
 

@@ -1,0 +1,39 @@
+"""Check values that come from a data set, and quote them in messages."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+_INT64 = 2**63
+LONGEST_SENTENCE = 10_000  # characters; the longest published sentences have a few hundred
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 3, 6, 6, 6
+_REPR.maxstring, _REPR.maxlong, _REPR.maxother = 120, 40, 120
+
+
+def brief(value: Any) -> str:
+    """Return a short ``repr``; that of nested data can be exponentially larger than the file it was read from."""
+    try:
+        return _REPR.repr(value)
+    except Exception:  # an integer of more than 4300 digits, for example
+        return f"a value of type {type(value).__name__}"
+
+
+def is_int(value: Any) -> bool:
+    """Return whether a value is an integer of at most 64 bits; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and -_INT64 <= value < _INT64
+
+
+def sentence_fault(text: str) -> str | None:
+    """Return what makes a sentence unusable, or None."""
+    if not text.strip():
+        return "is empty"
+    if len(text) > LONGEST_SENTENCE:
+        return f"has {len(text)} characters, more than {LONGEST_SENTENCE}"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return f"holds half of a surrogate pair, which is not text ({brief(text)})"
+    if "\0" in text:
+        return f"holds a NUL character ({brief(text)})"
+    return None
