@@ -13,7 +13,7 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     ``args`` begins with the command and, for ``train``, ``distill`` and ``cache``, its configuration, whose settings
     become the defaults of the flags.
     """
-    from fastkd.cli import cache, convert, data, demo, evaluate, export, info, predict, recipes, train
+    from fastkd.cli import cache, convert, data, demo, evaluate, experiments, export, info, predict, recipes, train
 
     app = SubcommandApp()
     app.command(name="info")(info.info)
@@ -24,6 +24,7 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     app.command(name="distill")(train.with_settings(train.distill, args))
     app.command(name="recipes")(recipes.recipes)
     app.command(name="cache")(cache.with_settings(args))
+    app.command(name="experiments")(experiments.experiments)
     app.command(name="evaluate")(evaluate.evaluate)
     app.command(name="predict")(predict.predict)
     app.command(name="export")(export.export)

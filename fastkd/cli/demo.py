@@ -119,13 +119,14 @@ def _compare(
 ) -> dict[str, Run]:
     """Train the student alone, distilled, and alone for equal time, from the same initial weights and data order.
 
-    Equal time is expressed in steps, from their measured cost (`_relative_cost`), so that the learning-rate schedule
+    Equal time is expressed in steps, from their measured cost (`relative_costs`), so that the learning-rate schedule
     completes.
     """
     from dataclasses import replace
 
     from fastkd import Distiller
     from fastkd.cli._data import open_split
+    from fastkd.cli._grid.costs import Candidate, relative_costs
     from fastkd.cli._models import build_model
     from fastkd.cli._terms import build_terms, shares_of
     from fastkd.evaluate import evaluate
@@ -157,7 +158,7 @@ def _compare(
         show(f"{title}: {score}")
         return Run(result, score, student)
 
-    cost = _relative_cost([build(distil)[1] for distil in (False, True)], train_set, config)
+    cost = relative_costs([Candidate(build(distil)[1], train_set, config) for distil in (False, True)])[1]
     show(f"seed {seed}: a distillation step takes the time of {cost:.2f} steps of the student alone")
     alone = run(ALONE, config, False)
     distilled = run(DISTILLED, config, True)
@@ -165,27 +166,6 @@ def _compare(
     limit = config.max_seconds and config.max_seconds * cost
     longer = run(LONGER, replace(config, steps=steps, eval_every=interval, max_seconds=limit), False)
     return {ALONE: alone, DISTILLED: distilled, LONGER: longer}
-
-
-def _relative_cost(models: Sequence[Any], train_set: ReferDataset, config: TrainConfig, rounds: int = 5) -> float:
-    """Return how many steps of the first model take as long as one of the second; this trains both.
-
-    The models alternate in runs of 25 steps, 20 of them timed, and the result is the median ratio, so that other load
-    on the machine affects both alike. Long runs, one after the other, might see different loads.
-    """
-    from dataclasses import replace
-    from statistics import median
-
-    from fastkd.train import train
-
-    probe = replace(config, steps=25, log_every=5, eval_every=None, max_seconds=None, check=False, tracker=())
-
-    def seconds(model: Any) -> float:
-        lines = train(model, train_set, probe, progress=False).history
-        return lines[-1]["seconds"] - lines[0]["seconds"]  # excludes the first five steps, the warm-up
-
-    turns = [[seconds(model) for model in models] for _ in range(rounds)]
-    return median(second / first for first, second in turns)
 
 
 def _result_rows(

@@ -163,7 +163,7 @@ def test_distill_with_the_shipped_teacher_and_every_term(shapes, tmp_path, capsy
 
 
 def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastkd.cli.demo._relative_cost", lambda *args: 2.4)
+    monkeypatch.setattr("fastkd.cli._grid.costs.relative_costs", lambda candidates: [1.0, 2.4])
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0
     results = json.loads((out / "results.json").read_text())
@@ -182,7 +182,7 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
 
 
 def test_relative_cost_ignores_changes_of_load(monkeypatch):
-    from fastkd.cli.demo import _relative_cost
+    from fastkd.cli._grid.costs import Candidate, relative_costs
     from fastkd.train import TrainConfig, TrainResult
 
     load = iter([1, 1, 1, 50, 50, 50, 1, 1, 3, 3])  # in ten turns; one pair of turns straddles a change
@@ -192,13 +192,15 @@ def test_relative_cost_ignores_changes_of_load(monkeypatch):
         return TrainResult(history=[{"seconds": 7.0}, {"seconds": 7.0 + seconds}])
 
     monkeypatch.setattr("fastkd.train.train", fake_train)
-    assert _relative_cost(["alone", "distilled"], [], TrainConfig()) == pytest.approx(2.4)
+    config = TrainConfig(device="cpu")
+    candidates = [Candidate(name, [], config) for name in ("alone", "distilled")]
+    assert relative_costs(candidates) == pytest.approx([1, 2.4])
 
 
 def test_relative_cost_alternates_the_models(shapes):
     from fastkd.cli._data import open_split
+    from fastkd.cli._grid.costs import Candidate, relative_costs
     from fastkd.cli._models import build_model, shapes_teacher
-    from fastkd.cli.demo import _relative_cost
     from fastkd.models import RISModel
     from fastkd.train import TrainConfig
 
@@ -206,11 +208,10 @@ def test_relative_cost_alternates_the_models(shapes):
     students, steps = [build_model("shapes-student", 0) for _ in range(2)], []
     for number, student in enumerate(students):
         student.register_forward_hook(lambda *call, number=number: steps.append(number))
-    assert (
-        0
-        < _relative_cost(students, dataset, TrainConfig(batch_size=1, threads=1, tracker=("wandb",)), rounds=2)
-        < math.inf
-    )
+    config = TrainConfig(batch_size=1, threads=1, tracker=("wandb",))
+    first, second = relative_costs([Candidate(student, dataset, config) for student in students], rounds=2)
+    assert first == 1
+    assert 0 < second < math.inf
     assert steps == ([0] * 25 + [1] * 25) * 2
 
 

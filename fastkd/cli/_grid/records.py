@@ -1,0 +1,85 @@
+"""Results of runs: one JSON line per run and split, with the IoU of every sample."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Record = dict[str, Any]
+
+KEY = ("setting", "student", "row", "scale", "seed", "split", "equal_time")
+"""What identifies a line."""
+
+
+def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the values of a record's `KEY`."""
+    return tuple(record[name] for name in KEY)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a file, empty if there is none; of several with one key, the last.
+
+    A last line without its end, left by a killed process, is ignored.
+
+    Raises:
+        ValueError: another line is not a record.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    found: dict[tuple[Any, ...], Record] = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            found[key_of(record)] = record
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number} is not a result ({error}): remove the line") from error
+    return list(found.values())
+
+
+def append_records(path: Path, records: Iterable[Record]) -> None:
+    """Append records in one write, after removing the incomplete last line that a killed process may have left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        complete = file.read().rfind(b"\n") + 1
+        if complete != size:
+            file.truncate(complete)
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def encode_iou(iou: npt.ArrayLike) -> str:
+    """Return (N,) IoU in [0, 1] as text: 8 bits each, compressed. The rounding error is at most 0.002."""
+    codes = np.rint(255 * np.asarray(iou, dtype=np.float64)).astype(np.uint8)
+    return base64.b85encode(zlib.compress(codes.tobytes(), 9)).decode("ascii")
+
+
+def decode_iou(text: str) -> npt.NDArray[np.float64]:
+    """Return the IoU that `encode_iou` wrote: (N,) float64."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype=np.uint8) / 255
+
+
+def best_scales(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return each row's scale with the highest mIoU on val, averaged over seeds; the smaller one if two are equal."""
+    scores: dict[str, dict[float, list[float]]] = {}
+    for record in records:
+        if record["split"] == "val":
+            scores.setdefault(record["row"], {}).setdefault(record["scale"], []).append(record["miou"])
+    return {
+        row: max(sorted(scales), key=lambda scale, scales=scales: sum(scales[scale]) / len(scales[scale]))  # type: ignore[misc]
+        for row, scales in scores.items()
+    }

@@ -1,0 +1,220 @@
+"""The work of a grid: its teacher cache, the steps of each row, and one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastkd._atomic import replace_files
+from fastkd.cli._grid.grid import Grid, Run
+from fastkd.cli._grid.records import Record, encode_iou
+from fastkd.cli._settings import DistillSettings, RunSettings, TermSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastkd.cli._runs import OpenedRun
+
+
+def build_cache(grid: Grid) -> None:
+    """Run the teacher once for everything that the rows' terms read, unless that was done."""
+    if grid.cache is None:
+        return
+    from fastkd import Distiller
+    from fastkd.cli._models import build_model
+    from fastkd.cli._teacher import describe, open_teacher
+    from fastkd.cli._terms import build_terms
+    from fastkd.train import TeacherCache, segmentation_loss
+
+    rows = {row: grid.settings_of(row) for row in grid.rows}
+    distilled = {row: one for row, one in rows.items() if isinstance(one, DistillSettings)}
+    if not distilled:
+        return
+    first = next(iter(distilled.values()))
+    terms = []
+    for row, settings in distilled.items():
+        for term in build_terms(settings.terms, settings.config.steps):
+            terms.append(replace(term, name=f"{row}/{term.name}", schedule=None))
+    data, config = first.data, first.config
+    weights = {"backbone_weights": first.backbone_weights, "text_weights": first.text_weights}
+    model = build_model(first.student, 0, data.tokenizer, **weights)
+    assert first.teacher is not None
+    teacher, options = open_teacher(model, data.tokenizer, first.teacher, first.teacher_tokenizer)
+    TeacherCache.build(
+        grid.work / "cache",
+        Distiller(
+            model,
+            teacher,
+            segmentation_loss,
+            terms,
+            student_taps=first.student_taps or None,
+            teacher_taps=first.teacher_taps or None,
+        ),
+        data.open("train", model, sentences="all", teacher=options),
+        batch_size=config.batch_size,
+        dtype=grid.cache,
+        device=config.device,
+        precision=config.precision,
+        channels_last=config.channels_last,
+        threads=config.threads,
+        notes=describe(first.teacher, teacher, options),
+        allow_untrained_teacher=config.allow_untrained_teacher,
+    )
+
+
+def open_settings(settings: RunSettings) -> OpenedRun:
+    """Return the distiller and the data of a run, with its terms balanced."""
+    from fastkd.cli._runs import open_run
+    from fastkd.train.balance import balance_on
+
+    name = settings.student if isinstance(settings, DistillSettings) else settings.model  # type: ignore[attr-defined]
+    opened = open_run(settings, name)
+    if opened.shares:
+        balance_on(opened.distiller, opened.train_set, opened.shares, settings.config)
+    return opened
+
+
+def costs_of(grid: Grid, rows: Iterable[str], known: Mapping[str, float]) -> dict[str, float]:
+    """Return the cost of a step by row relative to the reference's, averaged over the phases of its schedules.
+
+    Args:
+        grid: the grid.
+        rows: the rows to run.
+        known: costs that were measured before, by row; the others are measured now, in turns with the reference.
+    """
+    from fastkd.cli._grid.costs import Candidate, phases, relative_costs
+
+    assert grid.reference is not None
+    costs = {grid.reference: 1.0, **{row: known[row] for row in rows if row in known}}
+    unknown = [row for row in rows if row not in costs]
+    if not unknown:
+        return costs
+    candidates: list[Candidate] = []
+    parts: dict[str, list[tuple[float, int]]] = {}  # share of the steps, number of the candidate
+    numbers: dict[tuple[str, tuple[str, ...]], int] = {}
+    for row in (grid.reference, *unknown):
+        for share, active in phases(grid.settings_of(row)):
+            key = (row if active else "", active)  # all rows cost the same without terms
+            if key not in numbers:
+                numbers[key] = len(candidates)
+                settings = _always(grid, row, active)
+                opened = open_settings(settings)
+                candidates.append(Candidate(opened.distiller, opened.train_set, settings.config))
+            parts.setdefault(row, []).append((share, numbers[key]))
+    measured = relative_costs(candidates)
+    totals = {row: sum(share * measured[number] for share, number in each) for row, each in parts.items()}
+    return costs | {row: totals[row] / totals[grid.reference] for row in unknown}
+
+
+def _always(grid: Grid, row: str, active: tuple[str, ...]) -> RunSettings:
+    """Return a row's settings with the active terms only, at constant weight."""
+    settings = grid.settings_of(row)
+    if not isinstance(settings, DistillSettings):
+        return settings
+    if not active:
+        return replace(grid, rows={**grid.rows, row: {**grid.rows[row], "terms": {}}}).settings_of(row)
+    constant = TermSettings()
+    fields = {name: getattr(constant, name) for name in ("schedule", "start", "stop", "initial", "final")}
+    return replace(settings, terms={name: replace(settings.terms[name], **fields) for name in active})
+
+
+def steps_of(grid: Grid, rows: Iterable[str], costs: Mapping[str, float]) -> dict[str, int]:
+    """Return the steps of rows: the settings', or those that take as long as the reference's."""
+    if grid.equal == "steps":
+        return {row: grid.settings_of(row).config.steps for row in rows}
+    assert grid.reference is not None
+    steps = grid.settings_of(grid.reference).config.steps
+    return {row: max(1, round(steps / costs[row])) for row in rows}
+
+
+def remember(path: Path, costs: Mapping[str, float]) -> None:
+    """Write the costs by digest of the row, so that a resumed grid gives the same steps."""
+    with replace_files(path) as (partial,):
+        partial.write_text(json.dumps(dict(costs), indent=1) + "\n", encoding="utf-8")
+
+
+def execute(grid: Grid, run: Run, steps: int, cost: float | None) -> list[Record]:
+    """Train and score one run; return its results, one per split."""
+    import torch
+
+    from fastkd._info import cpu_name
+    from fastkd._runtime import pick_device
+    from fastkd.evaluate import evaluate
+    from fastkd.train import train
+
+    folder = grid.work / "runs" / run.name
+    settings = grid.settings_of(run.row, seed=run.seed, scale=run.scale, out=folder, steps=steps)
+    config = settings.config
+    with _threads(config.threads):
+        opened = open_settings(settings)
+        student: Any = opened.distiller.student
+        result = train(
+            opened.distiller,
+            opened.train_set,
+            config,
+            out_dir=folder,
+            overwrite=True,
+            title=run.name,
+            progress=False,
+        )
+        on_cpu = pick_device(config.device).type == "cpu"
+        shared = {
+            **vars(run),
+            "labels": 1.0,
+            "steps": result.steps,
+            "seconds": round(result.cpu_seconds if on_cpu else result.seconds, 2),
+            "wall_seconds": round(result.seconds, 2),
+            "relative_cost": cost,
+            "weights": {name: float(f"{weight:.5g}") for name, weight in opened.distiller.weights.items()},
+        }
+        conditions = {
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "processor": cpu_name() if on_cpu else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
+        records = []
+        for split in grid.splits:
+            samples = settings.data.open(split, student, sentences="all")
+            score = evaluate(student, samples, batch_size=config.eval_batch_size, channels_last=config.channels_last)
+            scores = {"miou": score.miou, "oiou": score.oiou}
+            scores |= {f"p{name[-1]}0": value for name, value in score.metrics.items() if name.startswith("P@")}
+            scores = {name: round(value, 4) for name, value in scores.items()}
+            sentences = {"sentences": score.sentences}
+            iou = {"iou": encode_iou(score.sample_iou)}
+            records.append({**shared, "split": split, **scores, **sentences, **conditions, **iou})
+    return records
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that this package is in, with "+" if files differ; None outside of one."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[3]
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else None
+    return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Use this number of torch's CPU threads in the block, for evaluation too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

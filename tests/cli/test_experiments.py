@@ -1,0 +1,329 @@
+"""Grids of runs: reading them, running them, resuming after a kill, and their results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("timm", reason="needs the [ris] extra")
+
+from fastkd.cli import main
+from fastkd.cli._grid import records
+from fastkd.cli._grid.costs import phases
+from fastkd.cli._grid.grid import Grid, load_grid
+from fastkd.cli._grid.runs import costs_of, steps_of
+from fastkd.cli._settings import DistillSettings, TrainSettings
+
+METHOD = {"terms": {"first_order": 0.5}}
+
+
+def write_grid(folder: Path, **changes) -> Path:
+    settings = {"data": str(folder.parent / "shapes"), "steps": 2, "batch_size": 4, "device": "cpu", "log_every": 1}
+    content = {
+        "setting": "tiny",
+        "settings": settings,
+        "rows": {"alone": {}, "method": METHOD},
+        "work": str(folder / "work"),
+        **changes,
+    }
+    folder.mkdir(exist_ok=True)
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("grids")
+    assert main(["data", "make-shapes", str(root / "shapes"), "--images", "16", "--image-size", "64"]) == 0
+    return root
+
+
+def test_grid_runs_is_killed_and_resumes(root, monkeypatch, capsys):
+    rows = {"alone": {}, "unused": {"terms": {"first_order": {"weight": 0.0}}}, "method": METHOD}
+    path = write_grid(root / "killed", rows=rows, equal="time", reference="method", splits=["val", "testB"])
+    costs = {"method": 1.0, "alone": 0.5, "unused": 0.5}
+    monkeypatch.setattr("fastkd.cli._grid.runs.costs_of", lambda grid, rows, known: {**costs, **known})
+    child = multiprocessing.get_context("fork").Process(target=run_until_the_second_write, args=(path,))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    results = root / "killed" / "grid.jsonl"
+    assert not results.read_bytes().endswith(b"\n")  # a line is incomplete
+    first = records.read_records(results)
+    assert [(one["row"], one["split"]) for one in first] == [("alone", "val"), ("alone", "testB"), ("unused", "val")]
+
+    assert main(["experiments", str(path)]) == 0
+    assert "3 runs, 1 of them complete" in capsys.readouterr().out
+    found = {(one["row"], one["split"]): one for one in records.read_records(results)}
+    assert len(found) == 6
+    assert found["alone", "val"] == first[0]  # not run again
+    assert [found[row, "val"]["steps"] for row in rows] == [4, 4, 2]  # equal time at half the cost
+    runs = root / "killed" / "work" / "runs"
+    students = {row: (runs / f"{row}-seed0" / "last" / "model.safetensors").read_bytes() for row in rows}
+    assert students["alone"] == students["unused"] != students["method"]  # equal initial weights and data order
+    for split in ("val", "testB"):
+        same = ("miou", "oiou", "p50", "iou", "steps", "parameters", "sentences")
+        assert all(found["alone", split][name] == found["unused", split][name] for name in same)
+    for one in found.values():
+        iou = records.decode_iou(one["iou"])
+        assert len(iou) == one["sentences"]
+        assert 100 * iou.mean() == pytest.approx(one["miou"], abs=0.2)
+        assert one["seconds"] > 0
+        assert one["equal_time"] is True
+        assert one["processor"]
+        assert one["relative_cost"] == costs[one["row"]]
+    assert found["method", "val"]["weights"]["first_order"] > 0
+    assert documented("Results") == set(first[0])
+
+    before = results.read_bytes()
+    assert main(["experiments", str(path)]) == 0
+    assert results.read_bytes() == before
+    write_grid(
+        root / "killed", rows={**rows, "method": {"terms": {"first_order": 0.4}}}, equal="time", reference="method"
+    )
+    assert main(["experiments", str(path)]) == 2
+    assert "holds results of row 'method' with other settings" in capsys.readouterr().err
+
+
+def documented(heading: str) -> set[str]:
+    """Return the keys in the first column of a table of docs/experiments.md; a range of P@X is written p50 … p90."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "experiments.md").read_text("utf-8")
+    rows = page.split(f"# {heading}\n", 1)[1].split("\n\n|", 1)[1].split("\n\n")[0].splitlines()
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row.strip("|").split("|")[0])}
+    return names | {f"p{n}0" for n in (6, 7, 8)} if "p50" in names else names
+
+
+def test_documented_keys_are_those_of_a_grid():
+    fields = {field.name for field in dataclasses.fields(Grid)} - {"source"}
+    assert documented("Grids of experiments") == fields | {"extends"}
+
+
+def run_until_the_second_write(path: Path) -> None:
+    torch.set_num_threads(1)  # a forked process has no OpenMP threads
+    append, calls = records.append_records, []
+
+    def half(path: Path, lines: list) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            return append(path, lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text[: len(text) - 40])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    records.append_records = half
+    main(["experiments", str(path)])
+
+
+def test_failed_runs_are_reported_and_the_others_kept(root, monkeypatch, capsys):
+    import fastkd.cli._grid.runs as module
+
+    path = write_grid(root / "failing", rows={"alone": {}, "other": {"lr": 1e-4}}, cache=None)
+    execute = module.execute
+
+    def failing(grid, run, steps, cost):
+        if run.row == "alone":
+            raise FloatingPointError("not finite")
+        return execute(grid, run, steps, cost)
+
+    monkeypatch.setattr(module, "execute", failing)
+    assert main(["experiments", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "[1/2] alone-seed0 failed: FloatingPointError: not finite" in printed.out
+    assert "1 of 2 runs failed: alone-seed0" in printed.err
+    assert [one["row"] for one in records.read_records(root / "failing" / "grid.jsonl")] == ["other"]
+    assert main(["experiments", str(path), "--rows", "alone", "--seeds", "3", "4", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["alone-seed3", "alone-seed4"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_workers_end_with_a_killed_parent():
+    program = (
+        "import os, time\n"
+        "from fastkd.cli.experiments import _pool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = _pool(1)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 60)\n"
+        "    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    time.sleep(0.2)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(worker)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_costs_are_those_of_the_phases_of_a_schedule(root, monkeypatch):
+    rows = {
+        "alone": {},
+        "method": {"terms": {"first_order": {"share": 0.5, "stop": 25}, "logit": {"share": 0.1, "start": 50}}},
+        "late": {"terms": {"logit": {"share": 0.1, "schedule": "linear", "start": 20}}},
+    }
+    settings = {"data": "nowhere", "steps": 100, "batch_size": 4}
+    grid = load_grid(write_grid(root / "phases", rows=rows, settings=settings, equal="time", reference="method"))
+    assert phases(grid.settings_of("alone")) == [(1.0, ())]
+    assert phases(grid.settings_of("method")) == [(0.25, ("first_order",)), (0.25, ()), (0.5, ("logit",))]
+    assert phases(grid.settings_of("late")) == [(0.2, ()), (0.8, ("logit",))]
+
+    price = {(): 1.0, ("first_order",): 3.0, ("logit",): 1.4}
+    monkeypatch.setattr(
+        "fastkd.cli._grid.runs.open_settings",
+        lambda settings: type("Opened", (), {"distiller": tuple(getattr(settings, "terms", ())), "train_set": None}),
+    )
+    seen = []
+
+    def measure(candidates):
+        seen.append([one.model for one in candidates])
+        return [price[one.model] / price[candidates[0].model] for one in candidates]
+
+    monkeypatch.setattr("fastkd.cli._grid.costs.relative_costs", measure)
+    costs = costs_of(grid, ["alone", "method", "late"], {})
+    assert seen == [[("first_order",), (), ("logit",), ("logit",)]]  # one candidate for all phases without terms
+    of_method = 0.25 * 3 + 0.25 * 1 + 0.5 * 1.4
+    assert costs == pytest.approx({"method": 1, "alone": 1 / of_method, "late": (0.2 + 0.8 * 1.4) / of_method})
+    assert steps_of(grid, rows, costs) == {"alone": 170, "method": 100, "late": 129}
+    assert costs_of(grid, ["late"], costs) == {"method": 1.0, "late": costs["late"]}
+    assert len(seen) == 1  # what is known is not measured again
+
+
+def test_rows_become_settings_of_distill_and_train(root):
+    settings = {"data": "d", "teacher": "t", "student": "shapes-teacher", "lr": 1e-3, "backbone_weights": "random"}
+    rows = {"alone": {"lr": 2e-3}, "method": {"terms": {"first_order": 0.5, "logit": {"weight": 3.0}}}}
+    grid = load_grid(write_grid(root / "settings", rows=rows, settings=settings))
+    alone = grid.settings_of("alone", seed=3, scale=0.5)
+    assert isinstance(alone, TrainSettings)
+    assert (alone.model, alone.config.lr, alone.config.seed, alone.config.threads) == ("shapes-teacher", 2e-3, 3, 1)
+    method = grid.settings_of("method", seed=3, scale=0.5, steps=7)
+    assert isinstance(method, DistillSettings)
+    assert (method.config.lr, method.config.steps, method.teacher) == (1e-3, 7, "t")
+    assert (method.terms["first_order"].share, method.terms["logit"].weight) == (0.25, 1.5)
+    assert method.teacher_cache == grid.work / "cache"
+    online = load_grid(write_grid(root / "settings", rows=rows, settings=settings, cache=None))
+    assert online.settings_of("method").teacher_cache is None
+
+
+def test_digests_follow_what_changes_a_result(root):
+    base = {"data": "d", "steps": 3}
+
+    def digest(settings=base, **changes):
+        return load_grid(write_grid(root / "digests", settings=settings, **changes)).digest_of("method")
+
+    assert digest() == digest({"data": "elsewhere", "steps": 3, "log_every": 7})
+    assert digest() == digest(scale=0.5)  # part of the key of a result
+    assert (
+        len({digest(), digest({**base, "steps": 4}), digest(cache="fp16"), digest(rows={"method": {"terms": {}}})}) == 4
+    )
+
+
+def test_scales_are_tried_or_taken_from_results(root):
+    path = write_grid(root / "scales", seeds=[0, 1], scale=[0.5, 1.0])
+    names = [run.name for run in load_grid(path).runs()]
+    assert names[:3] == ["alone-seed0", "method-x0.5-seed0", "method-seed0"]
+    assert len(names) == 6
+    line = {"setting": "tuning", "student": "s", "row": "method", "equal_time": False}
+    scores = [(0.5, 0, "val", 40.0), (0.5, 1, "val", 46.0), (2.0, 0, "val", 44.0), (1.0, 0, "testA", 90.0)]
+    records.append_records(
+        root / "scales" / "tuned.jsonl",
+        [{**line, "scale": x, "seed": seed, "split": split, "miou": miou} for x, seed, split, miou in scores],
+    )
+    tuned = load_grid(write_grid(root / "scales", scale="tuned.jsonl"))
+    assert [run.name for run in tuned.runs()] == ["alone-seed0", "method-x2-seed0"]
+    other = load_grid(write_grid(root / "scales", scale="tuned.jsonl", rows={"new": METHOD}))
+    with pytest.raises(ValueError, match="has no result on val of new: run its grid first"):
+        other.runs()
+
+
+def test_extends_merges_another_grid(root):
+    base = write_grid(root / "base", seeds=[0, 1, 2], rows={"alone": {}, "method": METHOD, "logit": METHOD})
+    path = root / "base" / "small.yaml"
+    path.write_text("extends: grid.yaml\nsetting: small\nrows: [alone, logit]\nsettings: {steps: 9}\n", "utf-8")
+    grid = load_grid(path)
+    assert (grid.setting, list(grid.rows), grid.seeds) == ("small", ["alone", "logit"], (0, 1, 2))
+    assert grid.settings["steps"] == 9
+    assert grid.settings["batch_size"] == load_grid(base).settings["batch_size"]
+    assert grid.results == root / "base" / "small.jsonl"
+    assert grid.work == Path("runs/small")
+    path.write_text("extends: grid.yaml\nrows: {more: {terms: {logit: 1.0}}, alone: {lr: 0.1}}\n", "utf-8")
+    assert load_grid(path).rows["alone"] == {"lr": 0.1}
+    assert list(load_grid(path).rows) == ["alone", "method", "logit", "more"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": {}}, "rows, seeds and splits must each name at least one"),
+        ({"seeds": []}, "must each name at least one"),
+        ({"equal": "time"}, "equal: time needs reference, the row whose time all rows get, got None"),
+        ({"equal": "time", "reference": "methods"}, "Did you mean 'method'"),
+        ({"equal": "seconds"}, "equal must be one of 'steps', 'time', got 'seconds'"),
+        ({"sedes": [1]}, "nothing is named 'sedes'. Did you mean 'seeds'"),
+        ({"settings": {"data": "d", "seed": 1}}, "settings: seed is set for each run"),
+        ({"rows": {"a": {"out": "x"}}}, "a: out is set for each run"),
+        ({"rows": {"a": {"teacher": "x"}}}, "rows.a: rows share one teacher cache, so teacher belongs to settings"),
+        ({"rows": {"a": {"stepz": 3}}}, "rows.a: no setting is named 'stepz'. Did you mean 'steps'"),
+        ({"rows": {"a": {"lr": -1}}}, "rows.a: lr must be a finite number > 0"),
+        ({"scale": True}, "scale must be a number or a list of a number or text, got True"),
+    ],
+)
+def test_wrong_grids_are_refused(root, capsys, changes, message):
+    assert main(["experiments", str(write_grid(root / "wrong", **changes))]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_refused(root, capsys):
+    path = str(write_grid(root / "wrong"))
+    for args, message in (
+        (["nowhere.yaml"], "no grid at nowhere.yaml"),
+        ([path, "--rows", "methods"], "--rows: no row is named 'methods'. Did you mean 'method'"),
+        ([path, "--jobs", "0"], "--jobs must be an integer >= 1, got 0"),
+    ):
+        assert main(["experiments", *args]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_iou_survive_storage_and_a_torn_line_is_dropped(tmp_path):
+    iou = np.random.default_rng(0).random(257)
+    iou[:3] = 0, 1, 0.5
+    text = records.encode_iou(iou)
+    decoded = records.decode_iou(text)
+    assert np.abs(decoded - iou).max() <= 0.5 / 255 + 1e-12
+    assert (decoded[0], decoded[1]) == (0, 1)
+    path = tmp_path / "new" / "results.jsonl"
+    line = {"setting": "s", "student": "s", "row": "r", "scale": 1.0, "seed": 0, "split": "val", "equal_time": True}
+    assert records.read_records(path) == []
+    records.append_records(path, [{**line, "iou": text}])
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"setting": "s')
+    assert len(records.read_records(path)) == 1
+    records.append_records(path, [{**line, "iou": "later"}, {**line, "seed": 1}])
+    assert [(one["seed"], one.get("iou")) for one in records.read_records(path)] == [(0, "later"), (1, None)]
+    path.write_text("[]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1 is not a result"):
+        records.read_records(path)
