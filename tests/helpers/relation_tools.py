@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
+import pytest
 import torch
 from gpu_kernels import DEVICE
 from torch import Tensor
 
+from fastkd.ops import launch
 from fastkd.ops.relation import relation
 from fastkd.ops.relation.reference import relation as reference
 
@@ -33,6 +36,25 @@ H_IN_BF16 = ("triton", "cuda")
 def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return drawn.to(DEVICE, dtype)
+
+
+def drawn_for(method: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return a student of this shape and a slightly wider teacher that exercise every term of the method."""
+    batch, count, width = shape
+    student, teacher = rows(shape, 0, dtype), rows((batch, count, width + 5), 1, dtype)
+    if "maxima" in method:  # at a temperature of 0.03 only similar rows have several nonzero probabilities
+        student, teacher = (0.05 * x + rows((batch, 1, x.shape[2]), 2, dtype) for x in (student, teacher))
+    if method == "row_cosine":  # sum d^2 <= n m in the first sample, which selects the formula of close relations
+        teacher[0, :, :width] += student[0]
+    return student, teacher
+
+
+def one_block_per_launch(monkeypatch: pytest.MonkeyPatch, calls: str) -> None:
+    """Plan for a workspace of one byte: each launch of ``fastkd.ops.relation.<calls>`` computes one block of rows."""
+    module = importlib.import_module(f"fastkd.ops.relation.{calls}")
+    for owner, name in ((launch, "check_workspace"), (module, "check_workspace"), (module, "workspace_limit")):
+        if hasattr(owner, name):
+            monkeypatch.setattr(owner, name, lambda *_: 1)
 
 
 def loss_and_gradient(f: Any, student: Tensor, teacher: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
@@ -65,3 +87,10 @@ def check_kernel(
         allowed = 2 * (eager.double() - expected).abs().max().item() + stored * largest
         assert (ours.double() - expected).abs().max().item() <= allowed + 3e-7 * condition * max(largest, min_size)
     return got
+
+
+def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
+    """Compare up to the order of sums and the rounding of the stored results."""
+    for a, b in zip(got, want, strict=True):
+        near = 3e-6 + (torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 0.0)
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-7 + near * b.abs().max().item())

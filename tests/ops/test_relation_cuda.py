@@ -12,8 +12,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gpu_kernels import DEVICE, MARKS, require_gpu_kernels
-from relation_tools import DTYPES, FORMS, METHODS, check_kernel, loss_and_gradient, rows, run_kernel
-from torch import Tensor
+from relation_tools import (
+    DTYPES,
+    FORMS,
+    METHODS,
+    assert_near,
+    check_kernel,
+    drawn_for,
+    loss_and_gradient,
+    one_block_per_launch,
+    rows,
+    run_kernel,
+)
 
 from fastkd.ops.launch import dtype_name, native
 from fastkd.ops.relation import plan as relation_plan
@@ -31,21 +41,6 @@ def kernels() -> Iterator[None]:
 
 kernel = functools.partial(run_kernel, "cuda")
 check = functools.partial(check_kernel, "cuda")
-
-
-def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
-    """Compare up to the order of sums and the rounding of the stored results."""
-    for a, b in zip(got, want, strict=True):
-        near = 3e-6 + (torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 0.0)
-        torch.testing.assert_close(a, b, rtol=0, atol=5e-7 + near * b.abs().max().item())
-
-
-def drawn_for(method: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    batch, count, width = shape
-    student, teacher = rows(shape, 0, dtype), rows((batch, count, width + 5), 1, dtype)
-    if "maxima" in method:  # similar rows: otherwise a softmax at 0.03 has one nonzero element
-        student, teacher = (0.05 * x + rows((batch, 1, x.shape[2]), 2, dtype) for x in (student, teacher))
-    return student, teacher
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -120,23 +115,35 @@ def test_feature_maps_viewed_as_rows_of_pixels(dtype: torch.dtype, cross: bool) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("method", ["kl", "kl maxima", "row_cosine", "kl of means"])
 def test_small_workspace_gives_the_same_results(
-    monkeypatch: pytest.MonkeyPatch, method: str, cross: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, cross: bool, dtype: torch.dtype
 ) -> None:
     """Bands of row blocks are computed one after another, without an N x N matrix in memory."""
     count = 70 if cross else 200  # four row blocks
-    student, teacher = drawn_for(method, (2, count, 20), dtype)
+    student, teacher = drawn_for("kl", (2, count, 20), dtype)
     weight = rows((2, count), 2)
-    options = {**METHODS[method], "cross": cross}
-    whole = kernel(student, teacher, weight, **options)
+    whole = kernel(student, teacher, weight, cross=cross)
     monkeypatch.setenv("FASTKD_WORKSPACE_MIB", "0.01")
     with pytest.raises(ValueError, match=r"a workspace of 0\.01 MiB does not hold one block of rows") as error:
-        relation(student, teacher, backend="cuda", **options)
+        relation(student, teacher, cross=cross, backend="cuda")
     minimum = float(str(error.value).split("at least ")[1].split(",")[0])
     for mib in (minimum, 1.6 * minimum):  # the size in the error is enough, also for the backward
         monkeypatch.setenv("FASTKD_WORKSPACE_MIB", str(mib))
-        assert_near(kernel(student, teacher, weight, **options), whole)
+        assert_near(kernel(student, teacher, weight, cross=cross), whole)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("method", ["kl", "kl maxima", "kl of means", "mse", "row_cosine"])
+def test_launches_of_one_row_block_give_the_same_results(
+    monkeypatch: pytest.MonkeyPatch, method: str, cross: bool
+) -> None:
+    """The smallest workspace, set by the backward, holds several row blocks of the forward."""
+    student, teacher = drawn_for(method, (2, 70 if cross else 135, 20))  # three or four row blocks
+    weight = rows(student.shape[:2], 2)
+    options = {**METHODS[method], "cross": cross}
+    whole = kernel(student, teacher, weight, **options)
+    one_block_per_launch(monkeypatch, "native")
+    assert_near(kernel(student, teacher, weight, **options), whole)
 
 
 def test_stored_matrices_with_a_smaller_workspace_in_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
