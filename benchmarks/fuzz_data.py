@@ -2,10 +2,11 @@
 
     python -m benchmarks.fuzz_data [--inputs 50000] [--seed 0] [--out FILE]
 
-Hypothesis damages a small set: the bytes and the content of refs pickles, instances.json and images, and the
-segmentations of masks. Whatever a reader accepts is read completely. A reader may raise only ValueError (which includes
-UnpicklingError) or OSError; another exception, or the end of the process, is a failure. Each kind of input runs in a
-process with limited memory. Writes the numbers of inputs read and rejected; exits with status 1 after a failure.
+Hypothesis damages a small set: the bytes and the content of refs pickles, instances.json, JSONL files and images, and
+the segmentations of masks. Whatever a reader accepts is read completely. A reader may raise only ValueError (which
+includes UnpicklingError) or OSError; another exception, or the end of the process, is a failure. Each kind of input
+runs in a process with limited memory. Writes the numbers of inputs read and rejected; exits with status 1 after a
+failure.
 """
 
 from __future__ import annotations
@@ -34,10 +35,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastkd.data import RefCOCO
+from fastkd.data import RefCOCO, ReferFolder, ReferringSet
 from fastkd.data.images import read_image
-from fastkd.data.masks import rasterise
-from fastkd.data.shards import decode_mask
+from fastkd.data.masks import decode_mask, rasterise
 
 HEIGHT, WIDTH = 12, 20
 DOCUMENTED = (ValueError, OSError)
@@ -173,18 +173,22 @@ rles = st.fixed_dictionaries(
 segmentations = st.one_of(
     polygons, rles, st.lists(rles, max_size=3), values, damaged([BOX]), damaged([[BOX], {"size": [12, 20]}])
 )
+ROW = {"image": "images/train2014/a.jpg", "mask": [BOX], "sentence": ["circle"], "id": 3}
+rows_files = st.one_of(
+    damaged([ROW, {**ROW, "id": 4, "mask": None}]).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    damaged_bytes(json.dumps(ROW).encode()),
+)
 images = st.one_of(*(damaged_bytes(encoded_image(kind)) for kind in FORMATS), st.binary(max_size=40))
 
 
-def read_set(root: Path) -> None:
-    """Read everything in the set below ``root``."""
-    data = RefCOCO(root)
+def read_set(data: ReferringSet) -> None:
+    """Read everything in a set."""
     for ref in data:
         mask = data.mask(ref.ref_id)
         assert mask.dtype == bool
-        assert mask.shape == data.image_size(ref.image_id)
+        assert mask.shape == data.image(ref.image_id).shape[:2]
+        assert mask.any() == bool(ref.targets)
         assert all(sentence.text.strip() and sentence.text.encode() for sentence in ref.sentences)
-        assert data.image(ref.image_id).shape[:2] == data.image_size(ref.image_id)
 
 
 class Targets:
@@ -200,19 +204,25 @@ class Targets:
             "instances": (instances_files, self.instances),
             "masks": (st.tuples(segmentations, st.sampled_from(["union", "lavt"])), self.masks),
             "images": (images, self.images),
+            "rows": (rows_files, self.rows),
         }
 
     def refs(self, content: bytes) -> None:
         """Read a set with this refs file."""
         (self.set / "refs(unc).p").write_bytes(content)
         (self.set / "instances.json").write_text(json.dumps(reference_instances()))
-        read_set(self.folder)
+        read_set(RefCOCO(self.folder))
 
     def instances(self, content: bytes) -> None:
         """Read a set with this instances.json."""
         (self.set / "refs(unc).p").write_bytes(_pickled(reference_refs(), 2))
         (self.set / "instances.json").write_bytes(content)
-        read_set(self.folder)
+        read_set(RefCOCO(self.folder))
+
+    def rows(self, content: bytes) -> None:
+        """Read a folder with this JSONL file."""
+        (self.folder / "train.jsonl").write_bytes(content)
+        read_set(ReferFolder(self.folder))
 
     def masks(self, given: tuple[Any, str]) -> None:
         """Rasterise a segmentation."""

@@ -141,7 +141,12 @@ SIGNATURES: dict[str, dict[str, str]] = {
         ),
     },
     "fastkd.data": {
-        "Ref": "(ref_id, ann_id, image_id, category_id, split, sentences)",
+        "MixedDataset": "(datasets, *, weights=None, sizes=None, seed=0)",
+        "MixedDataset.summary": "(self)",
+        "MixedDataset.set_epoch": "(self, epoch)",
+        "MixedDataset.describe": "(self, index)",
+        "Ref": "(ref_id, ann_id, image_id, category_id, split, sentences, ann_ids=None)",
+        "Ref.targets": "property",
         "RefCOCO": (
             "(root, name='refcoco', split_by='unc', split='train', *, image_root=None, mask_rule='union', "
             "sentence_field='sent', skip_unusable=False, check_counts=False)"
@@ -151,6 +156,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "RefCOCO.image_path": "(self, image_id)",
         "RefCOCO.image_size": "(self, image_id)",
         "RefCOCO.image": "(self, image_id)",
+        "RefCOCO.image_name": "(self, image_id)",
+        "RefCOCO.image_bytes": "(self, image_id)",
         "RefCOCO.mask": "(self, ref_id)",
         "ReferDataset": (
             "(refcoco, tokenizer, image_size=480, max_words=20, sentences='random', seed=0, cache=False, "
@@ -160,6 +167,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "ReferDataset.epoch": "property",
         "ReferDataset.set_epoch": "(self, epoch)",
         "ReferDataset.fill_cache": "(self)",
+        "ReferFolder": ("(root, split='train', *, image_root=None, mask_rule='union', skip_unusable=False, name=None)"),
+        "ReferringSet": "()",
+        "open_set": "(root, split, name='refcoco', split_by=None, **options)",
         "Sentence": "(sent_id, text)",
         "ShardDataset": (
             "(source, tokenizer, image_size=480, max_words=20, buffer=1000, seed=0, fields=None, "

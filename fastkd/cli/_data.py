@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
     from fastkd.data import ReferDataset, ShardDataset
     from fastkd.models import LAVT, RISModel, TextPromptedTeacher
 
@@ -18,9 +21,9 @@ class DataArgs:
     """Location of the data.
 
     Args:
-        data: folder that holds ``refcoco/`` and ``images/``.
-        dataset: refcoco, refcoco+ or refcocog.
-        split_by: author of the splits: unc, google or umd.
+        data: folder that holds ``refcoco/`` and ``images/``, or ``train.jsonl`` and ``val.jsonl`` (or parquet).
+        dataset: refcoco, refcoco+, refcocog, grefcoco, refclef or rrsisd; or folder, for JSONL and parquet.
+        split_by: author of the splits: unc, google, umd or berkeley; if omitted, the first that the set has.
         tokenizer: path of the vocab.txt (or tokenizer folder) that defines the word ids, or "shapes"; if omitted, the
             one in the model's folder or named by its configuration, else the teacher's.
         image_root: folder of the JPEG files; if omitted, the first of four usual ones under --data.
@@ -28,16 +31,19 @@ class DataArgs:
         sentence_field: sent (lower-case, no punctuation), raw, or raw.lower.
         skip_unusable: skip refs without a sentence, a mask or a readable image file, and report their number, instead
             of raising an error. Decodes every image once.
+        mix: other sets to train on as well, such as ``refcoco+`` (in --data) or ``data/cups:folder``; with a number
+            of passes per epoch, ``grefcoco=0.5``, or of samples, ``grefcoco,size=2000``. Validation uses --dataset.
     """
 
     data: Path
     dataset: str = "refcoco"
-    split_by: str = "unc"
+    split_by: str | None = None
     tokenizer: str | None = None
     image_root: Path | None = None
     mask_rule: Literal["union", "lavt"] = "union"
     sentence_field: Literal["sent", "raw", "raw.lower"] = "sent"
     skip_unusable: bool = False
+    mix: tuple[str, ...] = ()
 
     def open(
         self, split: str, model: Any, *, sentences: str, seed: int = 0, teacher: dict[str, Any] | None = None
@@ -59,6 +65,46 @@ class DataArgs:
             skip_unusable=self.skip_unusable,
         )
 
+    def open_train(
+        self, model: Any, *, seed: int, teacher: dict[str, Any] | None = None, announce: bool = True
+    ) -> Dataset[Any]:
+        """Return the training set: the split train, mixed with those of ``mix``; ``announce`` prints a mixture."""
+        from fastkd._console import show
+        from fastkd.data import MixedDataset
+
+        sets = self._train_sets(model, sentences="random", seed=seed, teacher=teacher)
+        if len(sets) == 1:
+            return sets[self.dataset][1]
+        weights = {name: mixed.weight for name, (mixed, _) in sets.items()}
+        sizes = {name: mixed.size for name, (mixed, _) in sets.items() if mixed.size is not None}
+        mixture = MixedDataset(
+            {name: part for name, (_, part) in sets.items()}, weights=weights, sizes=sizes, seed=seed
+        )
+        if announce:
+            show(f"samples per epoch: {mixture.summary()}")
+        return mixture
+
+    def open_every_sentence(self, model: Any, *, teacher: dict[str, Any] | None = None) -> Dataset[Any]:
+        """Return every sentence of the training sets."""
+        from torch.utils.data import ConcatDataset
+
+        sets = [part for _, part in self._train_sets(model, sentences="all", teacher=teacher).values()]
+        return sets[0] if len(sets) == 1 else ConcatDataset(sets)
+
+    def _train_sets(self, model: Any, **options: Any) -> dict[str, tuple[MixArgs, ReferDataset]]:
+        sets = {self.dataset: (MixArgs(None, self.dataset, self.split_by), self.open("train", model, **options))}
+        for mixed in map(MixArgs.parse, self.mix):
+            name = mixed.dataset if mixed.root is None else f"{mixed.root.name}:{mixed.dataset}"
+            if name in sets:
+                raise ValueError(f"--mix: {name!r} occurs twice; name each set once, with its number of passes")
+            changes: dict[str, Any] = {"dataset": mixed.dataset, "split_by": mixed.split_by}
+            if mixed.root is not None:
+                changes |= {"data": mixed.root, "image_root": None}
+            if mixed.dataset == "folder":
+                changes["sentence_field"] = "sent"
+            sets[name] = mixed, replace(self, **changes).open("train", model, **options)
+        return sets
+
     def open_shards(
         self, folder: Path, model: Any, *, buffer: int, seed: int, teacher: dict[str, Any] | None = None
     ) -> ShardDataset:
@@ -66,6 +112,42 @@ class DataArgs:
         from fastkd.data import ShardDataset
 
         return ShardDataset(folder, buffer=buffer, seed=seed, **_transform(model, self.tokenizer, teacher))
+
+
+@dataclass(frozen=True)
+class MixArgs:
+    """A set to mix in: ``[ROOT:]DATASET[/SPLIT_BY][=PASSES][,size=SAMPLES]``."""
+
+    root: Path | None
+    dataset: str
+    split_by: str | None
+    weight: float = 1.0
+    size: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> MixArgs:
+        """Return the parts of a text.
+
+        Raises:
+            ValueError: It has another form.
+        """
+        match = re.fullmatch(r"(?:(.+):)?([^:/=,]+)(?:/(\w+))?(?:=([^,]+))?(?:,size=(\d+))?", text)
+        try:
+            if match is None or not match[2].strip():
+                raise ValueError
+            weight, size = float(match[4] or 1), int(match[5]) if match[5] else None
+        except ValueError:
+            raise ValueError(
+                f"--mix must be [ROOT:]DATASET[/SPLIT_BY][=PASSES][,size=SAMPLES], such as refcoco+ or "
+                f"data/cups:folder=0.5, got {text!r}"
+            ) from None
+        return cls(Path(match[1]).expanduser() if match[1] else None, match[2], match[3], weight, size)
+
+    def absolute(self) -> str:
+        """Return the text with an absolute path."""
+        root = "" if self.root is None else f"{self.root.absolute()}:"
+        by = "" if self.split_by is None else f"/{self.split_by}"
+        return f"{root}{self.dataset}{by}={self.weight:g}" + ("" if self.size is None else f",size={self.size}")
 
 
 Data = Annotated[DataArgs, tyro.conf.arg(name="")]
@@ -80,17 +162,17 @@ def open_split(
     seed: int = 0,
     tokenizer: str | None = None,
     teacher: dict[str, Any] | None = None,
-    **refcoco: Any,
+    **options: Any,
 ) -> ReferDataset:
     """Return one split with the model's image size and normalisation, and with ``tokenizer`` or the model's own.
 
-    ``teacher`` is the result of `teacher_tokenizer_options`; ``refcoco`` is passed on to `RefCOCO`.
+    ``teacher`` is the result of `teacher_tokenizer_options`; ``options`` are those of `fastkd.data.open_set`.
     """
-    from fastkd.data import RefCOCO, ReferDataset
+    from fastkd.data import ReferDataset, open_set
 
     transform = _transform(model, tokenizer, teacher)
     return ReferDataset(
-        RefCOCO(root, split=split, **refcoco),
+        open_set(root, split, **options),
         sentences=sentences,
         seed=seed,
         cache=model.config.image_size <= 128,  # decoded images of a small set fit in memory

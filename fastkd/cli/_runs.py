@@ -65,7 +65,7 @@ def open_run(settings: RunSettings, model_name: str, *, warn: bool = True) -> Op
         teacher, teacher_options = open_teacher(model, data.tokenizer, *names)
     train_set: Any
     if settings.shards is None:
-        train_set = data.open("train", model, sentences="random", seed=config.seed, teacher=teacher_options)
+        train_set = data.open_train(model, seed=config.seed, teacher=teacher_options, announce=warn)
     else:
         train_set = data.open_shards(
             settings.shards, model, buffer=settings.shuffle_buffer, seed=config.seed, teacher=teacher_options

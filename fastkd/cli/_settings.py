@@ -12,7 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from fastkd._messages import suggestion
 from fastkd.cli._arguments import Config
-from fastkd.cli._data import Data, DataArgs
+from fastkd.cli._data import Data, DataArgs, MixArgs
 from fastkd.distill.schedules import Kind, Schedule
 from fastkd.train.config import TrainConfig
 
@@ -278,6 +278,7 @@ def with_absolute_paths(settings: RunSettings) -> Any:
         "data": data.data.absolute(),
         "image_root": data.image_root and data.image_root.absolute(),
         "tokenizer": _absolute(data.tokenizer),
+        "mix": tuple(MixArgs.parse(text).absolute() for text in data.mix),
     }
     changes: dict[str, Any] = {"data": replace(data, **shared), "out": settings.out.absolute()}
     changes["shards"] = settings.shards and settings.shards.absolute()

@@ -83,7 +83,7 @@ def cache(
     weights = {"backbone_weights": backbone_weights, "text_weights": text_weights}
     model = build_model(student, 0, data.tokenizer, **weights)
     loaded, options = open_teacher(model, data.tokenizer, teacher, teacher_tokenizer)
-    samples = data.open("train", model, sentences="all", teacher=options)
+    samples = data.open_every_sentence(model, teacher=options)
     recorded = build_terms(terms, TrainConfig().steps)  # no schedule changes what is recorded
     built = TeacherCache.build(
         out,

@@ -1,4 +1,4 @@
-"""Referring-expression data: a RefCOCO reader, a torch dataset, a tokenizer and a procedural set.
+"""Referring-expression data: readers of published sets and folders, torch datasets, a tokenizer and a procedural set.
 
 Needs the ``[ris]`` extra (``pip install 'fastkd[ris]'``); names are imported on first use.
 """
@@ -13,22 +13,30 @@ if TYPE_CHECKING:
     from fastkd.data import shapes
     from fastkd.data._records import Ref, Sentence
     from fastkd.data.dataset import ReferDataset, collate
+    from fastkd.data.mixed import MixedDataset
+    from fastkd.data.opening import open_set
     from fastkd.data.refcoco import RefCOCO
+    from fastkd.data.refer_folder import ReferFolder
+    from fastkd.data.referring_set import ReferringSet
     from fastkd.data.shapes import make_shapes
     from fastkd.data.shards import write_shards
     from fastkd.data.stream import ShardDataset
     from fastkd.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "MixedDataset",
     "Ref",
     "RefCOCO",
     "ReferDataset",
+    "ReferFolder",
+    "ReferringSet",
     "Sentence",
     "ShardDataset",
     "Tokenizer",
     "collate",
     "load_tokenizer",
     "make_shapes",
+    "open_set",
     "shapes",
     "write_shards",
 ]
@@ -36,15 +44,19 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "MixedDataset": "fastkd.data.mixed",
         "Ref": "fastkd.data._records",
         "RefCOCO": "fastkd.data.refcoco",
         "ReferDataset": "fastkd.data.dataset",
+        "ReferFolder": "fastkd.data.refer_folder",
+        "ReferringSet": "fastkd.data.referring_set",
         "Sentence": "fastkd.data._records",
         "ShardDataset": "fastkd.data.stream",
         "Tokenizer": "fastkd.data.tokenizer",
         "collate": "fastkd.data.dataset",
         "load_tokenizer": "fastkd.data.tokenizer",
         "make_shapes": "fastkd.data.shapes.write",
+        "open_set": "fastkd.data.opening",
         "shapes": "fastkd.data.shapes",
         "write_shards": "fastkd.data.shards",
     },

@@ -18,13 +18,16 @@ LAYOUT = """expected layout:
   <root>/refcoco/{instances.json, refs(unc).p, refs(google).p}
   <root>/refcoco+/{instances.json, refs(unc).p}
   <root>/refcocog/{instances.json, refs(umd).p, refs(google).p}
+  <root>/grefcoco/{instances.json, grefs(unc).json}
+  <root>/refclef/{instances.json, refs(unc).p, refs(berkeley).p}
+  <root>/rrsisd/{instances.json, refs(unc).p}
   <root>/images/train2014/COCO_train2014_*.jpg"""
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014", "coco/train2014")
-_REF_FIELDS = {"ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list}
+_FIELDS = {"ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list}
 
 
 def read_refs(path: Path) -> list[dict[str, Any]]:
-    """Read the refs from a pickle written by Python 2 or 3.
+    """Read the refs from a pickle written by Python 2 or 3, or from JSON.
 
     Raises:
         FileNotFoundError: The file does not exist; the message shows the expected layout.
@@ -32,24 +35,35 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
         ValueError: The content is not a list of refs.
     """
     content = read_bytes(path)
-    try:
-        refs = loads(content, path)
-    except UnicodeDecodeError as error:
-        warnings.warn(f"{path} is not utf-8 ({error.reason}); read as latin1", FastKDWarning, stacklevel=4)
-        refs = loads(content, path, "latin1")
+    several = path.suffix == ".json"
+    refs = read_json(content, path) if several else _unpickle(content, path)
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise ValueError(f"{path} must hold a list of dicts, got {type(refs).__name__}")
     for number, ref in enumerate(refs):
-        if fault := ref_fault(ref):
+        if fault := ref_fault(ref, several):
             raise ValueError(f"{path}: {fault[0]} of ref number {number} must be {fault[1]}, got {fault[2]}")
     return refs
 
 
-def ref_fault(ref: dict[str, Any]) -> tuple[str, str, str] | None:
-    """Return the first field of a ref that has another type than expected: its name, that type and its value."""
-    for field, kind in _REF_FIELDS.items():
+def _unpickle(content: bytes, path: Path) -> Any:
+    try:
+        return loads(content, path)
+    except UnicodeDecodeError as error:
+        warnings.warn(f"{path} is not utf-8 ({error.reason}); read as latin1", FastKDWarning, stacklevel=5)
+        return loads(content, path, "latin1")
+
+
+def ref_fault(ref: dict[str, Any], several: bool = False) -> tuple[str, str, str] | None:
+    """Return the first field of a ref that has another type than expected: its name, that type and its value.
+
+    With ``several``, a ref may list several annotations and categories, as in gRefCOCO.
+    """
+    for field, kind in _FIELDS.items():
         value = ref.get(field)
-        if not (is_int(value) if kind is int else isinstance(value, kind)):
+        if several and field in ("ann_id", "category_id") and isinstance(value, list):
+            if not all(is_int(number) for number in value) or (field == "ann_id" and len(set(value)) != len(value)):
+                return field, "a list of different integers", brief(value)
+        elif not (is_int(value) if kind is int else isinstance(value, kind)):
             return field, kind.__name__, brief(value)
     return None
 
@@ -102,7 +116,7 @@ def find_images(
     for folder in folders:
         if not folder.is_dir():
             continue
-        missing, links = _compare(folder, needed)
+        missing, links = find_missing(folder, needed)
         if best is None or len(missing) < len(best[0]):
             best = missing, folder, links
         if not missing:
@@ -123,7 +137,7 @@ def find_images(
     return folder, missing
 
 
-def _compare(folder: Path, needed: Sequence[str]) -> tuple[set[str], set[str]]:
+def find_missing(folder: Path, needed: Sequence[str]) -> tuple[set[str], set[str]]:
     """Return the names of files that the folder lacks, and of files and folders in it that are links."""
     present: dict[str, dict[str, bool]] = {}  # folder to the names of its files, and whether each is a link
     missing, links = set(), set()

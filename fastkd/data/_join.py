@@ -74,16 +74,23 @@ def check_unique(refs: Sequence[Ref], path: Path) -> None:
             raise ValueError(f"{path} has {name} {repeated} more than once: remove one or give them different ids")
 
 
-def check_agreement(ref: Ref, annotation: dict[str, Any], path: Path) -> None:
-    """Reject a ref whose image or category differs from its annotation's.
+class Contradiction(ValueError):
+    """Refs and annotations contradict each other, so that skipping one record would not help."""
+
+
+def check_agreement(ref: Ref, ann_id: int, annotation: dict[str, Any], path: Path) -> None:
+    """Reject a ref whose image or category differs from that of one of its annotations.
 
     Raises:
-        ValueError: The annotation declares a value and it differs.
+        Contradiction: The annotation declares a value and it differs.
     """
-    for field, expected in (("image_id", ref.image_id), ("category_id", ref.category_id)):
+    expected = {"image_id": ref.image_id}
+    if ann_id == ref.ann_id:  # a ref states one category
+        expected["category_id"] = ref.category_id
+    for field, value in expected.items():
         found = annotation.get(field)
-        if found is not None and found != expected:
-            raise ValueError(
-                f"{path}: annotation {ref.ann_id} has {field} {brief(found)}, but ref {ref.ref_id}, which refers to "
-                f"it, has {expected}: refs and instances are from different releases, or one of them is damaged"
+        if found is not None and found != value:
+            raise Contradiction(
+                f"{path}: annotation {ann_id} has {field} {brief(found)}, but ref {ref.ref_id}, which refers to "
+                f"it, has {value}: refs and instances are from different releases, or one of them is damaged"
             )

@@ -11,16 +11,17 @@ import torch
 from torch.utils.data import Dataset
 
 from fastkd.data._prepare import Prepared, normalise
+from fastkd.data._records import Ref, Sentence
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.images import to_square
-from fastkd.data.refcoco import Ref, RefCOCO, Sentence
+from fastkd.data.referring_set import ReferringSet
 from fastkd.data.tokenizer import Tokenizer
 
 Sample = dict[str, Any]
 
 
 class ReferDataset(Prepared, Dataset[Sample]):
-    """Samples of a `RefCOCO` split, resized to a square regardless of the aspect ratio.
+    """Samples of a `RefCOCO` split or another `ReferringSet`, resized to a square regardless of the aspect ratio.
 
     Images are resized bilinearly and normalised by ``image_mean`` and ``image_std``; masks are resized by nearest
     neighbour. A sample is a dict, with S = ``image_size`` and T = ``max_words``:
@@ -29,11 +30,12 @@ class ReferDataset(Prepared, Dataset[Sample]):
     - ``input_ids`` int64 (T,) and ``word_mask`` bool (T,), True at ``[CLS]``, word pieces and ``[SEP]``;
     - ``mask`` bool (S, S), True at the referred object;
     - ``ref_id``, ``sent_id``, ``image_id`` int, and ``sentence`` str;
+    - ``no_target`` bool: the sentence refers to nothing in the image, so that the mask is empty;
     - with ``teacher_tokenizer`` also ``teacher_input_ids`` int64 and ``teacher_word_mask`` bool, both
       (``teacher_max_words``,).
 
     Args:
-        refcoco: The split to serve.
+        refcoco: The split to serve: a `RefCOCO`, `ReferFolder` or other `ReferringSet`.
         tokenizer: The student's tokenizer, from `load_tokenizer`.
         image_size: Side of the square in pixels.
         max_words: Length of ``input_ids``, including ``[CLS]`` and ``[SEP]``.
@@ -59,7 +61,7 @@ class ReferDataset(Prepared, Dataset[Sample]):
 
     def __init__(
         self,
-        refcoco: RefCOCO,
+        refcoco: ReferringSet,
         tokenizer: Tokenizer,
         image_size: int = 480,
         max_words: int = 20,
@@ -71,8 +73,11 @@ class ReferDataset(Prepared, Dataset[Sample]):
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        if not isinstance(refcoco, RefCOCO):
-            raise TypeError(f"refcoco must be a RefCOCO, got {type(refcoco).__name__}: pass RefCOCO(root, split=...)")
+        if not isinstance(refcoco, ReferringSet):
+            raise TypeError(
+                f"refcoco must be a RefCOCO or another ReferringSet, got {type(refcoco).__name__}: pass RefCOCO(root, "
+                "split=...)"
+            )
         if sentences not in ("random", "all"):
             raise ValueError(f"sentences must be 'random' (one per ref and epoch) or 'all', got {sentences!r}")
         self._set_transform(
@@ -81,7 +86,7 @@ class ReferDataset(Prepared, Dataset[Sample]):
         self.refcoco, self.sentences, self.seed = refcoco, sentences, seed
         self._pairs = [(ref, sentence) for ref in refcoco for sentence in ref.sentences]
         self._images: dict[int, np.ndarray] | None = {} if cache else None
-        self._masks: dict[int, np.ndarray] | None = {} if cache else None
+        self._masks: dict[int | str, np.ndarray] | None = {} if cache else None
         self._ids: dict[str, dict[str, torch.Tensor]] = {}
         # In shared memory, so that persistent workers see set_epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -109,6 +114,7 @@ class ReferDataset(Prepared, Dataset[Sample]):
             "ref_id": ref.ref_id,
             "sent_id": sentence.sent_id,
             "image_id": ref.image_id,
+            "no_target": not ref.targets,
             "sentence": sentence.text,
         }
 
@@ -146,7 +152,7 @@ class ReferDataset(Prepared, Dataset[Sample]):
             self._images[image_id] = pixels
         return pixels
 
-    def _mask(self, ref_id: int) -> np.ndarray:
+    def _mask(self, ref_id: int | str) -> np.ndarray:
         if self._masks is not None and ref_id in self._masks:
             return self._masks[ref_id]
         mask = self._square_mask(self.refcoco.mask(ref_id))
@@ -159,8 +165,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Collate samples into a batch: stack tensors, collect ids and sentences in lists.
 
     Keys: ``image`` float32 (B, 3, S, S), ``input_ids`` int64 (B, T), ``word_mask`` bool (B, T), ``mask`` bool
-    (B, S, S); the lists ``ref_id``, ``sent_id``, ``image_id``, ``sentence``; with a teacher's tokenizer also
-    ``teacher_input_ids`` int64 and ``teacher_word_mask`` bool.
+    (B, S, S); the lists ``ref_id``, ``sent_id``, ``image_id``, ``no_target``, ``sentence``; with a teacher's tokenizer
+    also ``teacher_input_ids`` int64 and ``teacher_word_mask`` bool.
 
     Raises:
         ValueError: There are no samples, or samples differ in their keys or in a tensor's size.

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 # Decoders that Pillow itself contains or that run in its process: for EPS it would run Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112  # EXIF
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 class UnsupportedBitDepth(ValueError):
@@ -90,10 +91,27 @@ def find_damaged(paths: Iterable[Path]) -> dict[Path, str]:
         return {path: reason for path, reason in threads.map(check, paths) if reason}
 
 
+def image_size(image: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+    """Return (height, width) of an image as `read_image` returns it, from its header.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: Pillow cannot read the header.
+    """
+    name = "the image" if isinstance(image, bytes) else str(_regular_file(Path(image)))
+    try:
+        with open_image(image) as opened:
+            width, height = opened.size
+            rotated = opened.getexif().get(_ORIENTATION) in _SIDEWAYS
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise ValueError(f"{name} can't be read as an image ({type(error).__name__}: {error})") from error
+    return (width, height) if rotated else (height, width)
+
+
 def is_rotated(path: str | os.PathLike[str]) -> bool:
     """Return whether the EXIF orientation of an image file swaps its width and height."""
     with open_image(path) as image:
-        return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        return image.getexif().get(_ORIENTATION) in _SIDEWAYS
 
 
 def to_square(pixels: np.ndarray, size: int) -> np.ndarray:

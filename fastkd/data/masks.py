@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from fastkd.data.images import open_image
+
 RULES = ("union", "lavt")
 _HINT = "remove this annotation's refs, or download instances.json again"
 _NO_PIXEL = "{owner} covers no pixel of its {height} x {width} image: the segmentation is empty or outside"
@@ -122,6 +124,22 @@ def rasterise(
     if rule == "union" and not mask.any():
         raise ValueError(_NO_PIXEL.format(owner=owner, height=height, width=width))
     return mask
+
+
+def decode_mask(content: bytes) -> np.ndarray:
+    """Return a mask image as (H, W) bool: True where any colour, or the palette's index, is not 0; alpha is ignored.
+
+    Raises:
+        ValueError: It is a JPEG, which changes the values at the object's border, or not in grey, RGB or a palette.
+    """
+    with open_image(content) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise ValueError("JPEG changes the values of a mask; save it as PNG")
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            raise ValueError(f"a mask in {image.mode} is ambiguous; save it in grey")
+        bands = len([band for band in image.getbands() if band not in "Aa"])
+        values = np.asarray(image)
+    return np.asarray(values[..., :bands].any(-1) if values.ndim == 3 else values.astype(bool))
 
 
 def _decoded(rle: dict[str, Any], owner: str) -> np.ndarray:

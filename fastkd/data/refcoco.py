@@ -1,57 +1,47 @@
-"""Read RefCOCO, RefCOCO+ and RefCOCOg from the published files."""
+"""Read RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, RefCLEF and RRSIS-D from the published files."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastkd.data._files import find_images, read_instances, read_refs
-from fastkd.data._join import check_agreement, check_unique, image_fault, index
-from fastkd.data._records import Ref, Sentence
+from fastkd.data._join import Contradiction, check_agreement, check_unique, image_fault, index
+from fastkd.data._known_sets import PUBLISHED_REFS, SPLITS, image_folders, in_split, refs_file
+from fastkd.data._records import NO_TARGET, Ref, Sentence
 from fastkd.data._skip import SKIP_HINT, Skips
 from fastkd.data._values import brief, is_int, sentence_fault
 from fastkd.data.images import UnsupportedBitDepth, find_damaged, is_rotated, read_image
 from fastkd.data.masks import RULES, check_segmentation, rasterise
+from fastkd.data.referring_set import ReferringSet
 
-SPLITS = {
-    ("refcoco", "unc"): ("train", "val", "testA", "testB"),
-    ("refcoco", "google"): ("train", "val", "test"),
-    ("refcoco+", "unc"): ("train", "val", "testA", "testB"),
-    ("refcocog", "umd"): ("train", "val", "test"),
-    ("refcocog", "google"): ("train", "val"),
-}
-PUBLISHED_REFS = {
-    ("refcoco", "unc"): {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
-    ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
-    ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
-}
 SENTENCE_FIELDS = ("sent", "raw", "raw.lower")
 
 
-class RefCOCO:
-    """One split of RefCOCO, RefCOCO+ or RefCOCOg, read from the published files.
+class RefCOCO(ReferringSet):
+    """One split of RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, RefCLEF or RRSIS-D, read from the published files.
 
     The refs pickle is read by an unpickler that rejects every class, as utf-8 or, with a warning, as latin1. The
     constructor checks files, segmentations and sentences; images and masks are read on access. It rejects an id shared
     by two different images or annotations, a repeated ref or sentence id, and a ref whose image or category differs
-    from its annotation's; exact repetitions of an image or annotation are accepted. gRefCOCO (lists of annotations,
-    no-target sentences) is not supported.
+    from its annotation's; exact repetitions of an image or annotation are accepted.
+
+    A ref of gRefCOCO may have several targets, whose masks are united, or none: then its mask is empty.
 
     Args:
-        root: The folder that holds ``refcoco/``, ``refcoco+/`` or ``refcocog/`` and the images.
-        name: ``"refcoco"``, ``"refcoco+"`` or ``"refcocog"``.
-        split_by: Author of the split: ``"unc"``, ``"google"`` or ``"umd"``.
-        split: ``"train"``, ``"val"``, ``"testA"``, ``"testB"`` or ``"test"``. A ref of
+        root: The folder that holds ``refcoco/``, ``refcoco+/``, ... and the images.
+        name: ``"refcoco"``, ``"refcoco+"``, ``"refcocog"``, ``"grefcoco"``, ``"refclef"`` or ``"rrsisd"``.
+        split_by: Author of the split: ``"unc"``, ``"google"``, ``"umd"`` or ``"berkeley"``.
+        split: ``"train"``, ``"val"``, ``"testA"``, ``"testB"``, ``"testC"`` or ``"test"``. A ref of
             split ``"testAB"`` is in both testA and testB.
-        image_root: The folder of the JPEG files; default: the first of four usual ones in ``root`` that has them all.
+        image_root: The folder of the image files; default: the first of the usual ones in ``root`` that has them all.
         mask_rule: ``"union"`` of an object's polygons, or ``"lavt"``: pixels covered by exactly one polygon.
         sentence_field: ``"sent"`` (lower-case, no punctuation), ``"raw"``, or ``"raw.lower"``.
-        skip_unusable: Skip empty sentences, and refs without a sentence, with an unusable segmentation, or with a
+        skip_unusable: Skip unusable sentences, and refs without a sentence, with an unusable segmentation, or with a
             missing or damaged annotation or image, instead of raising. The attribute ``skipped`` counts them by reason,
             and one `FastKDWarning` reports them. Contradictions still raise. Decodes every image of the split once.
         check_counts: Raise unless the number of refs equals the published one.
@@ -69,7 +59,10 @@ class RefCOCO:
         image, mask = val.image(ref.image_id), val.mask(ref.ref_id)   # (H, W, 3) uint8, (H, W) bool
 
     Reference: Yu et al., "Modeling Context in Referring Expressions", ECCV 2016 (RefCOCO, RefCOCO+); Mao et al.,
-    "Generation and Comprehension of Unambiguous Object Descriptions", CVPR 2016 (RefCOCOg).
+    "Generation and Comprehension of Unambiguous Object Descriptions", CVPR 2016 (RefCOCOg); Liu et al., "GRES:
+    Generalized Referring Expression Segmentation", CVPR 2023 (gRefCOCO); Kazemzadeh et al., "ReferItGame", EMNLP 2014
+    (RefCLEF); Liu et al., "Rotated Multi-Scale Interaction Network for Referring Remote Sensing Image Segmentation",
+    CVPR 2024 (RRSIS-D).
     """
 
     def __init__(
@@ -89,9 +82,9 @@ class RefCOCO:
         self.root = Path(root)
         self.name, self.split_by, self.split = name, split_by, split
         self.mask_rule, self.sentence_field = mask_rule, sentence_field
-        path = self.root / name / f"refs({split_by}).p"
+        path = self.root / name / refs_file(name, split_by)
         all_refs = read_refs(path)
-        chosen = [ref for ref in all_refs if _in_split(ref["split"], split)]
+        chosen = [ref for ref in all_refs if in_split(ref["split"], split)]
         if not chosen:
             splits = ", ".join(f"{name} ({n})" for name, n in sorted(Counter(ref["split"] for ref in all_refs).items()))
             raise ValueError(f"{path} has no ref of split {split!r}; it has {splits or 'no refs'}")
@@ -109,33 +102,20 @@ class RefCOCO:
         self.skipped: dict[str, int] = dict(skips.counts)
         skips.report(f"{path}, split {split!r}", len(self.refs))
 
-    def __len__(self) -> int:
-        return len(self.refs)
-
-    def __iter__(self) -> Iterator[Ref]:
-        return iter(self.refs)
-
-    def __repr__(self) -> str:
-        return (
-            f"RefCOCO({str(self.root)!r}, {self.name!r}, {self.split_by!r}, {self.split!r}: {len(self.refs)} refs, "
-            f"{self.sentence_count} sentences, {len(self._images)} images)"
-        )
-
-    @property
-    def sentence_count(self) -> int:
-        """Return the total number of sentences."""
-        return sum(len(ref.sentences) for ref in self.refs)
-
-    def ref(self, ref_id: int) -> Ref:
-        """Return a ref by its id."""
-        try:
-            return self._by_id[ref_id]
-        except KeyError:
-            raise KeyError(f"ref_id {ref_id!r} is not in split {self.split!r} of {self.name}") from None
+    def _origin(self) -> str:
+        return f"{str(self.root)!r}, {self.name!r}, {self.split_by!r}, {self.split!r}"
 
     def image_path(self, image_id: int) -> Path:
         """Return the path of an image, from instances.json."""
         return self.image_root / self._entry(image_id)["file_name"]
+
+    def image_name(self, image_id: int) -> str:
+        """Return the name of an image in the image folder, from instances.json."""
+        return str(self._entry(image_id)["file_name"])
+
+    def image_bytes(self, image_id: int) -> bytes:
+        """Return the content of an image file."""
+        return self.image_path(image_id).read_bytes()
 
     def image_size(self, image_id: int) -> tuple[int, int]:
         """Return the (height, width) of an image, from instances.json."""
@@ -170,23 +150,21 @@ class RefCOCO:
             )
         return pixels
 
-    def mask(self, ref_id: int) -> np.ndarray:
-        """Return the mask of the referred object at the image's original size, (H, W) bool."""
+    def mask(self, ref_id: int | str) -> np.ndarray:
+        """Return the mask of all targets of a ref at the image's original size, (H, W) bool."""
         ref = self.ref(ref_id)
         height, width = self.image_size(ref.image_id)
-        return rasterise(
-            self._segmentations[ref.ann_id],
-            height,
-            width,
-            rule=self.mask_rule,
-            owner=f"annotation {ref.ann_id} (ref {ref_id})",
-        )
+        mask = np.zeros((height, width), dtype=bool)
+        for ann_id in ref.targets:
+            owner = f"annotation {ann_id} (ref {ref_id})"
+            mask |= rasterise(self._segmentations[ann_id], height, width, rule=self.mask_rule, owner=owner)
+        return mask
 
     def _with_images(self, refs: list[Ref], image_root: str | os.PathLike[str] | None, skips: Skips) -> list[Ref]:
         """Set ``image_root``; return the refs whose image exists and, if skipping is enabled, can be decoded."""
-        files: dict[int, str] = {ref.ref_id: self._images[ref.image_id]["file_name"] for ref in refs}
+        files: dict[int | str, str] = {ref.ref_id: self._images[ref.image_id]["file_name"] for ref in refs}
         needed = sorted(set(files.values()))
-        self.image_root, missing = find_images(self.root, image_root, needed, skips.enabled)
+        self.image_root, missing = find_images(self.root, image_root, needed, skips.enabled, image_folders(self.name))
         present = [self.image_root / file for file in needed if file not in missing]
         damaged = find_damaged(present) if skips.enabled else {}
         usable = []
@@ -209,7 +187,7 @@ class RefCOCO:
     def _load_instances(self, path: Path, refs: list[Ref], skips: Skips) -> list[Ref]:
         """Read the refs' images and annotations; return the usable refs."""
         content = read_instances(path)
-        images, annotations = {ref.image_id for ref in refs}, {ref.ann_id for ref in refs}
+        images, annotations = {ref.image_id for ref in refs}, {number for ref in refs for number in ref.targets}
         try:
             fields = ("file_name", "height", "width")
             found = index(content["images"], "image", path, fields, images)
@@ -232,14 +210,18 @@ class RefCOCO:
                 message = f"{path} has no image {ref.image_id}, which ref {ref.ref_id} refers to"
                 skips.add("ref without an image", message)
                 continue
-            if ref.ann_id not in self._segmentations:
-                message = f"{path} has no annotation {ref.ann_id}, which ref {ref.ref_id} refers to"
+            missing = [number for number in ref.targets if number not in self._segmentations]
+            if missing:
+                message = f"{path} has no annotation {missing[0]}, which ref {ref.ref_id} refers to"
                 skips.add("ref without an annotation", message)
                 continue
-            check_agreement(ref, objects[ref.ann_id], path)
-            owner = f"{path}: annotation {ref.ann_id} (ref {ref.ref_id})"
             try:
-                check_segmentation(self._segmentations[ref.ann_id], owner, self.image_size(ref.image_id))
+                for number in ref.targets:
+                    check_agreement(ref, number, objects[number], path)
+                    owner = f"{path}: annotation {number} (ref {ref.ref_id})"
+                    check_segmentation(self._segmentations[number], owner, self.image_size(ref.image_id))
+            except Contradiction:
+                raise
             except ValueError as error:
                 skips.add("ref with an unusable segmentation", str(error))
                 continue
@@ -280,13 +262,6 @@ def _damaged(path: Path, reason: object, users: str) -> str:
     return f"image {path} of {users} can't be decoded ({reason}): the file is damaged, download it again"
 
 
-def _in_split(ref_split: str, split: str) -> bool:
-    """Return whether a ref belongs to a split; "testAB" belongs to testA and testB."""
-    if split in ("testA", "testB"):
-        return ref_split.startswith("test") and split[-1] in ref_split[4:]
-    return ref_split == split
-
-
 def _parse_ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref | None:
     """Return the ref with its non-empty sentences, or None if there are none."""
     sentences = []
@@ -311,4 +286,10 @@ def _parse_ref(ref: dict[str, Any], field: str, path: Path, skips: Skips) -> Ref
             "ref without a sentence", f"{path}: ref {ref['ref_id']} has no sentence; remove the ref from the file"
         )
         return None
-    return Ref(ref["ref_id"], ref["ann_id"], ref["image_id"], ref["category_id"], ref["split"], tuple(sentences))
+    targets, categories = ref["ann_id"], ref["category_id"]
+    if isinstance(targets, list):  # gRefCOCO
+        targets = [number for number in targets if number != NO_TARGET]
+        category = categories if isinstance(categories, int) else categories[0] if targets and categories else NO_TARGET
+        first = targets[0] if targets else NO_TARGET
+        return Ref(ref["ref_id"], first, ref["image_id"], category, ref["split"], tuple(sentences), tuple(targets))
+    return Ref(ref["ref_id"], targets, ref["image_id"], categories, ref["split"], tuple(sentences))

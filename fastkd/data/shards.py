@@ -24,7 +24,7 @@ from fastkd._atomic import replace_folder
 from fastkd.data._confine import check_name
 from fastkd.data._values import brief, is_int, sentence_fault
 from fastkd.data.images import open_image
-from fastkd.data.refcoco import RefCOCO
+from fastkd.data.referring_set import ReferringSet
 
 INDEX = "index.json"
 TAR, PARQUET = ".tar", ".parquet"
@@ -104,7 +104,7 @@ def read_shard(shard: Shard, fields: Mapping[str, str] | None = None) -> Iterato
 
 
 def write_shards(
-    samples: RefCOCO | Iterable[Mapping[str, Any]],
+    samples: ReferringSet | Iterable[Mapping[str, Any]],
     folder: str | os.PathLike[str],
     *,
     samples_per_shard: int = 1000,
@@ -114,7 +114,8 @@ def write_shards(
     """Write samples to shards that `ShardDataset` reads, with an index; the folder appears once it is complete.
 
     Args:
-        samples: a `RefCOCO` split, one sample per ref; or mappings with ``image`` (encoded bytes, or (H, W, 3) uint8),
+        samples: a `RefCOCO` split or another `ReferringSet`, one sample per ref; or
+            mappings with ``image`` (encoded bytes, or (H, W, 3) uint8),
             ``mask`` (H, W) bool, ``sentence`` (a string, or several) and ``id`` (a string without "." and "/").
         folder: the folder to write.
         samples_per_shard: samples per file. A pass over the data needs at least as many files as loading processes of
@@ -154,14 +155,6 @@ def write_shards(
     return [Shard(str(path.absolute() / shard.path), shard.samples) for shard in shards]
 
 
-def decode_mask(content: bytes) -> np.ndarray:
-    """Return a mask image as (H, W) bool: True where any colour, or the palette's index, is not 0."""
-    with open_image(content) as image:
-        bands = len([band for band in image.getbands() if band != "A"])
-        values = np.asarray(image)
-    return np.asarray(values[..., :bands].any(-1) if values.ndim == 3 else values.astype(bool))
-
-
 def is_url(path: str) -> bool:
     """Return whether a shard's path is a URL.
 
@@ -199,8 +192,8 @@ def _read_index(index: Path) -> list[Shard]:
 def _count(file: Path) -> int:
     """Return the number of samples in a local file, from its headers."""
     if file.suffix == PARQUET:
-        return int(_reader("pyarrow.parquet").ParquetFile(file).metadata.num_rows)
-    split = _reader("webdataset.tariterators").base_plus_ext
+        return int(import_reader("pyarrow.parquet").ParquetFile(file).metadata.num_rows)
+    split = import_reader("webdataset.tariterators").base_plus_ext
     keys: list[str] = []
     try:
         with tarfile.open(file) as archive:
@@ -213,7 +206,8 @@ def _count(file: Path) -> int:
     return len(keys)
 
 
-def _reader(name: str) -> Any:
+def import_reader(name: str) -> Any:
+    """Import a package of the extra ``[stream]``."""
     import importlib
 
     try:
@@ -225,7 +219,7 @@ def _reader(name: str) -> Any:
 
 
 def _tar_samples(shard: Shard) -> Iterator[dict[str, Any]]:
-    dataset = _reader("webdataset").WebDataset(
+    dataset = import_reader("webdataset").WebDataset(
         [shard.path], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
     )
     yield from dataset
@@ -234,7 +228,7 @@ def _tar_samples(shard: Shard) -> Iterator[dict[str, Any]]:
 def _parquet_rows(shard: Shard) -> Iterator[dict[str, Any]]:
     if is_url(shard.path):
         raise ValueError(f"{shard.path}: parquet shards are read from local files; copy them, or use tar shards")
-    for batch in _reader("pyarrow.parquet").ParquetFile(shard.path).iter_batches(batch_size=16):
+    for batch in import_reader("pyarrow.parquet").ParquetFile(shard.path).iter_batches(batch_size=16):
         yield from batch.to_pylist()
 
 
@@ -273,10 +267,10 @@ def _fields(raw: Mapping[str, Any], names: Mapping[str, tuple[str, ...]], where:
     return sample
 
 
-def _encoded(samples: RefCOCO | Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _encoded(samples: ReferringSet | Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield samples with images as bytes, sentences as a list, and ids that are unique."""
     known: set[str] = set()
-    for sample in _refs(samples) if isinstance(samples, RefCOCO) else samples:
+    for sample in _refs(samples) if isinstance(samples, ReferringSet) else samples:
         name = str(sample["id"])
         if not name or name in known or any(mark in name for mark in "./\\") or name.startswith("__"):
             raise ValueError(
@@ -295,11 +289,11 @@ def _encoded(samples: RefCOCO | Iterable[Mapping[str, Any]]) -> Iterator[dict[st
         yield {"id": name, "image": image, "mask": _png(mask.astype(np.uint8) * 255), "sentence": sentences}
 
 
-def _refs(refcoco: RefCOCO) -> Iterator[dict[str, Any]]:
+def _refs(refcoco: ReferringSet) -> Iterator[dict[str, Any]]:
     for ref in refcoco:
         yield {
             "id": str(ref.ref_id),
-            "image": refcoco.image_path(ref.image_id).read_bytes(),
+            "image": refcoco.image_bytes(ref.image_id),
             "mask": refcoco.mask(ref.ref_id),
             "sentence": [sentence.text for sentence in ref.sentences],
         }
@@ -338,5 +332,5 @@ def _write_tar(path: Path, samples: list[dict[str, Any]]) -> None:
 
 
 def _write_parquet(path: Path, samples: list[dict[str, Any]]) -> None:
-    table = _reader("pyarrow").Table.from_pylist(samples)
-    _reader("pyarrow.parquet").write_table(table, path, row_group_size=64)
+    table = import_reader("pyarrow").Table.from_pylist(samples)
+    import_reader("pyarrow.parquet").write_table(table, path, row_group_size=64)

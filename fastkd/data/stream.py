@@ -16,7 +16,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fastkd.data._prepare import Prepared, normalise
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.images import read_image, to_square
-from fastkd.data.shards import Shard, decode_mask, find_shards, read_shard
+from fastkd.data.masks import decode_mask
+from fastkd.data.shards import Shard, find_shards, read_shard
 from fastkd.data.tokenizer import Tokenizer
 
 _TRIES = 10  # if so many samples in a row cannot be decoded, the shards are at fault

@@ -68,6 +68,7 @@ def test_samples_and_batches(data: RefCOCO) -> None:
         "ref_id": [0, 2],
         "sent_id": [0, 21],
         "image_id": [1, 2],
+        "no_target": [False, False],
         "sentence": ["red circle", "leftmost circle"],
     }
     assert batch["word_mask"].sum(dim=1).tolist() == [4, 4]
@@ -156,7 +157,7 @@ def test_imports_are_lazy_and_name_a_missing_extra() -> None:
         "import sys, fastkd.data as d, fastkd.data.shapes as s\n"
         "assert not {'torch', 'numpy', 'PIL', 'transformers', 'pycocotools'} & set(sys.modules)\n"
         "sys.modules['pycocotools'] = None\n"
-        "for access in (lambda: d.RefCOCO, lambda: d.ReferDataset):\n"
+        "for access in (lambda: d.RefCOCO, lambda: d.ReferFolder):\n"
         "    try: access()\n"
         "    except ImportError as e: print(e)\n"
         "try: d.nonsense\n"

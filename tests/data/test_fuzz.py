@@ -10,7 +10,9 @@ from benchmarks import fuzz_data
 from fastkd.data import RefCOCO
 
 
-@pytest.mark.parametrize(("kind", "inputs"), [("refs", 120), ("instances", 120), ("masks", 250), ("images", 250)])
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [("refs", 120), ("instances", 120), ("masks", 250), ("images", 250), ("rows", 150)]
+)
 def test_damaged_inputs_are_read_or_rejected(tmp_path: Path, kind: str, inputs: int) -> None:
     counts = fuzz_data.fuzz(kind, inputs, 0, tmp_path / "set")
     assert counts["rejected"] > inputs // 3

@@ -186,7 +186,7 @@ def test_rejects_unknown_ids(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"split": "test"}, r"unknown split 'test': refcoco \(unc\) has 'train', 'val', 'testA', 'testB'"),
-        ({"name": "grefcoco"}, r"name='grefcoco' with split_by='unc' is not a known set; known sets: refcoco \(unc\)"),
+        ({"name": "refzoo"}, r"name='refzoo' with split_by='unc' is not a known set; known sets: refcoco \(unc\)"),
         ({"split_by": "umd"}, "split_by='umd' is not a known set"),
         ({"mask_rule": "xor"}, "mask_rule must be one of 'union', 'lavt', got 'xor'"),
         ({"sentence_field": "text"}, "sentence_field must be one of 'sent', 'raw', 'raw.lower', got 'text'"),
