@@ -22,7 +22,8 @@ pytest.importorskip("pyarrow", reason="needs the [stream] extra")
 from stream_tools import Words, pictures
 
 from fastkd.data import ShardDataset, collate, write_shards
-from fastkd.data.shards import Shard, decode_mask, find_shards
+from fastkd.data.masks import decode_mask
+from fastkd.data.shards import Shard, find_shards
 
 
 def dataset(folder: Path, **options: Any) -> ShardDataset:
