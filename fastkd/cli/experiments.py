@@ -97,13 +97,16 @@ def _costs(grid: Grid, rows: Sequence[str]) -> dict[str, float]:
     from fastkd.cli._grid.records import read_records
     from fastkd.cli._grid.runs import costs_of, remember
 
+    assert grid.reference is not None
     path = grid.work / "costs.json"
-    by_digest = _read_costs(path)
-    by_digest |= {r["digest"]: r["relative_cost"] for r in read_records(grid.results) if r["relative_cost"] is not None}
-    digests = {row: grid.digest_of(row) for row in grid.rows}
-    known = {row: by_digest[digest] for row, digest in digests.items() if digest in by_digest}
-    costs = costs_of(grid, rows, known)
-    remember(path, by_digest | {digests[row]: cost for row, cost in costs.items()})
+    first = grid.digest_of(grid.reference)
+    keys = {row: f"{grid.digest_of(row)}/{first}" for row in grid.rows}
+    held = _read_costs(path)
+    for record in read_records(grid.results):
+        if record["setting"] == grid.setting and record["relative_cost"] is not None:
+            held[f"{record['digest']}/{first}"] = record["relative_cost"]
+    costs = costs_of(grid, rows, {row: held[key] for row, key in keys.items() if key in held})
+    remember(path, held | {keys[row]: cost for row, cost in costs.items()})
     return costs
 
 

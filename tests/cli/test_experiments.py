@@ -24,7 +24,7 @@ from fastkd.cli import main
 from fastkd.cli._grid import records
 from fastkd.cli._grid.costs import phases
 from fastkd.cli._grid.grid import Grid, load_grid
-from fastkd.cli._grid.runs import costs_of, steps_of
+from fastkd.cli._grid.runs import cache_folder, cached, costs_of, steps_of
 from fastkd.cli._settings import DistillSettings, TrainSettings
 
 METHOD = {"terms": {"first_order": 0.5}}
@@ -72,7 +72,7 @@ def test_grid_runs_is_killed_and_resumes(root, monkeypatch, capsys):
     assert len(found) == 6
     assert found["alone", "val"] == first[0]  # not run again
     assert [found[row, "val"]["steps"] for row in rows] == [4, 4, 2]  # equal time at half the cost
-    runs = root / "killed" / "work" / "runs"
+    runs = root / "killed" / "work" / "runs" / "tiny" / "equal-time"
     students = {row: (runs / f"{row}-seed0" / "last" / "model.safetensors").read_bytes() for row in rows}
     assert students["alone"] == students["unused"] != students["method"]  # equal initial weights and data order
     for split in ("val", "testB"):
@@ -108,7 +108,7 @@ def documented(heading: str) -> set[str]:
 
 
 def test_documented_keys_are_those_of_a_grid():
-    fields = {field.name for field in dataclasses.fields(Grid)} - {"source"}
+    fields = {field.name for field in dataclasses.fields(Grid)} - {"source", "every_row"}
     assert documented("Grids of experiments") == fields | {"extends"}
 
 
@@ -224,9 +224,24 @@ def test_rows_become_settings_of_distill_and_train(root):
     assert isinstance(method, DistillSettings)
     assert (method.config.lr, method.config.steps, method.teacher) == (1e-3, 7, "t")
     assert (method.terms["first_order"].share, method.terms["logit"].weight) == (0.25, 1.5)
-    assert method.teacher_cache == grid.work / "cache"
+    assert cached(grid, method).teacher_cache == cache_folder(grid)
+    assert cached(grid, alone) is alone
     online = load_grid(write_grid(root / "settings", rows=rows, settings=settings, cache=None))
-    assert online.settings_of("method").teacher_cache is None
+    assert cached(online, method).teacher_cache is None
+
+
+def test_grids_share_a_cache_if_they_read_the_same(root):
+    def folder(rows=None, **changes):
+        rows = {"alone": {}, "a": {"terms": {"logit": 0.5}}, "b": {"terms": {"feature": 0.5}}, **(rows or {})}
+        return cache_folder(load_grid(write_grid(root / "shared", rows=rows, **changes)))
+
+    path = root / "shared" / "selected.yaml"
+    first = folder()
+    path.write_text("extends: grid.yaml\nrows: [a]\nscale: 2.0\n", "utf-8")
+    assert cache_folder(load_grid(path)) == first
+    assert folder(rows={"c": {"terms": {"channel_distribution": {"share": 0.2, "temperature": 2}}}}) == first
+    others = [folder(rows={"c": {"terms": {"first_order": 0.5}}}), folder(cache="int8")]
+    assert len({first, *others, folder(settings={"data": "other", "batch_size": 4})}) == 4
 
 
 def test_digests_follow_what_changes_a_result(root):
@@ -269,7 +284,7 @@ def test_extends_merges_another_grid(root):
     assert grid.settings["steps"] == 9
     assert grid.settings["batch_size"] == load_grid(base).settings["batch_size"]
     assert grid.results == root / "base" / "small.jsonl"
-    assert grid.work == Path("runs/small")
+    assert grid.work == load_grid(base).work
     path.write_text("extends: grid.yaml\nrows: {more: {terms: {logit: 1.0}}, alone: {lr: 0.1}}\n", "utf-8")
     assert load_grid(path).rows["alone"] == {"lr": 0.1}
     assert list(load_grid(path).rows) == ["alone", "method", "logit", "more"]

@@ -28,7 +28,7 @@ _RESERVED = (
 )
 _ONLY_DISTILL = ("teacher", "student", "terms", "task", "student_taps", "teacher_taps", "teacher_tokenizer")
 _NO_RESULT = ("data", "image_root", "workers", "log_every", "gradients_every", "tracker")  # cannot change a result
-_OF_CACHE = ("data", "dataset", "split_by", "teacher", "teacher_taps", "teacher_tokenizer", "tokenizer", "image_root")
+OF_CACHE = ("data", "dataset", "split_by", "teacher", "teacher_taps", "teacher_tokenizer", "tokenizer", "image_root")
 
 
 @dataclass(kw_only=True)
@@ -62,6 +62,8 @@ class Grid:
     """JSONL file to which the results are appended."""
     work: Path
     """Folder of the teacher cache and of the runs."""
+    every_row: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    """All rows before some were selected; the teacher cache holds what any of them reads."""
     source: str = field(default="the grid", repr=False)
 
     def __post_init__(self) -> None:
@@ -76,19 +78,23 @@ class Grid:
             for key in values:
                 if key in _RESERVED:
                     raise ValueError(f"{name}: {key} is set for each run: remove it")
-                if name != "settings" and self.cache is not None and key in _OF_CACHE:
+                if name != "settings" and self.cache is not None and key in OF_CACHE:
                     raise ValueError(f"rows.{name}: rows share one teacher cache, so {key} belongs to settings")
+        self.every_row = {**self.every_row, **self.rows}
         for row in self.rows:
             self.settings_of(row)  # raises for a wrong setting
 
     def values_of(self, row: str) -> dict[str, Any]:
         """Return a row's settings as the flat mapping of a configuration."""
-        return {"threads": 1, "keep_checkpoints": 0, **self.settings, "terms": {}, **self.rows[row]}
+        return {"threads": 1, "keep_checkpoints": 0, **self.settings, "terms": {}, **self.every_row[row]}
 
     def settings_of(
         self, row: str, *, seed: int = 0, scale: float = 1.0, out: Path | None = None, steps: int | None = None
     ) -> RunSettings:
-        """Return the settings of one run: `TrainSettings` for a row without terms, else `DistillSettings`."""
+        """Return the settings of one run: `TrainSettings` for a row without terms, else `DistillSettings`.
+
+        The teacher runs online; `fastkd.cli._grid.runs.cached` replaces it by the cache.
+        """
         values = {**self.values_of(row), "seed": seed, "out": str(out or self.work)}
         values |= {} if steps is None else {"steps": steps}
         where = f"{self.source}: rows.{row}"
@@ -99,7 +105,7 @@ class Grid:
         settings = settings_from(DistillSettings, values, where)
         settings.teacher = settings.teacher or "shapes"
         scaled = {name: _scaled(term, scale) for name, term in settings.terms.items()}
-        return replace(settings, terms=scaled, teacher_cache=None if self.cache is None else self.work / "cache")
+        return replace(settings, terms=scaled)
 
     def digest_of(self, row: str) -> str:
         """Return a digest of what determines a row's results in addition to scale and seed."""
@@ -160,8 +166,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return the run's name, also that of its folder."""
+        """Return the run's name."""
         return "-".join([self.row, *([] if self.scale == 1 else [f"x{self.scale:g}"]), f"seed{self.seed}"])
+
+    @property
+    def folder(self) -> Path:
+        """Return its folder below that of all runs."""
+        return Path(self.setting.replace(" ", "-"), "equal-time" if self.equal_time else "equal-steps", self.name)
 
     def keys(self, splits: Sequence[str]) -> list[tuple[Any, ...]]:
         """Return the keys of its results, as `fastkd.cli._grid.records.key_of` gives them."""
@@ -187,7 +198,7 @@ def load_grid(path: Path, *, seeds: Sequence[int] = ()) -> Grid:
     values = _read(path)
     values.setdefault("results", f"{path.stem}.jsonl")
     values["results"] = str(path.parent / values["results"])
-    values.setdefault("work", f"runs/{path.stem}")
+    values.setdefault("work", "runs/experiments")
     if isinstance(values.get("scale"), str):
         values["scale"] = str(path.parent / values["scale"])
     values["source"] = str(path)
@@ -204,11 +215,11 @@ def _read(path: Path) -> dict[str, Any]:
     if base is None:
         return values
     merged = _read(path.parent / str(base))
-    for key in ("results", "work"):
-        merged.pop(key, None)
+    merged.pop("results", None)
     own: Any = values.pop("rows", {})
     if isinstance(own, list):
         check_rows(own, merged["rows"], f"{path}: rows")
+        merged["every_row"] = merged["rows"]
         merged["rows"] = {row: merged["rows"][row] for row in own}
     else:
         merged["rows"] = {**merged["rows"], **own}

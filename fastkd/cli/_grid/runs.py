@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd._atomic import replace_files
-from fastkd.cli._grid.grid import Grid, Run
+from fastkd.cli._grid.grid import OF_CACHE, Grid, Run
 from fastkd.cli._grid.records import Record, encode_iou
 from fastkd.cli._settings import DistillSettings, RunSettings, TermSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastkd import Term
     from fastkd.cli._runs import OpenedRun
 
 
@@ -27,25 +29,20 @@ def build_cache(grid: Grid) -> None:
     from fastkd import Distiller
     from fastkd.cli._models import build_model
     from fastkd.cli._teacher import describe, open_teacher
-    from fastkd.cli._terms import build_terms
     from fastkd.train import TeacherCache, segmentation_loss
 
-    rows = {row: grid.settings_of(row) for row in grid.rows}
-    distilled = {row: one for row, one in rows.items() if isinstance(one, DistillSettings)}
-    if not distilled:
+    terms = _terms(grid)
+    if not terms:
         return
-    first = next(iter(distilled.values()))
-    terms = []
-    for row, settings in distilled.items():
-        for term in build_terms(settings.terms, settings.config.steps):
-            terms.append(replace(term, name=f"{row}/{term.name}", schedule=None))
+    rows = (grid.settings_of(row) for row in grid.every_row)
+    first = next(settings for settings in rows if isinstance(settings, DistillSettings))
     data, config = first.data, first.config
     weights = {"backbone_weights": first.backbone_weights, "text_weights": first.text_weights}
     model = build_model(first.student, 0, data.tokenizer, **weights)
     assert first.teacher is not None
     teacher, options = open_teacher(model, data.tokenizer, first.teacher, first.teacher_tokenizer)
     TeacherCache.build(
-        grid.work / "cache",
+        cache_folder(grid),
         Distiller(
             model,
             teacher,
@@ -64,6 +61,36 @@ def build_cache(grid: Grid) -> None:
         notes=describe(first.teacher, teacher, options),
         allow_untrained_teacher=config.allow_untrained_teacher,
     )
+
+
+def _terms(grid: Grid) -> list[Term]:
+    """Return the terms of all rows, for what they read of the teacher."""
+    from fastkd.cli._terms import build_terms
+
+    found = []
+    for row in grid.every_row:
+        settings = grid.settings_of(row)
+        if isinstance(settings, DistillSettings):
+            for term in build_terms(settings.terms, settings.config.steps):
+                found.append(replace(term, name=f"{row}/{term.name}", schedule=None))
+    return found
+
+
+def cache_folder(grid: Grid) -> Path:
+    """Return the folder of a grid's teacher cache; grids that read the same from the same teacher share it."""
+    read = sorted({str([term.student, term.teacher, term.kwargs.get("word_mask")]) for term in _terms(grid)})
+    shared = {
+        name: grid.settings.get(name) for name in (*OF_CACHE, "student", "batch_size", "precision", "channels_last")
+    }
+    text = json.dumps([read, shared, grid.cache], default=str)
+    return grid.work / "cache" / hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def cached(grid: Grid, settings: RunSettings) -> RunSettings:
+    """Return the settings of a run with the grid's teacher cache in place of the teacher, if it has one."""
+    if grid.cache is None or not isinstance(settings, DistillSettings):
+        return settings
+    return replace(settings, teacher_cache=cache_folder(grid))
 
 
 def open_settings(settings: RunSettings) -> OpenedRun:
@@ -101,7 +128,7 @@ def costs_of(grid: Grid, rows: Iterable[str], known: Mapping[str, float]) -> dic
             key = (row if active else "", active)  # all rows cost the same without terms
             if key not in numbers:
                 numbers[key] = len(candidates)
-                settings = _always(grid, row, active)
+                settings = cached(grid, _always(grid, row, active))
                 opened = open_settings(settings)
                 candidates.append(Candidate(opened.distiller, opened.train_set, settings.config))
             parts.setdefault(row, []).append((share, numbers[key]))
@@ -132,7 +159,7 @@ def steps_of(grid: Grid, rows: Iterable[str], costs: Mapping[str, float]) -> dic
 
 
 def remember(path: Path, costs: Mapping[str, float]) -> None:
-    """Write the costs by digest of the row, so that a resumed grid gives the same steps."""
+    """Write the costs by digests of row and reference, so that a resumed grid gives the same steps."""
     with replace_files(path) as (partial,):
         partial.write_text(json.dumps(dict(costs), indent=1) + "\n", encoding="utf-8")
 
@@ -146,8 +173,8 @@ def execute(grid: Grid, run: Run, steps: int, cost: float | None) -> list[Record
     from fastkd.evaluate import evaluate
     from fastkd.train import train
 
-    folder = grid.work / "runs" / run.name
-    settings = grid.settings_of(run.row, seed=run.seed, scale=run.scale, out=folder, steps=steps)
+    folder = grid.work / "runs" / run.folder
+    settings = cached(grid, grid.settings_of(run.row, seed=run.seed, scale=run.scale, out=folder, steps=steps))
     config = settings.config
     with _threads(config.threads):
         opened = open_settings(settings)

@@ -1,0 +1,1 @@
+"""Grids of distillation experiments, their results, and the tables and figures made from them."""

@@ -1,0 +1,95 @@
+"""Make the tables and the figure of docs/evidence.md from the results under benchmarks/evidence.
+
+    python -m benchmarks.evidence                            # print the tables
+    python -m benchmarks.evidence --write docs/evidence.md   # between its markers, and docs/evidence.svg
+
+`fastkd experiments benchmarks/evidence/GRID.yaml` adds results; see docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.figure import gains_figure
+from benchmarks.evidence.tables import ALONE, Records, conditions, scores_table, select, tuning_table
+from benchmarks.table import write_between
+from fastkd._atomic import replace_files
+from fastkd._console import plain_characters
+from fastkd.cli._grid.records import read_records
+
+RESULTS = Path(__file__).resolve().parent
+MARKERS = ("<!-- evidence: begin (written by benchmarks/evidence) -->", "<!-- evidence: end -->")
+TEST = ("testA", "testB")
+MAIN, TUNING = "main", "tuning"
+
+
+def read_all(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of all results files of a folder."""
+    return [record for path in sorted(folder.glob("*.jsonl")) for record in read_records(path)]
+
+
+def digest_of(folder: Path) -> str:
+    """Return a digest of a folder's results files, which the page states."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.jsonl")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def page(records: Records, digest: str, resamples: int = 10_000) -> str:
+    """Return the generated part of the page; settings other than "main" and "tuning" follow in alphabetical order."""
+    parts = [
+        f"Made from results with digest `{digest}`. Intervals: 95 %, [paired bootstrap](#intervals) over seeds, then"
+        " sentences; bold: 0 is outside."
+    ]
+    if len(select(records, MAIN, "time")) > 1:
+        parts.append("![Gain of each row over the student alone, on testA and testB, in equal time](evidence.svg)")
+        parts.append("The dashed line is the plain baseline, logit + feature.")
+    settings = sorted({r["setting"] for r in records} - {TUNING}, key=lambda name: (name != MAIN, name))
+    for setting in settings:
+        for equal in ("time", "steps"):
+            rows = select(records, setting, equal)
+            if len(rows) < 2:
+                continue
+            held = {split for sample in rows.values() for found in sample.by_seed.values() for split in found}
+            groups = [TEST] if set(TEST) <= held else []
+            groups += [(split,) for split in sorted(held - set(TEST)) if not groups or split != "val"]
+            parts.append(f"### {setting}: equal {'wall-clock time' if equal == 'time' else 'steps'}")
+            for splits in groups:
+                parts.append(f"{' and '.join(splits)}:\n\n{scores_table(rows, splits, resamples)}")
+            parts.append(conditions([r for s in rows.values() for one in s.by_seed.values() for r in one.values()]))
+    if any(r["setting"] == TUNING for r in records):
+        parts.append(
+            f"### Choice of weights\n\nmIoU on val by the factor of all shares:\n\n{tuning_table(records, TUNING)}"
+        )
+    return "\n\n".join(parts)
+
+
+@plain_characters()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the .jsonl files")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="page with the markers; its figure is PAGE's .svg")
+    parser.add_argument("--resamples", type=int, default=10_000)
+    args = parser.parse_args(argv)
+    records = read_all(args.results)
+    if not records:
+        raise SystemExit(f"no results in {args.results}: run `fastkd experiments benchmarks/evidence/main.yaml`")
+    text = page(records, digest_of(args.results), args.resamples)
+    if args.write is None:
+        print(text)
+        return 0
+    rows = select(records, MAIN, "time")
+    if ALONE in rows and len(rows) > 1:
+        with replace_files(args.write.with_suffix(".svg")) as (partial,):
+            partial.write_text(gains_figure(rows, TEST, args.resamples), encoding="utf-8")
+    write_between(args.write, *MARKERS, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Tables of experiments: scores of each row, and its gains over other rows with intervals over seeds and sentences."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastkd.cli._grid.records import best_scales, decode_iou
+from fastkd.evaluate import PairedDifference, paired_bootstrap
+
+Records = Sequence[Mapping[str, Any]]
+
+ALONE, PLAIN = "alone", "logit_feature"
+ROWS = {
+    "alone": "student alone",
+    "logit": "+ logit",
+    "feature": "+ feature (cosine)",
+    "logit_feature": "+ logit + feature, the plain baseline",
+    "cwd": "+ channel-wise distribution (CWD)",
+    "pixel_relation": "+ pixel relation",
+    "channel": "+ channel relation, per sample",
+    "channel_batch": "+ channel relation, pooled over the batch",
+    "channel_attended": "+ maps attended by channel, CKA",
+    "cwd_guided": "+ CWD guided by the teacher's channel attention",
+    "cwd_weighted": "+ CWD weighted by channel attention",
+    "word_channel": "+ channel relation of what words see",
+    "first_order": "+ cross-modal, first order",
+    "second_order": "+ cross-modal, second order",
+    "cross_modal": "+ cross-modal, both orders",
+    "attention": "+ attention",
+    "first_order_cwd": "+ first order + CWD",
+    "method": "+ first order + guided CWD, the method",
+    "method_logit": "the method + logit",
+}
+"""Row name to its description, in the order of the tables; other rows follow."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The scores of one row under one setting: a record by seed and split."""
+
+    row: str
+    by_seed: Mapping[int, Mapping[str, Mapping[str, Any]]]
+
+    def seeds(self, splits: Iterable[str]) -> list[int]:
+        """Return the seeds with results on all of these splits."""
+        return sorted(seed for seed, found in self.by_seed.items() if set(splits) <= set(found))
+
+    def values(self, name: str, splits: Sequence[str]) -> list[float]:
+        """Return a score by seed, averaged over the sentences of the splits (oIoU: over the splits)."""
+        return [
+            float(np.average([self.by_seed[s][p][name] for p in splits], weights=self._weights(name, s, splits)))
+            for s in self.seeds(splits)
+        ]
+
+    def _weights(self, name: str, seed: int, splits: Sequence[str]) -> list[int]:
+        return [1 if name == "oiou" else self.by_seed[seed][split]["sentences"] for split in splits]
+
+    def iou(self, seeds: Sequence[int], splits: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Return IoU in percent, (seeds, sentences of the splits)."""
+        return np.array([np.concatenate([_decoded(self.by_seed[s][p]["iou"]) for p in splits]) for s in seeds])
+
+
+@functools.cache
+def _decoded(text: str) -> npt.NDArray[np.float64]:
+    return 100 * decode_iou(text)
+
+
+def select(records: Records, setting: str, equal: str) -> dict[str, Sample]:
+    """Return the rows of a setting with equal "time" or "steps", in the order of `ROWS`.
+
+    A row that took the reference's steps anyway, as the reference itself, counts for both. The student of the setting
+    is the one with most results.
+    """
+    of_setting = [r for r in records if r["setting"] == setting]
+    timed = [r for r in of_setting if r["equal_time"]]
+    if equal == "time":
+        chosen = timed
+    else:
+        chosen = [r for r in of_setting if not r["equal_time"]]
+        steps = {r["steps"] for r in chosen}
+        held = {r["row"] for r in chosen}
+        chosen += [r for r in timed if r["relative_cost"] == 1 and {r["steps"]} == steps and r["row"] not in held]
+    found: dict[str, dict[int, dict[str, Mapping[str, Any]]]] = {}
+    for record in chosen:
+        found.setdefault(record["row"], {}).setdefault(record["seed"], {})[record["split"]] = record
+    return {row: Sample(row, found[row]) for row in sorted(found, key=_place)}
+
+
+def _place(row: str) -> tuple[int, str]:
+    names = list(ROWS)
+    return (names.index(row) if row in names else len(names), row)
+
+
+def gain(row: Sample, over: Sample, splits: Sequence[str], resamples: int = 10_000) -> PairedDifference | None:
+    """Return a row's gain in mIoU over another on the seeds that both have; None without a common seed."""
+    seeds = sorted({*row.seeds(splits)} & {*over.seeds(splits)})
+    if not seeds:
+        return None
+    return paired_bootstrap(row.iou(seeds, splits), over.iou(seeds, splits), resamples=resamples)
+
+
+def scores_table(rows: Mapping[str, Sample], splits: Sequence[str], resamples: int = 10_000) -> str:
+    """Return the table of a setting on some splits together."""
+    header = ["row", "steps", "CPU s", "seeds", "mIoU (sd)", "gain over alone", "gain over logit + feature"]
+    header += ["oIoU", "P@0.5", "P@0.7", "P@0.9"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for name, sample in rows.items():
+        seeds = sample.seeds(splits)
+        if not seeds:
+            continue
+        miou = sample.values("miou", splits)
+        first = [sample.by_seed[seed][splits[0]] for seed in seeds]
+        cells = [ROWS.get(name, f"`{name}`"), _mean(r["steps"] for r in first), _mean(r["seconds"] for r in first)]
+        cells += [str(len(seeds)), f"{statistics.fmean(miou):.1f}{_spread(miou)}"]
+        for other in (ALONE, PLAIN):
+            difference = gain(sample, rows[other], splits, resamples) if other in rows and other != name else None
+            cells.append("" if difference is None else interval(difference))
+        cells += [f"{statistics.fmean(sample.values(score, splits)):.1f}" for score in ("oiou", "p50", "p70", "p90")]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def interval(difference: PairedDifference) -> str:
+    """Return a difference as text; in bold if its interval excludes 0."""
+    text = f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]".replace("-", "−")
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
+
+
+def _mean(values: Iterable[float]) -> str:
+    return f"{statistics.fmean(values):.0f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
+
+
+def tuning_table(records: Records, setting: str) -> str:
+    """Return mIoU on val by row and scale, the best one in bold."""
+    chosen = [r for r in records if r["setting"] == setting and r["split"] == "val"]
+    scales = sorted({r["scale"] for r in chosen})
+    best = best_scales(chosen)
+    header = ["row", *[f"× {scale:g}" for scale in scales]]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for row in sorted(best, key=_place):
+        cells = [ROWS.get(row, f"`{row}`")]
+        for scale in scales:
+            values = [r["miou"] for r in chosen if r["row"] == row and r["scale"] == scale]
+            text = f"{statistics.fmean(values):.1f}" if values else ""
+            cells.append(f"**{text}**" if scale == best[row] and len(scales) > 1 else text)
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def conditions(records: Records) -> str:
+    """Return where the runs of a table were made, as a sentence."""
+    names = {
+        name: sorted({str(r[name]) for r in records})
+        for name in ("processor", "torch", "student", "parameters", "commit")
+    }
+    students = ", ".join(names["student"])
+    return (
+        f"Student: {students}, {', '.join(f'{int(p):,}' for p in names['parameters'])} parameters in every row. "
+        f"Processor: {', '.join(names['processor'])}; torch {', '.join(names['torch'])}; one thread; "
+        f"commit {', '.join(names['commit'])}."
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
