@@ -33,9 +33,14 @@ H_IN_BF16 = ("triton", "cuda")
 """Backends that also round the matrix H to bfloat16 for rows of bfloat16."""
 
 
-def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to(DEVICE, dtype)
+    return drawn.to(device, dtype)
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    """Return the relative error in norm."""
+    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
 def drawn_for(method: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,23 @@ def processes(count: int, body: str, module: str = "fastkd.train.shard") -> str:
             os.killpg(parent.pid, signal.SIGKILL)  # with its child processes
     assert parent.returncode == 0, error[-4000:]
     return out
+
+
+class Acts:
+    """Task loss that acts before its ``call``-th value."""
+
+    def __init__(self, call: int, act: Callable[[], Any]) -> None:
+        self.left, self.act = call, act
+
+    def __call__(self, output: Any, batch: Any) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        return segmentation_loss(output, batch)
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
