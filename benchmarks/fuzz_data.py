@@ -270,7 +270,7 @@ def fuzz(kind: str, inputs: int, seed: int, folder: Path) -> Counter[str]:
 
 
 def _in_process(kind: str, inputs: int, seed: int) -> dict[str, Any]:
-    """Run `fuzz` in a process of its own, with limited memory; return its counts and exit status."""
+    """Run `fuzz` in a separate process with limited memory; return its counts and exit status."""
     command = [
         sys.executable,
         "-m",

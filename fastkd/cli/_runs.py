@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class OpenedRun(NamedTuple):
-    """What a run trains, and on what.
+    """Models and data sets of a run.
 
     Attributes:
         distiller: the student, with teacher and terms or alone.

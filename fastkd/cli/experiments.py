@@ -35,7 +35,7 @@ def experiments(
 
     Args:
         grid: a YAML file; docs/experiments.md describes it.
-        jobs: runs side by side, each in a process of its own with one thread unless the grid sets threads.
+        jobs: runs side by side, each in a separate process with one thread unless the grid sets threads.
         rows: run only these rows.
         seeds: seeds in place of the grid's.
         dry_run: list the runs that are missing, without running them.

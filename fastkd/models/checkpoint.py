@@ -80,7 +80,7 @@ def write_record(record: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return what `write_record` wrote, or None; nothing depends on it, so an unreadable file is no error."""
+    """Return what `write_record` wrote, or None; nothing depends on it, so an unreadable file is not an error."""
     try:
         values = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

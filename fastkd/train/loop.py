@@ -130,7 +130,7 @@ def train(
         trackers = None
         if main and run.config.tracker:
             known = {name: identity for line in run.lines for name, identity in line.get("trackers", {}).items()}
-            name = folder.name if folder is not None and title == "train" else title  # the default tells little
+            name = folder.name if folder is not None and title == "train" else title  # the default says little
             trackers = Trackers(run.config.tracker, folder, name, known, latest or 0)
             opened.callback(trackers.close)
             trackers.configure(run.settings)

@@ -157,7 +157,7 @@ class TestModels:
 
     @pytest.mark.parametrize("in_place", [False, True])
     def test_gradient_shares_of_a_compiled_student_are_computed_eagerly(self, in_place: bool) -> None:
-        """Compiled code reuses its graph's memory, and each term needs a backward of its own."""
+        """Compiled code reuses its graph's memory, and each term needs a separate backward."""
         graphs: list[Any] = []
         student = Net()
         if in_place:

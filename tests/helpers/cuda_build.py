@@ -90,7 +90,7 @@ def _build_info(folder: Path) -> dict[str, Any]:
 
 
 def _compiler_and_texts() -> list[str]:
-    """Return what a build depends on beside csrc/cuda; skip the test where it is not possible."""
+    """Return what a build depends on in addition to csrc/cuda; skip the test where it is not possible."""
     nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
     if nvcc is None:
         pytest.skip("fastkd was installed without CUDA kernels, and nvcc is not installed")

@@ -1,4 +1,4 @@
-"""What a run tells while it trains, to its log and to trackers, and what it leaves in the model's folder."""
+"""The log of a run, what trackers read from it, and the record in the folder of its model."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Grid:
     splits: tuple[str, ...] = ("val",)
     """Splits on which the last student of each run is scored."""
     equal: Literal["steps", "time"] = "steps"
-    """What the rows have equal: their steps, or the time that ``reference`` takes for them."""
+    """Quantity that is equal in all rows: the steps, or the time that ``reference`` takes for them."""
     reference: str | None = None
     """The row whose time all rows get, with equal: time."""
     scale: float | tuple[float, ...] | str = 1.0

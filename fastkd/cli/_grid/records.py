@@ -16,7 +16,7 @@ import numpy.typing as npt
 Record = dict[str, Any]
 
 KEY = ("setting", "student", "row", "scale", "seed", "split", "equal_time")
-"""What identifies a line."""
+"""Fields that identify a line."""
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
