@@ -54,6 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "compiled_setting": [
             s for s in contract.settings() if s.place.backend == "cpu" or s.case.name in contract.ONE_PER_LOSS
         ],
+        "paired_setting": contract.settings(contract.PAIRED_AND_MASKED),
         "basic_setting": basic,
         "basic_kernel_setting": [s for s in basic if s.place.backend != "reference"],
     }
@@ -119,6 +120,12 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture
 def kernel_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Yield each ``setting`` except the reference's."""
+    yield from _setting(request)
+
+
+@pytest.fixture
+def paired_setting(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Yield each case with a pair of temperatures or a pixel mask on each backend and device."""
     yield from _setting(request)
 
 

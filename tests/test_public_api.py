@@ -77,13 +77,13 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(*, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, reduction='mean', "
             "backend='auto', student_channels=None, teacher_channels=None)"
         ),
-        "ChannelDistributionKD.forward": "(self, student, teacher, *, weight=None)",
+        "ChannelDistributionKD.forward": "(self, student, teacher, *, weight=None, pixel_mask=None)",
         "ChannelKD": (
             "(*, similarity='cosine', distance='kl', temperature=0.1, negate=False, centered=False, "
             "weight=None, patches=1, across_batch=False, group=None, reduction='mean', backend='auto', "
             "student_channels=None, teacher_channels=None)"
         ),
-        "ChannelKD.forward": "(self, student, teacher, *, weight=None)",
+        "ChannelKD.forward": "(self, student, teacher, *, weight=None, pixel_mask=None)",
         "CrossModalKD": (
             "(*, similarity='scaled_dot', temperature=1.0, terms=None, reduction='mean', "
             "return_terms=False, backend='auto')"
@@ -104,7 +104,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(*, similarity='cosine', distance='kl', temperature=0.1, cross_image=False, group=None, weight=None, "
             "reduction='mean', backend='auto')"
         ),
-        "PixelRelationKD.forward": "(self, student, teacher, *, weight=None)",
+        "PixelRelationKD.forward": "(self, student, teacher, *, weight=None, pixel_mask=None)",
         "attention_kd": (
             "(student_q, student_k, teacher_q, teacher_k, *, scale=None, temperature=1.0, student_bias=None, "
             "teacher_bias=None, key_mask=None, query_mask=None, causal=False, relation_heads=None, "
@@ -112,12 +112,12 @@ SIGNATURES: dict[str, dict[str, str]] = {
         ),
         "channel_distribution_kd": (
             "(student, teacher, *, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, "
-            "reduction='mean', backend='auto')"
+            "pixel_mask=None, reduction='mean', backend='auto')"
         ),
         "channel_kd": (
             "(student, teacher, *, similarity='cosine', distance='kl', temperature=0.1, negate=False, "
-            "centered=False, weight=None, patches=1, across_batch=False, group=None, reduction='mean', "
-            "backend='auto')"
+            "centered=False, weight=None, pixel_mask=None, patches=1, across_batch=False, group=None, "
+            "reduction='mean', backend='auto')"
         ),
         "cross_modal_kd": (
             "(student_pixels, student_words, teacher_pixels, teacher_words, *, word_mask=None, "
@@ -137,7 +137,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         ),
         "pixel_relation_kd": (
             "(student, teacher, *, similarity='cosine', distance='kl', temperature=0.1, cross_image=False, "
-            "group=None, weight=None, reduction='mean', backend='auto')"
+            "group=None, weight=None, pixel_mask=None, reduction='mean', backend='auto')"
         ),
     },
     "fastkd.data": {

@@ -72,8 +72,8 @@ class TermSettings(ScheduleSettings):
     """Path into the student's output, or the name of a tap; a list for a loss of several tensors."""
     teacher: str | tuple[str, ...] | None = None
     """The same for the teacher; null: as for the student."""
-    temperature: float | None = None
-    """Temperature of the loss; null: its default."""
+    temperature: float | tuple[float, float] | None = None
+    """Temperature of the loss, or [student's, teacher's]; null: its default."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the loss."""
 
@@ -83,7 +83,8 @@ class TermSettings(ScheduleSettings):
             raise ValueError(f"share={self.share:g} and weight={self.weight:g} exclude each other: give one of them")
         for name in ("share", "weight", "temperature"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
+            numbers = value if isinstance(value, tuple) else (value,)
+            if value is not None and not all(0 <= number < float("inf") for number in numbers):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
@@ -95,13 +96,25 @@ def parse_terms(texts: Sequence[str]) -> dict[str, TermSettings]:
     """
     terms: dict[str, TermSettings] = {}
     for text in texts:
-        head, *rest = text.split(",")
+        head, *rest = _split(text)
         name, equals, share = head.partition("=")
         if not name or name in terms:
             raise ValueError(f"terms: expected each term once, as name=share (first_order=0.5), got {text!r}")
         settings = [f"share={share}", *rest] if equals else rest
         terms[name] = _parse(TermSettings, settings, f"term {text!r}: expected name=share (first_order=0.5)")
     return terms
+
+
+def _split(text: str) -> list[str]:
+    """Return the parts between commas, except for those within the brackets of a list or a mapping."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def parse_schedule(texts: Sequence[str]) -> ScheduleSettings:
@@ -133,7 +146,8 @@ def _show(settings: Any) -> list[str]:
     """Return what differs from the defaults as ``key=value`` texts."""
     pairs = [(one.name, getattr(settings, one.name)) for one in fields(settings)]
     plain = type(settings)()
-    return [f"{name}={value}" for name, value in pairs if value != getattr(plain, name) and name != "share"]
+    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}
+    return [f"{name}={shown[name]}" for name, value in pairs if value != getattr(plain, name) and name != "share"]
 
 
 def show_terms(terms: Mapping[str, TermSettings]) -> list[str]:
@@ -252,9 +266,10 @@ class DistillSettings(RunSettings):
     """A preset's name, a config.json, or a folder written by save_pretrained."""
     terms: Terms = field(default_factory=lambda: {"first_order": TermSettings(share=0.5)})
     """Terms as name=share, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient relative
-    to the task's, measured on the first batches. More after commas: ``logit,weight=2``, ``logit=0.2,temperature=2``,
-    ``logit=0.2,schedule=linear,stop=800``. fastkd.distill.recipes.TERMS lists the names. A teacher with its own
-    tokenizer supports ``mask``, and ``pixel_pixel`` if it compares pixels with words."""
+    to the task's, measured on the first batches. More after commas: ``logit,weight=2``, ``logit=0.2,temperature=2``
+    (``temperature=[2,4]`` for the student's and the teacher's), ``logit=0.2,schedule=linear,stop=800``.
+    fastkd.distill.recipes.TERMS lists the names. A teacher with its own tokenizer supports ``mask``, and
+    ``pixel_pixel`` if it compares pixels with words."""
     task: TaskSchedule = field(default_factory=ScheduleSettings)
     """Schedule of the task loss, such as ``start=800``: with terms that stop there, the student is first distilled and
     then trained on the task alone."""

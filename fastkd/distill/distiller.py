@@ -19,7 +19,14 @@ from fastkd.distill.recorded import RecordedTeacher
 from fastkd.distill.schedules import Schedule
 from fastkd.distill.selectors import select
 from fastkd.distill.taps import Taps
-from fastkd.distill.terms import Term, check_relational, loss_and_options, teacher_paths, term_value
+from fastkd.distill.terms import (
+    Term,
+    check_relational,
+    loss_and_options,
+    named_parameters,
+    teacher_paths,
+    term_value,
+)
 
 
 @dataclass
@@ -110,12 +117,7 @@ class Distiller(nn.Module):
                 raise ValueError(f"terms: two terms are named {term.name!r}; give each Term its own name=")
             self.terms[term.name] = replace(term)
         self.term_modules = nn.ModuleDict({t.name: t.loss for t in terms if isinstance(t.loss, nn.Module)})
-        parameters = {
-            f"{t.name}_{key}": value
-            for t in terms
-            for key, value in t.kwargs.items()
-            if isinstance(value, nn.Parameter)
-        }
+        parameters = {name: value for t in terms for name, value in named_parameters(t).items()}
         if parameters:
             self.term_parameters = nn.ParameterDict(parameters)
         self._student_taps = _as_taps(student, student_taps)

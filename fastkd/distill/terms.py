@@ -114,6 +114,15 @@ def term_value(
         raise
 
 
+def named_parameters(term: Term) -> dict[str, nn.Parameter]:
+    """Return the parameters among the arguments of a term's loss, alone or in a pair, by name."""
+    named = dict(term.kwargs)
+    for key, value in term.kwargs.items():
+        if isinstance(value, tuple | list):
+            named |= {f"{key}_{i}": each for i, each in enumerate(value)}
+    return {f"{term.name}_{key}": value for key, value in named.items() if isinstance(value, nn.Parameter)}
+
+
 def teacher_paths(term: Term) -> list[str]:
     """Return the paths that a term reads from the teacher's output.
 

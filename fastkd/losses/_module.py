@@ -15,9 +15,10 @@ from fastkd.ops.numerics import compute_dtype
 class LossModule(nn.Module):
     """A loss with its options as attributes of the same names, which accept the same values as the arguments.
 
-    An ``nn.Parameter`` becomes a parameter of the module, optimised and in its state dict. Any other tensor becomes a
-    buffer that follows ``.to(device)`` and is not saved. A tensor computed from parameters keeps its graph, so that
-    they receive gradients; a copy or pickle of the module holds only its values.
+    An ``nn.Parameter`` becomes a parameter of the module, optimised and in its state dict; those in a pair, such as
+    ``temperature=(τ_S, τ_T)``, are named ``temperature_0`` and ``temperature_1``. Any other tensor becomes a buffer
+    that follows ``.to(device)`` and is not saved. A tensor computed from parameters keeps its graph, so that they
+    receive gradients; a copy or pickle of the module holds only its values.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -34,6 +35,12 @@ class LossModule(nn.Module):
         self._parameters.pop(name, None)
         self._buffers.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
+        for i in range(2):
+            self._parameters.pop(f"{name}_{i}", None)
+        if isinstance(value, tuple | list):
+            for i, each in enumerate(value):
+                if isinstance(each, nn.Parameter):
+                    self.register_parameter(f"{name}_{i}", each)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.register_buffer(name, value, persistent=False)
         else:
@@ -49,7 +56,13 @@ class LossModule(nn.Module):
         }
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._names}
+        return {name: self._option(name) for name in self._names}
+
+    def _option(self, name: str) -> Any:
+        value = getattr(self, name)
+        if isinstance(value, tuple | list):  # .to(device) may have replaced a parameter
+            return tuple(self._parameters.get(f"{name}_{i}", each) for i, each in enumerate(value))
+        return value
 
     def extra_repr(self) -> str:
         """Return the options, for ``repr``."""

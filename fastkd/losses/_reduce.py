@@ -18,9 +18,13 @@ ATTENTION_TEMPERATURE = 0.5
 """Temperature of the channel-attention weights."""
 
 
-def channel_attention(teacher_rows: Tensor) -> Tensor:
-    """Return weights (B, C), C · softmax over channels of ⟨|F_T|⟩_N / 0.5, from (B, C, N); their mean is 1."""
-    return attention_of(teacher_rows.to(compute_dtype(teacher_rows)).abs().mean(-1))
+def channel_attention(teacher_rows: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return weights (B, C), C · softmax over channels of ⟨|F_T|⟩_N / 0.5, from (B, C, N); their mean is 1.
+
+    With ``valid``, (B, 1, N) bool, the mean over N is over the valid pixels; the others hold 0.
+    """
+    size = teacher_rows.to(compute_dtype(teacher_rows)).abs()
+    return attention_of(size.mean(-1) if valid is None else size.sum(-1) / valid.sum(-1).clamp_min(1))
 
 
 def attention_of(strength: Tensor) -> Tensor:

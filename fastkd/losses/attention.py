@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
+from fastkd.losses._temperatures import Temperature, differentiable, scaled, temperature_ratio
 from fastkd.ops import checks
 from fastkd.ops.attention_kl import attention_kl_unchecked
 from fastkd.ops.attention_kl.plan import Inputs
@@ -17,7 +18,6 @@ from fastkd.ops.numerics import compute_dtype, computes_fp64
 from fastkd.ops.torch_state import has_tangent, is_finite, savable
 
 Scale = float | Tensor | None
-Pair = tuple[float | Tensor, float | Tensor]
 
 
 def attention_kd(
@@ -27,7 +27,7 @@ def attention_kd(
     teacher_k: Tensor,
     *,
     scale: Scale | tuple[Scale, Scale] = None,
-    temperature: float | Tensor | Pair = 1.0,
+    temperature: Temperature = 1.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -76,7 +76,7 @@ def attention_kd(
         >>> loss = attention_kd(q_s, k_s, q_t.detach(), k_t.detach(), key_mask=tokens != pad)
     """
     checks.option("reduction", reduction, checks.REDUCTIONS)
-    student_temperature, teacher_temperature = _temperatures(temperature)
+    student_temperature, teacher_temperature = checks.temperatures(temperature)
     features = {"student_q": student_q, "student_k": student_k, "teacher_q": teacher_q, "teacher_k": teacher_k}
     _check_features(features)
     if relation_heads is not None:
@@ -95,30 +95,17 @@ def attention_kd(
     key_mask, query_mask = _masks(key_mask, query_mask, causal, student_q, student_k)
     student_scale, teacher_scale = _scales(scale, student_q, teacher_q)
     if teacher_temperature is not None:  # the operator takes one temperature for both networks
-        if checks.differentiates_temperature(backend, student_temperature, teacher_temperature):
-            backend = "reference"  # kernels have no gradient of the scales
-        # As fp64 tensors: in bf16 a quotient of temperatures would change every logit by up to 0.4 %, and torch 2.11
-        # compiles a graph per value of a divisor.
-        one = torch.ones_like(teacher_scale[0])
-        ratio = (one * student_temperature) / (one * teacher_temperature)
+        backend = differentiable(backend, student_temperature, teacher_temperature)
+        ratio = temperature_ratio(student_temperature, teacher_temperature, student_q.device)
         teacher_scale = teacher_scale * ratio
         if teacher_bias is not None:
-            teacher_bias = teacher_bias.to(compute_dtype(teacher_bias, *features.values())) * ratio
+            teacher_bias = scaled(teacher_bias.to(compute_dtype(teacher_bias, *features.values())), ratio)
     scales, biases, masks = (student_scale, teacher_scale), (student_bias, teacher_bias), (key_mask, query_mask)
     inputs = Inputs(student_q, student_k, teacher_q, teacher_k, *scales, *biases, *masks)
     rows = attention_kl_unchecked(inputs, student_temperature, causal, reduction != "none", backend)
     if query_mask is not None and reduction == "mean":
         return rows.sum() / (query_mask.sum() * heads)  # masked rows are 0
     return reduce_rows(rows, None, reduction)
-
-
-def _temperatures(value: float | Tensor | Pair) -> tuple[float | Tensor, float | Tensor | None]:
-    """Return the student's temperature, and the teacher's if it was given separately."""
-    if not isinstance(value, tuple | list):
-        return checks.temperature(value), None
-    if len(value) != 2:
-        raise ValueError(f"temperature: expected a number or a pair (student's, teacher's), got {len(value)} values")
-    return checks.temperature(value[0], "temperature[0]"), checks.temperature(value[1], "temperature[1]")
 
 
 def _check_features(features: dict[str, Tensor]) -> None:
@@ -243,14 +230,14 @@ class AttentionKD(LossModule):
         self,
         *,
         scale: Scale | tuple[Scale, Scale] = None,
-        temperature: float | Tensor | Pair = 1.0,
+        temperature: Temperature = 1.0,
         causal: bool = False,
         relation_heads: int | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         checks.option("reduction", reduction, checks.REDUCTIONS)
-        _temperatures(temperature)
+        checks.temperatures(temperature)
         super().__init__(
             {
                 "scale": scale,

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastkd.losses._masks import PixelMask, fill_maps, valid_pixels, valid_rows, without_masked
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import attention_of, channel_attention, reduce_rows
+from fastkd.losses._temperatures import Temperature, rows_at_student_temperature
 from fastkd.ops import checks
 from fastkd.ops.collectives import active_group, check_call, check_group
 from fastkd.ops.numerics import compute_dtype
@@ -29,10 +31,11 @@ def channel_kd(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float | Tensor = 0.1,
+    temperature: Temperature = 0.1,
     negate: bool = False,
     centered: bool = False,
     weight: Tensor | str | None = None,
+    pixel_mask: PixelMask | None = None,
     patches: int = 1,
     across_batch: bool = False,
     group: ProcessGroup | str | None = None,
@@ -58,10 +61,13 @@ def channel_kd(
     Args:
         student: (B, C, H, W) or (B, C, N), any floating dtype.
         teacher: the same B and C; its H, W may differ. Must not require grad.
-        temperature: τ > 0, used by "kl".
+        temperature: τ > 0, used by "kl"; (τ_S, τ_T) divides E_S by τ_S and E_T by τ_T.
         negate: compare by dissimilarity, as DANet's softmax(rowmax(E) − E) does; used by "kl".
         centered: subtract each channel's mean over the pixels first (with "cosine": Pearson correlation).
         weight: None, a (B, C) tensor ≥ 0, or "attention": C·softmax_C(⟨|F_T|⟩_N / 0.5).
+        pixel_mask: None or bool, (B, H, W) or (B, N), True = valid; for maps of different sizes a pair (student's,
+            teacher's). The relation is that of the valid pixels: they alone enter norms, means and N. What masked
+            pixels hold, even NaN, affects neither loss nor gradient. Patches without a valid pixel do not count.
         patches: p > 1 splits H×W into p×p equal patches, each a separate sample. Needs (B, C, H, W).
         across_batch: one relation for the whole batch, whose rows are the channels over all B·N pixels; ``weight`` is
             then (1, C).
@@ -79,14 +85,18 @@ def channel_kd(
         The loss in fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an invalid argument; the message names it and the fix.
+        ValueError, TypeError: an invalid argument; the message names it and the fix. A sample without a valid pixel
+            (with ``across_batch``, a batch) is an error on the CPU; on a GPU, where reading the mask would stall the
+            stream, its rows do not count. With ``group``, it may be on other ranks.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
         >>> loss = channel_kd(student_map, teacher_map.detach(), across_batch=True, centered=True)
         >>> loss = channel_kd(student_map, teacher_map.detach(), across_batch=True, group="world")  # under torchrun
     """
-    temperature = _check_options(similarity, distance, temperature, patches, across_batch, group, reduction)
+    student_temperature, teacher_temperature = _check_options(
+        similarity, distance, temperature, patches, across_batch, group, reduction
+    )
     pooled = active_group(group)
     checks.floating("student", student, (3, 4), LAYOUT, no_samples=pooled is not None)
     checks.floating("teacher", teacher, (3, 4), LAYOUT, no_samples=pooled is not None)
@@ -104,11 +114,14 @@ def channel_kd(
     samples = 1 if across_batch else student.shape[0]
     layout = "(1, C)" if across_batch else "(B, C)"
     checks.row_weight(weight, (samples, channels), layout, student, attention=True)
+    masks = _masks(pixel_mask, student, teacher, across_batch, pooled is not None)
+    if masks is not None:
+        student, teacher = fill_maps(student, masks[0]), fill_maps(teacher, masks[1])
     if pooled is not None:
         check_call(backend, student, teacher)
         student, teacher = savable(student.flatten(2), teacher.flatten(2))  # (B, C, N)
         needs_means = centered or similarity == "mean" or isinstance(weight, str)
-        means = channel_means(student, teacher, pooled) if needs_means else None
+        means = channel_means(student, teacher, pooled, masks) if needs_means else None
         if isinstance(weight, str):
             assert means is not None
             weight = attention_of(means.strength[None])
@@ -118,46 +131,69 @@ def channel_kd(
             pooled,
             similarity=similarity,
             distance=distance,
-            temperature=temperature,
+            temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
             negate=negate,
             centered=centered,
             pooled=means,
+            masks=masks,
         )
         return reduce_rows(rows, weight, reduction)
-    if weight is not None:
+    if weight is not None or teacher_temperature is not None:
         checks.backend("relation", backend, student)
 
-    rows_s = _rows("student", student, centered, patches, across_batch)
-    rows_t = _rows("teacher", teacher, centered, patches, across_batch)
+    masks_s, masks_t = masks or (None, None)
+    shape = (patches, across_batch)
     if isinstance(weight, str):
-        weight = channel_attention(_rows("teacher", teacher, False, patches, across_batch))
+        valid_t = None if masks_t is None else _rows("teacher", _as_maps(masks_t, teacher), *shape)
+        weight = channel_attention(_rows("teacher", teacher, *shape), valid_t)
     elif weight is not None and patches > 1:
         weight = weight.repeat_interleave(patches * patches, 0)
+    if centered:
+        student, teacher = _centred(student, masks_s, across_batch), _centred(teacher, masks_t, across_batch)
+    rows_s, rows_t = _rows("student", student, *shape), _rows("teacher", teacher, *shape)  # (S, C, n)
+    valid = None
+    if masks is not None:
+        valid_s, valid_t = (
+            _rows(name, _as_maps(mask, maps), *shape)
+            for name, mask, maps in (("student", masks[0], student), ("teacher", masks[1], teacher))
+        )
+        valid = valid_s.any(2) & valid_t.any(2)  # (S, 1)
+        if similarity == "mean":
+            rows_s, rows_t = _mean_over_valid(rows_s, valid_s), _mean_over_valid(rows_t, valid_t)
+    if teacher_temperature is not None and distance == "kl":
+        rows_s, rows_t, backend = rows_at_student_temperature(
+            rows_s, rows_t, similarity, student_temperature, teacher_temperature, backend
+        )
+        similarity = "dot"
     rows = relation_unchecked(
         rows_s,
         rows_t,
         similarity=similarity,
         distance=distance,
-        temperature=temperature,
+        temperature=student_temperature,
         negate=negate,
         keep=keeping_pays(rows_s, rows_t),  # C×C is small compared with C×N
         backend=backend,
     )
+    if valid is not None:
+        rows, weight = valid_rows(rows, valid.expand_as(rows), weight, reduction)
     return reduce_rows(rows, weight, reduction)
 
 
 def _check_options(
     similarity: str,
     distance: str,
-    temperature: float | Tensor,
+    temperature: Temperature,
     patches: int,
     across_batch: bool,
     group: ProcessGroup | str | None,
     reduction: str,
-) -> float | Tensor:
+) -> tuple[float | Tensor, float | Tensor | None]:
+    """Return the temperatures of student and teacher."""
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("distance", distance, DISTANCES)
-    temperature = checks.temperature(temperature)
+    temperatures = checks.temperatures(temperature)
     checks.option("reduction", reduction, checks.REDUCTIONS)
     if isinstance(patches, bool) or not isinstance(patches, int):
         raise TypeError(f"patches: expected a positive int, got {type(patches).__name__}")
@@ -168,15 +204,56 @@ def _check_options(
             f"patches: across_batch=True forms one relation of the whole batch, so patches must be 1, not {patches}"
         )
     check_group(group, "across_batch", across_batch)
-    return temperature
+    return temperatures
 
 
-def _rows(name: str, features: Tensor, centered: bool, patches: int, across_batch: bool) -> Tensor:
+def _masks(
+    mask: PixelMask | None, student: Tensor, teacher: Tensor, across_batch: bool, grouped: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return the checked masks (B, N) of student and teacher."""
+    if mask is None:
+        return None
+    pair = isinstance(mask, tuple | list)
+    if pair and len(mask) != 2:
+        raise ValueError(f"pixel_mask: expected a mask or a pair (student's, teacher's), got {len(mask)} values")
+    if not pair and student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(
+            f"pixel_mask: the maps differ in size, {tuple(student.shape[2:])} and {tuple(teacher.shape[2:])}; pass a "
+            "pair (student's, teacher's)"
+        )
+    names = ("pixel_mask[0]", "pixel_mask[1]") if pair else ("pixel_mask", "pixel_mask")
+    masks = mask if pair else (mask, mask)
+    student_mask, teacher_mask = (
+        valid_pixels(one, maps, name, every_sample=not across_batch, anywhere=grouped)
+        for one, maps, name in zip(masks, (student, teacher), names, strict=True)
+    )
+    return student_mask, teacher_mask
+
+
+def _as_maps(mask: Tensor, maps: Tensor) -> Tensor:
+    """Return a mask (B, N) as a map of one channel."""
+    return mask.reshape(maps.shape[0], 1, *maps.shape[2:])
+
+
+def _centred(features: Tensor, mask: Tensor | None, across_batch: bool) -> Tensor:
+    """Return features minus each channel's mean over the valid pixels, of a sample or the batch; 0 at masked ones."""
+    features = features.to(compute_dtype(features))
+    dims = (0, *range(2, features.dim())) if across_batch else tuple(range(2, features.dim()))
+    if mask is None:
+        return features - features.mean(dims, keepdim=True)
+    count = _as_maps(mask, features).sum(dims, keepdim=True).clamp_min(1)
+    return fill_maps(features - features.sum(dims, keepdim=True) / count, mask)
+
+
+def _mean_over_valid(rows: Tensor, valid: Tensor) -> Tensor:
+    """Return rows (S, C, n) whose XXᵀ/n is that of the valid columns, (S, 1, n), alone."""
+    rows = rows.to(compute_dtype(rows))
+    count = valid.sum(2, keepdim=True, dtype=rows.dtype).clamp_min(1)
+    return rows * (rows.shape[2] / count).sqrt()
+
+
+def _rows(name: str, features: Tensor, patches: int, across_batch: bool) -> Tensor:
     """Return features as (samples, C, pixels), whose rows the relation compares."""
-    if centered:
-        features = features.to(compute_dtype(features))
-        dims = (0, *range(2, features.dim())) if across_batch else tuple(range(2, features.dim()))
-        features = features - features.mean(dims, keepdim=True)
     if across_batch:
         return features.flatten(2).transpose(0, 1).flatten(1).unsqueeze(0)  # (1, C, B·N)
     if patches == 1:
@@ -205,7 +282,7 @@ class ChannelKD(LossModule):
         *,
         similarity: str = "cosine",
         distance: str = "kl",
-        temperature: float | Tensor = 0.1,
+        temperature: Temperature = 0.1,
         negate: bool = False,
         centered: bool = False,
         weight: Tensor | str | None = None,
@@ -235,9 +312,18 @@ class ChannelKD(LossModule):
         )
         self.aligner = make_aligner(student_channels, teacher_channels)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | str | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | str | None = None,
+        pixel_mask: PixelMask | None = None,
+    ) -> Tensor:
         """Return the loss; a ``weight`` passed here overrides the module's."""
         options = self._options()
         if weight is not None:
             options["weight"] = weight
-        return channel_kd(student if self.aligner is None else self.aligner(student), teacher, **options)
+        if self.aligner is not None:
+            student = self.aligner(without_masked(student, pixel_mask))
+        return channel_kd(student, teacher, pixel_mask=pixel_mask, **options)

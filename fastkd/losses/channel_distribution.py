@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd.losses._masks import fill, valid_pixels, without_masked
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
+from fastkd.losses._temperatures import Temperature, at_student_temperature
 from fastkd.ops import checks
 from fastkd.ops.numerics import compute_dtype, full_precision, normalise_rows
 from fastkd.ops.products import product
@@ -20,10 +22,11 @@ def channel_distribution_kd(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float | Tensor = 4.0,
+    temperature: Temperature = 4.0,
     guide: str | None = None,
     guide_temperature: float | Tensor = 0.1,
     weight: Tensor | str | None = None,
+    pixel_mask: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -41,10 +44,12 @@ def channel_distribution_kd(
     Args:
         student: (B, C, H, W) or (B, C, N), any floating dtype.
         teacher: the same shape. Must not require grad.
-        temperature: τ > 0.
+        temperature: τ > 0, or (τ_S, τ_T) for F_S/τ_S and F_T/τ_T, with the factor τ_S².
         guide: None, "own" or "teacher".
         guide_temperature: the temperature of P, > 0.
         weight: None, a (B, C) tensor ≥ 0, or "attention": C·softmax_C(⟨|F_T|⟩_N / 0.5).
+        pixel_mask: None or bool, (B, H, W) or (B, N), True = valid: softmaxes, guides and attention weights are over
+            the valid pixels. What masked pixels hold, even NaN, affects neither loss nor gradient.
         reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, C).
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -52,13 +57,15 @@ def channel_distribution_kd(
         The loss in fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an invalid argument; the message names it and the fix.
+        ValueError, TypeError: an invalid argument; the message names it and the fix. A sample without a valid pixel is
+            an error on the CPU; on a GPU, where reading the mask would stall the stream, its loss is NaN.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
         >>> loss = channel_distribution_kd(student_map, teacher_map.detach(), guide="teacher")
     """
-    temperature, guide_temperature = _check_options(temperature, guide, guide_temperature, reduction)
+    student_temperature, teacher_temperature = _check_options(temperature, guide, guide_temperature, reduction)
+    guide_temperature = checks.temperature(guide_temperature, "guide_temperature")
     checks.floating("student", student, (3, 4), LAYOUT)
     checks.floating("teacher", teacher, (3, 4), LAYOUT)
     checks.teacher("teacher", teacher)
@@ -74,22 +81,31 @@ def channel_distribution_kd(
         checks.backend("softmax_kl", backend, student)
 
     rows_s, rows_t = student.flatten(2), teacher.flatten(2)  # (B, C, N)
+    mask = None if pixel_mask is None else valid_pixels(pixel_mask, student, every_sample=True)
+    if mask is not None and (guide is not None or isinstance(weight, str)):
+        rows_s, rows_t = fill(rows_s, mask), fill(rows_t, mask)
     if isinstance(weight, str):
-        weight = channel_attention(rows_t)
+        weight = channel_attention(rows_t, None if mask is None else mask.unsqueeze(1))
     if guide is not None:
         rows_s, rows_t = _mix(rows_s, rows_t, guide, guide_temperature)
         if checks.differentiates_temperature(backend, guide_temperature):
             backend = "reference"  # the teacher's mixed rows need the gradient too
-    rows = softmax_kl_unchecked(rows_s, rows_t, temperature, backend)
-    return reduce_rows(rows * temperature**2, weight, reduction)
+    if teacher_temperature is not None:
+        rows_t, backend = at_student_temperature(rows_t, student_temperature, teacher_temperature, backend, rows_s)
+    if mask is not None:
+        rows_s, rows_t = fill(rows_s, mask, -torch.inf), fill(rows_t, mask, -torch.inf)
+    rows = softmax_kl_unchecked(rows_s, rows_t, student_temperature, backend)
+    return reduce_rows(rows * student_temperature**2, weight, reduction)
 
 
 def _check_options(
-    temperature: float | Tensor, guide: str | None, guide_temperature: float | Tensor, reduction: str
-) -> tuple[float | Tensor, float | Tensor]:
+    temperature: Temperature, guide: str | None, guide_temperature: float | Tensor, reduction: str
+) -> tuple[float | Tensor, float | Tensor | None]:
+    """Return the temperatures of student and teacher."""
     checks.option("guide", guide, GUIDES)
     checks.option("reduction", reduction, checks.REDUCTIONS)
-    return checks.temperature(temperature), checks.temperature(guide_temperature, "guide_temperature")
+    checks.temperature(guide_temperature, "guide_temperature")
+    return checks.temperatures(temperature)
 
 
 def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +134,7 @@ class ChannelDistributionKD(LossModule):
     def __init__(
         self,
         *,
-        temperature: float | Tensor = 4.0,
+        temperature: Temperature = 4.0,
         guide: str | None = None,
         guide_temperature: float | Tensor = 0.1,
         weight: Tensor | str | None = None,
@@ -140,9 +156,18 @@ class ChannelDistributionKD(LossModule):
         )
         self.aligner = make_aligner(student_channels, teacher_channels)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | str | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | str | None = None,
+        pixel_mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss; a ``weight`` passed here overrides the module's."""
         options = self._options()
         if weight is not None:
             options["weight"] = weight
-        return channel_distribution_kd(student if self.aligner is None else self.aligner(student), teacher, **options)
+        if self.aligner is not None:
+            student = self.aligner(without_masked(student, pixel_mask))
+        return channel_distribution_kd(student, teacher, pixel_mask=pixel_mask, **options)

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
+from fastkd.losses._temperatures import Temperature, at_student_temperature
 from fastkd.ops import checks
+from fastkd.ops.numerics import compute_dtype, full_precision
 from fastkd.ops.pixel_word import pixel_word_unchecked
 from fastkd.ops.pixel_word.plan import Inputs
-from fastkd.ops.pixel_word.reference import SIMILARITIES, TERMS
+from fastkd.ops.pixel_word.reference import SIMILARITIES, TERMS, pixel_word_logits
 
 DEFAULT_TERMS: Mapping[str, float] = MappingProxyType(
     {"pixel_to_word": 1.0, "word_to_pixel": 1.0, "pixel_pixel": 3.0, "word_word": 3.0}
@@ -32,7 +34,7 @@ def cross_modal_kd(
     word_mask: WordMask | None = None,
     pixel_mask: Tensor | None = None,
     similarity: str = "scaled_dot",
-    temperature: float | Tensor = 1.0,
+    temperature: Temperature = 1.0,
     terms: Mapping[str, float] | None = None,
     reduction: str = "mean",
     return_terms: bool = False,
@@ -61,7 +63,7 @@ def cross_modal_kd(
         word_mask: None or bool (B, T), True = valid; with "pixel_pixel" alone, also a pair (student's, teacher's).
         pixel_mask: None or bool (B, N) or (B, H, W), True = valid.
         similarity: "scaled_dot" or "cosine".
-        temperature: τ > 0.
+        temperature: τ > 0, or (τ_S, τ_T) for M_S/τ_S and M_T/τ_T, with the factor τ_S² in the first order.
         terms: weights ≥ 0 by term, for example ``{"pixel_to_word": 1.0, "pixel_pixel": 0.5}``; other terms are not
             computed. None means ``DEFAULT_TERMS``.
         reduction: "mean" over the batch, "sum", or "none": (B,).
@@ -81,7 +83,7 @@ def cross_modal_kd(
         ...     v_t, l_t = teacher_taps(image, words)
         >>> loss = cross_modal_kd(v_s, l_s, v_t, l_t, word_mask=word_mask)
     """
-    weights, temperature = _check_options(temperature, terms, reduction, similarity)
+    weights, student_temperature, teacher_temperature = _check_options(temperature, terms, reduction, similarity)
     tensors = {
         "student_pixels": student_pixels,
         "student_words": student_words,
@@ -114,8 +116,11 @@ def cross_modal_kd(
     mask_s, mask_t = _word_masks(word_mask, batch, words, weights, student_words)
     mask_p = _pixel_mask(pixel_mask, batch, pixels, maps, student_pixels)
     inputs = Inputs(student_pixels, student_words, teacher_pixels, teacher_words, mask_s, mask_t, mask_p)
-    results = pixel_word_unchecked(inputs, similarity, temperature, tuple(weights), backend)
-    return _combine(results, weights, temperature, reduction, return_terms)
+    if teacher_temperature is not None:
+        inputs, backend = _with_ratio(inputs, similarity, student_temperature, teacher_temperature, backend)
+        similarity = "scaled_dot"
+    results = pixel_word_unchecked(inputs, similarity, student_temperature, tuple(weights), backend)
+    return _combine(results, weights, student_temperature, reduction, return_terms)
 
 
 def cross_modal_kd_from_logits(
@@ -124,7 +129,7 @@ def cross_modal_kd_from_logits(
     *,
     word_mask: WordMask | None = None,
     pixel_mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: Temperature = 1.0,
     terms: Mapping[str, float] | None = None,
     reduction: str = "mean",
     return_terms: bool = False,
@@ -138,7 +143,7 @@ def cross_modal_kd_from_logits(
         teacher_logits: M_T, the same shape; T may differ if "pixel_pixel" is the only term. Must not require grad.
         word_mask: None or bool (B, T), True = valid; with "pixel_pixel" alone, also a pair (student's, teacher's).
         pixel_mask: None or bool (B, N), True = valid.
-        temperature: τ > 0.
+        temperature: τ > 0, or (τ_S, τ_T) for M_S/τ_S and M_T/τ_T, with the factor τ_S² in the first order.
         terms: weights ≥ 0 by term; None means ``DEFAULT_TERMS``.
         reduction: "mean" over the batch, "sum", or "none": (B,).
         return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
@@ -154,7 +159,7 @@ def cross_modal_kd_from_logits(
     Example:
         >>> loss = cross_modal_kd_from_logits(m_s, m_t.detach(), word_mask=word_mask, terms={"pixel_to_word": 1.0})
     """
-    weights, temperature = _check_options(temperature, terms, reduction)
+    weights, student_temperature, teacher_temperature = _check_options(temperature, terms, reduction)
     layout = "(B, N, T) or (B, heads, N, T)"
     checks.floating("student_logits", student_logits, (3, 4), layout)
     checks.floating("teacher_logits", teacher_logits, (3, 4), layout)
@@ -180,19 +185,22 @@ def cross_modal_kd_from_logits(
             None if m is None else m.repeat_interleave(heads_s[0], 0) for m in (mask_s, mask_t, mask_p)
         )
     inputs = Inputs(student_logits, None, teacher_logits, None, mask_s, mask_t, mask_p)
-    results = pixel_word_unchecked(inputs, "scaled_dot", temperature, tuple(weights), backend)
+    if teacher_temperature is not None:
+        inputs, backend = _with_ratio(inputs, "scaled_dot", student_temperature, teacher_temperature, backend)
+    results = pixel_word_unchecked(inputs, "scaled_dot", student_temperature, tuple(weights), backend)
     if heads_s:
         results = {term: value.reshape(-1, heads_s[0]).mean(1) for term, value in results.items()}  # (B,)
-    return _combine(results, weights, temperature, reduction, return_terms)
+    return _combine(results, weights, student_temperature, reduction, return_terms)
 
 
 def _check_options(
-    temperature: float | Tensor, terms: Mapping[str, float] | None, reduction: str, similarity: str = "scaled_dot"
-) -> tuple[dict[str, float], float | Tensor]:
+    temperature: Temperature, terms: Mapping[str, float] | None, reduction: str, similarity: str = "scaled_dot"
+) -> tuple[dict[str, float], float | Tensor, float | Tensor | None]:
+    """Return the terms' weights and the temperatures of student and teacher."""
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("reduction", reduction, checks.REDUCTIONS)
     weights = dict(DEFAULT_TERMS) if terms is None else checks.term_weights(terms, TERMS)
-    return weights, checks.temperature(temperature)
+    return weights, *checks.temperatures(temperature)
 
 
 def _check_sizes(
@@ -212,6 +220,34 @@ def _check_sizes(
             f"'pixel_pixel' allows, but terms has {', '.join(map(repr, others))}; use one tokenizer for both, or pass "
             "terms={'pixel_pixel': 1.0}"
         )
+
+
+def _with_ratio(
+    inputs: Inputs,
+    similarity: str,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    backend: str,
+) -> tuple[Inputs, str]:
+    """Return the inputs with the teacher's logits times τ_S/τ_T, and the backend for this call.
+
+    The operator divides cosines by the norms of both sides, so they are computed here and passed as logits.
+    """
+    temperatures = (student_temperature, teacher_temperature, backend)
+    v_s, w_s, v_t, w_t = inputs.features
+    if w_s is None or w_t is None:
+        v_t, backend = at_student_temperature(v_t, *temperatures, v_s)
+        return inputs._replace(teacher_pixels=v_t), backend
+    if similarity == "scaled_dot":
+        w_t, backend = at_student_temperature(w_t, *temperatures, v_s, w_s, v_t)
+        return inputs._replace(teacher_words=w_t), backend
+    checks.backend("pixel_word", backend, v_s)
+    dtype, (mask_s, mask_t, mask_p) = compute_dtype(v_s, w_s, v_t, w_t), inputs.masks
+    with full_precision(v_s.device):
+        m_s = pixel_word_logits(v_s.to(dtype), w_s.to(dtype), mask_p, mask_s, similarity)
+        m_t = pixel_word_logits(v_t.to(dtype), w_t.to(dtype), mask_p, mask_t, similarity)
+    logits = inputs._replace(student_pixels=m_s, student_words=None, teacher_pixels=m_t, teacher_words=None)
+    return _with_ratio(logits, "scaled_dot", *temperatures)
 
 
 def _as_rows(pixels: Tensor) -> Tensor:
@@ -281,13 +317,13 @@ class CrossModalKD(LossModule):
         self,
         *,
         similarity: str = "scaled_dot",
-        temperature: float | Tensor = 1.0,
+        temperature: Temperature = 1.0,
         terms: Mapping[str, float] | None = None,
         reduction: str = "mean",
         return_terms: bool = False,
         backend: str = "auto",
     ) -> None:
-        weights, _ = _check_options(temperature, terms, reduction, similarity)
+        weights, *_ = _check_options(temperature, terms, reduction, similarity)
         super().__init__(
             {
                 "similarity": similarity,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.losses._masks import check_valid_weight, fill, pixel_attention, valid_pixels, valid_rows
 from fastkd.losses._module import ChannelAligner, LossModule, check_widths
-from fastkd.losses._reduce import attention_of, reduce_rows
+from fastkd.losses._reduce import reduce_rows
 from fastkd.ops import checks
 from fastkd.ops.numerics import compute_dtype, normalise_rows
 from fastkd.ops.torch_state import savable
@@ -85,21 +86,22 @@ def feature_kd(
     if normalize == "standardize" and pixels == 1:
         raise ValueError("normalize: 'standardize' needs at least two pixels in the batch, got one")
     checks.row_weight(weight, outer, "(B, H, W)", student, attention=True)
-    mask = None if pixel_mask is None else _valid(pixel_mask, outer, student)
+    mask = None if pixel_mask is None else valid_pixels(pixel_mask, student)
     if isinstance(weight, Tensor):
-        weight = weight.flatten(1) if mask is None else _masked_weight(weight.flatten(1), mask)
+        weight = weight.flatten(1)
+        if mask is not None:
+            check_valid_weight(weight, mask)
 
     dtype = compute_dtype(student, teacher)
     s, t = student.to(dtype).flatten(2), savable(teacher)[0].to(dtype).flatten(2)  # (B, C, N)
     if mask is not None:
-        s, t = _fill(s, mask), _fill(t, mask)
+        s, t = fill(s, mask), fill(t, mask)
     if isinstance(weight, str):
-        weight = _pixel_attention(t, mask)
+        weight = pixel_attention(t, mask)
     rows = _compare(_normalised(s, normalize, mask), _normalised(t, normalize, mask), distance)  # (B, N)
     if mask is not None:
         # Pixels of zeros have cosine 0, and a NaN in a channel's statistics reaches every pixel.
-        rows = torch.where(mask, rows, torch.zeros((), dtype=dtype, device=rows.device))
-        weight = mask if weight is None and reduction == "mean" else weight
+        rows, weight = valid_rows(rows, mask, weight, reduction)
     value = reduce_rows(rows, weight, reduction)
     return value.reshape(outer) if reduction == "none" else value
 
@@ -119,38 +121,6 @@ def _check_map(name: str, tensor: Tensor) -> None:
     checks.floating(name, tensor, (4,), LAYOUT)
 
 
-def _valid(pixel_mask: Tensor, outer: tuple[int, int, int], like: Tensor) -> Tensor:
-    """Return the checked mask as (B, N)."""
-    flat = (outer[0], outer[1] * outer[2])
-    mask = checks.bool_mask("pixel_mask", pixel_mask, [outer, flat], like).reshape(flat)
-    if checks.readable(mask) and not bool(mask.any()):
-        raise ValueError("pixel_mask: no valid pixel in the batch; skip this loss for such a batch")
-    return mask
-
-
-def _masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return a weight (B, N) that is 0 at masked pixels."""
-    weight = torch.where(mask, savable(weight)[0], torch.zeros((), dtype=weight.dtype, device=weight.device))
-    if checks.readable(weight) and bool((weight == 0).all()):
-        raise ValueError("weight: is 0 at every valid pixel, so the weighted mean is undefined")
-    return weight
-
-
-def _fill(maps: Tensor, mask: Tensor) -> Tensor:
-    """Return maps (B, C, ...) with 0 where mask (B, ...) is False."""
-    return torch.where(mask.unsqueeze(1), maps, torch.zeros((), dtype=maps.dtype, device=maps.device))
-
-
-def _pixel_attention(teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """Return weights (B, N) from the teacher's (B, C, N); over the valid pixels of a sample their mean is 1."""
-    strength = teacher.abs().mean(1)  # (B, N)
-    if mask is None:
-        return attention_of(strength)
-    lowest = torch.finfo(strength.dtype).min / 2  # finite after the division by the temperature, ½
-    share = attention_of(strength.masked_fill(~mask, lowest)) / mask.shape[1]
-    return torch.where(mask, share, torch.zeros_like(share)) * mask.sum(1, keepdim=True)
-
-
 def _normalised(maps: Tensor, normalize: str | None, mask: Tensor | None) -> Tensor:
     """Return the normalised maps (B, C, N), whose masked pixels hold 0 and are not counted."""
     if normalize is None:
@@ -160,7 +130,7 @@ def _normalised(maps: Tensor, normalize: str | None, mask: Tensor | None) -> Ten
     count = maps.shape[0] * maps.shape[2] if mask is None else mask.sum()
     centred = maps - maps.sum((0, 2), keepdim=True) / count
     if mask is not None:
-        centred = _fill(centred, mask)
+        centred = fill(centred, mask)
     variance = (centred * centred).sum((0, 2), keepdim=True) / count  # (1, C, 1)
     # A constant channel, such as a dead one, gets no gradient: the formula's slope is 1e6 there.
     constant = variance <= DEVIATION_FLOOR**2
@@ -252,10 +222,9 @@ class FeatureKD(LossModule):
             if isinstance(options["weight"], Tensor):
                 options["weight"] = options["weight"].unsqueeze(-1)
         if pixel_mask is not None:
-            outer = (student.shape[0], student.shape[2], student.shape[3])  # (B, H, W)
-            pixel_mask = _valid(pixel_mask, outer, student).reshape(outer)
+            pixel_mask = valid_pixels(pixel_mask, student).unflatten(1, student.shape[2:])  # (B, H, W)
             # Filled before the aligner, whose gradient would multiply 0 by the NaN of a masked pixel.
-            student = _fill(student, pixel_mask)
+            student = fill(student, pixel_mask)
         if self.resize is not None and not flat and teacher.shape[2:] != student.shape[2:]:
             teacher = _resized(teacher, student, pixel_mask)
         value = feature_kd(
@@ -298,5 +267,5 @@ def _resized(teacher: Tensor, student: Tensor, mask: Tensor | None) -> Tensor:
         return F.interpolate(teacher, size=size, mode="bilinear", align_corners=False)
     # A teacher pixel is valid if a student pixel in its place is, so that valid pixels have a weight of 1/4 or more.
     valid = F.adaptive_max_pool2d(mask.to(teacher.dtype).unsqueeze(1), teacher.shape[2:])  # (B, 1, h, w)
-    total = F.interpolate(_fill(teacher, valid[:, 0] > 0), size=size, mode="bilinear", align_corners=False)
+    total = F.interpolate(fill(teacher, valid[:, 0] > 0), size=size, mode="bilinear", align_corners=False)
     return total / F.interpolate(valid, size=size, mode="bilinear", align_corners=False)

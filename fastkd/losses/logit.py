@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
+from fastkd.losses._temperatures import Temperature, at_student_temperature
 from fastkd.ops import checks
 from fastkd.ops.dispatch import backend_from_env, choose
 from fastkd.ops.softmax_kl import softmax_kl_unchecked
@@ -24,7 +25,7 @@ def logit_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
-    temperature: float | Tensor = 1.0,
+    temperature: Temperature = 1.0,
     class_dim: int = 1,
     pixel_mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -40,7 +41,7 @@ def logit_kd(
     Args:
         student_logits: (B, K, H, W), (B, K, N) or (B, K), any floating dtype; the softmax runs over ``class_dim``.
         teacher_logits: the same shape. Must not require grad.
-        temperature: τ > 0.
+        temperature: τ > 0, or (τ_S, τ_T) for z_S/τ_S and z_T/τ_T, with the factor τ_S².
         class_dim: the dimension of the K classes. It is not inferred from the shape: logits of a language model,
             (B, T, V), need ``class_dim=-1``.
         pixel_mask: None or bool, the shape of the logits without K, or (B, N): True = valid. The values of masked
@@ -63,7 +64,7 @@ def logit_kd(
         >>> loss = logit_kd(student(x), teacher(x).detach(), temperature=2.0, pixel_mask=labels != 255)
         >>> loss = logit_kd(words_s, words_t.detach(), class_dim=-1, labels=targets)  # (B, T, V), targets (B, T)
     """
-    temperature = _check_options(temperature, class_dim, ignore_index, reduction)
+    student_temperature, teacher_temperature = _check_options(temperature, class_dim, ignore_index, reduction)
     checks.floating("student_logits", student_logits, (2, 3, 4), LAYOUT)
     checks.floating("teacher_logits", teacher_logits, (2, 3, 4), LAYOUT)
     checks.teacher("teacher_logits", teacher_logits)
@@ -89,15 +90,18 @@ def logit_kd(
         student = torch.cat([torch.zeros_like(student), student], 1)  # (B, 2, N)
         teacher = torch.cat([torch.zeros_like(teacher), teacher], 1)
 
+    if teacher_temperature is not None:
+        teacher, backend = at_student_temperature(teacher, student_temperature, teacher_temperature, backend, student)
+
     # Plain torch computes the softmax over dimension 1 directly; the kernels need a row's classes contiguous.
-    differentiated = checks.differentiates_temperature(backend, temperature)
+    differentiated = checks.differentiates_temperature(backend, student_temperature)
     if backend == "auto" and student.shape[1] < FEW_CLASSES and student.device.type == "cpu":
         backend = "reference" if backend_from_env() == "auto" else "auto"
     if differentiated or choose("softmax_kl", backend, student, teacher) == "reference":
-        rows = softmax_kl_reference(student, teacher, temperature, dim=1)  # (B, N)
+        rows = softmax_kl_reference(student, teacher, student_temperature, dim=1)  # (B, N)
     else:
-        rows = softmax_kl_unchecked(student.mT, teacher.mT, temperature, backend)
-    rows = rows * temperature**2
+        rows = softmax_kl_unchecked(student.mT, teacher.mT, student_temperature, backend)
+    rows = rows * student_temperature**2
     if mask is not None and reduction == "mean":
         return rows.sum() / mask.sum()  # masked rows are 0
     if reduction == "none":
@@ -125,12 +129,14 @@ def _valid(
     return mask
 
 
-def _check_options(temperature: float | Tensor, class_dim: int, ignore_index: int, reduction: str) -> float | Tensor:
+def _check_options(
+    temperature: Temperature, class_dim: int, ignore_index: int, reduction: str
+) -> tuple[float | Tensor, float | Tensor | None]:
     for name, value in (("class_dim", class_dim), ("ignore_index", ignore_index)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     checks.option("reduction", reduction, checks.REDUCTIONS)
-    return checks.temperature(temperature)
+    return checks.temperatures(temperature)
 
 
 class LogitKD(LossModule):
@@ -139,7 +145,7 @@ class LogitKD(LossModule):
     def __init__(
         self,
         *,
-        temperature: float | Tensor = 1.0,
+        temperature: Temperature = 1.0,
         class_dim: int = 1,
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fastkd.losses._masks import check_valid_weight, fill, valid_pixels, valid_rows
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
+from fastkd.losses._temperatures import Temperature, rows_at_student_temperature
+from fastkd.losses._valid_rows import columns_per_valid_one, mean_over_columns, without_columns
 from fastkd.ops import checks
 from fastkd.ops.collectives import active_group, check_call, check_group
+from fastkd.ops.numerics import compute_dtype
 from fastkd.ops.relation import relation_unchecked
 from fastkd.ops.relation.group import gathered_relation
 from fastkd.ops.relation.reference import DISTANCES, SIMILARITIES, relation_mse_gram
@@ -27,10 +31,11 @@ def pixel_relation_kd(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float | Tensor = 0.1,
+    temperature: Temperature = 0.1,
     cross_image: bool = False,
     group: ProcessGroup | str | None = None,
     weight: Tensor | None = None,
+    pixel_mask: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -49,7 +54,7 @@ def pixel_relation_kd(
     Args:
         student: (B, C_S, H, W) or (B, C_S, N), any floating dtype.
         teacher: (B, C_T, H, W) or (B, C_T, N), the same B and pixels; C_T may differ. Must not require grad.
-        temperature: τ > 0, used by "kl".
+        temperature: τ > 0, used by "kl"; (τ_S, τ_T) divides E_S by τ_S and E_T by τ_T.
         cross_image: relate the pixels of image i to the pixels of image j for all B² ordered pairs, with a softmax per
             pair; a row's loss is the mean over j.
         group: with ``cross_image``, j runs over the images of these processes: None (this process alone), "world" (all
@@ -61,20 +66,27 @@ def pixel_relation_kd(
             Gram matrices; the other distances gather the features of all ranks, and read their batch sizes on the
             host, so they run outside torch.compile's graphs. docs/scaling.md states what is communicated.
         weight: None or a (B, N) tensor ≥ 0.
-        reduction: "mean" (Σ w·row / Σ w), "sum", or "none": (B, N), pixels in row-major order.
+        pixel_mask: None or bool, (B, H, W) or (B, N), True = valid. Masked pixels are neither rows nor columns: what
+            they hold, even NaN, affects neither loss nor gradient. With ``group``, on every rank or on none.
+        reduction: "mean" (Σ w·row / Σ w over the valid pixels), "sum", or "none": (B, N), pixels in row-major order, 0
+            at masked pixels.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         The loss in fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError, TypeError: an invalid argument; the message names it and the fix.
+        ValueError, TypeError: an invalid argument; the message names it and the fix. A sample without a valid pixel is
+            an error on the CPU, unless there is a ``group``; on a GPU, where reading the mask would stall the stream,
+            it has no rows, and the rows of other images have distance 0 to it.
         BackendUnavailable: ``backend`` cannot compute this here.
 
     Example:
         >>> loss = pixel_relation_kd(student_map, teacher_map.detach(), distance="mse")
     """
-    temperature = _check_options(similarity, distance, temperature, cross_image, group, reduction)
+    student_temperature, teacher_temperature = _check_options(
+        similarity, distance, temperature, cross_image, group, reduction
+    )
     pooled = active_group(group)
     checks.floating("student", student, (3, 4), LAYOUT, no_samples=pooled is not None)
     checks.floating("teacher", teacher, (3, 4), LAYOUT, no_samples=pooled is not None)
@@ -91,38 +103,61 @@ def pixel_relation_kd(
     if pooled is not None:
         check_call(backend, student, teacher)
         rows_s, rows_t = savable(rows_s, rows_t)
-        if distance == "mse":
-            rows = relation_mse_gram(rows_s, rows_t, similarity=similarity, cross=True, group=pooled)
-        else:
-            rows = gathered_relation(
-                rows_s, rows_t, pooled, similarity=similarity, distance=distance, temperature=temperature
+    elif pixel_mask is not None or teacher_temperature is not None:
+        checks.backend("relation", backend, student)
+    mask, factor = None, None
+    if pixel_mask is not None:
+        mask = valid_pixels(pixel_mask, student, every_sample=True, anywhere=pooled is not None)
+        if weight is not None and pooled is None:
+            check_valid_weight(weight, mask)
+        rows_s, rows_t = (fill(x.mT, mask).mT for x in (rows_s, rows_t))
+        if distance == "kl":
+            dtype = compute_dtype(student, teacher)
+            taus = (student_temperature, student_temperature if teacher_temperature is None else teacher_temperature)
+            rows_s, rows_t = (
+                without_columns(x, mask, similarity, dtype, tau, cross_image, pooled)
+                for x, tau in zip((rows_s, rows_t), taus, strict=True)
             )
-        return reduce_rows(rows, weight, reduction, pooled)
-    rows = relation_unchecked(
-        rows_s,
-        rows_t,
-        similarity=similarity,
-        distance=distance,
-        temperature=temperature,
-        cross=cross_image,
-        backend=backend,
-    )
-    return reduce_rows(rows, weight, reduction)
+            similarity = "dot"
+        elif distance == "mse" and cross_image:
+            rows_s, rows_t, factor = mean_over_columns(rows_s, rows_t, mask, similarity)
+            similarity = "dot"
+        elif distance == "mse":
+            factor = columns_per_valid_one(mask, compute_dtype(student, teacher))
+    options: dict[str, Any] = {"similarity": similarity, "distance": distance}
+    if pooled is not None and distance == "mse":
+        rows = relation_mse_gram(rows_s, rows_t, similarity=similarity, cross=True, group=pooled)
+    elif pooled is not None:
+        temperatures: dict[str, Any] = {"temperature": student_temperature, "teacher_temperature": teacher_temperature}
+        rows = gathered_relation(rows_s, rows_t, pooled, **options, **temperatures)
+    else:
+        if teacher_temperature is not None and distance == "kl":
+            rows_s, rows_t, backend = rows_at_student_temperature(
+                rows_s, rows_t, similarity, student_temperature, teacher_temperature, backend
+            )
+            options["similarity"] = "dot"
+        rows = relation_unchecked(
+            rows_s, rows_t, **options, temperature=student_temperature, cross=cross_image, backend=backend
+        )
+    if mask is not None:
+        rows, weight = valid_rows(rows if factor is None else rows * factor, mask, weight, reduction)
+    return reduce_rows(rows, weight, reduction, pooled)
 
 
 def _check_options(
     similarity: str,
     distance: str,
-    temperature: float | Tensor,
+    temperature: Temperature,
     cross_image: bool,
     group: ProcessGroup | str | None,
     reduction: str,
-) -> float | Tensor:
+) -> tuple[float | Tensor, float | Tensor | None]:
+    """Return the temperatures of student and teacher."""
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("distance", distance, DISTANCES)
     checks.option("reduction", reduction, checks.REDUCTIONS)
     check_group(group, "cross_image", cross_image)
-    return checks.temperature(temperature)
+    return checks.temperatures(temperature)
 
 
 class PixelRelationKD(LossModule):
@@ -133,7 +168,7 @@ class PixelRelationKD(LossModule):
         *,
         similarity: str = "cosine",
         distance: str = "kl",
-        temperature: float | Tensor = 0.1,
+        temperature: Temperature = 0.1,
         cross_image: bool = False,
         group: ProcessGroup | str | None = None,
         weight: Tensor | None = None,
@@ -154,9 +189,16 @@ class PixelRelationKD(LossModule):
             }
         )
 
-    def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss; a ``weight`` passed here overrides the module's."""
         options = self._options()
         if weight is not None:
             options["weight"] = weight
-        return pixel_relation_kd(student, teacher, **options)
+        return pixel_relation_kd(student, teacher, pixel_mask=pixel_mask, **options)

@@ -79,6 +79,22 @@ def temperature(value: Any, name: str = "temperature") -> float | Tensor:
     return parsed
 
 
+def temperatures(value: Any) -> tuple[float | Tensor, float | Tensor | None]:
+    """Return the student's temperature, and the teacher's if ``value`` is a pair of different ones.
+
+    Raises:
+        ValueError, TypeError: as :func:`temperature`, and for other than two values.
+    """
+    if not isinstance(value, tuple | list):
+        return temperature(value), None
+    if len(value) != 2:
+        raise ValueError(f"temperature: expected a number or a pair (student's, teacher's), got {len(value)} values")
+    student, teacher = temperature(value[0], "temperature[0]"), temperature(value[1], "temperature[1]")
+    if isinstance(student, Tensor) or isinstance(teacher, Tensor) or torch.compiler.is_compiling():
+        return student, teacher  # comparing would synchronise, or add a guard to the graph
+    return student, None if student == teacher else teacher
+
+
 def differentiates_temperature(backend: str, *temperatures: float | Tensor) -> bool:
     """Return whether the call is differentiated with respect to a temperature, which only the reference supports.
 

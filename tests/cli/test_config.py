@@ -289,6 +289,9 @@ def test_texts_of_flags_are_those_that_are_parsed() -> None:
     terms = {
         "first_order": TermSettings(share=0.5, schedule="linear", start=3, stop=9, final=0.25),
         "mid": TermSettings(weight=2.0, loss="channel_kd", student="a", teacher="b", temperature=0.1),
+        "pair": TermSettings(
+            share=1.0, loss="LogitKD", student=("a", "b"), temperature=(2.0, 4.0), options={"x": 1, "y": [2, 3]}
+        ),
     }
     assert parse_terms(show_terms(terms)) == terms
     taps = {"a": "layers.1", "b": ("text", "last_hidden_state"), "c": ("fusion", 0)}

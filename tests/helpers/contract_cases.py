@@ -226,6 +226,55 @@ ATTENTION_KL = [
     _causal_relation_heads(),
 ]
 
+# --- temperatures in pairs, pixel masks -------------------------------------------------------------------------------
+
+
+def _masked(case: Case) -> Case:
+    """Return the case with a pixel mask, for channel_kd one of each network."""
+    pair = case.loss is losses.channel_kd
+    masks = lambda args: [_holes(*_pixels_of(x), device=x.device) for x in args]
+    return replace(case, masks=lambda args: {"pixel_mask": tuple(masks(args)) if pair else masks(args)[0]})
+
+
+PAIRED_AND_MASKED = [
+    _distribution("pair", {"temperature": (4.0, 1.5)}, GUIDED),
+    _masked(_distribution("masked pixels")),
+    _masked(_distribution("pair guide weight masked pixels", {"temperature": (1.0, 3.0), "guide": "own",
+                                                              "weight": "attention"}, GUIDED)),
+    _logit("pair masked", {"small": (2, 4, 3, 2), "many": (2, 19, 4, 5)}, mask=True).at(temperature=(2.0, 0.7)),
+    _channel("kl pair", CHANNEL_SIZES, temperature=(0.1, 0.3)),
+    _channel("kl pair dot negate patches", similarity="dot", negate=True, patches=2, temperature=(2.0, 1.0)),
+    _masked(_channel("kl pair masked pixels", CHANNEL_SIZES, temperature=(0.2, 0.1))),
+    _masked(_channel("kl mean centered weight=attention masked pixels", similarity="mean", centered=True,
+                     weight="attention")),
+    _masked(_channel("mse mean across_batch centered masked pixels", distance="mse", similarity="mean",
+                     across_batch=True, centered=True)),
+    _masked(_channel("row_cosine masked pixels", CHANNEL_SIZES, distance="row_cosine")),
+    _pixel("kl pair unequal widths", UNEQUAL_SIZES, temperature=(0.3, 0.1)),
+    _masked(_pixel("kl masked pixels", UNEQUAL_SIZES)),
+    _masked(_pixel("kl dot masked pixels", similarity="dot")),
+    _masked(_pixel("kl cross_image masked pixels", CROSS_SIZES, cross_image=True, temperature=0.05)),
+    _masked(_pixel("kl pair mean cross_image masked pixels", CROSS_SIZES, similarity="mean", cross_image=True,
+                   temperature=(1.0, 2.0))),
+    _masked(_pixel("mse masked pixels", distance="mse")),
+    _masked(_pixel("mse cross_image masked pixels", CROSS_SIZES, distance="mse", cross_image=True)),
+    _masked(_pixel("row_cosine dot cross_image masked pixels", CROSS_SIZES, distance="row_cosine", similarity="dot",
+                   cross_image=True)),
+    _cross_modal("pair masked", masked=True, temperature=(0.5, 2.0)),
+    _cross_modal("pair cosine masked", masked=True, similarity="cosine", temperature=(0.2, 0.1)),
+    _from_logits("pair masked", LOGIT_SIZES, None, masked=True).at(temperature=(0.7, 2.0)),
+    _attention("pair masked", ATTENTION_SIZES, masked=True, temperature=(0.5, 1.5)),
+]  # fmt: skip
+"""Cases of ``contract/test_pairs_and_masks.py``. They differ from the others in plain torch around the kernels, and in
+what reaches these: −inf, zero columns, rows one element wider with large values."""
+
+SIMULATED_PAIRED_AND_MASKED = {
+    "channel_distribution_kd masked pixels",
+    "channel_kd kl pair masked pixels",
+    "pixel_relation_kd kl pair mean cross_image masked pixels",
+    "cross_modal_kd pair cosine masked",
+}
+
 CASES = [*SOFTMAX_KL, *RELATION, *PIXEL_WORD, *ATTENTION_KL]
 BASIC = {case.family: case for case in reversed(CASES)}
 """The first case of each family, for checks that do not depend on the options of a loss."""

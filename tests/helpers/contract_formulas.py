@@ -13,12 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Temperature = float | tuple[float, float]
 WordMask = Tensor | tuple[Tensor, Tensor] | None
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the last dimension."""
-    log_p_s, p_t = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
+def pair(temperature: Temperature) -> tuple[float, float]:
+    """Return the temperatures of student and teacher."""
+    return temperature if isinstance(temperature, tuple) else (temperature, temperature)
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: Temperature) -> Tensor:
+    """Return KL(softmax(teacher/τ_T) ‖ softmax(student/τ_S)) over the last dimension."""
+    tau_s, tau_t = pair(temperature)
+    log_p_s, p_t = (student / tau_s).log_softmax(-1), (teacher / tau_t).softmax(-1)
     return F.kl_div(log_p_s, p_t, reduction="none").sum(-1)
 
 
@@ -26,28 +33,38 @@ def attention_weight(rows: Tensor) -> Tensor:  # (S, C, N) -> (S, C)
     return rows.shape[-2] * (rows.abs().mean(-1) / 0.5).softmax(-1)
 
 
+def valid_maps(maps: Tensor, mask: Tensor) -> list[Tensor]:
+    """Return the valid pixels (1, C, n) of each sample."""
+    return [x.flatten(1)[:, m.flatten().to(x.device)][None] for x, m in zip(maps, mask, strict=True)]
+
+
 def channel_distribution_kd(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float,
+    temperature: Temperature,
     guide: str | None = None,
     guide_temperature: float = 0.1,
     weight: str | None = None,
+    pixel_mask: Tensor | None = None,
 ) -> Tensor:
+    if pixel_mask is not None:
+        options = {"temperature": temperature, "guide": guide, "guide_temperature": guide_temperature, "weight": weight}
+        samples = zip(valid_maps(student, pixel_mask), valid_maps(teacher, pixel_mask), strict=True)
+        return torch.cat([channel_distribution_kd(s, t, **options) for s, t in samples])
     s, t = student.flatten(2), teacher.flatten(2)  # (B, C, N)
     w = attention_weight(t) if weight == "attention" else 1
     if guide is not None:
         p_s, p_t = ((F.normalize(x, dim=2) @ F.normalize(x, dim=2).mT / guide_temperature).softmax(2) for x in (s, t))
         s, t = (p_s if guide == "own" else p_t) @ s, p_t @ t
-    return w * temperature**2 * kl(s, t, temperature)
+    return w * pair(temperature)[0] ** 2 * kl(s, t, temperature)
 
 
-def logit_kd(student: Tensor, teacher: Tensor, *, temperature: float, pixel_mask: Tensor | None = None) -> Tensor:
+def logit_kd(student: Tensor, teacher: Tensor, *, temperature: Temperature, pixel_mask: Tensor | None = None) -> Tensor:
     s, t = (x.movedim(1, -1) for x in (student, teacher))  # (B, H, W, K)
     if s.shape[-1] == 1:
         s, t = (F.pad(x, (1, 0)) for x in (s, t))  # one logit z: the two classes (0, z)
-    rows = temperature**2 * kl(s, t, temperature)
+    rows = pair(temperature)[0] ** 2 * kl(s, t, temperature)
     return rows if pixel_mask is None else torch.where(pixel_mask.reshape(rows.shape), rows, 0)
 
 
@@ -64,7 +81,7 @@ def attention_kd(
     teacher_q: Tensor,
     teacher_k: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     causal: bool = False,
     relation_heads: int | None = None,
     key_mask: Tensor | None = None,
@@ -90,7 +107,7 @@ def similarities(x: Tensor, y: Tensor, kind: str) -> Tensor:
     return x @ y.mT / (x.shape[-1] if kind == "mean" else 1)
 
 
-def row_distance(e_s: Tensor, e_t: Tensor, distance: str, temperature: float) -> Tensor:
+def row_distance(e_s: Tensor, e_t: Tensor, distance: str, temperature: Temperature) -> Tensor:
     if distance == "kl":
         return kl(e_s, e_t, temperature)
     if distance == "mse":
@@ -115,13 +132,21 @@ def channel_kd(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float = 0.1,
+    temperature: Temperature = 0.1,
     negate: bool = False,
     centered: bool = False,
     weight: str | None = None,
     patches: int = 1,
     across_batch: bool = False,
+    pixel_mask: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
+    if pixel_mask is not None:
+        options = {"similarity": similarity, "distance": distance, "temperature": temperature, "negate": negate,
+                   "centered": centered, "weight": weight, "across_batch": across_batch}  # fmt: skip
+        s, t = (valid_maps(x, m) for x, m in zip((student, teacher), pixel_mask, strict=True))
+        if across_batch:
+            s, t = ([torch.cat(x, 2)] for x in (s, t))
+        return torch.cat([channel_kd(a[..., None], b[..., None], **options) for a, b in zip(s, t, strict=True)])
     s, t = (channel_rows(x, centered, patches, across_batch) for x in (student, teacher))
     sign = -1 if negate else 1
     e_s, e_t = (sign * similarities(x, x, similarity) for x in (s, t))
@@ -135,11 +160,15 @@ def pixel_relation_kd(
     *,
     similarity: str = "cosine",
     distance: str = "kl",
-    temperature: float = 0.1,
+    temperature: Temperature = 0.1,
     cross_image: bool = False,
+    pixel_mask: Tensor | None = None,
 ) -> Tensor:
     s, t = (x.flatten(2).mT for x in (student, teacher))  # (B, N, C)
     samples = range(s.shape[0])
+    if pixel_mask is not None:
+        masks = pixel_mask.flatten(1).to(s.device)
+        s, t = ([x[m] for x, m in zip(rows, masks, strict=True)] for rows in (s, t))
     rows = {
         (i, j): row_distance(
             similarities(s[i], s[j], similarity), similarities(t[i], t[j], similarity), distance, temperature
@@ -147,16 +176,19 @@ def pixel_relation_kd(
         for i, j in product(samples, samples)
         if cross_image or i == j
     }
-    return torch.stack([sum(r for (i, _), r in rows.items() if i == k) / (len(rows) / len(samples)) for k in samples])
+    found = [sum(r for (i, _), r in rows.items() if i == k) / (len(rows) / len(samples)) for k in samples]
+    if pixel_mask is None:
+        return torch.stack(found)
+    return torch.stack([r.new_zeros(m.shape).masked_scatter(m, r) for r, m in zip(found, masks, strict=True)])
 
 
-def cross_modal_sample(m_s: Tensor, m_t: Tensor, temperature: float, terms: Mapping[str, float]) -> Tensor:
+def cross_modal_sample(m_s: Tensor, m_t: Tensor, temperature: Temperature, terms: Mapping[str, float]) -> Tensor:
     """Return Σ weight·term of one sample from its logits (n, t) of valid pixels and words."""
     n = m_s.shape[0]
-    a_s, a_t = ((m / temperature).softmax(1) for m in (m_s, m_t))
+    a_s, a_t = ((m / tau).softmax(1) for m, tau in zip((m_s, m_t), pair(temperature), strict=True))
     value = {
-        "pixel_to_word": lambda: temperature**2 * kl(m_s, m_t, temperature).mean(),
-        "word_to_pixel": lambda: temperature**2 * kl(m_s.T, m_t.T, temperature).mean(),
+        "pixel_to_word": lambda: pair(temperature)[0] ** 2 * kl(m_s, m_t, temperature).mean(),
+        "word_to_pixel": lambda: pair(temperature)[0] ** 2 * kl(m_s.T, m_t.T, temperature).mean(),
         "pixel_pixel": lambda: ((a_s @ a_s.T - a_t @ a_t.T) / n).square().sum(),
         "word_word": lambda: ((a_s.T @ a_s - a_t.T @ a_t) / n).square().sum(),
     }
@@ -175,7 +207,7 @@ def cross_modal_kd(
     *,
     terms: Mapping[str, float],
     similarity: str = "scaled_dot",
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     word_mask: WordMask = None,
     pixel_mask: Tensor | None = None,
 ) -> Tensor:
@@ -197,7 +229,7 @@ def cross_modal_kd_from_logits(
     teacher_logits: Tensor,
     *,
     terms: Mapping[str, float],
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     word_mask: WordMask = None,
     pixel_mask: Tensor | None = None,
 ) -> Tensor:

@@ -37,7 +37,8 @@ class Case:
 
     @property
     def temperature(self) -> float:
-        return self.options.get("temperature", 1.0)
+        """Return the temperature, the lower one of a pair."""
+        return min(formulas.pair(self.options.get("temperature", 1.0)))
 
     @property
     def has_masks(self) -> bool:

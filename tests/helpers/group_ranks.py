@@ -59,6 +59,19 @@ CASES = {
 }
 
 
+MASKED = {
+    "channel kl centered attention pair masked": _channel(
+        centered=True, weight="attention", temperature="pair", pixel_mask=True
+    ),
+    "channel mse mean masked": _channel(similarity="mean", distance="mse", pixel_mask=True),
+    "pixel kl pair masked weight": _pixel((4, 6), temperature="pair", weight="pixels", pixel_mask=True),
+    "pixel kl dot pair": _pixel(similarity="dot", temperature="pair"),
+    "pixel kl dot masked": _pixel(similarity="dot", temperature=0.75, pixel_mask=True),
+    "pixel mse masked": _pixel(distance="mse", pixel_mask=True),
+    "pixel row_cosine masked": _pixel((4, 6), distance="row_cosine", pixel_mask=True),
+}
+"""Cases with pixel masks or a pair of temperatures, learned ones."""
+
 HALF = ("channel kl centered attention", "pixel kl", "pixel mse unequal widths weight")
 
 
@@ -81,6 +94,11 @@ def batch(dtype: torch.dtype, rounded: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(x.to(rounded).to(dtype) for x in (images, maps, *weights))
 
 
+def pixel_mask() -> Tensor:
+    """Return a mask (8, 3, 3) with different numbers of valid pixels."""
+    return torch.arange(SAMPLES * SIDE**2).reshape(SAMPLES, SIDE, SIDE) % torch.arange(2, 10)[:, None, None] > 0
+
+
 class Student(nn.Module):
     """A 1×1 convolution and the loss of its result."""
 
@@ -91,8 +109,9 @@ class Student(nn.Module):
         generator = torch.Generator().manual_seed(4)
         weight = torch.randn((case.widths[0], WIDTH_IN), generator=generator, dtype=torch.float64)
         self.weight = nn.Parameter(weight.to(self.rounded).to(dtype))
-        if case.options.get("temperature") == "parameter":
-            self.temperature = nn.Parameter(torch.tensor(0.75, dtype=dtype))
+        names = {"parameter": ["temperature"], "pair": ["temperature_s", "temperature_t"]}
+        for i, name in enumerate(names.get(case.options.get("temperature"), [])):
+            setattr(self, name, nn.Parameter(torch.tensor(0.75 + i, dtype=dtype)))
 
     def map_of(self, part: slice) -> Tensor:
         """Return the features (b, C, 3, 3) of a part of the batch."""
@@ -104,6 +123,10 @@ class Student(nn.Module):
         if "temperature" in self.case.options:
             given = self.case.options["temperature"]
             options["temperature"] = self.temperature if given == "parameter" else given
+            if given == "pair":
+                options["temperature"] = (self.temperature_s, self.temperature_t)
+        if "pixel_mask" in options:
+            options["pixel_mask"] = pixel_mask()[part]
         if "weight" in self.case.options:
             named = {"channels": channels, "pixels": pixels[part], "attention": "attention"}
             options["weight"] = named[self.case.options["weight"]]
@@ -166,6 +189,10 @@ def check(rank: int, ranks: int) -> dict[str, Any]:
         loss = wrapped(part_of(SPLITS[ranks]["even"], rank), group=dist.group.WORLD)
         loss.backward()
         found[f"{name}, DDP"] = Result(loss.detach(), [p.grad for p in wrapped.module.parameters()])
+    for name, case in MASKED.items() if ranks == 2 else ():
+        for split, counts in SPLITS[ranks].items():
+            result = Student(case, torch.float64).result(part_of(counts, rank), group="world")
+            found[f"{name}, {split}"] = averaged(result, ranks)
     if ranks == 2:
         found |= single_checks(rank)
     return found

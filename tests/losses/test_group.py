@@ -15,7 +15,7 @@ import group_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from group_ranks import CASES, SPLITS, Case, Result, Student
+from group_ranks import CASES, MASKED, SPLITS, Case, Result, Student
 from torch import Tensor
 
 from fastkd import losses
@@ -49,11 +49,17 @@ def formula(student: Tensor, teacher: Tensor, *, weight: Any = None, reduction: 
     attention = isinstance(weight, str)
     if attention:
         options["weight"] = weight
+    mask = options.pop("pixel_mask", None)
+    if mask is not None:
+        options["pixel_mask"] = (mask, mask) if name == "channel_kd" else mask
     rows = getattr(contract_formulas, name)(student, teacher, **options)
     weight = torch.ones_like(rows) if attention or weight is None else weight
+    if mask is not None and name == "pixel_relation_kd":
+        weight = weight * mask.flatten(1)
     rows = rows * weight
     if attention:
-        weight = contract_formulas.attention_weight(contract_formulas.channel_rows(teacher, False, 1, True))
+        pixels = teacher if mask is None else teacher.movedim(1, -1)[mask].T[None, :, :, None]
+        weight = contract_formulas.attention_weight(contract_formulas.channel_rows(pixels, False, 1, True))
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weight.sum()}[reduction]
 
 
@@ -75,6 +81,14 @@ def test_ranks_have_the_loss_and_gradients_of_one_process(name: str, ranks: Any)
         for found in results:
             for way in (*(f"{split}, torch.float64" for split in SPLITS[count]), "DDP"):
                 assert_equal(found[f"{name}, {way}"], want)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_and_pairs_of_temperatures_on_ranks(name: str, ranks: Any) -> None:
+    want = one_process(MASKED[name], torch.float64)
+    for found in ranks[2]:
+        for split in SPLITS[2]:
+            assert_equal(found[f"{name}, {split}"], want)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd.ops.attention_kl.plan import Inputs, arithmetic_dtype
 from fastkd.ops.numerics import full_precision
 from fastkd.ops.products import product
-from fastkd.ops.softmax_kl.reference import kl
+from fastkd.ops.softmax_kl.reference import kl, tempered
 
 
 def attention_kl(inputs: Inputs, temperature: float | Tensor, causal: bool) -> Tensor:
@@ -28,7 +28,8 @@ def attention_kl(inputs: Inputs, temperature: float | Tensor, causal: bool) -> T
     if inputs.query_mask is not None:  # a masked query's row could be all −inf, whose gradient is NaN
         row = inputs.query_mask[:, None, :, None]
         e_s, e_t = (torch.where(row, e, torch.zeros_like(e)) for e in (e_s, e_t))
-    rows = kl(torch.log_softmax(e_s / temperature, -1), torch.log_softmax(e_t / temperature, -1))  # (B, H, N)
+    log_p_s, log_p_t = (torch.log_softmax(tempered(e, temperature), -1) for e in (e_s, e_t))
+    rows = kl(log_p_s, log_p_t)  # (B, H, N)
     return rows if inputs.query_mask is None else torch.where(row[..., 0], rows, torch.zeros_like(rows))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd.ops.numerics import compute_dtype, computes_fp64, full_precision, normalise_rows
 from fastkd.ops.products import product
-from fastkd.ops.softmax_kl.reference import kl, softmax_kl
+from fastkd.ops.softmax_kl.reference import kl, softmax_kl, tempered
 
 SIMILARITIES = ("scaled_dot", "cosine")
 TERMS = ("pixel_to_word", "word_to_pixel", "pixel_pixel", "word_word")
@@ -35,8 +35,12 @@ def pixel_word(
     """
     dtype = compute_dtype(student_pixels, student_words, teacher_pixels, teacher_words)
     with full_precision(student_pixels.device):
-        student = _logits(student_pixels.to(dtype), student_words.to(dtype), pixel_mask, student_word_mask, similarity)
-        teacher = _logits(teacher_pixels.to(dtype), teacher_words.to(dtype), pixel_mask, teacher_word_mask, similarity)
+        student = pixel_word_logits(
+            student_pixels.to(dtype), student_words.to(dtype), pixel_mask, student_word_mask, similarity
+        )
+        teacher = pixel_word_logits(
+            teacher_pixels.to(dtype), teacher_words.to(dtype), pixel_mask, teacher_word_mask, similarity
+        )
     return pixel_word_from_logits(
         student,
         teacher,
@@ -82,8 +86,8 @@ def pixel_word_from_logits(
 
     results: dict[str, Tensor] = {}
     if set(terms) != {"word_to_pixel"}:  # log A of both networks (B, N, T), −inf for masked words
-        log_a = torch.log_softmax(_masked(student, student_word_mask, 2, -torch.inf) / temperature, 2)
-        log_b = torch.log_softmax(_masked(teacher, teacher_word_mask, 2, -torch.inf) / temperature, 2)
+        log_a = torch.log_softmax(tempered(_masked(student, student_word_mask, 2, -torch.inf), temperature), 2)
+        log_b = torch.log_softmax(tempered(_masked(teacher, teacher_word_mask, 2, -torch.inf), temperature), 2)
     if "pixel_to_word" in terms:
         results["pixel_to_word"] = _masked(kl(log_a, log_b), pixel_mask, 1).sum(1) / n
     if "word_to_pixel" in terms:
@@ -97,6 +101,19 @@ def pixel_word_from_logits(
             a, b = _masked(log_a.exp(), pixel_mask, 1), _masked(log_b.exp(), pixel_mask, 1)
             results.update(_second_order(a, b, n, terms))
     return {term: results[term] for term in terms}
+
+
+def pixel_word_logits(
+    pixels: Tensor, words: Tensor, pixel_mask: Tensor | None, word_mask: Tensor | None, similarity: str
+) -> Tensor:
+    """Return the logits M (B, N, T) of pixels (B, N, D) and words (B, T, D), 0 where either is masked.
+
+    Masked rows are set to 0 first, as NaN in them would reach the other operand's gradient.
+    """
+    v, w = _masked(pixels, pixel_mask, 1), _masked(words, word_mask, 1)
+    if similarity == "cosine":
+        return product(normalise_rows(v), normalise_rows(w).mT)
+    return product(v, w.mT) / v.shape[-1] ** 0.5
 
 
 def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict[str, Tensor]:
@@ -122,16 +139,6 @@ def _second_order(a: Tensor, b: Tensor, n: Tensor, terms: Sequence[str]) -> dict
     if "word_word" in terms:
         results["word_word"] = _norm2(d_a + b_d) / n.square()
     return results
-
-
-def _logits(
-    pixels: Tensor, words: Tensor, pixel_mask: Tensor | None, word_mask: Tensor | None, similarity: str
-) -> Tensor:
-    """Return M (B, N, T). Masked rows are set to 0 first, as NaN in them would reach the other operand's gradient."""
-    v, w = _masked(pixels, pixel_mask, 1), _masked(words, word_mask, 1)
-    if similarity == "cosine":
-        return product(normalise_rows(v), normalise_rows(w).mT)
-    return product(v, w.mT) / v.shape[-1] ** 0.5
 
 
 def _masked(x: Tensor, mask: Tensor | None, dim: int, value: float = 0.0) -> Tensor:

@@ -46,14 +46,22 @@ class Means(NamedTuple):
     teacher_columns: Tensor  # (1,)
 
 
-def channel_means(student: Tensor, teacher: Tensor, group: ProcessGroup) -> Means:
-    """Return means over all pixels of (B, C, N) features of all ranks, without gradient, by one all-reduce."""
+def channel_means(
+    student: Tensor, teacher: Tensor, group: ProcessGroup, masks: tuple[Tensor, Tensor] | None = None
+) -> Means:
+    """Return means over all pixels of (B, C, N) features of all ranks, without gradient, by one all-reduce.
+
+    With ``masks``, (B, N) of student and teacher, over the valid pixels; the others hold 0.
+    """
     dtype, channels, device = compute_dtype(student, teacher), student.shape[1], student.device
     wide = torch.float64 if computes_fp64(device) else dtype
     with torch.no_grad():
         student, teacher = student.detach(), teacher.detach()
         sums = [x.sum((0, 2), dtype=wide) for x in (student, teacher, teacher.abs())]
-        columns = [torch.full((1,), x.shape[0] * x.shape[2], dtype=wide, device=device) for x in (student, teacher)]
+        if masks is None:
+            columns = [torch.full((1,), x.shape[0] * x.shape[2], dtype=wide, device=device) for x in (student, teacher)]
+        else:
+            columns = [mask.sum(dtype=wide).reshape(1) for mask in masks]
         parts = plain_total(torch.cat([*sums, *columns]), group).split([channels, channels, channels, 1, 1])
         s, t, strength, n_s, n_t = parts
         return Means(s / n_s, t / n_t, (strength / n_t).to(dtype), n_s.to(dtype), n_t.to(dtype))
@@ -67,9 +75,11 @@ def channel_relation(
     similarity: str,
     distance: str,
     temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
     negate: bool,
     centered: bool,
     pooled: Means | None,
+    masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the distances (1, C), equal on every rank, between the C×C relations over the pixels of all ranks.
 
@@ -83,20 +93,25 @@ def channel_relation(
         teacher: (B, C, N_T).
         group: two or more processes.
         similarity, distance, temperature, negate: as in `reference.relation`.
+        teacher_temperature: the teacher's τ; None: that of the student.
         centered: subtract each channel's mean over the pixels of all ranks.
         pooled: `channel_means`, needed if ``centered`` and by the similarity "mean".
+        masks: the valid pixels (B, N) of student and teacher; the others hold 0.
     """
     dtype = compute_dtype(student, teacher)
     with full_precision(student.device):
         means = (pooled.student_mean, pooled.teacher_mean) if centered and pooled is not None else (None, None)
         counts = (pooled.student_columns, pooled.teacher_columns) if pooled is not None else (None, None)
-        if isinstance(temperature, Tensor) and temperature.requires_grad:
-            temperature = share_of_gradient(temperature, group)
+        tau_s, tau_t = (
+            share_of_gradient(tau, group) if isinstance(tau, Tensor) and tau.requires_grad else tau
+            for tau in (temperature, teacher_temperature)
+        )
         e_s, e_t = (
-            _similarities(_PooledGram.apply(x, mean, dtype, similarity == "cosine", group), similarity, count)
-            for x, mean, count in zip((student, teacher), means, counts, strict=True)
+            _similarities(_PooledGram.apply(x, mean, mask, dtype, similarity == "cosine", group), similarity, count)
+            for x, mean, mask, count in zip((student, teacher), means, masks or (None, None), counts, strict=True)
         )  # (C, C)
-        rows = row_distances(e_s, e_t, distance, temperature, negate)
+        assert tau_s is not None
+        rows = row_distances(e_s, e_t, distance, tau_s, negate, tau_t)
         return same_on_every_rank(rows.unsqueeze(0), group)
 
 
@@ -121,28 +136,34 @@ class _PooledGram(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, mean: Tensor | None, dtype: torch.dtype, clamped: bool, group: ProcessGroup
+        ctx: Any,
+        features: Tensor,
+        mean: Tensor | None,
+        mask: Tensor | None,
+        dtype: torch.dtype,
+        clamped: bool,
+        group: ProcessGroup,
     ) -> Tensor:
-        rows = _columns(features, mean, dtype)
+        rows = _columns(features, mean, mask, dtype)
         gram = plain_total(product(rows, rows.T), group)
-        ctx.save_for_backward(features, mean, gram.diagonal().clone() if clamped else None)
+        ctx.save_for_backward(features, mean, mask, gram.diagonal().clone() if clamped else None)
         ctx.dtype = dtype
         return gram
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, mean, square = ctx.saved_tensors
+        features, mean, mask, square = ctx.saved_tensors
         with torch.no_grad(), full_precision(grad.device):
-            d = product(grad + grad.T, _columns(features, mean, ctx.dtype))  # (C, B·N)
+            d = product(grad + grad.T, _columns(features, mean, mask, ctx.dtype))  # (C, B·N)
             if square is not None:
                 d = torch.where((square <= NORM_FLOOR**2)[:, None], 0.0, d)
             batch, channels, pixels = features.shape
             d = d.view(channels, batch, pixels).transpose(0, 1).to(features.dtype)
-        return once(d, features), None, None, None, None
+        return once(d, features), None, None, None, None, None
 
 
-def _columns(features: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return features (B, C, N) as (C, B·N), minus each row's mean.
+def _columns(features: Tensor, mean: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return features (B, C, N) as (C, B·N), minus each row's mean; 0 at masked pixels, which hold 0.
 
     The mean is subtracted in two parts. Rounded to fp32 it would leave rows whose sum is not 0, and the gradient by the
     mean would be missing: for features far from 0 several times the error of the plain formula.
@@ -151,7 +172,8 @@ def _columns(features: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tenso
     if mean is None:
         return rows
     nearest = mean.to(dtype)
-    return (rows - nearest[:, None]).sub_((mean - nearest).to(dtype)[:, None])
+    rows = (rows - nearest[:, None]).sub_((mean - nearest).to(dtype)[:, None])
+    return rows if mask is None else torch.where(mask.flatten(), rows, torch.zeros_like(rows))
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
@@ -166,6 +188,7 @@ def gathered_relation(
     similarity: str,
     distance: str,
     temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None = None,
 ) -> Tensor:
     """Return the distances (B, R) of this rank's rows to the samples of all ranks: the mean over the samples.
 
@@ -176,7 +199,7 @@ def gathered_relation(
     Raises:
         ValueError: numbers of rows or widths differ between ranks; the same on every rank.
     """
-    result: Tensor = _Gathered.apply(student, teacher, temperature, similarity, distance, group)
+    result: Tensor = _Gathered.apply(student, teacher, temperature, teacher_temperature, similarity, distance, group)
     return result
 
 
@@ -187,6 +210,7 @@ class _Gathered(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         temperature: float | Tensor,
+        teacher_temperature: float | Tensor | None,
         similarity: str,
         distance: str,
         group: ProcessGroup,
@@ -195,31 +219,37 @@ class _Gathered(torch.autograd.Function):
         ctx.similarity, ctx.distance, ctx.group = similarity, distance, group
         ctx.dtype = compute_dtype(student, teacher)
         every_s, every_t = (gathered(x, ctx.counts, group) for x in (student, teacher))  # (Σ B, R, K)
-        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
-        ctx.save_for_backward(student, every_s, every_t, *([temperature] if ctx.temperature is None else []))
+        taus = (temperature, teacher_temperature)
+        ctx.temperatures = [None if isinstance(tau, Tensor) else (tau,) for tau in taus]
+        ctx.save_for_backward(student, every_s, every_t, *(tau for tau in taus if isinstance(tau, Tensor)))
         rows = torch.zeros(student.shape[:2], dtype=ctx.dtype, device=student.device).flatten()
         with full_precision(student.device):
             for own, _, x, y in _tiles(ctx, every_s, every_t):
-                rows[own] += row_distances(_product(*x), _product(*y), distance, temperature).sum(-1)
+                rows[own] += row_distances(
+                    _product(*x), _product(*y), distance, temperature, False, teacher_temperature
+                ).sum(-1)
         return (rows / sum(ctx.counts)).view(student.shape[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         student, every_s, every_t, *saved = ctx.saved_tensors
         with full_precision(student.device):
-            temperature = saved[0].detach().requires_grad_() if saved else ctx.temperature
-            d_temperature = torch.zeros_like(temperature) if saved else None
+            learned = [tau.detach().requires_grad_() for tau in saved]
+            d_learned = [torch.zeros_like(tau) for tau in saved]
+            left = iter(learned)
+            tau_s, tau_t = (next(left) if given is None else given[0] for given in ctx.temperatures)
             d_every = torch.zeros(every_s.shape, dtype=ctx.dtype, device=student.device).flatten(0, 1)  # (Σ B·R, K)
             d_own = d_every.new_zeros((student.shape[0] * student.shape[1], student.shape[2]))  # (B·R, K)
             weight = grad.detach().flatten()[:, None] / sum(ctx.counts)  # (B·R, 1)
             for own, columns, x, y in _tiles(ctx, every_s, every_t):
                 with torch.enable_grad():
                     e = _product(*x).requires_grad_()  # (rows, samples, R)
-                    loss = row_distances(e, _product(*y), ctx.distance, temperature)  # (rows, samples)
-                    inputs = [e, temperature] if saved else [e]
-                    d_e, *rest = torch.autograd.grad(loss, inputs, weight[own].expand_as(loss), allow_unused=True)
-                if d_temperature is not None and rest[0] is not None:
-                    d_temperature += rest[0]
+                    loss = row_distances(e, _product(*y), ctx.distance, tau_s, False, tau_t)  # (rows, samples)
+                    g = weight[own].expand_as(loss)
+                    d_e, *rest = torch.autograd.grad(loss, [e, *learned], g, allow_unused=True)
+                for total_of, part in zip(d_learned, rest, strict=True):
+                    if part is not None:  # distances other than "kl" have no temperature
+                        total_of += part
                 d_e = d_e.flatten(1)  # (rows, samples·R)
                 d_own[own] += product(d_e, x[1].flatten(0, 1))
                 d_every[columns] += product(d_e.T, x[0])
@@ -228,7 +258,9 @@ class _Gathered(torch.autograd.Function):
                 own_rows = student.detach().to(ctx.dtype).requires_grad_()
                 scaled = scaled_rows(own_rows, ctx.similarity)
             (d_student,) = torch.autograd.grad(scaled, own_rows, d_scaled)
-        return once(d_student.to(student.dtype), student), None, d_temperature, None, None, None
+        summed = iter(d_learned)
+        d_temperatures = (next(summed) if given is None else None for given in ctx.temperatures)
+        return once(d_student.to(student.dtype), student), None, *d_temperatures, None, None, None
 
 
 def _batch_sizes(student: Tensor, teacher: Tensor, group: ProcessGroup) -> list[int]:

@@ -52,11 +52,18 @@ def relation(
         return rows.mean(-1) if cross else rows
 
 
-def row_distances(e_s: Tensor, e_t: Tensor, distance: str, temperature: float | Tensor, negate: bool = False) -> Tensor:
+def row_distances(
+    e_s: Tensor,
+    e_t: Tensor,
+    distance: str,
+    temperature: float | Tensor,
+    negate: bool = False,
+    teacher_temperature: float | Tensor | None = None,
+) -> Tensor:
     """Return the distances (...) between matching rows of relation matrices (..., columns)."""
     if distance == "kl":
         sign = -1.0 if negate else 1.0
-        return softmax_kl(sign * e_s, sign * e_t, temperature)
+        return softmax_kl(sign * e_s, sign * e_t, temperature, -1, teacher_temperature)
     if distance == "mse":
         return (e_s - e_t).square().mean(-1)
     return (normalise_rows(e_s) - normalise_rows(e_t)).square().sum(-1)

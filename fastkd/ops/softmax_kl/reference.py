@@ -8,7 +8,13 @@ from torch import Tensor
 from fastkd.ops.numerics import compute_dtype
 
 
-def softmax_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int = -1) -> Tensor:
+def softmax_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    dim: int = -1,
+    teacher_temperature: float | Tensor | None = None,
+) -> Tensor:
     """Return KL(softmax(teacher/τ) ‖ softmax(student/τ)) over ``dim``, without the factor τ².
 
     Args:
@@ -16,6 +22,7 @@ def softmax_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, di
         teacher: logits of the same shape.
         temperature: τ > 0.
         dim: the dimension of the softmax.
+        teacher_temperature: the teacher's τ; None: that of the student.
 
     Returns:
         The divergences, of the shape of ``student`` without ``dim``, in fp32 (fp64 if an input is fp64). Where the
@@ -23,9 +30,25 @@ def softmax_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor, di
         probability of 0 with a positive teacher probability gives inf. NaN, +inf, and a row of only −inf give NaN.
     """
     dtype = compute_dtype(student, teacher)
-    log_p_s = torch.log_softmax(student.to(dtype) / temperature, dim)
-    log_p_t = torch.log_softmax(teacher.to(dtype) / temperature, dim)
+    log_p_s = torch.log_softmax(tempered(student.to(dtype), temperature), dim)
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    log_p_t = torch.log_softmax(tempered(teacher.to(dtype), teacher_temperature), dim)
     return kl(log_p_s, log_p_t, dim)
+
+
+def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return ``logits / temperature``; logits that are not finite add nothing to the gradient of the temperature.
+
+    A logit of −inf has probability 0 at every temperature, but the derivative of −inf/τ times 0 is NaN.
+    """
+    if not isinstance(temperature, Tensor):
+        return logits / temperature
+    finite = logits.isfinite()
+    return torch.where(
+        finite,
+        torch.where(finite, logits, torch.zeros_like(logits)) / temperature,
+        logits / temperature.detach(),
+    )
 
 
 def kl(log_p_s: Tensor, log_p_t: Tensor, dim: int = -1) -> Tensor:
