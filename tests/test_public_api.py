@@ -192,7 +192,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "collate": "(samples)",
         "load_tokenizer": "(source='shapes', *, keep_end=False, lower_case=None)",
         "make_shapes": "(root, *, images=5000, image_size=128, seed=0, overwrite=False, progress=None)",
+        "make_shapesref": "(root, *, images=12000, image_size=64, seed=0, overwrite=False, progress=None)",
         "shapes": "module",
+        "shapesref": "module",
         "write_shards": "(samples, folder, *, samples_per_shard=1000, format='tar', overwrite=False)",
     },
     "fastkd.models": {

@@ -19,6 +19,7 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     app.command(name="info")(info.info)
     shapes = SubcommandApp()
     shapes.command(name="make-shapes")(data.make_shapes)
+    shapes.command(name="make-shapesref")(data.make_shapesref)
     app.command(shapes, name="data", help="make datasets")
     app.command(name="train")(train.with_settings(train.train, args))
     app.command(name="distill")(train.with_settings(train.distill, args))

@@ -1,4 +1,4 @@
-"""``fastkd data make-shapes``: write a procedural referring-expression set in RefCOCO's layout."""
+"""``fastkd data``: write procedural referring-expression sets in RefCOCO's layout."""
 
 from __future__ import annotations
 
@@ -27,3 +27,24 @@ def make_shapes(
     from fastkd.data import shapes
 
     shapes.make_shapes(root, images=images, image_size=image_size, seed=seed, overwrite=overwrite)
+
+
+def make_shapesref(
+    root: Annotated[Path, tyro.conf.Positional],
+    images: int = 12000,
+    image_size: int = 64,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Write the benchmark ShapesRef, which is harder than make-shapes, in RefCOCO's layout.
+
+    Args:
+        root: folder to write; without --overwrite it must be empty or not exist.
+        images: number of scenes over all splits.
+        image_size: side of the square JPEG images, in pixels.
+        seed: random seed; the same seed writes the same files. The shipped teacher was trained on seed 1.
+        overwrite: replace the content of the folder.
+    """
+    from fastkd.data import shapesref
+
+    shapesref.make_shapesref(root, images=images, image_size=image_size, seed=seed, overwrite=overwrite)

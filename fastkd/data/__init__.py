@@ -1,4 +1,4 @@
-"""Referring-expression data: readers of published sets and folders, torch datasets, a tokenizer and a procedural set.
+"""Referring-expression data: readers of published sets and folders, torch datasets, a tokenizer and procedural sets.
 
 Needs the ``[ris]`` extra (``pip install 'fastkd[ris]'``); names are imported on first use.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastkd._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastkd.data import shapes
+    from fastkd.data import shapes, shapesref
     from fastkd.data._records import Ref, Sentence
     from fastkd.data.dataset import ReferDataset, collate
     from fastkd.data.mixed import MixedDataset
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastkd.data.refer_folder import ReferFolder
     from fastkd.data.referring_set import ReferringSet
     from fastkd.data.shapes import make_shapes
+    from fastkd.data.shapesref import make_shapesref
     from fastkd.data.shards import write_shards
     from fastkd.data.stream import ShardDataset
     from fastkd.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,8 +37,10 @@ __all__ = [
     "collate",
     "load_tokenizer",
     "make_shapes",
+    "make_shapesref",
     "open_set",
     "shapes",
+    "shapesref",
     "write_shards",
 ]
 
@@ -56,8 +59,10 @@ __getattr__ = lazy_names(
         "collate": "fastkd.data.dataset",
         "load_tokenizer": "fastkd.data.tokenizer",
         "make_shapes": "fastkd.data.shapes.write",
+        "make_shapesref": "fastkd.data.shapesref.generate",
         "open_set": "fastkd.data.opening",
         "shapes": "fastkd.data.shapes",
+        "shapesref": "fastkd.data.shapesref",
         "write_shards": "fastkd.data.shards",
     },
 )

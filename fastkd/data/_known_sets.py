@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastkd.data._files import IMAGE_FOLDERS
 
 SPLITS = {
-    ("refcoco", "unc"): ("train", "val", "testA", "testB"),
+    ("refcoco", "unc"): ("train", "val", "testA", "testB", "testC"),  # testC: only in ShapesRef
     ("refcoco", "google"): ("train", "val", "test"),
     ("refcoco+", "unc"): ("train", "val", "testA", "testB"),
     ("refcocog", "umd"): ("train", "val", "test"),

@@ -268,6 +268,7 @@ def test_rejects_a_model_configuration_that_is_not_json(shapes, tmp_path, capsys
         (["distill", "--data", "{shapes}", "--out", "{tmp}", "--terms", "logit=-1"], "logit"),
         (["data", "make-shapes", "{shapes}", "--images", "40"], "overwrite"),
         (["data", "make-shapes", "{tmp}/new", "--images", "1"], "images"),
+        (["data", "make-shapesref", "{tmp}/new", "--images", "1"], "images"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(args, message, shapes, tmp_path, capsys):

@@ -237,6 +237,7 @@ def test_scaling_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_data_page_lists_splits_and_published_counts() -> None:
     needs_ris()
+    from fastkd.data import shapesref
     from fastkd.data.refcoco import PUBLISHED_REFS, SPLITS
     from fastkd.data.shapes import KIND_SHARES
 
@@ -247,3 +248,6 @@ def test_data_page_lists_splits_and_published_counts() -> None:
     }
     shares = {row[0]: float(row[1]) for row in table("docs/data.md", "Procedural shapes")}
     assert shares == KIND_SHARES
+    rows = {row[0]: row[1:3] for row in table("docs/data.md", "ShapesRef")}
+    assert {kind: float(row[0]) for kind, row in rows.items()} == shapesref.KIND_SHARES
+    assert {kind: float(row[1]) for kind, row in rows.items() if row[1]} == shapesref.PLACELESS_SHARES

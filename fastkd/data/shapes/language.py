@@ -16,7 +16,7 @@ do not depend on how hard a kind is to satisfy. Every sentence expresses a meani
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -57,7 +57,9 @@ _RELATION = {
     "in front of": ("in front of",),
 }
 _SUPERLATIVE = {True: ("biggest", "largest"), False: ("smallest",)}
-_RANKS = {2: "second", 3: "third", 4: "fourth"}
+_SAME = {"colour": "of the same color as", "texture": "with the same texture as"}
+_BETWEEN, _NOT = "{} between the {} and the {}", "{} that is not {}"
+RANKS = {2: "second", 3: "third", 4: "fourth"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Expression:
 
 def words() -> set[str]:
     """Return all words that sentences may contain."""
-    texts: list[str] = ["the from", *KINDS, *COLOURS, *TEXTURES, *_THINGS, *_RANKS.values(), *m.DIRECTIONS]
+    texts: list[str] = ["the from", *KINDS, *COLOURS, *TEXTURES, *_THINGS, *RANKS.values(), *m.DIRECTIONS]
     tables: list[Iterable[tuple[str, ...]]] = [
         *[_SIZE_WORDS.values(), _EXTREME.values(), _REGION.values(), _RELATION.values(), _SUPERLATIVE.values()]
     ]
@@ -80,13 +82,28 @@ def words() -> set[str]:
     return set(" ".join(texts).replace("{}", " ").split())
 
 
+def further_words() -> set[str]:
+    """Return the words that only sentences of the kinds negation, comparison and between contain."""
+    return set(" ".join([*_SAME.values(), _BETWEEN, _NOT]).replace("{}", " ").split()) - words()
+
+
 def draw_kinds(rng: Random) -> list[str]:
     """Draw the kinds of one scene's sentences independently by ``KIND_SHARES``."""
     return rng.choices(tuple(KIND_SHARES), tuple(KIND_SHARES.values()), k=rng.randint(*SENTENCES_PER_SCENE))
 
 
-def describe(scene: Scene, kinds: list[str], rng: Random) -> list[Expression] | None:
+def describe(
+    scene: Scene,
+    kinds: list[str],
+    rng: Random,
+    *,
+    shares: Mapping[str, float] = KIND_SHARES,
+    propose: Callable[[str, Scene, int, Random], m.Meaning | None] | None = None,
+) -> list[Expression] | None:
     """Return one sentence per entry of ``kinds``, or None if the scene allows no sentence of some kind.
+
+    ``propose(kind, scene, target, rng)`` returns a meaning that identifies the target, or None; by default one of the
+    five kinds of ``KIND_SHARES``.
 
     A shape gets at most `SENTENCES_PER_REF` sentences, of distinct kinds. Shapes that already have one are preferred,
     so that a scene has few refs with several sentences each.
@@ -94,7 +111,7 @@ def describe(scene: Scene, kinds: list[str], rng: Random) -> list[Expression] | 
     expressions: list[Expression] = []
     kinds_of: dict[int, set[str]] = {}
     # Rare kinds first: they have the fewest candidate shapes.
-    for kind in sorted(kinds, key=lambda k: KIND_SHARES[k]):
+    for kind in sorted(kinds, key=lambda k: shares[k]):
         candidates = [
             i
             for i in range(len(scene))
@@ -104,7 +121,7 @@ def describe(scene: Scene, kinds: list[str], rng: Random) -> list[Expression] | 
         if rng.random() < 0.75:
             candidates.sort(key=lambda i: i not in kinds_of)
         for target in candidates:
-            meaning = _propose(kind, scene, target, rng)
+            meaning = (propose or propose_meaning)(kind, scene, target, rng)
             if meaning is not None:
                 expressions.append(Expression(verbalise(meaning, rng), kind, meaning, target))
                 kinds_of.setdefault(target, set()).add(kind)
@@ -124,15 +141,46 @@ def verbalise(meaning: m.Meaning, rng: Random) -> str:
         case m.Place():
             text = rng.choice(_REGION[meaning.region]).format(_verbalise_noun(meaning.noun, rng))
         case m.Ordinal():
-            text = f"{_RANKS[meaning.rank]} {_verbalise_noun(meaning.noun, rng)} from the {meaning.direction}"
+            text = _ordinal(meaning, rng)
         case m.Superlative():
-            text = f"{rng.choice(_SUPERLATIVE[meaning.biggest])} {_verbalise_noun(meaning.noun, rng)}"
+            text = _superlative(meaning, rng)
         case m.Relation():
             preposition = rng.choice(_RELATION[meaning.relation])
-            text = f"{_verbalise_noun(meaning.noun, rng)} {preposition} the {_verbalise_noun(meaning.anchor, rng)}"
+            text = f"{_verbalise_noun(meaning.noun, rng)} {preposition} the {_verbalise_anchor(meaning.anchor, rng)}"
+        case m.Between():
+            text = _BETWEEN.format(*(_verbalise_noun(n, rng) for n in (meaning.noun, meaning.first, meaning.second)))
+        case m.Except():
+            value = f"a {meaning.value}" if meaning.attribute == "kind" else meaning.value
+            text = _NOT.format(_verbalise_noun(meaning.noun, rng), value)
+        case m.Same():
+            phrase = _SAME[meaning.attribute]
+            text = f"{_verbalise_noun(meaning.noun, rng)} {phrase} the {_verbalise_noun(meaning.anchor, rng)}"
         case _:
             raise TypeError(f"no wording for a meaning of type {type(meaning).__name__}")
     return f"the {text}" if rng.random() < 0.7 else text
+
+
+def _verbalise_anchor(anchor: m.Meaning, rng: Random) -> str:
+    """Return a wording without "on the far left" and the like, which might seem to belong to the other shape."""
+    match anchor:
+        case m.Noun():
+            return _verbalise_noun(anchor, rng)
+        case m.Extreme():
+            forms = [form for form in _EXTREME[anchor.direction] if form.endswith("{}")]
+            return rng.choice(forms).format(_verbalise_noun(anchor.noun, rng))
+        case m.Ordinal():
+            return _ordinal(anchor, rng)
+        case m.Superlative():
+            return _superlative(anchor, rng)
+    raise TypeError(f"no wording for an anchor of type {type(anchor).__name__}")
+
+
+def _ordinal(meaning: m.Ordinal, rng: Random) -> str:
+    return f"{RANKS[meaning.rank]} {_verbalise_noun(meaning.noun, rng)} from the {meaning.direction}"
+
+
+def _superlative(meaning: m.Superlative, rng: Random) -> str:
+    return f"{rng.choice(_SUPERLATIVE[meaning.biggest])} {_verbalise_noun(meaning.noun, rng)}"
 
 
 def _verbalise_noun(noun: m.Noun, rng: Random) -> str:
@@ -141,7 +189,7 @@ def _verbalise_noun(noun: m.Noun, rng: Random) -> str:
     return " ".join(word for word in (size, noun.texture, noun.colour, thing) if word)
 
 
-def _draw_noun(shape: Shape, rng: Random, limit: int) -> m.Noun:
+def draw_noun(shape: Shape, rng: Random, limit: int) -> m.Noun:
     """Draw a noun with at most ``limit`` of the shape's attributes; a medium size has no word."""
     attributes = {"kind": (shape.kind, 0.75), "colour": (shape.colour, 0.55), "texture": (shape.texture, 0.2)}
     if shape.size != "medium":
@@ -152,22 +200,22 @@ def _draw_noun(shape: Shape, rng: Random, limit: int) -> m.Noun:
     return m.Noun(**chosen)
 
 
-def _propose(kind: str, scene: Scene, target: int, rng: Random) -> m.Meaning | None:
+def propose_meaning(kind: str, scene: Scene, target: int, rng: Random) -> m.Meaning | None:
     """Return a meaning of this kind that identifies ``target``, or None after ten attempts."""
     shape = scene.shapes[target]
     for _ in range(10):
-        noun = _draw_noun(shape, rng, 3 if kind == "attribute" else 2)
+        noun = draw_noun(shape, rng, 3 if kind == "attribute" else 2)
         count = len(noun.members(scene))
         # Except for attributes, the noun must be ambiguous, or the rest of the sentence would be redundant.
         if (count == 1) != (kind == "attribute"):
             continue
-        meaning = _complete(kind, noun, count, scene, target, rng)
+        meaning = complete(kind, noun, count, scene, target, rng)
         if meaning is not None and m.identify(meaning, scene) == target:
             return meaning
     return None
 
 
-def _complete(kind: str, noun: m.Noun, count: int, scene: Scene, target: int, rng: Random) -> m.Meaning | None:
+def complete(kind: str, noun: m.Noun, count: int, scene: Scene, target: int, rng: Random) -> m.Meaning | None:
     """Draw the rest of a description of ``noun`` that may apply to ``target``."""
     if kind == "attribute":
         return noun
@@ -182,10 +230,10 @@ def _complete(kind: str, noun: m.Noun, count: int, scene: Scene, target: int, rn
         axis, sign = m.DIRECTIONS[direction]
         order = sorted(noun.members(scene), key=lambda i: sign * scene.centre[i][axis])
         rank = order.index(target) + 1
-        return m.Ordinal(noun, rank, direction) if count >= 3 and rank in _RANKS else None
+        return m.Ordinal(noun, rank, direction) if count >= 3 and rank in RANKS else None
     # A relation, chosen so that it probably holds.
     anchor = rng.choice([i for i in range(len(scene)) if i != target])
-    named = _draw_noun(scene.shapes[anchor], rng, 2)
+    named = draw_noun(scene.shapes[anchor], rng, 2)
     if named.members(scene) != [anchor]:
         return None
     if scene.overlap[target][anchor]:
@@ -194,8 +242,13 @@ def _complete(kind: str, noun: m.Noun, count: int, scene: Scene, target: int, rn
         return m.Relation(noun, "in front of", named)
     if rng.random() < 0.2:
         return m.Relation(noun, "nearest to", named)
+    return m.Relation(noun, side_of(scene, target, anchor), named)
+
+
+def side_of(scene: Scene, target: int, anchor: int) -> str:
+    """Return the relation "left of", "right of", "above" or "below" that fits two shapes best."""
     dx = scene.centre[target][0] - scene.centre[anchor][0]
     dy = scene.centre[target][1] - scene.centre[anchor][1]
     if abs(dx) > abs(dy):
-        return m.Relation(noun, "left of" if dx < 0 else "right of", named)
-    return m.Relation(noun, "above" if dy < 0 else "below", named)
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"

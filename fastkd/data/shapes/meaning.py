@@ -7,6 +7,7 @@ is a borderline case (``UNCLEAR``). A description identifies a shape if that sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ MARGIN = 0.06  # in image sides: 4 pixels of 64
 SIZE_RATIO = 1.18  # between sides (square roots of areas), for "biggest" and "smallest"
 AREA_RATIO = 1.15  # between visible areas, which must be ordered like the sides
 DISTANCE_RATIO = 1.3  # for "nearest to"
+WIDE_ANGLE, NARROW_ANGLE = -0.8, -0.1  # cosines at a shape between two others: 143 degrees is clear, 96 is clearly not
 CLEAR_OVERLAP = 0.08  # share of the smaller shape, for "behind" and "in front of"
 
 DIRECTIONS = {
@@ -140,22 +142,74 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """The members of ``noun`` that have a relation to the only member of ``anchor``."""
+    """The members of ``noun`` that have a relation to the shape that ``anchor`` identifies."""
 
     noun: Noun
     relation: str
-    anchor: Noun
+    anchor: Meaning
 
     def truth(self, scene: Scene) -> list[int]:
-        """Return YES for members that clearly have the relation; all NO unless ``anchor`` has exactly one member."""
-        anchors = self.anchor.members(scene)
-        if len(anchors) != 1:
+        """Return YES for members that clearly have the relation; all NO unless ``anchor`` identifies a shape."""
+        to = identify(self.anchor, scene)
+        if to is None:
             return [NO] * len(scene)
-        to = anchors[0]
         members = [i for i in self.noun.members(scene) if i != to]
         if self.relation == "nearest to":
             return _spread(scene, _nearest(scene, members, to))
         return _spread(scene, {i: _related(scene, i, self.relation, to) for i in members})
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """The members of ``noun`` between the only members of two nouns ("the star between the circle and the cross")."""
+
+    noun: Noun
+    first: Noun
+    second: Noun
+
+    def truth(self, scene: Scene) -> list[int]:
+        """Return YES for members that see the two in nearly opposite directions."""
+        first, second = identify(self.first, scene), identify(self.second, scene)
+        if first is None or second is None or first == second:
+            return [NO] * len(scene)
+        values = {}
+        for i in self.noun.members(scene):
+            if i not in (first, second):
+                at = cosine(scene, i, first, second)
+                values[i] = YES if at <= WIDE_ANGLE else NO if at >= NARROW_ANGLE else UNCLEAR
+        return _spread(scene, values)
+
+
+@dataclass(frozen=True, slots=True)
+class Except:
+    """The members of ``noun`` without one attribute ("the star that is not red"). Never UNCLEAR."""
+
+    noun: Noun
+    attribute: str
+    value: str
+
+    def truth(self, scene: Scene) -> list[int]:
+        """Return YES for members whose attribute has another value."""
+        members = self.noun.members(scene)
+        return _spread(scene, {i: YES for i in members if getattr(scene.shapes[i], self.attribute) != self.value})
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """The members of ``noun`` that share an attribute with the only member of ``anchor``. Never UNCLEAR."""
+
+    noun: Noun
+    attribute: str
+    anchor: Noun
+
+    def truth(self, scene: Scene) -> list[int]:
+        """Return YES for members with the anchor's value; all NO unless ``anchor`` has exactly one member."""
+        to = identify(self.anchor, scene)
+        if to is None:
+            return [NO] * len(scene)
+        value = getattr(scene.shapes[to], self.attribute)
+        members = [i for i in self.noun.members(scene) if i != to]
+        return _spread(scene, {i: YES for i in members if getattr(scene.shapes[i], self.attribute) == value})
 
 
 def identify(meaning: Meaning, scene: Scene) -> int | None:
@@ -164,6 +218,14 @@ def identify(meaning: Meaning, scene: Scene) -> int | None:
     if truth.count(YES) != 1 or UNCLEAR in truth:
         return None
     return truth.index(YES)
+
+
+def cosine(scene: Scene, i: int, first: int, second: int) -> float:
+    """Return the cosine of the angle at shape i between two others."""
+    x, y = scene.centre[i]
+    (ax, ay), (bx, by) = scene.centre[first], scene.centre[second]
+    product = math.hypot(ax - x, ay - y) * math.hypot(bx - x, by - y)
+    return ((ax - x) * (bx - x) + (ay - y) * (by - y)) / max(product, 1e-9)
 
 
 def _spread(scene: Scene, values: dict[int, int]) -> list[int]:

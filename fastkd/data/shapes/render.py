@@ -23,11 +23,29 @@ def render(scene: Scene, size: int, rng: Random) -> tuple[np.ndarray, np.ndarray
     """
     s = SUPERSAMPLE
     canvas = _background(size, rng).resize((size * s, size * s), Image.Resampling.NEAREST)
-    _clutter(canvas, rng)
+    clutter(canvas, rng.choice((0, 0, 4, 8, 14)), rng)
+    labels = paint(canvas, scene, size, rng)
+    pixels = np.asarray(canvas.reduce(s), dtype=np.float32)
+    noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
+    grain = noise.standard_normal((size, size, 3), dtype=np.float32) * rng.uniform(0.0, 9.0)
+    return np.clip(pixels + grain + 0.5, 0, 255).astype(np.uint8), labels
+
+
+def paint(
+    canvas: Image.Image, scene: Scene, size: int, rng: Random, *, shadow: tuple[int, int, int] | None = None
+) -> np.ndarray:
+    """Draw the shapes on ``canvas``, which has `SUPERSAMPLE` times ``size`` pixels per side, and return the labels.
+
+    ``shadow`` is the offset of cast shadows, right and down in pixels of the canvas, and their opacity (0 to 255).
+    """
+    s = SUPERSAMPLE
     owners = Image.new("L", canvas.size)
     boxes = []
     for index, shape in enumerate(scene.shapes):
         tile, mask, corner = _tile(shape, size * s, rng)
+        if shadow is not None:
+            at = (corner[0] + shadow[0], corner[1] + shadow[1])
+            canvas.paste((0, 0, 0), at, mask.point([0] + [shadow[2]] * 255))
         canvas.paste(tile, corner, mask)
         box = (*corner, corner[0] + tile.width, corner[1] + tile.height)
         owners.paste(index + 1, box, mask)
@@ -39,10 +57,7 @@ def render(scene: Scene, size: int, rng: Random) -> tuple[np.ndarray, np.ndarray
         rows = np.add.reduce([fine[k::s] for k in range(s)])  # sum over the s rows of each pixel
         cover = np.add.reduce([rows[:, k::s] for k in range(s)])  # covered samples, of s * s per pixel
         labels[top // s : bottom // s, left // s : right // s][2 * cover >= s * s] = index + 1
-    pixels = np.asarray(canvas.reduce(s), dtype=np.float32)
-    noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
-    grain = noise.standard_normal((size, size, 3), dtype=np.float32) * rng.uniform(0.0, 9.0)
-    return np.clip(pixels + grain + 0.5, 0, 255).astype(np.uint8), labels
+    return labels
 
 
 def _tile(shape: Shape, side: int, rng: Random) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
@@ -106,7 +121,7 @@ def _dots(draw: ImageDraw.ImageDraw, width: int, height: int, period: float, fil
 
 def _background(size: int, rng: Random) -> Image.Image:
     """Return a nearly grey background, plain or a gradient."""
-    first, second = _grey(rng), _grey(rng)
+    first, second = grey(rng), grey(rng)
     if rng.random() < 0.3:
         return Image.new("RGB", (size, size), first)
     angle = rng.uniform(0, 2 * math.pi)
@@ -116,18 +131,19 @@ def _background(size: int, rng: Random) -> Image.Image:
     return Image.fromarray((pixels + 0.5).astype(np.uint8))
 
 
-def _grey(rng: Random) -> Colour:
+def grey(rng: Random) -> Colour:
+    """Return a random colour that is nearly grey."""
     level = rng.uniform(70, 200)
     r, g, b = (round(level + rng.uniform(-12, 12)) for _ in range(3))
     return r, g, b
 
 
-def _clutter(canvas: Image.Image, rng: Random) -> None:
+def clutter(canvas: Image.Image, count: int, rng: Random) -> None:
     """Draw thin grey strokes and small blobs, which no sentence refers to."""
     draw = ImageDraw.Draw(canvas)
     side = canvas.width
-    for _ in range(rng.choice((0, 0, 4, 8, 14))):
-        x, y, fill = rng.uniform(0, side), rng.uniform(0, side), _grey(rng)
+    for _ in range(count):
+        x, y, fill = rng.uniform(0, side), rng.uniform(0, side), grey(rng)
         if rng.random() < 0.7:
             length, angle = rng.uniform(0.05, 0.3) * side, rng.uniform(0, math.pi)
             ends = (x, y, x + length * math.cos(angle), y + length * math.sin(angle))

@@ -7,6 +7,7 @@ Shapes are listed from back to front.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from random import Random
@@ -33,6 +34,32 @@ MIN_VISIBLE_SHARE = 0.4
 MIN_VISIBLE_AREA = 0.009  # 36 pixels of a 64 x 64 image
 GRID = 128  # visibility, centroids and overlaps are measured on this grid for every image size
 _BORDER = 0.015
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """Distribution of scenes; each range includes both ends.
+
+    Args:
+        count: Number of shapes.
+        crowded: Number of shapes in a crowded scene.
+        kinds: Number of kinds that a scene uses.
+        colours: Number of colours that a scene uses.
+        sizes: Range of the side, by size word.
+        near: Share of shapes drawn close to another one, so that occlusion is frequent.
+        min_area: Smallest visible area of a shape (the image is 1).
+    """
+
+    count: tuple[int, int] = (3, 8)
+    crowded: tuple[int, int] = (6, 8)
+    kinds: tuple[int, int] = (2, 4)
+    colours: tuple[int, int] = (2, 4)
+    sizes: Mapping[str, tuple[float, float]] = field(default_factory=lambda: SIZES)
+    near: float = 0.35
+    min_area: float = MIN_VISIBLE_AREA
+
+
+STYLE = Style()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +151,17 @@ def _pick(rng: Random, shares: dict[str, float]) -> str:
     return rng.choices(tuple(shares), tuple(shares.values()))[0]
 
 
-def _draw_shape(rng: Random, kinds: list[str], colours: list[str], placed: list[Shape], crowded: bool) -> Shape:
+def _draw_shape(
+    rng: Random, kinds: list[str], colours: list[str], placed: list[Shape], style: Style, crowded: bool
+) -> Shape:
     kind, size = rng.choice(kinds), _pick(rng, SIZE_SHARES)
     if crowded and size == "large" and rng.random() < 0.5:
         size = "medium"
-    side = rng.uniform(*SIZES[size])
+    side = rng.uniform(*style.sizes[size])
     angle = rng.uniform(-0.2, 0.2)
     corners = unit_outline(kind)
     reach = float(np.hypot(corners[:, 0], corners[:, 1]).max()) * side * (1.0 if kind != "square" else 0.85) + _BORDER
-    if placed and rng.random() < 0.35:  # near another shape, so that occlusion is frequent
+    if placed and rng.random() < style.near:
         near = rng.choice(placed)
         direction, distance = rng.uniform(0, 2 * math.pi), rng.uniform(0.35, 0.6) * (near.side + side)
         x, y = near.x + distance * math.cos(direction), near.y + distance * math.sin(direction)
@@ -142,26 +171,26 @@ def _draw_shape(rng: Random, kinds: list[str], colours: list[str], placed: list[
     return Shape(kind, rng.choice(colours), _pick(rng, TEXTURES), size, x, y, side, angle)
 
 
-def draw_scene(rng: Random, *, crowded: bool = False) -> Scene:
-    """Return a random scene of 3 to 8 sufficiently visible shapes (6 to 8 if ``crowded``).
+def draw_scene(rng: Random, *, crowded: bool = False, style: Style = STYLE) -> Scene:
+    """Return a random scene of sufficiently visible shapes: 3 to 8, or 6 to 8 if ``crowded``, in the default style.
 
     Each scene uses a few kinds and colours, so that most scenes have several shapes of one kind or colour.
     """
-    fewest = 6 if crowded else 3
+    fewest, most = style.crowded if crowded else style.count
     while True:
-        count = rng.randint(fewest, 8)
-        kinds = rng.sample(KINDS, rng.randint(2, 4))
-        colours = rng.sample(tuple(COLOURS), rng.randint(2, 4))
+        count = rng.randint(fewest, most)
+        kinds = rng.sample(KINDS, rng.randint(*style.kinds))
+        colours = rng.sample(tuple(COLOURS), rng.randint(*style.colours))
         shapes: list[Shape] = []
         seen: list[np.ndarray] = []  # visible part of each shape so far
         full: list[np.ndarray] = []  # each shape without occlusion
         for _ in range(6 * count):
             if len(shapes) == count:
                 break
-            shape = _draw_shape(rng, kinds, colours, shapes, crowded)
+            shape = _draw_shape(rng, kinds, colours, shapes, style, crowded)
             mask = _raster(shape)
             left = [part & ~mask for part in seen]
-            needed = (max(MIN_VISIBLE_SHARE * np.count_nonzero(m), MIN_VISIBLE_AREA * GRID * GRID) for m in full)
+            needed = (max(MIN_VISIBLE_SHARE * np.count_nonzero(m), style.min_area * GRID * GRID) for m in full)
             if all(np.count_nonzero(part) >= least for part, least in zip(left, needed, strict=True)):
                 shapes.append(shape)
                 seen = [*left, mask]

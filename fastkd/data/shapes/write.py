@@ -6,7 +6,8 @@ import json
 import os
 import pickle
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,8 +22,35 @@ from fastkd.data.shapes.language import KIND_SHARES, Expression, describe, draw_
 from fastkd.data.shapes.render import render
 from fastkd.data.shapes.scene import KINDS, Scene, draw_scene
 
-FORMAT = "fastkd-shapes-1"
 _ENTRIES = {"images", "refcoco", "shapes.json"}
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """Definition of a procedural set.
+
+    Args:
+        version: Name and version; scenes and images are functions of version, seed and index.
+        description: For ``instances.json``.
+        shares: Share of each kind of sentence.
+        split_of: Split of an image, by index.
+        fewest_images: Number of images after which every split has one.
+        draw: Scene and sentences, by index and seed.
+        render: Image and labels of a scene; see `fastkd.data.shapes.render.render`.
+    """
+
+    version: str
+    description: str
+    shares: Mapping[str, float]
+    split_of: Callable[[int], str]
+    fewest_images: int
+    draw: Callable[[int, int], tuple[Scene, list[Expression]]]
+    render: Callable[[Scene, int, Random], tuple[np.ndarray, np.ndarray]]
+
+    def image(self, scene: Scene, image_size: int, index: int, seed: int) -> tuple[np.ndarray, np.ndarray, Random]:
+        """Return image and labels of scene ``index``, and the source of random numbers for what follows."""
+        rng = Random(f"{self.version}/{seed}/{index}/look")
+        return *self.render(scene, image_size, rng), rng
 
 
 def make_shapes(
@@ -65,8 +93,22 @@ def make_shapes(
         fastkd.data.make_shapes("data/shapes", images=2000, image_size=64)
         train = fastkd.data.RefCOCO("data/shapes", split="train")
     """
-    if isinstance(images, bool) or not isinstance(images, int) or images < 4:
-        raise ValueError(f"images must be an integer of at least 4, so that every split has one, got {images!r}")
+    return write_set(SHAPES, root, images, image_size, seed, overwrite, progress)
+
+
+def write_set(
+    procedure: Procedure,
+    root: str | os.PathLike[str],
+    images: int,
+    image_size: int,
+    seed: int,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Write a set by a procedure and return its counts; see `make_shapes`."""
+    least = procedure.fewest_images
+    if isinstance(images, bool) or not isinstance(images, int) or images < least:
+        raise ValueError(f"images must be an integer of at least {least}, so that every split has one, got {images!r}")
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 32:
         raise ValueError(f"image_size must be an integer of at least 32 pixels, got {image_size!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -74,7 +116,7 @@ def make_shapes(
     root = Path(root).absolute()
     _check_target(root, overwrite)
     with replace_folder(root) as partial:
-        counts = _write(partial, images, image_size, seed, progress)
+        counts = _write(procedure, partial, images, image_size, seed, progress)
         _check_target(root, overwrite)  # another process may have written there meanwhile
     return counts
 
@@ -103,7 +145,7 @@ def split_of(index: int) -> str:
 
 def draw(index: int, seed: int) -> tuple[Scene, list[Expression]]:
     """Return scene ``index`` of the set and its sentences, independent of the number of images."""
-    rng = Random(f"{FORMAT}/{seed}/{index}/scene")
+    rng = Random(f"{SHAPES.version}/{seed}/{index}/scene")
     kinds = draw_kinds(rng)
     for _ in range(500):
         scene = draw_scene(rng, crowded=split_of(index) == "testB")
@@ -113,8 +155,24 @@ def draw(index: int, seed: int) -> tuple[Scene, list[Expression]]:
     raise RuntimeError(f"no scene for the sentence kinds {kinds} in 500 attempts (seed {seed}, image {index})")
 
 
+SHAPES = Procedure(
+    version="fastkd-shapes-1",
+    description="fastkd procedural referring shapes",
+    shares=KIND_SHARES,
+    split_of=split_of,
+    fewest_images=4,
+    draw=draw,
+    render=render,
+)
+
+
 def _write(
-    folder: Path, images: int, image_size: int, seed: int, progress: Callable[[int, int], None] | None
+    procedure: Procedure,
+    folder: Path,
+    images: int,
+    image_size: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     image_folder = folder / "images" / "train2014"
     image_folder.mkdir(parents=True)
@@ -122,9 +180,8 @@ def _write(
     refs: list[dict[str, Any]] = []
     sidecar: dict[str, dict[str, Any]] = {"objects": {}, "sentences": {}}
     for index in range(images):
-        scene, expressions = draw(index, seed)
-        appearance = Random(f"{FORMAT}/{seed}/{index}/look")
-        pixels, labels = render(scene, image_size, appearance)
+        scene, expressions = procedure.draw(index, seed)
+        pixels, labels, appearance = procedure.image(scene, image_size, index, seed)
         name = f"COCO_train2014_{index + 1:012d}.jpg"
         Image.fromarray(pixels).save(image_folder / name, format="JPEG", quality=92, subsampling=0)
         instances["images"].append(
@@ -152,10 +209,11 @@ def _write(
                 "visible": round(scene.visible[k], 4),
                 "depth": k,
             }
-        _add_refs(refs, sidecar["sentences"], scene, expressions, index, first, appearance)
+        split = procedure.split_of(index)
+        _add_refs(refs, sidecar["sentences"], scene, expressions, index, split, first, appearance)
         if progress is not None:
             progress(index + 1, images)
-    _save(folder, instances, refs, sidecar, {"images": images, "image_size": image_size, "seed": seed})
+    _save(procedure, folder, instances, refs, sidecar, {"images": images, "image_size": image_size, "seed": seed})
     kinds = Counter(sidecar["sentences"].values())
     return {
         "images": images,
@@ -163,7 +221,7 @@ def _write(
         "refs": len(refs),
         "sentences": len(sidecar["sentences"]),
         "refs_by_split": dict(Counter(ref["split"] for ref in refs)),
-        "sentences_by_kind": {kind: kinds[kind] for kind in KIND_SHARES},
+        "sentences_by_kind": {kind: kinds[kind] for kind in procedure.shares},
     }
 
 
@@ -187,6 +245,7 @@ def _add_refs(
     scene: Scene,
     expressions: list[Expression],
     index: int,
+    split: str,
     first_ann_id: int,
     rng: Random,
 ) -> None:
@@ -208,7 +267,7 @@ def _add_refs(
                 "ann_id": first_ann_id + target,
                 "ref_id": len(refs),
                 "image_id": index + 1,
-                "split": split_of(index),
+                "split": split,
                 "sentences": sentences,
                 "category_id": KINDS.index(scene.shapes[target].kind) + 1,
             }
@@ -216,6 +275,7 @@ def _add_refs(
 
 
 def _save(
+    procedure: Procedure,
     folder: Path,
     instances: dict[str, list[dict[str, Any]]],
     refs: list[dict[str, Any]],
@@ -224,7 +284,7 @@ def _save(
 ) -> None:
     (folder / "refcoco").mkdir()
     content: dict[str, Any] = {
-        "info": {"description": "fastkd procedural referring shapes", "version": FORMAT, **settings},
+        "info": {"description": procedure.description, "version": procedure.version, **settings},
         "licenses": [{"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}],
         **instances,
         "categories": [{"supercategory": "shape", "id": k + 1, "name": kind} for k, kind in enumerate(KINDS)],
@@ -232,5 +292,5 @@ def _save(
     (folder / "refcoco" / "instances.json").write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
     # The published files use protocol 2.
     (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    extra: dict[str, Any] = {"format": FORMAT, **settings, "shares": KIND_SHARES, **sidecar}
+    extra: dict[str, Any] = {"format": procedure.version, **settings, "shares": dict(procedure.shares), **sidecar}
     (folder / "shapes.json").write_text(json.dumps(extra, separators=(",", ":")), encoding="utf-8")
