@@ -169,6 +169,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "ReferDataset.fill_cache": "(self)",
         "ReferFolder": ("(root, split='train', *, image_root=None, mask_rule='union', skip_unusable=False, name=None)"),
         "ReferringSet": "()",
+        "check_set": "(root, *, image_root=None, images=True, max_words=20)",
+        "write_folder": "(data, folder, *, format='jsonl', copy_images=False, overwrite=False)",
         "open_set": "(root, split, name='refcoco', split_by=None, **options)",
         "Sentence": "(sent_id, text)",
         "ShardDataset": (
@@ -348,6 +350,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "0.224, 0.225))"
         ),
         "ResultRow": "(name, parameters=None, metrics=factory, steps=None, train_seconds=None, note='', baseline=None)",
+        "contact_sheet": "(samples, *, columns=4, tile=256)",
         "console_table": "(rows, *, title='Results (%)', console=None)",
         "curves_from_log": "(path, *, run=None, metrics=('mIoU',))",
         "save_overlay": "(image, mask, path, *, colour=(230, 126, 0), longest=None)",

@@ -13,14 +13,30 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     ``args`` begins with the command and, for ``train``, ``distill`` and ``cache``, its configuration, whose settings
     become the defaults of the flags.
     """
-    from fastkd.cli import cache, convert, data, demo, evaluate, experiments, export, info, predict, recipes, train
+    from fastkd.cli import (
+        _sets,
+        cache,
+        convert,
+        data,
+        demo,
+        evaluate,
+        experiments,
+        export,
+        info,
+        predict,
+        recipes,
+        train,
+    )
 
     app = SubcommandApp()
     app.command(name="info")(info.info)
-    shapes = SubcommandApp()
-    shapes.command(name="make-shapes")(data.make_shapes)
-    shapes.command(name="make-shapesref")(data.make_shapesref)
-    app.command(shapes, name="data", help="make datasets")
+    datasets = SubcommandApp()
+    datasets.command(name="make-shapes")(data.make_shapes)
+    datasets.command(name="make-shapesref")(data.make_shapesref)
+    datasets.command(name="check")(_sets.check)
+    datasets.command(name="convert")(_sets.convert)
+    datasets.command(name="show")(_sets.show_samples)
+    app.command(datasets, name="data", help="make, check, convert and show datasets")
     app.command(name="train")(train.with_settings(train.train, args))
     app.command(name="distill")(train.with_settings(train.distill, args))
     app.command(name="recipes")(recipes.recipes)

@@ -12,7 +12,9 @@ from fastkd._lazy import lazy_names
 if TYPE_CHECKING:
     from fastkd.data import shapes, shapesref
     from fastkd.data._records import Ref, Sentence
+    from fastkd.data.check import check_set
     from fastkd.data.dataset import ReferDataset, collate
+    from fastkd.data.folder_writer import write_folder
     from fastkd.data.mixed import MixedDataset
     from fastkd.data.opening import open_set
     from fastkd.data.refcoco import RefCOCO
@@ -34,6 +36,7 @@ __all__ = [
     "Sentence",
     "ShardDataset",
     "Tokenizer",
+    "check_set",
     "collate",
     "load_tokenizer",
     "make_shapes",
@@ -41,6 +44,7 @@ __all__ = [
     "open_set",
     "shapes",
     "shapesref",
+    "write_folder",
     "write_shards",
 ]
 
@@ -56,6 +60,7 @@ __getattr__ = lazy_names(
         "Sentence": "fastkd.data._records",
         "ShardDataset": "fastkd.data.stream",
         "Tokenizer": "fastkd.data.tokenizer",
+        "check_set": "fastkd.data.check",
         "collate": "fastkd.data.dataset",
         "load_tokenizer": "fastkd.data.tokenizer",
         "make_shapes": "fastkd.data.shapes.write",
@@ -63,6 +68,7 @@ __getattr__ = lazy_names(
         "open_set": "fastkd.data.opening",
         "shapes": "fastkd.data.shapes",
         "shapesref": "fastkd.data.shapesref",
+        "write_folder": "fastkd.data.folder_writer",
         "write_shards": "fastkd.data.shards",
     },
 )

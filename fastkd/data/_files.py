@@ -34,14 +34,26 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
         pickle.UnpicklingError: The file names a class or function, or is not a pickle; also a ValueError.
         ValueError: The content is not a list of refs.
     """
-    content = read_bytes(path)
-    several = path.suffix == ".json"
-    refs = read_json(content, path) if several else _unpickle(content, path)
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
-        raise ValueError(f"{path} must hold a list of dicts, got {type(refs).__name__}")
+    refs = load_refs(path)
+    if not all(isinstance(ref, dict) for ref in refs):
+        raise ValueError(f"{path} must hold a list of dicts")
     for number, ref in enumerate(refs):
-        if fault := ref_fault(ref, several):
+        if fault := ref_fault(ref, lists_targets(path)):
             raise ValueError(f"{path}: {fault[0]} of ref number {number} must be {fault[1]}, got {fault[2]}")
+    return refs
+
+
+def lists_targets(path: Path) -> bool:
+    """Return whether the refs of a file may have several targets: those in JSON, of gRefCOCO."""
+    return path.suffix == ".json"
+
+
+def load_refs(path: Path) -> list[Any]:
+    """Return the content of a refs file, a list whose entries are not checked yet; raise like `read_refs`."""
+    content = read_bytes(path)
+    refs = read_json(content, path) if lists_targets(path) else _unpickle(content, path)
+    if not isinstance(refs, list):
+        raise ValueError(f"{path} must hold a list of dicts, got {type(refs).__name__}")
     return refs
 
 
@@ -107,34 +119,41 @@ def find_images(
         FileNotFoundError: There is no such folder, or a file is missing and ``partial`` is False.
         ValueError: A name points outside of the folder, or a link leads out of it.
     """
-    folders = [root / folder for folder in usual] if image_root is None else [Path(image_root)]
     for name in needed:
         check_name(name, "instances.json")
-    if any("/" in name for name in needed):
-        folders += [parent for folder in folders if (parent := folder.parent) not in folders]
-    best: tuple[set[str], Path, set[str]] | None = None
-    for folder in folders:
-        if not folder.is_dir():
-            continue
-        missing, links = find_missing(folder, needed)
-        if best is None or len(missing) < len(best[0]):
-            best = missing, folder, links
-        if not missing:
-            break
+    folders, best = best_folder(root, image_root, needed, usual)
     tried = "\n".join(f"  {folder}" for folder in folders)
     if best is None:
         hint = "put the images there, or pass image_root" if image_root is None else "image_root is not a folder"
         raise FileNotFoundError(f"no image folder; tried:\n{tried}\n{hint}")
-    missing, folder, links = best
+    folder, missing, links = best
     if missing and not (partial and len(missing) < len(needed)):
         example = folder / min(missing)
         raise FileNotFoundError(
             f"{len(missing)} of {len(needed)} images are missing, such as {example}; tried:\n{tried}"
         )
-    allowed = root if image_root is None else folder
     for name in ("", *sorted(links)):
-        check_inside(folder / name, allowed)
+        check_inside(folder / name, root if image_root is None else folder)
     return folder, missing
+
+
+def best_folder(
+    root: Path, image_root: str | os.PathLike[str] | None, needed: Sequence[str], usual: Sequence[str]
+) -> tuple[list[Path], tuple[Path, set[str], set[str]] | None]:
+    """Return the folders to look for images in, and the one that lacks the fewest, or None if there are none.
+
+    The second value is the folder, the names that it lacks, and those that are links; see `find_images`.
+    """
+    folders = [root / folder for folder in usual] if image_root is None else [Path(image_root)]
+    if any("/" in name for name in needed):
+        folders += [parent for folder in folders if (parent := folder.parent) not in folders]
+    best: tuple[Path, set[str], set[str]] | None = None
+    for folder in folders:
+        if folder.is_dir() and (best is None or best[1]):
+            missing, links = find_missing(folder, needed)
+            if best is None or len(missing) < len(best[1]):
+                best = folder, missing, links
+    return folders, best
 
 
 def find_missing(folder: Path, needed: Sequence[str]) -> tuple[set[str], set[str]]:

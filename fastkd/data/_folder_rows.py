@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastkd.data._confine import check_name
 from fastkd.data._files import read_bytes, read_json
 from fastkd.data._values import brief, is_int
+from fastkd.data.masks import EmptyMask, decode_mask, rasterise
 from fastkd.data.shards import import_reader
 
 _ROW_GROUPS = 2  # kept decoded per process
-FIELDS = ("image", "mask", "sentence", "id")
+FIELDS = ("image", "mask", "sentence", "id", "sent_id")
 
 
 class Stored:
@@ -33,6 +37,7 @@ class Row:
         mask: Name of the mask file, a segmentation, `STORED`, or None without a target.
         sentences: One or more texts, not yet checked.
         id: Integer or string, or None.
+        sent_ids: Ids of the sentences, or None.
     """
 
     where: str
@@ -40,25 +45,71 @@ class Row:
     mask: Any
     sentences: list[str]
     id: int | str | None
+    sent_ids: list[int] | None
 
 
-class JsonRows:
-    """The lines of a JSONL file."""
+class Rows:
+    """The rows of a file.
 
-    def __init__(self, path: Path) -> None:
-        lines = [line for line in enumerate(read_bytes(path).split(b"\n"), start=1) if line[1].strip()]
-        wheres = [f"{path}, line {number}" for number, _ in lines]
-        self.rows = [_row(read_json(line, where), where) for (_, line), where in zip(lines, wheres, strict=True)]
+    Args:
+        contents: The content of each row, and where it is.
+        faults: A list that collects the errors of invalid rows, which are then skipped; default: they are raised.
+    """
 
-    def stored(self, number: int, field: str) -> bytes:
-        """Never called: lines hold names."""
+    def __init__(self, contents: Iterable[tuple[Any, str]], faults: list[ValueError] | None = None) -> None:
+        self.rows: list[Row] = []
+        self.numbers: list[int] = []  # of the rows in the file
+        for number, (content, where) in enumerate(contents):
+            try:
+                self.rows.append(_row(read_json(content, where) if isinstance(content, bytes) else content, where))
+                self.numbers.append(number)
+            except ValueError as error:
+                if faults is None:
+                    raise
+                faults.append(error)
+
+    def stored(self, index: int, field: str) -> bytes:
+        """Return the bytes of an image or mask that the file itself holds."""
         raise NotImplementedError
 
+    def image_source(self, index: int, folder: Path) -> Path | bytes:
+        """Return the path of a row's image, or its content."""
+        image = self.rows[index].image
+        return folder / image if isinstance(image, str) else self.stored(index, "image")
 
-class ParquetRows:
+    def mask(self, index: int, folder: Path, size: tuple[int, int], rule: str) -> np.ndarray:
+        """Return the mask of a row, (H, W) bool, for an image of this (height, width)."""
+        row = self.rows[index]
+        if row.mask is None:
+            return np.zeros(size, dtype=bool)
+        if isinstance(row.mask, list | dict):
+            return rasterise(row.mask, *size, rule=rule, owner=row.where)
+        content = read_bytes(folder / row.mask) if isinstance(row.mask, str) else self.stored(index, "mask")
+        try:
+            mask = decode_mask(content)
+        except Exception as error:  # Pillow raises many types for damaged files
+            raise ValueError(f"{row.where}: its mask can't be read ({type(error).__name__}: {error})") from error
+        if mask.shape != size:
+            raise ValueError(
+                f"{row.where}: its mask is {mask.shape}, its image {size} (height, width); they must be equal"
+            )
+        if not mask.any():
+            raise EmptyMask(f"{row.where}: its mask covers no pixel; write null if the sentence has no target")
+        return mask
+
+
+class JsonRows(Rows):
+    """The lines of a JSONL file."""
+
+    def __init__(self, path: Path, faults: list[ValueError] | None = None) -> None:
+        lines = enumerate(read_bytes(path).split(b"\n"), start=1)
+        super().__init__(((line, f"{path}, line {number}") for number, line in lines if line.strip()), faults)
+
+
+class ParquetRows(Rows):
     """The rows of a parquet file; images and masks stored in it are read on access, a row group at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, faults: list[ValueError] | None = None) -> None:
         self.path = path
         file = self._open()
         names = file.schema_arrow.names
@@ -67,16 +118,18 @@ class ParquetRows:
         stored = {name for name in ("image", "mask") if _holds_bytes(file.schema_arrow.field(name).type)}
         columns = [name for name in FIELDS if name in names and name not in stored]
         table = file.read(columns=columns).to_pylist()
-        self.rows = [
-            _row({**row, **dict.fromkeys(stored, STORED)}, f"{path}, row {number}") for number, row in enumerate(table)
-        ]
+        held = dict.fromkeys(stored, STORED)
+        without = _null_rows(file, "mask") if "mask" in stored else set()
+        contents = [{**row, **held, **({"mask": None} if n in without else {})} for n, row in enumerate(table)]
+        super().__init__(((content, f"{path}, row {number}") for number, content in enumerate(contents)), faults)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         self._places = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
         self._columns = sorted(stored)
         self._groups: dict[tuple[int, int], Any] = {}
 
-    def stored(self, number: int, field: str) -> bytes:
+    def stored(self, index: int, field: str) -> bytes:
         """Return the bytes of an image or mask."""
+        number = self.numbers[index]
         group, row = self._places[number]
         key = (os.getpid(), group)  # a forked process opens the file again
         if key not in self._groups:
@@ -105,12 +158,29 @@ def _holds_bytes(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
+def _null_rows(file: Any, column: str) -> set[int]:
+    """Return the rows in which a column is null; only row groups with nulls are read."""
+    compute = import_reader("pyarrow.compute")
+    found: set[int] = set()
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+        part = file.metadata.row_group(group)
+        leaves = [part.column(leaf) for leaf in range(part.num_columns)]
+        statistics = next(leaf.statistics for leaf in leaves if leaf.path_in_schema.split(".")[0] == column)
+        if statistics is None or not statistics.has_null_count or statistics.null_count:
+            values = file.read_row_group(group, columns=[column]).column(column)
+            null = compute.is_null(values).to_pylist()
+            found |= {first + row for row, is_null in enumerate(null) if is_null}
+        first += part.num_rows
+    return found
+
+
 def _row(content: Any, where: str) -> Row:
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be an object with image, mask and sentence, got {brief(content)}")
     if missing := [field for field in ("image", "mask", "sentence") if field not in content]:
         raise ValueError(f"{where} has no {missing[0]!r}: expected image, mask (null without a target) and sentence")
-    image, mask, texts, number = (content.get(field) for field in FIELDS)
+    image, mask, texts, number, sent_ids = (content.get(field) for field in FIELDS)
     if image is not STORED:
         image = check_name(image, where)
     if isinstance(mask, str):
@@ -122,4 +192,13 @@ def _row(content: Any, where: str) -> Row:
         raise ValueError(f"{where}: sentence must be a string or a list of strings, got {brief(content['sentence'])}")
     if not (number is None or is_int(number) or (isinstance(number, str) and 0 < len(number) <= 200)):
         raise ValueError(f"{where}: id must be an integer or a short string, got {brief(number)}")
-    return Row(where, image, mask, texts, number)
+    if sent_ids is not None and not (
+        isinstance(sent_ids, list) and len(sent_ids) == len(texts) and all(is_int(each) for each in sent_ids)
+    ):
+        raise ValueError(f"{where}: sent_id must be a list with an integer per sentence, got {brief(sent_ids)}")
+    return Row(where, image, mask, texts, number, sent_ids)
+
+
+def open_rows(path: Path, faults: list[ValueError] | None = None) -> Rows:
+    """Return the rows of a JSONL or parquet file; see `Rows`."""
+    return (JsonRows if path.suffix == ".jsonl" else ParquetRows)(path, faults)

@@ -102,16 +102,26 @@ def image_size(image: str | os.PathLike[str] | bytes) -> tuple[int, int]:
     try:
         with open_image(image) as opened:
             width, height = opened.size
-            rotated = opened.getexif().get(_ORIENTATION) in _SIDEWAYS
+            rotated = _orientation(opened) in _SIDEWAYS
     except Exception as error:  # Pillow raises many types for damaged files
         raise ValueError(f"{name} can't be read as an image ({type(error).__name__}: {error})") from error
     return (width, height) if rotated else (height, width)
 
 
-def is_rotated(path: str | os.PathLike[str]) -> bool:
-    """Return whether the EXIF orientation of an image file swaps its width and height."""
-    with open_image(path) as image:
-        return image.getexif().get(_ORIENTATION) in _SIDEWAYS
+def orientation(image: str | os.PathLike[str] | bytes) -> int:
+    """Return the EXIF orientation of an image, 1 to 8; 1 if it states none."""
+    with open_image(image) as opened:
+        return _orientation(opened)
+
+
+def is_rotated(image: str | os.PathLike[str] | bytes) -> bool:
+    """Return whether the EXIF orientation of an image swaps its width and height."""
+    return orientation(image) in _SIDEWAYS
+
+
+def _orientation(opened: Image.Image) -> int:
+    stated = opened.getexif().get(_ORIENTATION)
+    return stated if isinstance(stated, int) and 1 <= stated <= 8 else 1
 
 
 def to_square(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -20,6 +20,10 @@ _LARGEST_COORDINATE = 1e8  # pycocotools multiplies by 5 and converts to 32 bits
 _LONGEST_OUTLINE = 1e7  # pixels of all polygons of an annotation; rasterising needs 40 bytes per pixel of outline
 
 
+class EmptyMask(ValueError):
+    """A segmentation covers no pixel."""
+
+
 def check_segmentation(segmentation: Any, owner: str, size: tuple[int, int] | None = None) -> None:
     """Raise ``ValueError`` unless ``segmentation`` is a list of polygons, an RLE or a list of RLEs.
 
@@ -36,7 +40,7 @@ def check_segmentation(segmentation: Any, owner: str, size: tuple[int, int] | No
             f"{owner} has a segmentation of type {type(segmentation).__name__}, not a list or dict: {_HINT}"
         )
     if not segmentation:
-        raise ValueError(f"{owner} has an empty segmentation: {_HINT}")
+        raise EmptyMask(f"{owner} has an empty segmentation: {_HINT}")
     if any(isinstance(part, dict) for part in segmentation):
         for part in segmentation:
             if not isinstance(part, dict):
@@ -47,7 +51,7 @@ def check_segmentation(segmentation: Any, owner: str, size: tuple[int, int] | No
     if outline > _LONGEST_OUTLINE:
         raise ValueError(f"{owner} has polygons whose outline is {outline:.3g} pixels long: {_HINT}")
     if size is not None and all(_is_outside(polygon, size) for polygon in segmentation):
-        raise ValueError(_NO_PIXEL.format(owner=owner, height=size[0], width=size[1]))
+        raise EmptyMask(_NO_PIXEL.format(owner=owner, height=size[0], width=size[1]))
 
 
 def _is_outside(polygon: list[float], size: tuple[int, int]) -> bool:
@@ -122,7 +126,7 @@ def rasterise(
         once |= layer
     mask = once if rule == "union" else once & ~more
     if rule == "union" and not mask.any():
-        raise ValueError(_NO_PIXEL.format(owner=owner, height=height, width=width))
+        raise EmptyMask(_NO_PIXEL.format(owner=owner, height=height, width=width))
     return mask
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from fastkd.data._files import read_refs
+from fastkd.data._known_sets import SPLITS, in_split, refs_file
 from fastkd.data.refcoco import RefCOCO
-from fastkd.data.refer_folder import ReferFolder
+from fastkd.data.refer_folder import ReferFolder, folder_files
 from fastkd.data.referring_set import ReferringSet
 
 FOLDER = "folder"
@@ -32,12 +35,30 @@ def open_set(
         val = open_set("data/cups", "val", "folder")
     """
     if name != FOLDER:
-        from fastkd.data._known_sets import SPLITS
-
-        author = split_by or next((by for known, by in SPLITS if known == name), "unc")
-        return RefCOCO(root, name, author, split, **options)
+        return RefCOCO(root, name, _author(name, split_by), split, **options)
     if split_by is not None:
         raise ValueError(f"a folder has no split_by, got {split_by!r}: its splits are its JSONL or parquet files")
     if options.pop("sentence_field", "sent") != "sent" or options.pop("check_counts", False):
         raise ValueError("a folder has neither sentence_field nor check_counts: leave out these options")
     return ReferFolder(root, split, **options)
+
+
+def splits_of(root: str | os.PathLike[str], name: str, split_by: str | None = None) -> list[str]:
+    """Return the splits of a set that have refs, in the usual order.
+
+    Raises:
+        FileNotFoundError: There is no refs file.
+        ValueError: The set is unknown, or its file is damaged.
+    """
+    if name == FOLDER:
+        return [path.stem for path in folder_files(Path(root))]
+    author = _author(name, split_by)
+    if (name, author) not in SPLITS:
+        known = ", ".join(f"{known} ({by})" for known, by in SPLITS)
+        raise ValueError(f"name={name!r} with split_by={author!r} is not a known set; known sets: {known}, folder")
+    present = {ref["split"] for ref in read_refs(Path(root) / name / refs_file(name, author))}
+    return [split for split in SPLITS[name, author] if any(in_split(each, split) for each in present)]
+
+
+def _author(name: str, split_by: str | None) -> str:
+    return split_by or next((by for known, by in SPLITS if known == name), "unc")

@@ -10,13 +10,13 @@ import numpy as np
 
 from fastkd.data._confine import check_inside
 from fastkd.data._files import find_missing, read_bytes
-from fastkd.data._folder_rows import STORED, JsonRows, ParquetRows, Row
+from fastkd.data._folder_rows import STORED, Row, open_rows
 from fastkd.data._join import check_unique
 from fastkd.data._records import NO_TARGET, Ref, Sentence
 from fastkd.data._skip import Skips
 from fastkd.data._values import sentence_fault
 from fastkd.data.images import image_size, read_image
-from fastkd.data.masks import RULES, decode_mask, rasterise
+from fastkd.data.masks import RULES
 from fastkd.data.referring_set import ReferringSet
 
 
@@ -30,7 +30,8 @@ class ReferFolder(ReferringSet):
     ``image`` is the name of an image file in the folder; in parquet also the encoded image (binary, or the struct of
     the library datasets). ``mask`` is the name of an image file of the same size, not 0 on the object; or COCO polygons
     or an RLE; in parquet also an encoded image; null if the sentence refers to nothing in the image. ``sentence`` is
-    one sentence or a list. ``id``, an integer or string, is optional; default: the number of the row, from 0.
+    one sentence or a list. ``id``, an integer or string, is optional; default: the number of the row, from 0. So is
+    ``sent_id``, a list with an integer per sentence.
 
     The constructor checks names, ids and sentences, and that the files exist; images and masks are read on access.
 
@@ -69,7 +70,7 @@ class ReferFolder(ReferringSet):
         self.image_root = self.root if image_root is None else Path(image_root)
         self.name, self.split, self.mask_rule = name or self.root.absolute().name, split, mask_rule
         path = find_rows(self.root, split)
-        self._rows = JsonRows(path) if path.suffix == ".jsonl" else ParquetRows(path)
+        self._rows = open_rows(path)
         skips = Skips(skip_unusable)
         missing = self._missing(skip_unusable)
         self._number_of: dict[int | str, int] = {}  # ref_id to row
@@ -81,15 +82,14 @@ class ReferFolder(ReferringSet):
             if absent:
                 skips.add("ref without its image or mask file", f"{row.where}: {absent[0]} is missing")
                 continue
-            texts = self._texts(row, skips)
-            if not texts:
+            sentences = self._sentences(row, sent_id, skips)
+            sent_id += len(row.sentences)
+            if not sentences:
                 skips.add("ref without a sentence", f"{row.where} has no sentence; remove it from the file")
                 continue
             image_id = images.setdefault(number if row.image is STORED else str(row.image), len(images))
             self._image_rows += [number] * (image_id == len(self._image_rows))
             ref_id = number if row.id is None else row.id
-            sentences = tuple(Sentence(sent_id + k, text) for k, text in enumerate(texts))
-            sent_id += len(texts)
             ann_id = NO_TARGET if row.mask is None else number
             self.refs.append(Ref(ref_id, ann_id, image_id, NO_TARGET if row.mask is None else 0, split, sentences))
             self._number_of[ref_id] = number
@@ -132,42 +132,24 @@ class ReferFolder(ReferringSet):
         """Return the mask of a ref at the image's original size, (H, W) bool."""
         ref = self.ref(ref_id)
         number = self._number_of[ref_id]
-        row = self._rows.rows[number]
-        size = self.image_size(ref.image_id)
-        if row.mask is None:
-            return np.zeros(size, dtype=bool)
-        if isinstance(row.mask, list | dict):
-            return rasterise(row.mask, *size, rule=self.mask_rule, owner=row.where)
-        content = read_bytes(self.root / row.mask) if isinstance(row.mask, str) else self._rows.stored(number, "mask")
-        try:
-            mask = decode_mask(content)
-        except Exception as error:  # Pillow raises many types for damaged files
-            raise ValueError(f"{row.where}: its mask can't be read ({type(error).__name__}: {error})") from error
-        if mask.shape != size:
-            raise ValueError(
-                f"{row.where}: its mask is {mask.shape}, its image {size} (height, width); they must be equal"
-            )
-        if not mask.any():
-            raise ValueError(f"{row.where}: its mask covers no pixel; write null if the sentence has no target")
-        return mask
+        return self._rows.mask(number, self.root, self.image_size(ref.image_id), self.mask_rule)
 
     def _row(self, image_id: int) -> Row:
         return self._rows.rows[self._image_rows[image_id]]
 
     def _image_source(self, image_id: int) -> Path | bytes:
-        number = self._image_rows[image_id]
-        image = self._rows.rows[number].image
-        return self.image_root / image if isinstance(image, str) else self._rows.stored(number, "image")
+        return self._rows.image_source(self._image_rows[image_id], self.image_root)
 
-    def _texts(self, row: Row, skips: Skips) -> list[str]:
-        texts = []
-        for text in row.sentences:
+    def _sentences(self, row: Row, first_id: int, skips: Skips) -> tuple[Sentence, ...]:
+        found = []
+        ids = row.sent_ids or range(first_id, first_id + len(row.sentences))
+        for number, text in zip(ids, row.sentences, strict=True):
             if fault := sentence_fault(text):
                 reason = "empty sentence" if not text.strip() else "unusable sentence"
                 skips.add(reason, f"{row.where}: its sentence {fault}; remove it from the file")
             else:
-                texts.append(text)
-        return texts
+                found.append(Sentence(number, text))
+        return tuple(found)
 
     def _missing(self, partial: bool) -> set[str]:
         """Return the names of files that do not exist; refuse links out of the folder."""

@@ -19,8 +19,18 @@ if TYPE_CHECKING:
     from fastkd.report.overlays import save_overlay
     from fastkd.report.page import write_report
     from fastkd.report.records import CurveSeries, Example, ResultRow
+    from fastkd.report.sheets import contact_sheet
 
-__all__ = ["CurveSeries", "Example", "ResultRow", "console_table", "curves_from_log", "save_overlay", "write_report"]
+__all__ = [
+    "CurveSeries",
+    "Example",
+    "ResultRow",
+    "console_table",
+    "contact_sheet",
+    "curves_from_log",
+    "save_overlay",
+    "write_report",
+]
 
 __getattr__ = lazy_names(
     __name__,
@@ -29,6 +39,7 @@ __getattr__ = lazy_names(
         "Example": "fastkd.report.records",
         "ResultRow": "fastkd.report.records",
         "console_table": "fastkd.report.console",
+        "contact_sheet": "fastkd.report.sheets",
         "curves_from_log": "fastkd.report.logs",
         "save_overlay": "fastkd.report.overlays",
         "write_report": "fastkd.report.page",
