@@ -73,6 +73,11 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(self, student_q, student_k, teacher_q, teacher_k, *, student_bias=None, teacher_bias=None, "
             "key_mask=None, query_mask=None)"
         ),
+        "ChannelAttentionKD": (
+            "(*, similarity='cosine', negate=False, temperature=0.1, gamma=1.0, distance='cka', debiased=True, "
+            "weight=None, group=None, reduction='mean', backend='auto', student_channels=None, teacher_channels=None)"
+        ),
+        "ChannelAttentionKD.forward": "(self, student, teacher, *, weight=None)",
         "ChannelDistributionKD": (
             "(*, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, reduction='mean', "
             "backend='auto', student_channels=None, teacher_channels=None)"
@@ -109,6 +114,10 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(student_q, student_k, teacher_q, teacher_k, *, scale=None, temperature=1.0, student_bias=None, "
             "teacher_bias=None, key_mask=None, query_mask=None, causal=False, relation_heads=None, "
             "reduction='mean', backend='auto')"
+        ),
+        "channel_attention_kd": (
+            "(student, teacher, *, similarity='cosine', negate=False, temperature=0.1, gamma=1.0, distance='cka', "
+            "debiased=True, weight=None, group=None, reduction='mean', backend='auto')"
         ),
         "channel_distribution_kd": (
             "(student, teacher, *, temperature=4.0, guide=None, guide_temperature=0.1, weight=None, "

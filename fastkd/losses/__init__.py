@@ -6,6 +6,7 @@ docs/maths.md defines them. The teacher's tensors are constants and must not req
 
 from fastkd.losses.attention import AttentionKD, attention_kd
 from fastkd.losses.channel import ChannelKD, channel_kd
+from fastkd.losses.channel_attention import ChannelAttentionKD, channel_attention_kd
 from fastkd.losses.channel_distribution import ChannelDistributionKD, channel_distribution_kd
 from fastkd.losses.cross_modal import DEFAULT_TERMS, CrossModalKD, cross_modal_kd, cross_modal_kd_from_logits
 from fastkd.losses.feature import FeatureKD, feature_kd
@@ -15,6 +16,7 @@ from fastkd.losses.pixel_relation import PixelRelationKD, pixel_relation_kd
 __all__ = [
     "DEFAULT_TERMS",
     "AttentionKD",
+    "ChannelAttentionKD",
     "ChannelDistributionKD",
     "ChannelKD",
     "CrossModalKD",
@@ -22,6 +24,7 @@ __all__ = [
     "LogitKD",
     "PixelRelationKD",
     "attention_kd",
+    "channel_attention_kd",
     "channel_distribution_kd",
     "channel_kd",
     "cross_modal_kd",

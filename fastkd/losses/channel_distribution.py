@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from fastkd.losses._masks import fill, valid_pixels, without_masked
+from fastkd.losses._mixing import mixing
 from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
 from fastkd.losses._temperatures import Temperature, at_student_temperature
 from fastkd.ops import checks
-from fastkd.ops.numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.ops.numerics import compute_dtype, full_precision
 from fastkd.ops.products import product
 from fastkd.ops.softmax_kl import softmax_kl_unchecked
 
@@ -113,15 +114,9 @@ def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tens
     dtype = compute_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     with full_precision(student.device):
-        p_t = _attention(teacher, temperature)
-        p_s = _attention(student, temperature) if guide == "own" else p_t
+        p_t = mixing(teacher, temperature)
+        p_s = mixing(student, temperature) if guide == "own" else p_t
         return product(p_s, student), product(p_t, teacher)
-
-
-def _attention(rows: Tensor, temperature: float | Tensor) -> Tensor:
-    """Return the channel attention P (B, C, C) of rows (B, C, N)."""
-    unit = normalise_rows(rows)
-    return torch.softmax(product(unit, unit.mT) / temperature, -1)
 
 
 class ChannelDistributionKD(LossModule):

@@ -10,9 +10,11 @@ from torch import Tensor
 from fastkd.losses._module import LossModule
 from fastkd.losses._reduce import reduce_rows
 from fastkd.losses._temperatures import Temperature, at_student_temperature
+from fastkd.losses._word_descriptors import refuse_descriptors, word_descriptor_terms
 from fastkd.ops import checks
 from fastkd.ops.numerics import compute_dtype, full_precision
 from fastkd.ops.pixel_word import pixel_word_unchecked
+from fastkd.ops.pixel_word.descriptors import DESCRIPTOR_TERMS
 from fastkd.ops.pixel_word.plan import Inputs
 from fastkd.ops.pixel_word.reference import SIMILARITIES, TERMS, pixel_word_logits
 
@@ -52,12 +54,20 @@ def cross_modal_kd(
     - "pixel_pixel" = ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², pixels related through words;
     - "word_word" = ‖A_Sᵀ A_S − A_Tᵀ A_T‖²_F / n², words related through pixels.
 
+    Two more compare what each word sees, the descriptors D = AᵀV (T×D, each row divided by the word's Σ_i A[i, j]):
+
+    - "word_descriptor" = mean over valid words j of KL(softmax(E_T[j]/0.1) ‖ softmax(E_S[j]/0.1)), E = D̂ D̂ᵀ the cosines
+      between the sample's valid words;
+    - "word_channel" = :func:`channel_kd` with its defaults of the channels of D over all valid words of the batch:
+      channel attention guided by language. One number for the batch, the same for each sample.
+
     The loss is Σ weight·term. The values of masked pixels and words affect neither loss nor gradient.
 
     Args:
         student_pixels: (B, N, D_S) or (B, D_S, H, W), any floating dtype.
         student_words: (B, T, D_S).
-        teacher_pixels: (B, N, D_T) or (B, D_T, H, W); D_T may differ from D_S. Must not require grad.
+        teacher_pixels: (B, N, D_T) or (B, D_T, H, W); D_T may differ from D_S, except for "word_channel". Must not
+            require grad.
         teacher_words: (B, T, D_T). Must not require grad. Its number of words may differ from the student's if
             "pixel_pixel" is the only term, since different tokens cannot be compared one by one.
         word_mask: None or bool (B, T), True = valid; with "pixel_pixel" alone, also a pair (student's, teacher's).
@@ -65,7 +75,8 @@ def cross_modal_kd(
         similarity: "scaled_dot" or "cosine".
         temperature: τ > 0, or (τ_S, τ_T) for M_S/τ_S and M_T/τ_T, with the factor τ_S² in the first order.
         terms: weights ≥ 0 by term, for example ``{"pixel_to_word": 1.0, "pixel_pixel": 0.5}``; other terms are not
-            computed. None means ``DEFAULT_TERMS``.
+            computed. None means ``DEFAULT_TERMS``, which has the first four. The last two are computed in plain torch,
+            except for the relation of "word_channel".
         reduction: "mean" over the batch, "sum", or "none": (B,).
         return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -116,10 +127,21 @@ def cross_modal_kd(
     mask_s, mask_t = _word_masks(word_mask, batch, words, weights, student_words)
     mask_p = _pixel_mask(pixel_mask, batch, pixels, maps, student_pixels)
     inputs = Inputs(student_pixels, student_words, teacher_pixels, teacher_words, mask_s, mask_t, mask_p)
-    if teacher_temperature is not None:
-        inputs, backend = _with_ratio(inputs, similarity, student_temperature, teacher_temperature, backend)
-        similarity = "scaled_dot"
-    results = pixel_word_unchecked(inputs, similarity, student_temperature, tuple(weights), backend)
+    descriptors = [term for term in weights if term in DESCRIPTOR_TERMS]
+    others = tuple(term for term in weights if term in TERMS)
+    results = {}
+    if descriptors:
+        if others:  # two parts add to a gradient: in half precision it would be rounded twice
+            dtype = compute_dtype(*tensors.values())
+            inputs = inputs._replace(student_pixels=student_pixels.to(dtype), student_words=student_words.to(dtype))
+        temperatures = student_temperature, student_temperature if teacher_temperature is None else teacher_temperature
+        results = word_descriptor_terms(inputs, similarity, temperatures, descriptors, backend)
+    if others:
+        if teacher_temperature is not None:
+            inputs, backend = _with_ratio(inputs, similarity, student_temperature, teacher_temperature, backend)
+            similarity = "scaled_dot"
+        results |= pixel_word_unchecked(inputs, similarity, student_temperature, others, backend)
+    results = {term: results[term] for term in weights}
     return _combine(results, weights, student_temperature, reduction, return_terms)
 
 
@@ -144,7 +166,8 @@ def cross_modal_kd_from_logits(
         word_mask: None or bool (B, T), True = valid; with "pixel_pixel" alone, also a pair (student's, teacher's).
         pixel_mask: None or bool (B, N), True = valid.
         temperature: τ > 0, or (τ_S, τ_T) for M_S/τ_S and M_T/τ_T, with the factor τ_S² in the first order.
-        terms: weights ≥ 0 by term; None means ``DEFAULT_TERMS``.
+        terms: weights ≥ 0 by term; None means ``DEFAULT_TERMS``. "word_descriptor" and "word_channel" need the pixels'
+            features, so they are an error here.
         reduction: "mean" over the batch, "sum", or "none": (B,).
         return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -160,6 +183,7 @@ def cross_modal_kd_from_logits(
         >>> loss = cross_modal_kd_from_logits(m_s, m_t.detach(), word_mask=word_mask, terms={"pixel_to_word": 1.0})
     """
     weights, student_temperature, teacher_temperature = _check_options(temperature, terms, reduction)
+    refuse_descriptors([term for term in weights if term in DESCRIPTOR_TERMS])
     layout = "(B, N, T) or (B, heads, N, T)"
     checks.floating("student_logits", student_logits, (3, 4), layout)
     checks.floating("teacher_logits", teacher_logits, (3, 4), layout)
@@ -199,7 +223,7 @@ def _check_options(
     """Return the terms' weights and the temperatures of student and teacher."""
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("reduction", reduction, checks.REDUCTIONS)
-    weights = dict(DEFAULT_TERMS) if terms is None else checks.term_weights(terms, TERMS)
+    weights = dict(DEFAULT_TERMS) if terms is None else checks.term_weights(terms, (*TERMS, *DESCRIPTOR_TERMS))
     return weights, *checks.temperatures(temperature)
 
 

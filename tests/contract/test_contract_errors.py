@@ -113,7 +113,7 @@ def test_rejects_unsupported_dtype_unless_auto(kernel_setting: Any) -> None:
 
 def is_widened(case: Case) -> bool:
     """Return whether the loss converts its inputs to a wider dtype before it calls a kernel."""
-    return "guide" in case.options or bool(case.options.get("centered"))
+    return case.multiplies_in_torch or bool(case.options.get("centered"))
 
 
 @pytest.mark.applies(lambda kernel_setting: not is_widened(kernel_setting.case))

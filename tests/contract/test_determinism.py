@@ -43,7 +43,7 @@ def test_same_bits_for_any_number_of_threads(kernel_setting: Any) -> None:
             with threads(count):
                 results.append(problem.run("cpu", weight))
         for other in results[1:]:
-            if "guide" in case.options:  # torch multiplies the inputs before the kernel reads them
+            if case.multiplies_in_torch:
                 problem.assert_near(other, results[0])
             else:
                 assert_same(other, results[0])
@@ -84,7 +84,8 @@ def test_samples_are_independent(setting: Any) -> None:
 
 
 def has_a_loss_per_sample(case: Case) -> bool:
-    return not case.options.get("across_batch") and "patches" not in case.options
+    pooled = case.options.get("across_batch") or case.options.get("distance") == "cka"
+    return not pooled and "patches" not in case.options
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)

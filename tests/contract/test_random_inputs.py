@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DIMENSIONS = {"channel_distribution_kd": 4, "logit_kd": 4, "channel_kd": 6, "pixel_relation_kd": 5, "cross_modal_kd": 5,
-              "cross_modal_kd_from_logits": 3, "attention_kd": 6}  # fmt: skip
+              "cross_modal_kd_from_logits": 3, "attention_kd": 6, "channel_attention_kd": 4}  # fmt: skip
 
 
 @st.composite

@@ -184,11 +184,22 @@ def _other_tokens() -> Case:
                 {"terms": {"pixel_pixel": 1.0}}, masks)  # fmt: skip
 
 
+def _descriptors(name: str, sizes: Mapping[str, Size], **terms: float) -> Case:
+    """Return a case of terms of word descriptors, in addition to one that kernels compute."""
+    case = _cross_modal(f"{name} masked", sizes, masked=True, terms={"pixel_to_word": 1.0} | terms, temperature=0.5)
+    return replace(case, pools_the_batch="word_channel" in terms)
+
+
+DESCRIPTOR_SIZES = {"small": (2, 6, 4, 3, 5), "more words than a vector": (2, 33, 17, 8, 5)}
+EQUAL_WIDTHS = {"small": (2, 6, 4, 3, 3), "more words than a vector": (2, 33, 17, 8, 8)}
+
 PIXEL_WORD = [
     _cross_modal("all", WORD_SIZES),
     _cross_modal("masked", WORD_SIZES, masked=True),
     _cross_modal("cosine masked", masked=True, similarity="cosine", temperature=0.2),
     *(_cross_modal(f"{term}", terms={term: 1.0}, temperature=0.5) for term in ALL_TERMS),
+    _descriptors("word_descriptor", DESCRIPTOR_SIZES, word_descriptor=0.5),
+    _descriptors("word_channel", EQUAL_WIDTHS, word_channel=2.0),
     _other_tokens(),
     _from_logits("plain", LOGIT_SIZES, None),
     _from_logits("heads masked", {"small": (2, 6, 4), "more words than a vector": (2, 9, 17)}, 3, masked=True),
@@ -275,7 +286,30 @@ SIMULATED_PAIRED_AND_MASKED = {
     "cross_modal_kd pair cosine masked",
 }
 
-CASES = [*SOFTMAX_KL, *RELATION, *PIXEL_WORD, *ATTENTION_KL]
+# --- plain torch ------------------------------------------------------------------------------------------------------
+
+PLAIN = "plain"
+"""In place of a family, for losses that are plain torch on every backend."""
+
+
+def _attended(name: str, **options: Any) -> Case:
+    """Return a case of attended maps; those of "cka" differ in width, and have three samples more than their size."""
+    pooled = options["distance"] == "cka"
+    unequal = lambda b, c, h, w: [(b + 3, c, h, w), (b + 3, c + 2, h, w)]
+    sizes = {"small": (2, 3, 4, 2), "more": (4, 9, 6, 7)}
+    return Case(f"channel_attention_kd {name}", PLAIN, losses.channel_attention_kd, losses.ChannelAttentionKD,
+                unequal if pooled else maps, sizes, {"temperature": 0.1} | options, pools_the_batch=pooled)  # fmt: skip
+
+
+ATTENDED = [
+    _attended("mse", distance="mse"),
+    _attended("cosine weight=attention", distance="cosine", weight="attention", gamma=0.5),
+    _attended("mse dot negate", distance="mse", similarity="dot", negate=True, temperature=2.0),
+    _attended("cka", distance="cka"),
+    _attended("cka biased", distance="cka", debiased=False, similarity="mean", gamma=-0.5),
+]
+
+CASES = [*SOFTMAX_KL, *RELATION, *PIXEL_WORD, *ATTENTION_KL, *ATTENDED]
 BASIC = {case.family: case for case in reversed(CASES)}
 """The first case of each family, for checks that do not depend on the options of a loss."""
 
@@ -341,6 +375,8 @@ DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cud
 
 
 def places(family: str) -> list[Place]:
+    if family == PLAIN:
+        return [Place("reference", device) for device in DEVICES["reference"]]
     backends = [b.name for b in dispatch.BACKENDS.values() if family not in b.families_without_kernels]
     return [Place(b, d) for b in backends for d in DEVICES[b]]
 

@@ -60,6 +60,54 @@ def channel_distribution_kd(
     return w * pair(temperature)[0] ** 2 * kl(s, t, temperature)
 
 
+def channel_attention_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    similarity: str = "cosine",
+    negate: bool = False,
+    temperature: Temperature = 0.1,
+    gamma: float = 1.0,
+    distance: str = "cka",
+    debiased: bool = True,
+    weight: str | None = None,
+) -> Tensor:
+    z = []
+    for x, tau in zip((student.flatten(2), teacher.flatten(2)), pair(temperature), strict=True):
+        e = similarities(x, x, similarity)
+        z.append(gamma * ((-e if negate else e) / tau).softmax(2) @ x + x)
+    if distance == "cka":
+        return (negative_log(cka(*(x.flatten(1) for x in z), debiased), debiased)).reshape(1)
+    w = attention_weight(teacher.flatten(2)) if weight == "attention" else 1
+    if distance == "mse":
+        return w * (z[0] - z[1]).square().mean(2)
+    return w * (F.normalize(z[0], dim=2) - F.normalize(z[1], dim=2)).square().sum(2) / 2
+
+
+def cka(x: Tensor, y: Tensor, debiased: bool) -> Tensor:
+    """Return the CKA of rows (n, D) by the published estimators of HSIC."""
+    n = x.shape[0]
+    k, m = ((z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y))
+    hsic = unbiased_hsic if debiased else lambda a, b: (a * b).sum() / (n - 1) ** 2
+    size = hsic(k, k) * hsic(m, m)
+    return hsic(k, m) / size.sqrt() if size > 0 else 0 * size
+
+
+def unbiased_hsic(k: Tensor, m: Tensor) -> Tensor:
+    """Return the estimator of Song et al., "Feature Selection via Dependence Maximization", equation 5."""
+    n = k.shape[0]
+    k, m = (x - torch.diag(x.diagonal()) for x in (k, m))
+    one = torch.ones(n, dtype=k.dtype, device=k.device)
+    trace, means = (k @ m).trace(), (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+    return (trace + means - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3))
+
+
+def negative_log(value: Tensor, debiased: bool) -> Tensor:
+    """Return −log, continued by its tangent at 0.1 (debiased) or 0.001."""
+    at = torch.tensor(0.1 if debiased else 1e-3, dtype=value.dtype, device=value.device)
+    return -value.log() if value >= at else -at.log() - (value - at) / at
+
+
 def logit_kd(student: Tensor, teacher: Tensor, *, temperature: Temperature, pixel_mask: Tensor | None = None) -> Tensor:
     s, t = (x.movedim(1, -1) for x in (student, teacher))  # (B, H, W, K)
     if s.shape[-1] == 1:
@@ -192,7 +240,7 @@ def cross_modal_sample(m_s: Tensor, m_t: Tensor, temperature: Temperature, terms
         "pixel_pixel": lambda: ((a_s @ a_s.T - a_t @ a_t.T) / n).square().sum(),
         "word_word": lambda: ((a_s.T @ a_s - a_t.T @ a_t) / n).square().sum(),
     }
-    return sum(weight * value[term]() for term, weight in terms.items())
+    return sum(weight * value[term]() for term, weight in terms.items() if term in value)
 
 
 def valid(mask: Tensor | None, sample: int, like: Tensor) -> Tensor | slice:
@@ -212,15 +260,27 @@ def cross_modal_kd(
     pixel_mask: Tensor | None = None,
 ) -> Tensor:
     masks = word_mask if isinstance(word_mask, tuple) else (word_mask, word_mask)
-    out = []
+    out, seen = [], []
     for b in range(student_pixels.shape[0]):
-        logits = []
+        logits, descriptors = [], []
         for v, w, mask in ((student_pixels, student_words, masks[0]), (teacher_pixels, teacher_words, masks[1])):
             v = (v.flatten(2).mT if v.dim() == 4 else v)[b][valid(pixel_mask, b, v)]  # (n, D)
             w = w[b][valid(mask, b, w)]  # (t, D)
             width = v.shape[1] ** 0.5
             logits.append(similarities(v, w, "cosine") if similarity == "cosine" else v @ w.T / width)
-        out.append(cross_modal_sample(*logits, temperature, terms))
+            a = (logits[-1] / pair(temperature)[len(descriptors)]).softmax(1)
+            descriptors.append((a / a.sum(0)).T @ v)  # (t, D)
+        value = cross_modal_sample(*logits, temperature, terms)
+        if "word_descriptor" in terms:
+            value = (
+                value + terms["word_descriptor"] * kl(*(similarities(d, d, "cosine") for d in descriptors), 0.1).mean()
+            )
+        out.append(value)
+        seen.append(descriptors)
+    if "word_channel" in terms:
+        channels = [torch.cat(d).T for d in zip(*seen, strict=True)]  # (D, Σ t)
+        pooled = kl(*(similarities(x, x, "cosine") for x in channels), 0.1).mean()
+        out = [value + terms["word_channel"] * pooled for value in out]
     return torch.stack(out)
 
 

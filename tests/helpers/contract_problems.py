@@ -69,6 +69,13 @@ class Case:
         n = len(shapes) // 2
         return shapes[:n] == shapes[n:]
 
+    @property
+    def multiplies_in_torch(self) -> bool:
+        """Return whether torch multiplies the inputs before a kernel reads the result."""
+        return bool(self.options.get("guide")) or not {"word_descriptor", "word_channel"}.isdisjoint(
+            self.options.get("terms", ())
+        )
+
     def at(self, **options: Any) -> Case:
         return replace(self, options=self.options | options)
 
@@ -186,6 +193,9 @@ class Problem:
     def magnitude(self) -> float:
         """Return the size of the largest summand of a row's loss."""
         options, loss = self.case.options, self.condition()
+        if self.case.loss is losses.channel_attention_kd and options["distance"] != "cosine":
+            # −log CKA has a slope of up to 10; attended maps are up to twice as large as their inputs.
+            return 40.0 if options["distance"] == "cka" else 16 * max(x.abs().max().item() for x in self.args) ** 2
         if options.get("distance", "kl") != "kl":
             return 4 * self._peak()[0] ** 2 if options["distance"] == "mse" else 4.0
         if self.case.family not in ("relation", "attention_kl"):  # these have no factor τ²

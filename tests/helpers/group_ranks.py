@@ -72,6 +72,14 @@ MASKED = {
 }
 """Cases with pixel masks or a pair of temperatures, learned ones."""
 
+CKA = {
+    "cka": Case(losses.channel_attention_kd, {"temperature": 0.4}, (5, 7)),
+    "cka biased learned temperature": Case(
+        losses.channel_attention_kd, {"debiased": False, "temperature": "parameter"}, (7, 7)
+    ),
+}
+
+
 HALF = ("channel kl centered attention", "pixel kl", "pixel mse unequal widths weight")
 
 
@@ -189,7 +197,7 @@ def check(rank: int, ranks: int) -> dict[str, Any]:
         loss = wrapped(part_of(SPLITS[ranks]["even"], rank), group=dist.group.WORLD)
         loss.backward()
         found[f"{name}, DDP"] = Result(loss.detach(), [p.grad for p in wrapped.module.parameters()])
-    for name, case in MASKED.items() if ranks == 2 else ():
+    for name, case in (CKA | (MASKED if ranks == 2 else {})).items():
         for split, counts in SPLITS[ranks].items():
             result = Student(case, torch.float64).result(part_of(counts, rank), group="world")
             found[f"{name}, {split}"] = averaged(result, ranks)
@@ -231,6 +239,10 @@ def single_checks(rank: int) -> dict[str, Any]:
     found["not a member"] = error_of(
         lambda: losses.channel_kd(draw(2, 3, 4), draw(2, 3, 4), across_batch=True, group=one, backend="reference")
     )
+    few = lambda: losses.channel_attention_kd(draw(1, 3, 4), draw(1, 3, 4), group="world")
+    found["too few samples"] = error_of(few)
+    wide = lambda: losses.channel_attention_kd(draw(3, 3 + rank, 4), draw(3, 3, 4), group="world")
+    found["unequal widths"] = error_of(wide)
     found["distiller"] = distilled(part)
     return found
 

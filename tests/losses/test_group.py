@@ -91,6 +91,18 @@ def test_masks_and_pairs_of_temperatures_on_ranks(name: str, ranks: Any) -> None
             assert_equal(found[f"{name}, {split}"], want)
 
 
+@pytest.mark.parametrize("name", group_ranks.CKA)
+def test_cka_over_ranks_is_that_of_one_process(name: str, ranks: Any) -> None:
+    want = Student(group_ranks.CKA[name], torch.float64).result(ALL)
+    for count, results in ranks.items():
+        for found in results:
+            for split in SPLITS[count]:
+                assert_equal(found[f"{name}, {split}"], want)
+    for found in ranks[2]:
+        assert "debiased=True needs at least 4, got 2" in found["too few samples"]
+        assert "the student's samples differ between ranks, [12, 16]" in found["unequal widths"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_fp32_errors_are_at_most_twice_those_of_the_plain_formula(name: str, ranks: Any) -> None:
     """The absolute error of a KL, a difference of logarithms of up to 63 summands, is relative to those."""

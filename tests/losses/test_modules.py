@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fastkd import losses
-from fastkd.losses import ChannelDistributionKD, ChannelKD, CrossModalKD, LogitKD, PixelRelationKD
+from fastkd.losses import ChannelAttentionKD, ChannelDistributionKD, ChannelKD, CrossModalKD, LogitKD, PixelRelationKD
 
 FUNCTIONS = {
     ChannelKD: losses.channel_kd,
     PixelRelationKD: losses.pixel_relation_kd,
+    ChannelAttentionKD: losses.channel_attention_kd,
     ChannelDistributionKD: losses.channel_distribution_kd,
     CrossModalKD: losses.cross_modal_kd,
     LogitKD: losses.logit_kd,
@@ -23,6 +24,8 @@ FUNCTIONS = {
 
 def inputs_of(module, batch=2, seed=0):
     g = torch.Generator().manual_seed(seed)
+    if module is ChannelAttentionKD or isinstance(module, ChannelAttentionKD):
+        batch = max(batch, 4)
     draw = lambda *shape: torch.randn(batch, *shape, generator=g)
     if module is CrossModalKD or isinstance(module, CrossModalKD):
         mask = torch.ones(batch, 5, dtype=torch.bool)
@@ -100,6 +103,7 @@ def test_second_backward_is_equal_and_inputs_are_unchanged(module):
         lambda: PixelRelationKD(cross_image=True, backend="reference"),
         lambda: PixelRelationKD(distance="mse"),
         lambda: ChannelDistributionKD(guide="own", weight="attention", backend="reference"),
+        lambda: ChannelAttentionKD(backend="reference"),
         lambda: CrossModalKD(backend="reference"),
         lambda: CrossModalKD(similarity="cosine", return_terms=True, reduction="none", backend="reference"),
         lambda: LogitKD(backend="reference"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import BASIC, CASES, Place, Setting
+from contract_cases import BASIC, CASES, PLAIN, Place, Setting
 from contract_problems import Problem
 from contract_tools import Recorder
 from gpu_kernels import require_backend
@@ -21,7 +21,7 @@ from fastkd import losses
 
 Step = Callable[[list[Tensor], dict[str, Any], float | Tensor], Tensor]
 TEMPERATURES = {"softmax_kl": (4.0, 3.5, 2.0, 0.6), "relation": (0.2, 0.1, 0.03, 0.02), "pixel_word": (1.5, 1.0, 0.3),
-                "attention_kl": (1.5, 1.0, 0.3)}  # fmt: skip
+                "attention_kl": (1.5, 1.0, 0.3), PLAIN: (0.5, 0.2, 0.1)}  # fmt: skip
 """For relations of cosines both sides of 0.04, below which other statistics are stored."""
 
 
