@@ -63,7 +63,10 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "Taps": "(model, paths)",
         "Term": "(loss, student, teacher=None, weight=1.0, name='', kwargs=factory, schedule=None)",
         "recipe": "(names, *, group=None)",
-        "tapped_attention_kd": "(student, teacher, **options)",
+        "tapped_attention_kd": (
+            "(student, teacher, *, temperature=1.0, key_mask=None, query_mask=None, relation_heads=None, "
+            "reduction='mean', backend='auto')"
+        ),
     },
     "fastkd.losses": {
         "AttentionKD": (

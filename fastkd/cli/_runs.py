@@ -40,7 +40,7 @@ def open_run(settings: RunSettings, model_name: str, *, warn: bool = True) -> Op
     from fastkd import Distiller
     from fastkd.cli._models import build_model, warn_of_random_weights
     from fastkd.cli._teacher import open_teacher
-    from fastkd.cli._terms import build_terms, shares_of
+    from fastkd.cli._terms import attention_taps, build_terms, check_attention, shares_of
     from fastkd.train import segmentation_loss
 
     data, config = settings.data, settings.config
@@ -51,10 +51,11 @@ def open_run(settings: RunSettings, model_name: str, *, warn: bool = True) -> Op
         torch.manual_seed(config.seed)  # of aligners
         shares, terms = shares_of(settings.terms), build_terms(settings.terms, config.steps)
         options = {
-            "student_taps": settings.student_taps or None,
-            "teacher_taps": settings.teacher_taps or None,
+            "student_taps": attention_taps(settings.student_taps),
+            "teacher_taps": attention_taps(settings.teacher_taps),
             "task_schedule": settings.task.resolve(config.steps),
         }
+        check_attention(terms, student_taps=options["student_taps"], teacher_taps=options["teacher_taps"])
     model = build_model(model_name, config.seed, data.tokenizer, **weights)
     if warn:
         warn_of_random_weights(model_name, model, **weights)

@@ -19,7 +19,7 @@ from fastkd.train.config import TrainConfig
 REQUIRED = "???"  # in YAML, as in OmegaConf: a flag must give the value
 
 TapTarget = str | tuple[str, int | str]
-"""A module path, or a path and the part of the module's output."""
+"""A module path, or a path and the part of the module's output, or ``path[tokens]`` of an attention module."""
 
 
 @dataclass(kw_only=True)
@@ -157,7 +157,7 @@ def show_terms(terms: Mapping[str, TermSettings]) -> list[str]:
 
 
 def parse_taps(texts: Sequence[str]) -> dict[str, TapTarget]:
-    """Convert ``["map=encoder.layer4", "words=text:last_hidden_state"]`` to a dict of name to target.
+    """Convert ``["map=encoder.layer4", "words=text:last_hidden_state", "a=blocks.11.attn[1:]"]`` to a dict.
 
     Raises:
         ValueError: an entry is not name=path, or a name is repeated.
@@ -165,7 +165,7 @@ def parse_taps(texts: Sequence[str]) -> dict[str, TapTarget]:
     taps: dict[str, TapTarget] = {}
     for text in texts:
         name, equals, target = text.partition("=")
-        path, colon, part = target.partition(":")
+        path, colon, part = (target, "", "") if target.endswith("]") else target.partition(":")
         if not equals or not name or not path or name in taps:
             raise ValueError(f"taps: expected each tap once, as name=path (map=encoder.layer4), got {text!r}")
         taps[name] = (path, int(part) if part.isdigit() else part) if colon else path
@@ -269,13 +269,14 @@ class DistillSettings(RunSettings):
     to the task's, measured on the first batches. More after commas: ``logit,weight=2``, ``logit=0.2,temperature=2``
     (``temperature=[2,4]`` for the student's and the teacher's), ``logit=0.2,schedule=linear,stop=800``.
     fastkd.distill.recipes.TERMS lists the names. A teacher with its own tokenizer supports ``mask``, and
-    ``pixel_pixel`` if it compares pixels with words."""
+    ``pixel_pixel`` if it compares pixels with words; ``attention`` compares the taps of that name."""
     task: TaskSchedule = field(default_factory=ScheduleSettings)
     """Schedule of the task loss, such as ``start=800``: with terms that stop there, the student is first distilled and
     then trained on the task alone."""
     student_taps: TapPaths = field(default_factory=dict)
-    """Names for parts of the student that its output lacks: name=module.path, or name=module.path:part for a part of
-    the module's output."""
+    """Names for parts of the student that its output lacks: name=module.path; name=module.path:part for a part of the
+    module's output; name=module.path[tokens] for queries and keys of an attention module, [:] for all tokens, [1:]
+    without the first."""
     teacher_taps: TapPaths = field(default_factory=dict)
     """The same for the teacher."""
     teacher_tokenizer: str | None = None

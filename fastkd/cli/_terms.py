@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from fastkd import losses
 from fastkd._messages import suggestion
-from fastkd.cli._settings import TermSettings
+from fastkd.cli._settings import TapTarget, TermSettings
+from fastkd.distill.attention_taps import AttentionTap, tapped_attention_kd
 from fastkd.distill.recipes import TERMS, recipe
 from fastkd.distill.terms import Term
 
@@ -37,6 +38,28 @@ def shares_of(settings: Mapping[str, TermSettings]) -> dict[str, float]:
         if term.share is None and term.weight is None:
             raise ValueError(f"terms: {name!r} needs a share or a weight: name=share ({name}=0.5), or {name},weight=2")
     return {name: term.share for name, term in settings.items() if term.share is not None}
+
+
+def attention_taps(taps: Mapping[str, TapTarget]) -> dict[str, TapTarget | AttentionTap] | None:
+    """Return the targets of taps for a `Distiller`, ``path[tokens]`` as an `AttentionTap`; None for no tap."""
+    found: dict[str, TapTarget | AttentionTap] = {}
+    for name, target in taps.items():
+        path, bracket, tokens = target.partition("[") if isinstance(target, str) else ("", "", "")
+        found[name] = AttentionTap(path, tokens.removesuffix("]")) if bracket else target
+    return found or None
+
+
+def check_attention(terms: Iterable[Term], **taps: Mapping[str, Any] | None) -> None:
+    """Raise ``ValueError`` if a term compares attention taps that a network does not have; ``taps`` by setting."""
+    for term in terms:
+        for setting, given in taps.items():
+            selector = term.teacher if setting == "teacher_taps" and term.teacher is not None else term.student
+            if term.loss is tapped_attention_kd and not isinstance((given or {}).get(str(selector)), AttentionTap):
+                flag = f"--{setting.replace('_', '-')}"
+                raise ValueError(
+                    f"terms.{term.name}: compares taps of attention modules, and {setting} has none named "
+                    f"{selector!r}: give {flag} {selector}=PATH[:], such as {selector}=backbone.blocks.11.attn[1:]"
+                )
 
 
 def _build(name: str, settings: TermSettings, steps: int) -> Term:

@@ -76,7 +76,7 @@ def cache(
     from fastkd.cli._arguments import check_folder
     from fastkd.cli._models import build_model
     from fastkd.cli._teacher import describe, open_teacher
-    from fastkd.cli._terms import build_terms
+    from fastkd.cli._terms import attention_taps, build_terms
     from fastkd.train import TeacherCache, segmentation_loss
 
     check_folder("--out", out)
@@ -87,7 +87,7 @@ def cache(
     recorded = build_terms(terms, TrainConfig().steps)  # no schedule changes what is recorded
     built = TeacherCache.build(
         out,
-        Distiller(model, loaded, segmentation_loss, recorded, teacher_taps=teacher_taps or None),
+        Distiller(model, loaded, segmentation_loss, recorded, teacher_taps=attention_taps(teacher_taps)),
         samples,
         batch_size=batch_size,
         dtype=dtype,

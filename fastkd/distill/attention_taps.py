@@ -59,11 +59,21 @@ class TappedAttention:
     causal: bool
 
 
-def tapped_attention_kd(student: TappedAttention, teacher: TappedAttention, **options: Any) -> Tensor:
+def tapped_attention_kd(
+    student: TappedAttention,
+    teacher: TappedAttention,
+    *,
+    temperature: float | Tensor | tuple[float | Tensor, float | Tensor] = 1.0,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    relation_heads: int | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
     """Return :func:`fastkd.losses.attention_kd` of two tapped attentions, with their scales, biases and causality.
 
-    Biases are constants: a relative position bias gets its gradient from the task loss only. ``options`` are those of
-    ``attention_kd``, such as ``temperature``, ``query_mask`` or ``relation_heads``.
+    Biases are constants: a relative position bias gets its gradient from the task loss only. The options are those of
+    ``attention_kd``.
 
     Raises:
         TypeError: a side is not a `TappedAttention`.
@@ -86,7 +96,12 @@ def tapped_attention_kd(student: TappedAttention, teacher: TappedAttention, **op
         student_bias=constant(student.bias),
         teacher_bias=constant(teacher.bias),
         causal=student.causal,
-        **options,
+        temperature=temperature,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        relation_heads=relation_heads,
+        reduction=reduction,
+        backend=backend,
     )
 
 

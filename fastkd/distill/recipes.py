@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from fastkd import losses
 from fastkd._messages import suggestion
-from fastkd.distill.terms import Term, pools_batch
+from fastkd.distill.attention_taps import tapped_attention_kd
+from fastkd.distill.terms import Term, takes_group
+from fastkd.distill.word_terms import word_channel_kd, word_descriptor_kd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,6 +41,22 @@ def _guided_channel_distribution() -> Term:
 
 def _channel() -> Term:
     return Term(losses.channel_kd, "decoder_features", kwargs={"across_batch": True, "centered": True})
+
+
+def _channel_attention() -> Term:
+    return Term(losses.channel_attention_kd, "decoder_features")
+
+
+def _word_channel() -> Term:
+    return Term(word_channel_kd, ("pixel_word_logits.0", "decoder_features"), kwargs=_WORDS)
+
+
+def _word_descriptor() -> Term:
+    return Term(word_descriptor_kd, ("pixel_word_logits.2", "stages.2"), kwargs=_WORDS)
+
+
+def _attention() -> Term:
+    return Term(tapped_attention_kd, "attention")
 
 
 def _pixel_relation() -> Term:
@@ -105,8 +123,21 @@ TERMS: dict[str, tuple[Callable[[], Term], str]] = {
         "the same on maps mixed by the teacher's channel attention (guide='teacher')",
     ),
     "channel": (_channel, "channel_kd on the decoder's last map, pooled over the batch and centred"),
+    "channel_attention": (
+        _channel_attention,
+        "channel_attention_kd on the decoder's last map, by CKA over the batch: any widths, at least 4 samples",
+    ),
+    "word_channel": (
+        _word_channel,
+        "channels of the decoder's last map, averaged by the finest stage's attention to each word of the batch",
+    ),
+    "word_descriptor": (
+        _word_descriptor,
+        "words related by what they attend to at the third fused stage: any widths, heads and map sizes",
+    ),
     "pixel_relation": (_pixel_relation, "pixel_relation_kd on the third fused stage"),
     "feature": (_feature, "feature_kd on the decoder's last map, by the cosine of every pixel"),
+    "attention": (_attention, "attention_kd on the taps named 'attention', AttentionTaps of both networks"),
     "logit": (_logit, "logit_kd on the decoder's two-channel map"),
     "mask": (_mask, "logit_kd on the logits at the image's size; works with any teacher"),
     "pixel_pixel": (
@@ -114,8 +145,8 @@ TERMS: dict[str, tuple[Callable[[], Term], str]] = {
         "relations of pixels through words at the last fused stage; tokenizers, heads and sizes may differ",
     ),
 }
-"""Term name to its factory and description. The channel terms and "feature" need the same decoder width on
-both sides."""
+"""Term name to its factory and description. "channel", "word_channel", the channel distributions and "feature" need the
+same decoder width on both sides."""
 
 
 def recipe(names: Sequence[str], *, group: ProcessGroup | str | None = None) -> list[Term]:
@@ -123,8 +154,8 @@ def recipe(names: Sequence[str], *, group: ProcessGroup | str | None = None) -> 
 
     Args:
         names: names of `TERMS`.
-        group: processes over which terms that compare samples with each other ("channel") pool their batches, "world"
-            for all of a data-parallel run: see `fastkd.losses.channel_kd`.
+        group: processes over which terms that compare samples with each other ("channel" and "channel_attention") pool
+            their batches, "world" for all of a data-parallel run: see `fastkd.losses.channel_kd`.
 
     Raises:
         ValueError: an unknown name; the message suggests others.
@@ -139,7 +170,7 @@ def recipe(names: Sequence[str], *, group: ProcessGroup | str | None = None) -> 
             raise ValueError(f"terms: no term named {name!r}.{suggestion(name, TERMS)}")
         term = TERMS[name][0]()
         term.name = name
-        if group is not None and pools_batch(term):
+        if group is not None and takes_group(term):
             term.kwargs = {**term.kwargs, "group": group}
         found.append(term)
     return found

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from fastkd.distill.schedules import Schedule
 from fastkd.distill.selectors import Selector, select
-from fastkd.losses import ChannelKD, PixelRelationKD, channel_kd, pixel_relation_kd
+from fastkd.distill.word_terms import pools_words
+from fastkd.losses import (
+    ChannelAttentionKD,
+    ChannelKD,
+    PixelRelationKD,
+    channel_attention_kd,
+    channel_kd,
+    pixel_relation_kd,
+)
 
 POOLING_OPTIONS = ("across_batch", "cross_image")
 """Options of a loss that make it compare samples with each other."""
@@ -160,7 +168,16 @@ def loss_and_options(term: Term) -> tuple[Callable[..., Any], dict[str, Any]]:
 def pools_batch(term: Term) -> bool:
     """Return whether a term compares samples with each other."""
     loss, options = loss_and_options(term)
-    return any(options.get(name, getattr(loss, name, False)) for name in POOLING_OPTIONS)
+    return takes_group(term) or pools_words(loss, options.get("terms", getattr(loss, "terms", None)))
+
+
+def takes_group(term: Term) -> bool:
+    """Return whether a term compares samples with each other, and can pool those of several processes."""
+    loss, options = loss_and_options(term)
+    value = lambda name, default: options.get(name, getattr(loss, name, default))
+    if loss is channel_attention_kd or isinstance(loss, ChannelAttentionKD):
+        return bool(value("distance", "cka") == "cka")
+    return any(value(name, False) for name in POOLING_OPTIONS)
 
 
 def check_relational(terms: Iterable[Term], paths: Collection[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastkd._wrappers import unwrap
+from fastkd.distill.word_terms import compares_words
 from fastkd.losses import CrossModalKD, cross_modal_kd, cross_modal_kd_from_logits
 from fastkd.losses.cross_modal import DEFAULT_TERMS
 
@@ -72,6 +73,8 @@ def check_term(name: str, loss: Callable[..., Any], options: Mapping[str, Any]) 
         terms = loss.terms
     elif loss in (cross_modal_kd, cross_modal_kd_from_logits):
         terms = options.get("terms")
+    elif compares_words(loss):
+        terms = [getattr(loss, "__name__", "").removesuffix("_kd")]
     else:
         return
     undefined = [term for term in (DEFAULT_TERMS if terms is None else terms) if term != "pixel_pixel"]

@@ -15,7 +15,7 @@ from fastkd._messages import shortened
 from fastkd._wrappers import plain_name
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.gradients import preserve_state
-from fastkd.distill.terms import POOLING_OPTIONS, Term, loss_and_options, pools_batch
+from fastkd.distill.terms import Term, loss_and_options, pools_batch, takes_group
 from fastkd.errors import FastKDWarning
 from fastkd.train.config import TrainConfig
 
@@ -32,7 +32,6 @@ def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: 
     norms = [name for name, m in distiller.student.named_modules() if isinstance(m, _BatchNorm) and m.training]
     pooled = [term for term in distiller.terms.values() if pools_batch(term)]
     own = [term for term in pooled if not _has_group(term)]  # of one process
-    compares = f"({' or '.join(POOLING_OPTIONS)}) compare"
     if config.accumulate == 1 and processes > 1:
         if norms and size < _ENOUGH and not config.sync_batchnorm:
             warnings.warn(
@@ -44,10 +43,11 @@ def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: 
                 stacklevel=2,
             )
         if own:
+            can_pool = [term for term in own if takes_group(term)]
+            fix = f": set group='world' among the options of {_names(can_pool)}" if can_pool else "; it has no group"
             warnings.warn(
-                f"{_names(own)} {compares}{'s' * (len(own) == 1)} within the {size} samples of each process, so a "
-                f"step differs from that of one process with {config.batch_size}: set group='world' among the term's "
-                "options",
+                f"{_compare(own)} within the {size} samples of each process, so a step differs from that of one "
+                f"process with {config.batch_size}{fix}",
                 FastKDWarning,
                 stacklevel=2,
             )
@@ -57,7 +57,7 @@ def warn_of_micro_batches(distiller: Distiller, config: TrainConfig, processes: 
     if norms:
         found.append(f"{len(norms)} BatchNorm layers ({shortened([plain_name(name) for name in norms])}) normalise")
     if pooled:
-        found.append(f"{_names(pooled)} {compares}{'s' * (len(pooled) == 1)}")
+        found.append(_compare(pooled))
     if not own and (config.sync_batchnorm or not norms):
         size *= processes
     if found:
@@ -146,6 +146,11 @@ def _has_group(term: Term) -> bool:
     """Return whether a term compares the samples of several processes."""
     loss, options = loss_and_options(term)
     return options.get("group", getattr(loss, "group", None)) is not None
+
+
+def _compare(terms: Sequence[Term]) -> str:
+    """Return that these terms compare samples."""
+    return f"{_names(terms)} compare{'s' * (len(terms) == 1)} samples with each other"
 
 
 def _names(terms: Sequence[Term]) -> str:

@@ -153,8 +153,18 @@ def test_distill_with_the_shipped_teacher_and_every_term(shapes, tmp_path, capsy
     from fastkd.distill.recipes import TERMS
 
     out = tmp_path / "distilled"
-    terms = [f"{name}=0.1" for name in TERMS]
-    assert main(["distill", "--data", str(shapes), "--out", str(out), "--terms", *terms, *SHORT]) == 0
+    options = "options={relation_heads: 2, query_mask: batch.word_mask}"  # of words; the networks have 2 and 4 heads
+    settings = {"attention": f",temperature=2,{options}", "word_channel": ",schedule=linear,stop=9"}
+    terms = [f"{name}=0.1{settings.get(name, '')}" for name in TERMS]
+    taps = [f"attention=text_encoder.model.encoder.layer.{layer}.attention.self[:]" for layer in (0, 2)]
+    args = ["distill", "--data", str(shapes), "--out", str(out), "--terms", *terms, *SHORT]
+    assert main([*args, "--student-taps", taps[0]]) == 2
+    error = capsys.readouterr().err
+    assert "terms.attention: compares taps of attention modules, and teacher_taps has none named 'attention'" in error
+    args += ["--student-taps", taps[0], "--teacher-taps", taps[1]]
+    assert main([*args, "--preflight-only"]) == 0
+    assert "word_channel" in capsys.readouterr().out
+    assert main(args) == 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line["event"] == "train")
     assert set(first["terms"]) == set(TERMS)

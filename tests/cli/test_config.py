@@ -31,10 +31,10 @@ from fastkd.cli._settings import (
     show_taps,
     show_terms,
 )
-from fastkd.cli._terms import build_terms, shares_of
+from fastkd.cli._terms import attention_taps, build_terms, check_attention, shares_of
 from fastkd.cli._yaml import dump_settings, load_settings, recipes
 from fastkd.data import make_shapes
-from fastkd.distill import Schedule
+from fastkd.distill import AttentionTap, Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.losses import FeatureKD
 from fastkd.models import list_presets, preset
@@ -292,9 +292,10 @@ def test_texts_of_flags_are_those_that_are_parsed() -> None:
         "pair": TermSettings(
             share=1.0, loss="LogitKD", student=("a", "b"), temperature=(2.0, 4.0), options={"x": 1, "y": [2, 3]}
         ),
+        "attention": TermSettings(share=0.1, options={"relation_heads": 2, "query_mask": "batch.word_mask"}, stop=3),
     }
     assert parse_terms(show_terms(terms)) == terms
-    taps = {"a": "layers.1", "b": ("text", "last_hidden_state"), "c": ("fusion", 0)}
+    taps = {"a": "layers.1", "b": ("text", "last_hidden_state"), "c": ("fusion", 0), "d": "layers.2.attn[0:1,5:]"}
     assert parse_taps(show_taps(taps)) == taps
     for texts in (["a"], ["a=b", "a=c"], ["=b"]):
         with pytest.raises(ValueError, match="expected each tap once, as name=path"):
@@ -302,6 +303,19 @@ def test_texts_of_flags_are_those_that_are_parsed() -> None:
     for texts in (["=0.5"], ["mask=1", "mask=2"], ["mask=1,share=2"], ["mask=1,start"], ["mask=x"]):
         with pytest.raises(ValueError, match="name=share"):
             parse_terms(texts)
+
+
+def test_taps_with_brackets_are_attention_taps() -> None:
+    taps = {"a": "layers.1", "b": ("text", 0), "c": "blocks.2.attn[0:1,5:]", "d": "blocks.3.attn[:]"}
+    ours = {"c": AttentionTap("blocks.2.attn", "0:1,5:"), "d": AttentionTap("blocks.3.attn")}
+    found = attention_taps(taps)
+    assert found == taps | ours
+    assert [type(found[name]) for name in "cd"] == [AttentionTap] * 2
+    assert attention_taps({}) is None
+    [term] = build_terms({"attention": TermSettings(share=1.0, student="c", teacher="d")}, 10)
+    check_attention([term], student_taps=found, teacher_taps=found)
+    with pytest.raises(ValueError, match=r"terms.attention: .* none named 'd': give --teacher-taps d=PATH\[:\]"):
+        check_attention([term], student_taps=found, teacher_taps=attention_taps({"d": "blocks.3.attn"}))
 
 
 def test_schedule_without_stop_ends_with_the_run() -> None:

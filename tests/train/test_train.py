@@ -17,7 +17,7 @@ pytest.importorskip("accelerate", reason="needs the [ris] extra")
 from safetensors.torch import load_file
 from train_tools import Scenes, Toy, collate, distiller, read_log, run, same, toy
 
-from fastkd import Distiller, Term
+from fastkd import Distiller, Term, losses
 from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.train import TrainConfig, segmentation_loss, train
@@ -87,7 +87,7 @@ class TestAccumulation:
         warn_of_micro_batches(model, TrainConfig(batch_size=8, sync_batchnorm=True), 2)
         pooled = distiller()
         pooled.terms["kd"] = replace(pooled.terms["kd"], kwargs={"cross_image": True})
-        with pytest.warns(FastKDWarning, match=r"accumulate=2: 'kd' \(across_batch or cross_image\) compares within"):
+        with pytest.warns(FastKDWarning, match=r"accumulate=2: 'kd' compares samples with each other within"):
             warn_of_micro_batches(pooled, TrainConfig(batch_size=8, accumulate=2))
         model.eval()  # frozen BatchNorm: no warning
         warn_of_micro_batches(model, TrainConfig(batch_size=8, accumulate=4))
@@ -95,7 +95,14 @@ class TestAccumulation:
 
         with pytest.warns(FastKDWarning, match=r"'kd' .* within the 4 samples of each process, .* group='world'"):
             warn_of_micro_batches(pooled, TrainConfig(batch_size=8), processes=2)
+        words = replace(pooled.terms["kd"], name="words", loss=losses.cross_modal_kd)
+        pooled.terms["words"] = replace(words, kwargs={"terms": {"word_channel": 1.0}})
+        with pytest.warns(FastKDWarning, match="'kd', 'words' compare .* group='world' among the options of 'kd'"):
+            warn_of_micro_batches(pooled, TrainConfig(batch_size=8), processes=2)
         pooled.terms["kd"] = replace(pooled.terms["kd"], kwargs={"cross_image": True, "group": "world"})
+        with pytest.warns(FastKDWarning, match="'words' compares .* it has no group"):
+            warn_of_micro_batches(pooled, TrainConfig(batch_size=8), processes=2)
+        del pooled.terms["words"]
         warn_of_micro_batches(pooled, TrainConfig(batch_size=8), processes=2)
         with pytest.warns(FastKDWarning, match="within each micro-batch of 4"):  # of both processes
             warn_of_micro_batches(pooled, TrainConfig(batch_size=8, accumulate=2), processes=2)

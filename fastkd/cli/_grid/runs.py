@@ -29,6 +29,7 @@ def build_cache(grid: Grid) -> None:
     from fastkd import Distiller
     from fastkd.cli._models import build_model
     from fastkd.cli._teacher import describe, open_teacher
+    from fastkd.cli._terms import attention_taps
     from fastkd.train import TeacherCache, segmentation_loss
 
     terms = _terms(grid)
@@ -48,8 +49,8 @@ def build_cache(grid: Grid) -> None:
             teacher,
             segmentation_loss,
             terms,
-            student_taps=first.student_taps or None,
-            teacher_taps=first.teacher_taps or None,
+            student_taps=attention_taps(first.student_taps),
+            teacher_taps=attention_taps(first.teacher_taps),
         ),
         data.open("train", model, sentences="all", teacher=options),
         batch_size=config.batch_size,

@@ -86,7 +86,8 @@ def flatten(values: Mapping[str, Any], size: int) -> Recorded:
         several = list(value) if isinstance(value, list | tuple) else [value]
         for tensor in several:
             if not isinstance(tensor, Tensor) or tensor.ndim == 0 or tensor.shape[0] != size:
-                found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                inside = f"{type(tensor).__name__}: select tensors inside it, such as {path}.q of an attention tap"
+                found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else inside
                 raise ValueError(
                     f"{path!r} of the teacher cannot be cached: expected tensors with one row for each of {size} "
                     f"samples, got {found}"
