@@ -157,6 +157,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "MixedDataset.summary": "(self)",
         "MixedDataset.set_epoch": "(self, epoch)",
         "MixedDataset.describe": "(self, index)",
+        "PartlyLabelled": "(dataset, share, *, only=False)",
+        "PartlyLabelled.describe": "(self, index)",
         "Ref": "(ref_id, ann_id, image_id, category_id, split, sentences, ann_ids=None)",
         "Ref.targets": "property",
         "RefCOCO": (

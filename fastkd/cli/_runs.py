@@ -19,12 +19,14 @@ class OpenedRun(NamedTuple):
         train_set: the training set.
         val_set: the split val.
         shares: the terms that are to be balanced, name to gradient share.
+        balance_set: the samples to balance on: those of the training set that are labelled.
     """
 
     distiller: Distiller
     train_set: Any
     val_set: ReferDataset
     shares: dict[str, float]
+    balance_set: Any
 
 
 def open_run(settings: RunSettings, model_name: str, *, warn: bool = True) -> OpenedRun:
@@ -71,5 +73,13 @@ def open_run(settings: RunSettings, model_name: str, *, warn: bool = True) -> Op
         train_set = data.open_shards(
             settings.shards, model, buffer=settings.shuffle_buffer, seed=config.seed, teacher=teacher_options
         )
+    balance_set = train_set
+    if settings.labels != 1:
+        from fastkd.data import PartlyLabelled
+
+        balance_set = PartlyLabelled(train_set, settings.labels, only=True)
+        distils = isinstance(settings, DistillSettings)
+        train_set = PartlyLabelled(train_set, settings.labels) if distils else balance_set
     val_set = data.open("val", model, sentences="all")
-    return OpenedRun(Distiller(model, teacher, segmentation_loss, terms, **options), train_set, val_set, shares)
+    distiller = Distiller(model, teacher, segmentation_loss, terms, **options)
+    return OpenedRun(distiller, train_set, val_set, shares, balance_set)

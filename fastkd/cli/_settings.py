@@ -234,6 +234,9 @@ class RunSettings:
     of the split train of --data; needs the extra [stream]."""
     shuffle_buffer: int = 1000
     """Samples that a loading process shuffles among each other, with --shards."""
+    labels: float = 1.0
+    """Share of the training images whose masks are used, the same images in every run; with a teacher, the others are
+    only distilled."""
     out: Path = field(default_factory=_missing)
     """Folder for log, checkpoints and config.yaml."""
     backbone_weights: str | None = None

@@ -114,12 +114,12 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
 
     config, out = settings.config, settings.out
     main = folder.replay is None and _join(config, out, folder)
-    trained, train_set, val_set, shares = open_run(settings, model_name, warn=main)
+    trained, train_set, val_set, shares, balance_set = open_run(settings, model_name, warn=main)
     if folder.replay is not None:
         return _replay(folder.replay, trained, config)
     resolved = with_absolute_paths(settings)
     if trained.teacher is not None:
-        _balance(trained, train_set, shares, config, out if folder.resume else None)
+        _balance(trained, balance_set, shares, config, out if folder.resume else None)
         if main:
             show("weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in trained.weights.items()))
     if folder.preflight_only:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastkd.data.check import check_set
     from fastkd.data.dataset import ReferDataset, collate
     from fastkd.data.folder_writer import write_folder
+    from fastkd.data.labels import PartlyLabelled
     from fastkd.data.mixed import MixedDataset
     from fastkd.data.opening import open_set
     from fastkd.data.refcoco import RefCOCO
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MixedDataset",
+    "PartlyLabelled",
     "Ref",
     "RefCOCO",
     "ReferDataset",
@@ -52,6 +54,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "MixedDataset": "fastkd.data.mixed",
+        "PartlyLabelled": "fastkd.data.labels",
         "Ref": "fastkd.data._records",
         "RefCOCO": "fastkd.data.refcoco",
         "ReferDataset": "fastkd.data.dataset",

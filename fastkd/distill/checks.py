@@ -131,8 +131,11 @@ def process_group_explained() -> Iterator[None]:
         ) from error
 
 
-def check_gradients(report: GradientReport) -> None:
-    """Raise ``ValueError`` if a loss or its gradient is not finite, or if a gradient or a term is exactly 0."""
+def check_gradients(report: GradientReport, *, labelled: bool = True) -> None:
+    """Raise ``ValueError`` if a loss or its gradient is not finite, or if a gradient or a term is exactly 0.
+
+    The task loss of a batch that is not ``labelled`` may be 0.
+    """
     for name, value in report.values.items():
         loss = "the task loss" if name == "task" else f"term {name!r}"
         if not math.isfinite(value):
@@ -145,7 +148,7 @@ def check_gradients(report: GradientReport) -> None:
         norm = report.norms[name]
         if not math.isfinite(norm):
             raise ValueError(f"{loss} is {value:.4g} but its gradient with respect to the student is {norm}")
-        if norm == 0:
+        if norm == 0 and (labelled or name != "task"):
             raise ValueError(
                 f"{loss} sends no gradient to the student: the selected tensor is detached or does not depend on the "
                 "student's trainable parameters, or the loss is constant there"

@@ -291,7 +291,8 @@ class Distiller(nn.Module):
                 checks.check_deterministic(lambda: self._teacher_tensors(batch))
         with checks.process_group_explained():
             report = self.gradient_report(batch)
-        checks.check_gradients(report)
+        weights = batch.get("label_weight")  # of `fastkd.data.PartlyLabelled`
+        checks.check_gradients(report, labelled=weights is None or bool(weights.any()))
         return report
 
     def gradient_report(self, batch: Mapping[str, Any], step: int | None = None, scale: float = 1.0) -> GradientReport:

@@ -26,13 +26,15 @@ def segmentation_loss(
         ce   = Σ w_y · (−log p_y) / Σ w_y                         over the pixels
         dice = 1 − (2 Σ p·y + 1) / (Σ p + Σ y + 1)
 
-    and the loss is the mean over samples of ``ce + dice_weight · dice``. Each sample is normalised separately, so the
-    mean over accumulated micro-batches (or over ranks) is exactly the loss of the whole batch.
+    and the loss is the mean over samples of ``ce + dice_weight · dice``, each times its ``label_weight`` if the batch
+    has weights. Each sample is normalised separately, so the mean over accumulated micro-batches (or over ranks) is
+    exactly the loss of the whole batch.
 
     Args:
         output: model output with ``logits`` (B, 2, H, W), or the logits; channel 1 is the referred object.
         batch: holds ``mask`` (B, H, W), bool or 0/1. Other values are an error on the CPU. On other devices and in a
-            traced graph, where reading them would synchronise, they make the loss NaN.
+            traced graph, where reading them would synchronise, they make the loss NaN. ``label_weight`` (B,), from
+            `fastkd.data.PartlyLabelled`, is optional.
         class_weights: weights of background and object pixels; (0.9, 1.1) is the usual choice on RefCOCO.
         dice_weight: factor of dice; 0 skips it.
 
@@ -61,8 +63,14 @@ def segmentation_loss(
     background, target = class_weights
     weight = torch.where(truth > 0.5, target, background)
     ce = F.binary_cross_entropy_with_logits(margin, truth, weight, reduction="none").sum(1) / weight.sum(1)  # (B,)
+    weights = batch.get("label_weight")  # (B,)
     if not dice_weight:
-        return ce.mean()
+        return _mean(ce, weights)
     p = margin.sigmoid()  # (B, H·W)
     dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
-    return (ce + dice_weight * dice).mean()
+    return _mean(ce + dice_weight * dice, weights)
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean over samples, (B,) losses times weights."""
+    return losses.mean() if weights is None else (losses * weights.to(losses)).mean()

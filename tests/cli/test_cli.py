@@ -106,6 +106,14 @@ def test_cached_teacher_gives_the_weights_of_a_teacher_online(shapes, tmp_path, 
     assert not (tmp_path / "other").exists()
 
 
+def test_terms_are_balanced_on_labelled_samples(shapes, tmp_path, capsys):
+    args = ["distill", "--data", str(shapes), "--out", str(tmp_path / "run"), *SHORT, "--preflight-only"]
+    assert main([*args, "--labels", "0.05", "--batch-size", "2", "--seed", "1"]) == 0  # the first batches have no mask
+    assert "weights: first_order" in capsys.readouterr().out
+    assert main([*args, "--labels", "1e-9"]) == 2
+    assert "labels=1e-09 leaves none of" in capsys.readouterr().err
+
+
 def test_replay_prints_the_losses_of_the_batch_that_stopped_a_run(shapes, tmp_path, capsys):
     out = tmp_path / "run"
     args = ["train", "--data", str(shapes), "--batch-size", "4", "--threads", "1"]

@@ -28,7 +28,17 @@ _RESERVED = (
 )
 _ONLY_DISTILL = ("teacher", "student", "terms", "task", "student_taps", "teacher_taps", "teacher_tokenizer")
 _NO_RESULT = ("data", "image_root", "workers", "log_every", "gradients_every", "tracker")  # cannot change a result
-OF_CACHE = ("data", "dataset", "split_by", "teacher", "teacher_taps", "teacher_tokenizer", "tokenizer", "image_root")
+OF_CACHE = (
+    "data",
+    "mix",
+    "dataset",
+    "split_by",
+    "teacher",
+    "teacher_taps",
+    "teacher_tokenizer",
+    "tokenizer",
+    "image_root",
+)
 
 
 @dataclass(kw_only=True)

@@ -52,7 +52,7 @@ def build_cache(grid: Grid) -> None:
             student_taps=attention_taps(first.student_taps),
             teacher_taps=attention_taps(first.teacher_taps),
         ),
-        data.open("train", model, sentences="all", teacher=options),
+        data.open_every_sentence(model, teacher=options),
         batch_size=config.batch_size,
         dtype=grid.cache,
         device=config.device,
@@ -102,7 +102,7 @@ def open_settings(settings: RunSettings) -> OpenedRun:
     name = settings.student if isinstance(settings, DistillSettings) else settings.model  # type: ignore[attr-defined]
     opened = open_run(settings, name)
     if opened.shares:
-        balance_on(opened.distiller, opened.train_set, opened.shares, settings.config)
+        balance_on(opened.distiller, opened.balance_set, opened.shares, settings.config)
     return opened
 
 
@@ -192,7 +192,7 @@ def execute(grid: Grid, run: Run, steps: int, cost: float | None) -> list[Record
         on_cpu = pick_device(config.device).type == "cpu"
         shared = {
             **vars(run),
-            "labels": 1.0,
+            "labels": settings.labels,
             "steps": result.steps,
             "seconds": round(result.cpu_seconds if on_cpu else result.seconds, 2),
             "wall_seconds": round(result.seconds, 2),
