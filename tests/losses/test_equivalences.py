@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastkd.losses import (
     FeatureKD,
     attention_kd,
+    channel_attention_kd,
     channel_distribution_kd,
     channel_kd,
     feature_kd,
@@ -285,6 +286,28 @@ def test_minilmv2_relations():
     ours = sum(attention_kd(s, s, t, t, relation_heads=heads) for s, t in zip(student, teacher, strict=True))
     for tensor in student:
         same(ours, want, tensor)
+
+
+@pytest.mark.parametrize("distance", ["cka", "mse"])
+def test_cskd_channel_attention(maps, distance):
+    """CSKD's CAM: DANet's attention with a residual, compared by the biased CKA or by squared differences."""
+    student, teacher, tau, gamma = maps[0].requires_grad_(), maps[1], 4.0, 0.5
+
+    def attended(x):
+        x = x.flatten(2)
+        energy = x @ x.mT
+        attention = F.softmax((energy.max(-1, keepdim=True)[0] - energy) / tau, -1)
+        return gamma * attention @ x + x  # (B, C, N)
+
+    z_s, z_t = attended(student), attended(teacher)
+    if distance == "mse":
+        want = F.mse_loss(z_s, z_t)
+    else:
+        centre = torch.eye(B, dtype=torch.float64) - 1 / B
+        k_s, k_t = (centre @ z.flatten(1) @ z.flatten(1).T @ centre for z in (z_s, z_t))
+        want = -((k_s * k_t).sum() / (k_s.square().sum() * k_t.square().sum()).sqrt()).log()  # CSKD adds 1e-8 to CKA
+    options = {"similarity": "dot", "negate": True, "temperature": tau, "gamma": gamma, "distance": distance}
+    same(channel_attention_kd(student, teacher, debiased=distance != "cka", **options), want, student)
 
 
 def test_mmrazor_pkd(maps):
