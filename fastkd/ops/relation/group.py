@@ -220,7 +220,7 @@ class _Gathered(torch.autograd.Function):
         ctx.dtype = compute_dtype(student, teacher)
         every_s, every_t = (gathered(x, ctx.counts, group) for x in (student, teacher))  # (Σ B, R, K)
         taus = (temperature, teacher_temperature)
-        ctx.temperatures = [None if isinstance(tau, Tensor) else (tau,) for tau in taus]
+        ctx.temperatures = [None if isinstance(tau, Tensor) else (tau,) for tau in taus]  # None: a saved tensor
         ctx.save_for_backward(student, every_s, every_t, *(tau for tau in taus if isinstance(tau, Tensor)))
         rows = torch.zeros(student.shape[:2], dtype=ctx.dtype, device=student.device).flatten()
         with full_precision(student.device):
@@ -236,8 +236,8 @@ class _Gathered(torch.autograd.Function):
         with full_precision(student.device):
             learned = [tau.detach().requires_grad_() for tau in saved]
             d_learned = [torch.zeros_like(tau) for tau in saved]
-            left = iter(learned)
-            tau_s, tau_t = (next(left) if given is None else given[0] for given in ctx.temperatures)
+            in_order = iter(learned)
+            tau_s, tau_t = (next(in_order) if number is None else number[0] for number in ctx.temperatures)
             d_every = torch.zeros(every_s.shape, dtype=ctx.dtype, device=student.device).flatten(0, 1)  # (Σ B·R, K)
             d_own = d_every.new_zeros((student.shape[0] * student.shape[1], student.shape[2]))  # (B·R, K)
             weight = grad.detach().flatten()[:, None] / sum(ctx.counts)  # (B·R, 1)
@@ -258,8 +258,8 @@ class _Gathered(torch.autograd.Function):
                 own_rows = student.detach().to(ctx.dtype).requires_grad_()
                 scaled = scaled_rows(own_rows, ctx.similarity)
             (d_student,) = torch.autograd.grad(scaled, own_rows, d_scaled)
-        summed = iter(d_learned)
-        d_temperatures = (next(summed) if given is None else None for given in ctx.temperatures)
+        in_order = iter(d_learned)
+        d_temperatures = (next(in_order) if number is None else None for number in ctx.temperatures)
         return once(d_student.to(student.dtype), student), None, *d_temperatures, None, None, None
 
 
