@@ -76,6 +76,19 @@ def test_gradients_reach_both_learned_temperatures(f: Any) -> None:
             f(student, *others, temperature=pair, backend="cpu")
 
 
+@pytest.mark.parametrize("term", ["word_descriptor", "word_channel"])
+def test_gradients_of_what_words_see_reach_learned_temperatures(term: str) -> None:
+    args = inputs_of(losses.cross_modal_kd)
+    one, other = (torch.tensor(t, dtype=torch.float64, requires_grad=True) for t in (0.7, 1.3))
+    loss = lambda *taus, **more: losses.cross_modal_kd(
+        *args, temperature=taus if taus[1:] else taus[0], terms={term: 1.0}, **more
+    )
+    assert gradcheck(loss, (one,))
+    assert gradcheck(loss, (one, other))
+    with pytest.raises(fastkd.BackendUnavailable, match="no gradient with respect to the temperature"):
+        loss(one, backend="cpu")
+
+
 @pytest.mark.parametrize("f", [f for f, module in LOSSES.items() if module])
 def test_parameters_in_a_pair_belong_to_the_module(f: Any) -> None:
     args = inputs_of(f, torch.float32)
