@@ -185,8 +185,8 @@ def _other_tokens() -> Case:
 
 
 def _descriptors(name: str, sizes: Mapping[str, Size], **terms: float) -> Case:
-    """Return a case of terms of word descriptors, in addition to one that kernels compute."""
-    case = _cross_modal(f"{name} masked", sizes, masked=True, terms={"pixel_to_word": 1.0} | terms, temperature=0.5)
+    """Return a case of terms of word descriptors, in addition to those that kernels compute."""
+    case = _cross_modal(f"{name} masked", sizes, masked=True, terms=ALL_TERMS | terms)
     return replace(case, pools_the_batch="word_channel" in terms)
 
 
@@ -361,7 +361,7 @@ class Setting(NamedTuple):
     def supports(self, dtype: torch.dtype) -> bool:
         """Return whether this backend computes in this dtype."""
         backend, family = dispatch.BACKENDS[self.place.backend], self.case.family
-        if family in backend.families_without_kernels:
+        if family in backend.families_without_kernels or (family == PLAIN and backend.name != "reference"):
             return False
         return dtype != torch.float64 or family not in backend.families_without_fp64
 
