@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastkd.losses._temperatures import differentiable
 from fastkd.ops import checks
 from fastkd.ops.pixel_word.descriptors import Attended, descriptor_terms, logits_of
 from fastkd.ops.pixel_word.plan import Inputs
@@ -34,7 +33,6 @@ def word_descriptor_terms(
             "'word_channel' compares them channel by channel; project one network's pixels and words to the other's "
             "width, or use 'word_descriptor'"
         )
-    backend = differentiable(backend, *temperatures)  # kernels would drop the gradient by the teacher's descriptors
     checks.backend("pixel_word", backend, v_s)
     masks = inputs.student_word_mask, inputs.pixel_mask
     student, teacher = (

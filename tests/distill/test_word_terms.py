@@ -10,12 +10,14 @@ import contract_formulas
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 
 from fastkd import Term, losses
 from fastkd.distill import recipe
 from fastkd.distill.terms import pools_batch, takes_group, term_value
 from fastkd.distill.word_terms import word_channel_kd, word_descriptor_kd
 from fastkd.distill.words import check_term
+from fastkd.errors import BackendUnavailable
 
 B, T = 3, 4
 WORD_LOSSES = {"word_descriptor": word_descriptor_kd, "word_channel": word_channel_kd}
@@ -61,6 +63,15 @@ def test_value_with_other_heads_and_map_sizes(term: str) -> None:
     assert named.student == names[term]
     named.kwargs = {**named.kwargs, "temperature": (0.7, 1.5)}
     torch.testing.assert_close(term_value(named, *outputs, {"word_mask": mask}), want)
+
+
+@pytest.mark.parametrize("loss", WORD_LOSSES.values())
+def test_learned_temperatures_get_their_whole_gradient(loss: Callable[..., Any]) -> None:
+    student, teacher = network(2, 5, 3, 0), network(2, 5, 3, 1)
+    own, other = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 1.5))
+    assert gradcheck(lambda *taus: loss(*student, *teacher, temperature=taus), (own, other))
+    with pytest.raises(BackendUnavailable, match="no gradient with respect to the temperature"):
+        loss(*student, *teacher, temperature=own, backend="cpu")
 
 
 @pytest.mark.parametrize("loss", WORD_LOSSES.values())

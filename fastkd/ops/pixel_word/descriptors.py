@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.ops import checks
 from fastkd.ops.numerics import compute_dtype, full_precision, normalise_rows
 from fastkd.ops.pixel_word.reference import _masked, pixel_word_logits
 from fastkd.ops.products import product
@@ -57,8 +58,14 @@ def descriptor_terms(
     - "word_channel": the channel relation of D over the valid words of all samples, one number for the batch. Masked
       words are columns of zeros, which change no cosine.
 
-    Attention, descriptors and the T×T relation are plain torch; ``backend`` computes the relation of the channels.
+    Attention, descriptors and the T×T relation are plain torch; ``backend`` computes the relation of the channels, in
+    plain torch too if a temperature is learned: the teacher's descriptors then need a gradient, which kernels lack.
+
+    Raises:
+        BackendUnavailable: a temperature is learned, and ``backend`` names kernels.
     """
+    if checks.differentiates_temperature(backend, student.temperature, teacher.temperature):
+        backend = "reference"
     dtype = compute_dtype(*student[:2], *teacher[:2])
     results = {}
     with full_precision(student.logits.device):
