@@ -82,7 +82,16 @@ struct ScaledExp {
     FASTKD_INLINE Vec<T> operator()(Vec<T> x, Part high, Part low) const {
         const Vec<T> exponent = x * scale_log2_e - high * C::log2_e; // to base 2
         const Rounded<T> n(exponent);
-        const Vec<T> r = ((x * scale - (n.value * C::ln_2_high + high)) - n.value * C::ln_2_low) - low;
+        return of_rest(n, ((x * scale - (n.value * C::ln_2_high + high)) - n.value * C::ln_2_low) - low);
+    }
+    FASTKD_INLINE Vec<T> operator()(Vec<T> x) const {
+        const Rounded<T> n(x * scale_log2_e);
+        return of_rest(n, (x * scale - n.value * C::ln_2_high) - n.value * C::ln_2_low);
+    }
+
+  private:
+    // Return 2^n e^r.
+    FASTKD_INLINE static Vec<T> of_rest(const Rounded<T>& n, Vec<T> r) {
         constexpr int terms = sizeof(C::q) / sizeof(T);
         Vec<T> q = broadcast(C::q[terms - 1]);
         for (int i = terms - 2; i >= 0; --i) {

@@ -55,7 +55,7 @@ FASTKD_INLINE To bit_cast(From from) {
 
 template <class T>
 FASTKD_INLINE Vec<T> broadcast(T value) {
-    return Vec<T>{} + value;
+    return value - Vec<T>{}; // no instruction, unlike 0 + value, which is 0 for -0
 }
 
 // a > b ? a : b, which ignores a NaN in `a` and returns a NaN in `b`.

@@ -159,6 +159,9 @@ void shapes() {
         compare_in_turn(queries, 200, 3);
     }
     compare_in_turn(20, 6000, 2); // blocks of eight queries
+    for (int i = 0; i < 4; ++i) { // rows read in place; one or two keys beyond whole vectors
+        compare_in_turn(18 + i, 49 + i % 2, 16 + i / 2 * 16);
+    }
 }
 
 void run() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -129,9 +130,20 @@ def test_sizes_around_vectors_and_blocks(backend: str, dtype: torch.dtype) -> No
     compare(features(1, 2, 70, 131, 5, 3, dtype=dtype), backend, causal=True)
 
 
+@pytest.mark.parametrize("keys", [49, 50])
+def test_last_keys_beyond_whole_vectors(backend: str, keys: int) -> None:
+    """One or two keys that fill no vector: with biases, masks and masked queries."""
+    args = features(2, 2, 18, keys, 32, 5)
+    key_mask, query_mask = torch.ones(2, keys, dtype=torch.bool), torch.ones(2, 18, dtype=torch.bool)
+    key_mask[1, -1] = key_mask[0, 3] = query_mask[0, 17] = query_mask[1, 2] = False
+    bias = random(2, 18, keys, seed=5)
+    compare(args, backend)
+    compare(args, backend, student_bias=bias, teacher_bias=-bias, key_mask=key_mask, query_mask=query_mask)
+
+
 def test_equal_networks_give_no_gradient(backend: str) -> None:
     """The kernels' gradient is exactly 0, whatever the loss is multiplied by."""
-    q, k = random(2, 2, 9, 16) * 3, random(2, 2, 33, 16, seed=1) * 3
+    q, k = random(2, 2, 18, 16) * 3, random(2, 2, 33, 16, seed=1) * 3
     leaves = [q.clone().requires_grad_(), k.clone().requires_grad_()]
     loss = attention_kd(*leaves, q, k, backend=backend)
     grads = torch.autograd.grad(loss * 1e6, leaves)
@@ -172,6 +184,42 @@ def test_minus_infinity_in_a_bias_excludes_a_pair(backend: str) -> None:
 # --- the C++ kernel ---------------------------------------------------------------------------------------------------
 
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ kernels are unavailable here")
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads next to columns": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "gaps between rows": lambda x: torch.nn.functional.pad(x, (1, 6))[..., 1:-6],
+    "columns apart": lambda x: x.mT.contiguous().mT,
+    "the same row for all queries or keys": lambda x: x[:, :, :1].expand_as(x),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_do_not_depend_on_the_layout(layout: str, dtype: torch.dtype) -> None:
+    """Rows that products read in place give the bits of packed ones; more heads than a thread takes at a time."""
+    args = [LAYOUTS[layout](x) for x in features(3, 7, 20, 49, 32, 16, dtype=dtype)]
+    results = []
+    for arguments in (args, [x.contiguous() for x in args]):
+        leaves = [x.detach().requires_grad_(i < 2) for i, x in enumerate(arguments)]
+        assert [x.stride() for x in leaves] == [x.stride() for x in arguments]
+        rows = attention_kd(*leaves, reduction="none", backend="cpu")
+        results.append((rows, *torch.autograd.grad(rows, leaves[:2], torch.linspace(0, 1, 20).expand_as(rows))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_cpu
+def test_windows_have_the_same_bits_for_any_number_of_threads() -> None:
+    args = [x.requires_grad_(i < 2) for i, x in enumerate(features(16, 5, 6, 17, 16, 4))]
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            loss = attention_kd(*args, reduction="none", backend="cpu")
+            results.append((loss, *torch.autograd.grad(loss.sum(), args[:2])))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @needs_cpu

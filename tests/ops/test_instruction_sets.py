@@ -23,7 +23,7 @@ FILES = [
 ]
 RELATION = "every_form or every_shape or shift or gram_form or zero_ or number_of_threads"
 PIXEL_WORD = "(fp64 and (37 or 129 or 257)) or test_dtypes or norm_zero or equal or infinite or identical"
-ATTENTION = "cpu and (sizes or everything or equal)"
+ATTENTION = "cpu and (sizes or everything or equal or last_keys)"
 LANE_DEPENDENT = (
     f"test_native or (test_relation and ({RELATION})) or (test_pixel_word and ({PIXEL_WORD})) "
     f"or (test_attention_kl and {ATTENTION})"

@@ -2,8 +2,16 @@
 //
 //     loss_i = KL(p^T_i || p^S_i),     H_ij = g_i (p^S_ij - p^T_ij) scale/tau,     dQ = H K,     dK = H^T Q
 //
-// The keys of a head are packed once. A block of queries is multiplied by all of them; its logits stay in the L2 cache
-// until its losses, its rows of dQ and its part of dK are done. dK is summed over the blocks in order.
+// The keys of a head are packed once, for Q K^T. A block of queries is multiplied by all of them; its logits stay in
+// the L2 cache until its losses, its rows of dQ and its part of dK are done. dK is summed over the blocks in order.
+// Rows of float or double whose columns are contiguous are multiplied where they are: Q in all products, K in H K. If
+// they fill whole vectors, dQ and dK are computed in the results themselves. bfloat16 is multiplied in pairs in Q K^T.
+// H K and H^T Q widen it: rounding H would lose the digits in which the rows of H cancel.
+//
+// Windows (49 keys of 32 columns, say) are too short to amortise anything. Their maxima, sums and logarithms are
+// computed for groups of rows (row.h), one or two keys beyond whole vectors separately from the others, and while the
+// products of one window run, the next one is prefetched.
+#include "cpu/attention_kl/product.h"
 #include "cpu/attention_kl/row.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -21,12 +29,45 @@ struct Attention {
     const Call& call;
     const AttentionPlan& plan;
     const attention_kl::Problem& problem = call.problem;
+    const std::int64_t rest = problem.causal ? 0 : rest_of<T>(problem.keys);
+    const bool windows = problem.queries + problem.keys <= 512; // too short for the hardware to recognise streams
+    const bool pairs = plan.pairs && rest == 0;                 // multiplies Q K^T as bfloat16
 
     // One head of one sample, and the part of the workspace for its keys.
     struct Head {
         std::int64_t b, h;
         char* team;
     };
+
+    FASTKD_INLINE Head head_at(std::int64_t index, std::int64_t index_of_team) const {
+        return {index / problem.heads, index % problem.heads, team(index_of_team)};
+    }
+    // The rows of the next head, to prefetch during the products of this one.
+    struct Upcoming {
+        Prefetch q_s, k_s, q_t, k_t, grad_q, grad_k;
+    };
+    FASTKD_INLINE Upcoming upcoming_of(const Head& head) const {
+        const auto all = [&](const Array& x, std::int64_t rows, std::int64_t width) __attribute__((always_inline)) {
+            // Of strided columns, only the first.
+            constexpr std::int64_t size = sizeof(S);
+            const char* begin = reinterpret_cast<const char*>(rows_of(x, head, 0));
+            return x.col == 1 && x.row == width ? Prefetch{begin, 1, 0, rows * width * size}
+                                                : Prefetch{begin, rows, x.row * size, width * size};
+        };
+        const std::int64_t size = call.wide ? sizeof(T) : sizeof(S);
+        const auto gradient = [&](void* to, bool needed, std::int64_t rows) __attribute__((always_inline)) {
+            const std::int64_t bytes = rows * problem.student_width * size;
+            return needed
+                       ? Prefetch{static_cast<const char*>(to) + (head.b * problem.heads + head.h) * bytes, 1, 0, bytes}
+                       : Prefetch{};
+        };
+        return {all(call.student.q, problem.queries, problem.student_width),
+                all(call.student.k, problem.keys, problem.student_width),
+                all(call.teacher.q, problem.queries, problem.teacher_width),
+                all(call.teacher.k, problem.keys, problem.teacher_width),
+                gradient(call.grad_q, problem.for_q, problem.queries),
+                gradient(call.grad_k, problem.for_k, problem.keys)};
+    }
 
     template <class P = T>
     FASTKD_INLINE P* at(const Head& head, std::int64_t offset) const {
@@ -57,18 +98,24 @@ struct Attention {
 
     // ---- keys
 
+    FASTKD_INLINE void pack_keys_of(const Array& k, const Head& head, std::int64_t width, T* packed, T* last) const {
+        const std::int64_t count = problem.keys - rest;
+        if constexpr (is_bf16<S>) {
+            if (pairs) {
+                pack_pairs(rows_of(k, head, 0), k.row, k.col, count, width, reinterpret_cast<PairWord*>(packed));
+                return;
+            }
+        }
+        pack<S>(rows_of(k, head, 0), k.row, k.col, count, width, nullptr, nullptr, packed);
+        copy_rows<S>(rows_of(k, head, count), k.row, k.col, rest, width, last);
+    }
     void pack_keys(const Head& head) const {
         const Array &s = call.student.k, &t = call.teacher.k;
-        pack<S>(rows_of(s, head, 0), s.row, s.col, problem.keys, problem.student_width, nullptr, nullptr,
-                at(head, plan.keys_s));
-        pack<S>(rows_of(t, head, 0), t.row, t.col, problem.keys, problem.teacher_width, nullptr, nullptr,
-                at(head, plan.keys_t));
-        if (problem.for_q) {
+        pack_keys_of(s, head, problem.student_width, at(head, plan.keys_s), at(head, plan.rest_s));
+        pack_keys_of(t, head, problem.teacher_width, at(head, plan.keys_t), at(head, plan.rest_t));
+        if (problem.for_q && !columns_in_place(s)) {
             pack<S>(rows_of(s, head, 0), s.col, s.row, problem.student_width, problem.keys, nullptr, nullptr,
                     at(head, plan.key_rows));
-        }
-        if (problem.for_k) {
-            clear(at(head, plan.grad_k), plan.keys * plan.width);
         }
         if (call.key_mask != nullptr) {
             T* mask = at(head, plan.key_mask);
@@ -77,9 +124,25 @@ struct Attention {
             }
         }
     }
+    // Return whether a product can read the rows of x as its left operand, or its columns as its right one.
+    FASTKD_INLINE static bool rows_in_place(const Array& x) { return sizeof(S) == sizeof(T) && x.col == 1; }
+    FASTKD_INLINE bool columns_in_place(const Array& x) const {
+        return rows_in_place(x) && problem.student_width == plan.width;
+    }
+    // Return whether products can be written to the gradients.
+    FASTKD_INLINE bool gradients_in_place() const {
+        return (call.wide || sizeof(S) == sizeof(T)) && problem.student_width == plan.width;
+    }
+    FASTKD_INLINE T* grad_k(const Head& head) const {
+        return gradients_in_place() ? static_cast<T*>(call.grad_k) +
+                                          (head.b * problem.heads + head.h) * problem.keys * problem.student_width
+                                    : at(head, plan.grad_k);
+    }
     void write_grad_k(const Head& head) const {
-        write_gradient(call.grad_k, (head.b * problem.heads + head.h) * problem.keys, problem.keys,
-                       at(head, plan.grad_k));
+        if (!gradients_in_place()) {
+            write_gradient(call.grad_k, (head.b * problem.heads + head.h) * problem.keys, problem.keys,
+                           at(head, plan.grad_k));
+        }
     }
     // Write rows of a gradient from a buffer whose rows are padded.
     FASTKD_INLINE void write_gradient(void* out, std::int64_t row, std::int64_t rows, const T* buffer) const {
@@ -93,29 +156,55 @@ struct Attention {
 
     // ---- queries
 
-    // out[r][m] = q_r . k_m for a block's queries and the first `keys` keys, rounded up to a whole panel.
-    FASTKD_INLINE void multiply(const Network& network, const Head& head, std::int64_t block, std::int64_t keys,
-                                std::int64_t width, const T* packed, T* queries, T* out) const {
+    // out[r][m] = q_r . k_m for a block's queries and the first `keys` keys, rounded up to a whole panel. Return the
+    // queries, unless they are multiplied as pairs.
+    FASTKD_INLINE Rows<T> multiply(const Network& network, const Head& head, std::int64_t block, std::int64_t keys,
+                                   std::int64_t width, const T* packed, T* queries, T* out,
+                                   const Prefetch& fetch) const {
         const Array& q = network.q;
-        copy_rows<S>(rows_of(q, head, block * plan.block), q.row, q.col, count_of(block), width, queries);
-        const Panels<T> panels(problem.keys);
-        for (std::int64_t p = 0; p < panels.size && panels.begin(p) < keys; ++p) {
-            panel_product<T>(panels.width(p), queries, width, 1, count_of(block), packed + panels.begin(p) * width,
-                             width, out + panels.begin(p), plan.ld, false);
+        const S* rows = rows_of(q, head, block * plan.block);
+        const std::int64_t count = count_of(block);
+        const Panels<T> panels(problem.keys - rest);
+        if constexpr (is_bf16<S>) {
+            if (pairs) {
+                const std::int64_t inner = pairs_of(width);
+                auto* left = reinterpret_cast<PairWord*>(queries);
+                copy_pairs(rows, q.row, q.col, count, width, left);
+                for (std::int64_t p = 0; p < panels.size && panels.begin(p) < keys; ++p) {
+                    panel_product_pairs(panels.width(p), left, inner, 1, count,
+                                        reinterpret_cast<const PairWord*>(packed) + panels.begin(p) * inner, inner,
+                                        out + panels.begin(p), plan.ld, false);
+                }
+                return {};
+            }
         }
+        Rows<T> left{queries, width, 1};
+        if (rows_in_place(q)) {
+            left = {reinterpret_cast<const T*>(rows), q.row, 1};
+        } else {
+            copy_rows<S>(rows, q.row, q.col, count, width, queries);
+        }
+        product<T>(left, count, {packed, true}, panels, keys - rest, width, out, plan.ld, false, fetch);
+        return left;
     }
-    // Return the logits' maximum of one query.
-    FASTKD_INLINE T logits(const Network& network, const Head& head, std::int64_t query, T* row, std::int64_t cols,
-                           T* bias) const {
-        const std::int64_t valid = keys_of(query);
-        const double inverse = 1 / problem.temperature;
+    // Turn the products of a group's rows into logits, if a scale is not enough; return the scale that remains.
+    FASTKD_INLINE T logits(const Network& network, const Head& head, std::int64_t first, std::int64_t rows,
+                           std::int64_t cols, T* products, GroupNetwork<T>& group, T* bias) const {
+        const double scale = network.scales[head.h] / problem.temperature;
         const attention_kl::Bias& given = network.bias;
-        if (given.data != nullptr) {
-            load_bias(given, head.b * given.batch + head.h * given.head + query * given.row, valid, bias);
+        if (given.data == nullptr && call.key_mask == nullptr && keys_of(first) == cols + rest) {
+            return static_cast<T>(scale);
         }
-        return logits_row<T>(row, valid, cols, static_cast<T>(network.scales[head.h] * inverse),
-                             static_cast<T>(inverse), given.data == nullptr ? nullptr : bias,
-                             call.key_mask == nullptr ? nullptr : at(head, plan.key_mask));
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const std::int64_t query = first + r, valid = keys_of(query);
+            if (given.data != nullptr) {
+                load_bias(given, head.b * given.batch + head.h * given.head + query * given.row, valid, bias);
+            }
+            logits_row<T>(products + r * plan.ld, group, r, cols, rest, valid, static_cast<T>(scale),
+                          static_cast<T>(1 / problem.temperature), given.data == nullptr ? nullptr : bias,
+                          call.key_mask == nullptr ? nullptr : at(head, plan.key_mask));
+        }
+        return T(1);
     }
     FASTKD_INLINE double row_gradient(const Head& head, std::int64_t query) const {
         return call.grad_loss == nullptr
@@ -125,100 +214,123 @@ struct Attention {
                                          query * call.grad_row_stride]);
     }
 
+    // Compute the losses and rows of H of up to row_group rows of a block, from the products in s and t.
+    void process_rows(const Head& head, std::int64_t first, std::int64_t rows, std::int64_t keys, T* s, T* t,
+                      RowGroup<T>& group, T* bias) const {
+        const bool gradients = problem.for_q || problem.for_k;
+        const std::int64_t cols = round_up(keys - rest, lanes<T>);
+        const T scale_s = logits(call.student, head, first, rows, cols, s, group.s, bias);
+        const T scale_t = logits(call.teacher, head, first, rows, cols, t, group.t, bias);
+        max_rows(s, plan.ld, rows, cols, rest, scale_s, group.s);
+        max_rows(t, plan.ld, rows, cols, rest, scale_t, group.t);
+        switch (cols / lanes<T>) {
+        case 3:
+            exp_rows<T, 3>(s, t, plan.ld, rows, cols, scale_s, scale_t, group);
+            break;
+        case 4:
+            exp_rows<T, 4>(s, t, plan.ld, rows, cols, scale_s, scale_t, group);
+            break;
+        default:
+            exp_rows<T>(s, t, plan.ld, rows, cols, scale_s, scale_t, group);
+        }
+        const double factor = call.student.scales[head.h] / problem.temperature;
+        for (std::int64_t r = 0; r < rows; ++r) {
+            group.factor[r] = static_cast<T>(row_gradient(head, first + r) * factor);
+        }
+        finish_rows(group, rest, rows, gradients ? s + cols : nullptr, plan.ld);
+        T* loss = static_cast<T*>(call.loss);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const bool masked = call.query_mask != nullptr && !call.query_mask[head.b * problem.queries + first + r];
+            if (loss != nullptr) {
+                loss[(head.b * problem.heads + head.h) * problem.queries + first + r] =
+                    masked ? T(0) : static_cast<T>(group.loss[r]);
+            }
+            if (gradients && masked) {
+                clear(s + r * plan.ld, round_up(keys, lanes<T>));
+            } else if (gradients) {
+                gradient_row(s + r * plan.ld, t + r * plan.ld, cols, group, r);
+            }
+        }
+    }
+
     // Compute the losses of a block, its rows of dQ, and its rows of H for dK, in the scratch memory of `slot`.
-    void process_block(const Head& head, std::int64_t block, std::int64_t slot) const {
+    void process_block(const Head& head, std::int64_t block, std::int64_t slot, const Upcoming& upcoming) const {
         T *s = scratch(slot, plan.logits_s), *t = scratch(slot, plan.logits_t);
         const std::int64_t first = block * plan.block, rows = count_of(block), keys = block_keys(block);
-        multiply(call.student, head, block, keys, problem.student_width, at(head, plan.keys_s),
-                 scratch(slot, plan.queries_s), s);
-        multiply(call.teacher, head, block, keys, problem.teacher_width, at(head, plan.keys_t),
-                 scratch(slot, plan.queries_t), t);
-        const bool gradients = problem.for_q || problem.for_k;
-        const std::int64_t cols = round_up(keys, lanes<T>);
-        for (std::int64_t r = 0; r < rows; ++r) {
-            const std::int64_t query = first + r;
-            T *row_s = s + r * plan.ld, *row_t = t + r * plan.ld;
-            T* loss = static_cast<T*>(call.loss);
-            loss = loss == nullptr ? nullptr : loss + (head.b * problem.heads + head.h) * problem.queries + query;
-            if (call.query_mask != nullptr && !call.query_mask[head.b * problem.queries + query]) {
-                if (loss != nullptr) {
-                    *loss = 0;
-                }
-                clear(row_s, cols);
-                continue;
+        const Rows<T> q_s = multiply(call.student, head, block, keys, problem.student_width, at(head, plan.keys_s),
+                                     scratch(slot, plan.queries_s), s, upcoming.q_s);
+        const Rows<T> q_t = multiply(call.teacher, head, block, keys, problem.teacher_width, at(head, plan.keys_t),
+                                     scratch(slot, plan.queries_t), t, upcoming.q_t);
+        RowGroup<T> group;
+        Prefetch outputs[] = {upcoming.grad_q, upcoming.grad_k};
+        outputs[0].spread(ceil_div(rows, row_group));
+        outputs[1].spread(ceil_div(rows, row_group));
+        for (std::int64_t r = 0; r < rows; r += row_group) {
+            const std::int64_t some = rows - r < row_group ? rows - r : row_group;
+            for (std::int64_t j = 0; j < rest; ++j) {
+                column_product(q_s.data + r * q_s.row, q_s.row, some, at(head, plan.rest_s) + j * problem.student_width,
+                               problem.student_width, group.s.rest[j]);
+                column_product(q_t.data + r * q_t.row, q_t.row, some, at(head, plan.rest_t) + j * problem.teacher_width,
+                               problem.teacher_width, group.t.rest[j]);
             }
-            T* bias = scratch(slot, plan.bias);
-            const T max_s = logits(call.student, head, query, row_s, cols, bias);
-            const T max_t = logits(call.teacher, head, query, row_t, cols, bias);
-            const AttentionSums sums = gradients ? exp_rows<T, true>(row_s, row_t, cols, max_s, max_t)
-                                                 : exp_rows<T, false>(row_s, row_t, cols, max_s, max_t);
-            if (loss != nullptr) {
-                *loss = static_cast<T>(sums.loss());
-            }
-            if (gradients) {
-                const double factor = row_gradient(head, query) * call.student.scales[head.h] / problem.temperature;
-                gradient_row(row_s, row_t, cols, sums, static_cast<T>(factor));
-            }
+            process_rows(head, first + r, some, keys, s + r * plan.ld, t + r * plan.ld, group,
+                         scratch(slot, plan.bias));
+            outputs[0].step();
+            outputs[1].step();
         }
+        const Array &q = call.student.q, &k = call.student.k;
+        const Panels<T> panels(problem.student_width);
         if (problem.for_q) {
-            T* out = scratch(slot, plan.grad_q);
-            const Panels<T> panels(problem.student_width);
-            for (std::int64_t p = 0; p < panels.size; ++p) {
-                panel_product<T>(panels.width(p), s, plan.ld, 1, rows,
-                                 at(head, plan.key_rows) + panels.begin(p) * problem.keys, keys, out + panels.begin(p),
-                                 plan.width, false);
+            const std::int64_t row = (head.b * problem.heads + head.h) * problem.queries + first;
+            T* out =
+                gradients_in_place() ? static_cast<T*>(call.grad_q) + row * plan.width : scratch(slot, plan.grad_q);
+            const Columns<T> right = columns_in_place(k)
+                                         ? Columns<T>{reinterpret_cast<const T*>(rows_of(k, head, 0)), false, k.row}
+                                         : Columns<T>{at(head, plan.key_rows), true};
+            product<T>({s, plan.ld, 1}, rows, right, panels, plan.width, keys, out, plan.width, false, upcoming.k_s);
+            if (!gradients_in_place()) {
+                write_gradient(call.grad_q, row, rows, out);
             }
-            write_gradient(call.grad_q, (head.b * problem.heads + head.h) * problem.queries + first, rows, out);
         }
-        if (problem.for_k) {
-            const Array& q = call.student.q;
+        if (problem.for_k && !columns_in_place(q)) {
             pack<S>(rows_of(q, head, first), q.col, q.row, problem.student_width, rows, nullptr, nullptr,
                     scratch(slot, plan.query_rows));
         }
     }
-    // Add a processed block's part of dK, for the keys [from, to).
-    void add_grad_k(const Head& head, std::int64_t block, std::int64_t slot, std::int64_t from, std::int64_t to) const {
-        const std::int64_t keys = block_keys(block), rows = count_of(block);
-        to = to < keys ? to : keys;
-        if (from >= to) {
-            return;
-        }
-        const Panels<T> panels(problem.student_width);
-        for (std::int64_t p = 0; p < panels.size; ++p) {
-            panel_product<T>(panels.width(p), scratch(slot, plan.logits_s) + from, 1, plan.ld, to - from,
-                             scratch(slot, plan.query_rows) + panels.begin(p) * rows, rows,
-                             at(head, plan.grad_k) + from * plan.width + panels.begin(p), plan.width, true);
-        }
+    // Add a processed block's part of dK, for the keys [from, to). The first block that contains a key sets it.
+    void add_grad_k(const Head& head, std::int64_t block, std::int64_t slot, std::int64_t from, std::int64_t to,
+                    const Prefetch& fetch) const {
+        const Array& q = call.student.q;
+        const Columns<T> right =
+            columns_in_place(q)
+                ? Columns<T>{reinterpret_cast<const T*>(rows_of(q, head, block * plan.block)), false, q.row}
+                : Columns<T>{scratch(slot, plan.query_rows), true};
+        const std::int64_t earlier = block == 0 ? 0 : block_keys(block - 1), all = block_keys(block);
+        const auto part = [&](std::int64_t begin, std::int64_t end, bool add) __attribute__((always_inline)) {
+            if (begin < end) {
+                product<T>({scratch(slot, plan.logits_s) + begin, 1, plan.ld}, end - begin, right,
+                           Panels<T>(problem.student_width), plan.width, count_of(block),
+                           grad_k(head) + begin * plan.width, plan.width, add, fetch);
+            }
+        };
+        part(from, to < earlier ? to : earlier, true);
+        part(from > earlier ? from : earlier, to < all ? to : all, false);
     }
 
     // ---- heads
 
-    // Request the rows of a head that this thread will probably process next: windows are too short for the hardware to
-    // recognise their streams.
-    FASTKD_INLINE void prefetch(const Head& head) const {
-        const auto all = [&](const Array& x, std::int64_t rows, std::int64_t width) __attribute__((always_inline)) {
-            for (std::int64_t r = 0; r < rows; ++r) {
-                const char* row = reinterpret_cast<const char*>(rows_of(x, head, r)); // strided columns: only the first
-                for (std::int64_t byte = 0; byte < width * static_cast<std::int64_t>(sizeof(S)); byte += 64) {
-                    __builtin_prefetch(row + byte, 0, 2);
-                }
-            }
-        };
-        all(call.student.q, problem.queries, problem.student_width);
-        all(call.student.k, problem.keys, problem.student_width);
-        all(call.teacher.q, problem.queries, problem.teacher_width);
-        all(call.teacher.k, problem.keys, problem.teacher_width);
-    }
-    void one_thread(const Head& head, std::int64_t slot) const {
-        pack_keys(head);
-        const std::int64_t next = head.b * problem.heads + head.h + plan.teams;
-        if (problem.queries + problem.keys <= 512 && next < problem.batch * problem.heads) {
-            prefetch({next / problem.heads, next % problem.heads, nullptr});
+    // `next` is the head that this thread will probably process next, or past the end.
+    void one_thread(std::int64_t index, std::int64_t next, std::int64_t slot) const {
+        const Head head = head_at(index, slot);
+        Upcoming upcoming;
+        if (windows && next < problem.batch * problem.heads) {
+            upcoming = upcoming_of(head_at(next, slot));
         }
+        pack_keys(head);
         for (std::int64_t block = 0; block < plan.blocks; ++block) {
-            process_block(head, block, slot);
+            process_block(head, block, slot, upcoming);
             if (problem.for_k) {
-                add_grad_k(head, block, slot, 0, problem.keys);
+                add_grad_k(head, block, slot, 0, problem.keys, upcoming.k_t);
             }
         }
         if (problem.for_k) {
@@ -232,11 +344,11 @@ struct Attention {
         pack_keys(head);
         for (std::int64_t begin = 0; begin < plan.blocks; begin += threads) {
             const std::int64_t some = plan.blocks - begin < threads ? plan.blocks - begin : threads;
-            parallel_for(threads, some, [&](std::int64_t i, int) { process_block(head, begin + i, i); });
+            parallel_for(threads, some, [&](std::int64_t i, int) { process_block(head, begin + i, i, {}); });
             if (problem.for_k) {
                 parallel_for(threads, threads, [&](std::int64_t share, int) {
                     for (std::int64_t i = 0; i < some; ++i) {
-                        add_grad_k(head, begin + i, i, share * part, (share + 1) * part);
+                        add_grad_k(head, begin + i, i, share * part, (share + 1) * part, {});
                     }
                 });
             }
@@ -248,13 +360,19 @@ struct Attention {
     void run() const {
         const std::int64_t heads = problem.batch * problem.heads;
         if (plan.team_threads == 1) {
-            parallel_for(static_cast<int>(plan.teams), heads, [&](std::int64_t index, int thread) {
-                one_thread({index / problem.heads, index % problem.heads, team(thread)}, thread);
+            // Consecutive windows, so that a thread knows its next one, but enough tasks to balance the threads.
+            const std::int64_t fair = heads / (8 * plan.teams);
+            const std::int64_t some = windows && fair > 1 ? smaller(fair, 16) : 1;
+            parallel_for(static_cast<int>(plan.teams), ceil_div(heads, some), [&](std::int64_t task, int thread) {
+                const std::int64_t end = smaller((task + 1) * some, heads);
+                for (std::int64_t index = task * some; index < end; ++index) {
+                    one_thread(index, index + 1 < end ? index + 1 : end + (plan.teams - 1) * some, thread);
+                }
             });
             return;
         }
         for (std::int64_t index = 0; index < heads; ++index) {
-            all_threads({index / problem.heads, index % problem.heads, team(0)});
+            all_threads(head_at(index, 0));
         }
     }
 };

@@ -1,6 +1,7 @@
 #include "cpu/attention_kl/plan.h"
 
 #include "common/arena.h"
+#include "cpu/isa.h"
 
 namespace fastkd::cpu {
 namespace {
@@ -10,6 +11,7 @@ constexpr std::int64_t logits_bytes = 512 * 1024; // of a block, both networks
 AttentionPlan plan_for(const attention_kl::Problem& problem, int threads, bool share_heads) {
     const std::int64_t size = problem.dtype == DType::Float64 ? 8 : 4;
     AttentionPlan plan{};
+    plan.pairs = problem.dtype == DType::BFloat16 && bf16_products();
     plan.keys = round_up(problem.keys, attention_padding);
     plan.width = round_up(problem.student_width, attention_padding);
     plan.ld = plan.keys + attention_padding;
@@ -22,6 +24,8 @@ AttentionPlan plan_for(const attention_kl::Problem& problem, int threads, bool s
     Arena<64> team;
     plan.keys_s = team.take_bytes(plan.keys * problem.student_width * size);
     plan.keys_t = team.take_bytes(plan.keys * problem.teacher_width * size);
+    plan.rest_s = team.take_bytes(2 * problem.student_width * size);
+    plan.rest_t = team.take_bytes(2 * problem.teacher_width * size);
     if (problem.for_q) {
         plan.key_rows = team.take_bytes(problem.keys * plan.width * size);
     }

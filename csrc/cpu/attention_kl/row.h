@@ -1,8 +1,10 @@
-// One query's row of both attention maps: logits, sums, and the row of H.
+// Rows of both attention maps: logits, sums, losses, and the rows of H.
 #pragma once
 
 #include "common/attention_kl.h"
-#include "cpu/gemm/packing.h"
+#include "cpu/gemm/bf16.h"
+#include "cpu/gemm/small.h"
+#include "cpu/log.h"
 #include "cpu/softmax_kl/row.h"
 #include "cpu/storage.h"
 
@@ -45,6 +47,25 @@ FASTKD_NOINLINE void copy_rows(const S* x, std::int64_t row_stride, std::int64_t
     }
 }
 
+// Copy x[r][c] to out[r][c], as pairs of columns; the last one is padded with 0.
+FASTKD_NOINLINE void copy_pairs(const BFloat16* x, std::int64_t row_stride, std::int64_t col_stride, std::int64_t rows,
+                                std::int64_t cols, PairWord* out) {
+    const std::int64_t pairs = pairs_of(cols);
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const BFloat16* from = x + r * row_stride;
+        PairWord* to = out + r * pairs;
+        to[pairs - 1] = 0;
+        if (col_stride == 1) {
+            __builtin_memcpy(to, from, cols * sizeof(BFloat16));
+            continue;
+        }
+        for (std::int64_t c = 0; c < cols; ++c) {
+            __builtin_memcpy(reinterpret_cast<char*>(to) + c * sizeof(BFloat16), from + c * col_stride,
+                             sizeof(BFloat16));
+        }
+    }
+}
+
 // out[c] = b[c] for c < count, converted to T.
 template <class T>
 FASTKD_NOINLINE void load_bias(const attention_kl::Bias& bias, std::int64_t offset, std::int64_t count, T* out) {
@@ -58,15 +79,42 @@ FASTKD_NOINLINE void load_bias(const attention_kl::Bias& bias, std::int64_t offs
     });
 }
 
-// Turn the products in `row` into logits u, and return their maximum. Columns from `valid` on, up to `cols`, a multiple
-// of lanes, and those where `mask` is 0 become -inf. `bias` and `mask` may be null; both have `cols` elements.
+// ---- a group of rows: exponentials and sums of each row, then losses of all of them, then the rows of H
+// ----------------
+
+constexpr std::int64_t row_group = 16;
+constexpr std::int64_t most_rest = 2;
+
+// Return how many of a row's last columns are processed per column, with one lane per row. One or two columns would
+// leave the lanes of a vector idle in every row: a quarter of the work for 49 keys.
 template <class T>
-FASTKD_NOINLINE T logits_row(T* row, std::int64_t valid, std::int64_t cols, T scale, T inv_temperature, const T* bias,
-                             const T* mask) {
-    const T nothing = softmax_kl::minus_infinity<T>();
-    const Vec<T> none = broadcast(nothing);
-    Vec<T> most = none;
-    for (std::int64_t c = 0; c < valid; c += lanes<T>) {
+FASTKD_INLINE std::int64_t rest_of(std::int64_t keys) {
+    const std::int64_t rest = keys % lanes<T>;
+    return keys > lanes<T> && keys < 8 * lanes<T> && rest <= most_rest && rest < lanes<T> / 4 ? rest : 0;
+}
+
+// One network's part of a group: per row, what turns products into probabilities.
+template <class T>
+struct GroupNetwork {
+    alignas(64) T max[row_group];
+    alignas(64) T inverse[row_group];         // 1/z
+    alignas(64) T rest[most_rest][row_group]; // products of the last columns, then exponentials
+};
+template <class T>
+struct RowGroup {
+    GroupNetwork<T> s, t;
+    KLSums<T> sums[row_group];
+    alignas(64) double loss[row_group];
+    alignas(64) T factor[row_group]; // g scale/tau
+};
+
+// Turn the products of row r of a group into logits, with -inf from column `valid` on and where `mask` is 0. `bias` and
+// `mask` may be null. `cols` is a multiple of lanes; the `rest` columns after it are in `group`.
+template <class T>
+FASTKD_NOINLINE void logits_row(T* row, GroupNetwork<T>& group, std::int64_t r, std::int64_t cols, std::int64_t rest,
+                                std::int64_t valid, T scale, T inv_temperature, const T* bias, const T* mask) {
+    const Vec<T> none = broadcast(softmax_kl::minus_infinity<T>());
+    for (std::int64_t c = 0; c < cols; c += lanes<T>) {
         Vec<T> u = load(row + c) * scale;
         if (bias != nullptr) {
             u += load(bias + c) * inv_temperature;
@@ -75,50 +123,186 @@ FASTKD_NOINLINE T logits_row(T* row, std::int64_t valid, std::int64_t cols, T sc
             u = load(mask + c) == T(0) ? none : u;
         }
         if (c + lanes<T> > valid) {
-            u = lane_index<T>() < static_cast<typename BitsOf<T>::type>(valid - c) ? u : none;
+            u = lane_index<T>() < static_cast<typename BitsOf<T>::type>(valid > c ? valid - c : 0) ? u : none;
         }
-        most = max(u, most);
         store(row + c, u);
     }
-    for (std::int64_t c = round_up(valid, lanes<T>); c < cols; c += lanes<T>) {
-        store(row + c, none);
+    for (std::int64_t j = 0; j < rest; ++j) { // valid, unless masked
+        T u = group.rest[j][r] * scale;
+        if (bias != nullptr) {
+            u += bias[cols + j] * inv_temperature;
+        }
+        group.rest[j][r] = mask != nullptr && mask[cols + j] == T(0) ? softmax_kl::minus_infinity<T>() : u;
     }
-    return max<T>(most);
 }
 
-struct AttentionSums {
-    double z_s, z_t, a;
-    FASTKD_INLINE double loss() const { return a / z_t + __builtin_log(z_s / z_t); }
-};
-
-// Replace the logits by e^{u - m}, if `keep`, and return their sums. `cols` is a multiple of lanes.
-template <class T, bool keep>
-FASTKD_NOINLINE AttentionSums exp_rows(T* s, T* t, std::int64_t cols, T max_s, T max_t) {
-    const T shift_s = softmax_kl::shift_of(max_s), shift_t = softmax_kl::shift_of(max_t);
-    const ScaledExp<T> exp{T(1)};
-    KLSums<T> sums;
-    for (std::int64_t c = 0; c < cols;) { // two-level sums, as in softmax_kl
-        KLSums<T> part;
-        const std::int64_t end = c + 16 * lanes<T> < cols ? c + 16 * lanes<T> : cols;
-        for (; c < end; c += lanes<T>) {
-            const KLSums<T> terms = kl_terms<T>(load(s + c) - shift_s, load(t + c) - shift_t, exp);
-            part += terms;
-            if constexpr (keep) {
-                store(s + c, terms.z_s);
-                store(t + c, terms.z_t);
+// Set the maxima of a group's rows of logits, and subtract them from the rest. Logits are `scale` times the columns.
+template <class T>
+FASTKD_NOINLINE void max_rows(const T* x, std::int64_t ld, std::int64_t rows, std::int64_t cols, std::int64_t rest,
+                              T scale, GroupNetwork<T>& group) {
+    const Vec<T> none = broadcast(softmax_kl::minus_infinity<T>());
+    for (std::int64_t first = 0; first < rows; first += lanes<T>) {
+        Vec<T> most[lanes<T>];
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes<T>; ++l) { // rows after the last repeat it
+            const T* row = x + smaller(first + l, rows - 1) * ld;
+            most[l] = max(load(row) * scale, none);
+            for (std::int64_t c = lanes<T>; c < cols; c += lanes<T>) {
+                most[l] = max(load(row + c) * scale, most[l]);
             }
         }
-        sums += part;
+        combine_lanes<T>(most, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return max(a, b); });
+        Vec<T> all = most[0];
+        for (std::int64_t j = 0; j < rest; ++j) {
+            all = max(load(group.rest[j] + first) * scale, all);
+        }
+        all = all == softmax_kl::minus_infinity<T>() ? Vec<T>{} : all; // softmax_kl::shift_of
+        store(group.max + first, all);
+        for (std::int64_t j = 0; j < rest; ++j) {
+            store(group.rest[j] + first, load(group.rest[j] + first) * scale - all);
+        }
     }
-    return {sum(sums.z_s), sum(sums.z_t), sum(sums.a)};
 }
 
-// Replace the student's exponentials by the row of H, for the factor g scale/tau.
+// Replace row r of a group by exponentials, and set its sums. With a constant `count`, it is cols/lanes.
+template <class T, int count>
+FASTKD_INLINE void exp_row(T* s, T* t, std::int64_t cols, T scale_s, T scale_t, RowGroup<T>& group, std::int64_t r) {
+    const Vec<T> max_s = broadcast(group.s.max[r]), max_t = broadcast(group.t.max[r]);
+    const ScaledExp<T> exp{T(1)};
+    const auto terms_at = [&](std::int64_t c) __attribute__((always_inline)) {
+        const KLSums<T> terms = kl_terms<T>(load(s + c) * scale_s - max_s, load(t + c) * scale_t - max_t, exp);
+        store(s + c, terms.z_s);
+        store(t + c, terms.z_t);
+        return terms;
+    };
+    if constexpr (count > 0) {
+        KLSums<T> sums = terms_at(0);
+#pragma GCC unroll 4
+        for (int v = 1; v < count; ++v) {
+            sums += terms_at(v * lanes<T>);
+        }
+        group.sums[r] = sums;
+    } else {
+        KLSums<T> sums;
+        for (std::int64_t c = 0; c < cols;) { // two-level sums, as in softmax_kl
+            KLSums<T> part;
+            const std::int64_t end = c + 16 * lanes<T> < cols ? c + 16 * lanes<T> : cols;
+            for (; c < end; c += lanes<T>) {
+                part += terms_at(c);
+            }
+            sums += part;
+        }
+        group.sums[r] = sums;
+    }
+}
+// Replace a group's rows of logits by exponentials, and set the maxima and sums. A row's maximum takes long to compute
+// and all its exponentials wait for it, so all maxima are computed first.
+template <class T, int count = 0>
+FASTKD_NOINLINE void exp_rows(T* s, T* t, std::int64_t ld, std::int64_t rows, std::int64_t cols, T scale_s, T scale_t,
+                              RowGroup<T>& group) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+        exp_row<T, count>(s + r * ld, t + r * ld, cols, scale_s, scale_t, group, r);
+    }
+    for (std::int64_t r = rows; r < round_up(rows, lanes<double>); ++r) {
+        group.sums[r] = group.sums[rows - 1];
+    }
+}
+
+// Return the lane sums of one of the sums of lanes<double> rows, in double: the last few sums are the largest and would
+// have the largest rounding errors.
 template <class T>
-FASTKD_NOINLINE void gradient_row(T* s, const T* t, std::int64_t cols, const AttentionSums& sums, T factor) {
-    const Vec<T> by_s = broadcast(static_cast<T>(1 / sums.z_s)), by_t = broadcast(static_cast<T>(1 / sums.z_t));
+FASTKD_INLINE Vec<double> lane_sums(const KLSums<T>* rows, Vec<T> KLSums<T>::* sum) {
+    Vec<double> values[lanes<double>];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes<double>; ++i) {
+        const Vec<T> value = rows[i].*sum;
+        if constexpr (sizeof(T) == sizeof(double)) {
+            values[i] = value;
+        } else {
+            typename VectorOf<float, lanes<double>>::type half[2];
+            __builtin_memcpy(half, &value, sizeof(half));
+            values[i] = __builtin_convertvector(half[0], Vec<double>) + __builtin_convertvector(half[1], Vec<double>);
+        }
+    }
+    add_lanes<double>(values);
+    return values[0];
+}
+
+// Set the losses and inverse sums of a group, and replace the rest by H. `h` is the first row's first column of the
+// rest, or null.
+template <class T>
+FASTKD_NOINLINE void finish_rows(RowGroup<T>& group, std::int64_t rest, std::int64_t rows, T* h, std::int64_t ld) {
+    alignas(64) T a[most_rest][row_group];
+    const ScaledExp<T> exp{T(1)};
+    for (std::int64_t j = 0; j < rest; ++j) {
+        for (std::int64_t r = 0; r < rows; r += lanes<T>) {
+            const KLSums<T> terms = kl_terms<T>(load(group.s.rest[j] + r), load(group.t.rest[j] + r), exp);
+            store(group.s.rest[j] + r, terms.z_s);
+            store(group.t.rest[j] + r, terms.z_t);
+            store(a[j] + r, terms.a);
+        }
+    }
+    const auto store_inverse = [](T* to, Vec<double> z) __attribute__((always_inline)) {
+        const auto inverse = __builtin_convertvector(1.0 / z, typename VectorOf<T, lanes<double>>::type);
+        __builtin_memcpy(to, &inverse, sizeof(inverse));
+    };
+    for (std::int64_t r = 0; r < rows; r += lanes<double>) {
+        Vec<double> z_s = lane_sums(group.sums + r, &KLSums<T>::z_s), z_t = lane_sums(group.sums + r, &KLSums<T>::z_t);
+        Vec<double> sum_a = lane_sums(group.sums + r, &KLSums<T>::a);
+        for (std::int64_t j = 0; j < rest; ++j) {
+            z_s += load_as<double>(group.s.rest[j] + r);
+            z_t += load_as<double>(group.t.rest[j] + r);
+            sum_a += load_as<double>(a[j] + r);
+        }
+        store(group.loss + r, sum_a / z_t + log(z_s / z_t));
+        store_inverse(group.s.inverse + r, z_s);
+        store_inverse(group.t.inverse + r, z_t);
+    }
+    for (std::int64_t j = 0; j < rest && h != nullptr; ++j) {
+        alignas(64) T column[row_group];
+        for (std::int64_t r = 0; r < rows; r += lanes<T>) {
+            store(column + r, (rounded_product<T>(load(group.s.rest[j] + r), load(group.s.inverse + r)) -
+                               rounded_product<T>(load(group.t.rest[j] + r), load(group.t.inverse + r))) *
+                                  load(group.factor + r));
+        }
+        for (std::int64_t r = 0; r < rows; ++r) {
+            h[r * ld + j] = column[r];
+        }
+    }
+}
+
+// Replace the student's exponentials by row r of H.
+template <class T>
+FASTKD_INLINE void gradient_row(T* s, const T* t, std::int64_t cols, const RowGroup<T>& group, std::int64_t r) {
+    const Vec<T> by_s = broadcast(group.s.inverse[r]), by_t = broadcast(group.t.inverse[r]);
     for (std::int64_t c = 0; c < cols; c += lanes<T>) {
-        store(s + c, (rounded_product<T>(load(s + c), by_s) - rounded_product<T>(load(t + c), by_t)) * factor);
+        store(s + c, (rounded_product<T>(load(s + c), by_s) - rounded_product<T>(load(t + c), by_t)) * group.factor[r]);
+    }
+}
+
+// out[r] = q_r . k for the rows of a group, with contiguous columns.
+template <class T>
+FASTKD_NOINLINE void column_product(const T* q, std::int64_t q_row, std::int64_t rows, const T* k, std::int64_t width,
+                                    T* out) {
+    for (std::int64_t first = 0; first < rows; first += lanes<T>) {
+        Vec<T> sums[lanes<T>] = {};
+        const auto add = [&](std::int64_t c, std::int64_t count) __attribute__((always_inline)) {
+            const Vec<T> right = load_first(k + c, count);
+#pragma GCC unroll 16
+            for (int l = 0; l < lanes<T>; ++l) { // rows after the last repeat it
+                const std::int64_t r = first + l < rows ? first + l : rows - 1;
+                sums[l] += load_first(q + r * q_row + c, count) * right;
+            }
+        };
+        const std::int64_t whole = width / lanes<T> * lanes<T>;
+        for (std::int64_t c = 0; c < whole; c += lanes<T>) {
+            add(c, lanes<T>);
+        }
+        if (whole < width) {
+            add(whole, width - whole);
+        }
+        add_lanes<T>(sums);
+        store(out + first, sums[0]);
     }
 }
 

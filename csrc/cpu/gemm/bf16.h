@@ -11,6 +11,11 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
+template <class S>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<BFloat16> = true;
+
 using PairWord = std::uint32_t; // two bfloat16, adjacent along K
 
 FASTKD_INLINE std::int64_t pairs_of(std::int64_t count) {

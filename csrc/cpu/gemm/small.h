@@ -191,18 +191,22 @@ FASTKD_INLINE Vec<T> halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane.
 #endif
 }
 
-// Set lane i of values[0] to the sum of the lanes of values[i], i < lanes.
-template <class T, int width = lanes<T>>
-FASTKD_INLINE void add_lanes(Vec<T>* values) {
+// Set lane i of values[0] to the lanes of values[i], i < lanes, combined by `of`, such as their sum.
+template <class T, int width = lanes<T>, class Of>
+FASTKD_INLINE void combine_lanes(Vec<T>* values, const Of& of) {
     if constexpr (width > 1) {
         constexpr auto all = std::make_integer_sequence<int, lanes<T>>{};
 #pragma GCC unroll 16
         for (int i = 0; i < width / 2; ++i) {
             const Vec<T> a = values[i], b = values[i + width / 2];
-            values[i] = halves<T, width, false>(a, b, all) + halves<T, width, true>(a, b, all);
+            values[i] = of(halves<T, width, false>(a, b, all), halves<T, width, true>(a, b, all));
         }
-        add_lanes<T, width / 2>(values);
+        combine_lanes<T, width / 2>(values, of);
     }
+}
+template <class T>
+FASTKD_INLINE void add_lanes(Vec<T>* values) {
+    combine_lanes<T>(values, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; });
 }
 
 // Compute up to dot_rows x dot_cols elements of A B^T. Row indices are clamped to the last row.

@@ -64,11 +64,6 @@ FASTKD_INLINE void pairs_between(std::int64_t i_begin, std::int64_t i_end, std::
     }
 }
 
-template <class S>
-constexpr bool is_bf16 = false;
-template <>
-constexpr bool is_bf16<BFloat16> = true;
-
 // The arguments of one call, for storage type S.
 template <class S>
 struct Relation {

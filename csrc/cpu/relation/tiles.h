@@ -294,7 +294,7 @@ FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoe
         const Vec<T> f_s = f(e_s);
         const Vec<T> f_t = f(e_t);
         if constexpr (cross) { // the row's and the column's coefficients may also differ in magnitude
-            return difference(f_s, f_t, Vec<T>{} + row.a[r], Vec<T>{} + row.b[r]) +
+            return difference(f_s, f_t, broadcast(row.a[r]), broadcast(row.b[r])) +
                    difference(f_s, f_t, load(col.a + c), load(col.b + c));
         } else {
             return difference(f_s, f_t, row.a[r] + load(col.a + c), row.b[r] + load(col.b + c));

@@ -19,9 +19,9 @@ struct KLSums {
 // Return e^{d_s/tau}, e^{d_t/tau} and e^{d_t/tau} (d_t - d_s); the last lacks a factor of 1/tau.
 template <class T>
 FASTKD_INLINE KLSums<T> kl_terms(Vec<T> d_s, Vec<T> d_t, ScaledExp<T> exp) {
-    const Vec<T> e_t = exp(d_t, T(0), T(0));
+    const Vec<T> e_t = exp(d_t);
     // 0 * log 0 = 0: where the teacher's probability is 0, the student's may be too.
-    return {exp(d_s, T(0), T(0)), e_t, e_t == T(0) ? Vec<T>{} : e_t * (d_t - d_s)};
+    return {exp(d_s), e_t, e_t == T(0) ? Vec<T>{} : e_t * (d_t - d_s)};
 }
 
 // Add the sums over these elements, whose maxima the state already includes. Also prefetch the next `count` elements
