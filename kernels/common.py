@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import functools
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 import torch
 import triton
@@ -68,24 +69,35 @@ def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@contextmanager
-def launching_on(x: Tensor) -> Iterator[None]:
+class launching_on:
     """Make the device of ``x`` current, so that Triton launches on that device's current stream.
 
     An error while a CUDA graph is captured becomes a `BackendUnavailable` with the fix: a dtype or layout that has not
     run before needs another kernel, which the driver refuses to load then.
+
+    As a class it takes a fraction of the time of a generator.
     """
-    with _current(x):
+
+    __slots__ = ("_current", "_x")
+
+    def __init__(self, x: Tensor) -> None:
+        self._x, self._current = x, _current(x)
+
+    def __enter__(self) -> None:
+        self._current.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
-            yield
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or not is_capturing(x):
-                raise
-            raise BackendUnavailable(
-                f"triton on {x.device}: a kernel failed while a CUDA graph was captured: {error}; other dtypes and "
-                "layouts need other kernels, which cannot be loaded then: call the loss once on such inputs, with its "
-                "backward, before the capture"
-            ) from error
+            if isinstance(error, Exception) and not isinstance(error, torch.OutOfMemoryError) and is_capturing(self._x):
+                raise BackendUnavailable(
+                    f"triton on {self._x.device}: a kernel failed while a CUDA graph was captured: {error}; other "
+                    "dtypes and layouts need other kernels, which cannot be loaded then: call the loss once on such "
+                    "inputs, with its backward, before the capture"
+                ) from error
+        finally:
+            self._current.__exit__(kind, error, trace)
 
 
 def _current(x: Tensor) -> AbstractContextManager[object]:
@@ -94,12 +106,17 @@ def _current(x: Tensor) -> AbstractContextManager[object]:
         import numpy  # silence its warnings about −inf − (−inf), which the kernels mask
 
         return numpy.errstate(all="ignore")
-    return torch.cuda.device(x.device)
+    return torch.cuda.device(x.get_device())
 
 
 def capability(x: Tensor) -> int:
     """Return the major compute capability of the device of ``x``, or 9 under the interpreter."""
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    return _capability(x.get_device()) if x.is_cuda else 9
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 MAX_REGISTERS = {"maxnreg": 255}

@@ -63,7 +63,7 @@ def recorded(capability: int = 90) -> Iterator[Recording]:
     """Record launches of the Triton backend, with CPU tensors in place of those on a chip of this capability."""
     from fastkd.kernels import common
     from fastkd.kernels.pixel_word import backward, forward
-    from fastkd.kernels.relation import forward as relation
+    from fastkd.kernels.relation import call as relation
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from fastkd.losses._module import LossModule
@@ -326,12 +327,23 @@ def _combine(
     reduction: str,
     return_terms: bool,
 ) -> Tensor | dict[str, Tensor]:
-    terms = {term: value * temperature**2 if term in FIRST_ORDER else value for term, value in results.items()}
     if return_terms:
+        terms = {term: value * temperature**2 if term in FIRST_ORDER else value for term, value in results.items()}
         return {term: reduce_rows(value, None, reduction) for term, value in terms.items()}
-    total = sum(weights[term] * value for term, value in terms.items())
-    assert isinstance(total, Tensor)
+    total: Tensor | None = None
+    for term, value in results.items():
+        total = _add(total, value, weights[term] * temperature**2 if term in FIRST_ORDER else weights[term])
+    assert total is not None
     return reduce_rows(total, None, reduction)
+
+
+def _add(total: Tensor | None, value: Tensor, factor: float | Tensor) -> Tensor:
+    """Return total + factor · value, in one operation, which is a launch on a GPU."""
+    if torch.compiler.is_compiling() or isinstance(factor, Tensor):  # a traced ``alpha`` costs a graph per value
+        return value * factor if total is None else total + value * factor
+    if total is None:
+        return value if factor == 1 else value * factor
+    return torch.add(total, value, alpha=factor)
 
 
 class CrossModalKD(LossModule):

@@ -101,14 +101,16 @@ def differentiates_temperature(backend: str, *temperatures: float | Tensor) -> b
     Raises:
         BackendUnavailable: it is, but another backend was requested by name.
     """
-    if not any(isinstance(t, Tensor) and (t.requires_grad or is_transformed(t)) for t in temperatures):
-        return False
-    if backend not in ("auto", "reference"):
+    differentiated = False
+    for t in temperatures:
+        if isinstance(t, Tensor) and (t.requires_grad or is_transformed(t)):
+            differentiated = True
+    if differentiated and backend not in ("auto", "reference"):
         raise BackendUnavailable(
             f"backend={backend!r}: the kernels have no gradient with respect to the temperature; pass "
             "temperature.detach(), or use backend='auto' or 'reference'"
         )
-    return True
+    return differentiated
 
 
 def backend(family: str, value: str, student: Tensor) -> None:
@@ -148,7 +150,7 @@ def floating(
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}; convert it with .float()")
     if tensor.dim() not in dims:
         raise ValueError(f"{name}: expected shape {layout}, got {tuple(tensor.shape)}")
-    if not allow_empty and any(size == 0 for size in tensor.shape[int(no_samples) :]):
+    if not allow_empty and tensor.numel() == 0 and any(size == 0 for size in tensor.shape[int(no_samples) :]):
         raise ValueError(f"{name}: is empty, shape {tuple(tensor.shape)}; every dimension must be at least 1")
 
 

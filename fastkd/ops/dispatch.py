@@ -80,10 +80,13 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: t
         limit = MIN_ELEMENTS.get((family, student.device.type), 0)
         if student.numel() < limit:  # as a branch, torch.compile guards on the comparison, not on the size
             small = True
-    dtypes = [x.dtype for x in (student, *others)]
-    dtype_class = "" if all(dtype in KERNEL_DTYPES for dtype in dtypes) else "other"
-    if not dtype_class and torch.float64 in dtypes:
-        dtype_class = "fp64"
+    dtype_class = ""
+    for x in (student, *others):  # loops, as generators would double the time
+        if x.dtype not in KERNEL_DTYPES:
+            dtype_class = "other"
+            break
+        if x.dtype == torch.float64:
+            dtype_class = "fp64"
     obstacle = TRANSFORM if is_transformed(student, *others) else wrapper_class_name(student, *others, *masks)
     return _resolve(family, backend, student.device.type, student.device.index, dtype_class, small, obstacle)
 
@@ -100,7 +103,7 @@ def unavailable_reason(backend: str, family: str | None = None, device: str | to
         return None
     if family in BACKENDS[backend].families_without_kernels:
         return f"it has no {family} kernels; use backend='auto'"
-    key = (backend, family, None if device is None else str(device))
+    key = (backend, family, device if device is None or isinstance(device, str) else str(device))
     if key in _reasons:
         return _reasons[key]
     # A self-test's caller holds the lock while it waits for the self-test's thread.
@@ -142,41 +145,42 @@ def _resolve(
     ``obstacle`` is TRANSFORM or the name of a wrapper class where no kernel can compute the call, else empty.
     """
     device = device_type if device_index is None else f"{device_type}:{device_index}"
-    requested, source = backend, f"backend={backend!r}"
-    if backend == "auto":
-        requested = backend_from_env()
-        source = f"FASTKD_BACKEND={requested}"
+    requested = backend_from_env() if backend == "auto" else backend
     if requested == "auto":
         return _auto_backend(family, device_type, device, dtype_class, small or bool(obstacle))
     if requested not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if requested == "reference":
         return requested
+    reason = _unusable(family, requested, device_type, device, dtype_class, obstacle)
+    if reason is None:
+        return requested
+    source = f"FASTKD_BACKEND={requested}" if backend == "auto" else f"backend={backend!r}"
+    raise BackendUnavailable(f"{source}{reason}")
+
+
+def _unusable(family: str, name: str, device_type: str, device: str, dtype_class: str, obstacle: str) -> str | None:
+    """Return the rest of the error for a backend requested by name that cannot compute the call, or None."""
     if obstacle == TRANSFORM:
-        raise BackendUnavailable(
-            f"{source}: {family}'s kernels have no rules for vmap, torch.func transforms and forward-mode AD, and the "
+        return (
+            f": {family}'s kernels have no rules for vmap, torch.func transforms and forward-mode AD, and the "
             "derivative would be 0; use backend='auto' or 'reference' there"
         )
     if obstacle:
-        raise BackendUnavailable(
-            f"{source}: {family}'s kernels take plain tensors, got {obstacle}, which wraps other tensors; pass "
+        return (
+            f": {family}'s kernels take plain tensors, got {obstacle}, which wraps other tensors; pass "
             "those (for a DTensor x.to_local() or x.full_tensor()), or use backend='auto' or 'reference'"
         )
     if dtype_class == "other":
         names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
-        raise BackendUnavailable(f"{source}: the kernels take {names}; convert the inputs or use backend='reference'")
-    chosen = BACKENDS[requested]
+        return f": the kernels take {names}; convert the inputs or use backend='reference'"
+    chosen = BACKENDS[name]
     if dtype_class == "fp64" and family in chosen.families_without_fp64:
-        raise BackendUnavailable(
-            f"{source}: its {family} kernels have no float64 version; convert the inputs, or use backend='auto' or "
-            "'reference'"
+        return (
+            f": its {family} kernels have no float64 version; convert the inputs, or use backend='auto' or 'reference'"
         )
-    reason = chosen.device_type_reason(device_type) or unavailable_reason(requested, family, device)
-    if reason is not None:
-        raise BackendUnavailable(
-            f"{source} cannot run {family} on {device}: {reason}. backend='reference' always works."
-        )
-    return requested
+    reason = chosen.device_type_reason(device_type) or unavailable_reason(name, family, device)
+    return reason and f" cannot run {family} on {device}: {reason}. backend='reference' always works."
 
 
 def auto_order(family: str, device_type: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., object])
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -103,13 +104,13 @@ def _is_wrapper(tensor_class: type) -> bool:
     return not issubclass(tensor_class, FakeTensor | FunctionalTensor)
 
 
-def savable(*tensors: Tensor) -> tuple[Tensor, ...]:
+def savable(*tensors: MaybeTensor) -> tuple[MaybeTensor, ...]:
     """Return the tensors, with inference tensors copied where autograd may have to save them."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tensors
     for x in tensors:  # a loop, as any(...) would double the cost
-        if x.is_inference():
-            return tuple(y.clone() if y.is_inference() else y for y in tensors)
+        if x is not None and x.is_inference():
+            return tuple(y.clone() if y is not None and y.is_inference() else y for y in tensors)
     return tensors
 
 

@@ -24,17 +24,7 @@ import triton
 import triton.language as tl
 from fastkd.kernels.common import LOG2E, capability, launching_on, round_to
 from fastkd.kernels.pixel_word.features import merge_words_kernel, pixels_kernel, words_kernel
-from fastkd.kernels.pixel_word.plan import (
-    FUSED,
-    MAX_PARTIALS,
-    MERGE_WORDS_BLOCKS,
-    gradient_blocks,
-    padded_words,
-    pixel_unit,
-    pixels_blocks,
-    split_pixels,
-    words_blocks,
-)
+from fastkd.kernels.pixel_word.plan import backward_plan
 from fastkd.kernels.pixel_word.tiles import (
     PIXEL_PIXEL,
     PIXEL_TO_WORD,
@@ -54,8 +44,6 @@ from fastkd.kernels.pixel_word.tiles import (
     valid_words,
 )
 from torch import Tensor
-
-from fastkd._integers import ceil_div
 
 
 @triton.jit
@@ -229,18 +217,19 @@ def backward(
 ) -> None:
     """Fill ``grad_pixels`` (B, N, D), any strides, and ``grad_words`` (B, T, D), unless they are empty."""
     assert student.pixels is not None
-    logits, norms, columns, grams = (x if x.numel() else None for x in saved)
+    logits, norms, columns, grams = [x if x.numel() else None for x in saved]
     batch, pixels, width = student.pixels.shape
     count = student.word_count
-    max_words = max(count, teacher.word_count)
     from_logits = student.words is None
-    grad_logits = grad_pixels
-    if not from_logits:
-        grad_logits = torch.empty((batch, count, pixels), dtype=torch.float32, device=grad_loss.device).mT
+    half = student.pixels.element_size() == 2
+    counts = (count, teacher.word_count)
+    plan = backward_plan(batch, pixels, width, counts, half, terms, capability(grad_loss))
+    grad_logits, grad_strides = grad_pixels, grad_pixels.stride()
+    if not from_logits:  # (B, T, N), passed as (B, N, T)
+        grad_logits = torch.empty((batch, count, pixels), dtype=torch.float32, device=grad_loss.device)
+        grad_strides = (count * pixels, 1, pixels)
     with launching_on(grad_loss):
-        blocks = gradient_blocks(padded_words(max_words))
-        blocks_per_program, programs = split_pixels(pixels, blocks.pixels, batch, pixels)
-        gradient_kernel[(batch, programs)](
+        gradient_kernel[plan.gradient.grid](
             *logits_of(student, logits, 0),
             *logits_of(teacher, logits, count),
             pixel_mask,
@@ -250,24 +239,16 @@ def backward(
             grad_loss,
             *grad_loss.stride(),
             grad_logits,
-            *grad_logits.stride(),
-            pixels,
-            max_words,
-            blocks_per_program,
-            BN=blocks.pixels,
-            TP=padded_words(max_words),
-            SLAB=min(padded_words(max_words), blocks.columns),
-            TERMS=terms,
-            **blocks.launch(FUSED),
+            *grad_strides,
+            *plan.gradient.sizes,
+            **plan.gradient.constants,
         )
         if from_logits:
             return
         cosine = norms is not None
         cosine_features, cosine_words = (student.pixels, student.words) if cosine else (None, None)
-        half, unit = student.pixels.element_size() == 2, pixel_unit(pixels)
         if grad_pixels.numel():
-            blocks = pixels_blocks(padded_words(count), half)
-            pixels_kernel[(batch, ceil_div(pixels, blocks.pixels))](
+            pixels_kernel[plan.pixels.grid](
                 grad_logits,
                 student.words,
                 *strides(student.words),
@@ -280,49 +261,27 @@ def backward(
                 norms,
                 grad_pixels,
                 *grad_pixels.stride(),
-                pixels // unit,
-                count,
-                width,
-                PIXEL_UNIT=unit,
-                BN=blocks.pixels,
-                TP=padded_words(count),
-                BD=blocks.columns,
-                **blocks.launch(),
+                *plan.pixels.sizes,
+                **plan.pixels.constants,
             )
         if grad_words.numel():
-            blocks = words_blocks(padded_words(count), half, capability(grad_loss))
-            chunks = ceil_div(width, blocks.columns)
-            blocks_per_program, runs = split_pixels(pixels, blocks.pixels, batch * chunks, MAX_PARTIALS)
-            sums = torch.empty((batch, runs, count, width), dtype=torch.float32, device=grad_loss.device)
-            words_kernel[(batch, runs, chunks)](
+            sums = torch.empty(plan.sums, dtype=torch.float32, device=grad_loss.device)
+            words_kernel[plan.words.grid](
                 grad_logits,
                 student.pixels,
                 *strides(student.pixels),
                 norms,
                 pixel_mask,
                 sums,
-                pixels // unit,
-                count,
-                width,
-                blocks_per_program,
-                runs,
-                PIXEL_UNIT=unit,
-                BN=blocks.pixels,
-                TP=padded_words(count),
-                BD=blocks.columns,
-                **blocks.launch(),
+                *plan.words.sizes,
+                **plan.words.constants,
             )
-            merge_words_kernel[(batch, count)](
+            merge_words_kernel[plan.merge.grid](
                 sums,
                 cosine_words,
                 *strides(cosine_words),
                 student.word_mask,
                 grad_words,
-                count,
-                width,
-                runs,
-                BD=MERGE_WORDS_BLOCKS.columns,
-                CHUNK=8,
-                num_warps=MERGE_WORDS_BLOCKS.warps,
-                enable_fp_fusion=True,
+                *plan.merge.sizes,
+                **plan.merge.constants,
             )

@@ -28,16 +28,7 @@ import triton
 import triton.language as tl
 from fastkd.kernels.common import INTERPRETED, capability, launching_on
 from fastkd.kernels.pixel_word.merge import column_sums, merge_columns, merge_kernel
-from fastkd.kernels.pixel_word.plan import (
-    FUSED,
-    MAX_PARTIALS,
-    MERGE_BLOCKS,
-    logits_blocks,
-    padded_words,
-    pixel_unit,
-    split_pixels,
-    terms_blocks,
-)
+from fastkd.kernels.pixel_word.plan import forward_plan
 from fastkd.kernels.pixel_word.tiles import (
     LOWEST,
     PIXEL_TO_WORD,
@@ -58,8 +49,6 @@ from fastkd.kernels.pixel_word.tiles import (
     valid_words,
 )
 from torch import Tensor
-
-from fastkd._integers import ceil_div
 
 DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 if INTERPRETED:  # numpy cannot multiply bfloat16; products of 16-bit numbers are exact in fp32
@@ -305,75 +294,40 @@ def forward(
 ) -> None:
     """Fill ``loss`` (B, 4) and the non-empty tensors of ``saved`` (logits, norms, columns, grams)."""
     assert student.pixels is not None
-    logits, norms, columns, grams = (x if x.numel() else None for x in saved)
+    logits, norms, columns, grams = [x if x.numel() else None for x in saved]
     batch, pixels = student.pixels.shape[:2]
-    words = padded_words(max(student.word_count, teacher.word_count))
+    counts = (student.word_count, teacher.word_count)
+    dot = product_dtype(student.pixels, student.words, teacher.pixels, teacher.words)
+    plan = forward_plan(batch, pixels, counts, dot != torch.float32, cosine, terms, capability(loss))
     with launching_on(loss):
         if student.words is not None:
-            dot = product_dtype(student.pixels, student.words, teacher.pixels, teacher.words)
-            blocks = logits_blocks(words, dot != torch.float32)
             if logits is None:
-                logits = loss.new_empty((batch, student.word_count + teacher.word_count, pixels))
-            logits_kernel[(batch, ceil_div(pixels, blocks.pixels))](
+                logits = loss.new_empty((batch, sum(counts), pixels))
+            logits_kernel[plan.logits.grid](
                 *features(student),
                 *features(teacher),
                 pixel_mask,
                 logits,
                 norms,
-                pixels // pixel_unit(pixels),
-                PIXEL_UNIT=pixel_unit(pixels),
-                BN=blocks.pixels,
-                TP=words,
-                BD=blocks.columns,
+                *plan.logits.sizes,
                 DOT=DOT[dot],
-                COSINE=cosine,
-                **blocks.launch(),
+                **plan.logits.constants,
             )
-        blocks = terms_blocks(words, capability(loss))
-        separate_grams = words > blocks.columns and bool(terms & SECOND_ORDER.value)
-        blocks_per_program, programs = split_pixels(pixels, blocks.pixels, batch, MAX_PARTIALS)
-        partials = loss.new_empty((batch, programs, 8 * words + 3 * words * words))
-        inputs = (*logits_of(student, logits, 0), *logits_of(teacher, logits, student.word_count), pixel_mask)
-        first_order = terms & ~SECOND_ORDER.value
-        if first_order or not separate_grams:
-            terms_kernel[(batch, programs)](
-                *inputs,
-                partials,
-                pixels,
-                blocks_per_program,
-                programs,
-                BN=blocks.pixels,
-                TP=words,
-                TERMS=first_order if separate_grams else terms,
-                **blocks.launch(FUSED),
-            )
-        if separate_grams:
-            grams_kernel[(batch, programs, words // blocks.columns)](
-                *inputs,
-                partials,
-                pixels,
-                blocks_per_program,
-                programs,
-                BN=blocks.pixels,
-                TP=words,
-                SLAB=blocks.columns,
-                **blocks.launch(FUSED),
-            )
-        merge_kernel[(batch,)](
+        partials = loss.new_empty(plan.partials)
+        inputs = (*logits_of(student, logits, 0), *logits_of(teacher, logits, counts[0]), pixel_mask, partials)
+        if plan.terms is not None:
+            terms_kernel[plan.terms.grid](*inputs, *plan.terms.sizes, **plan.terms.constants)
+        if plan.grams is not None:
+            grams_kernel[plan.grams.grid](*inputs, *plan.grams.sizes, **plan.grams.constants)
+        merge_kernel[plan.merge.grid](
             partials,
             valid,
             student.word_mask,
             loss,
             columns,
             grams,
-            pixels,
-            student.word_count,
-            max(student.word_count, teacher.word_count),
-            programs,
+            *plan.merge.sizes,
             student.scale,
             teacher.scale,
-            TP=words,
-            TERMS=terms,
-            MAX_PROGRAMS=MAX_PARTIALS,
-            **MERGE_BLOCKS.launch(FUSED),
+            **plan.merge.constants,
         )

@@ -5,6 +5,7 @@ This module does not import Triton.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from fastkd._integers import ceil_div
@@ -112,3 +113,127 @@ def split_pixels(pixels: int, block: int, batch: int, max_programs: int) -> tupl
     blocks = ceil_div(pixels, block)
     blocks_per_program = ceil_div(blocks, min(max_programs, ceil_div(TARGET_PROGRAMS, batch)))
     return blocks_per_program, ceil_div(blocks, blocks_per_program)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launches of a call. Sizes and options repeat from step to step, and on the host a plan takes as long to make as a
+# launch: plans are cached.
+# ---------------------------------------------------------------------------------------------------------------------
+PLANS = 256
+"""Number of plans of each pass that are kept."""
+
+SECOND_ORDER = 12
+"""The bits of "pixel_pixel" and "word_word" in ``terms``."""
+
+
+class Launch(NamedTuple):
+    """The arguments of a launch that follow from sizes and options: integers, constants and options of the launch."""
+
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+class ForwardPlan(NamedTuple):
+    """The launches of a forward; None where a kernel is not needed."""
+
+    logits: Launch
+    terms: Launch | None
+    grams: Launch | None
+    merge: Launch
+    partials: tuple[int, int, int]  # shape of the programs' sums
+
+
+@functools.lru_cache(PLANS)
+def forward_plan(
+    batch: int, pixels: int, counts: tuple[int, int], half: bool, cosine: bool, terms: int, capability: int
+) -> ForwardPlan:
+    """Return the launches of a forward for ``counts`` words of student and teacher; ``half``: 16-bit features."""
+    words = padded_words(max(counts))
+    blocks = logits_blocks(words, half)
+    unit = pixel_unit(pixels)
+    logits = Launch(
+        (batch, ceil_div(pixels, blocks.pixels)),
+        (pixels // unit,),
+        {
+            "PIXEL_UNIT": unit,
+            "BN": blocks.pixels,
+            "TP": words,
+            "BD": blocks.columns,
+            "COSINE": cosine,
+            **blocks.launch(),
+        },
+    )
+    blocks = terms_blocks(words, capability)
+    separate_grams = words > blocks.columns and bool(terms & SECOND_ORDER)
+    blocks_per_program, programs = split_pixels(pixels, blocks.pixels, batch, MAX_PARTIALS)
+    sizes, common = (pixels, blocks_per_program, programs), {"BN": blocks.pixels, "TP": words, **blocks.launch(FUSED)}
+    first_order = terms & ~SECOND_ORDER
+    of_terms = of_grams = None
+    if first_order or not separate_grams:
+        of_terms = Launch((batch, programs), sizes, {"TERMS": first_order if separate_grams else terms, **common})
+    if separate_grams:
+        of_grams = Launch((batch, programs, words // blocks.columns), sizes, {"SLAB": blocks.columns, **common})
+    merge = Launch(
+        (batch,),
+        (pixels, counts[0], max(counts), programs),
+        {"TP": words, "TERMS": terms, "MAX_PROGRAMS": MAX_PARTIALS, **MERGE_BLOCKS.launch(FUSED)},
+    )
+    return ForwardPlan(logits, of_terms, of_grams, merge, (batch, programs, 8 * words + 3 * words * words))
+
+
+class BackwardPlan(NamedTuple):
+    """The launches of a backward; ``pixels``, ``words`` and ``merge`` are for features."""
+
+    gradient: Launch
+    pixels: Launch
+    words: Launch
+    merge: Launch
+    sums: tuple[int, int, int, int]  # shape of the sums of ``words_kernel``
+
+
+@functools.lru_cache(PLANS)
+def backward_plan(
+    batch: int, pixels: int, width: int, counts: tuple[int, int], half: bool, terms: int, capability: int
+) -> BackwardPlan:
+    """Return the launches of a backward for features of ``width``, or logits."""
+    count, padded = counts[0], padded_words(max(counts))
+    blocks = gradient_blocks(padded)
+    blocks_per_program, programs = split_pixels(pixels, blocks.pixels, batch, pixels)
+    gradient = Launch(
+        (batch, programs),
+        (pixels, max(counts), blocks_per_program),
+        {
+            "BN": blocks.pixels,
+            "TP": padded,
+            "SLAB": min(padded, blocks.columns),
+            "TERMS": terms,
+            **blocks.launch(FUSED),
+        },
+    )
+    unit, padded = pixel_unit(pixels), padded_words(count)
+    blocks = pixels_blocks(padded, half)
+    of_pixels = Launch(
+        (batch, ceil_div(pixels, blocks.pixels)),
+        (pixels // unit, count, width),
+        {"PIXEL_UNIT": unit, "BN": blocks.pixels, "TP": padded, "BD": blocks.columns, **blocks.launch()},
+    )
+    blocks = words_blocks(padded, half, capability)
+    chunks = ceil_div(width, blocks.columns)
+    blocks_per_program, runs = split_pixels(pixels, blocks.pixels, batch * chunks, MAX_PARTIALS)
+    of_words = Launch(
+        (batch, runs, chunks),
+        (pixels // unit, count, width, blocks_per_program, runs),
+        {"PIXEL_UNIT": unit, "BN": blocks.pixels, "TP": padded, "BD": blocks.columns, **blocks.launch()},
+    )
+    merge = Launch(
+        (batch, count),
+        (count, width, runs),
+        {
+            "BD": MERGE_WORDS_BLOCKS.columns,
+            "CHUNK": 8,
+            "num_warps": MERGE_WORDS_BLOCKS.warps,
+            "enable_fp_fusion": True,
+        },
+    )
+    return BackwardPlan(gradient, of_pixels, of_words, merge, (batch, runs, count, width))

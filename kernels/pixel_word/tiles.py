@@ -52,8 +52,11 @@ def features(side: Side) -> tuple[Any, ...]:
 
 def logits_of(side: Side, logits: Tensor | None, row: int) -> tuple[Any, ...]:
     """Return a side's logits as arguments of the other kernels: given, or the computed logits from ``row`` on."""
-    values = side.pixels if logits is None else logits[:, row:].mT
-    return values, *strides(values), side.word_mask, side.word_count, side.scale
+    if logits is None:
+        return side.pixels, *strides(side.pixels), side.word_mask, side.word_count, side.scale
+    by_batch, by_word, by_pixel = logits.stride()  # of (B, T_S + T_T, N)
+    values = logits[:, row:] if row else logits
+    return values, by_batch, by_pixel, by_word, side.word_mask, side.word_count, side.scale
 
 
 def product_dtype(*tensors: Tensor | None) -> torch.dtype:

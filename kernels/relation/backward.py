@@ -16,17 +16,18 @@ fixed order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.common import dot_add, launching_on, round_to
+from fastkd.kernels.relation.call import PLANS, UNREAD, Call, Ints, Networks, Operand, Options, call_of
 from fastkd.kernels.relation.derivative import coefficients_kernel, derivative_kernel
-from fastkd.kernels.relation.forward import Call, Options
 from fastkd.kernels.relation.plan import Blocks
-from fastkd.kernels.relation.tiles import UNSPECIALISED, WIDENS, Networks, Operand
+from fastkd.kernels.relation.tiles import UNSPECIALISED, WIDENS
 from torch import Tensor
 
 from fastkd._integers import ceil_div
@@ -153,6 +154,80 @@ def product_constants(blocks: Blocks, dtype: str) -> dict[str, Any]:
     return {"WIDTH": blocks.cols, "DEPTH": blocks.depth, "PRECISION": precision, "SLOTS": 16}
 
 
+class ProductLaunch(NamedTuple):
+    """The arguments of ``derivative_kernel`` and ``product_kernel`` for one part of a call, without tensors."""
+
+    elements: int  # of q; those of H are ``COLS`` times as many
+    reads_stored: bool
+    tiles_grid: tuple[int]
+    tiles_sizes: tuple[int | float, ...]
+    tiles_constants: dict[str, Any]
+    product_grid: tuple[int]
+    product_sizes: tuple[int, ...]
+    product_constants: dict[str, Any]
+
+
+class BackwardPlan(NamedTuple):
+    """The launches of a backward."""
+
+    coefficients: int
+    coefficients_grid: tuple[int, int]
+    coefficients_sizes: tuple[int, int, int]
+    coefficients_constants: dict[str, Any]
+    grad: Operand
+    columns: int  # of a tile of H
+    launches: tuple[ProductLaunch, ...]
+
+
+@functools.lru_cache(PLANS)
+def _plan(call: Call, limit: int, grad_stride: Ints) -> BackwardPlan:
+    """Return the launches of a backward whose parts of H take at most ``limit`` bytes at a time."""
+    grid, shape, product = call.plan.backward, call.plan.backward.shape, call.plan.product
+    own = call.networks.student
+    grad = Operand.of((call.batch, call.rows, call.width), grad_stride, call.itemsize, own.unit)
+    launches = []
+    for launch in grid.launches(call.plan.backward_bytes(), limit):
+        mirror = launch.band == grid.blocks
+        tiles = grid.triangle(launch) if mirror else launch.band * grid.columns
+        place = (grid.samples, grid.row_blocks, launch.first_problem, launch.first, launch.last, call.n_rows)
+        read = mirror and call.stored > 0
+        # Stored tiles replace the inputs, whose layouts then need no compilations.
+        networks = Networks(UNREAD, UNREAD) if read else call.networks
+        blocks = shape if read else call.plan.blocks_for(shape, own.unit)
+        launches.append(
+            ProductLaunch(
+                launch.problems * launch.band * shape.rows * grid.columns,
+                read,
+                (launch.problems * tiles,),
+                (call.rows // networks.row_unit, *place, tiles, *call.factors),
+                {"STORED": read, "MIRROR": mirror, **call.constants(networks, blocks, fused=False)},
+                (launch.problems * launch.band * ceil_div(call.width, product.cols),),
+                (call.rows // call.networks.row_unit, *place, int(call.cosine)),
+                {
+                    "STUDENT_UNIT": own.unit,
+                    "STUDENT_ROWS_INNER": own.rows_inner,
+                    "GRAD_UNIT": grad.unit,
+                    "GRAD_ROWS_INNER": grad.rows_inner,
+                    "ROW_UNIT": call.networks.row_unit,
+                    "MIRROR": mirror,
+                    "ROWS": shape.rows,
+                    "COLS": shape.cols,
+                    **product_constants(product, call.plan.dtype),
+                    **product.launch(),
+                },
+            )
+        )
+    return BackwardPlan(
+        2 * grid.samples * call.n_rows,
+        (ceil_div(call.n_rows, COEFFICIENTS_BLOCK), grid.samples),
+        (call.rows, call.n_rows, grid.samples),
+        {"DISTANCE": call.method, "BLOCK": COEFFICIENTS_BLOCK, "num_warps": 4, "enable_fp_fusion": True},
+        grad,
+        shape.cols,
+        tuple(launches),
+    )
+
+
 def backward(
     grad_loss: Tensor,
     student: Tensor,
@@ -167,82 +242,49 @@ def backward(
 
     ``limit_for`` maps the bytes of one row block to the bytes available for H in a launch.
     """
-    call = Call(student, teacher, options, stored.numel() > 0)
-    grid, shape, product = call.plan.backward, call.plan.backward.shape, call.plan.product
-    limit = limit_for(call.plan.min_bytes())
+    call = call_of(student, teacher, options, stored)
+    plan = _plan(call, limit_for(call.min_bytes), grad_student.stride())
+    of_student, of_teacher = call.networks.student.sizes, call.networks.teacher.sizes
+    inv_temperature, device = 1 / options.temperature, student.device
     scales = statistics[-2:]
     h_dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
-    own = call.networks.student
-    out = Operand.of(grad_student, own.unit)
-    new = lambda size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=student.device)
     with launching_on(student):
-        coefficients = new(2 * grid.samples * call.n_rows)
-        coefficients_kernel[(ceil_div(call.n_rows, COEFFICIENTS_BLOCK), grid.samples)](
+        coefficients = torch.empty(plan.coefficients, dtype=torch.float32, device=device)
+        coefficients_kernel[plan.coefficients_grid](
             grad_loss,
             statistics,
             coefficients,
-            call.rows,
-            call.n_rows,
-            grid.samples,
+            *plan.coefficients_sizes,
             *grad_loss.stride(),
-            call.inv_temperature,
-            DISTANCE=call.method,
-            BLOCK=COEFFICIENTS_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
+            inv_temperature,
+            **plan.coefficients_constants,
         )
-        for launch in grid.launches(call.plan.backward_bytes(), limit):
-            mirror = launch.band == grid.blocks
-            tiles = grid.triangle(launch) if mirror else launch.band * grid.columns
-            size = launch.problems * launch.band * shape.rows * grid.columns
-            h = new(size * shape.cols, h_dtype)
-            q = new(size)
-            place = (
-                grid.samples,
-                grid.row_blocks,
-                launch.first_problem,
-                launch.first,
-                launch.last,
-                call.n_rows,
-            )
-            read = mirror and stored.numel() > 0
-            # Stored tiles replace the inputs, whose layouts then need no compilations.
-            networks = Networks(Operand.unread(student), Operand.unread(teacher)) if read else call.networks
-            blocks = shape if read else call.plan.blocks_for(shape, own.unit)
-            derivative_kernel[(launch.problems * tiles,)](
-                *networks.arguments,
+        for launch in plan.launches:
+            h = torch.empty(launch.elements * plan.columns, dtype=h_dtype, device=device)
+            q = torch.empty(launch.elements, dtype=torch.float32, device=device)
+            derivative_kernel[launch.tiles_grid](
+                student,
+                *(UNREAD.sizes if launch.reads_stored else of_student),
+                teacher,
+                *(UNREAD.sizes if launch.reads_stored else of_teacher),
                 coefficients,
                 statistics,
                 scales,
                 stored,
                 h,
                 q,
-                call.rows // networks.row_unit,
-                *place,
-                tiles,
-                *call.factors,
-                call.inv_temperature,
-                STORED=read,
-                MIRROR=mirror,
-                **call.constants(networks, blocks, fused=False),
+                *launch.tiles_sizes,
+                inv_temperature,
+                **launch.tiles_constants,
             )
-            product_kernel[(launch.problems * launch.band * ceil_div(student.shape[2], product.cols),)](
+            product_kernel[launch.product_grid](
                 h,
                 q,
                 scales,
-                *own.arguments,
-                *out.arguments,
-                call.rows // call.networks.row_unit,
-                *place,
-                int(call.cosine),
-                STUDENT_UNIT=own.unit,
-                STUDENT_ROWS_INNER=own.rows_inner,
-                GRAD_UNIT=out.unit,
-                GRAD_ROWS_INNER=out.rows_inner,
-                ROW_UNIT=call.networks.row_unit,
-                MIRROR=mirror,
-                ROWS=shape.rows,
-                COLS=shape.cols,
-                **product_constants(product, call.plan.dtype),
-                **product.launch(),
+                student,
+                *of_student,
+                grad_student,
+                *plan.grad.sizes,
+                *launch.product_sizes,
+                **launch.product_constants,
             )

@@ -15,19 +15,20 @@ the third merges these sums in a fixed order. No matrix is written, except small
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, MAX_REGISTERS, capability, launching_on
+from fastkd.kernels.common import LOG2E, MAX_REGISTERS, launching_on
+from fastkd.kernels.relation.call import PLANS, Call, Options, call_of
 from fastkd.kernels.relation.merge import merge_kernel
-from fastkd.kernels.relation.plan import PLANES, Blocks, Plan, method_of
+from fastkd.kernels.relation.plan import PLANES
 from fastkd.kernels.relation.tiles import (
     LOWEST,
     UNSPECIALISED,
-    Networks,
     products,
     scaled,
     stored_tile,
@@ -250,48 +251,67 @@ ROW_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True, **MAX_REGISTERS}
 """Launch options of the kernels without matrix products."""
 
 
-class Options(Protocol):
-    """The operator's options that the kernels use."""
+class TilesLaunch(NamedTuple):
+    """The arguments of ``tiles_kernel`` and ``merge_kernel`` for one part of a call, without tensors."""
 
-    similarity: str
-    distance: str
-    temperature: float
-    negate: bool
-    cross: bool
-
-
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-PRECISION = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
-"""Precision of products: those of 16-bit inputs are exact in fp32; fp32 takes three TF32 products (error 2^-21)."""
+    sums: tuple[int, int]  # elements of the tiles' sums by row and by column
+    tiles_grid: tuple[int]
+    tiles_sizes: tuple[int | float, ...]
+    tiles_constants: dict[str, Any]
+    merge_grid: tuple[int]
+    merge_sizes: tuple[int, ...]
+    merge_constants: dict[str, Any]
 
 
-class Call:
-    """The plan of a call, and the arguments shared by its kernels."""
+class ForwardPlan(NamedTuple):
+    """The launches of a forward."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, options: Options, stored: bool) -> None:
-        batch, rows, width = student.shape
-        self.rows, self.n_rows = rows, batch * rows
-        self.method = method_of(options.similarity, options.distance, options.temperature)
-        dtype = DTYPES[student.dtype]
-        self.plan = Plan(batch, rows, options.cross, self.method, dtype, stored, capability(student))
-        self.networks = Networks.of(student, teacher)
-        self.inv_temperature = 1 / options.temperature
-        self.cosine = options.similarity == "cosine"
-        mean = options.similarity == "mean"
-        sign = -1.0 if options.negate and options.distance == "kl" else 1.0
-        self.factors = (sign / width, sign / teacher.shape[2]) if mean else (sign, sign)
+    scales_grid: tuple[int, int]
+    scales_constants: dict[str, Any]
+    all_written: bool  # whether the tiles cover all of the stored elements
+    launches: tuple[TilesLaunch, ...]
 
-    def constants(self, networks: Networks, shape: Blocks, fused: bool = True) -> dict[str, Any]:
-        """Return the constants and launch options of the kernels that compute tiles of ``networks``."""
-        return {
-            **networks.layout,
-            "ROW_UNIT": networks.row_unit,
-            "COSINE": self.cosine,
-            "DISTANCE": self.method,
-            "PRECISION": PRECISION[self.plan.dtype],
-            **shape.constants(),
-            **shape.launch(fused),
-        }
+
+@functools.lru_cache(PLANS)
+def _plan(call: Call, limit: int) -> ForwardPlan:
+    """Return the launches of a forward whose sums take at most ``limit`` bytes at a time."""
+    grid, shape, planes = call.plan.forward, call.plan.forward.shape, PLANES[call.method]
+    written = shape.rows**2 * grid.row_blocks * (grid.row_blocks + 1) * call.batch
+    tiles_constants = {
+        "STORE": call.stored > 0,
+        "PLANES": planes,
+        **call.constants(call.networks, call.plan.blocks_for(shape, call.networks.student.unit)),
+    }
+    merge_constants = {
+        "DISTANCE": call.method,
+        "PLANES": planes,
+        **MERGE_BLOCK,
+        "ROWS": shape.rows,
+        "COLS": shape.cols,
+        **ROW_LAUNCH,
+    }
+    launches = []
+    for launch in grid.launches(call.plan.forward_bytes(), limit):
+        sums = planes * launch.problems * launch.band * grid.columns
+        tiles = grid.triangle(launch)
+        place = (grid.samples, grid.row_blocks, launch.first_problem, launch.first, launch.last)
+        launches.append(
+            TilesLaunch(
+                (sums * shape.rows, sums * shape.cols),
+                (launch.problems * tiles,),
+                (call.rows // call.networks.row_unit, *place, tiles, call.n_rows, *call.factors),
+                tiles_constants,
+                (launch.problems * grid.blocks * (shape.rows // MERGE_BLOCK["BLOCK"]),),
+                (call.rows, call.n_rows, *place),
+                merge_constants,
+            )
+        )
+    return ForwardPlan(
+        (ceil_div(call.n_rows, SCALE_BLOCK["BLOCK"]), 2),
+        {**call.networks.layout, **SCALE_BLOCK, **ROW_LAUNCH},
+        call.stored <= written and call.rows % shape.rows == 0,
+        tuple(launches),
+    )
 
 
 def forward(
@@ -307,71 +327,30 @@ def forward(
 
     ``limit_for`` maps the bytes of one row block to the bytes available for the sums of a launch.
     """
-    call = Call(student, teacher, options, stored.numel() > 0)
-    grid, shape = call.plan.forward, call.plan.forward.shape
-    planes = PLANES[call.method]
-    limit = limit_for(call.plan.min_bytes())
+    call = call_of(student, teacher, options, stored)
+    plan = _plan(call, limit_for(call.min_bytes))
+    networks = (student, *call.networks.student.sizes, teacher, *call.networks.teacher.sizes)
+    inv_temperature, device = 1 / options.temperature, student.device
     scales = statistics[-2:]
     with launching_on(student):
         if call.cosine:
-            scales_kernel[(ceil_div(call.n_rows, SCALE_BLOCK["BLOCK"]), 2)](
-                *call.networks.arguments,
-                scales,
-                call.rows,
-                call.n_rows,
-                **call.networks.layout,
-                **SCALE_BLOCK,
-                **ROW_LAUNCH,
-            )
+            scales_kernel[plan.scales_grid](*networks, scales, call.rows, call.n_rows, **plan.scales_constants)
         else:
             scales.zero_()  # an operator must write every element of its output
-        written = shape.rows**2 * grid.row_blocks * (grid.row_blocks + 1) * student.shape[0]
-        if stored.numel() > written or call.rows % shape.rows:
+        if not plan.all_written:
             stored.zero_()
-        for launch in grid.launches(call.plan.forward_bytes(), limit):
-            sums = planes * launch.problems * launch.band * grid.columns
-            by_row, by_col = (
-                torch.empty(sums * size, dtype=torch.float32, device=student.device)
-                for size in (shape.rows, shape.cols)
-            )
-            tiles = grid.triangle(launch)
-            tiles_kernel[(launch.problems * tiles,)](
-                *call.networks.arguments,
+        for launch in plan.launches:
+            by_row, by_col = (torch.empty(size, dtype=torch.float32, device=device) for size in launch.sums)
+            tiles_kernel[launch.tiles_grid](
+                *networks,
                 scales,
                 by_row,
                 by_col,
                 stored,
-                call.rows // call.networks.row_unit,
-                grid.samples,
-                grid.row_blocks,
-                launch.first_problem,
-                launch.first,
-                launch.last,
-                tiles,
-                call.n_rows,
-                *call.factors,
-                call.inv_temperature,
-                STORE=stored.numel() > 0,
-                PLANES=planes,
-                **call.constants(call.networks, call.plan.blocks_for(shape, call.networks.student.unit)),
+                *launch.tiles_sizes,
+                inv_temperature,
+                **launch.tiles_constants,
             )
-            merge_kernel[(launch.problems * grid.blocks * (shape.rows // MERGE_BLOCK["BLOCK"]),)](
-                by_row,
-                by_col,
-                statistics,
-                loss,
-                call.rows,
-                call.n_rows,
-                grid.samples,
-                grid.row_blocks,
-                launch.first_problem,
-                launch.first,
-                launch.last,
-                call.inv_temperature,
-                DISTANCE=call.method,
-                PLANES=planes,
-                **MERGE_BLOCK,
-                ROWS=shape.rows,
-                COLS=shape.cols,
-                **ROW_LAUNCH,
+            merge_kernel[launch.merge_grid](
+                by_row, by_col, statistics, loss, *launch.merge_sizes, inv_temperature, **launch.merge_constants
             )

@@ -1,4 +1,4 @@
-"""Operands of any layout, tiles of relation matrices, and their numbering.
+"""Tiles of relation matrices, and their numbering.
 
 A *problem* is one pair of relation matrices (student, teacher), of one sample, or with ``cross`` of the rows of all
 samples. The rows of each sample form blocks of ``ROWS`` (the last may be partial), numbered across the problem: block I
@@ -8,13 +8,11 @@ block.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 from fastkd.kernels.common import INTERPRETED, dot_add
-from torch import Tensor
 
 WIDENS = tl.constexpr(INTERPRETED)
 """Convert bfloat16 operands to fp32, as the interpreter cannot multiply bfloat16."""
@@ -42,78 +40,6 @@ UNSPECIALISED: dict[str, Any] = {
     "do_not_specialize_on_alignment": ["scale_ptr", *(f"{x}_stride_inner" for x in _OPERANDS)],
 }
 """Options of ``triton.jit``: of sizes and strides, only whether an inner stride is 1 is compiled into a kernel."""
-
-
-class Operand(NamedTuple):
-    """A (B, R, K) tensor of any strides as kernel arguments ``tensor, width, stride_b, stride_outer, stride_inner``.
-
-    Triton vectorises loads only if it can prove alignment, but it specialises arguments only on divisibility by 16, and
-    a row of 900 elements is divisible only by 4. Outer strides are therefore passed in units of ``unit`` elements, a
-    constant of the kernel, and so is the width if it is the inner dimension.
-    """
-
-    tensor: Tensor
-    width: int
-    strides: tuple[int, int, int]
-    rows_inner: bool  # the rows' stride is 1 and the columns' is not: a (C, H, W) map viewed as rows of pixels
-    unit: int
-
-    @classmethod
-    def of(cls, x: Tensor, largest: int = 16) -> Operand:
-        """Return the operand of a (B, R, K) tensor, with a unit of up to ``largest`` elements or 16 bytes."""
-        rows, width = x.shape[1:]
-        by_batch, by_row, by_col = x.stride()
-        largest = min(largest, 16 // x.element_size())
-        if by_col != 1 and by_row == 1:
-            unit = math.gcd(by_batch, by_col, rows, largest)
-            return cls(x, width, (by_batch // unit, by_col // unit, 1), True, unit)
-        if by_col == 1:
-            unit = math.gcd(by_batch, by_row, width, largest)
-            return cls(x, width // unit, (by_batch // unit, by_row // unit, 1), False, unit)
-        return cls(x, width, (by_batch, by_row, by_col), False, 1)
-
-    @classmethod
-    def unread(cls, x: Tensor) -> Operand:
-        """Return an operand for a kernel that does not read it: the same constants for all layouts."""
-        return cls(x, 0, (0, 0, 1), False, 1)
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the operand as arguments of a kernel."""
-        return (self.tensor, self.width, *self.strides)
-
-
-class Networks(NamedTuple):
-    """The rows of both networks as operands. Their units are equal: one kernel per combination would be compiled."""
-
-    student: Operand
-    teacher: Operand
-
-    @classmethod
-    def of(cls, student: Tensor, teacher: Tensor) -> Networks:
-        """Return the operands of two (B, R, K) tensors."""
-        unit = min(Operand.of(x).unit for x in (student, teacher))
-        return cls(Operand.of(student, unit), Operand.of(teacher, unit))
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the operands as arguments of a kernel."""
-        return (*self.student.arguments, *self.teacher.arguments)
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """Return the operands' units and orders as constants of a kernel."""
-        return {
-            "STUDENT_UNIT": self.student.unit,
-            "STUDENT_ROWS_INNER": self.student.rows_inner,
-            "TEACHER_UNIT": self.teacher.unit,
-            "TEACHER_ROWS_INNER": self.teacher.rows_inner,
-        }
-
-    @property
-    def row_unit(self) -> int:
-        """Return a unit of the number of rows that makes masks of rows as wide as the loads."""
-        return self.student.unit if self.student.rows_inner or self.teacher.rows_inner else 1
 
 
 @triton.jit

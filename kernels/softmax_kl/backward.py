@@ -5,10 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastkd.kernels.common import LOG2E, float64, launching_on, round_to
-from fastkd.kernels.softmax_kl.plan import blocks_for, unit_for
+from fastkd.kernels.softmax_kl.plan import plan_for
 from torch import Tensor
-
-from fastkd._integers import ceil_div
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,29 +91,17 @@ def backward(
     temperature: float,
 ) -> None:
     """Fill ``grad_student`` (B, R, N), contiguous, from a per-row gradient (B, R) of any strides."""
-    batch, rows, cols = student.shape
-    blocks = blocks_for(cols, student.element_size())
-    unit = unit_for(student, teacher)
+    plan = plan_for(student.shape, student.stride(), teacher.stride(), student.dtype)
     with launching_on(student):
-        backward_kernel[(ceil_div(batch * rows, blocks.rows), ceil_div(cols, blocks.cols))](
+        backward_kernel[plan.backward_grid](
             grad_loss,
             student,
             teacher,
             statistics,
             grad_student,
-            batch * rows,
-            rows,
-            cols // unit,
-            grad_loss.stride(0),
-            grad_loss.stride(1),
-            student.stride(0) // unit,
-            student.stride(1) // unit,
-            teacher.stride(0) // unit,
-            teacher.stride(1) // unit,
+            *plan.sizes,
+            *grad_loss.stride(),
+            *plan.strides,
             1.0 / temperature,
-            ROWS=blocks.rows,
-            COLS=blocks.cols,
-            UNIT=unit,
-            num_warps=blocks.warps,
-            enable_fp_fusion=False,  # fused, p_s − p_t would leave the rounding error of one product
+            **plan.backward_constants,
         )

@@ -16,10 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastkd.kernels.common import LOG2E, MAX_REGISTERS, exact_quotient, float64, launching_on
-from fastkd.kernels.softmax_kl.plan import MAX_PARTS, blocks_for, parts_for, unit_for
+from fastkd.kernels.softmax_kl.plan import MAX_PARTS, plan_for
 from torch import Tensor
-
-from fastkd._integers import ceil_div
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,45 +187,32 @@ def merge_kernel(
 
 def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, temperature: float) -> None:
     """Fill ``loss`` (B, R) and ``statistics`` (4, B, R) from inputs (B, R, N) with inner stride 1."""
-    batch, rows, cols = student.shape
-    blocks = blocks_for(cols, student.element_size())
-    parts, part_cols = parts_for(batch * rows, cols) if blocks.rows == 1 else (1, cols)
-    unit = unit_for(student, teacher)
+    plan = plan_for(student.shape, student.stride(), teacher.stride(), student.dtype)
+    n_rows, inv_temperature = plan.sizes[0], 1.0 / temperature
     # With one part per row the kernel does not use this argument.
-    sums = loss.new_empty((parts, 5, batch * rows)) if parts > 1 else loss
+    sums = loss.new_empty((plan.parts, 5, n_rows)) if plan.parts > 1 else loss
     with launching_on(student):
-        forward_kernel[(ceil_div(batch * rows, blocks.rows), parts)](
+        forward_kernel[plan.forward_grid](
             student,
             teacher,
             loss,
             statistics,
             sums,
-            batch * rows,
-            rows,
-            cols // unit,
-            ceil_div(part_cols, blocks.cols),
-            student.stride(0) // unit,
-            student.stride(1) // unit,
-            teacher.stride(0) // unit,
-            teacher.stride(1) // unit,
-            1.0 / temperature,
-            ROWS=blocks.rows,
-            COLS=blocks.cols,
-            LOOP=cols > blocks.cols,
-            SPLIT=parts > 1,
-            UNIT=unit,
-            num_warps=blocks.warps,
-            enable_fp_fusion=True,
+            *plan.sizes,
+            plan.part_blocks,
+            *plan.strides,
+            inv_temperature,
+            **plan.forward_constants,
             **MAX_REGISTERS,
         )
-        if parts > 1:
-            merge_kernel[(batch * rows,)](
+        if plan.parts > 1:
+            merge_kernel[(n_rows,)](
                 sums,
                 loss,
                 statistics,
-                batch * rows,
-                parts,
-                1.0 / temperature,
+                n_rows,
+                plan.parts,
+                inv_temperature,
                 PARTS=MAX_PARTS,
                 num_warps=1,
                 enable_fp_fusion=True,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
 
 from fastkd._integers import ceil_div, round_up
 
@@ -50,11 +51,47 @@ def parts_for(rows: int, cols: int) -> tuple[int, int]:
     return ceil_div(cols, columns), columns
 
 
-def unit_for(student: Tensor, teacher: Tensor) -> int:
+def unit_for(cols: int, strides: tuple[int, ...], itemsize: int) -> int:
     """Return the largest number of elements, up to 16 bytes, that divides the length and the strides of all rows.
 
     Triton vectorises only loads whose alignment it can prove, and specialises arguments only on divisibility by 16, but
     rows of 900 elements are divisible by 4. Lengths and strides are therefore passed in units, a constant.
     """
-    strides = (*student.stride()[:2], *teacher.stride()[:2])
-    return math.gcd(student.shape[2], *strides, 16 // student.element_size())
+    return math.gcd(cols, *strides, 16 // itemsize)
+
+
+class Plan(NamedTuple):
+    """The arguments of a call's launches that follow from its shape, strides and dtype."""
+
+    sizes: tuple[int, int, int]  # number of rows, rows per sample, columns in units
+    strides: tuple[int, ...]  # of the student's and the teacher's samples and rows, in units
+    parts: int  # of each row in the forward
+    part_blocks: int  # blocks of columns of each part
+    forward_grid: tuple[int, int]
+    forward_constants: dict[str, Any]
+    backward_grid: tuple[int, int]
+    backward_constants: dict[str, Any]
+
+
+@functools.lru_cache(256)
+def plan_for(
+    shape: tuple[int, int, int], student: tuple[int, ...], teacher: tuple[int, ...], dtype: torch.dtype
+) -> Plan:
+    """Return the plan of inputs (B, R, N) with these strides; shapes repeat from step to step, so it is cached."""
+    batch, rows, cols = shape
+    blocks = blocks_for(cols, dtype.itemsize)
+    parts, part_cols = parts_for(batch * rows, cols) if blocks.rows == 1 else (1, cols)
+    strides = (*student[:2], *teacher[:2])
+    unit = unit_for(cols, strides, dtype.itemsize)
+    row_blocks = ceil_div(batch * rows, blocks.rows)
+    constants = {"ROWS": blocks.rows, "COLS": blocks.cols, "UNIT": unit, "num_warps": blocks.warps}
+    return Plan(
+        (batch * rows, rows, cols // unit),
+        tuple(stride // unit for stride in strides),
+        parts,
+        ceil_div(part_cols, blocks.cols),
+        (row_blocks, parts),
+        {**constants, "LOOP": cols > blocks.cols, "SPLIT": parts > 1, "enable_fp_fusion": True},
+        (row_blocks, ceil_div(cols, blocks.cols)),
+        {**constants, "enable_fp_fusion": False},  # fused, p_s − p_t would leave the rounding error of one product
+    )

@@ -27,15 +27,14 @@ def test_unit_divides_lengths_and_strides() -> None:
     from fastkd.kernels.softmax_kl.plan import unit_for
 
     def unit(cols: int, stride: int, dtype: torch.dtype) -> int:
-        rows = torch.empty(2, 3, stride, dtype=dtype)[..., :cols]
-        return unit_for(rows, torch.empty(2, 3, cols, dtype=dtype))
+        return unit_for(cols, (3 * stride, stride, 3 * cols, cols), dtype.itemsize)
 
     assert [unit(cols, cols, torch.bfloat16) for cols in (900, 3600, 226, 225, 8)] == [4, 8, 2, 1, 8]
     assert [unit(cols, cols, torch.float32) for cols in (900, 3600, 226, 225)] == [4, 4, 2, 1]
     assert unit(8, 8, torch.float64) == 2
     assert unit(8, 12, torch.bfloat16) == 4  # rows within longer rows
     assert unit(8, 9, torch.bfloat16) == 1
-    assert unit_for(torch.empty(1, 1, 8).expand(2, 3, 8), torch.empty(2, 3, 8)) == 4  # strides of 0
+    assert unit_for(8, (0, 0, 24, 8), 4) == 4
 
 
 @pytest.mark.parametrize(("cols", "stride"), [(20, 20), (20, 28), (18, 20), (20, 21), (1040, 1044)])

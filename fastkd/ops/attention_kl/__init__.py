@@ -60,7 +60,7 @@ def attention_kl_unchecked(
         uniform: whether all losses are expected to receive the same gradient, as from a sum or a mean.
         backend: "auto", "reference" or "cpu". Kernels are differentiable once.
     """
-    inputs = Inputs(*(None if x is None else savable(x)[0] for x in inputs))  # type: ignore[arg-type]
+    inputs = Inputs(*savable(*inputs))  # type: ignore[arg-type]
     if checks.differentiates_temperature(backend, temperature):
         return reference(inputs, temperature, causal)
     biases = [x for x in (inputs.student_bias, inputs.teacher_bias) if x is not None]

@@ -81,8 +81,9 @@ def _run(
     needs = [bool(g.numel()) for g in grads]
     settings = (sizes, options.causal, dtype_name(dtype), number_of(options.temperature), *needs)
     with launch_on(q_s) as extra:
-        call = native(backend).AttentionKL(*settings, extra, workspace_limit(q_s.device))
-        workspace = allocate_workspace(call, False, q_s)
+        limit = workspace_limit(q_s.device)
+        call = native(backend).AttentionKL(*settings, extra, limit)
+        workspace = allocate_workspace(call, False, q_s, limit)
         call.run(
             _network(q_s, k_s, scales[0], biases[0]),
             _network(q_t, k_t, scales[1], biases[1]),

@@ -18,9 +18,10 @@ from fastkd.ops import checks
 from fastkd.ops.availability import compare
 from fastkd.ops.backends import BACKENDS
 from fastkd.ops.dispatch import choose
-from fastkd.ops.launch import distinct, family_module
+from fastkd.ops.launch import converted, distinct, family_module
 from fastkd.ops.pixel_word.plan import (
     MAX_WORDS,
+    TERM_BITS,
     Inputs,
     Options,
     Saved,
@@ -120,7 +121,7 @@ def pixel_word_unchecked(
     inputs: Inputs, similarity: str, temperature: float | Tensor, terms: Sequence[str], backend: str
 ) -> dict[str, Tensor]:
     """Return :func:`pixel_word`, or without words :func:`pixel_word_from_logits`, of checked arguments."""
-    inputs = Inputs(*(None if x is None else savable(x)[0] for x in inputs))  # type: ignore[arg-type]
+    inputs = Inputs(*savable(*inputs))  # type: ignore[arg-type]
     if checks.differentiates_temperature(backend, temperature):
         chosen = "reference"
     else:
@@ -128,8 +129,12 @@ def pixel_word_unchecked(
     if chosen == "reference":
         return _reference(inputs, similarity, temperature, terms)
     tau = operator_argument(temperature)
-    options = Options(similarity == "cosine", tau, sum(1 << TERMS.index(term) for term in set(terms)))
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.features):
+    bits = 0
+    for term in terms:
+        bits |= TERM_BITS[term]
+    options = Options(similarity == "cosine", tau, bits)
+    v_s, w_s = inputs.student_pixels, inputs.student_words
+    if torch.is_grad_enabled() and (v_s.requires_grad or (w_s is not None and w_s.requires_grad)):
         loss = _PixelWord.apply(*distinct(*inputs), *options, chosen)
     else:
         loss = operator("pixel_word_forward", tau)(*inputs, *options, False, chosen)[0]
@@ -212,7 +217,7 @@ class _PixelWord(torch.autograd.Function):
         saved = ctx.saved_tensors[: len(Saved._fields)]
         options = (ctx.cosine, temperature, ctx.terms)
         grads = gradient("pixel_word", temperature, grad_loss, *saved, ctx.teacher_width, *options, *needs, ctx.backend)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9)
+        return (grads[0] if needs[0] else None, grads[1] if needs[1] else None, *(None,) * 9)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -242,10 +247,11 @@ def _backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     shape, like = (words.shape, words) if for_words and words is not None else ((0,), pixels)
     grad_words = torch.empty(shape, dtype=like.dtype, device=like.device)
     if grad_pixels.numel() or grad_words.numel():
-        saved = saved._replace(student_pixels=pixels, student_words=words)
+        if pixels is not saved.student_pixels or words is not saved.student_words:
+            saved = saved._replace(student_pixels=pixels, student_words=words)
         _kernels(backend).backward(saved, teacher_width, options, grad_loss, grad_pixels, grad_words, backend)
     words_dtype = dtype if words is None else arguments[1].dtype
-    return grad_pixels.to(arguments[0].dtype), grad_words.to(words_dtype)
+    return converted(grad_pixels, arguments[0].dtype), converted(grad_words, words_dtype)
 
 
 def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -258,7 +264,9 @@ def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _with_number(options: Options) -> Options:
-    return options._replace(temperature=number_of(options.temperature))
+    if isinstance(options.temperature, Tensor):
+        return options._replace(temperature=number_of(options.temperature))
+    return options
 
 
 def _kernels(backend: str) -> Any:

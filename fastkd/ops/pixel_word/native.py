@@ -5,8 +5,7 @@ The kernels read features with stride 1 along D or N, also 16-bit ones, in place
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,12 @@ def forward(inputs: Inputs, options: Options, statistics: Sequence[Tensor], loss
         # The CUDA kernels pass the logits from one kernel to the next in memory.
         rows = student.word_count + teacher.word_count
         statistics = (loss.new_empty((v_s.shape[0], rows, v_s.shape[1])), *statistics[1:])
-    with _call(student, teacher, inputs.pixel_mask, options, loss.dtype, False, backend) as (call, workspace):
+    pixel_mask = _contiguous(inputs.pixel_mask)  # kept alive until the end, as both sides are
+    problem = _problem(student, teacher, pixel_mask, v_s.shape, options, loss.dtype)
+    limit = workspace_limit(v_s.device)
+    with launch_on(v_s) as extra:
+        call = native(backend).PixelWord(problem, extra, limit)
+        workspace = allocate_workspace(call, False, v_s, limit)
         call.forward([_address(x) for x in statistics], loss.data_ptr(), workspace.data_ptr())
 
 
@@ -48,7 +52,12 @@ def backward(
         mask, words = _contiguous(saved.teacher_word_mask), saved.logits.shape[1] - student.word_count
         scale = scale_of(teacher_width, number_of(options.temperature), options.cosine)
         teacher = Side(None, None, mask, words, teacher_width, scale, False)
-    with _call(student, teacher, saved.pixel_mask, options, dtype, True, backend) as (call, workspace):
+    pixels, pixel_mask = saved.student_pixels, _contiguous(saved.pixel_mask)
+    problem = _problem(student, teacher, pixel_mask, pixels.shape, options, dtype)
+    limit = workspace_limit(pixels.device)
+    with launch_on(pixels) as extra:
+        call = native(backend).PixelWord(problem, extra, limit)
+        workspace = allocate_workspace(call, True, pixels, limit)
         call.backward(
             [_address(x) for x in saved.statistics],
             grad_loss.data_ptr(),
@@ -90,31 +99,18 @@ def _side(
     return Side(pixels, words.contiguous(), _contiguous(mask), words.shape[1], width, scale, bf16_words)
 
 
-@contextmanager
-def _call(
+def _problem(
     student: Side,
     teacher: Side,
     pixel_mask: Tensor | None,
+    shape: Sequence[int],
     options: Options,
     dtype: torch.dtype,
-    backward: bool,
-    backend: str,
-) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the native call and its workspace, with the device current. The caller keeps both sides' tensors alive."""
-    assert student.pixels is not None
-    pixel_mask = _contiguous(pixel_mask)  # kept alive until the block ends
-    problem = (
-        _network(student, dtype),
-        _network(teacher, dtype),
-        _address(pixel_mask),
-        *student.pixels.shape[:2],
-        dtype_name(dtype),
-        options.cosine,
-        options.terms,
-    )
-    with launch_on(student.pixels) as extra:
-        call = native(backend).PixelWord(problem, extra, workspace_limit(student.pixels.device))
-        yield call, allocate_workspace(call, backward, student.pixels)
+) -> tuple[Any, ...]:
+    """Return the problem as the native modules take it. The caller keeps the tensors behind its addresses alive."""
+    sizes, name = tuple(shape[:2]), dtype_name(dtype)
+    sides = (_network(student, dtype), _network(teacher, dtype))
+    return (*sides, _address(pixel_mask), *sizes, name, options.cosine, options.terms)
 
 
 def _network(side: Side, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.ops.launch import statistics_dtype
+from fastkd.ops.launch import converted, promoted, statistics_dtype
 from fastkd.ops.pixel_word.reference import TERMS
 
-PIXEL_TO_WORD, WORD_TO_PIXEL, PIXEL_PIXEL, WORD_WORD = (1 << i for i in range(len(TERMS)))
+TERM_BITS = {term: 1 << i for i, term in enumerate(TERMS)}
+PIXEL_TO_WORD, WORD_TO_PIXEL, PIXEL_PIXEL, WORD_WORD = TERM_BITS.values()
 SECOND_ORDER = PIXEL_PIXEL | WORD_WORD
 
 MAX_WORDS = {"triton": 128, "cuda": 128}
@@ -82,27 +83,23 @@ def allocate(inputs: Inputs, options: Options, keep: bool, backend: str) -> tupl
 
     ``csrc/common/pixel_word.h`` defines them.
     """
-    dtype, device = statistics_dtype(*(x for x in inputs.features if x is not None)), inputs.student_pixels.device
+    dtype, device = statistics_dtype(*inputs[:4]), inputs.student_pixels.device
     batch, pixels = inputs.student_pixels.shape[:2]
     words = inputs.word_counts
     side = max(words) if words[0] != words[1] else words[0]
     # log Σ e^u of each column, S and T: one fp64 number on the CPU, a maximum and a sum on a GPU.
     parts, columns_dtype = (2, torch.float64) if backend == "cpu" else (4, dtype)
-    shapes = {
-        "logits": (batch, words[0] + words[1], pixels) if inputs.student_words is not None else None,
-        "norms": (batch, pixels) if options.cosine else None,
-        "columns": (batch, parts, words[0]) if options.terms & WORD_TO_PIXEL else None,
-        "grams": (batch, 3, side, side) if options.terms & SECOND_ORDER else None,
-    }
-    statistics = (
-        torch.empty(
-            shape if keep and shape is not None else (0,),
-            dtype=columns_dtype if name == "columns" else dtype,
-            device=device,
-        )
-        for name, shape in shapes.items()
+    logits = (batch, words[0] + words[1], pixels) if keep and inputs.student_words is not None else (0,)
+    norms = (batch, pixels) if keep and options.cosine else (0,)
+    columns = (batch, parts, words[0]) if keep and options.terms & WORD_TO_PIXEL else (0,)
+    grams = (batch, 3, side, side) if keep and options.terms & SECOND_ORDER else (0,)
+    return (
+        torch.empty((batch, len(TERMS)), dtype=dtype, device=device),
+        torch.empty(logits, dtype=dtype, device=device),
+        torch.empty(norms, dtype=dtype, device=device),
+        torch.empty(columns, dtype=columns_dtype, device=device),
+        torch.empty(grams, dtype=dtype, device=device),
     )
-    return torch.empty((batch, len(TERMS)), dtype=dtype, device=device), *statistics
 
 
 def convert(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor | None]:
@@ -110,10 +107,9 @@ def convert(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: s
     if dtype == torch.float64:
         pixels = pixels.to(dtype)
     if words is not None and backend == "cuda":  # one dtype for both
-        common = torch.promote_types(pixels.dtype, words.dtype)
-        pixels, words = pixels.to(common), words.to(common)
+        pixels, words = promoted(pixels, words)
     elif words is not None and backend == "cpu":
-        words = words.to(dtype)
+        words = converted(words, dtype)
     return rows_or_maps(pixels), words
 
 

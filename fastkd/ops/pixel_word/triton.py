@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd.ops.launch import triton_module
 from fastkd.ops.pixel_word.plan import Inputs, Options, Saved, rows_or_maps, scale_of
 from fastkd.ops.registration import number_of
 
@@ -18,7 +18,9 @@ def forward(inputs: Inputs, options: Options, statistics: Sequence[Tensor], loss
     student = _side(inputs.student_pixels, inputs.student_words, inputs.student_word_mask, options)
     teacher = _side(inputs.teacher_pixels, inputs.teacher_words, inputs.teacher_word_mask, options)
     pixel_mask, valid = _pixel_mask(inputs.pixel_mask)
-    _kernels("forward").forward(student, teacher, pixel_mask, valid, options.cosine, options.terms, statistics, loss)
+    triton_module("pixel_word", "forward").forward(
+        student, teacher, pixel_mask, valid, options.cosine, options.terms, statistics, loss
+    )
 
 
 def backward(
@@ -37,21 +39,17 @@ def backward(
     else:
         words = saved.logits.shape[1] - student.word_count
         scale = scale_of(teacher_width, number_of(options.temperature), options.cosine)
-        teacher = _kernels("tiles").Side(None, None, _bytes(saved.teacher_word_mask), words, scale)
+        teacher = triton_module("pixel_word", "tiles").Side(None, None, _bytes(saved.teacher_word_mask), words, scale)
     pixel_mask, valid = _pixel_mask(saved.pixel_mask)
-    _kernels("backward").backward(
+    triton_module("pixel_word", "backward").backward(
         student, teacher, pixel_mask, valid, options.terms, saved.statistics, grad_loss, grad_pixels, grad_words
     )
-
-
-def _kernels(name: str) -> Any:
-    return importlib.import_module(f"fastkd.kernels.pixel_word.{name}")
 
 
 def _side(pixels: Tensor, words: Tensor | None, mask: Tensor | None, options: Options) -> Any:
     count, width = (pixels.shape[2], 0) if words is None else (words.shape[1], pixels.shape[2])
     scale = scale_of(width, number_of(options.temperature), options.cosine)
-    return _kernels("tiles").Side(rows_or_maps(pixels), words, _bytes(mask), count, scale)
+    return triton_module("pixel_word", "tiles").Side(rows_or_maps(pixels), words, _bytes(mask), count, scale)
 
 
 def _pixel_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

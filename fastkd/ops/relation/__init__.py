@@ -16,7 +16,7 @@ from fastkd.ops import checks
 from fastkd.ops.availability import compare
 from fastkd.ops.backends import BACKENDS
 from fastkd.ops.dispatch import backend_from_env, choose
-from fastkd.ops.launch import family_module, promoted, statistics_dtype
+from fastkd.ops.launch import converted, family_module, promoted, statistics_dtype
 from fastkd.ops.numerics import has_fast_fp64
 from fastkd.ops.registration import (
     Implementation,
@@ -105,15 +105,20 @@ def relation_unchecked(
 ) -> Tensor:
     """Return :func:`relation` of checked arguments."""
     student, teacher = savable(student, teacher)
-    formula: dict[str, Any] = {
-        "similarity": similarity,
-        "distance": distance,
-        "temperature": temperature,
-        "negate": negate,
-        "cross": cross,
-    }
+
+    def plain() -> Tensor:
+        return reference(
+            student,
+            teacher,
+            similarity=similarity,
+            distance=distance,
+            temperature=temperature,
+            negate=negate,
+            cross=cross,
+        )
+
     if checks.differentiates_temperature(backend, temperature):
-        return reference(student, teacher, **formula)
+        return plain()
     chosen = choose("relation", backend, student, teacher)
     columns = student.shape[1] * (student.shape[0] if cross else 1)
     width = max(student.shape[2], teacher.shape[2])
@@ -122,7 +127,7 @@ def relation_unchecked(
     if narrow and replaceable and backend_from_env() == "auto" and _has_torch_gram(student, teacher):
         return relation_mse_gram(student, teacher, similarity=similarity, cross=cross)
     if chosen == "reference":
-        return reference(student, teacher, **formula)
+        return plain()
     differentiated = torch.is_grad_enabled() and student.requires_grad
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     sizes = (student.shape[1], columns, student.shape[2], teacher.shape[2])
@@ -177,8 +182,8 @@ def _forward(student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor,
     loss, statistics, stored = _allocate(student, teacher, options)
     if loss.numel():
         used = _used_at_temperature(student, teacher, statistics, stored, options)
-        for whole, part in zip((statistics, stored), used[:2], strict=True):
-            if len(part) < len(whole):
+        if isinstance(options.temperature, Tensor):
+            for whole, part in zip((statistics, stored), used[:2], strict=True):
                 whole[len(part) :].zero_()  # an operator must write every element of its output
         student, teacher = promoted(student, teacher)
         _kernels(options.backend).forward(student, teacher, loss, *used)
@@ -189,13 +194,13 @@ def _backward(
     grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, stored: Tensor, *arguments: Any
 ) -> Tensor:
     dtype = student.dtype
-    grad_loss = grad_loss.to(statistics_dtype(student, teacher))
+    grad_loss = converted(grad_loss, statistics_dtype(student, teacher))
     statistics, stored, options = _used_at_temperature(student, teacher, statistics, stored, Options(*arguments))
     student, teacher = promoted(student, teacher)
     grad_student = torch.empty_like(student)
     if grad_student.numel():
         _kernels(options.backend).backward(grad_loss, student, teacher, statistics, stored, grad_student, options)
-    return grad_student.to(dtype)
+    return converted(grad_student, dtype)
 
 
 def _forward_fake(student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ def forward(
 ) -> None:
     """Fill ``loss``, ``statistics`` and ``stored``."""
     with launch_on(student) as extra:
-        call = _call(student, teacher, extra, options)
-        workspace = allocate_workspace(call, False, student)
+        limit = workspace_limit(student.device)
+        call = _call(student, teacher, extra, options, limit)
+        workspace = allocate_workspace(call, False, student, limit)
         of_student, of_teacher = _readable(student, options.backend), _readable(teacher, options.backend)
         call.forward(
             _rows(*of_student),
@@ -76,8 +78,9 @@ def backward(
 ) -> None:
     """Fill ``grad_student``."""
     with launch_on(student) as extra:
-        call = _call(student, teacher, extra, options)
-        workspace = allocate_workspace(call, True, student)
+        limit = workspace_limit(student.device)
+        call = _call(student, teacher, extra, options, limit)
+        workspace = allocate_workspace(call, True, student, limit)
         of_student, of_teacher = _readable(student, options.backend), _readable(teacher, options.backend)
         call.backward(
             grad_loss.data_ptr(),
@@ -97,16 +100,20 @@ def _readable(x: Tensor, backend: str) -> tuple[Tensor, bool]:
 
     Asynchronous copies on a GPU move 4 bytes or more, so 16-bit rows of odd length or address are copied.
     """
+    if backend != "cuda" or x.element_size() > 2:
+        return x, False
     batch_stride, row_stride, column_stride = x.stride()
     rows_inner = row_stride == 1 and column_stride != 1
     length, line_stride = (x.shape[1], column_stride) if rows_inner else (x.shape[2], row_stride)
-    in_pairs = not any(n % 2 for n in (length, line_stride, batch_stride, x.data_ptr() // x.element_size()))
-    if backend != "cuda" or x.element_size() > 2 or (in_pairs and 1 in (row_stride, column_stride)):
+    odd = (length | line_stride | batch_stride | x.data_ptr() // x.element_size()) % 2
+    if not odd and (row_stride == 1 or column_stride == 1):
         return x, False
     lines = x.mT if rows_inner else x  # (B, lines, length)
-    padded = x.new_empty((*lines.shape[:2], round_up(length, 16 // x.element_size())))
-    padded[..., length:] = 0
-    padded = padded[..., :length].copy_(lines)
+    whole = round_up(length, 16 // x.element_size())
+    padded = x.new_empty((*lines.shape[:2], whole))
+    if whole > length:
+        padded.narrow(2, length, whole - length).zero_()
+    padded = padded.narrow(2, 0, length).copy_(lines)
     return padded.mT if rows_inner else padded, True
 
 
@@ -115,13 +122,14 @@ def _rows(x: Tensor, padded: bool) -> tuple[Any, ...]:
     return (x.data_ptr(), x.shape[2], *x.stride(), padded)
 
 
-def _call(student: Tensor, teacher: Tensor, extra: int, options: Options) -> Any:
-    return native(options.backend).Relation(
-        *student.shape,
-        teacher.shape[2],
-        *options[:5],
-        dtype_name(student.dtype),
-        options.form,
-        extra,
-        workspace_limit(student.device),
+def _call(student: Tensor, teacher: Tensor, extra: int, options: Options, limit: int) -> Any:
+    sizes = (*student.shape, teacher.shape[2])
+    return _cached_call(
+        native(options.backend), *sizes, *options[:5], dtype_name(student.dtype), options.form, extra, limit
     )
+
+
+@functools.lru_cache(64)
+def _cached_call(module: Any, *arguments: Any) -> Any:
+    """Return a native call, which holds checked settings and no addresses."""
+    return module.Relation(*arguments)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
-from fastkd.ops.launch import check_workspace, statistics_dtype
+from fastkd.ops.launch import check_workspace, statistics_dtype, triton_module, workspace_limit
 from fastkd.ops.relation.plan import Options, Sizes
 
 
 def sizes(student: Tensor, teacher: Tensor, options: Options) -> Sizes:
     """Return the sizes of statistics and stored matrices."""
     batch, rows = student.shape[:2]
-    plan, dtype = _kernels("plan"), statistics_dtype(student, teacher)
+    plan, dtype = triton_module("relation", "plan"), statistics_dtype(student, teacher)
     others = batch if options.cross else 1
     planes = plan.statistics_planes(options.similarity, options.distance, options.temperature, others)
     stored = plan.stored_elements(batch, rows) if options.form == "stored" else 0
@@ -26,7 +24,9 @@ def forward(
     student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, stored: Tensor, options: Options
 ) -> None:
     """Fill ``loss``, ``statistics`` and ``stored``."""
-    _kernels("forward").forward(student, teacher, loss, statistics, stored, options, _limit_for(student))
+    triton_module("relation", "forward").forward(
+        student, teacher, loss, statistics, stored, options, _limit_for(student)
+    )
 
 
 def backward(
@@ -39,15 +39,11 @@ def backward(
     options: Options,
 ) -> None:
     """Fill ``grad_student``."""
-    _kernels("backward").backward(
+    triton_module("relation", "backward").backward(
         grad_loss, student, teacher, statistics, stored, grad_student, options, _limit_for(student)
     )
 
 
 def _limit_for(x: Tensor) -> Callable[[int], int]:
     """Return a function from the smallest sufficient workspace to the workspace limit on the device of ``x``."""
-    return lambda minimum: check_workspace(minimum, x.device)
-
-
-def _kernels(name: str) -> Any:
-    return importlib.import_module(f"fastkd.kernels.relation.{name}")
+    return lambda minimum: check_workspace(minimum, workspace_limit(x.device))

@@ -21,7 +21,7 @@ from fastkd.ops import checks
 from fastkd.ops.availability import compare
 from fastkd.ops.backends import BACKENDS
 from fastkd.ops.dispatch import choose
-from fastkd.ops.launch import family_module, promoted, statistics_dtype
+from fastkd.ops.launch import converted, family_module, promoted, statistics_dtype
 from fastkd.ops.registration import (
     Implementation,
     gradient,
@@ -115,13 +115,13 @@ def _backward(
     grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, temperature: float | Tensor, backend: str
 ) -> Tensor:
     dtype = student.dtype
-    grad_loss = grad_loss.to(statistics_dtype(student, teacher))
+    grad_loss = converted(grad_loss, statistics_dtype(student, teacher))
     student, teacher = _operands(student, teacher)
     grad_student = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if grad_student.numel():
         tau = number_of(temperature)
         _kernels(backend).backward(grad_loss, student, teacher, statistics, grad_student, tau, backend)
-    return grad_student.to(dtype)
+    return converted(grad_student, dtype)
 
 
 def _forward_fake(student: Tensor, teacher: Tensor, temperature: float | Tensor, backend: str) -> tuple[Tensor, Tensor]:

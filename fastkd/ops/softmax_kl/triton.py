@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from fastkd.ops.launch import triton_module
 
 
 def statistics_of(dtype: torch.dtype) -> tuple[int, torch.dtype]:
@@ -18,7 +17,7 @@ def forward(
     student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, temperature: float, backend: str
 ) -> None:
     """Fill ``loss`` and ``statistics``."""
-    _kernels("forward").forward(student, teacher, loss, statistics, temperature)
+    triton_module("softmax_kl", "forward").forward(student, teacher, loss, statistics, temperature)
 
 
 def backward(
@@ -31,8 +30,4 @@ def backward(
     backend: str,
 ) -> None:
     """Fill ``grad_student``."""
-    _kernels("backward").backward(grad_loss, student, teacher, statistics, grad_student, temperature)
-
-
-def _kernels(name: str) -> Any:
-    return importlib.import_module(f"fastkd.kernels.softmax_kl.{name}")
+    triton_module("softmax_kl", "backward").backward(grad_loss, student, teacher, statistics, grad_student, temperature)
