@@ -91,13 +91,13 @@ class Result(NamedTuple):
 
 
 def batch(dtype: torch.dtype, rounded: torch.dtype) -> tuple[Tensor, ...]:
-    """Return images (8, 5, 3, 3), teacher maps (8, 7, 3, 3), and weights of channels (1, 7) and pixels (8, 9).
+    """Return images (8, 5, 3, 3), teacher maps (8, 7, 4, 3), and weights of channels (1, 7) and pixels (8, 9).
 
     The values are rounded to one dtype and converted to another.
     """
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
-    images, maps = draw(SAMPLES, WIDTH_IN, SIDE, SIDE) + 0.5, draw(SAMPLES, 7, SIDE, SIDE) + 0.5
+    images, maps = draw(SAMPLES, WIDTH_IN, SIDE, SIDE) + 0.5, draw(SAMPLES, 7, SIDE + 1, SIDE) + 0.5
     weights = draw(1, 7).abs(), draw(SAMPLES, SIDE * SIDE).abs()
     return tuple(x.to(rounded).to(dtype) for x in (images, maps, *weights))
 
@@ -139,7 +139,9 @@ class Student(nn.Module):
             named = {"channels": channels, "pixels": pixels[part], "attention": "attention"}
             options["weight"] = named[self.case.options["weight"]]
         features = self.map_of(part) if self.features is None else self.features
-        return (loss or self.case.loss)(features, maps[part, : self.case.widths[1]], **options)
+        # Other losses, and one mask of both maps, need equal sizes.
+        height = SIDE + (self.case.loss is losses.channel_kd and "pixel_mask" not in options)
+        return (loss or self.case.loss)(features, maps[part, : self.case.widths[1], :height], **options)
 
     def result(self, part: slice, **more: Any) -> Result:
         loss = self(part, **more)
