@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastkd.data import RefCOCO, ReferFolder, ReferringSet
+from fastkd.data import RefCOCO, ReferFolder, ReferringSet, check_set
 from fastkd.data.images import read_image
 from fastkd.data.masks import decode_mask, rasterise
 
@@ -205,6 +205,7 @@ class Targets:
             "masks": (st.tuples(segmentations, st.sampled_from(["union", "lavt"])), self.masks),
             "images": (images, self.images),
             "rows": (rows_files, self.rows),
+            "check": (st.tuples(refs_files, instances_files, rows_files), self.check),
         }
 
     def refs(self, content: bytes) -> None:
@@ -218,6 +219,16 @@ class Targets:
         (self.set / "refs(unc).p").write_bytes(_pickled(reference_refs(), 2))
         (self.set / "instances.json").write_bytes(content)
         read_set(RefCOCO(self.folder))
+
+    def check(self, contents: tuple[bytes, bytes, bytes]) -> None:
+        """List what is wrong with a set in which every file may be damaged."""
+        for name, content in zip(
+            ("refcoco/refs(unc).p", "refcoco/instances.json", "train.jsonl"), contents, strict=True
+        ):
+            (self.folder / name).write_bytes(content)
+        report = check_set(self.folder)
+        assert all(line.isprintable() for line in str(report).split("\n"))
+        json.dumps(report.to_dict())
 
     def rows(self, content: bytes) -> None:
         """Read a folder with this JSONL file."""

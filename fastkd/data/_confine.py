@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastkd.data._values import brief
 
+_LONGEST = 1000  # characters, so that messages stay readable
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -19,10 +20,13 @@ def check_name(name: object, owner: str) -> str:
         owner: What holds the name, for messages.
 
     Raises:
-        ValueError: It is not a string, is empty, absolute, contains "..", a backslash or a control character.
+        ValueError: It is not a string, is empty, very long or absolute, or contains "..", a backslash or a control
+            character.
     """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{owner} has file name {brief(name)}: expected the name of a file")
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST:
+        raise ValueError(
+            f"{owner} has file name {brief(name)}: expected the name of a file, of at most {_LONGEST} characters"
+        )
     if name.startswith("/") or ".." in re.split(r"[/\\]", name) or _DRIVE.match(name) or name.startswith("\\"):
         raise ValueError(
             f"{owner} has file name {brief(name)}, which points outside of its folder: names must be relative "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Any
 
 _INT64 = 2**63
 LONGEST_SENTENCE = 10_000  # characters; the longest published sentences have a few hundred
 
+_NOT_TEXT = re.compile(r"[\0\ud800-\udfff]")
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 3, 6, 6, 6
 _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 120, 40, 120
@@ -32,8 +34,7 @@ def sentence_fault(text: str) -> str | None:
         return "is empty"
     if len(text) > LONGEST_SENTENCE:
         return f"has {len(text)} characters, more than {LONGEST_SENTENCE}"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return f"holds half of a surrogate pair, which is not text ({brief(text)})"
-    if "\0" in text:
-        return f"holds a NUL character ({brief(text)})"
+    if found := _NOT_TEXT.search(text):
+        what = "a NUL character" if found[0] == "\0" else "half of a surrogate pair, which is not text"
+        return f"holds {what} ({brief(text)})"
     return None

@@ -114,17 +114,19 @@ def rasterise(
         raise ValueError(f"mask rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
     check_segmentation(segmentation, owner, (height, width))
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    # Part by part: a segmentation may have thousands.
+    # Part by part: a segmentation may have thousands. All arrays are in column-major order, as pycocotools' are.
     if isinstance(parts[0], dict):
         layers = (_decoded(part, owner) for part in parts)  # (H, W) each
     else:
-        layers = (coco_mask.decode(part).astype(bool) for part in coco_mask.frPyObjects(parts, height, width))
-    once = np.zeros((height, width), dtype=bool)
-    more = np.zeros_like(once)  # covered by several parts
+        layers = (coco_mask.decode(part).view(bool) for part in coco_mask.frPyObjects(parts, height, width))
+    mask: np.ndarray = next(layers)
+    several = np.zeros_like(mask) if rule == "lavt" and len(parts) > 1 else None  # covered by more than one part
     for layer in layers:
-        more |= once & layer
-        once |= layer
-    mask = once if rule == "union" else once & ~more
+        if several is not None:
+            several |= mask & layer
+        mask |= layer
+    if several is not None:
+        mask &= ~several
     if rule == "union" and not mask.any():
         raise EmptyMask(_NO_PIXEL.format(owner=owner, height=height, width=width))
     return mask

@@ -154,11 +154,12 @@ class RefCOCO(ReferringSet):
         """Return the mask of all targets of a ref at the image's original size, (H, W) bool."""
         ref = self.ref(ref_id)
         height, width = self.image_size(ref.image_id)
-        mask = np.zeros((height, width), dtype=bool)
+        mask: np.ndarray | None = None
         for ann_id in ref.targets:
             owner = f"annotation {ann_id} (ref {ref_id})"
-            mask |= rasterise(self._segmentations[ann_id], height, width, rule=self.mask_rule, owner=owner)
-        return mask
+            target = rasterise(self._segmentations[ann_id], height, width, rule=self.mask_rule, owner=owner)
+            mask = target if mask is None else mask | target
+        return np.zeros((height, width), dtype=bool) if mask is None else mask
 
     def _with_images(self, refs: list[Ref], image_root: str | os.PathLike[str] | None, skips: Skips) -> list[Ref]:
         """Set ``image_root``; return the refs whose image exists and, if skipping is enabled, can be decoded."""

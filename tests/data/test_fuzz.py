@@ -11,12 +11,13 @@ from fastkd.data import RefCOCO
 
 
 @pytest.mark.parametrize(
-    ("kind", "inputs"), [("refs", 120), ("instances", 120), ("masks", 250), ("images", 250), ("rows", 150)]
+    ("kind", "inputs"),
+    [("refs", 120), ("instances", 120), ("masks", 250), ("images", 250), ("rows", 150), ("check", 80)],
 )
 def test_damaged_inputs_are_read_or_rejected(tmp_path: Path, kind: str, inputs: int) -> None:
     counts = fuzz_data.fuzz(kind, inputs, 0, tmp_path / "set")
-    assert counts["rejected"] > inputs // 3
     assert counts["read"] > 0
+    assert counts["rejected"] > inputs // 3 or kind == "check"  # a check lists what readers reject
 
 
 def test_the_undamaged_set_is_read_and_other_errors_are_failures(

@@ -124,6 +124,7 @@ def change_instances(root: Path, list_name: str = "images", **fields: Any) -> Pa
         ({"file_name": "a\0.jpg"}, "with a backslash or a control character"),
         ({"file_name": "\x1b[2J.jpg"}, r"with a backslash or a control character: .*'/'"),
         ({"file_name": ""}, "has file name '': expected the name of a file"),
+        ({"file_name": "x" * 1001}, "expected the name of a file, of at most 1000 characters"),
         ({"file_name": None}, "must have a string as file_name, got None"),
         ({"file_name": ["a.jpg"]}, r"must have a string as file_name, got \['a\.jpg'\]"),
         ({"height": True}, "must have integers as height and width, got True and 20"),

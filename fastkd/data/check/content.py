@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +34,12 @@ def check_sentence(report: SetReport, where: str, text: str, full: str | None, m
         )
 
 
-def check_mask(report: SetReport, where: str, rasterised: Callable[[str], np.ndarray]) -> None:
-    """Check a mask; ``rasterised`` returns it under a rule."""
+def check_mask(report: SetReport, where: str, stored: Any, rasterised: Callable[..., np.ndarray]) -> None:
+    """Check a mask; ``stored`` is how the set holds it, ``rasterised`` returns it under a rule."""
     try:
-        union = rasterised("union")
-        overlap = int((union & ~rasterised("lavt")).sum())
+        union, overlap = rasterised(rule="union"), 0
+        if isinstance(stored, list) and len(stored) > 1:
+            overlap = int((union & ~rasterised(rule="lavt")).sum())
     except EmptyMask as error:
         report.problem("empty mask", where, error)
     except (ValueError, OSError) as error:

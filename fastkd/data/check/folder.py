@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def check_folder(root: Path, path: Path, *, image_root: Path | None, images: boo
         if isinstance(source, bytes):  # looked at now, to hold one at a time
             check_images(report, [(name, source, None)], images)
         if not bad_mask and row.mask is not None:
-            check_mask(report, row.where, lambda rule, n=index, s=size: rows.mask(n, root, s, rule))  # type: ignore[misc]
+            check_mask(report, row.where, row.mask, partial(rows.mask, index, root, size))
     check_images(report, [item for item in files.values() if isinstance(item[1], Path)], images)
     counts["images"] = len(files)
     return report

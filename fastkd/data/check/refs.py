@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def check_refs(root: Path, key: tuple[str, str], *, image_root: Path | None, ima
                 checked.add(number)
                 segmentation, size = annotations[number].get("segmentation"), (picture["height"], picture["width"])
                 where = f"annotation {number} (ref {ref['ref_id']})"
-                check_mask(report, where, lambda rule, s=segmentation, hw=size: rasterise(s, *hw, rule=rule))  # type: ignore[misc]
+                check_mask(report, where, segmentation, partial(rasterise, segmentation, *size))
     _count(report, key, refs)
     _check_files(report, root, name, {number: pictures[number] for number in used}, image_root, images)
     return report
