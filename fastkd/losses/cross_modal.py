@@ -134,7 +134,8 @@ def cross_modal_kd(
     if descriptors:
         if others:  # two parts add to a gradient: in half precision it would be rounded twice
             dtype = compute_dtype(*tensors.values())
-            inputs = inputs._replace(student_pixels=student_pixels.to(dtype), student_words=student_words.to(dtype))
+            v_s, w_s, v_t, w_t = (x.to(dtype) for x in (student_pixels, student_words, teacher_pixels, teacher_words))
+            inputs = Inputs(v_s, w_s, v_t, w_t, mask_s, mask_t, mask_p)
         temperatures = student_temperature, student_temperature if teacher_temperature is None else teacher_temperature
         results = word_descriptor_terms(inputs, similarity, temperatures, descriptors, backend)
     if others:

@@ -75,7 +75,8 @@ def descriptor_terms(
             words = rows.shape[1] if word_mask is None else word_mask.sum(1).to(dtype)
             results["word_descriptor"] = rows.sum(1) / words
         if "word_channel" in terms:
-            rows_s, rows_t = (d.permute(2, 0, 1).flatten(1).unsqueeze(0) for d in (d_s, d_t))  # (1, D, B·T)
+            # Contiguous, as kernels that store the C×C matrices usually receive their rows.
+            rows_s, rows_t = (d.flatten(0, 1).mT.contiguous().unsqueeze(0) for d in (d_s, d_t))  # (1, D, B·T)
             rows = relation_unchecked(
                 rows_s,
                 rows_t,
