@@ -20,6 +20,20 @@ def declared_values(dataset: Any, name: str) -> list[Any]:
     return [getattr(part, name, None) for part in leaves(dataset, name)]
 
 
+def named_sets(dataset: Any) -> dict[str, int]:
+    """Return the names of the sets in a dataset, with samples per epoch; a set without a name has that of its class."""
+    sizes = getattr(dataset, "sizes", None)
+    if isinstance(sizes, Mapping):  # a MixedDataset
+        return dict(sizes)
+    found: dict[str, int] = {}
+    for part in leaves(dataset):
+        source = getattr(part, "refcoco", part)
+        texts = [text for text in (getattr(source, key, None) for key in ("name", "split")) if isinstance(text, str)]
+        name = " ".join(texts) or type(part).__name__
+        found[name] = found.get(name, 0) + (len(part) if hasattr(part, "__len__") else 0)
+    return found
+
+
 def leaves(dataset: Any, name: str = "") -> list[Any]:
     """Return the innermost datasets; with ``name``, stop at a dataset that has this attribute."""
     return list(_collect(dataset, name, {id(dataset): dataset}).values())

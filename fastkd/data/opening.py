@@ -35,7 +35,12 @@ def open_set(
         val = open_set("data/cups", "val", "folder")
     """
     if name != FOLDER:
-        return RefCOCO(root, name, _author(name, split_by), split, **options)
+        try:
+            return RefCOCO(root, name, _author(name, split_by), split, **options)
+        except FileNotFoundError as error:
+            if files := folder_files(Path(root)):
+                error.add_note(f"{root} holds {files[0].name}: read it with the name 'folder' (--dataset folder)")
+            raise
     if split_by is not None:
         raise ValueError(f"a folder has no split_by, got {split_by!r}: its splits are its JSONL or parquet files")
     if options.pop("sentence_field", "sent") != "sent" or options.pop("check_counts", False):

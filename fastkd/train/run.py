@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from fastkd._runtime import autocast
+from fastkd.data._nested import named_sets
 from fastkd.distill.distiller import Distiller
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate.evaluation import evaluate
@@ -221,6 +222,7 @@ class TrainingRun(ReportedRun):
             config=asdict(self.config),
             environment=self._environment(),
             parameters={k: sum(p.numel() for p in m.parameters()) for k, m in counts.items() if m is not None},
+            sets=named_sets(self.dataset),
             samples={"train": len(self.dataset), "val": len(val_dataset) if val_dataset is not None else None},  # type: ignore[arg-type]
             weights=distiller.weights,
             gradients=report and {**asdict(report.gradients), "shares": report.gradients.shares},

@@ -73,6 +73,8 @@ def test_trains_on_a_mixture_and_names_its_sets(
     assert main([*arguments, *SHORT]) == 0
     assert "cups:folder 3 of 1" in capsys.readouterr().out
     assert f"{cups}:folder=3" in (out / "config.yaml").read_text()
+    start = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert start["sets"]["cups:folder"] == 3
     assert main([*arguments, "--mix", "refcoco", "--out", str(tmp_path / "other"), *SHORT]) == 2
     assert "--mix: 'refcoco' occurs twice" in capsys.readouterr().err
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader, Dataset
+from refcoco_files import write_set
+from stream_tools import Words
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from fastkd.data import MixedDataset
+from fastkd.data import MixedDataset, RefCOCO, ReferDataset
+from fastkd.data._nested import named_sets
 
 
 class Numbers(Dataset[dict[str, Any]]):
@@ -71,6 +75,14 @@ def test_persistent_workers_see_the_epoch() -> None:
         batches += next(iter(loader))["number"].tolist()
     assert sorted(batches) == list(range(6))
     assert mixed.datasets["a"].epoch == 1  # type: ignore[attr-defined]
+
+
+def test_sets_are_named_for_the_log(tmp_path: Path) -> None:
+    refcoco = ReferDataset(RefCOCO(write_set(tmp_path)), Words(), image_size=8)
+    assert named_sets(refcoco) == {"refcoco train": 2}
+    assert named_sets(MixedDataset({"a": refcoco, "b": Numbers(3)}, sizes={"b": 9})) == {"a": 2, "b": 9}
+    parts = ConcatDataset([refcoco, Subset(refcoco, [0]), Numbers(3)])
+    assert named_sets(parts) == {"refcoco train": 2, "Numbers": 3}
 
 
 def test_names_samples_and_rejects_bad_arguments() -> None:

@@ -201,6 +201,9 @@ def test_rejects_masks_and_skips_them_if_asked(tmp_path: Path, content: bytes, m
 def test_open_set(tmp_path: Path) -> None:
     write_folder(tmp_path, ROW, split="val")
     assert isinstance(open_set(tmp_path, "val", "folder"), ReferFolder)
+    with pytest.raises(FileNotFoundError) as error:
+        open_set(tmp_path, "val")
+    assert "holds val.jsonl: read it with the name 'folder' (--dataset folder)" in error.value.__notes__[0]
     with pytest.raises(ValueError, match="a folder has no split_by, got 'unc'"):
         open_set(tmp_path, "val", "folder", "unc")
     with pytest.raises(ValueError, match="a folder has neither sentence_field nor check_counts"):
