@@ -285,6 +285,9 @@ def test_extends_merges_another_grid(root):
     assert grid.settings["batch_size"] == load_grid(base).settings["batch_size"]
     assert grid.results == root / "base" / "small.jsonl"
     assert grid.work == load_grid(base).work
+    assert list(grid.every_row) == ["alone", "method", "logit"]  # for the teacher cache
+    path.write_text("extends: grid.yaml\nrows: [alone, logit]\nsettings: {teacher: other}\n", "utf-8")
+    assert list(load_grid(path).every_row) == ["alone", "logit"]
     path.write_text("extends: grid.yaml\nrows: {more: {terms: {logit: 1.0}}, alone: {lr: 0.1}}\n", "utf-8")
     assert load_grid(path).rows["alone"] == {"lr": 0.1}
     assert list(load_grid(path).rows) == ["alone", "method", "logit", "more"]

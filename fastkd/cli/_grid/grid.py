@@ -209,8 +209,6 @@ def load_grid(path: Path, *, seeds: Sequence[int] = ()) -> Grid:
     values.setdefault("results", f"{path.stem}.jsonl")
     values["results"] = str(path.parent / values["results"])
     values.setdefault("work", "runs/experiments")
-    if isinstance(values.get("scale"), str):
-        values["scale"] = str(path.parent / values["scale"])
     values["source"] = str(path)
     if seeds:
         values["seeds"] = list(seeds)
@@ -221,19 +219,23 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no grid at {path}: expected a YAML file, such as benchmarks/evidence/main.yaml")
     values = read_mapping(path, str(path))
+    if isinstance(values.get("scale"), str):
+        values["scale"] = str(path.parent / values["scale"])
     base = values.pop("extends", None)
     if base is None:
         return values
     merged = _read(path.parent / str(base))
     merged.pop("results", None)
     own: Any = values.pop("rows", {})
+    changes = values.pop("settings", {})
     if isinstance(own, list):
         check_rows(own, merged["rows"], f"{path}: rows")
-        merged["every_row"] = merged["rows"]
+        needs_other = bool({*OF_CACHE} & {*changes})  # another cache, of the selected rows only
+        merged["every_row"] = {} if needs_other else merged.get("every_row") or merged["rows"]
         merged["rows"] = {row: merged["rows"][row] for row in own}
     else:
         merged["rows"] = {**merged["rows"], **own}
-    merged["settings"] = {**merged["settings"], **values.pop("settings", {})}
+    merged["settings"] = {**merged["settings"], **changes}
     return merged | values
 
 

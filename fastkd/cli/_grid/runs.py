@@ -36,7 +36,9 @@ def build_cache(grid: Grid) -> None:
     if not terms:
         return
     rows = (grid.settings_of(row) for row in grid.every_row)
-    first = next(settings for settings in rows if isinstance(settings, DistillSettings))
+    distilled = [settings for settings in rows if isinstance(settings, DistillSettings)]
+    first = distilled[0]
+    taps = {name: target for settings in distilled for name, target in settings.student_taps.items()}
     data, config = first.data, first.config
     weights = {"backbone_weights": first.backbone_weights, "text_weights": first.text_weights}
     model = build_model(first.student, 0, data.tokenizer, **weights)
@@ -49,7 +51,7 @@ def build_cache(grid: Grid) -> None:
             teacher,
             segmentation_loss,
             terms,
-            student_taps=attention_taps(first.student_taps),
+            student_taps=attention_taps(taps),
             teacher_taps=attention_taps(first.teacher_taps),
         ),
         data.open_every_sentence(model, teacher=options),
@@ -80,9 +82,7 @@ def _terms(grid: Grid) -> list[Term]:
 def cache_folder(grid: Grid) -> Path:
     """Return the folder of a grid's teacher cache; grids that read the same from the same teacher share it."""
     read = sorted({str([term.student, term.teacher, term.kwargs.get("word_mask")]) for term in _terms(grid)})
-    shared = {
-        name: grid.settings.get(name) for name in (*OF_CACHE, "student", "batch_size", "precision", "channels_last")
-    }
+    shared = {name: grid.settings.get(name) for name in (*OF_CACHE, "batch_size", "precision", "channels_last")}
     text = json.dumps([read, shared, grid.cache], default=str)
     return grid.work / "cache" / hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
