@@ -285,6 +285,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         ),
         "paired_bootstrap": "(ours, theirs, *, resamples=10000, confidence=0.95, seed=0)",
         "predict": "(model, image, sentence, tokenizer=None)",
+        "predict_batches": "(model, records, tokenizer=None, *, batch_size=16)",
         "tokenizer_of": "(model, folder=None)",
     },
     "fastkd.train": {

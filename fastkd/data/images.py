@@ -67,6 +67,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+@cache
+def extensions() -> frozenset[str]:
+    """Return the suffixes of image files of `FORMATS`, such as ".jpg", in lower case."""
+    names = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in names)
+
+
 def _regular_file(path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass an image file")

@@ -1,4 +1,4 @@
-"""Evaluation: metrics, named protocols, `evaluate`, paired comparison, and `predict` for one image.
+"""Evaluation: metrics, named protocols, `evaluate`, paired comparison, and predicted masks of images.
 
 Needs the ``[ris]`` extra; names are imported on first use.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastkd.evaluate.bootstrap import PairedDifference, paired_bootstrap
     from fastkd.evaluate.evaluation import EvalResult, evaluate
     from fastkd.evaluate.metrics import RISMetrics
-    from fastkd.evaluate.prediction import Prediction, predict, tokenizer_of
+    from fastkd.evaluate.prediction import Prediction, predict, predict_batches, tokenizer_of
     from fastkd.evaluate.protocols import PROTOCOLS, Protocol
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "paired_bootstrap",
     "predict",
+    "predict_batches",
     "tokenizer_of",
 ]
 
@@ -41,6 +42,7 @@ __getattr__ = lazy_names(
         "evaluate": "fastkd.evaluate.evaluation",
         "paired_bootstrap": "fastkd.evaluate.bootstrap",
         "predict": "fastkd.evaluate.prediction",
+        "predict_batches": "fastkd.evaluate.prediction",
         "tokenizer_of": "fastkd.evaluate.prediction",
     },
 )

@@ -1,9 +1,11 @@
-"""Predict the mask of one sentence in one image."""
+"""Predict the masks of sentences in images, one by one or in batches."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,38 +77,112 @@ def predict(
         >>> found = predict(model, "table.jpg", "the left red cup")
         >>> found.score, found.mask.shape
     """
+    found = next(predict_batches(model, [(image, sentence)], tokenizer))
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def predict_batches(
+    model: nn.Module,
+    records: Iterable[tuple[str | os.PathLike[str] | Image.Image | np.ndarray, str]],
+    tokenizer: Tokenizer | None = None,
+    *,
+    batch_size: int = 16,
+) -> Iterator[Prediction | Exception]:
+    """Yield the `Prediction` of each record in order, or the error that it caused; the others are not affected.
+
+    Images are read as in `predict`; records of a batch with the same path share one read. Memory holds one batch.
+
+    Args:
+        model: as in `predict`.
+        records: image and sentence of each record.
+        tokenizer: the model's tokenizer; default: the one its configuration names.
+        batch_size: records per forward.
+
+    Yields:
+        A `Prediction`, or the ``OSError``, ``ValueError``, ``TypeError`` or ``FloatingPointError`` that `predict` would
+        raise for this record.
+
+    Raises:
+        ValueError: the model names no tokenizer, or one with more entries than its vocabulary; batch_size < 1.
+        TypeError: the model has no ``config``.
+
+    Example:
+        >>> for found in predict_batches(model, [("a.jpg", "the red cup"), ("b.jpg", "the cat")]):
+        ...     print(found)
+    """
+    from fastkd.models.inputs import check_vocabulary
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _config(model)
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
+    check_vocabulary(model, tokenizer)
+    remaining = iter(records)
+    while batch := list(islice(remaining, batch_size)):
+        yield from _predict_batch(model, batch, tokenizer)
+
+
+def _predict_batch(model: nn.Module, records: Sequence[tuple[Any, str]], tokenizer: Tokenizer) -> list[Any]:
+    """Return a `Prediction` or an error for each record."""
     from fastkd.data.dataset import normalise
     from fastkd.distill.forward import normalisation, run_model
     from fastkd.evaluate._values import has_nan, nan_cause
-    from fastkd.models.inputs import check_host_ids, check_vocabulary, word_limit
+    from fastkd.models.inputs import check_host_ids, word_limit
 
-    if not isinstance(sentence, str):
-        raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")
-    if not sentence.strip():
-        raise ValueError("the sentence is empty: pass a referring expression such as 'the left red cup'")
-    pixels = read_image(image)
-    config: Any = _config(model)
-    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
-    check_vocabulary(model, tokenizer)
-    input_ids, word_mask = tokenizer([sentence], word_limit(model))
-    check_host_ids(input_ids, model)
+    found: list[Any] = [None] * len(records)
+    read: dict[Any, np.ndarray] = {}
+    inputs: list[tuple[int, np.ndarray, torch.Tensor, torch.Tensor]] = []
+    for number, (image, sentence) in enumerate(records):
+        try:
+            check_sentence(sentence)
+            source = str(image) if isinstance(image, str | os.PathLike) else id(image)
+            if source not in read:
+                read[source] = read_image(image)
+            input_ids, word_mask = tokenizer([sentence], word_limit(model))  # (1, T)
+            check_host_ids(input_ids, model)
+            inputs.append((number, read[source], input_ids, word_mask))
+        except (OSError, ValueError, TypeError) as error:
+            found[number] = error
+    if not inputs:
+        return found
     device = next(model.parameters()).device
-    square = normalise(to_square(pixels, config.image_size), *(normalisation(model) or ()))
-    batch = square[None].to(device)  # (1, 3, size, size)
+    size, statistics = _config(model).image_size, normalisation(model) or ()
+    images = torch.stack([normalise(to_square(pixels, size), *statistics) for _, pixels, _, _ in inputs])
+    ids, masks = torch.cat([given[2] for given in inputs]), torch.cat([given[3] for given in inputs])  # (B, T)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            logits = run_model(model, batch, input_ids.to(device), word_mask.to(device)).logits.float()
-            if bool(has_nan(logits)[0]):
-                raise FloatingPointError(f"the model's logits hold NaN, which gives no mask: {nan_cause(model)}")
-            logits = F.interpolate(logits, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]  # (2, H, W)
-            probability = logits.softmax(0)[1].cpu().numpy()  # (H, W)
-            mask = logits.argmax(0).bool().cpu().numpy()
+            logits = run_model(model, images.to(device), ids.to(device), masks.to(device)).logits.float()
+            nan = has_nan(logits).tolist()
+            for (number, pixels, _, _), rows, undecided in zip(inputs, logits, nan, strict=True):
+                if undecided:
+                    message = f"the model's logits hold NaN, which gives no mask: {nan_cause(model)}"
+                    found[number] = FloatingPointError(message)
+                else:
+                    found[number] = _prediction(rows, pixels, records[number][1])
     finally:
         model.train(training)
+    return found
+
+
+def _prediction(logits: torch.Tensor, pixels: np.ndarray, sentence: str) -> Prediction:
+    """Return the prediction of logits (2, h, w) for an image (H, W, 3)."""
+    logits = F.interpolate(logits[None], size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]  # (2, H, W)
+    probability = logits.softmax(0)[1].cpu().numpy()  # (H, W)
+    mask = logits.argmax(0).bool().cpu().numpy()
     score = float(probability[mask].mean(dtype=np.float64)) if mask.any() else 0.0
     return Prediction(sentence, pixels, mask, probability, score)
+
+
+def check_sentence(sentence: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless a sentence is a string that is not empty."""
+    if not isinstance(sentence, str):
+        raise TypeError(f"sentence must be a string, got {type(sentence).__name__}")
+    if not sentence.strip():
+        raise ValueError("the sentence is empty: pass a referring expression such as 'the left red cup'")
 
 
 def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> Tokenizer:
