@@ -186,7 +186,7 @@ import fastkd
 for name in {names}:
     importlib.import_module(name)
 fastkd.Distiller, fastkd.Taps, fastkd.Term, fastkd.distill.recipe, fastkd.train.TrainConfig
-for package, name in ((fastkd.train, "train"), (fastkd.evaluate, "evaluate"), (fastkd.evaluate, "RISMetrics")):
+for package, name in ((fastkd.train, "train"), (fastkd.evaluate, "predict"), (fastkd.evaluate, "RISMetrics")):
     try:
         getattr(package, name)
     except ImportError as error:

@@ -263,30 +263,45 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "preset": "(name)",
     },
     "fastkd.evaluate": {
+        "Comparison": "(against, sentences, unit, oiou, differences)",
+        "Comparison.to_dict": "(self)",
         "EvalResult": (
             "(metrics, protocol, dataset, split, sentences, refs, resolution, decision, threshold, "
-            "precision, seconds, sample_iou, ref_ids=factory, sent_ids=factory)"
+            "precision, seconds, sample_iou, ref_ids=factory, sent_ids=factory, split_by=None, mask_rule=None, "
+            "samples=factory)"
         ),
+        "EvalResult.conditions": "property",
+        "EvalResult.from_dict": "(cls, values)",
         "EvalResult.miou": "property",
         "EvalResult.oiou": "property",
+        "EvalResult.size": "property",
         "EvalResult.to_dict": "(self)",
         "PROTOCOLS": "dict",
         "PairedDifference": "(mean, low, high, confidence, seeds, samples)",
         "Prediction": "(sentence, image, mask, probability, score)",
         "Prediction.share": "property",
-        "Protocol": "(name, resolution, decision='argmax', threshold='IoU >= X')",
-        "RISMetrics": "(**kwargs)",
-        "RISMetrics.update": "(self, prediction, truth)",
+        "Protocol": (
+            "(name, resolution, original=False, probability=None, strict=False, epsilon=0.0, no_target=False)"
+        ),
+        "Protocol.decision": "property",
+        "Protocol.threshold": "property",
+        "RISMetrics": "(protocol='lavt', **kwargs)",
+        "RISMetrics.update": "(self, prediction, truth, *, no_target=None, predicted_no_target=None)",
         "RISMetrics.compute": "(self)",
         "RISMetrics.sample_iou": "(self)",
+        "SampleScores": "(source, conditions, samples)",
+        "SampleScores.of": "(cls, result)",
+        "compare": "(ours, theirs, *, resamples=10000, confidence=0.95, seed=0)",
         "evaluate": (
             "(model, dataset, *, batch_size=32, protocol='lavt', device=None, precision='fp32', workers=0, "
-            "collate=None, channels_last=False)"
+            "collate=None, channels_last=False, no_target_pixels=50)"
         ),
         "paired_bootstrap": "(ours, theirs, *, resamples=10000, confidence=0.95, seed=0)",
         "predict": "(model, image, sentence, tokenizer=None)",
         "predict_batches": "(model, records, tokenizer=None, *, batch_size=16)",
+        "read_samples": "(path)",
         "tokenizer_of": "(model, folder=None)",
+        "write_samples": "(result, path)",
     },
     "fastkd.train": {
         "AugmentedViews": "(dataset, augment, *, views, seed=0)",

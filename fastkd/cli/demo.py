@@ -263,7 +263,7 @@ def _write_results(
         f"A student trained alone, the same student distilled with {term_list}, and the student alone for as long as "
         "distillation took. For each seed, all three start from the same weights and see the data in the same order.",
         f"Table and pictures: split {test_split}, {teacher_score.sentences} sentences, last checkpoint of every run, "
-        f"protocol {teacher_score.protocol} at {teacher_score.resolution[0]}×{teacher_score.resolution[1]}, seeds "
+        f"protocol {teacher_score.protocol} at {teacher_score.size.replace('x', '×')}, seeds "
         f"{', '.join(map(str, seeds))}. Curves: split val, seed {seeds[0]}.",
     ]
     return write_report(

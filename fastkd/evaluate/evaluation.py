@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,86 +16,16 @@ from fastkd.data._loading import batches
 from fastkd.data._nested import declared_values, leaves
 from fastkd.distill.forward import parameter_dtype, run_model
 from fastkd.errors import FastKDWarning
+from fastkd.evaluate._decide import CollateOriginalMasks, WithOriginalMasks
+from fastkd.evaluate._share import Share, merge, ranks
 from fastkd.evaluate._values import check_mask, has_nan, nan_cause
-from fastkd.evaluate.metrics import RISMetrics
-from fastkd.evaluate.protocols import Protocol
+from fastkd.evaluate.counts import scores
+from fastkd.evaluate.protocols import NO_TARGET_PIXELS, Protocol
 from fastkd.evaluate.protocols import protocol as named_protocol
+from fastkd.evaluate.result import EvalResult
 from fastkd.models.inputs import check_host_ids, check_normalisation, check_vocabulary
 
 _PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
-
-
-@dataclass
-class EvalResult:
-    """Scores of a model and the conditions of the evaluation.
-
-    Attributes:
-        metrics: ``{"oIoU", "mIoU", "P@0.5", …, "P@0.9"}`` in percent.
-        protocol: name of the protocol.
-        dataset: name of the dataset, or None if it declares none.
-        split: split of the dataset, or None if it declares none.
-        sentences: number of sentences evaluated, one per sample.
-        refs: number of distinct refs among them, or None if the batches have no ``ref_id``.
-        resolution: (H, W) at which masks were compared.
-        decision: rule that turned logits into masks, "argmax".
-        threshold: condition for a sample to count in P@X, "IoU >= X".
-        precision: arithmetic of the network: "fp32", "bf16", "fp16" or "fp64".
-        seconds: wall-clock seconds, loading included.
-        sample_iou: (sentences,) float64 IoU in [0, 1], in dataset order.
-        ref_ids: ref of each sample, if the batches have ``ref_id``.
-        sent_ids: sentence of each sample, if the batches have ``sent_id``.
-    """
-
-    metrics: dict[str, float]
-    protocol: str
-    dataset: str | None
-    split: str | None
-    sentences: int
-    refs: int | None
-    resolution: tuple[int, int]
-    decision: str
-    threshold: str
-    precision: str
-    seconds: float
-    sample_iou: Tensor = field(repr=False)
-    ref_ids: list[Any] = field(default_factory=list, repr=False)
-    sent_ids: list[Any] = field(default_factory=list, repr=False)
-
-    @property
-    def miou(self) -> float:
-        """Return the mean IoU in percent."""
-        return self.metrics["mIoU"]
-
-    @property
-    def oiou(self) -> float:
-        """Return the overall IoU in percent."""
-        return self.metrics["oIoU"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields but the per-sample ones, as JSON values."""
-        return {
-            "metrics": self.metrics,
-            "protocol": self.protocol,
-            "dataset": self.dataset,
-            "split": self.split,
-            "sentences": self.sentences,
-            "refs": self.refs,
-            "resolution": list(self.resolution),
-            "decision": self.decision,
-            "threshold": self.threshold,
-            "precision": self.precision,
-            "eval_seconds": self.seconds,
-        }
-
-    def __str__(self) -> str:
-        scores = "  ".join(f"{name} {value:.2f}" for name, value in self.metrics.items())
-        refs = f" of {self.refs} refs" if self.refs is not None else ""
-        where = " ".join(filter(None, (self.dataset, self.split)))
-        h, w = self.resolution
-        return (
-            f"{scores}  [{self.protocol}: {where + ', ' if where else ''}{self.sentences} sentences{refs}, "
-            f"{h}x{w}, {self.decision}, {self.threshold}]"
-        )
 
 
 def evaluate(
@@ -110,11 +39,12 @@ def evaluate(
     workers: int = 0,
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
     channels_last: bool = False,
+    no_target_pixels: int = NO_TARGET_PIXELS,
 ) -> EvalResult:
     """Score a model on every sentence of a dataset and return an `EvalResult`.
 
-    Under torch.distributed every process evaluates its share of the samples, without padding; all return the same
-    metrics, and `EvalResult.sample_iou` holds this process's share.
+    Under torch.distributed every process evaluates its share of the samples, without padding; all return the result
+    of all samples, in dataset order, equal to that of one process.
 
     Args:
         model: takes the batch's ``image``, ``input_ids``, ``word_mask`` and returns ``logits`` (B, 2, H, W). Its train
@@ -122,17 +52,21 @@ def evaluate(
         dataset: a dataset with ``sentences="all"``, also inside Subset, ConcatDataset and other wrappers. One without
             that attribute, but with refs, is evaluated with a `FastKDWarning`.
         batch_size: samples per forward.
-        protocol: "lavt" (the dataset's own size) or "lavt480".
+        protocol: "lavt" (the dataset's own size), "lavt480", "cris_orig" (each image's own size) or "gres" (sentences
+            without a target); see `fastkd.evaluate.PROTOCOLS`.
         device: device to move the model to; default: its current one.
         precision: "fp32", "bf16" or "auto"; a model whose weights are not float32 computes in their dtype.
         workers: data-loading processes.
         collate: turns a list of samples into a batch; default: `fastkd.data.collate`.
         channels_last: pass images in channels-last format.
+        no_target_pixels: under "gres", a predicted mask with fewer pixels means "no target", unless the model's output
+            has ``no_target_logits`` (B, 2), whose larger one decides: a target, or none.
 
     Raises:
         ValueError: an empty dataset, one that draws sentences at random, a size that the protocol does not allow,
             logits that do not match the masks, masks with values other than 0 and 1, word ids or a tokenizer beyond the
-            model's vocabulary, a normalisation other than the model's, an unknown protocol.
+            model's vocabulary, a normalisation other than the model's, an unknown protocol, or samples that lack what
+            the protocol compares.
         FloatingPointError: NaN in the logits; the message names the sample.
 
     Example:
@@ -140,6 +74,8 @@ def evaluate(
     """
     rules = named_protocol(protocol)
     check_dataset(dataset, rules)
+    if type(no_target_pixels) is not int or no_target_pixels < 0:
+        raise ValueError(f"no_target_pixels must be an integer >= 0, got {no_target_pixels!r}")
     for tokenizer in declared_values(dataset, "tokenizer"):
         check_vocabulary(model, tokenizer)
     for part in leaves(dataset, "image_mean"):
@@ -149,23 +85,20 @@ def evaluate(
     precision = pick_precision(precision, target)
     dtype = parameter_dtype(model)
     if collate is None:
-        from fastkd.data import collate
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    indices = range(rank, len(dataset), ranks)  # type: ignore[arg-type]
+        from fastkd.data import collate as default
+
+        collate = default
+    rank, processes = ranks()
+    indices = range(rank, len(dataset), processes)  # type: ignore[arg-type]
     loader = DataLoader(
-        torch.utils.data.Subset(dataset, indices),
+        torch.utils.data.Subset(WithOriginalMasks(dataset) if rules.original else dataset, indices),
         batch_size=batch_size,
-        collate_fn=collate,
+        collate_fn=CollateOriginalMasks(collate) if rules.original else collate,
         num_workers=workers,
         pin_memory=target.type == "cuda",
         generator=torch.Generator(),
     )
-    metrics = RISMetrics().to(target)
-    ref_ids: list[Any] = []
-    sent_ids: list[Any] = []
-    resolution = (0, 0)
-    failure = ""
+    share = Share(indices)
     modes = {module: module.training for module in model.modules()}
     start = time.perf_counter()
     try:
@@ -176,63 +109,89 @@ def evaluate(
                 check_mask(batch["mask"])
                 batch = to_device(batch, target, channels_last)
                 with autocast(precision, target):
-                    logits = _logits(model, batch)  # (B, 2, H, W)
+                    output = _run(model, batch)
+                logits = _logits(output, batch)  # (B, 2, H, W)
                 nan = has_nan(logits)
                 if bool(nan.any()):
-                    failure = _describe_sample(batch, int(nan.nonzero()[0, 0]))
+                    share.failure = _describe_sample(batch, int(nan.nonzero()[0, 0]))
                     break
                 _check_resolution(logits, rules)
-                metrics.update(logits[:, 1] > logits[:, 0], batch["mask"].bool())
-                ref_ids.extend(batch.get("ref_id", ()))
-                sent_ids.extend(batch.get("sent_id", ()))
-                resolution = (logits.shape[2], logits.shape[3])
+                share.add(batch, logits, output, rules, no_target_pixels)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if distributed and ranks > 1:  # every process must stop, or the others would wait
-        failures = [""] * ranks
-        torch.distributed.all_gather_object(failures, failure)
-        failure = next(filter(None, failures), "")
-    if failure:
-        raise FloatingPointError(f"the model's logits hold NaN for {failure}: {nan_cause(model)}")
-    if not len(indices):  # fewer samples than processes: torchmetrics cannot gather an empty state
-        metrics.update(torch.zeros(0, 1, 1, device=target).bool(), torch.zeros(0, 1, 1, device=target).bool())
-    sample_iou = metrics.sample_iou().cpu() if len(indices) else torch.zeros(0, dtype=torch.float64, device="cpu")
-    scores = {name: float(value) for name, value in metrics.compute().items()}
-    refs = set(ref_ids)
-    if refs:
+    found = merge(share)  # also after a failure: every process must stop, or the others would wait
+    if found.failure:
+        raise FloatingPointError(f"the model's logits hold NaN for {found.failure}: {nan_cause(model)}")
+    ids = {name: [s[name] for s in found.samples if name in s] for name in ("ref_id", "sent_id")}
+    if ids["ref_id"]:
         _warn_undeclared_sentences(dataset)
-    if distributed and ranks > 1:
-        gathered: list[tuple[set[Any], tuple[int, int]]] = [(set(), resolution)] * ranks
-        torch.distributed.all_gather_object(gathered, (refs, resolution))
-        refs = set().union(*(part for part, _ in gathered))
-        resolution = max(size for _, size in gathered)
+    if rules.no_target:
+        _check_empty(found.samples)
+    elif found.without_target:
+        warnings.warn(
+            f"{found.without_target} of {len(found.samples)} sentences have no target: protocol {rules.name!r} scores "
+            "them 0 whatever is predicted; use protocol 'gres'",
+            FastKDWarning,
+            stacklevel=2,
+        )
+    counts = found.counts()
+    iou = found.set_iou(counts, rules)
     return EvalResult(
-        metrics=scores,
+        metrics={name: float(value) for name, value in scores(counts, rules).items()},
         protocol=rules.name,
         dataset=_joined_names(dataset, "name"),
         split=_joined_names(dataset, "split"),
         sentences=len(dataset),  # type: ignore[arg-type]
-        refs=len(refs) or None,
-        resolution=resolution,
-        decision=rules.decision,
+        refs=len(set(ids["ref_id"])) or None,
+        resolution=None if rules.original else found.resolution,
+        decision=found.decision,
         threshold=rules.threshold,
         precision=precision if dtype is None else _PRECISION[dtype],
         seconds=time.perf_counter() - start,
-        sample_iou=sample_iou,
-        ref_ids=ref_ids,
-        sent_ids=sent_ids,
+        sample_iou=iou,
+        ref_ids=ids["ref_id"],
+        sent_ids=ids["sent_id"],
+        split_by=_joined_names(dataset, "split_by"),
+        mask_rule=_joined_names(dataset, "mask_rule"),
+        samples=found.samples,
     )
 
 
-def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Return the model's logits (B, 2, H, W); raise ``ValueError`` if they do not match the masks."""
-    output = run_model(model, **{key: batch[key] for key in ("image", "input_ids", "word_mask") if key in batch})
+def conditions_of(dataset: Dataset[Any], protocol: str) -> dict[str, str | None]:
+    """Return the conditions of an evaluation that are known before it; see `EvalResult.conditions`."""
+    rules = named_protocol(protocol)
+    known = {name: _joined_names(dataset, name) for name in ("split_by", "split", "mask_rule")}
+    sides = set(declared_values(dataset, "image_size"))
+    if rules.original:
+        known["resolution"] = "original"
+    elif len(sides) == 1 and (side := sides.pop()) is not None:
+        known["resolution"] = f"{side}x{side}"
+    return {"dataset": _joined_names(dataset, "name"), "protocol": rules.name, "threshold": rules.threshold, **known}
+
+
+def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
+    return run_model(model, **{key: batch[key] for key in ("image", "input_ids", "word_mask") if key in batch})
+
+
+def _logits(output: Any, batch: dict[str, Any]) -> Tensor:
+    """Return the logits (B, 2, H, W) of a model's output; raise ``ValueError`` if they do not match the masks."""
     logits = output if isinstance(output, Tensor) else output.logits
     mask = batch["mask"]
     if logits.ndim != 4 or logits.shape[1] != 2 or (logits.shape[0], *logits.shape[2:]) != tuple(mask.shape):
         raise ValueError(f"logits {tuple(logits.shape)} do not match masks {tuple(mask.shape)}; expected (B, 2, H, W)")
-    return logits
+    return logits  # type: ignore[no-any-return]
+
+
+def _check_empty(samples: Sequence[dict[str, Any]]) -> None:
+    """Raise ``ValueError`` for a sample without a target whose mask is not empty."""
+    for number, sample in enumerate(samples):
+        if sample["no_target"] and sample["target_pixels"]:
+            where = f" (ref_id {sample['ref_id']})" if "ref_id" in sample else ""
+            raise ValueError(
+                f"sample {number}{where} has no_target=True, but {sample['target_pixels']} pixels in its mask: correct "
+                "the flag or the mask"
+            )
 
 
 def _describe_sample(batch: dict[str, Any], row: int) -> str:

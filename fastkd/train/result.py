@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastkd.evaluate.evaluation import EvalResult
+from fastkd.evaluate.result import EvalResult
 
 
 @dataclass

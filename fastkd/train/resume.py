@@ -17,7 +17,7 @@ from fastkd._atomic import remove_leftovers
 from fastkd._messages import suggestion
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.terms import loss_and_options
-from fastkd.evaluate.evaluation import EvalResult
+from fastkd.evaluate.result import EvalResult
 from fastkd.train.checkpoint import FOLDER, find_checkpoints, latest_checkpoint, read_state
 from fastkd.train.config import TrainConfig
 from fastkd.train.teacher_cache.reader import teacher_settings
@@ -195,15 +195,7 @@ def evaluation_to_json(step: int, result: EvalResult) -> dict[str, Any]:
 
 def evaluation_from_json(values: Mapping[str, Any]) -> tuple[int, EvalResult]:
     """Return step and result of an evaluation; its per-sample values are empty."""
-    rest = {key: value for key, value in values.items() if key not in ("step", "eval_seconds", "resolution")}
-    height, width = values["resolution"]
-    result = EvalResult(
-        **rest,
-        resolution=(height, width),
-        seconds=values["eval_seconds"],
-        sample_iou=torch.empty(0, dtype=torch.float64),
-    )
-    return values["step"], result
+    return values["step"], EvalResult.from_dict({name: value for name, value in values.items() if name != "step"})
 
 
 def _is_plain(value: Any) -> bool:

@@ -342,6 +342,7 @@ class TrainingRun(ReportedRun):
                     collate=self.collate,
                     channels_last=self.config.channels_last,
                 )
+                evaluation.samples = ()  # a run keeps all its evaluations
             with self.stop.shielded():
                 if val_dataset is not None:
                     self.result.eval_seconds += time.perf_counter() - start

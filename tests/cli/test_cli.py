@@ -56,13 +56,27 @@ def test_train_then_evaluate(shapes, tmp_path, capsys):
     assert main(["train", "--data", str(shapes), "--out", str(out), *SHORT]) == 0
     assert (out / "best" / "model.safetensors").is_file()
     result = tmp_path / "score.json"
-    args = ["--data", str(shapes), "--model", str(out / "best"), "--split", "testB", "--out", str(result)]
-    assert main(["evaluate", *args]) == 0
+    samples = tmp_path / "samples.jsonl"
+    args = ["evaluate", "--data", str(shapes), "--split", "testB", "--device", "cpu", "--out", str(result), "--model"]
+    assert main([*args, str(out / "best"), "--out-samples", str(samples)]) == 0
     score = json.loads(result.read_text())
     assert score["split"] == "testB"
     assert score["protocol"] == "lavt"
     assert set(score["metrics"]) >= {"oIoU", "mIoU", "P@0.5", "P@0.9"}
-    assert "mIoU" in capsys.readouterr().out
+    assert "lavt: refcoco (unc) testB, " in capsys.readouterr().out
+    assert len(samples.read_text().splitlines()) == score["sentences"]
+    assert main([*args, "shapes", "--against", str(samples)]) == 0
+    printed = capsys.readouterr().out
+    assert f"difference from {samples}, {score['sentences']} paired sentences, 95 % intervals" in printed
+    found = json.loads(result.read_text())
+    difference = found["comparison"]["differences"]["mIoU"]["mean"]
+    assert difference == pytest.approx(found["metrics"]["mIoU"] - score["metrics"]["mIoU"])
+    assert difference > 1  # the shipped teacher against a student of 3 steps
+    assert main([*args, "shapes", "--protocol", "cris_orig", "--against", str(samples)]) == 2
+    assert "has protocol 'lavt', but this evaluation 'cris_orig'" in capsys.readouterr().err
+    assert json.loads(result.read_text()) == found
+    assert main([*args, "shapes", "--protocol", "cris_orig"]) == 0
+    assert "each image's own size, sigmoid > 0.35, IoU > X, true masks: union]" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_weights_and_refuses_other_settings(shapes, tmp_path, capsys):
@@ -277,6 +291,8 @@ def test_rejects_a_model_configuration_that_is_not_json(shapes, tmp_path, capsys
         (["evaluate", "--data", "/nowhere", "--model", "shapes"], "/nowhere"),
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--split", "tset"], "tset"),
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--protocol", "lavt480"], "480"),
+        (["evaluate", "--data", "{shapes}", "--model", "shapes", "--out-samples", "{tmp}/a.csv"], "--out-samples"),
+        (["evaluate", "--data", "{shapes}", "--model", "shapes", "--against", "{tmp}/a.jsonl"], "no file"),
         (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "shapes-studnet"], "shapes-student"),
         (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "some/folder"], "some/folder"),
         (["train", "--data", "{shapes}", "--out", "{tmp}", "--steps", "0"], "steps"),

@@ -199,6 +199,18 @@ def test_train_config_table_is_complete() -> None:
         assert eval(rows[name]) == default, name
 
 
+def test_evaluation_page_runs_and_lists_protocols_and_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_ris()
+    names = run("docs/evaluation.md", tmp_path, monkeypatch)
+    from fastkd.evaluate import PROTOCOLS
+
+    assert [row[0].strip("`") for row in table("docs/evaluation.md", "Protocols")] == list(PROTOCOLS)
+    rows = table("docs/evaluation.md", "Scores of every sentence")
+    documented = {field for row in rows if row[1] != "under `gres`" for field in re.findall(r"`(\w+)`", row[0])}
+    line = json.loads((tmp_path / "alone.jsonl").read_text("utf-8").splitlines()[0])
+    assert documented == set(line) == set(names["result"].conditions) | set(names["result"].samples[0])
+
+
 def test_data_page_runs_and_lists_the_keys_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_ris()
     names = run("docs/data.md", tmp_path, monkeypatch)

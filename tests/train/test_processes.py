@@ -16,6 +16,7 @@ from teacher_cache_tools import built_and_trained
 from train_tools import Scenes, collate, distiller, run, toy, two_processes
 
 from fastkd import Distiller, losses
+from fastkd.cli import main as fastkd
 from fastkd.data import make_shapes
 from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
@@ -74,6 +75,8 @@ def test_two_processes(tmp_path: Path) -> None:
     from fastkd.cli import main as fastkd
     command = ["distill", "--data", SHAPES, "--out", FOLDER, "--batch-size", "2", "--preflight-only"]
     write(f"status {rank} {fastkd(command)} {fastkd(['cache', '--data', SHAPES, '--out', FOLDER + '-of-command'])}")
+    command = ["evaluate", "--data", SHAPES, "--model", "shapes", "--batch-size", "1", "--out-samples", SAMPLES]
+    write(f"evaluated {rank} {fastkd(command)}")
     model = t.toy()
     model.spare = torch.nn.Linear(2, 2)
     with warnings.catch_warnings(record=True) as caught:
@@ -102,6 +105,7 @@ def test_two_processes(tmp_path: Path) -> None:
 """
     make_shapes(tmp_path / "shapes", images=20, image_size=64)
     places = {"FOLDER": repr(str(tmp_path / "both")), "SHAPES": repr(str(tmp_path / "shapes"))}
+    places["SAMPLES"] = repr(str(tmp_path / "samples.jsonl"))
     out = two_processes(re.sub("|".join(places), lambda name: places[name[0]], program))
     lines = {tuple(line.split(" ", 2)[:2]): line.split(" ", 2)[2] for line in out.splitlines() if line.count(" ") > 1}
     model = toy()
@@ -109,6 +113,10 @@ def test_two_processes(tmp_path: Path) -> None:
     with pytest.warns(FastKDWarning, match="2 parameters get no gradient on the first batch"):
         alone = run(model, steps=4, log_every=1)
     assert (lines["status", "0"], lines["status", "1"]) == ("0 0", "0 0")
+    assert (lines["evaluated", "0"], lines["evaluated", "1"], out.count("true masks: union]")) == ("0", "0", 1)
+    command = ["evaluate", "--data", str(tmp_path / "shapes"), "--model", "shapes", "--batch-size", "1"]
+    assert fastkd([*command, "--device", "cpu", "--out-samples", str(tmp_path / "alone.jsonl")]) == 0
+    assert (tmp_path / "samples.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     assert [out.count(text) for text in ("weights: first_order", "seconds a step", "teacher cache: ")] == [1, 1, 1]
     warning = "2 parameters get no gradient on the first batch, so they do not train: student.spare.weight, student"
     for rank in "01":
@@ -126,9 +134,9 @@ def test_two_processes(tmp_path: Path) -> None:
     for rank in "01":
         assert list(map(float, lines["pooled", rank].split())) == pytest.approx(pooled_alone, rel=1e-4)
     score = evaluate(model, Scenes(1), collate=collate)
-    for rank, own in (("0", 1), ("1", 0)):
+    for rank in "01":  # fewer samples than processes
         sentences, height, width, miou, samples = lines["scored", rank].split()
-        assert (sentences, height, width, samples) == ("1", "(8,", "8)", str(own))
+        assert (sentences, height, width, samples) == ("1", "(8,", "8)", "1")
         assert float(miou) == pytest.approx(score.miou, abs=1.0)
     norm_alone = float(built_and_trained(tmp_path / "alone").split()[1])
     for rank, shards in (("0", "00000,00002"), ("1", "00001,00003")):  # disjoint, and equal to those of one process
