@@ -318,12 +318,14 @@ def main() -> int:
             print(json.dumps(fuzz(given.kind, given.inputs, given.seed, Path(folder) / "set")))
             return 0
         kinds = list(Targets(Path(folder) / "set").kinds)
-    rows = [_in_process(kind, given.inputs // len(kinds), given.seed) for kind in kinds]
+    rows = [_in_process(kind, -(-given.inputs // len(kinds)), given.seed) for kind in kinds]
     for row in rows:
         print(row, flush=True)
     versions = {"python": platform.python_version(), "numpy": np.__version__, "pillow": PIL.__version__}
     if given.out is not None:
-        report = {"inputs": given.inputs, "seed": given.seed, "versions": versions, "kinds": rows}
+        kept = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        total = sum(row.get("read", 0) + row.get("rejected", 0) for row in kept)
+        report = {"inputs": total, "seed": given.seed, "versions": versions, "kinds": kept}
         given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(any(row["exit"] for row in rows))
 

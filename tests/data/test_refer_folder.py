@@ -72,18 +72,21 @@ def test_jsonl_with_mask_files_segmentations_and_no_target(tmp_path: Path) -> No
 def test_parquet(tmp_path: Path, stored: str) -> None:
     image, mask = png(PIXELS), png(MASK)
     rows = []
-    for number in range(5):
+    for number in range(6):  # in row groups of 2; ref 5 has no target
         row = {"image": image, "mask": mask if number != 3 else png(~MASK), "sentence": [f"cup {number}"], "id": number}
         if stored == "struct":
             row |= {key: {"bytes": row[key], "path": None} for key in ("image", "mask")}
-        rows.append(ROW | {"id": number} if stored == "names" else row)
+        row = ROW | {"id": number} if stored == "names" else row
+        rows.append(row | {"mask": None} if number == 5 else row)
     write_folder(tmp_path)
     (tmp_path / "train.jsonl").unlink()
     data = ReferFolder(write_parquet(tmp_path / "train.parquet", rows))
-    assert len({ref.image_id for ref in data}) == (1 if stored == "names" else 5)
-    for number in (4, 0, 3, 2, 1):
+    assert len({ref.image_id for ref in data}) == (1 if stored == "names" else 6)
+    assert [bool(ref.targets) for ref in data] == [True] * 5 + [False]
+    for number in (4, 0, 3, 2, 1, 5):
+        expected = np.zeros_like(MASK) if number == 5 else ~MASK if number == 3 and stored != "names" else MASK
         assert np.array_equal(data.image(data.ref(number).image_id), PIXELS)
-        assert np.array_equal(data.mask(number), ~MASK if number == 3 and stored != "names" else MASK)
+        assert np.array_equal(data.mask(number), expected)
 
 
 def test_parquet_with_rles_of_the_library_datasets(tmp_path: Path) -> None:
