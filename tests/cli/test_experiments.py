@@ -288,9 +288,15 @@ def test_extends_merges_another_grid(root):
     assert list(grid.every_row) == ["alone", "method", "logit"]  # for the teacher cache
     path.write_text("extends: grid.yaml\nrows: [alone, logit]\nsettings: {teacher: other}\n", "utf-8")
     assert list(load_grid(path).every_row) == ["alone", "logit"]
-    path.write_text("extends: grid.yaml\nrows: {more: {terms: {logit: 1.0}}, alone: {lr: 0.1}}\n", "utf-8")
+    path.write_text("extends: grid.yaml\nrows: {more: {terms: {logit: 1.0}}, alone: {lr: 0.1}, logit: null}\n", "utf-8")
     assert load_grid(path).rows["alone"] == {"lr": 0.1}
-    assert list(load_grid(path).rows) == ["alone", "method", "logit", "more"]
+    assert list(load_grid(path).rows) == ["more", "alone", "logit"]
+    assert load_grid(path).rows["logit"] == METHOD
+    path.write_text("extends: grid.yaml\nsetting: same\n", "utf-8")
+    assert load_grid(path).rows == load_grid(base).rows
+    path.write_text("extends: grid.yaml\nrows: [lone]\n", "utf-8")
+    with pytest.raises(ValueError, match=r"rows: no row is named 'lone'\. Did you mean 'alone'"):
+        load_grid(path)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def load_grid(path: Path, *, seeds: Sequence[int] = ()) -> Grid:
 
     Relative paths of ``results``, ``scale`` and ``extends`` refer to the file's folder, those of the settings and of
     ``work`` to the current one. With ``extends: other.yaml`` the file states how it differs from another: ``settings``
-    are merged, ``rows`` too or, given as a list, select some of the other's.
+    are merged; ``rows`` are those to run, null for one as in the other grid, or a list of such.
 
     Args:
         path: the file.
@@ -226,15 +226,13 @@ def _read(path: Path) -> dict[str, Any]:
         return values
     merged = _read(path.parent / str(base))
     merged.pop("results", None)
-    own: Any = values.pop("rows", {})
+    own: Any = values.pop("rows", list(merged["rows"]))
+    own = dict.fromkeys(own) if isinstance(own, list) else own
     changes = values.pop("settings", {})
-    if isinstance(own, list):
-        check_rows(own, merged["rows"], f"{path}: rows")
-        needs_other = bool({*OF_CACHE} & {*changes})  # another cache, of the selected rows only
-        merged["every_row"] = {} if needs_other else merged.get("every_row") or merged["rows"]
-        merged["rows"] = {row: merged["rows"][row] for row in own}
-    else:
-        merged["rows"] = {**merged["rows"], **own}
+    check_rows([row for row, differs in own.items() if differs is None], merged["rows"], f"{path}: rows")
+    needs_other = bool({*OF_CACHE} & {*changes})  # another cache, of the selected rows only
+    merged["every_row"] = {} if needs_other else merged.get("every_row") or merged["rows"]
+    merged["rows"] = {row: merged["rows"][row] if differs is None else differs for row, differs in own.items()}
     merged["settings"] = {**merged["settings"], **changes}
     return merged | values
 

@@ -67,16 +67,17 @@ def build_cache(grid: Grid) -> None:
 
 
 def _terms(grid: Grid) -> list[Term]:
-    """Return the terms of all rows, for what they read of the teacher."""
+    """Return the different terms of all rows, for what they read of the teacher."""
     from fastkd.cli._terms import build_terms
 
-    found = []
+    found: dict[str, Term] = {}
     for row in grid.every_row:
         settings = grid.settings_of(row)
         if isinstance(settings, DistillSettings):
             for term in build_terms(settings.terms, settings.config.steps):
-                found.append(replace(term, name=f"{row}/{term.name}", schedule=None))
-    return found
+                content = str([term.loss, term.student, term.teacher, term.kwargs])
+                found.setdefault(content, replace(term, name=f"{row}/{term.name}".replace(".", "_"), schedule=None))
+    return list(found.values())
 
 
 def cache_folder(grid: Grid) -> Path:
