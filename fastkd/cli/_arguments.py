@@ -20,3 +20,10 @@ def check_folder(option: str, folder: Path) -> None:
         raise NotADirectoryError(f"{option}: {existing} is a file, so {folder} cannot be a folder")
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"{option}: {existing} is not writable")
+
+
+def check_file(option: str, file: Path) -> None:
+    """Raise ``OSError`` before any work is done if an output file cannot be written."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{option}: {file} is a folder; pass the name of a file")
+    check_folder(option, file.parent)

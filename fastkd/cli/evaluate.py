@@ -42,6 +42,7 @@ def evaluate(
         no_target_pixels: under "gres", a predicted mask with fewer pixels means that there is no target, unless the
             model predicts that itself.
     """
+    from fastkd.cli._arguments import check_file
     from fastkd.cli._models import load_model
     from fastkd.evaluate import compare, read_samples, write_samples
     from fastkd.evaluate import evaluate as run
@@ -51,9 +52,13 @@ def evaluate(
     from fastkd.train import TrainConfig
     from fastkd.train.launch import join
 
+    out, out_samples, against = (path and path.expanduser() for path in (out, out_samples, against))
+    for option, path in (("--out", out), ("--out-samples", out_samples)):
+        if path is not None:
+            check_file(option, path)
     if out_samples is not None:
         check_suffix(out_samples, "--out-samples")
-    other = None if against is None else read_samples(against.expanduser())
+    other = None if against is None else read_samples(against)
     processes, used_device, precision = join(TrainConfig(device=device, precision="fp32"))
     loaded = load_model(model)
     samples = data.open(split, loaded, sentences="all")
@@ -71,7 +76,7 @@ def evaluate(
     if not processes.is_main_process:
         return
     if out_samples is not None:
-        write_samples(result, out_samples.expanduser())
+        write_samples(result, out_samples)
     if out is not None:
         _write(out, result.to_dict())
     show(str(result))

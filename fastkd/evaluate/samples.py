@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +160,7 @@ def _check_row(row: Any, where: str) -> None:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
     iou, counts = row["iou"], [row[name] for name in _COUNTS]
-    if isinstance(iou, bool) or not isinstance(iou, int | float) or not (math.isfinite(iou) and 0 <= iou <= 1):
+    if isinstance(iou, bool) or not isinstance(iou, int | float) or not 0 <= iou <= 1:
         raise ValueError(f"{where}: iou must be a number in [0, 1], got {iou!r}")
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"{where}: {', '.join(_COUNTS)} must be integers >= 0, got {counts}")

@@ -201,6 +201,7 @@ def test_a_result_without_samples_or_with_equal_ids_is_refused(tmp_path: Path) -
     [
         ("iou", float("nan"), "line 2: iou must be a number in .0, 1., got nan"),
         ("iou", 1.5, "iou must be a number in .0, 1., got 1.5"),
+        ("iou", 10**400, "iou must be a number in .0, 1., got 1000"),
         ("iou", True, "iou must be a number"),
         ("union", -1, "must be integers >= 0"),
         ("target_pixels", 2.5, "must be integers >= 0"),
