@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("accelerate", reason="needs the [ris] extra")
 
@@ -12,6 +16,7 @@ from train_tools import Toy
 
 from fastkd.train import TrainConfig
 from fastkd.train.optim import BatchOrder, adamw, lr_factor
+from fastkd.train.seeding import kept_generators, seed_sample, seed_step
 
 
 @pytest.mark.parametrize(
@@ -68,3 +73,16 @@ def test_processes_and_micro_batches_split_the_same_order() -> None:
         parts = [ranks[rank][2 * step + micro] for micro in range(2) for rank in range(2)]
         assert [i for part in parts for i in part] == batch
     assert len(BatchOrder(40, split)) == len(ranks[0]) == 10
+
+
+@pytest.mark.parametrize(("seed_with", "arguments"), [(seed_step, (0, 1, 2, 3)), (seed_sample, (0, 1, 2))])
+def test_random_numbers_depend_on_every_argument(seed_with: Callable[..., None], arguments: tuple[int, ...]) -> None:
+    def draws(changed: tuple[int, ...]) -> tuple[float, ...]:
+        seed_with(*changed)
+        return torch.rand(()).item(), random.random(), np.random.rand()  # noqa: NPY002 (users' modules draw from it)
+
+    neighbours = [(*arguments[:i], arguments[i] + 1, *arguments[i + 1 :]) for i in range(len(arguments))]
+    with kept_generators():
+        assert draws(arguments) == draws(arguments)
+        for drawn in zip(draws(arguments), *map(draws, neighbours), strict=True):
+            assert len(set(drawn)) == len(arguments) + 1
