@@ -124,11 +124,11 @@ def evaluate(
     if found.failure:
         raise FloatingPointError(f"the model's logits hold NaN for {found.failure}: {nan_cause(model)}")
     ids = {name: [s[name] for s in found.samples if name in s] for name in ("ref_id", "sent_id")}
-    if ids["ref_id"]:
+    if ids["ref_id"] and rank == 0:
         _warn_undeclared_sentences(dataset)
     if rules.no_target:
         _check_empty(found.samples)
-    elif found.without_target:
+    elif found.without_target and rank == 0:
         warnings.warn(
             f"{found.without_target} of {len(found.samples)} sentences have no target: protocol {rules.name!r} scores "
             "them 0 whatever is predicted; use protocol 'gres'",
