@@ -373,18 +373,27 @@ SIGNATURES: dict[str, dict[str, str]] = {
         ),
     },
     "fastkd.report": {
+        "ChannelRelations": "(matrices)",
         "CurveSeries": "(run, quantity, steps, values, seconds=None, phase='train')",
-        "Example": "(image, truth, predictions, sentence, ious=None)",
+        "Example": "(image, truth, predictions, sentence, ious=None, group='')",
         "Example.from_sample": (
             "(cls, sample, predictions, ious=None, *, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, "
             "0.224, 0.225))"
         ),
-        "ResultRow": "(name, parameters=None, metrics=factory, steps=None, train_seconds=None, note='', baseline=None)",
+        "ResultRow": (
+            "(name, parameters=None, metrics=factory, steps=None, train_seconds=None, note='', baseline=None, "
+            "latency=None)"
+        ),
+        "SampleIoU": "(name, ious, interval=None, gain=None, baseline='')",
+        "WordAttention": "(image, words, maps)",
         "contact_sheet": "(samples, *, columns=4, tile=256)",
         "console_table": "(rows, *, title='Results (%)', console=None)",
         "curves_from_log": "(path, *, run=None, metrics=('mIoU',))",
         "save_overlay": "(image, mask, path, *, colour=(230, 126, 0), longest=None)",
-        "write_report": "(path, *, title, rows, curves=(), examples=(), notes=None, environment=None)",
+        "write_report": (
+            "(path, *, title, rows, curves=(), scores=(), examples=(), attention=(), relations=None, notes=None, "
+            "environment=None)"
+        ),
     },
 }
 

@@ -25,6 +25,7 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
         info,
         predict,
         recipes,
+        report,
         train,
     )
 
@@ -44,6 +45,7 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     app.command(name="experiments")(experiments.experiments)
     app.command(name="evaluate")(evaluate.evaluate)
     app.command(name="predict")(predict.predict)
+    app.command(name="report")(report.report)
     app.command(name="export")(export.export)
     app.command(name="convert")(convert.convert)
     app.command(name="demo")(demo.demo)

@@ -15,10 +15,11 @@ from fastkd.cli._settings import Terms, TermSettings
 from fastkd.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from fastkd.cli._report import Scored
     from fastkd.data import ReferDataset
     from fastkd.evaluate import EvalResult
     from fastkd.models import RISModel
-    from fastkd.report import Example, ResultRow
+    from fastkd.report import ResultRow
     from fastkd.train import TrainResult
 
 ALONE, DISTILLED, LONGER = "alone", "distilled", "alone, equal time"
@@ -83,8 +84,9 @@ def demo(
         for name, run in _compare(root, test, teacher, terms, config, seed, out, overwrite).items():
             runs[name].append(run)
 
-    rows = _result_rows(teacher, teacher_score, runs, seeds)
-    page = _write_results(out, rows, runs, seeds, _examples(teacher, runs, test), teacher_score, shares, test_split)
+    scored = _scored(teacher, teacher_score, runs, test)
+    rows = _result_rows(scored, runs)
+    page = _write_results(out, rows, runs, seeds, scored, shares, test_split)
     console_table(rows, title=f"Procedural referring segmentation, {test_split}: {len(test)} sentences (%)")
     show(f"report: {page}")
 
@@ -168,12 +170,21 @@ def _compare(
     return {ALONE: alone, DISTILLED: distilled, LONGER: longer}
 
 
-def _result_rows(
-    teacher: RISModel, teacher_score: EvalResult, runs: Mapping[str, Sequence[Run]], seeds: Sequence[int]
-) -> list[ResultRow]:
+def _result_rows(scored: Sequence[Scored], runs: Mapping[str, Sequence[Run]]) -> list[ResultRow]:
+    from fastkd.cli._report import measure_latency
     from fastkd.report import ResultRow
 
-    rows = [ResultRow("teacher", _parameters(teacher), teacher_score.metrics, note="shipped with fastkd")]
+    teacher = scored[0]
+    latency = {one.name: measure_latency(one.model, one.dataset) for one in scored}
+    rows = [
+        ResultRow(
+            "teacher",
+            _parameters(teacher.model),
+            teacher.results[0].metrics,
+            note="shipped with fastkd",
+            latency=latency["teacher"],
+        )
+    ]
     for name, seed_runs in runs.items():
         metrics = {key: [run.test.metrics[key] for run in seed_runs] for key in seed_runs[0].test.metrics}
         rows.append(
@@ -184,6 +195,7 @@ def _result_rows(
                 steps=round(sum(run.training.steps for run in seed_runs) / len(seed_runs)),
                 train_seconds=sum(run.training.seconds for run in seed_runs) / len(seed_runs),
                 baseline=None if name == ALONE else ALONE,
+                latency=latency[name],
             )
         )
     return rows
@@ -193,32 +205,16 @@ def _parameters(model: RISModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _examples(
-    teacher: RISModel, runs: Mapping[str, Sequence[Run]], test: ReferDataset, count: int = 12
-) -> list[Example]:
-    """Return examples spread evenly over the test split, regardless of their scores."""
-    import torch
+def _scored(
+    teacher: RISModel, teacher_score: EvalResult, runs: Mapping[str, Sequence[Run]], test: ReferDataset
+) -> list[Scored]:
+    from fastkd.cli._report import Scored
 
-    from fastkd.data import collate
-    from fastkd.report import Example
-
-    models = {"teacher": teacher, **{name: seed_runs[0].model for name, seed_runs in runs.items() if name != LONGER}}
-    samples = [test[round(i * (len(test) - 1) / max(1, count - 1))] for i in range(min(count, len(test)))]
-    batch = collate(samples)
-    masks = {}
-    for name, model in models.items():
-        with torch.inference_mode():
-            logits = model.eval()(batch["image"], batch["input_ids"], batch["word_mask"]).logits
-        masks[name] = (logits[:, 1] > logits[:, 0]).numpy()  # (B, H, W)
-    return [
-        Example(
-            test.refcoco.image(sample["image_id"]),
-            sample["mask"].numpy(),
-            {name: mask[i] for name, mask in masks.items()},
-            sample["sentence"],
-        )
-        for i, sample in enumerate(samples)
-    ]
+    scored = [Scored("teacher", teacher, test, [teacher_score])]
+    for name, seed_runs in runs.items():
+        results = [run.test for run in seed_runs]
+        scored.append(Scored(name, seed_runs[0].model.eval(), test, results, None if name == ALONE else ALONE))
+    return scored
 
 
 def _write_results(
@@ -226,13 +222,14 @@ def _write_results(
     rows: Sequence[ResultRow],
     runs: Mapping[str, Sequence[Run]],
     seeds: Sequence[int],
-    examples: Sequence[Example],
-    teacher_score: EvalResult,
+    scored: Sequence[Scored],
     terms: Mapping[str, float],
     test_split: str,
 ) -> Path:
+    from fastkd.cli._report import report_sections
     from fastkd.report import curves_from_log, write_report
 
+    teacher_score = scored[0].results[0]
     curves = [
         series
         for name, seed_runs in runs.items()
@@ -271,6 +268,6 @@ def _write_results(
         title="fastkd demo: referring segmentation of procedural scenes",
         rows=rows,
         curves=curves,
-        examples=examples,
         notes=notes,
+        **report_sections(scored, DISTILLED),
     )

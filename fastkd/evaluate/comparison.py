@@ -114,7 +114,7 @@ def compare(
     for name, (values, chosen) in measures.items():
         if chosen.any():
             difference = 100.0 * values[0, chosen] - 100.0 * values[1, chosen]
-            drawn = _per_unit(difference, owner[chosen])
+            drawn = per_unit(difference, owner[chosen])
             differences[name] = paired_bootstrap(
                 drawn, np.zeros_like(drawn), resamples=resamples, confidence=confidence, seed=seed
             )
@@ -162,7 +162,7 @@ def _units(scores: SampleScores) -> tuple[str, np.ndarray]:
     return "sentences", np.arange(len(scores.samples))
 
 
-def _per_unit(difference: np.ndarray, owner: np.ndarray) -> np.ndarray:
+def per_unit(difference: np.ndarray, owner: np.ndarray) -> np.ndarray:
     """Return a value per unit, whose mean is that of the samples' differences; see `compare`."""
     _, unit = np.unique(owner, return_inverse=True)
     counts, sums = np.bincount(unit), np.bincount(unit, difference)

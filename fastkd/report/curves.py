@@ -1,56 +1,21 @@
-"""Line charts as inline SVG; colours are CSS variables, so that one drawing works in light, dark and print."""
+"""Line charts of training and validation."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastkd.report.records import CurveSeries
+from fastkd.report.svg import COLOUR_OF, Chart, Style, axes_of, chart_of
 
-COLOURS = 6  # --run-1 … --run-6 in the style sheet
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (6, 1.5, 1.4, 1.5), (2, 1.3), (10, 2))
 SMOOTH_FROM = 60  # points; shorter training curves are not smoothed
 MAX_POINTS = 400  # longer curves are subsampled
 
-# matplotlib draws with these placeholders, which `_themed` replaces by CSS variables.
-_PLACEHOLDERS = {"#010204": "var(--muted)", "#010205": "var(--line)"} | {
-    f"#01021{i}": f"var(--run-{i})" for i in range(1, COLOURS + 1)
-}
-_COLOUR_OF = {css: placeholder for placeholder, css in _PLACEHOLDERS.items()}
 
-
-@dataclass(frozen=True)
-class Style:
-    """Colour and dashes of one run in every chart."""
-
-    css: str
-    dashes: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart: its heading and its SVG element, which holds a description for screen readers."""
-
-    heading: str
-    svg: str
-
-
-def styles(curves: Sequence[CurveSeries]) -> dict[str, Style]:
-    """Return a colour and dashes for each run; dashes distinguish runs in print and without colour vision."""
-    runs = dict.fromkeys(series.run for series in curves)
-    return {run: Style(f"var(--run-{i % COLOURS + 1})", DASHES[i % len(DASHES)]) for i, run in enumerate(runs)}
-
-
-def charts(curves: Sequence[CurveSeries], phase: str) -> list[Chart]:
+def charts(curves: Sequence[CurveSeries], phase: str, style: Mapping[str, Style]) -> list[Chart]:
     """Return the charts of a phase: one per quantity over steps; for validation also one over seconds."""
-    style = styles(curves)
     drawn = []
     for quantity in dict.fromkeys(series.quantity for series in curves if series.phase == phase):
         group = [series for series in curves if series.phase == phase and series.quantity == quantity]
@@ -61,15 +26,15 @@ def charts(curves: Sequence[CurveSeries], phase: str) -> list[Chart]:
     return drawn
 
 
-def _chart(group: list[CurveSeries], style: dict[str, Style], quantity: str, axis: str) -> Chart:
+def _chart(group: list[CurveSeries], style: Mapping[str, Style], quantity: str, axis: str) -> Chart:
     validation = group[0].phase == "validation"
-    figure, axes = _axes((4.6, 2.7) if validation else (3.1, 2.2))
+    figure, axes = axes_of((4.6, 2.7) if validation else (3.1, 2.2))
     last = []
     lowest, highest = np.inf, -np.inf
     for series in group:
         x = np.asarray(series.steps if axis == "steps" else series.seconds, dtype=float)
         y = np.asarray(series.values, dtype=float)
-        line: dict[str, Any] = {"color": _COLOUR_OF[style[series.run].css], "dashes": style[series.run].dashes}
+        line: dict[str, Any] = {"color": COLOUR_OF[style[series.run].css], "dashes": style[series.run].dashes}
         if not validation and len(y) >= SMOOTH_FROM:
             axes.plot(*_subsampled(x, y), color=line["color"], alpha=0.22, linewidth=0.7)
             y = _smoothed(y)
@@ -87,55 +52,7 @@ def _chart(group: list[CurveSeries], style: dict[str, Style], quantity: str, axi
     description = (
         f"Line chart of {'validation' if validation else 'training'} {quantity} over {axis}: {', '.join(last)}."
     )
-    svg = _themed(figure, salt=f"{quantity} {axis} {group[0].phase}")
-    return Chart(heading, svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))
-
-
-def _axes(inches: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    # Not pyplot, which needs global state and would change the user's backend.
-    figure = Figure(figsize=inches, layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    muted, line = _COLOUR_OF["var(--muted)"], _COLOUR_OF["var(--line)"]
-    axes.xaxis.label.set_color(muted)
-    axes.xaxis.label.set_fontsize(9)
-    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=muted, pad=5)
-    axes.grid(axis="y", color=line, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(line)
-    axes.margins(x=0.02, y=0.08)
-    axes.locator_params(axis="x", nbins=5)
-    return figure, axes
-
-
-def _themed(figure: Any, salt: str) -> str:
-    """Return the figure as an SVG element that takes its colours and font from the page."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # no XML declaration, no DTD
-    svg = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")  # implied in HTML
-    svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", svg)  # scalable: only the viewBox remains
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"(?<=\d\.\d\d)\d+", "", svg)  # two decimals, in points
-    for placeholder, css in _PLACEHOLDERS.items():
-        svg = svg.replace(placeholder, css)
-    # Ids must be unique on a page with several drawings; unused ids are dropped.
-    prefix = "c" + hashlib.sha256(salt.encode()).hexdigest()[:8]
-    used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r"(href=\"#|url\(#)", rf"\g<1>{prefix}-", svg)
-    return re.sub(r"\s*\n\s*", " ", svg)
+    return chart_of(figure, heading, description, salt=f"{quantity} {axis} {group[0].phase}")
 
 
 def _smoothed(y: np.ndarray) -> np.ndarray:

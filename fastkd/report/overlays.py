@@ -16,6 +16,7 @@ from fastkd._atomic import replace_files
 # Blue and orange of the Okabe-Ito palette, distinguishable with any type of colour vision.
 TRUTH = (0, 114, 178)
 PREDICTION = (230, 126, 0)
+HIT = (0, 158, 115)  # green of the same palette
 FILL = 0.4  # opacity of the fill
 FADE = 0.45  # share of mid grey blended into the rest of the image
 PANEL = 384  # longest side of a panel in pixels, twice its size on screen
@@ -91,22 +92,61 @@ def overlay(
     Returns:
         (H', W', 3) uint8.
     """
-    canvas = Image.fromarray(image)
-    if longest is not None:
-        scale = longest / max(canvas.size)
-        size = (max(1, round(canvas.width * scale)), max(1, round(canvas.height * scale)))
-        canvas = canvas.resize(size, Image.Resampling.BICUBIC)
-        if mask is not None:
-            mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    out = np.asarray(canvas).astype(np.float32)
+    canvas, masks = _enlarged(image, [] if mask is None else [mask], longest)
+    out = canvas.astype(np.float32)
     if mask is not None:
-        out[~mask] += FADE * (128 - out[~mask])
-        out[mask] += FILL * (np.asarray(colour, np.float32) - out[mask])
-        width = max(1, round(max(out.shape[:2]) / 128))
-        # White outside, the colour inside: the outline is visible on dark and light surroundings.
-        out[_dilated(mask, width) & ~mask] = 255
-        out[mask & _dilated(~mask, width)] = colour
+        _fade(out, ~masks[0])
+        _draw(out, masks[0], colour)
     return out.clip(0, 255).astype(np.uint8)
+
+
+def errors_overlay(
+    image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, longest: int | None = None
+) -> np.ndarray:
+    """Draw a predicted mask over an image: hits green, missed pixels blue, false ones orange.
+
+    Args:
+        image: (H, W, 3) uint8.
+        prediction: (H, W) bool.
+        truth: (H, W) bool.
+        longest: as in `overlay`.
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    canvas, masks = _enlarged(image, [prediction & truth, truth & ~prediction, prediction & ~truth], longest)
+    out = canvas.astype(np.float32)
+    _fade(out, ~(masks[0] | masks[1] | masks[2]))
+    for mask, colour in zip(masks, (HIT, TRUTH, PREDICTION), strict=True):
+        out[mask] += 0.55 * (np.asarray(colour, np.float32) - out[mask])
+    predicted = masks[0] | masks[2]
+    width = max(1, round(max(out.shape[:2]) / 128))
+    out[_dilated(predicted, width) & ~predicted] = 255
+    return out.clip(0, 255).astype(np.uint8)
+
+
+def _enlarged(image: np.ndarray, masks: list[np.ndarray], longest: int | None) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return an image and masks resized so that their longest side has this many pixels; None keeps the size."""
+    if longest is None:
+        return image, masks
+    canvas = Image.fromarray(image)
+    scale = longest / max(canvas.size)
+    size = (max(1, round(canvas.width * scale)), max(1, round(canvas.height * scale)))
+    resized = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    return np.asarray(canvas.resize(size, Image.Resampling.BICUBIC)), resized
+
+
+def _fade(out: np.ndarray, mask: np.ndarray) -> None:
+    out[mask] += FADE * (128 - out[mask])
+
+
+def _draw(out: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
+    """Fill and outline a mask in an image (H, W, 3) float32."""
+    out[mask] += FILL * (np.asarray(colour, np.float32) - out[mask])
+    width = max(1, round(max(out.shape[:2]) / 128))
+    # White outside, the colour inside: the outline is visible on dark and light surroundings.
+    out[_dilated(mask, width) & ~mask] = 255
+    out[mask & _dilated(~mask, width)] = colour
 
 
 def save_overlay(

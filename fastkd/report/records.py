@@ -26,6 +26,7 @@ class ResultRow:
         steps: optimiser steps taken.
         train_seconds: wall-clock seconds of training.
         note: one line shown under the name.
+        latency: seconds per image and sentence, or None.
         baseline: name of the row to subtract for this row's gains, or None for no gains. With one value per seed on
             both sides the gain is the mean of the paired differences, so keep the seeds in the same order.
 
@@ -40,6 +41,7 @@ class ResultRow:
     train_seconds: float | None = None
     note: str = ""
     baseline: str | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -56,6 +58,7 @@ class ResultRow:
             ("parameters", self.parameters),
             ("steps", self.steps),
             ("train_seconds", self.train_seconds),
+            ("latency", self.latency),
         ):
             if count is not None and not (math.isfinite(count) and count >= 0):
                 raise ValueError(f"ResultRow {self.name!r}: {name} must be a number >= 0 or None, got {count!r}")
@@ -104,6 +107,7 @@ class Example:
         predictions: model name to (H, W) mask, in the order of the columns.
         sentence: the referring expression.
         ious: model name to IoU in percent; computed from the masks if omitted.
+        group: heading of the examples that follow each other with the same group ("best", "worst"), or "".
     """
 
     image: Any
@@ -111,6 +115,7 @@ class Example:
     predictions: Mapping[str, Any]
     sentence: str
     ious: Mapping[str, float] | None = None
+    group: str = ""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.ious or {}) - set(self.predictions))

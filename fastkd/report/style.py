@@ -86,7 +86,17 @@ figure { margin: 0; break-inside: avoid; }
 .panel img { display: block; width: 192px; height: auto; border-radius: 4px; margin-bottom: 0.4rem; }
 .panel .iou { color: var(--muted); font-variant-numeric: tabular-nums; white-space: nowrap; }
 .key { display: inline-block; width: 0.75em; height: 0.75em; border-radius: 2px; margin-right: 0.35em; }
-.key.truth { background: #0072b2; } .key.prediction { background: #e67e00; }
+.key.truth { background: #0072b2; } .key.hit { background: #009e73; } .key.false { background: #e67e00; }
+.words { width: auto; }
+.words th, .words td { text-align: center; padding: 0.25rem 0.2rem; min-width: 0; }
+.words thead th, .words thead td { border-bottom: 0; vertical-align: bottom; color: var(--ink); }
+.words tbody tr { border-bottom: 0; }
+.words tbody th { text-align: left; vertical-align: middle; position: sticky; left: 0; background: var(--paper); }
+.words img { display: block; width: 96px; height: auto; border-radius: 3px; }
+.words .note { max-width: none; }
+.scroll + .scroll { margin-top: 1.5rem; } .scroll + .legend { margin-top: 1rem; }
+.panel.matrix .iou { white-space: normal; }
+.matrix img { image-rendering: pixelated; }
 .facts { width: auto; font-size: 0.9rem; }
 .facts th, .facts td { text-align: left; padding: 0.35rem 2rem 0.35rem 0; white-space: normal; min-width: 0; }
 .facts th { color: var(--muted); font-weight: 500; white-space: nowrap; }

@@ -28,6 +28,13 @@ def count(value: int | None) -> str:
     return str(value)
 
 
+def milliseconds(seconds: float | None) -> str:
+    """Format a latency as ``3.2 ms`` or ``140 ms``."""
+    if seconds is None:
+        return "–"
+    return f"{1e3 * seconds:.{1 if seconds < 0.01 else 0}f} ms"
+
+
 def duration(seconds: float | None) -> str:
     """Format as ``48 s``, ``3 min 20 s`` or ``2 h 05 min``."""
     if seconds is None:

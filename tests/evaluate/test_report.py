@@ -7,16 +7,17 @@ import io
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from html_page import Page
 from PIL import Image
 
 from fastkd.report import CurveSeries, Example, ResultRow, console_table, curves_from_log, save_overlay, write_report
 from fastkd.report import page as report_page
+from fastkd.report.svg import styles
 
 SIZE = 24
 
@@ -50,43 +51,6 @@ def curves() -> list[CurveSeries]:
         made.append(CurveSeries(run, "loss", steps, [scale / s for s in steps], [s * 0.1 for s in steps]))
         made.append(CurveSeries(run, "mIoU", [50, 100], [30.0, 40.0], [5.0, 10.0], phase="validation"))
     return [*made, CurveSeries("distilled", "cross_modal", steps, [float("nan"), *[2.0] * 99])]
-
-
-class Page(HTMLParser):
-    """Parser that collects tags with attributes and visible text, and asserts that tags nest."""
-
-    VOID = ("meta", "img", "br", "hr", "input", "link")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        assert self._open == [], f"unclosed: {self._open}"
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.tags.append((tag, {key: value or "" for key, value in attrs}))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.tags.append((tag, {key: value or "" for key, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open, f"</{tag}> closes nothing"
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self._open:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attrs for name, attrs in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +93,7 @@ def test_user_text_is_escaped(html: str) -> None:
     assert "<script>alert" not in html
     hostile = ResultRow('<img src="x">', metrics={'"><b>': 1.0}, note="<i>")
     series = CurveSeries('"><script>', "</svg><b>", [1, 2], [1.0, 2.0])
-    parts = report_page._results([hostile]) + report_page._curves([series])
+    parts = report_page._results([hostile]) + report_page._curves([series], styles([series.run]))
     assert not {"img", "script", "b", "i"} & {tag for tag, _ in Page(parts).tags}
 
 

@@ -1,0 +1,73 @@
+"""``fastkd report``: runs and their teacher on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("timm", reason="needs the [ris] extra")
+
+from html_page import Page
+
+from fastkd.cli import main
+from fastkd.data import make_shapes
+
+SHORT = ("--steps", "2", "--batch-size", "2", "--eval-every", "2", "--warmup", "1")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    make_shapes(root / "data", images=40, image_size=64, seed=0)
+    data = ("--data", str(root / "data"), *SHORT)
+    assert main(["train", *data, "--out", str(root / "alone")]) == 0
+    assert main(["distill", *data, "--out", str(root / "distilled"), "--terms", "first_order,weight=1"]) == 0
+    return root
+
+
+def test_compares_runs_and_their_teacher(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(runs / "alone"), str(runs / "distilled"), "--examples", "1"]) == 0
+    assert str(runs / "distilled" / "report.html") in capsys.readouterr().out
+    page = Page((runs / "distilled" / "report.html").read_text(encoding="utf-8"))
+    for text in ("teacher", "over alone", "Best by the IoU of distilled", "first_order", "Attention to each word"):
+        assert text in page.text, text
+    alts = [image["alt"] for image in page.all("img")]
+    for name in ("teacher", "alone", "distilled"):
+        assert any(alt.startswith(f"Attention of {name} to the word") for alt in alts)
+        assert f"Matrix of the similarities of {name}'s channels" in alts
+        assert sum(f"predicted by {name}," in alt for alt in alts) == 3
+
+
+def test_one_run_without_its_teacher(runs: Path, tmp_path: Path) -> None:
+    assert main(["report", str(runs / "distilled"), "--no-teacher", "--out", str(tmp_path / "page.html")]) == 0
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "teacher" not in page.text
+    assert "over " not in page.text.split("Gain")[1].split("Samples by IoU")[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "no run: pass the folder of a run"),
+        (["{runs}/alone", "{runs}/alone"], "a run occurs twice"),
+        (["{runs}/data"], "is not a run of fastkd train or distill: it has no config.yaml"),
+        (["{tmp}/begun"], "has no best/"),
+        (["{runs}/alone", "{tmp}/other"], "compare runs on one dataset"),
+        (["{runs}/alone", "--examples", "0"], "--examples must be at least 1, got 0"),
+        (["{runs}/alone", "--split", "nope"], "nope"),
+        (["{runs}/alone", "--out", "{runs}/alone/config.yaml/page.html"], "is a file"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    args: list[str], message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (runs / "alone" / "config.yaml").read_text()
+    for name, text in (("begun", config), ("other", config.replace(str(runs / "data"), str(tmp_path)))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(text)
+    (tmp_path / "other" / "best").mkdir()
+    assert main(["report", *(arg.format(runs=runs, tmp=tmp_path) for arg in args)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
