@@ -16,7 +16,7 @@ SOURCES := pyproject.toml setup.py \
 
 VERSIONS ?= oldest torch-2.14 torch-2.15
 
-.PHONY: help demo test test-versions check format bench teacher wheelhouse clean
+.PHONY: help demo test test-versions check format bench teacher evidence-teacher wheelhouse clean
 
 help:
 	@echo "make demo        install into $(VENV), then distil a small student and write runs/demo/report.html"
@@ -25,6 +25,7 @@ help:
 	@echo "make check       check format, lint and types, without changing anything"
 	@echo "make bench       run the speed comparisons (pytest --benchmark-only)"
 	@echo "make teacher     train the demo's teacher again (about an hour)"
+	@echo "make evidence-teacher  train the teacher of ShapesRef again (about an hour), from the demo's"
 	@echo "make wheelhouse  fetch wheels for scripts/gpu_check.sh on an offline machine (Python $(WHEELHOUSE_PYTHON))"
 
 $(BIN)/python:
@@ -77,6 +78,14 @@ teacher: $(VENV)/.ris
 		--max-seconds 2500 --lr 1e-3 --warmup 300 --channels-last --precision bf16 --threads 1 \
 		--eval-every 1600 --log-every 100 --overwrite
 	$(BIN)/python scripts/pack_teacher.py runs/teacher/best fastkd/models/assets/shapes-teacher
+
+# The teacher of ShapesRef: the demo's teacher, trained further on scenes of seed 1 (experiments use seed 0).
+evidence-teacher: $(VENV)/.ris
+	$(BIN)/fastkd data make-shapesref runs/evidence-teacher-data --images 16000 --seed 1 --overwrite
+	$(BIN)/fastkd train --data runs/evidence-teacher-data --model fastkd/models/assets/shapes-teacher \
+		--out runs/evidence-teacher --steps 60000 --max-seconds 2500 --lr 1e-3 --warmup 100 --channels-last \
+		--precision bf16 --threads 1 --eval-every 1500 --log-every 100 --overwrite
+	$(BIN)/python scripts/pack_teacher.py runs/evidence-teacher/best fastkd/models/assets/shapesref-teacher
 
 wheelhouse: $(BIN)/python
 	$(BIN)/python scripts/gpu/wheels.py fetch $(WHEELHOUSE) --python-version $(WHEELHOUSE_PYTHON)

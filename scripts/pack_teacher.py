@@ -16,7 +16,8 @@ LIMIT = 6 * 2**20
 def main(source: str, destination: str) -> None:
     model = RISModel.from_pretrained(source)
     model.half().save_pretrained(destination)
-    Path(destination, "README.md").unlink(missing_ok=True)  # model card for a hub
+    for name in ("README.md", "training.json"):  # model card for a hub, record of the run
+        Path(destination, name).unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in Path(destination).iterdir())
     print(f"{destination}: {sum(p.numel() for p in model.parameters())} parameters, {size / 2**20:.2f} MiB")
     if size > LIMIT:

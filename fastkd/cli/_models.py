@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkd.cli._shipped import SHIPPED, teacher_path
 from fastkd.errors import FastKDWarning
 
 if TYPE_CHECKING:
@@ -103,11 +104,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
-    """Return a model with weights, in eval mode and frozen: from a folder, hub name or LAVT file, or "shapes"."""
+    """Return a model with weights, in eval mode and frozen: from a folder, hub name or LAVT file, or a shipped one."""
     from fastkd.models import LAVT, RISModel, TextPromptedTeacher
     from fastkd.models.teachers.files import model_type_of
 
-    path = shapes_teacher() if name == "shapes" else Path(name).expanduser()
+    path = teacher_path(name)
     model: RISModel | LAVT | TextPromptedTeacher
     if path.is_file() or path.suffix in (".safetensors", ".pth"):
         model = LAVT.from_pretrained(path)
@@ -119,12 +120,12 @@ def load_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
 
 
 def load_local_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
-    """Load a local file or folder, or "shapes", like `load_model`; a mistyped path is not looked up on the hub."""
-    if name != "shapes" and not Path(name).expanduser().exists():
+    """Load a local or shipped model like `load_model`; a mistyped path is not looked up on the hub."""
+    if not teacher_path(name).exists():
         raise FileNotFoundError(f"no model at {name}; pass a folder written by save_pretrained (a run's best/ is one)")
     return load_model(name)
 
 
 def shapes_teacher() -> Path:
-    """Return the folder of the shipped teacher for the procedural set."""
-    return Path(__file__).resolve().parent.parent / "models" / "assets" / "shapes-teacher"
+    """Return the folder of the shipped teacher for the demo's procedural set."""
+    return SHIPPED["shapes"]

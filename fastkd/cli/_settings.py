@@ -13,6 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from fastkd._messages import suggestion
 from fastkd.cli._arguments import Config
 from fastkd.cli._data import Data, DataArgs, MixArgs
+from fastkd.cli._shipped import SHIPPED
 from fastkd.distill.schedules import Kind, Schedule
 from fastkd.train.config import TrainConfig
 
@@ -263,8 +264,8 @@ class DistillSettings(RunSettings):
 
     teacher: str | None = None
     """A folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``, or its .pth), a folder or
-    hub name of transformers' CLIPSeg or SAM 3, or "shapes" for the shipped teacher of the procedural set; default:
-    "shapes", or the one in --teacher-cache."""
+    hub name of transformers' CLIPSeg or SAM 3, or a shipped teacher: "shapes" of make-shapes, "shapesref" of
+    make-shapesref; default: "shapes", or the one in --teacher-cache."""
     student: str = "shapes-student"
     """A preset's name, a config.json, or a folder written by save_pretrained."""
     terms: Terms = field(default_factory=lambda: {"first_order": TermSettings(share=0.5)})
@@ -310,7 +311,7 @@ def with_absolute_paths(settings: RunSettings) -> Any:
 
 def _absolute(name: str | None) -> str | None:
     """Return a local path as an absolute one, other names as they are."""
-    if name in (None, "shapes", "timm", "random"):
+    if name in (None, *SHIPPED, "timm", "random"):
         return name
     path = Path(str(name)).expanduser()
     return str(path.absolute()) if path.exists() else name

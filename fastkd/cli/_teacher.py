@@ -62,9 +62,9 @@ def describe(name: str, teacher: Any, options: dict[str, Any]) -> dict[str, Any]
 
 def _source(teacher: str) -> dict[str, str | None]:
     """Return a teacher's name on the command line, and a digest of its files if they are local."""
-    from fastkd.cli._models import shapes_teacher
+    from fastkd.cli._shipped import teacher_path
 
-    path = shapes_teacher() if teacher == "shapes" else Path(teacher).expanduser()
+    path = teacher_path(teacher)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not path.exists():
         return {"name": teacher, "files": None}

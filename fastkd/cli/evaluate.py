@@ -30,8 +30,8 @@ def evaluate(
     Args:
         data: the dataset.
         model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), a folder or hub name
-            of transformers' CLIPSeg or SAM 3, or "shapes" for the shipped teacher of the procedural set.
-        split: train, val, test, testA or testB.
+            of transformers' CLIPSeg or SAM 3, or a shipped teacher: "shapes" or "shapesref".
+        split: train, val, test, testA, testB or testC.
         protocol: evaluation protocol: "lavt" (at the model's own size), "lavt480", "cris_orig" (at each image's own
             size) or "gres" (sentences without a target).
         batch_size: samples per forward.

@@ -41,8 +41,8 @@ def predict(
     Args:
         image: image file; folder of images; or JSONL file with lines like {"image": "a.jpg", "sentence": "the cup"}.
         sentences: referring expression, such as "the left red cup", or several; none for a JSONL file.
-        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), or "shapes" for the
-            shipped teacher of the procedural set.
+        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), or a shipped
+            teacher: "shapes" or "shapesref".
         out: output folder; earlier files of the same names are replaced.
         tokenizer: path of a vocab.txt or of a tokenizer folder; if omitted, the one in the model's folder or named by
             its configuration.

@@ -17,7 +17,7 @@ from fastkd.data.shapes import sentence_kinds
 from fastkd.data.shapesref import KIND_SHARES, PLACELESS_SHARES, SPLITS, VERSION, generate
 from tests.helpers.shapes_interpreter import World, read_worlds
 
-IMAGES, SIZE, SEED = 150, 64, 4
+IMAGES, SIZE, SEED = 125, 64, 4
 DIGESTS = ["43133a0f40be432b", "79a5ecd089ab1ff2", "5db84d2afea7fb8e"]  # of sentences, masks and pixels
 PLACE = (
     "left leftmost right rightmost top topmost bottom bottommost middle center above below under behind front "
@@ -50,7 +50,7 @@ def test_every_sentence_refers_to_its_shape_only(root: Path, refs: list[dict], w
             assert found == [ref["ann_id"]], (ref["image_id"], sentence["sent"])
             read[kinds[sentence["sent_id"]]] += 1
     assert set(read) == set(KIND_SHARES)
-    assert min(read.values()) > 20
+    assert min(read.values()) > 15
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_swapped_words_change_the_referent(refs: list[dict], worlds: dict[int, W
 
 def test_kinds_follow_the_documented_shares() -> None:
     kinds: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for index in range(240):
+    for index in range(200):
         placeless = index % 4 == 0
         expressions = generate.draw(index // 4 * 25 + 4 if placeless else index * 25, 1)[1]
         assert 2 <= len(expressions) <= 5
@@ -170,3 +170,17 @@ def test_rejects_bad_arguments(tmp_path: Path, arguments: dict, message: str) ->
     with pytest.raises(ValueError, match=message):
         make_shapesref(tmp_path / "set", **{"images": 5, **arguments})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shipped_teacher_knows_the_set(root: Path) -> None:
+    pytest.importorskip("timm", reason="needs the [ris] extra")
+    from fastkd.cli._data import open_split
+    from fastkd.cli._models import load_model
+    from fastkd.cli._shipped import SHIPPED
+    from fastkd.evaluate import evaluate
+
+    assert sum(file.stat().st_size for file in SHIPPED["shapesref"].iterdir()) < 8 * 2**20
+    teacher = load_model("shapesref")
+    val = open_split(root, "val", teacher, sentences="all")
+    assert len(val) >= 10
+    assert evaluate(teacher, val, device="cpu").miou > 35
