@@ -296,7 +296,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(model, dataset, *, batch_size=32, protocol='lavt', device=None, precision='fp32', workers=0, "
             "collate=None, channels_last=False, no_target_pixels=50)"
         ),
-        "paired_bootstrap": "(ours, theirs, *, resamples=10000, confidence=0.95, seed=0)",
+        "paired_bootstrap": "(ours, theirs, *, groups=None, resamples=10000, confidence=0.95, seed=0)",
         "predict": "(model, image, sentence, tokenizer=None)",
         "predict_batches": "(model, records, tokenizer=None, *, batch_size=16)",
         "read_samples": "(path)",

@@ -44,7 +44,7 @@ def page(records: Records, digest: str, resamples: int = 10_000) -> str:
     """Return the generated part of the page; settings other than "main" and "tuning" follow in alphabetical order."""
     parts = [
         f"Made from results with digest `{digest}`. Intervals: 95 %, [paired bootstrap](#intervals) over seeds, then"
-        " sentences; bold: 0 is outside."
+        " images; bold: 0 is outside."
     ]
     if len(select(records, MAIN, "time")) > 1:
         parts.append("![Gain of each row over the student alone, on testA and testB, in equal time](evidence.svg)")

@@ -1,4 +1,4 @@
-"""Tables of experiments: scores of each row, and its gains over other rows with intervals over seeds and sentences."""
+"""Tables of experiments: scores of each row, and its gains over other rows with intervals over seeds and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastkd.cli._grid.records import best_scales, decode_iou
+from fastkd.cli._grid.records import best_scales, decode_images, decode_iou
 from fastkd.evaluate import PairedDifference, paired_bootstrap
 
 Records = Sequence[Mapping[str, Any]]
@@ -67,6 +67,21 @@ class Sample:
         """Return IoU in percent, (seeds, sentences of the splits)."""
         return np.array([np.concatenate([_decoded(self.by_seed[s][p]["iou"]) for p in splits]) for s in seeds])
 
+    def images(self, seeds: Sequence[int], splits: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Return the number of the image of every sentence of the splits, (sentences,); splits share no image.
+
+        Raises:
+            ValueError: results of a split that are not of the same sentences.
+        """
+        parts: list[npt.NDArray[np.int64]] = []
+        for split in splits:
+            held = {self.by_seed[seed][split]["images"] for seed in seeds}
+            if len(held) > 1:
+                raise ValueError(f"results of row {self.row!r} on {split} are of different sets: run them again")
+            numbers = decode_images(held.pop())
+            parts.append(numbers + (parts[-1].max() + 1 if parts else 0))
+        return np.concatenate(parts)
+
 
 @functools.cache
 def _decoded(text: str) -> npt.NDArray[np.float64]:
@@ -104,7 +119,10 @@ def gain(row: Sample, over: Sample, splits: Sequence[str], resamples: int = 10_0
     seeds = sorted({*row.seeds(splits)} & {*over.seeds(splits)})
     if not seeds:
         return None
-    return paired_bootstrap(row.iou(seeds, splits), over.iou(seeds, splits), resamples=resamples)
+    images = row.images(seeds, splits)
+    if not np.array_equal(images, over.images(seeds, splits)):
+        raise ValueError(f"results of rows {row.row!r} and {over.row!r} are of different sets: run them again")
+    return paired_bootstrap(row.iou(seeds, splits), over.iou(seeds, splits), groups=images, resamples=resamples)
 
 
 def scores_table(rows: Mapping[str, Sample], splits: Sequence[str], resamples: int = 10_000) -> str:

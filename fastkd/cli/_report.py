@@ -99,12 +99,8 @@ def _scores(scored: Sequence[Scored]) -> list[SampleIoU]:
 def _interval(values: np.ndarray, images: Sequence[Any]) -> tuple[float, float, float]:
     """Return the mean of values (S, N) and the ends of its 95 % interval, drawing seeds and images."""
     from fastkd.evaluate import paired_bootstrap
-    from fastkd.evaluate.comparison import per_unit
 
-    numbers = {image: number for number, image in enumerate(dict.fromkeys(images))}
-    owner = np.array([numbers[image] for image in images])
-    drawn = np.stack([per_unit(row, owner) for row in values])  # (S, images)
-    found = paired_bootstrap(drawn, np.zeros_like(drawn), resamples=_RESAMPLES)
+    found = paired_bootstrap(values, np.zeros_like(values), groups=images, resamples=_RESAMPLES)
     return found.mean, found.low, found.high
 
 

@@ -23,7 +23,7 @@ class PairedDifference:
         high: upper end.
         confidence: coverage that the interval aims at, such as 0.95.
         seeds: number of paired seeds.
-        samples: number of paired samples.
+        samples: number of paired samples, or of their groups.
     """
 
     mean: float
@@ -41,6 +41,7 @@ def paired_bootstrap(
     ours: npt.ArrayLike,
     theirs: npt.ArrayLike,
     *,
+    groups: npt.ArrayLike | None = None,
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -58,9 +59,18 @@ def paired_bootstrap(
     quantiles (1 ± confidence)/2 of d*. With one seed it covers the choice of samples only. With few seeds, percentile
     intervals are somewhat too narrow: the variance that is resampled lacks the factor S/(S − 1).
 
+    Samples that share an image are not independent. With ``groups``, the images of the samples, resamples draw M groups
+    instead. With n_j samples in group j, and for each seed d_i the difference of sample i and d̄ their mean, they
+    average the groups' values
+
+        u_j = d̄ + M/N (Σ_{i in j} d_i − n_j d̄),
+
+    whose mean is d̄: the linearised ratio estimator of a mean over clusters.
+
     Args:
         ours: (S, N) scores, or (N,) for one seed; per-sample IoU, for example.
         theirs: the same shape, of the model to compare with.
+        groups: (N,) the group of each sample, by any number or name, such as its image_id; None: every sample is one.
         resamples: number of resamples.
         confidence: coverage of the interval, between 0 and 1.
         seed: seed of the resampling; equal arguments give equal results.
@@ -69,14 +79,15 @@ def paired_bootstrap(
         The mean difference and its interval, computed in float64.
 
     Raises:
-        ValueError: shapes that differ or are not (S, N) or (N,), no scores, scores that are not finite, or an option
-            out of range.
+        ValueError: shapes that differ or are not (S, N) or (N,), groups that are not (N,), no scores, scores that are
+            not finite, or an option out of range.
 
     Example:
         >>> paired_bootstrap(100 * distilled.sample_iou, 100 * alone.sample_iou)  # doctest: +SKIP
         PairedDifference(mean=3.1, low=1.9, high=4.3, confidence=0.95, seeds=1, samples=1000)
 
-    After A. B. Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007.
+    After A. B. Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007; groups after W. G. Cochran,
+    "Sampling Techniques", 3rd edition, 1977, chapter 9A (clusters of unequal sizes).
     """
     a, b = _scores(ours, "ours"), _scores(theirs, "theirs")
     if a.shape != b.shape:
@@ -89,6 +100,9 @@ def paired_bootstrap(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1 (such as 0.95), got {confidence!r}")
     difference = a - b  # (S, N)
+    mean_difference = float(difference.mean())
+    if groups is not None:
+        difference = _of_groups(difference, groups)  # (S, groups)
     seeds, samples = difference.shape
     of_seeds, of_samples = (np.random.default_rng([seed, part]) for part in (0, 1))
     found = np.empty(resamples)
@@ -102,7 +116,23 @@ def paired_bootstrap(
         columns = of_samples.integers(0, samples, (count, samples))
         found[start : start + count] = np.take_along_axis(mean, columns, 1).mean(1)
     low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return PairedDifference(float(difference.mean()), float(low), float(high), confidence, seeds, samples)
+    return PairedDifference(mean_difference, float(low), float(high), confidence, seeds, samples)
+
+
+def _of_groups(difference: npt.NDArray[np.float64], groups: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return a value per seed and group, whose mean over groups is that over samples; see `paired_bootstrap`."""
+    labels = np.asarray(groups)
+    samples = difference.shape[1]
+    if labels.shape != (samples,):
+        raise ValueError(
+            f"groups must be ({samples},), the group of each sample, such as its image_id; got {labels.shape}"
+        )
+    numbers: dict[Any, int] = {}  # as they first occur, so that other names give the same result
+    number = [numbers.setdefault(label, len(numbers)) for label in labels.tolist()]
+    counts = np.bincount(number)
+    sums = np.stack([np.bincount(number, row) for row in difference])
+    mean = difference.mean(1, keepdims=True)
+    return np.asarray(mean + (sums - counts * mean) * len(counts) / samples)
 
 
 def _scores(values: Any, name: str) -> npt.NDArray[np.float64]:

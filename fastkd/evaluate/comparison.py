@@ -71,13 +71,8 @@ def compare(
     Samples are matched by ref_id and sent_id. Both evaluations must be of the same set, split, protocol, resolution
     and mask rule, and of the same samples with equal sentences and true masks.
 
-    The sentences of an image are not independent: refs share the image, and sentences the mask of a ref. With M images,
-    N sentences, n_j of them in image j, d_i the difference of sentence i and d̄ their mean, `paired_bootstrap` draws
-    the images' values
-
-        u_j = d̄ + M/N (Σ_{i in j} d_i − n_j d̄),
-
-    whose mean is d̄: the linearised ratio estimator of a mean over clusters.
+    The sentences of an image are not independent: refs share the image, and sentences the mask of a ref. So
+    `paired_bootstrap` draws images.
 
     Args:
         ours: what `evaluate` or `read_samples` returned.
@@ -92,15 +87,13 @@ def compare(
 
     Example:
         >>> print(compare(evaluate(student, val_set), read_samples("alone.jsonl")))
-
-    After W. G. Cochran, "Sampling Techniques", 3rd edition, 1977, chapter 9A (clusters of unequal sizes).
     """
     ours, theirs = (one if isinstance(one, SampleScores) else SampleScores.of(one) for one in (ours, theirs))
     check_conditions(ours.conditions, theirs, ours.source)
     _check_samples(ours, theirs)
     pairs = [(sample, theirs.samples[key]) for key, sample in ours.samples.items()]
     rules = protocol(ours.conditions["protocol"])
-    unit, owner = _units(ours)  # (samples,)
+    unit, owner = units_of([*ours.samples.values()])  # (samples,)
     everywhere = np.ones(len(pairs), dtype=bool)
     iou = _columns(pairs, "iou")  # (2, samples)
     targeted, measures = everywhere, {"mIoU": (iou, everywhere)}
@@ -113,10 +106,9 @@ def compare(
     differences = {}
     for name, (values, chosen) in measures.items():
         if chosen.any():
-            difference = 100.0 * values[0, chosen] - 100.0 * values[1, chosen]
-            drawn = per_unit(difference, owner[chosen])
+            mine, other = (100.0 * each[chosen] for each in values)
             differences[name] = paired_bootstrap(
-                drawn, np.zeros_like(drawn), resamples=resamples, confidence=confidence, seed=seed
+                mine, other, groups=owner[chosen], resamples=resamples, confidence=confidence, seed=seed
             )
     oiou = 100 * (_overall(pairs, 0) - _overall(pairs, 1))
     return Comparison(theirs.source, len(pairs), unit, oiou, differences)
@@ -152,22 +144,17 @@ def _check_samples(ours: SampleScores, theirs: SampleScores) -> None:
                 )
 
 
-def _units(scores: SampleScores) -> tuple[str, np.ndarray]:
-    """Return what the bootstrap draws, and the number of the unit of each sample, (samples,)."""
+def units_of(samples: Sequence[Mapping[str, Any]]) -> tuple[str, np.ndarray]:
+    """Return what the bootstrap draws, and the number of the unit of each sample, (samples,).
+
+    Units are numbered from 0 as they first occur.
+    """
     for unit, name in (("images", "image_id"), ("refs", "ref_id")):
-        if all(sample.get(name) is not None for sample in scores.samples.values()):
+        if all(sample.get(name) is not None for sample in samples):
             numbers: dict[str, int] = {}
-            owner = [numbers.setdefault(str(sample[name]), len(numbers)) for sample in scores.samples.values()]
+            owner = [numbers.setdefault(str(sample[name]), len(numbers)) for sample in samples]
             return unit, np.array(owner)
-    return "sentences", np.arange(len(scores.samples))
-
-
-def per_unit(difference: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """Return a value per unit, whose mean is that of the samples' differences; see `compare`."""
-    _, unit = np.unique(owner, return_inverse=True)
-    counts, sums = np.bincount(unit), np.bincount(unit, difference)
-    mean = difference.mean()
-    return np.asarray(mean + (sums - counts * mean) * len(counts) / len(difference))
+    return "sentences", np.arange(len(samples))
 
 
 def _columns(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], name: str) -> np.ndarray:

@@ -13,7 +13,7 @@ pytest.importorskip("torchmetrics", reason="needs the [ris] extra")
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import tables
 from fastkd.cli._grid.grid import load_grid
-from fastkd.cli._grid.records import append_records, encode_iou
+from fastkd.cli._grid.records import append_records, encode_images, encode_iou
 from fastkd.cli._grid.runs import _terms, cache_folder
 from fastkd.evaluate import paired_bootstrap
 
@@ -23,7 +23,7 @@ SENTENCES = {"val": 30, "testA": 40, "testB": 20}
 
 def record(row: str, seed: int, split: str, shift: float, **changes):
     """Return a result whose sentences have random IoU around a level; codes of 8 bits, so that storage is exact."""
-    rng = np.random.default_rng([seed, *split.encode()])
+    rng = np.random.default_rng([seed, *split.encode(), *row.encode()])
     iou = np.rint(255 * np.clip(rng.random(SENTENCES[split]) * 0.5 + shift, 0, 1)) / 255
     scores = {"miou": 100 * iou.mean(), "oiou": 50.0, **{f"p{n}0": 100 * (iou >= n / 10).mean() for n in range(5, 10)}}
     key = {
@@ -37,7 +37,8 @@ def record(row: str, seed: int, split: str, shift: float, **changes):
     }
     run = {"steps": 100, "seconds": 10.0, "relative_cost": 0.5, "sentences": len(iou), "parameters": 1234}
     where = {"processor": "P", "torch": "T", "commit": "C"}
-    return {**key, **run, **where, **scores, "iou": encode_iou(iou), **changes}
+    samples = {"iou": encode_iou(iou), "images": encode_images(np.arange(len(iou)) // 3)}  # up to 3 sentences each
+    return {**key, **run, **where, **scores, **samples, **changes}
 
 
 def results() -> list:
@@ -69,11 +70,26 @@ def test_table_states_scores_and_gains_with_intervals():
     own = found[tables.ROWS["method"]]
     assert own[:3] == ["100", "10", "2"]
     assert own[3] == f"{method.mean():.1f} ({method.mean(1).std(ddof=1):.1f})"
-    assert own[4] == tables.interval(paired_bootstrap(method, alone, resamples=200))
-    assert own[5] == tables.interval(paired_bootstrap(method, pooled("logit_feature"), resamples=200))
+    images = [*(f"A{i // 3}" for i in range(40)), *(f"B{i // 3}" for i in range(20))]
+    assert own[4] == tables.interval(paired_bootstrap(method, alone, groups=images, resamples=200))
+    plain = pooled("logit_feature")
+    assert own[5] == tables.interval(paired_bootstrap(method, plain, groups=images, resamples=200))
+    assert own[4] != tables.interval(paired_bootstrap(method, alone, resamples=200))
     assert own[7] == f"{100 * (method >= 50).mean():.1f}"
     assert found["student alone"][4] == ""
     assert own[4].startswith("**+")
+
+
+@pytest.mark.parametrize(("row", "seed"), [("method", 1), ("alone", 0)])
+def test_results_on_other_sets_are_not_compared(row, seed):
+    records = results()
+    for one in records:
+        if (one["row"], one["split"]) == (row, "testA") and one["seed"] >= seed:
+            one["images"] = encode_images(np.arange(40) // 2)
+    rows = tables.select(records, "main", "time")
+    with pytest.raises(ValueError, match="of different sets: run them again"):
+        tables.gain(rows["method"], rows["alone"], ["testA", "testB"], 20)
+    assert tables.gain(rows["method"], rows["alone"], ["val", "testB"], 20).samples == 10 + 7
 
 
 def test_gains_use_common_seeds_only():

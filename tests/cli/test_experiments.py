@@ -26,6 +26,7 @@ from fastkd.cli._grid.costs import phases
 from fastkd.cli._grid.grid import Grid, load_grid
 from fastkd.cli._grid.runs import cache_folder, cached, costs_of, steps_of
 from fastkd.cli._settings import DistillSettings, TrainSettings
+from fastkd.data import RefCOCO
 
 METHOD = {"terms": {"first_order": 0.5}}
 
@@ -81,6 +82,7 @@ def test_grid_runs_is_killed_and_resumes(root, monkeypatch, capsys):
     for one in found.values():
         iou = records.decode_iou(one["iou"])
         assert len(iou) == one["sentences"]
+        assert records.decode_images(one["images"]).tolist() == images_of(root / "shapes", one["split"])
         assert 100 * iou.mean() == pytest.approx(one["miou"], abs=0.2)
         assert one["seconds"] > 0
         assert one["equal_time"] is True
@@ -97,6 +99,13 @@ def test_grid_runs_is_killed_and_resumes(root, monkeypatch, capsys):
     )
     assert main(["experiments", str(path)]) == 2
     assert "holds results of row 'method' with other settings" in capsys.readouterr().err
+
+
+def images_of(root: Path, split: str) -> list[int]:
+    """Return the number of the image of every sentence of a split, in the order in which images first occur."""
+    refs = RefCOCO(root, split=split).refs
+    ids = [ref.image_id for ref in refs for _ in ref.sentences]
+    return [[*dict.fromkeys(ids)].index(one) for one in ids]
 
 
 def documented(heading: str) -> set[str]:
@@ -262,7 +271,7 @@ def test_scales_are_tried_or_taken_from_results(root):
     names = [run.name for run in load_grid(path).runs()]
     assert names[:3] == ["alone-seed0", "method-x0.5-seed0", "method-seed0"]
     assert len(names) == 6
-    line = {"setting": "tuning", "student": "s", "row": "method", "equal_time": False}
+    line = {"setting": "tuning", "student": "s", "row": "method", "equal_time": False, "images": ""}
     scores = [(0.5, 0, "val", 40.0), (0.5, 1, "val", 46.0), (2.0, 0, "val", 44.0), (1.0, 0, "testA", 90.0)]
     records.append_records(
         root / "scales" / "tuned.jsonl",
@@ -341,6 +350,8 @@ def test_iou_survive_storage_and_a_torn_line_is_dropped(tmp_path):
     assert (decoded[0], decoded[1]) == (0, 1)
     path = tmp_path / "new" / "results.jsonl"
     line = {"setting": "s", "student": "s", "row": "r", "scale": 1.0, "seed": 0, "split": "val", "equal_time": True}
+    line["images"] = records.encode_images([0, 0, 1, 0, 70000])
+    assert records.decode_images(line["images"]).tolist() == [0, 0, 1, 0, 70000]
     assert records.read_records(path) == []
     records.append_records(path, [{**line, "iou": text}])
     with path.open("a", encoding="utf-8") as file:
@@ -348,6 +359,10 @@ def test_iou_survive_storage_and_a_torn_line_is_dropped(tmp_path):
     assert len(records.read_records(path)) == 1
     records.append_records(path, [{**line, "iou": "later"}, {**line, "seed": 1}])
     assert [(one["seed"], one.get("iou")) for one in records.read_records(path)] == [(0, "later"), (1, None)]
+    del line["images"]
+    path.write_text(json.dumps({**line, "iou": text}) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1 lacks images, .*Remove such lines and run the grid again"):
+        records.read_records(path)
     path.write_text("[]\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 1 is not a result"):
         records.read_records(path)

@@ -67,6 +67,34 @@ def test_seed_determines_the_result_and_tensors_are_accepted():
     assert str(paired_bootstrap([1.0, 3.0], [0.0, 0.0], resamples=1, seed=3)).startswith("+2.00 [")
 
 
+def test_groups_are_drawn_as_the_residuals_of_a_ratio():
+    ours, theirs = scores(3, 12)
+    names = [*"caabbacbbbda"]  # d has one sample
+    found = paired_bootstrap(ours, theirs, groups=names, resamples=31, seed=4)
+    difference = ours - theirs
+    values = np.empty((3, 4))
+    for seed in range(3):
+        mean = difference[seed].mean()
+        for place, name in enumerate("cabd"):
+            own = [d for d, group in zip(difference[seed], names, strict=True) if group == name]
+            values[seed, place] = mean + 4 / 12 * (sum(own) - len(own) * mean)
+    expected = np.quantile(literal(values, np.zeros_like(values), 31, 4), [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-14)
+    assert found.mean == pytest.approx(difference.mean(), abs=1e-15)
+    assert (found.seeds, found.samples) == (3, 4)
+    each = paired_bootstrap(ours, theirs, groups=range(12), resamples=31)
+    plain = paired_bootstrap(ours, theirs, resamples=31)
+    assert (each.low, each.high, each.samples) == (pytest.approx(plain.low), pytest.approx(plain.high), 12)
+
+
+def test_samples_that_agree_within_a_group_count_once():
+    of_group = np.random.default_rng(3).normal(size=(1, 100))
+    repeated = np.repeat(of_group, 9, 1)  # neither more nor less is known than from one sample each
+    found = paired_bootstrap(repeated, np.zeros((1, 900)), groups=np.repeat(range(100), 9), resamples=500)
+    once = paired_bootstrap(of_group, np.zeros((1, 100)), resamples=500)
+    assert (found.low, found.high) == pytest.approx((once.low, once.high))
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "options", "message"),
     [
@@ -76,6 +104,8 @@ def test_seed_determines_the_result_and_tensors_are_accepted():
         ([], [], {}, "at least one score"),
         ([1.0, 2.0], [1.0, np.nan], {}, "theirs must hold finite scores, got nan at seed 0, sample 1"),
         ([np.inf, 1.0], [1.0, 1.0], {}, "ours must hold finite scores, got inf at seed 0, sample 0"),
+        ([1.0, 2.0], [1.0, 2.0], {"groups": [0]}, r"groups must be \(2,\), the group of each sample.* got \(1,\)"),
+        (np.zeros((2, 2)), np.zeros((2, 2)), {"groups": np.zeros((2, 2))}, r"groups must be \(2,\).* got \(2, 2\)"),
         ([1.0], [1.0], {"resamples": 0}, "resamples must be an integer >= 1, got 0"),
         ([1.0], [1.0], {"resamples": True}, "resamples must be an integer >= 1, got True"),
         ([1.0], [1.0], {"confidence": 1.0}, "confidence must be between 0 and 1"),

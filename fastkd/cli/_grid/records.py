@@ -1,4 +1,4 @@
-"""Results of runs: one JSON line per run and split, with the IoU of every sample."""
+"""Results of runs: one JSON line per run and split, with the IoU and the image of every sample."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_records(path: Path) -> list[Record]:
     A last line without its end, left by a killed process, is ignored.
 
     Raises:
-        ValueError: another line is not a record.
+        ValueError: another line is not a record, or lacks the images of its sentences.
     """
     if not path.is_file():
         return []
@@ -44,6 +44,11 @@ def read_records(path: Path) -> list[Record]:
             found[key_of(record)] = record
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number} is not a result ({error}): remove the line") from error
+        if "images" not in record:
+            raise ValueError(
+                f"{path}, line {number} lacks images, the image of every sentence, which intervals need: an earlier "
+                "version of fastkd wrote it. Remove such lines and run the grid again"
+            )
     return list(found.values())
 
 
@@ -71,6 +76,17 @@ def encode_iou(iou: npt.ArrayLike) -> str:
 def decode_iou(text: str) -> npt.NDArray[np.float64]:
     """Return the IoU that `encode_iou` wrote: (N,) float64."""
     return np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype=np.uint8) / 255
+
+
+def encode_images(images: npt.ArrayLike) -> str:
+    """Return the number of the image of every sample, (N,) integers, as text: differences of neighbours, compressed."""
+    steps = np.diff(np.asarray(images, dtype=np.int64), prepend=0).astype("<i4")
+    return base64.b85encode(zlib.compress(steps.tobytes(), 9)).decode("ascii")
+
+
+def decode_images(text: str) -> npt.NDArray[np.int64]:
+    """Return the numbers that `encode_images` wrote: (N,) int64."""
+    return np.cumsum(np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype="<i4"), dtype=np.int64)
 
 
 def best_scales(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkd._atomic import replace_files
 from fastkd.cli._grid.grid import OF_CACHE, Grid, Run
-from fastkd.cli._grid.records import Record, encode_iou
+from fastkd.cli._grid.records import Record, encode_images, encode_iou
 from fastkd.cli._settings import DistillSettings, RunSettings, TermSettings
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def execute(grid: Grid, run: Run, steps: int, cost: float | None) -> list[Record
     from fastkd._info import cpu_name
     from fastkd._runtime import pick_device
     from fastkd.evaluate import evaluate
+    from fastkd.evaluate.comparison import units_of
     from fastkd.train import train
 
     folder = grid.work / "runs" / run.folder
@@ -214,8 +215,8 @@ def execute(grid: Grid, run: Run, steps: int, cost: float | None) -> list[Record
             scores |= {f"p{name[-1]}0": value for name, value in score.metrics.items() if name.startswith("P@")}
             scores = {name: round(value, 4) for name, value in scores.items()}
             sentences = {"sentences": score.sentences}
-            iou = {"iou": encode_iou(score.sample_iou)}
-            records.append({**shared, "split": split, **scores, **sentences, **conditions, **iou})
+            samples_of = {"iou": encode_iou(score.sample_iou), "images": encode_images(units_of(score.samples)[1])}
+            records.append({**shared, "split": split, **scores, **sentences, **conditions, **samples_of})
     return records
 
 
