@@ -15,6 +15,7 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     """
     from fastkd.cli import (
         _sets,
+        app,
         cache,
         convert,
         data,
@@ -29,24 +30,25 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
         train,
     )
 
-    app = SubcommandApp()
-    app.command(name="info")(info.info)
+    commands = SubcommandApp()
+    commands.command(name="info")(info.info)
     datasets = SubcommandApp()
     datasets.command(name="make-shapes")(data.make_shapes)
     datasets.command(name="make-shapesref")(data.make_shapesref)
     datasets.command(name="check")(_sets.check)
     datasets.command(name="convert")(_sets.convert)
     datasets.command(name="show")(_sets.show_samples)
-    app.command(datasets, name="data", help="make, check, convert and show datasets")
-    app.command(name="train")(train.with_settings(train.train, args))
-    app.command(name="distill")(train.with_settings(train.distill, args))
-    app.command(name="recipes")(recipes.recipes)
-    app.command(name="cache")(cache.with_settings(args))
-    app.command(name="experiments")(experiments.experiments)
-    app.command(name="evaluate")(evaluate.evaluate)
-    app.command(name="predict")(predict.predict)
-    app.command(name="report")(report.report)
-    app.command(name="export")(export.export)
-    app.command(name="convert")(convert.convert)
-    app.command(name="demo")(demo.demo)
-    return app
+    commands.command(datasets, name="data", help="make, check, convert and show datasets")
+    commands.command(name="train")(train.with_settings(train.train, args))
+    commands.command(name="distill")(train.with_settings(train.distill, args))
+    commands.command(name="recipes")(recipes.recipes)
+    commands.command(name="cache")(cache.with_settings(args))
+    commands.command(name="experiments")(experiments.experiments)
+    commands.command(name="evaluate")(evaluate.evaluate)
+    commands.command(name="predict")(predict.predict)
+    commands.command(name="report")(report.report)
+    commands.command(name="app")(app.app)
+    commands.command(name="export")(export.export)
+    commands.command(name="convert")(convert.convert)
+    commands.command(name="demo")(demo.demo)
+    return commands

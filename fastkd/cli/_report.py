@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from fastkd.data import ReferDataset
+    from fastkd.data import ReferDataset, Tokenizer
     from fastkd.evaluate import EvalResult
     from fastkd.report import ChannelRelations, Example, SampleIoU, WordAttention
 
@@ -71,13 +71,15 @@ def measure_latency(model: Any, dataset: ReferDataset, repeats: int = 10) -> flo
     """Return the median seconds of a forward of one image and sentence, after two warm-ups."""
     import torch
 
+    from fastkd.distill.forward import run_model
+
     batch = _inputs(model, dataset, [0])
     seconds = []
     with torch.inference_mode():
         for _ in range(repeats + 2):
             start = time.perf_counter()
-            logits = model(**batch).logits
-            logits[0, 0, 0, 0].item()  # waits for the device
+            output = run_model(model, **batch)
+            getattr(output, "logits", output)[0, 0, 0, 0].item()  # waits for the device
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
 
@@ -137,39 +139,58 @@ def _example(scored: Sequence[Scored], index: int, group: str) -> Example:
 
 
 def _attention(scored: Sequence[Scored], index: int) -> WordAttention | None:
-    """Return the attention at the finest stage of the models that have one over the same words, or None."""
+    sample = scored[0].results[0].samples[index]
+    image = scored[0].dataset.refcoco.image(sample["image_id"])
+    return word_attention({one.name: (one.model, one.dataset.tokenizer) for one in scored}, image, sample["sentence"])
+
+
+def word_attention(
+    models: Mapping[str, tuple[Any, Tokenizer]], pixels: np.ndarray, sentence: str
+) -> WordAttention | None:
+    """Return the attention at the finest stage of the models that have one over the same words, or None.
+
+    Args:
+        models: name to model and tokenizer.
+        pixels: (H, W, 3) uint8.
+        sentence: the referring expression.
+    """
     import torch
 
+    from fastkd.data.dataset import normalise
+    from fastkd.data.images import to_square
+    from fastkd.distill.forward import normalisation, run_model
+    from fastkd.models.inputs import word_limit
     from fastkd.report import WordAttention
     from fastkd.report.compared import attention_probabilities
 
     maps, shown = {}, None
-    for one in scored:
-        batch = _inputs(one.model, one.dataset, [index])
+    for name, (model, tokenizer) in models.items():
+        device = next(model.parameters()).device
+        input_ids, word_mask = tokenizer([sentence], word_limit(model))  # (1, T)
+        image = normalise(to_square(pixels, model.config.image_size), *(normalisation(model) or ()))
         with torch.inference_mode():
-            output = one.model(**batch)
+            output = run_model(model, image[None].to(device), input_ids.to(device), word_mask.to(device))
         logits = getattr(output, "pixel_word_logits", None)
-        pieces = one.dataset.tokenizer.pieces()
-        words = [pieces[int(number)] for number in batch["input_ids"][0][batch["word_mask"][0]]]
+        pieces = tokenizer.pieces()
+        words = [pieces[number] for number in input_ids[0][word_mask[0].bool()].tolist()]
         if logits and (shown is None or words == shown):
             shown = words
-            maps[one.name] = attention_probabilities(logits[0][0], batch["word_mask"][0])
-    if shown is None:
-        return None
-    image = scored[0].dataset.refcoco.image(scored[0].results[0].samples[index]["image_id"])
-    return WordAttention(image, shown, maps)
+            maps[name] = attention_probabilities(logits[0][0].cpu(), word_mask[0])
+    return None if shown is None else WordAttention(pixels, shown, maps)
 
 
 def _relations(scored: Sequence[Scored]) -> ChannelRelations | None:
     import torch
 
+    from fastkd.distill.forward import run_model
     from fastkd.report import ChannelRelations
     from fastkd.report.compared import channel_similarities
 
     matrices = {}
     for one in scored:
         with torch.inference_mode():
-            output = one.model(**_inputs(one.model, one.dataset, range(min(_RELATED, len(one.dataset)))))
+            batch = _inputs(one.model, one.dataset, range(min(_RELATED, len(one.dataset))))
+            output = run_model(one.model, **batch)
         features = getattr(output, "decoder_features", None)
         if features is not None:
             matrices[one.name] = channel_similarities(features)

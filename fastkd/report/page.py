@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -247,22 +248,23 @@ def _example(example: Example, index: int) -> str:
     size = image.shape[:2]
     truth = overlays.as_mask(example.truth, size, f"{where}.truth")
     panels = [
-        _panel(overlays.overlay(image, longest=overlays.PANEL), "Image", "The image"),
-        _panel(overlays.overlay(image, truth, overlays.TRUTH, overlays.PANEL), "Truth", "The true mask", key="truth"),
+        panel(overlays.overlay(image, longest=overlays.PANEL), "Image", "The image"),
+        panel(overlays.overlay(image, truth, overlays.TRUTH, overlays.PANEL), "Truth", "The true mask", key="truth"),
     ]
     for name, prediction in example.predictions.items():
         mask = overlays.as_mask(prediction, size, f"{where}.predictions[{name!r}]")
         score = (example.ious or {}).get(name, overlays.iou(mask, truth))
         drawn = overlays.errors_overlay(image, mask, truth, overlays.PANEL)
         alt = f"The mask predicted by {name}, IoU {text.number(score)} %" + ("" if mask.any() else ", empty")
-        panels.append(_panel(drawn, name, alt, score=score, empty=not mask.any()))
+        panels.append(panel(drawn, name, alt, score=score, empty=not mask.any()))
     caption = f"<figcaption>{escape(example.sentence)}</figcaption>"
     return f'<figure class="example">{caption}\n<div class="panels">\n' + "\n".join(panels) + "\n</div></figure>"
 
 
-def _panel(
+def panel(
     picture: np.ndarray, name: str, alt: str, key: str = "", score: float | None = None, empty: bool = False
 ) -> str:
+    """Return a captioned picture; ``score`` is its IoU."""
     height, width = picture.shape[:2]
     swatch = f'<span class="key {key}"></span>' if key else ""
     iou = "" if score is None else f' <span class="iou">{"empty, " if empty else ""}IoU {text.number(score)}</span>'
@@ -270,6 +272,37 @@ def _panel(
         f'<div class="panel"><img src="{overlays.data_uri(picture)}" width="{width}" height="{height}" '
         f'alt="{escape(alt)}">{swatch}{escape(name)}{iou}</div>'
     )
+
+
+def answer_page(
+    image: Any, sentence: str, found: Mapping[str, tuple[Any, float]], attention: WordAttention | None = None
+) -> str:
+    """Return a page with the masks that models predict for one sentence, without the true mask.
+
+    Args:
+        image: as in `Example`.
+        sentence: the referring expression.
+        found: model name to its mask (H, W) and score in [0, 1].
+        attention: the models' attention to each word, or None.
+
+    Raises:
+        ValueError: a mask whose size differs from the image's.
+    """
+    pixels = overlays.as_image(image)
+    panels = [panel(overlays.overlay(pixels, longest=overlays.PANEL), "Image", "The image")]
+    for name, (given, score) in found.items():
+        mask = overlays.as_mask(given, pixels.shape[:2], f"mask of {name!r}")
+        drawn = overlays.overlay(pixels, mask, overlays.PREDICTION, overlays.PANEL)
+        caption = f"{name}: {f'score {score:.2f}' if mask.any() else 'found nothing'}"
+        panels.append(panel(drawn, caption, f"The mask predicted by {name}"))
+    body = (
+        f'<figure class="example"><figcaption>{escape(sentence)}</figcaption>\n<div class="panels">\n'
+        + "\n".join(panels)
+        + "\n</div></figure>"
+    )
+    if attention is not None:
+        body += f"\n<h3>Attention to each word</h3>\n{attention_html(attention, 0)}"
+    return PAGE.substitute(title=escape(sentence), style=STYLE, body=body)
 
 
 def _compared(attention: Sequence[WordAttention], relations: ChannelRelations | None) -> str:
