@@ -18,6 +18,7 @@ from PIL import Image
 
 from fastkd.cli import main
 from fastkd.cli.app import answer, build_page, load_named
+from fastkd.errors import FastKDWarning
 
 HOSTILE = "red <b>'x\""
 
@@ -35,7 +36,8 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_answer_is_a_frame_without_scripts(models, image):
-    found = answer(models, image, HOSTILE)
+    with pytest.warns(FastKDWarning, match="cannot represent"):
+        found = answer(models, image, HOSTILE)
     frame = Page(found)
     ((tag, attributes),) = frame.tags
     assert tag == "iframe"
