@@ -1,4 +1,4 @@
-"""Read damaged and hostile data sets: every input must be read, or rejected by one of the documented errors.
+"""Read damaged and hostile datasets: every input must be read, or rejected by one of the documented errors.
 
     python -m benchmarks.fuzz_data [--inputs 50000] [--seed 0] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""Distil the last attention of a vision transformer: where each patch of the image attends to.
+"""Distil the last attention of a vision transformer: what each patch of the image attends to.
 
 An `AttentionTap` records the queries and keys of an attention module after its norms and rotary embeddings, and
 `tapped_attention_kd` compares the two maps without storing either. The networks here share only the grid of patches:

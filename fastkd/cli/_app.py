@@ -38,7 +38,7 @@ def build_app(args: Sequence[str] = ()) -> SubcommandApp:
     datasets.command(name="check")(_sets.check)
     datasets.command(name="convert")(_sets.convert)
     datasets.command(name="show")(_sets.show_samples)
-    commands.command(datasets, name="data", help="make, check, convert and show datasets")
+    commands.command(datasets, name="data", help="Make, check, convert and show datasets.")
     commands.command(name="train")(train.with_settings(train.train, args))
     commands.command(name="distill")(train.with_settings(train.distill, args))
     commands.command(name="recipes")(recipes.recipes)

@@ -26,7 +26,7 @@ class DataArgs:
         split_by: author of the splits: unc, google, umd or berkeley; if omitted, the first that the set has.
         tokenizer: path of the vocab.txt (or tokenizer folder) that defines the word ids, or "shapes"; if omitted, the
             one in the model's folder or named by its configuration, else the teacher's.
-        image_root: folder of the JPEG files; if omitted, the first of four usual ones under --data.
+        image_root: folder of the image files; if omitted, the usual ones under --data.
         mask_rule: union of an object's polygons, or lavt: pixels covered by exactly one, as in LAVT's scores.
         sentence_field: sent (lower-case, no punctuation), raw, or raw.lower.
         skip_unusable: skip refs without a sentence, a mask or a readable image file, and report their number, instead

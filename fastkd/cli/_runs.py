@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class OpenedRun(NamedTuple):
-    """Models and data sets of a run.
+    """Models and datasets of a run.
 
     Attributes:
         distiller: the student, with teacher and terms or alone.

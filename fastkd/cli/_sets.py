@@ -28,8 +28,8 @@ def check(
     """Check every set in a folder and list everything that is wrong with it; nothing is changed.
 
     Exits with status 0 if there are no problems, 1 if there are, and 2 if nothing can be read. Notes are printed, but
-    are no problems: sentences that are cut, masks whose parts overlap, images with an EXIF orientation, and numbers of
-    refs other than the published ones.
+    do not count as problems: sentences that are cut, masks whose parts overlap, images with an EXIF orientation, and
+    numbers of refs other than the published ones.
 
     Args:
         root: folder that holds ``refcoco/`` and ``images/``, or ``train.jsonl`` (or parquet).

@@ -25,7 +25,8 @@ def evaluate(
 ) -> None:
     """Score a saved model on every sentence of a split.
 
-    Under torchrun or accelerate launch, every process scores its share of the sentences; the result is that of one.
+    Under torchrun or accelerate launch, every process scores its share of the sentences; the result is that of one
+    process.
 
     Args:
         data: the dataset.
@@ -38,7 +39,8 @@ def evaluate(
         device: "auto", "cpu", "cuda", ...
         out: JSON file to also write the result to.
         out_samples: .jsonl or .parquet file to write the scores of every sentence to.
-        against: such a file of another model: print how much higher this one scores, with bootstrap intervals.
+        against: such a file of another model, on the same sentences: print how much higher this one scores, with
+            bootstrap intervals.
         no_target_pixels: under "gres", a predicted mask with fewer pixels means that there is no target, unless the
             model predicts that itself.
     """

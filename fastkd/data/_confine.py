@@ -1,4 +1,4 @@
-"""Keep file names that come from a data set inside of its folders."""
+"""Keep file names that come from a dataset inside its folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_name(name: object, owner: str) -> str:
     """Return a relative file name that stays below the folder it is joined to.
 
     Args:
-        name: The name in the data set, with "/" between folders.
+        name: The name in the dataset, with "/" between folders.
         owner: What holds the name, for messages.
 
     Raises:
@@ -48,6 +48,6 @@ def check_inside(path: Path, root: Path) -> None:
     target, allowed = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     if target != allowed and allowed not in target.parents:
         raise ValueError(
-            f"{path} is a link to {target}, outside of {root}: a data set could read any file through such links, so "
+            f"{path} is a link to {target}, outside of {root}: a dataset could read any file through such links, so "
             "they are not followed. Pass the folder that holds the files as image_root (--image-root), or copy them"
         )

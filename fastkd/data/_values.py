@@ -1,4 +1,4 @@
-"""Check values that come from a data set, and quote them in messages."""
+"""Check values that come from a dataset, and quote them in messages."""
 
 from __future__ import annotations
 

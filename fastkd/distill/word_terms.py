@@ -1,4 +1,4 @@
-"""Losses of what each word sees, from the pixel–word logits and a map that a model returns."""
+"""Losses of word descriptors, from the pixel–word logits and a map that a model returns."""
 
 from __future__ import annotations
 

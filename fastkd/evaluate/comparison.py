@@ -20,15 +20,15 @@ _OF_THE_SET = ("sentence", "no_target", "target_pixels")  # equal in two evaluat
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much higher one evaluation scores than another one on the same samples, in percent points.
+    """How much higher one evaluation scores than another one on the same samples, in percentage points.
 
     Attributes:
         against: source of the other scores.
         sentences: number of paired sentences.
         unit: what the bootstrap draws: "images" if the samples have image_id, else "refs", else "sentences".
         oiou: difference in oIoU, a ratio of sums, which has no interval here.
-        differences: differences in mIoU and P@X (under "gres" also N-acc and T-acc) with their intervals; their
-            ``samples`` is the number of units.
+        differences: differences in mIoU and P@X (under "gres" also N-acc and T-acc) with their intervals; the
+            ``samples`` of each is the number of units drawn.
     """
 
     against: str

@@ -18,7 +18,7 @@ class Counts(NamedTuple):
         intersections: (B,) int64.
         unions: (B,) int64.
         no_target: (B,) bool, the sentence has no target; None where the protocol does not ask.
-        predicted_no_target: (B,) bool, the model says so; None where the protocol does not ask.
+        predicted_no_target: (B,) bool, the model predicts that; None where the protocol does not ask.
     """
 
     intersections: Tensor
@@ -32,8 +32,8 @@ def count_pixels(
 ) -> Counts:
     """Return the counts of masks (B, H, W) bool.
 
-    With no-target flags (B,) bool, a sample that is rightly predicted to have no target has I = U = 0, and one that is
-    wrongly predicted to have none has I = 0; its U remains that of the predicted mask.
+    With no-target flags (B,) bool, a sample that is correctly predicted to have no target has I = U = 0, and one that
+    is wrongly predicted to have none has I = 0; its U remains that of the true and the predicted mask.
     """
     intersections = (prediction & truth).flatten(1).sum(1, dtype=torch.int64)
     unions = (prediction | truth).flatten(1).sum(1, dtype=torch.int64)

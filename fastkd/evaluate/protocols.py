@@ -53,13 +53,14 @@ PROTOCOLS = {
         Protocol("gres", 480, no_target=True),
     )
 }
-"""All sentences of every ref, I/U pixels in the intersection and union of a sample, sample IoU 0 where U = 0.
+"""All score every sentence of every ref. I and U are a sample's pixels in intersection and union; its IoU is 0 where
+U = 0.
 
 - "lavt": argmax at the dataset's own size; "lavt480" requires 480×480, the setting of LAVT (Yang et al., CVPR 2022).
 - "cris_orig": the object's probability, resized bicubically to the image's own size, > 0.35; sample IoU I/(U + 1e-6);
   P@X counts IoU > X. The setting of CRIS (Wang et al., CVPR 2022).
-- "gres": argmax at 480×480, and a prediction whether the sentence has a target. A sample without one has IoU 1 if that
-  was predicted, else 0; P@X is over the samples with a target. The setting of GRES (Liu et al., CVPR 2023).
+- "gres": argmax at 480×480, and a prediction of whether the sentence has a target. A sample without one has IoU 1 if
+  that was predicted, else 0; P@X is over the samples with a target. The setting of GRES (Liu et al., CVPR 2023).
 """
 
 

@@ -144,7 +144,7 @@ def _by_id(samples: Sequence[Mapping[str, Any]], where: str) -> dict[tuple[str, 
         named = sample.get("ref_id") is not None and sample.get("sent_id") is not None
         key = (str(sample["ref_id"]), str(sample["sent_id"])) if named else (str(number),)
         if key in found:
-            raise ValueError(f"{where} has {describe_id(key)} twice: its samples must have ids of their own")
+            raise ValueError(f"{where} has {describe_id(key)} twice: give each sample its own ref_id and sent_id")
         found[key] = dict(sample)
     return found
 

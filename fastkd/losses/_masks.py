@@ -24,7 +24,7 @@ def valid_pixels(
         maps: the maps whose pixels it marks.
         name: the argument to name in errors.
         every_sample: raise if a sample has no valid pixel, instead of only if the batch has none.
-        anywhere: raise for neither, since other processes have pixels too.
+        anywhere: raise in neither case, since other processes may have valid pixels.
     """
     outer = (maps.shape[0], *maps.shape[2:])
     flat = (maps.shape[0], maps.shape[2] * (maps.shape[3] if maps.dim() == 4 else 1))

@@ -1,4 +1,4 @@
-"""The terms of cross_modal_kd that compare what each word sees."""
+"""The terms of cross_modal_kd that compare the mean of the pixels that attend to each word."""
 
 from __future__ import annotations
 

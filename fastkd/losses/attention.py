@@ -58,7 +58,7 @@ def attention_kd(
         query_mask: None or bool (B, N), True = valid. What masked queries and keys hold, even NaN, affects neither loss
             nor gradient.
         causal: query i attends to the keys j ≤ i + (M − N) only; needs M ≥ N.
-        relation_heads: None, or the number R of equal parts into which each network's heads, put side by side, are
+        relation_heads: None, or the number R of equal parts into which each network's heads, concatenated, are
             divided before they are compared. Heads and widths may then differ between the networks.
         reduction: "mean" over the valid queries of all heads, "sum", or "none": (B, H, N), 0 at masked queries.
         backend: "auto", "reference" or "cpu"; on GPUs "auto" uses plain torch, which stores the maps.

@@ -151,7 +151,7 @@ def _check_options(
     if not isinstance(debiased, bool):
         raise TypeError(f"debiased: expected True or False, got {type(debiased).__name__}")
     if distance == "cka" and weight is not None:
-        raise ValueError("weight: weighs channels, which distance='cka' has no loss for; use 'mse' or 'cosine'")
+        raise ValueError("weight: weighs channels, but distance='cka' has no loss per channel; use 'mse' or 'cosine'")
     check_group(group, "distance", True)
     if group is not None and distance != "cka":
         raise ValueError(

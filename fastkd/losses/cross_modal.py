@@ -55,12 +55,13 @@ def cross_modal_kd(
     - "pixel_pixel" = ‖A_S A_Sᵀ − A_T A_Tᵀ‖²_F / n², pixels related through words;
     - "word_word" = ‖A_Sᵀ A_S − A_Tᵀ A_T‖²_F / n², words related through pixels.
 
-    Two more compare what each word sees, the descriptors D = AᵀV (T×D, each row divided by the word's Σ_i A[i, j]):
+    Two more compare the words' descriptors D = AᵀV (T×D, each row divided by the word's Σ_i A[i, j]), each the mean of
+    the pixels that attend to the word:
 
     - "word_descriptor" = mean over valid words j of KL(softmax(E_T[j]/0.1) ‖ softmax(E_S[j]/0.1)), E = D̂ D̂ᵀ the cosines
       between the sample's valid words;
-    - "word_channel" = :func:`channel_kd` with its defaults of the channels of D over all valid words of the batch:
-      channel attention guided by language. One number for the batch, the same for each sample.
+    - "word_channel" = :func:`channel_kd`, with its defaults, between the channels of D over all valid words of the
+      batch: channel attention guided by language. One number for the batch, the same for each sample.
 
     The loss is Σ weight·term. The values of masked pixels and words affect neither loss nor gradient.
 

@@ -6,8 +6,8 @@ Network Representations Revisited", arXiv 1905.00414). The debiased one is U-cen
 row sums. ⟨C(K_S), C(K_T)⟩ / (n (n − 3)) is then the unbiased estimator of HSIC of Song et al., "Feature Selection via
 Dependence Maximization" (JMLR 2012), and its cosine lies in [−1, 1].
 
-Neither form changes if one vector is subtracted from all rows of Z, so their mean is: a common offset then costs no
-digits. The first row is subtracted before, so that identical samples give K = 0 without rounding errors.
+Neither form changes if one vector is subtracted from all rows of Z, so their mean is subtracted: a common offset then
+costs no digits. The first row is subtracted first, so that identical samples give K = 0 without rounding errors.
 """
 
 from __future__ import annotations

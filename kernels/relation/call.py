@@ -1,7 +1,7 @@
 """What the launches of a ``relation`` call have in common. It depends on shapes, strides, dtypes and options only.
 
 These repeat from step to step, and on the host a plan takes longer to make than all launches: plans are cached, without
-tensors. Temperatures may change at every step and are no part of them.
+tensors. Temperatures may change at every step and are not part of them.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_other_samples_are_refused(change: Callable[[Any], None], message: str) 
 def test_a_result_without_samples_or_with_equal_ids_is_refused(tmp_path: Path) -> None:
     ours = result()
     ours.samples[3]["sent_id"], ours.samples[3]["ref_id"] = 10, 0
-    with pytest.raises(ValueError, match="has ref 0, sentence 10 twice: its samples must have ids of their own"):
+    with pytest.raises(ValueError, match="has ref 0, sentence 10 twice: give each sample its own ref_id and sent_id"):
         write_samples(ours, tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="the result has no samples: it must come from evaluate"):
         write_samples(EvalResult.from_dict(ours.to_dict()), tmp_path / "a.jsonl")

@@ -117,7 +117,7 @@ def logit_kd(student: Tensor, teacher: Tensor, *, temperature: Temperature, pixe
 
 
 def attention_logits(q: Tensor, k: Tensor, relation_heads: int | None = None) -> Tensor:
-    """Return Q Kᵀ/√d (B, heads, N, M); with ``relation_heads``, of all heads put side by side and divided again."""
+    """Return Q Kᵀ/√d (B, heads, N, M); with ``relation_heads``, of all heads concatenated and divided again."""
     if relation_heads is not None:
         q, k = (torch.stack(torch.cat(x.unbind(1), -1).chunk(relation_heads, -1), 1) for x in (q, k))
     return q @ k.mT / q.shape[-1] ** 0.5

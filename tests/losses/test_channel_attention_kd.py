@@ -167,7 +167,7 @@ def test_module_aligns_unequal_widths_and_weighs_rows() -> None:
         (TypeError, "gamma: expected a real number", {"gamma": torch.ones(2)}),
         (ValueError, r"temperature\[1\]: expected a finite number above 0, got 0", {"temperature": (1.0, 0)}),
         (ValueError, "temperature: expected a number or a pair .*, got 3 values", {"temperature": (1.0, 1.0, 1.0)}),
-        (ValueError, "weight: weighs channels, which distance='cka' has no", {"weight": "attention"}),
+        (ValueError, "weight: weighs channels, but distance='cka' has no", {"weight": "attention"}),
         (ValueError, "weight: expected None, 'attention' or .*got shape", {"weight": torch.ones(5), "distance": "mse"}),
         (ValueError, "group: pools .* which distance='mse' does not", {"group": "world", "distance": "mse"}),
         (ValueError, "group: expected None, 'world' or", {"group": "all"}),

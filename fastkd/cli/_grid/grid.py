@@ -43,7 +43,7 @@ OF_CACHE = (
 
 @dataclass(kw_only=True)
 class Grid:
-    """Rows of settings that are compared, and the seeds and splits on which they are.
+    """Rows of settings to compare, with the seeds and splits of the comparison.
 
     Raises:
         ValueError: a row or setting that cannot be used; the message names it.
@@ -64,8 +64,8 @@ class Grid:
     reference: str | None = None
     """The row whose time all rows get, with equal: time."""
     scale: float | tuple[float, ...] | str = 1.0
-    """Factor of the shares and weights of every row; a list tries each; a results file stands for the factor with the
-    best mIoU there on val, row by row."""
+    """Factor of the shares and weights of every row; a list tries each; with a results file, every row gets the factor
+    that has its best mIoU on val there."""
     cache: Literal["teacher", "bf16", "fp16", "int8"] | None = "teacher"
     """Storage of the teacher's output, computed once for all runs; null runs the teacher in every step."""
     results: Path
@@ -195,7 +195,8 @@ def load_grid(path: Path, *, seeds: Sequence[int] = ()) -> Grid:
 
     Relative paths of ``results``, ``scale`` and ``extends`` refer to the file's folder, those of the settings and of
     ``work`` to the current one. With ``extends: other.yaml`` the file states how it differs from another: ``settings``
-    are merged; ``rows`` are those to run, null for one as in the other grid, or a list of such.
+    are merged, other keys replaced. ``rows`` names the rows to run: a list of rows of the other grid, or a mapping with
+    new settings, or null for a row as it is there.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Check a data set on disk and list everything that is wrong with it; nothing is written."""
+"""Check a dataset on disk and list everything that is wrong with it; nothing is written."""
 
 from __future__ import annotations
 

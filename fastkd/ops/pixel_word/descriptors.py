@@ -1,4 +1,4 @@
-"""Terms of what each word sees: the pixels averaged by the word's attention, compared by words and by channels."""
+"""Terms of word descriptors: per word the mean of the pixels that attend to it, compared by words and by channels."""
 
 from __future__ import annotations
 
