@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("timm", reason="needs the [ris] extra")
 
 import torch
+import tyro
 import yaml
 from tiny_lavt import CHECKPOINT_BERT, bert_weights, weights
 from tiny_models import tiny
@@ -105,6 +106,22 @@ def test_recipe_is_complete_and_survives_a_round_trip(name: str, tmp_path: Path)
         settings, data=replace(settings.data, data=tmp_path), out=tmp_path, teacher="t", student="shapes-student"
     )
     assert load_settings(DistillSettings, write(tmp_path, dump_settings(settings))) == settings
+
+
+def test_zeros_survive_a_round_trip(tmp_path: Path) -> None:
+    text = "data: a\nout: b\nteacher: t\nstudent: s\nworkers: 0\n"
+    text += "terms: {mask: {weight: 0, initial: 0}}\ntask: {initial: 0}"
+    settings = load_settings(DistillSettings, write(tmp_path, text))
+    assert (settings.terms["mask"].weight, settings.terms["mask"].initial, settings.task.initial) == (0, 0, 0)
+    assert load_settings(DistillSettings, write(tmp_path, dump_settings(settings))) == settings
+
+
+def test_value_to_be_given_by_a_flag_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, "data: ???\nout: b\nteacher: shapes\nstudent: shapes-student\nterms: {mask: 1}")
+    assert load_settings(DistillSettings, config).data.data is tyro.MISSING
+    with pytest.raises(SystemExit):
+        main(["distill", config])
+    assert "--data PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["shapes", "refcoco-custom"])
@@ -200,7 +217,10 @@ def test_data_options_reach_the_dataset(shapes: Path, tmp_path: Path) -> None:
         ("task: {schedule: step}", "task.schedule must be one of 'constant', 'linear', 'cosine', got 'step'"),
         ("task: {start: 9, stop: 3}", "stop must be after start, got start=9 and stop=3"),
         ("teacher_taps: {map: [a, b, c]}", "teacher_taps.map must be text or a list of text and an integer or text"),
-        ("resume: true", "resume is not a setting of the run: pass --resume"),
+        *(
+            (f"{flag}: null", f"{flag} is not a setting of the run: pass --{flag.replace('_', '-')}")
+            for flag in ("overwrite", "resume", "resume_allow", "replay", "preflight_only")
+        ),
         ("lr: 1\nlr: 2", "not YAML: 'lr' appears twice"),
         ("lr: [1", "not YAML"),
         ("- steps", "must hold a mapping of settings"),
