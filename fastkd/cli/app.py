@@ -26,11 +26,11 @@ def app(
 ) -> None:
     """Serve a page: upload an image, type a sentence, see the masks of several models and their attention to each word.
 
-    Needs ``pip install 'fastkd[app]'`` (Gradio). Nothing is sent elsewhere; the page is for this machine unless --host
-    says otherwise.
+    Needs ``pip install 'fastkd[app]'`` (Gradio). Nothing is sent elsewhere; the page is reachable only from this
+    machine unless --host states another address.
 
     Args:
-        models: NAME=MODEL for each, such as teacher=shapes alone=runs/alone/best; without a name, the folder is one.
+        models: NAME=MODEL for each, such as teacher=shapes alone=runs/alone/best; without a name, the folder's.
         host: address to listen on; 0.0.0.0 for every network of this machine.
         port: port to listen on.
         device: "auto", "cpu", "cuda", ...
@@ -72,7 +72,7 @@ def load_named(models: tuple[str, ...], device: str) -> dict[str, tuple[Any, Tok
 
 
 def answer(models: Mapping[str, tuple[Any, Tokenizer]], image: str | os.PathLike[str] | None, sentence: str) -> str:
-    """Return the page with every model's mask and attention, in a frame that can run no script.
+    """Return the page with every model's mask and attention, in a frame that cannot run scripts.
 
     Raises:
         ValueError: no image or sentence, or one that cannot be used.

@@ -58,7 +58,7 @@ def cache(
         teacher_tokenizer: as in ``fastkd distill``.
         dtype: "teacher" stores the teacher's own dtype and gives the results of a teacher online; "bf16" and "fp16"
             take half of fp32's size, "int8" with scales about 30 %; their error is measured and printed.
-        pca: path=rank, such as ``stages.2=32``: keep so many principal directions of a map's channels, for the terms
+        pca: path=rank, such as ``stages.2=32``: keep that many principal directions of a map's channels, for the terms
             ``channel`` and ``pixel_relation``; the error is measured and printed.
         batch_size: samples per forward of the teacher. With the runs' batch size, precision, memory format and threads
             their results are bit-identical to those of a teacher online; other values may change the last digits.

@@ -56,7 +56,7 @@ def channel_attention_kd(
 
     CKA is the cosine of the two networks' centred B×B Gram matrices ("Similarity of Neural Network Representations
     Revisited", arXiv 1905.00414), so it compares which samples a network finds alike. The published estimator is close
-    to 1 for any two networks if the batch is small and the maps are large: 0.9997 for random features, B = 16 and
+    to 1 for any two networks if the batch is small and the maps are large: 0.9998 for random features, B = 16 and
     C·N = 65,536. The default is the unbiased estimator of HSIC, whose CKA is near 0 there. It may be negative; below
     0.1, −log is continued by its tangent, so that the loss is finite and its slope with respect to CKA stays −10.
 

@@ -39,8 +39,8 @@ class TrainConfig:
     device: str = "auto"
     """"auto" (the GPU if there is one; the CPU under ``accelerate launch --cpu``), "cpu", "cuda" or "cuda:1"."""
     precision: Precision = "auto"
-    """Precision of the networks: "auto" is bf16 on a GPU that supports it (compute capability 8.0 or higher), what
-    ``accelerate launch`` requests, or fp32. Weights stay in fp32; fp16 scales the loss."""
+    """Precision of the networks: "auto" is what ``accelerate launch`` requests, else bf16 on a GPU that supports it
+    (compute capability 8.0 or higher), else fp32. Weights stay in fp32; fp16 scales the loss."""
     channels_last: bool = False
     """Store images and convolution weights channels-last, which speeds up convolutions on most devices."""
     compile_student: bool = False

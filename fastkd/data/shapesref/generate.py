@@ -40,8 +40,8 @@ def make_shapesref(
 ) -> dict[str, Any]:
     """Write the benchmark ShapesRef under ``root`` in the layout of RefCOCO.
 
-    Compared with `make_shapes`: 5 to 9 smaller shapes of two or three kinds and colours, so that most shapes have
-    others of the same kind and colour; sentences of eight kinds in the fixed proportions of
+    Compared with `make_shapes`: 5 to 9 smaller shapes of two or three kinds and colours per image, so that most shapes
+    have others of the same kind and colour; sentences of eight kinds in the fixed proportions of
     ``fastkd.data.shapesref.KIND_SHARES``, among them negations, comparisons and nested relations; cast shadows, uneven
     light and background, more strokes and noise. As there, each sentence fits exactly one shape by a margin. Where a
     scene has no such sentence of a drawn kind, another scene is drawn, not another kind. The visible part of every
