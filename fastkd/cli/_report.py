@@ -62,7 +62,7 @@ def report_sections(scored: Sequence[Scored], focus: str, count: int = 3) -> dic
     return {
         "scores": _scores(scored),
         "examples": [_example(scored, index, group) for group, indices in chosen.items() for index in indices],
-        "attention": [shown for index in first if (shown := _attention(scored, index)) is not None],
+        "attention": [shown for index in first for shown in _attention(scored, index)],
         "relations": _relations(scored),
     }
 
@@ -138,7 +138,7 @@ def _example(scored: Sequence[Scored], index: int, group: str) -> Example:
     return Example(image, refcoco.mask(sample["ref_id"]), masks, sentence, ious, group)
 
 
-def _attention(scored: Sequence[Scored], index: int) -> WordAttention | None:
+def _attention(scored: Sequence[Scored], index: int) -> list[WordAttention]:
     sample = scored[0].results[0].samples[index]
     image = scored[0].dataset.refcoco.image(sample["image_id"])
     return word_attention({one.name: (one.model, one.dataset.tokenizer) for one in scored}, image, sample["sentence"])
@@ -146,8 +146,8 @@ def _attention(scored: Sequence[Scored], index: int) -> WordAttention | None:
 
 def word_attention(
     models: Mapping[str, tuple[Any, Tokenizer]], pixels: np.ndarray, sentence: str
-) -> WordAttention | None:
-    """Return the attention at the finest stage of the models that have one over the same words, or None.
+) -> list[WordAttention]:
+    """Return the attention at the finest stage of the models that have one, together where their words are the same.
 
     Args:
         models: name to model and tokenizer.
@@ -163,7 +163,7 @@ def word_attention(
     from fastkd.report import WordAttention
     from fastkd.report.compared import attention_probabilities
 
-    maps, shown = {}, None
+    maps: dict[tuple[str, ...], dict[str, Any]] = {}
     for name, (model, tokenizer) in models.items():
         device = next(model.parameters()).device
         input_ids, word_mask = tokenizer([sentence], word_limit(model))  # (1, T)
@@ -172,11 +172,10 @@ def word_attention(
             output = run_model(model, image[None].to(device), input_ids.to(device), word_mask.to(device))
         logits = getattr(output, "pixel_word_logits", None)
         pieces = tokenizer.pieces()
-        words = [pieces[number] for number in input_ids[0][word_mask[0].bool()].tolist()]
-        if logits and (shown is None or words == shown):
-            shown = words
-            maps[name] = attention_probabilities(logits[0][0].cpu(), word_mask[0])
-    return None if shown is None else WordAttention(pixels, shown, maps)
+        words = tuple(pieces[number] for number in input_ids[0][word_mask[0].bool()].tolist())
+        if logits:
+            maps.setdefault(words, {})[name] = attention_probabilities(logits[0][0].cpu(), word_mask[0])
+    return [WordAttention(pixels, words, found) for words, found in maps.items()]
 
 
 def _relations(scored: Sequence[Scored]) -> ChannelRelations | None:

@@ -275,7 +275,7 @@ def panel(
 
 
 def answer_page(
-    image: Any, sentence: str, found: Mapping[str, tuple[Any, float]], attention: WordAttention | None = None
+    image: Any, sentence: str, found: Mapping[str, tuple[Any, float]], attention: Sequence[WordAttention] = ()
 ) -> str:
     """Return a page with the masks that models predict for one sentence, without the true mask.
 
@@ -283,7 +283,7 @@ def answer_page(
         image: as in `Example`.
         sentence: the referring expression.
         found: model name to its mask (H, W) and score in [0, 1].
-        attention: the models' attention to each word, or None.
+        attention: the models' attention to each word.
 
     Raises:
         ValueError: a mask whose size differs from the image's.
@@ -300,8 +300,9 @@ def answer_page(
         + "\n".join(panels)
         + "\n</div></figure>"
     )
-    if attention is not None:
-        body += f"\n<h3>Attention to each word</h3>\n{attention_html(attention, 0)}"
+    if attention:
+        body += "\n<h3>Attention to each word</h3>"
+        body += "".join(f"\n{attention_html(shown, index)}" for index, shown in enumerate(attention))
     return PAGE.substitute(title=escape(sentence), style=STYLE, body=body)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("timm", reason="needs the [ris] extra")
 
+import tiny_teachers
 from html_page import Page
 from PIL import Image
 
@@ -49,6 +50,15 @@ def test_answer_is_a_frame_without_scripts(models, image):
     for name in ("teacher", "<b>other"):
         assert f"The mask predicted by {name}" in alts
         assert f"Attention of {name} to the word red, at most" in " ".join(alts)
+
+
+def test_models_with_other_words_are_shown_too(models, image, tmp_path):
+    """SAM 3 splits the sentence in another way, CLIPSeg compares no pixels with words."""
+    folders = [tiny_teachers.write(kind, tmp_path / kind) for kind in ("clipseg", "sam3")]
+    others = load_named(tuple(f"{folder.name}={folder}" for folder in folders), "cpu")
+    found = html.unescape(answer(others | models, image, "red cross"))
+    assert set(re.findall(r'alt="Attention of (\w+) to', html.unescape(found))) == {"sam3", "teacher"}
+    assert all(f'alt="The mask predicted by {name}"' in found for name in ("clipseg", "sam3", "teacher"))
 
 
 @pytest.mark.parametrize(
