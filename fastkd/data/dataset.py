@@ -170,6 +170,10 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
     Raises:
         ValueError: There are no samples, or samples differ in their keys or in a tensor's size.
+
+    Example::
+
+        loader = DataLoader(train_set, batch_size=16, collate_fn=collate)
     """
     if len(samples) == 0:
         raise ValueError("collate got an empty batch: pass at least one sample")

@@ -44,7 +44,7 @@ def open_set(
     if split_by is not None:
         raise ValueError(f"a folder has no split_by, got {split_by!r}: its splits are its JSONL or parquet files")
     if options.pop("sentence_field", "sent") != "sent" or options.pop("check_counts", False):
-        raise ValueError("a folder has neither sentence_field nor check_counts: leave out these options")
+        raise ValueError("a folder has neither sentence_field nor check_counts: omit these options")
     return ReferFolder(root, split, **options)
 
 

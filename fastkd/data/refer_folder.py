@@ -51,7 +51,7 @@ class ReferFolder(ReferringSet):
 
     Example::
 
-        train_set = ReferDataset(ReferFolder("data/cups", "train"), load_tokenizer("bert"), image_size=480)
+        train_set = ReferDataset(ReferFolder("data/cups", "train"), load_tokenizer("vocab.txt"), image_size=480)
     """
 
     def __init__(

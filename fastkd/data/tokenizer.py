@@ -181,6 +181,10 @@ def load_tokenizer(
         FileNotFoundError: ``source`` does not exist, or is a folder without these files.
         ValueError: The vocabulary lacks special tokens or repeats an entry, ``lower_case`` is given for a tokenizer
             that defines its own casing, or a file can't be read.
+
+    Example::
+
+        input_ids, word_mask = load_tokenizer("bert-base-uncased/vocab.txt")(["the left red cup"], 20)  # (1, 20) each
     """
     if source == "shapes":
         return _from_vocabulary(SHAPES_VOCABULARY_FILE, "shapes", keep_end, lower_case)

@@ -26,9 +26,9 @@ class AttentionTap(NamedTuple):
         path: path of the attention module, such as ``"blocks.11.attn"`` (timm's ViT and DINOv3),
             ``"layers.3.blocks.1.attn"`` (Swin) or ``"encoder.layer.11.attention.self"`` (BERT).
         tokens: the tokens to keep, as queries and as keys: slices separated by commas. ``":"`` keeps all, ``"5:"``
-            drops one CLS and four register tokens, ``"0:1,5:"`` the registers only. Maps are compared token by token,
-            so keep the tokens that have a counterpart in the other network: all patches; CLS if both networks have it;
-            register tokens never, since each network learns its own.
+            drops one CLS and four register tokens, ``"0:1,5:"`` drops only the registers. Maps are compared token by
+            token, so keep the tokens that have a counterpart in the other network: all patches; CLS if both networks
+            have it; register tokens never, since each network learns its own.
 
     Example:
         >>> taps = {"last": AttentionTap("blocks.11.attn", tokens="5:")}
@@ -78,6 +78,9 @@ def tapped_attention_kd(
     Raises:
         TypeError: a side is not a `TappedAttention`.
         ValueError: one map is causal and the other is not, or ``attention_kd`` rejects its arguments.
+
+    Example:
+        >>> Term(tapped_attention_kd, "last", kwargs={"relation_heads": 6})  # "last": an AttentionTap of each model
     """
     for name, side in (("student", student), ("teacher", teacher)):
         if not isinstance(side, TappedAttention):

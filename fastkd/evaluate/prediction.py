@@ -195,6 +195,9 @@ def tokenizer_of(model: nn.Module, folder: str | os.PathLike[str] | None = None)
     Raises:
         ValueError: the folder holds no tokenizer and the configuration names none.
         FileNotFoundError: the named tokenizer does not exist.
+
+    Example:
+        >>> val_set = ReferDataset(refcoco, tokenizer_of(model), image_size=model.config.image_size, sentences="all")
     """
     from fastkd.data.tokenizer import Tokenizer, has_tokenizer
 

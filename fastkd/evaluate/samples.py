@@ -111,6 +111,9 @@ def read_samples(path: str | os.PathLike[str]) -> SampleScores:
         ValueError: another suffix, a damaged file, a row that lacks a field, rows of several evaluations, or an id that
             occurs twice.
         ImportError: parquet needs ``pip install 'fastkd[stream]'``.
+
+    Example:
+        >>> print(compare(read_samples("distilled.jsonl"), read_samples("alone.jsonl")))
     """
     path = Path(path)
     check_suffix(path, "path")

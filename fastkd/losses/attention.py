@@ -224,7 +224,14 @@ def _masks(
 
 
 class AttentionKD(LossModule):
-    """:func:`attention_kd` as a module with the same arguments. It has no parameters."""
+    """:func:`attention_kd` as a module with the same arguments; masks and biases are passed to each call.
+
+    It has no parameters.
+
+    Example:
+        >>> kd = AttentionKD(relation_heads=6)
+        >>> loss = kd(q_s, k_s, q_t.detach(), k_t.detach(), key_mask=tokens != pad)
+    """
 
     def __init__(
         self,

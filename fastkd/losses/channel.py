@@ -270,11 +270,15 @@ def _rows(name: str, features: Tensor, patches: int, across_batch: bool) -> Tens
 
 
 class ChannelKD(LossModule):
-    """:func:`channel_kd` as a module with the same arguments.
+    """:func:`channel_kd` as a module with the same arguments; ``pixel_mask`` is passed to each call.
 
     If ``student_channels`` and ``teacher_channels`` are given and differ, its attribute ``aligner`` is a train-only,
     bias-free 1×1 convolution, else None. An aligner trained by this loss can match the relations without the student
     learning anything; prefer student and teacher maps of equal width.
+
+    Example:
+        >>> kd = ChannelKD(across_batch=True, centered=True)
+        >>> loss = kd(student_map, teacher_map.detach())
     """
 
     def __init__(

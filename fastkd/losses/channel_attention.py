@@ -188,6 +188,11 @@ class ChannelAttentionKD(LossModule):
     Given ``gamma=nn.Parameter(torch.tensor(0.0))``, γ is learned, one for both networks. If ``student_channels`` and
     ``teacher_channels`` are given and differ, its attribute ``aligner`` is a train-only, bias-free 1×1 convolution,
     else None; "mse" and "cosine" need it where the widths differ, "cka" does not.
+
+    Example:
+        >>> kd = ChannelAttentionKD(gamma=nn.Parameter(torch.tensor(0.0)))
+        >>> optimizer = torch.optim.AdamW([*student.parameters(), *kd.parameters()])
+        >>> loss = kd(student_map, teacher_map.detach())
     """
 
     def __init__(

@@ -120,10 +120,15 @@ def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tens
 
 
 class ChannelDistributionKD(LossModule):
-    """:func:`channel_distribution_kd` as a module with the same arguments.
+    """:func:`channel_distribution_kd` as a module with the same arguments; ``pixel_mask`` is passed to each call.
 
     If ``student_channels`` and ``teacher_channels`` are given and differ, its attribute ``aligner`` is a train-only,
     bias-free 1×1 convolution, else None.
+
+    Example:
+        >>> kd = ChannelDistributionKD(student_channels=64, teacher_channels=256)
+        >>> optimizer = torch.optim.AdamW([*student.parameters(), *kd.parameters()])  # with the aligner's
+        >>> loss = kd(student_map, teacher_map.detach())
     """
 
     def __init__(

@@ -349,7 +349,14 @@ def _add(total: Tensor | None, value: Tensor, factor: float | Tensor) -> Tensor:
 
 
 class CrossModalKD(LossModule):
-    """:func:`cross_modal_kd` as a module with the same arguments. The widths may differ; no aligner is needed."""
+    """:func:`cross_modal_kd` as a module with the same arguments; masks are passed to each call.
+
+    The widths may differ; no aligner is needed, except for the term "word_channel", which compares equal widths.
+
+    Example:
+        >>> kd = CrossModalKD(terms={"pixel_to_word": 1.0, "word_to_pixel": 1.0})
+        >>> loss = kd(v_s, l_s, v_t.detach(), l_t.detach(), word_mask=word_mask)
+    """
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ def _compare(student: Tensor, teacher: Tensor, distance: str) -> Tensor:
 
 
 class FeatureKD(LossModule):
-    """:func:`feature_kd` as a module with the same arguments, an aligner and a resizer.
+    """:func:`feature_kd` as a module with the same arguments (``pixel_mask`` in each call), an aligner and a resizer.
 
     Given ``student_channels`` and ``teacher_channels``, its attribute ``aligner`` maps the student's channels to the
     teacher's, also if the widths are equal: channels of separately trained networks have no common order. It belongs to
@@ -161,12 +161,13 @@ class FeatureKD(LossModule):
         aligner: "conv": a 1×1 convolution. "mlp": two of them, ``teacher_channels`` wide, around a GELU. Both are
             bias-free.
         resize: None, or "bilinear": the teacher's map is resized to the student's size if they differ. Teacher pixels
-            in whose place the student has masked pixels only are omitted from the interpolation.
+            at whose location all student pixels are masked are omitted from the interpolation.
         distance, normalize, weight, reduction: see :func:`feature_kd`.
 
     Example:
         >>> loss = FeatureKD(128, 512, aligner="mlp", resize="bilinear", normalize="standardize")
         >>> optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()])
+        >>> value = loss(student_map, teacher_map.detach())
     """
 
     def __init__(

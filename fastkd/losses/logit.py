@@ -140,7 +140,12 @@ def _check_options(
 
 
 class LogitKD(LossModule):
-    """:func:`logit_kd` as a module with the same arguments."""
+    """:func:`logit_kd` as a module with the same arguments; ``pixel_mask`` and ``labels`` are passed to each call.
+
+    Example:
+        >>> kd = LogitKD(temperature=2.0, ignore_index=255)
+        >>> loss = kd(student(x), teacher(x).detach(), labels=labels)
+    """
 
     def __init__(
         self,

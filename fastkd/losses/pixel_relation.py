@@ -161,7 +161,14 @@ def _check_options(
 
 
 class PixelRelationKD(LossModule):
-    """:func:`pixel_relation_kd` as a module with the same arguments. The widths may differ; no aligner is needed."""
+    """:func:`pixel_relation_kd` as a module with the same arguments; ``pixel_mask`` is passed to each call.
+
+    The widths may differ; no aligner is needed.
+
+    Example:
+        >>> kd = PixelRelationKD(distance="mse", cross_image=True)
+        >>> loss = kd(student_map, teacher_map.detach())
+    """
 
     def __init__(
         self,

@@ -188,5 +188,10 @@ def published_text_weights(config: RISConfig) -> str | None:
 
 
 def list_presets() -> dict[str, str]:
-    """Return the presets' names and descriptions."""
+    """Return the presets' descriptions by name.
+
+    Example:
+        >>> for name, description in list_presets().items():
+        ...     print(name, description)
+    """
     return {name: about for name, (about, _) in _PRESETS.items()}

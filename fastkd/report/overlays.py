@@ -172,6 +172,10 @@ def save_overlay(
     Raises:
         ValueError: shapes that do not match, an image outside [0, 1], a mask that is not 0/1.
         TypeError: an image that is neither uint8 nor float.
+
+    Example:
+        >>> found = predict(model, "table.jpg", "the left red cup")
+        >>> save_overlay(found.image, found.mask, "overlay.png")
     """
     array = as_image(image)
     drawn = overlay(array, as_mask(mask, array.shape[:2]), colour, longest)

@@ -29,6 +29,9 @@ def contact_sheet(samples: Sequence[tuple[Any, Any, str]], *, columns: int = 4, 
 
     Raises:
         ValueError: There are no samples, or an image or mask is invalid.
+
+    Example:
+        >>> sheet = contact_sheet([(found.image, found.mask, found.sentence) for found in predictions])
     """
     if not samples:
         raise ValueError("contact_sheet got no samples")
