@@ -272,7 +272,7 @@ class DistillSettings(RunSettings):
     """Terms as name=share, such as ``first_order=0.5 logit=0.2``. A share is the norm of the term's gradient relative
     to the task's, measured on the first batches. More after commas: ``logit,weight=2``, ``logit=0.2,temperature=2``
     (``temperature=[2,4]`` for the student's and the teacher's), ``logit=0.2,schedule=linear,stop=800``.
-    fastkd.distill.recipes.TERMS lists the names. A teacher with its own tokenizer supports ``mask``, and
+    docs/distiller.md lists the names. A teacher with its own tokenizer supports ``mask``, and
     ``pixel_pixel`` if it compares pixels with words; ``attention`` compares the taps of that name."""
     task: TaskSchedule = field(default_factory=ScheduleSettings)
     """Schedule of the task loss, such as ``start=800``: with terms that stop there, the student is first distilled and

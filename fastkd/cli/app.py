@@ -30,7 +30,8 @@ def app(
     machine unless --host states another address.
 
     Args:
-        models: NAME=MODEL for each, such as teacher=shapes alone=runs/alone/best; without a name, the folder's.
+        models: NAME=MODEL for each, such as teacher=shapes alone=runs/alone/best; without
+            NAME=, the folder's name.
         host: address to listen on; 0.0.0.0 for every network of this machine.
         port: port to listen on.
         device: "auto", "cpu", "cuda", ...
