@@ -69,7 +69,8 @@ def normalise(
     pixels: np.ndarray, image_mean: Sequence[float] = IMAGENET_MEAN, image_std: Sequence[float] = IMAGENET_STD
 ) -> torch.Tensor:
     """Convert an RGB image (H, W, 3) uint8 to float32 (3, H, W) and normalise it; mean and std are in [0, 1]."""
-    image = torch.from_numpy(pixels).permute(2, 0, 1).float()
+    image = torch.empty(3, *pixels.shape[:2])
+    image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))  # first, so that the rest runs over contiguous memory
     mean = torch.tensor(image_mean, dtype=torch.float32).mul_(255.0)[:, None, None]
     std = torch.tensor(image_std, dtype=torch.float32).mul_(255.0)[:, None, None]
-    return image.sub_(mean).div_(std).contiguous()
+    return image.sub_(mean).div_(std)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from fastkd.data._prepare import Prepared, normalise
 from fastkd.data._records import Ref, Sentence
@@ -199,7 +199,11 @@ def _stack(key: str, samples: Sequence[Sample]) -> torch.Tensor:
             f"collate: a batch needs one size of {key!r}, got {found}: use one image_size and one max_words for all "
             "datasets, or resize and pad in your own collate function"
         )
-    return torch.stack([sample[key] for sample in samples])
+    values = [sample[key] for sample in samples]
+    kinds = {(value.dtype, value.layout, value.requires_grad) for value in values}
+    if kinds == {(values[0].dtype, torch.strided, False)}:
+        return default_collate(values)  # type: ignore[no-any-return]  # in a worker, directly into shared memory
+    return torch.stack(values)
 
 
 def _describe(number: int, sample: Sample) -> str:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer
+from fastkd.data._prepare import normalise
 
 HEIGHT, WIDTH = 12, 20
 SENTENCES = ("red circle", "leftmost circle", "the one on top")
@@ -129,6 +130,41 @@ def test_persistent_workers_see_the_epoch(tmp_path: Path) -> None:
         dataset.set_epoch(epoch)
         seen = [s for batch in loader for s in batch["sent_id"]]
         assert seen == [dataset[i]["sent_id"] for i in range(12)]
+
+
+def test_normalisation_subtracts_mean_and_divides_by_std_of_each_channel() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (14, 9, 3), dtype=np.uint8)[::2]
+    mean, std = (0.1, 0.5, 0.7), (0.2, 0.3, 1.5)
+    image = normalise(pixels, mean, std)
+    exact = (torch.from_numpy(pixels).double().permute(2, 0, 1) / 255 - torch.tensor(mean)[:, None, None]) / (
+        torch.tensor(std)[:, None, None]
+    )
+    torch.testing.assert_close(image.double(), exact, rtol=1e-5, atol=1e-6)
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
+
+
+def report_of_stacking(samples: list[torch.Tensor]) -> list[tuple]:
+    """Collate in this process, a loading one; return what became of equal and of mixed dtypes."""
+    batches = [[{"image": sample.to(dtype)} for sample, dtype in zip(samples, pair, strict=True)] for pair in PAIRS]
+    images = [collate(batch)["image"] for batch in batches]
+    return [(image.is_shared(), image.dtype, image.tolist()) for image in images]
+
+
+PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.float64),
+    (torch.bool, torch.bool),
+    (torch.bool, torch.int64),
+)
+
+
+def test_loading_processes_stack_into_shared_memory_and_mixed_dtypes_as_the_main_process() -> None:
+    rows = [torch.eye(3)[:, 1:].T, torch.ones(2, 3)]  # of different strides
+    [found] = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, collate_fn=report_of_stacking)
+    expected = [torch.stack([row.to(dtype) for row, dtype in zip(rows, pair, strict=True)]) for pair in PAIRS]
+    assert [(dtype, values) for _, dtype, values in found] == [(x.dtype, x.tolist()) for x in expected]
+    assert [shared for shared, _, _ in found] == [True, False, True, False]
 
 
 def test_rejects_bad_arguments(data: RefCOCO) -> None:
