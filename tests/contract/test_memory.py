@@ -223,9 +223,9 @@ DIGEST = """
 import hashlib, sys
 sys.path[:0] = sys.argv[1:]
 import torch
-from contract_cases import CASES
+from contract_cases import CASES, PLAIN
 digest = hashlib.sha256()
-for case in CASES:
+for case in [case for case in CASES if case.family != PLAIN]:
     for size in case.sizes:
         for x in case.problem(size).run("cpu"):
             digest.update(x.numpy().tobytes())

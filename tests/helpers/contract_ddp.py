@@ -31,8 +31,9 @@ class Student(nn.Module):
 
 
 def half_batch(problem: Problem, rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    cut = lambda m: tuple(x[2 * rank : 2 * rank + 2] for x in m) if isinstance(m, tuple) else m[2 * rank : 2 * rank + 2]
-    return [x[2 * rank : 2 * rank + 2] for x in problem.args], {k: cut(m) for k, m in problem.masks.items()}
+    half = lambda x: x.chunk(2)[rank]
+    cut = lambda m: tuple(map(half, m)) if isinstance(m, tuple) else half(m)
+    return [half(x) for x in problem.args], {k: cut(m) for k, m in problem.masks.items()}
 
 
 def compare(rank: int) -> None:
@@ -46,7 +47,8 @@ def compare(rank: int) -> None:
             or dispatch.unavailable_reason(backend)
         ):
             continue
-        problem = case.problem_of((4, *case.sizes["small"][1:]), dtype=torch.float32, device="cpu")
+        batch = 8 if case.options.get("distance") == "cka" else 4  # CKA compares at least 4 samples
+        problem = case.problem_of((batch, *case.sizes["small"][1:]), dtype=torch.float32, device="cpu")
         alone = Student(problem, backend)
         (sum(alone(*half_batch(problem, r)) for r in range(2)) / 2).backward()
         together = DistributedDataParallel(Student(problem, backend))

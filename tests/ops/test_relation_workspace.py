@@ -60,7 +60,7 @@ def test_falls_back_to_streamed_if_a_form_exceeds_the_workspace(
     relation(student, teacher, backend="cpu")  # trigger the self-test first
     chosen: list[str] = []
     native_call = relation_native._call
-    monkeypatch.setattr(relation_native, "_call", lambda *a: chosen.append(a[-1].form) or native_call(*a))
+    monkeypatch.setattr(relation_native, "_call", lambda *a: chosen.append(a[3].form) or native_call(*a))
 
     def with_limit(forward: int, backward: int | None = None) -> tuple[Tensor, Tensor]:
         chosen.clear()
