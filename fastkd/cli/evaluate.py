@@ -58,6 +58,10 @@ def evaluate(
     for option, path in (("--out", out), ("--out-samples", out_samples)):
         if path is not None:
             check_file(option, path)
+    if data.mix:
+        raise ValueError(
+            f"--mix is for training sets, got {', '.join(data.mix)}; evaluate one set at a time, with --dataset"
+        )
     if out_samples is not None:
         check_suffix(out_samples, "--out-samples")
     other = None if against is None else read_samples(against)

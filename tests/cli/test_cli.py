@@ -292,6 +292,7 @@ def test_rejects_a_model_configuration_that_is_not_json(shapes, tmp_path, capsys
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--split", "tset"], "tset"),
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--protocol", "lavt480"], "480"),
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--out-samples", "{tmp}/a.csv"], "--out-samples"),
+        (["evaluate", "--data", "{shapes}", "--model", "shapes", "--mix", "refcoco+"], "--mix is for training sets"),
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--out", "{tmp}"], "is a folder; pass the name of a"),
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--against", "{tmp}/a.jsonl"], "no file"),
         (["train", "--data", "{shapes}", "--out", "{tmp}", "--model", "shapes-studnet"], "shapes-student"),
