@@ -17,7 +17,7 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """What the sentences of a ref refer to; refs may share an ``ann_id``, but not a ``ref_id``.
+    """The target of a ref's sentences; refs may share an ``ann_id``, but not a ``ref_id``.
 
     Attributes:
         ref_id: The ref; of a `ReferFolder`, an integer or a string.

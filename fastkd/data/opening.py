@@ -52,7 +52,7 @@ def splits_of(root: str | os.PathLike[str], name: str, split_by: str | None = No
     """Return the splits of a set that have refs, in the usual order.
 
     Raises:
-        FileNotFoundError: There is no refs file.
+        FileNotFoundError: the refs file is missing.
         ValueError: The set is unknown, or its file is damaged.
     """
     if name == FOLDER:

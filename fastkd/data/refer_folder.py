@@ -45,7 +45,7 @@ class ReferFolder(ReferringSet):
         name: Name of the set in logs; default: that of the folder.
 
     Raises:
-        FileNotFoundError: There is no such file, or an image or mask is missing.
+        FileNotFoundError: the file, an image or a mask is missing.
         ValueError: A row is invalid, a name or a link leads out of the folder, or an id occurs twice.
         ImportError: Parquet needs ``pip install 'fastkd[stream]'``.
 
@@ -188,7 +188,7 @@ def find_rows(root: Path, split: str) -> Path:
     """Return the JSONL or parquet file of a split.
 
     Raises:
-        FileNotFoundError: There is none; the message lists the splits of the folder.
+        FileNotFoundError: the split is missing; the message lists those of the folder.
         ValueError: There are both.
     """
     found = [path for suffix in (".jsonl", ".parquet") if (path := root / f"{split}{suffix}").is_file()]

@@ -1,4 +1,4 @@
-"""What all sets of referring expressions have in common."""
+"""The base class of sets of referring expressions."""
 
 from __future__ import annotations
 

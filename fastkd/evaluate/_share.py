@@ -1,4 +1,4 @@
-"""What each process counts in its share of the samples, and the records of all samples in dataset order."""
+"""The counts of a process for its share of the samples, and the records of all samples in dataset order."""
 
 from __future__ import annotations
 

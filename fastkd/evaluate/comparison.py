@@ -20,7 +20,7 @@ _OF_THE_SET = ("sentence", "no_target", "target_pixels")  # equal in two evaluat
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much higher one evaluation scores than another one on the same samples, in percentage points.
+    """Difference between two evaluations of the same samples, in percentage points.
 
     Attributes:
         against: source of the other scores.

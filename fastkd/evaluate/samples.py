@@ -107,7 +107,7 @@ def read_samples(path: str | os.PathLike[str]) -> SampleScores:
     """Return the scores in a file that `write_samples` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file is missing.
         ValueError: another suffix, a damaged file, a row that lacks a field, rows of several evaluations, or an id that
             occurs twice.
         ImportError: parquet needs ``pip install 'fastkd[stream]'``.

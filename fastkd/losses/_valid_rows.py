@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 LOGIT = 800.0
-"""How far below the row's maximum a masked column lies: e^-800 is 0 in fp32 and in fp64."""
+"""Distance of a masked column below the row's maximum: e^-800 is 0 in fp32 and in fp64."""
 
 
 def without_columns(

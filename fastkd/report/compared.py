@@ -1,4 +1,4 @@
-"""What distillation losses compare: pixel–word attention word by word, and relations of channels."""
+"""The quantities that distillation losses compare: pixel–word attention word by word, and relations of channels."""
 
 from __future__ import annotations
 
