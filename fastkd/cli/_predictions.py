@@ -60,7 +60,7 @@ def write_predictions(
         if record.id is not None:
             annotation["record"] = record.id
         if overlays:
-            annotation["overlay"] = f"overlays/{number:06d}-{record.path.stem}.png"
+            annotation["overlay"] = f"overlays/{number:06d}-{Path(record.name).stem}.png"
             _write_overlay(found, out / annotation["overlay"])
         annotations.append(annotation)
     shown = [f"{error['where']}: {error['error']}" for error in errors[:5]]
@@ -86,11 +86,18 @@ def _predicted(
 
     waiting: deque[Request | Failed] = deque()
 
-    def pairs() -> Iterator[tuple[Path, str]]:
+    def pairs() -> Iterator[tuple[Path | bytes, str]]:
         for record in records:
+            if isinstance(record, Failed):
+                waiting.append(record)
+                continue
+            try:
+                image = record.image()
+            except (ValueError, OSError) as error:
+                waiting.append(Failed(record.name, str(error), record.sentence, record.id))
+                continue
             waiting.append(record)
-            if isinstance(record, Request):
-                yield record.path, record.sentence
+            yield image, record.sentence
 
     for found in predict_batches(model, pairs(), tokenizer, batch_size=batch_size):
         while isinstance(waiting[0], Failed):

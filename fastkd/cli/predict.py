@@ -32,38 +32,41 @@ def predict(
     """Segment the object that a sentence refers to.
 
     For one image and sentence, writes IMAGE-mask.png and IMAGE-overlay.png and prints a score. For a folder of images,
-    several sentences or a JSONL file, writes predictions.json, a COCO dataset with the masks as RLE, and overlays/.
-    Records that cannot be read are listed there under "errors", and the status is 1.
+    several sentences, or a JSONL or parquet file, writes predictions.json, a COCO dataset with the masks as RLE, and
+    overlays/. Records that cannot be read are listed there under "errors", and the status is 1.
 
     The score is the mean probability of the object over the predicted mask, or 0 for an empty mask. It measures the
     model's confidence in the chosen pixels, not the quality of the mask.
 
     Args:
-        image: image file; folder of images; or JSONL file with lines like {"image": "a.jpg", "sentence": "the cup"}.
-        sentences: referring expression, such as "the left red cup", or several; none for a JSONL file.
+        image: image file; folder of images; JSONL file with lines like {"image": "a.jpg", "sentence": "the cup"}; or
+            parquet file with these columns, whose images may be in the file itself.
+        sentences: referring expression, such as "the left red cup", or several; none for a JSONL or parquet file.
         model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), or a shipped
             teacher: "shapes" or "shapesref".
         out: output folder; earlier files of the same names are replaced.
         tokenizer: path of a vocab.txt or of a tokenizer folder; if omitted, the one in the model's folder or named by
             its configuration.
         device: "auto", "cpu", "cuda", ...
-        image_root: folder of the images that a JSONL file names; if omitted, that of the file.
+        image_root: folder of the images that a JSONL or parquet file names; if omitted, that of the file.
         batch_size: records per forward.
         overlays: draw overlays; --no-overlays writes masks only, in predictions.json.
     """
     from fastkd.cli._arguments import check_folder
-    from fastkd.data.requests import Request, requests_of_file, requests_of_folder
+    from fastkd.data.requests import Request, is_parquet, requests_of_file, requests_of_folder
 
     image, out = image.expanduser(), out.expanduser()
     texts = [decode_argument(sentence) for sentence in sentences]
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-    if image.suffix == ".jsonl" and not image.is_dir():
+    if (image.suffix == ".jsonl" or is_parquet(image)) and not image.is_dir():
         if texts:
             raise ValueError(f"{image} names a sentence for every image: pass it without {texts[0]!r}")
         records = requests_of_file(image, image_root)
     elif image_root is not None:
-        raise ValueError(f"--image-root is the folder of the images that a JSONL file names; {image} is not one")
+        raise ValueError(
+            f"--image-root is the folder of the images that a JSONL or parquet file names; {image} is not one"
+        )
     elif image.is_dir():
         records = requests_of_folder(image, texts)
     elif len(texts) == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,11 @@ import numpy as np
 
 from fastkd.data._confine import check_name
 from fastkd.data._files import read_bytes, read_json
+from fastkd.data._parquet import STORED, ParquetTable, Stored
 from fastkd.data._values import brief, is_int
 from fastkd.data.masks import EmptyMask, decode_mask, rasterise
-from fastkd.data.shards import import_reader
 
-_ROW_GROUPS = 2  # kept decoded per process
 FIELDS = ("image", "mask", "sentence", "id", "sent_id")
-
-
-class Stored:
-    """An image or mask whose bytes are in the parquet file itself."""
-
-
-STORED = Stored()
 
 
 @dataclass(slots=True)
@@ -107,72 +98,15 @@ class JsonRows(Rows):
 
 
 class ParquetRows(Rows):
-    """The rows of a parquet file; images and masks stored in it are read on access, a row group at a time."""
+    """The rows of a parquet file; images and masks stored in it are read on access."""
 
     def __init__(self, path: Path, faults: list[ValueError] | None = None) -> None:
-        self.path = path
-        file = self._open()
-        names = file.schema_arrow.names
-        if missing := [name for name in ("image", "mask", "sentence") if name not in names]:
-            raise ValueError(f"{path} has no column {missing[0]!r}: expected image, mask, sentence and perhaps id")
-        stored = {name for name in ("image", "mask") if _holds_bytes(file.schema_arrow.field(name).type)}
-        columns = [name for name in FIELDS if name in names and name not in stored]
-        table = file.read(columns=columns).to_pylist()
-        held = dict.fromkeys(stored, STORED)
-        without = _null_rows(file, "mask") if "mask" in stored else set()
-        contents = [{**row, **held, **({"mask": None} if n in without else {})} for n, row in enumerate(table)]
-        super().__init__(((content, f"{path}, row {number}") for number, content in enumerate(contents)), faults)
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        self._places = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
-        self._columns = sorted(stored)
-        self._groups: dict[tuple[int, int], Any] = {}
+        self.table = ParquetTable(path, ("image", "mask", "sentence"), FIELDS, ("image", "mask"), ("mask",))
+        super().__init__(self.table.contents(), faults)
 
     def stored(self, index: int, field: str) -> bytes:
         """Return the bytes of an image or mask."""
-        number = self.numbers[index]
-        group, row = self._places[number]
-        key = (os.getpid(), group)  # a forked process opens the file again
-        if key not in self._groups:
-            while len(self._groups) >= _ROW_GROUPS:
-                del self._groups[next(iter(self._groups))]
-            self._groups[key] = self._open().read_row_group(group, columns=self._columns)
-        value = self._groups[key].column(field)[row].as_py()
-        value = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(value, bytes):
-            raise ValueError(f"{self.path}, row {number}: {field} holds no bytes: expected an encoded image")
-        return value
-
-    def _open(self) -> Any:
-        parquet = import_reader("pyarrow.parquet")
-        try:
-            return parquet.ParquetFile(self.path)
-        except ValueError as error:  # ArrowInvalid
-            raise ValueError(f"{self.path} can't be read as parquet ({error}): copy it again") from error
-
-
-def _holds_bytes(kind: Any) -> bool:
-    """Return whether an Arrow type is binary, or the image type of the library datasets."""
-    types = import_reader("pyarrow").types
-    if types.is_struct(kind):
-        return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _null_rows(file: Any, column: str) -> set[int]:
-    """Return the rows in which a column is null; only row groups with nulls are read."""
-    compute = import_reader("pyarrow.compute")
-    found: set[int] = set()
-    first = 0
-    for group in range(file.metadata.num_row_groups):
-        part = file.metadata.row_group(group)
-        leaves = [part.column(leaf) for leaf in range(part.num_columns)]
-        statistics = next(leaf.statistics for leaf in leaves if leaf.path_in_schema.split(".")[0] == column)
-        if statistics is None or not statistics.has_null_count or statistics.null_count:
-            values = file.read_row_group(group, columns=[column]).column(column)
-            null = compute.is_null(values).to_pylist()
-            found |= {first + row for row, is_null in enumerate(null) if is_null}
-        first += part.num_rows
-    return found
+        return self.table.stored(self.numbers[index], field)
 
 
 def _row(content: Any, where: str) -> Row:

@@ -172,7 +172,7 @@ def test_rejects_folders_and_files_without_records(tmp_path):
     with pytest.raises(ValueError, match="has no image file"):
         list(requests_of_folder(tmp_path, ["red"]))
     (tmp_path / "set.jsonl").write_text("\n \n")
-    with pytest.raises(ValueError, match="is empty: expected lines like"):
+    with pytest.raises(ValueError, match="is empty: expected rows like"):
         list(requests_of_file(tmp_path / "set.jsonl"))
     (tmp_path / "a.png").symlink_to("/etc/hostname")
     assert isinstance(next(requests_of_folder(tmp_path, ["red"])), Failed)
