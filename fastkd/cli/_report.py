@@ -94,8 +94,16 @@ def _scores(scored: Sequence[Scored]) -> list[SampleIoU]:
         gain = None
         if one.baseline is not None and named[one.baseline].ious.shape == one.ious.shape:
             gain = _interval(one.ious - named[one.baseline].ious, images)
-        found.append(SampleIoU(one.name, one.ious.ravel(), _interval(one.ious, images), gain, one.baseline or ""))
+        interval, precision = _interval(one.ious, images), _precision([result.metrics for result in one.results])
+        found.append(SampleIoU(one.name, one.ious.ravel(), interval, gain, one.baseline or "", precision))
     return found
+
+
+def _precision(metrics: Sequence[Mapping[str, float]]) -> list[float]:
+    """Return P@X in percent, averaged over seeds; 0 where no sample has a target."""
+    from fastkd.report.scores import THRESHOLDS
+
+    return [statistics.fmean(seed.get(f"P@{x}", 0.0) for seed in metrics) for x in THRESHOLDS]
 
 
 def _interval(values: np.ndarray, images: Sequence[Any]) -> tuple[float, float, float]:
@@ -156,7 +164,7 @@ def word_attention(
     """
     import torch
 
-    from fastkd.data.dataset import normalise
+    from fastkd.data._prepare import normalise
     from fastkd.data.images import to_square
     from fastkd.distill.forward import normalisation, run_model
     from fastkd.models.inputs import word_limit

@@ -52,7 +52,7 @@ def demo(
     writes report.html.
 
     Args:
-        out: folder for data, runs, results.json and report.html.
+        out: folder for data, runs (with their config.yaml), results.json and report.html.
         images: number of scenes in the set.
         seeds: one comparison per seed, which determines initial weights and data order.
         terms: terms as name=share, as in ``fastkd distill``.
@@ -127,10 +127,12 @@ def _compare(
     from dataclasses import replace
 
     from fastkd import Distiller
-    from fastkd.cli._data import open_split
+    from fastkd.cli._data import DataArgs, open_split
     from fastkd.cli._grid.costs import Candidate, relative_costs
     from fastkd.cli._models import build_model
+    from fastkd.cli._settings import DistillSettings, TrainSettings
     from fastkd.cli._terms import build_terms, shares_of
+    from fastkd.cli.train import recorded
     from fastkd.evaluate import evaluate
     from fastkd.train import segmentation_loss, train
     from fastkd.train.balance import balance_on
@@ -153,8 +155,19 @@ def _compare(
         student, trained = build(distil)
         folder = _run_folder(out, seed, name)
         title = f"{name}, seed {seed}"
+        options: dict[str, Any] = {"data": DataArgs(root), "out": folder, "config": config}
+        settings = (
+            DistillSettings(teacher="shapes", terms=dict(terms), **options) if distil else TrainSettings(**options)
+        )
         result = train(
-            trained, train_set, config, val_dataset=val_set, out_dir=folder, title=title, overwrite=overwrite
+            trained,
+            train_set,
+            config,
+            val_dataset=val_set,
+            out_dir=folder,
+            title=title,
+            overwrite=overwrite,
+            **recorded(settings, shares_of(terms) if distil else {}),
         )
         score = evaluate(student, test, channels_last=config.channels_last)
         show(f"{title}: {score}")

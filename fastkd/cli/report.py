@@ -20,12 +20,14 @@ def report(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path | None = None,
     split: str = "val",
+    protocol: str = "lavt",
     teacher: bool = True,
     examples: int = 3,
     batch_size: int = 32,
     device: str = "auto",
+    no_target_pixels: int = 50,
 ) -> None:
-    """Compare runs of ``fastkd train`` and ``distill``, and their teacher, on one split; write a page without scripts.
+    """Compare runs of ``fastkd train``, ``distill`` and ``demo``, and their teacher; write a page without scripts.
 
     The page holds scores with 95 % intervals of a bootstrap over images, parameters and latency, histograms of IoU,
     P@X, the curves of every term, the best, median and worst samples, and what the losses compare: the attention to
@@ -36,10 +38,12 @@ def report(
         runs: folders of runs on the same dataset.
         out: HTML file; if omitted, report.html in the last run's folder.
         split: split to score.
+        protocol: evaluation protocol, as in ``fastkd evaluate``; each run's best checkpoint is the best under "lavt".
         teacher: also score the teacher of the first distilled run; --no-teacher omits it.
         examples: number of best, of median and of worst samples, by the IoU of the last run.
         batch_size: samples per forward.
         device: "auto", "cpu", "cuda", ...
+        no_target_pixels: under "gres", as in ``fastkd evaluate``.
     """
     from fastkd.cli._arguments import check_folder
     from fastkd.cli._report import measure_latency, report_sections
@@ -47,7 +51,7 @@ def report(
     from fastkd.report import ResultRow, curves_from_log, write_report
 
     if not runs:
-        raise ValueError("no run: pass the folder of a run of fastkd train or distill")
+        raise ValueError("no run: pass the folder of a run of fastkd train or distill, or of one of a demo's runs")
     if examples < 1:
         raise ValueError(f"--examples must be at least 1, got {examples}")
     folders = _names(runs)
@@ -59,13 +63,14 @@ def report(
     alone = [name for name, one in settings.items() if not isinstance(one, DistillSettings)]
     distilled = [one for one in settings.values() if isinstance(one, DistillSettings)]
     scored: list[Scored] = []
+    options = {"protocol": protocol, "batch_size": batch_size, "device": device, "no_target_pixels": no_target_pixels}
     if teacher and distilled and distilled[0].teacher is not None:
         first = distilled[0]
         assert first.teacher is not None
         words = first.teacher_tokenizer or first.data.tokenizer
-        scored.append(_score(TEACHER, first.teacher, first, words, split, batch_size, device))
+        scored.append(_score(TEACHER, first.teacher, first, words, split, options))
     for name, one in settings.items():
-        scored.append(_score(name, str(folders[name] / "best"), one, one.data.tokenizer, split, batch_size, device))
+        scored.append(_score(name, str(folders[name] / "best"), one, one.data.tokenizer, split, options))
         if alone and name != alone[0]:
             scored[-1].baseline = alone[0]
 
@@ -84,12 +89,7 @@ def report(
                 latency=measure_latency(each.model, each.dataset),
             )
         )
-    result = scored[0].results[0]
-    by = f" ({result.split_by})" if result.split_by else ""
-    note = (
-        f"{result.dataset or 'Dataset'}{by}, split {split}: {result.sentences} sentences, protocol {result.protocol}; "
-        "best checkpoint of every run on val."
-    )
+    note = f"Protocol {scored[0].results[0].stated}. Best checkpoint of every run on val."
     write_report(
         page,
         title=f"fastkd: {', '.join(folders)}",
@@ -120,7 +120,7 @@ def _settings(folder: Path) -> RunSettings:
 
     path = folder / "config.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run of fastkd train or distill: it has no config.yaml")
+        raise FileNotFoundError(f"{folder} is not a run of fastkd train, distill or demo: it has no config.yaml")
     if not (folder / "best").is_dir():
         raise FileNotFoundError(f"{folder} has no best/: the run has not been evaluated yet")
     values = read_mapping(path, str(path))
@@ -138,7 +138,7 @@ def _check_same_data(data: dict[str, Any]) -> None:
 
 
 def _score(
-    name: str, model: str, settings: RunSettings, words: str | None, split: str, batch_size: int, device: str
+    name: str, model: str, settings: RunSettings, words: str | None, split: str, options: dict[str, Any]
 ) -> Scored:
     from dataclasses import replace
 
@@ -148,7 +148,7 @@ def _score(
 
     loaded = load_model(model)
     dataset = replace(settings.data, tokenizer=words).open(split, loaded, sentences="all")
-    result = evaluate(loaded, dataset, batch_size=batch_size, device=device)
+    result = evaluate(loaded, dataset, **options)
     show(f"{name}: {result}")
     return Scored(name, loaded, dataset, [result])
 

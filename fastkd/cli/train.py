@@ -108,7 +108,6 @@ def with_settings(command: Callable[..., None], args: Sequence[str]) -> Callable
 
 def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
     from fastkd.cli._runs import open_run
-    from fastkd.cli._yaml import dump_settings
     from fastkd.train import preflight
     from fastkd.train import train as run
 
@@ -117,7 +116,6 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
     trained, train_set, val_set, shares, balance_set = open_run(settings, model_name, warn=main)
     if folder.replay is not None:
         return _replay(folder.replay, trained, config)
-    resolved = with_absolute_paths(settings)
     if trained.teacher is not None:
         _balance(trained, balance_set, shares, config, out if folder.resume else None)
         if main:
@@ -125,8 +123,6 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
     if folder.preflight_only:
         report = preflight(trained, train_set, config, val_dataset=val_set)
         return _show_preflight(report) if main else None
-    command = "train" if trained.teacher is None else "distill"
-    header = f"# fastkd {command} with this file starts the same run; with --resume it continues this one.\n"
     result = run(
         trained,
         train_set,
@@ -136,8 +132,7 @@ def _run(settings: RunSettings, model_name: str, folder: Folder) -> None:
         overwrite=folder.overwrite,
         resume=folder.resume,
         resume_allow=folder.resume_allow,
-        settings=_compared(resolved, shares),
-        files={"config.yaml": header + dump_settings(resolved)},
+        **recorded(settings, shares),
     )
     if main:
         show(f"best on val: {result.best}\nstudent: {out / 'best'}")
@@ -171,6 +166,16 @@ def _balance(
     else:
         # Without a share it only tries the terms, before anything is written.
         balance_on(distiller, dataset, shares, config, batches=4 if shares else 1)
+
+
+def recorded(settings: RunSettings, shares: Mapping[str, float]) -> dict[str, Any]:
+    """Return what `fastkd.train.train` keeps of a run's settings: those it compares on resuming, and config.yaml."""
+    from fastkd.cli._yaml import dump_settings
+
+    resolved = with_absolute_paths(settings)
+    command = "distill" if isinstance(settings, DistillSettings) else "train"
+    header = f"# fastkd {command} with this file starts the same run; with --resume it continues this one.\n"
+    return {"settings": _compared(resolved, shares), "files": {"config.yaml": header + dump_settings(resolved)}}
 
 
 def _compared(settings: RunSettings, shares: Mapping[str, float]) -> dict[str, Any]:

@@ -116,12 +116,17 @@ class EvalResult:
 
     def __str__(self) -> str:
         scores = "  ".join(f"{name} {value:.2f}" for name, value in self.metrics.items())
+        return f"{scores}  [{self.stated}]"
+
+    @property
+    def stated(self) -> str:
+        """Return protocol, dataset, numbers of sentences and refs, and the other conditions as text."""
         refs = f" of {self.refs} refs" if self.refs is not None else ""
         author = f"({self.split_by})" if self.split_by else None
         where = " ".join(filter(None, (self.dataset, author, self.split)))
         size = "each image's own size" if self.resolution is None else self.size
         masks = f", true masks: {self.mask_rule}" if self.mask_rule else ""
         return (
-            f"{scores}  [{self.protocol}: {where + ', ' if where else ''}{self.sentences} sentences{refs}, "
-            f"{size}, {self.decision}, {self.threshold}{masks}]"
+            f"{self.protocol}: {where + ', ' if where else ''}{self.sentences} sentences{refs}, "
+            f"{size}, {self.decision}, {self.threshold}{masks}"
         )

@@ -25,7 +25,7 @@ HOW_TO_READ = (
     (
         "Table",
         "All metrics are percentages, higher is better: oIoU is the summed intersection over the summed union of all "
-        "samples, mIoU the mean of the samples' IoU, P@X the share of samples with an IoU of at least X.",
+        "samples, mIoU the mean of the samples' IoU, P@X the share of samples whose IoU reaches X.",
     ),
     (
         "Samples",

@@ -29,6 +29,8 @@ class SampleIoU:
         interval: mean IoU with the ends of its confidence interval, or None.
         gain: the same of the difference from a baseline, or None.
         baseline: name of that baseline.
+        precision: P@0.5 to P@0.9 in percent, of a protocol that does not count all samples with an IoU of at least X;
+            None counts those.
 
     Raises:
         ValueError: no IoU, or one that is not a percentage; an interval whose ends are not in order.
@@ -39,6 +41,7 @@ class SampleIoU:
     interval: Interval | None = None
     gain: Interval | None = None
     baseline: str = ""
+    precision: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         values = np.asarray(self.ious, dtype=np.float64)
@@ -47,6 +50,8 @@ class SampleIoU:
                 f"SampleIoU {self.name!r}: ious must be (N,) percentages, N >= 1, got {values.shape} from "
                 f"{values.min(initial=np.inf):.3g} to {values.max(initial=-np.inf):.3g}"
             )
+        if self.precision is not None and len(self.precision) != len(THRESHOLDS):
+            raise ValueError(f"SampleIoU {self.name!r}: precision must have a value for each of P@0.5 to P@0.9")
         for field in ("interval", "gain"):
             given = getattr(self, field)
             if given is not None and not given[1] <= given[2]:
@@ -123,13 +128,20 @@ def _histogram(scores: Sequence[SampleIoU], style: Mapping[str, Style]) -> Chart
     return chart_of(figure, "Samples by IoU", f"Histogram of IoU: {'; '.join(described)}.", salt="score histogram")
 
 
+def _shares(score: SampleIoU) -> Sequence[float]:
+    """Return P@X for each of `THRESHOLDS`."""
+    if score.precision is not None:
+        return score.precision
+    ious = np.asarray(score.ious, np.float64)
+    return [100 * float((ious >= 100 * x - 1e-9).mean()) for x in THRESHOLDS]
+
+
 def _precision(scores: Sequence[SampleIoU], style: Mapping[str, Style]) -> Chart:
     figure, axes = axes_of((3.4, 2.3))
     width = 0.8 / len(scores)
     described = []
     for number, score in enumerate(scores):
-        ious = np.asarray(score.ious, np.float64)
-        shares = [100 * float((ious >= 100 * x - 1e-9).mean()) for x in THRESHOLDS]
+        shares = _shares(score)
         places = np.arange(len(THRESHOLDS)) + (number - (len(scores) - 1) / 2) * width
         axes.bar(places, shares, width * 0.9, color=COLOUR_OF[style[score.name].css], linewidth=0)
         described.append(f"{score.name} {', '.join(f'{share:.1f}' for share in shares)}")

@@ -8,6 +8,8 @@ import math
 import platform
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fastkd._info import cpu_name
 from fastkd.cli import main
@@ -211,6 +213,12 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
     assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0  # a second time, on the same data
     assert (out / "data" / "shapes.json").stat().st_mtime_ns == written
     assert ", reused" in capsys.readouterr().out
+    run = out / "seed0/distilled"
+    assert main(["distill", str(run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    first, again = (load_file(folder / "last/model.safetensors") for folder in (run, tmp_path / "again"))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert main(["report", str(run), "--split", "testA", "--examples", "1", "--no-teacher"]) == 0
+    assert "refcoco (unc) testA" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_relative_cost_ignores_changes_of_load(monkeypatch):

@@ -46,16 +46,26 @@ def test_one_run_without_its_teacher(runs: Path, tmp_path: Path) -> None:
     assert "over " not in page.text.split("Gain")[1].split("Samples by IoU")[0]
 
 
+def test_another_protocol(runs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    arguments = ("report", str(runs / "alone"), "--out", str(page), "--examples", "1")
+    assert main([*arguments, "--protocol", "cris_orig"]) == 0
+    text = Page(page.read_text(encoding="utf-8")).text
+    assert "Protocol cris_orig: refcoco (unc) val" in text
+    assert "each image's own size, sigmoid > 0.35, IoU > X" in text
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ([], "no run: pass the folder of a run"),
         (["{runs}/alone", "{runs}/alone"], "a run occurs twice"),
-        (["{runs}/data"], "is not a run of fastkd train or distill: it has no config.yaml"),
+        (["{runs}/data"], "is not a run of fastkd train, distill or demo: it has no config.yaml"),
         (["{tmp}/begun"], "has no best/"),
         (["{runs}/alone", "{tmp}/other"], "compare runs on one dataset"),
         (["{runs}/alone", "--examples", "0"], "--examples must be at least 1, got 0"),
         (["{runs}/alone", "--split", "nope"], "nope"),
+        (["{runs}/alone", "--protocol", "gres"], "'gres' is defined at 480×480, the dataset has image_size=64"),
         (["{runs}/alone", "--out", "{runs}/alone/config.yaml/page.html"], "is a file"),
     ],
 )
