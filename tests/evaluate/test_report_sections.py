@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import see
 from html_page import Page
 from PIL import Image
 
@@ -34,7 +35,7 @@ def similarities(channels: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     mask = np.zeros((SIZE, SIZE), bool)
     mask[2:5, 2:5] = True
     groups = ("Best", "Best", "Worst", HOSTILE)
@@ -52,7 +53,23 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
         attention=[attention(("the", HOSTILE))],
         relations=ChannelRelations({"teacher": similarities(6), HOSTILE: similarities(6), "wide": similarities(8)}),
     )
-    return Page(path.read_text(encoding="utf-8"))
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+@pytest.mark.parametrize("width", [390, 1280])  # a phone, a desktop
+def test_a_browser_shows_the_page(html: str, tmp_path: Path, width: int) -> None:
+    seen = see(html, tmp_path, width)
+    assert seen.console == []
+    assert len(seen.images) >= 7
+    assert all(seen.images)
+    assert seen.width <= width
+    assert HOSTILE in seen.text
+    assert not {"script", "b", "link", "iframe"} & set(seen.elements)
 
 
 def test_text_is_escaped_and_nothing_is_loaded(page: Page) -> None:
@@ -95,11 +112,19 @@ def test_each_word_and_channel_matrix_has_a_picture(page: Page) -> None:
     assert "8 channels" in page.text
 
 
+def test_precision_of_another_protocol_is_shown_as_given(tmp_path: Path) -> None:
+    score = SampleIoU("a", IOUS, precision=[40.0, 30.0, 12.5, 0.0, 0.0])
+    written = write_report(tmp_path / "r.html", title="t", rows=[ResultRow("a")], scores=[score])
+    labels = [svg.get("aria-label", "") for svg in Page(written.read_text(encoding="utf-8")).all("svg")]
+    assert any("P@0.9: a 40.0, 30.0, 12.5, 0.0, 0.0" in label for label in labels)
+
+
 def test_scores_without_intervals_have_no_table(tmp_path: Path) -> None:
     written = write_report(tmp_path / "r.html", title="t", rows=[ResultRow("a")], scores=[SampleIoU("a", IOUS)])
     page = Page(written.read_text(encoding="utf-8"))
     assert "Gain [interval]" not in page.text
     assert "Samples by IoU" in page.text
+    assert any("P@0.9: a 60.0, 40.0, 20.0, 20.0, 20.0" in svg.get("aria-label", "") for svg in page.all("svg"))
     assert "What the losses compare" not in page.text
 
 
@@ -142,6 +167,7 @@ def test_channel_similarities_are_correlations() -> None:
     [
         (lambda: SampleIoU("a", []), r"ious must be \(N,\) percentages, N >= 1"),
         (lambda: SampleIoU("a", [101.0]), "from 101 to 101"),
+        (lambda: SampleIoU("a", [1.0], precision=[1.0]), "a value for each of P@0.5 to P@0.9"),
         (lambda: SampleIoU("a", [float("nan")]), "must be"),
         (lambda: SampleIoU("a", [[1.0]]), r"got \(1, 1\)"),
         (lambda: SampleIoU("a", [1.0], (1.0, 2.0, 0.0)), r"interval must be \(mean, low, high\)"),
