@@ -318,7 +318,8 @@ def main() -> int:
             print(json.dumps(fuzz(given.kind, given.inputs, given.seed, Path(folder) / "set")))
             return 0
         kinds = list(Targets(Path(folder) / "set").kinds)
-    rows = [_in_process(kind, -(-given.inputs // len(kinds)), given.seed) for kind in kinds]
+    shares = [given.inputs // len(kinds) + (n < given.inputs % len(kinds)) for n in range(len(kinds))]
+    rows = [_in_process(kind, share, given.seed) for kind, share in zip(kinds, shares, strict=True)]
     for row in rows:
         print(row, flush=True)
     versions = {"python": platform.python_version(), "numpy": np.__version__, "pillow": PIL.__version__}
