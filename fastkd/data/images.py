@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112  # EXIF
 _SIDEWAYS = (5, 6, 7, 8)
+_TIFF_SIZE = (0x0100, 0x0101)  # width and height as stored
 
 
 class UnsupportedBitDepth(ValueError):
@@ -110,6 +111,8 @@ def image_size(image: str | os.PathLike[str] | bytes) -> tuple[int, int]:
         with open_image(image) as opened:
             width, height = opened.size
             rotated = _orientation(opened) in _SIDEWAYS
+            if opened.format == "TIFF" and rotated:  # its `size` is rotated already, depending on Pillow's version
+                width, height = (opened.getexif()[tag] for tag in _TIFF_SIZE)
     except Exception as error:  # Pillow raises many types for damaged files
         raise ValueError(f"{name} can't be read as an image ({type(error).__name__}: {error})") from error
     return (width, height) if rotated else (height, width)
@@ -139,7 +142,9 @@ def to_square(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
+    image.load()  # some formats state the orientation after the pixels
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
     # Pillow's own conversion clips wide pixels at 255, which makes images almost white.
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
@@ -147,4 +152,4 @@ def _upright(image: Image.Image) -> np.ndarray:
         raise UnsupportedBitDepth("its pixels have 32 bits and no defined range; save it with 8 or 16 bits")
     elif image.mode == "P":
         image = image.convert("RGBA")  # same colours; a direct conversion warns about transparency
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert copies even what is RGB

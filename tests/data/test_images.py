@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from refcoco_files import (
 )
 
 from fastkd.data import RefCOCO
-from fastkd.data.images import read_image
+from fastkd.data.images import image_size, read_image
 from fastkd.errors import FastKDWarning
 
 
@@ -45,6 +46,20 @@ def test_applies_exif_orientation(tmp_path: Path) -> None:
         data = with_image(tmp_path / str(number), Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
         assert np.array_equal(data.image(1), upright)
         assert np.array_equal(read_image(data.image_path(1)), upright)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_size_and_pixels_follow_the_orientation_in_every_format(kind: str) -> None:
+    upright = noise(HEIGHT, WIDTH, 3)
+    turned = upright.transpose(1, 0, 2)  # stored with rows and columns exchanged
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
+    stored |= {5: turned, 6: turned[::-1], 7: turned[::-1, ::-1], 8: turned[:, ::-1]}
+    for number, pixels in stored.items():
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = number
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, kind, exif=exif, lossless=True)
+        assert image_size(file.getvalue()) == (HEIGHT, WIDTH)
+        assert np.array_equal(read_image(file.getvalue()), upright), number
 
 
 def test_rejects_sizes_of_the_unrotated_bitmap(tmp_path: Path) -> None:
