@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from fastkd.data._prepare import Prepared, normalise
+from fastkd.data._prepare import Prepared
 from fastkd.data._records import Ref, Sentence
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.images import to_square
@@ -108,7 +108,7 @@ class ReferDataset(Prepared, Dataset[Sample]):
             raise IndexError(f"index {index} is out of range: the dataset has {len(self)} samples")
         ref, sentence = self._select(index % len(self))
         return {
-            "image": normalise(self._image(ref.image_id), self.image_mean, self.image_std),
+            **self._image_entries(self._image(ref.image_id)),
             **self._tokens(sentence.text),
             "mask": torch.from_numpy(self._mask(ref.ref_id).copy()),  # not a view of the cache
             "ref_id": ref.ref_id,

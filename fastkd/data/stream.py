@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fastkd.data._prepare import Prepared, normalise
+from fastkd.data._prepare import Prepared
 from fastkd.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.images import read_image, to_square
 from fastkd.data.masks import decode_mask
@@ -250,7 +250,7 @@ class ShardDataset(Prepared, IterableDataset[dict[str, Any]]):
         texts = raw["sentence"]
         text = texts[0] if len(texts) == 1 else Random(f"{self.seed}/{number}/{raw['id']}").choice(texts)
         return {
-            "image": normalise(to_square(pixels, self.image_size), self.image_mean, self.image_std),
+            **self._image_entries(to_square(pixels, self.image_size)),
             **self._tokenise(text),
             "mask": torch.from_numpy(self._square_mask(mask).copy()),
             "id": raw["id"],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastkd._runtime import autocast, pick_device, pick_precision, to_device
+from fastkd._runtime import autocast, pick_device, pick_precision
 from fastkd.data._loading import batches
 from fastkd.data._nested import declared_values, leaves
 from fastkd.distill.forward import parameter_dtype, run_model
@@ -84,14 +84,17 @@ def evaluate(
     target = model_device if device is None else pick_device(device)
     precision = pick_precision(precision, target)
     dtype = parameter_dtype(model)
+    from fastkd.data._pixels import batch_to_device, with_pixels  # here: it imports the readers of shards and images
+
     if collate is None:
         from fastkd.data import collate as default
 
         collate = default
     rank, processes = ranks()
     indices = range(rank, len(dataset), processes)  # type: ignore[arg-type]
+    served = with_pixels(dataset, collate)
     loader = DataLoader(
-        torch.utils.data.Subset(WithOriginalMasks(dataset) if rules.original else dataset, indices),
+        torch.utils.data.Subset(WithOriginalMasks(served) if rules.original else served, indices),
         batch_size=batch_size,
         collate_fn=CollateOriginalMasks(collate) if rules.original else collate,
         num_workers=workers,
@@ -107,7 +110,7 @@ def evaluate(
             for batch in batches(loader):
                 check_host_ids(batch.get("input_ids"), model)
                 check_mask(batch["mask"])
-                batch = to_device(batch, target, channels_last)
+                batch = batch_to_device(batch, target, channels_last)
                 with autocast(precision, target):
                     output = _run(model, batch)
                 logits = _logits(output, batch)  # (B, 2, H, W)

@@ -49,7 +49,7 @@ class Prediction:
 
 def predict(
     model: nn.Module,
-    image: str | os.PathLike[str] | Image.Image | np.ndarray,
+    image: str | os.PathLike[str] | bytes | Image.Image | np.ndarray,
     sentence: str,
     tokenizer: Tokenizer | None = None,
 ) -> Prediction:
@@ -61,7 +61,8 @@ def predict(
     Args:
         model: a `fastkd.models.RISModel`, or a model with the same call and a ``config``. Runs in eval mode on the
             device of its weights; its mode is restored.
-        image: path of an image, a PIL image, or (H, W, 3) uint8 RGB; its EXIF orientation is applied, as in training.
+        image: path of an image, its encoded content, a PIL image, or (H, W, 3) uint8 RGB; its EXIF orientation is
+            applied, as in training.
         sentence: the referring expression. If longer than the model allows it is truncated, with a `FastKDWarning`.
         tokenizer: the model's tokenizer; default: the one its configuration names.
 
@@ -85,7 +86,7 @@ def predict(
 
 def predict_batches(
     model: nn.Module,
-    records: Iterable[tuple[str | os.PathLike[str] | Image.Image | np.ndarray, str]],
+    records: Iterable[tuple[str | os.PathLike[str] | bytes | Image.Image | np.ndarray, str]],
     tokenizer: Tokenizer | None = None,
     *,
     batch_size: int = 16,
@@ -126,7 +127,7 @@ def predict_batches(
 
 def _predict_batch(model: nn.Module, records: Sequence[tuple[Any, str]], tokenizer: Tokenizer) -> list[Any]:
     """Return a `Prediction` or an error for each record."""
-    from fastkd.data.dataset import normalise
+    from fastkd.data._prepare import normalise
     from fastkd.distill.forward import normalisation, run_model
     from fastkd.evaluate._values import has_nan, nan_cause
     from fastkd.models.inputs import check_host_ids, word_limit
@@ -137,7 +138,7 @@ def _predict_batch(model: nn.Module, records: Sequence[tuple[Any, str]], tokeniz
     for number, (image, sentence) in enumerate(records):
         try:
             check_sentence(sentence)
-            source = str(image) if isinstance(image, str | os.PathLike) else id(image)
+            source = str(image) if isinstance(image, str | os.PathLike) else id(image)  # the batch keeps it alive
             if source not in read:
                 read[source] = read_image(image)
             input_ids, word_mask = tokenizer([sentence], word_limit(model))  # (1, T)

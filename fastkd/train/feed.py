@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastkd._runtime import to_device
 from fastkd.data._loading import batches
 from fastkd.data._nested import set_epoch
+from fastkd.data._pixels import batch_to_device
 from fastkd.distill.distiller import Distiller
 from fastkd.train.config import TrainConfig
 from fastkd.train.host import check_batch
@@ -71,7 +71,7 @@ class Feed:
         bad: list[BadSample] = batch.pop(BAD, []) if self.config.skip_bad_samples else []
         self.bad |= dict(bad)
         check_batch(self.distiller, batch)
-        return to_device(batch, self.device, self.config.channels_last)
+        return batch_to_device(batch, self.device, self.config.channels_last)
 
     def _set_epoch(self, epoch: int) -> None:
         self.samples.epoch = epoch

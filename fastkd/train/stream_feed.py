@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from fastkd.data._loading import batches
+from fastkd.data._pixels import with_pixels
 from fastkd.data.stream import ShardDataset
 from fastkd.distill.distiller import Distiller
 from fastkd.train.config import TrainConfig
@@ -34,6 +35,7 @@ def feed_for(
     Raises:
         ValueError: the dataset or its size does not fit the configuration.
     """
+    dataset = with_pixels(dataset, collate)
     if isinstance(dataset, ShardDataset):
         stream = StreamOrder(dataset, config, rank, ranks)
         return StreamFeed(dataset, stream, config, collate, distiller, device)

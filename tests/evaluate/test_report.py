@@ -181,7 +181,7 @@ def test_overlay_colours_only_the_mask(tmp_path: Path) -> None:
 
 
 def test_example_from_a_dataset_sample_undoes_the_normalisation() -> None:
-    from fastkd.data.dataset import normalise
+    from fastkd.data._prepare import normalise
 
     sample = {"image": normalise(example().image), "mask": torch.from_numpy(square(4, 4)), "sentence": "red"}
     made = Example.from_sample(sample, {"s": square(4, 4)})

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fastkd._integers import ceil_div
 from fastkd._messages import shortened
 from fastkd._wrappers import unwrap
+from fastkd.data._prepare import with_images
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.recorded import PREFIX, Part, RecordedTeacher
 from fastkd.distill.terms import teacher_paths
@@ -203,7 +204,7 @@ class TeacherCache(RecordedTeacher):
                 f"the cached teacher received {self._inputs} (input: key of the batch), this batch would give it "
                 f"{given}: use the dataset's options of the cache (such as teacher_tokenizer)"
             )
-        keys = sample_keys(batch, list(given.values()))
+        keys = sample_keys(with_images(batch), list(given.values()))
         rows = [self._rows.get(key, -1) for key in keys]
         if -1 in rows:
             raise ValueError(self._not_cached(batch, keys, rows.index(-1)))
