@@ -8,7 +8,8 @@ polygons of 30 points, and reads them all once, so that they are in the page cac
 - parts: CPU time of one thread in this process, medians of rounds in which all parts take turns.
 - worker: CPU time per sample of one loading process that serves the trainer's samples, medians of runs. What the parts
   do not explain of it is ``transfer``: allocating batches in shared memory and passing them on.
-- receive: CPU time per sample of the process that receives the batches.
+- receive: CPU time per sample of the process that receives the batches; normalise: of converting their images to
+  float32, which a GPU does where the run has one.
 - samples per second with ``--workers`` processes; depends on the machine's other load, which is recorded.
 """
 
@@ -37,7 +38,8 @@ from benchmarks.table import write_between
 from fastkd._console import plain_characters
 from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer
 from fastkd.data._loading import batches
-from fastkd.data._prepare import normalise
+from fastkd.data._pixels import with_pixels
+from fastkd.data._prepare import with_images
 from fastkd.data.images import to_square
 from fastkd.train.samples import TrainingSamples
 
@@ -47,7 +49,7 @@ SIZES = ((480, 480), (480, 640))
 """Height and width of the images. COCO's are at most 640 wide."""
 
 SIDE = 480
-PARTS = ("decode", "resize", "mask", "normalise", "other", "collate", "transfer")
+PARTS = ("decode", "resize", "mask", "other", "collate", "transfer")
 _JPEG = {"quality": 90, "subsampling": "4:2:0"}
 _NOISE = 16.0  # gives half a byte per pixel at this quality
 _WARM_UP = 4  # batches
@@ -90,16 +92,19 @@ def open_dataset(folder: Path) -> ReferDataset:
 
 
 def cost_of_parts(dataset: ReferDataset, batch_size: int, rounds: int) -> dict[str, float]:
-    """Return CPU milliseconds per sample of each part, and of all but the batch as ``sample``, on this thread."""
+    """Return CPU milliseconds per sample of each part, and of all but the batch as ``sample``, on this thread.
+
+    The dataset serves uint8, as for the trainer.
+    """
     refs = dataset.refcoco.refs[:batch_size]
     raw = [dataset.refcoco.image(ref.image_id) for ref in refs]
-    squares = [to_square(pixels, SIDE) for pixels in raw]
     samples = [dataset[index] for index in range(len(refs))]
+    batch = collate(samples)
     parts: dict[str, Callable[[], Any]] = {
         "decode": lambda: [dataset.refcoco.image(ref.image_id) for ref in refs],
         "resize": lambda: [to_square(pixels, SIDE) for pixels in raw],
         "mask": lambda: [torch.from_numpy(dataset._mask(ref.ref_id).copy()) for ref in refs],
-        "normalise": lambda: [normalise(pixels) for pixels in squares],
+        "normalise": lambda: with_images(batch),
         "sample": lambda: [dataset[index] for index in range(len(refs))],
         "collate": lambda: collate(samples),
     }
@@ -153,16 +158,16 @@ def throughput(height: int, width: int, workers: int, batch_size: int, samples: 
     """Return one row: the costs for images of one size."""
     with tempfile.TemporaryDirectory() as folder:
         file_bytes = write_set(Path(folder) / "set", height, width, images=2 * batch_size)
-        dataset = open_dataset(Path(folder) / "set")
+        dataset = with_pixels(open_dataset(Path(folder) / "set"), collate)
         parts = cost_of_parts(dataset, batch_size, rounds)
         alone, together, load = [], [], []
         for _ in range(runs):
             alone.append(loaded(dataset, batch_size, 1, samples))
             load.append(os.getloadavg()[0])
             together.append(loaded(dataset, batch_size, workers, samples))
-    sample = parts.pop("sample")
+    sample, normalise = parts.pop("sample"), parts.pop("normalise")
     worker = statistics.median(run["worker"] for run in alone)
-    parts["other"] = sample - sum(parts[name] for name in ("decode", "resize", "mask", "normalise"))
+    parts["other"] = sample - sum(parts[name] for name in ("decode", "resize", "mask"))
     parts["transfer"] = worker - sample - parts["collate"]
     return {
         "image": f"{width}x{height}",
@@ -172,6 +177,7 @@ def throughput(height: int, width: int, workers: int, batch_size: int, samples: 
         "worker_ms": round(worker, 2),
         "parts_ms": {name: round(parts[name], 2) for name in PARTS},
         "receive_ms": round(statistics.median(run["receive"] for run in alone), 2),
+        "normalise_ms": round(normalise, 2),
         "samples_per_s": [round(run["samples_per_s"]) for run in together],
         "load": round(statistics.median(load), 1),
     }
@@ -180,14 +186,14 @@ def throughput(height: int, width: int, workers: int, batch_size: int, samples: 
 def table(content: dict[str, Any]) -> str:
     """Return the rows as a Markdown table, with the conditions of the measurement."""
     lines = [
-        "| image | worker | " + " | ".join(PARTS) + " | receive | samples/s per core | measured |",
-        "|---" * (len(PARTS) + 5) + "|",
+        "| image | worker | " + " | ".join(PARTS) + " | receive | normalise | samples/s per core | measured |",
+        "|---" * (len(PARTS) + 6) + "|",
     ]
     for row in content["rows"]:
         shares = [f"{value:.2f} ({value / row['worker_ms']:.0%})" for value in row["parts_ms"].values()]
         rates = f"{statistics.median(row['samples_per_s']):.0f}"
-        receive, per_core = f"{row['receive_ms']:.2f}", f"{1e3 / row['worker_ms']:.0f}"
-        cells = [row["image"], f"{row['worker_ms']:.2f}", *shares, receive, per_core, rates]
+        received = [f"{row[name]:.2f}" for name in ("receive_ms", "normalise_ms")]
+        cells = [row["image"], f"{row['worker_ms']:.2f}", *shares, *received, f"{1e3 / row['worker_ms']:.0f}", rates]
         lines.append("| " + " | ".join(cells) + " |")
     env, [first, *_] = content["environment"], content["rows"]
     versions = f"torch {env['torch']}, Pillow {content['pillow']}, Python {env['python']}"
@@ -196,7 +202,8 @@ def table(content: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"CPU milliseconds per sample of one worker; samples per second with a core per worker, and measured with "
+            f"CPU milliseconds per sample of one worker, and of the process that receives the batches and normalises "
+            f"them; samples per second with a core per worker, and measured with "
             f"{first['workers']} workers at a load average of {load} on {env['cores']} cores. Batches of "
             f"{first['batch_size']}. {env['cpu']}, {versions}, {env['date'][:10]}.",
         ]

@@ -16,8 +16,8 @@ def test_parts_of_a_sample_add_up() -> None:
     row = data_throughput.throughput(48, 64, workers=1, batch_size=2, samples=4, rounds=1, runs=1)
     assert tuple(row["parts_ms"]) == data_throughput.PARTS
     assert sum(row["parts_ms"].values()) == pytest.approx(row["worker_ms"], abs=0.05)
-    assert all(row["parts_ms"][name] > 0 for name in ("decode", "mask", "normalise", "collate"))
-    assert row["receive_ms"] > 0
+    assert all(row["parts_ms"][name] > 0 for name in ("decode", "mask", "collate"))
+    assert min(row["receive_ms"], row["normalise_ms"]) > 0
     assert row["samples_per_s"][0] > 0
 
 
