@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 pytest.importorskip("timm", reason="needs the [ris] extra")
 
 from html_page import Page
 
-from fastkd.cli import main
+from fastkd.cli import _report, main
 from fastkd.data import make_shapes
 
 SHORT = ("--steps", "2", "--batch-size", "2", "--eval-every", "2", "--warmup", "1")
@@ -53,6 +55,23 @@ def test_another_protocol(runs: Path, tmp_path: Path) -> None:
     text = Page(page.read_text(encoding="utf-8")).text
     assert "Protocol cris_orig: refcoco (unc) val" in text
     assert "each image's own size, sigmoid > 0.35, IoU > X" in text
+
+
+@pytest.mark.parametrize(("limit", "forwards"), [(0.0, 3), (60.0, 6)])
+def test_latency_of_a_slow_model_is_measured_less_often(
+    monkeypatch: pytest.MonkeyPatch, limit: float, forwards: int
+) -> None:
+    class Slow(nn.Module):
+        calls = 0
+
+        def forward(self, image: Tensor) -> Tensor:
+            self.calls += 1
+            return image
+
+    monkeypatch.setattr(_report, "_inputs", lambda *arguments: {"image": torch.zeros(1, 2, 1, 1)})
+    model = Slow()
+    assert _report.measure_latency(model, None, repeats=4, limit=limit) > 0
+    assert model.calls == forwards
 
 
 @pytest.mark.parametrize(
