@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.evidence.tables import ALONE, PLAIN, ROWS, Sample, gain
 
@@ -12,7 +13,6 @@ INK, MUTED, ACCENT = "#1b1e23", "#6b7280", "#0b5cad"
 
 def gains_figure(rows: Mapping[str, Sample], splits: Sequence[str], resamples: int = 10_000) -> str:
     """Return a chart of each row's gain in mIoU over the student alone, with its interval."""
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -35,7 +35,14 @@ def gains_figure(rows: Mapping[str, Sample], splits: Sequence[str], resamples: i
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+    return svg_text(figure, "gains")
+
+
+def svg_text(figure: Any, salt: str) -> str:
+    """Return a figure of matplotlib as SVG that is the same in every run; ``salt`` seeds the ids of its parts."""
+    import matplotlib
+
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gains"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
