@@ -121,16 +121,14 @@ def load_grids() -> list[Grid]:
 
 
 def missing(grids: Sequence[Grid]) -> list[tuple[Grid, Run]]:
-    """Return the runs without complete results, seed by seed and factor by factor, so that rows are comparable early.
+    """Return the runs without complete results, seed by seed and row by row, so that rows are comparable early.
 
     Raises:
         ValueError: the results hold lines of a row with other settings.
     """
-    scales = list(dict.fromkeys(run.scale for grid in grids for run in grid.runs()))
     rows = [TEACHER, ALONE, *dict.fromkeys(row for grid in grids for row in grid.rows)]
     found = [(grid, run) for grid in grids for run in (teacher_run(grid), *grid.runs()) if not _complete(grid, run)]
-    found.sort(key=lambda one: (one[1].seed, _factor(one[1], scales), rows.index(one[1].row)))
-    return found
+    return sorted(found, key=lambda one: (one[1].seed, rows.index(one[1].row), -one[1].scale))
 
 
 def _complete(grid: Grid, run: Run) -> bool:
@@ -139,11 +137,6 @@ def _complete(grid: Grid, run: Run) -> bool:
     if any(record is not None and record["digest"] != run.digest for record in records):
         raise ValueError(f"{grid.results} holds results of {run.row!r} with other settings: remove its lines")
     return None not in records
-
-
-def _factor(run: Run, scales: Sequence[float]) -> int:
-    """Return the place of a run's factor; teachers and the student alone, which have none, come first."""
-    return -1 if run.row in (TEACHER, ALONE) else scales.index(run.scale)
 
 
 def execute(grid: Grid, run: Run) -> None:
