@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
@@ -27,6 +27,11 @@ def pick_device(name: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; the CPU for a model without parameters."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def pick_precision(name: str, device: torch.device) -> str:

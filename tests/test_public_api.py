@@ -236,6 +236,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "LAVTConfig.to_dict": "(self)",
         "LAVTConfig.from_dict": "(cls, values)",
         "LAVTConfig.from_state_dict": "(cls, state, fusion_heads, *, text_heads=None, **rest)",
+        "OnnxModel": "(path, *, threads=None)",
+        "OnnxModel.forward": "(self, image, input_ids, word_mask)",
         "RISConfig": (
             "(backbone='resnet18', backbone_args=factory, out_indices=(1, 2, 3, 4), text_model='bert', "
             "text=factory, fusion_heads=1, coordinates=True, decoder_width=128, decoder_hidden=None, "
@@ -350,7 +352,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "TrainConfig": (
             "(*, steps=1000, batch_size=16, accumulate=1, lr=0.0005, weight_decay=0.01, warmup=0, "
             "power=0.9, grad_clip=1.0, seed=0, device='auto', precision='auto', channels_last=False, "
-            "compile_student=False, workers=0, threads=None, skip_bad_samples=False, eval_every=None, "
+            "compile_student=False, fake_int8=False, workers=0, threads=None, skip_bad_samples=False, eval_every=None, "
             "eval_batch_size=32, checkpoint_every=None, keep_checkpoints=2, ema=None, log_every=20, "
             "gradients_every=None, tracker=(), max_seconds=None, sync_batchnorm=False, shard_teacher=False, "
             "offload_teacher=False, find_unused_parameters=False, check=True, allow_untrained_teacher=False)"

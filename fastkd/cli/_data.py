@@ -12,8 +12,9 @@ import tyro
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    from fastkd.cli._models import LoadedModel
     from fastkd.data import ReferDataset, ShardDataset
-    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
+    from fastkd.models import RISModel
 
 
 @dataclass
@@ -194,9 +195,7 @@ def _transform(model: Any, tokenizer: str | None, teacher: dict[str, Any] | None
     return transform | {"image_mean": image_mean, "image_std": image_std, **(teacher or {})}
 
 
-def teacher_tokenizer_options(
-    student: RISModel, teacher: RISModel | LAVT | TextPromptedTeacher, tokenizer: str | None
-) -> dict[str, Any]:
+def teacher_tokenizer_options(student: RISModel, teacher: LoadedModel, tokenizer: str | None) -> dict[str, Any]:
     """Return `ReferDataset`'s options for a teacher with its own tokenizer; empty if it shares the student's.
 
     Raises:

@@ -11,7 +11,9 @@ from fastkd.cli._shipped import SHIPPED, teacher_path
 from fastkd.errors import FastKDWarning
 
 if TYPE_CHECKING:
-    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
+    from fastkd.models import LAVT, OnnxModel, RISModel, TextPromptedTeacher
+
+    LoadedModel = RISModel | LAVT | TextPromptedTeacher | OnnxModel
 
 
 def build_model(
@@ -103,14 +105,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
-    """Return a model with weights, in eval mode and frozen: from a folder, hub name or LAVT file, or a shipped one."""
-    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
+def load_model(name: str) -> LoadedModel:
+    """Return a model in eval mode and frozen: from a folder, hub name, LAVT file or exported student, or a shipped one.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    from fastkd.models import LAVT, OnnxModel, RISModel, TextPromptedTeacher
     from fastkd.models.teachers.files import model_type_of
 
     path = teacher_path(name)
-    model: RISModel | LAVT | TextPromptedTeacher
-    if path.is_file() or path.suffix in (".safetensors", ".pth"):
+    model: LoadedModel
+    if path.suffix == ".onnx":
+        model = OnnxModel(path)
+    elif path.is_file() or path.suffix in (".safetensors", ".pth"):
         model = LAVT.from_pretrained(path)
     elif model_type_of(path) is not None:  # a folder of transformers
         model = TextPromptedTeacher.from_pretrained(path)
@@ -119,7 +127,7 @@ def load_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
     return model.eval().requires_grad_(False)
 
 
-def load_local_model(name: str) -> RISModel | LAVT | TextPromptedTeacher:
+def load_local_model(name: str) -> LoadedModel:
     """Load a local or shipped model like `load_model`; a mistyped path is not looked up on the hub."""
     if not teacher_path(name).exists():
         raise FileNotFoundError(f"no model at {name}; pass a folder written by save_pretrained (a run's best/ is one)")

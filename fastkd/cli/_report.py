@@ -167,6 +167,7 @@ def word_attention(
     """
     import torch
 
+    from fastkd._runtime import device_of
     from fastkd.data._prepare import normalise
     from fastkd.data.images import to_square
     from fastkd.distill.forward import normalisation, run_model
@@ -176,7 +177,7 @@ def word_attention(
 
     maps: dict[tuple[str, ...], dict[str, Any]] = {}
     for name, (model, tokenizer) in models.items():
-        device = next(model.parameters()).device
+        device = device_of(model)
         input_ids, word_mask = tokenizer([sentence], word_limit(model))  # (1, T)
         image = normalise(to_square(pixels, model.config.image_size), *(normalisation(model) or ()))
         with torch.inference_mode():
@@ -209,8 +210,9 @@ def _relations(scored: Sequence[Scored]) -> ChannelRelations | None:
 
 def _inputs(model: Any, dataset: ReferDataset, indices: Sequence[int]) -> dict[str, Any]:
     """Return a batch of samples as arguments of a model, on its device."""
+    from fastkd._runtime import device_of
     from fastkd.data import collate
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = collate([dataset[index] for index in indices])
     return {key: batch[key].to(device) for key in ("image", "input_ids", "word_mask")}

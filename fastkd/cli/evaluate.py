@@ -30,8 +30,9 @@ def evaluate(
 
     Args:
         data: the dataset.
-        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), a folder or hub name
-            of transformers' CLIPSeg or SAM 3, or a shipped teacher: "shapes" or "shapesref".
+        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), an exported student
+            (.onnx), a folder or hub name of transformers' CLIPSeg or SAM 3, or a shipped teacher: "shapes" or
+            "shapesref".
         split: train, val, test, testA, testB or testC.
         protocol: evaluation protocol: "lavt" (at the model's own size), "lavt480", "cris_orig" (at each image's own
             size) or "gres" (sentences without a target).

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 from fastkd._console import show
+
+_BATCH = 16
 
 
 def export(
@@ -15,12 +19,16 @@ def export(
     tokenizer: str | None = None,
     tolerance: float = 1e-4,
     threads: int | None = None,
+    dtype: Literal["fp32", "fp16", "int8"] = "fp32",
+    calibrate: Path | None = None,
+    calibrate_dataset: str = "refcoco",
+    calibrate_samples: int = 256,
 ) -> None:
     """Write a student as ONNX with fixed image size, any batch size, and logits as output.
 
     onnxruntime first runs the file on random images and sentences at two batch sizes; if it differs from torch by more
     than the tolerance, nothing is written. NAME.json (calling convention) and NAME.vocab.txt are written next to
-    NAME.onnx. Needs ``pip install 'fastkd[export]'``.
+    NAME.onnx. ``fastkd evaluate`` and ``predict`` take the file as a model. Needs ``pip install 'fastkd[export]'``.
 
     Args:
         model: a folder written by save_pretrained, such as a run's best/; it never contains the teacher.
@@ -31,6 +39,12 @@ def export(
             its configuration, if any.
         tolerance: largest difference accepted, relative to the largest logit.
         threads: threads of torch and onnxruntime for the comparison.
+        dtype: fp32; fp16 (weights and products); or int8 (convolutions and matrix products, weights scaled per output
+            channel), which needs --calibrate.
+        calibrate: data folder, as --data of ``fastkd train``: sentences drawn from its split train give the ranges of
+            activations for int8, and the agreement of masks with fp32's.
+        calibrate_dataset: the dataset in that folder.
+        calibrate_samples: number of sentences to draw.
     """
     import torch
 
@@ -51,10 +65,49 @@ def export(
     source = tokenizer or tokenizer_source(student, Path(model).expanduser())
     words = load_tokenizer(source) if source is not None else None  # the tokenizer is optional
     rows = student.config.image_size if height is None else height
+    size = (rows, rows if width is None else width)
+    if calibrate is not None and size != (student.config.image_size,) * 2:
+        raise ValueError(
+            f"--calibrate gives images of the model's size, {student.config.image_size}: omit --height and --width, or "
+            "call fastkd.models.export.export_onnx with batches of your own"
+        )
     done = export_onnx(
-        student, onnx, size=(rows, rows if width is None else width), tokenizer=words, tolerance=tolerance
+        student,
+        onnx,
+        size=size,
+        tokenizer=words,
+        tolerance=tolerance,
+        dtype=dtype,
+        calibration=None
+        if calibrate is None
+        else calibration_batches(
+            student, calibrate, dataset=calibrate_dataset, tokenizer=tokenizer, samples=calibrate_samples
+        ),
     )
-    show(f"{done.onnx}: {done.parameters:,} parameters, {done.onnx.stat().st_size / 1e6:.1f} MB")
+    show(f"{done.onnx}: {done.parameters:,} parameters, {done.onnx.stat().st_size / 1e6:.2f} MB")
     for batch, difference in done.differences.items():
-        show(f"batch of {batch}: differs from torch by {difference:.1e} of the largest logit (tolerance {tolerance:g})")
+        show(
+            f"fp32, batch of {batch}: differs from torch by {difference:.1e} of the largest logit "
+            f"(tolerance {tolerance:g})"
+        )
+    if done.agreement is not None:
+        show(f"{dtype}: masks have IoU {done.agreement:.4f} with those of fp32")
     show(f"{done.metadata}" + (f", {done.vocabulary}" if done.vocabulary is not None else ""))
+
+
+def calibration_batches(
+    student: Any, folder: Path, *, dataset: str = "refcoco", tokenizer: str | None = None, samples: int
+) -> Iterator[dict[str, Any]]:
+    """Yield batches of sentences drawn from the split train, always the same ones."""
+    import torch
+    from torch.utils.data import DataLoader, Subset
+
+    from fastkd.cli._data import DataArgs
+    from fastkd.data import collate
+    from fastkd.data._loading import batches
+
+    if samples < 1:
+        raise ValueError(f"--calibrate-samples must be at least 1, got {samples}")
+    train = DataArgs(folder, dataset, tokenizer=tokenizer).open("train", student, sentences="all")
+    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()
+    yield from batches(DataLoader(Subset(train, drawn), batch_size=_BATCH, collate_fn=collate))

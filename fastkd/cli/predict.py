@@ -13,9 +13,9 @@ from fastkd._atomic import replace_files
 from fastkd._console import decode_argument, show
 
 if TYPE_CHECKING:
+    from fastkd.cli._models import LoadedModel
     from fastkd.data import Tokenizer
     from fastkd.data.requests import Failed, Request
-    from fastkd.models import LAVT, RISModel, TextPromptedTeacher
 
 
 def predict(
@@ -42,8 +42,8 @@ def predict(
         image: image file; folder of images; JSONL file with lines like {"image": "a.jpg", "sentence": "the cup"}; or
             parquet file with these columns, whose images may be in the file itself.
         sentences: referring expression, such as "the left red cup", or several; none for a JSONL or parquet file.
-        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), or a shipped
-            teacher: "shapes" or "shapesref".
+        model: a folder written by save_pretrained, a LAVT (.safetensors from ``fastkd convert``), an exported student
+            (.onnx), or a shipped teacher: "shapes" or "shapesref".
         out: output folder; earlier files of the same names are replaced.
         tokenizer: path of a vocab.txt or of a tokenizer folder; if omitted, the one in the model's folder or named by
             its configuration.
@@ -80,7 +80,7 @@ def predict(
     _predict_many(records, model, out, tokenizer, device, batch_size, overlays)
 
 
-def _load(model: str, tokenizer: str | None, device: str) -> tuple[RISModel | LAVT | TextPromptedTeacher, Tokenizer]:
+def _load(model: str, tokenizer: str | None, device: str) -> tuple[LoadedModel, Tokenizer]:
     from fastkd._runtime import pick_device
     from fastkd.cli._models import load_local_model
     from fastkd.evaluate.prediction import load_tokenizer_for, tokenizer_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastkd._runtime import autocast, pick_device, pick_precision
+from fastkd._runtime import autocast, device_of, pick_device, pick_precision
 from fastkd.data._loading import batches
 from fastkd.data._nested import declared_values, leaves
 from fastkd.distill.forward import parameter_dtype, run_model
@@ -80,8 +80,7 @@ def evaluate(
         check_vocabulary(model, tokenizer)
     for part in leaves(dataset, "image_mean"):
         check_normalisation(model, part)
-    model_device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    target = model_device if device is None else pick_device(device)
+    target = device_of(model) if device is None else pick_device(device)
     precision = pick_precision(precision, target)
     dtype = parameter_dtype(model)
     from fastkd.data._pixels import batch_to_device, with_pixels  # here: it imports the readers of shards and images

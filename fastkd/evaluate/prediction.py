@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from fastkd._runtime import device_of
 from fastkd._wrappers import unwrap
 from fastkd.data.images import read_image, to_square
 
@@ -148,7 +149,7 @@ def _predict_batch(model: nn.Module, records: Sequence[tuple[Any, str]], tokeniz
             found[number] = error
     if not inputs:
         return found
-    device = next(model.parameters()).device
+    device = device_of(model)
     size, statistics = _config(model).image_size, normalisation(model) or ()
     images = torch.stack([normalise(to_square(pixels, size), *statistics) for _, pixels, _, _ in inputs])
     ids, masks = torch.cat([given[2] for given in inputs]), torch.cat([given[3] for given in inputs])  # (B, T)

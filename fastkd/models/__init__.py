@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastkd.models.config import RISConfig
     from fastkd.models.lavt.config import LAVTConfig
     from fastkd.models.lavt.model import LAVT
+    from fastkd.models.onnx_model import OnnxModel
     from fastkd.models.presets import list_presets, preset
     from fastkd.models.ris import RISModel, RISOutput
     from fastkd.models.teachers import CLIPSegTeacher, SAM3Teacher, TextPromptedTeacher
@@ -27,6 +28,7 @@ __all__ = [
     "LAVT",
     "CLIPSegTeacher",
     "LAVTConfig",
+    "OnnxModel",
     "RISConfig",
     "RISModel",
     "RISOutput",
@@ -42,6 +44,7 @@ __getattr__ = lazy_names(
         "CLIPSegTeacher": "fastkd.models.teachers",
         "LAVT": "fastkd.models.lavt.model",
         "LAVTConfig": "fastkd.models.lavt.config",
+        "OnnxModel": "fastkd.models.onnx_model",
         "RISConfig": "fastkd.models.config",
         "RISModel": "fastkd.models.ris",
         "RISOutput": "fastkd.models.ris",

@@ -9,10 +9,11 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from fastkd._atomic import replace_files
 from fastkd._wrappers import unwrap, unwrapped
 from fastkd.models.inputs import check_vocabulary, placement, word_limit
+from fastkd.models.onnx_model import FORMAT, INPUTS, OUTPUT, open_session, run
+from fastkd.models.reduced_onnx import agreement, to_fp16, to_int8
 from fastkd.models.ris import RISModel
 
 if TYPE_CHECKING:
@@ -28,8 +31,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """Largest accepted difference from torch, relative to the largest logit."""
 
-INPUTS = ("image", "input_ids", "word_mask")
-OUTPUT = "logits"
+Dtype = Literal["fp32", "fp16", "int8"]
 _CONSTANT = re.compile(r"\.(lifted_tensor|_tensor_constant)_?\d+$")  # torch's names for tensors created in forward
 _LARGEST = 2**31 - 2**24  # bytes: protobuf's limit per file, minus space for the graph
 
@@ -43,7 +45,8 @@ class Exported:
         metadata: The JSON file next to it.
         vocabulary: The tokenizer's pieces, one per line, by id; None without a tokenizer.
         parameters: Number of parameters in the file, as many as in a new student of the configuration.
-        differences: Largest difference from torch per batch size, relative to the largest logit.
+        differences: Largest difference of the fp32 network from torch per batch size, relative to the largest logit.
+        agreement: IoU of its masks with those of the fp32 network; None if that is the network written.
     """
 
     onnx: Path
@@ -51,6 +54,7 @@ class Exported:
     vocabulary: Path | None
     parameters: int
     differences: dict[int, float]
+    agreement: float | None = None
 
 
 def export_onnx(
@@ -62,12 +66,16 @@ def export_onnx(
     tolerance: float = TOLERANCE,
     batch_sizes: Sequence[int] = (1, 3),
     seed: int = 0,
+    dtype: Dtype = "fp32",
+    calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> Exported:
     """Export the student to ONNX with a fixed image size and a dynamic batch size; return the files' properties.
 
     onnxruntime runs the network on random images and sentences, at every batch size. If it agrees with torch, the
-    network, its metadata and its vocabulary are written together. Every parameter is an fp32 initialiser under torch's
-    name; constant folding is left to the runtime.
+    network, its metadata and its vocabulary are written together. In fp32 every parameter is an initialiser under
+    torch's name; constant folding is left to the runtime. The other dtypes are converted from that network, with
+    batch norms folded: "fp16" has fp16 weights and products; "int8" has int8 weights, scaled per output channel, and
+    uint8 inputs of convolutions and matrix products, scaled by their range in ``calibration``.
 
     Inputs: ``image`` (B, 3, H, W) float32, normalised as the JSON states; ``input_ids`` (B, T) int64; ``word_mask``
     (B, T) bool. Output: ``logits`` (B, 2, H, W), channel 1 the referred object. T is the configuration's ``max_words``.
@@ -80,13 +88,17 @@ def export_onnx(
         tolerance: Largest accepted difference between onnxruntime's and torch's logits, relative to the largest logit.
         batch_sizes: The batch sizes to compare; at least two, to detect a batch size frozen by mistake.
         seed: Seed of the random images and sentences.
+        dtype: "fp32", "fp16" or "int8".
+        calibration: Batches of training data with the inputs, as `fastkd.data.collate` gives them; a few hundred
+            samples. Needed for "int8"; the agreement of masks is measured on them, or on random inputs.
 
     Raises:
+        ValueError: "int8" without calibration, or batches of another size.
         ValueError: The name does not end in .onnx, its .json belongs to something else (a model's config.json), the
             backbone does not support the size, the tolerance is not positive, or the model is too large for one file,
             not in fp32, or has parameters that its configuration lacks.
         TypeError: The model is not a RISModel.
-        ArithmeticError: onnxruntime and torch differ by more than the tolerance.
+        ArithmeticError: onnxruntime and torch differ by more than the tolerance, or the converted network overflows.
         RuntimeError: torch cannot trace the model, or parameters were lost.
         ImportError: onnx, onnxruntime or onnxscript is missing.
     """
@@ -94,7 +106,7 @@ def export_onnx(
     if not isinstance(student, RISModel):
         raise TypeError(f"export takes a RISModel, got {type(student).__name__}: pass distiller.student of a Distiller")
     with unwrapped(student):  # wrappers would change the traced graph and parameter names
-        return _export(student, path, size, tokenizer, tolerance, batch_sizes, seed)
+        return _export(student, path, size, tokenizer, tolerance, batch_sizes, seed, dtype, calibration)
 
 
 def _export(
@@ -105,6 +117,8 @@ def _export(
     tolerance: float,
     batch_sizes: Sequence[int],
     seed: int,
+    dtype: Dtype,
+    calibration: Iterable[Mapping[str, Any]] | None,
 ) -> Exported:
     path = Path(path).expanduser()
     if path.suffix != ".onnx":
@@ -117,6 +131,7 @@ def _export(
     height, width = size if size is not None else (model.config.image_size,) * 2
     if min(height, width) < 1:
         raise ValueError(f"size must be (height, width) of at least 1, got {(height, width)}")
+    batches = _calibration(dtype, calibration, (height, width))
     _require("onnx", "onnxscript", "onnxruntime")
     expected, actual = undistilled_parameters(model), model.parameter_count()["total"]
     if actual != expected:
@@ -144,22 +159,73 @@ def _export(
             example = _example(model, 2, height, width, seed)
             with torch.no_grad():
                 model(*example)  # an unsupported size raises the model's error, not the tracer's
-            _trace(network, example).save(str(partials[0]), external_data=False)
-            parameters = _count(partials[0], model)
-            if parameters != expected:
-                raise RuntimeError(
-                    f"the file has {parameters} parameters, a student of this configuration has {expected}; nothing "
-                    "was written"
-                )
-            differences = _compare(partials[0], model, height, width, batch_sizes, seed)
-            _check_differences(differences, tolerance)
+            with TemporaryDirectory(dir=partials[0].parent) as folder:
+                exact = Path(folder, "fp32.onnx") if dtype != "fp32" else partials[0]
+                _trace(network, example).save(str(exact), external_data=False)
+                _remove_source_locations(exact)
+                parameters = _count(exact, model)
+                if parameters != expected:
+                    raise RuntimeError(
+                        f"the file has {parameters} parameters, a student of this configuration has {expected}; "
+                        "nothing was written"
+                    )
+                differences = _compare(exact, model, height, width, batch_sizes, seed)
+                _check_differences(differences, tolerance)
+                same = None
+                if dtype != "fp32":
+                    same = _convert(exact, partials[0], dtype, batches or [_inputs(example)])
             facts = _facts(model, partials[0], height, width, parameters, differences, tolerance, tokenizer, vocabulary)
+            facts |= {"dtype": dtype} | ({} if same is None else {"mask_iou_with_fp32": same})
             partials[1].write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 partials[2].write_text("".join(f"{piece}\n" for piece in tokenizer.pieces()), encoding="utf-8")
     finally:
         model.to(device).train(was_training)
-    return Exported(path, metadata, vocabulary, parameters, differences)
+    return Exported(path, metadata, vocabulary, parameters, differences, same)
+
+
+def _calibration(
+    dtype: Dtype, batches: Iterable[Mapping[str, Any]] | None, size: tuple[int, int]
+) -> Sequence[Mapping[str, Tensor]]:
+    """Return the calibration batches, of which there is at least one for int8."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be {', '.join(map(repr, get_args(Dtype)))}, got {dtype!r}")
+    found = [{name: batch[name] for name in INPUTS} for batch in batches or ()]
+    if dtype == "int8" and not found:
+        raise ValueError(
+            "dtype='int8' needs calibration, batches of training data from which it takes the ranges of activations, "
+            "such as 16 batches of 16"
+        )
+    for batch in found:
+        if tuple(batch["image"].shape[2:]) != size:
+            raise ValueError(f"calibration images are {tuple(batch['image'].shape[2:])}, the export is for {size}")
+    return found
+
+
+def _inputs(example: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip(INPUTS, example, strict=True))
+
+
+def _convert(exact: Path, target: Path, dtype: Dtype, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """Write the network in another dtype; return the IoU of its masks with those of the fp32 network."""
+    if dtype == "int8":
+        to_int8(exact, target, batches)
+    else:
+        to_fp16(exact, target)
+    return agreement(exact, target, batches)
+
+
+def _remove_source_locations(path: Path) -> None:
+    """Remove torch's notes of the Python lines behind each node: local paths, and most of a small student's file."""
+    import onnx
+
+    network = onnx.load(str(path))
+    for each in (network, network.graph, *network.graph.node, *network.graph.value_info, *network.functions):
+        del each.metadata_props[:]
+    for function in network.functions:
+        for node in function.node:
+            del node.metadata_props[:]
+    onnx.save(network, str(path))
 
 
 def _check_differences(differences: dict[int, float], tolerance: float) -> None:
@@ -180,7 +246,7 @@ def _check_targets(path: Path) -> None:
     if not metadata.exists():
         return
     try:
-        is_export = str(json.loads(metadata.read_text(encoding="utf-8"))["format"]).startswith("fastkd.onnx/")
+        is_export = str(json.loads(metadata.read_text(encoding="utf-8"))["format"]).startswith(FORMAT)
     except (ValueError, KeyError, TypeError):
         is_export = False
     if not is_export:
@@ -258,20 +324,13 @@ def _compare(
     path: Path, model: RISModel, height: int, width: int, batch_sizes: Sequence[int], seed: int
 ) -> dict[int, float]:
     """Return the largest difference from torch per batch size, relative to the largest logit."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # hide notes about constant folding
-    # Passed as bytes: onnxruntime cannot open a path that is not decodable in the locale.
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    session = open_session(path.read_bytes(), torch.get_num_threads())
     differences = {}
     for batch in batch_sizes:
         example = _example(model, batch, height, width, seed)
         with torch.no_grad():
             expected = model(*example).logits
-        feed = {name: tensor.numpy() for name, tensor in zip(INPUTS, example, strict=True)}
-        got = torch.from_numpy(session.run([OUTPUT], feed)[0])
+        got = run(session, _inputs(example))
         if got.shape != expected.shape:
             raise ArithmeticError(
                 f"onnxruntime returns {tuple(got.shape)}, torch {tuple(expected.shape)}; nothing was written"
@@ -298,7 +357,7 @@ def _facts(
     if vocabulary is not None and name != "shapes":
         name = vocabulary.name  # written next to the network; a local path would be useless elsewhere
     return {
-        "format": "fastkd.onnx/1",  # read by _check_targets
+        "format": f"{FORMAT}1",
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
         "sha256": hashlib.sha256(onnx_file.read_bytes()).hexdigest(),

@@ -46,6 +46,10 @@ class TrainConfig:
     compile_student: bool = False
     """Compile the student with ``torch.compile`` for the training steps; evaluations and saved files are those of the
     student itself. Dropout may draw other numbers than without it."""
+    fake_int8: bool = False
+    """Round weights and inputs of the student's convolutions and linear layers to int8 in training steps (quantisation-
+    aware training), for a student to be exported with ``--dtype int8``. Evaluations and saved files are in full
+    precision."""
     workers: int = 0
     """Data-loading processes; 0 loads in the training process."""
     threads: int | None = None
@@ -111,6 +115,8 @@ class TrainConfig:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {self.precision!r}")
+        if self.fake_int8 and self.compile_student:
+            raise ValueError("fake_int8=True and compile_student=True exclude each other: set one of them to False")
         if self.offload_teacher and not self.shard_teacher:
             raise ValueError("offload_teacher=True needs shard_teacher=True: it is the shards that wait in host memory")
         if isinstance(self.tracker, str):

@@ -27,6 +27,7 @@ from fastkd.evaluate.evaluation import evaluate
 from fastkd.train.checkpoint import WRITE_ERRORS, save_student
 from fastkd.train.compiled import CompiledStudent
 from fastkd.train.config import TrainConfig
+from fastkd.train.fake_int8 import FakeInt8
 from fastkd.train.first_batch import PreflightReport, check_first_batch
 from fastkd.train.host import check_tokenizers, check_validation, keep_tokenizer
 from fastkd.train.launch import join
@@ -83,6 +84,8 @@ class TrainingRun(ReportedRun):
         module = self.module
         if config.compile_student:
             self.student_call = CompiledStudent(distiller, module).active
+        if config.fake_int8:
+            self.student_call = FakeInt8(distiller.student).active
         distiller.set_step(self.step)
         if self.parallel:
             with autocast(self.precision, self.device):

@@ -1,0 +1,203 @@
+"""Exports in fp16 and int8, and exported students as models to evaluate and predict with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs the [ris] extra")
+onnx = pytest.importorskip("onnx", reason="needs the [export] extra")
+pytest.importorskip("onnxruntime", reason="needs the [export] extra")
+pytest.importorskip("onnxscript", reason="needs the [export] extra")
+
+from fastkd.cli import main  # noqa: E402
+from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer  # noqa: E402
+from fastkd.data.shapes import make_shapes  # noqa: E402
+from fastkd.evaluate import evaluate, predict  # noqa: E402
+from fastkd.models import OnnxModel, RISConfig, RISModel, export  # noqa: E402
+from fastkd.models.export import export_onnx  # noqa: E402
+
+TEXT = {
+    "vocab_size": 160,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 20,
+}
+RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32], "stem_width": 16}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    make_shapes(folder, images=24, image_size=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    config = {"text": TEXT, "decoder_width": 16, "image_size": 32, "max_words": 12, "tokenizer": "shapes"}
+    model = RISModel(RISConfig(backbone="resnet18", backbone_args=RESNET, out_indices=(1, 2), **config)).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the average of all batches below
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _ in range(3):  # statistics of batch norms, which the conversions fold
+            image = torch.randn(8, 3, 32, 32, generator=generator)
+            model(image, torch.randint(1, 160, (8, 12), generator=generator))
+    return model.eval()
+
+
+def samples_of(root, student, split):
+    return ReferDataset(
+        RefCOCO(root, split=split),
+        load_tokenizer("shapes"),
+        image_size=32,
+        max_words=12,
+        image_mean=student.config.image_mean,
+        image_std=student.config.image_std,
+        sentences="all",
+    )
+
+
+@pytest.fixture(scope="module")
+def batches(root, student):
+    train = samples_of(root, student, "train")
+    return [collate([train[i] for i in range(start, start + 8)]) for start in (0, 8)]
+
+
+@pytest.fixture(scope="module")
+def exports(student, batches, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reduced")
+    words = load_tokenizer("shapes")
+    done = {"fp32": export_onnx(student, folder / "fp32.onnx", tokenizer=words)}
+    with pytest.MonkeyPatch.context() as patch:
+        reuse_trace(patch, done["fp32"].onnx)
+        for dtype in ("fp16", "int8"):
+            path = folder / f"{dtype}.onnx"
+            done[dtype] = export_onnx(student, path, tokenizer=words, dtype=dtype, calibration=batches)
+    return done
+
+
+def reuse_trace(patch, path):
+    """Let exports of the same student read this file, since tracing takes seconds."""
+    patch.setattr(export, "_trace", lambda network, example: Traced(path))
+
+
+class Traced:
+    def __init__(self, path):
+        self.path = path
+
+    def save(self, destination, external_data):
+        shutil.copy(self.path, destination)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_is_smaller_and_close_to_fp32(exports, batches, dtype):
+    exact, reduced = exports["fp32"], exports[dtype]
+    assert exact.agreement is None
+    assert reduced.onnx.stat().st_size < {"fp16": 0.75, "int8": 0.65}[dtype] * exact.onnx.stat().st_size
+    inputs = [batches[0][name] for name in ("image", "input_ids", "word_mask")]
+    expected, got = (OnnxModel(one.onnx)(*inputs).logits for one in (exact, reduced))
+    error = float((got - expected).norm() / expected.norm())
+    assert 0 < error < {"fp16": 2e-3, "int8": 0.1}[dtype]
+    assert {"fp16": 0.98, "int8": 0.6}[dtype] < reduced.agreement <= 1
+    facts = json.loads(reduced.metadata.read_text())
+    assert facts["dtype"] == dtype
+    assert facts["mask_iou_with_fp32"] == reduced.agreement
+    assert {path.suffix for path in reduced.onnx.parent.glob(f"{dtype}.*")} == {".onnx", ".json", ".txt"}
+
+
+def test_int8_weights_have_one_scale_per_output_channel(exports, student):
+    graph = onnx.load(str(exports["int8"].onnx)).graph
+    tensors = {one.name: one for one in graph.initializer}
+    scales = {}  # weight to scales
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in tensors:
+            weight = onnx.numpy_helper.to_array(tensors[node.input[0]])
+            if weight.ndim == 4:
+                scales[node.input[0]] = onnx.numpy_helper.to_array(tensors[node.input[1]])
+                assert weight.dtype == "int8"
+                assert scales[node.input[0]].shape == (len(weight),)
+    convolutions = [m for m in student.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(scales) == len(convolutions)
+
+
+def test_files_name_no_source_lines(exports):
+    for one in exports.values():
+        content = one.onnx.read_bytes()
+        assert b"stack_trace" not in content
+        assert b"site-packages" not in content
+
+
+def test_exported_student_scores_and_predicts_like_the_student(exports, student, root):
+    val = samples_of(root, student, "val")
+    expected, got = evaluate(student, val), evaluate(OnnxModel(exports["fp32"].onnx, threads=1), val)
+    assert got.metrics == pytest.approx(expected.metrics)
+    image = next(path for path in (root / "images").rglob("*.*") if path.is_file())
+    masks = [predict(model, image, "the red circle").mask for model in (student, OnnxModel(exports["fp32"].onnx))]
+    assert (masks[0] == masks[1]).all()
+
+
+def test_refuses_other_sizes_and_other_files(exports, tmp_path):
+    model = OnnxModel(exports["fp32"].onnx)
+    ids, mask = torch.ones(1, 12, dtype=torch.int64), torch.ones(1, 12, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"image must be \(B, 3, 32, 32\), the size of the exported file"):
+        model(torch.zeros(1, 3, 40, 40), ids, mask)
+    path = tmp_path / "a.onnx"
+    with pytest.raises(FileNotFoundError, match=r"no file .*a\.onnx"):
+        OnnxModel(path)
+    path.write_bytes(b"changed")
+    path.with_suffix(".json").write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="was not written by an export"):
+        OnnxModel(path)
+    path.with_suffix(".json").write_text(exports["fp32"].metadata.read_text())
+    with pytest.raises(ValueError, match=r"is not the file that a\.json describes"):
+        OnnxModel(path)
+
+
+def test_bad_arguments_write_nothing(student, batches, tmp_path):
+    with pytest.raises(ValueError, match="dtype='int8' needs calibration"):
+        export_onnx(student, tmp_path / "a.onnx", dtype="int8")
+    with pytest.raises(ValueError, match="dtype must be 'fp32', 'fp16', 'int8', got 'int4'"):
+        export_onnx(student, tmp_path / "a.onnx", dtype="int4")
+    with pytest.raises(ValueError, match=r"calibration images are \(32, 32\), the export is for \(48, 48\)"):
+        export_onnx(student, tmp_path / "a.onnx", dtype="int8", calibration=batches, size=(48, 48))
+    assert not list(tmp_path.iterdir())
+
+
+def test_overflow_in_fp16_writes_nothing(student, exports, batches, tmp_path, monkeypatch):
+    def overflow(source, target):
+        network = onnx.load(str(source))
+        name = next(i.name for i in network.graph.initializer if i.name.endswith("classifier.weight"))
+        for each in network.graph.initializer:
+            if each.name == name:
+                each.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(each) * float("inf"), name))
+        onnx.save(network, str(target))
+
+    reuse_trace(monkeypatch, exports["fp32"].onnx)
+    monkeypatch.setattr(export, "to_fp16", overflow)
+    with pytest.raises(ArithmeticError, match="logits that are not finite"):
+        export_onnx(student, tmp_path / "a.onnx", dtype="fp16", calibration=batches)
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands(student, exports, root, tmp_path, capsys, monkeypatch):
+    reuse_trace(monkeypatch, exports["fp32"].onnx)
+    student.save_pretrained(tmp_path / "model")
+    path = tmp_path / "student.onnx"
+    args = ["export", "--model", str(tmp_path / "model"), "--onnx", str(path), "--dtype", "int8"]
+    assert main(args) == 2
+    assert "needs calibration" in capsys.readouterr().err
+    assert main([*args, "--calibrate", str(root), "--calibrate-samples", "8", "--height", "48"]) == 2
+    assert "--calibrate gives images of the model's size, 32" in capsys.readouterr().err
+    assert main([*args, "--calibrate", str(root), "--calibrate-samples", "8"]) == 0
+    assert "int8: masks have IoU" in capsys.readouterr().out
+    assert main(["evaluate", "--data", str(root), "--model", str(path)]) == 0
+    assert "mIoU" in capsys.readouterr().out
