@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.figure import gains_figure
-from benchmarks.evidence.tables import ALONE, Records, conditions, scores_table, select, tuning_table
+from benchmarks.evidence.tables import (
+    ALONE,
+    Records,
+    conditions,
+    deployment_table,
+    scores_table,
+    select,
+    tuning_table,
+)
 from benchmarks.table import write_between
 from fastkd._atomic import replace_files
 from fastkd._console import plain_characters
@@ -24,6 +34,7 @@ from fastkd.cli._grid.records import read_records
 RESULTS = Path(__file__).resolve().parent
 MARKERS = ("<!-- evidence: begin (written by benchmarks/evidence) -->", "<!-- evidence: end -->")
 TEST = ("testA", "testB")
+DEPLOYMENT = "deployment.json"
 MAIN, TUNING = "main", "tuning"
 
 
@@ -35,12 +46,13 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
 def digest_of(folder: Path) -> str:
     """Return a digest of a folder's results files, which the page states."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.jsonl")):
+    deployment = [path for path in [folder / DEPLOYMENT] if path.is_file()]
+    for path in sorted([*folder.glob("*.jsonl"), *deployment]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def page(records: Records, digest: str, resamples: int = 10_000) -> str:
+def page(records: Records, digest: str, resamples: int = 10_000, deployment: Mapping[str, Any] | None = None) -> str:
     """Return the generated part of the page; settings other than "main" and "tuning" follow in alphabetical order."""
     parts = [
         f"Made from results with digest `{digest}`. Intervals: 95 %, [paired bootstrap](#intervals) over seeds, then"
@@ -66,6 +78,13 @@ def page(records: Records, digest: str, resamples: int = 10_000) -> str:
         parts.append(
             f"### Choice of weights\n\nmIoU on val by the factor of all shares:\n\n{tuning_table(records, TUNING)}"
         )
+    if deployment is not None:
+        about = (
+            f"Exported students and the teacher, run by onnxruntime {deployment['onnxruntime']} on one thread "
+            f"({deployment['processor']}): mIoU on {' and '.join(deployment['splits'])}, milliseconds for one image "
+            f"and one sentence. Ranges of activations come from {deployment['calibration']} training sentences."
+        )
+        parts.append(f"### Int8 and fp16\n\n{about}\n\n{deployment_table(deployment)}")
     return "\n\n".join(parts)
 
 
@@ -79,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     records = read_all(args.results)
     if not records:
         raise SystemExit(f"no results in {args.results}: run `fastkd experiments benchmarks/evidence/main.yaml`")
-    text = page(records, digest_of(args.results), args.resamples)
+    path = args.results / DEPLOYMENT
+    deployment = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    text = page(records, digest_of(args.results), args.resamples, deployment)
     if args.write is None:
         print(text)
         return 0

@@ -193,3 +193,24 @@ def conditions(records: Records) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def deployment_table(found: Mapping[str, Any]) -> str:
+    """Return sizes, scores and times of exported networks, from the file of `benchmarks.evidence.deployment`."""
+    header = ["network", "dtype", "MB", "seeds", "mIoU", "change from fp32", "IoU of masks with fp32", "ms"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    scores: Records = found["scores"]
+    for row in dict.fromkeys(one["row"] for one in scores):
+        miou = {(one["seed"], one["dtype"]): one["miou"] for one in scores if one["row"] == row}
+        for dtype in dict.fromkeys(one["dtype"] for one in scores if one["row"] == row):
+            chosen = [one for one in scores if one["row"] == row and one["dtype"] == dtype]
+            change = statistics.fmean(one["miou"] - miou[one["seed"], "fp32"] for one in chosen)
+            same = [one["mask_iou_with_fp32"] for one in chosen if one["mask_iou_with_fp32"] is not None]
+            milliseconds = found["milliseconds"].get(f"{row} {dtype}")
+            cells = [ROWS.get(row, row), dtype, f"{chosen[0]['bytes'] / 1e6:.2f}", str(len(chosen))]
+            cells += [f"{statistics.fmean(one['miou'] for one in chosen):.2f}"]
+            cells += ["" if dtype == "fp32" else f"{change:+.2f}".replace("-", "−")]
+            cells += [f"{statistics.fmean(same):.3f}" if same else ""]
+            cells += ["" if milliseconds is None else f"{milliseconds:.2f}"]
+            lines.append(_line(cells))
+    return "\n".join(lines)

@@ -151,3 +151,19 @@ def test_committed_page_is_made_from_the_committed_results():
     digests = re.findall(r"results with digest `(\w+)`", text)
     held = command.read_all(command.RESULTS)
     assert digests == ([command.digest_of(command.RESULTS)] if held else [])
+
+
+def test_deployment_table_has_a_line_per_network_and_dtype():
+    def line(row, seed, dtype, miou, same):
+        return {"row": row, "seed": seed, "dtype": dtype, "bytes": 1_230_000, "miou": miou, "mask_iou_with_fp32": same}
+
+    scores = [line("method", seed, "fp32", 30.0 + seed, None) for seed in (0, 1)]
+    scores += [line("method", seed, "int8", 29.5 + 2 * seed, 0.9 + seed / 20) for seed in (0, 1)]
+    scores += [line("teacher", None, "fp32", 50.0, None)]
+    found = {"scores": scores, "milliseconds": {"method fp32": 2.5, "method int8": 1.25, "teacher fp32": 9.0}}
+    lines = tables.deployment_table(found).splitlines()
+    name = tables.ROWS["method"]
+    assert lines[2] == f"| {name} | fp32 | 1.23 | 2 | 30.50 |  |  | 2.50 |"
+    assert lines[3] == f"| {name} | int8 | 1.23 | 2 | 30.50 | +0.00 | 0.925 | 1.25 |"
+    assert lines[4] == "| teacher | fp32 | 1.23 | 1 | 50.00 |  |  | 9.00 |"
+    assert len(lines) == 5
