@@ -159,8 +159,7 @@ struct Attention {
     // out[r][m] = q_r . k_m for a block's queries and the first `keys` keys, rounded up to a whole panel. Return the
     // queries, unless they are multiplied as pairs.
     FASTKD_INLINE Rows<T> multiply(const Network& network, const Head& head, std::int64_t block, std::int64_t keys,
-                                   std::int64_t width, const T* packed, T* queries, T* out,
-                                   const Prefetch& fetch) const {
+                                   std::int64_t width, const T* packed, T* queries, T* out, Prefetch fetch) const {
         const Array& q = network.q;
         const S* rows = rows_of(q, head, block * plan.block);
         const std::int64_t count = count_of(block);
@@ -170,7 +169,9 @@ struct Attention {
                 const std::int64_t inner = pairs_of(width);
                 auto* left = reinterpret_cast<PairWord*>(queries);
                 copy_pairs(rows, q.row, q.col, count, width, left);
+                fetch.spread(panels.size);
                 for (std::int64_t p = 0; p < panels.size && panels.begin(p) < keys; ++p) {
+                    fetch.step();
                     panel_product_pairs(panels.width(p), left, inner, 1, count,
                                         reinterpret_cast<const PairWord*>(packed) + panels.begin(p) * inner, inner,
                                         out + panels.begin(p), plan.ld, false);
@@ -214,43 +215,56 @@ struct Attention {
                                          query * call.grad_row_stride]);
     }
 
-    // Compute the losses and rows of H of up to row_group rows of a block, from the products in s and t.
-    void process_rows(const Head& head, std::int64_t first, std::int64_t rows, std::int64_t keys, T* s, T* t,
-                      RowGroup<T>& group, T* bias) const {
+    static constexpr std::int64_t steps_per_group = 3;
+    FASTKD_INLINE static void step(Prefetch (&fetch)[2]) {
+        fetch[0].step();
+        fetch[1].step();
+    }
+    // Compute the sums and rows of H of up to row_group rows of a block from the products in s and t. `first` is the
+    // block's first row, `at` the group's first row in it.
+    void process_rows(const Head& head, std::int64_t first, std::int64_t at, std::int64_t rows, std::int64_t keys, T* s,
+                      T* t, RowGroup<T>& group, BlockSums& sums, T* bias, Prefetch (&fetch)[2]) const {
         const bool gradients = problem.for_q || problem.for_k;
         const std::int64_t cols = round_up(keys - rest, lanes<T>);
-        const T scale_s = logits(call.student, head, first, rows, cols, s, group.s, bias);
-        const T scale_t = logits(call.teacher, head, first, rows, cols, t, group.t, bias);
+        const T scale_s = logits(call.student, head, first + at, rows, cols, s, group.s, bias);
+        const T scale_t = logits(call.teacher, head, first + at, rows, cols, t, group.t, bias);
         max_rows(s, plan.ld, rows, cols, rest, scale_s, group.s);
         max_rows(t, plan.ld, rows, cols, rest, scale_t, group.t);
-        switch (cols / lanes<T>) {
-        case 3:
-            exp_rows<T, 3>(s, t, plan.ld, rows, cols, scale_s, scale_t, group);
-            break;
-        case 4:
-            exp_rows<T, 4>(s, t, plan.ld, rows, cols, scale_s, scale_t, group);
-            break;
-        default:
-            exp_rows<T>(s, t, plan.ld, rows, cols, scale_s, scale_t, group);
-        }
         const double factor = call.student.scales[head.h] / problem.temperature;
         for (std::int64_t r = 0; r < rows; ++r) {
-            group.factor[r] = static_cast<T>(row_gradient(head, first + r) * factor);
+            group.factor[r] = static_cast<T>(row_gradient(head, first + at + r) * factor);
         }
-        finish_rows(group, rest, rows, gradients ? s + cols : nullptr, plan.ld);
-        T* loss = static_cast<T*>(call.loss);
-        for (std::int64_t r = 0; r < rows; ++r) {
-            const bool masked = call.query_mask != nullptr && !call.query_mask[head.b * problem.queries + first + r];
-            if (loss != nullptr) {
-                loss[(head.b * problem.heads + head.h) * problem.queries + first + r] =
-                    masked ? T(0) : static_cast<T>(group.loss[r]);
+        const auto rest_of_pass = [&](auto count) __attribute__((always_inline)) {
+            constexpr int vectors = decltype(count)::value;
+            step(fetch);
+            exp_rows<T, vectors>(s, t, plan.ld, rows, cols, scale_s, scale_t, group);
+            step(fetch);
+            finish_rows(group, rest, rows, gradients ? s + cols : nullptr, plan.ld, sums, at);
+            step(fetch);
+            if (gradients) {
+                gradient_rows<T, vectors>(s, t, plan.ld, rows, cols, group);
             }
-            if (gradients && masked) {
+        };
+        switch (cols / lanes<T>) {
+        case 3:
+            rest_of_pass(std::integral_constant<int, 3>{});
+            break;
+        case 4:
+            rest_of_pass(std::integral_constant<int, 4>{});
+            break;
+        default:
+            rest_of_pass(std::integral_constant<int, 0>{});
+        }
+        const unsigned char* mask = queries_mask(head, first + at);
+        for (std::int64_t r = 0; r < rows && gradients && mask != nullptr; ++r) {
+            if (mask[r] == 0) {
                 clear(s + r * plan.ld, round_up(keys, lanes<T>));
-            } else if (gradients) {
-                gradient_row(s + r * plan.ld, t + r * plan.ld, cols, group, r);
             }
         }
+    }
+    // Return the mask from a query on, or null.
+    FASTKD_INLINE const unsigned char* queries_mask(const Head& head, std::int64_t query) const {
+        return call.query_mask == nullptr ? nullptr : call.query_mask + head.b * problem.queries + query;
     }
 
     // Compute the losses of a block, its rows of dQ, and its rows of H for dK, in the scratch memory of `slot`.
@@ -258,13 +272,15 @@ struct Attention {
         T *s = scratch(slot, plan.logits_s), *t = scratch(slot, plan.logits_t);
         const std::int64_t first = block * plan.block, rows = count_of(block), keys = block_keys(block);
         const Rows<T> q_s = multiply(call.student, head, block, keys, problem.student_width, at(head, plan.keys_s),
-                                     scratch(slot, plan.queries_s), s, upcoming.q_s);
+                                     scratch(slot, plan.queries_s), s, upcoming.k_s);
         const Rows<T> q_t = multiply(call.teacher, head, block, keys, problem.teacher_width, at(head, plan.keys_t),
-                                     scratch(slot, plan.queries_t), t, upcoming.q_t);
+                                     scratch(slot, plan.queries_t), t, upcoming.k_t);
         RowGroup<T> group;
-        Prefetch outputs[] = {upcoming.grad_q, upcoming.grad_k};
-        outputs[0].spread(ceil_div(rows, row_group));
-        outputs[1].spread(ceil_div(rows, row_group));
+        BlockSums sums;
+        Prefetch queries[] = {upcoming.q_s, upcoming.q_t};
+        for (Prefetch& fetch : queries) {
+            fetch.spread(steps_per_group * ceil_div(rows, row_group));
+        }
         for (std::int64_t r = 0; r < rows; r += row_group) {
             const std::int64_t some = rows - r < row_group ? rows - r : row_group;
             for (std::int64_t j = 0; j < rest; ++j) {
@@ -273,10 +289,12 @@ struct Attention {
                 column_product(q_t.data + r * q_t.row, q_t.row, some, at(head, plan.rest_t) + j * problem.teacher_width,
                                problem.teacher_width, group.t.rest[j]);
             }
-            process_rows(head, first + r, some, keys, s + r * plan.ld, t + r * plan.ld, group,
-                         scratch(slot, plan.bias));
-            outputs[0].step();
-            outputs[1].step();
+            process_rows(head, first, r, some, keys, s + r * plan.ld, t + r * plan.ld, group, sums,
+                         scratch(slot, plan.bias), queries);
+        }
+        if (call.loss != nullptr) {
+            const std::int64_t row = (head.b * problem.heads + head.h) * problem.queries + first;
+            block_losses(sums, rows, queries_mask(head, first), static_cast<T*>(call.loss) + row);
         }
         const Array &q = call.student.q, &k = call.student.k;
         const Panels<T> panels(problem.student_width);
@@ -287,7 +305,7 @@ struct Attention {
             const Columns<T> right = columns_in_place(k)
                                          ? Columns<T>{reinterpret_cast<const T*>(rows_of(k, head, 0)), false, k.row}
                                          : Columns<T>{at(head, plan.key_rows), true};
-            product<T>({s, plan.ld, 1}, rows, right, panels, plan.width, keys, out, plan.width, false, upcoming.k_s);
+            product<T>({s, plan.ld, 1}, rows, right, panels, plan.width, keys, out, plan.width, false, upcoming.grad_q);
             if (!gradients_in_place()) {
                 write_gradient(call.grad_q, row, rows, out);
             }
@@ -330,7 +348,7 @@ struct Attention {
         for (std::int64_t block = 0; block < plan.blocks; ++block) {
             process_block(head, block, slot, upcoming);
             if (problem.for_k) {
-                add_grad_k(head, block, slot, 0, problem.keys, upcoming.k_t);
+                add_grad_k(head, block, slot, 0, problem.keys, upcoming.grad_k);
             }
         }
         if (problem.for_k) {

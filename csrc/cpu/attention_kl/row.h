@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/attention_kl.h"
+#include "cpu/attention_kl/plan.h"
 #include "cpu/gemm/bf16.h"
 #include "cpu/gemm/small.h"
 #include "cpu/log.h"
@@ -79,11 +80,10 @@ FASTKD_NOINLINE void load_bias(const attention_kl::Bias& bias, std::int64_t offs
     });
 }
 
-// ---- a group of rows: exponentials and sums of each row, then losses of all of them, then the rows of H
-// ----------------
+// ---- a group of rows: exponentials and sums of each row, then of all of them, then the rows of H -------------------
 
 constexpr std::int64_t row_group = 16;
-constexpr std::int64_t most_rest = 2;
+constexpr std::int64_t most_rest = 2; // one or two columns, and one or two rows of a group, are processed separately
 
 // Return how many of a row's last columns are processed per column, with one lane per row. One or two columns would
 // leave the lanes of a vector idle in every row: a quarter of the work for 49 keys.
@@ -100,13 +100,41 @@ struct GroupNetwork {
     alignas(64) T inverse[row_group];         // 1/z
     alignas(64) T rest[most_rest][row_group]; // products of the last columns, then exponentials
 };
+// KLSums without initial values.
+template <class T>
+struct RowSums {
+    Vec<T> z_s, z_t, a;
+};
 template <class T>
 struct RowGroup {
     GroupNetwork<T> s, t;
-    KLSums<T> sums[row_group];
-    alignas(64) double loss[row_group];
+    RowSums<T> sums[row_group];
     alignas(64) T factor[row_group]; // g scale/tau
 };
+// The sums of all rows of a block. Their logarithms are computed together: one alone is bound by latency.
+struct BlockSums {
+    alignas(64) double z_s[attention_max_block], z_t[attention_max_block], a[attention_max_block];
+};
+
+// Return a vector whose lane l is the combination of all lanes of value(l), l < count, such as their sum.
+template <class T, class Value, class Of>
+FASTKD_INLINE Vec<T> combined_lanes(std::int64_t count, const Value& value, const Of& of) {
+    if (count <= most_rest) {
+        Vec<T> result = combine_lanes_of<T>(value(0), of);
+        for (std::int64_t l = 1; l < count; ++l) {
+            const Bits<T> index = lane_index<T>();
+            result = index < static_cast<typename BitsOf<T>::type>(l) ? result : combine_lanes_of<T>(value(l), of);
+        }
+        return result;
+    }
+    Vec<T> values[lanes<T>];
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes<T>; ++l) {
+        values[l] = value(smaller(l, count - 1));
+    }
+    combine_lanes<T>(values, of);
+    return values[0];
+}
 
 // Turn the products of row r of a group into logits, with -inf from column `valid` on and where `mask` is 0. `bias` and
 // `mask` may be null. `cols` is a multiple of lanes; the `rest` columns after it are in `group`.
@@ -142,17 +170,16 @@ FASTKD_NOINLINE void max_rows(const T* x, std::int64_t ld, std::int64_t rows, st
                               T scale, GroupNetwork<T>& group) {
     const Vec<T> none = broadcast(softmax_kl::minus_infinity<T>());
     for (std::int64_t first = 0; first < rows; first += lanes<T>) {
-        Vec<T> most[lanes<T>];
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes<T>; ++l) { // rows after the last repeat it
-            const T* row = x + smaller(first + l, rows - 1) * ld;
-            most[l] = max(load(row) * scale, none);
+        const auto most_of = [&](std::int64_t l) __attribute__((always_inline)) {
+            const T* row = x + (first + l) * ld;
+            Vec<T> most = max(load(row) * scale, none);
             for (std::int64_t c = lanes<T>; c < cols; c += lanes<T>) {
-                most[l] = max(load(row + c) * scale, most[l]);
+                most = max(load(row + c) * scale, most);
             }
-        }
-        combine_lanes<T>(most, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return max(a, b); });
-        Vec<T> all = most[0];
+            return most;
+        };
+        Vec<T> all = combined_lanes<T>(rows - first, most_of,
+                                       [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return max(a, b); });
         for (std::int64_t j = 0; j < rest; ++j) {
             all = max(load(group.rest[j] + first) * scale, all);
         }
@@ -181,7 +208,7 @@ FASTKD_INLINE void exp_row(T* s, T* t, std::int64_t cols, T scale_s, T scale_t, 
         for (int v = 1; v < count; ++v) {
             sums += terms_at(v * lanes<T>);
         }
-        group.sums[r] = sums;
+        group.sums[r] = {sums.z_s, sums.z_t, sums.a};
     } else {
         KLSums<T> sums;
         for (std::int64_t c = 0; c < cols;) { // two-level sums, as in softmax_kl
@@ -192,7 +219,7 @@ FASTKD_INLINE void exp_row(T* s, T* t, std::int64_t cols, T scale_s, T scale_t, 
             }
             sums += part;
         }
-        group.sums[r] = sums;
+        group.sums[r] = {sums.z_s, sums.z_t, sums.a};
     }
 }
 // Replace a group's rows of logits by exponentials, and set the maxima and sums. A row's maximum takes long to compute
@@ -203,35 +230,31 @@ FASTKD_NOINLINE void exp_rows(T* s, T* t, std::int64_t ld, std::int64_t rows, st
     for (std::int64_t r = 0; r < rows; ++r) {
         exp_row<T, count>(s + r * ld, t + r * ld, cols, scale_s, scale_t, group, r);
     }
-    for (std::int64_t r = rows; r < round_up(rows, lanes<double>); ++r) {
-        group.sums[r] = group.sums[rows - 1];
-    }
 }
 
-// Return the lane sums of one of the sums of lanes<double> rows, in double: the last few sums are the largest and would
-// have the largest rounding errors.
+// Return the lane sums of one of the sums of up to lanes<double> rows, in double: the last few sums are the largest and
+// would have the largest rounding errors.
 template <class T>
-FASTKD_INLINE Vec<double> lane_sums(const KLSums<T>* rows, Vec<T> KLSums<T>::* sum) {
-    Vec<double> values[lanes<double>];
-#pragma GCC unroll 8
-    for (int i = 0; i < lanes<double>; ++i) {
-        const Vec<T> value = rows[i].*sum;
+FASTKD_INLINE Vec<double> lane_sums(const RowSums<T>* rows, std::int64_t count, Vec<T> RowSums<T>::* sum) {
+    const auto in_double = [&](std::int64_t r) __attribute__((always_inline)) {
+        const Vec<T> value = rows[r].*sum;
         if constexpr (sizeof(T) == sizeof(double)) {
-            values[i] = value;
+            return value;
         } else {
             typename VectorOf<float, lanes<double>>::type half[2];
             __builtin_memcpy(half, &value, sizeof(half));
-            values[i] = __builtin_convertvector(half[0], Vec<double>) + __builtin_convertvector(half[1], Vec<double>);
+            return __builtin_convertvector(half[0], Vec<double>) + __builtin_convertvector(half[1], Vec<double>);
         }
-    }
-    add_lanes<double>(values);
-    return values[0];
+    };
+    return combined_lanes<double>(count, in_double,
+                                  [](Vec<double> a, Vec<double> b) __attribute__((always_inline)) { return a + b; });
 }
 
-// Set the losses and inverse sums of a group, and replace the rest by H. `h` is the first row's first column of the
-// rest, or null.
+// Set the inverse sums of a group and, from row `first` on, the sums of its block. Replace the rest by H; `h` is the
+// first row's first column of the rest, or null.
 template <class T>
-FASTKD_NOINLINE void finish_rows(RowGroup<T>& group, std::int64_t rest, std::int64_t rows, T* h, std::int64_t ld) {
+FASTKD_NOINLINE void finish_rows(RowGroup<T>& group, std::int64_t rest, std::int64_t rows, T* h, std::int64_t ld,
+                                 BlockSums& block, std::int64_t first) {
     alignas(64) T a[most_rest][row_group];
     const ScaledExp<T> exp{T(1)};
     for (std::int64_t j = 0; j < rest; ++j) {
@@ -247,14 +270,18 @@ FASTKD_NOINLINE void finish_rows(RowGroup<T>& group, std::int64_t rest, std::int
         __builtin_memcpy(to, &inverse, sizeof(inverse));
     };
     for (std::int64_t r = 0; r < rows; r += lanes<double>) {
-        Vec<double> z_s = lane_sums(group.sums + r, &KLSums<T>::z_s), z_t = lane_sums(group.sums + r, &KLSums<T>::z_t);
-        Vec<double> sum_a = lane_sums(group.sums + r, &KLSums<T>::a);
+        const RowSums<T>* sums = group.sums + r;
+        Vec<double> z_s = lane_sums(sums, rows - r, &RowSums<T>::z_s),
+                    z_t = lane_sums(sums, rows - r, &RowSums<T>::z_t);
+        Vec<double> sum_a = lane_sums(sums, rows - r, &RowSums<T>::a);
         for (std::int64_t j = 0; j < rest; ++j) {
             z_s += load_as<double>(group.s.rest[j] + r);
             z_t += load_as<double>(group.t.rest[j] + r);
             sum_a += load_as<double>(a[j] + r);
         }
-        store(group.loss + r, sum_a / z_t + log(z_s / z_t));
+        store(block.z_s + first + r, z_s);
+        store(block.z_t + first + r, z_t);
+        store(block.a + first + r, sum_a);
         store_inverse(group.s.inverse + r, z_s);
         store_inverse(group.t.inverse + r, z_t);
     }
@@ -271,12 +298,41 @@ FASTKD_NOINLINE void finish_rows(RowGroup<T>& group, std::int64_t rest, std::int
     }
 }
 
-// Replace the student's exponentials by row r of H.
+// Write the losses of a block; `mask` is null or 0 where a loss is 0.
 template <class T>
-FASTKD_INLINE void gradient_row(T* s, const T* t, std::int64_t cols, const RowGroup<T>& group, std::int64_t r) {
-    const Vec<T> by_s = broadcast(group.s.inverse[r]), by_t = broadcast(group.t.inverse[r]);
-    for (std::int64_t c = 0; c < cols; c += lanes<T>) {
-        store(s + c, (rounded_product<T>(load(s + c), by_s) - rounded_product<T>(load(t + c), by_t)) * group.factor[r]);
+FASTKD_NOINLINE void block_losses(const BlockSums& block, std::int64_t rows, const unsigned char* mask, T* loss) {
+    for (std::int64_t r = 0; r < rows; r += lanes<double>) {
+        const Vec<double> z_s = load(block.z_s + r), z_t = load(block.z_t + r);
+        alignas(64) double values[lanes<double>];
+        store(values, load(block.a + r) / z_t + log(z_s / z_t));
+        for (std::int64_t l = 0; l < lanes<double> && r + l < rows; ++l) {
+            loss[r + l] = mask != nullptr && mask[r + l] == 0 ? T(0) : static_cast<T>(values[l]);
+        }
+    }
+}
+
+// Replace the student's exponentials by the rows of H of a group. With a constant `count`, it is cols/lanes.
+template <class T, int count = 0>
+FASTKD_NOINLINE void gradient_rows(T* s, const T* t, std::int64_t ld, std::int64_t rows, std::int64_t cols,
+                                   const RowGroup<T>& group) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const Vec<T> by_s = broadcast(group.s.inverse[r]), by_t = broadcast(group.t.inverse[r]);
+        const Vec<T> factor = broadcast(group.factor[r]);
+        const auto at = [&](std::int64_t c) __attribute__((always_inline)) {
+            const Vec<T> p_s = rounded_product<T>(load(s + r * ld + c), by_s);
+            const Vec<T> p_t = rounded_product<T>(load(t + r * ld + c), by_t);
+            store(s + r * ld + c, (p_s - p_t) * factor);
+        };
+        if constexpr (count > 0) {
+#pragma GCC unroll 4
+            for (int v = 0; v < count; ++v) {
+                at(v * lanes<T>);
+            }
+        } else {
+            for (std::int64_t c = 0; c < cols; c += lanes<T>) {
+                at(c);
+            }
+        }
     }
 }
 
@@ -284,7 +340,8 @@ FASTKD_INLINE void gradient_row(T* s, const T* t, std::int64_t cols, const RowGr
 template <class T>
 FASTKD_NOINLINE void column_product(const T* q, std::int64_t q_row, std::int64_t rows, const T* k, std::int64_t width,
                                     T* out) {
-    for (std::int64_t first = 0; first < rows; first += lanes<T>) {
+    std::int64_t first = 0;
+    for (; rows - first > most_rest; first += lanes<T>) {
         Vec<T> sums[lanes<T>] = {};
         const auto add = [&](std::int64_t c, std::int64_t count) __attribute__((always_inline)) {
             const Vec<T> right = load_first(k + c, count);
@@ -303,6 +360,17 @@ FASTKD_NOINLINE void column_product(const T* q, std::int64_t q_row, std::int64_t
         }
         add_lanes<T>(sums);
         store(out + first, sums[0]);
+    }
+    if (first < rows) {
+        const auto product = [&](std::int64_t l) __attribute__((always_inline)) {
+            Vec<T> sum{};
+            for (std::int64_t c = 0; c < width; c += lanes<T>) {
+                sum += load_first(q + (first + l) * q_row + c, width - c) * load_first(k + c, width - c);
+            }
+            return sum;
+        };
+        store(out + first, combined_lanes<T>(rows - first, product,
+                                             [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; }));
     }
 }
 

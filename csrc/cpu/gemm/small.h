@@ -204,6 +204,17 @@ FASTKD_INLINE void combine_lanes(Vec<T>* values, const Of& of) {
         combine_lanes<T, width / 2>(values, of);
     }
 }
+// The same for one vector: set all lanes to the combination of all lanes, in the same order.
+template <class T, int width = lanes<T>, class Of>
+FASTKD_INLINE Vec<T> combine_lanes_of(Vec<T> value, const Of& of) {
+    if constexpr (width > 1) {
+        constexpr auto all = std::make_integer_sequence<int, lanes<T>>{};
+        value = of(halves<T, width, false>(value, value, all), halves<T, width, true>(value, value, all));
+        return combine_lanes_of<T, width / 2>(value, of);
+    } else {
+        return value;
+    }
+}
 template <class T>
 FASTKD_INLINE void add_lanes(Vec<T>* values) {
     combine_lanes<T>(values, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; });
