@@ -102,10 +102,23 @@ def attention_kd(
             teacher_bias = scaled(teacher_bias.to(compute_dtype(teacher_bias, *features.values())), ratio)
     scales, biases, masks = (student_scale, teacher_scale), (student_bias, teacher_bias), (key_mask, query_mask)
     inputs = Inputs(student_q, student_k, teacher_q, teacher_k, *scales, *biases, *masks)
-    rows = attention_kl_unchecked(inputs, student_temperature, causal, reduction != "none", backend)
-    if query_mask is not None and reduction == "mean":
-        return rows.sum() / (query_mask.sum() * heads)  # masked rows are 0
+    expected = _expected_gradient(reduction, shape, query_mask)
+    rows = attention_kl_unchecked(inputs, student_temperature, causal, expected, backend)
+    if reduction == "mean":  # not rows.mean(), whose backward writes a gradient per row; masked rows are 0
+        return rows.sum() / (rows.numel() if query_mask is None else query_mask.sum() * heads)
     return reduce_rows(rows, None, reduction)
+
+
+def _expected_gradient(reduction: str, shape: Sequence[int], query_mask: Tensor | None) -> float | None:
+    """Return what each row's loss receives in the backward of the reduced loss itself, if that is one number."""
+    if reduction == "none":
+        return None
+    batch, heads, queries, _ = shape
+    if reduction == "sum" or torch.compiler.is_compiling():  # a traced number is one graph per batch size
+        return 1.0
+    if query_mask is None:
+        return 1.0 / (batch * heads * queries)
+    return 1.0 / (int(query_mask.sum()) * heads) if checks.readable(query_mask) else 1.0
 
 
 def _check_features(features: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ BOUNDS = {
     ("cpu", "channel_kd"): (106, 9),
     ("cpu", "pixel_relation_kd"): (92, 12),
     ("cpu", "cross_modal_kd"): (186, 10),
-    ("cpu", "attention_kd"): (190, 15),
+    ("cpu", "attention_kd"): (175, 17),
     ("triton", "channel_distribution_kd"): (78, 10),
     ("triton", "channel_kd"): (101, 9),
     ("triton", "pixel_relation_kd"): (96, 12),

@@ -1,4 +1,4 @@
-"""attention_kl beyond the contract suite: biases, scales, sizes around blocks, unit gradients, workspace."""
+"""attention_kl beyond the contract suite: biases, scales, sizes around blocks, prepared gradients, workspace."""
 
 from __future__ import annotations
 
@@ -223,14 +223,38 @@ def test_windows_have_the_same_bits_for_any_number_of_threads() -> None:
 
 
 @needs_cpu
-def test_unit_gradients_have_the_bits_of_a_second_pass() -> None:
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_prepared_gradients_have_the_bits_of_a_second_pass(reduction: str, masked: bool) -> None:
     args = [x.requires_grad_(i < 2) for i, x in enumerate(features(2, 2, 70, 33, 8, 5))]
-    rows = attention_kd(*args, reduction="none", backend="cpu")
-    second = torch.autograd.grad(rows, args[:2], torch.ones_like(rows))
-    for a, b in zip(
-        torch.autograd.grad(attention_kd(*args, reduction="sum", backend="cpu"), args[:2]), second, strict=True
-    ):
+    mask = torch.arange(140).reshape(2, 70) % 7 > 0 if masked else None
+    rows = attention_kd(*args, query_mask=mask, reduction="none", backend="cpu")
+    number = 1.0 if reduction == "sum" else 1 / (2 * (int(mask.sum()) if masked else 140))
+    second = torch.autograd.grad(rows, args[:2], torch.full_like(rows, number))
+    loss = attention_kd(*args, query_mask=mask, reduction=reduction, backend="cpu")
+    for a, b in zip(torch.autograd.grad(loss, args[:2]), second, strict=True):
         assert torch.equal(a, b)
+
+
+@needs_cpu
+def test_backward_returns_the_prepared_gradients_once() -> None:
+    """They are scaled in place for a weighted loss; another backward computes them again, with the same bits."""
+    args = [x.requires_grad_(i < 2) for i, x in enumerate(features(2, 2, 19, 17, 16, 5))]
+    with Recorder() as recorder:
+        loss = 3 * attention_kd(*args, backend="cpu")
+    (_, _, (_, *prepared)) = recorder.calls[0]
+    first = torch.autograd.grad(loss, args[:2], retain_graph=True)
+    assert [x.data_ptr() for x in first] == [x.data_ptr() for x in prepared]
+    want = [x.clone() for x in first]
+    for x in first:
+        x.fill_(torch.nan)  # the caller's own
+    second = torch.autograd.grad(loss, args[:2], retain_graph=True)
+    third = torch.autograd.grad(2 * loss, args[:2])
+    for a, b, c in zip(want, second, third, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, 2 * a)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, args[:2])
 
 
 @needs_cpu
@@ -244,8 +268,8 @@ def test_a_row_gradient_that_differs_after_all() -> None:
     inputs = Inputs(*args, scale, scale, None, None, None, None)
     weight = random(1, 2, 5, seed=3)
     results = []
-    for uniform in (True, False):
-        rows = attention_kl_unchecked(inputs, 1.0, False, uniform, "cpu")
+    for expected in (0.1, None):
+        rows = attention_kl_unchecked(inputs, 1.0, False, expected, "cpu")
         results.append(torch.autograd.grad(rows, args[:2], weight))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -257,18 +281,18 @@ def test_only_the_gradient_needed_is_computed(kept: int) -> None:
     args = [x.requires_grad_(i == kept) for i, x in enumerate(features(1, 2, 5, 7, 4, 4))]
     with Recorder() as recorder:
         attention_kd(*args, backend="cpu").backward()
-    (_, forward, (_, *units)), (_, _, grads) = recorder.calls
-    assert list(forward[12:14]) == [kept == 0, kept == 1]
-    assert [x.numel() > 0 for x in units] == [x.numel() > 0 for x in grads] == [kept == 0, kept == 1]
+    ((_, forward, (_, *prepared)),) = recorder.calls
+    assert list(forward[13:15]) == [kept == 0, kept == 1] == [x.numel() > 0 for x in prepared]
+    assert [x.grad is not None for x in args[:2]] == [kept == 0, kept == 1]
 
 
 @needs_cpu
-def test_saved_tensors_grow_with_the_number_of_tokens() -> None:
+def test_saved_tensors_are_the_inputs() -> None:
     args = [x.requires_grad_(i < 2) for i, x in enumerate(features(1, 1, 500, 400, 4, 4))]
     with saved_for_backward() as saved:
         attention_kd(*args, backend="cpu")
     inputs = {x.data_ptr() for x in args}
-    assert sum(x.nbytes for x in saved if x.data_ptr() not in inputs) == sum(x.nbytes for x in args[:2]) + 2 * 8
+    assert sum(x.nbytes for x in saved if x.data_ptr() not in inputs) == 2 * 8  # the scales
 
 
 @needs_cpu

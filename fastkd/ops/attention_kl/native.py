@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.ops.attention_kl.plan import Inputs, Options, arithmetic_dtype
+from fastkd.ops.attention_kl.plan import Inputs, Options, arithmetic_dtype, is_uniform
 from fastkd.ops.launch import allocate_workspace, dtype_name, launch_on, native, workspace_limit
 from fastkd.ops.registration import number_of
 
 
-def forward(inputs: Inputs, options: Options, loss: Tensor, unit_q: Tensor, unit_k: Tensor, backend: str) -> None:
-    """Fill ``loss`` and the unit gradients that are not empty."""
-    _run(inputs, options, None, loss, (unit_q, unit_k), backend)
+def forward(
+    inputs: Inputs, options: Options, loss: Tensor, prepared_q: Tensor, prepared_k: Tensor, backend: str
+) -> None:
+    """Fill ``loss`` and the prepared gradients that are not empty."""
+    row_gradient = (ctypes.c_double if loss.dtype == torch.float64 else ctypes.c_float)(options.row_gradient)
+    per_row = (ctypes.addressof(row_gradient), (0, 0, 0))
+    _run(inputs, options, per_row, loss, (prepared_q, prepared_k), backend)
 
 
 def backward(
     inputs: Inputs,
     options: Options,
-    units: Sequence[Tensor],
+    prepared: Sequence[Tensor],
     grad_loss: Tensor,
     grad_q: Tensor,
     grad_k: Tensor,
     backend: str,
 ) -> None:
-    """Fill the gradients that are not empty, from the unit gradients if all losses receive the same gradient."""
+    """Fill the gradients that are not empty, from the prepared ones if all losses receive the same gradient."""
     grads = (grad_q, grad_k)
-    if all(unit.shape == grad.shape for unit, grad in zip(units, grads, strict=True)) and _is_uniform(grad_loss):
-        for unit, grad in zip(units, grads, strict=True):
-            torch.mul(unit, grad_loss[0, 0, 0], out=grad)
+    if all(x.shape == grad.shape for x, grad in zip(prepared, grads, strict=True)) and is_uniform(grad_loss):
+        factor = grad_loss[0, 0, 0] / options.row_gradient
+        for x, grad in zip(prepared, grads, strict=True):
+            torch.mul(x, factor, out=grad)
         return
     dtype = _storage_dtype(inputs)
     # Gradients in the dtype that the kernel reads, which is wider than the input's if dtypes are mixed.
     results = [g if g.dtype == dtype else torch.empty_like(g, dtype=dtype) for g in grads]
-    _run(inputs, options, grad_loss, None, results, backend)
+    _run(inputs, options, (grad_loss.data_ptr(), grad_loss.stride()), None, results, backend)
     for result, grad in zip(results, grads, strict=True):
         if result is not grad:
             grad.copy_(result)
-
-
-def _is_uniform(grad_loss: Tensor) -> bool:
-    """Return whether all losses receive the same gradient; reading a CPU tensor does not synchronise a device."""
-    expanded = all(size == 1 or step == 0 for size, step in zip(grad_loss.shape, grad_loss.stride(), strict=True))
-    return expanded or bool((grad_loss == grad_loss[0, 0, 0]).all())
 
 
 def _storage_dtype(inputs: Inputs) -> torch.dtype:
@@ -62,12 +62,12 @@ def _storage_dtype(inputs: Inputs) -> torch.dtype:
 def _run(
     inputs: Inputs,
     options: Options,
-    grad_loss: Tensor | None,
+    per_row: tuple[int, Sequence[int]],
     loss: Tensor | None,
     grads: Sequence[Tensor],
     backend: str,
 ) -> None:
-    """Fill ``loss`` and the gradients that are not empty; without ``grad_loss`` those of the sum of the losses."""
+    """Fill ``loss`` and the gradients that are not empty; ``per_row`` is the address and strides of the losses'."""
     dtype = _storage_dtype(inputs)
     q_s, k_s, q_t, k_t = (x.to(dtype) for x in inputs.features)
     # Zeros in masked rows: a product with NaN there would be NaN although the other factor is 0.
@@ -88,8 +88,7 @@ def _run(
             _network(q_s, k_s, scales[0], biases[0]),
             _network(q_t, k_t, scales[1], biases[1]),
             *(_address(x) for x in masks),
-            _address(grad_loss),
-            (0, 0, 0) if grad_loss is None else grad_loss.stride(),
+            *per_row,
             _address(loss),
             *(_address(x) for x in grads),
             loss is not None,

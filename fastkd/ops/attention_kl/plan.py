@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Options(NamedTuple):
 
     temperature: float | Tensor
     causal: bool
+    row_gradient: float  # of each loss, for the prepared gradients
 
 
 INPUTS = len(Inputs._fields)
@@ -50,10 +52,10 @@ def arithmetic_dtype(inputs: Inputs) -> torch.dtype:
 
 
 def allocate(inputs: Inputs, for_q: bool, for_k: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the unfilled losses (B, H, N) and unit gradients of a forward; those not requested are empty.
+    """Return the unfilled losses (B, H, N) and prepared gradients of a forward; those not requested are empty.
 
-    A unit gradient is the gradient of the sum of all losses. It stays in the dtype of the arithmetic, because its
-    product with the incoming gradient is rounded to the dtype of the input.
+    A prepared gradient stays in the dtype of the arithmetic, because its product with a number is rounded to the
+    dtype of the input.
     """
     dtype, device = arithmetic_dtype(inputs), inputs.student_q.device
     empty = lambda shape: torch.empty(shape, dtype=dtype, device=device)
@@ -70,23 +72,36 @@ def gradients_like(inputs: Inputs, for_q: bool, for_k: bool) -> tuple[Tensor, Te
     return q, k
 
 
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """Return ``number`` rounded to float32, or unchanged for float64."""
+    exact = number == 1 or dtype == torch.float64  # torch.compile traces 1 and cannot trace ctypes
+    return number if exact else ctypes.c_float(number).value
+
+
+def is_uniform(grad_loss: Tensor) -> bool:
+    """Return whether all losses receive the same gradient. Only a CPU tensor is read: this synchronises no device."""
+    if all(size == 1 or step == 0 for size, step in zip(grad_loss.shape, grad_loss.stride(), strict=True)):
+        return True
+    return grad_loss.device.type == "cpu" and bool((grad_loss == grad_loss[0, 0, 0]).all())
+
+
 # --- FLOP (fastkd/ops/flops.py) ---------------------------------------------------------------------------------------
 
 
 def forward_flops(*arguments: Any) -> int:
-    """Return the FLOP of Q Kᵀ of both networks, and of the unit gradients H K and Hᵀ Q that are requested."""
-    inputs, (for_q, for_k) = Inputs(*arguments[:INPUTS]), arguments[INPUTS + 2 : INPUTS + 4]  # shapes for tensors
+    """Return the FLOP of Q Kᵀ of both networks, and of the prepared gradients H K and Hᵀ Q that are requested."""
+    inputs, (for_q, for_k) = Inputs(*arguments[:INPUTS]), arguments[INPUTS + 3 : INPUTS + 5]  # shapes for tensors
     return _pairs(inputs) * 2 * (_widths(inputs) + (for_q + for_k) * inputs.student_q[3])  # type: ignore[operator]
 
 
 def backward_flops(grad_loss: Shape, *arguments: Any) -> int:
-    """Return the FLOP of the gradients of any row gradient; with unit gradients none, as for the sum or the mean.
+    """Return the FLOP of the gradients of any row gradient; with prepared ones none, as for the sum or the mean.
 
-    Shapes do not tell whether the row gradient is uniform. Unit gradients are computed where it is expected to be.
+    Shapes do not tell whether the row gradient is uniform. Gradients are prepared where it is expected to be.
     """
-    inputs, (unit_q, unit_k) = Inputs(*arguments[:INPUTS]), arguments[INPUTS : INPUTS + 2]
-    for_q, for_k = arguments[INPUTS + 4 : INPUTS + 6]
-    if len(unit_q) > 1 or len(unit_k) > 1:
+    inputs, prepared = Inputs(*arguments[:INPUTS]), arguments[INPUTS : INPUTS + 2]
+    for_q, for_k = arguments[INPUTS + 5 : INPUTS + 7]
+    if any(len(shape) > 1 for shape in prepared):
         return 0
     return _pairs(inputs) * 2 * (_widths(inputs) + (for_q + for_k) * inputs.student_q[3])  # type: ignore[operator]
 
