@@ -28,8 +28,23 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+_clock = time.perf_counter
+
+
+def use_cpu_time() -> None:
+    """From now on, time CPU seconds of one thread, which other load on the machine affects little."""
+    global _clock
+    torch.set_num_threads(1)
+    _clock = time.process_time
+
+
+def uses_cpu_time() -> bool:
+    """Return whether :func:`use_cpu_time` was called."""
+    return _clock is time.process_time
+
+
 def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """Time one call in milliseconds: with events on a GPU (after flushing its L2 cache), with the clock on a CPU."""
+    """Time one call in milliseconds: with events on a GPU (after flushing its L2 cache), with a clock on a CPU."""
     if device.startswith("cuda"):
         _flush_cache(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -38,9 +53,9 @@ def milliseconds(call: Callable[[], Any], device: str) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
-    begin = time.perf_counter()
+    begin = _clock()
     call()
-    return (time.perf_counter() - begin) * 1e3
+    return (_clock() - begin) * 1e3
 
 
 _buffers: dict[str, torch.Tensor] = {}
@@ -71,16 +86,16 @@ def time_in_turns(
         for _ in range(1 if name in slow else 2):
             call()
     synchronize(device)
-    begin = time.perf_counter()
+    begin = _clock()
     for _ in range(4):  # untimed: let the allocators reach a steady state
         for name, call in calls.items():
-            if name not in slow and time.perf_counter() - begin < seconds / 4:
+            if name not in slow and _clock() - begin < seconds / 4:
                 call()
     synchronize(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
+    begin = _clock()
     rounds = 0
-    while rounds < min_rounds or (time.perf_counter() - begin < seconds and rounds < max_rounds):
+    while rounds < min_rounds or (_clock() - begin < seconds and rounds < max_rounds):
         for name, call in calls.items():
             if name in slow:
                 if rounds >= 2:
@@ -90,7 +105,7 @@ def time_in_turns(
             times[name].append(milliseconds(call, device))
         rounds += 1
         if rounds == 2 and slow:
-            begin = time.perf_counter()
+            begin = _clock()
     return times
 
 
@@ -156,9 +171,9 @@ def peak_rates(threads: int, rounds: int = 20) -> dict[str, int]:
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(rounds):
             for name, (operation, repeats) in loops.items():
-                begin = time.perf_counter()
+                begin = _clock()
                 count = sum(pool.map(cpu.peak, [operation] * threads, [repeats] * threads))
-                best[name] = max(best[name], count / (time.perf_counter() - begin))
+                best[name] = max(best[name], count / (_clock() - begin))
     return {name: round(rate) for name, rate in best.items()}
 
 
@@ -183,6 +198,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "date": facts["date"],
+        **({"clock": "CPU time of one thread"} if uses_cpu_time() else {}),
     }
 
 

@@ -118,7 +118,8 @@ def child_command(
     workload: workloads.Workload | None, device: str, seconds: float, names: list[str], path: Path, ceilings: bool
 ) -> list[str]:
     """Return the command that measures one workload, or only the ceilings, by :func:`run_child` in a new process."""
-    one = ["--device", device, "--seconds", str(seconds), "--one-to", str(path), *(["--ceilings"] if ceilings else [])]
+    one = ["--device", device, "--seconds", str(seconds), "--one-to", str(path)]
+    one += [*(["--ceilings"] if ceilings else []), *(["--cpu-time"] if measure.uses_cpu_time() else [])]
     if workload is not None:
         one += [
             "--family",
@@ -206,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--autotune", action="store_true", help="also time torch.compile(mode='max-autotune'), as compile_max"
     )
+    parser.add_argument("--cpu-time", action="store_true", help="time one thread in CPU seconds: for a loaded machine")
     parser.add_argument("--all", action="store_true", help="print every provider and mode")
     parser.add_argument("--out", type=Path, help="folder for FAMILY.json; default: benchmarks/results/DEVICE")
     parser.add_argument("--keep", action="store_true", help="keep rows of FAMILY.json that are not measured again")
@@ -213,6 +215,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **options)
     parser.add_argument("--ceilings", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.cpu_time:
+        if args.device != "cpu":
+            parser.error(f"--cpu-time: needs --device cpu, got {args.device}")
+        measure.use_cpu_time()
     dtypes = tuple(getattr(torch, name) for name in args.dtype) if args.dtype else None
     chosen = {
         family: [

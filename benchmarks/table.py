@@ -24,12 +24,14 @@ OTHERS = ("eager_nn", "eager", "compile", "compile_max", "reference")
 def against_targets(measured: list[workloads.Workload], rows: list[Row]) -> str:
     """Return one line per workload and fastkd backend, in the mode of its targets.
 
-    ``!`` marks a missed target, preceded by the speed-up that a kernel at the roofline would have.
+    ``!`` marks a missed target, preceded by the speed-up that a kernel at the roofline would have. Known reasons for
+    missing the share of the roofline follow.
     """
     head = ["work", "kernel", "ms", "x eager", "x compile", "x eager NxN", "extra memory", "of limit", "error"]
     tuned = any(r["provider"] == "compile_max" for r in rows)
     head[4:5] = ["x compile", "x autotuned"] if tuned else ["x compile"]
     lines = [head]
+    reasons = []
     for workload in measured:
         by_provider = of_one_run([r for r in rows if r["work"] == workload.name and r["mode"] == workload.target_mode])
         for name, row in by_provider.items():
@@ -39,6 +41,9 @@ def against_targets(measured: list[workloads.Workload], rows: list[Row]) -> str:
                 lines.append([workload.name, name, f"not measured: {row['note']}"])
                 continue
             target = workload.target
+            share = row[f"share_of_{target.of}"]
+            if share is not None and share < target.share and target.limited_by:
+                reasons.append(f"{workload.name}, below {target.share:.0%} of the {target.of}: {target.limited_by}.")
             lines.append(
                 [
                     workload.name,
@@ -53,7 +58,7 @@ def against_targets(measured: list[workloads.Workload], rows: list[Row]) -> str:
                     f"{row['error_vs_fp64']:.1e}",
                 ]
             )
-    return _aligned(lines)
+    return "\n".join([_aligned(lines), *reasons])
 
 
 def of_one_run(rows: list[Row]) -> dict[str, Row]:
