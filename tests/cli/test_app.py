@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("timm", reason="needs the [ris] extra")
 
 import tiny_teachers
+from browser import see
 from html_page import Page
 from PIL import Image
 
@@ -50,6 +51,16 @@ def test_answer_is_a_frame_without_scripts(models, image):
     for name in ("teacher", "<b>other"):
         assert f"The mask predicted by {name}" in alts
         assert f"Attention of {name} to the word red, at most" in " ".join(alts)
+
+
+def test_a_browser_shows_the_answer(models, image, tmp_path):
+    ((_, attributes),) = Page(answer(models, image, "red circle")).tags
+    seen = see(attributes["srcdoc"], tmp_path, 390)
+    assert seen.console == []
+    assert len(seen.images) >= 2 * (1 + 2)  # of each model: its mask, and its attention to each word
+    assert all(seen.images)
+    assert seen.width <= 390
+    assert "<b>other" in seen.text
 
 
 def test_models_with_other_words_are_shown_too(models, image, tmp_path):
