@@ -10,9 +10,10 @@ call. Everything that Python, torch and Triton do runs here, on tensors of a few
 - cpu: the C++ kernels run, on inputs of at most 512 elements.
 
 Times are CPU seconds of the calling thread, medians of rounds in which all parts take turns. ``launch`` is the
-difference between calls with Triton's launch code and with nothing in its place. ``torch`` is the time of the call's
-operators of torch alone, called again with the same arguments, and of an autograd function with the same inputs that
-computes nothing, with its backward. ``fastkd`` is the rest.
+difference between calls with Triton's launch code and with nothing in its place. ``torch`` is the time of what torch
+alone would do: the call's operators of torch, called again with the same arguments, and an autograd function with the
+same inputs and its backward, whose operators have the schemas and arguments of fastkd's and compute nothing. ``fastkd``
+is the rest.
 """
 
 from __future__ import annotations
@@ -113,23 +114,27 @@ def without_triton() -> Iterator[None]:
 
 
 class Operators(TorchDispatchMode):
-    """Records the operators of torch that run, with their arguments."""
+    """Records the operators that run, in order, with their arguments: torch's and fastkd's, also inside others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.of_torch: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.of_fastkd: list[tuple[Any, tuple[Any, ...], Any]] = []  # with their results
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace != "fastkd":
-            self.calls.append((function, args, kwargs or {}))
-        return function(*args, **kwargs or {})
+        result = function(*args, **kwargs or {})
+        if function.namespace == "fastkd":
+            self.of_fastkd.append((function, args, result))
+        else:
+            self.of_torch.append((function, args, kwargs or {}))
+        return result
 
 
-def operators_of(step: Step) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Return the calls of torch's operators in a step, in order, also those inside fastkd's operators."""
+def operators_of(step: Step) -> Operators:
+    """Return the operators that run in a step."""
     with Operators() as mode:
         step()
-    return mode.calls
+    return mode
 
 
 def python_calls_of(step: Step) -> int:
@@ -149,33 +154,55 @@ def python_calls_of(step: Step) -> int:
 
 
 class _Nothing(torch.autograd.Function):
-    """Returns given results and gradients, so that only autograd's own work takes time."""
+    """Calls operators that compute nothing and returns given results, so that only torch's own work takes time."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, grads: tuple[Tensor | None, ...], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, operators: tuple[Step, Step], result: Tensor, grads: tuple[Tensor | None, ...], *inputs: Tensor
+    ) -> Tensor:
+        operators[0]()
         ctx.save_for_backward(*inputs)
-        ctx.grads = grads
+        ctx.operators, ctx.grads = operators, grads
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018 - reading them takes time
-        return (None, None, *ctx.grads)
+        ctx.operators[1]()
+        return (None, None, None, *ctx.grads)
+
+
+_nothing = torch.library.Library("fastkd_nothing", "DEF")
+_results: dict[str, Any] = {}
+
+
+def without_content(function: Any, args: tuple[Any, ...], result: Any) -> Step:
+    """Return a call, with these arguments, of an operator of the same schema that returns ``result``."""
+    name, schema = function._schema.name.rpartition("::")[2], str(function._schema)
+    if name not in _results:
+        _nothing.define(name + schema[schema.index("(") :])
+        _nothing.impl(name, lambda *_: _results[name], "CPU")
+    _results[name] = result
+    operator = getattr(torch.ops.fastkd_nothing, name).default
+    return lambda: operator(*args)
 
 
 def torch_alone(step: Step, mode: str, inputs: tuple[Tensor, ...]) -> Step:
-    """Return a call of the step's operators of torch and, with a backward, of an autograd function without content."""
+    """Return what torch alone does in a step: its operators, the dispatch of fastkd's, and with a backward autograd."""
     calls = operators_of(step)
+    operators = [without_content(*call) for call in calls.of_fastkd]  # the forward's, and the backward's
     grads = tuple(torch.empty_like(x) if x.requires_grad else None for x in inputs)
     leaves = [x for x in inputs if x.requires_grad]
     loss, one = torch.zeros(()), torch.ones(())
 
     def again() -> None:
         with torch.no_grad():
-            for function, args, kwargs in calls:
+            for function, args, kwargs in calls.of_torch:
                 function(*args, **kwargs)
+            if mode != "both":
+                operators[0]()
         if mode == "both":
-            torch.autograd.grad(_Nothing.apply(loss, grads, *inputs), leaves, one)
+            torch.autograd.grad(_Nothing.apply(operators, loss, grads, *inputs), leaves, one)
 
     return again
 
@@ -192,7 +219,7 @@ def counts(backend: str, workload: workloads.Workload, mode: str) -> dict[str, i
     """Return the numbers of torch's operators and of fastkd's Python functions in a call, which no load changes."""
     step = providers.make_step(workload, backend, mode, workload.inputs("cpu"))
     step()  # plans are made at the first call
-    return {"torch_operators": len(operators_of(step)), "python_calls": python_calls_of(step)}
+    return {"torch_operators": len(operators_of(step).of_torch), "python_calls": python_calls_of(step)}
 
 
 def host_cost(backend: str, workload: workloads.Workload, mode: str, rounds: int, calls: int) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
 from types import TracebackType
 
 import torch
@@ -75,16 +74,22 @@ class launching_on:
     An error while a CUDA graph is captured becomes a `BackendUnavailable` with the fix: a dtype or layout that has not
     run before needs another kernel, which the driver refuses to load then.
 
-    As a class it takes a fraction of the time of a generator.
+    As a class, and without the object ``torch.cuda.device``, it takes a fraction of the time.
     """
 
-    __slots__ = ("_current", "_x")
+    __slots__ = ("_before", "_quiet", "_x")
 
     def __init__(self, x: Tensor) -> None:
-        self._x, self._current = x, _current(x)
+        self._x = x
 
     def __enter__(self) -> None:
-        self._current.__enter__()
+        if INTERPRETED:
+            import numpy  # silence its warnings about −inf − (−inf), which the kernels mask
+
+            self._quiet = numpy.errstate(all="ignore")
+            self._quiet.__enter__()
+        else:
+            self._before = torch.cuda._exchange_device(self._x.get_device())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -97,16 +102,10 @@ class launching_on:
                     "inputs, with its backward, before the capture"
                 ) from error
         finally:
-            self._current.__exit__(kind, error, trace)
-
-
-def _current(x: Tensor) -> AbstractContextManager[object]:
-    """Make the device of ``x`` current."""
-    if INTERPRETED:
-        import numpy  # silence its warnings about −inf − (−inf), which the kernels mask
-
-        return numpy.errstate(all="ignore")
-    return torch.cuda.device(x.get_device())
+            if INTERPRETED:
+                self._quiet.__exit__(kind, error, trace)
+            else:
+                torch.cuda._maybe_exchange_device(self._before)
 
 
 def capability(x: Tensor) -> int:
@@ -117,9 +116,3 @@ def capability(x: Tensor) -> int:
 @functools.cache
 def _capability(device: int) -> int:
     return torch.cuda.get_device_capability(device)[0]
-
-
-MAX_REGISTERS = {"maxnreg": 255}
-"""Launch option of kernels that otherwise spill under some version of Triton. By default ptxas limits registers so that
-one more program fits on a multiprocessor, even if the kernel then lacks one or two; with an explicit limit it allocates
-as many as the kernel needs."""

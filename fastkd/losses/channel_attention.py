@@ -107,7 +107,7 @@ def channel_attention_kd(
             check_call("reference", student, teacher)
     else:
         hint = "resize the maps to one size and align the channels, as ChannelAttentionKD's 1×1 aligner does"
-        checks.same_size("shapes", names, (tuple(student.shape), tuple(teacher.shape)), f"{hint}; or distance='cka'")
+        checks.same_size("shapes", names, (student.shape, teacher.shape), f"{hint}; or distance='cka'")
         checks.row_weight(weight, (student.shape[0], student.shape[1]), "(B, C)", student, attention=True)
 
     dtype = compute_dtype(student, teacher)

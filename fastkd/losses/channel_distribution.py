@@ -65,8 +65,9 @@ def channel_distribution_kd(
     Example:
         >>> loss = channel_distribution_kd(student_map, teacher_map.detach(), guide="teacher")
     """
-    student_temperature, teacher_temperature = _check_options(temperature, guide, guide_temperature, reduction)
-    guide_temperature = checks.temperature(guide_temperature, "guide_temperature")
+    student_temperature, teacher_temperature, guide_temperature = _check_options(
+        temperature, guide, guide_temperature, reduction
+    )
     checks.floating("student", student, (3, 4), LAYOUT)
     checks.floating("teacher", teacher, (3, 4), LAYOUT)
     checks.teacher("teacher", teacher)
@@ -74,7 +75,7 @@ def channel_distribution_kd(
     checks.same_size(
         "shapes",
         ("student", "teacher"),
-        (tuple(student.shape), tuple(teacher.shape)),
+        (student.shape, teacher.shape),
         "resize the maps to one size and align the channels, as ChannelDistributionKD's 1×1 aligner does",
     )
     checks.row_weight(weight, (student.shape[0], student.shape[1]), "(B, C)", student, attention=True)
@@ -101,12 +102,12 @@ def channel_distribution_kd(
 
 def _check_options(
     temperature: Temperature, guide: str | None, guide_temperature: float | Tensor, reduction: str
-) -> tuple[float | Tensor, float | Tensor | None]:
-    """Return the temperatures of student and teacher."""
+) -> tuple[float | Tensor, float | Tensor | None, float | Tensor]:
+    """Return the temperatures of student, teacher and guide."""
     checks.option("guide", guide, GUIDES)
     checks.option("reduction", reduction, checks.REDUCTIONS)
-    checks.temperature(guide_temperature, "guide_temperature")
-    return checks.temperatures(temperature)
+    guide_temperature = checks.temperature(guide_temperature, "guide_temperature")
+    return *checks.temperatures(temperature), guide_temperature
 
 
 def _mix(student: Tensor, teacher: Tensor, guide: str, temperature: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ DEFAULT_TERMS: Mapping[str, float] = MappingProxyType(
 )
 """Weights used for ``terms=None``. They are provisional; see docs/maths.md."""
 
+PIXELS, WORDS = "(B, N, D) or (B, D, H, W)", "(B, T, D)"
 FIRST_ORDER = ("pixel_to_word", "word_to_pixel")
 WordMask = Tensor | tuple[Tensor, Tensor]
 
@@ -97,26 +98,29 @@ def cross_modal_kd(
         >>> loss = cross_modal_kd(v_s, l_s, v_t, l_t, word_mask=word_mask)
     """
     weights, student_temperature, teacher_temperature = _check_options(temperature, terms, reduction, similarity)
-    tensors = {
-        "student_pixels": student_pixels,
-        "student_words": student_words,
-        "teacher_pixels": teacher_pixels,
-        "teacher_words": teacher_words,
-    }
-    for name, tensor in tensors.items():
-        if name.endswith("pixels"):
-            checks.floating(name, tensor, (3, 4), "(B, N, D) or (B, D, H, W)")
-        else:
-            checks.floating(name, tensor, (3,), "(B, T, D)")
-        if name.startswith("teacher"):
-            checks.teacher(name, tensor)
-    checks.same_device(**tensors)
-    maps = [tuple(p.shape[2:]) for p in (student_pixels, teacher_pixels) if p.dim() == 4]
+    checks.floating("student_pixels", student_pixels, (3, 4), PIXELS)
+    checks.floating("student_words", student_words, (3,), WORDS)
+    checks.floating("teacher_pixels", teacher_pixels, (3, 4), PIXELS)
+    checks.floating("teacher_words", teacher_words, (3,), WORDS)
+    checks.teacher("teacher_pixels", teacher_pixels)
+    checks.teacher("teacher_words", teacher_words)
+    checks.same_device(
+        student_pixels=student_pixels,
+        student_words=student_words,
+        teacher_pixels=teacher_pixels,
+        teacher_words=teacher_words,
+    )
+    maps = []
+    if pixel_mask is not None:
+        maps = [tuple(p.shape[2:]) for p in (student_pixels, teacher_pixels) if p.dim() == 4]
     student_pixels, teacher_pixels = _as_rows(student_pixels), _as_rows(teacher_pixels)
     for side, v, w in (("student", student_pixels, student_words), ("teacher", teacher_pixels, teacher_words)):
-        names = (f"{side}_pixels", f"{side}_words")
-        checks.same_size("widths D", names, (v.shape[2], w.shape[2]), "project the words or the pixels to one width")
-        checks.same_size("batch sizes", names, (v.shape[0], w.shape[0]), "give the same samples to both")
+        if v.shape[0] != w.shape[0] or v.shape[2] != w.shape[2]:
+            names = (f"{side}_pixels", f"{side}_words")
+            checks.same_size(
+                "widths D", names, (v.shape[2], w.shape[2]), "project the words or the pixels to one width"
+            )
+            checks.same_size("batch sizes", names, (v.shape[0], w.shape[0]), "give the same samples to both")
     _check_sizes(
         ("student_pixels", "teacher_pixels"),
         (student_pixels.shape[:2], teacher_pixels.shape[:2]),
@@ -130,12 +134,13 @@ def cross_modal_kd(
     mask_p = _pixel_mask(pixel_mask, batch, pixels, maps, student_pixels)
     inputs = Inputs(student_pixels, student_words, teacher_pixels, teacher_words, mask_s, mask_t, mask_p)
     descriptors = [term for term in weights if term in DESCRIPTOR_TERMS]
-    others = tuple(term for term in weights if term in TERMS)
+    others = tuple(term for term in weights if term in TERMS) if descriptors else tuple(weights)
     results = {}
     if descriptors:
         if others:  # two parts add to a gradient: in half precision it would be rounded twice
-            dtype = compute_dtype(*tensors.values())
-            v_s, w_s, v_t, w_t = (x.to(dtype) for x in (student_pixels, student_words, teacher_pixels, teacher_words))
+            features = (student_pixels, student_words, teacher_pixels, teacher_words)
+            dtype = compute_dtype(*features)
+            v_s, w_s, v_t, w_t = (x.to(dtype) for x in features)
             inputs = Inputs(v_s, w_s, v_t, w_t, mask_s, mask_t, mask_p)
         temperatures = student_temperature, student_temperature if teacher_temperature is None else teacher_temperature
         results = word_descriptor_terms(inputs, similarity, temperatures, descriptors, backend)
@@ -144,7 +149,8 @@ def cross_modal_kd(
             inputs, backend = _with_ratio(inputs, similarity, student_temperature, teacher_temperature, backend)
             similarity = "scaled_dot"
         results |= pixel_word_unchecked(inputs, similarity, student_temperature, others, backend)
-    results = {term: results[term] for term in weights}
+    if descriptors:
+        results = {term: results[term] for term in weights}  # in the order of the weights
     return _combine(results, weights, student_temperature, reduction, return_terms)
 
 
@@ -237,11 +243,8 @@ def _check_sizes(
     words: tuple[int, int],
     weights: Mapping[str, float],
 ) -> None:
-    checks.same_size(
-        "(B, N)", pixel_names, (tuple(pixels[0]), tuple(pixels[1])), "resize or pool one to the other's map"
-    )
-    others = [term for term in weights if term != "pixel_pixel"]
-    if words[0] != words[1] and others:
+    checks.same_size("(B, N)", pixel_names, pixels, "resize or pool one to the other's map")
+    if words[0] != words[1] and (others := [term for term in weights if term != "pixel_pixel"]):
         raise ValueError(
             f"{word_names[0]} and {word_names[1]}: numbers of words differ, {words[0]} and {words[1]}, which only "
             f"'pixel_pixel' allows, but terms has {', '.join(map(repr, others))}; use one tokenizer for both, or pass "
@@ -333,19 +336,17 @@ def _combine(
         terms = {term: value * temperature**2 if term in FIRST_ORDER else value for term, value in results.items()}
         return {term: reduce_rows(value, None, reduction) for term, value in terms.items()}
     total: Tensor | None = None
+    traced = torch.compiler.is_compiling()
     for term, value in results.items():
-        total = _add(total, value, weights[term] * temperature**2 if term in FIRST_ORDER else weights[term])
+        factor = weights[term] * temperature**2 if term in FIRST_ORDER else weights[term]
+        if traced or isinstance(factor, Tensor):  # a traced ``alpha`` costs a graph per value
+            total = value * factor if total is None else total + value * factor
+        elif total is None:
+            total = value if factor == 1 else value * factor
+        else:
+            total = torch.add(total, value, alpha=factor)  # one launch on a GPU
     assert total is not None
     return reduce_rows(total, None, reduction)
-
-
-def _add(total: Tensor | None, value: Tensor, factor: float | Tensor) -> Tensor:
-    """Return total + factor · value, in one operation, which is a launch on a GPU."""
-    if torch.compiler.is_compiling() or isinstance(factor, Tensor):  # a traced ``alpha`` costs a graph per value
-        return value * factor if total is None else total + value * factor
-    if total is None:
-        return value if factor == 1 else value * factor
-    return torch.add(total, value, alpha=factor)
 
 
 class CrossModalKD(LossModule):

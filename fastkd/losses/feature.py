@@ -77,7 +77,7 @@ def feature_kd(
     checks.same_size(
         "shapes",
         ("student", "teacher"),
-        (tuple(student.shape), tuple(teacher.shape)),
+        (student.shape, teacher.shape),
         "align the channels and resize the maps, as FeatureKD(student_channels, teacher_channels, resize='bilinear') "
         "does",
     )

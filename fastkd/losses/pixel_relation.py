@@ -94,9 +94,7 @@ def pixel_relation_kd(
     checks.same_device(student=student, teacher=teacher)
     names = ("student", "teacher")
     checks.same_size("batch sizes", names, (student.shape[0], teacher.shape[0]), "give the same samples to both")
-    checks.same_size(
-        "maps", names, (tuple(student.shape[2:]), tuple(teacher.shape[2:])), "resize or pool one to the other's size"
-    )
+    checks.same_size("maps", names, (student.shape[2:], teacher.shape[2:]), "resize or pool one to the other's size")
     rows_s, rows_t = student.flatten(2).mT, teacher.flatten(2).mT  # (B, N, C)
     rows_shape = (rows_s.shape[0], rows_s.shape[1])
     checks.row_weight(weight, rows_shape, "(B, N)", student, attention=False, pooled=pooled is not None)

@@ -67,7 +67,7 @@ def number(name: str, value: Any, traced: bool = False) -> float | Tensor:
 
 def temperature(value: Any, name: str = "temperature") -> float | Tensor:
     """Return ``value`` as :func:`number` does; raise ``ValueError`` unless it is finite and above 0."""
-    parsed = number(name, value, traced=True)
+    parsed = value if type(value) is float else number(name, value, traced=True)
     if isinstance(parsed, Tensor):
         if not readable(parsed):
             return parsed
@@ -145,7 +145,8 @@ def floating(
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {layout}, got {type(tensor).__name__}")
-    dense(name, tensor)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        dense(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}; convert it with .float()")
     if tensor.dim() not in dims:
@@ -180,7 +181,8 @@ def same_device(**tensors: Tensor | None) -> None:
 def same_size(quantity: str, names: tuple[str, str], sizes: tuple[object, object], hint: str) -> None:
     """Raise unless two sizes or shapes are equal."""
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{names[0]} and {names[1]}: {quantity} differ, {sizes[0]} and {sizes[1]}; {hint}")
+        one, other = (tuple(x) if isinstance(x, torch.Size) else x for x in sizes)
+        raise ValueError(f"{names[0]} and {names[1]}: {quantity} differ, {one} and {other}; {hint}")
 
 
 def row_weight(
@@ -275,8 +277,9 @@ def term_weights(terms: object, known: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"terms: is empty; name at least one of {', '.join(map(repr, known))}")
     weights: dict[str, float] = {}
     for term, weight in terms.items():
-        option("terms", term, known)
-        parsed = number(f"terms[{term!r}]", weight)
+        if term not in known:
+            option("terms", term, known)
+        parsed = weight if type(weight) is float else number(f"terms[{term!r}]", weight)
         if isinstance(parsed, Tensor):
             raise ValueError(
                 f"terms[{term!r}]: requires grad; to learn it, pass return_terms=True and weight the terms returned"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -59,7 +60,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: tuple[Tensor | None, ...] = ()) -> str:
+def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: Sequence[Tensor | None] = ()) -> str:
     """Return the name of the backend that computes this call.
 
     Args:
@@ -80,15 +81,20 @@ def choose(family: str, backend: str, student: Tensor, *others: Tensor, masks: t
         limit = MIN_ELEMENTS.get((family, student.device.type), 0)
         if student.numel() < limit:  # as a branch, torch.compile guards on the comparison, not on the size
             small = True
-    dtype_class = ""
+    dtype_class, known = "", None
     for x in (student, *others):  # loops, as generators would double the time
-        if x.dtype not in KERNEL_DTYPES:
+        dtype = x.dtype
+        if dtype == known:
+            continue
+        if dtype not in KERNEL_DTYPES:
             dtype_class = "other"
             break
-        if x.dtype == torch.float64:
+        if dtype == torch.float64:
             dtype_class = "fp64"
+        known = dtype
     obstacle = TRANSFORM if is_transformed(student, *others) else wrapper_class_name(student, *others, *masks)
-    return _resolve(family, backend, student.device.type, student.device.index, dtype_class, small, obstacle)
+    device = student.device
+    return _resolve(family, backend, device.type, device.index, dtype_class, small, obstacle)
 
 
 def unavailable_reason(backend: str, family: str | None = None, device: str | torch.device | None = None) -> str | None:

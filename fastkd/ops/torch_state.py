@@ -75,7 +75,7 @@ def is_transformed(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return _any_transform()
-    if _within_func():
+    if torch._C._functorch.maybe_current_level() is not None:
         return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.common import LOG2E, capability, launching_on, round_to
@@ -220,16 +219,15 @@ def backward(
     logits, norms, columns, grams = [x if x.numel() else None for x in saved]
     batch, pixels, width = student.pixels.shape
     count = student.word_count
-    from_logits = student.words is None
     half = student.pixels.element_size() == 2
     counts = (count, teacher.word_count)
     plan = backward_plan(batch, pixels, width, counts, half, terms, capability(grad_loss))
     grad_logits, grad_strides = grad_pixels, grad_pixels.stride()
-    if not from_logits:  # (B, T, N), passed as (B, N, T)
-        grad_logits = torch.empty((batch, count, pixels), dtype=torch.float32, device=grad_loss.device)
+    if student.words is not None:  # (B, T, N), passed as (B, N, T)
+        grad_logits = grad_loss.new_empty(batch, count, pixels)
         grad_strides = (count * pixels, 1, pixels)
     with launching_on(grad_loss):
-        gradient_kernel[plan.gradient.grid](
+        gradient_kernel.run(
             *logits_of(student, logits, 0),
             *logits_of(teacher, logits, count),
             pixel_mask,
@@ -241,17 +239,17 @@ def backward(
             grad_logits,
             *grad_strides,
             *plan.gradient.sizes,
-            **plan.gradient.constants,
+            **plan.gradient.options,
         )
-        if from_logits:
+        if student.words is None:
             return
         cosine = norms is not None
         cosine_features, cosine_words = (student.pixels, student.words) if cosine else (None, None)
         if grad_pixels.numel():
-            pixels_kernel[plan.pixels.grid](
+            pixels_kernel.run(
                 grad_logits,
                 student.words,
-                *strides(student.words),
+                *student.words.stride(),
                 student.word_mask,
                 pixel_mask,
                 logits if cosine else None,
@@ -262,26 +260,26 @@ def backward(
                 grad_pixels,
                 *grad_pixels.stride(),
                 *plan.pixels.sizes,
-                **plan.pixels.constants,
+                **plan.pixels.options,
             )
         if grad_words.numel():
-            sums = torch.empty(plan.sums, dtype=torch.float32, device=grad_loss.device)
-            words_kernel[plan.words.grid](
+            sums = grad_loss.new_empty(*plan.sums)
+            words_kernel.run(
                 grad_logits,
                 student.pixels,
-                *strides(student.pixels),
+                *student.pixels.stride(),
                 norms,
                 pixel_mask,
                 sums,
                 *plan.words.sizes,
-                **plan.words.constants,
+                **plan.words.options,
             )
-            merge_words_kernel[plan.merge.grid](
+            merge_words_kernel.run(
                 sums,
                 cosine_words,
                 *strides(cosine_words),
                 student.word_mask,
                 grad_words,
                 *plan.merge.sizes,
-                **plan.merge.constants,
+                **plan.merge.options,
             )

@@ -302,8 +302,8 @@ def forward(
     with launching_on(loss):
         if student.words is not None:
             if logits is None:
-                logits = loss.new_empty((batch, sum(counts), pixels))
-            logits_kernel[plan.logits.grid](
+                logits = loss.new_empty(batch, sum(counts), pixels)
+            logits_kernel.run(
                 *features(student),
                 *features(teacher),
                 pixel_mask,
@@ -311,15 +311,15 @@ def forward(
                 norms,
                 *plan.logits.sizes,
                 DOT=DOT[dot],
-                **plan.logits.constants,
+                **plan.logits.options,
             )
-        partials = loss.new_empty(plan.partials)
+        partials = loss.new_empty(*plan.partials)
         inputs = (*logits_of(student, logits, 0), *logits_of(teacher, logits, counts[0]), pixel_mask, partials)
         if plan.terms is not None:
-            terms_kernel[plan.terms.grid](*inputs, *plan.terms.sizes, **plan.terms.constants)
+            terms_kernel.run(*inputs, *plan.terms.sizes, **plan.terms.options)
         if plan.grams is not None:
-            grams_kernel[plan.grams.grid](*inputs, *plan.grams.sizes, **plan.grams.constants)
-        merge_kernel[plan.merge.grid](
+            grams_kernel.run(*inputs, *plan.grams.sizes, **plan.grams.options)
+        merge_kernel.run(
             partials,
             valid,
             student.word_mask,
@@ -329,5 +329,5 @@ def forward(
             *plan.merge.sizes,
             student.scale,
             teacher.scale,
-            **plan.merge.constants,
+            **plan.merge.options,
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+from fastkd.kernels.launch import launch_options
+
 from fastkd._integers import ceil_div
 
 MAX_WORDS = 128
@@ -32,7 +34,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int = 3
     registers: int | None = None
-    """Register limit per thread, set where the default of ptxas spills (``common.MAX_REGISTERS``)."""
+    """Register limit per thread, set where the default of ptxas spills (``launch.MAX_REGISTERS``)."""
 
     def launch(self, fused: bool = True) -> dict[str, Any]:
         """Return the options of a launch."""
@@ -127,11 +129,14 @@ SECOND_ORDER = 12
 
 
 class Launch(NamedTuple):
-    """The arguments of a launch that follow from sizes and options: integers, constants and options of the launch."""
+    """The arguments of a launch that follow from sizes and options, without tensors."""
 
-    grid: tuple[int, ...]
     sizes: tuple[int, ...]
-    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def _launch(grid: tuple[int, ...], sizes: tuple[int, ...], constants: dict[str, Any]) -> Launch:
+    return Launch(sizes, launch_options(grid, constants))
 
 
 class ForwardPlan(NamedTuple):
@@ -152,7 +157,7 @@ def forward_plan(
     words = padded_words(max(counts))
     blocks = logits_blocks(words, half)
     unit = pixel_unit(pixels)
-    logits = Launch(
+    logits = _launch(
         (batch, ceil_div(pixels, blocks.pixels)),
         (pixels // unit,),
         {
@@ -171,10 +176,10 @@ def forward_plan(
     first_order = terms & ~SECOND_ORDER
     of_terms = of_grams = None
     if first_order or not separate_grams:
-        of_terms = Launch((batch, programs), sizes, {"TERMS": first_order if separate_grams else terms, **common})
+        of_terms = _launch((batch, programs), sizes, {"TERMS": first_order if separate_grams else terms, **common})
     if separate_grams:
-        of_grams = Launch((batch, programs, words // blocks.columns), sizes, {"SLAB": blocks.columns, **common})
-    merge = Launch(
+        of_grams = _launch((batch, programs, words // blocks.columns), sizes, {"SLAB": blocks.columns, **common})
+    merge = _launch(
         (batch,),
         (pixels, counts[0], max(counts), programs),
         {"TP": words, "TERMS": terms, "MAX_PROGRAMS": MAX_PARTIALS, **MERGE_BLOCKS.launch(FUSED)},
@@ -200,7 +205,7 @@ def backward_plan(
     count, padded = counts[0], padded_words(max(counts))
     blocks = gradient_blocks(padded)
     blocks_per_program, programs = split_pixels(pixels, blocks.pixels, batch, pixels)
-    gradient = Launch(
+    gradient = _launch(
         (batch, programs),
         (pixels, max(counts), blocks_per_program),
         {
@@ -213,7 +218,7 @@ def backward_plan(
     )
     unit, padded = pixel_unit(pixels), padded_words(count)
     blocks = pixels_blocks(padded, half)
-    of_pixels = Launch(
+    of_pixels = _launch(
         (batch, ceil_div(pixels, blocks.pixels)),
         (pixels // unit, count, width),
         {"PIXEL_UNIT": unit, "BN": blocks.pixels, "TP": padded, "BD": blocks.columns, **blocks.launch()},
@@ -221,12 +226,12 @@ def backward_plan(
     blocks = words_blocks(padded, half, capability)
     chunks = ceil_div(width, blocks.columns)
     blocks_per_program, runs = split_pixels(pixels, blocks.pixels, batch * chunks, MAX_PARTIALS)
-    of_words = Launch(
+    of_words = _launch(
         (batch, runs, chunks),
         (pixels // unit, count, width, blocks_per_program, runs),
         {"PIXEL_UNIT": unit, "BN": blocks.pixels, "TP": padded, "BD": blocks.columns, **blocks.launch()},
     )
-    merge = Launch(
+    merge = _launch(
         (batch, count),
         (count, width, runs),
         {

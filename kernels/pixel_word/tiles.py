@@ -37,17 +37,11 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def features(side: Side) -> tuple[Any, ...]:
-    """Return a side as arguments of ``logits_kernel``."""
-    width = side.pixels.shape[2] if side.pixels is not None else 0
-    return (
-        side.pixels,
-        *strides(side.pixels),
-        side.words,
-        *strides(side.words),
-        side.word_mask,
-        side.word_count,
-        width,
-    )
+    """Return a side with words as arguments of ``logits_kernel``."""
+    pixels, words, mask, count, _ = side
+    assert pixels is not None
+    assert words is not None
+    return (pixels, *pixels.stride(), words, *words.stride(), mask, count, pixels.shape[2])
 
 
 def logits_of(side: Side, logits: Tensor | None, row: int) -> tuple[Any, ...]:
@@ -61,8 +55,13 @@ def logits_of(side: Side, logits: Tensor | None, row: int) -> tuple[Any, ...]:
 
 def product_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return the dtype in which features are multiplied: their own if all have the same, else fp32."""
-    dtypes = {x.dtype for x in tensors if x is not None}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+    common = None
+    for x in tensors:  # a loop, as a comprehension would double the time
+        if x is not None:
+            if common is not None and x.dtype != common:
+                return torch.float32
+            common = x.dtype
+    return common or torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

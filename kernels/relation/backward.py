@@ -17,14 +17,14 @@ fixed order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.common import dot_add, launching_on, round_to
-from fastkd.kernels.relation.call import PLANS, UNREAD, Call, Ints, Networks, Operand, Options, call_of
+from fastkd.kernels.launch import launch_options
+from fastkd.kernels.relation.call import PLANS, UNREAD, Call, Ints, Networks, Operand
 from fastkd.kernels.relation.derivative import coefficients_kernel, derivative_kernel
 from fastkd.kernels.relation.plan import Blocks
 from fastkd.kernels.relation.tiles import UNSPECIALISED, WIDENS
@@ -159,21 +159,18 @@ class ProductLaunch(NamedTuple):
 
     elements: int  # of q; those of H are ``COLS`` times as many
     reads_stored: bool
-    tiles_grid: tuple[int]
     tiles_sizes: tuple[int | float, ...]
-    tiles_constants: dict[str, Any]
-    product_grid: tuple[int]
+    tiles_options: dict[str, Any]
     product_sizes: tuple[int, ...]
-    product_constants: dict[str, Any]
+    product_options: dict[str, Any]
 
 
 class BackwardPlan(NamedTuple):
     """The launches of a backward."""
 
     coefficients: int
-    coefficients_grid: tuple[int, int]
     coefficients_sizes: tuple[int, int, int]
-    coefficients_constants: dict[str, Any]
+    coefficients_options: dict[str, Any]
     grad: Operand
     columns: int  # of a tile of H
     launches: tuple[ProductLaunch, ...]
@@ -198,30 +195,36 @@ def _plan(call: Call, limit: int, grad_stride: Ints) -> BackwardPlan:
             ProductLaunch(
                 launch.problems * launch.band * shape.rows * grid.columns,
                 read,
-                (launch.problems * tiles,),
                 (call.rows // networks.row_unit, *place, tiles, *call.factors),
-                {"STORED": read, "MIRROR": mirror, **call.constants(networks, blocks, fused=False)},
-                (launch.problems * launch.band * ceil_div(call.width, product.cols),),
+                launch_options(
+                    (launch.problems * tiles,),
+                    {"STORED": read, "MIRROR": mirror, **call.constants(networks, blocks, fused=False)},
+                ),
                 (call.rows // call.networks.row_unit, *place, int(call.cosine)),
-                {
-                    "STUDENT_UNIT": own.unit,
-                    "STUDENT_ROWS_INNER": own.rows_inner,
-                    "GRAD_UNIT": grad.unit,
-                    "GRAD_ROWS_INNER": grad.rows_inner,
-                    "ROW_UNIT": call.networks.row_unit,
-                    "MIRROR": mirror,
-                    "ROWS": shape.rows,
-                    "COLS": shape.cols,
-                    **product_constants(product, call.plan.dtype),
-                    **product.launch(),
-                },
+                launch_options(
+                    (launch.problems * launch.band * ceil_div(call.width, product.cols),),
+                    {
+                        "STUDENT_UNIT": own.unit,
+                        "STUDENT_ROWS_INNER": own.rows_inner,
+                        "GRAD_UNIT": grad.unit,
+                        "GRAD_ROWS_INNER": grad.rows_inner,
+                        "ROW_UNIT": call.networks.row_unit,
+                        "MIRROR": mirror,
+                        "ROWS": shape.rows,
+                        "COLS": shape.cols,
+                        **product_constants(product, call.plan.dtype),
+                        **product.launch(),
+                    },
+                ),
             )
         )
     return BackwardPlan(
         2 * grid.samples * call.n_rows,
-        (ceil_div(call.n_rows, COEFFICIENTS_BLOCK), grid.samples),
         (call.rows, call.n_rows, grid.samples),
-        {"DISTANCE": call.method, "BLOCK": COEFFICIENTS_BLOCK, "num_warps": 4, "enable_fp_fusion": True},
+        launch_options(
+            (ceil_div(call.n_rows, COEFFICIENTS_BLOCK), grid.samples),
+            {"DISTANCE": call.method, "BLOCK": COEFFICIENTS_BLOCK, "num_warps": 4, "enable_fp_fusion": True},
+        ),
         grad,
         shape.cols,
         tuple(launches),
@@ -229,40 +232,39 @@ def _plan(call: Call, limit: int, grad_stride: Ints) -> BackwardPlan:
 
 
 def backward(
+    call: Call,
     grad_loss: Tensor,
     student: Tensor,
     teacher: Tensor,
     statistics: Tensor,
     stored: Tensor,
     grad_student: Tensor,
-    options: Options,
-    limit_for: Callable[[int], int],
+    temperature: float,
+    limit: int,
 ) -> None:
     """Fill ``grad_student`` (B, R, K) of any strides from a per-row gradient (B, R) of any strides.
 
-    ``limit_for`` maps the bytes of one row block to the bytes available for H in a launch.
+    H of a launch takes at most ``limit`` bytes, which are at least ``call.min_bytes``.
     """
-    call = call_of(student, teacher, options, stored)
-    plan = _plan(call, limit_for(call.min_bytes), grad_student.stride())
+    plan = _plan(call, limit, grad_student.stride())
     of_student, of_teacher = call.networks.student.sizes, call.networks.teacher.sizes
-    inv_temperature, device = 1 / options.temperature, student.device
+    inv_temperature = 1 / temperature
     scales = statistics[-2:]
-    h_dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
+    like = student if student.dtype == torch.bfloat16 else scales  # the dtype of H
     with launching_on(student):
-        coefficients = torch.empty(plan.coefficients, dtype=torch.float32, device=device)
-        coefficients_kernel[plan.coefficients_grid](
+        coefficients = scales.new_empty(plan.coefficients)
+        coefficients_kernel.run(
             grad_loss,
             statistics,
             coefficients,
             *plan.coefficients_sizes,
             *grad_loss.stride(),
             inv_temperature,
-            **plan.coefficients_constants,
+            **plan.coefficients_options,
         )
         for launch in plan.launches:
-            h = torch.empty(launch.elements * plan.columns, dtype=h_dtype, device=device)
-            q = torch.empty(launch.elements, dtype=torch.float32, device=device)
-            derivative_kernel[launch.tiles_grid](
+            h, q = like.new_empty(launch.elements * plan.columns), scales.new_empty(launch.elements)
+            derivative_kernel.run(
                 student,
                 *(UNREAD.sizes if launch.reads_stored else of_student),
                 teacher,
@@ -275,9 +277,9 @@ def backward(
                 q,
                 *launch.tiles_sizes,
                 inv_temperature,
-                **launch.tiles_constants,
+                **launch.tiles_options,
             )
-            product_kernel[launch.product_grid](
+            product_kernel.run(
                 h,
                 q,
                 scales,
@@ -286,5 +288,5 @@ def backward(
                 grad_student,
                 *plan.grad.sizes,
                 *launch.product_sizes,
-                **launch.product_constants,
+                **launch.product_options,
             )

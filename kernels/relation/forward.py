@@ -16,14 +16,13 @@ the third merges these sums in a fixed order. No matrix is written, except small
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, MAX_REGISTERS, launching_on
-from fastkd.kernels.relation.call import PLANS, Call, Options, call_of
+from fastkd.kernels.common import LOG2E, launching_on
+from fastkd.kernels.launch import MAX_REGISTERS, launch_options
+from fastkd.kernels.relation.call import PLANS, Call
 from fastkd.kernels.relation.merge import merge_kernel
 from fastkd.kernels.relation.plan import PLANES
 from fastkd.kernels.relation.tiles import (
@@ -254,20 +253,18 @@ ROW_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True, **MAX_REGISTERS}
 class TilesLaunch(NamedTuple):
     """The arguments of ``tiles_kernel`` and ``merge_kernel`` for one part of a call, without tensors."""
 
-    sums: tuple[int, int]  # elements of the tiles' sums by row and by column
-    tiles_grid: tuple[int]
+    row_sums: int  # elements of the tiles' sums
+    column_sums: int
     tiles_sizes: tuple[int | float, ...]
-    tiles_constants: dict[str, Any]
-    merge_grid: tuple[int]
+    tiles_options: dict[str, Any]
     merge_sizes: tuple[int, ...]
-    merge_constants: dict[str, Any]
+    merge_options: dict[str, Any]
 
 
 class ForwardPlan(NamedTuple):
     """The launches of a forward."""
 
-    scales_grid: tuple[int, int]
-    scales_constants: dict[str, Any]
+    scales_options: dict[str, Any]
     all_written: bool  # whether the tiles cover all of the stored elements
     launches: tuple[TilesLaunch, ...]
 
@@ -297,51 +294,53 @@ def _plan(call: Call, limit: int) -> ForwardPlan:
         place = (grid.samples, grid.row_blocks, launch.first_problem, launch.first, launch.last)
         launches.append(
             TilesLaunch(
-                (sums * shape.rows, sums * shape.cols),
-                (launch.problems * tiles,),
+                sums * shape.rows,
+                sums * shape.cols,
                 (call.rows // call.networks.row_unit, *place, tiles, call.n_rows, *call.factors),
-                tiles_constants,
-                (launch.problems * grid.blocks * (shape.rows // MERGE_BLOCK["BLOCK"]),),
+                launch_options((launch.problems * tiles,), tiles_constants),
                 (call.rows, call.n_rows, *place),
-                merge_constants,
+                launch_options(
+                    (launch.problems * grid.blocks * (shape.rows // MERGE_BLOCK["BLOCK"]),), merge_constants
+                ),
             )
         )
     return ForwardPlan(
-        (ceil_div(call.n_rows, SCALE_BLOCK["BLOCK"]), 2),
-        {**call.networks.layout, **SCALE_BLOCK, **ROW_LAUNCH},
+        launch_options(
+            (ceil_div(call.n_rows, SCALE_BLOCK["BLOCK"]), 2), {**call.networks.layout, **SCALE_BLOCK, **ROW_LAUNCH}
+        ),
         call.stored <= written and call.rows % shape.rows == 0,
         tuple(launches),
     )
 
 
 def forward(
+    call: Call,
     student: Tensor,
     teacher: Tensor,
     loss: Tensor,
     statistics: Tensor,
     stored: Tensor,
-    options: Options,
-    limit_for: Callable[[int], int],
+    temperature: float,
+    limit: int,
 ) -> None:
     """Fill ``loss`` (B, R), ``statistics`` (planes, B, R) and, unless it is empty, ``stored``.
 
-    ``limit_for`` maps the bytes of one row block to the bytes available for the sums of a launch.
+    The sums of a launch take at most ``limit`` bytes, which are at least ``call.min_bytes``.
     """
-    call = call_of(student, teacher, options, stored)
-    plan = _plan(call, limit_for(call.min_bytes))
+    plan = _plan(call, limit)
     networks = (student, *call.networks.student.sizes, teacher, *call.networks.teacher.sizes)
-    inv_temperature, device = 1 / options.temperature, student.device
+    inv_temperature = 1 / temperature
     scales = statistics[-2:]
     with launching_on(student):
         if call.cosine:
-            scales_kernel[plan.scales_grid](*networks, scales, call.rows, call.n_rows, **plan.scales_constants)
+            scales_kernel.run(*networks, scales, call.rows, call.n_rows, **plan.scales_options)
         else:
             scales.zero_()  # an operator must write every element of its output
         if not plan.all_written:
             stored.zero_()
         for launch in plan.launches:
-            by_row, by_col = (torch.empty(size, dtype=torch.float32, device=device) for size in launch.sums)
-            tiles_kernel[launch.tiles_grid](
+            by_row, by_col = loss.new_empty(launch.row_sums), loss.new_empty(launch.column_sums)
+            tiles_kernel.run(
                 *networks,
                 scales,
                 by_row,
@@ -349,8 +348,8 @@ def forward(
                 stored,
                 *launch.tiles_sizes,
                 inv_temperature,
-                **launch.tiles_constants,
+                **launch.tiles_options,
             )
-            merge_kernel[launch.merge_grid](
-                by_row, by_col, statistics, loss, *launch.merge_sizes, inv_temperature, **launch.merge_constants
+            merge_kernel.run(
+                by_row, by_col, statistics, loss, *launch.merge_sizes, inv_temperature, **launch.merge_options
             )

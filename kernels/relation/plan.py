@@ -29,7 +29,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
-    """Register limit per thread, set where the default of ptxas spills (``common.MAX_REGISTERS``)."""
+    """Register limit per thread, set where the default of ptxas spills (``launch.MAX_REGISTERS``)."""
 
     def constants(self) -> dict[str, Any]:
         """Return the block shape as constants of a kernel."""

@@ -93,7 +93,7 @@ def backward(
     """Fill ``grad_student`` (B, R, N), contiguous, from a per-row gradient (B, R) of any strides."""
     plan = plan_for(student.shape, student.stride(), teacher.stride(), student.dtype)
     with launching_on(student):
-        backward_kernel[plan.backward_grid](
+        backward_kernel.run(
             grad_loss,
             student,
             teacher,
@@ -103,5 +103,5 @@ def backward(
             *grad_loss.stride(),
             *plan.strides,
             1.0 / temperature,
-            **plan.backward_constants,
+            **plan.backward,
         )

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastkd.kernels.common import LOG2E, MAX_REGISTERS, exact_quotient, float64, launching_on
-from fastkd.kernels.softmax_kl.plan import MAX_PARTS, plan_for
+from fastkd.kernels.common import LOG2E, exact_quotient, float64, launching_on
+from fastkd.kernels.softmax_kl.plan import plan_for
 from torch import Tensor
 
 
@@ -192,7 +192,7 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
     # With one part per row the kernel does not use this argument.
     sums = loss.new_empty((plan.parts, 5, n_rows)) if plan.parts > 1 else loss
     with launching_on(student):
-        forward_kernel[plan.forward_grid](
+        forward_kernel.run(
             student,
             teacher,
             loss,
@@ -202,18 +202,7 @@ def forward(student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, 
             plan.part_blocks,
             *plan.strides,
             inv_temperature,
-            **plan.forward_constants,
-            **MAX_REGISTERS,
+            **plan.forward,
         )
         if plan.parts > 1:
-            merge_kernel[(n_rows,)](
-                sums,
-                loss,
-                statistics,
-                n_rows,
-                plan.parts,
-                inv_temperature,
-                PARTS=MAX_PARTS,
-                num_warps=1,
-                enable_fp_fusion=True,
-            )
+            merge_kernel.run(sums, loss, statistics, n_rows, plan.parts, inv_temperature, **plan.merge)

@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from fastkd.kernels.launch import MAX_REGISTERS, launch_options
 
 from fastkd._integers import ceil_div, round_up
 
@@ -67,10 +68,9 @@ class Plan(NamedTuple):
     strides: tuple[int, ...]  # of the student's and the teacher's samples and rows, in units
     parts: int  # of each row in the forward
     part_blocks: int  # blocks of columns of each part
-    forward_grid: tuple[int, int]
-    forward_constants: dict[str, Any]
-    backward_grid: tuple[int, int]
-    backward_constants: dict[str, Any]
+    forward: dict[str, Any]  # options of the launches
+    merge: dict[str, Any]  # of split rows
+    backward: dict[str, Any]
 
 
 @functools.lru_cache(256)
@@ -90,8 +90,19 @@ def plan_for(
         tuple(stride // unit for stride in strides),
         parts,
         ceil_div(part_cols, blocks.cols),
-        (row_blocks, parts),
-        {**constants, "LOOP": cols > blocks.cols, "SPLIT": parts > 1, "enable_fp_fusion": True},
-        (row_blocks, ceil_div(cols, blocks.cols)),
-        {**constants, "enable_fp_fusion": False},  # fused, p_s − p_t would leave the rounding error of one product
+        launch_options(
+            (row_blocks, parts),
+            {
+                **constants,
+                "LOOP": cols > blocks.cols,
+                "SPLIT": parts > 1,
+                "enable_fp_fusion": True,
+                **MAX_REGISTERS,
+            },
+        ),
+        launch_options((batch * rows,), {"PARTS": MAX_PARTS, "num_warps": 1, "enable_fp_fusion": True}),
+        launch_options(
+            (row_blocks, ceil_div(cols, blocks.cols)),
+            {**constants, "enable_fp_fusion": False},  # fused, p_s − p_t would leave the rounding error of one product
+        ),
     )

@@ -52,11 +52,8 @@ def test_any_unit_gives_the_losses_and_gradients_of_plain_torch(cols: int, strid
 class Unloadable:
     """A kernel whose launch fails as while a CUDA graph is captured."""
 
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
-
-        return launch
+    def run(self, *args: Any, **options: Any) -> None:
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -166,11 +166,11 @@ def _check(tensors: dict[str, Tensor], inputs: Inputs, terms: Sequence[str]) -> 
 
 def _choose(backend: str, inputs: Inputs) -> str:
     """Return the backend of this call; some support only a limited number of words."""
-    features = [x for x in inputs.features if x is not None]
-    chosen = choose("pixel_word", backend, *features, masks=inputs.masks)
-    words = max(inputs.word_counts)
-    limit = MAX_WORDS.get(chosen, words)
-    if words <= limit:
+    v_s, w_s, v_t, w_t, *masks = inputs
+    others = (v_t,) if w_s is None or w_t is None else (w_s, v_t, w_t)
+    chosen = choose("pixel_word", backend, v_s, *others, masks=masks)
+    limit = MAX_WORDS.get(chosen)
+    if limit is None or (words := max(inputs.word_counts)) <= limit:
         return chosen
     if backend == "auto":
         return "reference"
@@ -199,15 +199,17 @@ class _PixelWord(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        inputs, options, backend = Inputs(*arguments[:7]), Options(*arguments[7:10]), arguments[10]
-        loss, *statistics = operator("pixel_word_forward", options.temperature)(*inputs, *options, True, backend)
+        inputs, (cosine, temperature, terms, backend) = arguments[:7], arguments[7:]
+        v_s, w_s, v_t, _, *masks = inputs
+        loss, *statistics = operator("pixel_word_forward", temperature)(
+            *inputs, cosine, temperature, terms, True, backend
+        )
         # Logits computed from features are among the statistics; logits that are inputs are saved as they are.
-        has_words = inputs.student_words is not None
-        teacher_logits = None if has_words else inputs.teacher_pixels
-        saved = Saved(inputs.student_pixels, inputs.student_words, teacher_logits, *inputs.masks, *statistics)
-        ctx.save_for_backward(*saved, *save_temperature(ctx, options.temperature))
-        ctx.teacher_width = inputs.teacher_pixels.shape[2] if has_words else 0
-        ctx.cosine, ctx.terms, ctx.backend = options.cosine, options.terms, backend
+        teacher_logits = v_t if w_s is None else None
+        saved = (v_s, w_s, teacher_logits, *masks, *statistics)  # the fields of Saved
+        ctx.save_for_backward(*saved, *save_temperature(ctx, temperature))
+        ctx.teacher_width = 0 if w_s is None else v_t.shape[2]
+        ctx.cosine, ctx.terms, ctx.backend = cosine, terms, backend
         return loss
 
     @staticmethod
@@ -244,8 +246,7 @@ def _backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     dtype = grad_loss.dtype
     pixels, words = convert(saved.student_pixels, saved.student_words, dtype, backend)
     grad_pixels = gradient_like(pixels if for_pixels else None, saved.student_pixels)
-    shape, like = (words.shape, words) if for_words and words is not None else ((0,), pixels)
-    grad_words = torch.empty(shape, dtype=like.dtype, device=like.device)
+    grad_words = words.new_empty(*words.shape) if for_words and words is not None else pixels.new_empty(0)
     if grad_pixels.numel() or grad_words.numel():
         if pixels is not saved.student_pixels or words is not saved.student_words:
             saved = saved._replace(student_pixels=pixels, student_words=words)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastkd.ops.launch import allocate_workspace, dtype_name, launch_on, native, workspace_limit
 from fastkd.ops.pixel_word.plan import Inputs, Options, Saved, convert, scale_of
-from fastkd.ops.registration import number_of
 
 
 def forward(inputs: Inputs, options: Options, statistics: Sequence[Tensor], loss: Tensor, backend: str) -> None:
@@ -50,7 +49,7 @@ def backward(
         teacher = _side(saved.teacher_logits, None, saved.teacher_word_mask, options, dtype, backend)
     else:
         mask, words = _contiguous(saved.teacher_word_mask), saved.logits.shape[1] - student.word_count
-        scale = scale_of(teacher_width, number_of(options.temperature), options.cosine)
+        scale = scale_of(teacher_width, options)
         teacher = Side(None, None, mask, words, teacher_width, scale, False)
     pixels, pixel_mask = saved.student_pixels, _contiguous(saved.pixel_mask)
     problem = _problem(student, teacher, pixel_mask, pixels.shape, options, dtype)
@@ -89,13 +88,12 @@ def _side(
     backend: str,
 ) -> Side:
     """Return one network's operands for kernels whose arithmetic is in ``dtype``."""
-    temperature, cosine = number_of(options.temperature), options.cosine
     bf16_words = words is not None and words.dtype == torch.bfloat16
     pixels, words = convert(pixels, words, dtype, backend)
     if words is None:
-        return Side(pixels, None, _contiguous(mask), pixels.shape[2], 0, scale_of(0, temperature, cosine), False)
+        return Side(pixels, None, _contiguous(mask), pixels.shape[2], 0, scale_of(0, options), False)
     width = pixels.shape[2]
-    scale = scale_of(width, temperature, cosine)
+    scale = scale_of(width, options)
     return Side(pixels, words.contiguous(), _contiguous(mask), words.shape[1], width, scale, bf16_words)
 
 

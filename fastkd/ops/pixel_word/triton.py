@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastkd.ops.launch import triton_module
 from fastkd.ops.pixel_word.plan import Inputs, Options, Saved, rows_or_maps, scale_of
-from fastkd.ops.registration import number_of
 
 
 def forward(inputs: Inputs, options: Options, statistics: Sequence[Tensor], loss: Tensor, backend: str) -> None:
@@ -38,8 +37,10 @@ def backward(
         teacher = _side(saved.teacher_logits, None, saved.teacher_word_mask, options)
     else:
         words = saved.logits.shape[1] - student.word_count
-        scale = scale_of(teacher_width, number_of(options.temperature), options.cosine)
-        teacher = triton_module("pixel_word", "tiles").Side(None, None, _bytes(saved.teacher_word_mask), words, scale)
+        word_mask = None if saved.teacher_word_mask is None else _bytes(saved.teacher_word_mask)
+        teacher = triton_module("pixel_word", "tiles").Side(
+            None, None, word_mask, words, scale_of(teacher_width, options)
+        )
     pixel_mask, valid = _pixel_mask(saved.pixel_mask)
     triton_module("pixel_word", "backward").backward(
         student, teacher, pixel_mask, valid, options.terms, saved.statistics, grad_loss, grad_pixels, grad_words
@@ -48,14 +49,18 @@ def backward(
 
 def _side(pixels: Tensor, words: Tensor | None, mask: Tensor | None, options: Options) -> Any:
     count, width = (pixels.shape[2], 0) if words is None else (words.shape[1], pixels.shape[2])
-    scale = scale_of(width, number_of(options.temperature), options.cosine)
-    return triton_module("pixel_word", "tiles").Side(rows_or_maps(pixels), words, _bytes(mask), count, scale)
+    word_mask = None if mask is None else _bytes(mask)
+    return triton_module("pixel_word", "tiles").Side(
+        rows_or_maps(pixels), words, word_mask, count, scale_of(width, options)
+    )
 
 
 def _pixel_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return the mask as bytes, and the number of valid pixels of each sample."""
-    return _bytes(mask), None if mask is None else mask.sum(1, dtype=torch.float32)
+    if mask is None:
+        return None, None
+    return _bytes(mask), mask.sum(1, dtype=torch.float32)
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)

@@ -73,9 +73,7 @@ def relation(
         checks.floating(name, tensor, (3,), "(B, R, K) with K ≥ 1", allow_empty=True)
         if tensor.shape[2] == 0:
             raise ValueError(f"{name}: expected shape (B, R, K) with K ≥ 1, got {tuple(tensor.shape)}")
-    checks.same_size(
-        "(B, R)", names, (tuple(student.shape[:2]), tuple(teacher.shape[:2])), "give the same rows to both"
-    )
+    checks.same_size("(B, R)", names, (student.shape[:2], teacher.shape[:2]), "give the same rows to both")
     checks.same_device(student=student, teacher=teacher)
     checks.teacher("teacher", teacher)
     return relation_unchecked(

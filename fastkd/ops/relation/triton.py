@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from fastkd.ops.launch import check_workspace, statistics_dtype, triton_module, workspace_limit
@@ -24,8 +22,10 @@ def forward(
     student: Tensor, teacher: Tensor, loss: Tensor, statistics: Tensor, stored: Tensor, options: Options
 ) -> None:
     """Fill ``loss``, ``statistics`` and ``stored``."""
+    call = triton_module("relation", "call").call_of(student, teacher, options, stored)
+    limit = check_workspace(call.min_bytes, workspace_limit(student.device))
     triton_module("relation", "forward").forward(
-        student, teacher, loss, statistics, stored, options, _limit_for(student)
+        call, student, teacher, loss, statistics, stored, options.temperature, limit
     )
 
 
@@ -39,11 +39,8 @@ def backward(
     options: Options,
 ) -> None:
     """Fill ``grad_student``."""
+    call = triton_module("relation", "call").call_of(student, teacher, options, stored)
+    limit = check_workspace(call.min_bytes, workspace_limit(student.device))
     triton_module("relation", "backward").backward(
-        grad_loss, student, teacher, statistics, stored, grad_student, options, _limit_for(student)
+        call, grad_loss, student, teacher, statistics, stored, grad_student, options.temperature, limit
     )
-
-
-def _limit_for(x: Tensor) -> Callable[[int], int]:
-    """Return a function from the smallest sufficient workspace to the workspace limit on the device of ``x``."""
-    return lambda minimum: check_workspace(minimum, workspace_limit(x.device))

@@ -58,7 +58,7 @@ def softmax_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor,
     checks.same_size(
         "shapes",
         names,
-        (tuple(student.shape), tuple(teacher.shape)),
+        (student.shape, teacher.shape),
         "expected the same shape; reshape both to (batch, rows, columns)",
     )
     if student.shape[2] == 0:
@@ -104,10 +104,11 @@ class _SoftmaxKL(torch.autograd.Function):
 
 
 def _forward(student: Tensor, teacher: Tensor, temperature: float | Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    loss, statistics = _forward_fake(student, teacher, temperature, backend)
+    kernels = _kernels(backend)
+    loss, statistics = _allocate(student, teacher, kernels)
     if loss.numel():
         student, teacher = _operands(student, teacher)
-        _kernels(backend).forward(student, teacher, loss, statistics, number_of(temperature), backend)
+        kernels.forward(student, teacher, loss, statistics, number_of(temperature), backend)
     return loss, statistics
 
 
@@ -117,7 +118,7 @@ def _backward(
     dtype = student.dtype
     grad_loss = converted(grad_loss, statistics_dtype(student, teacher))
     student, teacher = _operands(student, teacher)
-    grad_student = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    grad_student = student.new_empty(*student.shape)  # contiguous
     if grad_student.numel():
         tau = number_of(temperature)
         _kernels(backend).backward(grad_loss, student, teacher, statistics, grad_student, tau, backend)
@@ -125,10 +126,7 @@ def _backward(
 
 
 def _forward_fake(student: Tensor, teacher: Tensor, temperature: float | Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    shape, dtype = student.shape[:2], statistics_dtype(student, teacher)
-    loss = torch.empty(shape, dtype=dtype, device=student.device)
-    planes, statistics = _kernels(backend).statistics_of(dtype)
-    return loss, torch.empty((planes, *shape), dtype=statistics, device=student.device)
+    return _allocate(student, teacher, _kernels(backend))
 
 
 def _backward_fake(grad_loss: Tensor, student: Tensor, *_: Any) -> Tensor:
@@ -140,9 +138,25 @@ def _flops(*_: Any) -> int:
     return 0
 
 
-def _operands(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors in their common dtype, with stride 1 along the rows."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in promoted(*tensors)]
+def _allocate(student: Tensor, teacher: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:
+    """Return the unfilled loss and statistics."""
+    shape, dtype, device = student.shape[:2], statistics_dtype(student, teacher), student.device
+    planes, of_statistics = kernels.statistics_of(dtype)
+    return (
+        torch.empty(shape, dtype=dtype, device=device),
+        torch.empty((planes, *shape), dtype=of_statistics, device=device),
+    )
+
+
+def _operands(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in their common dtype, with stride 1 along the rows."""
+    if student.dtype != teacher.dtype:
+        student, teacher = promoted(student, teacher)
+    if student.stride(2) != 1:
+        student = student.contiguous()
+    if teacher.stride(2) != 1:
+        teacher = teacher.contiguous()
+    return student, teacher
 
 
 def _kernels(backend: str) -> Any:
