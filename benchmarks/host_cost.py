@@ -158,7 +158,7 @@ class _Nothing(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operators: tuple[Step, Step], result: Tensor, grads: tuple[Tensor | None, ...], *inputs: Tensor
+        ctx: Any, operators: list[Step], result: Tensor, grads: tuple[Tensor | None, ...], *inputs: Tensor
     ) -> Tensor:
         operators[0]()
         ctx.save_for_backward(*inputs)
@@ -168,7 +168,8 @@ class _Nothing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018 - reading them takes time
-        ctx.operators[1]()
+        for operator in ctx.operators[1:]:
+            operator()
         return (None, None, None, *ctx.grads)
 
 
@@ -190,7 +191,7 @@ def without_content(function: Any, args: tuple[Any, ...], result: Any) -> Step:
 def torch_alone(step: Step, mode: str, inputs: tuple[Tensor, ...]) -> Step:
     """Return what torch alone does in a step: its operators, the dispatch of fastkd's, and with a backward autograd."""
     calls = operators_of(step)
-    operators = [without_content(*call) for call in calls.of_fastkd]  # the forward's, and the backward's
+    operators = [without_content(*call) for call in calls.of_fastkd]  # the forward's, then the backward's, if any
     grads = tuple(torch.empty_like(x) if x.requires_grad else None for x in inputs)
     leaves = [x for x in inputs if x.requires_grad]
     loss, one = torch.zeros(()), torch.ones(())
