@@ -38,6 +38,7 @@ ROWS = {
     "first_order_cwd": "+ first order + CWD",
     "method": "+ first order + guided CWD, the method",
     "method_logit": "the method + logit",
+    "method_int8": "the method, trained for int8",
 }
 """Row name to its description, in the order of the tables; other rows follow."""
 
