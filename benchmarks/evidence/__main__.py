@@ -53,7 +53,7 @@ def digest_of(folder: Path) -> str:
 
 
 def page(records: Records, digest: str, resamples: int = 10_000, deployment: Mapping[str, Any] | None = None) -> str:
-    """Return the generated part of the page; settings other than "main" and "tuning" follow in alphabetical order."""
+    """Return the generated part of the page: "main", other comparisons by name, then choices of weights."""
     parts = [
         f"Made from results with digest `{digest}`. Intervals: 95 %, [paired bootstrap](#intervals) over seeds, then"
         " images; bold: 0 is outside."
@@ -61,8 +61,10 @@ def page(records: Records, digest: str, resamples: int = 10_000, deployment: Map
     if len(select(records, MAIN, "time")) > 1:
         parts.append("![Gain of each row over the student alone, on testA and testB, in equal time](evidence.svg)")
         parts.append("The dashed line is the plain baseline, logit + feature.")
-    settings = sorted({r["setting"] for r in records} - {TUNING}, key=lambda name: (name != MAIN, name))
+    settings = sorted({r["setting"] for r in records}, key=lambda name: (name != MAIN, name))
     for setting in settings:
+        if setting.startswith(TUNING):
+            continue
         for equal in ("time", "steps"):
             rows = select(records, setting, equal)
             if len(rows) < 2:
@@ -74,10 +76,12 @@ def page(records: Records, digest: str, resamples: int = 10_000, deployment: Map
             for splits in groups:
                 parts.append(f"{' and '.join(splits)}:\n\n{scores_table(rows, splits, resamples)}")
             parts.append(conditions([r for s in rows.values() for one in s.by_seed.values() for r in one.values()]))
-    if any(r["setting"] == TUNING for r in records):
-        parts.append(
-            f"### Choice of weights\n\nmIoU on val by the factor of all shares:\n\n{tuning_table(records, TUNING)}"
-        )
+    if tunings := [setting for setting in settings if setting.startswith(TUNING)]:
+        parts.append("### Choice of weights")
+    for setting in tunings:
+        steps = {r["steps"] for r in records if r["setting"] == setting}
+        parts.append(f"mIoU on val by the factor of all shares, {' or '.join(f'{n}' for n in sorted(steps))} steps:")
+        parts.append(tuning_table(records, setting))
     if deployment is not None:
         about = (
             f"Exported students and the teacher, run by onnxruntime {deployment['onnxruntime']} on one thread "
