@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -20,6 +21,9 @@ from fastkd.ops.dispatch import unavailable_reason
 from fastkd.ops.launch import native
 
 RESULTS = Path(__file__).parent / "results"
+
+ISA_LIMITS = ("FASTKD_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that limit the instruction sets of fastkd, of torch and of its libraries."""
 
 
 def synchronize(device: str) -> None:
@@ -195,6 +199,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         **{name: facts[name] for name in names},
         "isa": None if unavailable_reason("cpu") else native("cpu").isa(),
+        "isa_limits": {name: os.environ[name] for name in ISA_LIMITS if name in os.environ},
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "date": facts["date"],
