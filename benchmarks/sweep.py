@@ -21,6 +21,7 @@ from benchmarks import measure, providers, run, workloads
 from benchmarks.workloads import Workload
 from fastkd._console import plain_characters
 
+FIELDS = ("work", "loss", "shape", "dtype", "mode", "provider", "ms", "ok", "note")
 NOISE = 1.03  # slowdowns below this ratio count as noise
 MAPS = [
     (1, 4, 2, 2),
@@ -91,7 +92,8 @@ def compare(workload: Workload, names: list[str], device: str, seconds: float) -
     times = measure.time_in_turns(steps, device, seconds, min_rounds=5, max_rounds=2000)
     rows = []
     for name in names:
-        row = run.empty_row(workload, "both", name) | {"elements": inputs[0].numel(), "note": failed.get(name, "")}
+        row = {key: value for key, value in run.empty_row(workload, "both", name).items() if key in FIELDS}
+        row |= {"elements": inputs[0].numel(), "note": failed.get(name, "")}
         rows.append(row | ({"ok": True, "ms": measure.percentiles(times[name])} if name in times else {}))
     return rows
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import statistics
 import subprocess
 import sys
 import types
@@ -330,6 +332,26 @@ def test_small_inputs_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose("softmax_kl", "auto", torch.zeros(1, 1, 99)) == "reference"
     assert choose("softmax_kl", "auto", torch.zeros(1, 1, 100)) == "cpu"
     assert choose("softmax_kl", "cpu", torch.zeros(1, 1, 99)) == "cpu"
+
+
+@pytest.mark.parametrize("family", ["softmax_kl", "relation", "pixel_word"])
+def test_auto_takes_the_backend_that_the_committed_sweeps_found_faster(family: str) -> None:
+    """Ratios are medians over instruction sets and dtypes, as single points are noisy."""
+    losses = {"softmax_kl": ["channel_distribution_kd"], "pixel_word": ["cross_modal_kd"]}
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for file in (Path(__file__).parents[2] / "benchmarks" / "results").glob("amd-epyc-family-25-*/*/sweep.json"):
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        ms = {(row["work"], row["provider"]): row["ms"]["median"] for row in rows}
+        for row in rows:
+            if row["provider"] == "cpu" and row["loss"] in losses.get(family, ["channel_kd", "pixel_relation_kd"]):
+                work = row["work"].removesuffix(row["dtype"])
+                ratios.setdefault((work, row["elements"]), []).append(
+                    row["ms"]["median"] / ms[row["work"], "reference"]
+                )
+    assert len(ratios) > 10
+    for (work, count), found in ratios.items():
+        small = count < dispatch.MIN_ELEMENTS.get((family, "cpu"), 0)
+        assert (statistics.median(found) > 1) == small, work
 
 
 def test_importing_fastkd_imports_nothing_heavy() -> None:

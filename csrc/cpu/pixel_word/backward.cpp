@@ -257,13 +257,20 @@ void finish_words(const Backward& args, const Plan<T>& plan, std::int64_t b) {
         }
         const T* unit = plan.words_student + (b * plan.words + k) * padded;
         double along = 0;
-        for (std::int64_t d = 0; d < columns; ++d) {
-            double sum = 0;
+        constexpr std::int64_t block = 256; // columns of a chunk's sums that are read in one go, as they are far apart
+        for (std::int64_t first = 0; first < columns; first += block) {
+            const std::int64_t size = smaller(block, columns - first);
+            double sums[block] = {};
             for (std::int64_t c = 0; c < plan.chunks; ++c) {
-                sum += static_cast<double>(plan.template partial<T>(b * plan.chunks + c)[k * padded + d]);
+                const T* part = plan.template partial<T>(b * plan.chunks + c) + k * padded + first;
+                for (std::int64_t d = 0; d < size; ++d) {
+                    sums[d] += static_cast<double>(part[d]);
+                }
             }
-            out[d] = static_cast<T>(sum);
-            along += plan.problem.cosine ? sum * unit[d] : 0;
+            for (std::int64_t d = 0; d < size; ++d) {
+                out[first + d] = static_cast<T>(sums[d]);
+                along += plan.problem.cosine ? sums[d] * unit[first + d] : 0;
+            }
         }
         if (plan.problem.cosine) {
             const double norm = static_cast<double>(plan.word_norms[b * plan.words + k]);
