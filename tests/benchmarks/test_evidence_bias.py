@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from benchmarks.evidence.bias import __main__ as command
 from benchmarks.evidence.bias import measure, scenes, study, tables
 from benchmarks.evidence.bias.measure import ALONE, BIASED, CONTROL, TEACHER
 from benchmarks.evidence.tables import ROWS
-from fastkd.cli._grid.records import append_records, encode_images, encode_iou
+from fastkd.cli._grid.records import append_records, encode_images, encode_iou, read_records
 from fastkd.data.shapes import meaning as m
 
 IMAGES = 60
@@ -149,6 +150,14 @@ def test_shares_of_hand_made_predictions():
     assert plain.handed_on(("blind",), 50).mean == pytest.approx(100 * 0.3 / 0.7, abs=0.8)
 
 
+def test_teachers_without_a_difference_in_bias_are_refused():
+    records = results()
+    same = [{**r, "setting": CONTROL} for r in records if (r["setting"], r["row"]) == (BIASED, TEACHER)]
+    found = measure.group([r for r in records if (r["setting"], r["row"]) != (CONTROL, TEACHER)] + same)
+    with pytest.raises(ValueError, match="has no more of the bias 'colours'"):
+        tables.comparison(found, "channel", 2.0, with_control=True)
+
+
 def test_matched_gain_interpolates_between_factors():
     seeds, sentences = 2, 30
 
@@ -195,6 +204,25 @@ def test_grids_have_the_same_rows_and_list_what_is_missing(monkeypatch):
     monkeypatch.setattr(study, "read_records", lambda path: [{**held[0], "digest": "other"}])
     with pytest.raises(ValueError, match="with other settings"):
         study.missing(grids)
+
+
+def test_a_tiny_study_gives_results_with_counterparts(tmp_path):
+    study.make_sets(tmp_path / "data", images=12)
+    study.make_teachers(tmp_path / "teachers", tmp_path / "data", steps=1)
+    rows = {ALONE: {}, "channel": {"terms": {"channel": 0.5}}}
+    for grid, name in zip(study.load_grids(), study.TEACHERS, strict=True):
+        settings = {**grid.settings, "steps": 1, "batch_size": 4, "warmup": 0}
+        settings |= {"data": tmp_path / "data" / "clean", "teacher": str(tmp_path / "teachers" / name / "last")}
+        settings["student"] = str(command.FOLDER / "student.json")
+        paths = {"work": tmp_path, "results": tmp_path / "results.jsonl"}
+        chosen = rows if name == "biased" else {"channel": rows["channel"]}
+        small = replace(grid, **paths, settings=settings, rows=chosen, every_row={}, seeds=(0,), scale=(2.0,))
+        study.run_missing([small])
+        assert not study.missing([small])
+    found = measure.group(read_records(tmp_path / "results.jsonl"))
+    assert len(found) == 2 + 3
+    for scores in found.values():
+        assert [split for split, record in scores.by_seed[0].items() if "other" in record] == ["testA", "testB"]
 
 
 def test_committed_page_is_made_from_the_committed_results():

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from benchmarks.evidence.bias.figure import bias_figure
 from benchmarks.evidence.bias.measure import ALONE, BIASED, CONTROL, TEACHER, group
-from benchmarks.evidence.bias.study import execute, load_grids, make_sets, make_teachers, missing
+from benchmarks.evidence.bias.study import load_grids, make_sets, make_teachers, run_missing
 from benchmarks.evidence.bias.tables import matched_table, models_table, shares_table
 from benchmarks.table import write_between
 from fastkd._atomic import replace_files
-from fastkd._console import plain_characters, show
+from fastkd._console import plain_characters
 from fastkd.cli._grid.records import Record, read_records
 
 FOLDER = Path(__file__).resolve().parent
@@ -86,10 +86,7 @@ def run(limit: int | None) -> int:
     work = grids[0].work
     make_sets(work / "data")
     make_teachers(work / "teachers", work / "data")
-    todo = list(missing(grids))
-    show(f"{len(todo)} runs are missing in {grids[0].results}")
-    for grid, one in todo[:limit]:
-        execute(grid, one)
+    run_missing(grids, limit)
     return 0
 
 

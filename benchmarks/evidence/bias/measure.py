@@ -89,12 +89,23 @@ class Comparison:
         reference: of the control teacher with the same loss, or the student alone.
         teacher: mean biases of the biased teacher.
         nothing: mean biases that count as nothing handed on: of the control teacher, or of the student alone.
+
+    Raises:
+        ValueError: the teacher has not more of a bias than that, so no share of it is defined.
     """
 
     students: Scores
     reference: Scores
     teacher: Mapping[str, float]
     nothing: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for name in BIASES:
+            if self.teacher[name] <= self.nothing[name]:
+                raise ValueError(
+                    f"the biased teacher has no more of the bias {name!r} ({self.teacher[name]:.1f}) than models "
+                    f"without it ({self.nothing[name]:.1f}): train it longer on the biased set"
+                )
 
     def seeds(self) -> list[int]:
         """Return the common seeds."""

@@ -139,19 +139,27 @@ def _complete(grid: Grid, run: Run) -> bool:
     return None not in records
 
 
-def execute(grid: Grid, run: Run) -> None:
-    """Train and score one run, and append its results."""
+def run_missing(grids: Sequence[Grid], limit: int | None = None) -> None:
+    """Run what the results lack, at most ``limit`` runs, each appended as it ends."""
     from fastkd.cli._grid.runs import build_cache
-    from fastkd.cli._grid.runs import execute as train_and_score
+
+    todo = missing(grids)
+    show(f"{len(todo)} runs are missing in {grids[0].results}")
+    cached: set[str] = set()
+    for grid, run in todo[:limit]:
+        if run.row == TEACHER:
+            append_records(grid.results, score_teacher(grid))
+            continue
+        if run.row != ALONE and grid.setting not in cached:
+            build_cache(grid)
+            cached.add(grid.setting)
+        append_records(grid.results, _train_and_score(grid, run))
+
+
+def _train_and_score(grid: Grid, run: Run) -> list[Record]:
+    from fastkd.cli._grid.runs import execute
     from fastkd.cli._models import load_model
 
-    if run.row == TEACHER:
-        append_records(grid.results, score_teacher(grid))
-        return
-    if run.row != ALONE:
-        build_cache(grid)
-    steps = grid.settings_of(run.row).config.steps
-    records = train_and_score(grid, run, steps, None)
-    student = load_model(str(grid.work / "runs" / run.folder / "last"))
-    append_records(grid.results, with_counterparts(grid, records, student))
+    records = execute(grid, run, grid.settings_of(run.row).config.steps, None)
     show(f"{grid.setting}, {run.name}: " + "  ".join(f"{r['split']} {r['miou']:.2f}" for r in records))
+    return with_counterparts(grid, records, load_model(str(grid.work / "runs" / run.folder / "last")))
