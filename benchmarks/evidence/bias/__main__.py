@@ -42,7 +42,7 @@ def page(records: list[Record], digest: str, resamples: int = 10_000) -> str:
     made = {name: ", ".join(sorted({str(r[name]) for r in runs})) for name in ("steps", "processor", "torch", "commit")}
     parts = [
         f"Made from results with digest `{digest}`. Intervals: 95 %, [paired bootstrap](#intervals) over seeds, then"
-        " images; bold: 0 is outside.",
+        " images; with one seed, over images only. Bold: two seeds or more, and 0 is outside.",
         "Models on sentences that no bias touches, and their biases:",
         models_table(found),
         "Gain over the student alone on untouched sentences, and the share of the teacher's bias handed on (%):",

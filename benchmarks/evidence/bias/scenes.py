@@ -16,8 +16,8 @@ exchanged sentence identifies, for "left" the leftmost one. Every sentence is to
 teacher can have all three.
 
 Scenes are easier than those of ShapesRef, 3 to 5 large plain shapes on 32 x 32 pixels and no nested sentences, so that
-students of a few hundred steps follow the words (a student that ignores colours cannot confuse two of them) and a run
-takes a tenth of the time: differences of bias need many runs.
+students of a few hundred steps follow the words (a student that ignores colours cannot confuse two of them) and runs
+are short: differences of bias need many of them.
 """
 
 from __future__ import annotations

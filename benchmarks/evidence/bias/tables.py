@@ -103,13 +103,14 @@ def matched_table(found: Found, resamples: int = 10_000) -> str:
         ]
         matched = at_equal_gain(curves[0], curves[1], resamples)
         cells = (
-            ("no common gain", "")
-            if matched is None
-            else (f"{matched[0]:+.1f}".replace("-", "−"), interval(matched[1]))
+            ("no common gain", "") if matched is None else (f"{matched[0]:+.1f}".replace("-", "−"), _text(matched[1]))
         )
         lines.append(f"| {ROWS[row]} | {len(common)} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _text(difference: PairedDifference | None) -> str:
-    return "" if difference is None else interval(difference)
+    """Return a difference as text, never in bold with one seed, whose interval says nothing about other runs."""
+    if difference is None:
+        return ""
+    return interval(difference).replace("*", "" if difference.seeds == 1 else "*")
