@@ -150,6 +150,10 @@ README_ROWS = {
     "channel_kd kl 8x512x30x30 float32": "`channel_kd` | (8, 512, 30, 30)",
     "cross_modal_kd 4x14400x20x128 float32": "`cross_modal_kd` | (4, 14400 pixels, 20 words, 128)",
     "channel_distribution_kd 8x512x30x30 float32": "`channel_distribution_kd` | (8, 512, 30, 30)",
+    "pixel_relation_kd kl 2x128x60x60 bfloat16": "`pixel_relation_kd`, bf16 | (2, 128, 60, 60)",
+    "channel_kd kl 8x512x30x30 bfloat16": "`channel_kd`, bf16 | (8, 512, 30, 30)",
+    "cross_modal_kd 8x900x20x512 bfloat16": "`cross_modal_kd`, bf16 | (8, 900 pixels, 20 words, 512)",
+    "channel_distribution_kd 8x512x30x30 bfloat16": "`channel_distribution_kd`, bf16 | (8, 512, 30, 30)",
 }
 
 
@@ -197,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     files = [folder / f"{family}.json" for family in shown]
     if absent := [str(file) for file in files if not file.exists()]:
         raise SystemExit(f"no results: {', '.join(absent)}; run `python -m benchmarks --device cpu`")
+    files += [file for family in shown if (file := folder / "bfloat16" / f"{family}.json").exists()]
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     text = speed_table(rows)
     if args.write is None:

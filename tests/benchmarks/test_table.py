@@ -42,7 +42,7 @@ def test_speed_table_divides_medians_and_rounds() -> None:
     providers = (("cpu", 2.0, 5.0), ("eager", 40.0, 100.0), ("compile", 7.0, 50.0))
     rows = [row(name, *provider) for name in table.README_ROWS for provider in providers]
     lines = table.speed_table(rows).splitlines()
-    assert len(lines) == 2 + len(table.README_ROWS) == 8
+    assert len(lines) == 2 + len(table.README_ROWS) == 12
     assert all(line.endswith("| 20 | 3.5 | 5 | 100 |") for line in lines[2:])
     with pytest.raises(SystemExit, match="no result of compile; run `python -m benchmarks"):
         table.speed_table([r for r in rows if r["provider"] != "compile"])
@@ -50,7 +50,7 @@ def test_speed_table_divides_medians_and_rounds() -> None:
 
 def test_readme_rows_are_workloads() -> None:
     names = {w.name for family in workloads.CPU_WORKLOADS for w in workloads.select(family, "cpu")}
-    assert set(table.README_ROWS) <= names
+    assert {name.replace("bfloat16", "float32") for name in table.README_ROWS} <= names
     files = [json.loads(file.read_text(encoding="utf-8")) for file in FOLDER.glob("*.json")]
     # The table compares times of two cores; a file with a "clock" has CPU times of one thread.
     losses = {row["loss"] for file in files if "clock" not in file["environment"] for row in file["rows"]}
