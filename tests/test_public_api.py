@@ -386,7 +386,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
             "(name, parameters=None, metrics=factory, steps=None, train_seconds=None, note='', baseline=None, "
             "latency=None)"
         ),
-        "SampleIoU": "(name, ious, interval=None, gain=None, baseline='')",
+        "SampleIoU": "(name, ious, interval=None, gain=None, baseline='', precision=None)",
         "WordAttention": "(image, words, maps)",
         "contact_sheet": "(samples, *, columns=4, tile=256)",
         "console_table": "(rows, *, title='Results (%)', console=None)",

@@ -37,7 +37,12 @@ class CudaModule(NamedTuple):
     info: dict[str, Any]
 
     def load(self) -> ModuleType:
-        """Import and return the module under another name, so that ``fastkd._cuda`` may be loaded too."""
+        """Import and return the module: fastkd's own as such, another under a name that leaves room for it.
+
+        One file cannot be loaded under two names, since its types are registered once.
+        """
+        if self.file.parent == Path(fastkd.__file__).parent:
+            return importlib.import_module("fastkd._cuda")
         spec = importlib.util.spec_from_file_location("built._cuda", self.file)
         assert spec is not None
         assert spec.loader is not None
