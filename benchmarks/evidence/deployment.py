@@ -1,4 +1,4 @@
-"""Export students in fp32, fp16 and int8, score the files, and time them beside the teacher.
+"""Export students in fp32, fp16 and int8, score the files, and time them together with the teacher.
 
     python -m benchmarks.evidence.deployment --data data/shapesref --out benchmarks/evidence/deployment.json \
         runs/evidence/runs/main/equal-time/method-*

@@ -65,9 +65,9 @@ class OnnxModel(nn.Module):
         self.vocab_size: int = facts["tokenizer"]["vocab_size"]
         self.config = RISConfig.from_dict(facts["config"])
         self.config.image_size, self.config.max_words = self.size[0], facts["tokenizer"]["max_words"]
-        beside = path.with_suffix(".vocab.txt")
-        if self.config.tokenizer == beside.name:
-            self.config.tokenizer = str(beside)
+        vocabulary = path.with_suffix(".vocab.txt")
+        if self.config.tokenizer == vocabulary.name:
+            self.config.tokenizer = str(vocabulary)
 
     def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor) -> OnnxOutput:
         """Return the logits of a batch.
@@ -111,18 +111,18 @@ def run(session: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     """Return the network and the facts about it."""
-    beside = path.with_suffix(".json")
-    for file in (path, beside):
+    metadata = path.with_suffix(".json")
+    for file in (path, metadata):
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}; an exported student is NAME.onnx with NAME.json next to it")
     content = path.read_bytes()
     try:
-        facts = json.loads(beside.read_text(encoding="utf-8"))
+        facts = json.loads(metadata.read_text(encoding="utf-8"))
         known = str(facts["format"]).startswith(FORMAT)
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
-        raise ValueError(f"{beside} was not written by an export: run `fastkd export` again")
+        raise ValueError(f"{metadata} was not written by an export: run `fastkd export` again")
     if facts["sha256"] != hashlib.sha256(content).hexdigest():
-        raise ValueError(f"{path} is not the file that {beside.name} describes (sha256): run `fastkd export` again")
+        raise ValueError(f"{path} is not the file that {metadata.name} describes (sha256): run `fastkd export` again")
     return content, facts

@@ -33,7 +33,7 @@ addEventListener("load", () => {{
 
 @dataclass
 class Seen:
-    """What Chromium made of a page.
+    """Page as Chromium shows it.
 
     Attributes:
         images: of each picture, whether it was loaded.

@@ -37,7 +37,7 @@ class CudaModule(NamedTuple):
     info: dict[str, Any]
 
     def load(self) -> ModuleType:
-        """Import and return the module: fastkd's own as such, another under a name that leaves room for it.
+        """Import and return the module: fastkd's own under its name, any other under a different one.
 
         One file cannot be loaded under two names, since its types are registered once.
         """

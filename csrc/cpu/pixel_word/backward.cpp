@@ -257,7 +257,7 @@ void finish_words(const Backward& args, const Plan<T>& plan, std::int64_t b) {
         }
         const T* unit = plan.words_student + (b * plan.words + k) * padded;
         double along = 0;
-        constexpr std::int64_t block = 256; // columns of a chunk's sums that are read in one go, as they are far apart
+        constexpr std::int64_t block = 256; // columns of one chunk to read before the next, which is far away
         for (std::int64_t first = 0; first < columns; first += block) {
             const std::int64_t size = smaller(block, columns - first);
             double sums[block] = {};
