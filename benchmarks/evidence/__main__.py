@@ -25,6 +25,7 @@ from benchmarks.evidence.tables import (
     scores_table,
     select,
     tuning_table,
+    variants_table,
 )
 from benchmarks.table import write_between
 from fastkd._atomic import replace_files
@@ -36,6 +37,7 @@ MARKERS = ("<!-- evidence: begin (written by benchmarks/evidence) -->", "<!-- ev
 TEST = ("testA", "testB")
 DEPLOYMENT = "deployment.json"
 MAIN, TUNING = "main", "tuning"
+VARIANTS = ("sweeps", "readings of channel attention")  # settings whose rows are losses and their variants
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
@@ -74,7 +76,8 @@ def page(records: Records, digest: str, resamples: int = 10_000, deployment: Map
             groups += [(split,) for split in sorted(held - set(TEST)) if not groups or split != "val"]
             parts.append(f"### {setting}: equal {'wall-clock time' if equal == 'time' else 'steps'}")
             for splits in groups:
-                parts.append(f"{' and '.join(splits)}:\n\n{scores_table(rows, splits, resamples)}")
+                table = variants_table if setting in VARIANTS else scores_table
+                parts.append(f"{' and '.join(splits)}:\n\n{table(rows, splits, resamples)}")
             parts.append(conditions([r for s in rows.values() for one in s.by_seed.values() for r in one.values()]))
     if tunings := [setting for setting in settings if setting.startswith(TUNING)]:
         parts.append("### Choice of weights")

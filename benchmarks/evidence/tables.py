@@ -147,6 +147,34 @@ def scores_table(rows: Mapping[str, Sample], splits: Sequence[str], resamples: i
     return "\n".join(lines)
 
 
+def base_of(row: str, rows: Iterable[str]) -> str | None:
+    """Return the row that this one is a variant of: the longest whose name, followed by "_", begins its name."""
+    return max((name for name in rows if row.startswith(f"{name}_")), key=len, default=None)
+
+
+def variants_table(rows: Mapping[str, Sample], splits: Sequence[str], resamples: int = 10_000) -> str:
+    """Return the table of a setting whose rows are losses and their variants, such as "cwd" and "cwd_temperature_1"."""
+    header = ["row", "variant", "steps", "seeds", "mIoU (sd)", "gain over the row"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for name in sorted(rows, key=lambda name: _place_of_variant(name, rows)):
+        sample, base = rows[name], base_of(name, rows)
+        seeds = sample.seeds(splits)
+        if not seeds:
+            continue
+        miou = sample.values("miou", splits)
+        difference = None if base is None else gain(sample, rows[base], splits, resamples)
+        steps = _mean(sample.by_seed[seed][splits[0]]["steps"] for seed in seeds)
+        described = ROWS.get(base or name, f"`{base or name}`")
+        variant = "" if base is None else name.removeprefix(f"{base}_").replace("_", " ")
+        cells = [described, variant, steps, str(len(seeds)), f"{statistics.fmean(miou):.1f}{_spread(miou)}"]
+        lines.append(_line([*cells, "" if difference is None else interval(difference)]))
+    return "\n".join(lines)
+
+
+def _place_of_variant(row: str, rows: Iterable[str]) -> tuple[tuple[int, str], str]:
+    return _place(base_of(row, rows) or row), row
+
+
 def interval(difference: PairedDifference) -> str:
     """Return a difference as text; in bold if its interval excludes 0."""
     text = f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]".replace("-", "−")

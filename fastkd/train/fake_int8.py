@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 _SMALLEST = 1e-12  # of a scale: a tensor of zeros has none
+_LARGEST_WEIGHT = 64  # as `fastkd.models.reduced_onnx.to_int8` writes
 
 
 class FakeInt8:
     """Round the weights of a student's convolutions and linear layers, and their inputs, in training steps.
 
     With scale s, zero point z and codes from q₀ to q₁, x becomes s·(clamp(round(x/s) + z, q₀, q₁) − z). Weights have
-    one s per output channel, max|w|/127, and z = 0; inputs have one s and z, so that the codes 0 to 255 cover the range
-    of the batch and 0. The gradient is that of the identity where no value is clamped, 0 elsewhere. The parameters
-    keep their full precision and their names; nothing is stored beside them.
+    one s per output channel, max|w|/64, and z = 0, as in an exported file; inputs have one s and z, so that the codes 0
+    to 255 cover the range of the batch and 0. The gradient is that of the identity where no value is clamped, 0
+    elsewhere. The parameters keep their full precision and their names; nothing is stored beside them.
 
     Reference: B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", CVPR 2018.
@@ -53,9 +54,9 @@ def _restore(layer: nn.Module, args: Any, output: Any) -> None:
 
 def rounded_weight(weight: Tensor) -> Tensor:
     """Return a weight (C_out, …) rounded to int8 with a scale per output channel."""
-    scale = (weight.detach().abs().flatten(1).amax(1) / 127).clamp_min(_SMALLEST).float()  # (C_out,)
+    scale = (weight.detach().abs().flatten(1).amax(1) / _LARGEST_WEIGHT).clamp_min(_SMALLEST).float()  # (C_out,)
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -_LARGEST_WEIGHT, _LARGEST_WEIGHT)
 
 
 def rounded_input(x: Tensor) -> Tensor:

@@ -116,6 +116,26 @@ def test_tuning_table_marks_the_best_scale():
     assert [cell.startswith("**") for cell in own] == [False, True, False]
 
 
+def test_variants_are_compared_with_their_row():
+    shifts = {"cwd": 0.1, "cwd_guided": 0.2, "cwd_guided_own": 0.3, "cwd_temperature_1": 0.1, "attention": 0.1}
+    records = [record(row, seed, "val", shift) for row, shift in shifts.items() for seed in (0, 1)]
+    rows = tables.select(records, "main", "time")
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in tables.variants_table(rows, ["val"], 50).splitlines()
+    ]
+    described = {name: tables.ROWS[name] for name in ("cwd", "cwd_guided", "attention")}
+    assert [line[:2] for line in lines[2:]] == [
+        [described["cwd"], ""],
+        [described["cwd"], "guided"],
+        [described["cwd"], "temperature 1"],
+        [described["cwd_guided"], "own"],
+        [described["attention"], ""],
+    ]
+    assert lines[2][-1] == ""
+    assert lines[5][-1] == tables.interval(tables.gain(rows["cwd_guided_own"], rows["cwd_guided"], ["val"], 50))
+
+
 def test_page_and_figure_are_written_from_results_only(tmp_path, capsys):
     append_records(tmp_path / "main.jsonl", results())
     append_records(tmp_path / "more.jsonl", [record("logit", 0, "val", 0.2, setting="other", equal_time=False)])

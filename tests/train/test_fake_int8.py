@@ -22,8 +22,8 @@ def test_weights_have_a_scale_per_output_channel(shape):
         -1, *[1] * (len(shape) - 1)
     )
     weight[1] = 0
-    scale = weight.abs().flatten(1).amax(1) / 127
-    expected = torch.stack([codes_of(w, s, 0, -127, 127) if s else w for w, s in zip(weight, scale, strict=True)])
+    scale = weight.abs().flatten(1).amax(1) / 64
+    expected = torch.stack([codes_of(w, s, 0, -64, 64) if s else w for w, s in zip(weight, scale, strict=True)])
     weight.requires_grad_()
     got = rounded_weight(weight)
     torch.testing.assert_close(got, expected)
