@@ -19,7 +19,7 @@ class FakeInt8:
     With scale s, zero point z and codes from q₀ to q₁, x becomes s·(clamp(round(x/s) + z, q₀, q₁) − z). Weights have
     one s per output channel, max|w|/64, and z = 0, as in an exported file; inputs have one s and z, so that the codes 0
     to 255 cover the range of the batch and 0. The gradient is that of the identity where no value is clamped, 0
-    elsewhere. The parameters keep their full precision and their names; nothing is stored beside them.
+    elsewhere. The parameters keep their full precision and their names; nothing else is stored.
 
     Reference: B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", CVPR 2018.
