@@ -223,6 +223,24 @@ def test_windows_have_the_same_bits_for_any_number_of_threads() -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(49, torch.float32), (49, torch.float64), (49, torch.bfloat16), (70, torch.float32)], ids=str
+)
+def test_gradients_stored_past_the_caches_have_the_same_bits(rows: int, dtype: torch.dtype) -> None:
+    """Gradients of 4 MiB or more are; those of a few samples are not. 70 rows have two blocks and two partial sums."""
+    args = [x.requires_grad_(i < 2) for i, x in enumerate(features(48, 8, rows, rows, 32, 16, dtype=dtype))]
+    assert sum(x.numel() for x in args[:2]) * 4 >= 2**22
+
+    def gradients(samples: slice) -> tuple[Tensor, ...]:
+        leaves = [x[samples] for x in args]
+        return torch.autograd.grad(attention_kd(*leaves, reduction="sum", backend="cpu"), leaves[:2])
+
+    parts = [gradients(slice(i, i + 8)) for i in range(0, 48, 8)]
+    for whole, some in zip(gradients(slice(None)), zip(*parts, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(some))
+
+
+@needs_cpu
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_prepared_gradients_have_the_bits_of_a_second_pass(reduction: str, masked: bool) -> None:

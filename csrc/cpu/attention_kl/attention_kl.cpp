@@ -14,6 +14,7 @@
 #include "cpu/attention_kl/product.h"
 #include "cpu/attention_kl/row.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -32,6 +33,7 @@ struct Attention {
     const std::int64_t rest = problem.causal ? 0 : rest_of<T>(problem.keys);
     const bool windows = problem.queries + problem.keys <= 512; // too short for the hardware to recognise streams
     const bool pairs = plan.pairs && rest == 0;                 // multiplies Q K^T as bfloat16
+    const bool streams = windows && streams_gradients();        // stores gradients past the caches
 
     // One head of one sample, and the part of the workspace for its keys.
     struct Head {
@@ -57,7 +59,7 @@ struct Attention {
         const std::int64_t size = call.wide ? sizeof(T) : sizeof(S);
         const auto gradient = [&](void* to, bool needed, std::int64_t rows) __attribute__((always_inline)) {
             const std::int64_t bytes = rows * problem.student_width * size;
-            return needed
+            return needed && !streams
                        ? Prefetch{static_cast<const char*>(to) + (head.b * problem.heads + head.h) * bytes, 1, 0, bytes}
                        : Prefetch{};
         };
@@ -144,6 +146,13 @@ struct Attention {
                            at(head, plan.grad_k));
         }
     }
+    // Gradients of many windows leave the caches before they are read; a usual store would also read them first.
+    bool streams_gradients() const {
+        const std::int64_t rows = (problem.for_q ? problem.queries : 0) + (problem.for_k ? problem.keys : 0);
+        const auto aligned = [](const void* to) { return reinterpret_cast<std::uintptr_t>(to) % 64 == 0; };
+        return plan.team_threads == 1 && gradients_in_place() && aligned(call.grad_q) && aligned(call.grad_k) &&
+               problem.batch * problem.heads * rows * plan.width * std::int64_t{sizeof(T)} >= stream_bytes;
+    }
     // Write rows of a gradient from a buffer whose rows are padded.
     FASTKD_INLINE void write_gradient(void* out, std::int64_t row, std::int64_t rows, const T* buffer) const {
         const std::int64_t width = problem.student_width;
@@ -185,7 +194,7 @@ struct Attention {
         } else {
             copy_rows<S>(rows, q.row, q.col, count, width, queries);
         }
-        product<T>(left, count, {packed, true}, panels, keys - rest, width, out, plan.ld, false, fetch);
+        product<T>(left, count, {packed, true}, panels, keys - rest, width, out, plan.ld, Store::set, fetch);
         return left;
     }
     // Turn the products of a group's rows into logits, if a scale is not enough; return the scale that remains.
@@ -305,7 +314,8 @@ struct Attention {
             const Columns<T> right = columns_in_place(k)
                                          ? Columns<T>{reinterpret_cast<const T*>(rows_of(k, head, 0)), false, k.row}
                                          : Columns<T>{at(head, plan.key_rows), true};
-            product<T>({s, plan.ld, 1}, rows, right, panels, plan.width, keys, out, plan.width, false, upcoming.grad_q);
+            product<T>({s, plan.ld, 1}, rows, right, panels, plan.width, keys, out, plan.width,
+                       streams ? Store::stream : Store::set, upcoming.grad_q);
             if (!gradients_in_place()) {
                 write_gradient(call.grad_q, row, rows, out);
             }
@@ -324,15 +334,16 @@ struct Attention {
                 ? Columns<T>{reinterpret_cast<const T*>(rows_of(q, head, block * plan.block)), false, q.row}
                 : Columns<T>{scratch(slot, plan.query_rows), true};
         const std::int64_t earlier = block == 0 ? 0 : block_keys(block - 1), all = block_keys(block);
-        const auto part = [&](std::int64_t begin, std::int64_t end, bool add) __attribute__((always_inline)) {
+        const auto part = [&](std::int64_t begin, std::int64_t end, Store mode) __attribute__((always_inline)) {
             if (begin < end) {
                 product<T>({scratch(slot, plan.logits_s) + begin, 1, plan.ld}, end - begin, right,
                            Panels<T>(problem.student_width), plan.width, count_of(block),
-                           grad_k(head) + begin * plan.width, plan.width, add, fetch);
+                           grad_k(head) + begin * plan.width, plan.width, mode, fetch);
             }
         };
-        part(from, to < earlier ? to : earlier, true);
-        part(from > earlier ? from : earlier, to < all ? to : all, false);
+        part(from, to < earlier ? to : earlier, Store::add);
+        part(from > earlier ? from : earlier, to < all ? to : all,
+             streams && plan.blocks == 1 ? Store::stream : Store::set);
     }
 
     // ---- heads
@@ -385,6 +396,9 @@ struct Attention {
                 const std::int64_t end = smaller((task + 1) * some, heads);
                 for (std::int64_t index = task * some; index < end; ++index) {
                     one_thread(index, index + 1 < end ? index + 1 : end + (plan.teams - 1) * some, thread);
+                }
+                if (streams) {
+                    stream_fence();
                 }
             });
             return;

@@ -9,6 +9,7 @@
 #include "common/arena.h"
 #include "common/pixel_word.h"
 #include "common/softmax_kl.h"
+#include "cpu/pages.h"
 #include "cpu/pixel_word/attention.h"
 #include "cpu/pixel_word/panel_bf16.h"
 
@@ -20,7 +21,6 @@ using pixel_word::Side;
 constexpr std::int64_t column_padding = 16; // lanes of the widest vectors: sizes are equal for all instruction sets
 // Limit of the chunks' sums, not counting each sample's first chunk.
 constexpr std::int64_t partial_bytes = 12 * 1024 * 1024;
-constexpr std::int64_t stream_bytes = 4 * 1024 * 1024; // larger gradients bypass the caches
 
 // A sample's valid pixels and words. Words that at least one network has are numbered densely; the others are skipped.
 struct Sample {

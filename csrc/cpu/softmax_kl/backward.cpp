@@ -15,8 +15,6 @@ using softmax_kl::Backward;
 using softmax_kl::LogSoftmax;
 using softmax_kl::Shape;
 
-constexpr std::int64_t stream_bytes = 4 * 1024 * 1024; // larger gradients bypass the caches
-
 // Write one row's gradient, scale (p_s - p_t) with scale = grad_loss/tau.
 template <class S, bool stream, class T = Compute<S>>
 FASTKD_INLINE void row_gradient(const S* s, const S* t, S* out, std::int64_t count, LogSoftmax<T> log_s,
