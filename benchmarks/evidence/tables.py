@@ -35,8 +35,8 @@ ROWS = {
     "second_order": "+ cross-modal, second order",
     "cross_modal": "+ cross-modal, both orders",
     "attention": "+ attention of words to each other",
-    "first_order_cwd": "+ first order + CWD",
-    "method": "+ first order + guided CWD, the method",
+    "first_order_guided": "+ first order + guided CWD",
+    "method": "+ first order + CWD, the method",
     "method_logit": "the method + logit",
     "method_int8": "the method, trained for int8",
 }

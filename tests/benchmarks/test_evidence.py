@@ -15,6 +15,7 @@ from benchmarks.evidence import tables
 from fastkd.cli._grid.grid import load_grid
 from fastkd.cli._grid.records import append_records, encode_images, encode_iou
 from fastkd.cli._grid.runs import _terms, cache_folder
+from fastkd.cli.experiments import experiments
 from fastkd.evaluate import paired_bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,3 +188,15 @@ def test_deployment_table_has_a_line_per_network_and_dtype():
     assert lines[3] == f"| {name} | int8 | 1.23 | 2 | 30.50 | +0.00 | 0.925 | 1.25 |"
     assert lines[4] == "| teacher | fp32 | 1.23 | 1 | 50.00 |  |  | 9.00 |"
     assert len(lines) == 5
+
+
+GRIDS = {path.stem: path for path in sorted((ROOT / "benchmarks/evidence").glob("*.yaml"))}
+
+
+@pytest.mark.parametrize("name", [name for name, path in GRIDS.items() if path.with_suffix(".jsonl").is_file()])
+def test_committed_results_belong_to_their_grids(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The settings of a row have not changed since it was run, so that its grid can be resumed."""
+    experiments(GRIDS[name], dry_run=True)
+    shown = re.search(r": (\d+) runs, (\d+) of them complete", capsys.readouterr().out)
+    assert shown is not None
+    assert int(shown[2]) > 0
