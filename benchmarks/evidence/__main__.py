@@ -22,6 +22,7 @@ from benchmarks.evidence.tables import (
     Records,
     conditions,
     deployment_table,
+    latency,
     scores_table,
     select,
     tuning_table,
@@ -79,6 +80,8 @@ def page(records: Records, digest: str, resamples: int = 10_000, deployment: Map
                 table = variants_table if setting in VARIANTS else scores_table
                 parts.append(f"{' and '.join(splits)}:\n\n{table(rows, splits, resamples)}")
             parts.append(conditions([r for s in rows.values() for one in s.by_seed.values() for r in one.values()]))
+            if setting == MAIN and equal == "time" and deployment is not None:
+                parts.append(latency(deployment))
     if tunings := [setting for setting in settings if setting.startswith(TUNING)]:
         parts.append("### Choice of weights")
     for setting in tunings:

@@ -16,7 +16,7 @@ from fastkd.evaluate import PairedDifference, paired_bootstrap
 
 Records = Sequence[Mapping[str, Any]]
 
-ALONE, PLAIN = "alone", "logit_feature"
+ALONE, PLAIN, METHOD = "alone", "logit_feature", "method"
 ROWS = {
     "alone": "student alone",
     "logit": "+ logit",
@@ -129,7 +129,7 @@ def gain(row: Sample, over: Sample, splits: Sequence[str], resamples: int = 10_0
 def scores_table(rows: Mapping[str, Sample], splits: Sequence[str], resamples: int = 10_000) -> str:
     """Return the table of a setting on some splits together."""
     header = ["row", "steps", "CPU s", "seeds", "mIoU (sd)", "gain over alone", "gain over logit + feature"]
-    header += ["oIoU", "P@0.5", "P@0.7", "P@0.9"]
+    header += [*(["gain of the method over it"] if METHOD in rows else []), "oIoU", "P@0.5", "P@0.7", "P@0.9"]
     lines = [_line(header), _line(["---"] * len(header))]
     for name, sample in rows.items():
         seeds = sample.seeds(splits)
@@ -139,8 +139,10 @@ def scores_table(rows: Mapping[str, Sample], splits: Sequence[str], resamples: i
         first = [sample.by_seed[seed][splits[0]] for seed in seeds]
         cells = [ROWS.get(name, f"`{name}`"), _mean(r["steps"] for r in first), _mean(r["seconds"] for r in first)]
         cells += [str(len(seeds)), f"{statistics.fmean(miou):.1f}{_spread(miou)}"]
-        for other in (ALONE, PLAIN):
-            difference = gain(sample, rows[other], splits, resamples) if other in rows and other != name else None
+        pairs = [(name, ALONE), (name, PLAIN), *([(METHOD, name)] if METHOD in rows else [])]
+        for one, other in pairs:
+            apart = other in rows and one != other
+            difference = gain(rows[one], rows[other], splits, resamples) if apart else None
             cells.append("" if difference is None else interval(difference))
         cells += [f"{statistics.fmean(sample.values(score, splits)):.1f}" for score in ("oiou", "p50", "p70", "p90")]
         lines.append(_line(cells))
@@ -217,6 +219,17 @@ def conditions(records: Records) -> str:
         f"Student: {students}, {', '.join(f'{int(p):,}' for p in names['parameters'])} parameters in every row. "
         f"Processor: {', '.join(names['processor'])}; torch {', '.join(names['torch'])}; one thread; "
         f"commit {', '.join(names['commit'])}."
+    )
+
+
+def latency(found: Mapping[str, Any]) -> str:
+    """Return the inference time of every student, which is one network, and of the teacher, as a sentence."""
+    in_torch = {name: time for name, time in found["milliseconds"].items() if name.endswith(" torch")}
+    teacher = in_torch.pop("teacher torch")
+    (student,) = in_torch.values()
+    return (
+        f"At inference the student of every row is the same network: {student:.1f} ms for one image and sentence, the "
+        f"teacher {teacher:.1f} ms (plain torch, one thread, {found['processor']})."
     )
 
 

@@ -76,8 +76,10 @@ def test_table_states_scores_and_gains_with_intervals():
     plain = pooled("logit_feature")
     assert own[5] == tables.interval(paired_bootstrap(method, plain, groups=images, resamples=200))
     assert own[4] != tables.interval(paired_bootstrap(method, alone, resamples=200))
-    assert own[7] == f"{100 * (method >= 50).mean():.1f}"
-    assert found["student alone"][4] == ""
+    assert own[6] == found["student alone"][4] == ""
+    assert found["student alone"][6] == own[4]
+    assert found[tables.ROWS["logit_feature"]][6] == own[5]
+    assert own[8] == f"{100 * (method >= 50).mean():.1f}"
     assert own[4].startswith("**+")
 
 
@@ -188,6 +190,10 @@ def test_deployment_table_has_a_line_per_network_and_dtype():
     assert lines[3] == f"| {name} | int8 | 1.23 | 2 | 30.50 | +0.00 | 0.925 | 1.25 |"
     assert lines[4] == "| teacher | fp32 | 1.23 | 1 | 50.00 |  |  | 9.00 |"
     assert len(lines) == 5
+    found |= {"milliseconds": {"teacher torch": 20.04, "method fp32": 2.5, "method torch": 7.0}, "processor": "X"}
+    assert "7.0 ms for one image and sentence, the teacher 20.0 ms (plain torch, one thread, X)" in tables.latency(
+        found
+    )
 
 
 GRIDS = {path.stem: path for path in sorted((ROOT / "benchmarks/evidence").glob("*.yaml"))}
