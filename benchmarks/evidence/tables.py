@@ -38,6 +38,13 @@ ROWS = {
     "first_order_guided": "+ first order + guided CWD",
     "method": "+ first order + CWD, the method",
     "method_logit": "the method + logit",
+    "method_guided": "the method with guided CWD",
+    "method_weighted": "the method with CWD weighted by channel attention",
+    "method_channel": "the method + channel relation, per sample",
+    "method_channel_batch": "the method + channel relation, pooled over the batch",
+    "method_channel_attended": "the method + maps attended by channel, CKA",
+    "method_word_channel": "the method + channel relation of what words see",
+    "method_word_descriptor": "the method + relations of words by what they see",
     "method_int8": "the method, trained for int8",
 }
 """Row name to its description, in the order of the tables; other rows follow."""
@@ -192,19 +199,18 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def tuning_table(records: Records, setting: str) -> str:
-    """Return mIoU on val by row and scale, the best one in bold."""
+    """Return mIoU on val by row and scale, the best one of a row with several in bold."""
     chosen = [r for r in records if r["setting"] == setting and r["split"] == "val"]
     scales = sorted({r["scale"] for r in chosen})
     best = best_scales(chosen)
     header = ["row", *[f"× {scale:g}" for scale in scales]]
     lines = [_line(header), _line(["---"] * len(header))]
     for row in sorted(best, key=_place):
-        cells = [ROWS.get(row, f"`{row}`")]
-        for scale in scales:
-            values = [r["miou"] for r in chosen if r["row"] == row and r["scale"] == scale]
-            text = f"{statistics.fmean(values):.1f}" if values else ""
-            cells.append(f"**{text}**" if scale == best[row] and len(scales) > 1 else text)
-        lines.append(_line(cells))
+        found = {scale: [r["miou"] for r in chosen if (r["row"], r["scale"]) == (row, scale)] for scale in scales}
+        texts = {scale: f"{statistics.fmean(values):.1f}" if values else "" for scale, values in found.items()}
+        if sum(map(bool, texts.values())) > 1:
+            texts[best[row]] = f"**{texts[best[row]]}**"
+        lines.append(_line([ROWS.get(row, f"`{row}`"), *texts.values()]))
     return "\n".join(lines)
 
 
