@@ -47,7 +47,7 @@ def experiments(
         raise ValueError(f"--jobs must be an integer >= 1, got {jobs}")
     loaded = load_grid(grid, seeds=seeds)
     check_rows(rows, loaded.rows, "--rows")
-    every = [run for run in loaded.runs() if not rows or run.row in rows]
+    every = loaded.runs(rows)
     missing = _missing(loaded, every)
     show(f"{loaded.setting}: {len(every)} runs, {len(every) - len(missing)} of them complete in {loaded.results}")
     if dry_run:

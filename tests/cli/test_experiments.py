@@ -279,9 +279,10 @@ def test_scales_are_tried_or_taken_from_results(root):
     )
     tuned = load_grid(write_grid(root / "scales", scale="tuned.jsonl"))
     assert [run.name for run in tuned.runs()] == ["alone-seed0", "method-x2-seed0"]
-    other = load_grid(write_grid(root / "scales", scale="tuned.jsonl", rows={"new": METHOD}))
+    other = load_grid(write_grid(root / "scales", scale="tuned.jsonl", rows={"alone": {}, "new": METHOD}))
     with pytest.raises(ValueError, match="has no result on val of new: run its grid first"):
         other.runs()
+    assert [run.name for run in other.runs(["alone"])] == ["alone-seed0"]  # the others need not be tuned yet
 
 
 def test_extends_merges_another_grid(root):

@@ -123,22 +123,27 @@ class Grid:
         text = json.dumps([values, self.cache], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def runs(self) -> list[Run]:
-        """Return all runs; those of the first seed come first, so that rows are comparable early."""
-        scales = self._scales()
+    def runs(self, rows: Sequence[str] = ()) -> list[Run]:
+        """Return the runs of some rows, or of all; the first seed comes first, so that rows are comparable early.
+
+        Raises:
+            ValueError: the results that ``scale`` names lack one of these rows.
+        """
+        chosen = [row for row in self.rows if not rows or row in rows]
+        scales = self._scales(chosen)
         return [
             Run(self.setting, self._student(row), row, scale, seed, self.equal == "time", self.digest_of(row))
             for seed in self.seeds
-            for row in self.rows
+            for row in chosen
             for scale in scales[row]
         ]
 
     def _student(self, row: str) -> str:
         return Path(str(self.values_of(row).get("student", DistillSettings.student))).name
 
-    def _scales(self) -> dict[str, tuple[float, ...]]:
+    def _scales(self, rows: Sequence[str]) -> dict[str, tuple[float, ...]]:
         """Return the factors to run by row; a row without terms has one."""
-        distilled = [row for row in self.rows if self.values_of(row)["terms"]]
+        distilled = [row for row in rows if self.values_of(row)["terms"]]
         if isinstance(self.scale, str):
             best = best_scales(read_records(Path(self.scale)))
             missing = [row for row in distilled if row not in best]
@@ -149,7 +154,7 @@ class Grid:
             found: dict[str, tuple[float, ...]] = {row: (best[row],) for row in distilled}
         else:
             found = dict.fromkeys(distilled, self.scale if isinstance(self.scale, tuple) else (self.scale,))
-        return {row: found.get(row, (1.0,)) for row in self.rows}
+        return {row: found.get(row, (1.0,)) for row in rows}
 
 
 @dataclass(frozen=True)
