@@ -38,6 +38,8 @@ ROWS = {
     "first_order_guided": "+ first order + guided CWD",
     "method": "+ first order + CWD, the method",
     "method_logit": "the method + logit",
+    "method_less_first_order": "the method, less first order",
+    "method_first_order_first_half": "the method, first order in the first half only",
     "method_guided": "the method with guided CWD",
     "method_weighted": "the method with CWD weighted by channel attention",
     "method_channel": "the method + channel relation, per sample",
