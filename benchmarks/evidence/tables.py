@@ -150,8 +150,8 @@ def scores_table(rows: Mapping[str, Sample], splits: Sequence[str], resamples: i
         cells += [str(len(seeds)), f"{statistics.fmean(miou):.1f}{_spread(miou)}"]
         pairs = [(name, ALONE), (name, PLAIN), *([(METHOD, name)] if METHOD in rows else [])]
         for one, other in pairs:
-            apart = other in rows and one != other
-            difference = gain(rows[one], rows[other], splits, resamples) if apart else None
+            compared = other in rows and one != other
+            difference = gain(rows[one], rows[other], splits, resamples) if compared else None
             cells.append("" if difference is None else interval(difference))
         cells += [f"{statistics.fmean(sample.values(score, splits)):.1f}" for score in ("oiou", "p50", "p70", "p90")]
         lines.append(_line(cells))

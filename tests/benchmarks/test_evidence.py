@@ -191,9 +191,8 @@ def test_deployment_table_has_a_line_per_network_and_dtype():
     assert lines[4] == "| teacher | fp32 | 1.23 | 1 | 50.00 |  |  | 9.00 |"
     assert len(lines) == 5
     found |= {"milliseconds": {"teacher torch": 20.04, "method fp32": 2.5, "method torch": 7.0}, "processor": "X"}
-    assert "7.0 ms for one image and sentence, the teacher 20.0 ms (plain torch, one thread, X)" in tables.latency(
-        found
-    )
+    text = tables.latency(found)
+    assert "7.0 ms for one image and sentence, the teacher 20.0 ms (plain torch, one thread, X)" in text
 
 
 GRIDS = {path.stem: path for path in sorted((ROOT / "benchmarks/evidence").glob("*.yaml"))}
