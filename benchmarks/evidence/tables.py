@@ -36,10 +36,10 @@ ROWS = {
     "cross_modal": "+ cross-modal, both orders",
     "attention": "+ attention of words to each other",
     "first_order_guided": "+ first order + guided CWD",
-    "method": "+ first order + CWD, the method",
+    "method": "+ first order in the first half + CWD, the method",
     "method_logit": "the method + logit",
-    "method_less_first_order": "the method, less first order",
-    "method_first_order_first_half": "the method, first order in the first half only",
+    "method_constant": "+ first order throughout + CWD",
+    "method_constant_less_first_order": "+ less first order throughout + CWD",
     "method_guided": "the method with guided CWD",
     "method_weighted": "the method with CWD weighted by channel attention",
     "method_channel": "the method + channel relation, per sample",
@@ -48,6 +48,13 @@ ROWS = {
     "method_word_channel": "the method + channel relation of what words see",
     "method_word_descriptor": "the method + relations of words by what they see",
     "method_int8": "the method, trained for int8",
+    "method_constant_guided": "first order throughout + guided CWD, equal shares",
+    "method_constant_weighted": "first order throughout + CWD weighted by channel attention",
+    "method_constant_channel": "first order throughout + CWD + channel relation, per sample",
+    "method_constant_channel_batch": "first order throughout + CWD + channel relation, pooled over the batch",
+    "method_constant_channel_attended": "first order throughout + CWD + maps attended by channel, CKA",
+    "method_constant_word_channel": "first order throughout + CWD + channel relation of what words see",
+    "method_constant_word_descriptor": "first order throughout + CWD + relations of words by what they see",
 }
 """Row name to its description, in the order of the tables; other rows follow."""
 

@@ -102,8 +102,10 @@ def _costs(grid: Grid, rows: Sequence[str]) -> dict[str, float]:
     first = grid.digest_of(grid.reference)
     keys = {row: f"{grid.digest_of(row)}/{first}" for row in grid.rows}
     held = _read_costs(path)
-    for record in read_records(grid.results):
-        if record["setting"] == grid.setting and record["relative_cost"] is not None:
+    records = read_records(grid.results)
+    same = {r["setting"] for r in records if r["digest"] == first and r["relative_cost"] == 1}  # the same reference
+    for record in records:
+        if record["setting"] in {grid.setting, *same} and record["relative_cost"] is not None:
             held[f"{record['digest']}/{first}"] = record["relative_cost"]
     costs = costs_of(grid, rows, {row: held[key] for row, key in keys.items() if key in held})
     remember(path, held | {keys[row]: cost for row, cost in costs.items()})

@@ -26,6 +26,7 @@ from fastkd.cli._grid.costs import phases
 from fastkd.cli._grid.grid import Grid, load_grid
 from fastkd.cli._grid.runs import cache_folder, cached, costs_of, steps_of
 from fastkd.cli._settings import DistillSettings, TrainSettings
+from fastkd.cli.experiments import _costs
 from fastkd.data import RefCOCO
 
 METHOD = {"terms": {"first_order": 0.5}}
@@ -220,6 +221,25 @@ def test_costs_are_those_of_the_phases_of_a_schedule(root, monkeypatch):
     assert steps_of(grid, rows, costs) == {"alone": 170, "method": 100, "late": 129}
     assert costs_of(grid, ["late"], costs) == {"method": 1.0, "late": costs["late"]}
     assert len(seen) == 1  # what is known is not measured again
+
+
+def test_costs_come_from_settings_with_the_same_reference(root, monkeypatch):
+    grid = load_grid(write_grid(root / "costs", equal="time", reference="method", rows={"alone": {}, "method": METHOD}))
+    alone, method = grid.digest_of("alone"), grid.digest_of("method")
+    line = {"student": "s", "scale": 1.0, "seed": 0, "split": "val", "equal_time": True, "images": ""}
+    found = [
+        ("other", "alone", alone, 0.9),
+        ("other", "reference", "another digest", 1.0),
+        ("same", "alone", alone, 0.5),
+        ("same", "method", method, 1.0),
+    ]
+    given = []
+    monkeypatch.setattr("fastkd.cli._grid.runs.costs_of", lambda grid, rows, known: given.append(known) or known)
+    for count in (2, 4):
+        lines = [dict(zip(("setting", "row", "digest", "relative_cost"), one, strict=True)) for one in found[:count]]
+        records.append_records(grid.results, [{**line, **one} for one in lines])
+        _costs(grid, ["alone", "method"])
+    assert given == [{}, {"alone": 0.5, "method": 1.0}]
 
 
 def test_rows_become_settings_of_distill_and_train(root):
