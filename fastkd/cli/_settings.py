@@ -33,23 +33,41 @@ class ScheduleSettings:
 
     schedule: Kind = "constant"
     """constant, linear or cosine, between the steps start and stop."""
-    start: int = 0
-    """First step at which the loss counts."""
-    stop: int | None = None
-    """Step from which the weight is multiplied by final; null: the last step for linear and cosine, none for
-    constant."""
+    start: int | float = 0
+    """First step at which the loss counts; a number between 0 and 1 is a share of all steps."""
+    stop: int | float | None = None
+    """Step from which the weight is multiplied by final, or a share of all steps, such as 0.5; null: the last step for
+    linear and cosine, none for constant."""
     initial: float = 1.0
     """Factor of the weight at start."""
     final: float = 0.0
     """Factor of the weight from stop on."""
 
     def __post_init__(self) -> None:
-        self.resolve(self.start + 1 if type(self.start) is int else 1)
+        for name in ("start", "stop"):
+            value = getattr(self, name)
+            if type(value) is float and not 0 < value < 1:
+                raise ValueError(
+                    f"schedule: {name} must be a step, an integer >= 0, or a share of all steps between 0 and 1, "
+                    f"got {value!r}"
+                )
+        if isinstance(self.start, float) == isinstance(self.stop, float) or self.stop is None:
+            self.resolve(self.start + 1 if type(self.start) is int else 1_000_000)
+        # else which of them comes first depends on the steps
 
     def resolve(self, steps: int) -> Schedule | None:
-        """Return the schedule in a run of this many steps; None for a weight that never changes."""
-        stop = steps if self.stop is None and self.schedule != "constant" else self.stop
-        schedule = Schedule(self.schedule, self.start, stop, self.initial, self.final)
+        """Return the schedule in a run of this many steps; None for a weight that never changes.
+
+        Raises:
+            ValueError: the schedule is not defined.
+        """
+        start = round(self.start * steps) if isinstance(self.start, float) else self.start
+        stop: int | None
+        if isinstance(self.stop, float):
+            stop = max(round(self.stop * steps), 1)  # half of a single step
+        else:
+            stop = steps if self.stop is None and self.schedule != "constant" else self.stop
+        schedule = Schedule(self.schedule, start, stop, self.initial, self.final)
         return None if schedule == Schedule(final=self.final) else schedule
 
 

@@ -211,7 +211,10 @@ def test_data_options_reach_the_dataset(shapes: Path, tmp_path: Path) -> None:
         ("terms: first_order", "terms must be a mapping, got 'first_order'"),
         ("terms: {mask: yes}", "terms.mask must be a number (share) or a mapping, got True"),
         ("terms: {mask: {shar: 1}}", "terms.mask: nothing is named 'shar'. Did you mean 'share'"),
-        ("terms: {mask: {start: 1.5}}", "terms.mask.start must be an integer, got 1.5 (float)"),
+        ("terms: {mask: {start: 1.5}}", "start must be a step, an integer >= 0, or a share of all steps"),
+        ("terms: {mask: {stop: 1.0}}", "between 0 and 1, got 1.0"),
+        ("terms: {mask: {start: 0.5, stop: 0.4}}", "stop must be after start"),
+        ("terms: {mask: {stop: half}}", "terms.mask.stop must be an integer or a number or null, got 'half'"),
         ("terms: {mask: {share: 1, weight: 2}}", "terms.mask: share=1 and weight=2 exclude each other"),
         ("terms: {mask: -1}", "terms.mask: share must be a finite number >= 0, got -1"),
         ("task: {schedule: step}", "task.schedule must be one of 'constant', 'linear', 'cosine', got 'step'"),
@@ -344,8 +347,20 @@ def test_schedule_without_stop_ends_with_the_run() -> None:
     assert build_terms({"mask": TermSettings(share=1.0)}, 50)[0].schedule is None
 
 
+def test_steps_of_a_schedule_may_be_shares_of_the_run() -> None:
+    settings = parse_terms(["mask=1,start=0.25,stop=0.75"])
+    assert parse_terms(show_terms(settings)) == settings
+    assert build_terms(settings, 50)[0].schedule == Schedule(start=12, stop=38)
+    half = TermSettings(share=1.0, stop=0.5)
+    assert [half.resolve(steps) for steps in (1600, 3, 1)] == [Schedule(stop=stop) for stop in (800, 2, 1)]
+    mixed = TermSettings(share=1.0, start=100, stop=0.5)
+    assert mixed.resolve(1000) == Schedule(start=100, stop=500)
+    with pytest.raises(ValueError, match="stop must be after start, got start=100 and stop=50"):
+        mixed.resolve(100)
+
+
 def test_two_stages_of_the_page(shapes: Path, tmp_path: Path) -> None:
-    config = write(tmp_path, STAGES.replace("600", "1"))
+    config = write(tmp_path, STAGES)
     assert main(["distill", config, "--data", str(shapes), "--out", str(tmp_path / "out"), "--steps", "2", *SHORT]) == 0
     lines = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text("utf-8").splitlines())
     first, second = (line for line in lines if line["event"] == "train")
