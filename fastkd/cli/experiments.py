@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -121,10 +121,12 @@ def _read_costs(path: Path) -> dict[str, float]:
 def _run_all(grid: Grid, work: Sequence[tuple[Run, int, float | None]], jobs: int) -> None:
     """Run all, append the results of each as it ends, and raise an error at the end if some failed."""
     from fastkd.cli._grid.records import append_records
+    from fastkd.cli._grid.runs import execute
 
     failed: list[str] = []
     start = time.monotonic()
-    for number, (run, outcome) in enumerate(_outcomes(grid, work, jobs), 1):
+    calls = [(grid, *each) for each in work]
+    for number, ((_, run, *_), outcome) in enumerate(outcomes(execute, calls, jobs), 1):
         try:
             records = outcome()
         except Exception as error:
@@ -143,23 +145,24 @@ def _run_all(grid: Grid, work: Sequence[tuple[Run, int, float | None]], jobs: in
         raise RuntimeError(f"{len(failed)} of {len(work)} runs failed: {shortened(failed)}; call the command again")
 
 
-def _outcomes(
-    grid: Grid, work: Sequence[tuple[Run, int, float | None]], jobs: int
-) -> Iterator[tuple[Run, Callable[[], list[Record]]]]:
-    """Yield each run with a function that returns its records or raises its error, in the order in which they end."""
+def outcomes(
+    execute: Callable[..., list[Record]], calls: Sequence[tuple[Any, ...]], jobs: int
+) -> Iterator[tuple[tuple[Any, ...], Callable[[], list[Record]]]]:
+    """Yield the arguments of each call with a function that returns its records or raises its error, as they end.
+
+    With several jobs, calls run in processes that end with this one.
+    """
     from functools import partial
 
-    from fastkd.cli._grid.runs import execute
-
-    if jobs == 1:
-        for each in work:
-            yield each[0], partial(execute, grid, *each)
+    if jobs == 1 or not calls:
+        for each in calls:
+            yield each, partial(execute, *each)
         return
     from concurrent.futures import as_completed
 
-    pool = _pool(min(jobs, len(work)))
+    pool = _pool(min(jobs, len(calls)))
     try:
-        futures = {pool.submit(execute, grid, *each): each[0] for each in work}
+        futures = {pool.submit(execute, *each): each for each in calls}
         for future in as_completed(futures):
             yield futures[future], future.result
     finally:

@@ -217,7 +217,7 @@ def test_a_tiny_study_gives_results_with_counterparts(tmp_path):
         paths = {"work": tmp_path, "results": tmp_path / "results.jsonl"}
         chosen = rows if name == "biased" else {"channel": rows["channel"]}
         small = replace(grid, **paths, settings=settings, rows=chosen, every_row={}, seeds=(0,), scale=(2.0,))
-        study.run_missing([small])
+        study.run_missing([small], ["channel"])
         assert not study.missing([small])
     found = measure.group(read_records(tmp_path / "results.jsonl"))
     assert len(found) == 2 + 3

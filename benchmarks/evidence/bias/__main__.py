@@ -1,6 +1,6 @@
 """Measure how much of a teacher's bias each loss hands on.
 
-    python -m benchmarks.evidence.bias run                          # make what is missing, one run after the other
+    python -m benchmarks.evidence.bias run --jobs 2                 # make what is missing, two runs side by side
     python -m benchmarks.evidence.bias page                         # print the tables
     python -m benchmarks.evidence.bias page --write docs/evidence.md   # between its markers, and evidence-bias.svg
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.bias.figure import bias_figure
@@ -21,6 +22,7 @@ from benchmarks.evidence.bias.tables import matched_table, models_table, shares_
 from benchmarks.table import write_between
 from fastkd._atomic import replace_files
 from fastkd._console import plain_characters
+from fastkd.cli._grid.grid import check_rows
 from fastkd.cli._grid.records import Record, read_records
 
 FOLDER = Path(__file__).resolve().parent
@@ -62,13 +64,15 @@ def page(records: list[Record], digest: str, resamples: int = 10_000) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "page"))
+    parser.add_argument("--rows", nargs="+", default=[], help="run only these rows, and the student alone")
     parser.add_argument("--runs", type=int, help="run at most so many")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, with one thread each")
     parser.add_argument("--results", type=Path, default=FOLDER / "results.jsonl")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="page with the markers; its figure is next to it")
     parser.add_argument("--resamples", type=int, default=10_000)
     args = parser.parse_args(argv)
     if args.what == "run":
-        return run(args.runs)
+        return run(args.rows, args.runs, args.jobs)
     records = read_records(args.results)
     text = page(records, digest_of(args.results) if records else "", args.resamples)
     if args.write is None:
@@ -80,13 +84,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(limit: int | None) -> int:
-    """Make sets, teachers and caches, then the runs that the results lack, at most ``limit``."""
+def run(rows: Sequence[str], limit: int | None, jobs: int) -> int:
+    """Make sets, teachers and caches, then the runs of some rows, or of all, that the results lack."""
     grids = load_grids()
+    check_rows(rows, grids[0].rows, "--rows")
     work = grids[0].work
     make_sets(work / "data")
     make_teachers(work / "teachers", work / "data")
-    run_missing(grids, limit)
+    run_missing(grids, rows, limit, jobs)
     return 0
 
 

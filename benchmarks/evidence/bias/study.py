@@ -139,21 +139,24 @@ def _complete(grid: Grid, run: Run) -> bool:
     return None not in records
 
 
-def run_missing(grids: Sequence[Grid], limit: int | None = None) -> None:
-    """Run what the results lack, at most ``limit`` runs, each appended as it ends."""
+def run_missing(grids: Sequence[Grid], rows: Sequence[str] = (), limit: int | None = None, jobs: int = 1) -> None:
+    """Run what the results lack of some rows, or of all, at most ``limit`` runs, each appended as it ends."""
     from fastkd.cli._grid.runs import build_cache
+    from fastkd.cli.experiments import outcomes
 
-    todo = missing(grids)
+    chosen = {TEACHER, ALONE, *rows} if rows else {TEACHER, *grids[0].rows}
+    todo = [(grid, run) for grid, run in missing(grids) if run.row in chosen]
     show(f"{len(todo)} runs are missing in {grids[0].results}")
-    cached: set[str] = set()
-    for grid, run in todo[:limit]:
-        if run.row == TEACHER:
+    todo = todo[:limit]
+    for grid in grids:
+        own = {run.row for one, run in todo if one is grid}
+        if TEACHER in own:
             append_records(grid.results, score_teacher(grid))
-            continue
-        if run.row != ALONE and grid.setting not in cached:
+        if own - {TEACHER, ALONE}:
             build_cache(grid)
-            cached.add(grid.setting)
-        append_records(grid.results, _train_and_score(grid, run))
+    students = [(grid, run) for grid, run in todo if run.row != TEACHER]
+    for (grid, _), outcome in outcomes(_train_and_score, students, jobs):
+        append_records(grid.results, outcome())
 
 
 def _train_and_score(grid: Grid, run: Run) -> list[Record]:
