@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,7 +27,7 @@ from fastkd.cli._grid.costs import phases
 from fastkd.cli._grid.grid import Grid, load_grid
 from fastkd.cli._grid.runs import cache_folder, cached, costs_of, steps_of
 from fastkd.cli._settings import DistillSettings, TrainSettings
-from fastkd.cli.experiments import _costs
+from fastkd.cli.experiments import _costs, outcomes
 from fastkd.data import RefCOCO
 
 METHOD = {"terms": {"first_order": 0.5}}
@@ -158,6 +159,14 @@ def test_failed_runs_are_reported_and_the_others_kept(root, monkeypatch, capsys)
     assert [one["row"] for one in records.read_records(root / "failing" / "grid.jsonl")] == ["other"]
     assert main(["experiments", str(path), "--rows", "alone", "--seeds", "3", "4", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["alone-seed3", "alone-seed4"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failed_call_keeps_the_others(jobs):
+    found = dict(outcomes(math.factorial, [(3,), (-1,), (4,)], jobs))
+    assert (found[3,](), found[4,]()) == (6, 24)
+    with pytest.raises(ValueError, match="negative"):
+        found[-1,]()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
