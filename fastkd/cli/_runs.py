@@ -55,7 +55,7 @@ def open_run(settings: RunSettings, model_name: str, *, warn: bool = True) -> Op
         options = {
             "student_taps": attention_taps(settings.student_taps),
             "teacher_taps": attention_taps(settings.teacher_taps),
-            "task_schedule": settings.task.resolve(config.steps),
+            "task_schedule": settings.task.resolve(config.steps, "task"),
         }
         check_attention(terms, student_taps=options["student_taps"], teacher_taps=options["teacher_taps"])
     model = build_model(model_name, config.seed, data.tokenizer, **weights)

@@ -51,22 +51,32 @@ class ScheduleSettings:
                     f"schedule: {name} must be a step, an integer >= 0, or a share of all steps between 0 and 1, "
                     f"got {value!r}"
                 )
-        if isinstance(self.start, float) == isinstance(self.stop, float) or self.stop is None:
-            self.resolve(self.start + 1 if type(self.start) is int else 1_000_000)
-        # else which of them comes first depends on the steps
+        if self.stop is None or isinstance(self.start, float) == isinstance(self.stop, float):
+            self.resolve(1_000_000)
+        elif isinstance(self.start, float):  # which of them comes first depends on the steps
+            Schedule(self.schedule, 0, self.stop, self.initial, self.final)  # type: ignore[arg-type]
+        else:
+            Schedule(self.schedule, self.start, self.start + 1, self.initial, self.final)
 
-    def resolve(self, steps: int) -> Schedule | None:
+    def resolve(self, steps: int, name: str = "") -> Schedule | None:
         """Return the schedule in a run of this many steps; None for a weight that never changes.
 
         Raises:
-            ValueError: the schedule is not defined.
+            ValueError: the schedule is not defined; the message begins with ``name``.
         """
         start = round(self.start * steps) if isinstance(self.start, float) else self.start
         stop: int | None
         if isinstance(self.stop, float):
             stop = max(round(self.stop * steps), 1)  # half of a single step
+        elif self.stop is None and self.schedule != "constant":
+            stop = max(steps, start + 1) if type(start) is int else steps
         else:
-            stop = steps if self.stop is None and self.schedule != "constant" else self.stop
+            stop = self.stop
+        if float in (type(self.start), type(self.stop)) and stop is not None and stop <= start:
+            raise ValueError(
+                f"{name and f'{name}: '}schedule: stop must be after start, got start={self.start} and "
+                f"stop={self.stop}, which of {steps} steps are {start} and {stop}"
+            )
         schedule = Schedule(self.schedule, start, stop, self.initial, self.final)
         return None if schedule == Schedule(final=self.final) else schedule
 
@@ -105,6 +115,12 @@ class TermSettings(ScheduleSettings):
             numbers = value if isinstance(value, tuple) else (value,)
             if value is not None and not all(0 <= number < float("inf") for number in numbers):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def without_schedules(terms: Mapping[str, TermSettings]) -> dict[str, TermSettings]:
+    """Return the terms with constant weights."""
+    plain: dict[str, Any] = {one.name: one.default for one in fields(ScheduleSettings)}
+    return {name: replace(term, **plain) for name, term in terms.items()}
 
 
 def parse_terms(texts: Sequence[str]) -> dict[str, TermSettings]:

@@ -88,7 +88,7 @@ def _build(name: str, settings: TermSettings, steps: int) -> Term:
         teacher=term.teacher if settings.teacher is None else settings.teacher,
         weight=1.0 if settings.weight is None else settings.weight,
         kwargs={**term.kwargs, **given},
-        schedule=settings.resolve(steps),
+        schedule=settings.resolve(steps, f"terms.{name}"),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fastkd._console import show
 from fastkd.cli._config_file import ConfigFile, config_of, with_defaults
 from fastkd.cli._data import Data
-from fastkd.cli._settings import DistillSettings, Ranks, TapPaths, Terms, TermSettings
+from fastkd.cli._settings import DistillSettings, Ranks, TapPaths, Terms, TermSettings, without_schedules
 from fastkd.train.config import Precision, TrainConfig
 
 _TERMS = {"first_order": TermSettings()}
@@ -26,6 +26,7 @@ def cache(
     backbone_weights: str | None = None,
     text_weights: str | None = None,
     terms: Terms = _TERMS,
+    student_taps: TapPaths = _NO_TAPS,
     teacher_taps: TapPaths = _NO_TAPS,
     teacher_tokenizer: str | None = None,
     dtype: Literal["teacher", "bf16", "fp16", "int8"] = "teacher",
@@ -54,6 +55,7 @@ def cache(
         backbone_weights: as in ``fastkd distill``; images are normalised as for these weights.
         text_weights: as in ``fastkd distill``.
         terms: names of terms, such as ``first_order logit``; shares (``first_order=0.5``) are ignored.
+        student_taps: as in ``fastkd distill``; read to measure the error of --dtype and --pca.
         teacher_taps: as in ``fastkd distill``.
         teacher_tokenizer: as in ``fastkd distill``.
         dtype: "teacher" stores the teacher's own dtype and gives the results of a teacher online; "bf16" and "fp16"
@@ -84,10 +86,17 @@ def cache(
     model = build_model(student, 0, data.tokenizer, **weights)
     loaded, options = open_teacher(model, data.tokenizer, teacher, teacher_tokenizer)
     samples = data.open_every_sentence(model, teacher=options)
-    recorded = build_terms(terms, TrainConfig().steps)  # no schedule changes what is recorded
+    recorded = build_terms(without_schedules(terms), TrainConfig().steps)
     built = TeacherCache.build(
         out,
-        Distiller(model, loaded, segmentation_loss, recorded, teacher_taps=attention_taps(teacher_taps)),
+        Distiller(
+            model,
+            loaded,
+            segmentation_loss,
+            recorded,
+            student_taps=attention_taps(student_taps),
+            teacher_taps=attention_taps(teacher_taps),
+        ),
         samples,
         batch_size=batch_size,
         dtype=dtype,
@@ -120,8 +129,9 @@ def with_settings(args: Sequence[str]) -> Callable[..., None]:
         raise ValueError(
             f"{source}: shards are read in sequence, so their teacher cannot be cached: remove the setting"
         )
-    of_run = ("data", "student", "backbone_weights", "text_weights", "terms", "teacher_taps", "teacher_tokenizer")
+    of_models = ("student", "backbone_weights", "text_weights", "teacher_tokenizer")
+    of_terms = ("terms", "student_taps", "teacher_taps")
     of_config = ("batch_size", "device", "precision", "channels_last", "workers", "threads", "allow_untrained_teacher")
-    defaults = {name: getattr(settings, name) for name in of_run}
+    defaults = {name: getattr(settings, name) for name in ("data", *of_models, *of_terms)}
     defaults |= {name: getattr(settings.config, name) for name in of_config}
     return with_defaults(cache, source, teacher=settings.teacher or "shapes", **defaults)

@@ -124,7 +124,8 @@ def balanced_weights(reports: Sequence[GradientReport], shares: Mapping[str, flo
 
 @contextmanager
 def preserve_state(module: nn.Module) -> Iterator[None]:
-    """Restore random state and buffers (running statistics) at the end of the block."""
+    """Restore random state and buffers (running statistics, also re-assigned ones) at the end of the block."""
+    owners = [(each, dict(each._buffers)) for each in module.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
@@ -132,5 +133,7 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
+                for each, named in owners:
+                    each._buffers |= named
                 for buffer, before in buffers:
                     buffer.copy_(before)

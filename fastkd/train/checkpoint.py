@@ -156,14 +156,19 @@ class CheckpointWriter:
             )
             return str(error)
         self.latest = checkpoint.step
-        remove_old_checkpoints(self.folder, self.keep, best)
+        remove_old_checkpoints(self.folder, self.keep, best, checkpoint.step)
         return None
 
 
-def remove_old_checkpoints(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all checkpoints but the ``keep`` latest and that of step ``best``."""
-    for step in list(find_checkpoints(folder))[keep:]:
-        if step != best:
+def remove_old_checkpoints(folder: Path, keep: int, best: int | None, latest: int) -> None:
+    """Remove all checkpoints but the ``keep`` latest until step ``latest``, and that of step ``best``.
+
+    Those after ``latest`` are damaged: the run has continued from an earlier one.
+    """
+    steps = list(find_checkpoints(folder))
+    kept = [step for step in steps if step <= latest][:keep]
+    for step in steps:
+        if step not in (*kept, best):
             shutil.rmtree(folder / f"step-{step:06d}", ignore_errors=True)
 
 

@@ -89,7 +89,7 @@ class BatchOrder:
         return (self.samples // self.config.batch_size - self.skip) * self.config.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.samples, generator=generator, device="cpu").tolist()
         size, parts = self.config.batch_size, self.config.accumulate * self.ranks
         part = size // parts

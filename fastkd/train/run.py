@@ -106,7 +106,8 @@ class TrainingRun(ReportedRun):
             values = self._forward_backward(module, batches)
             check_all_reduced(module, self.step + 1)
             if first_step and not self.parallel:  # `data_parallel` has warned
-                warn_of_unused(module, distiller)
+                with autocast(self.precision, self.device):
+                    warn_of_unused(module, distiller, first)
             first_step = False
             with self.timer.part("update"):
                 row = torch.cat([values, self.updater.clip().detach().reshape(1).to(values)])
@@ -116,6 +117,9 @@ class TrainingRun(ReportedRun):
             if skipped or self.step % LIMIT == 0:
                 self._check_values()
         self._check_values()
+        if self.step > self.reported:  # max_seconds may end the run between two lines
+            with self.stop.shielded():
+                self.report()
         self.clock.stop()
         self.clock.start()
         if self.step not in dict(self.result.evaluations) or val_dataset is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
+from fastkd._messages import shortened
 from fastkd.train.seeding import kept_generators, seed_sample
 
 BAD = "bad_samples"  # key of a batch that lists the samples it replaced
@@ -48,10 +49,13 @@ class TrainingSamples(Dataset[Any]):
         """
         bad: list[BadSample] = []
         with kept_generators():
-            several = getattr(self.dataset, "__getitems__", None)
-            if several is not None and not self.skip_bad:
+            if _reads_batches(self.dataset) and not self.skip_bad:
                 seed_sample(self.seed, self.epoch, indices[0])
-                return list(several(indices))
+                try:
+                    return list(self.dataset.__getitems__(indices))  # type: ignore[attr-defined]
+                except Exception as error:
+                    error.add_note(f"This batch has samples {shortened([*map(str, indices)])} of the training set.")
+                    raise
             samples = [self._sample(index, bad) for index in indices]
         return [*samples, *bad]
 
@@ -76,6 +80,14 @@ class TrainingSamples(Dataset[Any]):
     def _describe(self, index: int) -> str:
         describe = getattr(self.dataset, "describe", None)
         return f"sample {index}" + (f" ({describe(index)})" if describe is not None else "")
+
+
+def _reads_batches(dataset: Any) -> bool:
+    """Return whether a dataset reads several samples at once, not one by one as torch's `Subset` does by itself."""
+    read = getattr(dataset, "__getitems__", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return read is not None and hasattr(dataset, "__getitems__")
 
 
 class CollateGood:

@@ -65,7 +65,8 @@ class SavedRun:
         self.resumed, self.step, self.lines = checkpoint, checkpoint.step, lines
         self.clock = Clock(self.device, state["seconds"], state.get("cpu_seconds", 0.0))
         self.timed = (self.step, state["seconds"])
-        self.values.window = state["window"]
+        if state.get("window_names", list(self.values.names)) == list(self.values.names):  # the terms may differ
+            self.values.window = state["window"]
         self.skips.load(state["skips"])
         self.reported, self.lr, self.fraction = state["reported"], state["lr"], state["fraction"]
         self.result.history = [
@@ -124,6 +125,7 @@ class SavedRun:
             "fraction": self.fraction,
             "reported": self.reported,
             "window": self.values.window,
+            "window_names": list(self.values.names),
             "skips": self.skips.to_json(),
             "scaler": self.updater.scaler.state_dict(),
             "bad_samples": self.result.bad_samples,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd._messages import shortened
-from fastkd._wrappers import plain_name
+from fastkd._wrappers import plain_name, uncompiled
 from fastkd.distill.distiller import Distiller
 from fastkd.distill.gradients import preserve_state
 from fastkd.distill.terms import Term, loss_and_options, pools_batch, takes_group
@@ -75,23 +75,30 @@ def data_parallel(
 ) -> DistributedDataParallel:
     """Return the module wrapped in DistributedDataParallel.
 
-    If parameters get no gradient on the first batch, warn and enable ``find_unused_parameters``.
+    If parameters get no gradient on the first batch, warn and enable ``find_unused_parameters``, without a warning also
+    if some get one from scheduled losses only.
     """
-    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, without_gradient(distiller, batch))
-    names = list(dict.fromkeys(name for part in gathered for name in part))
+    own = without_gradient(distiller, batch)
+    gathered = [own for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, own)
+    names, scheduled = (
+        list(dict.fromkeys(name for part in parts for name in part)) for parts in zip(*gathered, strict=True)
+    )
     if names and torch.distributed.get_rank() == 0:
         _warn_without_gradient(names, " With several processes, looking for them at every step takes time.")
-    find_unused = bool(names) or config.find_unused_parameters or bool(_scheduled_parameters(distiller))
+    find_unused = bool(names or scheduled) or config.find_unused_parameters
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=find_unused)
 
 
-def warn_of_unused(module: nn.Module, distiller: Distiller) -> None:
-    """Warn of trainable parameters without a gradient after the first backward of one process."""
-    later = {id(parameter) for parameter in _scheduled_parameters(distiller)}
-    unused = {name: p for name, p in module.named_parameters() if p.requires_grad and p.grad is None}
-    names = [plain_name(name) for name, p in unused.items() if id(p) not in later]
+def warn_of_unused(module: nn.Module, distiller: Distiller, batch: Mapping[str, Any]) -> None:
+    """Warn of trainable parameters without a gradient after the first backward of one process.
+
+    Those that scheduled losses train at other steps are found by another pass over the batch, without schedules.
+    """
+    names = [plain_name(name) for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if names and distiller.schedules:
+        names, _ = without_gradient(distiller, batch)
     if names:
         _warn_without_gradient(names)
 
@@ -106,14 +113,22 @@ def _warn_without_gradient(names: Sequence[str], consequence: str = "") -> None:
     )
 
 
-def without_gradient(distiller: Distiller, batch: Mapping[str, Any]) -> list[str]:
-    """Return the names of trainable parameters that the loss of a batch does not depend on, ignoring schedules."""
+def without_gradient(distiller: Distiller, batch: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the names of trainable parameters that no loss of a batch depends on, and that only scheduled ones do."""
     named = [(plain_name(name), p) for name, p in distiller.named_parameters() if p.requires_grad]
-    with preserve_state(distiller), torch.enable_grad(), distiller.at_step(None):
-        loss = distiller(batch).loss
-        if not loss.requires_grad:
-            return [name for name, _ in named]
-        gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    with preserve_state(distiller), torch.enable_grad(), uncompiled(), distiller.at_step(None):
+        output = distiller(batch)
+        losses = {"task": output.task, **output.terms}
+        always = [loss for name, loss in losses.items() if name not in distiller.schedules]
+        never = _unused(output.loss, named)
+        scheduled = _unused(sum(always), named) if len(always) < len(losses) else never
+    return never, [name for name in scheduled if name not in never]
+
+
+def _unused(loss: Any, named: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return [name for name, _ in named]
+    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True, retain_graph=True)
     return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
 
 
@@ -132,14 +147,6 @@ def check_all_reduced(module: nn.Module, step: int) -> None:
             f"{shortened([plain_name(name) for name in names])}. DDP then leaves gradients unreduced: set "
             "find_unused_parameters=True, or use every parameter at every step"
         )
-
-
-def _scheduled_parameters(distiller: Distiller) -> list[nn.Parameter]:
-    """Return the trainable parameters of terms, such as aligners, that may be computed at some steps only."""
-    scheduled = [term for name, term in distiller.terms.items() if name in distiller.schedules]
-    owned = [each for term in scheduled if isinstance(term.loss, nn.Module) for each in term.loss.parameters()]
-    owned += [each for term in scheduled for each in term.kwargs.values() if isinstance(each, nn.Parameter)]
-    return [parameter for parameter in owned if parameter.requires_grad]
 
 
 def _has_group(term: Term) -> bool:

@@ -19,19 +19,26 @@ _STUDENT = "student."
 class ModelState:
     """Parameters and buffers of a distiller (without the teacher), with a copy of the buffers.
 
-    Parameters change only when the optimiser updates them, but a forward may change buffers (running statistics). The
-    copy restores them if a step is abandoned between forward and update.
+    Parameters change only when the optimiser updates them, but a forward may change buffers (running statistics), or
+    put other tensors in their place. The copy restores them if a step is abandoned between forward and update.
     """
 
     def __init__(self, distiller: Distiller) -> None:
         with unwrapped(distiller) as root:
             named = root.state_dict(keep_vars=True)
+            owners = {
+                f"{prefix}.{name}" if prefix else name: (module, name)
+                for prefix, module in root.named_modules(remove_duplicate=False)
+                for name in module._buffers
+            }
         unique: dict[int, str] = {}
         for name, value in named.items():
             if isinstance(value, Tensor):
                 unique.setdefault(id(value), name)  # tied parameters have several names
         self.tensors: dict[str, Tensor] = {name: named[name] for name in unique.values()}
-        self._buffers = [t for t in self.tensors.values() if not isinstance(t, nn.Parameter)]
+        self._names = [name for name, t in self.tensors.items() if not isinstance(t, nn.Parameter)]
+        self._owners = [owners.get(name) for name in self._names]
+        self._buffers = [self.tensors[name] for name in self._names]
         self._copies = [t.detach().clone() for t in self._buffers]
         self._versions = [t._version for t in self._buffers]
 
@@ -41,6 +48,8 @@ class ModelState:
         changed = self._changed()
         for number in changed:
             self._versions[number] = self._buffers[number]._version
+            if not _alike(self._copies[number], self._buffers[number]):
+                self._copies[number] = torch.empty_like(self._buffers[number], requires_grad=False)
         if changed:
             torch._foreach_copy_([self._copies[n] for n in changed], [self._buffers[n] for n in changed])
 
@@ -49,23 +58,43 @@ class ModelState:
         """Undo changes of buffers since the last `keep_buffers`, or only if the scalar bool ``where`` is true."""
         for number in self._changed():
             buffer, copy = self._buffers[number], self._copies[number]
-            buffer.copy_(copy if where is None else torch.where(where, copy, buffer))
+            if _alike(copy, buffer):
+                buffer.copy_(copy if where is None else torch.where(where, copy, buffer))
+            elif where is None or bool(where):
+                self._replace(number, copy.clone())
 
     def _changed(self) -> list[int]:
         """Return the numbers of the buffers that may have changed: batch norms change theirs without a new version."""
+        replaced = self._look_up()
         return [
             number
             for number, (buffer, version) in enumerate(zip(self._buffers, self._versions, strict=True))
-            if buffer.is_floating_point() or buffer._version != version
+            if number in replaced or buffer.is_floating_point() or buffer._version != version
         ]
+
+    def _look_up(self) -> set[int]:
+        """Take the tensors that forwards put in place of buffers (``self.center = ...``); return their numbers."""
+        replaced = set()
+        for number, owner in enumerate(self._owners):
+            found = owner and owner[0]._buffers.get(owner[1])
+            if isinstance(found, Tensor) and found is not self._buffers[number]:
+                self.tensors[self._names[number]] = self._buffers[number] = found
+                replaced.add(number)
+        return replaced
+
+    def _replace(self, number: int, tensor: Tensor) -> None:
+        owner = self._owners[number]
+        assert owner is not None  # its tensor has been replaced
+        owner[0]._buffers[owner[1]] = self.tensors[self._names[number]] = self._buffers[number] = tensor
+        self._versions[number] = tensor._version
 
     def consistent(self) -> dict[str, dict[str, Tensor]]:
         """Return ``"student"`` and ``"aligners"`` to tensors by name, as they were after the latest step."""
         parts: dict[str, dict[str, Tensor]] = {"student": {}, "aligners": {}}
-        copies = {id(buffer): copy for buffer, copy in zip(self._buffers, self._copies, strict=True)}
+        copies = dict(zip(self._names, self._copies, strict=True))
         for name, tensor in self.tensors.items():
             part = "student" if name.startswith(_STUDENT) else "aligners"
-            parts[part][name.removeprefix(_STUDENT)] = copies.get(id(tensor), tensor)
+            parts[part][name.removeprefix(_STUDENT)] = copies.get(name, tensor)
         return parts
 
     def load(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -81,6 +110,10 @@ class ModelState:
                 part,
             )
         self.keep_buffers()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _full(part: str, name: str) -> str:

@@ -78,6 +78,10 @@ def test_run_of_the_page_and_the_same_run_from_its_folder(
     cache, cached = tmp_path / "cache", tmp_path / "cached"
     assert main(["cache", str(out / "config.yaml"), "--out", str(cache)]) == 0
     assert main(["distill", str(out / "config.yaml"), "--out", str(cached), "--teacher-cache", str(cache)]) == 0
+    narrow = ["cache", str(out / "config.yaml"), "--out", str(tmp_path / "narrow"), "--dtype", "int8"]
+    assert main(narrow) == 0  # its error is that of all terms, with student taps and without schedules
+    assert "error of the gradients up to" in capsys.readouterr().out
+    assert main([*narrow, "--terms", "mask=1,schedule=linear,start=2000", "--overwrite"]) == 0
     weights = [(folder / "last" / "model.safetensors").read_bytes() for folder in (out, again, cached)]
     assert weights[0] == weights[1] == weights[2]
     written = [yaml.safe_load((folder / "config.yaml").read_text("utf-8")) for folder in (out, again)]
@@ -345,6 +349,8 @@ def test_schedule_without_stop_ends_with_the_run() -> None:
     [term] = build_terms({"mask": TermSettings(share=1.0, schedule="linear")}, 50)
     assert term.schedule == Schedule("linear", stop=50)
     assert build_terms({"mask": TermSettings(share=1.0)}, 50)[0].schedule is None
+    late = TermSettings(share=1.0, schedule="linear", start=80)
+    assert build_terms({"mask": late}, 50)[0].schedule == Schedule("linear", start=80, stop=81)  # the run warns
 
 
 def test_steps_of_a_schedule_may_be_shares_of_the_run() -> None:
@@ -355,8 +361,15 @@ def test_steps_of_a_schedule_may_be_shares_of_the_run() -> None:
     assert [half.resolve(steps) for steps in (1600, 3, 1)] == [Schedule(stop=stop) for stop in (800, 2, 1)]
     mixed = TermSettings(share=1.0, start=100, stop=0.5)
     assert mixed.resolve(1000) == Schedule(start=100, stop=500)
-    with pytest.raises(ValueError, match="stop must be after start, got start=100 and stop=50"):
-        mixed.resolve(100)
+    for term, steps, given, found in (
+        ("mask=1,start=100,stop=0.5", 100, "start=100 and stop=0.5", "100 and 50"),
+        ("mask=1,start=0.5,stop=0.51", 20, "start=0.5 and stop=0.51", "10 and 10"),
+    ):
+        with pytest.raises(ValueError, match=f"^terms.mask: .*{given}, which of {steps} steps are {found}"):
+            build_terms(parse_terms([term]), steps)
+    for wrong in ("start=-5,stop=0.5", "start=0.5,stop=-5", "start=5,stop=0.5,initial=-1", "start=0.5,stop=9,final=-1"):
+        with pytest.raises(ValueError, match=r"must be a (step|finite number)"):
+            parse_terms([f"mask=1,{wrong}"])
 
 
 def test_two_stages_of_the_page(shapes: Path, tmp_path: Path) -> None:

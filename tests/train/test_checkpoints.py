@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -41,6 +42,15 @@ class TestFiles:
         monkeypatch.setattr("fastkd.train.run.evaluate", scored)
         run(toy(), out=tmp_path, steps=10, eval_every=2, checkpoint_every=4, val_dataset=Scenes(4))
         assert list(find_checkpoints(tmp_path / "checkpoints")) == [10, 8, 4]
+
+    def test_a_damaged_one_does_not_take_the_place_of_a_good_one(self, tmp_path: Path) -> None:
+        settings = {"out": tmp_path, "check": False, "checkpoint_every": 2, "keep_checkpoints": 1}
+        run(toy(), steps=4, **settings)
+        latest = tmp_path / "checkpoints" / "step-000004"
+        (shutil.copytree(latest, latest.with_name("step-000009")) / "optimizer.pt").write_bytes(b"")
+        with pytest.warns(FastKDWarning, match="step-000009 is incomplete or damaged"):
+            assert run(toy(), steps=8, resume=True, resume_allow=["steps"], **settings).resumed_at == 4
+        assert list(find_checkpoints(tmp_path / "checkpoints")) == [8]
 
     def test_zero_keeps_none(self, tmp_path: Path) -> None:
         run(toy(), out=tmp_path, checkpoint_every=2, keep_checkpoints=0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 pytest.importorskip("accelerate", reason="needs the [ris] extra")
 
@@ -196,6 +197,29 @@ class TestSamples:
             ValueError, match=r"5.jpg can't be read as an image\nThis is sample 5 \(ref 105\) of the train"
         ):
             run(toy(), Damaged({5}), workers=workers, check=False)
+
+    def test_subset_is_read_sample_by_sample(self) -> None:
+        """Torch's `Subset` can read a batch, but by single samples, so seeds and errors are those of samples."""
+
+        class Noisy(Damaged):
+            def __getitem__(self, i: int) -> dict[str, Any]:
+                return super().__getitem__(i) | {"noise": float(torch.rand(()))}
+
+        samples = TrainingSamples(Subset(Noisy({5}), range(8)), 0)
+        together = [sample["noise"] for sample in samples.__getitems__([1, 2, 3])]
+        assert together == [samples[n]["noise"] for n in (1, 2, 3)]
+        with pytest.raises(ValueError, match="can't be read") as error:
+            samples.__getitems__([4, 5])
+        assert error.value.__notes__ == ["This is sample 5 of the training set."]
+
+        class Batches(Noisy):
+            def __getitems__(self, indices: list[int]) -> list[Any]:
+                return [self[n] for n in indices]
+
+        for dataset in (Batches({5}), Subset(Batches({5}), range(8))):
+            with pytest.raises(ValueError, match="can't be read") as error:
+                TrainingSamples(dataset, 0).__getitems__([4, 5])
+            assert error.value.__notes__ == ["This batch has samples 4, 5 of the training set."]
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_bad_samples_are_replaced_and_listed(self, workers: int, tmp_path: Path) -> None:

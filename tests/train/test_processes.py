@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,13 @@ pytest.importorskip("accelerate", reason="needs the [ris] extra")
 from teacher_cache_tools import built_and_trained
 from train_tools import Scenes, collate, distiller, run, toy, two_processes
 
-from fastkd import Distiller, losses
+from fastkd import Distiller, Term, losses
 from fastkd.cli import main as fastkd
 from fastkd.data import make_shapes
 from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate import evaluate
+from fastkd.train import segmentation_loss
 from fastkd.train.split import without_gradient
 
 
@@ -28,10 +30,10 @@ def test_without_gradient_names_parameters() -> None:
     model = distiller()
     model.student.spare = torch.compile(nn.Linear(2, 2), backend="eager")
     batch = collate([Scenes()[i] for i in range(4)])
-    assert without_gradient(model, batch) == ["student.spare.weight", "student.spare.bias"]
+    assert without_gradient(model, batch) == (["student.spare.weight", "student.spare.bias"], [])
     assert all(p.grad is None for p in model.parameters())
     model.student.spare.requires_grad_(False)
-    assert without_gradient(model, batch) == []
+    assert without_gradient(model, batch) == ([], [])
 
 
 class Sometimes(nn.Module):
@@ -48,10 +50,19 @@ class Sometimes(nn.Module):
 
 
 def scheduled() -> Distiller:
-    """Return a distiller whose term, with an aligner, is computed at steps 1 and 2 only."""
-    model = distiller(loss=losses.ChannelDistributionKD(student_channels=2, teacher_channels=2))
-    model.terms = {name: replace(term, schedule=Schedule(start=1, stop=3)) for name, term in model.terms.items()}
-    return model
+    """Return a distiller whose terms are computed at steps 1 and 2 only.
+
+    They train an aligner, a pair of temperatures and a head of the student.
+    """
+    aligned = distiller(loss=losses.ChannelDistributionKD(student_channels=2, teacher_channels=4))
+    aligned.student.spare = nn.Conv2d(2, 2, 1)
+    spare = aligned.student.spare
+    pair = (nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(2.0)))
+    headed = Term(lambda s, t, **options: losses.logit_kd(spare(s), t, **options), str, kwargs={"temperature": pair})
+    wide = replace(aligned.terms["kd"], teacher=lambda logits: torch.cat([logits, logits], 1))
+    terms = [wide, replace(headed, student=lambda logits: logits, name="headed")]
+    terms = [replace(term, schedule=Schedule(start=1, stop=3)) for term in terms]
+    return Distiller(aligned.student, aligned.teacher, segmentation_loss, terms)
 
 
 def summed(student: Tensor, teacher: Tensor) -> Tensor:
@@ -128,8 +139,12 @@ def test_two_processes(tmp_path: Path) -> None:
         assert "term 'kd' adds up samples" in lines["refused", rank]
         assert "accumulate=1 micro-batches and 2 processes" in lines["refused", rank]
         assert lines["completed", rank] == "4"
-    task = run(scheduled(), steps=4, log_every=1).history[-1]["task"]
-    assert [float(lines["scheduled", rank]) for rank in "01"] == pytest.approx([task, task], rel=1e-4)
+    planned = scheduled()
+    assert len(without_gradient(planned, collate([Scenes()[i] for i in range(4)]))[1]) == 1 + 2 + 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FastKDWarning)
+        task = run(planned, steps=4, log_every=1).history[-1]["task"]
+    assert [float(lines["scheduled", rank]) for rank in "01"] == pytest.approx([task, task], rel=1e-3)
     pooled_alone = [line["terms"]["kd"] for line in run(pooled(), steps=4, log_every=1).history]
     for rank in "01":
         assert list(map(float, lines["pooled", rank].split())) == pytest.approx(pooled_alone, rel=1e-4)

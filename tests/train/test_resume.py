@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from fastkd.train.feed import Feed
 from fastkd.train.optim import BatchOrder
 from fastkd.train.resume import check_settings
 from fastkd.train.samples import TrainingSamples
+from fastkd.train.state import ModelState
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = (
@@ -58,15 +60,29 @@ def terminate(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
 
+class Centred(nn.Module):
+    """Loss of features around a running mean, which every forward replaces in place of changing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(1))
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        loss = (student - teacher + self.centre).square().mean()
+        self.centre = 0.9 * self.centre + 0.1 * student.detach().mean()
+        return loss
+
+
 def stateful(task_loss: Any = segmentation_loss) -> Distiller:
-    """Return a distiller with dropout, running statistics, an aligner and a schedule."""
+    """Return a distiller with dropout, running statistics, re-assigned ones, an aligner and a schedule."""
     teacher = toy(100, width=8).eval().requires_grad_(False)
     student = toy(dropout=0.3)
     student.norm = nn.BatchNorm2d(4)
     torch.manual_seed(1)
     aligned, schedule = losses.ChannelKD(student_channels=2, teacher_channels=2), Schedule("cosine", stop=10, final=0.1)
     term = Term(aligned, lambda logits: logits, weight=0.5, name="kd", schedule=schedule)
-    return Distiller(student, teacher, task_loss, [term])
+    centred = Term(Centred(), lambda logits: logits, weight=0.1, name="centred")
+    return Distiller(student, teacher, task_loss, [term, centred])
 
 
 SETTINGS: dict[str, Any] = {"steps": 11, "log_every": 4, "eval_every": 4, "ema": 0.9, "check": False}
@@ -152,6 +168,41 @@ class TestContinuation:
         again = finished(tmp_path, stateful(), resume=True)
         assert (again.resumed_at, again.steps, len(again.evaluations)) == (11, 11, 3)
         assert (tmp_path / "last" / "model.safetensors").read_bytes() == before
+
+    def test_re_assigned_buffers_are_kept(self) -> None:
+        model = distiller(loss=Centred())
+        batch = collate([Scenes()[n] for n in range(8)])
+        centre = model.term_modules["kd"].centre
+        model.check(batch)
+        assert model.term_modules["kd"].centre is centre
+        assert not centre.any()
+        state = ModelState(model)
+        model(batch)
+        state.keep_buffers()
+        kept = model.term_modules["kd"].centre.clone()
+        assert state.consistent()["aligners"]["term_modules.kd.centre"].equal(kept)
+        for where in (None, torch.tensor(True), torch.tensor(False)):
+            model(batch)
+            changed = model.term_modules["kd"].centre.clone()
+            assert not changed.equal(kept)
+            state.restore_buffers(where)  # as of a step that is skipped
+            assert model.term_modules["kd"].centre.equal(changed if where is not None and not where else kept)
+        model.term_modules["kd"].centre = torch.zeros(2)  # also of another shape
+        state.restore_buffers()
+        assert model.term_modules["kd"].centre.equal(kept)
+        model.term_modules["kd"].centre = torch.ones(2)
+        state.keep_buffers()
+        assert state.consistent()["aligners"]["term_modules.kd.centre"].equal(torch.ones(2))
+
+    def test_terms_may_change_within_a_line_of_the_log(self, tmp_path: Path) -> None:
+        settings = {"steps": 8, "checkpoint_every": 6, "log_every": 4, "check": False}
+        run(distiller(), out=tmp_path, **settings)
+        shutil.rmtree(tmp_path / "checkpoints" / "step-000008")
+        model = distiller()
+        other = Term(losses.logit_kd, lambda logits: logits, weight=0.1, name="other")
+        model = Distiller(model.student, model.teacher, segmentation_loss, [*model.terms.values(), other])
+        result = run(model, out=tmp_path, resume=True, resume_allow=["terms", "weights"], **settings)
+        assert (result.resumed_at, set(result.history[-1]["terms"])) == (6, {"kd", "other"})
 
     def test_time_limit_continues(self, tmp_path: Path) -> None:
         limit = {"steps": 10_000, "max_seconds": 0.6, "check": False}

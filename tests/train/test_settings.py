@@ -75,6 +75,12 @@ def test_processes_and_micro_batches_split_the_same_order() -> None:
     assert len(BatchOrder(40, split)) == len(ranks[0]) == 10
 
 
+def test_order_of_large_seeds() -> None:
+    seeds = (0, 1, 2**63 - 1, -3)
+    orders = [list(BatchOrder(40, TrainConfig(batch_size=8, seed=seed))) for seed in seeds]
+    assert len({str(order) for order in orders}) == len(seeds)
+
+
 @pytest.mark.parametrize(("seed_with", "arguments"), [(seed_step, (0, 1, 2, 3)), (seed_sample, (0, 1, 2))])
 def test_random_numbers_depend_on_every_argument(seed_with: Callable[..., None], arguments: tuple[int, ...]) -> None:
     def draws(changed: tuple[int, ...]) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from train_tools import Scenes, collate, read_log, run, same
 
 from fastkd import Term
+from fastkd.distill import Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.train import TeacherCache
 from fastkd.train.teacher_cache import shards
@@ -166,7 +168,11 @@ class TestBuild:
         self, dtype: Any, name: str, size: int, bound: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         online = make(dropout=0.0)
+        later = Schedule(start=100)  # without a meaning here
+        terms = list(online.terms.values())
+        online.terms = {term.name: replace(term, schedule=later) for term in terms}
         cache = build(tmp_path / "c", online, dtype=dtype, progress=True)
+        online.terms = {term.name: term for term in terms}
         assert cache.measured["bytes_per_sample"] == size + 3  # the word mask stays as it is
         printed = capsys.readouterr().err
         assert "32 samples of " in printed

@@ -219,6 +219,11 @@ class TestLogAndCheckpoints:
         assert 0 < result.steps < 1_000_000
         assert result.history[-1]["lr"] < 0.5 * 1e-2  # it also decays with time
 
+    def test_the_last_line_of_the_log_is_that_of_the_last_step(self, tmp_path: Path) -> None:
+        result = run(toy(), out=tmp_path, steps=1_000_000, max_seconds=0.2, log_every=1_000_000)
+        [line] = [line for line in read_log(tmp_path) if line["event"] == "train"]
+        assert line["step"] == result.history[-1]["step"] == result.steps
+
 
 class TestEarlyEnd:
     def test_interrupt_saves_the_student(self, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastkd._atomic import replace_files
 from fastkd.cli._grid.grid import OF_CACHE, Grid, Run
 from fastkd.cli._grid.records import Record, encode_images, encode_iou
-from fastkd.cli._settings import DistillSettings, RunSettings, TermSettings
+from fastkd.cli._settings import DistillSettings, RunSettings, without_schedules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,9 +146,7 @@ def _always(grid: Grid, row: str, active: tuple[str, ...]) -> RunSettings:
         return settings
     if not active:
         return replace(grid, rows={**grid.rows, row: {**grid.rows[row], "terms": {}}}).settings_of(row)
-    constant = TermSettings()
-    fields = {name: getattr(constant, name) for name in ("schedule", "start", "stop", "initial", "final")}
-    return replace(settings, terms={name: replace(settings.terms[name], **fields) for name in active})
+    return replace(settings, terms=without_schedules({name: settings.terms[name] for name in active}))
 
 
 def steps_of(grid: Grid, rows: Iterable[str], costs: Mapping[str, float]) -> dict[str, int]:

@@ -174,7 +174,8 @@ def _term_gradients(
     """Return each term's loss and gradient, as vectors in fp64."""
     with preserve_state(distiller), torch.enable_grad(), uncompiled(), alone():
         teacher = distiller.with_teacher(RecordedTeacher(recorded.parts, taps, bases=recorded.bases))
-        output = teacher({**batch, **{PREFIX + name: value for name, value in recorded.tensors.items()}})
+        with teacher.at_step(None):
+            output = teacher({**batch, **{PREFIX + name: value for name, value in recorded.tensors.items()}})
         losses = {(name, "loss"): term.detach().double() for name, term in output.terms.items()}
         return losses | {(name, "gradient"): _gradient(term, parameters) for name, term in output.terms.items()}
 
