@@ -37,7 +37,8 @@ RESULTS = Path(__file__).resolve().parent
 MARKERS = ("<!-- evidence: begin (written by benchmarks/evidence) -->", "<!-- evidence: end -->")
 TEST = ("testA", "testB")
 DEPLOYMENT = "deployment.json"
-MAIN, TUNING = "main", "tuning"
+MAIN, CONFIRMATION, TUNING = "main", "confirmation", "tuning"
+TOGETHER = f"{MAIN} and {CONFIRMATION} together"
 VARIANTS = ("sweeps", "readings of channel attention")  # settings whose rows are losses and their variants
 
 
@@ -64,7 +65,10 @@ def page(records: Records, digest: str, resamples: int = 10_000, deployment: Map
     if len(select(records, MAIN, "time")) > 1:
         parts.append("![Gain of each row over the student alone, on testA and testB, in equal time](evidence.svg)")
         parts.append("The dashed line is the plain baseline, logit + feature.")
-    settings = sorted({r["setting"] for r in records}, key=lambda name: (name != MAIN, name))
+    records = [*records, *together(records)]
+    first = (MAIN, CONFIRMATION, TOGETHER)
+    found = {r["setting"] for r in records}
+    settings = [name for name in first if name in found] + sorted(found.difference(first))
     for setting in settings:
         if setting.startswith(TUNING):
             continue
@@ -96,6 +100,13 @@ def page(records: Records, digest: str, resamples: int = 10_000, deployment: Map
         )
         parts.append(f"### Int8 and fp16\n\n{about}\n\n{deployment_table(deployment)}")
     return "\n\n".join(parts)
+
+
+def together(records: Records) -> list[dict[str, Any]]:
+    """Return the rows of the confirmation, with its seeds and those of the main comparison, as one setting."""
+    rows = {r["row"] for r in records if r["setting"] == CONFIRMATION}
+    found = [r for r in records if r["setting"] in (MAIN, CONFIRMATION) and r["row"] in rows]
+    return [{**r, "setting": TOGETHER} for r in found]
 
 
 @plain_characters()

@@ -211,7 +211,7 @@ def tuning_table(records: Records, setting: str) -> str:
     """Return mIoU on val by row and scale, the best one of a row with several in bold."""
     chosen = [r for r in records if r["setting"] == setting and r["split"] == "val"]
     scales = sorted({r["scale"] for r in chosen})
-    best = best_scales(chosen)
+    best = best_scales(chosen, f"setting {setting!r}")
     header = ["row", *[f"× {scale:g}" for scale in scales]]
     lines = [_line(header), _line(["---"] * len(header))]
     for row in sorted(best, key=_place):

@@ -85,6 +85,11 @@ def _missing(grid: Grid, runs: Sequence[Run]) -> list[Run]:
                     f"{grid.results} holds results of row {run.row!r} with other settings: rename the row or the "
                     "setting, or remove its lines"
                 )
+            if record is not None and record.get("reference") != run.reference:
+                raise ValueError(
+                    f"{grid.results} holds results of row {run.row!r} in the time of another reference than "
+                    f"{grid.reference!r} has now: rename the setting, or remove its lines"
+                )
         if None in found:
             missing.append(run)
     return missing
@@ -99,13 +104,11 @@ def _costs(grid: Grid, rows: Sequence[str]) -> dict[str, float]:
 
     assert grid.reference is not None
     path = grid.work / "costs.json"
-    first = grid.digest_of(grid.reference)
+    first = grid.digest_of_reference()
     keys = {row: f"{grid.digest_of(row)}/{first}" for row in grid.rows}
     held = _read_costs(path)
-    records = read_records(grid.results)
-    same = {r["setting"] for r in records if r["digest"] == first and r["relative_cost"] == 1}  # the same reference
-    for record in records:
-        if record["setting"] in {grid.setting, *same} and record["relative_cost"] is not None:
+    for record in read_records(grid.results):
+        if record.get("reference") == first and record["relative_cost"] is not None:
             held[f"{record['digest']}/{first}"] = record["relative_cost"]
     costs = costs_of(grid, rows, {row: held[key] for row, key in keys.items() if key in held})
     remember(path, held | {keys[row]: cost for row, cost in costs.items()})

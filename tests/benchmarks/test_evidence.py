@@ -160,6 +160,21 @@ def test_page_and_figure_are_written_from_results_only(tmp_path, capsys):
         command.main(["--results", str(tmp_path / "none")])
 
 
+def test_confirmation_is_also_shown_with_the_seeds_of_the_main_comparison():
+    confirmed = [
+        record(row, 5, split, 0.2, setting="confirmation")
+        for row in ("method", "alone")
+        for split in ("testA", "testB")
+    ]
+    found = command.page([*results(), *confirmed], "digest", resamples=20)
+    headings = re.findall(r"### (.*):", found)
+    assert headings == ["main", "confirmation", "main and confirmation together"]
+    last = cells(found.rpartition("testA and testB:")[2].partition("Student:")[0].strip())
+    assert {name: row[2] for name, row in last.items() if name.startswith(("student", "+"))} == dict.fromkeys(
+        (tables.ROWS["method"], tables.ROWS["alone"]), "3"
+    )
+
+
 @pytest.mark.parametrize("path", sorted(command.RESULTS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_grids_can_be_built(path):
     grid = load_grid(path)

@@ -27,7 +27,7 @@ from fastkd.cli._grid.costs import phases
 from fastkd.cli._grid.grid import Grid, load_grid
 from fastkd.cli._grid.runs import cache_folder, cached, costs_of, steps_of
 from fastkd.cli._settings import DistillSettings, TrainSettings
-from fastkd.cli.experiments import _costs, outcomes
+from fastkd.cli.experiments import _costs, experiments, outcomes
 from fastkd.data import RefCOCO
 
 METHOD = {"terms": {"first_order": 0.5}}
@@ -100,7 +100,10 @@ def test_grid_runs_is_killed_and_resumes(root, monkeypatch, capsys):
         root / "killed", rows={**rows, "method": {"terms": {"first_order": 0.4}}}, equal="time", reference="method"
     )
     assert main(["experiments", str(path)]) == 2
-    assert "holds results of row 'method' with other settings" in capsys.readouterr().err
+    assert "row 'alone' in the time of another reference than 'method' has now" in capsys.readouterr().err
+    write_grid(root / "killed", rows={**rows, "unused": {}}, equal="time", reference="method")
+    assert main(["experiments", str(path)]) == 2
+    assert "holds results of row 'unused' with other settings" in capsys.readouterr().err
 
 
 def images_of(root: Path, split: str) -> list[int]:
@@ -226,8 +229,10 @@ def test_costs_are_those_of_the_phases_of_a_schedule(root, monkeypatch):
     costs = costs_of(grid, ["alone", "method", "late"], {})
     assert seen == [[("first_order",), (), ("logit",), ("logit",)]]  # one candidate for all phases without terms
     of_method = 0.25 * 3 + 0.25 * 1 + 0.5 * 1.4
-    assert costs == pytest.approx({"method": 1, "alone": 1 / of_method, "late": (0.2 + 0.8 * 1.4) / of_method})
-    assert steps_of(grid, rows, costs) == {"alone": 170, "method": 100, "late": 129}
+    of_late = (20 + 107 * 1.4) / 127  # in its own steps, 20 of which are without its term
+    assert costs == pytest.approx({"method": 1, "alone": 1 / of_method, "late": of_late / of_method})
+    assert steps_of(grid, rows, costs) == {"alone": 170, "method": 100, "late": 127}
+    assert 127 * of_late <= 100 * of_method < 127 * of_late + 1.4
     assert costs_of(grid, ["late"], costs) == {"method": 1.0, "late": costs["late"]}
     assert len(seen) == 1  # what is known is not measured again
 
@@ -235,20 +240,26 @@ def test_costs_are_those_of_the_phases_of_a_schedule(root, monkeypatch):
 def test_costs_come_from_settings_with_the_same_reference(root, monkeypatch):
     grid = load_grid(write_grid(root / "costs", equal="time", reference="method", rows={"alone": {}, "method": METHOD}))
     alone, method = grid.digest_of("alone"), grid.digest_of("method")
-    line = {"student": "s", "scale": 1.0, "seed": 0, "split": "val", "equal_time": True, "images": ""}
+    line = {"student": "shapes-student", "scale": 1.0, "seed": 0, "split": "val", "equal_time": True, "images": ""}
     found = [
-        ("other", "alone", alone, 0.9),
-        ("other", "reference", "another digest", 1.0),
-        ("same", "alone", alone, 0.5),
-        ("same", "method", method, 1.0),
+        ("tiny", "alone", alone, 0.9, "another digest"),
+        ("same", "alone", alone, 0.5, method),
+        ("same", "method", method, 1.0, method),
     ]
     given = []
     monkeypatch.setattr("fastkd.cli._grid.runs.costs_of", lambda grid, rows, known: given.append(known) or known)
-    for count in (2, 4):
-        lines = [dict(zip(("setting", "row", "digest", "relative_cost"), one, strict=True)) for one in found[:count]]
+    for count in (1, 3):
+        names = ("setting", "row", "digest", "relative_cost", "reference")
+        lines = [dict(zip(names, one, strict=True)) for one in found[:count]]
         records.append_records(grid.results, [{**line, **one} for one in lines])
         _costs(grid, ["alone", "method"])
     assert given == [{}, {"alone": 0.5, "method": 1.0}]
+    monkeypatch.undo()
+    assert costs_of(grid, ["method"], {"method": 0.7}) == {"method": 1.0}
+    lines = [{**line, **one, "setting": "tiny"} for one in lines if one["reference"] == "another digest"]
+    records.append_records(grid.results, lines)
+    with pytest.raises(ValueError, match="row 'alone' in the time of another reference than 'method' has now"):
+        experiments(grid.results.with_suffix(".yaml"), dry_run=True)
 
 
 def test_rows_become_settings_of_distill_and_train(root):
@@ -308,10 +319,18 @@ def test_scales_are_tried_or_taken_from_results(root):
     )
     tuned = load_grid(write_grid(root / "scales", scale="tuned.jsonl"))
     assert [run.name for run in tuned.runs()] == ["alone-seed0", "method-x2-seed0"]
+    one = [{**line, "setting": "other", "scale": 4.0, "seed": 1, "split": "val", "miou": 99.0}]
+    records.append_records(root / "scales" / "mixed.jsonl", [*one, {**one[0], "setting": "tuning"}])
+    mixed = load_grid(write_grid(root / "scales", scale="mixed.jsonl"))
+    with pytest.raises(ValueError, match=r"several values of setting \(other, tuning\), whose scores"):
+        mixed.runs()
     other = load_grid(write_grid(root / "scales", scale="tuned.jsonl", rows={"alone": {}, "new": METHOD}))
     with pytest.raises(ValueError, match="has no result on val of new: run its grid first"):
         other.runs()
     assert [run.name for run in other.runs(["alone"])] == ["alone-seed0"]  # the others need not be tuned yet
+    records.append_records(root / "scales" / "tuned.jsonl", [{**one[0], "setting": "tuning"}])
+    with pytest.raises(ValueError, match="no seed with results on val of all scales of 'method'"):
+        tuned.runs()
 
 
 def test_extends_merges_another_grid(root):

@@ -123,6 +123,10 @@ class Grid:
         text = json.dumps([values, self.cache], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
+    def digest_of_reference(self) -> str | None:
+        """Return the digest of the row whose time all rows get; None with equal steps."""
+        return self.digest_of(self.reference) if self.equal == "time" and self.reference is not None else None
+
     def runs(self, rows: Sequence[str] = ()) -> list[Run]:
         """Return the runs of some rows, or of all; the first seed comes first, so that rows are comparable early.
 
@@ -132,7 +136,16 @@ class Grid:
         chosen = [row for row in self.rows if not rows or row in rows]
         scales = self._scales(chosen)
         return [
-            Run(self.setting, self._student(row), row, scale, seed, self.equal == "time", self.digest_of(row))
+            Run(
+                self.setting,
+                self._student(row),
+                row,
+                scale,
+                seed,
+                self.equal == "time",
+                self.digest_of(row),
+                self.digest_of_reference(),
+            )
             for seed in self.seeds
             for row in chosen
             for scale in scales[row]
@@ -145,7 +158,7 @@ class Grid:
         """Return the factors to run by row; a row without terms has one."""
         distilled = [row for row in rows if self.values_of(row)["terms"]]
         if isinstance(self.scale, str):
-            best = best_scales(read_records(Path(self.scale)))
+            best = best_scales(read_records(Path(self.scale)), self.scale)
             missing = [row for row in distilled if row not in best]
             if missing:
                 raise ValueError(
@@ -169,6 +182,7 @@ class Run:
         seed: seed of initial weights and data order.
         equal_time: whether all rows have the reference's time.
         digest: digest of the row's settings.
+        reference: digest of those of the row whose time all rows have; None with equal steps.
     """
 
     setting: str
@@ -178,6 +192,7 @@ class Run:
     seed: int
     equal_time: bool
     digest: str
+    reference: str | None = None
 
     @property
     def name(self) -> str:

@@ -89,13 +89,29 @@ def decode_images(text: str) -> npt.NDArray[np.int64]:
     return np.cumsum(np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype="<i4"), dtype=np.int64)
 
 
-def best_scales(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return each row's scale with the highest mIoU on val, averaged over seeds; the smaller one if two are equal."""
-    scores: dict[str, dict[float, list[float]]] = {}
-    for record in records:
-        if record["split"] == "val":
-            scores.setdefault(record["row"], {}).setdefault(record["scale"], []).append(record["miou"])
-    return {
-        row: max(sorted(scales), key=lambda scale, scales=scales: sum(scales[scale]) / len(scales[scale]))  # type: ignore[misc]
-        for row, scales in scores.items()
-    }
+def best_scales(records: Sequence[Mapping[str, Any]], source: str) -> dict[str, float]:
+    """Return each row's scale with the highest mIoU on val, averaged over seeds; the smaller one if two are equal.
+
+    Scales are compared on the seeds that all of them have.
+
+    Raises:
+        ValueError: the records, of the file ``source``, are of several settings or students, or share no seed.
+    """
+    scores: dict[str, dict[float, dict[int, float]]] = {}
+    chosen = [record for record in records if record["split"] == "val"]
+    for name in ("setting", "student", "equal_time"):
+        if len(values := sorted({str(record[name]) for record in chosen})) > 1:
+            raise ValueError(
+                f"scale: {source} has results on val of several values of {name} ({', '.join(values)}), whose scores "
+                "cannot be compared: give each its own results file"
+            )
+    for record in chosen:
+        scores.setdefault(record["row"], {}).setdefault(record["scale"], {})[record["seed"]] = record["miou"]
+    best: dict[str, float] = {}
+    for row, scales in scores.items():
+        seeds = set.intersection(*map(set, scales.values()))
+        if not seeds:
+            raise ValueError(f"scale: {source} has no seed with results on val of all scales of {row!r}: run its grid")
+        means = {scale: sum(found[seed] for seed in seeds) for scale, found in scales.items()}
+        best[row] = max(sorted(means), key=means.__getitem__)
+    return best

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -110,6 +112,9 @@ def open_settings(settings: RunSettings) -> OpenedRun:
 def costs_of(grid: Grid, rows: Iterable[str], known: Mapping[str, float]) -> dict[str, float]:
     """Return the cost of a step by row relative to the reference's, averaged over the phases of its schedules.
 
+    A schedule in steps gives phases of another share in a run of other length, so the average is that of the run which
+    takes the reference's time.
+
     Args:
         grid: the grid.
         rows: the rows to run.
@@ -118,25 +123,37 @@ def costs_of(grid: Grid, rows: Iterable[str], known: Mapping[str, float]) -> dic
     from fastkd.cli._grid.costs import Candidate, phases, relative_costs
 
     assert grid.reference is not None
-    costs = {grid.reference: 1.0, **{row: known[row] for row in rows if row in known}}
+    costs = {**{row: known[row] for row in rows if row in known}, grid.reference: 1.0}
     unknown = [row for row in rows if row not in costs]
     if not unknown:
         return costs
     candidates: list[Candidate] = []
-    parts: dict[str, list[tuple[float, int]]] = {}  # share of the steps, number of the candidate
     numbers: dict[tuple[str, tuple[str, ...]], int] = {}
+    steps = grid.settings_of(grid.reference).config.steps
+
+    def key_of_phase(row: str, active: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        return (row if active else "", active)  # all rows cost the same without terms
+
     for row in (grid.reference, *unknown):
-        for share, active in phases(grid.settings_of(row)):
-            key = (row if active else "", active)  # all rows cost the same without terms
-            if key not in numbers:
+        lengths = (steps,) if row == grid.reference else (steps, max(1, steps // 4), 4 * steps)
+        for _, active in (phase for length in lengths for phase in phases(grid.settings_of(row, steps=length))):
+            if (key := key_of_phase(row, active)) not in numbers:
                 numbers[key] = len(candidates)
                 settings = cached(grid, _always(grid, row, active))
                 opened = open_settings(settings)
                 candidates.append(Candidate(opened.distiller, opened.train_set, settings.config))
-            parts.setdefault(row, []).append((share, numbers[key]))
     measured = relative_costs(candidates)
-    totals = {row: sum(share * measured[number] for share, number in each) for row, each in parts.items()}
-    return costs | {row: totals[row] / totals[grid.reference] for row in unknown}
+
+    def mean_cost(row: str, length: int) -> float:
+        found = phases(grid.settings_of(row, steps=length))
+        return sum(share * measured[numbers[key_of_phase(row, active)]] for share, active in found)
+
+    of_reference = mean_cost(grid.reference, steps)
+    for row in unknown:
+        fits = functools.partial(lambda row, length: length * mean_cost(row, length) > steps * of_reference, row)
+        length = bisect.bisect_left(range(1, 4 * steps), True, key=fits)  # the longest run within the time
+        costs[row] = mean_cost(row, max(1, length)) / of_reference
+    return costs
 
 
 def _always(grid: Grid, row: str, active: tuple[str, ...]) -> RunSettings:
