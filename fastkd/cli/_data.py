@@ -94,10 +94,16 @@ class DataArgs:
 
     def _train_sets(self, model: Any, **options: Any) -> dict[str, tuple[MixArgs, ReferDataset]]:
         sets = {self.dataset: (MixArgs(None, self.dataset, self.split_by), self.open("train", model, **options))}
+        places: list[Any] = [(self.data.absolute(), self.dataset, self.split_by)]
         for mixed in map(MixArgs.parse, self.mix):
-            name = mixed.dataset if mixed.root is None else f"{mixed.root.name}:{mixed.dataset}"
-            if name in sets:
-                raise ValueError(f"--mix: {name!r} occurs twice; name each set once, with its number of passes")
+            place = ((mixed.root or self.data).absolute(), mixed.dataset, mixed.split_by)
+            if place in places:
+                raise ValueError(
+                    f"--mix: {mixed.names()[0]!r} occurs twice; name each set once, with its number of passes"
+                )
+            places.append(place)
+            *_, longest = names = mixed.names()
+            name = next((name for name in names if name not in sets), f"{longest} ({len(sets)})")
             changes: dict[str, Any] = {"dataset": mixed.dataset, "split_by": mixed.split_by}
             if mixed.root is not None:
                 changes |= {"data": mixed.root, "image_root": None}
@@ -144,11 +150,18 @@ class MixArgs:
             ) from None
         return cls(Path(match[1]).expanduser() if match[1] else None, match[2], match[3], weight, size)
 
+    def names(self) -> list[str]:
+        """Return names of the set, from short to long."""
+        by = "" if self.split_by is None else f"/{self.split_by}"
+        parts = () if self.root is None else self.root.absolute().parts
+        roots = ["/".join(parts[-depth:]) + ":" if depth else "" for depth in range(bool(parts), len(parts) + 1)]
+        return [f"{root}{self.dataset}{end}" for root in roots for end in ("", by)]
+
     def absolute(self) -> str:
         """Return the text with an absolute path."""
         root = "" if self.root is None else f"{self.root.absolute()}:"
         by = "" if self.split_by is None else f"/{self.split_by}"
-        return f"{root}{self.dataset}{by}={self.weight:g}" + ("" if self.size is None else f",size={self.size}")
+        return f"{root}{self.dataset}{by}={self.weight!r}" + ("" if self.size is None else f",size={self.size}")
 
 
 Data = Annotated[DataArgs, tyro.conf.arg(name="")]

@@ -70,6 +70,11 @@ def open_run(settings: RunSettings, model_name: str, *, warn: bool = True) -> Op
     if settings.shards is None:
         train_set = data.open_train(model, seed=config.seed, teacher=teacher_options, announce=warn)
     else:
+        if data.mix:
+            raise ValueError(
+                f"--mix {' '.join(data.mix)} and --shards exclude each other: shards hold the whole training set, so "
+                "write them from the mixture, or omit --shards"
+            )
         train_set = data.open_shards(
             settings.shards, model, buffer=settings.shuffle_buffer, seed=config.seed, teacher=teacher_options
         )

@@ -187,7 +187,7 @@ def _show(settings: Any) -> list[str]:
 
 def show_terms(terms: Mapping[str, TermSettings]) -> list[str]:
     """Return the texts that `parse_terms` reads."""
-    heads = {name: name if term.share is None else f"{name}={term.share:g}" for name, term in terms.items()}
+    heads = {name: name if term.share is None else f"{name}={term.share!r}" for name, term in terms.items()}
     return [",".join([heads[name], *_show(term)]) for name, term in terms.items()]
 
 

@@ -11,7 +11,7 @@ from fastkd._console import show
 
 if TYPE_CHECKING:
     from fastkd.cli._report import Scored
-    from fastkd.cli._settings import RunSettings
+    from fastkd.cli._settings import DistillSettings, RunSettings
 
 TEACHER = "teacher"
 
@@ -64,13 +64,10 @@ def report(
     distilled = [one for one in settings.values() if isinstance(one, DistillSettings)]
     scored: list[Scored] = []
     options = {"protocol": protocol, "batch_size": batch_size, "device": device, "no_target_pixels": no_target_pixels}
-    if teacher and distilled and distilled[0].teacher is not None:
-        first = distilled[0]
-        assert first.teacher is not None
-        words = first.teacher_tokenizer or first.data.tokenizer
-        scored.append(_score(TEACHER, first.teacher, first, words, split, options))
+    if teacher and distilled and (named := _teacher_of(distilled[0])) is not None:
+        scored.append(_score(TEACHER, named, distilled[0], distilled[0].teacher_tokenizer, split, options))
     for name, one in settings.items():
-        scored.append(_score(name, str(folders[name] / "best"), one, one.data.tokenizer, split, options))
+        scored.append(_score(name, str(folders[name] / "best"), one, None, split, options))
         if alone and name != alone[0]:
             scored[-1].baseline = alone[0]
 
@@ -137,6 +134,25 @@ def _check_same_data(data: dict[str, Any]) -> None:
                 raise ValueError(f"{setting} is {ours} in {first} but {theirs} in {name}: compare runs on one dataset")
 
 
+def _teacher_of(settings: DistillSettings) -> str | None:
+    """Return the name of a run's teacher, that of its cache if the run names none; say so if it is unknown."""
+    if settings.teacher is not None or settings.teacher_cache is None:
+        return settings.teacher
+    from fastkd.cli._shipped import teacher_path
+    from fastkd.train import TeacherCache
+
+    try:
+        held = TeacherCache(settings.teacher_cache).notes.get("teacher") or {}
+    except (OSError, ValueError) as error:
+        held = {"fault": str(error)}
+    named = held.get("name")
+    if named is None or (held.get("files") is not None and not teacher_path(named).exists()):
+        reason = held.get("fault") or (f"{named} does not exist here" if named else "its cache does not name it")
+        show(f"no teacher in the report: {reason}")
+        return None
+    return str(named)
+
+
 def _score(
     name: str, model: str, settings: RunSettings, words: str | None, split: str, options: dict[str, Any]
 ) -> Scored:
@@ -145,8 +161,11 @@ def _score(
     from fastkd.cli._models import load_model
     from fastkd.cli._report import Scored
     from fastkd.evaluate import evaluate
+    from fastkd.models import TextPromptedTeacher
 
     loaded = load_model(model)
+    if words is None and not isinstance(loaded, TextPromptedTeacher):  # which has its own tokenizer
+        words = settings.data.tokenizer
     dataset = replace(settings.data, tokenizer=words).open(split, loaded, sentences="all")
     result = evaluate(loaded, dataset, **options)
     show(f"{name}: {result}")

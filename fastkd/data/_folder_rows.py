@@ -15,7 +15,7 @@ from fastkd.data._parquet import STORED, ParquetTable, Stored
 from fastkd.data._values import brief, is_int
 from fastkd.data.masks import EmptyMask, decode_mask, rasterise
 
-FIELDS = ("image", "mask", "sentence", "id", "sent_id")
+FIELDS = ("image", "mask", "sentence", "id", "sent_id", "image_name")
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class Row:
         sentences: One or more texts, not yet checked.
         id: Integer or string, or None.
         sent_ids: Ids of the sentences, or None.
+        image_key: What rows with the same image share, or None if that is unknown.
     """
 
     where: str
@@ -37,6 +38,7 @@ class Row:
     sentences: list[str]
     id: int | str | None
     sent_ids: list[int] | None
+    image_key: str | None
 
 
 class Rows:
@@ -114,7 +116,7 @@ def _row(content: Any, where: str) -> Row:
         raise ValueError(f"{where} must be an object with image, mask and sentence, got {brief(content)}")
     if missing := [field for field in ("image", "mask", "sentence") if field not in content]:
         raise ValueError(f"{where} has no {missing[0]!r}: expected image, mask (null without a target) and sentence")
-    image, mask, texts, number, sent_ids = (content.get(field) for field in FIELDS)
+    image, mask, texts, number, sent_ids, image_name = (content.get(field) for field in FIELDS)
     if image is not STORED:
         image = check_name(image, where)
     if isinstance(mask, str):
@@ -130,7 +132,9 @@ def _row(content: Any, where: str) -> Row:
         isinstance(sent_ids, list) and len(sent_ids) == len(texts) and all(is_int(each) for each in sent_ids)
     ):
         raise ValueError(f"{where}: sent_id must be a list with an integer per sentence, got {brief(sent_ids)}")
-    return Row(where, image, mask, texts, number, sent_ids)
+    if not (image_name is None or isinstance(image_name, str)):
+        raise ValueError(f"{where}: image_name must be text, got {brief(image_name)}")
+    return Row(where, image, mask, texts, number, sent_ids, image_name if image is STORED else str(image))
 
 
 def open_rows(path: Path, faults: list[ValueError] | None = None) -> Rows:

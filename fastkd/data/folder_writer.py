@@ -35,7 +35,7 @@ def write_folder(
         data: The split to write.
         folder: Where to write; created if missing.
         format: "jsonl": masks are RLEs, images are named; pass their folder to `ReferFolder` as ``image_root``.
-            "parquet": images are stored as they are, masks as PNG.
+            "parquet": images are stored as they are, with their names, masks as PNG.
         copy_images: With "jsonl", copy the image files below ``folder``, which is then complete.
         overwrite: Replace an existing file.
 
@@ -106,12 +106,14 @@ def _write_parquet(path: Path, data: ReferringSet) -> None:
         "sentence": pyarrow.list_(pyarrow.string()),
         "id": number,
         "sent_id": pyarrow.list_(pyarrow.int64()),
+        "image_name": pyarrow.string(),
     }
     schema = pyarrow.schema(list(fields.items()))
     with import_reader("pyarrow.parquet").ParquetWriter(path, schema, compression="none") as file:
         rows: list[dict[str, Any]] = []
         for ref_id, row in _rows(data):
-            row |= {"image": data.image_bytes(data.ref(ref_id).image_id), "mask": _png(row["mask"])}
+            image = data.ref(ref_id).image_id
+            row |= {"image": data.image_bytes(image), "image_name": data.image_name(image), "mask": _png(row["mask"])}
             rows.append(row | {"id": ref_id if number == pyarrow.int64() else str(ref_id)})
             if len(rows) == _ROWS:
                 file.write_table(pyarrow.Table.from_pylist(rows, schema))

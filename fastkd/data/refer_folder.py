@@ -10,7 +10,7 @@ import numpy as np
 
 from fastkd.data._confine import check_inside
 from fastkd.data._files import find_missing, read_bytes
-from fastkd.data._folder_rows import STORED, Row, open_rows
+from fastkd.data._folder_rows import Row, open_rows
 from fastkd.data._join import check_unique
 from fastkd.data._records import NO_TARGET, Ref, Sentence
 from fastkd.data._skip import Skips
@@ -87,7 +87,7 @@ class ReferFolder(ReferringSet):
             if not sentences:
                 skips.add("ref without a sentence", f"{row.where} has no sentence; remove it from the file")
                 continue
-            image_id = images.setdefault(number if row.image is STORED else str(row.image), len(images))
+            image_id = images.setdefault(number if row.image_key is None else row.image_key, len(images))
             self._image_rows += [number] * (image_id == len(self._image_rows))
             ref_id = number if row.id is None else row.id
             ann_id = NO_TARGET if row.mask is None else number

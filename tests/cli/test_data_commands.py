@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 pytest.importorskip("timm", reason="needs the [ris] extra")
 
 from fastkd.cli import main
-from fastkd.cli._data import MixArgs
+from fastkd.cli._data import DataArgs, MixArgs
+from fastkd.cli._models import load_model
 from fastkd.data import RefCOCO, ReferFolder, make_shapes
 from fastkd.errors import FastKDWarning
 from fastkd.report import contact_sheet
@@ -79,6 +81,24 @@ def test_trains_on_a_mixture_and_names_its_sets(
     assert "--mix: 'refcoco' occurs twice" in capsys.readouterr().err
 
 
+def test_sets_of_equal_names_are_told_by_their_folders(shapes: Path, tmp_path: Path) -> None:
+    for parent in "ab":
+        shutil.copytree(shapes, tmp_path / parent / "set")
+    roots = [tmp_path / parent / "set" for parent in "ab"]
+    data = DataArgs(data=shapes, mix=(*(f"{root}:refcoco" for root in roots), f"{roots[0]}:refcoco/unc"))
+    model = load_model("shapes")
+    assert list(data._train_sets(model, sentences="all")) == [
+        "refcoco",
+        "set:refcoco",
+        "b/set:refcoco",
+        "set:refcoco/unc",
+    ]
+    again = replace(data, mix=(f"{shapes}:refcoco",))
+    with pytest.raises(ValueError, match="'data:refcoco' occurs twice"):
+        again._train_sets(model, sentences="all")
+    assert MixArgs.parse("cups=0.123456789").absolute() == "cups=0.123456789"
+
+
 def test_validates_on_a_folder(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = next(shapes.rglob("*.jpg"))
     line = {"image": image.name, "mask": [[0, 0, 9, 0, 9, 9]], "sentence": ["the cup", "a cup"]}
@@ -114,6 +134,7 @@ class TestSets:
         assert f"{len(theirs)} refs, {theirs.sentence_count} sentences" in capsys.readouterr().out
         ours = ReferFolder(tmp_path / "out", "val", image_root=None if options else theirs.image_root)
         assert [(ref.ref_id, ref.sentences) for ref in ours] == [(ref.ref_id, ref.sentences) for ref in theirs]
+        assert len({ref.image_id for ref in ours}) == len({ref.image_id for ref in theirs})
         for ref, other in zip(ours, theirs, strict=True):
             assert np.array_equal(ours.mask(ref.ref_id), theirs.mask(ref.ref_id))
             assert np.array_equal(ours.image(ref.image_id), theirs.image(other.image_id))

@@ -355,6 +355,18 @@ def test_extends_merges_another_grid(root):
     path.write_text("extends: grid.yaml\nrows: [lone]\n", "utf-8")
     with pytest.raises(ValueError, match=r"rows: no row is named 'lone'\. Did you mean 'alone'"):
         load_grid(path)
+    wrong = {
+        "rows:": "rows must be a list of rows or a mapping, got None",
+        "rows: alone": "rows must be a list of rows or a mapping, got 'alone'",
+        "settings:": "settings must be a mapping, got None",
+        "extends: small.yaml": "extends itself",
+        "extends: empty.yaml": "rows must be a mapping for .*small.yaml to extend it, got None",
+    }
+    (root / "base" / "empty.yaml").write_text("setting: empty\n", "utf-8")
+    for text, message in wrong.items():
+        path.write_text(text if "extends" in text else f"extends: grid.yaml\n{text}\n", "utf-8")
+        with pytest.raises(ValueError, match=message):
+            load_grid(path)
 
 
 @pytest.mark.parametrize(

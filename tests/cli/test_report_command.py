@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,11 @@ pytest.importorskip("timm", reason="needs the [ris] extra")
 from html_page import Page
 
 from fastkd.cli import _report, main
+from fastkd.cli import report as command
+from fastkd.cli._settings import DistillSettings
+from fastkd.cli._yaml import load_settings
 from fastkd.data import make_shapes
+from fastkd.models import TextPromptedTeacher
 
 SHORT = ("--steps", "2", "--batch-size", "2", "--eval-every", "2", "--warmup", "1")
 
@@ -46,6 +53,40 @@ def test_one_run_without_its_teacher(runs: Path, tmp_path: Path) -> None:
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "teacher" not in page.text
     assert "over " not in page.text.split("Gain")[1].split("Samples by IoU")[0]
+
+
+def test_teacher_of_a_cache(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = str(tmp_path / "cache")
+    assert main(["cache", str(runs / "distilled" / "config.yaml"), "--out", cache]) == 0
+    settings = load_settings(DistillSettings, str(runs / "distilled" / "config.yaml"))
+    settings = replace(settings, teacher=None, teacher_cache=Path(cache))
+    assert command._teacher_of(settings) == "shapes"
+    capsys.readouterr()
+    gone = {"teacher": {"name": "gone", "files": "0"}}
+    for notes, reason in (({}, "its cache does not name it"), (gone, "gone does not exist here")):
+        path = tmp_path / "cache" / "cache.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "notes": notes}))
+        assert command._teacher_of(settings) is None
+        assert f"no teacher in the report: {reason}" in capsys.readouterr().out
+    shutil.rmtree(cache)
+    assert command._teacher_of(settings) is None
+    assert "no teacher in the report: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("teacher_tokenizer", "expected"), [(None, None), ("own", "own")])
+def test_teacher_with_its_own_tokenizer_does_not_get_the_students(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, teacher_tokenizer: str | None, expected: str | None
+) -> None:
+    settings = load_settings(DistillSettings, str(runs / "distilled" / "config.yaml"))
+    settings = replace(settings, data=replace(settings.data, tokenizer="students"))
+    words: list[str | None] = []
+    monkeypatch.setattr("fastkd.cli._data.DataArgs.open", lambda data, *args, **options: words.append(data.tokenizer))
+    monkeypatch.setattr("fastkd.evaluate.evaluate", lambda *args, **options: "score")
+    for model, given in (("clipseg", teacher_tokenizer), ("shapes", None)):
+        loaded = object.__new__(TextPromptedTeacher) if model == "clipseg" else object()
+        monkeypatch.setattr("fastkd.cli._models.load_model", lambda name, loaded=loaded: loaded)
+        command._score(model, model, settings, given, "val", {})
+    assert words == [expected, "students"]
 
 
 def test_another_protocol(runs: Path, tmp_path: Path) -> None:

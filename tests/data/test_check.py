@@ -212,6 +212,11 @@ def test_folders(tmp_path: Path) -> None:
     )
     assert report.sets[0].counts["val"]["refs"] == 10
     assert content(tmp_path) == before
+    rows = [{**row, "sent_id": [1]}, row, {**row, "sent_id": [2]}]  # the second is number 1 by its place
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert found(check_set(tmp_path)) == [("problem: sent_id occurs twice", f"{line} 2")]
+    (tmp_path / "val.jsonl").write_text("\n")
+    assert found(check_set(tmp_path)) == [("problem: no rows", str(tmp_path / "val.jsonl"))]
 
 
 def test_unreadable_sets(tmp_path: Path) -> None:
@@ -225,4 +230,5 @@ def test_unreadable_sets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't be read as JSON"):
         check_set(tmp_path)
     (tmp_path / "val.jsonl").write_text("")
-    assert found(check_set(tmp_path)) == [("problem: unreadable set", found(check_set(tmp_path))[0][1])]
+    kinds = [kind for kind, _ in found(check_set(tmp_path))]
+    assert sorted(kinds) == ["problem: no rows", "problem: unreadable set"]

@@ -68,7 +68,7 @@ def test_jsonl_with_mask_files_segmentations_and_no_target(tmp_path: Path) -> No
     assert samples.refcoco.name == "cups"
 
 
-@pytest.mark.parametrize("stored", ["bytes", "struct", "names"])
+@pytest.mark.parametrize("stored", ["bytes", "named bytes", "struct", "names"])
 def test_parquet(tmp_path: Path, stored: str) -> None:
     image, mask = png(PIXELS), png(MASK)
     rows = []
@@ -77,11 +77,12 @@ def test_parquet(tmp_path: Path, stored: str) -> None:
         if stored == "struct":
             row |= {key: {"bytes": row[key], "path": None} for key in ("image", "mask")}
         row = ROW | {"id": number} if stored == "names" else row
+        row |= {"image_name": "a.jpg" if number < 4 else "b.jpg"} if stored == "named bytes" else {}
         rows.append(row | {"mask": None} if number == 5 else row)
     write_folder(tmp_path)
     (tmp_path / "train.jsonl").unlink()
     data = ReferFolder(write_parquet(tmp_path / "train.parquet", rows))
-    assert len({ref.image_id for ref in data}) == (1 if stored == "names" else 6)
+    assert len({ref.image_id for ref in data}) == {"names": 1, "named bytes": 2}.get(stored, 6)
     assert [bool(ref.targets) for ref in data] == [True] * 5 + [False]
     for number in (4, 0, 3, 2, 1, 5):
         expected = np.zeros_like(MASK) if number == 5 else ~MASK if number == 3 and stored != "names" else MASK

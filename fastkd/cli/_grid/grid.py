@@ -236,20 +236,30 @@ def load_grid(path: Path, *, seeds: Sequence[int] = ()) -> Grid:
     return convert(values, Grid, str(path))  # type: ignore[no-any-return]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no grid at {path}: expected a YAML file, such as benchmarks/evidence/main.yaml")
+    if path.resolve() in below:
+        raise ValueError(f"{path}: extends itself, directly or through another grid: name a grid that does not")
     values = read_mapping(path, str(path))
     if isinstance(values.get("scale"), str):
         values["scale"] = str(path.parent / values["scale"])
     base = values.pop("extends", None)
     if base is None:
         return values
-    merged = _read(path.parent / str(base))
+    source = path.parent / str(base)
+    merged = _read(source, (*below, path.resolve()))
     merged.pop("results", None)
+    for key in ("rows", "settings"):
+        if not isinstance(merged.get(key), Mapping):
+            raise ValueError(f"{source}: {key} must be a mapping for {path} to extend it, got {merged.get(key)!r}")
     own: Any = values.pop("rows", list(merged["rows"]))
     own = dict.fromkeys(own) if isinstance(own, list) else own
     changes = values.pop("settings", {})
+    for key, given in (("rows", own), ("settings", changes)):
+        if not isinstance(given, Mapping):
+            expected = "a list of rows or a mapping" if key == "rows" else "a mapping"
+            raise ValueError(f"{path}: {key} must be {expected}, got {given!r}; omit the key to change nothing")
     check_rows([row for row, differs in own.items() if differs is None], merged["rows"], f"{path}: rows")
     needs_other = bool({*OF_CACHE} & {*changes})  # another cache, of the selected rows only
     merged["every_row"] = {} if needs_other else merged.get("every_row") or merged["rows"]

@@ -26,9 +26,18 @@ def check_folder(root: Path, path: Path, *, image_root: Path | None, images: boo
     absent = {field: _absent(report, rows, field, folder) for field, folder in folders.items()}
     counts = report.counts[path.stem]
     ids: set[Any] = set()
+    sentence_ids: set[int] = set()
+    if not rows.rows and not faults:
+        report.problem("no rows", str(path))
+    sentences = 0
     files: dict[str, tuple[str, Path | bytes, None]] = {}
     for index, row in enumerate(rows.rows):
         _check_row(report, row, rows.numbers[index], ids, max_words)
+        for number in row.sent_ids or range(sentences, sentences + len(row.sentences)):  # as `ReferFolder` counts them
+            if number in sentence_ids:
+                report.problem("sent_id occurs twice", row.where, f"sent_id {number}")
+            sentence_ids.add(number)
+        sentences += len(row.sentences)
         counts.update(refs=1, sentences=len(row.sentences), **{"refs without a target": row.mask is None})
         bad_image = isinstance(row.image, str) and row.image in absent["image"]
         bad_mask = isinstance(row.mask, str) and row.mask in absent["mask"]
