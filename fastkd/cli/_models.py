@@ -38,7 +38,7 @@ def build_model(
     from fastkd.data import load_tokenizer
     from fastkd.models import RISConfig, RISModel, list_presets, preset
 
-    path = Path(name)
+    path = Path(name).expanduser()
     weights = {"backbone_weights": backbone_weights, "text_weights": text_weights}
     if path.is_dir():
         for option, source in weights.items():

@@ -45,7 +45,7 @@ def report(
         device: "auto", "cpu", "cuda", ...
         no_target_pixels: under "gres", as in ``fastkd evaluate``.
     """
-    from fastkd.cli._arguments import check_folder
+    from fastkd.cli._arguments import check_file
     from fastkd.cli._report import measure_latency, report_sections
     from fastkd.cli._settings import DistillSettings
     from fastkd.report import ResultRow, curves_from_log, write_report
@@ -58,7 +58,7 @@ def report(
     settings = {name: _settings(folder) for name, folder in folders.items()}
     _check_same_data({name: one.data for name, one in settings.items()})
     page = out.expanduser() if out is not None else runs[-1].expanduser() / "report.html"
-    check_folder("--out", page.parent)
+    check_file("--out", page)
 
     alone = [name for name, one in settings.items() if not isinstance(one, DistillSettings)]
     distilled = [one for one in settings.values() if isinstance(one, DistillSettings)]

@@ -188,7 +188,7 @@ def load_tokenizer(
     """
     if source == "shapes":
         return _from_vocabulary(SHAPES_VOCABULARY_FILE, "shapes", keep_end, lower_case)
-    path = Path(source)
+    path = Path(source).expanduser()
     vocabulary = path / "vocab.txt" if path.is_dir() else path
     if path.is_dir() and has_tokenizer(path) and not _has_only_vocabulary(path):
         if lower_case is not None:

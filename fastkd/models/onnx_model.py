@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.data.tokenizer import load_tokenizer
 from fastkd.models.config import RISConfig
 
 INPUTS = ("image", "input_ids", "word_mask")
@@ -68,6 +70,8 @@ class OnnxModel(nn.Module):
         vocabulary = path.with_suffix(".vocab.txt")
         if self.config.tokenizer == vocabulary.name:
             self.config.tokenizer = str(vocabulary)
+            with contextlib.suppress(ValueError):  # not of BERT's kind: the caller needs the student's own tokenizer
+                self.tokenizer = load_tokenizer(vocabulary, lower_case=facts["tokenizer"]["lower_case"])
 
     def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor) -> OnnxOutput:
         """Return the logits of a batch.

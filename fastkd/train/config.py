@@ -29,7 +29,7 @@ class TrainConfig:
     weight_decay: float = 1e-2
     """Decoupled weight decay; not applied to norms, biases and embedding tables."""
     warmup: int = 0
-    """Steps of linear warm-up before the polynomial decay."""
+    """Steps of a linear warm-up, which multiplies the polynomial decay, so the peak is a little below lr."""
     power: float = 0.9
     """Exponent of the polynomial decay lr·(1 − progress)^power; 0 keeps lr constant."""
     grad_clip: float | None = 1.0

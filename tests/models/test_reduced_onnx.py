@@ -16,7 +16,8 @@ pytest.importorskip("onnxscript", reason="needs the [export] extra")
 from fastkd.cli import main  # noqa: E402
 from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer  # noqa: E402
 from fastkd.data.shapes import make_shapes  # noqa: E402
-from fastkd.evaluate import evaluate, predict  # noqa: E402
+from fastkd.errors import FastKDWarning  # noqa: E402
+from fastkd.evaluate import evaluate, predict, tokenizer_of  # noqa: E402
 from fastkd.models import OnnxModel, RISConfig, RISModel, export  # noqa: E402
 from fastkd.models.export import export_onnx  # noqa: E402
 
@@ -144,6 +145,17 @@ def test_exported_student_scores_and_predicts_like_the_student(exports, student,
     image = next(path for path in (root / "images").rglob("*.*") if path.is_file())
     masks = [predict(model, image, "the red circle").mask for model in (student, OnnxModel(exports["fp32"].onnx))]
     assert (masks[0] == masks[1]).all()
+
+
+def test_words_keep_the_case_of_the_students_tokenizer(student, exports, tmp_path, monkeypatch):
+    reuse_trace(monkeypatch, exports["fp32"].onnx)
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("".join(f"{piece}\n" for piece in load_tokenizer("shapes").pieces()))
+    words = load_tokenizer(vocabulary, lower_case=False)  # although no piece has a capital
+    done = export_onnx(student, tmp_path / "a.onnx", tokenizer=words)
+    with pytest.warns(FastKDWarning, match="cannot represent 'Red'"):
+        found, _ = tokenizer_of(OnnxModel(done.onnx))(["the Red circle"], 5)
+    assert not found.equal(words(["the red circle"], 5)[0])
 
 
 def test_refuses_other_sizes_and_other_files(exports, tmp_path):
