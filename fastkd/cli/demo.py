@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from fastkd._atomic import replace_files
 from fastkd._console import show
 from fastkd.cli._arguments import Config
-from fastkd.cli._settings import Terms, TermSettings
+from fastkd.cli._settings import Terms, TermSettings, show_terms
 from fastkd.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from fastkd.cli._report import Scored
+    from fastkd.cli._settings import RunSettings
     from fastkd.data import ReferDataset
     from fastkd.evaluate import EvalResult
     from fastkd.models import RISModel
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from fastkd.train import TrainResult
 
 ALONE, DISTILLED, LONGER = "alone", "distilled", "alone, equal time"
-TERMS = {"first_order": TermSettings(share=0.5), "guided_channel_distribution": TermSettings(share=0.5)}
+TERMS = {"first_order": TermSettings(share=2.0, stop=0.5), "channel_distribution": TermSettings(share=16.0)}
+"""The method of docs/evidence.md."""
 TRAINING = TrainConfig(steps=1000, batch_size=16, lr=1e-3, warmup=50, channels_last=True, log_every=10)
 
 
@@ -69,7 +71,7 @@ def demo(
     from fastkd.train.resume import check_run_folder
     from fastkd.train.trackers import check_trackers
 
-    shares = shares_of(terms)
+    shares_of(terms)  # raises if a term has neither share nor weight
     check_trackers(config.tracker, out)
     for folder in [_run_folder(out, seed, name) for seed in seeds for name in (ALONE, DISTILLED, LONGER)]:
         check_run_folder(folder, overwrite=overwrite, resume=False)
@@ -86,7 +88,7 @@ def demo(
 
     scored = _scored(teacher, teacher_score, runs, test)
     rows = _result_rows(scored, runs)
-    page = _write_results(out, rows, runs, seeds, scored, shares, test_split)
+    page = _write_results(out, rows, runs, seeds, scored, terms, test_split)
     console_table(rows, title=f"Procedural referring segmentation, {test_split}: {len(test)} sentences (%)")
     show(f"report: {page}")
 
@@ -128,9 +130,9 @@ def _compare(
 
     from fastkd import Distiller
     from fastkd.cli._data import DataArgs, open_split
-    from fastkd.cli._grid.costs import Candidate, relative_costs
+    from fastkd.cli._grid.costs import Candidate, phases, relative_costs
     from fastkd.cli._models import build_model
-    from fastkd.cli._settings import DistillSettings, TrainSettings
+    from fastkd.cli._settings import DistillSettings, TrainSettings, without_schedules
     from fastkd.cli._terms import build_terms, shares_of
     from fastkd.cli.train import recorded
     from fastkd.evaluate import evaluate
@@ -143,28 +145,28 @@ def _compare(
     val_set = open_split(root, "val", teacher, sentences="all")
     train_set.fill_cache()
 
-    def build(distil: bool) -> tuple[RISModel, Any]:
+    def build(terms: Mapping[str, TermSettings]) -> tuple[RISModel, Any]:
         student = build_model("shapes-student", seed)
-        if not distil:
+        if not terms:
             return student, student
         distiller = Distiller(student, teacher, segmentation_loss, build_terms(terms, config.steps))
         balance_on(distiller, train_set, shares_of(terms), config)
         return student, distiller
 
+    def settings_of(name: str, config: TrainConfig, distil: bool) -> RunSettings:
+        options: dict[str, Any] = {"data": DataArgs(root), "out": _run_folder(out, seed, name), "config": config}
+        return DistillSettings(teacher="shapes", terms=dict(terms), **options) if distil else TrainSettings(**options)
+
     def run(name: str, config: TrainConfig, distil: bool) -> Run:
-        student, trained = build(distil)
-        folder = _run_folder(out, seed, name)
+        student, trained = build(terms if distil else {})
         title = f"{name}, seed {seed}"
-        options: dict[str, Any] = {"data": DataArgs(root), "out": folder, "config": config}
-        settings = (
-            DistillSettings(teacher="shapes", terms=dict(terms), **options) if distil else TrainSettings(**options)
-        )
+        settings = settings_of(name, config, distil)
         result = train(
             trained,
             train_set,
             config,
             val_dataset=val_set,
-            out_dir=folder,
+            out_dir=settings.out,
             title=title,
             overwrite=overwrite,
             **recorded(settings, shares_of(terms) if distil else {}),
@@ -173,8 +175,12 @@ def _compare(
         show(f"{title}: {score}")
         return Run(result, score, student)
 
-    cost = relative_costs([Candidate(build(distil)[1], train_set, config) for distil in (False, True)])[1]
-    show(f"seed {seed}: a distillation step takes the time of {cost:.2f} steps of the student alone")
+    parts = phases(settings_of(DISTILLED, config, True))
+    constant = without_schedules(terms)
+    computed = [{}, *({name: constant[name] for name in active} for _, active in parts)]
+    _, *costs = relative_costs([Candidate(build(active)[1], train_set, config) for active in computed])
+    cost = sum(share * each for (share, _), each in zip(parts, costs, strict=True))
+    show(f"seed {seed}: a distillation step takes the time of {cost:.2f} steps of the student alone on average")
     alone = run(ALONE, config, False)
     distilled = run(DISTILLED, config, True)
     steps, interval = (max(1, round(number * cost)) for number in (config.steps, eval_every))
@@ -236,7 +242,7 @@ def _write_results(
     runs: Mapping[str, Sequence[Run]],
     seeds: Sequence[int],
     scored: Sequence[Scored],
-    terms: Mapping[str, float],
+    terms: Mapping[str, TermSettings],
     test_split: str,
 ) -> Path:
     from fastkd.cli._report import report_sections
@@ -251,7 +257,7 @@ def _write_results(
     ]
     results = {
         "teacher": teacher_score.to_dict(),
-        "terms": dict(terms),
+        "terms": show_terms(terms),
         "runs": [
             {
                 "name": name,
@@ -268,9 +274,9 @@ def _write_results(
     }
     with replace_files(out / "results.json") as (partial,):
         partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    term_list = ", ".join(f"{name} (gradient share {share:g})" for name, share in terms.items())
     notes = [
-        f"A student trained alone, the same student distilled with {term_list}, and the student alone for as long as "
+        "A student trained alone, the same student distilled with "
+        f"{' and '.join(show_terms(terms))} (shares of the task's gradient norm), and the student alone for as long as "
         "distillation took. For each seed, all three start from the same weights and see the data in the same order.",
         f"Table and pictures: split {test_split}, {teacher_score.sentences} sentences, last checkpoint of every run, "
         f"protocol {teacher_score.protocol} at {teacher_score.size.replace('x', '×')}, seeds "

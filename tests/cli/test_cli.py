@@ -197,12 +197,12 @@ def test_distill_with_the_shipped_teacher_and_every_term(shapes, tmp_path, capsy
 
 
 def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastkd.cli._grid.costs.relative_costs", lambda candidates: [1.0, 2.4])
+    monkeypatch.setattr("fastkd.cli._grid.costs.relative_costs", lambda candidates: [1.0, 3.0, 2.0])
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--images", "40", *SHORT]) == 0
     results = json.loads((out / "results.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["alone", "distilled", "alone, equal time"]
-    assert [run["steps"] for run in results["runs"]] == [3, 3, 7]  # 2.4 times as many for equal time
+    assert [run["steps"] for run in results["runs"]] == [3, 3, 8]  # two at a cost of 3, one of 2
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["alone"]["parameters"] == rows["distilled"]["parameters"] < rows["teacher"]["parameters"]
     page = (out / "report.html").read_text(encoding="utf-8")

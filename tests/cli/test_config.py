@@ -386,7 +386,7 @@ def test_help_shows_the_values_of_the_file(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["distill", "shapes", "--help"])
     shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    assert "first_order=0.5 guided_channel_distribution=0.5)" in shown
+    assert "first_order=2.0,stop=0.5 channel_distribution=16.0)" in shown
     assert "Peak learning rate of AdamW. (default: 0.001)" in shown
 
 
