@@ -38,7 +38,7 @@ from fastkd.data import make_shapes
 from fastkd.distill import AttentionTap, Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.losses import FeatureKD
-from fastkd.models import list_presets, preset
+from fastkd.models import LAVT, LAVTConfig, list_presets, preset
 from fastkd.models.presets import published_text_weights
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text("utf-8")
@@ -165,8 +165,18 @@ def test_recipe_of_lavt_runs_with_local_weights(shapes: Path, tmp_path: Path) ->
     flags = ["--data", shapes, "--teacher", teacher, "--student", student, "--tokenizer", "shapes", "--steps", "1"]
     flags += ["--workers", "0", "--backbone-weights", "None", "--text-weights", text, "--checkpoint-every", "None"]
     flags += ["--allow-untrained-teacher", "--out", tmp_path / "out", *SHORT]
+    recipe = recipes()["refcoco-lavt-swin-t"].read_text("utf-8")
+    widths = [
+        f"{{student_channels: {ours}, teacher_channels: {theirs}}}"
+        for ours, theirs in (
+            (preset("swin-tiny-bert").decoder_width, LAVTConfig.hidden),
+            (config["decoder_width"], LAVT.from_pretrained(teacher).config.hidden),
+        )
+    ]
+    assert widths[0] in recipe
+    changed = write(tmp_path, recipe.replace(*widths))
     with pytest.warns(FastKDWarning, match="backbone start from random weights.*--backbone-weights timm"):
-        assert main(["distill", "refcoco-lavt-swin-t", *map(str, flags)]) == 0
+        assert main(["distill", changed, *map(str, flags)]) == 0
     assert start_line(tmp_path / "out")["config"]["lr"] == 5e-5
     model = build_model(str(student), 0, "shapes", text_weights=str(text))
     loaded = BertModel.from_pretrained(text, add_pooling_layer=False)
