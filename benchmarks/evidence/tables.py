@@ -38,6 +38,7 @@ ROWS = {
     "first_order_guided": "+ first order + guided CWD",
     "method": "+ first order in the first half + CWD, the method",
     "method_logit": "the method + logit",
+    "method_smaller_shares": "the method, a quarter of the shares",
     "method_constant": "+ first order throughout + CWD",
     "method_constant_less_first_order": "+ less first order throughout + CWD",
     "method_guided": "the method with guided CWD",
