@@ -144,15 +144,16 @@ def costs_of(grid: Grid, rows: Iterable[str], known: Mapping[str, float]) -> dic
                 candidates.append(Candidate(opened.distiller, opened.train_set, settings.config))
     measured = relative_costs(candidates)
 
-    def mean_cost(row: str, length: int) -> float:
+    def total(row: str, length: int) -> float:
+        """Return the cost of a run of this many steps."""
         found = phases(grid.settings_of(row, steps=length))
-        return sum(share * measured[numbers[key_of_phase(row, active)]] for share, active in found)
+        return length * sum(share * measured[numbers[key_of_phase(row, active)]] for share, active in found)
 
-    of_reference = mean_cost(grid.reference, steps)
+    available = total(grid.reference, steps)
     for row in unknown:
-        fits = functools.partial(lambda row, length: length * mean_cost(row, length) > steps * of_reference, row)
-        length = bisect.bisect_left(range(1, 4 * steps), True, key=fits)  # the longest run within the time
-        costs[row] = mean_cost(row, max(1, length)) / of_reference
+        within = bisect.bisect_right(range(1, 4 * steps), available, key=functools.partial(total, row))
+        length = max(1, within)  # of the longest run in this time
+        costs[row] = steps * total(row, length) / (length * available)
     return costs
 
 
