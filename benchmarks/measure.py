@@ -32,6 +32,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def settle_malloc() -> None:
+    """Free a block of 31 MiB: from then on glibc's malloc keeps freed blocks up to this size, as in a training step.
+
+    malloc keeps those up to the largest block freed so far, and returns all free memory beyond twice that size to the
+    system. Where the results of a call are about that much, it may take fresh memory in every call, or in none.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # malloc never keeps blocks of 32 MiB or more
+
+
 _clock = time.perf_counter
 
 
@@ -86,6 +95,7 @@ def time_in_turns(
     returned to the system by the previous provider. Warm-up: two calls each, then up to four rounds in a quarter of the
     time. Calls named in ``slow`` take seconds; they are warmed up once and timed in two rounds only.
     """
+    settle_malloc()
     for name, call in calls.items():
         for _ in range(1 if name in slow else 2):
             call()

@@ -32,6 +32,7 @@ def run(benchmark: Any, workload: workloads.Workload, provider: str) -> None:
         step()
         measure.synchronize(DEVICE)
 
+    measure.settle_malloc()
     benchmark.group = f"{workload.family}: {workload.name}, forward + backward"
     benchmark.extra_info["provider"] = provider
     benchmark.pedantic(call, rounds=10, warmup_rounds=3)

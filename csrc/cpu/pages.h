@@ -9,7 +9,7 @@ namespace fastkd::cpu {
 
 constexpr std::int64_t stream_bytes = 4 * 1024 * 1024; // larger gradients are stored past the caches
 
-// Request huge pages for the whole pages of [begin, begin + bytes) if that is 16 MiB or more. Affects speed only.
-void advise_huge_pages(void* begin, std::int64_t bytes);
+// Request huge pages for the whole pages of [begin, begin + bytes) if that is `least` or more. Affects speed only.
+void advise_huge_pages(void* begin, std::int64_t bytes, std::int64_t least = 16 * 1024 * 1024);
 
 } // namespace fastkd::cpu

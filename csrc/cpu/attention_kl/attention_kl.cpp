@@ -386,8 +386,15 @@ struct Attention {
             write_grad_k(head);
         }
     }
+    // If malloc takes the gradients of windows fresh from the system, their page faults take as long as the products.
+    void request_pages(void* gradient, std::int64_t rows) const {
+        const std::int64_t size = call.wide ? sizeof(T) : sizeof(S);
+        advise_huge_pages(gradient, rows * problem.student_width * size, stream_bytes);
+    }
     void run() const {
         const std::int64_t heads = problem.batch * problem.heads;
+        request_pages(call.grad_q, problem.for_q ? heads * problem.queries : 0);
+        request_pages(call.grad_k, problem.for_k ? heads * problem.keys : 0);
         if (plan.team_threads == 1) {
             // Consecutive windows, so that a thread knows its next one, but enough tasks to balance the threads.
             const std::int64_t fair = heads / (8 * plan.teams);
