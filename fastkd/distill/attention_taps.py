@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ class AttentionTap(NamedTuple):
 
     The module, or one inside it, must call ``torch.nn.functional.scaled_dot_product_attention``, whose arguments are
     recorded; of several calls the last. timm's attention modules do (those that do so only on request are switched
-    during the forward), and transformers' with ``attn_implementation="sdpa"``, its default. A module that is compiled
-    by ``torch.compile`` cannot be tapped.
+    during the forward), transformers' with ``attn_implementation="sdpa"``, its default, and ``nn.MultiheadAttention``
+    with ``need_weights=False``. A module that is compiled by ``torch.compile`` cannot be tapped.
 
     Args:
         path: path of the attention module, such as ``"blocks.11.attn"`` (timm's ViT and DINOv3),
@@ -118,10 +119,24 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.latest: TappedAttention | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             self.latest = _arguments(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:  # the mode is off in here, and it calls the function above
+            with self:
+                return _multi_head_attention_forward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _without_overrides(function: Any) -> Any:
+    """Return a copy of a function of torch.nn.functional that does not ask modes to replace it, which would not end."""
+    names = vars(F) | {"has_torch_function": lambda tensors: False}
+    copied = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+_multi_head_attention_forward = _without_overrides(F.multi_head_attention_forward)
 
 
 def _arguments(
@@ -181,7 +196,8 @@ class AttentionHooks:
             raise RuntimeError(
                 f"tap {self.name!r}: {type(module).__name__} computed no attention with torch's "
                 "scaled_dot_product_attention, whose arguments the tap records: load a transformers model with "
-                "attn_implementation='sdpa', do not compile the module, or compute queries and keys in your own hook"
+                "attn_implementation='sdpa', call nn.MultiheadAttention with need_weights=False, do not compile the "
+                "module, or compute queries and keys in your own hook"
             )
 
 

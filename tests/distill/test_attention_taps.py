@@ -79,6 +79,37 @@ def test_map_of_a_timm_module(make: Callable[[], nn.Module], path: str, size: in
     torch.testing.assert_close(map_of(found), maps[0], rtol=1e-4, atol=1e-6)
 
 
+class Encoder(nn.Module):
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor, padding: Tensor) -> Any:
+        options = {"key_padding_mask": padding, "need_weights": self.need_weights, "average_attn_weights": False}
+        return self.attention(x, x, x, **options)
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+def test_map_of_torch_s_own_module(grad: type) -> None:
+    x, padding = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    model, want = Encoder(False).eval(), Encoder(True).eval()(x, padding)
+    with grad(), Taps(model, {"attention": AttentionTap("attention")}) as taps:
+        output, _ = model(x, padding)
+        torch.testing.assert_close(map_of(taps["attention"]), want[1])
+        torch.testing.assert_close(output, want[0])
+        assert taps["attention"].q.requires_grad == (grad is torch.enable_grad)
+    layer = nn.TransformerEncoderLayer(12, 3, batch_first=True).eval()
+    with grad(), Taps(layer, {"attention": AttentionTap("self_attn")}) as taps:
+        layer(x, src_key_padding_mask=padding)
+        assert taps["attention"].q.shape == (2, 3, 5, 4)
+    taps = Taps(want := Encoder(True), {"attention": AttentionTap("attention")})
+    with taps, pytest.raises(RuntimeError, match=r"MultiheadAttention computed no attention .*need_weights=False"):
+        want(x, padding)
+
+
 def bert(**options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="needs the [ris] extra")
     config = transformers.BertConfig(
