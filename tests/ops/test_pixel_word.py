@@ -180,6 +180,18 @@ def test_equal_networks_give_exactly_zero(similarity: str) -> None:
     assert all(grad.abs().max() == 0 for grad in grads)
 
 
+def test_sizes_of_1_may_have_any_stride() -> None:
+    """``contiguous()`` returns such a tensor unchanged."""
+    tensors = [x.as_strided(x.shape, (2, 2, 2)) for x in make(1, 1, 1, 1)]
+    for backend in (cpu, reference):
+        loss, *grads = run(backend, tensors)
+        assert not loss.any()
+        assert not any(grad.any() for grad in grads)
+    loss, grad = run(cpu_from_logits, tensors[::2], 1)
+    assert not loss.any()
+    assert not grad.any()
+
+
 @pytest.mark.parametrize("difference", [1e-2, 1e-3])
 def test_gradients_are_accurate_near_the_teacher(difference: float) -> None:
     inputs = make(2, 400, 8, 32)

@@ -116,7 +116,9 @@ def convert(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: s
 
 def rows_or_maps(x: Tensor) -> Tensor:
     """Return ``x`` (B, N, D) if its stride is 1 along D (rows of features) or N (maps), else a contiguous copy."""
-    return x if x.stride(2) == 1 or x.stride(1) == 1 else x.contiguous()
+    if x.stride(2) == 1 or x.stride(1) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # .contiguous() keeps the strides of sizes of 1
 
 
 def gradient_like(x: Tensor | None, like: Tensor) -> Tensor:
