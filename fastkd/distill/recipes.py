@@ -14,6 +14,7 @@ from fastkd._messages import suggestion
 from fastkd.distill.attention_taps import tapped_attention_kd
 from fastkd.distill.terms import Term, takes_group
 from fastkd.distill.word_terms import word_channel_kd, word_descriptor_kd
+from fastkd.ops.numerics import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -94,7 +95,8 @@ def pixel_pixel_kd(student: Tensor, teacher: Tensor, *, word_mask: tuple[Tensor,
     Raises:
         ValueError: a map that is not square.
     """
-    ours, theirs = student.mean(1), teacher.mean(1)  # (B, N, T)
+    dtype = compute_dtype(student, teacher)
+    ours, theirs = student.to(dtype).mean(1), teacher.to(dtype).mean(1)  # (B, N, T)
     if ours.shape[1] != theirs.shape[1]:
         theirs = F.interpolate(_square(theirs), size=_square(ours).shape[-2:], mode="bilinear", align_corners=False)
         theirs = theirs.flatten(2).mT  # (B, N, T) with the student's N

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd.losses.cross_modal import CrossModalKD, cross_modal_kd
 from fastkd.ops import checks
+from fastkd.ops.numerics import compute_dtype
 from fastkd.ops.pixel_word.descriptors import Attended, descriptor_terms
 
 
@@ -106,13 +107,14 @@ def _term(
             checks.teacher(name, tensor)
     checks.same_device(**tensors)
     batch, words = student_logits.shape[0], student_logits.shape[3]
+    dtype = compute_dtype(*tensors.values())
     networks = []
     for side, tau in (("student", own), ("teacher", own if other is None else other)):
         logits, features = tensors[f"{side}_logits"], tensors[f"{side}_map"].flatten(2).mT  # (B, N, C)
         names = (f"{side}_logits", f"{side}_map")
         fix = "select the logits and the map of one stage, or a map of its size"
         checks.same_size("(B, N)", names, ((logits.shape[0], logits.shape[2]), tuple(features.shape[:2])), fix)
-        networks.append(Attended(logits.mean(1), features, tau))
+        networks.append(Attended(logits.to(dtype).mean(1), features.to(dtype), tau))
     checks.same_size(
         "(B, T)",
         ("student_logits", "teacher_logits"),

@@ -137,11 +137,11 @@ def cross_modal_kd(
     others = tuple(term for term in weights if term in TERMS) if descriptors else tuple(weights)
     results = {}
     if descriptors:
-        if others:  # two parts add to a gradient: in half precision it would be rounded twice
-            features = (student_pixels, student_words, teacher_pixels, teacher_words)
-            dtype = compute_dtype(*features)
-            v_s, w_s, v_t, w_t = (x.to(dtype) for x in features)
-            inputs = Inputs(v_s, w_s, v_t, w_t, mask_s, mask_t, mask_p)
+        # Several parts add to a gradient: in half precision it would be rounded more than once.
+        features = (student_pixels, student_words, teacher_pixels, teacher_words)
+        dtype = compute_dtype(*features)
+        v_s, w_s, v_t, w_t = (x.to(dtype) for x in features)
+        inputs = Inputs(v_s, w_s, v_t, w_t, mask_s, mask_t, mask_p)
         temperatures = student_temperature, student_temperature if teacher_temperature is None else teacher_temperature
         results = word_descriptor_terms(inputs, similarity, temperatures, descriptors, backend)
     if others:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from fastkd.distill.recipes import pixel_pixel_kd
+from fastkd.distill.word_terms import word_channel_kd, word_descriptor_kd
 from fastkd.losses import CrossModalKD, channel_kd, cross_modal_kd, cross_modal_kd_from_logits
 from fastkd.ops.pixel_word.descriptors import DESCRIPTOR_TERMS, RELATION_TEMPERATURE
 
@@ -51,6 +53,57 @@ def test_formula(similarity: str, temperature: Any, masked: bool) -> None:
         torch.testing.assert_close(cross_modal_kd(*args, **options, terms=terms, reduction=reduction), value)
         module = CrossModalKD(terms=terms, reduction=reduction, similarity=similarity, temperature=temperature)
         torch.testing.assert_close(module(*args, **(masks() if masked else {})), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_words_that_hardly_any_pixel_attends_to(dtype: torch.dtype) -> None:
+    """A descriptor is a mean of pixels, however small the attention to its word."""
+    args = inputs()
+    for pixels, words in (args[:2], args[2:]):
+        pixels[..., 0] = 10.0
+        words[..., 0] = 0.0
+        words[:, 2, 0] = 10.0  # the other words receive almost no attention
+    options: dict[str, Any] = {"temperature": 0.3, "terms": dict.fromkeys(DESCRIPTOR_TERMS, 1.0)}
+    want = log_space_descriptors(args, 0.3)
+    got = cross_modal_kd(*(x.to(dtype) for x in args), **options, return_terms=True)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
+    kd = channel_kd(*(d.flatten(0, 1).mT[None] for d in want))
+    torch.testing.assert_close(got["word_channel"], kd.to(dtype), **tolerance)
+    log_p = [(torch.nn.functional.normalize(d, dim=2) @ torch.nn.functional.normalize(d, dim=2).mT) for d in want]
+    log_s, log_t = ((e / RELATION_TEMPERATURE).log_softmax(2) for e in log_p)
+    kl = (log_t.exp() * (log_t - log_s)).sum(2).mean()
+    torch.testing.assert_close(got["word_descriptor"], kl.to(dtype), **tolerance)
+
+
+def log_space_descriptors(args: list[Tensor], tau: float) -> list[Tensor]:
+    found = []
+    for v, w in (args[:2], args[2:]):
+        log_a = (v @ w.mT / D**0.5 / tau).log_softmax(2)
+        assert log_a[..., [0, 1, 3]].max() < -110  # e^-110 is 0 in fp32
+        found.append((log_a - log_a.amax(1, keepdim=True)).exp().mT @ v)
+        found[-1] /= (log_a - log_a.amax(1, keepdim=True)).exp().sum(1)[..., None]
+    return found
+
+
+def test_words_that_no_pixel_attends_to_have_no_gradient() -> None:
+    student, teacher = (torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    student[0, ..., 1] = teacher[0, ..., 1] = -math.inf
+    pixels = [torch.randn(2, 6, 2, 2, generator=torch.Generator().manual_seed(i)) for i in (2, 3)]
+    student.requires_grad_()
+    loss = word_descriptor_kd(student, pixels[0], teacher, pixels[1])
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [word_descriptor_kd, word_channel_kd, pixel_pixel_kd])
+def test_half_precision_heads_are_averaged_in_fp32(loss: Any) -> None:
+    student, teacher = (torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(i)) * 8 for i in range(2))
+    pixels = [torch.randn(2, 6, 2, 2, generator=torch.Generator().manual_seed(i)) for i in (2, 3)]
+    inputs = [x.bfloat16() for x in ((student, pixels[0], teacher, pixels[1]))]
+    options: dict[str, Any] = {}
+    if loss is pixel_pixel_kd:
+        inputs, options = inputs[::2], {"word_mask": (torch.ones(2, 5, dtype=torch.bool),) * 2}
+    torch.testing.assert_close(loss(*inputs, **options), loss(*(x.float() for x in inputs), **options))
 
 
 def test_word_channel_is_channel_kd_of_the_descriptors() -> None:

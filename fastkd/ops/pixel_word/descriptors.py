@@ -21,9 +21,6 @@ DESCRIPTOR_TERMS = ("word_descriptor", "word_channel")
 RELATION_TEMPERATURE = 0.1
 """Temperature of the cosines between words, and between channels."""
 
-SHARE_FLOOR = 1e-12
-"""Lower bound of the attention that a word receives from all pixels."""
-
 
 class Attended(NamedTuple):
     """Pixels of one network, and the logits of their attention to words."""
@@ -91,12 +88,18 @@ def descriptor_terms(
 
 
 def _descriptors(network: Attended, dtype: torch.dtype, word_mask: Tensor | None, pixel_mask: Tensor | None) -> Tensor:
-    """Return D (B, T, D): per word the mean of the pixels, weighted by their attention A to it; 0 for masked words."""
+    """Return D (B, T, D): per word the mean of the pixels, weighted by their attention A to it.
+
+    The weights A[i, j] / Σ_i A[i, j] are a softmax of log A over the pixels, so that no attention is too small for
+    them. A word that no pixel attends to, such as a masked one, has D = 0.
+    """
     logits, pixels = (_masked(x.to(dtype), pixel_mask, 1) for x in savable(*network[:2]))
     logits = _masked(logits, word_mask, 2) / network.temperature
-    attention = torch.softmax(_masked(logits, word_mask, 2, -torch.inf), 2)  # (B, N, T)
-    attention = _masked(attention, pixel_mask, 1).mT
-    return product(attention, pixels) / attention.sum(2, keepdim=True).clamp_min(SHARE_FLOOR)
+    log_a = torch.log_softmax(_masked(logits, word_mask, 2, -torch.inf), 2)  # (B, N, T)
+    log_a = _masked(log_a, pixel_mask, 1, -torch.inf)
+    ignored = (log_a == -torch.inf).all(1)  # (B, T)
+    share = torch.softmax(_masked(log_a, ~ignored, 2), 1)
+    return product(_masked(share, ~ignored, 2).mT, pixels)
 
 
 def _word_relation(descriptors: Tensor, word_mask: Tensor | None) -> Tensor:
