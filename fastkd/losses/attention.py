@@ -99,9 +99,10 @@ def attention_kd(
         ratio = temperature_ratio(student_temperature, teacher_temperature, student_q.device)
         teacher_scale = teacher_scale * ratio
         if teacher_bias is not None:
-            teacher_bias = scaled(teacher_bias.to(compute_dtype(teacher_bias, *features.values())), ratio)
-    scales, biases, masks = (student_scale, teacher_scale), (student_bias, teacher_bias), (key_mask, query_mask)
-    inputs = Inputs(student_q, student_k, teacher_q, teacher_k, *scales, *biases, *masks)
+            biases = [x for x in (student_bias, teacher_bias) if x is not None]
+            teacher_bias = scaled(teacher_bias.to(compute_dtype(*biases, *features.values())), ratio)
+    scales, masks = (student_scale, teacher_scale), (key_mask, query_mask)
+    inputs = Inputs(student_q, student_k, teacher_q, teacher_k, *scales, student_bias, teacher_bias, *masks)
     expected = _expected_gradient(reduction, shape, query_mask)
     rows = attention_kl_unchecked(inputs, student_temperature, causal, expected, backend)
     if reduction == "mean":  # not rows.mean(), whose backward writes a gradient per row; masked rows are 0

@@ -12,7 +12,7 @@ from fastkd.losses._reduce import attention_of, channel_attention, reduce_rows
 from fastkd.losses._temperatures import Temperature, rows_at_student_temperature
 from fastkd.ops import checks
 from fastkd.ops.collectives import active_group, check_call, check_group
-from fastkd.ops.numerics import compute_dtype
+from fastkd.ops.numerics import compute_dtype, fp64_together
 from fastkd.ops.relation import relation_unchecked
 from fastkd.ops.relation.group import channel_means, channel_relation
 from fastkd.ops.relation.plan import keeping_pays
@@ -142,6 +142,7 @@ def channel_kd(
     if weight is not None or teacher_temperature is not None:
         checks.backend("relation", backend, student)
 
+    student, teacher = fp64_together(student, teacher)
     masks_s, masks_t = masks or (None, None)
     shape = (patches, across_batch)
     if isinstance(weight, str):
@@ -159,6 +160,8 @@ def channel_kd(
             for name, mask, maps in (("student", masks[0], student), ("teacher", masks[1], teacher))
         )
         valid = valid_s.any(2) & valid_t.any(2)  # (S, 1)
+        if patches > 1:
+            _check_valid_patches(valid, weight)
         if similarity == "mean":
             rows_s, rows_t = _mean_over_valid(rows_s, valid_s), _mean_over_valid(rows_t, valid_t)
     if teacher_temperature is not None and distance == "kl":
@@ -228,6 +231,19 @@ def _masks(
         for one, maps, name in zip(masks, (student, teacher), names, strict=True)
     )
     return student_mask, teacher_mask
+
+
+def _check_valid_patches(valid: Tensor, weight: Tensor | None) -> None:
+    """Raise unless a patch (S, 1) is valid, and has a weight above 0 if there is a weight (S, C)."""
+    if not checks.readable(valid):
+        return
+    if not bool(valid.any()):
+        raise ValueError(
+            "pixel_mask: no patch has valid pixels of both networks; use fewer patches, or skip this loss for such a "
+            "batch"
+        )
+    if weight is not None and checks.readable(weight) and bool((weight[valid[:, 0]] == 0).all()):
+        raise ValueError("weight: is 0 in every valid patch, so the weighted mean is undefined")
 
 
 def _as_maps(mask: Tensor, maps: Tensor) -> Tensor:

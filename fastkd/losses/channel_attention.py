@@ -15,7 +15,7 @@ from fastkd.ops import checks
 from fastkd.ops.cka import check_samples, negative_log_cka
 from fastkd.ops.collectives import active_group, check_call, check_group
 from fastkd.ops.dispatch import BACKENDS
-from fastkd.ops.numerics import compute_dtype, full_precision, normalise_rows
+from fastkd.ops.numerics import compute_dtype, fp64_together, full_precision, normalise_rows
 from fastkd.ops.products import product
 from fastkd.ops.relation.reference import SIMILARITIES
 from fastkd.ops.torch_state import is_finite, savable
@@ -111,7 +111,7 @@ def channel_attention_kd(
         checks.row_weight(weight, (student.shape[0], student.shape[1]), "(B, C)", student, attention=True)
 
     dtype = compute_dtype(student, teacher)
-    student, teacher = savable(student, teacher)
+    student, teacher = fp64_together(*savable(student, teacher))
     with full_precision(student.device):
         z_s, z_t = (
             _attended(x.flatten(2).to(dtype), similarity, negate, tau, gamma)

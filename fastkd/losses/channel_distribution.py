@@ -11,7 +11,7 @@ from fastkd.losses._module import LossModule, make_aligner
 from fastkd.losses._reduce import channel_attention, reduce_rows
 from fastkd.losses._temperatures import Temperature, at_student_temperature
 from fastkd.ops import checks
-from fastkd.ops.numerics import compute_dtype, full_precision
+from fastkd.ops.numerics import compute_dtype, fp64_together, full_precision
 from fastkd.ops.products import product
 from fastkd.ops.softmax_kl import softmax_kl_unchecked
 
@@ -82,7 +82,7 @@ def channel_distribution_kd(
     if guide is not None or weight is not None:
         checks.backend("softmax_kl", backend, student)
 
-    rows_s, rows_t = student.flatten(2), teacher.flatten(2)  # (B, C, N)
+    rows_s, rows_t = (x.flatten(2) for x in fp64_together(student, teacher))  # (B, C, N)
     mask = None if pixel_mask is None else valid_pixels(pixel_mask, student, every_sample=True)
     if mask is not None and (guide is not None or isinstance(weight, str)):
         rows_s, rows_t = fill(rows_s, mask), fill(rows_t, mask)

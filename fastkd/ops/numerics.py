@@ -19,6 +19,16 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def fp64_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in fp64 if one of them is, else unchanged.
+
+    For what is computed from one network alone, such as weights and means, which the other may require in fp64.
+    """
+    if compute_dtype(*tensors) == torch.float64:
+        return tuple(t.to(torch.float64) for t in tensors)
+    return tensors
+
+
 _fp64: dict[torch.device, bool] = {}
 FAST_FP64_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 

@@ -65,7 +65,8 @@ def test_mixed_dtypes_are_promoted(setting: Any) -> None:
     half = [x.half() if i % 2 == 0 else x.bfloat16() for i, x in enumerate(problem.args)]
     for student, teacher, want in ((torch.float16, torch.bfloat16, torch.float32),
                                    (torch.float32, torch.float16, torch.float32),
-                                   (torch.bfloat16, torch.float64, torch.float64)):  # fmt: skip
+                                   (torch.bfloat16, torch.float64, torch.float64),
+                                   (torch.float64, torch.float16, torch.float64)):  # fmt: skip
         if not setting.supports(want):
             continue
         n = problem.students

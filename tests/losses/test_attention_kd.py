@@ -210,3 +210,11 @@ def test_temperatures_in_a_pair_may_change_under_compile() -> None:
         torch.testing.assert_close(loss, want)
         for a, b in zip(torch.autograd.grad(loss, args[:2]), torch.autograd.grad(want, args[:2]), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_fp64_bias_of_one_network_makes_the_other_s_fp64_too() -> None:
+    q, k = (torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    bias = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(2))
+    options = {"temperature": (0.3, 0.7), "student_bias": bias.double()}
+    got = attention_kd(q, k, k, q, teacher_bias=bias, **options)
+    assert torch.equal(got, attention_kd(q, k, k, q, teacher_bias=bias.double(), **options))

@@ -192,3 +192,17 @@ def test_float8_maps() -> None:
 def test_every_loss_of_maps_takes_a_mask() -> None:
     for f in (*MODULES, losses.feature_kd):
         assert f(*maps(), pixel_mask=MASK).isfinite()
+
+
+def test_patches_of_which_none_is_valid_are_an_error() -> None:
+    student, teacher = maps()
+    masks = torch.zeros(2, 2, 2, 4, dtype=torch.bool)  # of student and teacher
+    masks[0, :, 0, 0] = masks[1, :, 1, 3] = True
+    options: dict[str, Any] = {"patches": 2}
+    with pytest.raises(ValueError, match="pixel_mask: no patch has valid pixels of both networks; use fewer patches"):
+        channel_kd(student, teacher, pixel_mask=tuple(masks), **options)
+    masks[1, 0, 0, 0] = True  # now one of the first sample
+    weight = torch.tensor([[0.0], [1.0]]).expand(2, 3)
+    with pytest.raises(ValueError, match="weight: is 0 in every valid patch"):
+        channel_kd(student, teacher, pixel_mask=tuple(masks), weight=weight, **options)
+    assert channel_kd(student, teacher, pixel_mask=tuple(masks), **options).isfinite()
