@@ -116,7 +116,8 @@ class Distiller(nn.Module):
             if term.name in self.terms:
                 raise ValueError(f"terms: two terms are named {term.name!r}; give each Term its own name=")
             self.terms[term.name] = replace(term)
-        self.term_modules = nn.ModuleDict({t.name: t.loss for t in terms if isinstance(t.loss, nn.Module)})
+        losses = {t.name: loss_and_options(t)[0] for t in terms}
+        self.term_modules = nn.ModuleDict({name: loss for name, loss in losses.items() if isinstance(loss, nn.Module)})
         parameters = {name: value for t in terms for name, value in named_parameters(t).items()}
         if parameters:
             self.term_parameters = nn.ParameterDict(parameters)
@@ -206,6 +207,8 @@ class Distiller(nn.Module):
             teacher = self.run_teacher(batch) if not skipped or len(skipped) < len(self.terms) else None
         words_differ = words.has_teacher_words(self.inputs, batch)
         terms: dict[str, Tensor] = {}
+        taps = self._student_taps, self._teacher_taps
+        parameters = dict(self.term_parameters.items()) if hasattr(self, "term_parameters") else None
         with self._timed("losses"):
             task = self.task_loss(student, batch)
             loss = task if factors is None or self.task_schedule is None else factors["task"] * task
@@ -215,12 +218,12 @@ class Distiller(nn.Module):
                     continue
                 if words_differ:
                     words.check_term(name, *loss_and_options(term))
-                terms[name] = value = term_value(term, student, teacher, batch, self._student_taps, self._teacher_taps)
+                terms[name] = value = term_value(term, student, teacher, batch, *taps, parameters)
                 weight = term.weight if factors is None else term.weight * factors[name]
                 loss = loss + weight * value
-        for taps in (self._student_taps, self._teacher_taps):
-            if taps is not None:
-                taps.clear()
+        for each in taps:
+            if each is not None:
+                each.clear()
         return DistillOutput(loss, task, terms, student, teacher)
 
     def _timed(self, part: str) -> AbstractContextManager[Any]:

@@ -126,7 +126,7 @@ def balanced_weights(reports: Sequence[GradientReport], shares: Mapping[str, flo
 def preserve_state(module: nn.Module) -> Iterator[None]:
     """Restore random state and buffers (running statistics, also re-assigned ones) at the end of the block."""
     owners = [(each, dict(each._buffers)) for each in module.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if _is_writable(buffer)]
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
         try:
@@ -137,3 +137,9 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
                     each._buffers |= named
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+def _is_writable(buffer: Tensor) -> bool:
+    """Return whether a forward can write a buffer; not if it is computed, expanded or an inference tensor."""
+    expanded = any(step == 0 and size > 1 for size, step in zip(buffer.shape, buffer.stride(), strict=True))
+    return buffer.grad_fn is None and not buffer.is_inference() and not expanded

@@ -38,8 +38,8 @@ class Term:
     selected value is a list (``"pixel_word_logits.*"``), it is called once per position and the term is the mean.
 
     Args:
-        loss: a function of `fastkd.losses`, one of its modules, or your own. A module's parameters (an aligner) train
-            with the student without becoming part of it.
+        loss: a function of `fastkd.losses`, one of its modules, your own, or a ``functools.partial`` of one. A module's
+            parameters (an aligner) train with the student without becoming part of it.
         student: selects from the student's output: a path (``"decoder_features"``, ``"stages.3"``, ``"stages.*"``,
             ``"stages.1:"``, the name of a tap), a callable that takes the output, or a tuple of those.
         teacher: selects from the teacher's output; default: the student's selector.
@@ -100,8 +100,12 @@ def term_value(
     batch: Mapping[str, Any],
     student_taps: Mapping[str, Any] | None = None,
     teacher_taps: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Select a term's tensors from both outputs and return its loss, a scalar; errors name the term."""
+    """Select a term's tensors from both outputs and return its loss, a scalar; errors name the term.
+
+    ``parameters`` are the present ones of `named_parameters`, which loading or moving a module may have replaced.
+    """
     side = "student"
     try:
         ours = select(term.student, student, student_taps)
@@ -109,7 +113,8 @@ def term_value(
         theirs = select(term.student if term.teacher is None else term.teacher, teacher, teacher_taps)
         side = "kwargs"
         sources = {"batch": batch, "student": student, "teacher": teacher}
-        kwargs = {key: _look_up(value, sources) for key, value in term.kwargs.items()}
+        options = {**term.kwargs, **_present(term, parameters)} if parameters else term.kwargs
+        kwargs = {key: _look_up(value, sources) for key, value in options.items()}
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"term {term.name!r}, {side}: {error}") from error
     except Exception as error:  # raised by the user's own selector
@@ -124,11 +129,25 @@ def term_value(
 
 def named_parameters(term: Term) -> dict[str, nn.Parameter]:
     """Return the parameters among the arguments of a term's loss, alone or in a pair, by name."""
-    named = dict(term.kwargs)
-    for key, value in term.kwargs.items():
+    _, options = loss_and_options(term)
+    named = dict(options)
+    for key, value in options.items():
         if isinstance(value, tuple | list):
             named |= {f"{key}_{i}": each for i, each in enumerate(value)}
     return {f"{term.name}_{key}": value for key, value in named.items() if isinstance(value, nn.Parameter)}
+
+
+def _present(term: Term, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of a term's loss that hold parameters, with the present ones."""
+    found: dict[str, Any] = {}
+    for key, value in loss_and_options(term)[1].items():
+        name = f"{term.name}_{key}"
+        if isinstance(value, nn.Parameter):
+            found[key] = parameters[name]
+        elif isinstance(value, tuple | list) and any(isinstance(each, nn.Parameter) for each in value):
+            items = enumerate(value)
+            found[key] = tuple(parameters[f"{name}_{i}"] if isinstance(x, nn.Parameter) else x for i, x in items)
+    return found
 
 
 def teacher_paths(term: Term) -> list[str]:

@@ -15,10 +15,10 @@ from fastkd.ops.numerics import compute_dtype
 class LossModule(nn.Module):
     """A loss with its options as attributes of the same names, which accept the same values as the arguments.
 
-    An ``nn.Parameter`` becomes a parameter of the module, optimised and in its state dict; those in a pair, such as
-    ``temperature=(τ_S, τ_T)``, are named ``temperature_0`` and ``temperature_1``. Any other tensor becomes a buffer
-    that follows ``.to(device)`` and is not saved. A tensor computed from parameters keeps its graph, so that they
-    receive gradients; a copy or pickle of the module holds only its values.
+    An ``nn.Parameter`` becomes a parameter of the module, optimised and in its state dict. Any other tensor becomes a
+    buffer that follows ``.to(device)`` and is not saved. Those in a pair, such as ``temperature=(τ_S, τ_T)``, are named
+    ``temperature_0`` and ``temperature_1``. A tensor computed from parameters keeps its graph, so that they receive
+    gradients; a copy or pickle of the module holds only its values.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -32,15 +32,16 @@ class LossModule(nn.Module):
             super().__setattr__(name, value)  # torch's parametrize turns the option into a property
             return
         self.__dict__.pop(name, None)
-        self._parameters.pop(name, None)
-        self._buffers.pop(name, None)
-        self._non_persistent_buffers_set.discard(name)
-        for i in range(2):
-            self._parameters.pop(f"{name}_{i}", None)
+        for each in (name, f"{name}_0", f"{name}_1"):
+            self._parameters.pop(each, None)
+            self._buffers.pop(each, None)
+            self._non_persistent_buffers_set.discard(each)
         if isinstance(value, tuple | list):
             for i, each in enumerate(value):
                 if isinstance(each, nn.Parameter):
                     self.register_parameter(f"{name}_{i}", each)
+                elif isinstance(each, Tensor):
+                    self.register_buffer(f"{name}_{i}", each, persistent=False)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.register_buffer(name, value, persistent=False)
         else:
@@ -48,11 +49,10 @@ class LossModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        pairs = {name: self._option(name) for name in self._names if isinstance(state.get(name), tuple | list)}
         return state | {
-            "_buffers": {
-                name: value.detach() if value is not None and value.grad_fn is not None else value
-                for name, value in self._buffers.items()
-            }
+            "_buffers": {name: _without_graph(value) for name, value in self._buffers.items()},
+            **{name: tuple(map(_without_graph, pair)) for name, pair in pairs.items()},
         }
 
     def _options(self) -> dict[str, Any]:
@@ -60,13 +60,18 @@ class LossModule(nn.Module):
 
     def _option(self, name: str) -> Any:
         value = getattr(self, name)
-        if isinstance(value, tuple | list):  # .to(device) may have replaced a parameter
-            return tuple(self._parameters.get(f"{name}_{i}", each) for i, each in enumerate(value))
+        if isinstance(value, tuple | list):  # .to(device) may have replaced a tensor
+            present = self._parameters | self._buffers
+            return tuple(present.get(f"{name}_{i}", each) for i, each in enumerate(value))
         return value
 
     def extra_repr(self) -> str:
         """Return the options, for ``repr``."""
         return ", ".join(f"{name}={_shown(value)}" for name, value in self._options().items())
+
+
+def _without_graph(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
 
 
 def _shown(value: Any) -> str:

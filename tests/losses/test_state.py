@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -12,7 +13,17 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from fastkd import Distiller, Term
-from fastkd.losses import ChannelDistributionKD, ChannelKD, PixelRelationKD, channel_distribution_kd, channel_kd
+from fastkd.losses import (
+    AttentionKD,
+    ChannelDistributionKD,
+    ChannelKD,
+    FeatureKD,
+    LogitKD,
+    PixelRelationKD,
+    channel_distribution_kd,
+    channel_kd,
+    logit_kd,
+)
 
 ALIGNED = {ChannelKD: channel_kd, ChannelDistributionKD: channel_distribution_kd}
 WEIGHTED = {ChannelKD: (2, 6), ChannelDistributionKD: (2, 6), PixelRelationKD: (2, 16)}
@@ -168,3 +179,76 @@ def test_parameter_in_term_kwargs_is_trained():
     assert weight.grad.abs().sum() > 0
     duplicate = copy.deepcopy(distiller)
     assert any(p is duplicate.terms["channels"].kwargs["weight"] for p in duplicate.parameters())
+
+
+def test_tensors_in_a_pair_are_buffers():
+    made = AttentionKD(scale=(torch.ones(2), nn.Parameter(torch.ones(2))))
+    assert [name for name, _ in made.named_buffers()] == ["scale_0"]
+    assert list(made.state_dict()) == ["scale_1"]
+    assert [x.device.type for x in made.to("meta")._options()["scale"]] == ["meta", "meta"]
+    made.scale = (1.0, torch.ones(2))
+    assert [name for name, _ in made.named_buffers()] == ["scale_1"]
+    made.scale = None
+    assert not [*made.buffers(), *made.parameters()]
+
+
+def test_computed_temperature_in_a_pair_is_copied_by_value():
+    log_tau = torch.tensor(0.5, requires_grad=True)
+    made = LogitKD(temperature=(log_tau.exp(), 2.0))
+    student, teacher = maps(6), maps(6, 1)
+    loss = made(student, teacher)
+    torch.testing.assert_close(loss, logit_kd(student, teacher, temperature=(log_tau.exp(), 2.0)))
+    for duplicate in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert not any(x.requires_grad for x in duplicate.buffers())
+        torch.testing.assert_close(duplicate(student, teacher), loss.detach())
+    loss.backward()
+    assert log_tau.grad
+
+
+def distilled(term):
+    teacher = nn.Conv2d(3, 6, 1).eval().requires_grad_(False)
+    return Distiller(nn.Conv2d(3, 6, 1), teacher, lambda output, _: output.square().mean(), [term], inputs=("input",))
+
+
+IMAGES = {"input": maps(3)}
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_replaced_parameters_of_a_term_are_used_and_trained(pair):
+    start = nn.Parameter(torch.tensor(0.1))
+    kwargs = {"temperature": (start, 0.1) if pair else start}
+    distiller = distilled(Term(channel_kd, lambda output: output, kwargs=kwargs, name="channels"))
+    [(name, _)] = [item for item in distiller.named_parameters() if "temperature" in item[0]]
+    state = distiller.state_dict() | {name: torch.tensor(1.0)}
+    before = distiller(IMAGES).terms["channels"]
+    distiller.load_state_dict(state, assign=True)
+    output = distiller(IMAGES)
+    assert output.terms["channels"] != before
+    output.loss.backward()
+    assert distiller.get_parameter(name).grad
+    given = torch.tensor(0.1, requires_grad=True)
+    other = torch.func.functional_call(distiller, {name: given}, (IMAGES,))
+    torch.testing.assert_close(other.terms["channels"], before)
+    assert torch.autograd.grad(other.loss, given)[0]
+
+
+def test_parameters_within_a_partial_are_trained():
+    weight = nn.Parameter(torch.rand(2, 6) + 0.5)
+    aligned = functools.partial(FeatureKD(6, 6), weight="attention")
+    for loss, name in ((aligned, "aligner.linear.weight"), (functools.partial(channel_kd, weight=weight), "weight")):
+        distiller = distilled(Term(loss, lambda output: output, name="term"))
+        [found] = [p for n, p in distiller.named_parameters() if n.startswith("term_") and n.endswith(name)]
+        distiller(IMAGES).loss.backward()
+        assert found.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["computed", "expanded", "inference"])
+def test_check_leaves_buffers_that_no_forward_writes(kind):
+    raw = torch.zeros(2, 6, requires_grad=True)
+    with torch.inference_mode(kind == "inference"):
+        weight = torch.ones(1, 6).expand(2, 6) if kind == "expanded" else torch.ones(2, 6)
+    kd = ChannelKD(weight=raw.sigmoid() if kind == "computed" else weight)
+    distiller = distilled(Term(kd, lambda output: output))
+    distiller.check(IMAGES)
+    distiller(IMAGES).loss.backward()
+    assert kind != "computed" or raw.grad.abs().sum() > 0
