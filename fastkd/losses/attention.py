@@ -76,6 +76,7 @@ def attention_kd(
         >>> loss = attention_kd(q_s, k_s, q_t.detach(), k_t.detach(), key_mask=tokens != pad)
     """
     checks.option("reduction", reduction, checks.REDUCTIONS)
+    checks.flags(causal=causal)
     student_temperature, teacher_temperature = checks.temperatures(temperature)
     features = {"student_q": student_q, "student_k": student_k, "teacher_q": teacher_q, "teacher_k": teacher_k}
     _check_features(features)
@@ -258,6 +259,7 @@ class AttentionKD(LossModule):
         backend: str = "auto",
     ) -> None:
         checks.option("reduction", reduction, checks.REDUCTIONS)
+        checks.flags(causal=causal)
         checks.temperatures(temperature)
         super().__init__(
             {

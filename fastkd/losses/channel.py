@@ -95,7 +95,7 @@ def channel_kd(
         >>> loss = channel_kd(student_map, teacher_map.detach(), across_batch=True, group="world")  # under torchrun
     """
     student_temperature, teacher_temperature = _check_options(
-        similarity, distance, temperature, patches, across_batch, group, reduction
+        similarity, distance, temperature, negate, centered, patches, across_batch, group, reduction
     )
     pooled = active_group(group)
     checks.floating("student", student, (3, 4), LAYOUT, no_samples=pooled is not None)
@@ -188,6 +188,8 @@ def _check_options(
     similarity: str,
     distance: str,
     temperature: Temperature,
+    negate: bool,
+    centered: bool,
     patches: int,
     across_batch: bool,
     group: ProcessGroup | str | None,
@@ -196,6 +198,7 @@ def _check_options(
     """Return the temperatures of student and teacher."""
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("distance", distance, DISTANCES)
+    checks.flags(negate=negate, centered=centered, across_batch=across_batch)
     temperatures = checks.temperatures(temperature)
     checks.option("reduction", reduction, checks.REDUCTIONS)
     if isinstance(patches, bool) or not isinstance(patches, int):
@@ -314,7 +317,7 @@ class ChannelKD(LossModule):
         student_channels: int | None = None,
         teacher_channels: int | None = None,
     ) -> None:
-        _check_options(similarity, distance, temperature, patches, across_batch, group, reduction)
+        _check_options(similarity, distance, temperature, negate, centered, patches, across_batch, group, reduction)
         super().__init__(
             {
                 "similarity": similarity,

@@ -91,7 +91,7 @@ def channel_attention_kd(
         >>> loss = channel_attention_kd(student_map, teacher_map.detach(), distance="mse", weight="attention")
     """
     temperatures, gamma = _check_options(
-        similarity, temperature, gamma, distance, debiased, weight, group, reduction, backend
+        similarity, negate, temperature, gamma, distance, debiased, weight, group, reduction, backend
     )
     pooled = active_group(group)
     checks.floating("student", student, (3, 4), LAYOUT, no_samples=pooled is not None)
@@ -135,6 +135,7 @@ def _attended(
 
 def _check_options(
     similarity: str,
+    negate: bool,
     temperature: Temperature,
     gamma: float | Tensor,
     distance: str,
@@ -148,8 +149,7 @@ def _check_options(
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("distance", distance, DISTANCES)
     checks.option("reduction", reduction, checks.REDUCTIONS)
-    if not isinstance(debiased, bool):
-        raise TypeError(f"debiased: expected True or False, got {type(debiased).__name__}")
+    checks.flags(negate=negate, debiased=debiased)
     if distance == "cka" and weight is not None:
         raise ValueError("weight: weighs channels, but distance='cka' has no loss per channel; use 'mse' or 'cosine'")
     check_group(group, "distance", True)
@@ -211,7 +211,7 @@ class ChannelAttentionKD(LossModule):
         student_channels: int | None = None,
         teacher_channels: int | None = None,
     ) -> None:
-        _check_options(similarity, temperature, gamma, distance, debiased, weight, group, reduction, backend)
+        _check_options(similarity, negate, temperature, gamma, distance, debiased, weight, group, reduction, backend)
         super().__init__(
             {
                 "similarity": similarity,

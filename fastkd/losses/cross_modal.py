@@ -97,7 +97,9 @@ def cross_modal_kd(
         ...     v_t, l_t = teacher_taps(image, words)
         >>> loss = cross_modal_kd(v_s, l_s, v_t, l_t, word_mask=word_mask)
     """
-    weights, student_temperature, teacher_temperature = _check_options(temperature, terms, reduction, similarity)
+    weights, student_temperature, teacher_temperature = _check_options(
+        temperature, terms, reduction, return_terms, similarity
+    )
     checks.floating("student_pixels", student_pixels, (3, 4), PIXELS)
     checks.floating("student_words", student_words, (3,), WORDS)
     checks.floating("teacher_pixels", teacher_pixels, (3, 4), PIXELS)
@@ -191,7 +193,7 @@ def cross_modal_kd_from_logits(
     Example:
         >>> loss = cross_modal_kd_from_logits(m_s, m_t.detach(), word_mask=word_mask, terms={"pixel_to_word": 1.0})
     """
-    weights, student_temperature, teacher_temperature = _check_options(temperature, terms, reduction)
+    weights, student_temperature, teacher_temperature = _check_options(temperature, terms, reduction, return_terms)
     refuse_descriptors([term for term in weights if term in DESCRIPTOR_TERMS])
     layout = "(B, N, T) or (B, heads, N, T)"
     checks.floating("student_logits", student_logits, (3, 4), layout)
@@ -227,11 +229,16 @@ def cross_modal_kd_from_logits(
 
 
 def _check_options(
-    temperature: Temperature, terms: Mapping[str, float] | None, reduction: str, similarity: str = "scaled_dot"
+    temperature: Temperature,
+    terms: Mapping[str, float] | None,
+    reduction: str,
+    return_terms: bool,
+    similarity: str = "scaled_dot",
 ) -> tuple[dict[str, float], float | Tensor, float | Tensor | None]:
     """Return the terms' weights and the temperatures of student and teacher."""
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("reduction", reduction, checks.REDUCTIONS)
+    checks.flags(return_terms=return_terms)
     weights = dict(DEFAULT_TERMS) if terms is None else checks.term_weights(terms, (*TERMS, *DESCRIPTOR_TERMS))
     return weights, *checks.temperatures(temperature)
 
@@ -369,7 +376,7 @@ class CrossModalKD(LossModule):
         return_terms: bool = False,
         backend: str = "auto",
     ) -> None:
-        weights, *_ = _check_options(temperature, terms, reduction, similarity)
+        weights, *_ = _check_options(temperature, terms, reduction, return_terms, similarity)
         super().__init__(
             {
                 "similarity": similarity,

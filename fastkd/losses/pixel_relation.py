@@ -153,6 +153,7 @@ def _check_options(
     """Return the temperatures of student and teacher."""
     checks.option("similarity", similarity, SIMILARITIES)
     checks.option("distance", distance, DISTANCES)
+    checks.flags(cross_image=cross_image)
     checks.option("reduction", reduction, checks.REDUCTIONS)
     check_group(group, "cross_image", cross_image)
     return checks.temperatures(temperature)

@@ -38,6 +38,13 @@ def option(name: str, value: object, choices: Sequence[str | None]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def flags(**values: object) -> None:
+    """Raise ``TypeError`` unless every value is True or False: a string such as "false" would count as True."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def number(name: str, value: Any, traced: bool = False) -> float | Tensor:
     """Return ``value``, a Python or numpy number or a tensor or array that holds one, as a Python number.
 

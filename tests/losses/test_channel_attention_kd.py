@@ -162,7 +162,7 @@ def test_module_aligns_unequal_widths_and_weighs_rows() -> None:
     [
         (ValueError, "distance: expected one of 'cka', 'mse', 'cosine', got 'kl'", {"distance": "kl"}),
         (ValueError, "similarity: expected one of 'cosine', 'mean', 'dot', got 'l2'", {"similarity": "l2"}),
-        (TypeError, "debiased: expected True or False, got int", {"debiased": 1}),
+        (TypeError, "debiased: expected True or False, got 1", {"debiased": 1}),
         (ValueError, "gamma: expected a finite number, got nan", {"gamma": float("nan")}),
         (TypeError, "gamma: expected a real number", {"gamma": torch.ones(2)}),
         (ValueError, r"temperature\[1\]: expected a finite number above 0, got 0", {"temperature": (1.0, 0)}),

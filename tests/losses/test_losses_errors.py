@@ -9,6 +9,8 @@ import torch
 
 import fastkd
 from fastkd.losses import (
+    AttentionKD,
+    ChannelAttentionKD,
     ChannelDistributionKD,
     ChannelKD,
     CrossModalKD,
@@ -270,3 +272,26 @@ def test_values_are_checked_on_the_cpu_only():
     )
     assert loss.shape == ()
     assert channel_kd(m(2, 3, 4, 4), m(2, 3, 4, 4), weight=m(2, 3)).device.type == "meta"
+
+
+FLAGS = {
+    ChannelKD: ("negate", "centered", "across_batch"),
+    PixelRelationKD: ("cross_image",),
+    ChannelAttentionKD: ("negate", "debiased"),
+    CrossModalKD: ("return_terms",),
+    AttentionKD: ("causal",),
+}
+
+
+@pytest.mark.parametrize("module", FLAGS)
+def test_a_string_is_not_a_flag(module):
+    """Python takes any string for true, also one from a file that says "false"."""
+    tensors = [maps(4, 3, 4, 4)] * 4
+    inputs = tensors if module is AttentionKD else [x.flatten(2) for x in tensors]
+    for name in FLAGS[module]:
+        with pytest.raises(TypeError, match=f"{name}: expected True or False, got 'false'"):
+            module(**{name: "false"})
+        made = module()
+        setattr(made, name, "false")
+        with pytest.raises(TypeError, match=f"{name}: expected True or False, got 'false'"):
+            made(*inputs[: 4 if module in (AttentionKD, CrossModalKD) else 2])
