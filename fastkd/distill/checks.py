@@ -45,6 +45,15 @@ def check_frozen(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
+def check_batch(batch: object, inputs: Iterable[str]) -> None:
+    """Raise ``TypeError`` unless a batch is a mapping; a loader of pairs gives a tuple."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch must be a mapping of names to values, got {type(batch).__name__}; pass a dict whose keys are among "
+            f"inputs={tuple(inputs)}, with whatever the task loss reads"
+        )
+
+
 def check_has_weights(teacher: nn.Module) -> None:
     """Raise ``ValueError`` if a parameter of the teacher is on the meta device."""
     empty = [name for name, p in teacher.named_parameters() if p.is_meta]

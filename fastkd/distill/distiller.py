@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -164,7 +165,12 @@ class Distiller(nn.Module):
         """Set the step, counted from 0, whose schedules apply from now on; needed before each step if there are any.
 
         A term whose factor is 0 is not computed, and the teacher does not run while there is no other term.
+
+        Raises:
+            ValueError: a negative step, or one that is not an integer.
         """
+        if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 0:
+            raise ValueError(f"step: expected an integer >= 0, counted from 0, got {step!r}")
         self._step = step
         scheduled = self.schedules
         if scheduled:
@@ -233,12 +239,14 @@ class Distiller(nn.Module):
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the student's inputs from a batch."""
+        checks.check_batch(batch, self.inputs)
         return {key: batch[key] for key in self.inputs if key in batch}
 
     def run_teacher(self, batch: Mapping[str, Any]) -> Any:
         """Return the teacher's output, computed without a graph."""
         if self.teacher is None:
             return None
+        checks.check_batch(batch, self.inputs)
         if unwrap(self.teacher).training:
             raise ValueError("teacher is in train mode: its dropout and batch statistics are on; call teacher.eval()")
         if isinstance(self.teacher, RecordedTeacher):

@@ -260,6 +260,13 @@ def test_rejects_arguments_of_the_wrong_type(arguments: dict[str, Any], message:
         Distiller(**{**given, **arguments})
 
 
+@pytest.mark.parametrize("method", ["forward", "check", "run_teacher"])
+def test_rejects_a_batch_that_is_not_a_mapping(method: str, batch: dict[str, Any]) -> None:
+    for given in ((batch["image"], batch["mask"]), batch["image"]):
+        with pytest.raises(TypeError, match=f"batch must be a mapping .* got {type(given).__name__}; pass a dict"):
+            getattr(make_distiller(), method)(given)
+
+
 def test_set_weights_changes_all_or_none() -> None:
     distiller = make_distiller(Term(mse, "features"))
     with pytest.raises(ValueError, match="no term named 'other'"):

@@ -86,6 +86,9 @@ def test_schedule_without_a_step_is_an_error() -> None:
     distiller = two_stages()
     with pytest.raises(ValueError, match=r"'task' has a schedule: call distiller.set_step\(step\)"):
         distiller(make_batch())
+    for step in (-1, 1.5, True, None):
+        with pytest.raises(ValueError, match="step: expected an integer >= 0, counted from 0, got"):
+            distiller.set_step(step)  # type: ignore[arg-type]
 
 
 def test_checks_and_balance_measure_every_term_at_any_step() -> None:
