@@ -219,7 +219,7 @@ def _plan(call: Call, limit: int, grad_stride: Ints) -> BackwardPlan:
             )
         )
     return BackwardPlan(
-        2 * grid.samples * call.n_rows,
+        (3 if call.method == "row_cosine" else 2) * grid.samples * call.n_rows,
         (call.rows, call.n_rows, grid.samples),
         launch_options(
             (ceil_div(call.n_rows, COEFFICIENTS_BLOCK), grid.samples),

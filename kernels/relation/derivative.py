@@ -15,8 +15,9 @@ from fastkd.kernels.relation.tiles import UNSPECIALISED, products, scaled, store
 #     kl            H = f_S (A_i + A_j) − f_T (D_i + D_j),   A = gσ/(τ z_S), D = gσ/(τ z_T), f as in the forward;
 #                   with maxima f differs between i and j
 #     mse           H = (E^S − E^T) (A_i + A_j),                     A = 2g/R
-#     row_cosine    H = (E^S − E^T) (A_i + A_j) + E^T (D_i + D_j),
-#                   A = 2gc/n²,  D = A − 2g/(n m),  c = u_S · u_T;   no gradient where n ≤ 1e-12
+#     row_cosine    H = E^S (A_i + A_j) − E^T (B_i + B_j),  A = 2gc/n², B = 2g/(n m), c = u_S · u_T, no gradient where
+#                   n ≤ 1e-12. With D = A − B a row's part is (E^S − E^T) A + E^T D = (E^S − E^T) B + E^S D: the form
+#                   with the smaller coefficient, as the other cancels where n and m differ by orders of magnitude
 #
 # H is exactly 0 if student and teacher are equal, because the kernel is compiled without fused multiply-adds: with them
 # f_S A − f_T D would not cancel. (f_T (A − D) + (f_S − f_T) A would, but z_S may be far smaller than f_T if no
@@ -33,7 +34,7 @@ from fastkd.kernels.relation.tiles import UNSPECIALISED, products, scaled, store
 def coefficients_kernel(
     grad_ptr,  # (batch, rows), with the strides below, which may be 0
     statistics_ptr,  # (PLANES, samples, batch · rows)
-    coefficients_ptr,  # output (2, samples, batch · rows) A, D
+    coefficients_ptr,  # output (2, samples, batch · rows) A, D; row_cosine: 3, the smaller of A and B, D of E^T, of E^S
     rows,
     n_rows,  # batch · rows
     samples,  # of a problem
@@ -63,7 +64,12 @@ def coefficients_kernel(
         # c m − n; for close relations computed as −(n − m) − m loss/2, without cancellation
         difference = tl.where((d2 <= n * m) & (m2 > 1e-24), -norm_difference - 0.5 * loss * m, c * m - n)
         a = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * c)
+        b = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / m)
         d = tl.where(n2 <= 1e-24, 0.0, 2.0 * g / n / n * (difference / m))
+        by_a = tl.abs(a) <= tl.abs(b)
+        tl.store(coefficients_ptr + 2 * plane + index, tl.where(by_a, 0.0, d), mask=in_range)
+        a = tl.where(by_a, a, b)
+        d = tl.where(by_a, d, 0.0)
     else:
         g = g * inv_temperature
         Z: tl.constexpr = 1 if DISTANCE == "kl maxima" else 0  # plane of z_S
@@ -98,7 +104,7 @@ def derivative_kernel(
     teacher_stride_b,
     teacher_stride_outer,
     teacher_stride_inner,
-    coefficients_ptr,  # (2, samples, batch · rows)
+    coefficients_ptr,  # as coefficients_kernel wrote them
     statistics_ptr,  # (PLANES, samples, batch · rows)
     scale_ptr,  # (2, batch · rows)
     stored_ptr,  # tiles of both relation matrices if STORED (tiles.py)
@@ -196,7 +202,10 @@ def derivative_kernel(
                     f_t = tl.exp2((e_t - 1.0) * kappa)
                     h = f_s * a - f_t * (d_i[:, None] + d_j[None, :])
                 else:
-                    h = e_t * (d_i[:, None] + d_j[None, :]) + (e_s - e_t) * a
+                    s_side_i = tl.load(coefficients_ptr + 2 * plane + index_i, mask=mask_i, other=0.0)
+                    s_side_j = tl.load(coefficients_ptr + 2 * plane + index_j, mask=mask_j, other=0.0)
+                    h = e_t * (d_i[:, None] + d_j[None, :]) + e_s * (s_side_i[:, None] + s_side_j[None, :])
+                    h += (e_s - e_t) * a
         valid = mask_i[:, None] & mask_j[None, :]
         if COSINE:
             valid = valid & ((row * ROWS + tl.arange(0, ROWS))[:, None] != (col * COLS + tl.arange(0, COLS))[None, :])

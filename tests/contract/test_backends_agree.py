@@ -25,7 +25,7 @@ import torch
 from contract_cases import BASIC, CASES, DTYPES, PLAIN, REPRESENTATIVE
 from contract_errors import compare_with_fp64
 from contract_problems import Problem
-from contract_tools import Recorder
+from contract_tools import Recorder, error, rounding
 
 from fastkd.ops import dispatch
 
@@ -48,6 +48,20 @@ def test_error_against_fp64(setting: Any, dtype: torch.dtype) -> None:
     for size in setting.case.sizes:
         problem = setting.case.problem(size, dtype=dtype, device=setting.place.device)
         check_errors(problem, setting.place.backend)
+
+
+@pytest.mark.applies(
+    lambda setting, scale: setting.case.options.get("distance") == "row_cosine" and not setting.case.has_cosines
+)
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_error_where_the_networks_differ_in_magnitude(setting: Any, scale: float) -> None:
+    """The distance of directions does not depend on a network's scale, nor does the relative error."""
+    problem = setting.case.problem(device=setting.place.device)
+    n = problem.students
+    scaled = problem.replaced(*(scale * x for x in problem.args[:n]), *problem.args[n:])
+    got, exact, plain = scaled.run(setting.place.backend), scaled.exact(), scaled.plain()
+    for a, b, c in zip(got, exact, plain, strict=True):
+        assert error(a, b) <= 2 * error(c, b) + 4 * rounding(b, torch.float32)
 
 
 @pytest.mark.simulated_cases(REPRESENTATIVE)

@@ -329,7 +329,9 @@ struct Relation {
         coefficients(args, problem, j, i, col);
         double* q_row = q == nullptr ? nullptr : q + i * plan.block;
         double* q_col = q == nullptr || i == j ? nullptr : q + j * plan.block;
-        if (options.distance != Distance::kl) {
+        if (options.distance == Distance::row_cosine) {
+            gradient_tile_cosine<T>(tile, row, col, sign, h, q_row, q_col);
+        } else if (options.distance == Distance::mse) {
             gradient_tile<T, false>(tile, Identity<T>{}, row, col, sign, h, q_row, q_col);
         } else if (options.fixed_shift()) {
             options.cross ? gradient_tile<T, true>(tile, KLFunction<T>{exp}, row, col, sign, h, q_row, q_col)

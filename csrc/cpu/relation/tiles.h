@@ -303,6 +303,21 @@ FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoe
     fill_h(tile, element, outer, h, q_row, q_col);
 }
 
+// Compute H of row_cosine: e_s a - e_t b, exactly 0 for equal networks. The coefficients, about 1/n^2 and 1/(n m),
+// differ in magnitude as the networks' norms n and m do; multiplying the difference e_s - e_t by the smaller one
+// cancels nothing.
+template <class T>
+FASTKD_NOINLINE void gradient_tile_cosine(Tile<T> tile, const RowCoefficients<T>& row, const RowCoefficients<T>& col,
+                                          T outer, T* h, double* q_row, double* q_col) {
+    const auto element = [&](std::int64_t r, std::int64_t c, Vec<T> e_s, Vec<T> e_t) __attribute__((always_inline)) {
+        const Vec<T> a = row.a[r] + load(col.a + c);
+        const Vec<T> b = row.b[r] + load(col.b + c);
+        const auto by_a = (a < T(0) ? -a : a) <= (b < T(0) ? -b : b);
+        return (e_s - e_t) * (by_a ? a : b) + (by_a ? e_t : e_s) * (a - b);
+    };
+    fill_h(tile, element, outer, h, q_row, q_col);
+}
+
 // Compute H of kl with a maximum per row.
 template <class T>
 FASTKD_NOINLINE void gradient_tile_kl(Tile<T> tile, ScaledExp<T> exp, const RowCoefficients<T>& row,

@@ -7,13 +7,14 @@
 //     kl            H = f_S (A_i + A_j) - f_T (B_i + B_j),   A = g sigma/(tau z_S), B = g sigma/(tau z_T), f as in the
 //                   forward; with maxima f differs between i and j
 //     mse           H = (E^S - E^T) (A_i + A_j),                     A = 2g/rows
-//     row_cosine    H = (E^S - E^T) (A_i + A_j) + E^T (D_i + D_j),   A = 2gc/n^2,  D = A - 2g/(n m)
+//     row_cosine    H = E^S (A_i + A_j) - E^T (B_i + B_j),           A = 2gc/n^2,  B = 2g/(n m)
 //
-// kl is computed from differences as well, with D = A - B = g sigma/tau (z_T - z_S)/(z_S z_T):
+// kl and row_cosine are computed from differences as well. With D = A - B, for kl g sigma/tau (z_T - z_S)/(z_S z_T):
 //
 //     f_S A - f_T B = (f_S - f_T) A + f_T D = (f_S - f_T) B + f_S D
 //
-// The form that multiplies f_S - f_T by the smaller coefficient has no term larger than the two subtracted. So H stays
+// The form that multiplies f_S - f_T by the smaller coefficient has no term larger than the two subtracted, also where
+// one network's similarities, and with them A and B, are orders of magnitude smaller than the other's. So H stays
 // accurate as the student approaches the teacher, and is exactly 0 where they are equal. The stored matrix is
 // M_ij = s_i H_ij s_j, so the product takes the rows unscaled. Where M is rounded, q is summed from the rounded
 // numbers, so that rounding errors along a row cancel against q. A cosine's diagonal is 1 for every x and is skipped.
@@ -60,6 +61,7 @@ struct Coefficients {
             const float outer =
                 sums[0] <= 1e-24f ? 0.0f : 2.0f * g / row_cosine.n / row_cosine.n; // the gradient of a zero row is 0
             a = outer * row_cosine.c;
+            b = outer * (row_cosine.n / row_cosine.m);
             d = outer * row_cosine.slope;
             break;
         }
@@ -215,10 +217,12 @@ FASTKD_KERNEL void FASTKD_LAUNCH_BOUNDS_OF(B::threads, B::min_blocks_per_sm) der
                            store);
         }
         break;
-    default: // mse, with D = 0, and row_cosine
+    default: // mse and row_cosine
         sum_tile<B, 1>(reductions, terms_of([&](float s, float t, const float* of_i, const float* of_j) {
-                           const float h = (s - t) * both(number_a, of_i, of_j);
-                           return args.method == Method::mse ? h : h + t * both(number_d, of_i, of_j);
+                           const float a = both(number_a, of_i, of_j);
+                           return args.method == Method::mse
+                                      ? (s - t) * a
+                                      : difference(s, t, a, both(number_b, of_i, of_j), both(number_d, of_i, of_j));
                        }),
                        store);
     }
