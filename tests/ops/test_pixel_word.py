@@ -192,6 +192,15 @@ def test_sizes_of_1_may_have_any_stride() -> None:
     assert not grad.any()
 
 
+@pytest.mark.parametrize("strides", [(8, 1, 0), (0, 1, 4), (8, 0, 1), (1, 0, 0), (0, 0, 0)])
+@pytest.mark.parametrize("pixels", [1, 3])
+def test_gradients_of_expanded_pixels(pixels: int, strides: tuple[int, ...]) -> None:
+    inputs = make(2, pixels, 3, 4)
+    inputs[0] = torch.randn(40).as_strided((2, pixels, 4), strides)
+    for got, want in zip(run(cpu, inputs), run(reference, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("difference", [1e-2, 1e-3])
 def test_gradients_are_accurate_near_the_teacher(difference: float) -> None:
     inputs = make(2, 400, 8, 32)

@@ -116,19 +116,21 @@ def convert(pixels: Tensor, words: Tensor | None, dtype: torch.dtype, backend: s
 
 def rows_or_maps(x: Tensor) -> Tensor:
     """Return ``x`` (B, N, D) if its stride is 1 along D (rows of features) or N (maps), else a contiguous copy."""
-    if x.stride(2) == 1 or x.stride(1) == 1:
+    if x.stride(2) == 1 or (x.stride(1) == 1 and x.shape[1] > 1):
         return x
     return x.clone(memory_format=torch.contiguous_format)  # .contiguous() keeps the strides of sizes of 1
 
 
 def gradient_like(x: Tensor | None, like: Tensor) -> Tensor:
-    """Return an unfilled dense gradient in the layout of ``x``; an empty tensor if ``x`` is None."""
+    """Return an unfilled dense gradient in the layout of ``x``, rows or maps; an empty tensor if ``x`` is None."""
     if x is None:
         return torch.empty(0, dtype=like.dtype, device=like.device)
     grad = torch.empty_like(x)
-    if grad.stride(2) == x.stride(2) == 1 or grad.stride(1) == x.stride(1) == 1:
+    if x.stride(2) == 1:
+        return grad if grad.stride(2) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if grad.stride(1) == 1 != grad.stride(2):
         return grad
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty((x.shape[0], x.shape[2], x.shape[1]), dtype=x.dtype, device=x.device).mT
 
 
 def scale_of(width: int, options: Options) -> float:
