@@ -78,6 +78,15 @@ def test_row_gradients_of_any_strides(setting: Any) -> None:
     problem.assert_near(backwards(problem, rows.mean()), problem.exact(count.expand(rows.shape))[1:], ulps=32)
 
 
+@pytest.mark.simulated_cases(REPRESENTATIVE)
+def test_negative_row_gradients_give_the_negative_gradient(setting: Any) -> None:
+    """To the last bit, so that neither sign is less accurate."""
+    problem = leaves_of(setting)
+    rows, weight = problem.loss(setting.place.backend), problem.weight()
+    positive = backwards(problem, rows, weight.to(rows), retain_graph=True)
+    assert_same([-x for x in backwards(problem, rows, -weight.to(rows))], positive)
+
+
 @pytest.mark.simulated_cases(ONE_PER_LOSS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions(setting: Any, reduction: str) -> None:

@@ -275,6 +275,11 @@ FASTKD_INLINE void fill_h(Tile<T> tile, const Element& element, T outer, T* h, d
     }
 }
 
+template <class T>
+FASTKD_INLINE Vec<T> magnitude(Vec<T> x) {
+    return x < T(0) ? -x : x;
+}
+
 // Compute H if f is the same for all rows: f_s a - f_t b, written so that equal networks give exactly 0. The two such
 // forms, f_t (a - b) + (f_s - f_t) a and f_s (a - b) + (f_s - f_t) b, contain a product that cancels: f_t a or f_s b.
 // With `cross`, a row is not related to itself, so its z may be far below 1 and one of these products far above the
@@ -284,7 +289,7 @@ FASTKD_NOINLINE void gradient_tile(Tile<T> tile, const Function& f, const RowCoe
                                    const RowCoefficients<T>& col, T outer, T* h, double* q_row, double* q_col) {
     const auto difference = [&](Vec<T> f_s, Vec<T> f_t, Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
         if constexpr (cross) {
-            const auto first = f_t * a <= f_s * b;
+            const auto first = magnitude<T>(f_t * a) <= magnitude<T>(f_s * b); // both have the sign of g
             return (first ? f_t : f_s) * (a - b) + (f_s - f_t) * (first ? a : b);
         } else {
             return f_t * (a - b) + (f_s - f_t) * a;
@@ -312,7 +317,7 @@ FASTKD_NOINLINE void gradient_tile_cosine(Tile<T> tile, const RowCoefficients<T>
     const auto element = [&](std::int64_t r, std::int64_t c, Vec<T> e_s, Vec<T> e_t) __attribute__((always_inline)) {
         const Vec<T> a = row.a[r] + load(col.a + c);
         const Vec<T> b = row.b[r] + load(col.b + c);
-        const auto by_a = (a < T(0) ? -a : a) <= (b < T(0) ? -b : b);
+        const auto by_a = magnitude<T>(a) <= magnitude<T>(b);
         return (e_s - e_t) * (by_a ? a : b) + (by_a ? e_t : e_s) * (a - b);
     };
     fill_h(tile, element, outer, h, q_row, q_col);
