@@ -93,10 +93,16 @@ class DataArgs:
         return sets[0] if len(sets) == 1 else ConcatDataset(sets)
 
     def _train_sets(self, model: Any, **options: Any) -> dict[str, tuple[MixArgs, ReferDataset]]:
+        from fastkd.data.opening import author_of
+
         sets = {self.dataset: (MixArgs(None, self.dataset, self.split_by), self.open("train", model, **options))}
-        places: list[Any] = [(self.data.absolute(), self.dataset, self.split_by)]
+        places: list[Any] = [(self.data.absolute(), self.dataset, author_of(self.dataset, self.split_by))]
         for mixed in map(MixArgs.parse, self.mix):
-            place = ((mixed.root or self.data).absolute(), mixed.dataset, mixed.split_by)
+            place = (
+                (mixed.root or self.data).absolute(),
+                mixed.dataset,
+                author_of(mixed.dataset, mixed.split_by),
+            )
             if place in places:
                 raise ValueError(
                     f"--mix: {mixed.names()[0]!r} occurs twice; name each set once, with its number of passes"

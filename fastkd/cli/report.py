@@ -10,6 +10,7 @@ import tyro
 from fastkd._console import show
 
 if TYPE_CHECKING:
+    from fastkd.cli._data import DataArgs
     from fastkd.cli._report import Scored
     from fastkd.cli._settings import DistillSettings, RunSettings
 
@@ -125,11 +126,15 @@ def _settings(folder: Path) -> RunSettings:
     return settings_from(kind, values, str(path))  # type: ignore[no-any-return]
 
 
-def _check_same_data(data: dict[str, Any]) -> None:
+def _check_same_data(data: dict[str, DataArgs]) -> None:
+    from fastkd.data.opening import author_of
+
     (first, reference), *others = data.items()
     for name, other in others:
         for setting in ("data", "dataset", "split_by", "mask_rule", "sentence_field"):
             ours, theirs = getattr(reference, setting), getattr(other, setting)
+            if setting == "split_by":  # null is the first author of the set, so it may equal a name
+                ours, theirs = author_of(reference.dataset, ours), author_of(other.dataset, theirs)
             if ours != theirs:
                 raise ValueError(f"{setting} is {ours} in {first} but {theirs} in {name}: compare runs on one dataset")
 

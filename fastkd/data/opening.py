@@ -36,7 +36,7 @@ def open_set(
     """
     if name != FOLDER:
         try:
-            return RefCOCO(root, name, _author(name, split_by), split, **options)
+            return RefCOCO(root, name, author_of(name, split_by), split, **options)
         except FileNotFoundError as error:
             if files := folder_files(Path(root)):
                 error.add_note(f"{root} holds {files[0].name}: read it with the name 'folder' (--dataset folder)")
@@ -57,7 +57,7 @@ def splits_of(root: str | os.PathLike[str], name: str, split_by: str | None = No
     """
     if name == FOLDER:
         return [path.stem for path in folder_files(Path(root))]
-    author = _author(name, split_by)
+    author = author_of(name, split_by)
     if (name, author) not in SPLITS:
         known = ", ".join(f"{known} ({by})" for known, by in SPLITS)
         raise ValueError(f"name={name!r} with split_by={author!r} is not a known set; known sets: {known}, folder")
@@ -65,5 +65,6 @@ def splits_of(root: str | os.PathLike[str], name: str, split_by: str | None = No
     return [split for split in SPLITS[name, author] if any(in_split(each, split) for each in present)]
 
 
-def _author(name: str, split_by: str | None) -> str:
+def author_of(name: str, split_by: str | None = None) -> str:
+    """Return the author of a `RefCOCO`'s splits: ``split_by``, or the first one that is known."""
     return split_by or next((by for known, by in SPLITS if known == name), "unc")

@@ -82,10 +82,10 @@ def test_trains_on_a_mixture_and_names_its_sets(
 
 
 def test_sets_of_equal_names_are_told_by_their_folders(shapes: Path, tmp_path: Path) -> None:
-    for parent in "ab":
-        shutil.copytree(shapes, tmp_path / parent / "set")
-    roots = [tmp_path / parent / "set" for parent in "ab"]
-    data = DataArgs(data=shapes, mix=(*(f"{root}:refcoco" for root in roots), f"{roots[0]}:refcoco/unc"))
+    roots = [tmp_path / parent / "set" for parent in "abc"]
+    for root in roots:
+        shutil.copytree(shapes, root)
+    data = DataArgs(data=shapes, mix=(*(f"{root}:refcoco" for root in roots[:2]), f"{roots[2]}:refcoco/unc"))
     model = load_model("shapes")
     assert list(data._train_sets(model, sentences="all")) == [
         "refcoco",
@@ -93,9 +93,10 @@ def test_sets_of_equal_names_are_told_by_their_folders(shapes: Path, tmp_path: P
         "b/set:refcoco",
         "set:refcoco/unc",
     ]
-    again = replace(data, mix=(f"{shapes}:refcoco",))
-    with pytest.raises(ValueError, match="'data:refcoco' occurs twice"):
-        again._train_sets(model, sentences="all")
+    for mixed in (f"{shapes}:refcoco", f"{shapes}:refcoco/unc", "refcoco/unc"):  # unc is the first author of refcoco
+        again = replace(data, mix=(mixed,))
+        with pytest.raises(ValueError, match="refcoco' occurs twice"):
+            again._train_sets(model, sentences="all")
     assert MixArgs.parse("cups=0.123456789").absolute() == "cups=0.123456789"
 
 

@@ -98,6 +98,14 @@ def test_another_protocol(runs: Path, tmp_path: Path) -> None:
     assert "each image's own size, sigmoid > 0.35, IoU > X" in text
 
 
+def test_split_by_may_be_stated_in_one_run_only(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "alone", tmp_path / "stated")
+    config = tmp_path / "stated" / "config.yaml"
+    config.write_text(config.read_text().replace("split_by: null", "split_by: unc"))
+    assert "split_by: unc" in config.read_text()
+    assert main(["report", str(runs / "alone"), str(tmp_path / "stated"), "--examples", "1"]) == 0
+
+
 @pytest.mark.parametrize(("limit", "forwards"), [(0.0, 3), (60.0, 6)])
 def test_latency_of_a_slow_model_is_measured_less_often(
     monkeypatch: pytest.MonkeyPatch, limit: float, forwards: int
