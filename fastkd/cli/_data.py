@@ -32,8 +32,9 @@ class DataArgs:
         sentence_field: sent (lower-case, no punctuation), raw, or raw.lower.
         skip_unusable: skip refs without a sentence, a mask or a readable image file, and report their number, instead
             of raising an error. Decodes every image once.
-        mix: other sets to train on as well, such as ``refcoco+`` (in --data) or ``data/cups:folder``; with a number
-            of passes per epoch, ``grefcoco=0.5``, or of samples, ``grefcoco,size=2000``. Validation uses --dataset.
+        mix: other sets to train on as well (not for ``evaluate``), such as ``refcoco+`` (in --data) or
+            ``data/cups:folder``; with a number of passes per epoch, ``grefcoco=0.5``, or of samples,
+            ``grefcoco,size=2000``. Validation uses --dataset.
     """
 
     data: Path

@@ -15,7 +15,8 @@ from fastkd._console import show
 if TYPE_CHECKING:
     from fastkd.data import ReferringSet
 
-_Root = Annotated[Path, tyro.conf.Positional]
+_Root = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+_Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 
 
 def check(
@@ -51,7 +52,7 @@ def check(
 
 def convert(
     root: _Root,
-    out: _Root,
+    out: _Out,
     dataset: str = "refcoco",
     split_by: str | None = None,
     splits: tuple[str, ...] = (),

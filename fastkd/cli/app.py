@@ -19,7 +19,7 @@ _LARGEST = "30mb"  # of an uploaded file
 
 
 def app(
-    models: Annotated[tuple[str, ...], tyro.conf.Positional],
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=MODEL ...")],
     host: str = "127.0.0.1",
     port: int = 7860,
     device: str = "auto",

@@ -11,8 +11,8 @@ from fastkd._console import show
 
 
 def convert(
-    source: Annotated[Path, tyro.conf.Positional],
-    destination: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
     tokenizer: str | None = None,
     image_size: int = 480,
     max_words: int = 20,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from fastkd._console import show
+
 
 def make_shapes(
-    root: Annotated[Path, tyro.conf.Positional],
+    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     images: int = 5000,
     image_size: int = 128,
     seed: int = 0,
@@ -26,11 +28,12 @@ def make_shapes(
     """
     from fastkd.data import shapes
 
-    shapes.make_shapes(root, images=images, image_size=image_size, seed=seed, overwrite=overwrite)
+    counts = shapes.make_shapes(root, images=images, image_size=image_size, seed=seed, overwrite=overwrite)
+    _show_counts(root, counts)
 
 
 def make_shapesref(
-    root: Annotated[Path, tyro.conf.Positional],
+    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     images: int = 12000,
     image_size: int = 64,
     seed: int = 0,
@@ -47,4 +50,9 @@ def make_shapesref(
     """
     from fastkd.data import shapesref
 
-    shapesref.make_shapesref(root, images=images, image_size=image_size, seed=seed, overwrite=overwrite)
+    counts = shapesref.make_shapesref(root, images=images, image_size=image_size, seed=seed, overwrite=overwrite)
+    _show_counts(root, counts)
+
+
+def _show_counts(root: Path, counts: dict[str, Any]) -> None:
+    show(f"{root}: {counts['images']} images, {counts['refs']} refs, {counts['sentences']} sentences")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def experiments(
-    grid: Annotated[Path, tyro.conf.Positional],
+    grid: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="GRID")],
     jobs: int = 1,
     rows: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (),

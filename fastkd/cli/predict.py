@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def predict(
-    image: Annotated[Path, tyro.conf.Positional],
-    sentences: Annotated[tuple[str, ...], tyro.conf.Positional],
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
+    sentences: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SENTENCE ...")],
     model: str,
     out: Path = Path("runs/predict"),
     tokenizer: str | None = None,

@@ -18,7 +18,7 @@ TEACHER = "teacher"
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")],
     out: Path | None = None,
     split: str = "val",
     protocol: str = "lavt",

@@ -32,8 +32,10 @@ class AttentionTap(NamedTuple):
             have it; register tokens never, since each network learns its own.
 
     Example:
-        >>> taps = {"last": AttentionTap("blocks.11.attn", tokens="5:")}
-        >>> Distiller(..., [Term(tapped_attention_kd, "last")], student_taps=..., teacher_taps=taps)
+        >>> ours = {"last": AttentionTap("blocks.11.attn", tokens="1:")}  # without CLS
+        >>> theirs = {"last": AttentionTap("blocks.23.attn", tokens="5:")}  # without CLS and four registers
+        >>> term = Term(tapped_attention_kd, "last")
+        >>> distiller = Distiller(student, teacher, task_loss, [term], student_taps=ours, teacher_taps=theirs)
     """
 
     path: str

@@ -45,10 +45,10 @@ def channel_kd(
     """Compare the channel–channel relation matrices of student and teacher, row by row.
 
     A reconstruction of the channel-relation term of "Channel Attention-Guided Cross-Modal Knowledge Distillation for
-    Referring Image Segmentation" (arXiv 2604.16806); its options also give the channel relations of DANet
-    ("Dual Attention Network for Scene Segmentation"), ICKD ("Exploring Inter-Channel Correlation for
-    Diversity-preserved Knowledge Distillation") and the channel term of CIRKD ("Cross-Image Relational Knowledge
-    Distillation for Semantic Segmentation"): see docs/maths.md.
+    Referring Image Segmentation" (arXiv 2604.16806); its options also give the channel relations of DANet ("Dual
+    Attention Network for Scene Segmentation", arXiv 1809.02983), ICKD ("Exploring Inter-Channel Correlation for
+    Diversity-preserved Knowledge Distillation", arXiv 2202.03680) and the channel term of CIRKD ("Cross-Image
+    Relational Knowledge Distillation for Semantic Segmentation", arXiv 2204.06986): see docs/equivalents.md.
 
     Each sample's features are a C×N matrix X. With E = sim(X, X) of shape C×C, σ = −1 if ``negate`` else +1:
 

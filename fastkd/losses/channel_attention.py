@@ -185,13 +185,13 @@ def _check_backend(backend: str) -> None:
 class ChannelAttentionKD(LossModule):
     """:func:`channel_attention_kd` as a module with the same arguments.
 
-    Given ``gamma=nn.Parameter(torch.tensor(0.0))``, γ is learned, one for both networks. If ``student_channels`` and
-    ``teacher_channels`` are given and differ, its attribute ``aligner`` is a train-only, bias-free 1×1 convolution,
+    Given ``gamma=torch.nn.Parameter(torch.tensor(0.0))``, γ is learned, one for both networks. If ``student_channels``
+    and ``teacher_channels`` are given and differ, its attribute ``aligner`` is a train-only, bias-free 1×1 convolution,
     else None; "mse" and "cosine" need it where the widths differ, "cka" does not.
 
     Example:
-        >>> kd = ChannelAttentionKD(gamma=nn.Parameter(torch.tensor(0.0)))
-        >>> optimizer = torch.optim.AdamW([*student.parameters(), *kd.parameters()])
+        >>> kd = ChannelAttentionKD(gamma=torch.nn.Parameter(torch.tensor(0.0)))
+        >>> optimizer = torch.optim.AdamW([*student.parameters(), *kd.parameters()])  # with γ
         >>> loss = kd(student_map, teacher_map.detach())
     """
 

@@ -33,9 +33,10 @@ def channel_distribution_kd(
 ) -> Tensor:
     """Compare each channel's softmax over the pixels, optionally after mixing the channels by channel attention.
 
-    Without a guide, a reconstruction of CWD ("Channel-wise Knowledge Distillation for Dense Prediction"); the guides
-    are interpretations of the channel attention in "Channel Attention-Guided Cross-Modal Knowledge Distillation for
-    Referring Image Segmentation" (arXiv 2604.16806). Per channel: τ²·KL(softmax_N(F_T/τ) ‖ softmax_N(F_S/τ)).
+    Without a guide, a reconstruction of CWD ("Channel-wise Knowledge Distillation for Dense Prediction", arXiv
+    2011.13256); the guides are interpretations of the channel attention in "Channel Attention-Guided Cross-Modal
+    Knowledge Distillation for Referring Image Segmentation" (arXiv 2604.16806). Per channel, a map of N pixels:
+    τ²·KL(softmax_N(F_T/τ) ‖ softmax_N(F_S/τ)).
 
     With a guide, P_x = softmax over columns of X̂_xX̂_xᵀ/guide_temperature, X̂ the channels scaled to norm 1, per sample:
 

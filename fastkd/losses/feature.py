@@ -165,9 +165,9 @@ class FeatureKD(LossModule):
         distance, normalize, weight, reduction: see :func:`feature_kd`.
 
     Example:
-        >>> loss = FeatureKD(128, 512, aligner="mlp", resize="bilinear", normalize="standardize")
-        >>> optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()])
-        >>> value = loss(student_map, teacher_map.detach())
+        >>> kd = FeatureKD(128, 512, aligner="mlp", resize="bilinear", normalize="standardize")
+        >>> optimizer = torch.optim.AdamW([*student.parameters(), *kd.parameters()])  # with the aligner's
+        >>> loss = kd(student_map, teacher_map.detach())
     """
 
     def __init__(

@@ -42,8 +42,9 @@ def pixel_relation_kd(
     """Compare the pixel–pixel relation matrices of student and teacher, row by row.
 
     The usual relational baseline. With ``cross_image`` it reconstructs the mini-batch pixel term of CIRKD
-    ("Cross-Image Relational Knowledge Distillation for Semantic Segmentation"), with ``distance="mse"`` the
-    pair-wise term of SKDS ("Structured Knowledge Distillation for Semantic Segmentation"): see docs/maths.md.
+    ("Cross-Image Relational Knowledge Distillation for Semantic Segmentation", arXiv 2204.06986), with
+    ``distance="mse"`` the pair-wise term of SKDS ("Structured Knowledge Distillation for Semantic Segmentation", arXiv
+    1903.04197) and the Gram loss of DINOv3 (arXiv 2508.10104): see docs/equivalents.md.
 
     Each sample's features are an N×C matrix X, one row per pixel, and E = sim(X, X) of shape N×N:
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastkd import _console
+from fastkd.cli import main
 
 ASCII = {"PYTHONIOENCODING": "ascii"}
 CP1252 = {"PYTHONIOENCODING": "cp1252"}
@@ -100,6 +101,25 @@ for command in ("", "info", "data", "train", "distill", "evaluate", "predict", "
     text = out.decode("cp1252" if environment is CP1252 else "ascii")
     assert text.count(": 0>") == text.count("usage:") == 10
     assert error == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("convert", "CHECKPOINT FILE"),
+        ("data check", "DATA"),
+        ("data convert", "DATA OUT"),
+        ("data make-shapes", "OUT"),
+        ("predict", "IMAGE SENTENCE ..."),
+        ("report", "RUN ..."),
+        ("experiments", "GRID"),
+    ],
+)
+def test_usage_names_positional_arguments(command: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    assert " ".join(usage.split()).endswith(f"OPTIONS] {arguments}")
 
 
 def test_training_in_the_c_locale_succeeds_and_prints_scores(shapes, tmp_path):

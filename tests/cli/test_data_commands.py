@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,18 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shapes") / "data"
     make_shapes(root, images=20, image_size=64)
     return root
+
+
+@pytest.mark.parametrize("command", ["make-shapes", "make-shapesref"])
+def test_making_a_set_prints_its_size(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "set"
+    assert main(["data", command, str(root), "--images", "25", "--image-size", "32"]) == 0
+    train = RefCOCO(root, split="train")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{root}: 25 images, ")
+    refs, sentences = (int(number) for number in re.findall(r"(\d+) (?:refs|sentences)", printed))
+    assert refs > len(train)
+    assert sentences > train.sentence_count
 
 
 @pytest.mark.parametrize(
