@@ -27,6 +27,9 @@ OPTIONAL = (
 )
 """Packages of the ``[ris]`` extra that matter in a bug report."""
 
+VARIABLES = ("CUDA_CACHE_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR")
+"""Environment variables of other software that change what fastkd does, in addition to Triton's."""
+
 
 class Info(dict[str, Any]):
     """A dict of JSON values that prints as a short text."""
@@ -83,7 +86,9 @@ def info() -> Info:
         devices=_devices(),
         backends=_backends(),
         build=_build(),
-        environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTKD_", "TRITON_", "OMP_NUM"))},
+        environment={
+            k: v for k, v in sorted(os.environ.items()) if k in VARIABLES or k.startswith(("FASTKD_", "TRITON_"))
+        },
         optional={name: _version(name) for name in OPTIONAL},
     )
 

@@ -113,6 +113,18 @@ def test_named_commands_exist() -> None:
     assert set(re.findall(r"`fastkd ([a-z]+)", text)) - {"needs"} <= commands  # "fastkd needs" begins an error message
 
 
+def test_info_shows_the_documented_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastkd
+
+    rows = table("docs/environment.md", "At run time") + table("docs/environment.md", "Variables of other software")
+    documented = {name for row in rows for name in re.findall(r"`(\w+)(?:=1)?`", row[0])}
+    assert {"FASTKD_BACKEND", "CUDA_VISIBLE_DEVICES"} <= documented
+    for name in documented - {"FASTKD_BACKEND"}:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("FASTKD_BACKEND", "reference")
+    assert documented <= set(fastkd.info()["environment"])
+
+
 def streams() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("webdataset", "pyarrow"))
 
