@@ -201,6 +201,19 @@ def test_table_of_named_terms_is_complete() -> None:
         assert selected == (term.student if isinstance(term.student, tuple) else (term.student,))
 
 
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [("docs/models.md", "Output"), ("docs/lavt.md", "In Python"), ("docs/teachers.md", "CLIPSeg and SAM 3")],
+)
+def test_tables_of_outputs_are_complete(page: str, heading: str) -> None:
+    needs_ris()
+    from fastkd.models import RISOutput
+
+    assert [row[0].strip("`") for row in table(page, heading)] == [
+        field.name for field in dataclasses.fields(RISOutput)
+    ]
+
+
 def test_train_config_table_is_complete() -> None:
     from fastkd.train import TrainConfig
 
