@@ -56,7 +56,8 @@ class Term:
 
     Example:
         >>> Term(losses.channel_distribution_kd, "decoder_features", weight=4.0)
-        >>> Term(losses.cross_modal_kd, ("stages.3", "words"), kwargs={"word_mask": "batch.word_mask"})
+        >>> Term(losses.cross_modal_kd_from_logits, "pixel_word_logits.*", kwargs={"word_mask": "batch.word_mask"})
+        >>> Term(losses.attention_kd, ("last.q", "last.k"))  # of an AttentionTap named "last"
     """
 
     loss: Callable[..., Any]
