@@ -12,7 +12,7 @@ from fastkd._console import show
 def recipes(name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None) -> None:
     """List the recipes, or print one: ``fastkd recipes shapes > mine.yaml``, then ``fastkd distill mine.yaml``.
 
-    ``fastkd distill NAME`` uses a recipe as it is, with flags in place of its values.
+    With ``fastkd distill NAME`` a recipe is used as it is; flags override its values.
 
     Args:
         name: the recipe to print.

@@ -61,6 +61,20 @@ def check_has_weights(teacher: nn.Module) -> None:
         raise ValueError(f"teacher has parameters without weights ({shortened(empty)}): load them before distilling")
 
 
+def check_inputs(inputs: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if an input of the models holds NaN or +Inf, which would look like a fault of the models."""
+    for key, value in inputs.items():
+        for name, tensor in named_tensors(value, key):
+            broken = torch.isnan(tensor) | (tensor == math.inf)  # −inf may be a mask
+            if broken.any():
+                each = broken.flatten(1).any(1) if broken.ndim > 1 else broken.reshape(-1)
+                samples = shortened([str(sample) for sample in each.nonzero().flatten().tolist()])
+                raise ValueError(
+                    f"batch[{name!r}] holds NaN or Inf (samples {samples} of the batch): look at the dataset and its "
+                    "transforms"
+                )
+
+
 def check_deterministic(run_teacher: Callable[[], NamedTensors]) -> None:
     """Run the teacher twice; raise ``ValueError`` if it returns no tensor, NaN, +Inf or different values."""
     first, second = run_teacher(), run_teacher()

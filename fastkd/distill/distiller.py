@@ -280,10 +280,10 @@ class Distiller(nn.Module):
     def check(self, batch: Mapping[str, Any]) -> GradientReport:
         """Look for mistakes that would go unnoticed in training, and raise a clear error for the first one found.
 
-        Those are: a teacher in train mode, with parameters that require a gradient, without weights, on another device,
-        with NaN in its output or taps, or with values that change between two passes; a term or task loss that is not a
-        finite scalar or sends no finite gradient to the student; a term that is exactly 0; a tap that never fires; a
-        loss that calls torch.distributed in a process that joined no others.
+        Those are: NaN or Inf in the models' inputs; a teacher in train mode, with parameters that require a gradient,
+        without weights, on another device, with NaN in its output or taps, or with values that change between two
+        passes; a term or task loss that is not a finite scalar or sends no finite gradient to the student; a term that
+        is exactly 0; a tap that never fires; a loss that calls torch.distributed in a process that joined no others.
         Models, gradients and random state are left unchanged. Schedules are ignored: every term is checked.
 
         Args:
@@ -296,6 +296,8 @@ class Distiller(nn.Module):
             ValueError: one of the above.
             RuntimeError: a tap that never fires.
         """
+        given = (key for name in self.inputs for key in (name, words.PREFIX + name))
+        checks.check_inputs({key: batch[key] for key in given if key in batch})
         if self.teacher is not None:
             checks.check_frozen(self.teacher, self.student)
             with preserve_state(self):

@@ -156,6 +156,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="without weights"):
             make_distiller(teacher=Toy().eval().requires_grad_(False).to("meta")).check(batch)
 
+    @pytest.mark.parametrize("teacher", [True, False])
+    def test_rejects_nan_in_the_batch(self, batch: dict[str, Any], teacher: bool) -> None:
+        batch["image"][[1, 3], 0, 0, 0] = torch.tensor([float("nan"), float("inf")])
+        distiller = make_distiller() if teacher else Distiller(Toy(), None, task_loss)
+        with pytest.raises(ValueError, match=r"batch\['image'\] holds NaN or Inf \(samples 1, 3 of the batch\)"):
+            distiller.check(batch)
+
     def test_rejects_a_term_that_is_zero(self, batch: dict[str, Any]) -> None:
         distiller = make_distiller(Term(mse, "logits", name="copy"))
         distiller.student.load_state_dict(distiller.teacher.state_dict())
