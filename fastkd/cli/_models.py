@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkd._messages import suggestion
 from fastkd.cli._shipped import SHIPPED, teacher_path
 from fastkd.errors import FastKDWarning
 
@@ -109,7 +110,7 @@ def load_model(name: str) -> LoadedModel:
     """Return a model in eval mode and frozen: from a folder, hub name, LAVT file or exported student, or a shipped one.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such folder, file or shipped teacher.
     """
     from fastkd.models import LAVT, OnnxModel, RISModel, TextPromptedTeacher
     from fastkd.models.teachers.files import model_type_of
@@ -122,6 +123,11 @@ def load_model(name: str) -> LoadedModel:
         model = LAVT.from_pretrained(path)
     elif model_type_of(path) is not None:  # a folder of transformers
         model = TextPromptedTeacher.from_pretrained(path)
+    elif len(path.parts) == 1 and not path.exists():  # nor a hub name, OWNER/NAME
+        raise FileNotFoundError(
+            f"no model at {name}: pass a folder written by save_pretrained (a run's best/ is one), a file, or the name "
+            f"of a shipped teacher.{suggestion(name, SHIPPED)}"
+        )
     else:
         model = RISModel.from_pretrained(path)
     return model.eval().requires_grad_(False)

@@ -48,8 +48,8 @@ def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     holds_run = any((folder / name).exists() for name in ("log.jsonl", FOLDER))
     if holds_run and not overwrite and not resume:
         raise FileExistsError(
-            f"out_dir {str(folder)!r} holds an earlier run; choose another folder, pass overwrite=True, or continue it "
-            "with resume=True"
+            f"out_dir {str(folder)!r} holds an earlier run; choose another folder, pass overwrite=True (--overwrite), "
+            "or continue it with resume=True (--resume)"
         )
     others = {path.name for path in folder.iterdir()} - set(PACKAGES) if folder.is_dir() else ()  # no trackers' folders
     if resume and others and not holds_run:

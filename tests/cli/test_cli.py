@@ -258,7 +258,7 @@ def test_relative_cost_alternates_the_models(shapes):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["distill", "--data", "nowhere", "--out", "{run}"], "holds an earlier run"),
+        (["distill", "--data", "nowhere", "--out", "{run}"], "continue it with resume=True (--resume)"),
         (["distill", "--data", "nowhere", "--out", "{other}", "--resume"], "is not a run"),
         (["train", "--data", "nowhere", "--out", "{run}/log.jsonl/new"], "cannot be a folder"),
         (["distill", "--data", "nowhere", "--out", "{run}", "--resume", "--overwrite"], "pass one of them"),
@@ -296,6 +296,7 @@ def test_rejects_a_model_configuration_that_is_not_json(shapes, tmp_path, capsys
     ("args", "message"),
     [
         (["evaluate", "--data", "{shapes}", "--model", "/nowhere"], "/nowhere"),
+        (["evaluate", "--data", "{shapes}", "--model", "shape"], "Did you mean 'shapes' or 'shapesref'?"),
         (["evaluate", "--data", "/nowhere", "--model", "shapes"], "/nowhere"),
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--split", "tset"], "tset"),
         (["evaluate", "--data", "{shapes}", "--model", "shapes", "--protocol", "lavt480"], "480"),

@@ -135,7 +135,9 @@ def _check_target(root: Path, overwrite: bool) -> None:
             "folder (overwrite replaces an earlier set only)"
         )
     if not overwrite:
-        raise FileExistsError(f"root {str(root)!r} already holds a shapes set: pass overwrite=True or another folder")
+        raise FileExistsError(
+            f"root {str(root)!r} already holds a shapes set: pass overwrite=True (--overwrite) or another folder"
+        )
 
 
 def split_of(index: int) -> str:
