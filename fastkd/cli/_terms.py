@@ -58,7 +58,8 @@ def check_attention(terms: Iterable[Term], **taps: Mapping[str, Any] | None) -> 
                 flag = f"--{setting.replace('_', '-')}"
                 raise ValueError(
                     f"terms.{term.name}: compares taps of attention modules, and {setting} has none named "
-                    f"{selector!r}: give {flag} {selector}=PATH[:], such as {selector}=backbone.blocks.11.attn[1:]"
+                    f"{selector!r}: give {flag} {selector}=PATH[:], such as "
+                    f"{selector}=text_encoder.model.encoder.layer.0.attention.self[:]"
                 )
 
 
