@@ -214,6 +214,18 @@ def test_tables_of_outputs_are_complete(page: str, heading: str) -> None:
     ]
 
 
+def test_published_text_weights_of_presets() -> None:
+    needs_ris()
+    from fastkd.models import list_presets, preset
+    from fastkd.models.presets import published_text_weights
+
+    rows = table("docs/models.md", "Students: presets, prediction, export")
+    stated = {name: row[3].strip("`") for row in rows for name in re.findall(r"`([\w-]+)`", row[0])}
+    assert stated == {
+        name: published_text_weights(preset(name)) for name in list_presets() if name.startswith("student-")
+    }
+
+
 def test_train_config_table_is_complete() -> None:
     from fastkd.train import TrainConfig
 
