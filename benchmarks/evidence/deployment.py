@@ -59,6 +59,7 @@ def measure(runs: list[Path], data: Path, teacher: str) -> dict[str, Any]:
     import torch
 
     from fastkd._info import cpu_name
+    from fastkd.cli._data import DataArgs
     from fastkd.cli._models import load_local_model
     from fastkd.cli.export import calibration_batches
     from fastkd.data import collate, load_tokenizer
@@ -75,7 +76,7 @@ def measure(runs: list[Path], data: Path, teacher: str) -> dict[str, Any]:
             model: Any = load_local_model(str(source))
             row, _, seed = name.partition("-seed")
             row = re.sub(r"-x[\d.]+$", "", row)
-            batches = list(calibration_batches(model, data, samples=CALIBRATION))
+            batches = list(calibration_batches(model, DataArgs(data), samples=CALIBRATION))
             for dtype in DTYPES:
                 path = Path(folder, f"{name}-{dtype}.onnx")
                 done = export_onnx(model, path, tokenizer=words, dtype=dtype, calibration=batches)

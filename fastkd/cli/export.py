@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from fastkd._console import show
+from fastkd.cli._data import DataArgs
 
 _BATCH = 16
+
+
+@dataclass
+class CalibrationData(DataArgs):
+    """`DataArgs` of which no folder is required."""
+
+    data: Path | None = None  # type: ignore[assignment]
+
+
+_NO_DATA = CalibrationData()
 
 
 def export(
     model: str,
     onnx: Path,
+    data: Annotated[CalibrationData, tyro.conf.arg(name="")] = _NO_DATA,
     height: int | None = None,
     width: int | None = None,
-    tokenizer: str | None = None,
     tolerance: float = 1e-4,
     threads: int | None = None,
     dtype: Literal["fp32", "fp16", "int8"] = "fp32",
-    calibrate: Path | None = None,
-    calibrate_dataset: str = "refcoco",
     calibrate_samples: int = 256,
 ) -> None:
     """Write a student as ONNX with fixed image size, any batch size, and logits as output.
@@ -33,25 +45,21 @@ def export(
     Args:
         model: a folder written by save_pretrained, such as a run's best/; it never contains the teacher.
         onnx: the .onnx file to write; an existing one is replaced.
+        data: the dataset, as in ``fastkd train``: sentences drawn from its training set give the ranges of activations
+            for int8, and the agreement of masks with fp32's.
         height: image height; if omitted, the model's image size.
         width: image width; if omitted, the height.
-        tokenizer: path of a vocab.txt or of a tokenizer folder; if omitted, the one in the model's folder or named by
-            its configuration, if any.
         tolerance: largest difference accepted, relative to the largest logit.
         threads: threads of torch and onnxruntime for the comparison.
         dtype: fp32; fp16 (weights and products); or int8 (convolutions and matrix products, weights scaled per output
-            channel), which needs --calibrate.
-        calibrate: data folder, as --data of ``fastkd train``: sentences drawn from its split train give the ranges of
-            activations for int8, and the agreement of masks with fp32's.
-        calibrate_dataset: the dataset in that folder.
+            channel), which needs --data.
         calibrate_samples: number of sentences to draw.
     """
     import torch
 
     from fastkd.cli._arguments import check_folder
     from fastkd.cli._models import load_local_model
-    from fastkd.data import load_tokenizer
-    from fastkd.evaluate.prediction import tokenizer_source
+    from fastkd.evaluate.prediction import load_tokenizer_for, tokenizer_source
     from fastkd.models import RISModel
     from fastkd.models.export import export_onnx
 
@@ -59,16 +67,17 @@ def export(
         torch.set_num_threads(threads)
     onnx = onnx.expanduser()
     check_folder("onnx", onnx.parent)
+    _check_data(data, dtype)
     student = load_local_model(model)
     if not isinstance(student, RISModel):
         raise ValueError(f"{model} is a {type(student).__name__}; only students (RISModel folders) can be exported")
-    source = tokenizer or tokenizer_source(student, Path(model).expanduser())
-    words = load_tokenizer(source) if source is not None else None  # the tokenizer is optional
+    source = data.tokenizer or tokenizer_source(student, Path(model).expanduser())
+    words = load_tokenizer_for(student, source) if source is not None else None  # the tokenizer is optional
     rows = student.config.image_size if height is None else height
     size = (rows, rows if width is None else width)
-    if calibrate is not None and size != (student.config.image_size,) * 2:
+    if data.data is not None and size != (student.config.image_size,) * 2:
         raise ValueError(
-            f"--calibrate gives images of the model's size, {student.config.image_size}: omit --height and --width, or "
+            f"--data gives images of the model's size, {student.config.image_size}: omit --height and --width, or "
             "call fastkd.models.export.export_onnx with batches of your own"
         )
     done = export_onnx(
@@ -78,11 +87,7 @@ def export(
         tokenizer=words,
         tolerance=tolerance,
         dtype=dtype,
-        calibration=None
-        if calibrate is None
-        else calibration_batches(
-            student, calibrate, dataset=calibrate_dataset, tokenizer=tokenizer, samples=calibrate_samples
-        ),
+        calibration=None if data.data is None else calibration_batches(student, data, samples=calibrate_samples),
     )
     show(f"{done.onnx}: {done.parameters:,} parameters, {done.onnx.stat().st_size / 1e6:.2f} MB")
     for batch, difference in done.differences.items():
@@ -95,19 +100,30 @@ def export(
     show(f"{done.metadata}" + (f", {done.vocabulary}" if done.vocabulary is not None else ""))
 
 
-def calibration_batches(
-    student: Any, folder: Path, *, dataset: str = "refcoco", tokenizer: str | None = None, samples: int
-) -> Iterator[dict[str, Any]]:
-    """Yield batches of sentences drawn from the split train, always the same ones."""
+def _check_data(data: CalibrationData, dtype: str) -> None:
+    """Raise ``ValueError`` for a dataset that int8 lacks, or that would be ignored."""
+    if data.data is None:
+        if dtype == "int8":
+            raise ValueError("--dtype int8 needs --data, a dataset whose sentences give the ranges of activations")
+        given = replace(data, tokenizer=None)
+        ignored = [one.name for one in fields(data) if getattr(given, one.name) != getattr(_NO_DATA, one.name)]
+        if ignored:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            raise ValueError(f"{named}: there is no dataset to apply it to; pass --data")
+    elif dtype == "fp32":
+        raise ValueError(f"--data {data.data} gives ranges for int8 and the agreement of fp16; fp32 needs no dataset")
+
+
+def calibration_batches(student: Any, data: DataArgs, *, samples: int) -> Iterator[dict[str, Any]]:
+    """Yield batches of sentences drawn from the training set, always the same ones."""
     import torch
     from torch.utils.data import DataLoader, Subset
 
-    from fastkd.cli._data import DataArgs
     from fastkd.data import collate
     from fastkd.data._loading import batches
 
     if samples < 1:
         raise ValueError(f"--calibrate-samples must be at least 1, got {samples}")
-    train = DataArgs(folder, dataset, tokenizer=tokenizer).open("train", student, sentences="all")
+    train: Any = data.open_every_sentence(student)
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()
     yield from batches(DataLoader(Subset(train, drawn), batch_size=_BATCH, collate_fn=collate))

@@ -7,6 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ class Tokenizer:
         """Return whether sentences are lower-cased."""
         normalizer = self._inner.backend_tokenizer.normalizer
         return normalizer is not None and normalizer.normalize_str("A") == "a"
+
+    @property
+    def form(self) -> str:
+        """Return the form of a sentence with its special tokens, such as "[CLS] pieces [SEP]"."""
+        found = self._inner("a", return_special_tokens_mask=True)
+        tokens = zip(self._inner.convert_ids_to_tokens(found["input_ids"]), found["special_tokens_mask"], strict=True)
+        added = [token if special else "pieces" for token, special in tokens]
+        return " ".join(name for name, _ in groupby(added))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write vocabulary, special tokens and casing to a folder that `load_tokenizer` reads."""

@@ -44,6 +44,7 @@ class Exported:
         onnx: The network.
         metadata: The JSON file next to it.
         vocabulary: The tokenizer's pieces, one per line, by id; None without a tokenizer.
+        tokenizer: The whole tokenizer, as the library tokenizers reads it; None without one, or if it is "shapes".
         parameters: Number of parameters in the file, as many as in a new student of the configuration.
         differences: Largest difference of the fp32 network from torch per batch size, relative to the largest logit.
         agreement: IoU of its masks with those of the fp32 network; None if that is the network written.
@@ -55,6 +56,7 @@ class Exported:
     parameters: int
     differences: dict[int, float]
     agreement: float | None = None
+    tokenizer: Path | None = None
 
 
 def export_onnx(
@@ -72,7 +74,7 @@ def export_onnx(
     """Export the student to ONNX with a fixed image size and a dynamic batch size; return the files' properties.
 
     onnxruntime runs the network on random images and sentences, at every batch size. If it agrees with torch, the
-    network, its metadata and its vocabulary are written together. In fp32 every parameter is an initialiser under
+    network, its metadata and its tokenizer are written together. In fp32 every parameter is an initialiser under
     torch's name; constant folding is left to the runtime. The other dtypes are converted from that network, with
     batch norms folded: "fp16" has fp16 weights and products; "int8" has int8 weights, scaled per output channel, and
     uint8 inputs of convolutions and matrix products, scaled by their range in ``calibration``.
@@ -82,9 +84,10 @@ def export_onnx(
 
     Args:
         model: The student; ``torch.compile`` and other wrappers around it or its parts are removed.
-        path: The file to write; ``.json`` and ``.vocab.txt`` with the same stem are written next to it.
+        path: The file to write; ``.json``, ``.vocab.txt`` and ``.tokenizer.json`` with the same stem are written next
+            to it.
         size: (height, width); default: the configuration's ``image_size`` for both.
-        tokenizer: The model's tokenizer; described in the metadata, and its vocabulary is written.
+        tokenizer: The model's tokenizer; it is described in the metadata and written, unless it ships with fastkd.
         tolerance: Largest accepted difference between onnxruntime's and torch's logits, relative to the largest logit.
         batch_sizes: The batch sizes to compare; at least two, to detect a batch size frozen by mistake.
         seed: Seed of the random images and sentences.
@@ -153,9 +156,10 @@ def _export(
         raise ValueError(f"the model's parameters are {', '.join(map(str, dtypes))}: call model.float() first")
     metadata = path.with_suffix(".json")
     vocabulary = None if tokenizer is None else path.with_suffix(".vocab.txt")
+    whole = None if tokenizer is None or tokenizer.name == "shapes" else path.with_suffix(".tokenizer.json")
     model.to("cpu").eval()
     try:
-        with replace_files(path, metadata, *filter(None, [vocabulary])) as partials:
+        with replace_files(path, metadata, *filter(None, [vocabulary, whole])) as partials:
             example = _example(model, 2, height, width, seed)
             with torch.no_grad():
                 model(*example)  # an unsupported size raises the model's error, not the tracer's
@@ -174,14 +178,18 @@ def _export(
                 same = None
                 if dtype != "fp32":
                     same = _convert(exact, partials[0], dtype, batches or [_inputs(example)])
-            facts = _facts(model, partials[0], height, width, parameters, differences, tolerance, tokenizer, vocabulary)
+            facts = _facts(model, partials[0], height, width, parameters, differences, tolerance, tokenizer, whole)
             facts |= {"dtype": dtype} | ({} if same is None else {"mask_iou_with_fp32": same})
+            if tokenizer is not None and whole is not None:
+                files = json.loads(tokenizer.to_json())
+                partials[3].write_text(files["tokenizer.json"], encoding="utf-8")
+                facts["tokenizer"] |= {"file": whole.name, "config": json.loads(files["tokenizer_config.json"])}
             partials[1].write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 partials[2].write_text("".join(f"{piece}\n" for piece in tokenizer.pieces()), encoding="utf-8")
     finally:
         model.to(device).train(was_training)
-    return Exported(path, metadata, vocabulary, parameters, differences, same)
+    return Exported(path, metadata, vocabulary, parameters, differences, same, whole)
 
 
 def _calibration(
@@ -240,7 +248,7 @@ def _check_differences(differences: dict[int, float], tolerance: float) -> None:
 def _check_targets(path: Path) -> None:
     """Refuse to replace a folder, or a .json that was not written by an export."""
     metadata = path.with_suffix(".json")
-    for target in (path, metadata, path.with_suffix(".vocab.txt")):
+    for target in (path, metadata, path.with_suffix(".vocab.txt"), path.with_suffix(".tokenizer.json")):
         if target.is_dir():
             raise IsADirectoryError(f"path: {target} is a folder: choose another name")
     if not metadata.exists():
@@ -348,14 +356,14 @@ def _facts(
     differences: dict[int, float],
     tolerance: float,
     tokenizer: Tokenizer | None,
-    vocabulary: Path | None,
+    tokenizer_file: Path | None,
 ) -> dict[str, Any]:
     import fastkd
 
     words = word_limit(model)
     name = model.config.tokenizer if tokenizer is None else tokenizer.name
-    if vocabulary is not None and name != "shapes":
-        name = vocabulary.name  # written next to the network; a local path would be useless elsewhere
+    if tokenizer_file is not None:
+        name = tokenizer_file.name  # written next to the network; a local path would be useless elsewhere
     return {
         "format": f"{FORMAT}1",
         "fastkd": fastkd.__version__,
@@ -380,7 +388,7 @@ def _facts(
             "vocab_size": tokenizer.vocab_size if tokenizer is not None else model.text_encoder.vocab_size,
             "max_words": words,
             "pad_id": model.text_encoder.pad_id,
-            "form": "[CLS] pieces [SEP], truncated to max_words, padded with pad_id",
+            "form": f"{'pieces' if tokenizer is None else tokenizer.form}, truncated to max_words, padded with pad_id",
         },
         "parameters": parameters,
         "difference_from_torch": {

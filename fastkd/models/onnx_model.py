@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import json
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.data.tokenizer import load_tokenizer
+from fastkd.data.tokenizer import Tokenizer
 from fastkd.models.config import RISConfig
 
 INPUTS = ("image", "input_ids", "word_mask")
@@ -37,7 +36,7 @@ class OnnxOutput:
 class OnnxModel(nn.Module):
     """An exported student on the CPU, for `fastkd.evaluate.evaluate` and `predict`; it has no parameters to train.
 
-    Reads NAME.onnx, written by ``fastkd export``, and NAME.json and NAME.vocab.txt next to it.
+    Reads NAME.onnx, written by ``fastkd export``, and NAME.json and NAME.tokenizer.json next to it.
 
     Args:
         path: the .onnx file.
@@ -49,8 +48,9 @@ class OnnxModel(nn.Module):
         vocab_size: number of word embeddings.
 
     Raises:
-        FileNotFoundError: no such file, or no .json next to it.
-        ValueError: the .json was not written by an export, or the .onnx file is not the one that it describes.
+        FileNotFoundError: no such file, or no .json or tokenizer next to it.
+        ValueError: the .json was not written by an export, the .onnx file is not the one that it describes, or the
+            tokenizer's file is damaged.
         ImportError: onnxruntime is missing.
 
     Example:
@@ -67,11 +67,8 @@ class OnnxModel(nn.Module):
         self.vocab_size: int = facts["tokenizer"]["vocab_size"]
         self.config = RISConfig.from_dict(facts["config"])
         self.config.image_size, self.config.max_words = self.size[0], facts["tokenizer"]["max_words"]
-        vocabulary = path.with_suffix(".vocab.txt")
-        if self.config.tokenizer == vocabulary.name:
-            self.config.tokenizer = str(vocabulary)
-            with contextlib.suppress(ValueError):  # not of BERT's kind: the caller needs the student's own tokenizer
-                self.tokenizer = load_tokenizer(vocabulary, lower_case=facts["tokenizer"]["lower_case"])
+        if "file" in facts["tokenizer"]:
+            self.tokenizer = _read_tokenizer(path, facts["tokenizer"])
 
     def forward(self, image: Tensor, input_ids: Tensor, word_mask: Tensor) -> OnnxOutput:
         """Return the logits of a batch.
@@ -130,3 +127,15 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     if facts["sha256"] != hashlib.sha256(content).hexdigest():
         raise ValueError(f"{path} is not the file that {metadata.name} describes (sha256): run `fastkd export` again")
     return content, facts
+
+
+def _read_tokenizer(path: Path, facts: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer next to the network."""
+    file = path.with_suffix(".tokenizer.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}, the student's tokenizer; copy it along with {path.name}")
+    files = {"tokenizer.json": file.read_text(encoding="utf-8"), "tokenizer_config.json": json.dumps(facts["config"])}
+    try:
+        return Tokenizer.from_json(json.dumps(files), str(file))
+    except ValueError as error:
+        raise ValueError(f"{file} can't be read as a tokenizer: run `fastkd export` again") from error

@@ -16,7 +16,6 @@ pytest.importorskip("onnxscript", reason="needs the [export] extra")
 from fastkd.cli import main  # noqa: E402
 from fastkd.data import RefCOCO, ReferDataset, collate, load_tokenizer  # noqa: E402
 from fastkd.data.shapes import make_shapes  # noqa: E402
-from fastkd.errors import FastKDWarning  # noqa: E402
 from fastkd.evaluate import evaluate, predict, tokenizer_of  # noqa: E402
 from fastkd.models import OnnxModel, RISConfig, RISModel, export  # noqa: E402
 from fastkd.models.export import export_onnx  # noqa: E402
@@ -147,15 +146,54 @@ def test_exported_student_scores_and_predicts_like_the_student(exports, student,
     assert (masks[0] == masks[1]).all()
 
 
-def test_words_keep_the_case_of_the_students_tokenizer(student, exports, tmp_path, monkeypatch):
+def bert(folder, **options):
+    """Return a tokenizer with the pieces of the shipped one and other options."""
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in load_tokenizer("shapes").pieces()))
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return load_tokenizer(folder)
+
+
+def byte_level(folder):
+    """Return a tokenizer of RoBERTa's kind: byte-level BPE, other special tokens, padding id 1."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [*names, *sorted(pre_tokenizers.ByteLevel.alphabet())[:140], "th", "the"]
+    inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("t", "h"), ("th", "e")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.filterwarnings("ignore:tokenizer")  # of words that it cannot represent
+@pytest.mark.parametrize("kind", ["cased", "accents", "byte-level"])
+def test_words_are_those_of_the_students_tokenizer(student, exports, tmp_path, monkeypatch, kind):
     reuse_trace(monkeypatch, exports["fp32"].onnx)
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("".join(f"{piece}\n" for piece in load_tokenizer("shapes").pieces()))
-    words = load_tokenizer(vocabulary, lower_case=False)  # although no piece has a capital
-    done = export_onnx(student, tmp_path / "a.onnx", tokenizer=words)
-    with pytest.warns(FastKDWarning, match="cannot represent 'Red'"):
-        found, _ = tokenizer_of(OnnxModel(done.onnx))(["the Red circle"], 5)
-    assert not found.equal(words(["the red circle"], 5)[0])
+    monkeypatch.setattr(export, "check_vocabulary", lambda *args: None)  # the traced file stays that of padding id 0
+    options = {"cased": {"do_lower_case": False}, "accents": {"strip_accents": False}}
+    words = bert(tmp_path / "w", **options[kind]) if kind in options else byte_level(tmp_path / "w")
+    done = export_onnx(student, tmp_path / "out" / "a.onnx", tokenizer=words)
+    assert done.tokenizer == tmp_path / "out" / "a.tokenizer.json"
+    facts = json.loads(done.metadata.read_text())["tokenizer"]
+    assert facts["form"].startswith("<s> pieces </s>" if kind == "byte-level" else "[CLS] pieces [SEP]")
+    shutil.rmtree(tmp_path / "w")
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    found = tokenizer_of(OnnxModel(moved / "a.onnx"))
+    sentences = ["the Red circle", "the réd circle", "the red circle"]
+    for ours, theirs in zip(found(sentences, 16), words(sentences, 16), strict=True):
+        assert ours.equal(theirs)
+    assert (found.pad_id, found.vocab_size) == (words.pad_id, words.vocab_size)
+
+    (moved / "a.tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a\.tokenizer\.json can't be read as a tokenizer"):
+        OnnxModel(moved / "a.onnx")
+    (moved / "a.tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file .*a\.tokenizer\.json, the student's tokenizer"):
+        OnnxModel(moved / "a.onnx")
 
 
 def test_refuses_other_sizes_and_other_files(exports, tmp_path):
@@ -207,10 +245,34 @@ def test_commands(student, exports, root, tmp_path, capsys, monkeypatch):
     path = tmp_path / "student.onnx"
     args = ["export", "--model", str(tmp_path / "model"), "--onnx", str(path), "--dtype", "int8"]
     assert main(args) == 2
-    assert "needs calibration" in capsys.readouterr().err
-    assert main([*args, "--calibrate", str(root), "--calibrate-samples", "8", "--height", "48"]) == 2
-    assert "--calibrate gives images of the model's size, 32" in capsys.readouterr().err
-    assert main([*args, "--calibrate", str(root), "--calibrate-samples", "8"]) == 0
+    assert "--dtype int8 needs --data" in capsys.readouterr().err
+    data = ["--data", str(root), "--calibrate-samples", "8"]
+    assert main([*args, *data, "--height", "48"]) == 2
+    assert "--data gives images of the model's size, 32" in capsys.readouterr().err
+    assert main([*args, *data]) == 0
     assert "int8: masks have IoU" in capsys.readouterr().out
     assert main(["evaluate", "--data", str(root), "--model", str(path)]) == 0
     assert "mIoU" in capsys.readouterr().out
+
+
+def test_calibration_has_the_data_options_of_training(student, exports, root, tmp_path, capsys, monkeypatch):
+    reuse_trace(monkeypatch, exports["fp32"].onnx)
+    student.save_pretrained(tmp_path / "model")
+    sets = tmp_path / "sets"
+    shutil.copytree(root / "refcoco", sets / "refcoco")
+    (sets / "refcoco" / "refs(unc).p").rename(sets / "refcoco" / "refs(google).p")
+    shutil.copytree(root / "images", tmp_path / "pictures")
+    images = next(path.parent for path in (tmp_path / "pictures").rglob("*.jpg"))
+    args = ["export", "--model", str(tmp_path / "model"), "--onnx", str(tmp_path / "a.onnx"), "--dtype", "fp16"]
+    options = ["--split-by", "google", "--image-root", str(images)]
+    data = ["--data", str(sets), "--calibrate-samples", "8"]
+    assert main([*args, *data, *options[2:]]) == 2  # without them, neither refs nor images are found
+    assert "refs(unc).p" in capsys.readouterr().err
+    assert main([*args, *data, *options[:2]]) == 2
+    assert "image" in capsys.readouterr().err
+    assert main([*args, *data, *options]) == 0
+    assert "fp16: masks have IoU" in capsys.readouterr().out
+    assert main([*args, *options]) == 2  # neither of them may be ignored
+    assert "--split-by, --image-root: there is no dataset to apply it to; pass --data" in capsys.readouterr().err
+    assert main([*args[:-2], *data, *options]) == 2
+    assert "fp32 needs no dataset" in capsys.readouterr().err
