@@ -24,6 +24,7 @@ def main(args: Sequence[str] | None = None) -> int:
     An error is printed to stderr as one line, with status 2; ``FASTKD_TRACEBACK=1`` raises it instead.
     """
     from fastkd.cli._app import build_app
+    from fastkd.cli._arguments import PATHS
 
     format_warning = warnings.formatwarning
 
@@ -34,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
-        build_app(sys.argv[1:] if args is None else args).cli(prog="fastkd", args=args)
+        build_app(sys.argv[1:] if args is None else args).cli(prog="fastkd", args=args, registry=PATHS)
         if sys.stdout is not None:
             sys.stdout.flush()  # report a full disk before returning a status
     except KeyboardInterrupt:

@@ -7,10 +7,27 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fastkd.train.config import TrainConfig
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+PATHS = ConstructorRegistry()
+"""Expands ``~`` in paths: of ``--out=~/runs``, shells leave it as it is."""
+
+
+@PATHS.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda texts: Path(texts[0]).expanduser(),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -41,7 +41,7 @@ def check(
     """
     from fastkd.data import check_set
 
-    report = check_set(root.expanduser(), image_root=image_root, images=images, max_words=max_words)
+    report = check_set(root, image_root=image_root, images=images, max_words=max_words)
     if json_file is not None:
         with replace_files(json_file) as (partial,):
             partial.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -85,9 +85,9 @@ def convert(
     from fastkd.data.opening import splits_of
 
     check_folder("OUT", out)
-    for split in splits or splits_of(root.expanduser(), dataset, split_by):
+    for split in splits or splits_of(root, dataset, split_by):
         opened = open_set(
-            root.expanduser(),
+            root,
             split,
             dataset,
             split_by,
@@ -96,7 +96,7 @@ def convert(
             sentence_field=sentence_field,
             skip_unusable=skip_bad,
         )
-        path = write_folder(opened, out.expanduser(), format=format, copy_images=copy_images, overwrite=overwrite)
+        path = write_folder(opened, out, format=format, copy_images=copy_images, overwrite=overwrite)
         show(f"{path}: {len(opened)} refs, {opened.sentence_count} sentences{_skipped(opened)}")
     if format == "jsonl" and not copy_images:
         show(f"read it with: --data {out} --dataset folder --image-root {opened.image_root}")  # type: ignore[attr-defined]
@@ -144,12 +144,12 @@ def show_samples(
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     opened = open_set(
-        root.expanduser(), split, dataset, split_by, image_root=image_root, mask_rule=mask_rule, skip_unusable=skip_bad
+        root, split, dataset, split_by, image_root=image_root, mask_rule=mask_rule, skip_unusable=skip_bad
     )
     refs = Random(seed).sample(opened.refs, min(count, len(opened)))
     samples = [(opened.image(r.image_id), opened.mask(r.ref_id), f"{r.ref_id}: {r.sentences[0].text}") for r in refs]
     sheet = contact_sheet(samples, columns=columns, tile=tile)
-    with replace_files(out.expanduser()) as (partial,):
+    with replace_files(out) as (partial,):
         write_png(sheet, partial)
     show(f"{out}: {len(samples)} of {len(opened)} refs{_skipped(opened)}")
 

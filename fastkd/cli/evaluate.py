@@ -55,7 +55,6 @@ def evaluate(
     from fastkd.train import TrainConfig
     from fastkd.train.launch import join
 
-    out, out_samples, against = (path and path.expanduser() for path in (out, out_samples, against))
     for option, path in (("--out", out), ("--out-samples", out_samples)):
         if path is not None:
             check_file(option, path)

@@ -65,7 +65,6 @@ def export(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    onnx = onnx.expanduser()
     check_folder("onnx", onnx.parent)
     _check_data(data, dtype)
     student = load_local_model(model)

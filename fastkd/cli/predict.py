@@ -55,7 +55,6 @@ def predict(
     from fastkd.cli._arguments import check_folder
     from fastkd.data.requests import Request, is_parquet, requests_of_file, requests_of_folder
 
-    image, out = image.expanduser(), out.expanduser()
     texts = [decode_argument(sentence) for sentence in sentences]
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")

@@ -58,7 +58,7 @@ def report(
     folders = _names(runs)
     settings = {name: _settings(folder) for name, folder in folders.items()}
     _check_same_data({name: one.data for name, one in settings.items()})
-    page = out.expanduser() if out is not None else runs[-1].expanduser() / "report.html"
+    page = out if out is not None else runs[-1] / "report.html"
     check_file("--out", page)
 
     alone = [name for name, one in settings.items() if not isinstance(one, DistillSettings)]
@@ -101,7 +101,7 @@ def report(
 
 def _names(runs: tuple[Path, ...]) -> dict[str, Path]:
     """Return the runs by the names of their folders, with those of parent folders where they are needed."""
-    folders = [run.expanduser().absolute() for run in runs]
+    folders = [run.absolute() for run in runs]
     if len(set(folders)) != len(folders):
         raise ValueError("a run occurs twice: name each folder once")
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):

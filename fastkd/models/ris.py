@@ -62,6 +62,11 @@ A referring image segmentation model. `fastkd.models.RISModel.from_pretrained(..
 """
 
 
+def _expanded(source: str | Path | None) -> str | Path | None:
+    """Return a path without ``~``; other names as they are."""
+    return Path(source).expanduser() if source is not None and str(source).startswith("~") else source
+
+
 class RISModel(
     nn.Module,
     PyTorchModelHubMixin,
@@ -109,6 +114,7 @@ class RISModel(
         super().__init__()
         if not isinstance(config, RISConfig):
             raise TypeError(f"config must be a RISConfig (see fastkd.models.preset), got {type(config).__name__}")
+        backbone_weights, text_weights = _expanded(backbone_weights), _expanded(text_weights)
         self.backbone = StagedBackbone(config.backbone, config.backbone_args, config.out_indices, backbone_weights)
         if config.image_mean is None:
             mean, std = self.backbone.normalisation or (IMAGENET_MEAN, IMAGENET_STD)

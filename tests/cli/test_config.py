@@ -35,6 +35,7 @@ from fastkd.cli._settings import (
 from fastkd.cli._terms import attention_taps, build_terms, check_attention, shares_of
 from fastkd.cli._yaml import dump_settings, load_settings, recipes
 from fastkd.data import make_shapes
+from fastkd.data._assets import SHAPES_VOCABULARY_FILE
 from fastkd.distill import AttentionTap, Schedule
 from fastkd.errors import FastKDWarning
 from fastkd.losses import FeatureKD
@@ -44,6 +45,8 @@ from fastkd.models.presets import published_text_weights
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text("utf-8")
 [EXAMPLE, STAGES] = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 SHORT = ["--batch-size", "4", "--threads", "1", "--log-every", "1", "--eval-every", "None"]
+
+OUT_NAMES = ("of the file", "of the flag")
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +187,32 @@ def test_recipe_of_lavt_runs_with_local_weights(shapes: Path, tmp_path: Path) ->
         assert torch.equal(ours, theirs)
 
 
+def test_tilde_is_the_home_folder_in_files_and_flags(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BertConfig, BertModel
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shapes, tmp_path / "home" / "data")
+    text = tmp_path / "home" / "bert"
+    BertModel(BertConfig(**CHECKPOINT_BERT), add_pooling_layer=False).save_pretrained(text)
+    shutil.copy(SHAPES_VOCABULARY_FILE, text / "vocab.txt")
+    config = tiny("swin", text=CHECKPOINT_BERT, image_size=64).to_dict()
+    (tmp_path / "home" / "student.json").write_text(json.dumps(config), encoding="utf-8")
+    lines = ("student: ~/student.json", "tokenizer: ~/bert", "text_weights: ~/bert", "backbone_weights: random")
+    file = write(tmp_path, "\n".join((*lines, "steps: 1", "eval_every: null", "out: ~/of the file")))
+    options = ["--allow-untrained-teacher", "--terms", "mask,weight=1", *SHORT]
+    assert main(["distill", file, "--data=~/data", *options]) == 0
+    assert main(["distill", file, "--data=~/data", "--out=~/of the flag", *options]) == 0
+    runs = [load_settings(DistillSettings, str(tmp_path / "home" / name / "config.yaml")) for name in OUT_NAMES]
+    for name, run in zip(OUT_NAMES, runs, strict=True):
+        assert run.out == tmp_path / "home" / name
+        assert (run.data.data, run.data.tokenizer) == (tmp_path / "home" / "data", str(text))
+        assert (run.student, run.text_weights) == (str(tmp_path / "home" / "student.json"), str(text))
+    assert not (tmp_path / "~").exists()
+
+
 def test_random_weights_are_warned_of_unless_requested(tmp_path: Path) -> None:
     model: Any = SimpleNamespace(config=preset("swin-tiny-bert"))
     with pytest.warns(FastKDWarning) as caught:
@@ -300,6 +329,10 @@ def test_widths_are_options_of_a_loss_module(tmp_path: Path) -> None:
             "student: path 'midle': RISOutput has no 'midle'",
         ),
         (["distill", "{file}", "--data", "{shapes}", "--out", "{out}"], "'middle'"),
+        (
+            ["train", "--data", "{shapes}", "--shards", "{run}", "--mix", "refcoco+", "--out", "{out}"],
+            "--mix refcoco+ and --shards exclude each other: shards hold the whole training set",
+        ),
     ],
 )
 def test_mistake_on_the_command_line_is_one_line(

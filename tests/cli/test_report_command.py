@@ -135,6 +135,7 @@ def test_latency_of_a_slow_model_is_measured_less_often(
         (["{runs}/alone", "--split", "nope"], "nope"),
         (["{runs}/alone", "--protocol", "gres"], "'gres' is defined at 480×480, the dataset has image_size=64"),
         (["{runs}/alone", "--out", "{runs}/alone/config.yaml/page.html"], "is a file"),
+        (["{runs}/alone", "--out", "{runs}"], "--out: {runs} is a folder; pass the name of a file"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -146,6 +147,7 @@ def test_bad_input_is_one_line_and_status_2(
         (tmp_path / name / "config.yaml").write_text(text)
     (tmp_path / "other" / "best").mkdir()
     assert main(["report", *(arg.format(runs=runs, tmp=tmp_path) for arg in args)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
+    printed, error = capsys.readouterr()
+    assert message.format(runs=runs) in error
     assert error.count("\n") == 1
+    assert "mIoU" not in printed  # before the work
