@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +32,17 @@ def pick_device(name: str | torch.device | None) -> torch.device:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter; the CPU for a model without parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Return every module to its own train or eval mode when the block ends: a part may be frozen in eval mode."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from fastkd.data import Tokenizer
     from fastkd.evaluate import Prediction
+
+_NAME = 160  # bytes of an image's name in that of its overlay
 
 
 class Written(NamedTuple):
@@ -60,7 +63,7 @@ def write_predictions(
         if record.id is not None:
             annotation["record"] = record.id
         if overlays:
-            annotation["overlay"] = f"overlays/{number:06d}-{Path(record.name).stem}.png"
+            annotation["overlay"] = f"overlays/{number:06d}-{_shortened(Path(record.name).stem)}.png"
             _write_overlay(found, out / annotation["overlay"])
         annotations.append(annotation)
     shown = [f"{error['where']}: {error['error']}" for error in errors[:5]]
@@ -123,6 +126,12 @@ def _coco(mask: np.ndarray) -> dict[str, Any]:
     area, box = int(coco_mask.area(rle)), [float(side) for side in coco_mask.toBbox(rle)]
     segmentation = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
     return {"segmentation": segmentation, "area": area, "bbox": box}
+
+
+def _shortened(stem: str) -> str:
+    """Return the beginning of a file's name: with a number before it, a long one would exceed what systems allow."""
+    name = os.fsencode(stem)
+    return name[:_NAME].decode(errors="ignore") if len(name) > _NAME else stem
 
 
 def _write_overlay(found: Prediction, path: Path) -> None:

@@ -55,9 +55,14 @@ def evaluate(
     from fastkd.train import TrainConfig
     from fastkd.train.launch import join
 
-    for option, path in (("--out", out), ("--out-samples", out_samples)):
-        if path is not None:
+    files: dict[Path, str] = {}
+    for option, path in (("--against", against), ("--out", out), ("--out-samples", out_samples)):
+        if path is None:
+            continue
+        if option != "--against":
             check_file(option, path)
+        if (other_option := files.setdefault(path.resolve(), option)) != option:
+            raise ValueError(f"{other_option} and {option} are the same file, {path}: choose another name for one")
     if data.mix:
         raise ValueError(
             f"--mix is for training sets, got {', '.join(data.mix)}; evaluate one set at a time, with --dataset"

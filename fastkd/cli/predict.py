@@ -67,7 +67,7 @@ def predict(
             f"--image-root is the folder of the images that a JSONL or parquet file names; {image} is not one"
         )
     elif image.is_dir():
-        records = requests_of_folder(image, texts)
+        records = requests_of_folder(image, texts, skip=out / "overlays")  # those of an earlier run
     elif len(texts) == 1:
         check_folder("out", out)
         return _predict_one(image, texts[0], model, out, tokenizer, device, overlays)

@@ -58,10 +58,10 @@ class Failed:
     id: int | str | None = None
 
 
-def requests_of_folder(folder: Path, sentences: Sequence[str]) -> Iterator[Request | Failed]:
+def requests_of_folder(folder: Path, sentences: Sequence[str], skip: Path | None = None) -> Iterator[Request | Failed]:
     """Yield every sentence for every image file in a folder and its subfolders, in the order of their names.
 
-    Image files are recognised by their suffix; hidden files and folders are skipped.
+    Image files are recognised by their suffix; hidden files and folders, and those in ``skip``, are skipped.
 
     Raises:
         ValueError: no sentence, an unusable one, or no image.
@@ -71,7 +71,10 @@ def requests_of_folder(folder: Path, sentences: Sequence[str]) -> Iterator[Reque
     for sentence in sentences:
         if fault := sentence_fault(sentence):
             raise ValueError(f"the sentence {fault}: pass a referring expression such as 'the left red cup'")
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix.lower() in extensions()]
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in extensions()]
+    if skip is not None:
+        paths = [path for path in paths if skip.resolve() not in path.resolve().parents]
+    names = [path.relative_to(folder) for path in paths]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     if not names:
         raise ValueError(f"{folder} has no image file ({', '.join(sorted(extensions())[:6])}, ...)")

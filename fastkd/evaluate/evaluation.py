@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastkd._runtime import autocast, device_of, pick_device, pick_precision
+from fastkd._runtime import autocast, device_of, modes_kept, pick_device, pick_precision
 from fastkd.data._loading import batches
 from fastkd.data._nested import declared_values, leaves
 from fastkd.distill.forward import parameter_dtype, run_model
@@ -101,10 +101,9 @@ def evaluate(
         generator=torch.Generator(),
     )
     share = Share(indices)
-    modes = {module: module.training for module in model.modules()}
     start = time.perf_counter()
-    try:
-        model.eval().to(target)
+    with modes_kept(model):
+        model.eval().to(target)  # outside of inference mode, which would make its parameters untrainable
         with torch.inference_mode():
             for batch in batches(loader):
                 check_host_ids(batch.get("input_ids"), model)
@@ -119,9 +118,6 @@ def evaluate(
                     break
                 _check_resolution(logits, rules)
                 share.add(batch, logits, output, rules, no_target_pixels)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     found = merge(share)  # also after a failure: every process must stop, or the others would wait
     if found.failure:
         raise FloatingPointError(f"the model's logits hold NaN for {found.failure}: {nan_cause(model)}")

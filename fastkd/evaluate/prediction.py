@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from fastkd._runtime import device_of
+from fastkd._runtime import device_of, modes_kept
 from fastkd._wrappers import unwrap
 from fastkd.data.images import read_image, to_square
 
@@ -61,7 +61,7 @@ def predict(
 
     Args:
         model: a `fastkd.models.RISModel`, or a model with the same call and a ``config``. Runs in eval mode on the
-            device of its weights; its mode is restored.
+            device of its weights; its modes are restored.
         image: path of an image, its encoded content, a PIL image, or (H, W, 3) uint8 RGB; its EXIF orientation is
             applied, as in training.
         sentence: the referring expression. If longer than the model allows it is truncated, with a `FastKDWarning`.
@@ -153,20 +153,16 @@ def _predict_batch(model: nn.Module, records: Sequence[tuple[Any, str]], tokeniz
     size, statistics = _config(model).image_size, normalisation(model) or ()
     images = torch.stack([normalise(to_square(pixels, size), *statistics) for _, pixels, _, _ in inputs])
     ids, masks = torch.cat([given[2] for given in inputs]), torch.cat([given[3] for given in inputs])  # (B, T)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            logits = run_model(model, images.to(device), ids.to(device), masks.to(device)).logits.float()
-            nan = has_nan(logits).tolist()
-            for (number, pixels, _, _), rows, undecided in zip(inputs, logits, nan, strict=True):
-                if undecided:
-                    message = f"the model's logits hold NaN, which gives no mask: {nan_cause(model)}"
-                    found[number] = FloatingPointError(message)
-                else:
-                    found[number] = _prediction(rows, pixels, records[number][1])
-    finally:
-        model.train(training)
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        logits = run_model(model, images.to(device), ids.to(device), masks.to(device)).logits.float()
+        nan = has_nan(logits).tolist()
+        for (number, pixels, _, _), rows, undecided in zip(inputs, logits, nan, strict=True):
+            if undecided:
+                message = f"the model's logits hold NaN, which gives no mask: {nan_cause(model)}"
+                found[number] = FloatingPointError(message)
+            else:
+                found[number] = _prediction(rows, pixels, records[number][1])
     return found
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._atomic import replace_files
+from fastkd._runtime import modes_kept
 from fastkd._wrappers import unwrap, unwrapped
 from fastkd.models.inputs import check_vocabulary, placement, word_limit
 from fastkd.models.onnx_model import FORMAT, INPUTS, OUTPUT, open_session, run
@@ -150,16 +151,16 @@ def _export(
 
     check_vocabulary(model, tokenizer)
     network = _LogitsOnly(model)
-    was_training, (device, _) = model.training, placement(model)
+    device, _ = placement(model)
     dtypes = {p.dtype for p in model.parameters()}
     if dtypes != {torch.float32}:
         raise ValueError(f"the model's parameters are {', '.join(map(str, dtypes))}: call model.float() first")
     metadata = path.with_suffix(".json")
     vocabulary = None if tokenizer is None else path.with_suffix(".vocab.txt")
     whole = None if tokenizer is None or tokenizer.name == "shapes" else path.with_suffix(".tokenizer.json")
-    model.to("cpu").eval()
     try:
-        with replace_files(path, metadata, *filter(None, [vocabulary, whole])) as partials:
+        with modes_kept(model), replace_files(path, metadata, *filter(None, [vocabulary, whole])) as partials:
+            model.to("cpu").eval()
             example = _example(model, 2, height, width, seed)
             with torch.no_grad():
                 model(*example)  # an unsupported size raises the model's error, not the tracer's
@@ -188,7 +189,7 @@ def _export(
             if tokenizer is not None:
                 partials[2].write_text("".join(f"{piece}\n" for piece in tokenizer.pieces()), encoding="utf-8")
     finally:
-        model.to(device).train(was_training)
+        model.to(device)
     return Exported(path, metadata, vocabulary, parameters, differences, same, whole)
 
 

@@ -34,7 +34,9 @@ class OnnxOutput:
 
 
 class OnnxModel(nn.Module):
-    """An exported student on the CPU, for `fastkd.evaluate.evaluate` and `predict`; it has no parameters to train.
+    """An exported student, for `fastkd.evaluate.evaluate` and `predict`; it has no parameters to train.
+
+    It computes on the CPU; its logits are on the device of the image.
 
     Reads NAME.onnx, written by ``fastkd export``, and NAME.json and NAME.tokenizer.json next to it.
 
@@ -84,9 +86,10 @@ class OnnxModel(nn.Module):
         if list(image.shape[1:]) != [3, *self.size]:
             raise ValueError(
                 f"image must be (B, 3, {self.size[0]}, {self.size[1]}), the size of the exported file, got "
-                f"{tuple(image.shape)}: export the student again with --height and --width"
+                f"{tuple(image.shape)}: export the student again for this size (fastkd's own images are square)"
             )
-        return OnnxOutput(run(self.session, {"image": image, "input_ids": input_ids, "word_mask": word_mask}))
+        logits = run(self.session, {"image": image, "input_ids": input_ids, "word_mask": word_mask})
+        return OnnxOutput(logits.to(image.device))
 
 
 def open_session(content: bytes, threads: int) -> Any:
@@ -106,7 +109,7 @@ def open_session(content: bytes, threads: int) -> Any:
 
 def run(session: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Return the logits (B, 2, H, W) of a session."""
-    feed = {name: inputs[name].contiguous().numpy() for name in INPUTS}
+    feed = {name: inputs[name].detach().cpu().contiguous().numpy() for name in INPUTS}
     return torch.from_numpy(session.run([OUTPUT], feed)[0])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._messages import shortened, with_unit
-from fastkd._runtime import autocast
+from fastkd._runtime import autocast, modes_kept
 from fastkd._wrappers import uncompiled
 from fastkd.distill import checks
 from fastkd.distill.distiller import Distiller, DistillOutput
@@ -121,16 +121,12 @@ def check_means(distiller: Distiller, batch: Mapping[str, Any], accumulate: int,
     """
     size = next((len(v) for v in distiller.model_inputs(batch).values() if isinstance(v, Tensor) and v.ndim), 0)
     half = max(1, size // 2)
-    modes = {module: module.training for module in distiller.modules()}
-    distiller.eval()
     try:
-        with preserve_state(distiller), torch.no_grad():
+        with modes_kept(distiller), preserve_state(distiller), torch.no_grad():
+            distiller.eval()
             once, twice = (_values(distiller(_repeated(batch, size, half, times))) for times in (1, 2))
     except (RuntimeError, ValueError, TypeError, LookupError):
         return
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     sums = [name for name, value in once.items() if value and abs(twice[name] - 2 * value) <= 0.02 * abs(2 * value)]
     if sums:
         named = ["the task loss" if name == "task" else f"term {name!r}" for name in sums]

@@ -108,10 +108,12 @@ def test_exif_orientation_is_applied(teacher, scene, tmp_path):
 
 def test_preserves_mode_and_weights(teacher, scene):
     teacher.train()
+    teacher.backbone.eval()  # frozen
     try:
+        modes = [module.training for module in teacher.modules()]
         before = {k: v.clone() for k, v in teacher.state_dict().items()}
         predict(teacher, *scene)
-        assert teacher.training
+        assert [module.training for module in teacher.modules()] == modes
         assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     finally:
         teacher.eval()

@@ -114,6 +114,21 @@ def test_folder_gives_coco_masks_and_overlays(teacher, folder, tmp_path, capsys)
     assert len(list((out / "overlays").iterdir())) == 6
 
 
+def test_output_in_the_folder_of_the_images_and_long_names(folder, capsys):
+    for name in ("n" * 250, "n" + "é" * 124):  # é takes two bytes
+        (folder / "a.png").rename(folder / f"{name}.png")
+        Image.new("RGB", (9, 9)).save(folder / "a.png")
+    (folder / "damaged.png").unlink()
+    for _ in range(2):  # the second time, the overlays of the first are not images to predict
+        assert main(["predict", str(folder), "red", "--model", "shapes", "--out", str(folder / "out")]) == 0
+    content = result(folder / "out")
+    names = [image["file_name"] for image in content["images"]]
+    assert names == ["a.png", "b.jpg", "more/c.PNG", "n" * 250 + ".png", "n" + "é" * 124 + ".png"]
+    overlays = [annotation["overlay"] for annotation in content["annotations"]]
+    assert all(overlay.isprintable() for overlay in overlays)  # no half of a character
+    assert sorted(overlays) == sorted(f"overlays/{path.name}" for path in (folder / "out" / "overlays").iterdir())
+
+
 def test_jsonl_names_images_sentences_and_ids(teacher, folder, tmp_path, capsys):
     lines = [
         {"image": "b.jpg", "mask": "ignored.png", "sentence": ["red", "blue"], "id": "r1"},

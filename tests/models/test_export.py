@@ -234,8 +234,10 @@ def test_reports_a_failed_trace_in_one_line(student, tmp_path, monkeypatch):
 def test_keeps_the_training_mode(student, exported, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "_trace", lambda network, example: Program(exported.onnx))
     model = copy.deepcopy(student).train()
+    model.backbone.eval()  # frozen
+    modes = [module.training for module in model.modules()]
     export_onnx(model, tmp_path / "student.onnx", size=(40, 56))
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_rejects_bad_arguments(student, tmp_path):

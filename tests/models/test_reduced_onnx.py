@@ -196,6 +196,23 @@ def test_words_are_those_of_the_students_tokenizer(student, exports, tmp_path, m
         OnnxModel(moved / "a.onnx")
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that numpy cannot read before it is on the CPU, as on a GPU."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self):
+        raise TypeError("can't convert this device's tensor to numpy")
+
+
+def test_takes_inputs_on_other_devices(exports, batches):
+    inputs = [batches[0][name] for name in ("image", "input_ids", "word_mask")]
+    model = OnnxModel(exports["fp32"].onnx)
+    elsewhere = [each.as_subclass(Elsewhere) for each in inputs]
+    assert model(*elsewhere).logits.equal(model(*inputs).logits)
+
+
 def test_refuses_other_sizes_and_other_files(exports, tmp_path):
     model = OnnxModel(exports["fp32"].onnx)
     ids, mask = torch.ones(1, 12, dtype=torch.int64), torch.ones(1, 12, dtype=torch.bool)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fastkd._atomic import remove_leftovers
 from fastkd._integers import ceil_div, round_up
 from fastkd._messages import with_unit
-from fastkd._runtime import autocast, to_device
+from fastkd._runtime import autocast, modes_kept, to_device
 from fastkd._wrappers import is_sharded, unwrap
 from fastkd.data._loading import batches
 from fastkd.distill import checks
@@ -98,13 +98,13 @@ class Build:
 
     def run(self, overwrite: bool, progress: bool, notes: Mapping[str, Any]) -> None:
         """Measure, print, and write the shards that are missing."""
-        training, threads = self.distiller.training, torch.get_num_threads()
+        threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads or threads)
         try:
-            self._run(overwrite, progress, notes)
+            with modes_kept(self.distiller):
+                self._run(overwrite, progress, notes)
         finally:
             torch.set_num_threads(threads)
-            self.distiller.train(training)
 
     def _run(self, overwrite: bool, progress: bool, notes: Mapping[str, Any]) -> None:
         distiller = self.distiller.to(self.device).train()
