@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from fastkd.data._files import absolute
+
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
@@ -97,13 +99,10 @@ class DataArgs:
         from fastkd.data.opening import author_of
 
         sets = {self.dataset: (MixArgs(None, self.dataset, self.split_by), self.open("train", model, **options))}
-        places: list[Any] = [(self.data.absolute(), self.dataset, author_of(self.dataset, self.split_by))]
+        places: list[Any] = [(absolute(self.data), self.dataset, author_of(self.dataset, self.split_by))]
         for mixed in map(MixArgs.parse, self.mix):
-            place = (
-                (mixed.root or self.data).absolute(),
-                mixed.dataset,
-                author_of(mixed.dataset, mixed.split_by),
-            )
+            author = author_of(mixed.dataset, mixed.split_by)
+            place = (absolute(mixed.root or self.data), mixed.dataset, author)
             if place in places:
                 raise ValueError(
                     f"--mix: {mixed.names()[0]!r} occurs twice; name each set once, with its number of passes"
@@ -160,13 +159,13 @@ class MixArgs:
     def names(self) -> list[str]:
         """Return names of the set, from short to long."""
         by = "" if self.split_by is None else f"/{self.split_by}"
-        parts = () if self.root is None else self.root.absolute().parts
+        parts = () if self.root is None else absolute(self.root).parts
         roots = ["/".join(parts[-depth:]) + ":" if depth else "" for depth in range(bool(parts), len(parts) + 1)]
         return [f"{root}{self.dataset}{end}" for root in roots for end in ("", by)]
 
     def absolute(self) -> str:
         """Return the text with an absolute path."""
-        root = "" if self.root is None else f"{self.root.absolute()}:"
+        root = "" if self.root is None else f"{absolute(self.root)}:"
         by = "" if self.split_by is None else f"/{self.split_by}"
         return f"{root}{self.dataset}{by}={self.weight!r}" + ("" if self.size is None else f",size={self.size}")
 

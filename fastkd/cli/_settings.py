@@ -14,6 +14,7 @@ from fastkd._messages import suggestion
 from fastkd.cli._arguments import Config
 from fastkd.cli._data import Data, DataArgs, MixArgs
 from fastkd.cli._shipped import SHIPPED
+from fastkd.data._files import absolute
 from fastkd.distill.schedules import Kind, Schedule
 from fastkd.train.config import TrainConfig
 
@@ -329,17 +330,17 @@ def with_absolute_paths(settings: RunSettings) -> Any:
     """Return the settings with every local path absolute, so that they mean the same in another folder."""
     data = settings.data
     shared: dict[str, Any] = {
-        "data": data.data.absolute(),
-        "image_root": data.image_root and data.image_root.absolute(),
+        "data": absolute(data.data),
+        "image_root": data.image_root and absolute(data.image_root),
         "tokenizer": _absolute(data.tokenizer),
         "mix": tuple(MixArgs.parse(text).absolute() for text in data.mix),
     }
-    changes: dict[str, Any] = {"data": replace(data, **shared), "out": settings.out.absolute()}
-    changes["shards"] = settings.shards and settings.shards.absolute()
+    changes: dict[str, Any] = {"data": replace(data, **shared), "out": absolute(settings.out)}
+    changes["shards"] = settings.shards and absolute(settings.shards)
     names = ("backbone_weights", "text_weights", "model", "teacher", "student", "teacher_tokenizer")
     changes |= {name: _absolute(getattr(settings, name)) for name in names if hasattr(settings, name)}
     if isinstance(settings, DistillSettings) and settings.teacher_cache is not None:
-        changes["teacher_cache"] = settings.teacher_cache.absolute()
+        changes["teacher_cache"] = absolute(settings.teacher_cache)
     return replace(settings, **changes)
 
 
@@ -348,4 +349,4 @@ def _absolute(name: str | None) -> str | None:
     if name in (None, *SHIPPED, "timm", "random"):
         return name
     path = Path(str(name)).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    return str(absolute(path)) if path.exists() else name

@@ -71,12 +71,14 @@ def demo(
     from fastkd.train.resume import check_run_folder
     from fastkd.train.trackers import check_trackers
 
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds must be one or more different integers, got {' '.join(map(str, seeds)) or 'none'}")
     shares_of(terms)  # raises if a term has neither share nor weight
     check_trackers(config.tracker, out)
     for folder in [_run_folder(out, seed, name) for seed in seeds for name in (ALONE, DISTILLED, LONGER)]:
         check_run_folder(folder, overwrite=overwrite, resume=False)
     teacher = RISModel.from_pretrained(shapes_teacher()).eval().requires_grad_(False)
-    root = _make_data(out, images, teacher.config.image_size)
+    root = _make_data(out, images, teacher.config.image_size, overwrite)
     test = open_split(root, test_split, teacher, sentences="all")
     teacher_score = evaluate(teacher, test, channels_last=config.channels_last)
     show(f"teacher on {test_split}: {teacher_score}")
@@ -97,7 +99,7 @@ def _run_folder(out: Path, seed: int, name: str) -> Path:
     return out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "-")
 
 
-def _make_data(out: Path, images: int, size: int) -> Path:
+def _make_data(out: Path, images: int, size: int, overwrite: bool) -> Path:
     from fastkd.data import shapes
 
     root = out / "data"
@@ -106,7 +108,7 @@ def _make_data(out: Path, images: int, size: int) -> Path:
     if settings.is_file() and requested.items() <= json.loads(settings.read_text(encoding="utf-8")).items():
         show(f"data: {root}, reused")
         return root
-    counts = shapes.make_shapes(root, images=images, image_size=size, seed=0, overwrite=True)
+    counts = shapes.make_shapes(root, images=images, image_size=size, seed=0, overwrite=overwrite)
     show(f"data: {counts['images']} images, {counts['refs']} refs, {counts['sentences']} sentences in {root}")
     return root
 

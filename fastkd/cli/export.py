@@ -65,7 +65,7 @@ def export(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    check_folder("onnx", onnx.parent)
+    check_folder("--onnx", onnx.parent)
     _check_data(data, dtype)
     student = load_local_model(model)
     if not isinstance(student, RISModel):

@@ -69,13 +69,13 @@ def predict(
     elif image.is_dir():
         records = requests_of_folder(image, texts, skip=out / "overlays")  # those of an earlier run
     elif len(texts) == 1:
-        check_folder("out", out)
+        check_folder("--out", out)
         return _predict_one(image, texts[0], model, out, tokenizer, device, overlays)
     elif not texts:
         raise ValueError(f"no sentence for {image}: pass a referring expression such as 'the left red cup'")
     else:
         records = (Request(image.name, image, text) for text in texts)
-    check_folder("out", out)
+    check_folder("--out", out)
     _predict_many(records, model, out, tokenizer, device, batch_size, overlays)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastkd._console import show
+from fastkd.data._files import absolute
 
 if TYPE_CHECKING:
     from fastkd.cli._data import DataArgs
@@ -101,7 +102,7 @@ def report(
 
 def _names(runs: tuple[Path, ...]) -> dict[str, Path]:
     """Return the runs by the names of their folders, with those of parent folders where they are needed."""
-    folders = [run.absolute() for run in runs]
+    folders = [absolute(run) for run in runs]
     if len(set(folders)) != len(folders):
         raise ValueError("a run occurs twice: name each folder once")
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
@@ -132,9 +133,11 @@ def _check_same_data(data: dict[str, DataArgs]) -> None:
     (first, reference), *others = data.items()
     for name, other in others:
         for setting in ("data", "dataset", "split_by", "mask_rule", "sentence_field"):
-            ours, theirs = getattr(reference, setting), getattr(other, setting)
+            ours, theirs = (getattr(one, setting) for one in (reference, other))
             if setting == "split_by":  # null is the first author of the set, so it may equal a name
                 ours, theirs = author_of(reference.dataset, ours), author_of(other.dataset, theirs)
+            elif isinstance(ours, Path):
+                ours, theirs = absolute(ours), absolute(theirs)
             if ours != theirs:
                 raise ValueError(f"{setting} is {ours} in {first} but {theirs} in {name}: compare runs on one dataset")
 

@@ -26,6 +26,11 @@ IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train201
 _FIELDS = {"ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list}
 
 
+def absolute(path: Path) -> Path:
+    """Return an absolute path without "..", so that equal places have equal paths; other links are not followed."""
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
 def read_refs(path: Path) -> list[dict[str, Any]]:
     """Read the refs from a pickle written by Python 2 or 3, or from JSON.
 

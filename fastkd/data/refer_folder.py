@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastkd.data._confine import check_inside
-from fastkd.data._files import find_missing, read_bytes
+from fastkd.data._files import absolute, find_missing, read_bytes
 from fastkd.data._folder_rows import Row, open_rows
 from fastkd.data._join import check_unique
 from fastkd.data._records import NO_TARGET, Ref, Sentence
@@ -68,7 +68,7 @@ class ReferFolder(ReferringSet):
             raise ValueError(f"mask_rule must be one of {', '.join(map(repr, RULES))}, got {mask_rule!r}")
         self.root = Path(root)
         self.image_root = self.root if image_root is None else Path(image_root)
-        self.name, self.split, self.mask_rule = name or self.root.absolute().name, split, mask_rule
+        self.name, self.split, self.mask_rule = name or absolute(self.root).name, split, mask_rule
         path = find_rows(self.root, split)
         self._rows = open_rows(path)
         skips = Skips(skip_unusable)

@@ -61,8 +61,10 @@ def read_config(folder: Path) -> dict:
         raise FileNotFoundError(f"no folder {folder}; from_pretrained needs a folder written by save_pretrained")
     path = folder / CONFIG_FILE
     if not path.is_file():
+        best = folder / "best"
+        hint = f". Did you mean {best}?" if (best / CONFIG_FILE).is_file() else ""  # the folder of a run
         raise FileNotFoundError(
-            f"{folder} has no {CONFIG_FILE}; from_pretrained needs a folder written by save_pretrained"
+            f"{folder} has no {CONFIG_FILE}; from_pretrained needs a folder written by save_pretrained{hint}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -221,6 +221,13 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
     assert "refcoco (unc) testA" in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_demo_replaces_no_other_data_unless_requested(tmp_path, capsys):
+    assert main(["data", "make-shapes", str(tmp_path / "data"), "--images", "20"]) == 0
+    assert main(["demo", "--out", str(tmp_path), "--images", "40", "--no-overwrite", *SHORT]) == 2
+    assert "already holds a shapes set" in capsys.readouterr().err
+    assert json.loads((tmp_path / "data" / "shapes.json").read_text())["images"] == 20
+
+
 def test_relative_cost_ignores_changes_of_load(monkeypatch):
     from fastkd.cli._grid.costs import Candidate, relative_costs
     from fastkd.train import TrainConfig, TrainResult
@@ -265,6 +272,8 @@ def test_relative_cost_alternates_the_models(shapes):
         (["distill", "--data", "nowhere", "--out", "{tmp}/new", "--tracker", "mlflow"], "pip install mlflow"),
         (["demo", "--out", "{tmp}/new", "--tracker", "mlflow"], "pip install mlflow"),
         (["demo", "--out", "{tmp}", "--no-overwrite"], "holds an earlier run"),
+        (["demo", "--out", "{tmp}/new", "--seeds"], "--seeds must be one or more different integers, got none"),
+        (["demo", "--out", "{tmp}/new", "--seeds", "1", "0", "1"], "different integers, got 1 0 1"),
     ],
 )
 def test_folders_and_trackers_are_checked_before_any_work(args, message, tmp_path, capsys, monkeypatch):

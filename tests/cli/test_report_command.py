@@ -48,6 +48,20 @@ def test_compares_runs_and_their_teacher(runs: Path, capsys: pytest.CaptureFixtu
         assert sum(f"predicted by {name}," in alt for alt in alts) == 3
 
 
+def test_runs_that_name_one_dataset_by_two_paths(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shutil.copytree(runs / "data", tmp_path / "data")
+    names = ("--data", str(tmp_path / "data")), ("--data", "../data")
+    for number, name in enumerate(names):
+        assert main(["train", *name, *SHORT, "--out", str(number)]) == 0
+    assert f"data: {tmp_path / 'data'}\n" in (tmp_path / "work" / "1" / "config.yaml").read_text()
+    old = (tmp_path / "work" / "1" / "config.yaml").read_text()
+    old = old.replace(f"data: {tmp_path / 'data'}", f"data: {tmp_path / 'work' / '..' / 'data'}")
+    (tmp_path / "work" / "1" / "config.yaml").write_text(old)  # of an earlier version
+    assert main(["report", "0", "1", "--examples", "1"]) == 0
+
+
 def test_one_run_without_its_teacher(runs: Path, tmp_path: Path) -> None:
     assert main(["report", str(runs / "distilled"), "--no-teacher", "--out", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
@@ -128,6 +142,7 @@ def test_latency_of_a_slow_model_is_measured_less_often(
     [
         ([], "no run: pass the folder of a run"),
         (["{runs}/alone", "{runs}/alone"], "a run occurs twice"),
+        (["{runs}/alone", "{runs}/data/../alone"], "a run occurs twice"),
         (["{runs}/data"], "is not a run of fastkd train, distill or demo: it has no config.yaml"),
         (["{tmp}/begun"], "has no best/"),
         (["{runs}/alone", "{tmp}/other"], "compare runs on one dataset"),

@@ -248,7 +248,7 @@ def test_writes_both_pictures_or_none(scene, tmp_path, capsys):
     for out in ("file", "file/below"):
         assert main([*args, str(tmp_path / out)]) == 2
         error = capsys.readouterr().err
-        assert f"out: {tmp_path / 'file'} is a file" in error
+        assert f"--out: {tmp_path / 'file'} is a file" in error
         assert error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
 

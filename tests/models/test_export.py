@@ -300,7 +300,7 @@ def test_command(student, exported, tmp_path, capsys, monkeypatch):
     assert {p.name for p in path.parent.iterdir()} == {"student.onnx", "student.json", "student.vocab.txt"}
     assert main([*args, "--onnx", str(path)]) == 0  # replaces the earlier file
     assert main([*args, "--onnx", str(path / "below.onnx")]) == 2
-    assert f"onnx: {path} is a file" in capsys.readouterr().err
+    assert f"--onnx: {path} is a file" in capsys.readouterr().err
 
     rejected = tmp_path / "rejected.onnx"
     assert main([*args, "--onnx", str(rejected), "--tolerance", "1e-15"]) == 2
