@@ -96,7 +96,7 @@ def export(
         )
     if done.agreement is not None:
         show(f"{dtype}: masks have IoU {done.agreement:.4f} with those of fp32")
-    show(f"{done.metadata}" + (f", {done.vocabulary}" if done.vocabulary is not None else ""))
+    show(", ".join(str(file) for file in (done.metadata, done.vocabulary, done.tokenizer) if file is not None))
 
 
 def _check_data(data: CalibrationData, dtype: str) -> None:

@@ -193,6 +193,13 @@ class RISModel(
             values["tokenizer"] = "."
         elif self.tokenizer is not None:
             values["tokenizer"] = self.tokenizer.name
+        if values["tokenizer"] == "shapes" and has_tokenizer(save_directory):
+            warnings.warn(
+                f"{save_directory} holds another model's tokenizer, which takes precedence over this model's (shapes): "
+                f"remove {', '.join(name for name in TOKENIZER_FILES if (save_directory / name).is_file())}",
+                FastKDWarning,
+                stacklevel=4,
+            )
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         files = (save_directory / checkpoint.WEIGHTS_FILE, save_directory / checkpoint.CONFIG_FILE)
         with replace_files(*files) as (weights, config):

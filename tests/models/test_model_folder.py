@@ -215,6 +215,16 @@ class TestTokenizer:
         assert loaded.config.tokenizer == str(folder)  # absolute, so that it survives a change of directory
         assert tokenizer_of(loaded).pieces() == shapes.pieces()
 
+    def test_tokenizer_of_another_model_in_the_folder_is_warned_of(self, tmp_path):
+        load_tokenizer("shapes").save(tmp_path)
+        with pytest.warns(FastKDWarning, match=r"takes precedence over this model's \(shapes\): remove tokenizer.json"):
+            save(small(tokenizer="shapes"), tmp_path)
+
+    def test_folder_of_a_run_is_not_that_of_a_model(self, tmp_path):
+        save(small(), tmp_path / "best")
+        with pytest.raises(FileNotFoundError, match=r"has no config\.json.* Did you mean .*best\?"):
+            RISModel.from_pretrained(tmp_path)
+
     def test_text_weights_define_the_tokenizer(self, tmp_path):
         small().text_encoder.model.save_pretrained(tmp_path / "bert")
         torch.manual_seed(0)
@@ -259,12 +269,12 @@ class TestTokenizer:
         (tmp_path / "vocab.txt").write_text("\n".join(cased) + "\n")
         model = small(**OWN, text={**TEXT, "pad_token_id": 1}, tokenizer=str(tmp_path))
         facts = _facts(
-            model, tmp_path / "vocab.txt", 64, 64, 1, {}, 1e-4, load_tokenizer(tmp_path), tmp_path / "x.vocab.txt"
+            model, tmp_path / "vocab.txt", 64, 64, 1, {}, 1e-4, load_tokenizer(tmp_path), tmp_path / "x.tokenizer.json"
         )
         assert (facts["image"]["mean"], facts["image"]["std"]) == ([0.1, 0.4, 0.7], [0.5, 0.25, 0.125])
         assert facts["tokenizer"]["lower_case"] is False
         assert facts["tokenizer"]["pad_id"] == 1
-        assert facts["tokenizer"]["name"] == facts["config"]["tokenizer"] == "x.vocab.txt"  # not a local path
+        assert facts["tokenizer"]["name"] == facts["config"]["tokenizer"] == "x.tokenizer.json"  # not a local path
 
 
 class Quiet(Tokenizer):
