@@ -26,7 +26,7 @@ class Share:
         indices: their indices in the dataset.
         failure: description of the sample whose logits hold NaN, or "".
         decision: rule that turned logits into masks, or "" if there were no samples.
-        resolution: (H, W) of the logits.
+        resolutions: the sizes (H, W) of the logits.
         without_target: number of sentences that have no target.
         columns: what the batches state of each sample, by name.
         counts: tensors (B,) of each batch, by name.
@@ -35,7 +35,7 @@ class Share:
     indices: Sequence[int]
     failure: str = ""
     decision: str = ""
-    resolution: tuple[int, int] = (0, 0)
+    resolutions: set[tuple[int, int]] = field(default_factory=set)
     without_target: int = 0
     columns: dict[str, list[Any]] = field(default_factory=dict)
     counts: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Share:
         """
         head = None
         self.decision = rules.decision
-        self.resolution = (logits.shape[2], logits.shape[3])
+        self.resolutions.add((logits.shape[2], logits.shape[3]))
         if rules.no_target:
             if "no_target" not in batch:
                 raise ValueError(
@@ -77,8 +77,16 @@ class Share:
                 self.columns.setdefault(name, []).extend(column.tolist() if isinstance(column, Tensor) else column)
 
     def records(self) -> list[tuple[int, dict[str, Any]]]:
-        """Return the index and the record of each sample."""
+        """Return the index and the record of each sample.
+
+        Raises:
+            ValueError: some samples have a key that others lack.
+        """
         columns = {**self.columns, **{name: torch.cat(parts).tolist() for name, parts in self.counts.items()}}
+        count = len(columns.get(_PIXELS[0], ()))
+        partial = [f"{len(values)} have {name!r}" for name, values in columns.items() if len(values) != count]
+        if partial:
+            raise ValueError(f"of {count} samples, {', '.join(partial)}: give every sample these keys, or none")
         rows = zip(*columns.values(), strict=True) if columns else ()
         return [(index, dict(zip(columns, row, strict=True))) for index, row in zip(self.indices, rows, strict=False)]
 
@@ -97,14 +105,14 @@ class Merged:
     Attributes:
         failure: that of the first process that has one, or "".
         decision: rule that turned logits into masks.
-        resolution: (H, W) of the logits.
+        resolution: (H, W) of the logits; None if they have several sizes.
         without_target: number of sentences that have no target.
         samples: the record of each sample, in dataset order.
     """
 
     failure: str
     decision: str
-    resolution: tuple[int, int]
+    resolution: tuple[int, int] | None
     without_target: int
     samples: list[dict[str, Any]]
 
@@ -127,15 +135,16 @@ class Merged:
 
 def merge(share: Share) -> Merged:
     """Return the samples of all processes; a collective call."""
-    own = (share.failure, share.decision, share.resolution, share.without_target, share.records())
+    own = (share.failure, share.decision, share.resolutions, share.without_target, share.records())
     shares = [own] * ranks()[1]
     if len(shares) > 1:
         torch.distributed.all_gather_object(shares, own)
-    failures, decisions, sizes, without, records = zip(*shares, strict=True)
+    failures, decisions, resolutions, without, records = zip(*shares, strict=True)
+    sizes = set().union(*resolutions)
     return Merged(
         failure=next(filter(None, failures), ""),
         decision=next(filter(None, decisions), ""),  # a process without samples has none
-        resolution=max(sizes),
+        resolution=sizes.pop() if len(sizes) == 1 else None,
         without_target=sum(without),
         samples=[record for _, record in sorted((pair for part in records for pair in part), key=lambda pair: pair[0])],
     )

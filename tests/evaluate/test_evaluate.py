@@ -180,6 +180,25 @@ class TestEvaluate:
         ]
         assert all(r.metrics == results[0].metrics for r in results)
 
+    def test_states_no_size_if_there_are_several(self) -> None:
+        class Cropped(Scenes):
+            def __getitem__(self, i: int) -> dict[str, Any]:
+                sample, height = super().__getitem__(i), 4 + i % 2
+                return {**sample, "image": sample["image"][:, :height], "mask": sample["mask"][:height]}
+
+        result = evaluate(Echo(), Cropped(), batch_size=1, collate=collate)
+        assert result.resolution is None
+        assert "each image's own size" in str(result)
+
+    def test_samples_of_which_some_lack_an_id(self) -> None:
+        class Partial(Scenes):
+            def __getitem__(self, i: int) -> dict[str, Any]:
+                sample = super().__getitem__(i)
+                return sample if i < 4 else {key: value for key, value in sample.items() if key != "sent_id"}
+
+        with pytest.raises(ValueError, match="of 10 samples, 4 have 'sent_id': give every sample these keys"):
+            evaluate(Echo(), Partial(), batch_size=2, collate=collate)
+
     def test_restores_the_mode_of_every_module(self) -> None:
         model = nn.Sequential(Echo(), nn.Dropout()).train()
         model[1].eval()
