@@ -90,7 +90,7 @@ def write_samples(result: EvalResult, path: str | os.PathLike[str]) -> None:
     Example:
         >>> write_samples(evaluate(student, val_set), "student.jsonl")
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     check_suffix(path, "path")
     scores = SampleScores.of(result)
     rows = [{**scores.conditions, **sample} for sample in scores.samples.values()]
@@ -115,7 +115,7 @@ def read_samples(path: str | os.PathLike[str]) -> SampleScores:
     Example:
         >>> print(compare(read_samples("distilled.jsonl"), read_samples("alone.jsonl")))
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     check_suffix(path, "path")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: write it with fastkd evaluate --out-samples, or write_samples")

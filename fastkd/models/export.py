@@ -199,7 +199,7 @@ def _calibration(
     """Return the calibration batches, of which there is at least one for int8."""
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be {', '.join(map(repr, get_args(Dtype)))}, got {dtype!r}")
-    found = [{name: batch[name] for name in INPUTS} for batch in batches or ()]
+    found = [{name: batch[name].detach().cpu() for name in INPUTS} for batch in batches or ()]
     if dtype == "int8" and not found:
         raise ValueError(
             "dtype='int8' needs calibration, batches of training data from which it takes the ranges of activations, "
@@ -378,7 +378,7 @@ def _facts(
         "outputs": {OUTPUT: {"shape": ["batch", 2, height, width], "dtype": "float32", "object": 1}},
         "image": {
             "channels": "RGB",
-            "resize": "bilinear, to height x width, ignoring the aspect ratio",
+            "resize": "bilinear with antialiasing, as in Pillow, to height x width, ignoring the aspect ratio",
             "scale": 1 / 255,
             "mean": list(model.config.image_mean or ()),
             "std": list(model.config.image_std or ()),

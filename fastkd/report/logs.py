@@ -34,7 +34,7 @@ def curves_from_log(
     Example:
         >>> curves = curves_from_log("runs/alone") + curves_from_log("runs/distilled")
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         path = path / "log.jsonl"
     if not path.is_file():

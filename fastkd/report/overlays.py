@@ -179,9 +179,10 @@ def save_overlay(
     """
     array = as_image(image)
     drawn = overlay(array, as_mask(mask, array.shape[:2]), colour, longest)
-    with replace_files(Path(path)) as (partial,):
+    path = Path(path).expanduser()
+    with replace_files(path) as (partial,):
         write_png(drawn, partial)
-    return Path(path)
+    return path
 
 
 def write_png(picture: np.ndarray, path: Path) -> None:

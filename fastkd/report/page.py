@@ -86,10 +86,9 @@ def write_report(
         ...         ResultRow("distilled", 315_000, {"mIoU": 52.9}, baseline="alone")]
         >>> write_report("report.html", title="Shapes", rows=rows)
     """
-    if Path(path).is_dir():
-        raise IsADirectoryError(
-            f"path: {path} is a folder: pass the name of a file, such as {Path(path) / 'report.html'}"
-        )
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"path: {path} is a folder: pass the name of a file, such as {path / 'report.html'}")
     facts = describe() if environment is None else environment
     names = [score.name for score in scores]
     if len(set(names)) != len(names):
@@ -108,9 +107,9 @@ def write_report(
         )
     )
     page = PAGE.substitute(title=escape(title), style=STYLE, body=body)
-    with replace_files(Path(path)) as (partial,):
+    with replace_files(path) as (partial,):
         partial.write_bytes(page.encode())
-    return Path(path)
+    return path
 
 
 def _section(heading: str, content: str) -> str:

@@ -212,6 +212,15 @@ def test_bad_input_raises_and_keeps_the_old_report(arguments: dict, message: str
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    page = write_report("~/report.html", title="a", rows=[ResultRow("alone")], environment={})
+    drawn = save_overlay(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), bool), "~/overlay.png")
+    assert (page, drawn) == (tmp_path / "home" / "report.html", tmp_path / "home" / "overlay.png")
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["overlay.png", "report.html"]
+
+
 def test_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, content: bytes) -> int:
         self.open("wb").write(content[:10])

@@ -49,6 +49,14 @@ def test_a_file_holds_what_was_written(tmp_path: Path, suffix: str, changes: dic
     assert list(read.samples) == [(str(s["ref_id"]), str(s["sent_id"])) for s in ours.samples]
 
 
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_samples(result(), "~/a.jsonl")
+    assert len(read_samples("~/a.jsonl").samples) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_ids_may_be_strings_or_numpy_numbers_or_missing(tmp_path: Path) -> None:
     ours = result()
     for i, sample in enumerate(ours.samples):
