@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import reprlib
+import unicodedata
 from typing import Any
 
 _INT64 = 2**63
 LONGEST_SENTENCE = 10_000  # characters; the longest published sentences have a few hundred
 
 _NOT_TEXT = re.compile(r"[\0\ud800-\udfff]")
+_WORD = re.compile(r"\w")
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 3, 6, 6, 6
 _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 120, 40, 120
@@ -37,4 +39,7 @@ def sentence_fault(text: str) -> str | None:
     if found := _NOT_TEXT.search(text):
         what = "a NUL character" if found[0] == "\0" else "half of a surrogate pair, which is not text"
         return f"holds {what} ({brief(text)})"
+    # A zero-width space, for example, which tokenizers remove.
+    if not _WORD.search(text) and all(unicodedata.category(character)[0] in "CMZ" for character in text):
+        return f"holds no visible character ({text!a:.60})"
     return None

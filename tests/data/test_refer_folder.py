@@ -140,6 +140,7 @@ def test_shards_of_a_folder(tmp_path: Path) -> None:
         ({**ROW, "sentence": ["a", 3]}, "sentence must be a string or a list of strings"),
         ({**ROW, "sentence": []}, "line 1 has no sentence"),
         ({**ROW, "sentence": " "}, "its sentence is empty"),
+        ({**ROW, "sentence": "\u200b \ufeff"}, r"its sentence holds no visible character \('\\u200b \\ufeff'\)"),
         ({**ROW, "id": 1.5}, "id must be an integer or a short string, got 1.5"),
         ({**ROW, "id": True}, "id must be an integer or a short string, got True"),
     ],
@@ -147,6 +148,12 @@ def test_shards_of_a_folder(tmp_path: Path) -> None:
 def test_rejects_rows(tmp_path: Path, row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReferFolder(write_folder(tmp_path, row))
+
+
+@pytest.mark.parametrize("sentence", ["ред", "वह", "🎈", "?", "\u200bred"])
+def test_accepts_sentences_in_any_script(tmp_path: Path, sentence: str) -> None:
+    [ref] = ReferFolder(write_folder(tmp_path, {**ROW, "sentence": sentence}))
+    assert ref.sentences[0].text == sentence
 
 
 def test_rejects_repeated_ids_missing_files_and_links(tmp_path: Path) -> None:

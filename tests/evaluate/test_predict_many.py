@@ -156,6 +156,7 @@ def test_each_unusable_line_is_reported(folder, tmp_path, capsys):
         '{"image": "a.png"}': "must be an object with image and sentence",
         '{"image": "a.png", "sentence": []}': "must be a string or a list of strings, got []",
         '{"image": "a.png", "sentence": " "}': "its sentence is empty",
+        '{"image": "a.png", "sentence": "\\u200b"}': "its sentence holds no visible character",
         '{"image": "a.png", "sentence": "red", "id": 1.5}': "id must be an integer or a short string",
         '{"image": 3, "sentence": "red"}': "expected the name of a file",
         "[" * 100_000: "can't be read as JSON",
@@ -171,7 +172,7 @@ def test_each_unusable_line_is_reported(folder, tmp_path, capsys):
         assert message in error["error"], error
         assert error["where"].endswith(f"line {number}") or error["where"] == "absent.png"
     assert len(content["errors"]) == len(lines) - 1
-    assert "and 5 more under 'errors'" in capsys.readouterr().err
+    assert "and 6 more under 'errors'" in capsys.readouterr().err
 
 
 def test_nothing_is_written_if_no_record_is_usable(tmp_path, capsys):
