@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,11 @@ def check_mask(mask: Tensor, name: str = "mask") -> None:
             f"{name} must be bool or hold only 0 and 1, got {mask.dtype} with {listed}: use mask > 0 for masks of 0 "
             "and 255, mask > 0.5 for soft ones"
         )
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a model that returns them, or an object that holds them."""
+    return output if isinstance(output, Tensor) else output.logits  # type: ignore[no-any-return]
 
 
 def has_nan(logits: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fastkd.distill.forward import parameter_dtype, run_model
 from fastkd.errors import FastKDWarning
 from fastkd.evaluate._decide import CollateOriginalMasks, WithOriginalMasks
 from fastkd.evaluate._share import Share, merge, ranks
-from fastkd.evaluate._values import check_mask, has_nan, nan_cause
+from fastkd.evaluate._values import check_mask, has_nan, logits_of, nan_cause
 from fastkd.evaluate.counts import scores
 from fastkd.evaluate.protocols import NO_TARGET_PIXELS, Protocol
 from fastkd.evaluate.protocols import protocol as named_protocol
@@ -174,11 +174,11 @@ def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
 
 def _logits(output: Any, batch: dict[str, Any]) -> Tensor:
     """Return the logits (B, 2, H, W) of a model's output; raise ``ValueError`` if they do not match the masks."""
-    logits = output if isinstance(output, Tensor) else output.logits
+    logits = logits_of(output)
     mask = batch["mask"]
     if logits.ndim != 4 or logits.shape[1] != 2 or (logits.shape[0], *logits.shape[2:]) != tuple(mask.shape):
         raise ValueError(f"logits {tuple(logits.shape)} do not match masks {tuple(mask.shape)}; expected (B, 2, H, W)")
-    return logits  # type: ignore[no-any-return]
+    return logits
 
 
 def _check_empty(samples: Sequence[dict[str, Any]]) -> None:

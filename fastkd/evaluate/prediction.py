@@ -130,7 +130,7 @@ def _predict_batch(model: nn.Module, records: Sequence[tuple[Any, str]], tokeniz
     """Return a `Prediction` or an error for each record."""
     from fastkd.data._prepare import normalise
     from fastkd.distill.forward import normalisation, run_model
-    from fastkd.evaluate._values import has_nan, nan_cause
+    from fastkd.evaluate._values import has_nan, logits_of, nan_cause
     from fastkd.models.inputs import check_host_ids, word_limit
 
     found: list[Any] = [None] * len(records)
@@ -155,7 +155,7 @@ def _predict_batch(model: nn.Module, records: Sequence[tuple[Any, str]], tokeniz
     ids, masks = torch.cat([given[2] for given in inputs]), torch.cat([given[3] for given in inputs])  # (B, T)
     with modes_kept(model), torch.inference_mode():
         model.eval()
-        logits = run_model(model, images.to(device), ids.to(device), masks.to(device)).logits.float()
+        logits = logits_of(run_model(model, images.to(device), ids.to(device), masks.to(device))).float()
         nan = has_nan(logits).tolist()
         for (number, pixels, _, _), rows, undecided in zip(inputs, logits, nan, strict=True):
             if undecided:

@@ -119,6 +119,18 @@ def test_preserves_mode_and_weights(teacher, scene):
         teacher.eval()
 
 
+def test_model_may_return_the_logits_alone(teacher, scene):
+    class LogitsOnly(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = teacher, teacher.config
+
+        def forward(self, image, input_ids, word_mask):
+            return self.inner(image, input_ids, word_mask).logits
+
+    assert (predict(LogitsOnly(), *scene).mask == predict(teacher, *scene).mask).all()
+
+
 def test_empty_mask_scores_0(teacher, scene, monkeypatch):
     with torch.no_grad():
         bias = teacher.decoder.classifier.bias
