@@ -296,6 +296,7 @@ class Distiller(nn.Module):
             ValueError: one of the above.
             RuntimeError: a tap that never fires.
         """
+        checks.check_batch(batch, self.inputs)
         given = (key for name in self.inputs for key in (name, words.PREFIX + name))
         checks.check_inputs({key: batch[key] for key in given if key in batch})
         if self.teacher is not None:
