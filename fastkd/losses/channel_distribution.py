@@ -83,7 +83,8 @@ def channel_distribution_kd(
     if guide is not None or weight is not None:
         checks.backend("softmax_kl", backend, student)
 
-    rows_s, rows_t = (x.flatten(2) for x in fp64_together(student, teacher))  # (B, C, N)
+    student, teacher = fp64_together(student, teacher)
+    rows_s, rows_t = student.flatten(2), teacher.flatten(2)  # (B, C, N)
     mask = None if pixel_mask is None else valid_pixels(pixel_mask, student, every_sample=True)
     if mask is not None and (guide is not None or isinstance(weight, str)):
         rows_s, rows_t = fill(rows_s, mask), fill(rows_t, mask)

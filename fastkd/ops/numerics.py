@@ -24,8 +24,9 @@ def fp64_together(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     For what is computed from one network alone, such as weights and means, which the other may require in fp64.
     """
-    if compute_dtype(*tensors) == torch.float64:
-        return tuple(t.to(torch.float64) for t in tensors)
+    for t in tensors:  # a loop, as any(...) would double the time
+        if t.dtype != tensors[0].dtype:
+            return tuple(x.to(torch.float64) for x in tensors) if compute_dtype(*tensors) == torch.float64 else tensors
     return tensors
 
 

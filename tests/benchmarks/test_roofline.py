@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from fastkd import _native
-
-sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks import measure, roofline, workloads
+from fastkd import _native
 
 CEILINGS = {
     "copy_bytes_per_s": 1e15,

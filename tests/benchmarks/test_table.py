@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import table, workloads
+
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-from benchmarks import table, workloads  # noqa: E402
 
 FOLDER = ROOT / "benchmarks" / "results" / "amd-epyc-family-25-model-17-2-cores"
 
