@@ -1,6 +1,6 @@
 // Memory of large results: huge pages, and stores past the caches. malloc maps fresh memory for a very large result on
-// each call (it reuses smaller blocks), and page faults then cost more than the kernel: 1 us per 4 KiB page on a
-// virtual machine. With transparent huge pages enabled by madvise there is one fault per 2 MiB.
+// each call (it mostly reuses those below 16 MiB), and page faults then cost more than the kernel: 1 us per 4 KiB page
+// on a virtual machine. With transparent huge pages enabled by madvise there is one fault per 2 MiB.
 #pragma once
 
 #include <cstdint>

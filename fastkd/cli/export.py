@@ -108,7 +108,7 @@ def _check_data(data: CalibrationData, dtype: str) -> None:
         ignored = [one.name for one in fields(data) if getattr(given, one.name) != getattr(_NO_DATA, one.name)]
         if ignored:
             named = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
-            raise ValueError(f"{named}: there is no dataset to apply it to; pass --data")
+            raise ValueError(f"{named}: needs --data, the dataset that it is about")
     elif dtype == "fp32":
         raise ValueError(f"--data {data.data} gives ranges for int8 and the agreement of fp16; fp32 needs no dataset")
 

@@ -65,7 +65,7 @@ def check_inputs(inputs: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if an input of the models holds NaN or +Inf, which would look like a fault of the models."""
     for key, value in inputs.items():
         for name, tensor in named_tensors(value, key):
-            broken = torch.isnan(tensor) | (tensor == math.inf)  # −inf may be a mask
+            broken = _broken(tensor)
             if broken.any():
                 each = broken.flatten(1).any(1) if broken.ndim > 1 else broken.reshape(-1)
                 samples = shortened([str(sample) for sample in each.nonzero().flatten().tolist()])
@@ -73,6 +73,10 @@ def check_inputs(inputs: Mapping[str, Any]) -> None:
                     f"batch[{name!r}] holds NaN or Inf (samples {samples} of the batch): look at the dataset and its "
                     "transforms"
                 )
+
+
+def _broken(x: Tensor) -> Tensor:
+    return torch.isnan(x) | (x == math.inf)  # −inf may be a mask
 
 
 def check_deterministic(run_teacher: Callable[[], NamedTensors]) -> None:
@@ -83,7 +87,7 @@ def check_deterministic(run_teacher: Callable[[], NamedTensors]) -> None:
     if len(first) != len(second):
         raise ValueError("teacher returned different outputs in two passes over one batch")
     for (name, a), (_, b) in zip(first, second, strict=True):
-        if (torch.isnan(a) | (a == math.inf)).any():  # −inf may be a mask
+        if _broken(a).any():
             raise ValueError(f"teacher's {name} holds NaN or Inf on the first batch: were all of its weights loaded?")
         # Not bit for bit: some GPU convolutions differ in the last digits between two runs.
         tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 1e-2

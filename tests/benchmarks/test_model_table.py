@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def model_table():
-    sys.path.append(str(ROOT))
     return importlib.import_module("benchmarks.model_table")
 
 

@@ -290,6 +290,6 @@ def test_calibration_has_the_data_options_of_training(student, exports, root, tm
     assert main([*args, *data, *options]) == 0
     assert "fp16: masks have IoU" in capsys.readouterr().out
     assert main([*args, *options]) == 2  # neither of them may be ignored
-    assert "--split-by, --image-root: there is no dataset to apply it to; pass --data" in capsys.readouterr().err
+    assert "--split-by, --image-root: needs --data, the dataset that it is about" in capsys.readouterr().err
     assert main([*args[:-2], *data, *options]) == 2
     assert "fp32 needs no dataset" in capsys.readouterr().err

@@ -386,7 +386,7 @@ struct Attention {
             write_grad_k(head);
         }
     }
-    // If malloc takes the gradients of windows fresh from the system, their page faults take as long as the products.
+    // If malloc takes the gradients of windows fresh from the system, page faults take up to half of the call.
     void request_pages(void* gradient, std::int64_t rows) const {
         const std::int64_t size = call.wide ? sizeof(T) : sizeof(S);
         advise_huge_pages(gradient, rows * problem.student_width * size, stream_bytes);
