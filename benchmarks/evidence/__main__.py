@@ -39,7 +39,8 @@ TEST = ("testA", "testB")
 DEPLOYMENT = "deployment.json"
 MAIN, CONFIRMATION, TUNING = "main", "confirmation", "tuning"
 TOGETHER = f"{MAIN} and {CONFIRMATION} together"
-VARIANTS = ("sweeps", "readings of channel attention")  # settings whose rows are losses and their variants
+# Settings whose rows are losses and their variants.
+VARIANTS = ("sweeps", "readings of channel attention", "terms of cross_modal_kd")
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
