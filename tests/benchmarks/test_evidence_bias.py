@@ -206,6 +206,16 @@ def test_grids_have_the_same_rows_and_list_what_is_missing(monkeypatch):
         study.missing(grids)
 
 
+def test_command_runs_what_its_results_file_lacks(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = {}
+    for name in ("make_sets", "make_teachers"):
+        monkeypatch.setattr(command, name, lambda *args: None)
+    monkeypatch.setattr(command, "run_missing", lambda grids, *args: asked.update({g.results: args for g in grids}))
+    assert command.main(["run", "--results", "own.jsonl", "--rows", "cwd", "--runs", "3", "--jobs", "2"]) == 0
+    assert asked == {tmp_path / "own.jsonl": (["cwd"], 3, 2)}
+
+
 def test_a_tiny_study_gives_results_with_counterparts(tmp_path):
     study.make_sets(tmp_path / "data", images=12)
     study.make_teachers(tmp_path / "teachers", tmp_path / "data", steps=1)

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.evidence.bias.figure import bias_figure
@@ -67,12 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=[], help="run only these rows, and the student alone")
     parser.add_argument("--runs", type=int, help="run at most so many")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, with one thread each")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.jsonl")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results.jsonl", help="file of the results")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="page with the markers; its figure is next to it")
     parser.add_argument("--resamples", type=int, default=10_000)
     args = parser.parse_args(argv)
     if args.what == "run":
-        return run(args.rows, args.runs, args.jobs)
+        return run(args.rows, args.runs, args.jobs, args.results)
     records = read_records(args.results)
     text = page(records, digest_of(args.results) if records else "", args.resamples)
     if args.write is None:
@@ -84,9 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(rows: Sequence[str], limit: int | None, jobs: int) -> int:
+def run(rows: Sequence[str], limit: int | None, jobs: int, results: Path) -> int:
     """Make sets, teachers and caches, then the runs of some rows, or of all, that the results lack."""
-    grids = load_grids()
+    grids = [replace(grid, results=results.resolve()) for grid in load_grids()]
     check_rows(rows, grids[0].rows, "--rows")
     work = grids[0].work
     make_sets(work / "data")
