@@ -19,10 +19,8 @@ from fastkd.ops.pixel_word.descriptors import DESCRIPTOR_TERMS
 from fastkd.ops.pixel_word.plan import Inputs
 from fastkd.ops.pixel_word.reference import SIMILARITIES, TERMS, pixel_word_logits
 
-DEFAULT_TERMS: Mapping[str, float] = MappingProxyType(
-    {"pixel_to_word": 1.0, "word_to_pixel": 1.0, "pixel_pixel": 3.0, "word_word": 3.0}
-)
-"""Weights used for ``terms=None``. They are provisional; see docs/maths.md."""
+DEFAULT_TERMS: Mapping[str, float] = MappingProxyType({"pixel_to_word": 1.0, "word_to_pixel": 1.0})
+"""Weights used for ``terms=None``: the first order, to which no other term has added; see docs/maths.md."""
 
 PIXELS, WORDS = "(B, N, D) or (B, D, H, W)", "(B, T, D)"
 FIRST_ORDER = ("pixel_to_word", "word_to_pixel")
@@ -44,7 +42,7 @@ def cross_modal_kd(
     return_terms: bool = False,
     backend: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
-    """Compare the pixel–word attention of student and teacher, to first and second order.
+    """Compare the pixel–word attention of student and teacher, to first and, on request, second order.
 
     A reconstruction of the vision–language correlation term of "Channel Attention-Guided Cross-Modal Knowledge
     Distillation for Referring Image Segmentation" (arXiv 2604.16806). From pixels V (N×D) and words L (T×D) of a
@@ -78,8 +76,8 @@ def cross_modal_kd(
         similarity: "scaled_dot" or "cosine".
         temperature: τ > 0, or (τ_S, τ_T) for M_S/τ_S and M_T/τ_T, with the factor τ_S² in the first order.
         terms: weights ≥ 0 by term, for example ``{"pixel_to_word": 1.0, "pixel_pixel": 0.5}``; other terms are not
-            computed. None means ``DEFAULT_TERMS``, which has the first four. The last two are computed in plain torch,
-            except for the relation of "word_channel".
+            computed. None means ``DEFAULT_TERMS``, the first two at 1. The last two are computed in plain torch, except
+            for the relation of "word_channel".
         reduction: "mean" over the batch, "sum", or "none": (B,).
         return_terms: return a dict with each term, *unweighted*, reduced in the same way, instead of the weighted sum.
         backend: "auto", "reference", "cpu", "triton" or "cuda".

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Place
+from contract_cases import ALL_TERMS, Place
 from gpu_kernels import require_backend
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +51,7 @@ WORDS_SQUARED = 2 * B * N * T * T
         (losses.pixel_relation_kd, MAPS, {}, 4 * B * N * N * C, 6 * B * N * N * C),
         (losses.pixel_relation_kd, UNEQUAL, {}, 2 * B * N * N * 16, 2 * B * N * N * 22),
         (losses.pixel_relation_kd, UNEQUAL, {"cross_image": True}, 2 * (B * N) ** 2 * 16, 2 * (B * N) ** 2 * 22),
-        (losses.cross_modal_kd, FEATURES, {}, LOGIT_PRODUCTS + 3 * WORDS_SQUARED,
+        (losses.cross_modal_kd, FEATURES, {"terms": ALL_TERMS}, LOGIT_PRODUCTS + 3 * WORDS_SQUARED,
          GRADIENT_PRODUCTS + 2 * WORDS_SQUARED),
         (losses.cross_modal_kd, FEATURES, {"terms": {"pixel_to_word": 1.0}}, LOGIT_PRODUCTS, GRADIENT_PRODUCTS),
         (losses.cross_modal_kd_from_logits, LOGITS, {"terms": {"word_word": 1.0}}, 3 * WORDS_SQUARED, WORDS_SQUARED),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract_cases import ALL_TERMS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -55,8 +56,10 @@ LOSSES = {
     "pixel_relation_kd": lambda *x, b: losses.pixel_relation_kd(*x, cross_image=True, backend=b),
     "own guide": lambda *x, b: losses.channel_distribution_kd(*x, guide="own", backend=b),
     "teacher's guide": lambda *x, b: losses.channel_distribution_kd(*x, guide="teacher", backend=b),
-    "cross_modal_kd": lambda *x, b: losses.cross_modal_kd(*x, backend=b),
-    "cross_modal_kd cosine": lambda *x, b: losses.cross_modal_kd(*x, similarity="cosine", temperature=0.1, backend=b),
+    "cross_modal_kd": lambda *x, b: losses.cross_modal_kd(*x, terms=ALL_TERMS, backend=b),
+    "cross_modal_kd cosine": lambda *x, b: losses.cross_modal_kd(
+        *x, terms=ALL_TERMS, similarity="cosine", temperature=0.1, backend=b
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from contract_cases import ALL_TERMS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
@@ -35,10 +36,12 @@ def gram_kd(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
 
 
 def attention_kd(student: Tensor, teacher: Tensor, **options: Any) -> Any:
+    options.setdefault("terms", ALL_TERMS)
     return cross_modal_kd(student, words(student), teacher, words(student).cos(), **options)
 
 
 def from_logits_kd(student: Tensor, teacher: Tensor, **options: Any) -> Any:
+    options.setdefault("terms", ALL_TERMS)
     return cross_modal_kd_from_logits(student.flatten(2).mT, teacher.flatten(2).mT, **options)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from contract_cases import ALL_TERMS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -58,7 +59,7 @@ LOSSES = {
         {"distance": "mse", "cross_image": True},
     ),
     "mse, other widths, near": (losses.pixel_relation_kd, [MAP + 1e-3 * MAP.flip(1), NEAR], {"distance": "mse"}),
-    "cross_modal_kd": (losses.cross_modal_kd, [PIXELS, WORDS, PIXELS.flip(1), WORDS], {}),
+    "cross_modal_kd": (losses.cross_modal_kd, [PIXELS, WORDS, PIXELS.flip(1), WORDS], {"terms": ALL_TERMS}),
     "other words": (losses.cross_modal_kd, [PIXELS, WORDS, PIXELS.flip(1), OTHERS], {"terms": PIXEL_PIXEL}),
     "other words, near": (
         losses.cross_modal_kd,
